@@ -1,0 +1,20 @@
+"""gpumesh: GPUs behind SSH as one fast endpoint. ``Mesh`` is the whole as a library; importing it is lazy, for the
+command line's sake."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.mesh import Mesh as Mesh
+
+__version__ = "0.1.0"
+__all__ = ["Mesh", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Mesh":
+        from gpumesh.mesh.mesh import Mesh
+
+        return Mesh
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

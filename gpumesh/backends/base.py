@@ -1,0 +1,111 @@
+"""The values that a dialect reads and writes, whatever the server's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from gpumesh.state import LoadedModel, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """One prompt, dialect-free. ``options`` are Ollama's names (``temperature``, ``num_predict``, ``num_ctx`` …)."""
+
+    model: str
+    messages: tuple[Message, ...]
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    stream: bool = True
+    think: bool | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCall:
+    """What to send to a backend: path from the base URL on, JSON body."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The server's own figures for one answer; durations in ms; ``None`` where it did not say."""
+
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    total_ms: float | None = None
+    load_ms: float | None = None
+    prompt_ms: float | None = None
+    eval_ms: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generation rate by the server's own clock."""
+        if self.tokens is None or not self.eval_ms:
+            return None
+        return self.tokens / (self.eval_ms / 1000.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. ``done`` on the final one only, which carries ``counters`` and ``done_reason``."""
+
+    text: str = ""
+    thinking: str = ""
+    done: bool = False
+    done_reason: str | None = None
+    counters: Counters | None = None
+
+
+class FrameReader(Protocol):
+    """Turns a response body's bytes into chunks, however they were cut up on the way.
+
+    Raises BackendError for an error frame in mid-stream and ProbeError(finding='wrong-server') for what is no frame.
+    """
+
+    def feed(self, data: bytes) -> Sequence[Chunk]: ...
+
+    def close(self) -> Sequence[Chunk]:
+        """At end of stream. Raises StreamCut when the final frame never came."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a backend says it is: the result of a backend probe."""
+
+    version: str | None
+    catalog: tuple[ModelInfo, ...]
+    loaded: tuple[LoadedModel, ...]
+    parallel: int | None = None
+
+
+class Dialect(Protocol):
+    """One kind of server. Pure; see ollama.py and openai.py, and DIALECTS in dialects.py."""
+
+    def chat(self, request: ChatRequest) -> HttpCall: ...
+
+    def reader(self, *, stream: bool) -> FrameReader: ...
+
+    def error_text(self, status: int, body: bytes) -> str:
+        """The server's own words for an error response, made safe to print, at most a line."""
+        ...
+
+    def probe_calls(self) -> Mapping[str, HttpCall]:
+        """What to GET to learn the inventory, by name; ``inventory`` takes the answers by the same names."""
+        ...
+
+    def inventory(self, answers: Mapping[str, tuple[int, bytes] | None]) -> Inventory:
+        """Raises ProbeError (finding ``wrong-server``) when the answers are not of this kind of server."""
+        ...

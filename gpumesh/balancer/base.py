@@ -1,0 +1,60 @@
+"""What a policy sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from gpumesh.topology import BackendKind
+
+
+class Priority(StrEnum):
+    INTERACTIVE = "interactive"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
+
+    ``affinity`` names what makes a reload when it differs (model and num_ctx …); ``session`` a prefix worth keeping.
+    """
+
+    model: str | None
+    kinds: frozenset[BackendKind] = frozenset(BackendKind)
+    node: str | None = None
+    priority: Priority = Priority.NORMAL
+    session: str | None = None
+    affinity: str | None = None
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node in the snapshot that a policy ranks.
+
+    ``usable``: tunnel and backend are up, not draining, breaker lets it pass. ``models`` is ``None`` when the backend
+    could not list them (then any may be tried). ``group`` is equal for nodes that share one GPU: they are balanced as
+    one. ``foreign_load`` is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``rtt_ms`` the
+    tunnel's round trip.
+    """
+
+    name: str
+    kind: BackendKind
+    usable: bool
+    models: frozenset[str] | None
+    loaded: frozenset[str] = frozenset()
+    in_flight: int = 0
+    queued: int = 0
+    limit: int | None = None
+    weight: float = 1.0
+    group: str = ""
+    tokens_per_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    load_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    foreign_load: float | None = None
+    rtt_ms: float | None = None
+    sessions: frozenset[str] = frozenset()

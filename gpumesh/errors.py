@@ -1,0 +1,265 @@
+"""Every error that gpumesh raises on purpose, and the exit codes of the command line.
+
+::
+
+    GPUMeshError                     exit 1
+    ├── UsageError                   exit 2   the command line was wrong
+    │   └── ConfigError              exit 2   mesh.yaml was wrong; holds every problem found
+    ├── NoNodeError                  exit 4   no node can serve this
+    │   └── ModelMissing             exit 4   nodes are up, none has the model
+    ├── DeadlineExceeded             exit 1   the caller's overall deadline passed
+    ├── QueueFull                    exit 1   the gateway's queue is at its bound (503)
+    ├── MeshAlreadyRunning           exit 1
+    ├── MeshNotRunning               exit 1
+    ├── TunnelError                  one node's tunnel; ``needs_person`` tells who must act
+    │   ├── HostUnresolved           DNS does not know the host
+    │   ├── ConnectRefused           nothing listens on the SSH port
+    │   ├── ConnectTimeout           no answer to TCP or to the SSH handshake
+    │   ├── HostUnreachable          no route, network down
+    │   ├── NotSsh                   something listens, but does not speak SSH
+    │   ├── HostKeyUnknown      (p)  not in known_hosts, policy strict
+    │   ├── HostKeyChanged      (p)  in known_hosts with another key
+    │   ├── HostKeyRevoked      (p)  marked @revoked
+    │   ├── KeyUnreadable       (p)  identity file missing, unreadable, not a key, or its passphrase wrong
+    │   ├── SecretMissing       (p)  the variable that holds a password or passphrase is not set
+    │   ├── AuthRefused         (p)  the host accepts none of our credentials
+    │   ├── ForwardingForbidden (p)  AllowTcpForwarding no, or PermitOpen
+    │   ├── TransportUnsupported(p)  this host needs another transport or another address form
+    │   ├── TunnelLost               was up, and went: reset, no answer to keepalive, worker died
+    │   └── TunnelDown               asked to use a tunnel that is not up now
+    ├── ExecError                    a command could not be run on a host (no session, time-out)
+    ├── ProbeError                   nvidia-smi or the backend answered, but not with what we can read
+    └── BackendError                 one attempt on one backend failed
+        ├── BackendUnreachable       refused, reset, timed out before the answer
+        ├── BackendStatus            an HTTP status that is an error; holds status and body
+        └── StreamCut                the answer ended before its final frame
+
+(p): a person must act; retrying alone cannot help. A ``code`` is stable: it stands in JSON, in logs and in
+``gpumesh explain CODE``. An error's text is one sentence that says what is wrong and where; ``hint`` says
+what to do. No secret ever stands in either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """The command line's exit codes (DESIGN section 2)."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    DEGRADED = 3
+    NO_NODE = 4
+    INTERRUPTED = 130
+
+
+class GPUMeshError(Exception):
+    """The root. ``node`` names the node at fault, if one is; ``hint`` says what to do."""
+
+    code: ClassVar[str] = "failed"
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+    default_hint: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, hint: str | None = None, node: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint if hint is not None else self.default_hint
+        self.node = node
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UsageError(GPUMeshError):
+    code = "usage"
+    exit_code = ExitCode.USAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in mesh.yaml. ``line`` and ``column`` count from 1; ``path`` is like ``nodes[1].ssh.port``."""
+
+    message: str
+    file: str
+    line: int | None = None
+    column: int | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        where = self.file
+        if self.line is not None:
+            where += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
+        return f"{where}: {self.path + ': ' if self.path else ''}{self.message}"
+
+
+class ConfigError(UsageError):
+    """mesh.yaml cannot be used; ``problems`` holds all that is wrong with it, in the order of the file."""
+
+    code = "config"
+
+    def __init__(self, problems: tuple[Problem, ...], *, hint: str | None = None) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems), hint=hint)
+
+
+class NoNodeError(GPUMeshError):
+    code = "no-node"
+    exit_code = ExitCode.NO_NODE
+    default_hint = "`gpumesh status` shows each node and why it cannot serve"
+
+
+class ModelMissing(NoNodeError):
+    """Nodes are up, but none has the model. ``available`` lists what they do have."""
+
+    code = "model-missing"
+
+    def __init__(self, model: str, *, available: tuple[str, ...] = (), hint: str | None = None) -> None:
+        self.model = model
+        self.available = available
+        super().__init__(f"no node that is up has the model {model!r}", hint=hint)
+
+
+class DeadlineExceeded(GPUMeshError):
+    code = "deadline"
+
+
+class QueueFull(GPUMeshError):
+    """``retry_after_s`` is an estimate of when a place will be free."""
+
+    code = "queue-full"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, hint=f"try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class MeshAlreadyRunning(GPUMeshError):
+    code = "already-running"
+
+
+class MeshNotRunning(GPUMeshError):
+    code = "not-running"
+    default_hint = "`gpumesh up -d` starts it"
+
+
+class TunnelError(GPUMeshError):
+    code = "tunnel"
+    needs_person: ClassVar[bool] = False
+
+
+class HostUnresolved(TunnelError):
+    code = "host-unresolved"
+
+
+class ConnectRefused(TunnelError):
+    code = "connect-refused"
+
+
+class ConnectTimeout(TunnelError):
+    code = "connect-timeout"
+
+
+class HostUnreachable(TunnelError):
+    code = "host-unreachable"
+
+
+class NotSsh(TunnelError):
+    code = "not-ssh"
+
+
+class HostKeyUnknown(TunnelError):
+    code = "host-key-unknown"
+    needs_person = True
+
+
+class HostKeyChanged(TunnelError):
+    code = "host-key-changed"
+    needs_person = True
+
+
+class HostKeyRevoked(TunnelError):
+    code = "host-key-revoked"
+    needs_person = True
+
+
+class KeyUnreadable(TunnelError):
+    code = "key-unreadable"
+    needs_person = True
+
+
+class SecretMissing(TunnelError):
+    code = "secret-missing"
+    needs_person = True
+
+
+class AuthRefused(TunnelError):
+    code = "auth-refused"
+    needs_person = True
+
+
+class ForwardingForbidden(TunnelError):
+    code = "forwarding-forbidden"
+    needs_person = True
+
+
+class TransportUnsupported(TunnelError):
+    code = "transport-unsupported"
+    needs_person = True
+
+
+class TunnelLost(TunnelError):
+    code = "tunnel-lost"
+
+
+class TunnelDown(TunnelError):
+    code = "tunnel-down"
+
+
+class ExecError(GPUMeshError):
+    code = "exec"
+
+
+class ProbeError(GPUMeshError):
+    """``code`` of the finding it becomes is given per instance (``driver-broken``, ``wrong-server`` …)."""
+
+    code = "probe"
+
+    def __init__(self, message: str, *, finding: str, hint: str | None = None, node: str | None = None) -> None:
+        super().__init__(message, hint=hint, node=node)
+        self.finding = finding
+
+
+class BackendError(GPUMeshError):
+    code = "backend"
+
+
+class BackendUnreachable(BackendError):
+    code = "backend-unreachable"
+
+
+class BackendStatus(BackendError):
+    code = "backend-status"
+
+    def __init__(self, message: str, *, status: int, body: bytes = b"", node: str | None = None) -> None:
+        super().__init__(message, node=node)
+        self.status = status
+        self.body = body
+
+
+class StreamCut(BackendError):
+    code = "stream-cut"
+
+
+def tunnel_error_from_code(code: str, message: str, *, hint: str | None = None, node: str | None = None) -> TunnelError:
+    """Rebuilds a tunnel error that crossed a process boundary as its code and text."""
+    pending: list[type[TunnelError]] = [TunnelError]
+    while pending:
+        kind = pending.pop()
+        if kind.code == code:
+            return kind(message, hint=hint, node=node)
+        pending.extend(kind.__subclasses__())
+    return TunnelError(message, hint=hint, node=node)

@@ -1,0 +1,255 @@
+"""What was observed: frozen snapshots, one field for each key of ``gpumesh.status/1`` (DESIGN section 4).
+
+Unknown is ``None``, never 0. Times are UTC ``datetime``; sizes MiB; powers W; temperatures °C; latencies ms.
+The field names are the contract: renaming one changes the JSON. ``gpumesh.wire`` turns snapshots to JSON and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+STATUS_SCHEMA = "gpumesh.status/1"
+
+
+class Health(StrEnum):
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    DOWN = "down"
+    DRAINING = "draining"
+    UNKNOWN = "unknown"
+
+
+class TunnelPhase(StrEnum):
+    """``failed``: a person must act (key refused, host key changed); it is still retried, slowly."""
+
+    IDLE = "idle"
+    CONNECTING = "connecting"
+    UP = "up"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class BackendPhase(StrEnum):
+    UNKNOWN = "unknown"
+    UP = "up"
+    DOWN = "down"
+
+
+class Severity(StrEnum):
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be. ``code`` is stable (DESIGN section 7); ``hint`` can be acted on."""
+
+    code: str
+    severity: Severity
+    node: str | None
+    message: str
+    hint: str | None = None
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelState:
+    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port`` stays the same over reconnects."""
+
+    transport: str
+    state: TunnelPhase = TunnelPhase.IDLE
+    since: datetime | None = None
+    rtt_ms: float | None = None
+    reconnects: int = 0
+    last_error: str | None = None
+    error_code: str | None = None
+    hint: str | None = None
+    retry_in_s: float | None = None
+    local_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    hostname: str | None = None
+    driver: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessState:
+    """A compute process as nvidia-smi names it; inside a container the pid is the host's."""
+
+    pid: int
+    name: str
+    used_memory_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    """One GPU. Identify it by ``uuid``: ``index`` can change at each boot."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_mib: int | None = None
+    memory_used_mib: int | None = None
+    memory_free_mib: int | None = None
+    utilization_pct: int | None = None
+    memory_utilization_pct: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    clock_sm_mhz: int | None = None
+    fan_pct: int | None = None
+    pstate: str | None = None
+    persistence: bool | None = None
+    throttle: str | None = None
+    pci_bus_id: str | None = None
+    processes: tuple[ProcessState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory. ``size_vram_mib`` < ``size_mib`` means that part of it runs on the CPU."""
+
+    name: str
+    size_vram_mib: int | None = None
+    size_mib: int | None = None
+    expires_at: datetime | None = None
+    context_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model in a backend's store. ``modified_at`` keeps the server's own text: its nanoseconds are a fingerprint."""
+
+    name: str
+    digest: str | None = None
+    size_mib: int | None = None
+    modified_at: str | None = None
+    parameter_size: str | None = None
+    quantization: str | None = None
+    family: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendState:
+    """``models`` are names, as in section 4; ``catalog`` has the details. ``url`` is the route in use."""
+
+    kind: str
+    state: BackendPhase = BackendPhase.UNKNOWN
+    url: str | None = None
+    version: str | None = None
+    models: tuple[str, ...] = ()
+    loaded: tuple[LoadedModel, ...] = ()
+    latency_ms: float | None = None
+    tokens_per_s: float | None = None
+    last_error: str | None = None
+    catalog: tuple[ModelInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """``limit`` is how many requests the node truly runs in parallel; ``None`` while that is not known."""
+
+    in_flight: int = 0
+    queued: int = 0
+    limit: int | None = None
+    served: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """``gpus`` is ``None`` when they could not be asked for, and empty when there truly are none."""
+
+    name: str
+    health: Health
+    reason: str | None
+    tunnel: TunnelState
+    backend: BackendState
+    host: HostState = HostState()
+    gpus: tuple[GpuState, ...] | None = None
+    load: LoadState = LoadState()
+    labels: tuple[tuple[str, str], ...] = ()
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The pool. A GPU that two nodes share is counted once (by UUID). Sums of unknowns are ``None``."""
+
+    nodes: int
+    nodes_up: int
+    gpus: int | None
+    vram_total_mib: int | None
+    vram_used_mib: int | None
+    vram_free_mib: int | None
+    tokens_per_s: float
+
+
+class GatewayPhase(StrEnum):
+    OFF = "off"
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayState:
+    url: str | None = None
+    state: GatewayPhase = GatewayPhase.OFF
+    in_flight: int = 0
+    queued: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeshState:
+    """A snapshot of the whole mesh."""
+
+    mesh: str
+    at: datetime
+    gateway: GatewayState
+    totals: Totals
+    nodes: tuple[NodeState, ...]
+    findings: tuple[Finding, ...] = ()
+
+    def node(self, name: str) -> NodeState:
+        """Raises ``KeyError`` when there is no such node."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+
+def total(nodes: tuple[NodeState, ...]) -> Totals:
+    """The totals of these nodes, each GPU counted once by its UUID."""
+    gpus = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
+    known = [node for node in nodes if node.gpus is not None]
+
+    def added(values: list[int | None]) -> int | None:
+        numbers = [value for value in values if value is not None]
+        return sum(numbers) if numbers else None
+
+    return Totals(
+        nodes=len(nodes),
+        nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
+        gpus=len(gpus) if known else None,
+        vram_total_mib=added([gpu.memory_total_mib for gpu in gpus.values()]),
+        vram_used_mib=added([gpu.memory_used_mib for gpu in gpus.values()]),
+        vram_free_mib=added([free_mib(gpu) for gpu in gpus.values()]),
+        tokens_per_s=sum(node.backend.tokens_per_s or 0.0 for node in nodes),
+    )
+
+
+def free_mib(gpu: GpuState) -> int | None:
+    """As the driver says; it keeps a reserve, so that used + free is less than total."""
+    if gpu.memory_free_mib is not None:
+        return gpu.memory_free_mib
+    if gpu.memory_total_mib is None or gpu.memory_used_mib is None:
+        return None
+    return max(gpu.memory_total_mib - gpu.memory_used_mib, 0)

@@ -1,0 +1,151 @@
+"""What mesh.yaml says (DESIGN section 3): frozen specs, already validated, with defaults merged and variables
+expanded. Nothing observed stands here, and no secret: only the names of the variables that hold them.
+
+Durations are seconds, sizes MiB, ports 1 to 65535.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+
+
+class TransportKind(StrEnum):
+    SSHTUNNEL = "sshtunnel"
+    OPENSSH = "openssh"
+
+
+class HostKeyPolicy(StrEnum):
+    STRICT = "strict"
+    ACCEPT_NEW = "accept-new"
+
+
+class BackendKind(StrEnum):
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+
+
+class PolicyKind(StrEnum):
+    ROUND_ROBIN = "round-robin"
+    LEAST_LOADED = "least-loaded"
+    POWER_OF_TWO = "power-of-two"
+    ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySpec:
+    """The one endpoint. ``host``/``port`` come from ``listen``; port 0 means any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 11430
+    api_key_env: str | None = None
+    default_model: str | None = None
+    policy: PolicyKind = PolicyKind.ADAPTIVE
+    max_queue: int = 1024
+    timeout_s: float = 600.0
+    cors_origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AddressCommand:
+    """``address_from``: a user's command that prints ``host port`` (or JSON with host and port)."""
+
+    command: tuple[str, ...]
+    timeout_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class SshSpec:
+    """How to reach a host by SSH. ``user`` is always concrete; ``identity_files`` may be empty (agent, password)."""
+
+    host: str
+    port: int = 22
+    user: str = "root"
+    identity_files: tuple[Path, ...] = ()
+    known_hosts: Path = Path("~/.ssh/known_hosts")
+    host_key_policy: HostKeyPolicy = HostKeyPolicy.STRICT
+    proxy_jump: tuple[str, ...] = ()
+    password_env: str | None = None
+    passphrase_env: str | None = None
+    agent: bool = True
+    alias: str | None = None
+    transport: TransportKind = TransportKind.SSHTUNNEL
+    connect_timeout_s: float = 8.0
+    keepalive_s: float = 2.0
+    address_from: AddressCommand | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place as seen from the node's host (through SSH) or from here (direct): one candidate for the backend."""
+
+    host: str
+    port: int
+    scheme: str = "http"
+    path: str = ""
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """The inference server. ``targets`` are candidates in order of preference: the first that answers is used."""
+
+    kind: BackendKind = BackendKind.OLLAMA
+    targets: tuple[Target, ...] = (Target("127.0.0.1", 11434),)
+    api_key_env: str | None = None
+    max_parallel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectSpec:
+    """What the user believes to be there; ``None`` means: no opinion."""
+
+    hostname: str | None = None
+    gpus: int | None = None
+    gpu: str | None = None
+    vram_mib: int | None = None
+    driver: str | None = None
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One host with one inference server. ``ssh`` is ``None`` for a direct node."""
+
+    name: str
+    backend: BackendSpec
+    ssh: SshSpec | None = None
+    expect: ExpectSpec = ExpectSpec()
+    weight: float = 1.0
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RedisSpec:
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A whole mesh. ``source`` is the file it was read from, resolved, or ``None`` if it was made in memory."""
+
+    name: str
+    nodes: tuple[NodeSpec, ...]
+    gateway: GatewaySpec = GatewaySpec()
+    redis: RedisSpec | None = None
+    source: Path | None = None
+
+    def node(self, name: str) -> NodeSpec:
+        """Raises ``KeyError`` when there is no such node."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)

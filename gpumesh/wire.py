@@ -1,0 +1,99 @@
+"""Snapshots to JSON and back, by the fields of the frozen dataclasses; nothing here knows a particular one."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import Enum
+from functools import cache
+from pathlib import PurePath
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from gpumesh.state import STATUS_SCHEMA, MeshState
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """A tree of dataclasses, enums, datetimes and tuples as what ``json.dumps`` takes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def status_json(state: MeshState) -> dict[str, Any]:
+    """The document of DESIGN section 4."""
+    return {"schema": STATUS_SCHEMA, **to_json(state)}
+
+
+def status_from_json(document: Mapping[str, Any]) -> MeshState:
+    """Raises ``ValueError`` when the document is not ``gpumesh.status/1``."""
+    if document.get("schema") != STATUS_SCHEMA:
+        raise ValueError(f"not a {STATUS_SCHEMA} document: schema is {document.get('schema')!r}")
+    return from_json(MeshState, document)
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """Builds ``kind`` from what ``to_json`` gave; unknown keys are passed over (adding keys is compatible).
+
+    Raises ``ValueError`` where a value is not of its field's type or a required field is missing.
+    """
+    result: T = _read(kind, value)
+    return result
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _read(kind: Any, value: Any) -> Any:
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (argument for argument in get_args(kind) if argument is not type(None))
+        return _read(inner, value)
+    if origin is tuple:
+        arguments = get_args(kind)
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, got {value!r}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_read(arguments[0], item) for item in value)
+        return tuple(_read(argument, item) for argument, item in zip(arguments, value, strict=True))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected an object, got {value!r}")
+        hints = _hints(kind)  # type: ignore[arg-type]
+        known = {
+            field.name: _read(hints[field.name], value[field.name])
+            for field in dataclasses.fields(kind)
+            if field.name in value
+        }
+        try:
+            return kind(**known)  # type: ignore[operator]
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    if kind is datetime:
+        return datetime.fromisoformat(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return kind(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+        raise ValueError(f"expected {kind.__name__}, got {value!r}")
+    return value
