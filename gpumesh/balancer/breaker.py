@@ -1,0 +1,60 @@
+"""A circuit breaker for each node: closed, open, and half-open with one trial at a time. Pure.
+
+A client's cancel, a 4xx of the client's own and a 429 are no fault of the node and never reach it
+(``outcomes.judge`` decides that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+THRESHOLD = 3  # failures in a row that open it
+FIRST_OPEN_S = 1.0
+LONGEST_OPEN_S = 30.0
+
+
+class BreakerPhase(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """``open_until`` is on the caller's monotonic clock, in seconds. ``trial`` while the one half-open try is out."""
+
+    failures: int = 0
+    open_until: float | None = None
+    open_s: float = FIRST_OPEN_S
+    trial: bool = False
+
+    def phase(self, now: float) -> BreakerPhase:
+        if self.open_until is None:
+            return BreakerPhase.CLOSED
+        return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
+
+    def allows(self, now: float) -> bool:
+        phase = self.phase(now)
+        return phase is BreakerPhase.CLOSED or (phase is BreakerPhase.HALF_OPEN and not self.trial)
+
+    def started(self, now: float) -> Breaker:
+        """A request was sent to the node."""
+        return replace(self, trial=True) if self.phase(now) is BreakerPhase.HALF_OPEN else self
+
+    def succeeded(self) -> Breaker:
+        return Breaker()
+
+    def failed(self, now: float) -> Breaker:
+        """A request failed by the node's fault."""
+        failures = self.failures + 1
+        if self.phase(now) is BreakerPhase.HALF_OPEN:
+            longer = min(self.open_s * 2, LONGEST_OPEN_S)
+            return Breaker(failures, now + longer, longer)
+        if failures >= THRESHOLD and self.open_until is None:
+            return Breaker(failures, now + self.open_s, self.open_s)
+        return replace(self, failures=failures)
+
+    def undecided(self) -> Breaker:
+        """A request ended without telling anything about the node (the client left)."""
+        return replace(self, trial=False)

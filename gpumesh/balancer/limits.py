@@ -1,0 +1,54 @@
+"""How many requests a node truly runs in parallel, learned from the server's own durations. Pure.
+
+Ollama never says 503 to a busy GPU: requests past ``OLLAMA_NUM_PARALLEL`` wait inside it, unseen. But its final frame
+gives ``total - load - prompt_eval - eval``, which is the time that the request waited inside (facts/ollama-api.md).
+So: offer one more than was proven whenever there is more to do than places; if what ran beside that many others
+waited, the proven number is the limit; if not, the proof grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gpumesh.backends.base import Counters
+
+# Bookkeeping inside the server that no duration covers stays below this on an idle server.
+NOISE_MS = 50.0
+NOISE_SHARE = 0.05
+RETRY_AFTER_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """``proven``: so many ran together without waiting. ``ceiling_until``: until then no more are offered."""
+
+    proven: int = 1
+    ceiling_until: float | None = None
+
+    def offered(self, now: float) -> int:
+        """How many to send at most: one more than proven, unless that was tried lately and waited."""
+        return self.proven if self.ceiling_until is not None and now < self.ceiling_until else self.proven + 1
+
+
+def waited_inside_ms(counters: Counters) -> float | None:
+    """Time spent queued in the server; ``None`` when it did not give the durations."""
+    if counters.total_ms is None or counters.eval_ms is None:
+        return None
+    return max(counters.total_ms - (counters.load_ms or 0.0) - (counters.prompt_ms or 0.0) - counters.eval_ms, 0.0)
+
+
+def learned(limit: Limit, counters: Counters, *, beside: int, now: float) -> Limit:
+    """After one answer. ``beside``: the requests that were in flight on the node when it was sent, itself included.
+
+    Only an answer that had company beyond what is proven, or waited, teaches anything.
+    """
+    waited = waited_inside_ms(counters)
+    if waited is None or counters.total_ms is None:
+        return limit
+    if waited > max(NOISE_MS, NOISE_SHARE * counters.total_ms):
+        # It waited though no more were sent than proven: the server was restarted with less, or someone else uses it.
+        proven = limit.proven if beside > limit.proven else max(limit.proven - 1, 1)
+        return Limit(proven, now + RETRY_AFTER_S)
+    if beside > limit.proven:
+        return replace(limit, proven=beside)
+    return limit

@@ -1,0 +1,70 @@
+"""What an attempt's end means: whose fault it was, and whether another node is tried. Pure; one table.
+
+DESIGN section 5: before the first byte any failure of a node moves the request on; 4xx that are the client's own pass
+through untouched. Section 6: a client's cancel, a 4xx or a 429 is no fault of the node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How one attempt ended."""
+
+    SERVED = "served"
+    CLIENT_GONE = "client-gone"
+    CLIENT_ERROR = "client-error"
+    MODEL_NOT_FOUND = "model-not-found"
+    BUSY = "busy"
+    SERVER_ERROR = "server-error"
+    UNREACHABLE = "unreachable"
+    TIMED_OUT = "timed-out"
+    CUT = "cut"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``move_on``: try another node, if no byte was sent. ``fault``: counts against the node's breaker.
+
+    ``suspect``: the node's tunnel should be checked at once.
+    """
+
+    move_on: bool
+    fault: bool
+    suspect: bool = False
+
+
+_VERDICTS = {
+    Outcome.SERVED: Verdict(move_on=False, fault=False),
+    Outcome.CLIENT_GONE: Verdict(move_on=False, fault=False),
+    Outcome.CLIENT_ERROR: Verdict(move_on=False, fault=False),
+    Outcome.MODEL_NOT_FOUND: Verdict(move_on=True, fault=False),
+    Outcome.BUSY: Verdict(move_on=True, fault=False),
+    Outcome.SERVER_ERROR: Verdict(move_on=True, fault=True),
+    Outcome.UNREACHABLE: Verdict(move_on=True, fault=True, suspect=True),
+    Outcome.TIMED_OUT: Verdict(move_on=True, fault=True, suspect=True),
+    Outcome.CUT: Verdict(move_on=True, fault=True, suspect=True),
+    # The client's own deadline passed: a slow model is no broken node.
+    Outcome.DEADLINE: Verdict(move_on=False, fault=False),
+}
+
+
+def judge(outcome: Outcome) -> Verdict:
+    return _VERDICTS[outcome]
+
+
+def of_status(status: int, *, model_asked: bool) -> Outcome:
+    """What an HTTP status says about an attempt. Ollama answers 404 only for a model (facts/ollama-api.md);
+    it says 503 when its queue is full, but a dying or starting server says it too, so 503 is the node's."""
+    if status < 400:
+        return Outcome.SERVED
+    if status == 404 and model_asked:
+        return Outcome.MODEL_NOT_FOUND
+    if status == 429:
+        return Outcome.BUSY
+    if status in (500, 502, 503, 504):
+        return Outcome.SERVER_ERROR
+    return Outcome.CLIENT_ERROR

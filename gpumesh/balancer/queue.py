@@ -1,0 +1,62 @@
+"""What waits for a place, by priority with ageing, so that nothing starves. Pure; the caller's clock in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from gpumesh.balancer.base import Priority
+
+T = TypeVar("T")
+
+# A request of a lower class overtakes one of a higher class that came so many seconds later.
+HEAD_START_S = {Priority.INTERACTIVE: 0.0, Priority.NORMAL: 10.0, Priority.BATCH: 60.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Generic[T]):
+    item: T
+    priority: Priority
+    since: float
+    number: int
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Smaller goes first. It does not change while waiting, so ageing costs nothing: all age alike."""
+        return (self.since + HEAD_START_S[self.priority], self.number)
+
+
+@dataclass(slots=True)
+class WaitQueue(Generic[T]):
+    """Bounded. Iterates in the order of service; removal of any item is allowed at any time."""
+
+    bound: int
+    _items: dict[int, Waiting[T]] = field(default_factory=dict)
+    _next: int = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def full(self) -> bool:
+        return len(self._items) >= self.bound
+
+    def add(self, item: T, priority: Priority, now: float) -> Waiting[T]:
+        """Raises ``OverflowError`` at the bound."""
+        if self.full:
+            raise OverflowError(f"{self.bound} requests wait already")
+        waiting = Waiting(item, priority, now, self._next)
+        self._next += 1
+        self._items[waiting.number] = waiting
+        return waiting
+
+    def discard(self, waiting: Waiting[T]) -> None:
+        self._items.pop(waiting.number, None)
+
+    def __iter__(self) -> Iterator[Waiting[T]]:
+        return iter(sorted(self._items.values(), key=lambda waiting: waiting.rank))
+
+    def position(self, waiting: Waiting[T]) -> int:
+        """0 is next."""
+        return sum(other.rank < waiting.rank for other in self._items.values())

@@ -1,0 +1,95 @@
+"""Who may get a request at all, before any policy ranks them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
+
+
+def same_model(asked: str, listed: str) -> bool:
+    """Ollama's rule: a name without a tag means ``:latest``; names are compared without case."""
+    return full_name(asked) == full_name(listed)
+
+
+def full_name(model: str) -> str:
+    """``qwen2.5`` -> ``qwen2.5:latest``; a registry's port is no tag (``host:5000/m`` -> ``host:5000/m:latest``)."""
+    name = model.strip().lower()
+    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+
+
+def has_model(candidate: Candidate, model: str | None) -> bool:
+    """True as well when the node could not list its models: it may be tried."""
+    if model is None or candidate.models is None:
+        return True
+    return model in candidate.models or full_name(model) in {full_name(name) for name in candidate.models}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """``now``: those with a free place. ``later``: those that would serve, once they have one. Both in no order."""
+
+    now: tuple[Candidate, ...]
+    later: tuple[Candidate, ...]
+
+
+def select(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
+    """Splits the nodes that can answer this demand into those with a free place and those without."""
+    loads = group_loads(candidates)
+    now: list[Candidate] = []
+    later: list[Candidate] = []
+    for candidate in candidates:
+        if not _can_serve(candidate, demand) or candidate.name in exclude:
+            continue
+        place_free = candidate.limit is None or loads[_group(candidate)] < candidate.limit
+        (now if place_free else later).append(candidate)
+    return Selection(tuple(now), tuple(later))
+
+
+def _can_serve(candidate: Candidate, demand: Demand) -> bool:
+    return (
+        candidate.usable
+        and candidate.kind in demand.kinds
+        and (demand.node is None or candidate.name == demand.node)
+        and has_model(candidate, demand.model)
+    )
+
+
+def _group(candidate: Candidate) -> str:
+    return candidate.group or candidate.name
+
+
+def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """What is in flight on each GPU, whichever of its nodes it went through."""
+    loads: dict[str, int] = {}
+    for candidate in candidates:
+        loads[_group(candidate)] = loads.get(_group(candidate), 0) + candidate.in_flight
+    return loads
+
+
+def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
+    """The true reason why ``select`` found nobody, as the error to raise."""
+    if demand.node is not None and all(candidate.name != demand.node for candidate in candidates):
+        names = ", ".join(sorted(candidate.name for candidate in candidates)) or "none"
+        return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {names}")
+    pool = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
+    usable = [candidate for candidate in pool if candidate.usable]
+    if not usable:
+        who = f"node {demand.node!r} is not" if demand.node is not None else "no node is"
+        return NoNodeError(f"{who} usable now", node=demand.node)
+    if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable):
+        available = sorted({name for candidate in usable for name in candidate.models or ()})
+        away = [candidate.name for candidate in pool if not candidate.usable and has_model(candidate, demand.model)]
+        hint = f"it is on {', '.join(away)}, which cannot be used now; " if away else ""
+        hint += f"there are: {', '.join(available) or 'no models'}; `ollama pull {demand.model}` on a host adds it"
+        return ModelMissing(demand.model, available=tuple(available), hint=hint)
+    if not any(candidate.kind in demand.kinds for candidate in usable):
+        kinds = ", ".join(sorted(demand.kinds))
+        return NoNodeError(
+            f"no node that is up speaks this API ({kinds})",
+            hint="native Ollama routes need a node of kind ollama; /v1 routes work with every kind",
+        )
+    tried = ", ".join(sorted(exclude))
+    return NoNodeError(f"every node that could serve this has failed it ({tried})")
