@@ -39,6 +39,13 @@ class ExecChunk:
     exit_status: int | None = None
 
 
+class Prompter(Protocol):
+    """Passes a host's question on to a person (keyboard-interactive, a key's passphrase)."""
+
+    async def __call__(self, node: str, text: str, *, echo: bool) -> str | None:
+        """The answer; ``None`` when there is nobody, or they declined. ``text`` is safe to print."""
+
+
 class Tunnel(Protocol):
     """One node's supervised way to its host: SSH (in a worker process) or direct.
 
