@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -20,6 +21,7 @@ class Priority(StrEnum):
 class Demand:
     """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
 
+    ``place`` is false for what costs no inference (``show``, ``pull`` …): it neither waits for a place nor takes one.
     ``affinity`` names what makes a reload when it differs (model and num_ctx …); ``session`` a prefix worth keeping.
     """
 
@@ -31,6 +33,7 @@ class Demand:
     affinity: str | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
+    place: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class Candidate:
     name: str
     kind: BackendKind
     usable: bool
-    models: frozenset[str] | None
-    loaded: frozenset[str] = frozenset()
+    models: AbstractSet[str] | None
+    loaded: AbstractSet[str] = frozenset()
     in_flight: int = 0
     queued: int = 0
     limit: int | None = None
@@ -57,4 +60,4 @@ class Candidate:
     load_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     foreign_load: float | None = None
     rtt_ms: float | None = None
-    sessions: frozenset[str] = frozenset()
+    sessions: AbstractSet[str] = frozenset()

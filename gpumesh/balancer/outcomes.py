@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from random import Random
 
 
 class Outcome(StrEnum):
@@ -50,6 +51,21 @@ _VERDICTS = {
     # The client's own deadline passed: a slow model is no broken node.
     Outcome.DEADLINE: Verdict(move_on=False, fault=False),
 }
+
+
+# When every node failed: those whose way was lost or who were busy are asked again, after a pause that grows.
+MAX_ROUNDS = 5
+_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BUSY})
+
+
+def worth_another_round(outcome: Outcome) -> bool:
+    """Whether the same node may do better in a moment; a server's error is taken at its word."""
+    return outcome in _AGAIN
+
+
+def pause_s(rounds: int, rng: Random) -> float:
+    """Before round ``rounds + 1``: 0.1, 0.2, 0.4 … s with a jitter of half of it."""
+    return float(0.1 * 2 ** (rounds - 1) * rng.uniform(0.75, 1.25))
 
 
 def judge(outcome: Outcome) -> Verdict:

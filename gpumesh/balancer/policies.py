@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name
+from gpumesh.balancer.select import full_name, group_loads, group_of
 from gpumesh.topology import PolicyKind
 
 Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
@@ -27,7 +27,7 @@ def round_robin(candidates: Sequence[Candidate], _demand: Demand, turn: int, _rn
 
 def least_loaded(candidates: Sequence[Candidate], _demand: Demand, turn: int, _rng: Random) -> tuple[str, ...]:
     """By what is in flight there, relative to what the node can run in parallel and to its weight."""
-    loads = _loads(candidates)
+    loads = group_loads(candidates)
     ranked = sorted(_rotated(candidates, turn), key=lambda candidate: _pressure(candidate, loads))
     return tuple(candidate.name for candidate in ranked)
 
@@ -46,7 +46,7 @@ def power_of_two(candidates: Sequence[Candidate], demand: Demand, turn: int, rng
 
 def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: Random) -> tuple[str, ...]:
     """By the predicted time to finish; see ``predicted_s``."""
-    loads = _loads(candidates)
+    loads = group_loads(candidates)
     model = full_name(demand.model) if demand.model is not None else None
     known = [rate for candidate in candidates if (rate := _rate(candidate, model)) is not None]
     # Who was never measured is taken to be as fast as the best: it gets tried, and then it is known.
@@ -54,7 +54,7 @@ def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: R
     ranked = sorted(
         _rotated(candidates, turn),
         key=lambda candidate: (
-            round(predicted_s(candidate, demand, ahead=loads[_group(candidate)], unknown_rate=optimistic), 2),
+            round(predicted_s(candidate, demand, ahead=loads[group_of(candidate)], unknown_rate=optimistic), 2),
             _pressure(candidate, loads),
         ),
     )
@@ -96,19 +96,8 @@ def _rotated(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
     return ordered[start:] + ordered[:start]
 
 
-def _group(candidate: Candidate) -> str:
-    return candidate.group or candidate.name
-
-
-def _loads(candidates: Sequence[Candidate]) -> dict[str, int]:
-    loads: dict[str, int] = {}
-    for candidate in candidates:
-        loads[_group(candidate)] = loads.get(_group(candidate), 0) + candidate.in_flight + candidate.queued
-    return loads
-
-
 def _pressure(candidate: Candidate, loads: Mapping[str, int]) -> float:
-    return loads[_group(candidate)] / ((candidate.limit or 1) * candidate.weight)
+    return loads[group_of(candidate)] / ((candidate.limit or 1) * candidate.weight)
 
 
 POLICIES: Mapping[PolicyKind, Policy] = {

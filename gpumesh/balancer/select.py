@@ -43,7 +43,7 @@ def select(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collecti
     for candidate in candidates:
         if not _can_serve(candidate, demand) or candidate.name in exclude:
             continue
-        place_free = candidate.limit is None or loads[_group(candidate)] < candidate.limit
+        place_free = not demand.place or candidate.limit is None or loads[group_of(candidate)] < candidate.limit
         (now if place_free else later).append(candidate)
     return Selection(tuple(now), tuple(later))
 
@@ -57,15 +57,16 @@ def _can_serve(candidate: Candidate, demand: Demand) -> bool:
     )
 
 
-def _group(candidate: Candidate) -> str:
+def group_of(candidate: Candidate) -> str:
+    """Which GPU this node uses, as a name: its own, unless other nodes share it."""
     return candidate.group or candidate.name
 
 
 def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """What is in flight on each GPU, whichever of its nodes it went through."""
+    """What is in flight or waits on each GPU, whichever of its nodes it went through."""
     loads: dict[str, int] = {}
     for candidate in candidates:
-        loads[_group(candidate)] = loads.get(_group(candidate), 0) + candidate.in_flight
+        loads[group_of(candidate)] = loads.get(group_of(candidate), 0) + candidate.in_flight + candidate.queued
     return loads
 
 

@@ -1,0 +1,104 @@
+"""A chat through the mesh, as chunks of text whatever the server's kind."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from gpumesh.backends.base import ChatRequest, Chunk, Counters, FrameReader, HttpCall
+from gpumesh.backends.dialects import DIALECTS
+from gpumesh.balancer.base import Demand
+from gpumesh.errors import BackendStatus, ModelMissing
+from gpumesh.mesh.answer import Answer
+from gpumesh.topology import BackendKind
+
+
+class Send(Protocol):
+    def __call__(
+        self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float
+    ) -> Awaitable[Answer]: ...
+
+
+class ChatStream:
+    """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last."""
+
+    def __init__(self, send: Send, request: ChatRequest, demand: Demand, timeout_s: float) -> None:
+        self._send = send
+        self._request = request
+        self._demand = demand
+        self._timeout_s = timeout_s
+        self._answer: Answer | None = None
+        self._reader: FrameReader | None = None
+        self._chunks: deque[Chunk] = deque()
+        self._ended = False
+        self.counters: Counters | None = None
+
+    @property
+    def node(self) -> str | None:
+        return None if self._answer is None else self._answer.node
+
+    @property
+    def attempts(self) -> int:
+        return 0 if self._answer is None else self._answer.attempts
+
+    @property
+    def queue_ms(self) -> float:
+        return 0.0 if self._answer is None else self._answer.queue_ms
+
+    async def __aenter__(self) -> Self:
+        await self._start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        if self._answer is not None:
+            await self._answer.aclose()
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Raises StreamCut when the answer stopped short and could not be continued."""
+        if self._answer is None:
+            await self._start()
+        answer, reader = self._answer, self._reader
+        assert answer is not None
+        assert reader is not None
+        while not self._chunks:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                self._take(reader.feed(await anext(answer)))
+            except StopAsyncIteration:
+                self._ended = True
+                self._take(reader.close())
+            except BaseException:
+                # A frame that cannot be read, or the caller's cancel: nobody will read the rest.
+                await answer.aclose()
+                raise
+        return self._chunks.popleft()
+
+    def _take(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self._chunks.append(chunk)
+            if chunk.counters is not None:
+                self.counters = chunk.counters
+
+    async def _start(self) -> None:
+        calls = {kind: dialect.chat(self._request) for kind, dialect in DIALECTS.items()}
+        answer = await self._send(self._demand, calls, timeout_s=self._timeout_s)
+        dialect = DIALECTS[answer.kind]
+        if answer.status >= 400:
+            body = await answer.read()
+            words = dialect.error_text(answer.status, body)
+            if answer.status == 404:
+                raise ModelMissing(self._request.model, hint=f"{answer.node} says: {words}")
+            raise BackendStatus(words, status=answer.status, body=body, node=answer.node)
+        self._reader = dialect.reader(stream=self._request.stream)
+        self._answer = answer

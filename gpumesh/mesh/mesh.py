@@ -1,0 +1,363 @@
+"""The running whole: all nodes, the balancer over them, and requests sent through it. ``gpumesh.Mesh``.
+
+::
+
+    async with Mesh.from_file("mesh.yaml") as mesh:
+        async for chunk in mesh.chat("qwen2.5:7b", "Why is the sky blue?"):
+            print(chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from gpumesh import audit, config
+from gpumesh.backends.base import ChatRequest, HttpCall, Message
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, pause_s, worth_another_round
+from gpumesh.balancer.select import select, why_none
+from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
+from gpumesh.mesh.answer import Answer, Failed, WholeAnswer, attempt
+from gpumesh.mesh.chat import ChatStream
+from gpumesh.mesh.dispatch import Dispatcher
+from gpumesh.mesh.events import Changes
+from gpumesh.mesh.node import Node
+from gpumesh.mesh.upstream import Upstream
+from gpumesh.state import GatewayState, MeshState, total
+from gpumesh.topology import BackendKind, NodeSpec, Topology
+from gpumesh.tunnels.base import ExecResult, Tunnel
+from gpumesh.tunnels.nursery import WorkerPool
+from gpumesh.tunnels.supervisor import Prompter, open_tunnel
+
+
+@dataclass(slots=True)
+class Books:
+    """Every request that was accepted ends in exactly one of the other three."""
+
+    accepted: int = 0
+    served: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.accepted - self.served - self.failed - self.cancelled
+
+
+class Mesh:
+    """Use as an async context manager; inside it the tunnels open by themselves, side by side.
+
+    ``clock`` gives monotonic seconds, ``ask`` answers what a host wants to know from a person (``None``: nobody is
+    there to be asked).
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Random | None = None,
+        ask: Prompter | None = None,
+    ) -> None:
+        self.topology = topology
+        self.books = Books()
+        self.gateway = GatewayState()
+        self._clock = clock
+        self._rng = rng or Random()
+        self._ask = ask
+        self._changes = Changes()
+        self._stack = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._upstream = Upstream()
+        # The probes' own client: short calls, no proxies from the environment, no redirects to elsewhere.
+        self._http = httpx.AsyncClient(
+            trust_env=False, follow_redirects=False, limits=httpx.Limits(max_connections=None), timeout=10.0
+        )
+        self._nodes = {
+            spec.name: Node(
+                spec, clock=clock, http=self._http, changes=self._changes, freed=self._freed, identified=self._regroup
+            )
+            for spec in topology.nodes
+        }
+        self._dispatcher = Dispatcher(
+            self._nodes, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path | None = None) -> Mesh:
+        """The mesh of a mesh.yaml, found as the command line finds it. Raises ConfigError with all problems."""
+        return cls(config.load(Path(path) if path is not None else None))
+
+    # -- lifetime ------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._http)
+            await stack.enter_async_context(self._upstream)
+            workers = await stack.enter_async_context(WorkerPool())
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            stack.callback(self._stop)
+            for node in self._nodes.values():
+                if node.spec.enabled:
+                    tunnel = self._open(node.spec, node, workers)
+                    self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    def _open(self, spec: NodeSpec, node: Node, workers: WorkerPool) -> Tunnel:
+        return open_tunnel(
+            spec, clock=self._clock, rng=self._rng, workers=workers, on_change=node.on_tunnel, ask=self._ask
+        )
+
+    def _stop(self) -> None:
+        self._dispatcher.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def _freed(self) -> None:
+        self._dispatcher.pump()
+
+    def _regroup(self) -> None:
+        """Nodes that share a GPU are balanced as one from the moment at which that is known."""
+        groups = audit.gpu_groups([node.state(0) for node in self._nodes.values()])
+        for node in self._nodes.values():
+            node.group = groups.get(node.name, node.name)
+
+    # -- what is seen --------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> MeshState:
+        states = tuple(
+            node.state(self._dispatcher.queued_for(node.name) if self._dispatcher.queued else 0)
+            for node in self._nodes.values()
+        )
+        noticed = [finding for node in self._nodes.values() for finding in node.probe_findings()]
+        findings = {(finding.code, finding.node): finding for finding in noticed}
+        for finding in audit.findings(self.topology, states):
+            findings.setdefault((finding.code, finding.node), finding)
+        return MeshState(
+            mesh=self.topology.name,
+            at=datetime.now(UTC),
+            gateway=GatewayState(
+                self.gateway.url, self.gateway.state, in_flight=self.in_flight, queued=self._dispatcher.queued
+            ),
+            totals=total(states),
+            nodes=states,
+            findings=tuple(findings.values()),
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were accepted and have not ended, those that wait for a place left out."""
+        return max(self.books.in_flight - self._dispatcher.queued, 0)
+
+    def changes(self) -> AsyncIterator[None]:
+        """Yields at once and then after each change; what happened in between is coalesced."""
+        return self._changes.watch()
+
+    def announce(self, gateway: GatewayState) -> None:
+        """What the gateway over this mesh says about itself, for ``snapshot``."""
+        self.gateway = gateway
+        self._changes.notify()
+
+    async def first_report(self, timeout_s: float) -> MeshState:
+        """The state once every node was probed or found out of reach, or the deadline passed."""
+        waits = [node.wait_reported() for node in self._nodes.values()]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            pass  # what is known by then is the report
+        return self.snapshot()
+
+    async def wait_usable(self, model: str | None = None, *, timeout_s: float, node: str | None = None) -> str:
+        """The name of the first node that can serve this model, as soon as one can.
+
+        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed.
+        """
+        demand = Demand(model=model, node=self._known(node))
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for _ in self.changes():
+                    now = self._clock()
+                    candidates = [entry.candidate(now) for entry in self._nodes.values()]
+                    found = select(candidates, demand)
+                    if found.now or found.later:
+                        return (found.now or found.later)[0].name
+                    if all(entry.reported for entry in self._nodes.values() if demand.node in (None, entry.name)):
+                        raise self._why_none(demand)
+        except TimeoutError:
+            pass
+        raise self._why_none(demand)
+
+    def usable(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
+        """The names of the nodes of these kinds that take work now, or would when they have a free place."""
+        now = self._clock()
+        candidates = [node.candidate(now) for node in self._nodes.values()]
+        return tuple(candidate.name for candidate in candidates if candidate.usable and candidate.kind in kinds)
+
+    def _why_none(self, demand: Demand) -> GPUMeshError:
+        now = self._clock()
+        error = why_none([node.candidate(now) for node in self._nodes.values()], demand)
+        if type(error) is not NoNodeError:
+            return error
+        states = [node.state(0) for node in self._nodes.values() if demand.node in (None, node.name)]
+        reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
+        return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    async def send(self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float) -> Answer:
+        """Sends a request to the best node, to others while nodes fail it, until one answers.
+
+        ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that every
+        node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
+        """
+        if not demand.place:
+            return await self._send(demand, calls, timeout_s)
+        self.books.accepted += 1
+        try:
+            answer = await self._send(demand, calls, timeout_s)
+        except asyncio.CancelledError:
+            self._ended(Outcome.CLIENT_GONE)
+            raise
+        except BaseException:
+            self._ended(Outcome.UNREACHABLE)
+            raise
+        if isinstance(answer, WholeAnswer):
+            self._ended(Outcome.SERVED if answer.status < 500 else Outcome.SERVER_ERROR)
+        else:
+            answer.on_end = self._ended
+        return answer
+
+    def _ended(self, outcome: Outcome) -> None:
+        if outcome in (Outcome.SERVED, Outcome.CLIENT_ERROR):
+            self.books.served += 1
+        elif outcome is Outcome.CLIENT_GONE:
+            self.books.cancelled += 1
+        else:
+            self.books.failed += 1
+        self._changes.notify()
+
+    async def _send(self, demand: Demand, calls: Mapping[BackendKind, HttpCall], timeout_s: float) -> Answer:
+        deadline = self._clock() + timeout_s
+        exclude: frozenset[str] = frozenset()
+        failures: list[Failed] = []
+        waited_s = 0.0
+        rounds = 1
+        while True:
+            asked = self._clock()
+            try:
+                lease = await self._dispatcher.acquire(demand, exclude=exclude, timeout_s=deadline - asked)
+            except NoNodeError:
+                if not failures:
+                    raise self._why_none(demand) from None
+                retry = frozenset(failed.node for failed in failures if worth_another_round(failed.outcome))
+                if not retry & exclude or rounds >= MAX_ROUNDS:
+                    return self._give_up(failures, waited_s)
+                await asyncio.sleep(pause_s(rounds, self._rng))
+                rounds += 1
+                exclude -= retry
+                continue
+            waited_s += self._clock() - asked
+            result = await attempt(
+                self._upstream,
+                lease,
+                calls[lease.node.kind],
+                timeout_s=deadline - self._clock(),
+                monotonic=self._clock,
+            )
+            if isinstance(result, Failed):
+                failures.append(result)
+                if not judge(result.outcome).move_on:
+                    raise result.error
+                exclude |= {result.node}
+                continue
+            return _with_fate(result, len(failures) + 1, waited_s)
+
+    def _give_up(self, failures: Sequence[Failed], waited_s: float) -> Answer:
+        """Everybody failed: the server's own words if any gave some, else what happened on each node."""
+        for failed in reversed(failures):
+            if failed.answer is not None:
+                return _with_fate(failed.answer, len(failures), waited_s)
+        last = {failed.node: failed.error.message for failed in failures}
+        told = "; ".join(f"{node}: {message}" for node, message in last.items())
+        raise NoNodeError(f"every node that could serve this has failed it ({told})")
+
+    def chat(
+        self,
+        request: ChatRequest | str,
+        messages: str | Sequence[Message] = (),
+        *,
+        node: str | None = None,
+        priority: Priority = Priority.NORMAL,
+        session: str | None = None,
+        timeout_s: float | None = None,
+    ) -> ChatStream:
+        """A chat with a model; the answer's chunks as they come. Also an async context manager: leaving it early
+        stops the generation on the host.
+
+        Raises, at the first step, what ``send`` raises, and BackendStatus for a request that the server refuses.
+        """
+        if isinstance(request, str):
+            said = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
+            request = ChatRequest(request, said)
+        demand = Demand(model=request.model, node=self._known(node), priority=priority, session=session)
+        return ChatStream(self.send, request, demand, timeout_s or self.topology.gateway.timeout_s)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    async def exec(self, node: str, argv: Sequence[str], *, timeout_s: float) -> ExecResult:
+        """Runs a command on a node's host. Raises TunnelDown and ExecError."""
+        return await self.tunnel(node).exec(argv, timeout_s=timeout_s)
+
+    def tunnel(self, node: str) -> Tunnel:
+        """Raises UsageError for a node that mesh.yaml does not have or that is disabled in it."""
+        tunnel = self._node(node).tunnel
+        if tunnel is None:
+            raise UsageError(f"node {node!r} is disabled in mesh.yaml")
+        return tunnel
+
+    def drain(self, node: str) -> None:
+        """No new work to this node; what runs there ends by itself."""
+        self._node(node).draining = True
+        self._freed()
+        self._changes.notify()
+
+    def resume(self, node: str) -> None:
+        self._node(node).draining = False
+        self._freed()
+        self._changes.notify()
+
+    def _node(self, name: str) -> Node:
+        self._known(name)
+        return self._nodes[name]
+
+    def _known(self, name: str | None) -> str | None:
+        if name is not None and name not in self._nodes:
+            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
+        return name
+
+
+def _with_fate(answer: Answer, attempts: int, waited_s: float) -> Answer:
+    answer.attempts = attempts
+    answer.queue_ms = waited_s * 1000.0
+    return answer
+
+
+__all__ = ["Books", "DeadlineExceeded", "Mesh"]

@@ -1,0 +1,57 @@
+"""What a node produces, counted as it passes by: tokens/s over the last seconds, and smoothed rates per model.
+
+An NDJSON line or an SSE event of a generating request is about one token; the exact figures come from the server's own
+counters at the end of each answer. This is for people who watch, and for ranking; benchmarks use the counters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+WINDOW_S = 5.0
+BUCKET_S = 0.25
+SMOOTHING = 0.3  # weight of the newest figure; a change of load is half forgotten after two answers
+
+
+class RateMeter:
+    """Events per second over a sliding window."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._buckets: deque[list[float]] = deque()
+
+    def add(self, count: int) -> None:
+        now = self._clock()
+        if self._buckets and now - self._buckets[-1][0] < BUCKET_S:
+            self._buckets[-1][1] += count
+            return
+        self._buckets.append([now, float(count)])
+        self._trim(now)
+
+    def _trim(self, now: float) -> None:
+        while self._buckets and now - self._buckets[0][0] > WINDOW_S:
+            self._buckets.popleft()
+
+    def rate(self) -> float:
+        """Per second, over the part of the window since the first event in it, at least one second."""
+        now = self._clock()
+        self._trim(now)
+        if not self._buckets:
+            return 0.0
+        span = max(now - self._buckets[0][0], 1.0)
+        return sum(count for _, count in self._buckets) / span
+
+
+class Smoothed:
+    """Exponentially weighted means by name; bounded, the oldest forgotten first."""
+
+    def __init__(self, bound: int = 256) -> None:
+        self._bound = bound
+        self.values: dict[str, float] = {}
+
+    def add(self, name: str, value: float) -> None:
+        old = self.values.pop(name, None)
+        self.values[name] = value if old is None else old + SMOOTHING * (value - old)
+        while len(self.values) > self._bound:
+            self.values.pop(next(iter(self.values)))
