@@ -1,0 +1,59 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.balancer.breaker import FIRST_OPEN_S, LONGEST_OPEN_S, THRESHOLD, Breaker, BreakerPhase
+
+
+def opened(at: float = 0.0) -> Breaker:
+    breaker = Breaker()
+    for _ in range(THRESHOLD):
+        breaker = breaker.failed(at)
+    return breaker
+
+
+def test_it_opens_after_failures_in_a_row_only() -> None:
+    breaker = Breaker()
+    for _ in range(10):
+        breaker = breaker.failed(0.0).failed(0.0).succeeded()
+    assert breaker.phase(0.0) is BreakerPhase.CLOSED
+    assert opened().phase(0.0) is BreakerPhase.OPEN
+    assert not opened().allows(0.5)
+
+
+def test_half_open_lets_one_trial_through_at_a_time() -> None:
+    breaker = opened()
+    now = FIRST_OPEN_S
+    assert breaker.allows(now)
+    breaker = breaker.started(now)
+    assert not breaker.allows(now)
+    assert breaker.undecided().allows(now), "the client left: the next may try"
+    assert breaker.succeeded().phase(now) is BreakerPhase.CLOSED
+
+
+def test_each_failed_trial_waits_longer_up_to_a_bound() -> None:
+    breaker, now, pauses = opened(), 0.0, []
+    for _ in range(8):
+        assert breaker.open_until is not None
+        now = breaker.open_until
+        breaker = breaker.started(now).failed(now)
+        assert breaker.open_until is not None
+        pauses.append(breaker.open_until - now)
+    assert pauses[:3] == [2.0, 4.0, 8.0]
+    assert max(pauses) == LONGEST_OPEN_S
+
+
+@given(st.lists(st.tuples(st.sampled_from(["start", "ok", "fail", "undecided"]), st.floats(0, 40))))
+def test_it_never_stays_shut_for_ever(steps: list[tuple[str, float]]) -> None:
+    breaker, now = Breaker(), 0.0
+    for step, later in steps:
+        now += later
+        match step:
+            case "start":
+                breaker = breaker.started(now)
+            case "ok":
+                breaker = breaker.succeeded()
+            case "fail":
+                breaker = breaker.failed(now)
+            case "undecided":
+                breaker = breaker.undecided()
+    assert breaker.undecided().allows(now + LONGEST_OPEN_S)

@@ -1,0 +1,50 @@
+import random
+
+import pytest
+
+from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, of_status, pause_s, worth_another_round
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        (200, Outcome.SERVED),
+        (206, Outcome.SERVED),
+        (400, Outcome.CLIENT_ERROR),
+        (401, Outcome.CLIENT_ERROR),
+        (403, Outcome.CLIENT_ERROR),
+        (404, Outcome.MODEL_NOT_FOUND),
+        (413, Outcome.CLIENT_ERROR),
+        (429, Outcome.BUSY),
+        (499, Outcome.CLIENT_ERROR),
+        (500, Outcome.SERVER_ERROR),
+        (502, Outcome.SERVER_ERROR),
+        (503, Outcome.SERVER_ERROR),
+        (504, Outcome.SERVER_ERROR),
+        (501, Outcome.CLIENT_ERROR),
+    ],
+)
+def test_what_a_status_means(status: int, outcome: Outcome) -> None:
+    assert of_status(status, model_asked=True) is outcome
+
+
+def test_404_without_a_model_is_the_clients() -> None:
+    assert of_status(404, model_asked=False) is Outcome.CLIENT_ERROR
+
+
+def test_every_outcome_is_judged_and_only_the_nodes_own_faults_count_against_it() -> None:
+    faults = {outcome for outcome in Outcome if judge(outcome).fault}
+    assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT}
+    for outcome in Outcome:
+        assert judge(outcome).move_on or not judge(outcome).fault
+
+
+def test_only_what_a_moment_may_mend_is_asked_again() -> None:
+    again = {outcome for outcome in Outcome if worth_another_round(outcome)}
+    assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BUSY}
+    assert all(judge(outcome).move_on for outcome in again)
+
+
+def test_pauses_grow_and_stay_short_of_a_persons_patience() -> None:
+    rng = random.Random(3)
+    assert sum(pause_s(number, rng) for number in range(1, MAX_ROUNDS)) < 2.0

@@ -1,0 +1,89 @@
+import pytest
+
+from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.balancer.select import full_name, group_loads, has_model, same_model, select, why_none
+from gpumesh.errors import ModelMissing, NoNodeError
+from gpumesh.topology import BackendKind
+
+
+def node(name: str, **given: object) -> Candidate:
+    fields: dict[str, object] = {"kind": BackendKind.OLLAMA, "usable": True, "models": frozenset({"m:latest"})}
+    return Candidate(name=name, **{**fields, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "full"),
+    [
+        ("qwen2.5", "qwen2.5:latest"),
+        ("qwen2.5:7b", "qwen2.5:7b"),
+        ("Qwen2.5:7B", "qwen2.5:7b"),
+        ("host:5000/lib/m", "host:5000/lib/m:latest"),
+        (" m ", "m:latest"),
+    ],
+)
+def test_a_model_without_a_tag_is_latest(asked: str, full: str) -> None:
+    assert full_name(asked) == full
+    assert same_model(asked, full)
+
+
+def test_only_nodes_that_are_up_speak_the_api_and_have_the_model() -> None:
+    nodes = [
+        node("good"),
+        node("down", usable=False),
+        node("other", models=frozenset({"n:latest"})),
+        node("openai", kind=BackendKind.OPENAI),
+        node("unlisted", models=None),
+    ]
+    found = select(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
+    assert {candidate.name for candidate in found.now} == {"good", "unlisted"}
+    assert found.later == ()
+
+
+def test_a_node_at_its_limit_comes_later_and_its_gpu_counts_for_all_ways_to_it() -> None:
+    nodes = [
+        node("a", in_flight=1, limit=2, group="gpu1"),
+        node("b", in_flight=1, limit=2, group="gpu1"),
+        node("c", in_flight=1, limit=2),
+    ]
+    assert group_loads(nodes) == {"gpu1": 2, "c": 1}
+    found = select(nodes, Demand("m"))
+    assert [candidate.name for candidate in found.now] == ["c"]
+    assert {candidate.name for candidate in found.later} == {"a", "b"}
+
+
+def test_what_costs_no_inference_needs_no_place() -> None:
+    full = [node("a", in_flight=5, limit=1)]
+    assert select(full, Demand("m", place=False)).now == tuple(full)
+
+
+def test_a_node_that_failed_this_request_is_left_out() -> None:
+    assert select([node("a")], Demand("m"), exclude={"a"}).now == ()
+
+
+@pytest.mark.parametrize(
+    ("demand", "kind", "words"),
+    [
+        (Demand("m", node="nowhere"), NoNodeError, "no node 'nowhere'"),
+        (Demand("m", node="down"), NoNodeError, "'down' is not usable"),
+        (Demand("absent"), ModelMissing, "absent"),
+        (Demand("m", frozenset({BackendKind.OPENAI})), NoNodeError, "speaks this API"),
+    ],
+)
+def test_the_reason_why_nobody_can_is_the_true_one(demand: Demand, kind: type[Exception], words: str) -> None:
+    error = why_none([node("a"), node("down", usable=False)], demand)
+    assert type(error) is kind
+    assert words in error.message
+
+
+def test_a_missing_model_names_what_there_is_and_who_would_have_it() -> None:
+    nodes = [node("a"), node("away", usable=False, models=frozenset({"big:70b"}))]
+    error = why_none(nodes, Demand("big:70b"))
+    assert isinstance(error, ModelMissing)
+    assert error.hint is not None
+    assert "away" in error.hint
+    assert "m:latest" in error.hint
+    assert error.available == ("m:latest",)
+
+
+def test_no_demand_for_a_model_is_met_by_all() -> None:
+    assert has_model(node("a"), None)
