@@ -1,0 +1,85 @@
+"""The background mesh's process: ``python -m gpumesh.daemon``, started by ``detach.spawn`` and by nothing else.
+
+It tells its parent through a pipe once it serves, or why it cannot: one message of the control protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from gpumesh import config
+from gpumesh.daemon import loop, messages, paths
+from gpumesh.daemon.host import Stop, UpOptions, applied, hosted
+from gpumesh.daemon.lock import MeshLock
+from gpumesh.errors import ExitCode, GPUMeshError
+
+log = logging.getLogger(__name__)
+
+
+class Readiness:
+    """The parent's pipe. It may be gone: then nobody waits."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def tell(self, message: messages.Reply) -> None:
+        if self._descriptor is None:
+            return
+        with suppress(OSError):
+            os.write(self._descriptor, messages.encode(message))
+        os.close(self._descriptor)
+        self._descriptor = None
+
+
+async def serve(config_file: Path, options: UpOptions, ready: Readiness) -> None:
+    """Until SIGTERM, SIGINT or ``Down``."""
+    topology = applied(config.load(config_file), options)
+    where = paths.for_config(config_file)
+    MeshLock.take(where)  # held until this process ends: that is what `down` waits for
+    stop = Stop()
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stop.ask)
+    async with hosted(topology, where, gateway=options.gateway, stop=stop):
+        ready.tell(messages.End())
+        await stop.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpumesh.daemon")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--no-gateway", action="store_true")
+    parser.add_argument("--listen")
+    parser.add_argument("--node", action="append", default=[])
+    arguments = parser.parse_args()
+    options = UpOptions(tuple(arguments.node), not arguments.no_gateway, arguments.listen)
+    # The terminal that started it may close; what is written to it then must not end the mesh.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(arguments.ready_fd, False)
+    ready = Readiness(arguments.ready_fd)
+    try:
+        loop.run(serve(arguments.config, options, ready))
+    except GPUMeshError as error:
+        log.error(  # noqa: TRY400  # the sentence is the reason; a trace would say nothing more
+            "the mesh ended: %s", error.message, extra={"event": "failed", "node": error.node}
+        )
+        ready.tell(messages.to_error(error))
+        return int(error.exit_code)
+    except BaseExceptionGroup as group:
+        # The mesh's task groups wrap what ended them; the parent can show one reason, the log has all.
+        log.critical("the mesh ended", exc_info=group)
+        ready.tell(messages.Error("failed", f"the mesh ended: {group!r}", "`gpumesh logs` has the details"))
+        return int(ExitCode.FAILED)
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

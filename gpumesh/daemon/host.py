@@ -1,0 +1,133 @@
+"""The running whole in one process: log, mesh, control socket and gateway, opened in this order and closed in the other.
+ `up` shows a table over it, the background process only runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from gpumesh.daemon import journal
+from gpumesh.daemon.control import ControlServer
+from gpumesh.daemon.local import LocalSession
+from gpumesh.daemon.paths import MeshPaths
+from gpumesh.errors import UsageError
+from gpumesh.state import MeshState
+from gpumesh.topology import Topology
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+JOURNAL_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """``nodes``: only these, all if empty. ``listen``: instead of what mesh.yaml says, ``host:port``."""
+
+    nodes: tuple[str, ...] = ()
+    gateway: bool = True
+    listen: str | None = None
+
+
+class Stop:
+    """Asked for once or more, by a signal or over the control socket; the first says how long draining may take."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self.drain_s = DRAIN_S
+
+    def ask(self, drain_s: float = DRAIN_S) -> None:
+        if not self._asked.is_set():
+            self.drain_s = max(drain_s, 0.0)
+            self._asked.set()
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+
+def applied(topology: Topology, options: UpOptions) -> Topology:
+    """The topology as `up`'s arguments narrow it. Raises UsageError."""
+    names = [node.name for node in topology.nodes]
+    for name in options.nodes:
+        if name not in names:
+            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(names)}")
+    if options.nodes:
+        topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
+    if options.listen is not None:
+        host, port = parse_listen(options.listen)
+        topology = replace(topology, gateway=replace(topology.gateway, host=host, port=port))
+    return topology
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """``127.0.0.1:11430``, ``[::1]:11430`` or ``:11430``. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise UsageError(f"--listen {text!r} is no HOST:PORT", hint="for example --listen 127.0.0.1:11430")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+@asynccontextmanager
+async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: Stop) -> AsyncGenerator[LocalSession]:
+    """Runs the mesh for as long as the context is open; leaving it drains (``stop.drain_s`` at most) and closes.
+
+    The caller holds the mesh's lock (``MeshLock.take``) and keeps it to the end of its process.
+    """
+    from gpumesh.gateway.app import Gateway
+    from gpumesh.mesh.mesh import Mesh
+
+    async with AsyncExitStack() as stack:
+        stack.callback(paths.remove)
+        handler = journal.write_to(paths.log)
+        stack.callback(journal.stop_writing, handler)
+        log.info("the mesh %s starts, %d nodes", topology.name, len(topology.nodes), extra={"event": "start"})
+        stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
+        mesh = await stack.enter_async_context(Mesh(topology))
+        session = LocalSession(mesh)
+        writing = asyncio.create_task(_write_journal(session), name="journal")
+        stack.push_async_callback(_ended, writing)
+        await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
+        async with AsyncExitStack() as serving:
+            if gateway:
+                server = await serving.enter_async_context(Gateway(mesh))
+                log.info("the gateway serves at %s", server.url, extra={"event": "gateway"})
+            yield session
+            session.refuse_new()
+            log.info("draining, %.0f s at most", stop.drain_s, extra={"event": "drain"})
+            if gateway:
+                server.drain_s = stop.drain_s
+            began = asyncio.get_running_loop().time()
+        spent_s = asyncio.get_running_loop().time() - began
+        await drained(session, max(stop.drain_s - spent_s, 0.0))
+
+
+async def drained(session: LocalSession, timeout_s: float) -> None:
+    """Returns when nothing is in flight or waits any more, or the time is over."""
+    try:
+        async with asyncio.timeout(timeout_s), aclosing(session.watch(0.05)) as states:
+            async for state in states:
+                if not in_flight(state):
+                    return
+    except TimeoutError:
+        log.warning("%d requests did not end in %.0f s and are cut", in_flight(session.mesh.snapshot()), timeout_s)
+
+
+def in_flight(state: MeshState) -> int:
+    return state.gateway.in_flight + state.gateway.queued
+
+
+async def _write_journal(session: LocalSession) -> None:
+    last: MeshState | None = None
+    async with aclosing(session.watch(JOURNAL_EVERY_S)) as states:
+        async for state in states:
+            for event in journal.changes(last, state):
+                journal.emit(event)
+            last = state
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,121 @@
+"""One mesh for one mesh.yaml: an flock on a file that holds the owner's pid.
+
+The kernel drops the lock when its process ends, however it ends; so a lock that can be taken means that whatever else
+lies in the folder is stale. The lock is not released before the process ends: who waits for it waits for that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from gpumesh.daemon.paths import MeshPaths
+from gpumesh.errors import MeshAlreadyRunning
+
+
+class MeshLock:
+    """Held from ``take`` to ``release`` or to the end of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def take(cls, paths: MeshPaths) -> Self:
+        """Raises MeshAlreadyRunning, naming the pid, when another process has it."""
+        while True:
+            paths.make()
+            try:
+                descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # another `down` took the folder away in between
+            try:
+                if not _try_lock(descriptor):
+                    raise MeshAlreadyRunning(
+                        f"the mesh of {paths.config} runs already{_words(_pid_in(descriptor))}",
+                        hint="`gpumesh status` shows it, `gpumesh down` stops it",
+                    )
+                if _is_at(descriptor, paths.lock):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                    return cls(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # the file was unlinked by its last owner before we had the lock: make a new one
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+class LockWatch:
+    """Another process's lock, opened while it holds it: to learn its pid and when it has ended."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def open(cls, paths: MeshPaths) -> Self | None:
+        """``None`` when there is no lock file."""
+        try:
+            return cls(os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+
+    @property
+    def held(self) -> bool:
+        """Asking takes the lock for an instant when it is free."""
+        if not _try_lock(self._descriptor):
+            return True
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return False
+
+    @property
+    def pid(self) -> int | None:
+        return _pid_in(self._descriptor)
+
+    def sweep(self, paths: MeshPaths) -> bool:
+        """If its owner is gone, removes what it left behind. True when nobody holds the lock."""
+        if not _try_lock(self._descriptor):
+            return False
+        if _is_at(self._descriptor, paths.lock):
+            paths.remove()
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return True
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at that path."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _pid_in(descriptor: int) -> int | None:
+    text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    return int(text) if text.isdecimal() and text.isascii() else None
+
+
+def _words(pid: int | None) -> str:
+    return "" if pid is None else f" (pid {pid})"

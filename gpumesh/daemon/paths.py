@@ -1,0 +1,70 @@
+"""Where a running mesh keeps its socket and lock, and its log: one folder for each mesh.yaml.
+
+The runtime folder is gone after `down`; the log stays, so that one can read why the last mesh ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpumesh.config import environment
+from gpumesh.errors import GPUMeshError
+
+# sun_path holds 108 bytes on Linux and 104 on macOS and the BSDs, its closing NUL included.
+SOCKET_PATH_LIMIT = 103
+
+
+@dataclass(frozen=True, slots=True)
+class MeshPaths:
+    """All for one mesh.yaml. Nothing is created before ``make``."""
+
+    config: Path
+    folder: Path
+    log: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "control.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "lock"
+
+    def make(self) -> None:
+        """The runtime folder, for this user alone. Raises GPUMeshError where that cannot be had."""
+        if len(str(self.socket).encode()) > SOCKET_PATH_LIMIT:
+            raise GPUMeshError(
+                f"the control socket's path is longer than a Unix socket's may be: {self.socket}",
+                hint="set XDG_RUNTIME_DIR to a folder with a shorter path",
+            )
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise GPUMeshError(
+                f"cannot use the runtime folder {self.folder}: {error.strerror}",
+                hint="set XDG_RUNTIME_DIR to a folder of your own",
+            ) from error
+
+    def remove(self) -> None:
+        """Takes away what the mesh left. Only for whoever holds the lock."""
+        with suppress(OSError):
+            self.socket.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def for_config(config: Path) -> MeshPaths:
+    """The paths for this mesh.yaml, the same whichever way (relative, by a link) it was named."""
+    resolved = config.resolve()
+    key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return MeshPaths(
+        config=resolved,
+        folder=environment.runtime_dir() / key,
+        log=environment.state_dir() / "logs" / f"{key}.jsonl",
+    )
