@@ -64,8 +64,13 @@ def _read(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (inner,) = (argument for argument in get_args(kind) if argument is not type(None))
-        return _read(inner, value)
+        inner = [argument for argument in get_args(kind) if argument is not type(None)]
+        for argument in inner[:-1]:  # of several (bool | str) the first that fits
+            try:
+                return _read(argument, value)
+            except ValueError:
+                continue
+        return _read(inner[-1], value)
     if origin is tuple:
         arguments = get_args(kind)
         if not isinstance(value, list):
