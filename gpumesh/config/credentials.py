@@ -1,0 +1,45 @@
+"""The only reader of secrets. They live in environment variables; mesh.yaml and the specs know only their names."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from gpumesh.errors import SecretMissing
+
+# Variables that by their name hold a secret: their values enter neither the specs nor anything printed.
+_SECRET_NAME = re.compile(
+    r"(^|_)(PASSWORD|PASSWD|PASS|PASSPHRASE|SECRET|SECRET_?KEY|TOKEN|API_?KEY|ACCESS_?KEY|CREDENTIALS?)$",
+    re.IGNORECASE,
+)
+
+
+def secret(variable: str, *, node: str | None = None) -> str:
+    """The secret in ``variable``. Raises SecretMissing, naming the variable, when it is not set or empty."""
+    value = os.environ.get(variable, "")
+    if not value:
+        state = "empty" if variable in os.environ else "not set"
+        raise SecretMissing(
+            f"the variable {variable} is {state}, but mesh.yaml names it for a secret",
+            hint=f"set it before starting gpumesh, for example: export {variable}=…",
+            node=node,
+        )
+    return value
+
+
+def is_set(variable: str) -> bool:
+    """Whether ``secret`` would find something; does not tell what."""
+    return bool(os.environ.get(variable))
+
+
+def names_secret(variable: str) -> bool:
+    """Whether a variable's name says that it holds a secret (``RUNPOD_API_KEY``, ``DB_PASSWORD``)."""
+    return _SECRET_NAME.search(variable) is not None
+
+
+def mask(text: str) -> str:
+    """``text`` without the value of any variable that by its name holds a secret."""
+    values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 6}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "********")
+    return text

@@ -1,0 +1,118 @@
+"""Which file is meant, and which address: needs neither yaml nor pydantic, so that quick commands stay quick."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+
+from gpumesh.config import environment
+from gpumesh.errors import UsageError
+
+FILE_NAME = "mesh.yaml"
+DEFAULT_HOST = "127.0.0.1"
+
+_HOST_PORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:\[\]]*):)?(?P<port>\d{1,6})")
+
+
+def find(explicit: Path | None = None) -> Path:
+    """The mesh.yaml to use, resolved: ``explicit``, else ``$GPUMESH_CONFIG``, else ``./mesh.yaml``, else the
+    platform's folder. Raises UsageError when there is none, or when the one that was named is not a file."""
+    if explicit is not None:
+        return _named(Path(explicit), "")
+    variable = environment.get("GPUMESH_CONFIG")
+    if variable is not None:
+        return _named(Path(variable), " (named by $GPUMESH_CONFIG)")
+    here = Path(FILE_NAME)
+    platform = environment.config_folder() / FILE_NAME
+    for candidate in (here, platform):
+        if _exists(candidate):
+            return _named(candidate, "")
+    hint = "`gpumesh init` writes one, `gpumesh demo` needs none, `--config FILE` names one"
+    if _exists(Path("mesh.yml")):
+        hint = "there is a mesh.yml here: rename it to mesh.yaml, or name it with --config"
+    raise UsageError(f"there is no {FILE_NAME}: neither here nor at {platform}", hint=hint)
+
+
+def listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
+    """``HOST:PORT`` or ``PORT`` for the gateway. Raises UsageError when it is not one, or when it would be open to
+    other machines with no key to keep them out."""
+    try:
+        host, port = split_listen(text)
+    except ValueError as error:
+        raise UsageError(f"{text[:80]!r} {error}") from error
+    if api_key_env is None and not is_loopback(host):
+        raise UsageError(f"listening on {host} {OPEN_TO_ALL}", hint=OPEN_HINT)
+    return host, port
+
+
+OPEN_TO_ALL = "lets other machines use your GPUs, and no API key is asked for"
+OPEN_HINT = "name the variable that holds the key in gateway.api_key_env, or listen on 127.0.0.1"
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Raises ValueError whose text completes a sentence that begins with the value."""
+    match = _HOST_PORT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("is not HOST:PORT, such as 127.0.0.1:11430 or [::1]:11430")
+    port = int(match["port"])
+    if port > 65535:
+        raise ValueError(f"has port {port}, which is not between 0 and 65535")
+    host = match["host"]
+    if host is None:
+        return DEFAULT_HOST, port
+    if host == "":
+        raise ValueError(f"does not say on which address: write 127.0.0.1:{port}, or 0.0.0.0:{port} for all")
+    if host.startswith("["):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("has no IPv6 address between [ and ]") from None
+    elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}", host):
+        raise ValueError("has a host that is neither a name nor an address")
+    return host, port
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def shown(path: Path) -> str:
+    """A path as a person would name it: relative when it lies below the current folder."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something has that name: a link that leads nowhere must be told of, not passed over."""
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def _named(path: Path, whence: str) -> Path:
+    try:
+        if path.is_dir():
+            inner = path / FILE_NAME
+            hint = f"did you mean {shown(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
+            raise UsageError(f"{path}{whence} is a folder, not a {FILE_NAME}", hint=hint)
+        if not path.exists():
+            raise UsageError(
+                f"{path}{whence} does not exist",
+                hint="`gpumesh init` writes one" if not path.is_symlink() else "it is a link that leads nowhere",
+            )
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"cannot use {str(path)!r}{whence}: {reason}") from error
