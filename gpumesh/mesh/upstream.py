@@ -54,6 +54,7 @@ class UpstreamResponse:
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
+            self._response.close()
             raise StreamCut(f"the answer stopped short: {_words(error)}", node=self._node) from error
 
     def abort(self) -> None:

@@ -1,0 +1,103 @@
+"""A server that does exactly what a test scripts, byte by byte, on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+Script = Callable[["Exchange"], Awaitable[None]]
+
+
+@dataclass
+class Exchange:
+    """One request on a connection. ``number`` counts the requests of this connection from 1."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    head: bytes
+    body: bytes
+    number: int
+    over: bool = False
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    def reset(self) -> None:
+        """RST rather than FIN."""
+        self.writer.transport.abort()
+        self.over = True
+
+    def close(self) -> None:
+        self.writer.close()
+        self.over = True
+
+    async def client_gone(self) -> None:
+        """Returns when the client has closed its side."""
+        await self.reader.read(1)
+
+
+@dataclass
+class Scripted:
+    url: str
+    port: int
+    connections: int = 0
+    requests: list[Exchange] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def serve(script: Script) -> AsyncIterator[Scripted]:
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        scripted.connections += 1
+        try:
+            number = 0
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+                )
+                number += 1
+                exchange = Exchange(reader, writer, head, await reader.readexactly(length), number)
+                scripted.requests.append(exchange)
+                await script(exchange)
+                if exchange.over:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    scripted = Scripted(f"http://127.0.0.1:{port}", port)
+    try:
+        yield scripted
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()
+
+
+def whole(body: bytes, *, status: str = "200 OK", kind: str = "application/json") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def chunked_head(kind: str = "application/x-ndjson") -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+LAST_CHUNK = b"0\r\n\r\n"

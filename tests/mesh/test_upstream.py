@@ -1,0 +1,169 @@
+"""Against real sockets: what a backend can do to a request, and what becomes of the connection."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.errors import BackendUnreachable, StreamCut
+from gpumesh.mesh.upstream import Upstream, UpstreamResponse
+from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+
+CALL = HttpCall("POST", "/api/chat?x=1", b'{"model": "m"}', (("Content-Type", "application/json"),))
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    async with asyncio.timeout(20), Upstream() as upstream:
+        yield upstream
+
+
+async def send(upstream: Upstream, url: str) -> UpstreamResponse:
+    headers = [*CALL.headers, ("Host", "127.0.0.1:11434")]
+    return await upstream.request(url, CALL, headers, node="n", server_name=None)
+
+
+async def read_all(response: UpstreamResponse) -> bytes:
+    pieces = []
+    while data := await response.read():
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+async def test_the_request_arrives_as_given_and_the_connection_is_used_again(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(whole(b'{"n": %d}' % exchange.number))
+
+    async with serve(script) as server:
+        for number in (1, 2, 3):
+            response = await send(upstream, server.url)
+            assert response.status == 200
+            assert response.content_type == "application/json"
+            assert await read_all(response) == b'{"n": %d}' % number
+        assert server.connections == 1
+        request = server.requests[0]
+        assert request.head.startswith(b"POST /api/chat?x=1 HTTP/1.1\r\n")
+        assert b"Host: 127.0.0.1:11434\r\n" in request.head
+        assert request.body == CALL.body
+
+
+async def test_a_kept_connection_that_went_stale_is_replaced_unseen(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        if exchange.number == 2:
+            exchange.reset()
+            return
+        await exchange.send(whole(b"{}"))
+
+    async with serve(script) as server:
+        for _ in range(6):
+            assert await read_all(await send(upstream, server.url)) == b"{}"
+        assert server.connections == 6
+
+
+@pytest.mark.parametrize("end", ["reset", "close"])
+async def test_no_answer_on_a_new_connection_is_the_backends_failure(upstream: Upstream, end: str) -> None:
+    async def script(exchange: Exchange) -> None:
+        getattr(exchange, end)()
+
+    async with serve(script) as server:
+        with pytest.raises(BackendUnreachable) as failed:
+            await send(upstream, server.url)
+        assert failed.value.node == "n"
+        assert server.connections == 1
+
+
+async def test_refused(upstream: Upstream) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(BackendUnreachable):
+            await send(upstream, f"http://127.0.0.1:{taken.getsockname()[1]}")
+
+
+async def test_nonsense_instead_of_http_is_the_backends_failure(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+    async with serve(script) as server:
+        with pytest.raises(BackendUnreachable):
+            await send(upstream, server.url)
+
+
+@pytest.mark.parametrize("style", ["short body", "no last chunk", "reset in the body"])
+async def test_a_body_that_stops_short_is_cut(upstream: Upstream, style: str) -> None:
+    async def script(exchange: Exchange) -> None:
+        if style == "short body":
+            await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc")
+            exchange.close()
+            return
+        await exchange.send(chunked_head() + chunk(b"abc"))
+        if style == "reset in the body":
+            await exchange.client_gone()
+            exchange.reset()
+        else:
+            exchange.close()
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        assert await response.read() == b"abc"
+        if style == "reset in the body":
+            server.requests[0].reset()
+        with pytest.raises(StreamCut):
+            await response.read()
+
+
+async def test_pieces_come_as_they_are_sent(upstream: Upstream) -> None:
+    go_on = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked_head() + chunk(b"one\n"))
+        await go_on.wait()
+        await exchange.send(chunk(b"two\n") + LAST_CHUNK)
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        assert await response.read() == b"one\n"
+        go_on.set()
+        assert await response.read() == b"two\n"
+        assert await response.read() == b""
+
+
+async def test_abort_and_cancel_close_the_connection(upstream: Upstream) -> None:
+    gone = asyncio.Semaphore(0)
+
+    async def script(exchange: Exchange) -> None:
+        if b"x=1" in exchange.head and exchange.number == 1 and server.connections == 1:
+            await exchange.send(chunked_head() + chunk(b"one\n"))
+        await exchange.client_gone()
+        exchange.over = True
+        gone.release()
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        await response.read()
+        response.abort()
+        response.abort()
+        await gone.acquire()
+        waiting = asyncio.create_task(send(upstream, server.url))
+        while len(server.requests) < 2:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await gone.acquire()
+
+
+async def test_an_abort_ends_a_read_that_waits(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked_head() + chunk(b"one\n"))
+        await exchange.client_gone()
+        exchange.over = True
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        await response.read()
+        waiting = asyncio.create_task(response.read())
+        await asyncio.sleep(0)
+        response.abort()
+        with pytest.raises(StreamCut):
+            await waiting
