@@ -1,5 +1,5 @@
-"""The running whole in one process: log, mesh, control socket and gateway, opened in this order and closed in the other.
- `up` shows a table over it, the background process only runs it."""
+"""The running whole in one process: log, mesh, control socket and gateway, opened in this order, closed in the other.
+`up` shows a table over it, the background process only runs it."""
 
 from __future__ import annotations
 

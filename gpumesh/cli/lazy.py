@@ -1,0 +1,97 @@
+"""A Typer group whose commands are imported when they are used, with the help for the overview in a table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command as build_command
+
+# name -> (module below gpumesh.cli, one line of help), in the order of the overview.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "up": ("up", "Open the tunnels, start the gateway, and watch over both."),
+    "down": ("down", "Drain and stop the background mesh."),
+    "status": ("status", "Every node and GPU, with its health and the reason for it."),
+    "run": ("run", "Send a prompt, or a file of them, through the balancer."),
+    "bench": ("bench", "Measure latency and throughput, per node and for the mesh."),
+    "audit": ("audit", "What mesh.yaml expects against what is found, and why they differ."),
+    "init": ("init", "Write a mesh.yaml after looking at what is there."),
+    "config": ("config", "Check or show the configuration; its JSON Schema."),
+    "trust": ("trust", "Show a host key's fingerprint and record it."),
+    "models": ("models", "The fleet's models: list, pull, rm, load, unload."),
+    "drain": ("drain", "Give a node no new work."),
+    "resume": ("resume", "Give a drained node work again."),
+    "env": ("env", "Print the variables that point other programs at the mesh."),
+    "exec": ("exec", "Run a command on a node's host, or on all of them."),
+    "logs": ("logs", "The background mesh's log."),
+    "explain": ("explain", "What a finding or an error code means, and what to do."),
+    "demo": ("demo", "A whole mesh of simulated GPU hosts on this machine."),
+}
+
+Command = TyperCommand | TyperGroup
+
+
+class _Lazy(MutableMapping[str, Any]):
+    """The group's commands: their names are known, each is imported when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            module, _ = COMMANDS[name]
+            command = build_command(importlib.import_module(f"gpumesh.cli.{module}").app)
+            command.name = name
+            self._built[name] = _with_globals(command)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._built[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class LazyGroup(TyperGroup):
+    """Lists its commands without importing any of them."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**{**attrs, "commands": None})
+        self.commands = _Lazy()
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        del ctx  # the table needs none
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _with_globals(command: Any) -> Any:
+    """The options of `gpumesh` itself may also stand behind the command's name: `gpumesh status -c mesh.yaml`."""
+    from gpumesh.cli.context import late_options
+
+    for sub in getattr(command, "commands", {}).values():
+        _with_globals(sub)
+    if not getattr(command, "commands", None):
+        taken = {name for parameter in command.params for name in parameter.opts}
+        for option in late_options():
+            option.opts = [name for name in option.opts if name not in taken]
+            if option.opts:
+                command.params.append(option)
+    return command
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    """A command's own app. Plain help: rich's would cost as much time again as all the rest."""
+    return typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, **settings)

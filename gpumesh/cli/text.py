@@ -1,0 +1,70 @@
+"""Text from elsewhere, made safe for a terminal, and figures as people write them. Pure; no rich."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import datetime
+
+UNKNOWN = "–"  # noqa: RUF001  # a dash, as tables have it
+
+# C0 and C1 controls and DEL: what terminals act on. Newline and tab stay where text may have lines.
+_CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
+_TEXT = {code: nothing for code, nothing in _CONTROLS.items() if code not in (0x09, 0x0A)}
+# What turns the order of a line around without being seen (Unicode's bidirectional controls).
+_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C])
+
+
+def clean_text(text: str) -> str:
+    """Text of several lines without anything that a terminal would act on."""
+    return text.translate(_TEXT)
+
+
+def clean_line(text: str, limit: int | None = None) -> str:
+    """One line of plain text: blanks for line ends and tabs; controls and invisible characters gone."""
+    joined = " ".join(text.translate({0x09: " ", 0x0A: " ", 0x0D: " "}).translate({**_CONTROLS, **_BIDI}).split(" "))
+    plain = "".join(mark for mark in joined if unicodedata.category(mark) not in ("Cs", "Co", "Cn"))
+    return shorten(plain.strip(), limit) if limit is not None else plain.strip()
+
+
+def shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
+
+
+def short_gpu(name: str) -> str:
+    """``NVIDIA GeForce RTX 4090`` -> ``RTX 4090``: what tells one card from another."""
+    words = [word for word in name.split(" ") if word.lower() not in ("nvidia", "geforce", "tesla", "quadro")]
+    return " ".join(words) or name
+
+
+def gib(mib: int | None) -> str:
+    """``5.5``: GiB with one decimal below 100."""
+    if mib is None:
+        return "?"
+    value = mib / 1024
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    if value >= 10_000:
+        return f"{value / 1000:.0f} s"
+    if value >= 1000:
+        return f"{value / 1000:.1f} s"
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+
+
+def duration(seconds: float) -> str:
+    """``45s``, ``4m``, ``3h``, ``2d``: the largest unit that fits."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def time_left(until: datetime | None, now: datetime) -> str | None:
+    """How long a model stays in memory. A century means for ever: Ollama's ``keep_alive: -1``."""
+    if until is None:
+        return None
+    seconds = (until - now).total_seconds()
+    return "∞" if seconds > 86400 * 365 else duration(seconds)
