@@ -98,7 +98,7 @@ def _text(cell: Cell | str) -> Text:
 
 
 def _new_table() -> Table:
-    return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold dim")
+    return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
 
 
 def _print(out: Console, view: RenderableType) -> None:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import unicodedata
 from datetime import datetime
+
+from gpumesh.printable import printable
 
 UNKNOWN = "–"  # noqa: RUF001  # a dash, as tables have it
 
-# C0 and C1 controls and DEL: what terminals act on. Newline and tab stay where text may have lines.
-_CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)))
-_TEXT = {code: nothing for code, nothing in _CONTROLS.items() if code not in (0x09, 0x0A)}
-# What turns the order of a line around without being seen (Unicode's bidirectional controls).
-_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C])
+# C0 and C1 controls and DEL, what terminals act on, and the marks that turn a line's order around unseen.
+_ACTED_ON = dict.fromkeys(
+    (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+)
+_TEXT = {code: nothing for code, nothing in _ACTED_ON.items() if chr(code) not in "\t\n"}
 
 
 def clean_text(text: str) -> str:
-    """Text of several lines without anything that a terminal would act on."""
-    return text.translate(_TEXT)
+    """Text of several lines without anything that a terminal would act on; a piece of a stream may be cleaned alone."""
+    return text.translate(_TEXT).encode("utf-8", "replace").decode()
 
 
-def clean_line(text: str, limit: int | None = None) -> str:
-    """One line of plain text: blanks for line ends and tabs; controls and invisible characters gone."""
-    joined = " ".join(text.translate({0x09: " ", 0x0A: " ", 0x0D: " "}).translate({**_CONTROLS, **_BIDI}).split(" "))
-    plain = "".join(mark for mark in joined if unicodedata.category(mark) not in ("Cs", "Co", "Cn"))
-    return shorten(plain.strip(), limit) if limit is not None else plain.strip()
+def clean_line(text: str, limit: int = 1000) -> str:
+    """One line of plain text."""
+    return printable(text, limit)
 
 
 def shorten(text: str, limit: int) -> str:

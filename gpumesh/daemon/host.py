@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from gpumesh import config
 from gpumesh.daemon import journal
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local import LocalSession
@@ -57,17 +58,9 @@ def applied(topology: Topology, options: UpOptions) -> Topology:
     if options.nodes:
         topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
     if options.listen is not None:
-        host, port = parse_listen(options.listen)
+        host, port = config.listen_address(options.listen, api_key_env=topology.gateway.api_key_env)
         topology = replace(topology, gateway=replace(topology.gateway, host=host, port=port))
     return topology
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """``127.0.0.1:11430``, ``[::1]:11430`` or ``:11430``. Raises UsageError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise UsageError(f"--listen {text!r} is no HOST:PORT", hint="for example --listen 127.0.0.1:11430")
-    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 @asynccontextmanager

@@ -59,7 +59,7 @@ class Gateway:
         self._spec = spec
         self._host = spec.host if host is None else host
         self._port = spec.port if port is None else port
-        self._drain_s = drain_s
+        self.drain_s = drain_s
         key = None if spec.api_key_env is None else config.secret(spec.api_key_env).encode()
         self._guard = Guard(key, frozenset(spec.cors_origins), frozenset({self._host.lower()}))
         self._busy = 0
@@ -121,7 +121,7 @@ class Gateway:
         for site in list(self._runner.sites):
             await site.stop()
         try:
-            async with asyncio.timeout(self._drain_s):
+            async with asyncio.timeout(self.drain_s):
                 await self._idle.wait()
         except TimeoutError:
             pass  # what takes longer is cut: the caller set the bound

@@ -1,0 +1,44 @@
+"""What the shell may complete: names of nodes and models. Never an error, never a wait: a file and a socket at most."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from gpumesh.errors import GPUMeshError
+
+
+def nodes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The nodes of mesh.yaml."""
+    with contextlib.suppress(GPUMeshError, OSError):
+        from gpumesh import config
+
+        topology = config.load(config.find(_chosen(ctx)))
+        return [node.name for node in topology.nodes if node.name.startswith(incomplete)]
+    return []
+
+
+def models(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The models that a running mesh knows of."""
+    names: set[str] = set()
+    with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
+        from gpumesh import config
+        from gpumesh.daemon import paths
+        from gpumesh.daemon.glance import glance
+
+        state = glance(paths.for_config(config.find(_chosen(ctx))).socket, timeout_s=0.5)
+        for node in state["nodes"] if state is not None else ():
+            names.update(name for name in node["backend"]["models"] if name.startswith(incomplete))
+    return sorted(names)
+
+
+def _chosen(ctx: typer.Context) -> Path | None:
+    context: Any = ctx
+    while context is not None:
+        if (named := context.params.get("config")) is not None:
+            return Path(named)
+        context = context.parent
+    return None

@@ -1,0 +1,180 @@
+"""`gpumesh up`: the mesh, in the foreground with a live table or in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import Settings, run, settings
+from gpumesh.cli.lazy import new_app
+
+if TYPE_CHECKING:
+    from gpumesh.daemon.host import Stop, UpOptions
+    from gpumesh.daemon.local import LocalSession
+    from gpumesh.state import MeshState
+
+T = TypeVar("T")
+
+REPORT_S = 9.0  # a connect's own deadline and a probe: what is not known by then is shown as not known
+REDRAW_S = 0.5
+
+app = new_app()
+
+
+@app.command()
+def up(
+    ctx: typer.Context,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NODE]...", help="Only these nodes.", autocompletion=completion.nodes),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background.")] = False,
+    no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Tunnels only, no endpoint.")] = False,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the gateway listens, instead of mesh.yaml's.")
+    ] = None,
+) -> None:
+    """Open the tunnels, side by side, start the gateway, and watch over both.
+
+    Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. With -d it goes on in
+    the background: `gpumesh status` looks at it, `gpumesh down` ends it.
+
+    \b
+    Examples:
+      gpumesh up
+      gpumesh up -d --listen 127.0.0.1:0
+      gpumesh up iceland vengeance
+    """
+    from gpumesh.daemon.host import UpOptions
+
+    options = UpOptions(tuple(nodes or ()), not no_gateway, listen)
+    chosen = settings(ctx)
+    if detach:
+        _background(chosen, options)
+    else:
+        from gpumesh.daemon import loop
+
+        try:
+            loop.run(_foreground(chosen, options))
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def _background(chosen: Settings, options: UpOptions) -> None:
+    from gpumesh.cli import render
+    from gpumesh.daemon.detach import spawn
+    from gpumesh.daemon.host import applied
+    from gpumesh.daemon.remote import RemoteSession
+
+    applied(chosen.topology(), options)  # what is wrong is said here, with this terminal's width and colours
+    paths = chosen.paths()
+    pid = spawn(paths, options)
+    state = run(RemoteSession(paths.socket).first_report(REPORT_S))
+    if chosen.quiet:
+        return
+    render.print_status(state, verbose=chosen.verbose)
+    where = f", serving {state.gateway.url}" if state.gateway.url else ""
+    typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
+
+
+async def _foreground(chosen: Settings, options: UpOptions) -> None:
+    from gpumesh.daemon.host import Stop, applied, hosted
+    from gpumesh.daemon.lock import MeshLock
+
+    paths = chosen.paths()
+    topology = applied(chosen.topology(), options)
+    MeshLock.take(paths)  # held until this process ends
+    stop = Stop()
+    on_signals(stop, hurry=_cancel_me())
+    async with hosted(topology, paths, gateway=options.gateway, stop=stop) as session:
+        await show(session, stop, chosen)
+        if not chosen.quiet:
+            typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
+
+
+def _cancel_me() -> Callable[[], None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return lambda: None if task.done() else (task.cancel(), None)[1]
+
+
+def on_signals(stop: Stop, *, hurry: Callable[[], None]) -> None:
+    """The first SIGINT, SIGTERM or SIGHUP lets what is in flight end, a second one does not wait for it."""
+    asked = False
+
+    def handle() -> None:
+        nonlocal asked
+        if asked:
+            hurry()
+        asked = True
+        stop.ask()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, handle)
+
+
+async def show(session: LocalSession, stop: Stop, chosen: Settings) -> None:
+    """Until ``stop``: the live table on a terminal; elsewhere the first report, then a line for each change."""
+    from gpumesh.cli import render
+
+    if chosen.quiet:
+        await stop.wait()
+    elif sys.stdout.isatty():
+        states = until(session.watch(REDRAW_S), stop)
+        last = await render.show_live(states, verbose=chosen.verbose, footer="Ctrl-C ends it")
+        if last is not None:
+            render.print_status(last, verbose=chosen.verbose)
+    else:
+        await _tell_changes(session, stop)
+
+
+async def _tell_changes(session: LocalSession, stop: Stop) -> None:
+    from gpumesh.cli import render
+    from gpumesh.cli.text import clean_line
+    from gpumesh.daemon import journal
+
+    reports = until(_once(session), stop)
+    last: MeshState | None = None
+    async for state in reports:
+        last = state
+        render.print_status(state)
+        sys.stdout.flush()
+    async for state in until(session.watch(REDRAW_S), stop):
+        for event in journal.changes(last, state):
+            typer.echo(clean_line(f"{state.at:%H:%M:%S} {event.node or ''} {event.message}"), err=True)
+        last = state
+
+
+async def _once(session: LocalSession) -> AsyncGenerator[MeshState]:
+    yield await session.first_report(REPORT_S)
+
+
+async def until(items: AsyncIterator[T], stop: Stop) -> AsyncGenerator[T]:
+    """The items, as long as nobody asked to stop; ends in the middle of waiting for one."""
+    from gpumesh.daemon.closing import closing
+
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        async with closing(items):
+            while True:
+                following = asyncio.ensure_future(anext(items))
+                try:
+                    await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                    if stopped.done():
+                        return
+                    try:
+                        item = following.result()
+                    except StopAsyncIteration:
+                        return
+                finally:
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
+                yield item
+    finally:
+        stopped.cancel()
