@@ -253,7 +253,8 @@ class Zygote:
         signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
         buffer = b""
         while True:
-            ready, _, _ = select.select([self._control, wake_out], [], [])
+            watched: list[Any] = [self._control, wake_out]
+            ready = select.select(watched, [], [])[0]
             if wake_out in ready:
                 os.read(wake_out, 4096)
                 self._reap()

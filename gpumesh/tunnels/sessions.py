@@ -1,0 +1,99 @@
+"""Commands on a host: a session channel of a paramiko transport, read from asyncio without a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import paramiko
+from paramiko.common import cMSG_CHANNEL_REQUEST
+
+from gpumesh.errors import ExecError
+from gpumesh.tunnels import blocking
+from gpumesh.tunnels.base import Stream
+
+PIECE = 32 * 1024
+OPEN_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 1.0
+
+
+async def run(transport: paramiko.Transport, command: str) -> RemoteProcess:
+    """Starts ``command`` on the host. Raises ``ExecError``: no session, or no answer in time."""
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            channel = await blocking.call(_open, transport, command)
+    except TimeoutError as error:
+        raise ExecError("the host does not start the command") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise ExecError(
+            "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
+        ) from error
+    return RemoteProcess(channel)
+
+
+def _open(transport: paramiko.Transport, command: str) -> paramiko.Channel:
+    channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
+    try:
+        channel.settimeout(OPEN_TIMEOUT_S)
+        channel.exec_command(command)
+        channel.shutdown_write()  # it must not wait for an input that never comes
+        channel.settimeout(0.0)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+class RemoteProcess:
+    """See ``connection.RemoteCommand``. paramiko makes a pipe readable while there is output or an end to read."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self._fd = channel.fileno()
+
+    @property
+    def exit_status(self) -> int | None:
+        return self._channel.exit_status if self._channel.exit_status >= 0 else None
+
+    async def read(self) -> tuple[Stream, bytes] | None:
+        channel = self._channel
+        while True:
+            ended = bool(channel.eof_received) or channel.closed  # asked before the buffers: nothing comes after it
+            if channel.recv_ready():
+                return Stream.STDOUT, channel.recv(PIECE)
+            if channel.recv_stderr_ready():
+                return Stream.STDERR, channel.recv_stderr(PIECE)
+            if ended:
+                # The exit status comes between the end of output and the channel's close, or never.
+                await blocking.call(channel.status_event.wait)
+                return None
+            await self._readable()
+
+    async def kill(self) -> None:
+        if self._channel.closed:
+            return
+        with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await blocking.call(self._signal_and_close)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._fd, lambda: None if ready.done() else ready.set_result(None))
+        try:
+            await ready
+        finally:
+            loop.remove_reader(self._fd)
+
+    def _signal_and_close(self) -> None:
+        """sshd passes the signal on (since OpenSSH 7.9); elsewhere the command finds its output closed."""
+        message = paramiko.Message()
+        message.add_byte(cMSG_CHANNEL_REQUEST)
+        message.add_int(self._channel.remote_chanid)
+        message.add_string("signal")
+        message.add_boolean(False)
+        message.add_string("KILL")
+        transport: Any = self._channel.transport
+        transport._send_user_message(message)
+        self._channel.close()

@@ -1,0 +1,331 @@
+"""Transport ``sshtunnel``: paramiko below, sshtunnel's forwarder around it, our forwarding of connections inside it.
+
+What sshtunnel does itself costs 40 ms a request and fails at many streams (facts: tunnel-latency.md). So a subclass
+gives it a transport that is connected, trusted and authenticated (handshake.py, authentication.py), and a server that
+serves our listening sockets through forwarder.py and channels.py. The three cures are here: a session channel right
+after the login, TCP_NODELAY on the SSH socket (handshake.py), and on each accepted socket (forwarder.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paramiko
+import sshtunnel
+
+from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError, TunnelLost
+from gpumesh.topology import SshSpec, Target
+from gpumesh.tunnels import blocking, channels, handshake, hostkeys, sessions
+from gpumesh.tunnels.authentication import Ask, Credentials, authenticate
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.connection import Events, RemoteCommand
+from gpumesh.tunnels.forwarder import BACKLOG, Forwarder
+from gpumesh.tunnels.protocol import Setup, Up
+from gpumesh.tunnels.text import printable
+
+_quiet = logging.getLogger("gpumesh.sshtunnel")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+OnRefused = Callable[[Target, int], None]
+
+
+class _Server:
+    """Our forwarder in the place where sshtunnel keeps one server for each port. sshtunnel brings the thread."""
+
+    daemon_threads = True
+
+    def __init__(self, forwarder: Forwarder, port: int) -> None:
+        self._forwarder = forwarder
+        self.local_port = port
+        self.local_host = "127.0.0.1"
+        self.local_address = self.remote_address = (self.local_host, port)
+
+    def serve_forever(self, _: float) -> None:
+        self._forwarder.run()
+
+    def shutdown(self) -> None:
+        self._forwarder.close()
+
+    def server_close(self) -> None:
+        """The listening sockets are the supervisor's."""
+
+
+class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]  # sshtunnel has no types
+    """sshtunnel's own server on a listening socket of ours; for a paramiko that channels.py does not know."""
+
+    request_queue_size = BACKLOG
+
+    def __init__(self, listener: socket.socket, handler: Any, logger: logging.Logger) -> None:
+        super().__init__(("127.0.0.1", 0), handler, bind_and_activate=False, logger=logger)
+        self.socket.close()
+        self.socket: socket.socket = listener.dup()
+        self.server_address = listener.getsockname()
+
+
+class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
+    """sshtunnel's forwarder with a given transport and given listening sockets."""
+
+    def __init__(
+        self,
+        transport: paramiko.Transport,
+        ssh: SshSpec,
+        routes: Sequence[tuple[socket.socket, Target]],
+        on_refused: OnRefused,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._made = transport
+        self._routes = routes
+        self._on_refused = on_refused
+        self._forwarder = Forwarder(on_end)
+        self.fast = channels.unsupported(transport) is None
+        self.skip_tunnel_checkup = True
+        super().__init__(
+            (ssh.host, ssh.port),
+            ssh_config_file=None,
+            ssh_username=ssh.user,
+            ssh_password="-",  # noqa: S106 - it insists on one; the login is done elsewhere
+            allow_agent=False,
+            host_pkey_directories=[],
+            remote_bind_addresses=[(target.host, target.port) for _, target in routes],
+            local_bind_addresses=[("127.0.0.1", listener.getsockname()[1]) for listener, _ in routes],
+            set_keepalive=0.0,
+            logger=_quiet,
+        )
+
+    def _connect_to_gateway(self) -> None:
+        self._transport = self._made
+
+    def _create_tunnels(self) -> None:
+        self._connect_to_gateway()
+        if self.fast:
+            carrier = channels.Carrier(self._transport, self._forwarder, self._on_refused)
+            for listener, target in self._routes:
+                self._forwarder.listen(listener, carrier.dial(target))
+            self._serve(_Server(self._forwarder, self._routes[0][0].getsockname()[1]))
+        else:
+            for listener, target in self._routes:
+                handler = self._make_ssh_forward_handler_class((target.host, target.port))
+                self._serve(_FallbackServer(listener, handler, self.logger))
+
+    def _make_ssh_forward_handler_class(self, remote_address_: tuple[str, int]) -> Any:
+        class Handler(super()._make_ssh_forward_handler_class(remote_address_)):  # type: ignore[misc]
+            def setup(self) -> None:
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the third cure
+
+        return Handler
+
+    def _serve(self, server: Any) -> None:
+        self._server_list.append(server)
+        self.tunnel_is_up[server.local_address] = False
+
+
+async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Events) -> SshConnection:
+    """See ``connection.Connect``."""
+    ssh = setup.ssh
+    loop = asyncio.get_running_loop()
+    deadline = Deadline(ssh.connect_timeout_s, time.monotonic)
+
+    def ask(text: str, echo: bool) -> str | None:
+        return asyncio.run_coroutine_threadsafe(events.ask(text, echo=echo), loop).result()
+
+    opening = _Opening(setup, credentials_of(setup), deadline, ask if setup.interactive else None)
+    making = asyncio.ensure_future(blocking.call(opening.run))
+    try:
+        # Each step in there keeps the deadline; DNS and an agent that hangs do not, so it is kept here as well.
+        while not making.done():
+            await asyncio.wait({making}, timeout=deadline.remaining_s + 0.5)
+            if not making.done() and deadline.passed:
+                where = hostkeys.address_name(ssh.host, ssh.port)
+                raise ConnectTimeout(f"no connection to {where} within {ssh.connect_timeout_s:g} s")
+        transports, rtt_ms = await making
+    except BaseException:
+        making.cancel()
+        opening.give_up()
+        raise
+    connection = SshConnection(ssh, transports, rtt_ms)
+    connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
+    return connection
+
+
+def credentials_of(setup: Setup) -> Credentials:
+    """Raises ``SecretMissing`` when the spec names a variable and no value came along."""
+    given = dict(setup.secrets)
+    for name, variable in (("password", setup.ssh.password_env), ("passphrase", setup.ssh.passphrase_env)):
+        if variable is not None and name not in given:
+            raise SecretMissing(f"the variable {variable} ({name} of {setup.node}) is not set", hint=f"set {variable}")
+    return Credentials(
+        setup.ssh.user, setup.ssh.identity_files, setup.ssh.agent, given.get("password"), given.get("passphrase")
+    )
+
+
+class _Opening:
+    """Makes the connection, jump by jump, each trusted and logged in to. Blocking; ``give_up`` ends it from outside."""
+
+    def __init__(self, setup: Setup, who: Credentials, deadline: Deadline, ask: Ask | None) -> None:
+        self._setup = setup
+        self._who = who
+        self._deadline = deadline
+        self._ask = ask
+        self._transports: list[paramiko.Transport] = []
+        self._given_up = False
+
+    def give_up(self) -> None:
+        self._given_up = True
+        for transport in reversed(self._transports):
+            transport.close()
+
+    def run(self) -> tuple[list[paramiko.Transport], float | None]:
+        """All transports, the host's own last; and a round trip in ms."""
+        try:
+            transport = self.through(self._setup.ssh.proxy_jump, self._setup.node)
+            return self._transports, round_trip_ms(transport)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def through(self, jumps: Sequence[str], node: str, *, login: bool = True) -> paramiko.Transport:
+        ssh = self._setup.ssh
+        stops = [(*handshake.parse_jump(jump, ssh.user), "") for jump in jumps]
+        stops.append((ssh.user, ssh.host, ssh.port, node))
+        for index, (user, host, port, name) in enumerate(stops):
+            sock = self._reach(host, port)
+            if name and not login:
+                transport = handshake.handshake(sock, host=host, port=port, deadline=self._deadline)
+            else:
+                transport = handshake.trusted_handshake(
+                    sock, node=name, host=host, port=port, ssh=ssh, deadline=self._deadline
+                )
+            self._transports.append(transport)
+            if self._given_up:
+                raise ConnectTimeout("given up")
+            if index < len(stops) - 1 or login:
+                where = hostkeys.address_name(host, port)
+                who = Credentials(
+                    user, self._who.identity_files, self._who.agent, self._who.password, self._who.passphrase
+                )
+                authenticate(transport, who, where=where, deadline=self._deadline, ask=self._ask)
+                handshake.switch_nagle_off(transport, self._deadline)
+        return self._transports[-1]
+
+    def _reach(self, host: str, port: int) -> socket.socket | paramiko.Channel:
+        if not self._transports:
+            return handshake.tcp_connect(host, port, self._deadline)
+        try:
+            return self._transports[-1].open_channel(
+                "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
+            )
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            where = hostkeys.address_name(host, port)
+            raise TunnelError(
+                f"the jump host does not reach {where}: {printable(str(error), 100)}",
+                hint="check `ssh.proxy_jump`, and that the jump host allows forwarding",
+            ) from error
+
+
+def round_trip_ms(transport: paramiko.Transport) -> float | None:
+    """Waits for the host's answer to a request that every SSH server answers, if only by refusing it."""
+    began = time.perf_counter()
+    transport.global_request("keepalive@openssh.com", wait=True)
+    return (time.perf_counter() - began) * 1000 if transport.is_active() else None
+
+
+async def fetch_host_key(
+    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+) -> hostkeys.HostKey:
+    """The key that the host shows now, whether trusted or not; logs in to jump hosts only. Raises ``TunnelError``."""
+    setup = Setup(node, ssh, (), secrets)
+    opening = _Opening(setup, credentials_of(setup), Deadline(timeout_s, time.monotonic), None)
+    try:
+        async with asyncio.timeout(timeout_s + 0.5):
+            return handshake.host_key_of(await blocking.call(opening.through, ssh.proxy_jump, node, login=False))
+    except TimeoutError as error:
+        where = hostkeys.address_name(ssh.host, ssh.port)
+        raise ConnectTimeout(f"no answer from {where} within {timeout_s:g} s", node=node) from error
+    finally:
+        opening.give_up()
+
+
+class SshConnection:
+    """See ``connection.Connection``."""
+
+    def __init__(self, ssh: SshSpec, transports: list[paramiko.Transport], rtt_ms: float | None) -> None:
+        self._ssh = ssh
+        self._transports = transports
+        self._transport: Any = transports[-1]  # Any: some of what is used is not in its types
+        self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.Task[None] | None = None
+        self._pinging: asyncio.Task[float | None] | None = None
+        self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
+        self._gateway: Gateway | None = None
+        server, cipher = self._transport.remote_version, self._transport.remote_cipher
+        self.up = Up(rtt_ms, printable(server), printable(cipher))
+
+    def serve(self, routes: list[tuple[socket.socket, Target]], events: Events) -> None:
+        """Starts forwarding."""
+
+        def refused(target: Target, reason: int) -> None:  # in the transport's thread
+            forbidden = reason == channels.ADMINISTRATIVELY_PROHIBITED
+            where = hostkeys.address_name(self._ssh.host, self._ssh.port)
+            self._soon(
+                events.forward_failed,
+                target,
+                "forwarding-forbidden" if forbidden else "backend-unreachable",
+                f"the sshd at {where} forbids forwarding to {target.host}:{target.port}"
+                if forbidden
+                else f"nothing answers at {target.host}:{target.port} on the host",
+            )
+
+        self._watch = self._loop.create_task(self._watch_transport())
+        if routes:
+            self._gateway = Gateway(self._transport, self._ssh, routes, refused, lambda: self._soon(self._ended))
+            self._gateway.start()
+
+    async def ping(self, timeout_s: float) -> float | None:
+        # One request at a time: paramiko takes any answer for the last request's.
+        if self._pinging is None or self._pinging.done():
+            self._pinging = self._loop.create_task(blocking.call(round_trip_ms, self._transport))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._pinging)
+        except (TimeoutError, paramiko.SSHException, EOFError, OSError):
+            return None
+
+    async def run(self, command: str) -> RemoteCommand:
+        return await sessions.run(self._transport, command)
+
+    async def wait_lost(self) -> TunnelError:
+        return await asyncio.shield(self._lost)
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        await blocking.call(self._close)
+
+    def _close(self) -> None:
+        if self._gateway is not None:
+            self._gateway.stop(force=True)
+        for transport in reversed(self._transports):
+            transport.close()
+
+    async def _watch_transport(self) -> None:
+        await blocking.call(self._transport.join)
+        self._ended()
+
+    def _ended(self) -> None:
+        if not self._lost.done():
+            where = hostkeys.address_name(self._ssh.host, self._ssh.port)
+            cause = self._transport.get_exception()
+            why = printable(str(cause), 120) if cause is not None else ""
+            message = f"the connection to {where} broke" + (f": {why}" if why else " (closed by the host)")
+            self._lost.set_result(TunnelLost(message))
+
+    def _soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
+            self._loop.call_soon_threadsafe(function, *arguments)

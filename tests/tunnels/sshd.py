@@ -1,0 +1,174 @@
+"""A real OpenSSH sshd on a loopback port, with keys of its own, for one test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gpumesh.topology import SshSpec
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
+needs_sshd = pytest.mark.skipif(SSHD is None or shutil.which("ssh-keygen") is None, reason="needs OpenSSH's sshd")
+
+
+def keygen(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", "test", "-f", str(path)], check=True, timeout=30
+    )
+    return path
+
+
+@dataclass
+class Sshd:
+    """``async with Sshd(folder, {"AllowTcpForwarding": "no"}) as sshd``. ``spec`` is a node's way to it."""
+
+    folder: Path
+    options: dict[str, str] = field(default_factory=dict)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.host_key = keygen(self.folder / "host_key")
+        self.identity = keygen(self.folder / "id_ed25519")
+        self.known_hosts = self.folder / "known_hosts"
+        self.authorized_keys = self.folder / "authorized_keys"
+        self.authorized_keys.write_text(self.identity.with_suffix(".pub").read_text())
+        self.authorized_keys.chmod(0o600)
+
+    def write_config(self) -> Path:
+        settings = {
+            "Port": str(self.port),
+            "ListenAddress": "127.0.0.1",
+            "HostKey": str(self.host_key),
+            "PidFile": "none",
+            "AuthorizedKeysFile": str(self.authorized_keys),
+            "StrictModes": "no",
+            "UsePAM": "no",
+            "PasswordAuthentication": "no",
+            "KbdInteractiveAuthentication": "no",
+            "PermitRootLogin": "yes",
+            "MaxStartups": "200",
+            "LogLevel": "DEBUG1",
+            **self.options,
+        }
+        config = self.folder / "sshd_config"
+        config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        return config
+
+    async def start(self) -> None:
+        if self.port == 0:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                self.port = probe.getsockname()[1]
+        assert SSHD is not None
+        Path("/run/sshd").mkdir(exist_ok=True) if os.getuid() == 0 else None
+        with (self.folder / "sshd.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [SSHD, "-D", "-e", "-f", str(self.write_config())], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        async with asyncio.timeout(15):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.close()
+                    await writer.wait_closed()
+                    break
+                assert self.process.poll() is None, self.log()
+                await asyncio.sleep(0.01)
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {self.public_host_key}\n")
+
+    @property
+    def public_host_key(self) -> str:
+        return " ".join(self.host_key.with_suffix(".pub").read_text().split()[:2])
+
+    def log(self) -> str:
+        return (self.folder / "sshd.log").read_text(errors="replace")
+
+    def children(self) -> list[int]:
+        """The processes of its sessions, each with its own children, oldest first."""
+        assert self.process is not None
+        found: list[int] = []
+        pending = [self.process.pid]
+        while pending:
+            for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    pids = [int(pid) for pid in task.read_text().split()]
+                    found += pids
+                    pending += pids
+        return found
+
+    def kill_sessions(self, sign: int = signal.SIGKILL) -> None:
+        for pid in self.children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+
+    async def stop(self) -> None:
+        if self.process is None:
+            return
+        self.kill_sessions()
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+        self.process = None
+
+    async def __aenter__(self) -> Sshd:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    def spec(self, **changes: object) -> SshSpec:
+        given: dict[str, object] = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "user": getpass.getuser(),
+            "identity_files": (self.identity,),
+            "known_hosts": self.known_hosts,
+            "agent": False,
+            **changes,
+        }
+        return SshSpec(**given)  # type: ignore[arg-type]
+
+
+def listener() -> socket.socket:
+    """As the supervisor's: on loopback, any port."""
+    return socket.create_server(("127.0.0.1", 0), backlog=1024)
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: object, *, host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """A TCP server of ``handler(reader, writer)``; its port. Connections still open at the end are aborted."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        try:
+            await handler(reader, writer)  # type: ignore[operator]
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, host, 0, backlog=1024)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        abort(writers)
+        await server.wait_closed()
+
+
+def abort(writers: Iterable[asyncio.StreamWriter]) -> None:
+    for writer in writers:
+        writer.transport.abort()
