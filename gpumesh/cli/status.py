@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from gpumesh.cli.context import Settings, open_session, run, settings
 from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import json_text
 from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, Severity
 
@@ -44,7 +44,7 @@ def status(
         return
     state = _now(chosen)
     if as_json:
-        typer.echo(json.dumps(_document(state), indent=2))
+        typer.echo(json_text(_document(state), indent=2))
     elif not (check and chosen.quiet):
         from gpumesh.cli import render
 
@@ -88,7 +88,7 @@ async def _watch(chosen: Settings, interval: float, *, as_json: bool) -> None:
         states = session.watch(interval)
         if as_json:
             async for state in states:
-                typer.echo(json.dumps(_document(state)))
+                typer.echo(json_text(_document(state)))
         elif sys.stdout.isatty():
             await render.show_live(states, verbose=chosen.verbose, footer="Ctrl-C leaves")
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from typing import Any
 
 from gpumesh.printable import printable
 
@@ -15,9 +17,19 @@ _ACTED_ON = dict.fromkeys(
 _TEXT = {code: nothing for code, nothing in _ACTED_ON.items() if chr(code) not in "\t\n"}
 
 
+# json escapes C0 itself. What stands between quotes only: newlines of an indented document are not in here.
+_ESCAPED = {code: f"\\u{code:04x}" for code in _ACTED_ON if code >= 0x7F}
+
+
 def clean_text(text: str) -> str:
     """Text of several lines without anything that a terminal would act on; a piece of a stream may be cleaned alone."""
     return text.translate(_TEXT).encode("utf-8", "replace").decode()
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that may be shown on a terminal: letters of all scripts as they are, controls and surrogates escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.translate(_ESCAPED).encode("ascii" if text.isascii() else "utf-8", "backslashreplace").decode()
 
 
 def clean_line(text: str, limit: int = 1000) -> str:

@@ -1,0 +1,56 @@
+"""`gpumesh config`: mesh.yaml, checked and shown."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from gpumesh.cli.context import settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.errors import ExitCode
+
+app = new_app(no_args_is_help=True)
+
+
+@app.callback()
+def config() -> None:
+    """Check or show the configuration; its JSON Schema for editors."""
+
+
+@app.command()
+def check(ctx: typer.Context) -> None:
+    """Say all that is wrong with mesh.yaml, or that nothing is. Opens no connection."""
+    from gpumesh import config as configuration
+    from gpumesh.cli.text import clean_line
+    from gpumesh.state import Severity
+
+    chosen = settings(ctx)
+    topology = chosen.topology()
+    advice = configuration.check(topology)
+    for finding in advice:
+        typer.echo(clean_line(f"{finding.severity}: {finding.node or topology.name}: {finding.message}"), err=True)
+        if finding.hint:
+            typer.echo(clean_line(f"  hint: {finding.hint}"), err=True)
+    enabled = sum(node.enabled for node in topology.nodes)
+    if not chosen.quiet:
+        off = f", {len(topology.nodes) - enabled} of them disabled" if enabled < len(topology.nodes) else ""
+        typer.echo(f"{topology.source or 'the configuration'} is valid: {len(topology.nodes)} nodes{off}")
+    if any(finding.severity is Severity.ERROR for finding in advice):
+        raise typer.Exit(int(ExitCode.USAGE))
+
+
+@app.command()
+def show(ctx: typer.Context) -> None:
+    """The configuration as it is in effect: defaults merged, variables expanded, secrets masked."""
+    from gpumesh import config as configuration
+
+    typer.echo(configuration.effective(settings(ctx).topology()), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of mesh.yaml, for editors."""
+    from gpumesh import config as configuration
+
+    typer.echo(json.dumps(configuration.schema(), indent=2))

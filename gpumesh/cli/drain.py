@@ -1,0 +1,29 @@
+"""`gpumesh drain NODE`: no new work to a node of the running mesh; what runs there ends by itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.lazy import new_app
+
+app = new_app()
+
+
+@app.command()
+def drain(
+    ctx: typer.Context,
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.nodes)],
+) -> None:
+    """Give nodes no new work; what runs there ends by itself. `gpumesh resume` takes it back."""
+    chosen = settings(ctx)
+
+    async def main() -> None:
+        async with open_session(chosen, embed=False) as session:
+            for node in nodes:
+                await session.drain(node)
+
+    run(main())

@@ -1,0 +1,88 @@
+"""`gpumesh logs`: what the mesh wrote about itself, also after it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from gpumesh.cli.context import settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import clean_line, clean_text
+from gpumesh.errors import GPUMeshError
+
+POLL_S = 0.2
+
+app = new_app()
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what comes.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last lines.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="The lines as they are: JSON objects.")] = False,
+) -> None:
+    """The mesh's log: every change of state with its reason. It stays after the mesh has ended."""
+    path = settings(ctx).paths().log
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in deque(file, lines):
+                _show(line, as_json)
+            if follow:
+                for line in _following(path, file):
+                    _show(line, as_json)
+    except FileNotFoundError:
+        raise GPUMeshError(
+            f"there is no log yet at {path}", hint="`gpumesh up -d` starts a mesh, which writes it"
+        ) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _show(line: str, as_json: bool) -> None:
+    typer.echo(clean_line(line, 1 << 16) if as_json else readable(line))
+
+
+def readable(line: str) -> str:
+    """A line of the log for people; one that is no JSON as it is."""
+    try:
+        entry = json.loads(line)
+        at, level = str(entry["at"]), str(entry["level"])
+        words = [at[:19].replace("T", " "), f"{level:<8}", str(entry.get("node") or "-"), str(entry["message"])]
+    except (ValueError, KeyError, TypeError):
+        return clean_line(line)
+    text = clean_line("  ".join(words))
+    trace = entry.get("trace")
+    return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
+
+
+def _following(path: Path, file: TextIO) -> Iterator[str]:
+    """New lines, through rotations and restarts of the mesh, until interrupted."""
+    part = ""
+    while True:
+        piece = file.readline()
+        if piece:
+            part += piece
+            if part.endswith("\n"):
+                yield part
+                part = ""
+            continue
+        if _replaced(path, file):
+            file = path.open(encoding="utf-8", errors="replace")  # lives on in the next round
+            continue
+        time.sleep(POLL_S)
+
+
+def _replaced(path: Path, file: TextIO) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return there.st_ino != os.fstat(file.fileno()).st_ino

@@ -1,0 +1,114 @@
+"""A file of prompts: a line each, or JSON objects. Pure; every problem is told with its line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from gpumesh.backends.base import Message
+from gpumesh.daemon.session import Ask
+from gpumesh.errors import UsageError
+
+KEYS = ("prompt", "messages", "model", "system", "options", "node")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``text`` is what the result repeats; the others override what the command line says for all."""
+
+    text: str
+    messages: tuple[Message, ...] = ()
+    model: str | None = None
+    system: str | None = None
+    node: str | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def ask(self, common: Ask, system: str | None) -> Ask:
+        """This prompt, with all that it does not say itself from ``common``."""
+        messages = self.messages or (Message("user", self.text),)
+        said = self.system if self.system is not None else system
+        if said is not None:
+            messages = (Message("system", said), *messages)
+        return replace(
+            common,
+            messages=messages,
+            model=self.model or common.model,
+            node=self.node or common.node,
+            options={**common.options, **self.options},
+        )
+
+
+def read_prompts(text: str, *, name: str) -> list[Prompt]:
+    """The prompts of a file. It is JSON lines when it is called so or when its first line is a JSON object; else each
+    line that is not blank is a prompt. Raises UsageError."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
+    if not name.endswith((".jsonl", ".ndjson")) and not _is_object(lines[0][1]):
+        return [Prompt(line.rstrip("\r")) for _, line in lines]
+    return [_from_object(line, f"{name}:{number}") for number, line in lines]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _from_object(line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: not JSON: {error}") from error
+    if isinstance(entry, str):
+        return Prompt(entry)
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where}: expected an object with a key `prompt`, or a string")
+    unknown = [key for key in entry if key not in KEYS]
+    if unknown:
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(KEYS)}")
+    for key in ("prompt", "model", "system", "node"):
+        if entry.get(key) is not None and not isinstance(entry[key], str):
+            raise UsageError(f"{where}: {key} is not a string")
+    options = entry.get("options") or {}
+    if not isinstance(options, dict):
+        raise UsageError(f"{where}: options is not an object")
+    messages = _messages(entry.get("messages"), where)
+    if bool(messages) == (entry.get("prompt") is not None):
+        raise UsageError(f"{where}: needs either prompt or messages")
+    text = entry["prompt"] if not messages else messages[-1].content
+    return Prompt(text, messages, entry.get("model"), entry.get("system"), entry.get("node"), options)
+
+
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{where}: messages is not a list")
+    messages = []
+    for entry in value:
+        if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
+            raise UsageError(f"{where}: a message is an object with role and content")
+        images = entry.get("images") or []
+        if not all(isinstance(item, str) for item in (entry["role"], entry["content"], *images)):
+            raise UsageError(f"{where}: role, content and images of a message are strings")
+        messages.append(Message(entry["role"], entry["content"], tuple(images)))
+    return tuple(messages)
+
+
+def read_options(pairs: list[str]) -> dict[str, Any]:
+    """``-o temperature=0.2 -o stop='["###"]'``: values are JSON where they can be, else text. Raises UsageError."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"-o {pair!r} is not key=value", hint="for example -o temperature=0.2 -o num_predict=100")
+        try:
+            options[key.strip()] = json.loads(value)
+        except ValueError:
+            options[key.strip()] = value
+    return options

@@ -1,0 +1,29 @@
+"""`gpumesh resume NODE`: ends a drain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.lazy import new_app
+
+app = new_app()
+
+
+@app.command()
+def resume(
+    ctx: typer.Context,
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.nodes)],
+) -> None:
+    """Give drained nodes work again."""
+    chosen = settings(ctx)
+
+    async def main() -> None:
+        async with open_session(chosen, embed=False) as session:
+            for node in nodes:
+                await session.resume(node)
+
+    run(main())
