@@ -1,0 +1,55 @@
+"""Which dialect speaks to which kind of server, and what holds for all of them."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Any
+
+from gpumesh.backends import jsons, ollama, openai
+from gpumesh.backends.base import Counters, Dialect
+from gpumesh.backends.ollama import Ollama
+from gpumesh.backends.openai import OpenAI
+from gpumesh.topology import BackendKind, Target
+
+DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: Ollama(), BackendKind.OPENAI: OpenAI()}
+
+
+def counters_of(body: bytes) -> Counters | None:
+    """The server's figures from a whole answer or from one frame of any dialect; ``None`` if it holds none."""
+    document = jsons.parse_object(body)
+    if document is None:
+        lines = [line.strip().removeprefix(b"data:") for line in body.splitlines()]
+        for line in reversed(lines):
+            document = jsons.parse_object(line)
+            if document is not None:
+                break
+        else:
+            return None
+    if "eval_count" in document or "total_duration" in document:
+        return ollama.counters(document)
+    return openai.counters(document) or _nested(document)
+
+
+def _nested(document: Mapping[str, Any]) -> Counters | None:
+    """``response.completed`` of the responses API, ``message_start`` of Anthropic's."""
+    for key in ("response", "message"):
+        inner = document.get(key)
+        if isinstance(inner, dict) and (found := openai.counters(inner)) is not None:
+            return found
+    return None
+
+
+def host_header(target: Target) -> str:
+    """What to say as ``Host``: the place as its own host knows it. Ollama on loopback answers 403, without a word, to
+    a name that is not its own; the port of our end of a tunnel is not its own either."""
+    host = target.host
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host.lower() == "localhost"
+    if loopback:
+        host = "127.0.0.1"
+    elif ":" in host:
+        host = f"[{host}]"
+    return f"{host}:{target.port}"

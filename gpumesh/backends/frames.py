@@ -1,0 +1,121 @@
+"""Cutting a body into lines and server-sent events, however the network cut it up. Bounded: a server that never ends
+its line does not fill our memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpumesh.backends.base import Chunk, Counters
+from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
+
+# The final line of /api/generate holds the whole context as numbers: some MB at 262144 tokens.
+LINE_LIMIT = 16 << 20
+BODY_LIMIT = 64 << 20
+
+
+class Lines:
+    """Bytes in, whole lines out, without their ends (LF or CRLF)."""
+
+    def __init__(self, limit: int = LINE_LIMIT) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Raises ProbeError for a line past the bound."""
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = b"".join((*self._parts, lines[0]))
+            self._parts, self._size = [], 0
+        if rest:
+            self._parts.append(rest)
+            self._size += len(rest)
+        if self._size > self._limit or (lines and len(lines[0]) > self._limit):
+            raise not_this_server(f"a line of more than {self._limit >> 20} MiB")
+        return [line.removesuffix(b"\r") for line in lines]
+
+    def rest(self) -> bytes:
+        """The line that the body ended in, if it ended in one."""
+        line = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return line.removesuffix(b"\r")
+
+
+class Events:
+    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2); their names are of no use here.
+
+    ``error:`` lines, as older llama-servers write them in mid-stream, are given as data as well: they hold the same
+    JSON.
+    """
+
+    def __init__(self) -> None:
+        self._lines = Lines()
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[bytes]:
+        return self._events(self._lines.feed(data))
+
+    def rest(self) -> list[bytes]:
+        """At the end of the body, which may lack the last blank line."""
+        return self._events([self._lines.rest(), b""])
+
+    def _events(self, lines: Sequence[bytes]) -> list[bytes]:
+        found: list[bytes] = []
+        for line in lines:
+            if not line:
+                if self._data:
+                    found.append(b"\n".join(self._data))
+                    self._data = []
+                continue
+            field, _, value = line.partition(b":")
+            if field in (b"data", b"error"):
+                self._data.append(value.removeprefix(b" "))
+                if sum(map(len, self._data)) > LINE_LIMIT:
+                    raise not_this_server(f"an event of more than {LINE_LIMIT >> 20} MiB")
+        return found
+
+
+class Reader:
+    """What the readers of all dialects share: chunks that came before an error are given before it is raised."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self._error: GPUMeshError | None = None
+
+    def feed(self, data: bytes) -> Sequence[Chunk]:
+        """Raises BackendError for an error frame and ProbeError for what is no frame of this dialect."""
+        if self._error is not None:
+            raise self._error
+        chunks: list[Chunk] = []
+        try:
+            self._take(data, chunks)
+        except (BackendError, ProbeError) as error:
+            if not chunks:
+                raise
+            self._error = error
+        return chunks
+
+    def close(self) -> Sequence[Chunk]:
+        """Raises StreamCut when the final frame never came."""
+        if self._error is not None:
+            raise self._error
+        chunks: list[Chunk] = []
+        if not self.done:
+            self._end(chunks)
+        if not self.done:
+            raise StreamCut("the answer ended before its final frame")
+        return chunks
+
+    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+        raise NotImplementedError
+
+    def _end(self, chunks: list[Chunk]) -> None:
+        raise NotImplementedError
+
+
+def final(text: str = "", thinking: str = "", *, reason: str | None, counters: Counters | None) -> Chunk:
+    return Chunk(text, thinking, done=True, done_reason=reason, counters=counters)
+
+
+def not_this_server(what: str) -> ProbeError:
+    return ProbeError(f"the answer is not of this kind of server: {what}", finding="wrong-server")

@@ -1,0 +1,186 @@
+"""Ollama's native API: NDJSON frames, nanoseconds, and silent endings (shared facts: ollama-api.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gpumesh.backends import jsons, words
+from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
+from gpumesh.backends.frames import Lines, Reader, final, not_this_server
+from gpumesh.errors import BackendError, ProbeError
+from gpumesh.printable import printable
+from gpumesh.state import LoadedModel, ModelInfo
+
+JSON = (("Content-Type", "application/json"),)
+Answers = Mapping[str, tuple[int, bytes] | None]
+
+
+class Ollama:
+    """Implements ``base.Dialect``."""
+
+    def chat(self, request: ChatRequest) -> HttpCall:
+        body: dict[str, Any] = {
+            "model": request.model,
+            "messages": [_message(message) for message in request.messages],
+            "stream": request.stream,
+        }
+        if request.options:
+            body["options"] = dict(request.options)
+        if request.think is not None:
+            body["think"] = request.think
+        return HttpCall("POST", "/api/chat", jsons.compact(body), JSON)
+
+    def reader(self, *, stream: bool) -> NativeReader:  # noqa: ARG002  # an answer in one piece is a stream of one line
+        return NativeReader()
+
+    def error_text(self, status: int, body: bytes) -> str:
+        if status == 403 and not body.strip():
+            return "HTTP 403 without a word: Ollama does not allow this Host or Origin"
+        return words.error_text(status, body)
+
+    def probe_calls(self) -> Mapping[str, HttpCall]:
+        return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
+
+    def inventory(self, answers: Answers) -> Inventory:
+        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused`` or
+        ``key-refused``. ``ps`` may be missing: older servers do not have it."""
+        version = self._required(answers.get("version"), "/api/version", "version")
+        tags = self._required(answers.get("tags"), "/api/tags", "models")
+        ps = answers.get("ps")
+        loaded = jsons.parse_object(ps[1]) if ps is not None and ps[0] == 200 else None
+        return Inventory(
+            version=printable(jsons.text(version.get("version")) or "", 40) or None,
+            catalog=tuple(_model(item) for item in jsons.objects(tags.get("models")) if _name(item)),
+            loaded=tuple(_loaded(item) for item in jsons.objects((loaded or {}).get("models")) if _name(item)),
+        )
+
+    def _required(self, answer: tuple[int, bytes] | None, path: str, key: str) -> dict[str, Any]:
+        if answer is None:
+            raise ProbeError(f"no answer to {path}", finding="backend-down")
+        status, body = answer
+        if status == 403 and not body.strip():
+            raise ProbeError(
+                "Ollama refuses our Host header (403 without a word)",
+                finding="host-refused",
+                hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
+            )
+        if status in (401, 403):
+            raise ProbeError(
+                f"the server refuses us: {self.error_text(status, body)}",
+                finding="key-refused",
+                hint="set `backend.api_key_env` to the variable that holds its key",
+            )
+        if status == 429 or status >= 500:
+            raise ProbeError(f"the server says {self.error_text(status, body)}", finding="backend-down")
+        document = jsons.parse_object(body)
+        if status == 200 and document is not None and key in document:
+            return document
+        raise wrong_server(status, body, document, path)
+
+
+class NativeReader(Reader):
+    """Frames of ``/api/chat`` and ``/api/generate``, streamed or whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines = Lines()
+
+    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+        for line in self._lines.feed(data):
+            self._frame(line, chunks)
+
+    def _end(self, chunks: list[Chunk]) -> None:
+        rest = self._lines.rest()
+        if jsons.parse_object(rest) is not None:  # half a line is what a cut leaves behind
+            self._frame(rest, chunks)
+
+    def _frame(self, line: bytes, chunks: list[Chunk]) -> None:
+        if self.done or not line.strip():
+            return
+        frame = jsons.parse_object(line)
+        if frame is None:
+            raise not_this_server(f"{printable(line, 60)!r} is no frame")
+        error = words.error_in(frame)
+        if error is not None:
+            raise BackendError(f"the server stopped in mid-answer: {error}")
+        message = frame.get("message")
+        source = message if isinstance(message, dict) else frame
+        text = jsons.text(source.get("content" if source is message else "response")) or ""
+        thinking = jsons.text(source.get("thinking")) or ""
+        if frame.get("done") is True:
+            self.done = True
+            reason = jsons.text(frame.get("done_reason"))
+            chunks.append(final(text, thinking, reason=reason, counters=counters(frame)))
+        elif text or thinking:
+            chunks.append(Chunk(text, thinking))
+
+
+def counters(frame: Mapping[str, Any]) -> Counters:
+    """Of a final frame; its durations are nanoseconds, each may be absent."""
+
+    def ms(key: str) -> float | None:
+        value = jsons.number(frame.get(key))
+        return None if value is None else value / 1e6
+
+    return Counters(
+        prompt_tokens=jsons.whole(frame.get("prompt_eval_count")),
+        tokens=jsons.whole(frame.get("eval_count")),
+        total_ms=ms("total_duration"),
+        load_ms=ms("load_duration"),
+        prompt_ms=ms("prompt_eval_duration"),
+        eval_ms=ms("eval_duration"),
+    )
+
+
+def wrong_server(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
+    """A port that answers, but not as Ollama: says as what, where that can be told."""
+    hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
+    if words.is_page(body):
+        what = words.page_name(body)
+    elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
+        what = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
+        hint = "set `backend.kind: openai` for it, or " + hint
+    else:
+        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+    return ProbeError(f"the port answers, but not as Ollama: {path} gave {what}", finding="wrong-server", hint=hint)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.images:
+        body["images"] = list(message.images)
+    return body
+
+
+def _name(item: Mapping[str, Any]) -> str:
+    return printable(jsons.text(item.get("name")) or jsons.text(item.get("model")) or "", 200)
+
+
+def _short(value: Any) -> str | None:
+    said = jsons.text(value)
+    return printable(said, 100) or None if said is not None else None
+
+
+def _model(item: Mapping[str, Any]) -> ModelInfo:
+    details = item.get("details")
+    details = details if isinstance(details, dict) else {}
+    return ModelInfo(
+        name=_name(item),
+        digest=_short(item.get("digest")),
+        size_mib=jsons.mib(item.get("size")),
+        modified_at=_short(item.get("modified_at")),
+        parameter_size=_short(details.get("parameter_size")),
+        quantization=_short(details.get("quantization_level")),
+        family=_short(details.get("family")),
+    )
+
+
+def _loaded(item: Mapping[str, Any]) -> LoadedModel:
+    return LoadedModel(
+        name=_name(item),
+        size_vram_mib=jsons.mib(item.get("size_vram")),
+        size_mib=jsons.mib(item.get("size")),
+        expires_at=jsons.instant(item.get("expires_at")),
+        context_length=jsons.whole(item.get("context_length")),
+    )

@@ -1,0 +1,258 @@
+"""OpenAI-compatible servers: llama-server, vLLM, SGLang, LM Studio, and Ollama's own ``/v1``. Server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gpumesh.backends import jsons, words
+from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
+from gpumesh.backends.frames import BODY_LIMIT, Events, Reader, final, not_this_server
+from gpumesh.backends.ollama import JSON, Answers
+from gpumesh.errors import BackendError, ProbeError
+from gpumesh.printable import printable
+from gpumesh.state import LoadedModel, ModelInfo
+
+# Ollama's names of options -> this API's. top_k, min_p and repeat_penalty are no part of OpenAI's own API, but these
+# servers take them by the same names; what they do not know (num_ctx, num_gpu …) is theirs to set at their start.
+_OPTIONS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "seed": "seed",
+    "stop": "stop",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repeat_penalty": "repeat_penalty",
+    "num_predict": "max_tokens",
+}
+# Servers whose list of models is what they hold in memory, by ``owned_by``; others list what they have on disk.
+_RESIDENT = frozenset({"llamacpp", "vllm", "sglang"})
+_IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
+
+
+class OpenAI:
+    """Implements ``base.Dialect``."""
+
+    def chat(self, request: ChatRequest) -> HttpCall:
+        body: dict[str, Any] = {
+            "model": request.model,
+            "messages": [_message(message) for message in request.messages],
+            "stream": request.stream,
+        }
+        if request.stream:
+            body["stream_options"] = {"include_usage": True}
+        for name, value in request.options.items():
+            if name in _OPTIONS and not (name == "num_predict" and (jsons.whole(value) or 0) < 1):
+                body[_OPTIONS[name]] = value
+        if isinstance(request.think, str):
+            body["reasoning_effort"] = request.think
+        elif request.think is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": request.think}
+        return HttpCall("POST", "/v1/chat/completions", jsons.compact(body), JSON)
+
+    def reader(self, *, stream: bool) -> EventReader | WholeReader:
+        return EventReader() if stream else WholeReader()
+
+    def error_text(self, status: int, body: bytes) -> str:
+        return words.error_text(status, body)
+
+    def probe_calls(self) -> Mapping[str, HttpCall]:
+        """``models`` is what all of them have; the rest tells more where it exists. llama-server's ``/slots`` is not
+        asked: it holds other people's prompts, and ``/props`` has the number of slots."""
+        return {
+            "models": HttpCall("GET", "/v1/models"),
+            "health": HttpCall("GET", "/health"),
+            "props": HttpCall("GET", "/props"),
+            "version": HttpCall("GET", "/version"),
+        }
+
+    def inventory(self, answers: Answers) -> Inventory:
+        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down`` or ``key-refused``."""
+        answer = answers.get("models")
+        if answer is None:
+            raise ProbeError("no answer to /v1/models", finding="backend-down")
+        status, body = answer
+        if status in (401, 403):
+            raise ProbeError(
+                f"the server refuses us: {self.error_text(status, body)}",
+                finding="key-refused",
+                hint="set `backend.api_key_env` to the variable that holds its key",
+            )
+        if status == 429 or status >= 500:  # llama-server: 503 "Loading model"
+            raise ProbeError(f"the server says {self.error_text(status, body)}", finding="backend-down")
+        document = jsons.parse_object(body)
+        if status != 200 or document is None or not isinstance(document.get("data"), list):
+            raise _wrong_server(status, body)
+        health = answers.get("health")
+        if health is not None and health[0] == 503:
+            raise ProbeError(f"the server says {self.error_text(*health)}", finding="backend-down")
+        props, version = _answered(answers.get("props")), _answered(answers.get("version"))
+        models = [item for item in jsons.objects(document["data"]) if _name(item)]
+        context = _context(props)
+        return Inventory(
+            version=_short(props.get("build_info")) or _short(version.get("version")),
+            catalog=tuple(_model(item) for item in models),
+            loaded=tuple(_loaded(item, context) for item in models if item.get("owned_by") in _RESIDENT),
+            parallel=jsons.whole(props.get("total_slots")) or None,
+        )
+
+
+class EventReader(Reader):
+    """Chunks of a streamed chat or completion. The final one is given at ``[DONE]``: only then the usage is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events = Events()
+        self._reason: str | None = None
+        self._counters: Counters | None = None
+
+    def _take(self, data: bytes, chunks: list[Chunk]) -> None:
+        for event in self._events.feed(data):
+            self._event(event, chunks)
+
+    def _end(self, chunks: list[Chunk]) -> None:
+        for event in self._events.rest():
+            if event.strip() == b"[DONE]" or jsons.parse_object(event) is not None:
+                self._event(event, chunks)
+        if not self.done and self._reason is not None:
+            # The text is complete: some servers close without [DONE].
+            self._finish(chunks)
+
+    def _event(self, event: bytes, chunks: list[Chunk]) -> None:
+        if self.done or not event.strip():
+            return
+        if event.strip() == b"[DONE]":
+            if self._reason is None and self._counters is None:
+                return  # nothing was finished: close() says that it was cut
+            self._finish(chunks)
+            return
+        frame = jsons.parse_object(event)
+        if frame is None:
+            raise not_this_server(f"{printable(event, 60)!r} is no event")
+        error = words.error_in(frame)
+        if error is not None:
+            raise BackendError(f"the server stopped in mid-answer: {error}")
+        self._counters = counters(frame) or self._counters
+        text, thinking, reason = _piece(frame, "delta")
+        self._reason = reason or self._reason
+        if text or thinking:
+            chunks.append(Chunk(text, thinking))
+
+    def _finish(self, chunks: list[Chunk]) -> None:
+        self.done = True
+        chunks.append(final(reason=self._reason, counters=self._counters))
+
+
+class WholeReader(Reader):
+    """An answer in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._body = bytearray()
+
+    def _take(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # all of it comes at the end
+        if len(self._body) + len(data) > BODY_LIMIT:
+            raise not_this_server(f"more than {BODY_LIMIT >> 20} MiB")
+        self._body += data
+
+    def _end(self, chunks: list[Chunk]) -> None:
+        body = bytes(self._body).strip()
+        frame = jsons.parse_object(body)
+        if frame is None:
+            if body and not body.startswith(b"{"):
+                raise not_this_server(f"{printable(body, 60)!r} is no answer")
+            return
+        error = words.error_in(frame)
+        if error is not None:
+            raise BackendError(f"the server answered with an error: {error}")
+        text, thinking, reason = _piece(frame, "message")
+        self.done = True
+        chunks.append(final(text, thinking, reason=reason, counters=counters(frame)))
+
+
+def counters(frame: Mapping[str, Any]) -> Counters | None:
+    """From OpenAI's ``usage`` and llama-server's ``timings`` (ms), which count what was computed here and now."""
+    usage, timings = frame.get("usage"), frame.get("timings")
+    usage = usage if isinstance(usage, dict) else {}
+    timings = timings if isinstance(timings, dict) else {}
+    if not usage and not timings:
+        return None
+    prompt_tokens = jsons.whole(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if prompt_tokens is None and timings:
+        prompt_tokens = (jsons.whole(timings.get("prompt_n")) or 0) + (jsons.whole(timings.get("cache_n")) or 0)
+    tokens = jsons.whole(usage.get("completion_tokens", usage.get("output_tokens")))
+    return Counters(
+        prompt_tokens=prompt_tokens,
+        tokens=tokens if tokens is not None else jsons.whole(timings.get("predicted_n")),
+        prompt_ms=jsons.number(timings.get("prompt_ms")),
+        eval_ms=jsons.number(timings.get("predicted_ms")),
+    )
+
+
+def _piece(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
+    """Text, thinking and the reason to finish of the first choice, of a chat or of a completion."""
+    choices = jsons.objects(frame.get("choices"), 1)
+    if not choices:
+        return "", "", None
+    inner = choices[0].get(key)
+    source = inner if isinstance(inner, dict) else {}
+    text = jsons.text(source.get("content")) or jsons.text(choices[0].get("text")) or ""
+    thinking = jsons.text(source.get("reasoning_content")) or jsons.text(source.get("reasoning")) or ""
+    return text, thinking, jsons.text(choices[0].get("finish_reason"))
+
+
+def _wrong_server(status: int, body: bytes) -> ProbeError:
+    hint = "point `backend.port` or `backend.url` at the server's /v1, or set `backend.kind: ollama` if it is one"
+    if words.is_page(body):
+        what = words.page_name(body)
+    else:
+        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+    message = f"the port answers, but not as an OpenAI-compatible server: /v1/models gave {what}"
+    return ProbeError(message, finding="wrong-server", hint=hint)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    if not message.images:
+        return {"role": message.role, "content": message.content}
+    parts: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
+    for image in message.images:
+        kind = _IMAGES.get(image[:5], "jpeg")
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{image}"}})
+    return {"role": message.role, "content": parts}
+
+
+def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
+    if answer is None or answer[0] != 200:
+        return {}
+    return jsons.parse_object(answer[1]) or {}
+
+
+def _context(props: Mapping[str, Any]) -> int | None:
+    settings = props.get("default_generation_settings")
+    return jsons.whole(settings.get("n_ctx")) if isinstance(settings, dict) else None
+
+
+def _short(value: Any) -> str | None:
+    said = jsons.text(value)
+    return printable(said, 100) or None if said is not None else None
+
+
+def _name(item: Mapping[str, Any]) -> str:
+    return printable(jsons.text(item.get("id")) or "", 200)
+
+
+def _model(item: Mapping[str, Any]) -> ModelInfo:
+    meta = item.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    parameters = jsons.whole(meta.get("n_params"))
+    return ModelInfo(
+        name=_name(item),
+        size_mib=jsons.mib(meta.get("size")),
+        parameter_size=None if parameters is None else f"{parameters / 1e9:.1f}B",
+    )
+
+
+def _loaded(item: Mapping[str, Any], context: int | None) -> LoadedModel:
+    return LoadedModel(name=_name(item), context_length=context or jsons.whole(item.get("max_model_len")))
