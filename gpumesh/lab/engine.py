@@ -1,0 +1,330 @@
+"""The simulated inference: models in memory, slots, and time. No text and no HTTP here.
+
+Time is kept as Ollama's own counters would show it: loading, then waiting for a slot, then prefill, then one token
+each ``1 / rate`` on the absolute clock (a late wake-up is caught up, not added), so that ``eval_count / eval_duration``
+is the set rate exactly, and a client that measures gets the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
+from gpumesh.lab.text import count_tokens
+
+IDLE_MIB = 4
+"""Of a 4090's memory, with nothing running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """An answer's counters; durations in ns, as Ollama has them."""
+
+    total_ns: int = 0
+    load_ns: int = 0
+    prompt_tokens: int = 0
+    prompt_ns: int = 0
+    tokens: int = 0
+    eval_ns: int = 0
+
+
+class Meter:
+    """How busy something was lately, 0 to 1: an average that forgets with the time constant ``tau_s``."""
+
+    def __init__(self, tau_s: float, clock: Callable[[], float]) -> None:
+        self._tau_s = tau_s
+        self._clock = clock
+        self._at = clock()
+        self._value = 0.0
+        self._target = 0.0
+
+    def set(self, target: float) -> None:
+        self.value()
+        self._target = target
+
+    def value(self) -> float:
+        now = self._clock()
+        self._value += (self._target - self._value) * (1.0 - math.exp(-(now - self._at) / self._tau_s))
+        self._at = now
+        return self._value
+
+
+class Pacer:
+    """When each token is due. ``start`` is the end of prefill; token ``n`` is due at ``start + n / rate``."""
+
+    def __init__(self, total: int, rate: float, clock: Callable[[], float], start: float) -> None:
+        self._total = total
+        self._rate = rate
+        self._clock = clock
+        self._start = start
+        self.sent = 0
+
+    async def due(self) -> int:
+        """Waits for the next token; returns how many are due by then (at most the total), ``sent`` being the same."""
+        if not math.isinf(self._rate):
+            wait = self._start + (self.sent + 1) / self._rate - self._clock()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            elapsed = self._clock() - self._start
+            self.sent = min(self._total, max(self.sent + 1, int(elapsed * self._rate + 1e-6)))
+        else:
+            self.sent = self._total
+        return self.sent
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """A model in memory. ``key`` holds the options that force a reload when they differ."""
+
+    model: ModelProfile
+    key: tuple[object, ...]
+    slots: asyncio.Semaphore
+    expires_at: float
+    """On the engine's clock; ``inf`` is for ever."""
+    context_length: int
+    loading: bool = False
+    users: int = 0
+    prompts: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """What the cache of prefixes holds: the latest prompts, one for each slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A slot that is held. ``load_s`` is what this request waited for a load, ``queued_s`` for the slot."""
+
+    runner: Runner
+    rate: float
+    prefill_rate: float
+    load_s: float
+    queued_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLoad:
+    """What nvidia-smi shows: 0 to 1, MiB, and 0 to 1 for the slower warmth; ``models`` names what fills memory."""
+
+    busy: float = 0.0
+    warmth: float = 0.0
+    models: tuple[tuple[str, int], ...] = ()
+
+
+class Engine:
+    """One host's inference. Everything runs on one event loop; ``faults`` may change at any time."""
+
+    def __init__(self, profile: HostProfile, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.profile = profile
+        self.faults = Faults()
+        self.clock = clock
+        now = datetime.now(UTC)
+        self.store: dict[str, tuple[ModelProfile, datetime]] = {
+            model.name: (model, now - timedelta(days=3 + number, microseconds=hash_us(profile.hostname, model.name)))
+            for number, model in enumerate(profile.models)
+        }
+        self.runners: dict[str, Runner] = {}
+        self.loads = 0
+        self.running = 0
+        self.max_running = 0
+        self._scheduler = asyncio.Lock()
+        self._released = asyncio.Event()
+        self._busy = Meter(0.3, clock)
+        self._warmth = Meter(15.0, clock)
+        for model in profile.models:
+            if model.resident:
+                self.runners[model.name] = self._new_runner(model, ())
+
+    def find(self, name: str) -> ModelProfile | None:
+        """By name, ``:latest`` being understood."""
+        entry = self.store.get(name) or self.store.get(f"{name}:latest")
+        return entry[0] if entry else None
+
+    @asynccontextmanager
+    async def lease(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> AsyncIterator[Lease]:
+        """A slot of the model, loaded first if it must be. First come, first served; given back on every path."""
+        asked = self.clock()
+        runner = await self._runner(model, options)
+        loaded = self.clock()
+        held = False
+        try:
+            await runner.slots.acquire()
+            held = True
+            self._count(+1)
+            slow = self.faults.slow
+            yield Lease(
+                runner,
+                self.profile.tokens_per_s * model.speed / slow,
+                self.profile.prefill_tokens_per_s * model.speed / slow,
+                load_s=loaded - asked,
+                queued_s=self.clock() - loaded,
+            )
+        finally:
+            if held:
+                runner.slots.release()
+                self._count(-1)
+            self._release(runner, keep_alive)
+
+    async def preload(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> None:
+        """An empty prompt: the model is loaded and kept, or with ``keep_alive`` 0 unloaded."""
+        if seconds_of(keep_alive, self.profile.keep_alive_s) == 0:
+            if (runner := self.runners.get(model.name)) is not None:
+                runner.expires_at = self.clock()
+                self.expire()
+            return
+        self._release(await self._runner(model, options), keep_alive)
+
+    async def prefill(self, lease: Lease, prompt: str) -> tuple[int, float]:
+        """Waits as long as the prompt takes, less what the cache holds; the prompt's tokens and the seconds."""
+        tokens = count_tokens(prompt)
+        if math.isinf(lease.prefill_rate):
+            return tokens, 0.0
+        fresh = max(1, tokens - self._cached(lease.runner, prompt))
+        seconds = fresh / lease.prefill_rate
+        await asyncio.sleep(seconds)
+        return tokens, seconds
+
+    def loaded(self) -> list[Runner]:
+        self.expire()
+        return list(self.runners.values())
+
+    def expire(self) -> None:
+        """Models whose time has passed leave memory, unless they are in use."""
+        now = self.clock()
+        for name, runner in list(self.runners.items()):
+            if runner.users == 0 and not runner.loading and runner.expires_at <= now:
+                del self.runners[name]
+
+    def vram_mib(self, model: ModelProfile) -> int:
+        return 0 if self.faults.on_cpu else model.vram_mib
+
+    def gpu_load(self) -> GpuLoad:
+        self.expire()
+        foreign = self.faults.foreign_load
+        return GpuLoad(
+            busy=max(self._busy.value(), foreign),
+            warmth=max(self._warmth.value(), foreign),
+            models=tuple((runner.model.name, self.vram_mib(runner.model)) for runner in self.runners.values()),
+        )
+
+    def _new_runner(self, model: ModelProfile, options: tuple[object, ...]) -> Runner:
+        context = options[0] if options and isinstance(options[0], int) else min(model.context_length, 32768)
+        slots = 1 if model.embedding else self.profile.slots
+        expires_at = self.clock() + self.profile.keep_alive_s
+        return Runner(model, options, asyncio.Semaphore(slots), expires_at, context_length=context)
+
+    async def _runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
+        """One at a time: a load blocks whatever comes after it, as in Ollama. The runner's ``users`` is raised."""
+        key = tuple(options.get(name) for name in RELOADS)
+        if not any(part is not None for part in key):
+            key = ()
+        async with self._scheduler:
+            self.expire()
+            runner = self.runners.get(model.name)
+            if runner is None or (key and runner.key != key):
+                while (old := self.runners.get(model.name)) is not None and old.users:
+                    await self._wait_released()
+                self.runners.pop(model.name, None)
+                await self._make_room(self.vram_mib(model))
+                runner = self._new_runner(model, key)
+                runner.loading = True
+                self.runners[model.name] = runner
+                try:
+                    if self.profile.load_s > 0:
+                        await asyncio.sleep(self.profile.load_s / model.speed)
+                except asyncio.CancelledError:
+                    del self.runners[model.name]
+                    raise
+                runner.loading = False
+                self.loads += 1
+            runner.users += 1
+            runner.expires_at = math.inf
+            return runner
+
+    async def _make_room(self, need_mib: int) -> None:
+        """Unloads the models whose time ends first until the new one fits; waits while all are in use."""
+        room = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
+        while self.runners and sum(self.vram_mib(one.model) for one in self.runners.values()) + need_mib > room:
+            idle = [one for one in self.runners.values() if not one.users]
+            if idle:
+                del self.runners[min(idle, key=lambda one: one.expires_at).model.name]
+            else:
+                await self._wait_released()
+
+    async def _wait_released(self) -> None:
+        self._released.clear()
+        await self._released.wait()
+
+    def _release(self, runner: Runner, keep_alive: object) -> None:
+        runner.users -= 1
+        runner.expires_at = self.clock() + seconds_of(keep_alive, self.profile.keep_alive_s)
+        self.expire()
+        self._released.set()
+
+    def _count(self, change: int) -> None:
+        self.running += change
+        self.max_running = max(self.max_running, self.running)
+        self._busy.set(1.0 if self.running else 0.0)
+        self._warmth.set(1.0 if self.running else 0.0)
+
+    def _cached(self, runner: Runner, prompt: str) -> int:
+        """How many of the prompt's tokens the runner has seen as the start of a recent one."""
+        if not self.profile.prefix_cache:
+            return 0
+        best = max((_common(prompt, other) for other in runner.prompts), default=0)
+        runner.prompts[prompt] = None
+        runner.prompts.move_to_end(prompt)
+        while len(runner.prompts) > self.profile.slots:
+            runner.prompts.popitem(last=False)
+        return count_tokens(prompt[:best])
+
+
+RELOADS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+"""Options that need another runner when they differ from the loaded one's."""
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)")
+
+
+def seconds_of(keep_alive: object, default: float) -> float:
+    """A number is seconds, a string a Go duration; negative is for ever. Raises ``ValueError`` for what is neither."""
+    if keep_alive is None:
+        return default
+    if isinstance(keep_alive, bool):
+        raise ValueError(f"invalid keep_alive {keep_alive!r}")
+    if isinstance(keep_alive, (int, float)):
+        seconds = float(keep_alive)
+    else:
+        text = str(keep_alive).strip()
+        sign, bare = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+        parts = list(_DURATION.finditer(bare))
+        if bare == "0":
+            return 0.0
+        if not parts or "".join(part.group() for part in parts) != bare:
+            raise ValueError(f"time: invalid duration {text!r}")
+        seconds = sign * sum(float(part.group(1)) * _UNITS[part.group(2)] for part in parts)
+    return math.inf if seconds < 0 else seconds
+
+
+def hash_us(*parts: str) -> int:
+    """Microseconds that follow from a name: each host stored its models at a time of its own."""
+
+    return zlib.crc32("/".join(parts).encode()) % 86_400_000_000
+
+
+def _common(one: str, other: str) -> int:
+    """The length of the common prefix, by halving: prompts may be long."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,188 @@
+"""What the simulated models say: pure, deterministic, and continuable from any cut.
+
+Each next word follows from the text up to the last blank, the way a model at temperature 0 goes on from its context:
+so an answer that was cut anywhere, even within a word, and is continued on another host (as a last message of the
+assistant, or as a raw prompt) gets exactly the text that was missing. Words hold letters of several alphabets and
+emoji, so that a proxy which cuts characters apart is caught. A token is one word with the blank before it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+WORDS = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
+    "the a of and to in is that it for on with as was by at from this which be are or an not can all has one more "
+    "their will each when there other about time two these may then first any like new only some could over such our "
+    "after also many must before here through back years where much way well down should because long own under while "
+    "last might great old world still hand place again same night house between light keeps water river stone engine "
+    "signal tunnel packet window memory kernel tensor lattice, gradient, balance, morning. evening. quietly. finally. "
+    "naïve café größer Öl straße été où señor año данные память сеть μέγα νύχτα 日本語 東京 模型 모델 서울 שלום "
+    "🙂 🚀 👩\u200d🚀 ½ → “quoted” it's 42 3.14 100% x=1 `code` {json} <tag> C:\\temp"
+).split(" ")
+
+ASSISTANT = "<|im_start|>assistant\n"
+_EXTRA = 0x9E3779B1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as its tokens, in order; ``done_reason`` is ``stop`` or ``length``."""
+
+    tokens: tuple[str, ...]
+    done_reason: str
+
+
+def render(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
+    """The prompt as a ChatML template writes it; a last message of the assistant is left open if ``continues``."""
+    parts: list[str] = []
+    for number, message in enumerate(messages):
+        role, content = str(message.get("role", "user")), text_of(message.get("content"))
+        if message.get("tool_calls"):
+            content += json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
+        parts.append(f"<|im_start|>{role}\n{content}")
+        if role == "assistant" and number == len(messages) - 1 and continues:
+            return "".join(parts)
+        parts.append("<|im_end|>\n")
+    return "".join(parts) + ASSISTANT
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, or a list of parts as the OpenAI and Anthropic APIs have it."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return ""
+
+
+def count_tokens(text: str) -> int:
+    """About one for each word."""
+    return len(text.split())
+
+
+@lru_cache(maxsize=1024)
+def answer(
+    prompt: str,
+    *,
+    model: str,
+    seed: int = 0,
+    num_predict: int | None = None,
+    length: tuple[int, int] = (48, 160),
+    stop: tuple[str, ...] = (),
+) -> Answer:
+    """What ``model`` says after the rendered ``prompt``.
+
+    After a template's mark of the assistant's turn, the natural length is drawn once from ``length``; a raw prompt
+    without one ends at random words, with the same mean.
+    """
+    start = prompt.rfind(ASSISTANT) + len(ASSISTANT) if ASSISTANT in prompt else None
+    low, high = length
+    basis = zlib.crc32(f"{model}\n{seed}\n".encode())
+    cut = max(prompt.rfind(" "), prompt.rfind("\n"), -1) + 1
+    partial = prompt[cut:]
+    state = zlib.crc32(prompt[:cut].encode(errors="replace"), basis)
+
+    left: int | None = None
+    if start is not None:
+        opening = zlib.crc32(prompt[:start].encode(errors="replace"), basis)
+        said = count_tokens(prompt[start:])
+        left = low + _mix(opening + 7) % (high - low + 1) - said
+    bound = num_predict if num_predict is not None and num_predict >= 0 else 1 << 16
+    chance = max(1, (low + high) // 2)
+
+    tokens: list[str] = []
+    space = ""
+    if partial:
+        word = _word(state)
+        inside = (start is None or cut >= start) and word.startswith(partial)
+        if inside and word != partial:  # counted as said already
+            tokens.append(word[len(partial) :])
+            state = zlib.crc32((word + " ").encode(), state)
+        else:
+            state = zlib.crc32((partial + " ").encode(errors="replace"), state)
+        space = " "
+    reason = "stop"
+    while True:
+        if len(tokens) >= bound:
+            reason = "length"
+            break
+        if (left is not None and left <= 0) or (left is None and _mix(state + _EXTRA) % chance == 0):
+            break
+        word = _word(state)
+        tokens.append(space + word)
+        state = zlib.crc32((word + " ").encode(), state)
+        space = " "
+        left = None if left is None else left - 1
+    return stopped(Answer(tuple(tokens[:bound]), reason), stop)
+
+
+def stopped(whole: Answer, stop: Sequence[str]) -> Answer:
+    """The answer up to the first of the stop sequences, which is left out."""
+    text = "".join(whole.tokens)
+    places = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
+    if not places:
+        return whole
+    tokens, room = [], min(places)
+    for token in whole.tokens:
+        if room <= 0:
+            break
+        tokens.append(token[:room])
+        room -= len(token)
+    return Answer(tuple(tokens), "stop")
+
+
+def pieces(text: str, size: int = 4) -> tuple[str, ...]:
+    """A fixed text cut into tokens of about four characters, as JSON and tool calls are."""
+    return tuple(text[start : start + size] for start in range(0, len(text), size))
+
+
+def instance(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
+    """Some value that fits a JSON schema, as far as plain schemas go."""
+    if not isinstance(schema, Mapping) or depth > 16:
+        return " ".join(words[:4])
+    if "const" in schema:
+        return schema["const"]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return instance(schema[key][0], words, depth + 1)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    if isinstance(kind, list):
+        kind = next((one for one in kind if one != "null"), "null")
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        return {name: instance(inner, words, depth + 1) for name, inner in properties.items()}
+    if kind == "array":
+        return [instance(schema.get("items", {}), words, depth + 1)] * max(1, int(schema.get("minItems", 1)))
+    plain: dict[str, Any] = {
+        "integer": int(schema.get("minimum", 42)),
+        "number": float(schema.get("minimum", 0.5)),
+        "boolean": True,
+        "null": None,
+    }
+    return plain.get(str(kind), " ".join(words[:4]))
+
+
+def vector(text: str, size: int = 768) -> list[float]:
+    """An embedding: deterministic, of length 1."""
+    state = zlib.crc32(text.encode(errors="replace"))
+    values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]
+    norm = sum(value * value for value in values) ** 0.5
+    return [value / norm for value in values]
+
+
+def _mix(state: int) -> int:
+    """CRC is linear: words drawn from it directly would follow each other in a pattern."""
+    state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return state ^ (state >> 16)
+
+
+def _word(state: int) -> str:
+    return WORDS[_mix(state) % len(WORDS)]
