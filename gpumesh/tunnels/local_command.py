@@ -1,0 +1,49 @@
+"""Commands on this machine: nvidia-smi of a direct node, and a user's ``address_from``. No shell, and nothing of them
+is left behind: each has a process group of its own, which ends with the block that started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+
+CHUNK = 32 * 1024
+END_S = 2.0
+
+
+@contextlib.asynccontextmanager
+async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Raises OSError or ValueError (a NUL in an argument) when it cannot be started."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # asyncio holds a process for alive until its pipes are read to their end.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                for pipe in (process.stdout, process.stderr):
+                    while pipe is not None and await pipe.read(CHUNK):
+                        pass
+                await process.wait()
+
+
+async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[bytes, bool]:
+    """All that fits, and whether something did not; the rest is read and dropped, so that the command can end."""
+    assert pipe is not None
+    kept, cut = bytearray(), False
+    while piece := await pipe.read(CHUNK):
+        room = limit - len(kept)
+        cut |= len(piece) > room
+        kept += piece[: max(0, room)]
+    return bytes(kept), cut

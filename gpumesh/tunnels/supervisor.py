@@ -1,0 +1,400 @@
+"""Keeps one node's tunnel: opens, watches, reopens, for as long as ``run`` runs.
+
+What to do is decided by lifecycle.py; here it is done. An SSH node's local ports (listeners.py) are bound once; behind
+them one worker process at a time holds one connection. That connection is dead when the worker says so (a reset, at
+once), when the worker ends, or when the host leaves a question unanswered (a black hole, within 5 s).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gpumesh import config
+from gpumesh.config import environment
+from gpumesh.errors import GPUMeshError, TunnelDown, TunnelError
+from gpumesh.state import TunnelPhase, TunnelState
+from gpumesh.topology import NodeSpec, SshSpec, Target, TransportKind
+from gpumesh.tunnels.address import ask_address
+from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
+from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - who opens a tunnel needs both
+from gpumesh.tunnels.conversation import Conversation, cause_of, error_of
+from gpumesh.tunnels.direct import DirectTunnel
+from gpumesh.tunnels.lifecycle import (
+    Broke,
+    Cause,
+    Closed,
+    Connected,
+    Decision,
+    Event,
+    Lifecycle,
+    NetworkChanged,
+    Nudged,
+    Opened,
+    RetryDue,
+    Suspected,
+    Woke,
+    step,
+)
+from gpumesh.tunnels.listeners import Listeners
+from gpumesh.tunnels.nursery import WorkerPool
+from gpumesh.tunnels.protocol import ForwardFailed, Setup, Up
+from gpumesh.tunnels.surroundings import watch_network, watch_sleep
+
+NOTICE_S = 4.5  # a dead peer is noticed within this, if the keepalive interval leaves room for it
+LEAST_PATIENCE_S = 1.5  # for an answer: a lost packet or two must not end a connection that lives
+GRACE_S = 8.0  # how long clients of a local port wait for a tunnel that is away
+CLOSE_S = 2.0
+RTT_WEIGHT = 0.3  # of the newest round trip in what is shown
+
+
+def open_tunnel(
+    spec: NodeSpec,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    rng: random.Random | None = None,
+    workers: WorkerPool,
+    on_change: Callable[[TunnelState], None],
+    ask: Prompter | None = None,
+) -> Tunnel:
+    """The tunnel of a node, with its local ports bound. Its caller runs ``run`` in a task, or uses ``running``.
+
+    ``clock`` gives monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
+    """
+    if spec.ssh is None:
+        return DirectTunnel(spec, clock=clock, on_change=on_change)
+    return SshTunnel(
+        spec, spec.ssh, clock=clock, rng=rng or random.Random(), workers=workers, on_change=on_change, ask=ask
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(tunnel: Tunnel) -> AsyncIterator[Tunnel]:
+    """``async with running(open_tunnel(…)) as tunnel``: runs it inside, and has closed it after."""
+    # Not a TaskGroup: what the block raises should reach its caller as it is, not in a group.
+    task = asyncio.create_task(tunnel.run())
+    try:
+        yield tunnel
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+class SshTunnel:
+    """One SSH node's tunnel; see ``base.Tunnel``. ``close`` is for one that never ran."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        ssh: SshSpec,
+        *,
+        clock: Callable[[], float],
+        rng: random.Random,
+        workers: WorkerPool,
+        on_change: Callable[[TunnelState], None],
+        ask: Prompter | None,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self._node = spec.name
+        self._ssh = ssh
+        self._targets = spec.backend.targets
+        self._clock = clock
+        self._rng = rng
+        self._workers = workers
+        self._on_change = on_change
+        self._ask = ask
+        self._grace_s = grace_s
+        self._listeners = Listeners(self._targets)
+        self._life = Lifecycle()
+        self._since: datetime | None = None
+        self._rtt_ms: float | None = None
+        self._forbidden: set[Target] = set()
+        self._talk: Conversation | None = None
+        self._restart: asyncio.Event = asyncio.Event()
+        self._go = asyncio.Event()
+        self._check = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._patience_ends: asyncio.TimerHandle | None = None
+        self._address: tuple[str, int] | None = None
+
+    # -- what is seen ------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> TunnelState:
+        life = self._life
+        up = life.phase is TunnelPhase.UP
+        cause = life.cause
+        return TunnelState(
+            transport=self._ssh.transport.value,
+            state=life.phase,
+            since=self._since,
+            rtt_ms=self._rtt_ms if up else None,
+            reconnects=life.reconnects,
+            last_error=cause.message if cause else None,
+            error_code=cause.code if cause and not up else None,
+            hint=cause.hint if cause and not up else None,
+            retry_in_s=max(0.0, life.retry_at - self._clock()) if life.retry_at is not None else None,
+            local_port=self._listeners.ports[0] if self._listeners.ports else None,
+        )
+
+    @property
+    def urls(self) -> Mapping[Target, str]:
+        return self._listeners.urls
+
+    # -- what may be asked -------------------------------------------------------------------------------------------
+
+    async def wait_up(self) -> None:
+        while self._life.phase is not TunnelPhase.UP:
+            if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:
+                raise error_of(self._life.cause, self._node)
+            if self._life.phase is TunnelPhase.CLOSED:
+                raise TunnelDown(f"the tunnel of {self._node} is closed", node=self._node)
+            await self._changed.wait()
+
+    async def exec(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20) -> ExecResult:
+        return await self._up_now().run(shlex.join(argv), timeout_s=timeout_s, limit_bytes=limit_bytes)
+
+    async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
+        async with contextlib.aclosing(self._up_now().stream(shlex.join(argv))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def suspect(self, reason: str) -> None:  # noqa: ARG002 - whoever suspects has said it in its own log
+        self._feed(Suspected())
+
+    def nudge(self) -> None:
+        self._feed(Nudged())
+
+    def close(self) -> None:
+        """Gives the local ports back. ``run`` does so by itself when it ends."""
+        self._listeners.close()
+
+    def _up_now(self) -> Conversation:
+        if self._talk is None or self._life.phase is not TunnelPhase.UP:
+            why = f": {self._life.cause.message}" if self._life.cause else ""
+            raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{why}", node=self._node)
+        return self._talk
+
+    # -- the state machine, driven -----------------------------------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        before = self._life
+        self._life, decision = step(before, event, now=self._clock(), jitter=self._rng.random())
+        match decision:
+            case Decision.CHECK:
+                self._check.set()
+            case Decision.RECONNECT:
+                self._restart.set()
+            case Decision.CONNECT | Decision.WAIT | Decision.STOP:
+                self._go.set()
+            case Decision.NOTHING:
+                pass
+        if self._life != before:
+            if self._life.phase is not before.phase:
+                self._since = datetime.now(UTC)
+                self._serve_waiting_clients(before.phase)
+            self._announce()
+
+    def _announce(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        self._on_change(self.state)
+
+    def _serve_waiting_clients(self, before: TunnelPhase) -> None:
+        """Clients of the local ports wait while a tunnel is away for a moment, and are reset while it is for longer."""
+        phase = self._life.phase
+        if phase is TunnelPhase.UP:
+            self._stop_patience()
+            self._listeners.let_wait()
+        elif phase is TunnelPhase.FAILED:
+            self._stop_patience()
+            self._listeners.turn_away()
+        elif before in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
+            loop = asyncio.get_running_loop()
+            self._patience_ends = loop.call_later(self._grace_s, self._listeners.turn_away)
+
+    def _stop_patience(self) -> None:
+        if self._patience_ends is not None:
+            self._patience_ends.cancel()
+            self._patience_ends = None
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(watch_sleep(lambda: self._feed(Woke())))
+                group.create_task(watch_network(lambda: self._feed(NetworkChanged())))
+                self._feed(Opened())
+                await self._live()
+        finally:
+            self._feed(Closed())
+            self._stop_patience()
+            self._listeners.close()
+
+    async def _live(self) -> None:
+        while True:
+            self._restart.clear()
+            cause = await self._hold_one_connection()
+            if cause is not None:
+                self._feed(Broke(cause))
+            while self._life.waiting:
+                await self._wait_for_retry()
+
+    async def _wait_for_retry(self) -> None:
+        assert self._life.retry_at is not None, "waiting has an end"
+        self._go.clear()
+        try:
+            async with asyncio.timeout(max(0.0, self._life.retry_at - self._clock())):
+                await self._go.wait()
+        except TimeoutError:
+            self._feed(RetryDue())
+
+    # -- one connection ----------------------------------------------------------------------------------------------
+
+    async def _hold_one_connection(self) -> Cause | None:
+        """Connects and stays until it is over; why it is. ``None``: it is to be tried anew at once (RECONNECT)."""
+        with contextlib.ExitStack() as stack:
+            try:
+                setup = await self._setup(stack)
+                worker = await self._workers.spawn(setup, self._listeners.sockets)
+            except TunnelError as error:
+                return cause_of(error)
+            except (GPUMeshError, OSError) as error:  # no folder for sockets, out of processes or descriptors
+                return Cause("tunnel", f"the tunnel of {self._node} cannot be started: {error}")
+            async with worker:
+                talk = Conversation(
+                    self._node, worker, ask=self._ask, on_up=self._is_up, on_forward_failed=self._forward_failed
+                )
+                orderly = False
+                try:
+                    cause = await self._attend(talk)
+                except asyncio.CancelledError:
+                    orderly = talk.up.is_set()
+                    raise
+                finally:
+                    self._talk = None
+                    try:
+                        if orderly:
+                            await talk.close(CLOSE_S)
+                    finally:
+                        worker.kill()
+                return cause
+
+    async def _attend(self, talk: Conversation) -> Cause | None:
+        self._talk = talk
+        self._forbidden.clear()
+        cause: Cause | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(talk.listen(group))
+                group.create_task(self._watch(talk))
+                cause = await self._over(talk, group)
+                # Ends the group's tasks, questions to a person among them, without a cancellation from outside.
+                raise _Over
+        except* _Over:
+            pass
+        finally:
+            talk.end(Cause("tunnel-lost", "the tunnel is closing"))
+        return cause
+
+    async def _over(self, talk: Conversation, group: asyncio.TaskGroup) -> Cause | None:
+        restart = group.create_task(self._restart.wait())
+        either: list[asyncio.Future[Any]] = [talk.ended, restart]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return talk.ended.result() if talk.ended.done() else None
+
+    async def _setup(self, stack: contextlib.ExitStack) -> Setup:
+        """Raises SecretMissing, HostUnresolved (address_from), and GPUMeshError when there is no folder for sockets."""
+        ssh = self._ssh
+        if ssh.address_from is not None:
+            host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=self._node)
+            ssh = replace(ssh, host=host, port=port)
+        secrets = [
+            (name, config.secret(variable, node=self._node))
+            for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
+            if variable is not None
+        ]
+        control_dir: str | None = None
+        if ssh.transport is TransportKind.OPENSSH:
+            control_dir = str(stack.enter_context(_private_folder()))
+        return Setup(
+            node=self._node,
+            ssh=ssh,
+            targets=self._targets,
+            secrets=tuple(secrets),
+            interactive=self._ask is not None,
+            control_dir=control_dir,
+        )
+
+    def _is_up(self, up: Up) -> None:
+        self._rtt_ms = up.rtt_ms
+        self._check.clear()
+        self._feed(Connected())
+
+    def _forward_failed(self, failed: ForwardFailed) -> None:
+        """A backend that is not there is the prober's to say. A host that forbids forwarding is no way to any."""
+        if failed.code != "forwarding-forbidden" or self._talk is None:
+            return
+        self._forbidden.add(failed.target)
+        if self._forbidden >= set(self._targets):
+            hint = "allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen for the port"
+            cause = Cause("forwarding-forbidden", failed.message, hint, needs_person=True)
+            self._talk.end(cause)
+
+    async def _watch(self, talk: Conversation) -> None:
+        """Ends the conversation when connecting takes too long, or when the host does not answer any more."""
+        await self._connect_in_time(talk)
+        interval_s = self._ssh.keepalive_s
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._check.wait()
+            self._check.clear()
+            patience_s = max(LEAST_PATIENCE_S, NOTICE_S - interval_s)
+            rtt_ms = await talk.ping(patience_s)
+            if rtt_ms is None:
+                message = f"{self._node} has not answered for {patience_s:.1f} s"
+                talk.end(Cause("tunnel-lost", message, "the host, its network or yours is away; it is tried again"))
+                return
+            old = self._rtt_ms
+            self._rtt_ms = round(rtt_ms if old is None else old + RTT_WEIGHT * (rtt_ms - old), 3)
+            self._announce()
+
+    async def _connect_in_time(self, talk: Conversation) -> None:
+        """The worker keeps ``connect_timeout_s`` for each step; this is for a worker that does not. While a person is
+        being asked something the time does not count."""
+        limit_s = self._ssh.connect_timeout_s * (2 + len(self._ssh.proxy_jump)) + 10.0
+        spent_s = 0.0
+        while spent_s < limit_s:
+            try:
+                async with asyncio.timeout(1.0):
+                    await talk.up.wait()
+                    return
+            except TimeoutError:
+                spent_s += 0.0 if talk.asking else 1.0
+        talk.end(Cause("connect-timeout", f"no connection to {self._node} within {limit_s:.0f} s"))
+        await talk.up.wait()  # never: ``_attend`` ends this task
+
+
+class _Over(Exception):
+    """The conversation is over; not an error."""
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A new folder (0700) for one connection's sockets, gone afterwards with all that is in it."""
+    folder = Path(tempfile.mkdtemp(prefix="s", dir=environment.runtime_dir()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
