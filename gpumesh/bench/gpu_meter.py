@@ -1,0 +1,122 @@
+"""What the GPUs did while a stage ran: utilisation, power and energy, from the mesh's own snapshots of nvidia-smi.
+
+Sampling only; nvidia-smi is asked by the mesh's probes, at their pace, over the same tunnels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from gpumesh.state import GpuState, MeshState
+
+SAMPLE_S = 0.5
+# Fewer moments than this tell nothing of a mean.
+ENOUGH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """Means over the stage; ``power_w`` and ``energy_j`` are of all GPUs together, ``None`` where one is unknown."""
+
+    gpus: int
+    samples: int
+    utilization_pct: float | None = None
+    power_w: float | None = None
+    energy_j: float | None = None
+    memory_used_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    at_s: float
+    state: MeshState
+
+
+def gpu_use(samples: Sequence[Sample], nodes: frozenset[str] | None = None) -> GpuUse | None:
+    """Pure. The GPUs of these nodes (all, if ``None``), each once by its UUID; ``None`` when too little is known.
+
+    Energy is the mean power, each sample weighted by the time until the next, times the time between first and last.
+    """
+    if len(samples) < ENOUGH:
+        return None
+    moments = [(sample.at_s, _gpus(sample.state, nodes)) for sample in samples]
+    seen = {uuid for _, gpus in moments for uuid in gpus}
+    if not seen:
+        return None
+    seconds = moments[-1][0] - moments[0][0]
+    powers = [_total([gpu.power_w for gpu in gpus.values()], len(seen)) for _, gpus in moments]
+    loads = [gpu.utilization_pct for _, gpus in moments for gpu in gpus.values() if gpu.utilization_pct is not None]
+    memory = [_total([gpu.memory_used_mib for gpu in gpus.values()], len(seen)) for _, gpus in moments]
+    energy = 0.0
+    for ((now, _), (later, _)), power in zip(itertools.pairwise(moments), powers, strict=False):
+        energy += math.nan if power is None else power * (later - now)
+    known = math.isfinite(energy) and seconds > 0
+    most = [value for value in memory if value is not None]
+    return GpuUse(
+        gpus=len(seen),
+        samples=len(samples),
+        utilization_pct=sum(loads) / len(loads) if loads else None,
+        power_w=energy / seconds if known else None,
+        energy_j=energy if known else None,
+        memory_used_mib=round(max(most)) if most else None,
+    )
+
+
+def _gpus(state: MeshState, nodes: frozenset[str] | None) -> dict[str, GpuState]:
+    return {gpu.uuid: gpu for node in state.nodes if nodes is None or node.name in nodes for gpu in node.gpus or ()}
+
+
+def _total(values: Sequence[float | None], expected: int) -> float | None:
+    """A sum in which nothing is missing."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == expected else None
+
+
+class GpuMeter:
+    """Samples while its context is open; ``samples`` may be read after it."""
+
+    def __init__(
+        self,
+        status: Callable[[], Awaitable[MeshState]],
+        *,
+        interval_s: float = SAMPLE_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.samples: list[Sample] = []
+        self._status = status
+        self._interval_s = interval_s
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._take()
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        failed = None if self._task.cancelled() else self._task.exception()
+        if error is None and failed is not None:
+            raise failed
+        if error is None:
+            await self._take()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self._take()
+
+    async def _take(self) -> None:
+        state = await self._status()
+        self.samples.append(Sample(self._clock(), state))

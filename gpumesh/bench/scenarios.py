@@ -1,0 +1,278 @@
+"""What each scenario sends: a plan of stages of requests, decided before the first one goes out. Pure.
+
+Every prompt begins with a nonce, so that no server answers from the cache of a prefix that it has seen; ``replay``
+keeps the trace's own shared prefixes behind the nonce of the run. ``think`` is always sent, since servers default it
+to true where a model can (ollama-api.md); the temperature is 0 and the seed fixed, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+
+from gpumesh.backends.base import ChatRequest, Message
+from gpumesh.bench.traces import TracedRequest
+from gpumesh.errors import UsageError
+
+# Enough vocabulary that a tokenizer sees ordinary words, about 1.3 tokens each (OpenAI's rule of thumb: 0.75 words).
+_WORDS = tuple(
+    word
+    for line in (
+        "river stone window garden market engine signal harbor winter copper letter bridge forest mirror planet",
+        "silver ladder thunder village compass pepper lantern meadow orbit canvas anchor desert velvet rocket island",
+    )
+    for word in line.split()
+)
+TOKENS_PER_WORD = 1.3
+REPLAY_BLOCK_TOKENS = 512
+MAX_PROMPT_TOKENS = 200_000
+
+
+class Scenario(StrEnum):
+    QUICK = "quick"
+    SWEEP = "sweep"
+    SCALE = "scale"
+    OVERHEAD = "overhead"
+    FAILOVER = "failover"
+    REPLAY = "replay"
+
+
+class StageKind(StrEnum):
+    WARM_UP = "warm-up"
+    NODE = "node"
+    MESH = "mesh"
+    TRACE = "trace"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """A node that a scenario may use. ``parallel``: how many requests it truly runs at once, if that is known."""
+
+    name: str
+    parallel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``requests``: for each stage. ``concurrency``: the levels of ``sweep``, the first of which the others use.
+
+    ``speed`` divides the gaps between a trace's requests; ``max_context`` bounds what is replayed of its lengths.
+    """
+
+    model: str
+    requests: int | None = None
+    concurrency: tuple[int, ...] = ()
+    tokens: int = 64
+    prompt_tokens: int = 32
+    think: bool | None = False
+    seed: int = 1
+    speed: float = 1.0
+    max_context: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One request to be. ``at_s`` is when it is to be sent in an open loop, from the stage's start."""
+
+    chat: ChatRequest
+    node: str | None = None
+    at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open one sends by the clock.
+
+    ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: in mid-stage a node is taken away.
+    """
+
+    name: str
+    kind: StageKind
+    requests: tuple[Planned, ...]
+    node: str | None = None
+    concurrency: int | None = None
+    disturb: bool = False
+
+    @property
+    def open_loop(self) -> bool:
+        return self.concurrency is None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    scenario: Scenario
+    settings: Settings
+    stages: tuple[Stage, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(len(stage.requests) for stage in self.stages)
+
+
+class Prompts:
+    """Makes chat requests that no cache has seen. ``rng`` makes the nonce of each, the settings' seed the rest."""
+
+    def __init__(self, settings: Settings, rng: Random) -> None:
+        self._settings = settings
+        self._rng = rng
+        self._words = Random(settings.seed)
+        self._run = f"{rng.getrandbits(64):016x}"
+
+    def fresh(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
+        """A prompt with a nonce of its own at its very start."""
+        nonce = f"{self._rng.getrandbits(64):016x}"
+        length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
+        words = max(round(length / TOKENS_PER_WORD), 1)
+        said = " ".join(self._words.choices(_WORDS, k=words))
+        return self._request(f"[{nonce}] Tell a long story with these words in it: {said}.", tokens)
+
+    def traced(self, traced: TracedRequest) -> ChatRequest:
+        """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*:
+        what the trace shares is shared here, and what an earlier run left in a cache is of no use."""
+        prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
+        if not traced.blocks:
+            return self.fresh(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
+        needed = -(-prompt_tokens // REPLAY_BLOCK_TOKENS)
+        parts = [f"[{self._run}]"]
+        left = prompt_tokens
+        for block in traced.blocks[:needed]:
+            words = max(round(min(left, REPLAY_BLOCK_TOKENS) / TOKENS_PER_WORD), 1)
+            parts.append(" ".join(Random(f"{self._settings.seed}/{block}").choices(_WORDS, k=words)))
+            left -= REPLAY_BLOCK_TOKENS
+        return self._request(" ".join(parts), traced.output_tokens)
+
+    def _request(self, prompt: str, tokens: int | None) -> ChatRequest:
+        settings = self._settings
+        options = {
+            "num_predict": settings.tokens if tokens is None else tokens,
+            "temperature": 0,
+            "seed": settings.seed,
+        }
+        return ChatRequest(settings.model, (Message("user", prompt),), options, stream=True, think=settings.think)
+
+
+def plan(
+    scenario: Scenario,
+    settings: Settings,
+    nodes: Sequence[NodeFacts],
+    *,
+    rng: Random,
+    trace: Sequence[TracedRequest] = (),
+) -> Plan:
+    """All that a scenario will send. Raises UsageError when it cannot be run on these nodes or with these settings."""
+    _check(settings)
+    if not nodes:
+        raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
+    prompts = Prompts(settings, rng)
+    warm = _stage("warm-up", StageKind.WARM_UP, [Planned(prompts.fresh(tokens=1), node.name) for node in nodes], 1)
+    body = {
+        Scenario.QUICK: _quick,
+        Scenario.SWEEP: _sweep,
+        Scenario.SCALE: _scale,
+        Scenario.OVERHEAD: _overhead,
+        Scenario.FAILOVER: _failover,
+    }
+    if scenario is Scenario.REPLAY:
+        stages = _replay(settings, prompts, trace)
+    else:
+        stages = body[scenario](settings, prompts, nodes)
+    return Plan(scenario, settings, (warm, *stages))
+
+
+def _check(settings: Settings) -> None:
+    for name, value, least in (
+        ("-n", settings.requests if settings.requests is not None else 1, 1),
+        ("--tokens", settings.tokens, 1),
+        ("--prompt-tokens", settings.prompt_tokens, 1),
+        ("-c", min(settings.concurrency, default=1), 1),
+    ):
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, not {value}")
+    if settings.speed <= 0:
+        raise UsageError(f"--speed must be more than 0, not {settings.speed:g}")
+    if settings.prompt_tokens > MAX_PROMPT_TOKENS:
+        raise UsageError(f"--prompt-tokens can be {MAX_PROMPT_TOKENS} at most, not {settings.prompt_tokens}")
+
+
+def _stage(
+    name: str,
+    kind: StageKind,
+    requests: Sequence[Planned],
+    concurrency: int | None,
+    *,
+    node: str | None = None,
+    disturb: bool = False,
+) -> Stage:
+    return Stage(name, kind, tuple(requests), node=node, concurrency=concurrency, disturb=disturb)
+
+
+def _alone(prompts: Prompts, node: NodeFacts, count: int, concurrency: int) -> Stage:
+    requests = [Planned(prompts.fresh(), node.name) for _ in range(count)]
+    return _stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
+
+
+def _mesh(name: str, prompts: Prompts, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
+    requests = [Planned(prompts.fresh()) for _ in range(count)]
+    return _stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
+
+
+def _quick(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """Each node alone, one request at a time, then all of them together with one in flight for each."""
+    count = settings.requests or 10
+    level = settings.concurrency[0] if settings.concurrency else len(nodes)
+    stages = [_alone(prompts, node, count, 1) for node in nodes]
+    return [*stages, _mesh("mesh", prompts, count * len(nodes), level)]
+
+
+def _sweep(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """The mesh at rising concurrency: where throughput stops to grow, and what latency costs there."""
+    del nodes  # the mesh chooses
+    levels = settings.concurrency or (1, 2, 4, 8)
+    return [_mesh(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels]
+
+
+def _scale(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """Each node alone at its own full load, then the mesh at the sum: efficiency is mesh ÷ sum of its nodes."""
+    stages = []
+    total = 0
+    for node in nodes:
+        level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
+        total += level
+        stages.append(_alone(prompts, node, max(settings.requests or 10, 3 * level), level))
+    count = sum(len(stage.requests) for stage in stages)
+    return [*stages, _mesh("mesh", prompts, count, total)]
+
+
+def _overhead(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """Answers of one token, one at a time: what is left is the way there and back."""
+    count = settings.requests or 50
+    return [
+        _stage(
+            node.name,
+            StageKind.NODE,
+            [Planned(prompts.fresh(tokens=1, prompt_tokens=1), node.name) for _ in range(count)],
+            1,
+            node=node.name,
+        )
+        for node in nodes
+    ]
+
+
+def _failover(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """A steady load, in the middle of which one node is taken away and given back."""
+    if len(nodes) < 2:
+        raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
+    level = settings.concurrency[0] if settings.concurrency else 2 * len(nodes)
+    return [_mesh("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
+
+
+def _replay(settings: Settings, prompts: Prompts, trace: Sequence[TracedRequest]) -> list[Stage]:
+    """A public trace, sent when its requests came, whether or not the mesh keeps up."""
+    if not trace:
+        raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
+    chosen = trace[: settings.requests] if settings.requests else trace
+    start = chosen[0].at_s
+    requests = [Planned(prompts.traced(one), at_s=(one.at_s - start) / settings.speed) for one in chosen]
+    return [_stage("replay", StageKind.TRACE, requests, None)]

@@ -1,0 +1,135 @@
+"""The figures of one request and of a sample of them, as the field defines them. Pure.
+
+Terms, and where they come from:
+
+- **TTFT**, time to first token: from sending a request to the first piece of its answer. It holds queueing, loading
+  and prefill. (Databricks, "LLM inference performance engineering", 2023; MLPerf Inference v4.0.)
+- **TPOT**, time per output token: ``(end-to-end - TTFT) / (tokens - 1)``, the mean of one request after its first
+  token. (MLPerf Inference v4.0; vLLM's ``benchmark_serving``.)
+- **ITL**, inter-token latency: each single gap between two pieces of an answer as they arrive. Servers may put more
+  than one token into a piece; then ITL is larger than TPOT. (vLLM's ``benchmark_serving``, NVIDIA GenAI-Perf.)
+- **End-to-end**: from sending a request to its last piece.
+- **Tokens/s**: of one request, tokens ÷ generation time by the server's own clock (Ollama's ``eval_count`` ÷
+  ``eval_duration``); of a stage, all output tokens ÷ wall time, and "total" with the prompts' tokens.
+- **Goodput**: requests per second that met *all* of the service-level objectives. (Zhong et al., DistServe, OSDI 2024.)
+- In an open loop every latency counts from the **intended** moment of sending: else a client that falls behind hides
+  the waits that it causes ("coordinated omission", Tene 2013).
+
+Times are in ms, rates per second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What counts as good for goodput. The defaults are MLPerf Inference v4.0's for Llama 2 70B as a server."""
+
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A sample in short. ``p50``, ``p90``, ``p99`` are ``None`` where the sample is too small (``allowed``).
+
+    ``p50_low`` and ``p50_high``: the 95 % confidence interval of the median (``median_interval``).
+    """
+
+    n: int
+    mean: float | None = None
+    min: float | None = None
+    max: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    p50_low: float | None = None
+    p50_high: float | None = None
+
+
+def allowed(n: int, share: float) -> bool:
+    """Whether a sample of ``n`` can hold this percentile: at least one value must lie beyond it.
+
+    p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer, the "p99" would be the maximum under another name.
+    """
+    # A rounding error must not take the tenth value's p90 away: 10 * (1 - 0.9) is 0.99999…
+    return n * (1.0 - share) >= 1.0 - 1e-9
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Nearest rank (type 1 of Hyndman and Fan, 1996): a value that was measured, never one in between.
+
+    Raises ``ValueError`` for an empty sample.
+    """
+    if not ordered:
+        raise ValueError("an empty sample has no percentiles")
+    return ordered[max(math.ceil(share * len(ordered) - 1e-9), 1) - 1]
+
+
+def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the median by order statistics, free of any assumption on the distribution.
+
+    From the binomial distribution (Conover, "Practical Nonparametric Statistics"): the widest pair of ranks whose
+    lower tail is at most 2.5 %. ``None`` below 6 values, of which no pair reaches 95 %.
+    """
+    n = len(ordered)
+    if n < 6:
+        return None
+    below = 0.0
+    rank = 0
+    # log space: 0.5 ** n underflows for large samples.
+    while rank < n:
+        term = math.exp(
+            math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1) + n * math.log(0.5),
+        )
+        if below + term > 0.025:
+            break
+        below += term
+        rank += 1
+    return ordered[rank - 1], ordered[n - rank]
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Unknown values are left out, and not counted in ``n``."""
+    ordered = sorted(value for value in values if value is not None and math.isfinite(value))
+    n = len(ordered)
+    if n == 0:
+        return Spread(0)
+    interval = median_interval(ordered)
+    return Spread(
+        n=n,
+        mean=math.fsum(ordered) / n,
+        min=ordered[0],
+        max=ordered[-1],
+        p50=percentile(ordered, 0.5) if allowed(n, 0.5) else None,
+        p90=percentile(ordered, 0.9) if allowed(n, 0.9) else None,
+        p99=percentile(ordered, 0.99) if allowed(n, 0.99) else None,
+        p50_low=interval[0] if interval else None,
+        p50_high=interval[1] if interval else None,
+    )
+
+
+def tpot_ms(ttft_ms: float | None, end_to_end_ms: float | None, tokens: int | None) -> float | None:
+    """``None`` for an answer of fewer than two tokens, which has no time between tokens."""
+    if ttft_ms is None or end_to_end_ms is None or tokens is None or tokens < 2:
+        return None
+    return (end_to_end_ms - ttft_ms) / (tokens - 1)
+
+
+def gaps_ms(arrivals_s: Sequence[float]) -> tuple[float, ...]:
+    """The inter-token latencies of one answer, from the moments at which its pieces came."""
+    return tuple((later - sooner) * 1000.0 for sooner, later in itertools.pairwise(arrivals_s))
+
+
+def rate(amount: float, seconds: float) -> float | None:
+    """``None`` where no time passed: a rate of nothing is unknown, not infinite."""
+    return amount / seconds if seconds > 0 else None
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

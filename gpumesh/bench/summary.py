@@ -1,0 +1,298 @@
+"""From the records of a stage to its figures. Pure; the terms are those of ``stats``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from gpumesh.bench.gpu_meter import GpuUse
+from gpumesh.bench.load import ClientLoad, Outcome, Record, StageRun
+from gpumesh.bench.scenarios import StageKind
+from gpumesh.bench.stats import Objective, Spread, gaps_ms, rate, ratio, spread, tpot_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """All in ms. ``server_load`` is the time that the server says it spent loading the model."""
+
+    ttft: Spread
+    tpot: Spread
+    itl: Spread
+    end_to_end: Spread
+    server_load: Spread
+    outside_server: Spread
+    """End-to-end less the server's own total: the way there and back, and every queue before the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens and requests per second. ``server`` is each answer's rate by the server's own clock; ``wall`` the same by
+    ours, from first to last piece; the others are of the stage as a whole."""
+
+    server: Spread
+    wall: Spread
+    output_tokens_per_s: float | None = None
+    total_tokens_per_s: float | None = None
+    requests_per_s: float | None = None
+    goodput_per_s: float | None = None
+    good_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShare:
+    """What one node did of a stage."""
+
+    node: str
+    served: int
+    share: float
+    output_tokens: int
+    server_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a stage with a disturbance in it: ``before``, ``during``, ``after``."""
+
+    name: str
+    requests: int
+    failed: int
+    retried: int
+    end_to_end: Spread
+    output_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Requests that failed for the same reason."""
+
+    code: str
+    message: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """``requests`` = ``served`` + ``failed`` + ``cut``. ``retried``: served after more than one attempt."""
+
+    name: str
+    kind: StageKind
+    node: str | None
+    route: str | None
+    concurrency: int | None
+    duration_s: float
+    requests: int
+    served: int
+    failed: int
+    cut: int
+    retried: int
+    prompt_tokens: int
+    output_tokens: int
+    latency: Latency
+    rates: Rates
+    client: ClientLoad
+    nodes: tuple[NodeShare, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    gpu: GpuUse | None = None
+    tokens_per_joule: float | None = None
+    phases: tuple[Phase, ...] = ()
+    disturbance: str | None = None
+    counted_pieces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone. 1 is perfect."""
+
+    mesh_tokens_per_s: float
+    sum_tokens_per_s: float
+    efficiency: float
+    nodes: tuple[tuple[str, float], ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCost:
+    """What a route adds, at p50 in ms: to the server's own time, and to the shortest route to the same node."""
+
+    node: str
+    route: str
+    end_to_end_p50_ms: float | None
+    outside_server_p50_ms: float | None
+    added_p50_ms: float | None
+
+
+def summarize(run: StageRun, objective: Objective, gpu: GpuUse | None = None) -> list[StageResult]:
+    """A stage's result; one for each route where it used several."""
+    routes = list(dict.fromkeys(record.route for record in run.records)) or [None]
+    return [_one(run, [r for r in run.records if r.route == route], route, objective, gpu) for route in routes]
+
+
+def _one(
+    run: StageRun, records: Sequence[Record], route: str | None, objective: Objective, gpu: GpuUse | None
+) -> StageResult:
+    served = [record for record in records if record.outcome is Outcome.SERVED]
+    output = sum(record.tokens or 0 for record in records)
+    prompt = sum(record.prompt_tokens or 0 for record in records)
+    # A stage of several routes took turns: each one's time is that of its own requests.
+    seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
+    stage = run.stage
+    return StageResult(
+        name=stage.name,
+        kind=stage.kind,
+        node=stage.node,
+        route=route,
+        concurrency=stage.concurrency,
+        duration_s=seconds,
+        requests=len(records),
+        served=len(served),
+        failed=sum(record.outcome is Outcome.FAILED for record in records),
+        cut=sum(record.outcome is Outcome.CUT for record in records),
+        retried=sum(record.attempts > 1 for record in served),
+        prompt_tokens=prompt,
+        output_tokens=output,
+        latency=_latency(served),
+        rates=_rates(served, output, prompt, seconds=seconds, sent=len(records), objective=objective),
+        client=run.client,
+        nodes=_shares(served),
+        failures=_failures(records),
+        gpu=gpu,
+        tokens_per_joule=ratio(float(output), gpu.energy_j if gpu is not None else None),
+        phases=_phases(run, records),
+        disturbance=run.disturbance,
+        counted_pieces=sum(record.counted_pieces for record in served),
+    )
+
+
+def request_tpot_ms(record: Record) -> float | None:
+    """To the last token, not to the final frame that carries no text."""
+    return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
+
+
+def _latency(served: Sequence[Record]) -> Latency:
+    return Latency(
+        ttft=spread(record.ttft_ms for record in served),
+        tpot=spread(request_tpot_ms(record) for record in served),
+        itl=spread(gap for record in served for gap in gaps_ms(record.arrivals_s)),
+        end_to_end=spread(record.end_to_end_ms for record in served),
+        server_load=spread(record.counters.load_ms if record.counters else None for record in served),
+        outside_server=spread(_outside(record) for record in served),
+    )
+
+
+def _outside(record: Record) -> float | None:
+    total = record.counters.total_ms if record.counters else None
+    return None if total is None else (record.ended_s - record.sent_s) * 1000.0 - total
+
+
+def _rates(
+    served: Sequence[Record], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
+) -> Rates:
+    good = sum(_good(record, objective) for record in served)
+    return Rates(
+        server=spread(record.counters.tokens_per_s if record.counters else None for record in served),
+        wall=spread(_wall_rate(record) for record in served),
+        output_tokens_per_s=rate(output, seconds),
+        total_tokens_per_s=rate(output + prompt, seconds),
+        requests_per_s=rate(len(served), seconds),
+        goodput_per_s=rate(good, seconds),
+        good_share=good / sent if sent else None,
+    )
+
+
+def _good(record: Record, objective: Objective) -> bool:
+    """An answer of one token has no time between tokens that could be too long."""
+    ttft, tpot = record.ttft_ms, request_tpot_ms(record)
+    return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
+
+
+def _wall_rate(record: Record) -> float | None:
+    tpot = request_tpot_ms(record)
+    return 1000.0 / tpot if tpot else None
+
+
+def _shares(served: Sequence[Record]) -> tuple[NodeShare, ...]:
+    by_node: dict[str, list[Record]] = {}
+    for record in served:
+        if record.node is not None:
+            by_node.setdefault(record.node, []).append(record)
+    return tuple(
+        NodeShare(
+            node,
+            len(records),
+            len(records) / len(served),
+            sum(record.tokens or 0 for record in records),
+            spread(record.counters.tokens_per_s if record.counters else None for record in records).mean,
+        )
+        for node, records in sorted(by_node.items())
+    )
+
+
+def _failures(records: Iterable[Record]) -> tuple[Failure, ...]:
+    counts: dict[tuple[str, str], int] = {}
+    for record in records:
+        if record.error_code is not None:
+            key = (record.error_code, record.error or "")
+            counts[key] = counts.get(key, 0) + 1
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return tuple(Failure(code, message, count) for (code, message), count in ordered[:10])
+
+
+def _phases(run: StageRun, records: Sequence[Record]) -> tuple[Phase, ...]:
+    """A request belongs to the phase in which it was sent."""
+    if run.disturbed_s is None:
+        return ()
+    begin, end = run.disturbed_s
+    spans = (("before", 0.0, begin), ("during", begin, end), ("after", end, run.duration_s))
+    return tuple(
+        _phase(name, [record for record in records if low <= record.sent_s < high], high - low)
+        for name, low, high in spans
+    )
+
+
+def _phase(name: str, records: Sequence[Record], seconds: float) -> Phase:
+    return Phase(
+        name,
+        len(records),
+        sum(record.outcome is not Outcome.SERVED for record in records),
+        sum(record.attempts > 1 for record in records),
+        spread(record.end_to_end_ms for record in records),
+        rate(sum(record.tokens or 0 for record in records), seconds),
+    )
+
+
+def scaling(stages: Sequence[StageResult]) -> Scaling | None:
+    """Of nodes measured alone and the last stage of the mesh; ``None`` where either is missing or gave nothing."""
+    alone = [
+        (stage.node, stage.rates.output_tokens_per_s)
+        for stage in stages
+        if stage.kind is StageKind.NODE and stage.node and stage.route is None
+    ]
+    together = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
+    nodes = tuple((name, value) for name, value in alone if value)
+    if not together or not nodes or len(nodes) != len(alone):
+        return None
+    mesh = together[-1].rates.output_tokens_per_s
+    total = math.fsum(value for _, value in nodes)
+    return None if mesh is None else Scaling(mesh, total, mesh / total, nodes)
+
+
+def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:
+    costs = []
+    shortest: dict[str, float] = {}
+    for stage in stages:
+        if stage.route is None or stage.node is None:
+            continue
+        whole = stage.latency.end_to_end.p50
+        if whole is not None:
+            shortest.setdefault(stage.node, whole)
+        base = shortest.get(stage.node)
+        costs.append(
+            RouteCost(
+                stage.node,
+                stage.route,
+                whole,
+                stage.latency.outside_server.p50,
+                None if whole is None or base is None else whole - base,
+            )
+        )
+    return tuple(costs)
