@@ -25,7 +25,7 @@ from fnmatch import translate
 from pathlib import Path
 
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
-from gpumesh.topology import HostKeyPolicy
+from gpumesh.topology import HostKeyPolicy, SshSpec
 
 SIZE_LIMIT = 16 << 20
 
@@ -302,3 +302,15 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
                 hint="whoever marked it knows why; nothing connects to it while it stands there",
                 node=node,
             )
+
+
+async def fetch_host_key(
+    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+) -> HostKey:
+    """The key that the host shows now, trusted or not: for ``gpumesh trust``, which shows it and may ``record`` it.
+
+    Nothing is sent to the host but the key exchange; jump hosts are logged in to. Raises ``TunnelError``.
+    """
+    from gpumesh.tunnels import via_sshtunnel  # loads paramiko: a third of a second that only this needs
+
+    return await via_sshtunnel.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)

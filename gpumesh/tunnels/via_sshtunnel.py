@@ -174,6 +174,7 @@ class _Opening:
         self._deadline = deadline
         self._ask = ask
         self._transports: list[paramiko.Transport] = []
+        self._sessions: list[paramiko.Channel | None] = []
         self._given_up = False
 
     def give_up(self) -> None:
@@ -211,7 +212,7 @@ class _Opening:
                     user, self._who.identity_files, self._who.agent, self._who.password, self._who.passphrase
                 )
                 authenticate(transport, who, where=where, deadline=self._deadline, ask=self._ask)
-                handshake.switch_nagle_off(transport, self._deadline)
+                self._sessions.append(handshake.switch_nagle_off(transport, self._deadline))
         return self._transports[-1]
 
     def _reach(self, host: str, port: int) -> socket.socket | paramiko.Channel:
