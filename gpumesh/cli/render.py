@@ -168,12 +168,7 @@ def status_view(state: MeshState, width: int, *, verbose: bool = False, height: 
     if verbose:
         parts.extend(_processes(state))
     if notes:
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for mark, text in notes:
-            grid.add_row(mark, text)
-        parts.append(grid)
+        parts.append(_grid(notes))
     return Group(*parts)
 
 
@@ -398,6 +393,23 @@ def _notes(state: MeshState, width: int) -> list[tuple[Text, Text]]:
         if (finding.node, finding.message) not in said and (finding.node, finding.code) not in said:
             notes.append((Text(*SEVERITIES[finding.severity]), finding_text(finding)))
     return notes if width >= 20 else []
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    out = console()
+    if not findings:
+        _print(out, Text("no findings", style="green"))
+        return
+    _print(out, _grid([(Text(*SEVERITIES[finding.severity]), finding_text(finding)) for finding in findings]))
+
+
+def _grid(notes: Sequence[tuple[Text, Text]]) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for mark, text in notes:
+        grid.add_row(mark, text)
+    return grid
 
 
 def finding_text(finding: Finding) -> Text:
