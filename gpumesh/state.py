@@ -148,6 +148,7 @@ class BackendState:
     latency_ms: float | None = None
     tokens_per_s: float | None = None
     last_error: str | None = None
+    error_code: str | None = None
     catalog: tuple[ModelInfo, ...] = ()
 
 

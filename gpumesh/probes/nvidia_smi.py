@@ -1,0 +1,180 @@
+"""A host's GPUs, asked of nvidia-smi over the tunnel's own connection; the hostname comes in the same round trip."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpumesh.errors import ExecError, TunnelDown
+from gpumesh.printable import printable
+from gpumesh.probes.remote import Command, Exec, Said, ask
+from gpumesh.probes.smi_failures import INFOROM, Failure, failure
+from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
+from gpumesh.state import Finding, GpuState, Severity
+
+FORMAT = "--format=csv,noheader,nounits"
+HOSTNAME: Command = ("hostname",)
+PROCESSES: Command = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
+# One lost GPU fails the call for all; the others are then asked one by one, this many at most.
+ASKED_ALONE = 16
+# Reasons that cost speed and that somebody can do something about.
+HOT = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
+_HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReport:
+    """What one question to nvidia-smi taught. ``error`` is set when the GPUs could not be learned: then ``gpus`` being
+    empty says nothing. Of one code there is at most one finding."""
+
+    gpus: tuple[GpuState, ...] = ()
+    driver: str | None = None
+    hostname: str | None = None
+    error: str | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+async def probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None = None) -> GpuReport:
+    """Never raises on the host's account. Without persistence mode a first call takes 1 to 3 s: give it 10 s."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    try:
+        host, smi, apps = await ask(exec_, (HOSTNAME, query(FIELDS), PROCESSES), timeout_s=timeout_s)
+        hostname = read_hostname(host)
+        wrong = failure(smi)
+        fields: Sequence[str] = FIELDS
+        if wrong is not None and wrong.code == "nvidia-smi-old":
+            fields = OLD_FIELDS
+            (smi,) = await ask(exec_, (query(fields),), timeout_s=deadline - loop.time())
+            wrong = failure(smi)
+        if wrong is not None and wrong.code == "gpu-lost":
+            left_s = deadline - loop.time()
+            return await _others(exec_, wrong, fields, apps, hostname=hostname, node=node, timeout_s=left_s)
+    except TimeoutError:
+        return _hung(timeout_s, node)
+    except TunnelDown as error:
+        return GpuReport(error=error.message)  # the tunnel has its own finding
+    except ExecError as error:
+        return GpuReport(
+            error=error.message,
+            findings=(Finding("gpu-unknown", Severity.INFO, node, error.message, error.hint),),
+        )
+    return report(smi, apps, hostname=hostname, fields=fields, node=node)
+
+
+def query(fields: Sequence[str], *, gpu: int | None = None) -> Command:
+    command: Command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", FORMAT)
+    return command if gpu is None else (*command, "-i", str(gpu))
+
+
+def report(
+    smi: Said, apps: Said, *, hostname: str | None = None, fields: Sequence[str] = FIELDS, node: str | None = None
+) -> GpuReport:
+    """The answers to ``query(fields)`` and ``PROCESSES`` as a report. Pure."""
+    wrong = failure(smi)
+    if wrong is not None:
+        found = (_finding(wrong, node),)
+        error = None if wrong.code == "gpu-missing" else wrong.message  # no GPU is an answer, too
+        return GpuReport(hostname=hostname, error=error, findings=found)
+    table = read_gpus(smi.output, fields, hostname=hostname)
+    if not table.gpus:
+        what = f"{table.unread!r}" if table.unread else "nothing"
+        message = f"nvidia-smi said {what} instead of a table"
+        hint = "run `nvidia-smi` on the host; is it a wrapper script?"
+        found = (Finding("gpu-unreadable", Severity.ERROR, node, message, hint),)
+        return GpuReport(hostname=hostname, error=message, findings=found)
+    findings = list(_noticed(table, node))
+    if smi.exit_status == INFOROM:
+        findings.append(
+            Finding(
+                "gpu-inforom",
+                Severity.WARNING,
+                node,
+                "a GPU's infoROM is corrupted; its figures are good",
+                "it works; have the card looked at when it can be spared",
+            )
+        )
+    return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=tuple(findings))
+
+
+def read_hostname(said: Said) -> str | None:
+    name = printable(said.output, 253)
+    return name if said.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
+
+
+async def _others(
+    exec_: Exec,
+    lost: Failure,
+    fields: Sequence[str],
+    apps: Said,
+    *,
+    hostname: str | None,
+    node: str | None,
+    timeout_s: float,
+) -> GpuReport:
+    """Each GPU by itself, since a lost one fails the call for all."""
+    try:
+        commands = [query(fields, gpu=index) for index in range(ASKED_ALONE)]
+        answers = await ask(exec_, commands, timeout_s=timeout_s)
+    except (TimeoutError, ExecError, TunnelDown):
+        return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
+    rows = [said.output for said in answers if failure(said) is None]
+    table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
+    if not table.gpus:
+        return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
+    findings = (_finding(lost, node), *_noticed(table, node))
+    return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=findings)
+
+
+def _with_processes(table: GpuTable, apps: Said) -> tuple[GpuState, ...]:
+    processes = read_processes(apps.output) if apps.exit_status == 0 else {}
+    return tuple(replace(gpu, processes=processes.get(gpu.uuid, ())) for gpu in table.gpus)
+
+
+def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
+    """What is wrong with GPUs that do answer: one finding of a kind, for all of them."""
+    findings: list[Finding] = []
+
+    def add(code: str, severity: Severity, gpus: list[GpuState], what: str, hint: str) -> None:
+        if gpus:
+            which = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
+            findings.append(Finding(code, severity, node, f"{which}: {what}", hint))
+
+    faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty]
+    fields = sorted({field for gpu in faulty for field in table.faulty[gpu.uuid]})
+    add(
+        "gpu-faulty",
+        Severity.ERROR,
+        faulty,
+        f"nvidia-smi reads an error for {', '.join(fields)}",
+        "look for `NVRM: Xid` in the host's `dmesg`, then reset the GPU (`nvidia-smi -r`) or reboot",
+    )
+    hot = [gpu for gpu in table.gpus if gpu.throttle and any(word in HOT for word in gpu.throttle.split(","))]
+    reasons = sorted({word for gpu in hot for word in (gpu.throttle or "").split(",") if word in HOT})
+    add(
+        "gpu-throttled",
+        Severity.WARNING,
+        hot,
+        f"slowed down ({', '.join(reasons)})",
+        "check its fans, the air around it and its power supply",
+    )
+    add(
+        "persistence-off",
+        Severity.INFO,
+        [gpu for gpu in table.gpus if gpu.persistence is False],
+        "persistence mode is off, so each idle spell unloads the driver and the next call takes seconds",
+        "`nvidia-smi -pm 1` on the host, or the nvidia-persistenced service",
+    )
+    return findings
+
+
+def _finding(wrong: Failure, node: str | None) -> Finding:
+    return Finding(wrong.code, wrong.severity, node, wrong.message, wrong.hint)
+
+
+def _hung(timeout_s: float, node: str | None) -> GpuReport:
+    message = f"nvidia-smi did not answer within {timeout_s:g} s"
+    hint = "a hung driver needs a reboot: see `dmesg | grep -i nvrm`; a slow first call is cured by `nvidia-smi -pm 1`"
+    return GpuReport(error=message, findings=(Finding("driver-hung", Severity.ERROR, node, message, hint),))

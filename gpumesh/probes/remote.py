@@ -1,0 +1,77 @@
+"""Several short commands in one round trip over a tunnel's connection.
+
+They travel as one ``sh -c`` of the form ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``: one
+channel, so that hosts with ``MaxSessions 1`` serve it, and a PATH with the places where nvidia-smi hides from
+non-login shells (WSL, RunPod, vast.ai). On one line: csh allows no line break inside quotes. A host without a POSIX
+shell is asked command by command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpumesh.tunnels.base import ExecResult
+
+MARK = "@gpumesh@"
+PLACES = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
+_ENDS = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
+
+Command = tuple[str, ...]
+
+
+class Exec(Protocol):
+    """``Tunnel.exec`` fits. Raises TunnelDown and ExecError."""
+
+    def __call__(self, argv: Sequence[str], *, timeout_s: float) -> Awaitable[ExecResult]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a command said, stderr included. ``exit_status`` is ``None`` when it ended by a signal."""
+
+    exit_status: int | None
+    output: bytes
+
+
+def script(commands: Sequence[Command]) -> str:
+    """The shell text that runs ``commands`` one after the other; ``read_script`` takes its output apart."""
+    parts = [f"PATH=$PATH:{PLACES}", "LC_ALL=C", "export PATH LC_ALL"]
+    for command in commands:
+        parts += [f"{shlex.join(command)} 2>&1", f'echo "{MARK} $?"']
+    return "; ".join(parts)
+
+
+def read_script(output: bytes, count: int) -> list[Said]:
+    """The answers in order, at most ``count``; fewer when the output was cut or another shell ran it."""
+    said: list[Said] = []
+    start = 0
+    for end in _ENDS.finditer(output):
+        if len(said) == count:
+            break
+        said.append(Said(int(end[1]), output[start : end.start()]))
+        start = end.end()
+    return said
+
+
+async def ask(exec_: Exec, commands: Sequence[Command], *, timeout_s: float) -> list[Said]:
+    """One answer for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
+    async with asyncio.timeout(timeout_s):
+        # Our own deadline comes first: so a TimeoutError is one of the command, an ExecError one of the connection.
+        patient = timeout_s + 1.0
+        result = await exec_(("sh", "-c", script(commands)), timeout_s=patient)
+        answers = read_script(result.stdout, len(commands))
+        if len(answers) == len(commands):
+            return answers
+        if answers:  # it was a shell, and what it said was cut or is no text
+            answers += [Said(result.exit_status, b"")] * (len(commands) - len(answers))
+            return answers
+        alone = []
+        for command in commands:
+            result = await exec_(command, timeout_s=patient)
+            alone.append(Said(result.exit_status, result.stdout + result.stderr))
+        return alone

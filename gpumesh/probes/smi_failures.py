@@ -1,0 +1,102 @@
+"""The ways in which nvidia-smi fails, told apart: each has its own cause and its own cure. Pure.
+
+Exit statuses and texts are from NVIDIA's man page and captures (shared facts: nvidia-smi.md). The text decides before
+the status: wrappers and containers change the status, and one status stands for several things.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gpumesh.printable import printable
+from gpumesh.probes.remote import Said
+from gpumesh.state import Severity
+
+OK = 0
+BAD_FIELD = 2
+NO_DEVICES = 6
+NO_DRIVER = 9
+INFOROM = 14
+GPU_LOST = 15
+MISMATCH = 18
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
+
+_LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """``whole``: it concerns the host's whole driver, not one GPU among others."""
+
+    code: str
+    message: str
+    hint: str
+    severity: Severity = Severity.ERROR
+    whole: bool = True
+
+
+def failure(said: Said) -> Failure | None:
+    """Why this is no table; ``None`` when it is one (its last lines may still hold a warning: exit status 14)."""
+    text = printable(said.output, 2000)
+    lower = text.lower()
+    status = said.exit_status
+    # Some print their failure and exit 0 (WSL, wrappers).
+    hidden = "nvidia-smi has failed" in lower or "failed to initialize nvml" in lower
+    if status in (OK, INFOROM) and not hidden:
+        return None
+    if "is not a valid field" in lower:
+        return Failure(
+            "nvidia-smi-old", f"nvidia-smi does not know a field: {_short(text)}", "update the NVIDIA driver"
+        )
+    if "version mismatch" in lower or status == MISMATCH:
+        return Failure(
+            "driver-mismatch",
+            f"the driver's kernel module and library are of different versions: {_short(text)}",
+            "reboot the host, or unload and load the nvidia kernel modules: the driver was updated under it",
+        )
+    if "failed to initialize nvml" in lower and "unknown error" in lower:
+        return Failure(
+            "gpu-cgroup-lost",
+            "the container lost its access to the GPU (NVML: Unknown Error)",
+            "restart the container; `systemctl daemon-reload` on its host takes the devices away from running ones",
+        )
+    if _LOST.search(text) or status == GPU_LOST:
+        return Failure(
+            "gpu-lost",
+            f"a GPU has fallen off the bus: {_short(text)}",
+            "reboot the host; if it comes back lost, check the card's power cable, seat and temperature",
+            whole=False,
+        )
+    if "no devices were found" in lower or status == NO_DEVICES:
+        return Failure(
+            "gpu-missing",
+            "the driver is there, but finds no GPU",
+            "check `lspci | grep -i nvidia` on the host; a container needs `--gpus all`",
+        )
+    if "couldn't communicate with the nvidia driver" in lower or "failed to initialize nvml" in lower:
+        return _broken(text)
+    if status == NO_DRIVER or "nvidia-smi has failed" in lower:
+        return _broken(text)
+    if status in (NOT_FOUND, NOT_EXECUTABLE) or "not found" in lower or "no such file" in lower or "not recog" in lower:
+        return Failure(
+            "nvidia-smi-missing",
+            "nvidia-smi is not installed there, or not on any usual path",
+            "install the NVIDIA driver's utilities, or use a container image that has them; the server works without",
+            Severity.WARNING,
+        )
+    ended = "was ended by a signal" if status is None else f"ended with status {status}"
+    words = f": {_short(text)}" if text else ""
+    return Failure("driver-broken", f"nvidia-smi {ended}{words}", "run `nvidia-smi` on the host to see why")
+
+
+def _broken(text: str) -> Failure:
+    return Failure(
+        "driver-broken",
+        f"the NVIDIA driver does not answer: {_short(text)}",
+        "run `nvidia-smi` on the host; load the driver (`modprobe nvidia`) or install one that fits the running kernel",
+    )
+
+
+def _short(text: str) -> str:
+    return printable(text, 160)
