@@ -131,6 +131,7 @@ class NodeSpec:
 @dataclass(frozen=True, slots=True)
 class RedisSpec:
     url: str
+    password_env: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from gpumesh.config.locate import find, listen_address
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
-    from gpumesh.config.reader import ResolveAlias
+    from gpumesh.config.specs import ResolveAlias
     from gpumesh.state import Finding
 
 __all__ = ["check", "effective", "find", "listen_address", "load", "parse", "schema", "secret"]

@@ -1,0 +1,275 @@
+"""YAML text to a tree that remembers where everything stood. Knows YAML, and nothing of what mesh.yaml means.
+
+Scalars stay text: whether ``12e5`` is a number or a container's name is decided by the key it stands under, not by how
+it looks. So YAML's surprises (``no`` as false, ``22:30`` as 1350) do not arise. Everything is bounded, aliases by what
+they expand to, so that no file can make reading it long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import yaml
+
+MAX_CHARACTERS = 256 * 1024
+MAX_DEPTH = 24
+MAX_VALUES = 20_000
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+_CORE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
+# What YAML lets stand in a file; surrogates cannot come from UTF-8, but from a caller.
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_TAB_INDENT = re.compile(r"^[ ]*\t")
+# libyaml's parser where PyYAML was built with it: the same events, a hundred times faster.
+_LOADER: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place in the text; both count from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A scalar; ``None`` is YAML's null."""
+
+    text: str | None
+    spot: Spot
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    items: tuple[Value, ...]
+    spot: Spot
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``entries``: for each key, where it stands and its value."""
+
+    entries: dict[str, tuple[Spot, Value]]
+    spot: Spot
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Something is wrong here, and was said already."""
+
+    spot: Spot
+
+
+Value: TypeAlias = Text | Items | Table | Broken
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong at a place. ``path`` is empty where the text is not even YAML."""
+
+    message: str
+    spot: Spot | None = None
+    path: KeyPath = ()
+
+
+def written(path: KeyPath) -> str:
+    """``nodes[2].ssh.port``"""
+    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return parts.removeprefix(".")
+
+
+def follow(tree: Value, path: KeyPath) -> tuple[int, Spot, Value]:
+    """Goes down ``path`` as far as it exists: how many steps, where the last key stands, and what is there."""
+    spot, value = tree.spot, tree
+    for steps, part in enumerate(path):
+        if isinstance(value, Table) and isinstance(part, str) and part in value.entries:
+            spot, value = value.entries[part]
+        elif isinstance(value, Items) and isinstance(part, int) and part < len(value.items):
+            value = value.items[part]
+            spot = value.spot
+        else:
+            return steps, spot, value
+    return len(path), spot, value
+
+
+class _Stop(Exception):
+    """Leaves the recursion after a fault past which reading on makes no sense."""
+
+
+def read(text: str) -> tuple[Value | None, list[Fault]]:
+    """The tree and what is wrong with it as YAML. The tree is ``None`` for an empty file or one that is not YAML."""
+    text = text.removeprefix("\ufeff")
+    if len(text) > MAX_CHARACTERS:
+        return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
+    if match := _UNPRINTABLE.search(text):
+        return None, [Fault(f"the character {_name(match[0])} may not stand in YAML", spot_at(text, match.start()))]
+    composer = _Composer(yaml.parse(text, Loader=_LOADER))
+    try:
+        return composer.document(), composer.faults
+    except _Stop:
+        return None, composer.faults
+    except yaml.YAMLError as error:
+        # What came before it (a key given twice) stands; the first fault in the grammar hides what comes after.
+        grammar = _grammar(error)
+        tabs = _tabs(text)
+        if not any(tab.spot.line == grammar.spot.line for tab in tabs if tab.spot and grammar.spot):
+            tabs.append(grammar)
+        return None, composer.faults + tabs
+
+
+def spot_at(text: str, index: int) -> Spot:
+    before = text[:index].replace("\r\n", "\n").replace("\r", "\n")
+    return Spot(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+
+
+def _name(character: str) -> str:
+    return f"U+{ord(character):04X}" + (" (a UTF-16 file?)" if character == "\x00" else "")
+
+
+def _grammar(error: yaml.YAMLError) -> Fault:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return Fault("is not YAML")
+    mark = error.problem_mark or error.context_mark
+    message = " ".join(part for part in (error.context, error.problem) if part)
+    spot = Spot(mark.line + 1, mark.column + 1) if mark is not None else None
+    return Fault(f"this is not YAML: {message or 'it cannot be read'}", spot)
+
+
+def _tabs(text: str) -> list[Fault]:
+    """The lines indented with a tab: the commonest reason that a file is not YAML, and the least visible."""
+    message = "a tab indents this line: YAML allows only spaces there"
+    indents = ((number, _TAB_INDENT.match(line)) for number, line in enumerate(text.splitlines(), 1))
+    return [Fault(message, Spot(number, match.end())) for number, match in indents if match]
+
+
+@dataclass(slots=True)
+class _Composer:
+    """Events to values. Recursive, to a bounded depth."""
+
+    events: Iterator[yaml.Event]
+    faults: list[Fault] = field(default_factory=list)
+    anchors: dict[str, Value | None] = field(default_factory=dict)
+    values: int = 0
+
+    def document(self) -> Value | None:
+        """All of the text is read, so that a fault in its last line is found."""
+        result: Value | None = None
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent) and result is not None:
+                self.faults.append(Fault("a second document begins here: one file holds one mesh", _spot(event)))
+                raise _Stop
+            if isinstance(event, yaml.NodeEvent):
+                result = self.value(event, ())
+        return result
+
+    def value(self, event: yaml.Event, path: KeyPath) -> Value:
+        spot = _spot(event)
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(str(event.anchor), spot, path)
+        if len(path) > MAX_DEPTH:
+            self.faults.append(Fault(f"is nested more than {MAX_DEPTH} deep", spot, path[:4]))
+            raise _Stop
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            self.anchors[anchor] = None  # until it is complete: an alias inside would have no end
+        result = self.new(event, spot, path)
+        if anchor is not None:
+            self.anchors[anchor] = result
+        return result
+
+    def new(self, event: yaml.Event, spot: Spot, path: KeyPath) -> Value:
+        self.count(1, spot, path)
+        result: Value
+        if isinstance(event, yaml.ScalarEvent):
+            result = self.scalar(event, spot, path)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            result = self.items(spot, path)
+        else:
+            result = self.table(spot, path)
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!") and tag not in _CORE_TAGS:
+            self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", spot, path))
+            return Broken(spot)
+        return result
+
+    def alias(self, name: str, spot: Spot, path: KeyPath) -> Value:
+        known = self.anchors.get(name)
+        if known is None:
+            where = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
+            self.faults.append(Fault(f"the alias *{name[:60]} {where}", spot, path))
+            return Broken(spot)
+        self.count(_size(known), spot, path)
+        return known
+
+    def count(self, more: int, spot: Spot, path: KeyPath) -> None:
+        self.values += more
+        if self.values > MAX_VALUES:
+            self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", spot, path))
+            raise _Stop
+
+    def scalar(self, event: yaml.ScalarEvent, spot: Spot, path: KeyPath) -> Value:
+        if _is_plain(event) and event.value in _NULLS:
+            return Text(None, spot)
+        # An escape in double quotes can make what the file itself may not hold.
+        if match := _UNPRINTABLE.search(event.value):
+            self.faults.append(Fault(f"the character {_name(match[0])} has no place in a setting", spot, path))
+            return Broken(spot)
+        return Text(event.value, spot)
+
+    def items(self, spot: Spot, path: KeyPath) -> Items:
+        found: list[Value] = []
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            found.append(self.value(event, (*path, len(found))))
+        return Items(tuple(found), spot, 1 + sum(map(_size, found)))
+
+    def table(self, spot: Spot, path: KeyPath) -> Table:
+        entries: dict[str, tuple[Spot, Value]] = {}
+        merged: list[Value] = []
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            key_spot = _spot(event)
+            key = self.key(event, path)
+            value = self.value(next(self.events), (*path, key if key is not None else "?"))
+            if key is None:
+                continue
+            if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
+                merged.extend(value.items if isinstance(value, Items) else [value])
+            elif key in entries:
+                message = f"this key is given twice; it stands on line {entries[key][0].line} already"
+                self.faults.append(Fault(message, key_spot, (*path, key)))
+            else:
+                entries[key] = (key_spot, value)
+        for other in merged:
+            if isinstance(other, Table):
+                entries = {**other.entries, **entries}
+            elif not isinstance(other, Broken):
+                self.faults.append(Fault("<< takes an alias of a mapping", other.spot, path))
+        return Table(entries, spot, 1 + sum(_size(value) for _, value in entries.values()))
+
+    def key(self, event: yaml.Event, path: KeyPath) -> str | None:
+        value = self.value(event, path)
+        if isinstance(value, Text) and value.text:
+            return value.text
+        if not isinstance(value, Broken):
+            self.faults.append(Fault("a key must be a word", value.spot, path))
+        return None
+
+
+def _size(value: Value) -> int:
+    return value.size if isinstance(value, (Items, Table)) else 1
+
+
+def _spot(event: yaml.Event) -> Spot:
+    mark = event.start_mark
+    return Spot(mark.line + 1, mark.column + 1) if mark is not None else Spot(1, 1)
+
+
+def _is_plain(event: yaml.ScalarEvent) -> bool:
+    """Neither quoted nor a block. The two parsers say it differently."""
+    return not event.style and event.tag is None

@@ -1,0 +1,206 @@
+"""How single values are written: durations, URLs, jumps, commands. Pure, and without pydantic.
+
+Each function raises ValueError whose text completes a sentence that begins with the value, and itself repeats no more
+of it than digits: it may be a secret that was meant for a variable.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from gpumesh.topology import Target
+
+_N = TypeVar("_N", int, float)
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h)")
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
+_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
+_USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
+_SCHEME_PORTS = {"http": 80, "https": 443}
+NAME_FORM = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+DURATION_FORM = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
+
+
+class SensitiveError(ValueError):
+    """The value may be or hold a secret, and is not to be shown. The text completes a sentence beginning "this"."""
+
+
+def name(text: str) -> str:
+    if not re.fullmatch(NAME_FORM, text):
+        raise ValueError("is not a name: use letters, digits, dots, hyphens and underscores, 63 at most")
+    return text
+
+
+def line(text: str) -> str:
+    if not text.strip() or len(text) > 512 or not text.isprintable():
+        raise ValueError("must be one line of 1 to 512 characters")
+    return text
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):
+        raise ValueError("is not a whole number")
+    return int(text)
+
+
+def weight(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text.strip()):
+        raise ValueError("is not a number")
+    number = float(text)
+    if not 0 < number <= 1000:
+        raise ValueError("is not more than 0 and at most 1000; `enabled: false` leaves a node alone")
+    return number
+
+
+def limited(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
+    if not least <= number <= most:
+        raise ValueError(f"is not between {write(least)} and {write(most)}")
+    return number
+
+
+def duration(text: str) -> float:
+    """Seconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+            raise ValueError(f"has no unit: write {text.strip()}s for seconds, or 500ms, 2m")
+        raise ValueError("is not a duration: write 500ms, 5s or 2m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest form that ``duration`` reads back as the same number."""
+    for unit in ("h", "m", "s", "ms"):
+        for form in (f"{seconds / _UNITS[unit]:g}{unit}", f"{seconds / _UNITS[unit]:.6f}{unit}"):
+            # A fraction reads well only in the two small units.
+            if _DURATION.fullmatch(form) and duration(form) == seconds and (unit in ("s", "ms") or "." not in form):
+                return form
+    return f"{seconds:.6f}s"
+
+
+def host(text: str) -> str:
+    """A name or an address; an IPv6 address with or without its brackets, returned without."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if ":" in bare:
+        address, _, zone = bare.partition("%")
+        try:
+            ipaddress.IPv6Address(address)
+        except ValueError:
+            name, _, port = bare.rpartition(":")
+            if port.isdigit() and ":" not in name:
+                raise ValueError(f"holds a port as well: write `port: {port}` apart") from None
+            raise ValueError("is neither a host name nor an address") from None
+        if zone and not re.fullmatch(r"[A-Za-z0-9._-]{1,32}", zone):
+            raise ValueError("has a zone that no interface is named by")
+        return bare
+    if "@" in bare:
+        raise ValueError("holds a user as well: write `user:` apart")
+    if not _HOST.fullmatch(bare):
+        raise ValueError("is neither a host name nor an address")
+    return bare
+
+
+def user(text: str) -> str:
+    """A leading hyphen could be taken for an option by a program that it is given to."""
+    if not _USER.fullmatch(text):
+        raise ValueError("is not a user's name")
+    return text
+
+
+def jump(text: str) -> str:
+    """``[user@]host[:port]``, as ``ssh -J`` takes it."""
+    name, at, rest = text.strip().rpartition("@")
+    if at:
+        user(name)
+    if match := re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(\d{1,5}))?", rest):
+        host(match[1])
+        if match[2] is not None and not 1 <= int(match[2]) <= 65535:
+            raise ValueError("has a port that is not between 1 and 65535")
+        return text.strip()
+    raise ValueError("is not [user@]host[:port]")
+
+
+def alias(text: str) -> str:
+    """A ``Host`` of ``~/.ssh/config``. It is given to ssh as an argument, so it must not look like an option."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:@+-]{0,252}", text):
+        raise ValueError("is not the name of a Host in ~/.ssh/config")
+    return text
+
+
+def variable(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text):
+        raise SensitiveError("must be the name of an environment variable, not the secret itself")
+    return text
+
+
+def path(text: str) -> str:
+    if not text or "\x00" in text or "\n" in text:
+        raise ValueError("is not a path")
+    if text.startswith("~") and not text.startswith("~/") and text != "~":
+        raise ValueError("names another user's home: write the whole path")
+    return text
+
+
+def command(text: str) -> tuple[str, ...]:
+    """Words as a POSIX shell would split them; no shell runs it."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError:
+        raise ValueError("has a quote that is not closed") from None
+    return argv(words)
+
+
+def argv(words: Sequence[str]) -> tuple[str, ...]:
+    if not words or not words[0]:
+        raise ValueError("names no program")
+    return tuple(words)
+
+
+def url(text: str) -> Target:
+    """``http://host[:port][/path]``. A ``/v1`` at the end is dropped: gpumesh adds the API's path itself."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: the port or the address in it cannot be read") from None
+    if parts.scheme not in _SCHEME_PORTS or not parts.netloc:
+        raise ValueError("is not a URL: write it like http://127.0.0.1:11434")
+    if parts.username is not None or parts.password is not None:
+        raise SensitiveError("holds a user or password: name the key's variable in api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("has a query or fragment, which a base URL does not")
+    if port == 0:
+        raise ValueError("has port 0: a server listens on 1 to 65535")
+    trimmed = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    if not _PATH.fullmatch(trimmed):
+        raise ValueError("has a path with characters that must be percent-encoded")
+    name = host(parts.hostname or "")
+    return Target(name, port or _SCHEME_PORTS[parts.scheme], parts.scheme, trimmed)
+
+
+def redis_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: the port or the address in it cannot be read") from None
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("is not Redis's URL: write it like redis://localhost:6379/0")
+    if parts.password is not None:
+        raise SensitiveError("holds a password: name its variable in redis.password_env")
+    if (parts.scheme == "unix") != (not parts.netloc):
+        raise ValueError("is not Redis's URL: write redis://localhost:6379/0 or unix:///path/to/socket")
+    return text
+
+
+def origin(text: str) -> str:
+    """A browser's Origin: scheme, host, port; or ``*`` for every page."""
+    if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+", text):
+        return text
+    raise ValueError("is not an origin: write it like https://app.example.com, without a path")

@@ -1,0 +1,175 @@
+"""pydantic's errors as sentences for a person, with the place each belongs to. Values are shown as they stand in the
+file, before ``${VAR}`` was expanded, and not at all where a secret may be."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from gpumesh.config.document import Fault, Items, KeyPath, Table, Text, Value, follow
+from gpumesh.config.forms import SensitiveError
+from gpumesh.config.model import MeshFile, Section
+
+_EXPECTED = {
+    "model_type": "keys with values are",
+    "dict_type": "keys with values are",
+    "tuple_type": "a list is",
+    "string_type": "a single value is",
+    "int_type": "a whole number is",
+    "float_type": "a number is",
+    "bool_type": "true or false is",
+    "enum": "a single value is",
+}
+_SECRETS = {
+    "password": "password_env",
+    "passwd": "password_env",
+    "pass": "password_env",
+    "passphrase": "passphrase_env",
+    "api_key": "api_key_env",
+    "apikey": "api_key_env",
+    "key": "api_key_env",
+    "token": "api_key_env",
+    "bearer": "api_key_env",
+    "secret": "api_key_env",
+}
+_OTHER_WORDS = {
+    "hostname": "host",
+    "address": "host",
+    "ip": "host",
+    "username": "user",
+    "key_file": "identity_file",
+    "keyfile": "identity_file",
+    "private_key": "identity_file",
+    "identity": "identity_file",
+    "jump": "proxy_jump",
+    "bastion": "proxy_jump",
+    "type": "kind",
+    "endpoint": "url",
+    "base_url": "url",
+    "concurrency": "max_parallel",
+    "parallel": "max_parallel",
+    "tags": "labels",
+    "vram": "vram_mib",
+}
+_SENTENCE_LIMIT = 60
+
+
+def faults(error: ValidationError, tree: Value) -> Iterator[Fault]:
+    for each in error.errors(include_url=False):
+        yield _fault(each["type"], each["loc"], each.get("ctx", {}), each["msg"], tree)
+
+
+def shown(text: str) -> str:
+    """A value in a sentence: quoted, on one line, not too long."""
+    return repr(text if len(text) <= _SENTENCE_LIMIT else text[: _SENTENCE_LIMIT - 1] + "…")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
+    by_form = {_form(choice): choice for choice in choices}
+    close = difflib.get_close_matches(_form(word[:64]), by_form, n=1, cutoff=0.6)
+    return by_form[close[0]] if close else None
+
+
+def one_of(text: str, choices: list[str]) -> str:
+    guess = did_you_mean(text, choices)
+    return f"{shown(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
+
+
+def _fault(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
+    if kind == "extra_forbidden":
+        _, spot, _ = follow(tree, path)
+        return Fault(_unknown(path), spot, path)
+    steps, spot, value = follow(tree, path)
+    if kind == "missing":
+        return Fault("is missing", value.spot, path)
+    # pydantic may name items of what stands as one value in the file.
+    path = path[:steps]
+    if kind == "value_error":
+        reason = context["error"]
+        subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
+        return Fault(f"{subject} {reason}", value.spot, path)
+    if kind == "enum" and isinstance(value, Text) and value.text is not None:
+        return Fault(one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.spot, path)
+    if kind == "bool_parsing":
+        return Fault(f"{_subject(value)} is neither true nor false", value.spot, path)
+    if kind in _EXPECTED:
+        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}", value.spot, path)
+    return Fault(f"{_subject(value)}: {message}", value.spot, path)
+
+
+def _subject(value: Value) -> str:
+    return shown(value.text) if isinstance(value, Text) and value.text is not None else "this"
+
+
+def _kind(value: Value) -> str:
+    if isinstance(value, Text):
+        return "nothing" if value.text is None else f"the text {shown(value.text)}"
+    if isinstance(value, Items):
+        return "a list"
+    return "keys with values" if isinstance(value, Table) else "this"
+
+
+def _form(word: str) -> str:
+    return re.sub(r"[\s-]+", "_", word.strip().lower())
+
+
+def _unknown(path: KeyPath) -> str:
+    word = str(path[-1])
+    known = keys_at(path[:-1])
+    form = _form(word)
+    key = next((key for secret, key in _SECRETS.items() if form == secret or form.endswith(f"_{secret}")), None)
+    if key is not None:
+        if key not in known:
+            key = next((other for other in ("password_env", "api_key_env") if other in known), "a key ending in _env")
+        return f"a secret may not stand in the file: put it into a variable, and the variable's name under {key}"
+    message = f"unknown key {shown(word)}"
+    guess = _OTHER_WORDS.get(form)
+    if guess not in known:
+        guess = did_you_mean(word, known)
+    if guess is not None:
+        return f"{message}; did you mean {guess}?"
+    places = _places(form)
+    if places:
+        return f"{message}; {form} belongs under {' or '.join(places)}"
+    return f"{message}; known here: {', '.join(known)}"
+
+
+def keys_at(path: KeyPath) -> list[str]:
+    """The keys that may stand at ``path``."""
+    section: type[Section] | None = MeshFile
+    for part in path:
+        if isinstance(part, str) and section is not None:
+            info = section.model_fields.get(part)
+            section = _section(info) if info is not None else None
+    return list(section.model_fields) if section is not None else []
+
+
+def _section(info: FieldInfo) -> type[Section] | None:
+    pending: list[Any] = [info.annotation]
+    while pending:
+        kind = pending.pop()
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+        pending.extend(get_args(kind))
+    return None
+
+
+def _places(key: str) -> list[str]:
+    """The sections that know ``key``, by the path a person would write."""
+    found = []
+    pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
+    while pending:
+        where, section = pending.pop(0)
+        for name, info in section.model_fields.items():
+            if name == key:
+                found.append(where)
+            inner = _section(info)
+            if inner is not None and name != "defaults":
+                label = "a node" if name == "nodes" else name
+                pending.append((label, inner))
+    return found

@@ -1,0 +1,244 @@
+"""The form of mesh.yaml, by pydantic: which keys there are and what each takes. What spans several keys is in rules.py.
+
+All values arrive as text (document.py), so each type here reads text. Everything is optional in form, because a node's
+value may come from ``defaults``; ``None`` means: not said. Descriptions go into the JSON Schema and the docs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from gpumesh.config import forms, locate
+from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, TransportKind
+
+SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _read(form: Callable[[str], Any]) -> BeforeValidator:
+    """Reads text by ``form``; anything else is left to pydantic, which says that it is of the wrong kind."""
+
+    def read(value: Any) -> Any:
+        return form(value) if isinstance(value, str) else value
+
+    return BeforeValidator(read)
+
+
+def _many(value: Any) -> Any:
+    """One where several may stand."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _jumps(value: Any) -> Any:
+    """``a,b`` as ssh writes a chain, or a list."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def _command(value: Any) -> Any:
+    if isinstance(value, str):
+        return forms.command(value)
+    return forms.argv(value) if value == [] else value
+
+
+def _whole(least: int, most: int) -> BeforeValidator:
+    return _read(lambda text: forms.limited(forms.whole(text), least, most, str))
+
+
+def _whole_schema(least: int, most: int) -> WithJsonSchema:
+    return WithJsonSchema({"type": "integer", "minimum": least, "maximum": most})
+
+
+def _between(least: float, most: float) -> BeforeValidator:
+    """Seconds, from text such as ``500ms``."""
+    return _read(lambda text: forms.limited(forms.duration(text), least, most, forms.format_duration))
+
+
+def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item, **more}]})
+
+
+_TEXT = {"type": "string"}
+
+Name = Annotated[str, _read(forms.name), WithJsonSchema({**_TEXT, "pattern": forms.NAME_FORM})]
+Line = Annotated[str, _read(forms.line)]
+Port = Annotated[int, _whole(1, 65535), _whole_schema(1, 65535)]
+Host = Annotated[str, _read(forms.host)]
+User = Annotated[str, _read(forms.user)]
+Alias = Annotated[str, _read(forms.alias)]
+Variable = Annotated[str, _read(forms.variable), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})]
+FilePath = Annotated[str, _read(forms.path)]
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+Jump = Annotated[str, _read(forms.jump)]
+Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_jumps), _list_schema(_TEXT)]
+Words = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
+Listen = Annotated[
+    tuple[str, int], _read(locate.split_listen), WithJsonSchema({**_TEXT, "examples": ["127.0.0.1:11430"]})
+]
+_URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
+Url = Annotated[Target, _read(forms.url), WithJsonSchema(_URL_SCHEMA)]
+Urls = Annotated[
+    tuple[Url, ...],
+    BeforeValidator(_many),
+    WithJsonSchema({"type": "array", "items": _URL_SCHEMA, "minItems": 1, "maxItems": 16}),
+]
+_DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": forms.DURATION_FORM, "examples": ["5s"]})
+Interval = Annotated[float, _between(0.1, 300), _DURATION_SCHEMA]
+LongWait = Annotated[float, _between(0.1, 86400), _DURATION_SCHEMA]
+RedisUrl = Annotated[str, _read(forms.redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})]
+Origin = Annotated[str, _read(forms.origin)]
+Origins = Annotated[tuple[Origin, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; inputs never stand in an error's text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class Ssh(Section):
+    """How to reach the host by SSH. A node without `ssh` is reached directly."""
+
+    host: Host | None = Field(default=None, description="Name or address of the host.")
+    port: Port | None = Field(default=None, description="The SSH port; 22 if not given.")
+    user: User | None = Field(
+        default=None, description="The user to log in as; your own name if not given, as with ssh."
+    )
+    identity_file: FilePaths | None = Field(
+        default=None, description="Private key file, or a list of them to try in order."
+    )
+    known_hosts: FilePath | None = Field(
+        default=None, description="File of known host keys; ~/.ssh/known_hosts if not given."
+    )
+    host_key_policy: HostKeyPolicy | None = Field(
+        default=None, description="strict (default): an unknown host key is refused. accept-new: it is recorded."
+    )
+    proxy_jump: Jumps | None = Field(
+        default=None, description="[user@]host[:port] to go through; a list or a,b for a chain."
+    )
+    password_env: Variable | None = Field(default=None, description="Name of the variable that holds the password.")
+    passphrase_env: Variable | None = Field(default=None, description="Name of the variable with the key's passphrase.")
+    agent: bool | None = Field(default=None, description="Whether keys of the SSH agent are tried; true if not given.")
+    alias: Alias | None = Field(
+        default=None, description="A Host of ~/.ssh/config: its settings hold where this file is silent."
+    )
+    transport: TransportKind | None = Field(
+        default=None, description="sshtunnel (default), or openssh: the system's ssh, for what only it can do."
+    )
+    connect_timeout: Interval | None = Field(default=None, description="Time for one attempt; 8s if not given.")
+    keepalive: Interval | None = Field(
+        default=None, description="How often the host is asked for a sign of life; 2s if not given."
+    )
+
+
+class Backend(Section):
+    """The inference server of a node. One of `port`, `url` and `urls` says where it is."""
+
+    kind: BackendKind | None = Field(
+        default=None, description="ollama (default) or openai (vLLM, llama.cpp, LM Studio, …)."
+    )
+    port: Port | None = Field(
+        default=None, description="Its port on 127.0.0.1 of the SSH host; 11434 if nothing is given."
+    )
+    url: Url | None = Field(
+        default=None, description="Where it is, as seen from the SSH host, or from here without ssh."
+    )
+    urls: Urls | None = Field(default=None, description="Candidates: the first that answers is used.")
+    api_key_env: Variable | None = Field(
+        default=None, description="Name of the variable that holds the server's API key."
+    )
+    max_parallel: Annotated[int, _whole(1, 4096), _whole_schema(1, 4096)] | None = Field(
+        default=None, description="How many requests it runs at once; learned if not given."
+    )
+
+
+class Expect(Section):
+    """What you believe to be there; `gpumesh audit` compares."""
+
+    hostname: Line | None = Field(default=None, description="What `hostname` prints there.")
+    gpus: Annotated[int, _whole(0, 1024), _whole_schema(0, 1024)] | None = Field(
+        default=None, description="Number of GPUs."
+    )
+    gpu: Line | None = Field(default=None, description="The GPU's name, as nvidia-smi prints it.")
+    vram_mib: Annotated[int, _whole(1, 1 << 30), _whole_schema(1, 1 << 30)] | None = Field(
+        default=None, description="Memory of one GPU in MiB."
+    )
+    driver: Line | None = Field(default=None, description="The driver's version, or how it begins.")
+    models: Words | None = Field(default=None, description="Models that must be there.")
+
+
+class AddressFrom(Section):
+    """Where the host is today, for addresses that change (RunPod, vast.ai)."""
+
+    command: Command = Field(description="Run without a shell; prints `host port`, or JSON with both.")
+    timeout: Interval | None = Field(default=None, description="Time for the command; 20s if not given.")
+
+
+class NodeDefaults(Section):
+    """Merged under every node. `ssh` only under those that have an `ssh` of their own."""
+
+    ssh: Ssh | None = None
+    backend: Backend | None = None
+    expect: Expect | None = None
+    weight: (
+        Annotated[
+            float, _read(forms.weight), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000})
+        ]
+        | None
+    ) = Field(default=None, description="Share of the work relative to other nodes; 1 if not given.")
+    labels: dict[Name, Line] | None = Field(default=None, description="Words of your own, shown by `status --json`.")
+    enabled: bool | None = Field(default=None, description="false: the node stays in the file and is left alone.")
+
+
+class Node(NodeDefaults):
+    """One host with one inference server."""
+
+    name: Name = Field(description="Letters, digits, dots, hyphens, underscores.")
+    address_from: AddressFrom | None = None
+
+
+class Gateway(Section):
+    """The one endpoint that clients use."""
+
+    listen: Listen | None = Field(
+        default=None, description="HOST:PORT; 127.0.0.1:11430 if not given. Port 0 is any free one."
+    )
+    api_key_env: Variable | None = Field(
+        default=None, description="Name of the variable with the key that clients must send; needed beyond loopback."
+    )
+    default_model: Line | None = Field(default=None, description="Used where a command is given no model.")
+    policy: PolicyKind | None = Field(default=None, description="How a node is chosen; adaptive if not given.")
+    max_queue: Annotated[int, _whole(0, 1_000_000), _whole_schema(0, 1_000_000)] | None = Field(
+        default=None, description="How many requests may wait; 1024 if not given. Past it clients get 503."
+    )
+    timeout: LongWait | None = Field(default=None, description="For one request as a whole; 10m if not given.")
+    cors_origins: Origins | None = Field(
+        default=None, description="Web pages that may use the gateway, by their origin."
+    )
+
+
+class Redis(Section):
+    """Optional: several gateways share what they have in flight."""
+
+    url: RedisUrl = Field(description="redis://, rediss:// or unix://, without a password.")
+    password_env: Variable | None = Field(default=None, description="Name of the variable that holds Redis's password.")
+
+
+class MeshFile(Section):
+    """A mesh: GPUs behind SSH as one endpoint."""
+
+    version: Annotated[int, _whole(1, 1), _whole_schema(1, 1)] | None = Field(
+        default=None, description="Of this format: 1."
+    )
+    name: Name | None = Field(default=None, description="Of the mesh; `mesh` if not given.")
+    gateway: Gateway | None = None
+    defaults: NodeDefaults | None = None
+    nodes: tuple[Node, ...] = Field(description="The hosts, at least one.")
+    redis: Redis | None = None
+
+
+def schema() -> dict[str, Any]:
+    document = MeshFile.model_json_schema()
+    return {"$schema": SCHEMA_ID, **document, "title": "gpumesh mesh.yaml"}

@@ -1,0 +1,140 @@
+"""Reading a mesh.yaml from end to end: file, YAML, variables, form, rules, specs. Each step says all that it finds."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gpumesh.config import document, environment, locate, messages, rules, ssh_config
+from gpumesh.config.document import Fault, KeyPath, Table, Value
+from gpumesh.config.expand import plain
+from gpumesh.config.model import MeshFile
+from gpumesh.config.specs import Builder, ResolveAlias
+from gpumesh.errors import ConfigError, Problem
+from gpumesh.topology import Topology
+
+MAX_BYTES = 4 * document.MAX_CHARACTERS
+MAX_PROBLEMS = 100
+# What ssh tries when it is told of no key, without the kinds that only ssh itself can use (ssh_config(5)).
+_USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
+
+
+def load(path: Path) -> Topology:
+    """Raises ConfigError."""
+    file = locate.shown(path)
+    home = environment.home()
+    keys = tuple(key for name in _USUAL_KEYS if (key := home / ".ssh" / name).is_file())
+    return parse(
+        read_text(path, file),
+        file=file,
+        env=environment.variables(),
+        home=home,
+        source=path,
+        resolve_alias=lambda alias: ssh_config.resolve(alias, home=home),
+        identities=keys,
+    )
+
+
+def read_text(path: Path, file: str) -> str:
+    """Bounded, and never from something that could keep us waiting. Raises ConfigError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise ConfigError((Problem("is not a file that can be read as text", file),))
+            data = opened.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError((Problem(f"cannot be read: {reason}", file),)) from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError((Problem(f"is larger than {MAX_BYTES // 1024} KiB, which no mesh.yaml is", file),))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            problem = Problem("is UTF-16: save it as UTF-8", file)
+        else:
+            spot = document.spot_at(data[: error.start].decode("utf-8"), len(data))
+            problem = Problem(f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8", file, *_place(spot))
+        raise ConfigError((problem,)) from error
+
+
+def parse(
+    text: str,
+    *,
+    file: str,
+    env: Mapping[str, str],
+    home: Path,
+    source: Path | None = None,
+    resolve_alias: ResolveAlias | None = None,
+    identities: tuple[Path, ...] = (),
+) -> Topology:
+    """Pure, as far as ``resolve_alias`` is. Raises ConfigError."""
+    tree, faults = document.read(text)
+    if tree is None or (isinstance(tree, document.Text) and tree.text is None):
+        hint = None
+        if not faults:
+            faults = [Fault("is empty")]
+            hint = "`gpumesh init` writes one; the shortest has a list `nodes` with one `name` and how to reach it"
+        raise _error(faults, file, None, hint)
+    if not isinstance(tree, Table):
+        faults.append(Fault("keys with values are expected at the top, such as `nodes:`", tree.spot))
+        raise _error(faults, file, tree)
+    values, more = plain(tree, env)
+    faults += more
+    checked = _form(values, tree, faults)
+    faults += [fault for fault in _rules(values) if not _told(fault.path, faults, exactly=True)]
+    if checked is None or faults:
+        raise _error(faults, file, tree)
+    builder = Builder(
+        user=env.get("LOGNAME") or env.get("USER") or "root",
+        home=home,
+        base=source.parent if source is not None else Path(file).parent,
+        resolve_alias=resolve_alias,
+        identities=identities,
+    )
+    topology = builder.topology(checked, source)
+    if builder.faults:
+        raise _error(builder.faults, file, tree)
+    return topology
+
+
+def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
+    try:
+        return MeshFile.model_validate(values)
+    except ValidationError as error:
+        # What could not be read at all is of no form either: said once.
+        faults += [fault for fault in messages.faults(error, tree) if not _told(fault.path, faults)]
+        return None
+
+
+def _rules(values: Any) -> list[Fault]:
+    return [Fault(message, None, path) for path, message in rules.broken(values)]
+
+
+def _told(path: KeyPath, faults: list[Fault], *, exactly: bool = False) -> bool:
+    return any(
+        fault.path == path or (not exactly and fault.path and path[: len(fault.path)] == fault.path) for fault in faults
+    )
+
+
+def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:
+    problems = []
+    for fault in faults:
+        spot = fault.spot
+        if spot is None and fault.path and tree is not None:
+            _, spot, _ = document.follow(tree, fault.path)
+        problems.append(Problem(fault.message, file, *_place(spot), document.written(fault.path)))
+    problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
+    if len(problems) > MAX_PROBLEMS:
+        left = len(problems) - MAX_PROBLEMS
+        problems = [*problems[:MAX_PROBLEMS], Problem(f"and {left} more problems", file)]
+    return ConfigError(tuple(problems), hint=hint)
+
+
+def _place(spot: document.Spot | None) -> tuple[int | None, int | None]:
+    return (spot.line, spot.column) if spot is not None else (None, None)

@@ -1,0 +1,87 @@
+"""What must hold between keys. Pure: from plain values, of which any may be of the wrong form, so that these problems
+are told together with those of form and not one round later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gpumesh.config import locate
+from gpumesh.config.document import KeyPath
+from gpumesh.config.messages import shown
+
+_WHERE = ("port", "url", "urls")
+
+Broken = tuple[KeyPath, str]
+
+
+def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
+    """Each broken rule, by the key it is about."""
+    yield from _gateway(document)
+    defaults = _table(document.get("defaults"))
+    yield from _one_where(_table(defaults.get("backend")), ("defaults", "backend"))
+    if document.get("nodes") is None or document["nodes"] == []:
+        yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
+    nodes = document.get("nodes")
+    if isinstance(nodes, Mapping):
+        example = next(iter(nodes), "iceland")
+        yield ("nodes",), f"nodes are a list: write `- name: {example}`"
+    if not isinstance(nodes, list):
+        return
+    first: dict[str, int] = {}
+    for index, item in enumerate(nodes):
+        node = _table(item)
+        name = node.get("name")
+        if isinstance(name, str):
+            if name in first:
+                yield ("nodes", index, "name"), f"{shown(name)} is the name of nodes[{first[name]}] already"
+            first.setdefault(name, index)
+        if node:
+            yield from _node(node, defaults, ("nodes", index))
+
+
+def _gateway(document: Mapping[str, Any]) -> Iterator[Broken]:
+    gateway = _table(document.get("gateway"))
+    listen = gateway.get("listen")
+    if not isinstance(listen, str) or gateway.get("api_key_env") is not None:
+        return
+    try:
+        host, _ = locate.split_listen(listen)
+    except ValueError:
+        return  # said by its form
+    if not locate.is_loopback(host):
+        yield ("gateway", "listen"), f"listening on {host} {locate.OPEN_TO_ALL}; {locate.OPEN_HINT}"
+
+
+def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:
+    given = [key for key in backend if key in _WHERE and backend[key] is not None]
+    if len(given) > 1:
+        yield (*path, given[1]), f"{given[0]} stands here already: give one of port, url and urls"
+    if backend.get("urls") == []:
+        yield (*path, "urls"), "names no URL"
+
+
+def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:
+    backend = _table(node.get("backend"))
+    yield from _one_where(backend, (*path, "backend"))
+    shared = _table(defaults.get("backend"))
+    where = next((key for source in (backend, shared) for key in _WHERE if source.get(key) is not None), None)
+    kind = backend.get("kind") or shared.get("kind")
+    if node.get("ssh") is None and node.get("address_from") is None:
+        if where == "port":
+            at = (*path, "backend", "port") if "port" in backend else path
+            yield at, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"
+        elif where is None:
+            yield path, "has neither `ssh` nor a URL: say how to reach it, by `ssh: {host: …}` or `backend: {url: …}`"
+        return
+    ssh, shared_ssh = node.get("ssh"), _table(defaults.get("ssh"))
+    if (ssh is None or isinstance(ssh, Mapping)) and node.get("address_from") is None:
+        named = any(source.get(key) is not None for source in (_table(ssh), shared_ssh) for key in ("host", "alias"))
+        if not named:
+            yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
+    if where is None and kind == "openai":
+        yield (*path, "backend"), "servers of kind openai have no usual port: give `port` or `url`"
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

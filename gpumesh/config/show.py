@@ -1,0 +1,129 @@
+"""A topology as a mesh.yaml with every default written out: what is in effect. Reading it back gives the same
+topology, so it can be kept as a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpumesh.config import forms
+from gpumesh.config.credentials import mask
+from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
+
+
+def effective(topology: Topology) -> str:
+    """YAML. Specs hold no secrets; should one have got in all the same, it is masked."""
+    document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway(topology.gateway)}
+    document["nodes"] = [_node(node) for node in topology.nodes]
+    if topology.redis is not None:
+        url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
+        document["redis"] = _said({"url": url, "password_env": topology.redis.password_env})
+    text = yaml.dump(_masked(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return str(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """No anchors: a list that two nodes share is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the base class's signature
+        return True
+
+
+def _gateway(spec: GatewaySpec) -> dict[str, Any]:
+    host = f"[{spec.host}]" if ":" in spec.host else spec.host
+    return _said(
+        {
+            "listen": f"{host}:{spec.port}",
+            "api_key_env": spec.api_key_env,
+            "default_model": spec.default_model,
+            "policy": spec.policy.value,
+            "max_queue": spec.max_queue,
+            "timeout": forms.format_duration(spec.timeout_s),
+            "cors_origins": list(spec.cors_origins),
+        }
+    )
+
+
+def _node(node: NodeSpec) -> dict[str, Any]:
+    said: dict[str, Any] = {"name": node.name}
+    if node.ssh is not None:
+        said["ssh"] = _ssh(node.ssh)
+        if node.ssh.address_from is not None:
+            address = node.ssh.address_from
+            said["address_from"] = {
+                "command": list(address.command),
+                "timeout": forms.format_duration(address.timeout_s),
+            }
+    said["backend"] = _backend(node.backend)
+    said["expect"] = _expect(node.expect)
+    said["weight"] = node.weight
+    said["labels"] = dict(node.labels)
+    return {**_said(said), "enabled": node.enabled}
+
+
+def _ssh(spec: SshSpec) -> dict[str, Any]:
+    return _said(
+        {
+            "host": spec.host or None,
+            "alias": spec.alias,
+            "port": spec.port,
+            "user": spec.user,
+            "identity_file": [_path(path) for path in spec.identity_files],
+            "known_hosts": _path(spec.known_hosts),
+            "host_key_policy": spec.host_key_policy.value,
+            "proxy_jump": list(spec.proxy_jump),
+            "password_env": spec.password_env,
+            "passphrase_env": spec.passphrase_env,
+            "agent": spec.agent,
+            "transport": spec.transport.value,
+            "connect_timeout": forms.format_duration(spec.connect_timeout_s),
+            "keepalive": forms.format_duration(spec.keepalive_s),
+        }
+    )
+
+
+def _backend(spec: BackendSpec) -> dict[str, Any]:
+    return _said(
+        {
+            "kind": spec.kind.value,
+            "urls": [target.url for target in spec.targets],
+            "api_key_env": spec.api_key_env,
+            "max_parallel": spec.max_parallel,
+        }
+    )
+
+
+def _expect(spec: ExpectSpec) -> dict[str, Any]:
+    return _said(
+        {
+            "hostname": spec.hostname,
+            "gpus": spec.gpus,
+            "gpu": spec.gpu,
+            "vram_mib": spec.vram_mib,
+            "driver": spec.driver,
+            "models": list(spec.models),
+        }
+    )
+
+
+def _path(path: Path) -> str:
+    return str(path)
+
+
+def _said(entries: dict[str, Any]) -> dict[str, Any]:
+    """Without what is not said; ``false`` and 0 are."""
+    return {key: value for key, value in entries.items() if value is not None and value not in ([], {})}
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        # What would be taken for a variable when read back.
+        return mask(value).replace("${", "$${")
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    return value
