@@ -25,6 +25,10 @@ IDLE_MIB = 4
 """Of a 4090's memory, with nothing running."""
 
 
+STORED = datetime(2026, 9, 1, tzinfo=UTC)
+"""When hosts stored their models, less what follows from their names: a restart does not change it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """An answer's counters; durations in ns, as Ollama has them."""
@@ -124,9 +128,8 @@ class Engine:
         self.profile = profile
         self.faults = Faults()
         self.clock = clock
-        now = datetime.now(UTC)
         self.store: dict[str, tuple[ModelProfile, datetime]] = {
-            model.name: (model, now - timedelta(days=3 + number, microseconds=hash_us(profile.hostname, model.name)))
+            model.name: (model, STORED - timedelta(days=number, microseconds=hash_us(profile.hostname, model.name)))
             for number, model in enumerate(profile.models)
         }
         self.runners: dict[str, Runner] = {}
@@ -139,7 +142,7 @@ class Engine:
         self._warmth = Meter(15.0, clock)
         for model in profile.models:
             if model.resident:
-                self.runners[model.name] = self._new_runner(model, ())
+                self.runners[model.name] = self._new_runner(model, (None,) * len(RELOADS))
 
     def find(self, name: str) -> ModelProfile | None:
         """By name, ``:latest`` being understood."""
@@ -214,7 +217,7 @@ class Engine:
         )
 
     def _new_runner(self, model: ModelProfile, options: tuple[object, ...]) -> Runner:
-        context = options[0] if options and isinstance(options[0], int) else min(model.context_length, 32768)
+        context = options[0] if isinstance(options[0], int) else default_context(model)
         slots = 1 if model.embedding else self.profile.slots
         expires_at = self.clock() + self.profile.keep_alive_s
         return Runner(model, options, asyncio.Semaphore(slots), expires_at, context_length=context)
@@ -222,12 +225,12 @@ class Engine:
     async def _runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
         """One at a time: a load blocks whatever comes after it, as in Ollama. The runner's ``users`` is raised."""
         key = tuple(options.get(name) for name in RELOADS)
-        if not any(part is not None for part in key):
-            key = ()
+        if key[0] == default_context(model):
+            key = (None, *key[1:])
         async with self._scheduler:
             self.expire()
             runner = self.runners.get(model.name)
-            if runner is None or (key and runner.key != key):
+            if runner is None or runner.key != key:
                 while (old := self.runners.get(model.name)) is not None and old.users:
                     await self._wait_released()
                 self.runners.pop(model.name, None)
@@ -296,9 +299,7 @@ def seconds_of(keep_alive: object, default: float) -> float:
     """A number is seconds, a string a Go duration; negative is for ever. Raises ``ValueError`` for what is neither."""
     if keep_alive is None:
         return default
-    if isinstance(keep_alive, bool):
-        raise ValueError(f"invalid keep_alive {keep_alive!r}")
-    if isinstance(keep_alive, (int, float)):
+    if isinstance(keep_alive, (int, float)) and not isinstance(keep_alive, bool):
         seconds = float(keep_alive)
     else:
         text = str(keep_alive).strip()
@@ -310,6 +311,11 @@ def seconds_of(keep_alive: object, default: float) -> float:
             raise ValueError(f"time: invalid duration {text!r}")
         seconds = sign * sum(float(part.group(1)) * _UNITS[part.group(2)] for part in parts)
     return math.inf if seconds < 0 else seconds
+
+
+def default_context(model: ModelProfile) -> int:
+    """As Ollama has it for 23 GiB of GPU memory and more."""
+    return min(model.context_length, 32768)
 
 
 def hash_us(*parts: str) -> int:

@@ -1,0 +1,391 @@
+"""The stand-in's native routes: what Ollama serves at / and /api."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from gpumesh.lab import text
+from gpumesh.lab.answers import Refused, Script, ToolCall, rendered
+from gpumesh.lab.engine import Timings, seconds_of
+from gpumesh.lab.profile import ModelProfile
+from gpumesh.lab.replies import dump, read_json, reply
+
+if TYPE_CHECKING:
+    from gpumesh.lab.ollama import StandIn
+
+MIB = 1 << 20
+NDJSON = "application/x-ndjson"
+
+
+def add_routes(app: web.Application, server: StandIn) -> None:
+    routes = _Native(server)
+    add = app.router
+    add.add_get("/", routes.root)  # aiohttp adds HEAD to each GET
+    add.add_get("/api/version", routes.version)
+    add.add_get("/api/tags", routes.tags)
+    add.add_get("/api/ps", routes.ps, allow_head=False)
+    add.add_get("/api/status", routes.status, allow_head=False)
+    add.add_post("/api/show", routes.show)
+    add.add_post("/api/generate", routes.generate)
+    add.add_post("/api/chat", routes.chat)
+    add.add_post("/api/embed", routes.embed)
+    add.add_post("/api/embeddings", routes.embeddings)
+    add.add_post("/api/pull", routes.pull)
+    add.add_post("/api/create", routes.create)
+    add.add_post("/api/copy", routes.copy)
+    add.add_delete("/api/delete", routes.delete)
+    add.add_head("/api/blobs/{digest}", routes.has_blob)
+    add.add_post("/api/blobs/{digest}", routes.add_blob)
+
+
+class NativeFrames:
+    """NDJSON of /api/chat (``chat``) or /api/generate. ``raw`` answers have no ``context``."""
+
+    content_type = NDJSON
+
+    def __init__(self, name: str, *, chat: bool, raw: bool = False) -> None:
+        self._name = name
+        self._chat = chat
+        self._raw = raw
+        # The part that all lines share is encoded once: these lines are most of what a stream costs.
+        self._head = f'{{"model":{dump(name)},"created_at":'
+
+    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        if self._chat:
+            middle = f'"message":{dump(_message(content, thinking, tool))}'
+        else:
+            middle = f'"response":{dump(content)}' + (f',"thinking":{dump(thinking)}' if thinking else "")
+        return f'{self._head}"{now_text()}",{middle},"done":false}}\n'.encode()
+
+    def final(self, reason: str, timings: Timings) -> bytes:
+        said: dict[str, Any] = {"message": _message("", "", None)} if self._chat else {"response": ""}
+        return (dump(self._document(said, reason, timings)) + "\n").encode()
+
+    def error(self, message: str) -> bytes:
+        return (dump({"error": message}) + "\n").encode()
+
+    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+        content = "" if said.tool else "".join(said.tokens)
+        thinking = "".join(said.thinking)
+        if self._chat:
+            return self._document({"message": _message(content, thinking, said.tool)}, said.done_reason, timings)
+        document: dict[str, Any] = {"response": content} | ({"thinking": thinking} if thinking else {})
+        return self._document(document, said.done_reason, timings)
+
+    def _document(self, said: Mapping[str, Any], reason: str, timings: Timings) -> dict[str, Any]:
+        document = {"model": self._name, "created_at": now_text(), **said, "done": True, "done_reason": reason}
+        if not self._chat and not self._raw:
+            document["context"] = [number % 32000 for number in range(min(timings.prompt_tokens + timings.tokens, 64))]
+        figures = {
+            "total_duration": timings.total_ns,
+            "load_duration": timings.load_ns,
+            "prompt_eval_count": timings.prompt_tokens,
+            "prompt_eval_duration": timings.prompt_ns,
+            "eval_count": timings.tokens,
+            "eval_duration": timings.eval_ns,
+        }
+        return document | {name: value for name, value in figures.items() if value}
+
+
+class _Native:
+    def __init__(self, server: StandIn) -> None:
+        self._server = server
+        self._engine = server.engine
+
+    async def root(self, _request: web.Request) -> web.Response:
+        return web.Response(text="Ollama is running")
+
+    async def version(self, _request: web.Request) -> web.Response:
+        return reply({"version": self._server.profile.version})
+
+    async def status(self, _request: web.Request) -> web.Response:
+        return reply({"status": "ok", "simulated": True})
+
+    async def tags(self, _request: web.Request) -> web.Response:
+        entries = sorted(self._engine.store.items(), key=lambda entry: entry[1][1], reverse=True)
+        return reply({"models": [_tag(name, model, stored) for name, (model, stored) in entries]})
+
+    async def ps(self, _request: web.Request) -> web.Response:
+        now = self._engine.clock()
+        models = []
+        for runner in self._engine.loaded():
+            left = runner.expires_at - now
+            far = math.isinf(left)
+            expires = (
+                datetime.now(UTC) + timedelta(days=365 * 292) if far else datetime.now(UTC) + timedelta(seconds=left)
+            )
+            model = runner.model
+            models.append(
+                {
+                    "name": model.name,
+                    "model": model.name,
+                    "size": model.vram_mib * MIB,
+                    "digest": model.digest,
+                    "details": _details(model),
+                    "expires_at": stamp(expires),
+                    "size_vram": self._engine.vram_mib(model) * MIB,
+                    "context_length": runner.context_length,
+                }
+            )
+        return reply({"models": models})
+
+    async def show(self, request: web.Request) -> web.Response:
+        body = await read_json(request)
+        model, stored = self._stored(body.get("model") or body.get("name"))
+        info = {
+            "general.architecture": model.family,
+            "general.parameter_count": int(float(model.parameter_size.rstrip("BM")) * 1e9),
+            f"{model.family}.context_length": model.context_length,
+            f"{model.family}.embedding_length": 768 if model.embedding else 3584,
+        }
+        return reply(
+            {
+                "modelfile": f"# a simulated model\nFROM {model.name}\n",
+                "parameters": "",
+                "template": "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}",
+                "details": _details(model),
+                "model_info": info,
+                "capabilities": capabilities(model),
+                "modified_at": stamp(stored),
+            }
+        )
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        raw = body.get("raw") is True
+        prompt = str(body.get("prompt") or "")
+        work = self._server.work(body)
+        if work.model.embedding:
+            raise Refused(400, f'"{work.name}" does not support generate')
+        if not prompt and not body.get("suffix"):
+            return await self._preload(body, {"response": ""})
+        messages = None if raw else [{"role": "user", "content": prompt}]
+        if messages is not None and body.get("system"):
+            messages.insert(0, {"role": "system", "content": str(body["system"])})
+        work = self._server.work(body, **_common(body), messages=messages, prompt=prompt if raw else None)
+        if body.get("_debug_render_only") is True:
+            return reply({"model": work.name, "created_at": now_text(), **_debug(rendered(work)), "response": ""})
+        frames = NativeFrames(work.name, chat=False, raw=raw)
+        return await self._server.deliver(request, work, frames, stream=body.get("stream") is not False)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        messages = body.get("messages") or []
+        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+            raise Refused(400, "json: cannot unmarshal messages into Go struct field ChatRequest.messages")
+        work = self._server.work(body, **_common(body), messages=messages, tools=body.get("tools") or ())
+        if work.model.embedding:
+            raise Refused(400, f'"{work.name}" does not support chat')
+        if not messages:
+            return await self._preload(body, {"message": _message("", "", None)})
+        if body.get("_debug_render_only") is True:
+            return reply({"model": work.name, "created_at": now_text(), **_debug(rendered(work))})
+        frames = NativeFrames(work.name, chat=True)
+        return await self._server.deliver(request, work, frames, stream=body.get("stream") is not False)
+
+    async def _preload(self, body: Mapping[str, Any], said: Mapping[str, Any]) -> web.Response:
+        work = self._server.work(body, **_common(body))
+        await self._engine.preload(work.model, work.options, work.keep_alive)
+        unload = seconds_of(work.keep_alive, 1.0) == 0
+        reason = "unload" if unload else "load"
+        return reply({"model": work.name, "created_at": now_text(), **said, "done": True, "done_reason": reason})
+
+    async def embed(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        given = body.get("input", "")
+        texts = [given] if isinstance(given, str) else [str(one) for one in given or []]
+        return reply(await self.embeddings_of(body, [one for one in texts if one or len(texts) > 1]))
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        answer = await self.embeddings_of(body, [str(body.get("prompt") or "")])
+        return reply({"embedding": answer["embeddings"][0]})
+
+    async def embeddings_of(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
+        """Also what /v1/embeddings is made from."""
+        name = body.get("model")
+        if isinstance(name, str) and name and self._engine.find(name) is None:
+            raise Refused(404, f'model "{name}" not found, try pulling it first')
+        work = self._server.work(body, **_common(body))
+        asked = self._engine.clock()
+        count = 0
+        async with self._engine.lease(work.model, work.options, work.keep_alive) as lease:
+            for one in texts:
+                count += (await self._engine.prefill(lease, one))[0]
+        return {
+            "model": work.name,
+            "embeddings": [text.vector(one) for one in texts],
+            "total_duration": int((self._engine.clock() - asked) * 1e9),
+            "load_duration": int(lease.load_s * 1e9),
+            "prompt_eval_count": count,
+        }
+
+    # -- the store ---------------------------------------------------------------------------------------------------
+
+    async def pull(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        name = str(body.get("model") or body.get("name") or "")
+        if not name:
+            raise Refused(400, "model is required")
+        return await _progress(request, body, self._pulling(name if ":" in name else f"{name}:latest"))
+
+    async def _pulling(self, name: str) -> AsyncIterator[dict[str, Any]]:
+        yield {"status": "pulling manifest"}
+        if "missing" in name:
+            yield {"error": "pull model manifest: file does not exist"}
+            return
+        model = self._engine.find(name) or ModelProfile(name)
+        total, steps = model.size_mib * MIB, 20
+        for step in range(steps + 1):
+            status = f"pulling {model.digest[:12]}"
+            yield {
+                "status": status,
+                "digest": f"sha256:{model.digest}",
+                "total": total,
+                "completed": total * step // steps,
+            }
+            await asyncio.sleep(self._server.profile.pull_s / steps)
+        yield {"status": "verifying sha256 digest"}
+        yield {"status": "writing manifest"}
+        self._engine.store[name] = (model, datetime.now(UTC))
+        yield {"status": "success"}
+
+    async def create(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        name = str(body.get("model") or body.get("name") or "")
+        if not name:
+            raise Refused(400, "model is required")
+        base, _ = self._stored(body.get("from"))
+        self._copy(base, name)
+        return await _progress(request, body, _steps("using existing layer", "writing manifest", "success"))
+
+    async def copy(self, request: web.Request) -> web.Response:
+        body = await read_json(request)
+        base, _ = self._stored(body.get("source"))
+        self._copy(base, str(body.get("destination") or ""))
+        return web.Response()
+
+    async def delete(self, request: web.Request) -> web.Response:
+        body = await read_json(request)
+        model, _ = self._stored(body.get("model") or body.get("name"))
+        del self._engine.store[model.name]
+        return web.Response()
+
+    async def has_blob(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.match_info["digest"] in self._server.blobs else 404)
+
+    async def add_blob(self, request: web.Request) -> web.Response:
+        digest = request.match_info["digest"]
+        if f"sha256:{hashlib.sha256(await request.read()).hexdigest()}" != digest:
+            raise Refused(400, "digest mismatch")
+        self._server.blobs.add(digest)
+        return web.Response(status=201)
+
+    def _copy(self, base: ModelProfile, name: str) -> None:
+        if not name:
+            raise Refused(400, "destination is required")
+        full = name if ":" in name else f"{name}:latest"
+        self._engine.store[full] = (replace(base, name=full), datetime.now(UTC))
+
+    def _stored(self, name: Any) -> tuple[ModelProfile, datetime]:
+        if not isinstance(name, str) or not name:
+            raise Refused(400, "model is required")
+        model = self._engine.find(name)
+        if model is None:
+            raise Refused(404, f"model '{name}' not found")
+        return self._engine.store[model.name]
+
+
+def capabilities(model: ModelProfile) -> list[str]:
+    if model.embedding:
+        return ["embedding"]
+    return ["completion"] + ["tools"] * model.tools + ["thinking"] * model.thinking
+
+
+def stamp(at: datetime) -> str:
+    """RFC 3339 with the nanoseconds that Go writes; ours end where microseconds do, plus a fixed tail."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "417Z"
+
+
+def now_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _common(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises Refused for a keep_alive that Go could not read."""
+    options = body.get("options") or {}
+    try:
+        seconds_of(body.get("keep_alive"), 0.0)
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
+    return {
+        "options": dict(options) if isinstance(options, dict) else {},
+        "keep_alive": body.get("keep_alive"),
+        "think": body.get("think"),
+        "format": body.get("format"),
+    }
+
+
+def _debug(template: str) -> dict[str, Any]:
+    return {"_debug_info": {"rendered_template": template}}
+
+
+def _message(content: str, thinking: str, tool: ToolCall | None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if thinking:
+        message["thinking"] = thinking
+    if tool is not None:
+        message["tool_calls"] = [{"function": {"index": 0, "name": tool.name, "arguments": dict(tool.arguments)}}]
+    return message
+
+
+def _details(model: ModelProfile) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": model.family,
+        "families": [model.family],
+        "parameter_size": model.parameter_size,
+        "quantization_level": model.quantization,
+    }
+
+
+def _tag(name: str, model: ModelProfile, stored: datetime) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": stamp(stored),
+        "size": model.size_mib * MIB,
+        "digest": model.digest,
+        "details": _details(model),
+        "capabilities": capabilities(model),
+    }
+
+
+async def _steps(*texts: str) -> AsyncIterator[dict[str, Any]]:
+    for one in texts:
+        yield {"status": one}
+
+
+async def _progress(
+    request: web.Request, body: Mapping[str, Any], steps: AsyncIterator[dict[str, Any]]
+) -> web.StreamResponse:
+    """Lines as they come; or with ``stream`` false the last one alone, an error then having a status."""
+    if body.get("stream") is False:
+        last = [step async for step in steps][-1]
+        return reply(last, status=500 if "error" in last else 200)
+    response = web.StreamResponse(headers={"Content-Type": NDJSON})
+    response.enable_chunked_encoding()
+    await response.prepare(request)
+    async for step in steps:
+        await response.write((dump(step) + "\n").encode())
+    await response.write_eof()
+    return response

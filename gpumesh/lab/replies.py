@@ -1,0 +1,57 @@
+"""What every route of the stand-in needs to read a request, answer it, refuse it, or break off."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from typing import Any
+
+from aiohttp import web
+
+from gpumesh.lab.answers import Refused
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """The body, whatever its declared type. Raises Refused."""
+    data = await request.read()
+    if not data:
+        raise Refused(400, "missing request body")
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise Refused(400, f"invalid character in request body: {error}") from error
+    if not isinstance(body, dict):
+        raise Refused(400, "json: cannot unmarshal request body into an object")
+    return body
+
+
+async def abort(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
+    """Resets the connection; what was written before has been sent."""
+    if request.transport is not None:
+        sock = request.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            # RST instead of FIN: what a killed process behind a full buffer gives.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        request.transport.abort()
+    return response or web.Response()
+
+
+def error_response(path: str, status: int, message: str) -> web.Response:
+    """An error in the dialect of the path."""
+    document: dict[str, Any] = {"error": message}
+    if path.startswith("/v1/messages"):
+        kind = {404: "not_found_error", 400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "api_error")
+        document = {"type": "error", "error": {"type": kind, "message": message}}
+    elif path.startswith("/v1/"):
+        kind = {404: "not_found_error", 400: "invalid_request_error"}.get(status, "api_error")
+        document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return web.json_response(document, status=status, dumps=dump)
+
+
+def reply(document: Any, status: int = 200) -> web.Response:
+    return web.json_response(document, status=status, dumps=dump)
