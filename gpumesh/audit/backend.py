@@ -1,0 +1,57 @@
+"""The inference server: whether it serves, and whether on the GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
+from gpumesh.topology import BackendKind, NodeSpec
+
+# `think` came with 0.9: older servers ignore it, and a model that thinks then does so in its answer's text.
+OLDEST_OLLAMA = (0, 9, 0)
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})\.([0-9]{1,4})")
+
+
+def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    backend, node = state.backend, spec.name
+    if state.tunnel.state is not TunnelPhase.UP:
+        return
+    if backend.state is BackendPhase.DOWN:
+        yield Finding(
+            backend.error_code or "backend-down",
+            Severity.ERROR,
+            node,
+            backend.last_error or "its server does not answer",
+            "start the server on the host, and check `backend.port` or `backend.url`",
+        )
+    if backend.state is not BackendPhase.UP:
+        return
+    spilled = [f"{model.name} ({share} %)" for model in backend.loaded if (share := on_cpu_pct(model))]
+    if spilled and state.gpus != ():  # without any GPU there is nothing to spill from: gpu-missing says it
+        yield Finding(
+            "backend-on-cpu",
+            Severity.WARNING,
+            node,
+            f"runs on the CPU: {', '.join(spilled)}",
+            "choose a smaller model, quantisation or `num_ctx`, or unload others; "
+            "if all of it is on the CPU, the server has lost the GPU: restart it",
+        )
+    if spec.backend.kind is BackendKind.OLLAMA and backend.version is not None:
+        found = _VERSION.match(backend.version)
+        if found and tuple(map(int, found.groups())) < OLDEST_OLLAMA:
+            oldest = ".".join(map(str, OLDEST_OLLAMA))
+            yield Finding(
+                "version-old",
+                Severity.WARNING,
+                node,
+                f"Ollama {backend.version} is older than {oldest}",
+                "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image",
+            )
+
+
+def on_cpu_pct(model: LoadedModel) -> int:
+    """How much of a loaded model is outside the GPU's memory; 0 where that is not known."""
+    if not model.size_mib or model.size_vram_mib is None:
+        return 0
+    return max(100 * (model.size_mib - model.size_vram_mib) // model.size_mib, 0)

@@ -1,0 +1,48 @@
+"""Nodes that cannot be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
+from gpumesh.topology import NodeSpec
+
+# A person must act: each has a cure of its own, so each keeps its own code.
+_OWN_CODES = frozenset(
+    {
+        "auth-refused",
+        "forwarding-forbidden",
+        "host-key-changed",
+        "host-key-revoked",
+        "host-key-unknown",
+        "key-unreadable",
+        "secret-missing",
+        "transport-unsupported",
+    }
+)
+_HINTS = {
+    "host-unresolved": "check `ssh.host` in mesh.yaml, and this machine's DNS",
+    "connect-refused": "nothing listens on that port: pods get a new one at each restart, check `ssh.port`",
+    "connect-timeout": "check that the host runs, and that no firewall drops port and address",
+    "host-unreachable": "check this machine's network, and that the address is still the host's",
+    "not-ssh": "check `ssh.port`: another service listens there",
+}
+_WAITING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)
+
+
+def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    tunnel = state.tunnel
+    if tunnel.state in _WAITING or tunnel.last_error is None:
+        return
+    code = tunnel.error_code or "tunnel"
+    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: `{_by_hand(spec)}`"
+    if code not in _OWN_CODES:
+        # Without SSH between, a refused connection tells that the host is there and its server is not.
+        code = "backend-down" if spec.ssh is None and code == "connect-refused" else "node-unreachable"
+    yield Finding(code, Severity.ERROR, spec.name, tunnel.last_error, hint)
+
+
+def _by_hand(spec: NodeSpec) -> str:
+    if spec.ssh is None:
+        return f"curl {spec.backend.targets[0].url}/api/version" if spec.backend.targets else "curl"
+    return f"ssh -p {spec.ssh.port} {spec.ssh.user}@{spec.ssh.host}"
