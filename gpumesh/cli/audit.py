@@ -1,4 +1,4 @@
-"""`gpumesh audit`: what mesh.yaml expects against what is found. The rules are in gpumesh.audit; here they are shown."""
+"""`gpumesh audit`: what mesh.yaml expects against what is found. The rules are gpumesh.audit's; this shows them."""
 
 from __future__ import annotations
 

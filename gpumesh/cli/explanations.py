@@ -18,8 +18,8 @@ EXPLANATIONS: Mapping[str, Explanation] = {
     # -- findings about nodes and routes
     "node-unreachable": Explanation(
         "The node cannot be reached: no tunnel to it is up. The node's reason says at which step it fails.",
-        "follow the node's own reason in `gpumesh status`; for a rented pod, see whether it still runs and still has the"
-        " same address.",
+        "follow the node's own reason in `gpumesh status`; for a rented pod, see whether it still runs and has the same"
+        " address.",
     ),
     "hostname-differs": Explanation(
         "The host calls itself something else than mesh.yaml expects. Either the pod was replaced by another one, or"

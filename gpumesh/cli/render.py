@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from gpumesh.cli.text import UNKNOWN, clean_line, duration, gib, milliseconds, short_gpu, shorten, time_left
+from gpumesh.cli.text import UNKNOWN, clean_line, clean_text, duration, gib, milliseconds, short_gpu, shorten, time_left
 from gpumesh.state import (
     BackendPhase,
     Finding,
@@ -481,3 +481,44 @@ def progress(total: int, title: str, *, quiet: bool) -> Iterator[Ticker]:
     with Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=out, transient=True) as bar:
         task = bar.add_task(title, total=total, note="")
         yield lambda done, note="": bar.update(task, completed=done, note=clean_line(note, 60))
+
+
+class Scene:
+    """A story told line by line above a table that lives; without a terminal only what is told, and the table where
+    ``picture`` asks for it."""
+
+    def __init__(self) -> None:
+        self._out = console()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Scene:
+        if self._out.is_terminal:
+            self._live = Live(console=self._out, auto_refresh=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def update(self, state: MeshState) -> None:
+        if self._live is not None:
+            size = self._out.size
+            view = status_view(state, size.width, height=max(size.height - 4, 8))
+            self._live.update(Group(Text(""), view), refresh=True)
+
+    def picture(self, state: MeshState) -> None:
+        if self._live is None:
+            _print(self._out, status_view(state, self._out.width))
+            self._out.file.flush()
+        else:
+            self.update(state)
+
+    def say(self, text: str, style: str = "") -> None:
+        line = Text(clean_text(text), style=style)
+        if self._live is not None:
+            self._live.console.print(line)
+        else:
+            _print(self._out, line)
+            self._out.file.flush()

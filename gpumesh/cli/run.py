@@ -16,7 +16,7 @@ from gpumesh.cli.context import Settings, open_session, settings
 from gpumesh.cli.context import run as run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_text, json_text
-from gpumesh.errors import ExitCode, GPUMeshError, QueueFull, UsageError
+from gpumesh.errors import ExitCode, GPUMeshError, QueueFull, StreamCut, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.balancer.base import Priority
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PER_NODE = 8  # prompts under way for each node: enough to keep one that runs several at a time busy
 AT_MOST = 256
+CUTS = 4
 
 app = new_app()
 
@@ -204,7 +205,7 @@ async def answer(
         node=node,
         attempts=attempts,
         ttft_ms=None if first is None else round((first - began) * 1000, 1),
-        total_ms=round((time.perf_counter() - began) * 1000, 1),
+        total_ms=_ms(began),
         tokens=counters.tokens if counters is not None else None,
         tokens_per_s=_rounded(counters.tokens_per_s) if counters is not None else None,
     )
@@ -256,15 +257,30 @@ async def _window(session: Session) -> int:
 
 
 async def settled(session: Session, ask: Ask, index: int, text: str) -> Result:
-    """One prompt of many: its failure is a result, too; a full queue is waited for."""
+    """One prompt of many: its failure is a result, too. A full queue is waited for, and an answer that was cut is asked
+    for again: nothing of it has been shown yet."""
     began = time.perf_counter()
+    earlier = 0
     while True:
         try:
-            return await answer(session, ask, index, text)
+            result = await answer(session, ask, index, text)
         except QueueFull as error:
             await asyncio.sleep(error.retry_after_s)
+        except StreamCut as error:
+            earlier += 1
+            if earlier >= CUTS:
+                return _failed(index, text, began, earlier, error)
         except UsageError:
             raise  # wrong for every prompt alike: say it once
         except GPUMeshError as error:
-            spent = round((time.perf_counter() - began) * 1000, 1)
-            return Result(index, text, None, node=error.node, total_ms=spent, error=error.message)
+            return _failed(index, text, began, earlier, error)
+        else:
+            return replace(result, attempts=result.attempts + earlier, total_ms=_ms(began))
+
+
+def _failed(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> Result:
+    return Result(index, text, None, error.node, attempts, total_ms=_ms(began), error=error.message)
+
+
+def _ms(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 1)

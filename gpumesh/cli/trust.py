@@ -38,7 +38,7 @@ def trust(
     failed = False
     for spec, ssh in specs:
         try:
-            _trust(spec, ssh, yes=yes)
+            confirm_key(spec, ssh, yes=yes)
         except GPUMeshError as error:
             if len(specs) == 1:
                 raise
@@ -59,7 +59,8 @@ def _ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
     return spec, spec.ssh
 
 
-def _trust(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
+def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
+    """Shows the host's key and records it if it is not on record, after asking unless ``yes``."""
     from gpumesh.tunnels import hostkeys
     from gpumesh.tunnels.hostkeys import Verdict
 

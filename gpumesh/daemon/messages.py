@@ -13,7 +13,7 @@ from typing import Any
 
 from gpumesh.backends.base import Chunk
 from gpumesh.daemon.session import Ask
-from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull
+from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
 from gpumesh.state import MeshState
 from gpumesh.wire import from_json, to_json
 
@@ -190,4 +190,6 @@ def from_error(told: Error) -> GPUMeshError:
     if told.code == ModelMissing.code and isinstance(detail.get("model"), str):
         available = tuple(str(name) for name in detail.get("available") or ())
         return ModelMissing(detail["model"], available=available, hint=told.hint)
+    if told.code == StreamCut.code:
+        return StreamCut(told.message, hint=told.hint, node=told.node)
     return RemoteError(told)
