@@ -9,10 +9,9 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from gpumesh.state import GpuState, MeshState
 
@@ -79,44 +78,28 @@ def _total(values: Sequence[float | None], expected: int) -> float | None:
     return math.fsum(known) if len(known) == expected else None
 
 
-class GpuMeter:
-    """Samples while its context is open; ``samples`` may be read after it."""
+@asynccontextmanager
+async def metered(
+    status: Callable[[], Awaitable[MeshState]],
+    *,
+    interval_s: float = SAMPLE_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> AsyncGenerator[list[Sample]]:
+    """Samples while its context is open, at its beginning and its end too; the list may be read after it."""
+    samples: list[Sample] = []
 
-    def __init__(
-        self,
-        status: Callable[[], Awaitable[MeshState]],
-        *,
-        interval_s: float = SAMPLE_S,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.samples: list[Sample] = []
-        self._status = status
-        self._interval_s = interval_s
-        self._clock = clock
-        self._task: asyncio.Task[None] | None = None
+    async def take() -> None:
+        state = await status()
+        samples.append(Sample(clock(), state))
 
-    async def __aenter__(self) -> Self:
-        await self._take()
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        failed = None if self._task.cancelled() else self._task.exception()
-        if error is None and failed is not None:
-            raise failed
-        if error is None:
-            await self._take()
-
-    async def _run(self) -> None:
+    async def keep_taking() -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
-            await self._take()
+            await asyncio.sleep(interval_s)
+            await take()
 
-    async def _take(self) -> None:
-        state = await self._status()
-        self.samples.append(Sample(self._clock(), state))
+    await take()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(keep_taking())
+        yield samples
+        task.cancel()
+    await take()

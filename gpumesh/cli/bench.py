@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -42,7 +42,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="As JSON (schema gpumes
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0917 - the options of a command
     ctx: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.models)
@@ -242,7 +242,6 @@ async def _measure(
     node: str | None,
 ) -> Finished:
     from gpumesh.bench import run as bench
-    from gpumesh.cli import render
     from gpumesh.daemon.choice import choose_model
     from gpumesh.daemon.local import LocalSession
 
@@ -251,12 +250,12 @@ async def _measure(
         state = await session.first_report(REPORT_S)
         name = default or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
-        with render.progress(1, "requests", quiet=chosen.quiet) as tick:
+        with ExitStack() as stack:
             return await bench.run(
                 target,
                 scenario,
                 configured(name),
-                progress=_Progress(tick),
+                progress=_Progress(stack, quiet=chosen.quiet),
                 rng=Random(time.time_ns()),
                 objective=objective,
                 trace=trace,
@@ -302,14 +301,18 @@ class _SessionTarget:
 class _Progress:
     """A bar on stderr: requests that have ended, and the stage that is running."""
 
-    def __init__(self, tick: Callable[..., None]) -> None:
-        self._tick = tick
+    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
+        self._stack = stack
+        self._quiet = quiet
+        self._tick: Callable[[int, str], None] = lambda _done, _note: None
         self._stage = ""
         self._done = 0
         self._failed = 0
 
     def planned(self, plan: scenarios.Plan) -> None:
-        self._tick(0, "", total=plan.total)
+        from gpumesh.cli import render
+
+        self._tick = self._stack.enter_context(render.progress(plan.total, "requests", quiet=self._quiet))
 
     def stage(self, stage: scenarios.Stage) -> None:
         self._stage = stage.name

@@ -1,0 +1,319 @@
+"""A result as one HTML page that needs nothing else: no script, no network, light and dark by the reader's own choice.
+
+Whatever came from a host or a file is escaped; the page forbids itself, by its policy, to load or run anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from gpumesh.bench import svg
+from gpumesh.bench.compare import stage_label
+from gpumesh.bench.load import Record
+from gpumesh.bench.result import BenchResult
+from gpumesh.bench.scenarios import Scenario
+from gpumesh.bench.stats import Spread
+from gpumesh.bench.summary import StageResult
+from gpumesh.printable import printable
+
+# A page of more points than this opens slowly, and shows no more.
+MAX_POINTS = 3000
+
+_STYLE = """
+:root { color-scheme: light dark; --fg: #1c2024; --soft: #5b6470; --bg: #fff; --rule: #d9dee4; --card: #f6f8fa;
+  --c0: #2f6fde; --c1: #d1580b; --c2: #1a8a5a; --c3: #9a3fc4; --c4: #b8860b; --c5: #c2345b; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e6e9ee; --soft: #9aa5b1; --bg: #14171b; --rule: #333b44;
+  --card: #1c2127; --c0: #6ea3ff; --c1: #ff9d57; --c2: #4fd09a; --c3: #cf8cf0; --c4: #e3bb4e; --c5: #ff7d9f; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p.sub, figcaption, th, dt { color: var(--soft); } p.sub { margin-top: 0; }
+.note { background: var(--card); border-left: 4px solid var(--c1); padding: .5rem .8rem; margin: .4rem 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 500; }
+figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; }
+text.label, text.value { fill: var(--fg); } text.axis { fill: var(--soft); }
+.grid { stroke: var(--rule); } .span { stroke: var(--soft); stroke-width: 2; }
+.s0 { fill: var(--c0); } .s1 { fill: var(--c1); } .s2 { fill: var(--c2); }
+.s3 { fill: var(--c3); } .s4 { fill: var(--c4); } .s5 { fill: var(--c5); }
+.line { fill: none; stroke-width: 2; } .line.s0 { stroke: var(--c0); } .line.s1 { stroke: var(--c1); }
+.line.s2 { stroke: var(--c2); } .line.s3 { stroke: var(--c3); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
+"""
+
+
+def report_html(result: BenchResult, records: Sequence[Record] = ()) -> str:
+    """The page. ``records`` add a plot of every request over time."""
+    title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
+    body = [
+        f"<h1>{_safe(title)}</h1>",
+        f'<p class="sub">mesh {_safe(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
+        f"gpumesh {_safe(result.environment.gpumesh)}</p>",
+        *(f'<p class="note">{_safe(note)}</p>' for note in result.notes),
+        "<h2>Throughput</h2>",
+        _throughput(result.stages),
+        *_plots(result),
+        "<h2>Latency</h2>",
+        _latency(result.stages),
+        _timeline(records),
+        _scaling(result),
+        _routes(result),
+        _phases(result.stages),
+        _shares(result.stages),
+        _gpus(result.stages),
+        _failures(result.stages),
+        _about(result),
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_safe(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body></html>\n"
+    )
+
+
+def _safe(said: object) -> str:
+    return escape(printable(str(said)))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+    if not cells:
+        return ""
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead>\n<tbody>{cells}</tbody></table></div>'
+
+
+_THROUGHPUT = (
+    "stage",
+    "in flight",
+    "requests",
+    "failed",
+    "time s",
+    "output tok/s",
+    "total tok/s",
+    "req/s",
+    "goodput req/s",
+    "server tok/s p50",
+)
+
+
+def _throughput(stages: Sequence[StageResult]) -> str:
+    return _table(
+        _THROUGHPUT,
+        (
+            [
+                _safe(stage_label(stage)),
+                "open loop" if stage.concurrency is None else str(stage.concurrency),
+                str(stage.requests),
+                str(stage.failed + stage.cut),
+                svg.number(stage.duration_s),
+                svg.number(stage.rates.output_tokens_per_s),
+                svg.number(stage.rates.total_tokens_per_s),
+                svg.number(stage.rates.requests_per_s),
+                svg.number(stage.rates.goodput_per_s),
+                svg.number(stage.rates.server.p50),
+            ]
+            for stage in stages
+        ),
+    )
+
+
+def _percentiles(spread: Spread) -> list[str]:
+    return [svg.number(spread.p50), svg.number(spread.p90), svg.number(spread.p99)]
+
+
+def _latency(stages: Sequence[StageResult]) -> str:
+    def rows() -> Iterable[list[str]]:
+        for stage in stages:
+            latency = stage.latency
+            for name, spread in (
+                ("TTFT", latency.ttft),
+                ("TPOT", latency.tpot),
+                ("inter-token", latency.itl),
+                ("end-to-end", latency.end_to_end),
+                ("outside the server", latency.outside_server),
+            ):
+                if spread.n:
+                    label = _safe(f"{stage_label(stage)}, {name}")
+                    yield [label, str(spread.n), *_percentiles(spread), svg.number(spread.mean), svg.number(spread.max)]
+
+    return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows())
+
+
+def _plots(result: BenchResult) -> list[str]:
+    stages = result.stages
+    if result.scenario is Scenario.SWEEP:
+        return _sweep_plots(stages)
+    names = [printable(stage_label(stage)) for stage in stages]
+    return [
+        svg.bars(
+            "Output tokens per second",
+            [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)],
+            "tok/s",
+        ),
+        svg.ranges("Time to first token", _ranges(names, [s.latency.ttft for s in stages]), "ms"),
+        svg.ranges("End-to-end", _ranges(names, [s.latency.end_to_end for s in stages]), "ms"),
+    ]
+
+
+def _ranges(names: Sequence[str], spreads: Sequence[Spread]) -> list[svg.Range]:
+    return [
+        svg.Range(name, (("p50", spread.p50), ("p90", spread.p90), ("p99", spread.p99)))
+        for name, spread in zip(names, spreads, strict=True)
+    ]
+
+
+def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
+    def over_concurrency(values: Iterable[float | None]) -> tuple[tuple[float, float], ...]:
+        pairs = zip(stages, values, strict=True)
+        return tuple((float(stage.concurrency or 0), value) for stage, value in pairs if value is not None)
+
+    throughput = over_concurrency(stage.rates.output_tokens_per_s for stage in stages)
+    ttft = [
+        svg.Series("p50", over_concurrency(stage.latency.ttft.p50 for stage in stages)),
+        svg.Series("p90", over_concurrency(stage.latency.ttft.p90 for stage in stages)),
+    ]
+    return [
+        svg.plot(
+            "Output tokens per second over concurrency",
+            [svg.Series("tokens", throughput)],
+            "in flight",
+            "tok/s",
+            lines=True,
+        ),
+        svg.plot("Time to first token over concurrency", ttft, "in flight", "ms", lines=True),
+    ]
+
+
+def _timeline(records: Sequence[Record]) -> str:
+    """Every request of the last stage: when it was sent, and how long it took; a series for each node."""
+    last = records[-1].stage if records else None
+    by_node: dict[str, list[tuple[float, float]]] = {}
+    chosen = [record for record in records if record.stage == last and record.end_to_end_ms is not None]
+    step = max(-(-len(chosen) // MAX_POINTS), 1)
+    for record in chosen[::step]:
+        name = printable(record.node or "unknown")
+        by_node.setdefault(name, []).append((record.sent_s, record.end_to_end_ms or 0.0))
+    series = [svg.Series(name, tuple(points)) for name, points in sorted(by_node.items())]
+    title = f"End-to-end of each request of stage {printable(last or '')}, by node"
+    return svg.plot(title, series, "s", "ms", lines=False)
+
+
+def _scaling(result: BenchResult) -> str:
+    scaling = result.scaling
+    if scaling is None:
+        return ""
+    rows = [[_safe(name), svg.number(value)] for name, value in scaling.nodes]
+    rows.append(["sum of the nodes alone", svg.number(scaling.sum_tokens_per_s)])
+    rows.append(["mesh", svg.number(scaling.mesh_tokens_per_s)])
+    rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
+    return "<h2>Scaling</h2>" + _table(["", "output tok/s"], rows)
+
+
+def _routes(result: BenchResult) -> str:
+    table = _table(
+        ["node and route", "end-to-end p50 ms", "outside the server p50 ms", "added p50 ms"],
+        (
+            [
+                _safe(f"{cost.node} via {cost.route}"),
+                svg.number(cost.end_to_end_p50_ms),
+                svg.number(cost.outside_server_p50_ms),
+                svg.number(cost.added_p50_ms),
+            ]
+            for cost in result.routes
+        ),
+    )
+    return "<h2>What the way costs</h2>" + table if table else ""
+
+
+def _phases(stages: Sequence[StageResult]) -> str:
+    parts = []
+    for stage in stages:
+        if stage.phases:
+            parts.append(f"<h2>{_safe(stage.disturbance or 'Disturbance')}</h2>")
+            rows = (
+                [
+                    phase.name,
+                    str(phase.requests),
+                    str(phase.failed),
+                    str(phase.retried),
+                    *_percentiles(phase.end_to_end),
+                    svg.number(phase.output_tokens_per_s),
+                ]
+                for phase in stage.phases
+            )
+            head = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99", "output tok/s"]
+            parts.append(_table(head, rows))
+    return "".join(parts)
+
+
+def _shares(stages: Sequence[StageResult]) -> str:
+    rows = (
+        [
+            _safe(f"{stage_label(stage)}: {share.node}"),
+            str(share.served),
+            f"{share.share:.0%}",
+            str(share.output_tokens),
+            svg.number(share.server_tokens_per_s),
+        ]
+        for stage in stages
+        if stage.node is None
+        for share in stage.nodes
+    )
+    table = _table(["stage: node", "served", "share", "output tokens", "server tok/s"], rows)
+    return "<h2>Who served what</h2>" + table if table else ""
+
+
+def _gpus(stages: Sequence[StageResult]) -> str:
+    rows = (
+        [
+            _safe(stage_label(stage)),
+            str(stage.gpu.gpus),
+            svg.number(stage.gpu.utilization_pct),
+            svg.number(stage.gpu.power_w),
+            svg.number(stage.gpu.energy_j),
+            svg.number(stage.tokens_per_joule),
+        ]
+        for stage in stages
+        if stage.gpu is not None
+    )
+    table = _table(["stage", "GPUs", "utilisation %", "power W", "energy J", "tokens/J"], rows)
+    return "<h2>GPUs</h2>" + table if table else ""
+
+
+def _failures(stages: Sequence[StageResult]) -> str:
+    rows = (
+        [_safe(stage_label(stage)), str(failure.count), _safe(failure.code), _safe(failure.message)]
+        for stage in stages
+        for failure in stage.failures
+    )
+    table = _table(["stage", "requests", "code", "reason"], rows)
+    return "<h2>What failed</h2>" + table if table else ""
+
+
+def _about(result: BenchResult) -> str:
+    environment, settings = result.environment, result.settings
+    facts = [
+        ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
+        ("mesh", "in the measuring process" if environment.embedded else "already running, over its control socket"),
+        (
+            "prompts",
+            f"about {settings.prompt_tokens} tokens with a nonce at the start, {settings.tokens} tokens to answer",
+        ),
+        ("think", "not sent" if settings.think is None else str(settings.think).lower()),
+        ("good is", f"TTFT ≤ {result.objective.ttft_ms:g} ms and TPOT ≤ {result.objective.tpot_ms:g} ms"),
+    ]
+    for node in environment.nodes:
+        gpus = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
+        trip = f", round trip {svg.number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
+        simulated = ", simulated" if node.simulated else ""
+        facts.append((node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{trip}{simulated}"))
+    rows = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(said)}</dd>\n" for name, said in facts)
+    return f"<h2>Conditions</h2><dl>{rows}</dl>"

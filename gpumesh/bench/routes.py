@@ -1,0 +1,98 @@
+"""Ways to one server other than the mesh: straight to its end of the tunnel, and through the gateway. For ``overhead``,
+which sends the same request over each in turn."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import aiohttp
+
+from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
+from gpumesh.backends.dialects import DIALECTS
+from gpumesh.bench.load import Answering
+from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
+from gpumesh.topology import BackendKind
+
+ERROR_BYTES = 1 << 16
+
+
+class HttpRoute:
+    """A ``Send`` over plain HTTP to one base URL. ``api_key`` goes as a Bearer token."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        base_url: str,
+        kind: BackendKind,
+        *,
+        through_gateway: bool = False,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._http = http
+        self._base_url = base_url
+        self._dialect = DIALECTS[kind]
+        self._through_gateway = through_gateway
+        self._api_key = api_key
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+
+    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]:
+        return self._send(request, node)
+
+    @asynccontextmanager
+    async def _send(self, request: ChatRequest, node: str | None) -> AsyncGenerator[Answering]:
+        call = self._dialect.chat(request)
+        try:
+            async with self._http.request(
+                call.method,
+                self._base_url + call.path,
+                data=call.body,
+                headers=self._headers(call, node),
+                timeout=self._timeout,
+                allow_redirects=False,
+            ) as response:
+                if response.status != 200:
+                    body = await response.content.read(ERROR_BYTES)
+                    words = self._dialect.error_text(response.status, body)
+                    raise BackendStatus(words, status=response.status, body=body, node=node)
+                yield _HttpAnswer(self._chunks(response, stream=request.stream), node)
+        except aiohttp.ClientPayloadError as error:
+            raise StreamCut(f"the answer stopped short: {error}", node=node) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise BackendUnreachable(f"no answer: {str(error) or type(error).__name__}", node=node) from error
+
+    def _headers(self, call: HttpCall, node: str | None) -> list[tuple[str, str]]:
+        headers = [*call.headers]
+        if self._through_gateway and node is not None:
+            headers.append(("X-GPUMesh-Node", node))
+        if self._api_key is not None:
+            headers.append(("Authorization", f"Bearer {self._api_key}"))
+        return headers
+
+    async def _chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
+        reader = self._dialect.reader(stream=stream)
+        async for data in response.content.iter_any():
+            for chunk in reader.feed(data):
+                yield chunk
+        for chunk in reader.close():
+            yield chunk
+
+
+class _HttpAnswer:
+    def __init__(self, chunks: AsyncIterator[Chunk], node: str | None) -> None:
+        self._chunks = chunks
+        self.node = node
+        self.attempts = 1
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self._chunks
+
+
+@asynccontextmanager
+async def http_session() -> AsyncGenerator[aiohttp.ClientSession]:
+    """A client that goes nowhere but where it is told."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+    ) as session:
+        yield session

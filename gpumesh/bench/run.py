@@ -1,0 +1,210 @@
+"""A whole benchmark: looks at the mesh, plans, runs stage after stage, and computes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from random import Random
+from typing import Protocol
+
+from gpumesh.bench import scenarios
+from gpumesh.bench.gpu_meter import gpu_use, metered
+from gpumesh.bench.load import Disturbance, Outcome, Record, Send, StageRun, run_interleaved, run_stage
+from gpumesh.bench.result import BenchResult, environment
+from gpumesh.bench.routes import HttpRoute, http_session
+from gpumesh.bench.scenarios import NodeFacts, Plan, Scenario, Settings, Stage, StageKind
+from gpumesh.bench.stats import Objective
+from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize
+from gpumesh.bench.traces import TracedRequest
+from gpumesh.errors import NoNodeError, UsageError
+from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState
+from gpumesh.topology import BackendKind
+
+MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"
+
+
+class Target(Protocol):
+    """The mesh that is measured. ``send`` as in ``load``; ``drain`` and ``resume`` serve the failover scenario."""
+
+    embedded: bool
+
+    def send(self) -> Send: ...
+
+    async def status(self) -> MeshState: ...
+
+    async def drain(self, node: str) -> None: ...
+
+    async def resume(self, node: str) -> None: ...
+
+
+class Progress(Protocol):
+    """Told what happens meanwhile, for a person who waits."""
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def stage(self, stage: Stage) -> None: ...
+
+    def record(self, record: Record) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    result: BenchResult
+    records: tuple[Record, ...]
+
+
+class Drained:
+    """The default disturbance: drains the busiest node, which is safe on hosts that somebody needs."""
+
+    def __init__(self, target: Target, nodes: Sequence[str]) -> None:
+        self._target = target
+        self._nodes = nodes
+        self._drained: str | None = None
+
+    async def begin(self) -> str:
+        state = await self._target.status()
+        chosen = max((node for node in state.nodes if node.name in self._nodes), key=lambda node: node.load.in_flight)
+        await self._target.drain(chosen.name)
+        self._drained = chosen.name
+        return f"{chosen.name} drained"
+
+    async def end(self) -> None:
+        if self._drained is not None:
+            await self._target.resume(self._drained)
+            self._drained = None
+
+
+def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
+    """The nodes that are up and have the model (or could not say what they have)."""
+    return [
+        node
+        for node in state.nodes
+        if node.health in (Health.HEALTHY, Health.DEGRADED)
+        and node.backend.state is BackendPhase.UP
+        and (not node.backend.models or has_model(node.backend.models, model))
+    ]
+
+
+def has_model(models: Sequence[str], model: str) -> bool:
+    """As Ollama reads names: without a tag it means ``:latest``."""
+    return model in models or (":" not in model and f"{model}:latest" in models)
+
+
+async def run(
+    target: Target,
+    scenario: Scenario,
+    settings: Settings,
+    *,
+    progress: Progress,
+    rng: Random,
+    objective: Objective | None = None,
+    trace: Sequence[TracedRequest] = (),
+    disturbance: Disturbance | None = None,
+    only: str | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Finished:
+    """Raises NoNodeError when no node can serve the model, UsageError when the scenario cannot be run here.
+
+    ``only`` measures one node as if it were the mesh. Warm-up requests are written down, but not part of any figure.
+    """
+    objective = objective or Objective()
+    at = now()
+    state = await target.status()
+    found = [node for node in usable_nodes(state, settings.model) if only in (None, node.name)]
+    if not found:
+        raise _nobody(state, settings.model, only)
+    facts = [NodeFacts(node.name, node.load.limit) for node in found]
+    plan = scenarios.plan(scenario, settings, facts, rng=rng, trace=trace)
+    if only is not None:
+        plan = _pinned(plan, only)
+    progress.planned(plan)
+    if disturbance is None and scenario is Scenario.FAILOVER:
+        disturbance = Drained(target, [node.name for node in found])
+    stages: list[StageResult] = []
+    records: list[Record] = []
+    notes: list[str] = _notes(found, state.findings)
+    for stage in plan.stages:
+        progress.stage(stage)
+        async with metered(target.status) as samples:
+            if scenario is Scenario.OVERHEAD and stage.kind is StageKind.NODE:
+                done = await _over_routes(target, stage, state, progress)
+            else:
+                done = await run_stage(
+                    target.send(), stage, on_record=progress.record, disturbance=disturbance if stage.disturb else None
+                )
+        records.extend(done.records)
+        if stage.kind is StageKind.WARM_UP:
+            notes.extend(_warm_up_notes(done))
+            continue
+        nodes = frozenset([stage.node]) if stage.node else frozenset(node.name for node in found)
+        stages.extend(summarize(done, objective, gpu_use(samples, nodes)))
+    notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
+    return Finished(
+        BenchResult(
+            at=at,
+            scenario=scenario,
+            settings=settings,
+            objective=objective,
+            environment=environment(await target.status(), embedded=target.embedded),
+            stages=tuple(stages),
+            scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
+            routes=route_costs(stages),
+            notes=tuple(dict.fromkeys(notes)),
+        ),
+        tuple(records),
+    )
+
+
+def _nobody(state: MeshState, model: str, only: str | None) -> NoNodeError | UsageError:
+    if only is not None and all(node.name != only for node in state.nodes):
+        return UsageError(f"there is no node {only!r}", hint=f"the nodes are: {', '.join(n.name for n in state.nodes)}")
+    reasons = "; ".join(
+        f"{node.name}: {node.reason or ('no such model there' if node.backend.models else node.health.value)}"
+        for node in state.nodes
+        if only in (None, node.name)
+    )
+    return NoNodeError(f"no node can serve {model!r} ({reasons})")
+
+
+def _pinned(plan: Plan, node: str) -> Plan:
+    return replace(
+        plan,
+        stages=tuple(
+            replace(stage, requests=tuple(replace(planned, node=node) for planned in stage.requests))
+            for stage in plan.stages
+        ),
+    )
+
+
+def _notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list[str]:
+    notes = []
+    if any(node.simulated for node in nodes):
+        notes.append("simulated hosts: the figures are the stand-in's, not a GPU's")
+    notes.extend(finding.message for finding in findings if finding.code == "same-gpu")
+    return notes
+
+
+def _warm_up_notes(done: StageRun) -> list[str]:
+    return [
+        f"{record.node}: the warm-up request failed: {record.error}"
+        for record in done.records
+        if record.outcome is not Outcome.SERVED
+    ]
+
+
+async def _over_routes(target: Target, stage: Stage, state: MeshState, progress: Progress) -> StageRun:
+    """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
+    node = state.node(stage.node or "")
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(http_session())
+        routes: list[tuple[str, Send]] = []
+        if node.backend.url is not None:
+            routes.append((TUNNEL, HttpRoute(http, node.backend.url, BackendKind(node.backend.kind))))
+        routes.append((MESH, target.send()))
+        if state.gateway.url is not None:
+            routes.append(
+                (GATEWAY, HttpRoute(http, state.gateway.url, BackendKind(node.backend.kind), through_gateway=True))
+            )
+        return await run_interleaved(routes, stage, on_record=progress.record)

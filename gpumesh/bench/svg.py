@@ -1,0 +1,181 @@
+"""Small plots as SVG text, for a page without scripts: bars, points with ranges, lines, scatter. Pure.
+
+Colours are CSS classes (``s0`` to ``s5``, ``axis``, ``grid``), so that the page's light and dark themes apply. All text
+is escaped here; numbers that are not finite are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 720
+LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34
+SERIES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    label: str
+    value: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A row of marks on one axis: the first is drawn full, the last as the end of the line."""
+
+    label: str
+    marks: tuple[tuple[str, float | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, as in the tables; a dash for unknown."""
+    if value is None or not math.isfinite(value):
+        return "–"  # noqa: RUF001  # a dash, as tables have it
+    if value == 0:
+        return "0"
+    digits = max(2 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{min(digits, 3)}f}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) from at most ``low`` to at least ``high``."""
+    if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
+        high = low + 1.0
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999999)
+    first = math.floor(low / step)
+    last = math.ceil(high / step - 1e-9)
+    return [step * index for index in range(first, last + 1)]
+
+
+def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
+    known = [row.value for row in rows if row.value is not None and math.isfinite(row.value)]
+    if not known:
+        return ""
+    axis = ticks(0.0, max(known))
+    height = TOP + 28 * len(rows) + BOTTOM
+    parts = _vertical_grid(axis, height, unit)
+    for index, row in enumerate(rows):
+        y = TOP + 28 * index
+        parts.append(_row_label(row.label, y + 18))
+        if row.value is None or not math.isfinite(row.value):
+            parts.append(_text(LEFT + 4, y + 18, "unknown", "axis"))
+            continue
+        x = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
+        parts.append(
+            f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{max(x - LEFT, 0.5):.1f}" height="18" rx="2">'
+            f"<title>{escape(row.label)}: {number(row.value)} {escape(unit)}</title></rect>"
+        )
+        parts.append(_text(x + 5, y + 18, number(row.value), "value"))
+    return _figure(title, parts, height)
+
+
+def ranges(title: str, rows: Sequence[Range], unit: str) -> str:
+    """From the first known mark to the last, a line; each mark a point with its name on hover."""
+    known = [value for row in rows for _, value in row.marks if value is not None and math.isfinite(value)]
+    if not known:
+        return ""
+    axis = ticks(0.0, max(known))
+    height = TOP + 28 * len(rows) + BOTTOM
+    parts = _vertical_grid(axis, height, unit)
+    for index, row in enumerate(rows):
+        y = TOP + 28 * index + 14
+        parts.append(_row_label(row.label, y + 4))
+        marks = [(name, value) for name, value in row.marks if value is not None and math.isfinite(value)]
+        if not marks:
+            parts.append(_text(LEFT + 4, y + 4, "unknown", "axis"))
+            continue
+        places = [(name, value, _scale(value, axis, LEFT, WIDTH - RIGHT)) for name, value in marks]
+        parts.append(f'<line class="span" x1="{places[0][2]:.1f}" x2="{places[-1][2]:.1f}" y1="{y}" y2="{y}"/>')
+        for order, (name, value, x) in enumerate(places):
+            parts.append(
+                f'<circle class="s{order % SERIES}" cx="{x:.1f}" cy="{y}" r="{5 if order == 0 else 4}">'
+                f"<title>{escape(row.label)}: {escape(name)} {number(value)} {escape(unit)}</title></circle>"
+            )
+        name, value, x = places[-1]
+        parts.append(_text(x + 8, y + 4, f"{name} {number(value)}", "value"))
+    return _figure(title, parts, height)
+
+
+def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, lines: bool) -> str:
+    """Points over two axes that start at 0, joined if ``lines``; with a legend where there are several series."""
+    shown = [Series(one.label, tuple(p for p in one.points if all(map(math.isfinite, p)))) for one in series]
+    points = [point for one in shown for point in one.points]
+    if not points:
+        return ""
+    across, up = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
+    legend = 20 if len(shown) > 1 else 0
+    height = 260 + legend
+    bottom = height - BOTTOM
+    parts = []
+    for tick in up:
+        y = _scale(tick, up, bottom, TOP + legend)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 8, y + 4, number(tick), "axis", "end"))
+    for tick in across:
+        x = _scale(tick, across, LEFT, WIDTH - RIGHT)
+        parts.append(_text(x, bottom + 16, number(tick), "axis", "middle"))
+    parts.append(_text(WIDTH - RIGHT + 8, bottom + 16, x_unit, "axis"))
+    parts.append(_text(8, TOP + legend + 4, y_unit, "axis"))
+    for index, one in enumerate(shown):
+        places = [(_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in one.points]
+        style = f"s{index % SERIES}"
+        if lines and len(places) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="line {style}" points="{path}"/>')
+        for (x, y), (raw_x, raw_y) in zip(places, one.points, strict=True):
+            said = escape(f"{one.label}: {number(raw_y)} {y_unit} at {number(raw_x)} {x_unit}")
+            radius = 4 if lines else 2.5
+            parts.append(
+                f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
+            )
+        if legend:
+            x = LEFT + 130 * index
+            parts.append(f'<circle class="{style}" cx="{x}" cy="{TOP}" r="4"/>')
+            parts.append(_text(x + 9, TOP + 4, _short(one.label, 16), "axis"))
+    return _figure(title, parts, height)
+
+
+def _vertical_grid(axis: Sequence[float], height: int, unit: str) -> list[str]:
+    parts = []
+    for tick in axis:
+        x = _scale(tick, axis, LEFT, WIDTH - RIGHT)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(_text(x, height - BOTTOM + 16, number(tick), "axis", "middle"))
+    parts.append(_text(WIDTH - RIGHT + 8, height - BOTTOM + 16, unit, "axis"))
+    return parts
+
+
+def _scale(value: float, axis: Sequence[float], low: float, high: float) -> float:
+    span = axis[-1] - axis[0]
+    return low + (value - axis[0]) / span * (high - low) if span else low
+
+
+def _row_label(label: str, y: float) -> str:
+    return _text(LEFT - 8, y, _short(label, 22), "label", "end")
+
+
+def _short(label: str, limit: int) -> str:
+    return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
+def _text(x: float, y: float, said: str, style: str, anchor: str = "start") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+
+
+def _figure(title: str, parts: Sequence[str], height: int) -> str:
+    body = "\n".join(parts)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}">\n{body}\n</svg></figure>\n'
+    )
