@@ -73,7 +73,9 @@ def healthy(name: str, *, gpus: tuple[GpuState, ...] | None = None, rate: float 
     )
 
 
-def down(name: str, reason: str = "nothing listens on 203.0.113.7:22", *, hint: str | None = "is the pod running?") -> NodeState:
+def down(
+    name: str, reason: str = "nothing listens on 203.0.113.7:22", *, hint: str | None = "is the pod running?"
+) -> NodeState:
     return NodeState(
         name=name,
         health=Health.DOWN,
@@ -106,7 +108,9 @@ def typical() -> MeshState:
     two = (gpu(0, used=20480, busy=97), gpu(1, name="NVIDIA H100 80GB HBM3", used=None, busy=3))
     return mesh(
         healthy("iceland"),
-        replace(healthy("vengeance", gpus=two, rate=8.25), health=Health.DEGRADED, reason="one of 2 GPUs is on the CPU"),
+        replace(
+            healthy("vengeance", gpus=two, rate=8.25), health=Health.DEGRADED, reason="one of 2 GPUs is on the CPU"
+        ),
         down("runpod"),
         replace(healthy("attic", gpus=()), health=Health.DRAINING),
         findings=(

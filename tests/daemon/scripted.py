@@ -1,0 +1,88 @@
+"""A Session that answers from a script: what the control socket's tests talk to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+
+from gpumesh.backends.base import Chunk, Counters
+from gpumesh.daemon.session import Ask, ChatStream
+from gpumesh.errors import ModelMissing, QueueFull, UsageError
+from gpumesh.state import MeshState
+from gpumesh.tunnels.base import ExecChunk, Stream
+from tests.cli.states import typical
+
+
+class ScriptedChat:
+    def __init__(self, ask: Ask, ended: asyncio.Event) -> None:
+        self.node: str | None = None
+        self.attempts = 0
+        self._ask = ask
+        self._ended = ended
+
+    async def __aiter__(self) -> AsyncGenerator[Chunk]:
+        self.node, self.attempts = "iceland", 1
+        try:
+            for word in self._ask.messages[-1].content.split():
+                yield Chunk(text=word)
+                if word == "hang":
+                    await asyncio.Event().wait()
+            self.attempts = 2
+            yield Chunk(done=True, done_reason="stop", counters=Counters(tokens=2, eval_ms=20.0))
+        finally:
+            self._ended.set()
+
+
+class ScriptedSession:
+    """``chat_ended`` and ``exec_ended`` are set when such a stream is closed, however that comes."""
+
+    def __init__(self) -> None:
+        self.state = typical()
+        self.asks: list[Ask] = []
+        self.drained: list[str] = []
+        self.chat_ended = asyncio.Event()
+        self.exec_ended = asyncio.Event()
+
+    async def status(self) -> MeshState:
+        return self.state
+
+    async def first_report(self, timeout_s: float) -> MeshState:
+        return replace(self.state, mesh=f"after {timeout_s}")
+
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
+        for name in ("one", "two"):
+            yield replace(self.state, mesh=name)
+        await asyncio.Event().wait()
+
+    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+        return self._chat(ask)
+
+    @asynccontextmanager
+    async def _chat(self, ask: Ask) -> AsyncGenerator[ChatStream]:
+        self.asks.append(ask)
+        if ask.model == "missing":
+            raise ModelMissing("missing", available=("a", "b"), hint="pull it")
+        if ask.model == "full":
+            raise QueueFull("too many wait", retry_after_s=3.0)
+        if ask.model == "bug":
+            raise ZeroDivisionError("inside")
+        yield ScriptedChat(ask, self.chat_ended)
+
+    async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
+        try:
+            yield ExecChunk(Stream.STDOUT, " ".join(argv).encode() + b"\x00\xff\n")
+            if argv[0] == "hang":
+                await asyncio.Event().wait()
+            yield ExecChunk(Stream.STDERR, b"", ended=True, exit_status=7)
+        finally:
+            self.exec_ended.set()
+
+    async def drain(self, node: str) -> None:
+        if node == "nobody":
+            raise UsageError("there is no node 'nobody'", hint="the nodes are: iceland")
+        self.drained.append(node)
+
+    async def resume(self, node: str) -> None:
+        self.drained.remove(node)
