@@ -75,13 +75,11 @@ def duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest form that ``duration`` reads back as the same number."""
-    for unit in ("h", "m", "s", "ms"):
-        for form in (f"{seconds / _UNITS[unit]:g}{unit}", f"{seconds / _UNITS[unit]:.6f}{unit}"):
-            # A fraction reads well only in the two small units.
-            if _DURATION.fullmatch(form) and duration(form) == seconds and (unit in ("s", "ms") or "." not in form):
-                return form
-    return f"{seconds:.6f}s"
+    """The form a person would write; ``duration`` reads it back as the same number."""
+    whole = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
+    fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
+    forms = [*whole[:-1], fractions[0], whole[-1]] if seconds > 1 else whole
+    return next(form for form in (*forms, *fractions) if duration(form) == seconds or form == fractions[-1])
 
 
 def host(text: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from gpumesh.config import document, environment, locate, messages, rules, ssh_config
 from gpumesh.config.document import Fault, KeyPath, Table, Value
-from gpumesh.config.expand import plain
+from gpumesh.config.expand import UNUSABLE, plain
 from gpumesh.config.model import MeshFile
 from gpumesh.config.specs import Builder, ResolveAlias
 from gpumesh.errors import ConfigError, Problem
@@ -43,10 +43,13 @@ def load(path: Path) -> Topology:
 def read_text(path: Path, file: str) -> str:
     """Bounded, and never from something that could keep us waiting. Raises ConfigError."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError((Problem("is not a file that can be read as text", file),))
-            data = opened.read(MAX_BYTES + 1)
+            data = _read_at_most(descriptor, MAX_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError((Problem(f"cannot be read: {reason}", file),)) from error
@@ -61,6 +64,13 @@ def read_text(path: Path, file: str) -> str:
             spot = document.spot_at(data[: error.start].decode("utf-8"), len(data))
             problem = Problem(f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8", file, *_place(spot))
         raise ConfigError((problem,)) from error
+
+
+def _read_at_most(descriptor: int, limit: int) -> bytes:
+    data = b""
+    while len(data) < limit and (piece := os.read(descriptor, limit - len(data))):
+        data += piece
+    return data
 
 
 def parse(
@@ -86,8 +96,11 @@ def parse(
         raise _error(faults, file, tree)
     values, more = plain(tree, env)
     faults += more
+    # A broken rule is told instead of what pydantic would say of the same key.
+    broken = [Fault(message, None, path) for path, message in rules.broken(values)]
+    told = {fault.path for fault in faults}
+    faults += [fault for fault in broken if fault.path not in told]
     checked = _form(values, tree, faults)
-    faults += [fault for fault in _rules(values) if not _told(fault.path, faults, exactly=True)]
     if checked is None or faults:
         raise _error(faults, file, tree)
     builder = Builder(
@@ -104,22 +117,25 @@ def parse(
 
 
 def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
+    """Adds to ``faults`` what is not there yet."""
     try:
         return MeshFile.model_validate(values)
     except ValidationError as error:
-        # What could not be read at all is of no form either: said once.
-        faults += [fault for fault in messages.faults(error, tree) if not _told(fault.path, faults)]
+        told = {fault.path for fault in faults}
+        for fault in messages.faults(error, tree):
+            if fault.path not in told and not _unusable(values, fault.path):
+                faults.append(fault)
         return None
 
 
-def _rules(values: Any) -> list[Fault]:
-    return [Fault(message, None, path) for path, message in rules.broken(values)]
-
-
-def _told(path: KeyPath, faults: list[Fault], *, exactly: bool = False) -> bool:
-    return any(
-        fault.path == path or (not exactly and fault.path and path[: len(fault.path)] == fault.path) for fault in faults
-    )
+def _unusable(values: Any, path: KeyPath) -> bool:
+    """Whether what stands there could not even be read: said already."""
+    for part in path:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):  # pydantic's path goes further than the values
+            break
+    return values is UNUSABLE
 
 
 def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:

@@ -4,7 +4,6 @@ topology, so it can be kept as a file."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -65,14 +64,13 @@ def _node(node: NodeSpec) -> dict[str, Any]:
 
 
 def _ssh(spec: SshSpec) -> dict[str, Any]:
-    return _said(
+    said = _said(
         {
             "host": spec.host or None,
             "alias": spec.alias,
             "port": spec.port,
             "user": spec.user,
-            "identity_file": [_path(path) for path in spec.identity_files],
-            "known_hosts": _path(spec.known_hosts),
+            "known_hosts": str(spec.known_hosts),
             "host_key_policy": spec.host_key_policy.value,
             "proxy_jump": list(spec.proxy_jump),
             "password_env": spec.password_env,
@@ -83,6 +81,8 @@ def _ssh(spec: SshSpec) -> dict[str, Any]:
             "keepalive": forms.format_duration(spec.keepalive_s),
         }
     )
+    # Written out even when empty: not said, it would mean the usual keys.
+    return {**said, "identity_file": [str(path) for path in spec.identity_files]}
 
 
 def _backend(spec: BackendSpec) -> dict[str, Any]:
@@ -107,10 +107,6 @@ def _expect(spec: ExpectSpec) -> dict[str, Any]:
             "models": list(spec.models),
         }
     )
-
-
-def _path(path: Path) -> str:
-    return str(path)
 
 
 def _said(entries: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpumesh.config import environment, forms, ssh_files
 
 TIMEOUT_S = 10.0
+_MAX_HOPS = 4
 _LIMIT = 256 * 1024
 
 # What transport sshtunnel cannot do, with what to call it. Values that mean "not set" do not count.
@@ -53,6 +54,31 @@ class AliasAnswer:
 
 def resolve(alias: str, *, home: Path) -> AliasAnswer:
     """Raises ValueError with a sentence when ssh cannot read its configuration, or does not answer in time."""
+    return _with_hops(_resolve(alias, home), home, 0)
+
+
+def _with_hops(answer: AliasAnswer, home: Path, depth: int) -> AliasAnswer:
+    """The hosts of its ProxyJump are looked up as well: they may be aliases, with jumps of their own."""
+    if depth >= _MAX_HOPS and answer.proxy_jump:
+        raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
+    hops: list[str] = []
+    needs = list(answer.needs)
+    for written in answer.proxy_jump:
+        hop = written.strip().removeprefix("ssh://")
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is None:
+            hops.append(hop)
+            continue
+        inner = _with_hops(_resolve(hop, home), home, depth + 1)
+        host = f"[{inner.host}]" if ":" in inner.host else inner.host
+        hops += inner.proxy_jump
+        hops.append((f"{inner.user}@" if inner.user else "") + host + (f":{inner.port}" if inner.port else ""))
+        needs += [need for need in inner.needs if need not in needs]
+        if inner.identity_files and inner.identity_files != answer.identity_files:
+            needs.append(f"another key for {hop}")
+    return replace(answer, proxy_jump=tuple(hops), needs=tuple(needs))
+
+
+def _resolve(alias: str, home: Path) -> AliasAnswer:
     forms.alias(alias)
     if shutil.which("ssh") is None:
         return _answer(alias, ssh_files.configured(alias, home), home)

@@ -1,0 +1,155 @@
+"""What `config check` says of a mesh.yaml that is right in form: what will probably not work from this machine.
+
+Looks at files, variables and ``~/.ssh/config``; never at the network. One family of remarks a function.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpumesh.config import credentials, environment, key_files, locate, ssh_config
+from gpumesh.state import Finding, Severity
+from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
+
+
+def check(topology: Topology) -> list[Finding]:
+    """In the order of the file; the gateway first."""
+    found = list(_gateway(topology))
+    if not any(node.enabled for node in topology.nodes):
+        message = "every node has `enabled: false`, so there is nothing to use"
+        found.append(Finding("no-node", Severity.WARNING, None, message))
+    for node in topology.nodes:
+        if node.enabled:
+            found += _node(node)
+    found += _shared_routes(topology)
+    return found
+
+
+def _gateway(topology: Topology) -> Iterator[Finding]:
+    gateway = topology.gateway
+    if gateway.api_key_env is not None:
+        yield from _variable(gateway.api_key_env, "gateway.api_key_env", None)
+    if not locate.is_loopback(gateway.host):
+        message = (
+            f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"
+        )
+        hint = "keep it to a network that you trust, or put a proxy with TLS before it"
+        yield Finding("plain-http", Severity.WARNING, None, message, hint)
+    if topology.redis is not None and topology.redis.password_env is not None:
+        yield from _variable(topology.redis.password_env, "redis.password_env", None)
+
+
+def _node(node: NodeSpec) -> Iterator[Finding]:
+    if node.backend.api_key_env is not None:
+        yield from _variable(node.backend.api_key_env, "backend.api_key_env", node.name)
+    if node.ssh is None:
+        return
+    if node.ssh.alias is not None:
+        yield from _alias(node.ssh.alias, node.ssh, node.name)
+    yield from _credentials(node.ssh, node.name)
+    yield from _host(node.ssh, node.name)
+
+
+def _variable(variable: str, key: str, node: str | None) -> Iterator[Finding]:
+    if not credentials.is_set(variable):
+        message = f"{key} names the variable {variable}, which is not set here"
+        yield Finding("secret-missing", Severity.ERROR, node, message, f"export {variable}=… before `gpumesh up`")
+
+
+def _alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
+    try:
+        answer = ssh_config.resolve(alias, home=environment.home())
+    except ValueError as error:
+        yield Finding("alias-unreadable", Severity.ERROR, node, str(error))
+        return
+    if not answer.found:
+        message = f"nothing is configured for {alias!r} in ~/.ssh/config: it is taken for the host's name"
+        yield Finding("alias-unknown", Severity.WARNING, node, message, "check `ssh.alias` for a misspelling")
+    if answer.needs and ssh.transport is TransportKind.OPENSSH:
+        message = f"{alias!r} uses {_words(answer.needs)}, so the system's ssh carries this node"
+        yield Finding("alias-needs-openssh", Severity.INFO, node, message)
+    elif answer.needs:
+        message = f"{alias!r} uses {_words(answer.needs)}, which transport sshtunnel does not know"
+        yield Finding(
+            "alias-needs-openssh", Severity.WARNING, node, message, "write `transport: openssh` under its ssh"
+        )
+
+
+def _credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
+    for variable, key in ((ssh.password_env, "ssh.password_env"), (ssh.passphrase_env, "ssh.passphrase_env")):
+        if variable is not None:
+            yield from _variable(variable, key, node)
+    for path in ssh.identity_files:
+        yield from _identity(path, ssh, node)
+    agent = ssh.agent and environment.ssh_auth_sock() is not None
+    if not (ssh.identity_files or agent or ssh.password_env or ssh.transport is TransportKind.OPENSSH):
+        message = "there is nothing to log in with: no key file, no SSH agent, no password"
+        hint = "give `ssh.identity_file` or `ssh.password_env`, or start an agent and `ssh-add` a key"
+        yield Finding("no-credentials", Severity.WARNING, node, message, hint)
+
+
+def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
+    try:
+        mode = path.stat().st_mode
+        kind = key_files.kind(path)
+    except OSError as error:
+        message = f"the key file {path} cannot be read: {error.strerror}"
+        yield Finding("key-unreadable", Severity.ERROR, node, message, "check `ssh.identity_file`")
+        return
+    if stat.S_IMODE(mode) & 0o077:
+        message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
+        yield Finding("key-open", Severity.WARNING, node, message, f"chmod 600 {path}")
+    if kind is key_files.KeyKind.PUBLIC:
+        message = f"{path} is a public key: `identity_file` is the private one beside it"
+        yield Finding("key-unreadable", Severity.ERROR, node, message)
+    if ssh.transport is TransportKind.SSHTUNNEL:
+        hint = "write `transport: openssh` under its ssh"
+        if kind is key_files.KeyKind.FIDO:
+            message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
+            yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
+        if path.with_name(path.name + "-cert.pub").is_file():
+            message = f"{path} has a certificate, which transport sshtunnel does not send"
+            yield Finding("transport-unsupported", Severity.INFO, node, message, hint + " if the host asks for it")
+
+
+def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
+    if ssh.host == "ssh.runpod.io" or ssh.host.endswith(".ssh.runpod.io"):
+        message = "ssh.runpod.io is a proxy for people at terminals: it forwards no ports"
+        hint = "use the pod's `SSH over exposed TCP`, like `ssh root@213.173.108.12 -p 17445`"
+        yield Finding("transport-unsupported", Severity.ERROR, node, message, hint)
+    if ssh.transport is TransportKind.OPENSSH and shutil.which("ssh") is None:
+        message = "transport openssh needs the program ssh, which is not installed here"
+        yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
+    strict = ssh.host_key_policy is HostKeyPolicy.STRICT
+    if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
+        message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
+        yield Finding(
+            "host-key-unknown", Severity.WARNING, node, message, f"`gpumesh trust {node}` shows and records it"
+        )
+    if ssh.address_from is not None and shutil.which(ssh.address_from.command[0]) is None:
+        message = f"the program of address_from, {ssh.address_from.command[0]!r}, cannot be found or run"
+        yield Finding("address-from", Severity.ERROR, node, message, "give its whole path, and make it executable")
+
+
+def _shared_routes(topology: Topology) -> Iterator[Finding]:
+    """Two nodes that name one server: balanced as two, it would get twice its share."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for node in topology.nodes:
+        if not node.enabled or (node.ssh is not None and node.ssh.address_from is not None):
+            continue
+        via = "" if node.ssh is None else f" at {node.ssh.user}@{node.ssh.host}:{node.ssh.port}"
+        for target in node.backend.targets:
+            users[target.url.replace("//localhost:", "//127.0.0.1:") + via].append(node.name)
+    for where, names in users.items():
+        if len(names) > 1:
+            message = f"{_words(names)} both name {where}" if len(names) == 2 else f"{_words(names)} all name {where}"
+            hint = "`gpumesh audit` tells whether they are one server"
+            yield Finding("tunnel-duplicate", Severity.INFO, None, message, hint, tuple(names))
+
+
+def _words(words: tuple[str, ...] | list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
