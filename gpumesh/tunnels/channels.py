@@ -376,7 +376,8 @@ class Circuit:
         self._forwarder.post(self._refused)
 
     def on_data(self, message: paramiko.Message) -> None:
-        data = message.get_binary()
+        raw = message.asbytes()  # number, length, data; ``get_binary`` would be three calls more, for each token
+        data = raw[8 : 8 + int.from_bytes(raw[4:8], "big")]
         sent = 0
         with self._lock:
             if self._released:

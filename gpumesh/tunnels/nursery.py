@@ -52,7 +52,7 @@ class WorkerHandle:
 
     async def send(self, message: ToWorker) -> None:
         """Raises ``TunnelDown`` when the worker is gone."""
-        if self._writer.is_closing():
+        if self._writer.is_closing() or self._reader.at_eof():
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node)
         try:
             self._writer.write(encode(message))

@@ -14,7 +14,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import paramiko
 import sshtunnel
@@ -259,7 +259,7 @@ class SshConnection:
     def __init__(self, ssh: SshSpec, transports: list[paramiko.Transport], rtt_ms: float | None) -> None:
         self._ssh = ssh
         self._transports = transports
-        self._transport: Any = transports[-1]  # Any: some of what is used is not in its types
+        self._transport = cast(Any, transports[-1])  # some of what is used is not in its types
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[float | None] | None = None
