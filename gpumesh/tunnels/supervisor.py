@@ -355,6 +355,8 @@ class SshTunnel:
         """Ends the conversation when connecting takes too long, or when the host does not answer any more."""
         await self._connect_in_time(talk)
         interval_s = self._ssh.keepalive_s
+        smooth_ms: float | None = None
+        self._check.set()  # the round trip that the worker measured was that of a connection just made
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
@@ -366,8 +368,8 @@ class SshTunnel:
                 message = f"{self._node} has not answered for {patience_s:.1f} s"
                 talk.end(Cause("tunnel-lost", message, "the host, its network or yours is away; it is tried again"))
                 return
-            old = self._rtt_ms
-            self._rtt_ms = round(rtt_ms if old is None else old + RTT_WEIGHT * (rtt_ms - old), 3)
+            smooth_ms = rtt_ms if smooth_ms is None else smooth_ms + RTT_WEIGHT * (rtt_ms - smooth_ms)
+            self._rtt_ms = round(smooth_ms, 3)
             self._announce()
 
     async def _connect_in_time(self, talk: Conversation) -> None:

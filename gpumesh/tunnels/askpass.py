@@ -1,0 +1,28 @@
+"""The program that ``ssh`` runs to ask for a password or a passphrase (``SSH_ASKPASS``).
+
+It passes the question to its tunnel's process over a Unix socket (0600, in a 0700 folder) and prints the answer for
+ssh: so that no secret ever stands in an argument or in the environment. Exit status 1: there is no answer.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+
+def main(path: str, question: str) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.connect(path)
+        peer.sendall(json.dumps(question).encode() + b"\n")
+        with peer.makefile("rb") as answers:
+            line = answers.readline()
+    answer = json.loads(line) if line.endswith(b"\n") else None
+    if not isinstance(answer, str):
+        return 1
+    sys.stdout.write(answer + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""))

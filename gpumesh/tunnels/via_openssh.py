@@ -1,0 +1,563 @@
+"""Transport ``openssh``: the system's ``ssh``, for what paramiko cannot do (ProxyCommand, Match, FIDO keys,
+certificates, IdentityAgent). Runs in the worker's process.
+
+One ``ssh`` child, the *master*, holds the connection. Its own session runs ``cat`` on the host, which has three uses:
+sshd sets TCP_NODELAY when a session opens (facts: tunnel-latency.md: 43 ms a request without); an echoed line is the
+round trip, and a sign of life that the host itself gave; and when our process dies, however that may be, the session's
+input ends, ``cat`` with it, and then the master. A host that allows no command gets a master without a session.
+
+Forwards are Unix sockets of the master in a 0700 folder; forwarder.py relays the node's permanent listeners to them.
+Commands are further clients of the master's control socket. No secret is in any argument (openssh_prompts.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import shlex
+import signal
+import socket
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpumesh.config import environment
+from gpumesh.errors import (
+    ConnectTimeout,
+    ExecError,
+    ForwardingForbidden,
+    TransportUnsupported,
+    TunnelError,
+)
+from gpumesh.topology import HostKeyPolicy, SshSpec, Target
+from gpumesh.tunnels import blocking, hostkeys, openssh_errors, processes
+from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.connection import Events
+from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
+from gpumesh.tunnels.handshake import parse_jump
+from gpumesh.tunnels.openssh_prompts import Prompts
+from gpumesh.tunnels.protocol import Setup, Up
+from gpumesh.tunnels.text import printable
+
+PIECE = 32 * 1024
+POLL_S = 0.01
+ECHO_S = 3.0  # for the first echo, after the login
+STOP_S = 1.0
+ORDER_S = 5.0
+LINE_LIMIT = 4096
+SSH_FAILED = 255  # ssh's exit status when it is ssh that failed, not the command
+WORDS = 40  # lines of ssh's stderr that are kept
+NOBODY = "gpumesh"  # the host's name for clients of the control socket: they ask the master, never DNS
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def master_command(setup: Setup, control: Path, *, batch: bool, session: bool) -> list[str]:
+    """The master's arguments. Everything that would make it ask, forward or share on its own account is off: what the
+    user's ~/.ssh/config says for this host is for people."""
+    ssh = setup.ssh
+    options = {
+        "ControlMaster": "yes",
+        "ControlPath": quoted(control),
+        "ControlPersist": "no",
+        "BatchMode": "yes" if batch else "no",
+        "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
+        "UserKnownHostsFile": quoted(ssh.known_hosts.expanduser()),
+        "UpdateHostKeys": "no",
+        "NumberOfPasswordPrompts": "1",
+        "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
+        "ServerAliveInterval": "1",  # the last resort: 4 s. The echo is asked by our supervisor
+        "ServerAliveCountMax": "3",
+        "TCPKeepAlive": "yes",
+        "ExitOnForwardFailure": "yes",
+        "ClearAllForwardings": "yes",
+        "StreamLocalBindMask": "0177",
+        "StreamLocalBindUnlink": "yes",
+        "ForwardAgent": "no",
+        "ForwardX11": "no",
+        "Tunnel": "no",
+        "RequestTTY": "no",
+        "EscapeChar": "none",
+        "PermitLocalCommand": "no",
+        "RemoteCommand": "none",
+        "LogLevel": "INFO",
+        "HostName": ssh.host,
+    }
+    if _has_own_key(setup):
+        options["HostKeyAlias"] = hostkeys.node_name(setup.node)
+    if not ssh.agent:
+        options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
+    arguments = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
+    for path in ssh.identity_files:
+        arguments += ["-o", f"IdentityFile={quoted(path.expanduser())}"]
+    if ssh.proxy_jump:
+        arguments += ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"]
+    arguments += ["-p", str(ssh.port), "-l", ssh.user]
+    if session:
+        return ["ssh", *arguments, "--", ssh.alias or ssh.host, "exec cat"]
+    return ["ssh", *arguments, "-N", "--", ssh.alias or ssh.host]
+
+
+def jump_command(ssh: SshSpec, *, batch: bool) -> str:
+    """The chain of jump hosts as a ProxyCommand. ``-J`` would not hand our known_hosts, keys and policy on to them."""
+    nested = ""
+    for jump in ssh.proxy_jump:
+        user, _, rest = jump.rpartition("@")
+        _, host, port = parse_jump(rest, "")
+        options = {
+            "ControlPath": "none",
+            "BatchMode": "yes" if batch else "no",
+            "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
+            "UserKnownHostsFile": quoted(ssh.known_hosts.expanduser()),
+            "UpdateHostKeys": "no",
+            "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
+            "ClearAllForwardings": "yes",
+            "ForwardAgent": "no",
+            "LogLevel": "INFO",
+        }
+        if not ssh.agent:
+            options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
+        pairs = [*options.items(), *(("IdentityFile", quoted(path.expanduser())) for path in ssh.identity_files)]
+        if nested:
+            pairs.append(("ProxyCommand", nested))
+        words = ["ssh", *(word for name, value in pairs for word in ("-o", f"{name}={value}"))]
+        words += ["-l", user] if user else []
+        words += ["-p", str(port)] if port != 22 else []
+        # Percent signs are expanded once by the ssh that runs this: only those of -W are meant for it.
+        escaped = [word.replace("%", "%%") for word in words]
+        nested = shlex.join([*escaped, "-W"]) + " '[%h]:%p' " + shlex.join(["--", host.replace("%", "%%")])
+    return nested
+
+
+def quoted(path: Path) -> str:
+    """As an option's value: ssh splits at spaces and expands percent signs."""
+    return '"' + str(path).replace("%", "%%") + '"'
+
+
+def client_command(control: Path, *arguments: str) -> list[str]:
+    """A client of the control socket. Should the master be gone, it must not connect by itself: hence ProxyCommand."""
+    options = ["-o", "ControlMaster=no", "-o", f"ControlPath={quoted(control)}", "-o", "ProxyCommand=false"]
+    return ["ssh", "-F", "none", "-T", *options, "-o", "LogLevel=INFO", *arguments]
+
+
+def forward_argument(path: Path, target: Target) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return f"{path}:{host}:{target.port}"
+
+
+def killable(command: str) -> str:
+    """``command`` under a POSIX shell that ends it, and what it started, when the session's input ends. sshd leaves a
+    command without a terminal running when its client goes."""
+    watched = (
+        f"exec 3<&0; (exec {command}) </dev/null 3<&- & p=$!; "
+        "(cat <&3 >/dev/null 2>&1; pkill -9 -P $p; kill -9 $p) 2>/dev/null >/dev/null & w=$!; "
+        "exec 3<&-; wait $p; s=$?; kill $w 2>/dev/null; exit $s"
+    )
+    return f"exec sh -c {shlex.quote(watched)}"
+
+
+def _has_own_key(setup: Setup) -> bool:
+    name = hostkeys.node_name(setup.node)
+    entries = hostkeys.read(setup.ssh.known_hosts).entries
+    return any(not entry.marker and entry.matches(name) for entry in entries)
+
+
+def where_of(ssh: SshSpec) -> str:
+    return printable(ssh.alias or hostkeys.address_name(ssh.host, ssh.port))
+
+
+# -- the master ------------------------------------------------------------------------------------------------------
+
+
+class Master:
+    """The ``ssh`` child. ``words`` are the last lines of its stderr, made printable."""
+
+    def __init__(self, process: Process, control: Path) -> None:
+        self.process = process
+        self.control = control
+        self.words: deque[str] = deque(maxlen=WORDS)
+        self.echoes = False
+        self.refusals = 0
+        self.needs_terminal = False
+        self.on_word: Callable[[str], None] = lambda _: None
+        self._nonce = secrets.token_hex(8)
+        self._ids = itertools.count()
+        self._waiting: dict[bytes, asyncio.Future[float]] = {}
+        self._readers = [asyncio.create_task(self._hear()), asyncio.create_task(self._read_echoes())]
+        self.ended = asyncio.create_task(self._end())
+
+    @classmethod
+    async def start(cls, command: list[str], control: Path, askpass: Path | None) -> Master:
+        """Raises TransportUnsupported when there is no ``ssh``."""
+        changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
+        if askpass is not None:
+            # DISPLAY: ssh before 8.4 asks no program without one.
+            display = environment.display() or "gpumesh:0"
+            changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=environment.child(changes),
+                start_new_session=True,  # no terminal to ask on; and one group, with its ProxyCommand
+                preexec_fn=processes.die_with_parent,  # the worker has no threads of its own yet
+            )
+        except OSError as error:
+            message = f"ssh cannot be run: {error.strerror}"
+            raise TransportUnsupported(message, hint="install OpenSSH's client, or use transport: sshtunnel") from error
+        return cls(process, control)
+
+    async def until_ready(self, deadline: Deadline) -> bool:
+        """True when it is logged in (its control socket is there), False when it has ended. Raises ``TimeoutError``."""
+        while not self.control.exists():
+            if self.ended.done():
+                return False
+            if deadline.passed:
+                raise TimeoutError
+            await asyncio.wait([self.ended], timeout=POLL_S)
+        return True
+
+    async def echo(self, timeout_s: float) -> float | None:
+        """The round trip in ms of a line that the host sends back; ``None``: it does not, or not in time."""
+        line = f"{self._nonce} {next(self._ids)}".encode()
+        answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._waiting[line] = answer
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(timeout_s):
+                assert self.process.stdin is not None
+                self.process.stdin.write(line + b"\n")
+                await self.process.stdin.drain()
+                either: list[asyncio.Future[Any]] = [answer, self.ended]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                return (answer.result() - began) * 1000 if answer.done() else None
+        except (TimeoutError, ConnectionError):
+            return None
+        finally:
+            del self._waiting[line]
+
+    async def close(self) -> None:
+        """Ends it and all that it started. May be called twice."""
+        if not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            await asyncio.wait([self.ended], timeout=STOP_S)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await asyncio.wait([self.ended], timeout=STOP_S)
+        for task in (*self._readers, self.ended):
+            task.cancel()
+        await asyncio.gather(*self._readers, self.ended, return_exceptions=True)
+
+    async def _end(self) -> None:
+        """When it has ended and has been heard to its end."""
+        await self.process.wait()
+        await asyncio.wait(self._readers, timeout=STOP_S)  # a ProxyCommand left behind may hold its stderr
+
+    async def _hear(self) -> None:
+        async for line in _lines(self.process.stderr):
+            text = printable(line, 300)
+            if not text or set(text) == {"@"}:
+                continue
+            self.words.append(text)
+            self.refusals += openssh_errors.FORBIDDEN in text
+            self.on_word(text)
+
+    async def _read_echoes(self) -> None:
+        async for line in _lines(self.process.stdout):
+            answer = self._waiting.get(line.strip())
+            if answer is not None and not answer.done():
+                answer.set_result(time.perf_counter())
+            elif b"doesn't support PTY" in line:  # RunPod's proxy
+                self.needs_terminal = True
+                self.words.append(printable(line, 300))
+
+
+async def _lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
+    """Lines of a hostile stream: one that is too long is cut, not collected."""
+    assert pipe is not None
+    begun = b""
+    while data := await pipe.read(PIECE):
+        *whole, begun = (begun + data).split(b"\n")
+        for line in whole:
+            yield line
+        begun = begun[:LINE_LIMIT]
+    if begun:
+        yield begun
+
+
+async def log_in(setup: Setup, folder: Path, prompts: Prompts, deadline: Deadline) -> Master:
+    """A master that is logged in: with an echoing session where the host gives one. Raises ``TunnelError``."""
+    for session in (True, False):
+        control = folder / ("c" if session else "n")
+        command = master_command(setup, control, batch=not prompts.possible, session=session)
+        master = await Master.start(command, control, prompts.program if prompts.possible else None)
+        try:
+            if await _is_usable(master, deadline, session=session):
+                return master
+        except BaseException as error:
+            await master.close()
+            if isinstance(error, TimeoutError):
+                raise _too_late(master, setup) from error
+            raise
+        await master.close()
+        refused = any(openssh_errors.NO_SESSION.search(word) for word in master.words)
+        if not session or (master.process.returncode == SSH_FAILED and not refused) or master.needs_terminal:
+            raise openssh_errors.explain(master.words, where_of(setup.ssh))
+    raise AssertionError("unreachable")
+
+
+async def _is_usable(master: Master, deadline: Deadline, *, session: bool) -> bool:
+    """False: it has ended. Raises ``TimeoutError``."""
+    if not await master.until_ready(deadline):
+        return False
+    if session:
+        if await master.echo(min(ECHO_S, max(0.5, deadline.remaining_s))) is None:
+            return not master.ended.done()  # a forced command that says nothing is a session all the same
+        master.echoes = True
+    return True
+
+
+def _too_late(master: Master, setup: Setup) -> TunnelError:
+    """What ssh has said by then is the better reason."""
+    if master.words:
+        reason = openssh_errors.explain(master.words, where_of(setup.ssh))
+        if type(reason) is not TunnelError:
+            return reason
+    return ConnectTimeout(
+        f"no connection to {where_of(setup.ssh)} within {setup.ssh.connect_timeout_s:g} s",
+        hint="the host is off or hung, or a firewall drops the connection",
+    )
+
+
+# -- the connection --------------------------------------------------------------------------------------------------
+
+
+async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Events) -> OpensshConnection:
+    """See ``connection.Connect``."""
+    if setup.control_dir is None:
+        raise TunnelError(f"there is no folder for the sockets of {setup.node}")
+    folder = Path(setup.control_dir)
+    deadline = Deadline(setup.ssh.connect_timeout_s, time.monotonic)
+    given = dict(setup.secrets)
+    async with Prompts(folder, given, events, deadline, interactive=setup.interactive) as prompts:
+        master = await log_in(setup, folder, prompts, deadline)
+    connection = OpensshConnection(setup, master, events)
+    try:
+        await connection.serve(folder, listeners)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+class OpensshConnection:
+    """See ``connection.Connection``."""
+
+    def __init__(self, setup: Setup, master: Master, events: Events) -> None:
+        self._setup = setup
+        self._where = where_of(setup.ssh)
+        self._master = master
+        self._events = events
+        self._forwarder = Forwarder()
+        self._dialled: Target | None = None
+        self._checking = True
+        master.on_word = self._heard
+        self.up = Up(None, "OpenSSH client")
+
+    async def serve(self, folder: Path, listeners: Sequence[socket.socket]) -> None:
+        """Starts forwarding. Raises ``TunnelError``, ForwardingForbidden when the host allows it to no target."""
+        routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
+        if routes:
+            wanted = [argument for path, target in routes for argument in ("-L", forward_argument(path, target))]
+            await self._order("-O", "forward", *wanted)
+            await self._ask_whether_allowed(routes)
+        rtt_ms = await self.ping(ECHO_S)
+        self.up = Up(rtt_ms, "OpenSSH client")
+        self._checking = False
+        for listener, (path, target) in zip(listeners, routes, strict=True):
+            self._forwarder.listen(listener, self._dial(path, target))
+        self._forwarder.start()
+
+    async def ping(self, timeout_s: float) -> float | None:
+        if self._master.echoes:
+            return await self._master.echo(timeout_s)
+        # Without a session the host has to be asked for one: that it gives or refuses it are both signs of life.
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._client("--", NOBODY, "exit")
+        except TimeoutError:
+            return None
+        return None if self._master.ended.done() else (time.perf_counter() - began) * 1000
+
+    async def run(self, command: str) -> MuxCommand:
+        posix = self._master.echoes
+        process = await asyncio.create_subprocess_exec(
+            *client_command(self._master.control, "--", NOBODY, killable(command) if posix else command),
+            stdin=PIPE if posix else DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+        )
+        return MuxCommand(process)
+
+    async def wait_lost(self) -> TunnelError:
+        await asyncio.wait([self._master.ended])
+        return openssh_errors.explain(self._master.words, self._where, was_up=True)
+
+    async def close(self) -> None:
+        try:
+            await blocking.call(self._forwarder.close, STOP_S)
+        finally:
+            await self._master.close()
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+
+    async def _order(self, *arguments: str) -> None:
+        """Has the master do something. Raises ``TunnelError`` when it does not."""
+        try:
+            async with asyncio.timeout(ORDER_S):
+                status, said = await self._client(*arguments, "--", NOBODY)
+        except TimeoutError as error:
+            raise TunnelError(f"ssh to {self._where} does not answer its control socket") from error
+        if status != 0:
+            raise openssh_errors.explain([*self._master.words, said], self._where)
+
+    async def _client(self, *arguments: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *client_command(self._master.control, *arguments), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE
+        )
+        try:
+            assert process.stderr is not None
+            said = b""
+            while data := await process.stderr.read(PIECE):
+                said = (said + data)[:PIECE]
+            return await process.wait(), printable(said, 300)
+        finally:
+            await _end_client(process)
+
+    async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> None:
+        """One connection to each target: a host that forbids forwarding says so, at once and before our second echo
+        (the first may overtake the request in ssh)."""
+        if not self._master.echoes:
+            return
+        forbidden = []
+        for path, target in routes:
+            before = self._master.refusals
+            _reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                for _ in range(2):
+                    await self._master.echo(ECHO_S)
+            finally:
+                writer.close()
+            if self._master.refusals > before:
+                forbidden.append(target)
+        if forbidden and len(forbidden) == len(routes):
+            raise ForwardingForbidden(
+                _forbids(self._where, forbidden[0]),
+                hint="allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen",
+            )
+        for target in forbidden:
+            self._events.forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
+
+    def _dial(self, path: Path, target: Target) -> Dial:
+        relay = relay_to_unix(str(path))
+
+        def dial(forwarder: Forwarder, local: socket.socket) -> None:
+            self._dialled = target
+            relay(forwarder, local)
+
+        return dial
+
+    def _heard(self, word: str) -> None:
+        """ssh names no target when a channel is refused: the one that was asked for last is the likeliest."""
+        target = self._dialled
+        if self._checking or target is None or "open failed" not in word:
+            return
+        if openssh_errors.FORBIDDEN not in word:
+            message = f"nothing answers at {target.host}:{target.port} on the host"
+            self._events.forward_failed(target, "backend-unreachable", message)
+        elif len(self._setup.targets) == 1:
+            self._events.forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
+
+
+def _forbids(where: str, target: Target) -> str:
+    return f"the sshd at {where} forbids forwarding to {target.host}:{target.port}"
+
+
+class MuxCommand:
+    """A command on the host, by a client of the master; see ``connection.RemoteCommand``."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._pieces: asyncio.Queue[tuple[Stream, bytes] | None] = asyncio.Queue(maxsize=4)
+        self._complaint = b""
+        self._open = 2
+        self._readers = [
+            asyncio.create_task(self._pump(Stream.STDOUT, process.stdout)),
+            asyncio.create_task(self._pump(Stream.STDERR, process.stderr)),
+        ]
+
+    @property
+    def exit_status(self) -> int | None:
+        status = self._process.returncode
+        return status if status is not None and status >= 0 else None
+
+    async def read(self) -> tuple[Stream, bytes] | None:
+        while self._open:
+            piece = await self._pieces.get()
+            if piece is not None:
+                return piece
+            self._open -= 1
+        await self._process.wait()
+        # 255 may be the command's own; the rest of what ssh says about itself is not.
+        if self._process.returncode == SSH_FAILED and openssh_errors.NO_SESSION.search(
+            self._complaint.decode("latin-1")
+        ):
+            raise ExecError(
+                "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
+            )
+        return None
+
+    async def kill(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # ``killable`` sees the end of its input
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await _end_client(self._process, patience_s=STOP_S)
+
+    async def _pump(self, stream: Stream, pipe: asyncio.StreamReader | None) -> None:
+        assert pipe is not None
+        while data := await pipe.read(PIECE):
+            if stream is Stream.STDERR:
+                self._complaint = (self._complaint + data)[-1000:]
+            await self._pieces.put((stream, data))
+        await self._pieces.put(None)
+
+
+async def _end_client(process: Process, patience_s: float = 0.0) -> None:
+    """Reads its pipes to their end, too: asyncio holds a process for alive until then."""
+    if process.returncode is None and patience_s == 0.0:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    for _ in range(2):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s or STOP_S):
+                for pipe in (process.stdout, process.stderr):
+                    while pipe is not None and await pipe.read(PIECE):
+                        pass
+                await process.wait()
+                return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
