@@ -116,7 +116,7 @@ async def run(
     if not found:
         raise _nobody(state, settings.model, only)
     facts = [NodeFacts(node.name, node.load.limit) for node in found]
-    plan = scenarios.plan(scenario, settings, facts, rng=rng, trace=trace)
+    plan = scenarios.plan(scenario, settings, facts, rng=rng, trace=trace, routes=_routes(state))
     if only is not None:
         plan = _pinned(plan, only)
     progress.planned(plan)
@@ -194,14 +194,19 @@ def _warm_up_notes(done: StageRun) -> list[str]:
     ]
 
 
+def _routes(state: MeshState) -> int:
+    """How many ways ``_over_routes`` has to each node."""
+    return 3 if state.gateway.url is not None else 2
+
+
 async def _over_routes(target: Target, stage: Stage, state: MeshState, progress: Progress) -> StageRun:
     """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(http_session())
         routes: list[tuple[str, Send]] = []
-        if node.backend.url is not None:
-            routes.append((TUNNEL, HttpRoute(http, node.backend.url, BackendKind(node.backend.kind))))
+        assert node.backend.url is not None, "a node that is up has the route that it is up on"
+        routes.append((TUNNEL, HttpRoute(http, node.backend.url, BackendKind(node.backend.kind))))
         routes.append((MESH, target.send()))
         if state.gateway.url is not None:
             routes.append(

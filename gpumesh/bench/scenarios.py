@@ -160,8 +160,12 @@ def plan(
     *,
     rng: Random,
     trace: Sequence[TracedRequest] = (),
+    routes: int = 1,
 ) -> Plan:
-    """All that a scenario will send. Raises UsageError when it cannot be run on these nodes or with these settings."""
+    """All that a scenario will send; ``overhead`` over so many ``routes``.
+
+    Raises UsageError when it cannot be run on these nodes or with these settings.
+    """
     _check(settings)
     if not nodes:
         raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
@@ -171,11 +175,12 @@ def plan(
         Scenario.QUICK: _quick,
         Scenario.SWEEP: _sweep,
         Scenario.SCALE: _scale,
-        Scenario.OVERHEAD: _overhead,
         Scenario.FAILOVER: _failover,
     }
     if scenario is Scenario.REPLAY:
         stages = _replay(settings, prompts, trace)
+    elif scenario is Scenario.OVERHEAD:
+        stages = _overhead(settings, prompts, nodes, routes)
     else:
         stages = body[scenario](settings, prompts, nodes)
     return Plan(scenario, settings, (warm, *stages))
@@ -245,9 +250,9 @@ def _scale(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> 
     return [*stages, _mesh("mesh", prompts, count, total)]
 
 
-def _overhead(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """Answers of one token, one at a time: what is left is the way there and back."""
-    count = settings.requests or 50
+def _overhead(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts], routes: int) -> list[Stage]:
+    """Answers of one token, one at a time: what is left is the way there and back. ``requests`` over each route."""
+    count = (settings.requests or 50) * routes
     return [
         _stage(
             node.name,

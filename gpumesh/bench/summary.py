@@ -52,7 +52,11 @@ class NodeShare:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of a stage with a disturbance in it: ``before``, ``during``, ``after``."""
+    """A part of a stage with a disturbance in it: ``before``, ``during``, ``after``.
+
+    A request belongs to the phase in which it was sent, a token to the one in which it came. ``longest_gap_ms``: the
+    longest that one of its requests waited between two pieces of its answer.
+    """
 
     name: str
     requests: int
@@ -60,6 +64,7 @@ class Phase:
     retried: int
     end_to_end: Spread
     output_tokens_per_s: float | None = None
+    longest_gap_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class RouteCost:
-    """What a route adds, at p50 in ms: to the server's own time, and to the shortest route to the same node."""
+    """What a route adds, at p50 in ms: to the server's own time, and to the first (the barest) route to that node."""
 
     node: str
     route: str
@@ -238,25 +243,36 @@ def _failures(records: Iterable[Record]) -> tuple[Failure, ...]:
 
 
 def _phases(run: StageRun, records: Sequence[Record]) -> tuple[Phase, ...]:
-    """A request belongs to the phase in which it was sent."""
     if run.disturbed_s is None:
         return ()
     begin, end = run.disturbed_s
     spans = (("before", 0.0, begin), ("during", begin, end), ("after", end, run.duration_s))
     return tuple(
-        _phase(name, [record for record in records if low <= record.sent_s < high], high - low)
+        _phase(
+            name, [record for record in records if low <= record.sent_s < high], _came(records, low, high), high - low
+        )
         for name, low, high in spans
     )
 
 
-def _phase(name: str, records: Sequence[Record], seconds: float) -> Phase:
+def _phase(name: str, records: Sequence[Record], tokens: float, seconds: float) -> Phase:
     return Phase(
         name,
         len(records),
         sum(record.outcome is not Outcome.SERVED for record in records),
         sum(record.attempts > 1 for record in records),
         spread(record.end_to_end_ms for record in records),
-        rate(sum(record.tokens or 0 for record in records), seconds),
+        rate(tokens, seconds),
+        max((gap for record in records for gap in gaps_ms(record.arrivals_s)), default=None),
+    )
+
+
+def _came(records: Sequence[Record], low: float, high: float) -> float:
+    """The tokens that came in this time; a piece of an answer counts for its share of the answer's tokens."""
+    return math.fsum(
+        (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)
+        for record in records
+        if record.arrivals_s
     )
 
 
@@ -278,21 +294,15 @@ def scaling(stages: Sequence[StageResult]) -> Scaling | None:
 
 def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:
     costs = []
-    shortest: dict[str, float] = {}
+    first: dict[str, float] = {}
     for stage in stages:
         if stage.route is None or stage.node is None:
             continue
-        whole = stage.latency.end_to_end.p50
-        if whole is not None:
-            shortest.setdefault(stage.node, whole)
-        base = shortest.get(stage.node)
-        costs.append(
-            RouteCost(
-                stage.node,
-                stage.route,
-                whole,
-                stage.latency.outside_server.p50,
-                None if whole is None or base is None else whole - base,
-            )
-        )
+        whole, outside = stage.latency.end_to_end.p50, stage.latency.outside_server.p50
+        # What the server itself took varies more than what a route adds.
+        compared = whole if outside is None else outside
+        if compared is not None:
+            first.setdefault(stage.node, compared)
+        added = None if compared is None else compared - first[stage.node]
+        costs.append(RouteCost(stage.node, stage.route, whole, outside, added))
     return tuple(costs)

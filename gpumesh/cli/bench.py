@@ -387,7 +387,7 @@ def _lines(result: BenchResult) -> list[str]:
         )
     lines.extend(
         f"{cost.node} via {cost.route}: {number(cost.outside_server_p50_ms)} ms outside the server at p50, "
-        f"{number(cost.added_p50_ms)} ms more than the shortest route"
+        f"{number(cost.added_p50_ms)} ms more than the barest route"
         for cost in result.routes
     )
     for stage in result.stages:
