@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -85,6 +84,8 @@ def _keep(ctx: Any, parameter: Any, value: Any) -> Any:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """An asynchronous command to its end. Ctrl-C cancels it, which ends what runs on the hosts, and exits with 130."""
+    import asyncio
+
     try:
         return asyncio.run(main)
     except KeyboardInterrupt:
@@ -119,6 +120,8 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
 
 
 async def _answers(socket: Path) -> bool:
+    import asyncio
+
     try:
         _, writer = await asyncio.open_unix_connection(socket)
     except OSError:

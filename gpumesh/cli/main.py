@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from gpumesh import __version__
 from gpumesh.cli.context import ConfigOption, QuietOption, Settings, VerboseOption
-from gpumesh.cli.lazy import LazyGroup
+from gpumesh.cli.lazy import LazyGroup, quick
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
 
 EPILOG = """\b
@@ -64,7 +64,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to fail
     try:
-        get_command(app)(prog_name="gpumesh")
+        quick(get_command(app))(prog_name="gpumesh")
     except GPUMeshError as error:
         print_error(error)
         sys.exit(int(error.exit_code))

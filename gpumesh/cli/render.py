@@ -9,13 +9,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +30,9 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 PIPED_WIDTH = 160
 MARKS = {Health.HEALTHY: "●", Health.DEGRADED: "◐", Health.DOWN: "✗", Health.DRAINING: "‖", Health.UNKNOWN: "?"}
@@ -451,6 +452,8 @@ def _processes(state: MeshState) -> Iterator[Table]:
 async def show_live(states: AsyncIterator[MeshState], *, verbose: bool, footer: str) -> MeshState | None:
     """Redraws the table for each state on a terminal's second screen, which is put away again at the end, however it
     comes. Returns the last state."""
+    from rich.live import Live
+
     out = console()
     last: MeshState | None = None
     with Live(console=out, screen=True, auto_refresh=False) as live:
@@ -473,6 +476,8 @@ def _nowhere(done: int, note: str = "") -> None:
 @contextmanager
 def progress(total: int, title: str, *, quiet: bool) -> Iterator[Ticker]:
     """A bar on stderr; on something that is no terminal nothing at all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     out = console(stderr=True)
     if quiet or not out.is_terminal:
         yield _nowhere
@@ -492,6 +497,8 @@ class Scene:
         self._live: Live | None = None
 
     def __enter__(self) -> Scene:
+        from rich.live import Live
+
         if self._out.is_terminal:
             self._live = Live(console=self._out, auto_refresh=False)
             self._live.__enter__()

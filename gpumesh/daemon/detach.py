@@ -34,7 +34,7 @@ def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> 
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", 0) as ready, _errors_file(paths.log).open("wb") as errors:
+    with os.fdopen(reader, "rb", 0) as ready, paths.errors.open("wb") as errors:
         try:
             process = subprocess.Popen(
                 _command(paths.config, options, writer),
@@ -86,17 +86,12 @@ def _no_answer(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: fl
         process.wait(0.5)
     if process.returncode is None:
         return GPUMeshError(f"the background mesh said nothing for {timeout_s:.0f} s", hint=f"its log is {paths.log}")
-    lines = _errors_file(paths.log).read_text("utf-8", "replace").strip().splitlines()
+    lines = paths.errors.read_text("utf-8", "replace").strip().splitlines()
     last = f": {lines[-1]}" if lines else ""
     return GPUMeshError(
         f"the background mesh ended at once, with status {process.returncode}{last}",
         hint=f"its log is {paths.log}; `gpumesh up` without -d shows more",
     )
-
-
-def _errors_file(log: Path) -> Path:
-    """What a Python that cannot even start says; empty otherwise."""
-    return log.with_suffix(".stderr")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -118,10 +113,10 @@ async def take_down(
     """
     watch = LockWatch.open(paths)
     if watch is None:
-        raise MeshNotRunning("no mesh is running for this configuration", hint=None)
+        raise MeshNotRunning("no mesh is running for this configuration", hint="")
     with watch:
         if watch.sweep(paths):
-            raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint=None)
+            raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint="")
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):

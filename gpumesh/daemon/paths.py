@@ -33,6 +33,11 @@ class MeshPaths:
     def lock(self) -> Path:
         return self.folder / "lock"
 
+    @property
+    def errors(self) -> Path:
+        """What a background Python says that cannot even start; empty otherwise."""
+        return self.log.with_suffix(".stderr")
+
     def make(self) -> None:
         """The runtime folder, for this user alone. Raises GPUMeshError where that cannot be had."""
         if len(str(self.socket).encode()) > SOCKET_PATH_LIMIT:
@@ -57,6 +62,9 @@ class MeshPaths:
             self.lock.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+        with suppress(OSError):
+            if self.errors.stat().st_size == 0:
+                self.errors.unlink()
 
 
 def for_config(config: Path) -> MeshPaths:
