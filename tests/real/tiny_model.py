@@ -12,6 +12,7 @@ import string
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFWriter, TokenType
 
 CONTEXT = 4096
@@ -38,8 +39,8 @@ def write_tiny_model(path: Path, *, layers: int = 4, dim: int = 64, heads: int =
     _add_vocabulary(writer)
     random = np.random.default_rng(seed)
 
-    def weights(rows: int, columns: int, scale: float = 1.0) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        return (random.standard_normal((rows, columns)) * scale / dim**0.5).astype(np.float32)
+    def weights(rows: int, columns: int, scale: float = 1.0) -> npt.NDArray[np.float32]:
+        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(scale / dim**0.5)
 
     ones = np.ones(dim, dtype=np.float32)
     output = weights(VOCABULARY, dim, scale=4.0)

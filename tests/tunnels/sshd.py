@@ -61,6 +61,9 @@ class Sshd:
             "PermitRootLogin": "yes",
             "MaxStartups": "200",
             "LogLevel": "DEBUG1",
+            # A shell that sshd starts reads ~/.bashrc; that of whoever runs the tests may do anything, and killing it
+            # in the middle may harm it (pyenv's leaves a lock for which every later shell waits 60 s).
+            "SetEnv": f"HOME={self.folder}",
             **self.options,
         }
         config = self.folder / "sshd_config"

@@ -1,0 +1,83 @@
+"""Two real hosts, and the command with a mesh.yaml of them. With GPUMESH_TEST_OLLAMA=http://HOST:PORT the tests that
+take ``backends`` run a second time, with that Ollama behind both (GPUMESH_TEST_MODEL, else its first model)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.parts import needs
+from tests.real.command import Gpumesh, write_config
+from tests.real.hosts import LlamaServer, RealHost, hosts
+
+OLLAMA = os.environ.get("GPUMESH_TEST_OLLAMA")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The servers behind the two hosts, and the model that both have. ``servers`` is empty for an Ollama elsewhere."""
+
+    entries: tuple[dict[str, Any], dict[str, Any]]
+    model: str
+    servers: tuple[LlamaServer, ...] = ()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.real.tiny_model import write_tiny_model  # numpy takes its time, and is for these tests only
+
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(params=["llama-server", *(["ollama"] if OLLAMA else [])])
+async def backends(request: pytest.FixtureRequest) -> AsyncIterator[Backends]:
+    if request.param == "ollama":
+        assert OLLAMA is not None
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+            models = (await client.get(f"{OLLAMA}/api/tags")).json()["models"]
+        entry = {"kind": "ollama", "url": OLLAMA}
+        yield Backends((entry, entry), os.environ.get("GPUMESH_TEST_MODEL") or models[0]["name"])
+        return
+    model = request.getfixturevalue("tiny_model")
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(LlamaServer(model)) for _ in range(2)]
+        yield Backends((servers[0].backend(), servers[1].backend()), servers[0].alias, tuple(servers))
+
+
+@pytest.fixture
+async def two_hosts(backends: Backends, tmp_path: Path) -> AsyncIterator[list[RealHost]]:
+    async with hosts(tmp_path, backends.entries) as made:
+        yield made
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Gpumesh]:
+    """The command with nothing of this machine's user; its mesh.yaml is still to be written."""
+    home = tmp_path / "home"
+    home.mkdir()
+    runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds a Unix socket
+    command = Gpumesh(tmp_path / "mesh.yaml", home, runtime)
+    yield command
+    left = command.processes()
+    command.kill_all()
+    shutil.rmtree(runtime, ignore_errors=True)
+    assert not left, f"processes were left: {left}"
+
+
+@pytest.fixture
+def gpumesh(alone: Gpumesh, two_hosts: list[RealHost], backends: Backends) -> Gpumesh:
+    """The command with a mesh.yaml of both hosts."""
+    write_config(alone.config, [host.node() for host in two_hosts], model=backends.model)
+    return alone
+
+
+__all__ = ["needs"]

@@ -1,0 +1,160 @@
+"""The main job through real parts: two hosts behind OpenSSH's sshd with real inference, by the installed command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from gpumesh.lab import profile
+from gpumesh.lab.ollama import StandIn
+from tests.parts import needs
+from tests.real.command import Gpumesh, write_config
+from tests.real.conftest import Backends
+from tests.real.hosts import DRIVER, GPU, UTILIZATION_PCT, VRAM_MIB, LlamaServer, RealHost, hosts
+from tests.tunnels.polling import until
+
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "llama-server")]
+
+SCHEMA = json.loads(Path(__file__).with_name("status_schema.json").read_text())
+
+
+def valid(document: Any) -> Any:
+    jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    return document
+
+
+def check_nodes(status: Any, two_hosts: list[RealHost], model: str) -> None:
+    for node, host in zip(status["nodes"], two_hosts, strict=True):
+        assert (node["name"], node["health"], node["reason"]) == (host.name, "healthy", None)
+        assert node["tunnel"]["transport"] == "sshtunnel"
+        assert node["tunnel"]["state"] == "up"
+        assert node["host"]["driver"] == DRIVER
+        (gpu,) = node["gpus"]
+        assert (gpu["name"], gpu["uuid"]) == (GPU, host.uuid)
+        assert gpu["memory_total_mib"] == VRAM_MIB
+        assert gpu["utilization_pct"] == UTILIZATION_PCT
+        assert gpu["power_w"] == 62.5
+        assert gpu["fan_pct"] is None, "nvidia-smi said [N/A]: unknown is null, never 0"
+        assert model in node["backend"]["models"]
+    assert status["totals"]["gpus"] == 2
+    assert status["totals"]["vram_total_mib"] == 2 * VRAM_MIB
+
+
+async def test_up_status_run_down(
+    gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends, tmp_path: Path
+) -> None:
+    await gpumesh("up", "-d")
+    status = valid((await gpumesh("status", "--json")).json())
+    check_nodes(status, two_hosts, backends.model)
+    assert status["gateway"]["state"] == "serving"
+    ports = {node["tunnel"]["local_port"] for node in status["nodes"]}
+    ports.add(int(status["gateway"]["url"].rpartition(":")[2]))
+    assert ports <= gpumesh.listening()
+    (socket,) = [path for path in gpumesh.sockets() if path.is_socket()]
+    assert socket.stat().st_mode & 0o777 == 0o600
+
+    answer = await gpumesh("run", "Hello", "-o", "num_predict=12")
+    assert answer.out.strip()
+
+    prompts = [f"Prompt number {number}" for number in range(200)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    results = (await gpumesh("run", "-f", str(tmp_path / "prompts.txt"), "-o", "num_predict=8")).lines()
+    assert [result["index"] for result in results] == list(range(200))
+    assert [result["prompt"] for result in results] == prompts
+    assert [result["error"] for result in results] == [None] * 200
+    assert all(result["response"] and result["tokens"] == 8 for result in results)
+    shares = [sum(result["node"] == host.name for result in results) for host in two_hosts]
+    assert sum(shares) == 200
+    assert min(shares) >= 20, f"both nodes work: {shares}"
+
+    status = valid((await gpumesh("status", "--json")).json())
+    assert sum(node["load"]["served"] for node in status["nodes"]) == 201
+    assert status["gateway"]["in_flight"] == 0
+
+    again = await gpumesh("up", "-d", code=1)
+    assert "already" in again.err or "runs" in again.err
+    before = gpumesh.processes()
+    assert before
+    await gpumesh("down")
+    assert gpumesh.processes() == set()
+    assert gpumesh.sockets() == []
+    for port in ports:
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+    for host in two_hosts:
+        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+    assert "not" in (await gpumesh("down", code=1)).err
+
+
+async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends) -> None:
+    """``status`` and ``run`` open a mesh of their own, and close it."""
+    status = valid((await gpumesh("status", "--json")).json())
+    check_nodes(status, two_hosts, backends.model)
+    assert status["gateway"] == {"url": None, "state": "off", "in_flight": 0, "queued": 0}
+    assert gpumesh.processes() == set()
+    answer = (await gpumesh("run", "--json", "-o", "num_predict=5", stdin="from stdin")).json()
+    assert answer["prompt"] == "from stdin"
+    assert answer["tokens"] == 5
+    assert answer["tokens_per_s"] > 0
+    assert gpumesh.processes() == set()
+    assert (await gpumesh("status", "--check", "--quiet", code=None)).code in (0, 3)
+    table = (await gpumesh("status")).out
+    assert "alpha" in table
+    assert "4090" in table
+
+
+@pytest.mark.parametrize("detached", [True, False])
+async def test_run_streams_and_ctrl_c_stops_the_generation(
+    alone: Gpumesh, tiny_model: Path, tmp_path: Path, detached: bool
+) -> None:
+    async with LlamaServer(tiny_model, context=60_000) as server, hosts(tmp_path, [server.backend()]) as made:
+        write_config(alone.config, [made[0].node()], model="tiny")
+        if detached:
+            await alone("up", "-d")
+        async with alone.started("run", "Tell a very long story", "-o", "num_predict=50000") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            async with asyncio.timeout(30):
+                first = await process.stdout.read(16)
+            assert first
+            assert await server.busy() == 1, "the text came while the rest was still being generated"
+            process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(30):
+                await process.stdout.read()
+                errors = await process.stderr.read()
+                assert await process.wait() == 130
+            assert b"Traceback" not in errors
+        async with asyncio.timeout(20):
+            while await server.busy():
+                await asyncio.sleep(0.05)
+        if detached:
+            status = valid((await alone("status", "--json")).json())
+            assert status["gateway"]["in_flight"] == 0
+            assert status["nodes"][0]["load"]["in_flight"] == 0
+            await alone("down")
+
+
+async def test_bench_agrees_with_the_set_rate(alone: Gpumesh, tmp_path: Path) -> None:
+    """Through a real sshd, from a stand-in whose rate is exact: within 3 %."""
+    rates = (100.0, 60.0)
+    async with (
+        StandIn(profile.host("one", tokens_per_s=rates[0], load_s=0.0)) as one,
+        StandIn(profile.host("two", tokens_per_s=rates[1], load_s=0.0)) as two,
+        hosts(tmp_path, [{"kind": "ollama", "port": one.port}, {"kind": "ollama", "port": two.port}]) as made,
+    ):
+        write_config(alone.config, [host.node() for host in made], model="qwen2.5:7b")
+        result = (await alone("bench", "run", "--json", "-n", "4", "--tokens", "64", "--out", "result")).json()
+    for host, rate in zip(made, rates, strict=True):
+        (stage,) = [stage for stage in result["stages"] if stage["node"] == host.name and stage["kind"] == "node"]
+        assert stage["failed"] == 0
+        for clock in ("server", "wall"):
+            assert stage["rates"][clock]["p50"] == pytest.approx(rate, rel=0.03), clock
+        assert stage["latency"]["ttft"]["p50"] > 0
+    files = sorted(path.name for path in (alone.home / "result").iterdir())
+    assert files == ["report.html", "requests.jsonl", "result.json"]
