@@ -202,7 +202,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "vram-differs",
         W,
         "another amount of GPU memory",
-        "A GPU's memory differs by more than 2 % from `expect.vram_mib`: a slice of a card (MIG, vGPU) or another model.",
+        "A GPU's memory is more than 2 % off `expect.vram_mib`: a slice of a card (MIG, vGPU) or another model.",
         "Check what your provider sold you; if it is meant so, change `expect.vram_mib`.",
     ),
     (
@@ -241,7 +241,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         E,
         "a GPU fell off the bus",
         "One GPU no longer answers on the PCI bus. Others on the same host are still shown.",
-        "Reboot the host. If it comes back lost: power cable, seat, riser, temperature; at a provider, ask for another.",
+        "Reboot the host. If it comes back lost: power cable, seat, riser, heat; at a provider, ask for another.",
     ),
     (
         "gpu-cgroup-lost",
@@ -343,8 +343,8 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         W,
         "a model runs on the CPU",
         "Part of a loaded model, or all of it, is not in the GPU's memory: it answers many times slower.",
-        "Choose a smaller model, quantisation or context, or unload others. If all of it is on the CPU although the GPU "
-        "is free, restart the server: it has lost the GPU.",
+        "Choose a smaller model, quantisation or context, or unload others. If all of it is on the CPU although "
+        "the GPU is free, restart the server: it has lost the GPU.",
     ),
     (
         "version-old",

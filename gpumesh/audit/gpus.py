@@ -15,7 +15,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     gpus, expect, node = state.gpus, spec.expect, spec.name
     if gpus is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    expected = expect.gpus != 0 and not (expect.gpus is expect.gpu is expect.vram_mib is None)
+    expected = expect.gpus != 0 and any(one is not None for one in (expect.gpus, expect.gpu, expect.vram_mib))
     if expected and not gpus:
         what = expect.gpu or "a GPU"
         yield Finding(

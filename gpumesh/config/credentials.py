@@ -9,7 +9,7 @@ from gpumesh.errors import SecretMissing
 
 # Variables that by their name hold a secret: their values enter neither the specs nor anything printed.
 _SECRET_NAME = re.compile(
-    r"(^|_)(PASSWORD|PASSWD|PASS|PASSPHRASE|SECRET|SECRET_?KEY|TOKEN|API_?KEY|ACCESS_?KEY|CREDENTIALS?)$",
+    r"(PASSWORD|PASSWD|PASSPHRASE|SECRET|API_?KEY|((^|_)(PASS|SECRET_?KEY|TOKEN|ACCESS_?KEY|CREDENTIALS?)))$",
     re.IGNORECASE,
 )
 

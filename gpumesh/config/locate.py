@@ -102,17 +102,16 @@ def _exists(path: Path) -> bool:
 
 
 def _named(path: Path, whence: str) -> Path:
+    name = (str(path) if str(path).isprintable() else repr(str(path))) + whence
     try:
         if path.is_dir():
             inner = path / FILE_NAME
             hint = f"did you mean {shown(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
-            raise UsageError(f"{path}{whence} is a folder, not a {FILE_NAME}", hint=hint)
+            raise UsageError(f"{name} is a folder, not a {FILE_NAME}", hint=hint)
         if not path.exists():
-            raise UsageError(
-                f"{path}{whence} does not exist",
-                hint="`gpumesh init` writes one" if not path.is_symlink() else "it is a link that leads nowhere",
-            )
+            hint = "it is a link that leads nowhere" if path.is_symlink() else "`gpumesh init` writes one"
+            raise UsageError(f"{name} does not exist", hint=hint)
         return path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"cannot use {str(path)!r}{whence}: {reason}") from error
+        raise UsageError(f"cannot use {name}: {reason}") from error

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpumesh import config
+from gpumesh.config import key_files
+from gpumesh.state import Severity
+from gpumesh.topology import (
+    AddressCommand,
+    BackendSpec,
+    GatewaySpec,
+    NodeSpec,
+    RedisSpec,
+    SshSpec,
+    Target,
+    Topology,
+    TransportKind,
+)
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SshSpec:
+    """Nothing to remark on."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    monkeypatch.delenv("UNSET", raising=False)
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / "known_hosts").write_text("")
+    return SshSpec("h", identity_files=(write_key(tmp_path / "key"),), known_hosts=tmp_path / "known_hosts")
+
+
+def write_key(path: Path, text: bytes = b"-----BEGIN RSA PRIVATE KEY-----\n") -> Path:
+    path.write_bytes(text)
+    path.chmod(0o600)
+    return path
+
+
+def codes(ssh: SshSpec | None, **node: object) -> list[str]:
+    spec = NodeSpec("a", BackendSpec(), ssh)
+    return [finding.code for finding in config.check(Topology("m", (replace(spec, **node),)))]  # type: ignore[arg-type]
+
+
+def test_nothing_to_say(ssh: SshSpec) -> None:
+    assert codes(ssh) == []
+    assert codes(None) == []
+
+
+def test_variables_that_are_not_set(ssh: SshSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert codes(replace(ssh, password_env="UNSET", passphrase_env="UNSET")) == ["secret-missing"] * 2
+    assert codes(None, backend=BackendSpec(api_key_env="UNSET")) == ["secret-missing"]
+    monkeypatch.setenv("IS_SET", "x")
+    assert codes(replace(ssh, password_env="IS_SET")) == []
+    mesh = Topology(
+        "m",
+        (NodeSpec("a", BackendSpec()),),
+        GatewaySpec(host="0.0.0.0", api_key_env="UNSET"),
+        RedisSpec("redis://h", "UNSET"),
+    )
+    assert [finding.code for finding in config.check(mesh)] == ["secret-missing", "plain-http", "secret-missing"]
+
+
+def test_keys(ssh: SshSpec, tmp_path: Path) -> None:
+    assert codes(replace(ssh, identity_files=(tmp_path / "none",))) == ["key-unreadable"]
+    assert codes(replace(ssh, identity_files=(tmp_path,))) == ["key-unreadable"]
+    public = write_key(tmp_path / "key.pub", b"ssh-ed25519 AAAA")
+    assert codes(replace(ssh, identity_files=(public,))) == ["key-unreadable"]
+    ssh.identity_files[0].chmod(0o644)
+    assert codes(ssh) == ["key-open"]
+    ssh.identity_files[0].chmod(0o600)
+    (tmp_path / "key-cert.pub").write_text("x")
+    assert codes(ssh) == ["transport-unsupported"]
+    assert codes(replace(ssh, identity_files=())) == ["no-credentials"]
+    assert codes(replace(ssh, identity_files=(), transport=TransportKind.OPENSSH)) == []
+
+
+def test_a_key_on_a_token_is_known_by_its_public_part(ssh: SshSpec, tmp_path: Path) -> None:
+    blob = base64.encodebytes(b"openssh-key-v1\0....sk-ssh-ed25519@openssh.com....")
+    armour = b"-----BEGIN OPENSSH PRIVATE KEY-----\n%s-----END OPENSSH PRIVATE KEY-----\n"
+    token = write_key(tmp_path / "token", armour % blob)
+    assert key_files.kind(token) is key_files.KeyKind.FIDO
+    assert codes(replace(ssh, identity_files=(token,))) == ["transport-unsupported"]
+    assert codes(replace(ssh, identity_files=(token,), transport=TransportKind.OPENSSH)) == []
+    assert key_files.kind(write_key(tmp_path / "broken", armour % b"!!!\n")) is key_files.KeyKind.PRIVATE
+    assert key_files.kind(write_key(tmp_path / "empty", b"")) is key_files.KeyKind.PRIVATE
+
+
+def test_hosts(ssh: SshSpec, tmp_path: Path) -> None:
+    assert codes(replace(ssh, host="ssh.runpod.io")) == ["transport-unsupported"]
+    assert codes(replace(ssh, known_hosts=tmp_path / "none")) == ["host-key-unknown"]
+    assert codes(replace(ssh, address_from=AddressCommand(("/no/such/program",)))) == ["address-from"]
+
+
+def test_aliases(ssh: SshSpec, tmp_path: Path) -> None:
+    (tmp_path / ".ssh" / "config").write_text("Host jump\n  ProxyCommand x\nHost bad\n  ProxyJump bad\n")
+    openssh = replace(ssh, transport=TransportKind.OPENSSH)
+    mesh = Topology("m", (NodeSpec("a", BackendSpec(), replace(openssh, alias="jump")),))
+    (finding,) = config.check(mesh)
+    assert (finding.code, finding.severity) == ("alias-needs-openssh", Severity.INFO)
+    (finding,) = config.check(replace(mesh, nodes=(NodeSpec("a", BackendSpec(), replace(ssh, alias="jump")),)))
+    assert (finding.code, finding.severity) == ("alias-needs-openssh", Severity.WARNING)
+    assert codes(replace(ssh, alias="nowhere")) == ["alias-unknown"]
+    assert codes(replace(ssh, alias="bad")) == ["alias-unreadable"]
+
+
+def test_two_names_for_one_server() -> None:
+    def direct(name: str, host: str) -> NodeSpec:
+        return NodeSpec(name, BackendSpec(targets=(Target(host, 1),)))
+
+    mesh = Topology("m", (direct("a", "127.0.0.1"), direct("b", "localhost"), direct("c", "x")))
+    (finding,) = config.check(mesh)
+    assert (finding.code, finding.nodes) == ("tunnel-duplicate", ("a", "b"))
+    assert config.check(replace(mesh, nodes=(mesh.nodes[0], replace(mesh.nodes[1], enabled=False)))) == []
+
+
+def test_nothing_enabled() -> None:
+    assert codes(None, enabled=False) == ["no-node"]

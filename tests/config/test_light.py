@@ -1,0 +1,18 @@
+"""`gpumesh --help`, and `status` on a running mesh, pay neither for yaml nor for pydantic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_finding_the_file_imports_neither_yaml_nor_pydantic() -> None:
+    program = (
+        "import sys; from gpumesh import config; from gpumesh.config import environment\n"
+        "environment.runtime_dir(); config.listen_address('1', api_key_env=None)\n"
+        "try: config.find()\n"
+        "except Exception: pass\n"
+        "print([name for name in ('yaml', 'pydantic', 'subprocess', 'asyncio') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
