@@ -208,7 +208,11 @@ def _handshake_error(error: BaseException, greeting: bytes, where: str, deadline
             f"{where} closed the connection before the SSH greeting",
             hint="too many logins at once (MaxStartups), a block list on the host, or its sshd is just starting",
         )
-    return TunnelLost(f"the connection to {where} broke during the SSH handshake: {printable(str(error), 120)}")
+    why = printable(str(error), 120) or "closed by the host"
+    return TunnelLost(
+        f"the connection to {where} broke during the SSH handshake: {why}",
+        hint="the network between is unstable, or what listens there is no ordinary sshd",
+    )
 
 
 def host_key_of(transport: paramiko.Transport) -> HostKey:

@@ -175,12 +175,16 @@ class _Opening:
         self._ask = ask
         self._transports: list[paramiko.Transport] = []
         self._sessions: list[paramiko.Channel | None] = []
+        self._reached: socket.socket | paramiko.Channel | None = None
         self._given_up = False
 
     def give_up(self) -> None:
         self._given_up = True
         for transport in reversed(self._transports):
             transport.close()
+        if isinstance(self._reached, socket.socket):
+            with contextlib.suppress(OSError):  # not connected any more
+                self._reached.shutdown(socket.SHUT_RDWR)  # ends a handshake that is under way on it
 
     def run(self) -> tuple[list[paramiko.Transport], float | None]:
         """All transports, the host's own last; and a round trip in ms."""
@@ -196,7 +200,10 @@ class _Opening:
         stops = [(*handshake.parse_jump(jump, ssh.user), "") for jump in jumps]
         stops.append((ssh.user, ssh.host, ssh.port, node))
         for index, (user, host, port, name) in enumerate(stops):
-            sock = self._reach(host, port)
+            self._reached = sock = self._reach(host, port)
+            if self._given_up:
+                sock.close()
+                raise ConnectTimeout("given up")
             if name and not login:
                 transport = handshake.handshake(sock, host=host, port=port, deadline=self._deadline)
             else:
