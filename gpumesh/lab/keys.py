@@ -1,0 +1,47 @@
+"""Keys of simulated hosts and of the user who visits them: made anew for each lab, never the person's own."""
+
+from __future__ import annotations
+
+import io
+
+import paramiko
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+HOST = "127.0.0.1"
+
+
+def new_key(kind: str = "ed25519") -> str:
+    """A private key (``ed25519`` or ``rsa``) in OpenSSH's format."""
+    private: ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
+    if kind == "ed25519":
+        private = ed25519.Ed25519PrivateKey.generate()
+    elif kind == "rsa":
+        private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    else:
+        raise ValueError(f"no such kind of key: {kind!r}")
+    return private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    ).decode()
+
+
+def read_key(text: str) -> paramiko.PKey:
+    """A private key in OpenSSH's format. Raises ``paramiko.SSHException`` for anything else."""
+    if b"ssh-rsa" in _public_part(text):
+        return paramiko.RSAKey.from_private_key(io.StringIO(text))
+    return paramiko.Ed25519Key.from_private_key(io.StringIO(text))
+
+
+def public_line(text: str) -> str:
+    """The public half of a private key, as it stands in ``authorized_keys``."""
+    return _public_part(text).decode()
+
+
+def known_hosts_line(host_key: str, port: int, host: str = HOST) -> str:
+    name = host if port == 22 else f"[{host}]:{port}"
+    return f"{name} {public_line(host_key)}"
+
+
+def _public_part(text: str) -> bytes:
+    private = serialization.load_ssh_private_key(text.encode(), password=None)
+    return private.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)

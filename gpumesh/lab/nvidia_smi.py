@@ -1,0 +1,232 @@
+"""What nvidia-smi would say on a simulated host: pure. Shapes, texts and exit statuses are those of the real tool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from gpumesh.lab.engine import IDLE_MIB, GpuLoad
+from gpumesh.lab.profile import GpuProfile, HostProfile, SmiMode
+
+RESERVED_MIB = 372
+"""Kept by the driver: used and free do not add up to the total."""
+
+_NO_DRIVER = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
+    "Make sure that the latest NVIDIA driver is installed and running.\n"
+)
+_LOST = "Unable to determine the device handle for GPU {bus}: GPU is lost.  Reboot the system to recover this GPU\n"
+_FAILURES = {
+    SmiMode.MISSING: (127, "sh: 1: nvidia-smi: not found\n"),
+    SmiMode.NO_DRIVER: (9, _NO_DRIVER),
+    SmiMode.DRIVER_MISMATCH: (
+        18,
+        "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 535.161\n",
+    ),
+    SmiMode.NVML_UNKNOWN: (255, "Failed to initialize NVML: Unknown Error\n"),
+    SmiMode.NO_DEVICES: (6, "No devices were found\n"),
+}
+_ESCAPES = "\x1b[2J\x1b[31mNVIDIA\x1b]0;owned\x07 GeForce\r RTX 4090\x9b5m\u202e"
+_OLD = frozenset({"utilization.memory", "clocks_event_reasons.active", "power.draw.instant", "compute_cap"})
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One GPU at one moment. ``processes`` are (pid, name, MiB)."""
+
+    gpu: GpuProfile
+    driver: str
+    used_mib: int
+    busy: float
+    warmth: float
+    processes: tuple[tuple[int, str, int], ...] = ()
+
+
+def cards(profile: HostProfile, load: GpuLoad) -> tuple[Card, ...]:
+    """How the host's load falls on its GPUs: each model goes to the emptiest, and those with models work."""
+    result = [Card(gpu, profile.driver, IDLE_MIB, 0.0, load.warmth) for gpu in profile.gpus]
+    for number, (_, mib) in enumerate(load.models):
+        if result and mib:
+            at = min(range(len(result)), key=lambda index: result[index].used_mib)
+            card = result[at]
+            process = (4000 + number, "/usr/local/bin/ollama runner", mib)
+            processes = (*card.processes, process)
+            result[at] = replace(card, used_mib=card.used_mib + mib, busy=load.busy, processes=processes)
+    return tuple(card if card.processes else replace(card, warmth=0.0) for card in result)
+
+
+def run(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode) -> tuple[int, bytes]:
+    """``nvidia-smi argv…``: exit status and output. Errors go to stdout, as the real one's do."""
+    if mode in _FAILURES:
+        status, text = _FAILURES[mode]
+        return status, text.encode()
+    if mode is SmiMode.GARBAGE:
+        return 0, bytes(range(256)) * 2048
+    selected = _selected(argv, cards(profile, load))
+    if selected is None:
+        return 6, b"No devices were found\n"
+    if mode is SmiMode.GPU_LOST and any(card.gpu.index == profile.gpus[0].index for card in selected):
+        return 15, _LOST.format(bus=profile.gpus[0].pci_bus_id.removeprefix("0000")).encode()
+    if mode is SmiMode.ESCAPES:
+        selected = [replace(card, gpu=replace(card.gpu, name=_ESCAPES)) for card in selected]
+    layout = frozenset(_option(argv, "--format", "").split(","))
+    for prefix, fields, rows in (
+        ("--query-gpu", FIELDS, [(card,) for card in selected]),
+        ("--query-compute-apps", APP_FIELDS, [(card, process) for card in selected for process in card.processes]),
+    ):
+        wanted = _option(argv, prefix, None)
+        if wanted is not None:
+            return _query(wanted.split(","), fields, rows, layout, mode)
+    if "-L" in argv or "--list-gpus" in argv:
+        lines = [f"GPU {card.gpu.index}: {card.gpu.name} (UUID: {card.gpu.uuid})\n" for card in selected]
+        return 0, "".join(lines).encode()
+    unknown = next((word for word in argv if word.startswith("-") and not word.startswith(("-i", "--id"))), None)
+    if unknown is not None:
+        return (
+            2,
+            f"Invalid combination of input arguments. Please run 'nvidia-smi -h' for help.\n\n{unknown}\n".encode(),
+        )
+    return 0, _table(selected).encode()
+
+
+Cell = tuple[str, str]
+"""A value and its unit."""
+
+FIELDS: dict[str, Callable[[Card], Cell]] = {
+    "index": lambda card: (str(card.gpu.index), ""),
+    "uuid": lambda card: (card.gpu.uuid, ""),
+    "pci.bus_id": lambda card: (card.gpu.pci_bus_id, ""),
+    "name": lambda card: (card.gpu.name, ""),
+    "driver_version": lambda card: (card.driver, ""),
+    "memory.total": lambda card: (str(card.gpu.memory_mib), "MiB"),
+    "memory.reserved": lambda _: (str(RESERVED_MIB), "MiB"),
+    "memory.used": lambda card: (str(card.used_mib), "MiB"),
+    "memory.free": lambda card: (str(max(0, card.gpu.memory_mib - RESERVED_MIB - card.used_mib)), "MiB"),
+    "utilization.gpu": lambda card: (str(round(card.busy * 97)), "%"),
+    "utilization.memory": lambda card: (str(round(card.busy * 71)), "%"),
+    "temperature.gpu": lambda card: (str(round(38 + card.warmth * 29)), ""),
+    "temperature.memory": lambda _: ("[N/A]", ""),
+    "power.draw": lambda card: (f"{_power(card):.2f}", "W"),
+    "power.draw.instant": lambda card: (f"{_power(card):.2f}", "W"),
+    "power.limit": lambda card: (f"{card.gpu.power_limit_w:.2f}", "W"),
+    "enforced.power.limit": lambda card: (f"{card.gpu.power_limit_w:.2f}", "W"),
+    "power.default_limit": lambda card: (f"{card.gpu.power_limit_w:.2f}", "W"),
+    "clocks.sm": lambda card: (str(2640 if card.busy > 0.02 else 210), "MHz"),
+    "clocks.gr": lambda card: (str(2640 if card.busy > 0.02 else 210), "MHz"),
+    "clocks.mem": lambda card: (str(10501 if card.busy > 0.02 else 405), "MHz"),
+    "clocks.max.sm": lambda _: ("3105", "MHz"),
+    "fan.speed": lambda card: (str(round(card.warmth * 46)), "%"),
+    "pstate": lambda card: ("P2" if card.busy > 0.02 else "P8", ""),
+    "persistence_mode": lambda _: ("Enabled", ""),
+    "clocks_throttle_reasons.active": lambda card: (f"0x{0 if card.busy > 0.02 else 1:016x}", ""),
+    "clocks_event_reasons.active": lambda card: (f"0x{0 if card.busy > 0.02 else 1:016x}", ""),
+    "compute_mode": lambda _: ("Default", ""),
+    "compute_cap": lambda _: ("8.9", ""),
+    "mig.mode.current": lambda _: ("[N/A]", ""),
+    "ecc.mode.current": lambda _: ("[N/A]", ""),
+    "serial": lambda _: ("[N/A]", ""),
+    "pcie.link.gen.current": lambda _: ("4", ""),
+    "pcie.link.width.current": lambda _: ("16", ""),
+    "display_active": lambda _: ("Disabled", ""),
+}
+_ALIASES = {"gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id", "gpu_name": "name", "clocks.current.sm": "clocks.sm"}
+
+APP_FIELDS: dict[str, Callable[[Card, tuple[int, str, int]], Cell]] = {
+    "gpu_uuid": lambda card, _: (card.gpu.uuid, ""),
+    "gpu_name": lambda card, _: (card.gpu.name, ""),
+    "gpu_bus_id": lambda card, _: (card.gpu.pci_bus_id, ""),
+    "pid": lambda _, process: (str(process[0]), ""),
+    "process_name": lambda card, process: (process[1] + (_ESCAPES if card.gpu.name == _ESCAPES else ""), ""),
+    "used_memory": lambda _, process: (str(process[2]), "MiB"),
+    "used_gpu_memory": lambda _, process: (str(process[2]), "MiB"),
+}
+
+
+def _power(card: Card) -> float:
+    return card.gpu.idle_power_w + card.busy * 0.78 * (card.gpu.power_limit_w - card.gpu.idle_power_w)
+
+
+def _query(
+    wanted: Sequence[str],
+    fields: dict[str, Callable[..., Cell]],
+    rows: Sequence[tuple[object, ...]],
+    layout: frozenset[str],
+    mode: SmiMode,
+) -> tuple[int, bytes]:
+    names = [name.strip() for name in wanted]
+    getters: list[Callable[..., Cell]] = []
+    for name in names:
+        getter = fields.get(name) or fields.get(_ALIASES.get(name, ""))
+        if getter is None or (mode is SmiMode.OLD and name in _OLD):
+            return 2, f'Field "{name}" is not a valid field to query.\n\n'.encode()
+        getters.append(getter)
+    if "csv" not in layout:
+        return 2, b"--format= switch is missing. Please run 'nvidia-smi -h' for help.\n\n"
+    bare = "nounits" in layout
+    lines: list[str] = []
+    for row in rows:
+        cells = [getter(*row) for getter in getters]
+        if mode is SmiMode.UNKNOWN_VALUES:
+            cells = [_unknown(name, cell, at) for at, (name, cell) in enumerate(zip(names, cells, strict=True))]
+        lines.append(
+            ", ".join(
+                value if bare or not unit or not value[:1].isdigit() else f"{value} {unit}" for value, unit in cells
+            )
+        )
+    if "noheader" not in layout:
+        units = [unit for _, unit in (getter(*rows[0]) for getter in getters)] if rows else [""] * len(names)
+        lines.insert(
+            0, ", ".join(f"{name} [{unit}]" if unit else name for name, unit in zip(names, units, strict=True))
+        )
+    return 0, "".join(f"{line}\n" for line in lines).encode()
+
+
+_UNKNOWNS = ("[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "", "ERR!")
+
+
+def _unknown(name: str, cell: Cell, at: int) -> Cell:
+    return cell if name in ("index", "uuid", "gpu_uuid", "name", "pid") else (_UNKNOWNS[at % len(_UNKNOWNS)], "")
+
+
+def _option(argv: Sequence[str], name: str, default: str | None) -> str:
+    for at, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word[len(name) + 1 :]
+        if word == name and at + 1 < len(argv):
+            return argv[at + 1]
+    return default  # type: ignore[return-value]
+
+
+def _selected(argv: Sequence[str], every: Sequence[Card]) -> list[Card] | None:
+    wanted = next((found for name in ("-i", "--id") if (found := _option(argv, name, ""))), "")
+    if not wanted:
+        return list(every) or None
+    chosen = wanted.split(",")
+    return [card for card in every if {str(card.gpu.index), card.gpu.uuid, card.gpu.pci_bus_id} & set(chosen)] or None
+
+
+def _table(every: Sequence[Card]) -> str:
+    """The plain table that a person sees."""
+    driver = every[0].driver
+    line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+\n"
+    parts = [
+        "+" + "-" * 89 + "+\n",
+        f"| NVIDIA-SMI {driver:<22} Driver Version: {driver:<14} CUDA Version: 12.4     |\n",
+        f"|{'SIMULATED by the lab of gpumesh':^89}|\n",
+        line,
+        "| GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |\n",
+        "| Fan  Temp   Perf          Pwr:Usage/Cap |           Memory-Usage | GPU-Util  Compute M. |\n",
+        line,
+    ]
+    for card in every:
+        value = {name: FIELDS[name](card)[0] for name in FIELDS}
+        busy = value["utilization.gpu"]
+        usage = f"{round(float(value['power.draw']))}W / {round(card.gpu.power_limit_w)}W"
+        memory = f"{card.used_mib}MiB / {card.gpu.memory_mib}MiB"
+        warm = f"{value['fan.speed']:>3}%   {value['temperature.gpu']}C"
+        parts += [
+            f"| {card.gpu.index:>3}  {card.gpu.name[:25]:<28}On  | {card.gpu.pci_bus_id} Off   |{'N/A':>21} |\n",
+            f"| {warm:<11} {value['pstate']:<8} {usage:>18} |{memory:>23} |{busy:>6}%      Default |\n",
+            line,
+        ]
+    return "".join(parts)
