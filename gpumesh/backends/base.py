@@ -56,6 +56,13 @@ class Counters:
             return None
         return self.tokens / (self.eval_ms / 1000.0)
 
+    @property
+    def waited_ms(self) -> float | None:
+        """Time spent queued inside the server (facts: ollama-api.md, "Queueing"); ``None`` without the durations."""
+        if self.total_ms is None or self.eval_ms is None:
+            return None
+        return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gpumesh.backends.base import Counters
-
 # Bookkeeping inside the server that no duration covers stays below this on an idle server.
 NOISE_MS = 50.0
 NOISE_SHARE = 0.05
@@ -30,22 +28,16 @@ class Limit:
         return self.proven if self.ceiling_until is not None and now < self.ceiling_until else self.proven + 1
 
 
-def waited_inside_ms(counters: Counters) -> float | None:
-    """Time spent queued in the server; ``None`` when it did not give the durations."""
-    if counters.total_ms is None or counters.eval_ms is None:
-        return None
-    return max(counters.total_ms - (counters.load_ms or 0.0) - (counters.prompt_ms or 0.0) - counters.eval_ms, 0.0)
+def learned(limit: Limit, *, waited_ms: float | None, total_ms: float | None, beside: int, now: float) -> Limit:
+    """After one answer, from the server's own durations; ``None`` where it gave none.
 
-
-def learned(limit: Limit, counters: Counters, *, beside: int, now: float) -> Limit:
-    """After one answer. ``beside``: the requests that were in flight on the node when it was sent, itself included.
-
-    Only an answer that had company beyond what is proven, or waited, teaches anything.
+    ``waited_ms`` is the time that the request waited inside the server, of ``total_ms``. ``beside``: the requests that
+    were in flight on the node when it was sent, itself included. Only an answer that had company beyond what is
+    proven, or waited, teaches anything.
     """
-    waited = waited_inside_ms(counters)
-    if waited is None or counters.total_ms is None:
+    if waited_ms is None or total_ms is None:
         return limit
-    if waited > max(NOISE_MS, NOISE_SHARE * counters.total_ms):
+    if waited_ms > max(NOISE_MS, NOISE_SHARE * total_ms):
         # It waited though no more were sent than proven: the server was restarted with less, or someone else uses it.
         proven = limit.proven if beside > limit.proven else max(limit.proven - 1, 1)
         return Limit(proven, now + RETRY_AFTER_S)

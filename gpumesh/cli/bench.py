@@ -42,7 +42,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="As JSON (schema gpumes
 
 
 @app.command()
-def run(  # noqa: PLR0917 - the options of a command
+def run(
     ctx: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.models)

@@ -41,7 +41,7 @@ class Draft:
 
 
 @app.command()
-def init(  # noqa: PLR0917  # typer calls it by name
+def init(
     ctx: typer.Context,
     from_: Annotated[
         list[str] | None, typer.Option("--from", metavar="'ssh …'", help="An ssh command line; repeatable.")

@@ -47,7 +47,7 @@ class Result:
 
 
 @app.command()
-def run(  # noqa: PLR0917  # typer calls it by name
+def run(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads stdin.")] = None,
     model: Annotated[

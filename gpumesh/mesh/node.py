@@ -366,7 +366,13 @@ class Node:
 
     def _learn(self, lease: Lease, counters: Counters, now: float) -> None:
         if self.spec.backend.max_parallel is None and self.kind is BackendKind.OLLAMA:
-            self._limit = learned(self._limit, counters, beside=lease.beside, now=now)
+            self._limit = learned(
+                self._limit,
+                waited_ms=counters.waited_ms,
+                total_ms=counters.total_ms,
+                beside=lease.beside,
+                now=now,
+            )
         if lease.model is None:
             return
         if counters.tokens_per_s is not None and (counters.tokens or 0) >= 4:

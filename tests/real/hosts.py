@@ -87,7 +87,7 @@ class RealHost:
             )
         )
         script.chmod(0o755)
-        # A home of its own: a shell that sshd starts reads ~/.bashrc, and that of whoever runs the tests may do anything.
+        # A home of its own: a shell that sshd starts reads ~/.bashrc, and whoever runs the tests may have one.
         surroundings = f"HOME={self.folder} PATH={programs}:/usr/local/bin:/usr/bin:/bin"
         self.sshd = Sshd(self.folder / "sshd", {"SetEnv": surroundings})
 

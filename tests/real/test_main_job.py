@@ -31,7 +31,7 @@ def valid(document: Any) -> Any:
 
 def check_nodes(status: Any, two_hosts: list[RealHost], model: str) -> None:
     for node, host in zip(status["nodes"], two_hosts, strict=True):
-        assert (node["name"], node["health"], node["reason"]) == (host.name, "healthy", None)
+        assert (node["name"], node["health"], node["reason"]) == (host.name, "healthy", None), node
         assert node["tunnel"]["transport"] == "sshtunnel"
         assert node["tunnel"]["state"] == "up"
         assert node["host"]["driver"] == DRIVER
@@ -89,7 +89,7 @@ async def test_up_status_run_down(
             await asyncio.open_connection("127.0.0.1", port)
     for host in two_hosts:
         await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
-    assert "not" in (await gpumesh("down", code=1)).err
+    assert "no mesh is running" in (await gpumesh("down", code=1)).err
 
 
 async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends) -> None:
