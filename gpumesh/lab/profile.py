@@ -78,8 +78,6 @@ class Faults:
     """Before the SSH banner."""
     ssh_no_forwarding: bool = False
     ssh_no_session: bool = False
-    ssh_silent: bool = False
-    """Keepalives are not answered, data stands still, the connection stays open: a black hole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,160 @@
+"""One simulated host: its SSH server and its stand-in for Ollama, which share one set of faults.
+
+``SimHost`` runs in this process, for tests that look inside. Run as a program (``python -m gpumesh.lab.host``) it is a
+process of its own that can be killed and stopped like a real machine; ``lab.LabHost`` starts it and talks to it in
+lines of JSON over its standard input and output. It ends with its parent, however that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+import paramiko
+
+from gpumesh.lab.keys import read_key
+from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.profile import Counters, Faults, HostProfile
+from gpumesh.lab.shell import Shell
+from gpumesh.lab.ssh import SimSshServer
+from gpumesh.wire import from_json, to_json
+
+LINE_LIMIT = 64 << 20  # the log of ten thousand requests in one line
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a host's process is told first. ``host_key`` is private; ``authorized`` are lines of authorized_keys.
+
+    Ports of 0 are chosen; a host that is started again is given those that it had.
+    """
+
+    profile: HostProfile
+    host_key: str
+    authorized: tuple[str, ...]
+    ssh_port: int = 0
+    backend_port: int = 0
+
+
+class SimHost:
+    """An async context manager; the ports hold from its start to its end."""
+
+    def __init__(self, start: Start) -> None:
+        self.profile = start.profile
+        self.backend = StandIn(start.profile, port=start.backend_port)
+        self.ssh: SimSshServer | None = None
+        self._start = start
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.backend)
+            if self.profile.ssh:
+                shell = Shell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults)
+                server = SimSshServer(
+                    shell,
+                    host_keys=[read_key(self._start.host_key)],
+                    authorized_keys=[public_key(line) for line in self._start.authorized],
+                    ports={self.profile.backend_port: self.backend.port},
+                    port=self._start.ssh_port,
+                    faults=lambda: self.backend.faults,
+                )
+                self.ssh = await stack.enter_async_context(server)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def ssh_port(self) -> int | None:
+        return None if self.ssh is None else self.ssh.port
+
+    @property
+    def backend_port(self) -> int:
+        return self.backend.port
+
+    @property
+    def counters(self) -> Counters:
+        return self.backend.counters
+
+    async def set_faults(self, faults: Faults) -> None:
+        """From now on. A host that refuses keys still keeps the connections that it has: see ``drop_connections``."""
+        await self.backend.set_faults(faults)
+
+    async def drop_connections(self) -> None:
+        """Cuts every SSH connection, as a router or a restart of sshd does; the port stays open."""
+        if self.ssh is not None:
+            await self.ssh.drop_connections()
+
+
+def public_key(line: str) -> paramiko.PKey:
+    """A line of authorized_keys. Raises ``ValueError`` for what is none."""
+    kind, _, rest = line.strip().partition(" ")
+    try:
+        return paramiko.PKey.from_type_string(kind, base64.b64decode(rest.split(" ")[0], validate=True))
+    except (binascii.Error, paramiko.SSHException, IndexError) as error:
+        raise ValueError(f"not a public key: {line[:40]!r}") from error
+
+
+async def _answer(host: SimHost, question: dict[str, Any]) -> dict[str, Any]:
+    match question.get("ask"):
+        case "faults":
+            await host.set_faults(from_json(Faults, question["faults"]))
+            return {}
+        case "drop-connections":
+            await host.drop_connections()
+            return {}
+        case "counters":
+            return {"counters": to_json(host.counters)}
+    raise ValueError(f"no such question: {question.get('ask')!r}")
+
+
+async def _lines() -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=LINE_LIMIT)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader
+
+
+def _say(reply: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(reply) + "\n")
+    sys.stdout.flush()
+
+
+async def serve() -> None:
+    """Until standard input ends."""
+    lines = await _lines()
+    first = await lines.readline()
+    if not first:
+        return
+    async with SimHost(from_json(Start, json.loads(first))) as host:
+        _say({"ssh_port": host.ssh_port, "backend_port": host.backend_port})
+        while line := await lines.readline():
+            try:
+                _say(await _answer(host, json.loads(line)))
+            except ValueError as error:
+                _say({"error": str(error)})
+
+
+def main(_arguments: Sequence[str] = ()) -> None:
+    from gpumesh.tunnels import processes
+
+    processes.die_with_parent()
+    with suppress(KeyboardInterrupt):  # Ctrl-C goes to the whole group: who started this one ends it
+        try:
+            import uvloop
+
+            uvloop.run(serve())
+        except ImportError:  # not on this platform
+            asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Several simulated hosts, each a process of its own, and the mesh.yaml that leads to them.
+
+::
+
+    async with Lab(profile.default(3), folder) as lab:
+        file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0")
+        await lab.host("tromso").kill()
+        await lab.host("tromso").restart()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from gpumesh.errors import GPUMeshError
+from gpumesh.lab import keys
+from gpumesh.lab.host import LINE_LIMIT, Start
+from gpumesh.lab.profile import Counters, Faults, HostProfile
+from gpumesh.wire import from_json, to_json
+
+START_S = 30.0  # Python and paramiko have to load, on a machine that may be busy
+STOP_S = 2.0
+
+
+class LabHost:
+    """One host's process. An async context manager; what is asked of a host that has ended raises GPUMeshError.
+
+    Its ports and its keys stay over restarts, as those of a workstation do.
+    """
+
+    def __init__(self, profile: HostProfile, folder: Path, *, authorized: Sequence[str]) -> None:
+        self.profile = profile
+        self.name = profile.name
+        self.ssh_port: int | None = None
+        self.backend_port = 0
+        self._log = folder / f"{profile.name}.log"
+        self._host_key = keys.new_key()
+        self._authorized = tuple(authorized)
+        self._process: asyncio.subprocess.Process | None = None
+        self._asking = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.restart()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._end()
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """``None`` when it does not run."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
+
+    @property
+    def backend_url(self) -> str:
+        """Straight to the stand-in, past the SSH server: what `ssh -L` would have to lead to."""
+        return f"http://{keys.HOST}:{self.backend_port}"
+
+    @property
+    def known_hosts_line(self) -> str:
+        assert self.ssh_port is not None, "a host without SSH has no host key"
+        return keys.known_hosts_line(self._host_key, self.ssh_port)
+
+    def node(self, **changes: Any) -> dict[str, Any]:
+        """Its entry in mesh.yaml; user, key and known_hosts come from ``defaults``."""
+        entry: dict[str, Any] = {"name": self.name}
+        if self.ssh_port is None:
+            entry["backend"] = {"kind": "ollama", "url": self.backend_url}
+        else:
+            entry["ssh"] = {"host": keys.HOST, "port": self.ssh_port}
+            entry["backend"] = {"kind": "ollama", "port": self.profile.backend_port}
+        return {**entry, **changes}
+
+    # -- what is done to it ------------------------------------------------------------------------------------------
+
+    async def kill(self) -> None:
+        """SIGKILL: its connections are reset, its ports refuse."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    async def restart(self) -> None:
+        """A new process with the same ports and keys, ready on return. What was loaded and counted is gone."""
+        await self.kill()
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gpumesh.lab.host"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                limit=LINE_LIMIT,
+                start_new_session=True,  # a Ctrl-C in the terminal is for who started it, not for the host
+            )
+        start = Start(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)
+        reply = await self._ask(to_json(start))
+        self.ssh_port, self.backend_port = reply["ssh_port"], reply["backend_port"]
+
+    def freeze(self) -> None:
+        """SIGSTOP: its kernel still takes what is sent, and nothing ever answers, as from a host that hangs."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    async def set_faults(self, faults: Faults) -> None:
+        """From now on; ``Faults()`` ends them."""
+        await self._ask({"ask": "faults", "faults": to_json(faults)})
+
+    async def drop_connections(self) -> None:
+        """Cuts its SSH connections; its port stays open."""
+        await self._ask({"ask": "drop-connections"})
+
+    async def counters(self) -> Counters:
+        return from_json(Counters, (await self._ask({"ask": "counters"}))["counters"])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.pid is None:
+            raise self._gone()
+        os.kill(self.pid, number)
+
+    async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        async with self._asking:
+            process = self._process
+            if process is None or process.stdin is None or process.stdout is None:
+                raise self._gone()
+            try:
+                process.stdin.write(json.dumps(question).encode() + b"\n")
+                await process.stdin.drain()
+                async with asyncio.timeout(START_S):
+                    line = await process.stdout.readline()
+            except ConnectionError as error:
+                raise self._gone() from error
+            except TimeoutError as error:
+                raise GPUMeshError(f"the simulated host {self.name} did not answer within {START_S:.0f} s") from error
+        if not line:
+            await process.wait()
+            raise self._gone()
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise GPUMeshError(f"the simulated host {self.name}: {reply['error']}")
+        return reply
+
+    def _gone(self) -> GPUMeshError:
+        said = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
+        return GPUMeshError(f"the simulated host {self.name} does not run" + "".join(f": {line}" for line in said))
+
+    async def _end(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)  # one that is frozen would not see its end
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
+            except TimeoutError:
+                pass
+            finally:
+                await self.kill()
+
+
+class Lab:
+    """An async context manager. ``folder`` must exist; the visitor's key, known_hosts and the hosts' logs go there."""
+
+    def __init__(self, profiles: Sequence[HostProfile], folder: Path) -> None:
+        self.folder = folder
+        self.identity = folder / "id_ed25519"
+        self.known_hosts = folder / "known_hosts"
+        key = keys.new_key()
+        self.identity.touch(mode=0o600)
+        self.identity.write_text(key)
+        self._hosts = {
+            profile.name: LabHost(profile, folder, authorized=[keys.public_line(key)]) for profile in profiles
+        }
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            starting = [stack.enter_async_context(host) for host in self._hosts.values()]
+            # Waits for all, so that none is left behind half started when one fails.
+            for result in await asyncio.gather(*starting, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+            with_ssh = [host for host in self._hosts.values() if host.ssh_port is not None]
+            self.known_hosts.write_text("".join(f"{host.known_hosts_line}\n" for host in with_ssh))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def hosts(self) -> Mapping[str, LabHost]:
+        return MappingProxyType(self._hosts)
+
+    def host(self, name: str) -> LabHost:
+        """Raises ``KeyError`` when there is no such host."""
+        return self._hosts[name]
+
+    def write_config(
+        self,
+        path: Path,
+        *,
+        listen: str = "127.0.0.1:0",
+        default_model: str | None = None,
+        nodes: Sequence[Mapping[str, Any]] | None = None,
+        gateway: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """A mesh.yaml of all hosts, or of ``nodes``; its path."""
+        served = {"listen": listen, **({"default_model": default_model} if default_model else {}), **(gateway or {})}
+        user = next(iter(self._hosts.values())).profile.user
+        ssh = {"user": user, "identity_file": str(self.identity), "known_hosts": str(self.known_hosts), "agent": False}
+        lines = ["# A mesh of simulated hosts, made by gpumesh's lab.", "version: 1", "name: lab"]
+        lines += [f"gateway: {json.dumps(served)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]
+        for node in nodes if nodes is not None else [host.node() for host in self._hosts.values()]:
+            for number, (key, value) in enumerate(node.items()):
+                lines.append(f"  {'-' if number == 0 else ' '} {key}: {json.dumps(value)}")
+        path.write_text("\n".join(lines) + "\n")
+        return path
