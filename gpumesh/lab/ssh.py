@@ -139,6 +139,7 @@ class _Connection:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._targets: dict[int, socket.socket] = {}
+        self._channels: dict[int, paramiko.Channel] = {}
         self._waiting: dict[int, tuple[paramiko.Channel, str]] = {}
         self._forwards: set[Forward] = set()
         self._commands: set[asyncio.Task[None]] = set()
@@ -195,6 +196,9 @@ class _Connection:
         return OPEN_SUCCEEDED
 
     def channel_opened(self, channel: paramiko.Channel) -> None:
+        # paramiko itself holds channels weakly: one that nobody else holds is closed by the garbage collector.
+        self._channels = {number: one for number, one in self._channels.items() if not one.closed}
+        self._channels[channel.get_id()] = channel
         sock = self._targets.pop(channel.get_id(), None)
         if sock is not None:
             self.post(self._forward, channel, sock)
