@@ -17,6 +17,7 @@ import yaml
 MAX_CHARACTERS = 256 * 1024
 MAX_DEPTH = 24
 MAX_VALUES = 20_000
+MAX_KEY_SHOWN = 60
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _CORE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
@@ -80,9 +81,14 @@ class Fault:
 
 
 def written(path: KeyPath) -> str:
-    """``nodes[2].ssh.port``"""
-    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    """``nodes[2].ssh.port``; a key that no terminal should be shown as it is, or that has no end, in quotes and cut."""
+    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_key(part)}" for part in path)
     return parts.removeprefix(".")
+
+
+def _key(part: str) -> str:
+    cut = part if len(part) <= MAX_KEY_SHOWN else part[: MAX_KEY_SHOWN - 1] + "…"
+    return cut if cut.isprintable() else repr(cut)
 
 
 def follow(tree: Value, path: KeyPath) -> tuple[int, Spot, Value]:

@@ -79,7 +79,8 @@ def format_duration(seconds: float) -> str:
     whole = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
     fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
     forms = [*whole[:-1], fractions[0], whole[-1]] if seconds > 1 else whole
-    return next(form for form in (*forms, *fractions) if duration(form) == seconds or form == fractions[-1])
+    readable = (form for form in (*forms, *fractions) if _DURATION.fullmatch(form))  # 1e-06s is not
+    return next(form for form in readable if duration(form) == seconds or form == fractions[-1])
 
 
 def host(text: str) -> str:

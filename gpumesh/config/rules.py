@@ -3,11 +3,13 @@ are told together with those of form and not one round later."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpumesh.config import locate
 from gpumesh.config.document import KeyPath
+from gpumesh.config.forms import NAME_FORM
 from gpumesh.config.messages import shown
 
 _WHERE = ("port", "url", "urls")
@@ -24,7 +26,7 @@ def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
         yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
     nodes = document.get("nodes")
     if isinstance(nodes, Mapping):
-        example = next(iter(nodes), "iceland")
+        example = next((name for name in nodes if re.fullmatch(NAME_FORM, name)), "iceland")
         yield ("nodes",), f"nodes are a list: write `- name: {example}`"
     if not isinstance(nodes, list):
         return
