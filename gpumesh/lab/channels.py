@@ -12,6 +12,7 @@ import contextlib
 import select
 import socket
 from collections.abc import Callable
+from typing import cast
 
 import paramiko
 
@@ -148,8 +149,7 @@ class Forward(asyncio.Protocol):
         self._server_ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._io.resume()
