@@ -156,8 +156,9 @@ class Node:
         else:
             self._up.clear()
             if was_up:
-                # The server behind the new connection may be another one: what it can do is asked anew.
+                # The host behind the new connection may be another one: what it has and can do is asked anew.
                 self._backend = None
+                self._gpus = None
                 self._breaker = Breaker()
                 for lease in (*self._leases, *self._aside):
                     lease.cut()
