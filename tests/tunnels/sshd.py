@@ -31,11 +31,16 @@ def keygen(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
 
 @dataclass
 class Sshd:
-    """``async with Sshd(folder, {"AllowTcpForwarding": "no"}) as sshd``. ``spec`` is a node's way to it."""
+    """``async with Sshd(folder, {"AllowTcpForwarding": "no"}) as sshd``. ``spec`` is a node's way to it.
+
+    ``prefix`` is put before the command, for an sshd in a network namespace; its ``address`` is then there.
+    """
 
     folder: Path
     options: dict[str, str] = field(default_factory=dict)
     port: int = 0
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +55,7 @@ class Sshd:
     def write_config(self) -> Path:
         settings = {
             "Port": str(self.port),
-            "ListenAddress": "127.0.0.1",
+            "ListenAddress": self.address,
             "HostKey": str(self.host_key),
             "PidFile": "none",
             "AuthorizedKeysFile": str(self.authorized_keys),
@@ -78,18 +83,21 @@ class Sshd:
         Path("/run/sshd").mkdir(exist_ok=True) if os.getuid() == 0 else None
         with (self.folder / "sshd.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [SSHD, "-D", "-e", "-f", str(self.write_config())], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.prefix, SSHD, "-D", "-e", "-f", str(self.write_config())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         async with asyncio.timeout(15):
             while True:
                 with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    _, writer = await asyncio.open_connection(self.address, self.port)
                     writer.close()
                     await writer.wait_closed()
                     break
                 assert self.process.poll() is None, self.log()
                 await asyncio.sleep(0.01)
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {self.public_host_key}\n")
+        self.known_hosts.write_text(f"[{self.address}]:{self.port} {self.public_host_key}\n")
 
     @property
     def public_host_key(self) -> str:
@@ -133,7 +141,7 @@ class Sshd:
 
     def spec(self, **changes: object) -> SshSpec:
         given: dict[str, object] = {
-            "host": "127.0.0.1",
+            "host": self.address,
             "port": self.port,
             "user": getpass.getuser(),
             "identity_files": (self.identity,),
