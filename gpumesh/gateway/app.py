@@ -30,6 +30,7 @@ from gpumesh.gateway.requests import (
     read_timeout,
     shape_of,
 )
+from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase, GatewayPhase, GatewayState
 from gpumesh.topology import BackendKind
@@ -195,7 +196,9 @@ class Gateway:
             demand = read_demand(route, request.headers, body, default_model=self._spec.default_model)
             timeout_s = read_timeout(request.headers, self._spec.timeout_s)
             call = proxy.call_of(request, body)
-            return await proxy.forward(self.mesh, request, demand, call, route.shape, timeout_s=timeout_s)
+            return await proxy.forward(
+                self.mesh, request, demand, call, route.shape, timeout_s=timeout_s, answered=_unwatched
+            )
         handler = self._fleet.get(path)
         if handler is not None:
             if request.method not in ("GET", "HEAD"):
@@ -245,7 +248,8 @@ class Gateway:
     async def _one_openai_model(self, request: web.BaseRequest, model: str) -> web.StreamResponse:
         demand = Demand(model=model, node=request.headers.get("X-GPUMesh-Node"), place=False)
         call = proxy.call_of(request, b"")
-        return await proxy.forward(self.mesh, request, demand, call, shape_of(request.path), timeout_s=30.0)
+        shape = shape_of(request.path)
+        return await proxy.forward(self.mesh, request, demand, call, shape, timeout_s=30.0, answered=_unwatched)
 
     async def _on_named_node(self, request: web.BaseRequest) -> web.StreamResponse:
         """What changes a model store goes to the node that the client names, or to the only one that there is."""
@@ -261,7 +265,8 @@ class Gateway:
         demand = Demand(model=None, kinds=OLLAMA_ONLY, node=node, place=False)
         call = proxy.call_of(request, body)
         timeout_s = read_timeout(request.headers, 86400.0)  # a pull takes as long as it takes
-        return await proxy.forward(self.mesh, request, demand, call, shape_of(request.path), timeout_s=timeout_s)
+        shape = shape_of(request.path)
+        return await proxy.forward(self.mesh, request, demand, call, shape, timeout_s=timeout_s, answered=_unwatched)
 
     async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
         """The bodies of those that answered in time."""
@@ -277,6 +282,10 @@ class Gateway:
 
         bodies = await asyncio.gather(*(ask(node) for node in self.mesh.usable(kinds)))
         return [body for body in bodies if body is not None]
+
+
+def _unwatched(_answer: Answer) -> None:
+    return None
 
 
 def _json(document: object, *, status: int = 200) -> web.Response:

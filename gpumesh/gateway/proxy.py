@@ -6,7 +6,7 @@ Nothing is taken apart that need not be: the body goes on as it came, the answer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
@@ -39,6 +39,7 @@ _NOT_FORWARDED = frozenset(
         "x-api-key",
         "cookie",
         "accept-encoding",
+        "content-encoding",  # the body is unpacked when it is read here
     }
 )
 
@@ -55,11 +56,22 @@ def call_of(request: web.BaseRequest, body: bytes) -> HttpCall:
 
 
 async def forward(
-    mesh: Mesh, request: web.BaseRequest, demand: Demand, call: HttpCall, shape: Shape, *, timeout_s: float
+    mesh: Mesh,
+    request: web.BaseRequest,
+    demand: Demand,
+    call: HttpCall,
+    shape: Shape,
+    *,
+    timeout_s: float,
+    answered: Callable[[Answer], None],
 ) -> web.StreamResponse:
-    """Raises GPUMeshError only while nothing was sent to the client."""
+    """``answered`` is told of the answer when its first bytes are there, for the books.
+
+    Raises GPUMeshError only while nothing was sent to the client.
+    """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
     answer = await mesh.send(demand, calls, timeout_s=timeout_s)
+    answered(answer)
     try:
         return await _pass_on(request, answer, shape)
     finally:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import Counters, HttpCall
 from gpumesh.backends.dialects import counters_of
 from gpumesh.balancer.outcomes import Outcome, judge, of_status
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
@@ -42,7 +42,9 @@ class Ended(Protocol):
 class Answer:
     """An answer's head, and its body as an async iterator of bytes. Iterate to the end or ``aclose``.
 
-    ``attempts`` counts the nodes that were tried, ``queue_ms`` the time spent waiting for a place.
+    ``attempts`` counts the nodes that were tried, ``queue_ms`` the time spent waiting for a place. ``outcome`` is how a
+    streaming answer ended, once it has; ``continuations`` how often another node went on with it; ``counters`` the
+    server's own figures, if it gave any.
     """
 
     def __init__(self, node: str, kind: BackendKind, status: int, headers: Headers) -> None:
@@ -53,6 +55,12 @@ class Answer:
         self.attempts = 1
         self.queue_ms = 0.0
         self.on_end: Ended | None = None
+        self.outcome: Outcome | None = None
+        self.continuations = 0
+
+    @property
+    def counters(self) -> Counters | None:
+        return None
 
     @property
     def body(self) -> bytes | None:
@@ -73,6 +81,7 @@ class Answer:
         return b"".join([piece async for piece in self])
 
     def _ended(self, outcome: Outcome) -> None:
+        self.outcome = outcome
         if self.on_end is not None:
             told, self.on_end = self.on_end, None
             told(outcome)
@@ -81,10 +90,23 @@ class Answer:
 class WholeAnswer(Answer):
     """One that is complete before anybody sees it."""
 
-    def __init__(self, node: str, kind: BackendKind, status: int, headers: Headers, body: bytes) -> None:
+    def __init__(
+        self,
+        node: str,
+        kind: BackendKind,
+        status: int,
+        headers: Headers,
+        body: bytes,
+        counters: Counters | None = None,
+    ) -> None:
         super().__init__(node, kind, status, headers)
         self._body = body
+        self._counters = counters
         self._given = False
+
+    @property
+    def counters(self) -> Counters | None:
+        return self._counters
 
     @property
     def body(self) -> bytes:
@@ -119,6 +141,10 @@ class StreamingAnswer(Answer):
         lease.abort = response.abort
         self._timer = asyncio.get_running_loop().call_later(deadline_in_s, self._deadline_passed)
         self._saw(first)
+
+    @property
+    def counters(self) -> Counters | None:
+        return self._watch.counters
 
     async def __anext__(self) -> bytes:
         if self._first:
@@ -239,7 +265,7 @@ async def _first_bytes(
         if counters is not None and counters.tokens:
             node.meter.add(counters.tokens)
         lease.release(Outcome.SERVED, counters=counters)
-        return WholeAnswer(node.name, node.kind, response.status, response.headers, body)
+        return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
     first = await response.read()
     watch = StreamWatch(call.path)
     if not first and not watch.done:
