@@ -97,12 +97,20 @@ def _pids_of(proc: Path, inodes: set[int]) -> list[int]:
         if not folder.name.isdigit():
             continue
         try:
-            links = [os.readlink(entry) for entry in os.scandir(folder / "fd")]
+            with os.scandir(folder / "fd") as entries:
+                links = {_link(entry) for entry in entries}
         except OSError:  # another user's, or gone
             continue
         if not wanted.isdisjoint(links):
             pids.append(int(folder.name))
     return pids
+
+
+def _link(entry: os.DirEntry[str]) -> str | None:
+    try:
+        return os.readlink(entry)
+    except OSError:  # closed since it was listed; the process's others still count
+        return None
 
 
 def _name_if_it_passes_on(process: Path) -> str | None:
