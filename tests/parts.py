@@ -29,6 +29,10 @@ def llama_server() -> Path | None:
     return path if path.is_file() else None
 
 
+def _package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def _root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -37,6 +41,9 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "sshd": ("OpenSSH's sshd and ssh-keygen", lambda: bool(program("sshd") and program("ssh-keygen"))),
     "ssh": ("OpenSSH's ssh", lambda: program("ssh") is not None),
     "llama-server": ("llama-server (tests/real/requirements.txt)", lambda: llama_server() is not None),
+    "curl": ("curl", lambda: program("curl") is not None),
+    "openai": ("the package openai", lambda: _package("openai")),
+    "ollama": ("the package ollama", lambda: _package("ollama")),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "netns": ("root, ip and nft for network namespaces", lambda: _root() and bool(program("ip") and program("nft"))),
 }
