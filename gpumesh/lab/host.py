@@ -100,7 +100,7 @@ def public_key(line: str) -> paramiko.PKey:
     kind, _, rest = line.strip().partition(" ")
     try:
         return paramiko.PKey.from_type_string(kind, base64.b64decode(rest.split(" ")[0], validate=True))
-    except (binascii.Error, paramiko.SSHException, IndexError) as error:
+    except (binascii.Error, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
         raise ValueError(f"not a public key: {line[:40]!r}") from error
 
 

@@ -1,0 +1,123 @@
+import asyncio
+import math
+from dataclasses import replace
+
+import pytest
+
+from gpumesh.lab import profile
+from gpumesh.lab.engine import Engine, Meter, Pacer, seconds_of
+from gpumesh.lab.profile import QWEN_7B, QWEN_14B
+
+FAST = profile.host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=math.inf, slots=2)
+
+
+async def hold(engine: Engine, entered: asyncio.Event, leave: asyncio.Event, model: str = "qwen2.5:7b") -> None:
+    found = engine.find(model)
+    assert found is not None
+    async with engine.lease(found, {}, None):
+        entered.set()
+        await leave.wait()
+
+
+async def test_requests_past_the_slots_wait_and_are_served_in_turn() -> None:
+    engine = Engine(FAST)
+    leave = asyncio.Event()
+    entered = [asyncio.Event() for _ in range(3)]
+    async with asyncio.TaskGroup() as group:
+        for event in entered:
+            group.create_task(hold(engine, event, leave))
+        await entered[1].wait()
+        assert not entered[2].is_set()
+        assert engine.running == 2
+        leave.set()
+    assert (engine.running, engine.max_running, engine.loads) == (0, 2, 1)
+
+
+async def test_other_options_make_a_reload_and_the_default_context_does_not() -> None:
+    engine = Engine(FAST)
+    asked: list[dict[str, object]] = [
+        {},
+        {"num_ctx": 32768},
+        {"temperature": 0.3},
+        {"num_ctx": 8192},
+        {"num_ctx": 8192},
+    ]
+    for options in asked:
+        async with engine.lease(QWEN_7B, options, None):
+            pass
+    assert engine.loads == 2
+    assert engine.loaded()[0].context_length == 8192
+
+
+async def test_a_model_leaves_memory_when_its_time_is_over() -> None:
+    now = 0.0
+    engine = Engine(FAST, clock=lambda: now)
+    async with engine.lease(QWEN_7B, {}, 10):
+        pass
+    now = 9.0
+    assert len(engine.loaded()) == 1
+    now = 10.0
+    assert engine.loaded() == []
+    assert engine.gpu_load().models == ()
+
+
+async def test_models_that_do_not_fit_together_take_turns() -> None:
+    small = profile.host("small", models=(QWEN_7B, QWEN_14B), load_s=0.0)
+    engine = Engine(replace(small, gpus=(profile.gpu("small", memory_mib=12000),)))
+    for model in (QWEN_7B, QWEN_14B, QWEN_7B):
+        async with engine.lease(model, {}, -1):
+            assert [runner.model.name for runner in engine.loaded()] == [model.name]
+    assert engine.loads == 3
+
+
+async def test_a_load_that_is_cancelled_leaves_nothing() -> None:
+    engine = Engine(profile.host("slow", load_s=3600.0))
+    task = asyncio.create_task(hold(engine, asyncio.Event(), asyncio.Event()))
+    while not engine.runners:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert engine.runners == {}
+
+
+async def test_a_prompt_seen_before_costs_only_what_is_new() -> None:
+    engine = Engine(profile.host("cache", load_s=0.0, prefill_tokens_per_s=1e6))
+    prompt = "word " * 1000
+    async with engine.lease(QWEN_7B, {}, None) as lease:
+        tokens, first_s = await engine.prefill(lease, prompt)
+        _, second_s = await engine.prefill(lease, prompt + "and more")
+    assert tokens == 1000
+    assert second_s < first_s / 100
+
+
+def test_the_meter_forgets() -> None:
+    now = 0.0
+    meter = Meter(1.0, lambda: now)
+    meter.set(1.0)
+    now = 10.0
+    assert meter.value() == pytest.approx(1.0, abs=1e-3)
+    meter.set(0.0)
+    now = 11.0
+    assert meter.value() == pytest.approx(math.exp(-1.0), abs=1e-3)
+
+
+async def test_a_pacer_that_is_late_catches_up_and_never_passes_its_total() -> None:
+    now = 0.0
+    pacer = Pacer(5, 100.0, lambda: now, 0.0)
+    now = 0.035
+    assert await pacer.due() == 3
+    now = 1.0
+    assert await pacer.due() == 5
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [(None, 300.0), (10, 10.0), ("5m", 300.0), ("1h30m", 5400.0), (-1, math.inf), ("-1s", math.inf), ("0", 0.0)],
+)
+def test_keep_alive(keep_alive: object, seconds: float) -> None:
+    assert seconds_of(keep_alive, 300.0) == seconds
+
+
+def test_a_keep_alive_that_is_no_duration_is_refused() -> None:
+    with pytest.raises(ValueError, match="invalid duration"):
+        seconds_of("soon", 300.0)

@@ -1,0 +1,144 @@
+"""The simulated host's SSH server, asked by OpenSSH's own client."""
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import paramiko
+import pytest
+
+from gpumesh.lab import keys, profile
+from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.profile import Faults
+from tests.parts import needs
+from tests.tunnels.polling import until
+
+GET = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@dataclass
+class Visitor:
+    host: SimHost
+    folder: Path
+
+    def command(self, *arguments: str, key: str = "id") -> list[str]:
+        options = ["-F", "none", "-o", "BatchMode=yes", "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}"]
+        options += ["-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=10"]
+        return ["ssh", *options, "-i", str(self.folder / key), "-p", str(self.host.ssh_port), *arguments]
+
+    async def run(self, *arguments: str, given: bytes | None = None, key: str = "id") -> tuple[int | None, bytes, str]:
+        async with self.started(*arguments, key=key) as process:
+            async with asyncio.timeout(20):
+                out, err = await process.communicate(given)
+            return process.returncode, out, err.decode()
+
+    @contextlib.asynccontextmanager
+    async def started(self, *arguments: str, key: str = "id") -> AsyncIterator[asyncio.subprocess.Process]:
+        pipe = subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *self.command(*arguments, key=key), stdin=pipe, stdout=pipe, stderr=pipe
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+
+
+@pytest.fixture
+async def visitor(tmp_path: Path) -> AsyncIterator[Visitor]:
+    host_key = keys.new_key()
+    authorized = []
+    for name, kind in (("id", "ed25519"), ("rsa", "rsa"), ("stranger", "ed25519")):
+        key = keys.new_key(kind)
+        (tmp_path / name).touch(0o600)
+        (tmp_path / name).write_text(key)
+        if name != "stranger":
+            authorized.append(keys.public_line(key))
+    async with SimHost(Start(profile.host("one", load_s=0.0), host_key, tuple(authorized))) as host:
+        assert host.ssh_port is not None
+        (tmp_path / "known_hosts").write_text(keys.known_hosts_line(host_key, host.ssh_port) + "\n")
+        yield Visitor(host, tmp_path)
+
+
+@needs("ssh")
+@pytest.mark.real
+@pytest.mark.parametrize("key", ["id", "rsa"])
+async def test_a_command_with_its_output_and_status(visitor: Visitor, key: str) -> None:
+    code, out, _ = await visitor.run("root@127.0.0.1", "hostname; nvidia-smi -L; exit 7", key=key)
+    hostname, gpu = out.decode().splitlines()
+    assert code == 7
+    assert hostname == visitor.host.profile.hostname
+    assert visitor.host.profile.gpus[0].uuid in gpu
+
+
+@needs("ssh")
+@pytest.mark.real
+async def test_standard_input_and_large_output(visitor: Visitor) -> None:
+    data = bytes(range(256)) * 4096
+    assert (await visitor.run("root@127.0.0.1", "cat", given=data))[:2] == (0, data)
+    _, out, _ = await visitor.run("root@127.0.0.1", "seq 200000")
+    assert out.splitlines()[-1] == b"200000"
+
+
+@needs("ssh")
+@pytest.mark.real
+async def test_who_is_refused(visitor: Visitor) -> None:
+    code, _, err = await visitor.run("root@127.0.0.1", "hostname", key="stranger")
+    assert (code, "Permission denied (publickey)" in err) == (255, True)
+    code, _, err = await visitor.run("somebody@127.0.0.1", "hostname")
+    assert (code, "Permission denied" in err) == (255, True)
+    await visitor.host.set_faults(Faults(ssh_refuse_key=True))
+    assert (await visitor.run("root@127.0.0.1", "hostname"))[0] == 255
+
+
+@needs("ssh")
+@pytest.mark.real
+async def test_a_forward_reaches_the_hosts_own_server_and_nothing_else(visitor: Visitor) -> None:
+    async with visitor.started("-W", "127.0.0.1:11434", "root@127.0.0.1") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(3):  # keep-alive: one connection, several exchanges
+            process.stdin.write(GET)
+            answer = await asyncio.wait_for(process.stdout.readuntil(b"}"), 20)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+    for target, words in (("127.0.0.1:9", "connect failed"), ("192.0.2.1:80", "administratively prohibited")):
+        code, _, err = await visitor.run("-W", target, "root@127.0.0.1", given=b"")
+        assert (code, words in err) == (255, True), err
+    await visitor.host.set_faults(Faults(ssh_no_forwarding=True))
+    _, _, err = await visitor.run("-W", "127.0.0.1:11434", "root@127.0.0.1", given=b"")
+    assert "administratively prohibited" in err
+
+
+@needs("ssh")
+@pytest.mark.real
+async def test_no_session_and_dropped_connections(visitor: Visitor) -> None:
+    async with visitor.started("root@127.0.0.1", "echo begun; sleep infinity") as process:
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"begun\n"
+        assert visitor.host.ssh is not None
+        assert visitor.host.ssh.connections == 1
+        await visitor.host.drop_connections()
+        assert await asyncio.wait_for(process.wait(), 20) == 255
+    await until(lambda: visitor.host.ssh is not None and visitor.host.ssh.connections == 0, "the connection ended")
+    await visitor.host.set_faults(Faults(ssh_no_session=True))
+    assert (await visitor.run("root@127.0.0.1", "hostname"))[0] == 255
+
+
+@needs("ssh")
+@pytest.mark.real
+async def test_a_command_ends_with_its_client(visitor: Visitor) -> None:
+    before = asyncio.all_tasks()
+    async with visitor.started("root@127.0.0.1", "echo begun; sleep infinity") as process:
+        assert process.stdout is not None
+        await asyncio.wait_for(process.stdout.readline(), 20)
+    await until(lambda: asyncio.all_tasks() <= before, "the command's task ended")
+
+
+def test_what_is_used_of_paramikos_inside_is_still_there() -> None:
+    for name in ("_queue_incoming_channel", "_send_user_message", "_parse_channel_open"):
+        assert callable(getattr(paramiko.Transport, name, None)), f"paramiko's {name} is gone: see lab/ssh.py"
