@@ -201,11 +201,29 @@ class GatewayPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingState:
+    """A request that waits for a place. ``position`` 0 is next; ``id`` is what its client called it (X-Request-Id).
+
+    ``node``: the only one that will do, if the client named one.
+    """
+
+    position: int
+    priority: str
+    model: str | None
+    node: str | None
+    waited_s: float
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayState:
+    """``waiting``: the first of those that are ``queued``."""
+
     url: str | None = None
     state: GatewayPhase = GatewayPhase.OFF
     in_flight: int = 0
     queued: int = 0
+    waiting: tuple[WaitingState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

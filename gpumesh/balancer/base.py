@@ -22,6 +22,7 @@ class Demand:
     """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
 
     ``place`` is false for what costs no inference (``show``, ``pull`` …): it neither waits for a place nor takes one.
+    ``id`` is what the client calls this request, for ``status``.
     ``affinity`` names what makes a reload when it differs (model and num_ctx …); ``session`` a prefix worth keeping.
     """
 
@@ -34,6 +35,7 @@ class Demand:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     place: bool = True
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

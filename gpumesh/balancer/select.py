@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
+from gpumesh.topology import BackendKind
 
 
 def same_model(asked: str, listed: str) -> bool:
@@ -84,7 +85,10 @@ def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collec
         available = sorted({name for candidate in usable for name in candidate.models or ()})
         away = [candidate.name for candidate in pool if not candidate.usable and has_model(candidate, demand.model)]
         hint = f"it is on {', '.join(away)}, which cannot be used now; " if away else ""
-        hint += f"there are: {', '.join(available) or 'no models'}; `ollama pull {demand.model}` on a host adds it"
+        hint += f"there are: {', '.join(available) or 'no models'}"
+        stores = [candidate.name for candidate in usable if candidate.kind is BackendKind.OLLAMA]
+        if stores:
+            hint += f"; it could be pulled to {', '.join(stores)}: `gpumesh models pull {demand.model}`"
         return ModelMissing(demand.model, available=tuple(available), hint=hint)
     if not any(candidate.kind in demand.kinds for candidate in usable):
         kinds = ", ".join(sorted(demand.kinds))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.policies import POLICIES
-from gpumesh.balancer.queue import Waiting, WaitQueue
+from gpumesh.balancer.queue import WaitQueue
 from gpumesh.balancer.select import has_model, select, why_none
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.node import Lease, Node
+from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 
 GRACE_S = 6.0
@@ -55,6 +57,21 @@ class Dispatcher:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    def waiting(self, limit: int) -> tuple[WaitingState, ...]:
+        """The first ``limit`` of the queue, next first."""
+        now = self._clock()
+        return tuple(
+            WaitingState(
+                position,
+                waiting.priority.value,
+                waiting.item.demand.model,
+                waiting.item.demand.node,
+                round(now - waiting.since, 3),
+                waiting.item.demand.id,
+            )
+            for position, waiting in enumerate(islice(self._queue, limit))
+        )
 
     def queued_for(self, node: str) -> int:
         """Those that wait for this node and no other."""
@@ -169,9 +186,6 @@ class Dispatcher:
     def _candidates(self) -> list[Candidate]:
         now = self._clock()
         return [node.candidate(now) for node in self._nodes.values()]
-
-    def position(self, waiting: Waiting[_Waiter]) -> int:
-        return self._queue.position(waiting)
 
 
 def _key(demand: Demand) -> Demand:

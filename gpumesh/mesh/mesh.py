@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ import httpx
 
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
-from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.base import Candidate, Demand, Priority
 from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, pause_s, worth_another_round
 from gpumesh.balancer.select import select, why_none
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
@@ -39,6 +39,8 @@ from gpumesh.topology import BackendKind, NodeSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
+
+SHOWN_WAITING = 100
 
 
 @dataclass(slots=True)
@@ -154,7 +156,11 @@ class Mesh:
             mesh=self.topology.name,
             at=datetime.now(UTC),
             gateway=GatewayState(
-                self.gateway.url, self.gateway.state, in_flight=self.in_flight, queued=self._dispatcher.queued
+                self.gateway.url,
+                self.gateway.state,
+                in_flight=self.in_flight,
+                queued=self._dispatcher.queued,
+                waiting=self._dispatcher.waiting(SHOWN_WAITING),
             ),
             totals=total(states),
             nodes=states,
@@ -205,11 +211,18 @@ class Mesh:
             pass
         raise self._why_none(demand)
 
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every node, as the balancer sees it now."""
+        now = self._clock()
+        return tuple(node.candidate(now) for node in self._nodes.values())
+
     def usable(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
         """The names of the nodes of these kinds that take work now, or would when they have a free place."""
-        now = self._clock()
-        candidates = [node.candidate(now) for node in self._nodes.values()]
-        return tuple(candidate.name for candidate in candidates if candidate.usable and candidate.kind in kinds)
+        return tuple(entry.name for entry in self.candidates() if entry.usable and entry.kind in kinds)
+
+    async def refresh(self, nodes: Iterable[str]) -> None:
+        """Asks these nodes' servers anew what they have: their store was changed through us. Raises nothing."""
+        await asyncio.gather(*(self._node(name).refresh() for name in nodes))
 
     def _why_none(self, demand: Demand) -> GPUMeshError:
         now = self._clock()

@@ -7,6 +7,7 @@ people see is ``state``; both are built from the last reports and the books, wit
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -86,7 +87,7 @@ class Lease:
 
 class Node:
     """``freed`` is called whenever a place may have become free or a node usable; ``identified`` when the GPUs that
-    it has turn out to be others than was known."""
+    it has turn out to be others than was known. ``attempts`` counts how those that took a place ended."""
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class Node:
         self._tunnel_state = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self._up = asyncio.Event()
         self._probe_now = asyncio.Event()
+        self._probing = asyncio.Lock()
         self._reported = asyncio.Event()
         self._gpus: GpuReport | None = None
         self._backend: BackendReport | None = None
@@ -131,6 +133,7 @@ class Node:
         self._last_busy = clock()
         self._served = self._failed = self._cancelled = 0
         self._last_failure: str | None = None
+        self.attempts: Counter[Outcome] = Counter()
         self.meter = RateMeter(clock)
         if not spec.enabled:
             self._reported.set()
@@ -181,12 +184,19 @@ class Node:
         while True:
             await self._up.wait()
             self._probe_now.clear()
-            await self._probe_backend()
+            async with self._probing:
+                await self._probe_backend()
             try:
                 async with asyncio.timeout(BACKEND_EVERY_S):
                     await self._probe_now.wait()
             except TimeoutError:
                 continue
+
+    async def refresh(self) -> None:
+        """Returns when the server was asked once more what it has, from now on and not before."""
+        async with self._probing:
+            if self._up.is_set():
+                await self._probe_backend()
 
     async def _probe_backend(self) -> None:
         assert self.tunnel is not None, "the loops run beside the tunnel"
@@ -338,6 +348,7 @@ class Node:
         self._leases.discard(lease)
         self._aside.discard(lease)
         self._last_busy = now
+        self.attempts[outcome] += counts
         verdict = judge(outcome)
         if outcome is Outcome.SERVED:
             self._served += counts

@@ -82,6 +82,7 @@ def test_a_missing_model_names_what_there_is_and_who_would_have_it() -> None:
     assert error.hint is not None
     assert "away" in error.hint
     assert "m:latest" in error.hint
+    assert "pulled to a:" in error.hint
     assert error.available == ("m:latest",)
 
 
