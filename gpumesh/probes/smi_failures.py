@@ -23,6 +23,10 @@ MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 _LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
+# What is a failure even under status 0, which WSL and wrapper scripts give to everything.
+_HIDDEN = re.compile(
+    rf"nvidia-smi has failed|failed to initialize nvml|^no devices were found|{_LOST.pattern}", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,7 @@ def failure(said: Said) -> Failure | None:
     text = printable(said.output, 2000)
     lower = text.lower()
     status = said.exit_status
-    # Some print their failure and exit 0 (WSL, wrappers).
-    hidden = "nvidia-smi has failed" in lower or "failed to initialize nvml" in lower
-    if status in (OK, INFOROM) and not hidden:
+    if status in (OK, INFOROM) and not _HIDDEN.search(text):
         return None
     if "is not a valid field" in lower:
         return Failure(

@@ -142,9 +142,10 @@ def _gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuStat
     bus = _words(row.get("pci.bus_id"), 40)
     index = _whole(row.get("index", ""))
     name = _words(row.get("name"), 100)
-    if index is None and uuid is None:
+    known = uuid is not None and uuid.startswith(("GPU-", "MIG-"))
+    if index is None and not known:
         return None
-    if uuid is None or not uuid.startswith(("GPU-", "MIG-")):
+    if uuid is None or not known:
         # Never taken for another host's GPU, nor for its own neighbour.
         uuid = f"unknown-{hostname or 'host'}-{bus or position}"
     return GpuState(
@@ -170,11 +171,11 @@ def _gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuStat
 
 def _words(value: str | None, limit: int) -> str | None:
     """A text that says something; ``[N/A]`` and its many spellings do not."""
-    said = printable(value or "", limit)
+    said = printable(value or "")
     lower = said.lower()
     if not said or lower in ("n/a", "err!", "unknown error") or (said.startswith("[") and said.endswith("]")):
         return None
-    return said
+    return printable(said, limit)
 
 
 def _float(value: str) -> float | None:
