@@ -28,7 +28,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "The connection to the host fails or was lost; the finding's message has the exact reason. It is retried "
         "until it works, and nothing is sent there meanwhile.",
         "Try it by hand with the ssh command that the hint names. Pods get a new port, often a new address, at each "
-        "restart: look it up at your provider and change `ssh.host` and `ssh.port`, or set `ssh.address_from`.",
+        "restart: look it up at your provider and change `ssh.host` and `ssh.port`, or set `address_from`.",
     ),
     (
         "host-unresolved",
