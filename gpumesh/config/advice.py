@@ -127,9 +127,11 @@ def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     strict = ssh.host_key_policy is HostKeyPolicy.STRICT
     if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
-        yield Finding(
-            "host-key-unknown", Severity.WARNING, node, message, f"`gpumesh trust {node}` shows and records it"
-        )
+        hint = f"`gpumesh trust {node}` shows and records it"
+        if ssh.proxy_jump:  # `trust` cannot look through another host
+            way = f"ssh -J {','.join(ssh.proxy_jump)} -p {ssh.port} {ssh.user}@{ssh.host}"
+            hint = f"log in once with `{way}`: it asks, and records the keys"
+        yield Finding("host-key-unknown", Severity.WARNING, node, message, hint)
     if ssh.address_from is not None and shutil.which(ssh.address_from.command[0]) is None:
         message = f"the program of address_from, {ssh.address_from.command[0]!r}, cannot be found or run"
         yield Finding("address-from", Severity.ERROR, node, message, "give its whole path, and make it executable")

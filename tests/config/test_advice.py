@@ -94,6 +94,16 @@ def test_hosts(ssh: SshSpec, tmp_path: Path) -> None:
     assert codes(replace(ssh, address_from=AddressCommand(("/no/such/program",)))) == ["address-from"]
 
 
+@pytest.mark.parametrize(
+    ("jump", "advice"), [((), "gpumesh trust a"), (("ada@gate", "inner"), "ssh -J ada@gate,inner")]
+)
+def test_how_a_key_comes_to_be_known(ssh: SshSpec, tmp_path: Path, jump: tuple[str, ...], advice: str) -> None:
+    """`trust` cannot look through a jump host, so it is not what somebody behind one is told to do."""
+    spec = replace(ssh, known_hosts=tmp_path / "none", proxy_jump=jump)
+    (finding,) = config.check(Topology("m", (NodeSpec("a", BackendSpec(), spec),)))
+    assert advice in (finding.hint or "")
+
+
 def test_aliases(ssh: SshSpec, tmp_path: Path) -> None:
     (tmp_path / ".ssh" / "config").write_text("Host jump\n  ProxyCommand x\nHost bad\n  ProxyJump bad\n")
     openssh = replace(ssh, transport=TransportKind.OPENSSH)
