@@ -22,6 +22,7 @@ GRACE_S = 1.0
 # What each kind cannot do without; the rest is waited for only so long, and then unknown.
 REQUIRED = {BackendKind.OLLAMA: ("version", "tags"), BackendKind.OPENAI: ("models",)}
 OPTIONAL_S = 1.5
+GREETING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +201,36 @@ async def _get(
         message = f"it cannot be reached: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
     except httpx.RemoteProtocolError as error:
+        said = _words(error)
         if "disconnected" in str(error) or "closed connection" in str(error):
-            message = "it closed the connection without an answer"
-            raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
-        message = f"the port answers, but not with HTTP: {_words(error)}"
+            # What is no HTTP and has no blank line (the banner of an SSH server) was read and passed over.
+            said = await _greeting(url)
+            if not said:
+                message = "it closed the connection without an answer"
+                raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
+        message = f"the port answers, but not with HTTP: {said}"
         raise ProbeError(message, finding="wrong-server", hint=_NOBODY) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_SILENT) from error
+
+
+async def _greeting(url: str) -> str:
+    """What a server that speaks no HTTP says to it, quoted; empty for nothing, and for a half answer in HTTP."""
+    place = httpx.URL(url)
+    if place.scheme != "http":
+        return ""
+    try:
+        async with asyncio.timeout(GREETING_S):
+            reader, writer = await asyncio.open_connection(place.host, place.port or 80, limit=1 << 12)
+            try:
+                writer.write(b"GET / HTTP/1.0\r\n\r\n")
+                said = await reader.read(200)
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return ""
+    return "" if said.startswith(b"HTTP/") or not printable(said) else repr(printable(said, 60))
 
 
 def _words(error: Exception) -> str:

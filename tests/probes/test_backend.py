@@ -1,0 +1,361 @@
+"""Against the lab's stand-in, and against sockets that say what no server should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from gpumesh.audit.catalog import CATALOG
+from gpumesh.lab import profile
+from gpumesh.lab.ollama import StandIn
+from gpumesh.probes.backend import BODY_LIMIT, BackendReport, probe_backend
+from gpumesh.state import BackendPhase, Severity
+from gpumesh.topology import BackendKind, BackendSpec, Target
+from tests.mesh.servers import LAST_CHUNK, Exchange, Scripted, chunk, chunked_head, serve, whole
+
+PATIENCE_S = 20.0
+OLLAMA = BackendSpec(targets=(Target("127.0.0.1", 11434),))
+OPENAI = BackendSpec(kind=BackendKind.OPENAI, targets=(Target("127.0.0.1", 8080),))
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as made:
+        yield made
+
+
+async def asked(
+    client: httpx.AsyncClient,
+    *urls: str,
+    spec: BackendSpec = OLLAMA,
+    key: str | None = None,
+    timeout_s: float = PATIENCE_S,
+) -> BackendReport:
+    return await probe_backend(client, spec, urls, api_key=key, timeout_s=timeout_s, node="iceland")
+
+
+def path_of(exchange: Exchange) -> str:
+    return exchange.head.split(b" ")[1].decode()
+
+
+def header(exchange: Exchange, name: str) -> str | None:
+    for line in exchange.head.decode().split("\r\n")[1:]:
+        key, _, value = line.partition(": ")
+        if key.lower() == name.lower():
+            return value
+    return None
+
+
+def json_of(document: Any) -> bytes:
+    return whole(json.dumps(document).encode())
+
+
+# -- servers that are right ------------------------------------------------------------------------------------------
+
+
+async def test_what_ollama_says_of_itself(client: httpx.AsyncClient) -> None:
+    models = (profile.QWEN_7B, profile.EMBEDDER)
+    async with StandIn(profile.host("iceland", models=models)) as server:
+        report = await asked(client, server.url)
+    state = report.state
+    assert (state.kind, state.state, state.url, state.last_error) == ("ollama", BackendPhase.UP, server.url, None)
+    assert (state.version, set(state.models)) == (profile.VERSION, {model.name for model in models})
+    assert state.latency_ms is not None
+    assert state.latency_ms > 0
+    assert (report.findings, report.url) == ((), server.url)
+    assert report.inventory is not None
+    assert {info.digest for info in report.inventory.catalog} == {model.digest for model in models}
+
+
+async def test_what_llama_server_says_of_itself(client: httpx.AsyncClient) -> None:
+    answers = {
+        "/v1/models": {"data": [{"id": "tiny", "owned_by": "llamacpp", "meta": {"size": 3 << 20, "n_params": 7e9}}]},
+        "/health": {"status": "ok"},
+        "/props": {"total_slots": 4, "build_info": "b1234", "default_generation_settings": {"n_ctx": 4096}},
+        "/version": {},
+    }
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(json_of(answers[path_of(exchange)]))
+
+    async with serve(script) as server:
+        report = await asked(client, server.url, spec=OPENAI)
+    assert (report.state.state, report.state.version, report.state.models) == (BackendPhase.UP, "b1234", ("tiny",))
+    (loaded,) = report.state.loaded
+    assert (loaded.name, loaded.context_length) == ("tiny", 4096)
+    assert report.inventory is not None
+    assert report.inventory.parallel == 4
+
+
+async def test_what_is_not_needed_may_hang_or_be_missing(client: httpx.AsyncClient) -> None:
+    """vLLM has no /props, Ollama's oldest no /api/ps; neither makes a server unusable."""
+
+    async def script(exchange: Exchange) -> None:
+        if path_of(exchange) == "/v1/models":
+            await exchange.send(json_of({"data": [{"id": "m"}]}))
+        elif path_of(exchange) == "/health":
+            await exchange.client_gone()
+            exchange.over = True
+        elif path_of(exchange) == "/props":
+            exchange.reset()
+        else:
+            await exchange.send(whole(b"not found", status="404 Not Found"))
+
+    async with serve(script) as server:
+        report = await asked(client, server.url, spec=OPENAI)
+    assert report.state.models == ("m",)
+    assert report.findings == ()
+
+
+async def test_the_host_header_is_the_hosts_own(client: httpx.AsyncClient) -> None:
+    """Ollama on loopback refuses the name of our end of the tunnel without a word."""
+    seen: set[str | None] = set()
+
+    async def script(exchange: Exchange) -> None:
+        seen.add(header(exchange, "Host"))
+        await exchange.send(json_of({"version": "0.12.6", "models": []}))
+
+    async with serve(script) as server:
+        await asked(client, server.url)
+    assert seen == {"127.0.0.1:11434"}
+
+
+async def test_the_key_goes_along(client: httpx.AsyncClient) -> None:
+    async def script(exchange: Exchange) -> None:
+        right = header(exchange, "Authorization") == "Bearer secret"
+        await exchange.send(
+            json_of({"version": "1", "models": []}) if right else whole(b"{}", status="401 Unauthorized")
+        )
+
+    async with serve(script) as server:
+        assert (await asked(client, server.url, key="secret")).findings == ()
+        (finding,) = (await asked(client, server.url)).findings
+    assert finding.code == "key-refused"
+
+
+# -- candidates ------------------------------------------------------------------------------------------------------
+
+FREE = "http://127.0.0.1:1"  # nothing listens there
+
+
+async def test_the_first_in_order_that_answers_is_used(client: httpx.AsyncClient) -> None:
+    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+        assert (await asked(client, one.url, two.url)).url == one.url
+        assert (await asked(client, two.url, one.url)).url == two.url
+        assert (await asked(client, FREE, two.url)).url == two.url
+        await one.set_faults(profile.Faults(status=500))
+        assert (await asked(client, one.url, two.url)).url == two.url
+
+
+async def test_a_candidate_that_hangs_is_not_waited_for_for_long(client: httpx.AsyncClient) -> None:
+    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+        await one.set_faults(profile.Faults(hang=True))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        report = await asked(client, one.url, two.url, timeout_s=60.0)
+        assert loop.time() - began < 30.0
+    assert report.url == two.url
+
+
+async def test_nobody_answers(client: httpx.AsyncClient) -> None:
+    report = await asked(client, FREE, "http://127.0.0.1:2")
+    (finding,) = report.findings
+    assert (finding.code, finding.severity, finding.node) == ("backend-down", Severity.ERROR, "iceland")
+    assert FREE in finding.message
+    assert (report.state.state, report.url, report.inventory) == (BackendPhase.DOWN, None, None)
+    assert (report.state.last_error, report.state.error_code) == (finding.message, "backend-down")
+
+
+async def test_who_answers_wrongly_says_more_than_who_is_silent(client: httpx.AsyncClient) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(whole(b"<html><title>Open WebUI</title></html>", kind="text/html"))
+
+    async with serve(script) as server:
+        (finding,) = (await asked(client, FREE, server.url)).findings
+    assert finding.code == "wrong-server"
+    assert 'a web page, "Open WebUI"' in finding.message
+
+
+async def test_no_way_at_all(client: httpx.AsyncClient) -> None:
+    (finding,) = (await asked(client)).findings
+    assert finding.code == "backend-down"
+
+
+# -- servers that are wrong ------------------------------------------------------------------------------------------
+
+
+async def page(exchange: Exchange) -> None:
+    await exchange.send(whole(b"<!DOCTYPE html><title>nginx \x1b[31m</title>", kind="text/html"))
+
+
+async def openai_server(exchange: Exchange) -> None:
+    error = {"error": {"message": "not found", "type": "invalid_request_error"}}
+    await exchange.send(whole(json.dumps(error).encode(), status="404 Not Found"))
+
+
+async def other_json(exchange: Exchange) -> None:
+    await exchange.send(json_of({"hello": "world"}))
+
+
+async def a_list(exchange: Exchange) -> None:
+    await exchange.send(json_of([1, 2, 3]))
+
+
+async def refused_host(exchange: Exchange) -> None:
+    await exchange.send(whole(b"", status="403 Forbidden"))
+
+
+async def wants_a_key(exchange: Exchange) -> None:
+    await exchange.send(whole(b'{"error":"unauthorized"}', status="401 Unauthorized"))
+
+
+async def loading(exchange: Exchange) -> None:
+    await exchange.send(whole(b'{"error":{"message":"Loading model"}}', status="503 Service Unavailable"))
+
+
+async def fails(exchange: Exchange) -> None:
+    await exchange.send(whole(b"\x1b[2Joops", status="500 Internal Server Error"))
+
+
+async def busy(exchange: Exchange) -> None:
+    await exchange.send(whole(b"", status="429 Too Many Requests"))
+
+
+async def closes(exchange: Exchange) -> None:
+    exchange.close()
+
+
+async def resets(exchange: Exchange) -> None:
+    exchange.reset()
+
+
+async def cut_short(exchange: Exchange) -> None:
+    await exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"version"')
+    exchange.close()
+
+
+async def endless(exchange: Exchange) -> None:
+    await exchange.send(chunked_head())
+    piece = chunk(b" " * (1 << 20))
+    for _ in range((BODY_LIMIT >> 20) + 2):
+        await exchange.send(piece)
+    await exchange.send(LAST_CHUNK)
+
+
+async def ssh_server(exchange: Exchange) -> None:
+    await exchange.send(b"SSH-2.0-OpenSSH_9.6\r\nInvalid SSH identification string.\r\n")
+    exchange.close()
+
+
+async def database(exchange: Exchange) -> None:
+    await exchange.send(b"-ERR wrong number of arguments for 'get' command\r\n\r\n")
+    exchange.close()
+
+
+async def redirects(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+
+
+async def silent(exchange: Exchange) -> None:
+    await exchange.client_gone()
+    exchange.over = True
+
+
+@dataclass(frozen=True)
+class Wrong:
+    script: Callable[[Exchange], Awaitable[None]]
+    code: str
+    message: str
+    hint: str
+
+
+WRONG = {
+    "a web page": Wrong(page, "wrong-server", 'a web page, "nginx"', "11434"),
+    "an OpenAI server": Wrong(openai_server, "wrong-server", "an OpenAI-compatible server", "backend.kind: openai"),
+    "other JSON": Wrong(other_json, "wrong-server", "hello", "backend.port"),
+    "a list": Wrong(a_list, "wrong-server", "[1, 2, 3]", "backend.port"),
+    "Host refused": Wrong(refused_host, "host-refused", "Host header", "OLLAMA_HOST=0.0.0.0"),
+    "wants a key": Wrong(wants_a_key, "key-refused", "unauthorized", "api_key_env"),
+    "loading": Wrong(loading, "backend-down", "Loading model", ""),
+    "error 500": Wrong(fails, "backend-down", "oops", ""),
+    "error 429": Wrong(busy, "backend-down", "HTTP 429", ""),
+    "closes": Wrong(closes, "backend-down", "closed the connection", "start the server"),
+    "resets": Wrong(resets, "backend-down", "", ""),
+    "cut short": Wrong(cut_short, "backend-down", "closed", ""),
+    "endless": Wrong(endless, "wrong-server", "more than 8 MiB", "backend.port"),
+    "an SSH server": Wrong(ssh_server, "wrong-server", "not with HTTP: 'SSH-2.0-OpenSSH_9.6", "backend.port"),
+    "a database": Wrong(database, "wrong-server", "not with HTTP", "backend.port"),
+    "redirects": Wrong(redirects, "wrong-server", "302", "backend.port"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_a_server_that_is_none(client: httpx.AsyncClient, name: str) -> None:
+    wrong = WRONG[name]
+    async with serve(wrong.script) as server:
+        report = await asked(client, server.url)
+    (finding,) = report.findings
+    assert finding.code == wrong.code
+    assert finding.code in CATALOG
+    assert wrong.message in finding.message
+    assert wrong.hint in (finding.hint or "")
+    assert "127.0.0.1:11434" in finding.message, "as the host knows it, not as our end of the tunnel is called"
+    assert finding.message.isprintable()
+    assert (report.state.state, report.state.models) == (BackendPhase.DOWN, ())
+
+
+async def test_a_server_that_is_silent(client: httpx.AsyncClient) -> None:
+    async with serve(silent) as server:
+        (finding,) = (await asked(client, server.url, timeout_s=0.2)).findings
+    assert (finding.code, "0.2 s" in finding.message) == ("backend-down", True)
+    assert "stuck" in (finding.hint or "")
+
+
+async def test_an_ollama_where_an_openai_server_should_be(client: httpx.AsyncClient) -> None:
+    """Ollama speaks /v1 as well, so that is right; what has no /v1 is not."""
+    async with StandIn(profile.host("one")) as server:
+        assert (await asked(client, server.url, spec=OPENAI)).state.models == ("qwen2.5:7b",)
+    async with serve(page) as other:
+        (finding,) = (await asked(client, other.url, spec=OPENAI)).findings
+    assert (finding.code, "backend.kind: ollama" in (finding.hint or "")) == ("wrong-server", True)
+
+
+async def test_hostile_names_are_made_safe(client: httpx.AsyncClient) -> None:
+    hostile = "\x1b]0;owned\x07qwen\x1b[31m\u202e"
+    entry = {"name": hostile, "digest": hostile, "size": "x", "modified_at": 5, "details": [1]}
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(json_of({"version": hostile, "models": [entry, None, 5, {"name": ""}]}))
+
+    async with serve(script) as server:
+        report = await asked(client, server.url)
+    assert (report.state.version, report.state.models) == ("qwen", ("qwen",))
+    assert report.state.catalog[0].digest == "qwen"
+    assert (report.state.catalog[0].size_mib, report.state.catalog[0].modified_at) == (None, None)
+
+
+async def test_a_probe_that_is_cancelled_leaves_no_connection(client: httpx.AsyncClient) -> None:
+    gone = asyncio.Event()
+    came = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        came.set()
+        await exchange.client_gone()
+        exchange.over = True
+        gone.set()
+
+    server: Scripted
+    async with serve(script) as server:
+        task = asyncio.create_task(asked(client, server.url))
+        async with asyncio.timeout(PATIENCE_S):
+            await came.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await gone.wait()
