@@ -34,8 +34,8 @@ def stream_body(tokens: int, rate: float) -> bytes:
     ).encode()
 
 
-def request(host: str, body: bytes) -> bytes:
-    head = f"POST /api/chat HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+def request(host: str, body: bytes, path: str = "/api/chat") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
 
 
@@ -129,7 +129,7 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
-async def sequential(host: str, port: int, count: int, warm_up: int = 50) -> Sequential:
+async def sequential(host: str, port: int, count: int, warm_up: int = 50, path: str = "/api/chat") -> Sequential:
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[int] = loop.create_future()
 
@@ -138,7 +138,7 @@ async def sequential(host: str, port: int, count: int, warm_up: int = 50) -> Seq
             answered.set_result(status)
 
     transport, _ = await loop.create_connection(lambda: Connection(on_answer), host, port)
-    message, times, errors = request(f"{host}:{port}", BODY), [], 0
+    message, times, errors = request(f"{host}:{port}", BODY, path), [], 0
     try:
         for index in range(count + warm_up):
             answered = loop.create_future()
@@ -157,9 +157,11 @@ async def sequential(host: str, port: int, count: int, warm_up: int = 50) -> Seq
     return Sequential(percentile(times, 0.5), percentile(times, 0.99), errors)
 
 
-async def throughput(host: str, port: int, in_flight: int, seconds: float, warm_up_s: float = 0.5) -> Throughput:
+async def throughput(
+    host: str, port: int, in_flight: int, seconds: float, warm_up_s: float = 0.5, path: str = "/api/chat"
+) -> Throughput:
     loop = asyncio.get_running_loop()
-    message = request(f"{host}:{port}", BODY)
+    message = request(f"{host}:{port}", BODY, path)
     served = errors = 0
     running = True
     connections: list[Connection] = []
@@ -269,13 +271,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rate", type=float, default=100.0)
     parser.add_argument("--spread", type=float, default=0.0)
+    parser.add_argument("--path", default="/api/chat", help="for sequential and throughput")
     given = parser.parse_args()
     parts = urlsplit(given.url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     if given.kind == "sequential":
-        result: Sequential | Throughput | Streams = uvloop.run(sequential(host, port, given.n))
+        result: Sequential | Throughput | Streams = uvloop.run(sequential(host, port, given.n, path=given.path))
     elif given.kind == "throughput":
-        result = uvloop.run(throughput(host, port, given.n, given.seconds))
+        result = uvloop.run(throughput(host, port, given.n, given.seconds, path=given.path))
     else:
         result = uvloop.run(streams(host, port, given.n, given.tokens, given.rate, given.spread))
     print(json.dumps(asdict(result)))
