@@ -1,0 +1,55 @@
+"""What a process has: what it must not have more of after all the trouble than before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """Open file descriptors, threads, child processes (those that are dead and not reaped, too) and KiB of memory."""
+
+    fds: int
+    threads: int
+    children: int
+    rss_kib: int
+
+    @classmethod
+    def of(cls, pid: int) -> Belongings:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        fds = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(fds, int(status["Threads"]), len(children(pid)), int(status["VmRSS"].split()[0]))
+
+    @property
+    def countable(self) -> tuple[int, int, int]:
+        """What must be exactly the same."""
+        return self.fds, self.threads, self.children
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def title(pid: int) -> str:
+    """Its arguments as ``ps`` shows them; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def zygotes(pid: int) -> list[int]:
+    """Those that fork the tunnels' processes of the mesh that runs in ``pid``."""
+    return [child for child in children(pid) if title(child).startswith("gpumesh tunnels")]
+
+
+def workers(pid: int) -> list[int]:
+    """The tunnels' processes of the mesh that runs in ``pid``."""
+    return [worker for zygote in zygotes(pid) for worker in children(zygote)]

@@ -1,0 +1,146 @@
+"""A GPU host beyond a network: OpenSSH's sshd and a stand-in for Ollama, in a network namespace of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from gpumesh.lab import profile
+from gpumesh.lab.host import Start
+from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
+from gpumesh.tunnels import hostkeys
+from gpumesh.wire import to_json
+from tests.real.netns import Namespace
+from tests.tunnels.sshd import Sshd
+
+MODEL = "qwen2.5:7b"
+OLLAMA = 11434
+START_S = 30.0
+
+
+def lively(name: str) -> profile.HostProfile:
+    """A host that answers within half a second, to many at once."""
+    return profile.host(
+        name,
+        tokens_per_s=150.0,
+        prefill_tokens_per_s=float("inf"),
+        load_s=0.0,
+        slots=64,
+        answer_tokens=(20, 60),
+        ssh=False,
+    )
+
+
+class FarHost:
+    """An async context manager. ``sshd`` is its SSH server, ``net`` the cable to it, ``known_hosts`` what we know of
+    it: nothing, until ``trust``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.net = Namespace()
+        self.sshd = Sshd(folder / "sshd")
+        self.known_hosts = folder / "known_hosts"
+        self._ollama: asyncio.subprocess.Process | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.net)
+            stack.push_async_callback(self.stop_ollama)
+            await self.start_ollama()
+            self.sshd.address, self.sshd.prefix = self.net.there, self.net.prefix
+            self.sshd.options["ListenAddress"] = "0.0.0.0"
+            await stack.enter_async_context(self.sshd)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def node(self, name: str, transport: TransportKind, **changes: Any) -> NodeSpec:
+        """``changes`` are of its ``ssh``."""
+        backend = BackendSpec(targets=(Target("127.0.0.1", OLLAMA),))
+        changes = {"transport": transport, "known_hosts": self.known_hosts, **changes}
+        return NodeSpec(name, backend, ssh=self.sshd.spec(**changes))
+
+    async def trust(self, *nodes: str) -> None:
+        """Records its key for these nodes, as `gpumesh trust` does."""
+        for node in nodes:
+            key = await hostkeys.fetch_host_key(node, self.sshd.spec())
+            hostkeys.record(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
+
+    # -- its Ollama --------------------------------------------------------------------------------------------------
+
+    async def start_ollama(self) -> None:
+        self._ollama = process = await asyncio.create_subprocess_exec(
+            *(*self.net.prefix, sys.executable, "-m", "gpumesh.lab.host"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        start = Start(lively("far"), host_key="", authorized=(), backend_port=OLLAMA)
+        process.stdin.write(json.dumps(to_json(start)).encode() + b"\n")
+        async with asyncio.timeout(START_S):
+            reply = await process.stdout.readline()
+        assert json.loads(reply)["backend_port"] == OLLAMA, reply
+
+    async def stop_ollama(self) -> None:
+        """SIGKILL."""
+        if self._ollama is not None:
+            if self._ollama.returncode is None:
+                self._ollama.kill()
+            await self._ollama.communicate()
+            self._ollama = None
+
+    # -- its sshd ----------------------------------------------------------------------------------------------------
+
+    @property
+    def listener(self) -> int:
+        assert self.sshd.process is not None
+        return self.sshd.process.pid
+
+    def sessions(self) -> set[int]:
+        """The processes of all its SSH connections, also of those whose listener is gone."""
+        apart = {self._ollama.pid if self._ollama is not None else 0}
+        if self.sshd.process is not None:
+            apart.add(self.listener)
+        return self.net.processes() - apart
+
+    def signal(self, pids: Iterable[int], sign: signal.Signals) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+
+    async def kill_listener(self) -> None:
+        """SIGKILL for the one that listens; connections that it had accepted have processes of their own."""
+        assert self.sshd.process is not None
+        self.sshd.process.kill()
+        await asyncio.to_thread(self.sshd.process.wait)
+        self.sshd.process = None
+
+    async def kill_sessions(self) -> None:
+        self.signal(self.sessions(), signal.SIGKILL)
+
+    async def restart_sshd(self, **options: str) -> None:
+        """As after a change of its sshd_config: the connections that it had are ended, too."""
+        before = self.sessions()
+        await self.sshd.stop()
+        self.signal(before, signal.SIGKILL)
+        self.sshd.options |= options
+        await self.sshd.start()
+
+    def connections(self) -> int:
+        """How many SSH connections its listener holds for alive."""
+        assert self.sshd.process is not None
+        found = 0
+        for task in Path(f"/proc/{self.listener}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += len(task.read_text().split())
+        return found
