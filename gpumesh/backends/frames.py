@@ -44,8 +44,8 @@ class Lines:
 class Events:
     """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2); their names are of no use here.
 
-    ``error:`` lines, as older llama-servers write them in mid-stream, are given as data as well: they hold the same
-    JSON.
+    ``error:`` lines, as older llama-servers write them in mid-stream, hold the bare error: they are given as data of
+    the form that all others write, ``{"error":…}``.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,8 @@ class Events:
                 continue
             field, _, value = line.partition(b":")
             if field in (b"data", b"error"):
-                self._data.append(value.removeprefix(b" "))
+                value = value.removeprefix(b" ")
+                self._data.append(value if field == b"data" else b'{"error":' + value + b"}")
                 if sum(map(len, self._data)) > LINE_LIMIT:
                     raise not_this_server(f"an event of more than {LINE_LIMIT >> 20} MiB")
         return found

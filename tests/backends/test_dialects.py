@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.backends.base import Counters
+from gpumesh.backends.dialects import DIALECTS, counters_of, host_header
+from gpumesh.topology import BackendKind, Target
+
+
+def test_each_kind_has_a_dialect() -> None:
+    assert set(DIALECTS) == set(BackendKind)
+
+
+NATIVE = {"done": True, "eval_count": 5, "eval_duration": 1_000_000}
+USAGE = {"usage": {"prompt_tokens": 2, "completion_tokens": 5}}
+
+
+def sse(*documents: Any) -> bytes:
+    return b"".join(b"event: x\ndata: " + json.dumps(document).encode() + b"\n\n" for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (json.dumps(NATIVE).encode(), Counters(tokens=5, eval_ms=1.0)),
+        (json.dumps({"total_duration": 3_000_000}).encode(), Counters(total_ms=3.0)),
+        (json.dumps({"message": {"content": "x"}}).encode() + b"\n" + json.dumps(NATIVE).encode() + b"\n",
+         Counters(tokens=5, eval_ms=1.0)),
+        (json.dumps(USAGE).encode(), Counters(2, 5)),
+        (sse({"choices": []}, USAGE) + b"data: [DONE]\n\n", Counters(2, 5)),
+        (sse({"type": "response.completed", "response": {"usage": {"input_tokens": 2, "output_tokens": 5}}}),
+         Counters(2, 5)),
+        (sse({"type": "message_start", "message": {"usage": {"input_tokens": 2, "output_tokens": 5}}}), Counters(2, 5)),
+        (sse({"type": "message_delta", "usage": {"output_tokens": 5}}), Counters(tokens=5)),
+        (b'{"choices":[]}', None),
+        (b"", None),
+        (b"nonsense\nmore", None),
+        (b"[1]", None),
+        (b'{"response": 5, "message": "x"}', None),
+    ],
+)  # fmt: skip
+def test_counters_of_any_answer(body: bytes, found: Counters | None) -> None:
+    assert counters_of(body) == found
+
+
+@given(st.binary(max_size=300))
+def test_no_body_crashes(body: bytes) -> None:
+    counters_of(body)
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        (Target("127.0.0.1", 11434), "127.0.0.1:11434"),
+        (Target("localhost", 80), "127.0.0.1:80"),
+        (Target("LOCALHOST", 80), "127.0.0.1:80"),
+        (Target("::1", 11434), "127.0.0.1:11434"),
+        (Target("127.8.9.1", 1), "127.0.0.1:1"),
+        (Target("10.0.0.5", 11434), "10.0.0.5:11434"),
+        (Target("fe80::1", 11434), "[fe80::1]:11434"),
+        (Target("box.local", 443, "https"), "box.local:443"),
+    ],
+)
+def test_the_host_header_is_what_the_server_calls_itself(target: Target, host: str) -> None:
+    assert host_header(target) == host

@@ -1,0 +1,115 @@
+"""Lines and events, however the network cut them up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpumesh.backends.frames import LINE_LIMIT, Events, Lines
+from gpumesh.errors import ProbeError
+
+CUTS = st.lists(st.integers(0, 400), max_size=8)
+
+
+def pieces(data: bytes, places: list[int]) -> list[bytes]:
+    cuts = sorted({min(place, len(data)) for place in places} | {0, len(data)})
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def lines_of(data: bytes, places: list[int]) -> list[bytes]:
+    reader = Lines()
+    found = [line for piece in pieces(data, places) for line in reader.feed(piece)]
+    rest = reader.rest()
+    return [*found, rest] if rest else found
+
+
+def events_of(data: bytes, places: list[int]) -> list[bytes]:
+    reader = Events()
+    found = [event for piece in pieces(data, places) for event in reader.feed(piece)]
+    return [*found, *reader.rest()]
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"a", [b"a"]),
+        (b"a\n", [b"a"]),
+        (b"a\r\nb\r\n", [b"a", b"b"]),
+        (b"\n\na\n", [b"", b"", b"a"]),
+        ("é\u2028x\n".encode(), ["é\u2028x".encode()]),
+        (b"a\rb\n", [b"a\rb"]),
+    ],
+)
+def test_lines(data: bytes, lines: list[bytes]) -> None:
+    for place in range(len(data) + 1):
+        assert lines_of(data, [place]) == lines
+    assert lines_of(data, list(range(len(data)))) == lines, "byte by byte"
+
+
+@pytest.mark.parametrize(
+    ("data", "events"),
+    [
+        (b"data: a\n\n", [b"a"]),
+        (b"data:a\n\ndata:  b\n\n", [b"a", b" b"]),
+        (b"data: a\r\ndata: b\r\n\r\n", [b"a\nb"]),
+        (b": keepalive\n\nevent: message_start\ndata: {}\n\n", [b"{}"]),
+        (b"id: 1\nretry: 5\n\n\n\ndata: x\n\n", [b"x"]),
+        (b"data: last, without its blank line", [b"last, without its blank line"]),
+        (b'error: {"code":500}\n\n', [b'{"error":{"code":500}}']),
+        (b"data\n\n", [b""]),
+        (b"garbage\n\n", []),
+    ],
+)
+def test_events(data: bytes, events: list[bytes]) -> None:
+    for place in range(len(data) + 1):
+        assert events_of(data, [place]) == events
+    assert events_of(data, list(range(len(data)))) == events, "byte by byte"
+
+
+@given(st.binary(max_size=400), CUTS)
+def test_cuts_do_not_matter(data: bytes, places: list[int]) -> None:
+    assert lines_of(data, places) == lines_of(data, [])
+    assert events_of(data, places) == events_of(data, [])
+
+
+def feed_mib(take: Callable[[bytes], object], piece: bytes) -> None:
+    for _ in range((LINE_LIMIT >> 20) + 2):
+        take(piece)
+
+
+@pytest.mark.parametrize(
+    ("take", "piece"),
+    [
+        (Lines().feed, b"x" * (1 << 20)),
+        (Events().feed, b"x" * (1 << 20)),
+        (Events().feed, b"data: " + b"x" * (1 << 20) + b"\n"),
+    ],
+    ids=["a line", "an event's line", "an event of many lines"],
+)
+def test_what_has_no_end_does_not_fill_memory(take: Callable[[bytes], object], piece: bytes) -> None:
+    with pytest.raises(ProbeError, match="16 MiB") as caught:
+        feed_mib(take, piece)
+    assert caught.value.finding == "wrong-server"
+
+
+def test_many_short_pieces_cost_no_more_than_their_length() -> None:
+    """Not one copy of the whole line for each piece of it."""
+    reader = Lines()
+    for _ in range(200_000):
+        reader.feed(b"x")
+    (line,) = reader.feed(b"\n")
+    assert len(line) == 200_000
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 50))
+def test_a_line_at_the_bound_passes(size: int) -> None:
+    reader = Lines(limit=size)
+    assert reader.feed(b"x" * size + b"\n") == [b"x" * size]
+    with pytest.raises(ProbeError):
+        Lines(limit=size).feed(b"x" * (size + 1))

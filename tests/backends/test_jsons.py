@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.backends import jsons
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"nonsense", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 5000, b"null"])
+def test_what_is_no_document_is_none(data: bytes) -> None:
+    assert jsons.parse(data) is None
+    assert jsons.parse_object(data) is None
+
+
+def test_an_object_is_an_object() -> None:
+    assert jsons.parse_object(b'{"a":1}') == {"a": 1}
+    assert jsons.parse_object(b"[1]") is None
+    assert jsons.parse(b"[1]") == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"),
+    [(0, 0), (5, 5), (5.9, 5), (-1, None), (True, None), ("5", None), (None, None), (1 << 70, None), ([], None)],
+)
+def test_whole(value: Any, whole: int | None) -> None:
+    assert jsons.whole(value) == whole
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, True, "1", None, -0.1])
+def test_what_is_no_number(value: Any) -> None:
+    assert jsons.number(value) is None
+    assert jsons.whole(value) is None or value == 1e300
+    assert jsons.mib(value) is None
+
+
+def test_mib_is_rounded() -> None:
+    assert (jsons.mib(5_368_709_120), jsons.mib(1_500_000), jsons.mib(0)) == (5120, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "instant"),
+    [
+        ("2026-11-24T04:10:00.123456789Z", datetime(2026, 11, 24, 4, 10, 0, 123456, UTC)),
+        ("2026-11-24T04:10:00.1+02:00", datetime(2026, 11, 24, 2, 10, 0, 100000, UTC)),
+        ("2026-11-24T04:10:00", datetime(2026, 11, 24, 4, 10, tzinfo=UTC)),
+        ("2318-03-01T00:00:00.000000001-07:00", datetime(2318, 3, 1, 7, tzinfo=UTC)),
+        ("0001-01-01T00:00:00Z", None),
+        ("9999-12-31T23:59:59-23:00", None),
+        ("yesterday", None),
+        ("", None),
+        ("2" * 100, None),
+        (5, None),
+        (None, None),
+    ],
+)
+def test_instants_as_go_writes_them(text: Any, instant: datetime | None) -> None:
+    assert jsons.instant(text) == instant
+
+
+def test_objects_of_a_list() -> None:
+    assert jsons.objects([{"a": 1}, 5, None, {"b": 2}]) == ({"a": 1}, {"b": 2})
+    assert jsons.objects({"a": 1}) == ()
+    assert len(jsons.objects([{}] * 20_000)) == 10_000
+
+
+def test_compact_keeps_letters_and_lone_surrogates() -> None:
+    assert jsons.compact({"a": "é日"}) == '{"a":"é日"}'.encode()
+    assert json.loads(jsons.compact({"a": "\ud800"})) == {"a": "\ud800"}
+
+
+@given(ANYTHING)
+def test_no_value_raises(value: Any) -> None:
+    for read in (jsons.text, jsons.whole, jsons.number, jsons.mib, jsons.objects, jsons.instant):
+        read(value)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise(data: bytes) -> None:
+    jsons.parse(data)
+    assert jsons.parse_object(data) is None or isinstance(jsons.parse_object(data), dict)
+
+
+@given(st.text(max_size=40))
+def test_no_text_raises_as_an_instant(text: str) -> None:
+    found = jsons.instant(text)
+    assert found is None or found.tzinfo is UTC
