@@ -20,8 +20,8 @@ from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState
 
 if TYPE_CHECKING:
-    from gpumesh.cli.render import Scene
     from gpumesh.cli.run import Result
+    from gpumesh.cli.scene import Scene
     from gpumesh.daemon.host import Stop
     from gpumesh.daemon.local import LocalSession
     from gpumesh.lab.lab import Lab
@@ -65,7 +65,7 @@ def demo(
 
 async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
-    from gpumesh.cli.render import Scene
+    from gpumesh.cli.scene import Scene
     from gpumesh.cli.up import on_signals
     from gpumesh.daemon.host import Stop, hosted
     from gpumesh.daemon.lock import MeshLock

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -53,6 +55,17 @@ def gib(mib: int | None) -> str:
         return "?"
     value = mib / 1024
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: Sequence[float | None], most: float) -> str:
+    """One sign for each value, from 0 (the lowest) to ``most`` (the highest); a blank where nothing was known."""
+    top = len(_LEVELS) - 1
+    return "".join(
+        " " if value is None else _LEVELS[min(max(math.ceil(value / most * top), 0), top)] for value in values
+    )
 
 
 def milliseconds(value: float | None) -> str:

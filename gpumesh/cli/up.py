@@ -13,6 +13,7 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.context import Settings, run, settings
 from gpumesh.cli.lazy import new_app
+from gpumesh.config import environment
 
 if TYPE_CHECKING:
     from gpumesh.daemon.host import Stop, UpOptions
@@ -67,7 +68,7 @@ def up(
 
 
 def _background(chosen: Settings, options: UpOptions) -> None:
-    from gpumesh.cli import render
+    from gpumesh.cli.status_view import Look, print_status
     from gpumesh.daemon.detach import spawn
     from gpumesh.daemon.host import applied
     from gpumesh.daemon.remote import RemoteSession
@@ -78,7 +79,7 @@ def _background(chosen: Settings, options: UpOptions) -> None:
     state = run(RemoteSession(paths.socket).first_report(REPORT_S))
     if chosen.quiet:
         return
-    render.print_status(state, verbose=chosen.verbose)
+    print_status(state, Look(verbose=chosen.verbose))
     where = f", serving {state.gateway.url}" if state.gateway.url else ""
     typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
 
@@ -121,21 +122,23 @@ def on_signals(stop: Stop, *, hurry: Callable[[], None]) -> None:
 
 async def show(session: LocalSession, stop: Stop, chosen: Settings) -> None:
     """Until ``stop``: the live table on a terminal; elsewhere the first report, then a line for each change."""
-    from gpumesh.cli import render
-
     if chosen.quiet:
         await stop.wait()
-    elif sys.stdout.isatty():
-        states = until(session.watch(REDRAW_S), stop)
-        last = await render.show_live(states, verbose=chosen.verbose, footer="Ctrl-C ends it")
+    elif sys.stdout.isatty() and not environment.dumb_terminal():
+        from gpumesh.cli.live import LiveTable, Wanted
+        from gpumesh.cli.status_view import Look, print_status
+
+        table = LiveTable(session, Wanted(verbose=chosen.verbose), footer="Ctrl-C ends it")
+        last = await table.run(until(session.watch(REDRAW_S), stop))
+        stop.ask()
         if last is not None:
-            render.print_status(last, verbose=chosen.verbose)
+            print_status(last, Look(verbose=chosen.verbose))
     else:
         await _tell_changes(session, stop)
 
 
 async def _tell_changes(session: LocalSession, stop: Stop) -> None:
-    from gpumesh.cli import render
+    from gpumesh.cli.status_view import print_status
     from gpumesh.cli.text import clean_line
     from gpumesh.daemon import journal
 
@@ -143,7 +146,7 @@ async def _tell_changes(session: LocalSession, stop: Stop) -> None:
     last: MeshState | None = None
     async for state in reports:
         last = state
-        render.print_status(state)
+        print_status(state)
         sys.stdout.flush()
     async for state in until(session.watch(REDRAW_S), stop):
         for event in journal.changes(last, state):

@@ -135,6 +135,10 @@ class ControlServer:
                 await session.drain(node)
             case messages.Resume(node):
                 await session.resume(node)
+            case messages.Reconnect(node):
+                await session.reconnect(node)
+            case messages.GetHistory():
+                yield messages.Past(await session.history())
             case messages.Down(drain_s):
                 self._stop(drain_s)
                 async with closing(session.watch(0.2)) as states:

@@ -18,6 +18,22 @@ def glance(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
 
     Raises GPUMeshError when one is there and does not answer in time or not as a mesh would.
     """
+    state = _ask(path, "GetStatus", "state", timeout_s)
+    if state is not None and not isinstance(state, dict):
+        raise GPUMeshError("the running mesh said what this gpumesh cannot read")
+    return state
+
+
+def past(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | None:
+    """The last minute of the mesh behind this socket (a History's fields); ``None`` when it cannot be had."""
+    try:
+        history = _ask(path, "GetHistory", "history", timeout_s)
+    except GPUMeshError:
+        return None  # a mesh of an older version, or a slow one: the table goes without
+    return history if isinstance(history, dict) else None
+
+
+def _ask(path: Path, kind: str, key: str, timeout_s: float) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:
@@ -27,7 +43,7 @@ def glance(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
         except OSError as error:
             raise GPUMeshError(f"cannot reach the running mesh at {path}: {error.strerror or error}") from error
         try:
-            connection.sendall(b'{"kind": "GetStatus"}\n')
+            connection.sendall(json.dumps({"kind": kind}).encode() + b"\n")
             with connection.makefile("rb") as replies:
                 line = replies.readline(REPLY_LIMIT)
         except TimeoutError as error:
@@ -43,9 +59,6 @@ def glance(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
         reply = json.loads(line)
         if reply["kind"] == "Error":
             raise GPUMeshError(str(reply["message"]), hint=reply.get("hint"))
-        state = reply["state"]
+        return reply[key]
     except (ValueError, KeyError, TypeError) as error:
         raise GPUMeshError("the running mesh said what this gpumesh cannot read") from error
-    if not isinstance(state, dict):
-        raise GPUMeshError("the running mesh said what this gpumesh cannot read")
-    return state

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
 JOURNAL_EVERY_S = 0.1
+HISTORY_EVERY_S = 2.0  # as often as nvidia-smi is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
         session = LocalSession(mesh)
         writing = asyncio.create_task(_write_journal(session), name="journal")
         stack.push_async_callback(_ended, writing)
+        recording = asyncio.create_task(_keep_history(session), name="history")
+        stack.push_async_callback(_ended, recording)
         await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
         async with AsyncExitStack() as serving:
             if gateway:
@@ -119,6 +122,12 @@ async def _write_journal(session: LocalSession) -> None:
             for event in journal.changes(last, state):
                 journal.emit(event)
             last = state
+
+
+async def _keep_history(session: LocalSession) -> None:
+    while True:
+        await asyncio.sleep(HISTORY_EVERY_S)
+        session.recorder.add(await session.status())
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from gpumesh.backends.base import ChatRequest
 from gpumesh.daemon.choice import choose_model
 from gpumesh.daemon.closing import closing
+from gpumesh.daemon.history import History, Recorder
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError
 from gpumesh.mesh.mesh import Mesh
@@ -22,10 +23,11 @@ MODELS_S = 4.0
 
 
 class LocalSession:
-    """``mesh`` is entered already, and stays its owner's to close."""
+    """``mesh`` is entered already, and stays its owner's to close. Who keeps a history shows states to ``recorder``."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        self.recorder = Recorder()
         self._stopping = False
 
     def refuse_new(self) -> None:
@@ -85,6 +87,15 @@ class LocalSession:
     async def resume(self, node: str) -> None:
         self._check(node)
         self.mesh.resume(node)
+
+    async def reconnect(self, node: str) -> None:
+        self._check(node)
+        tunnel = self.mesh.tunnel(node)
+        tunnel.nudge()
+        tunnel.suspect("a person asked whether it is alive")
+
+    async def history(self) -> History:
+        return self.recorder.history()
 
     def _check(self, node: str | None) -> None:
         names = [spec.name for spec in self.mesh.topology.nodes]

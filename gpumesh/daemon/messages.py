@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumesh.backends.base import Chunk
+from gpumesh.daemon.history import History
 from gpumesh.daemon.session import Ask
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
 from gpumesh.state import MeshState
@@ -72,13 +73,25 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnect:
+    """-> End."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetHistory:
+    """-> Past."""
+
+
+@dataclass(frozen=True, slots=True)
 class Down:
     """-> State while it waits for what is in flight, ``drain_s`` at most; then the connection ends."""
 
     drain_s: float
 
 
-Request = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Down
+Request = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | Down
 
 # -- replies ---------------------------------------------------------------------------------------------------------
 
@@ -86,6 +99,11 @@ Request = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Down
 @dataclass(frozen=True, slots=True)
 class State:
     state: MeshState
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    history: History
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +144,13 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-Reply = State | Route | Piece | Output | End | Error
+Reply = State | Past | Route | Piece | Output | End | Error
 
 _REQUESTS: Mapping[str, type[Request]] = {
-    kind.__name__: kind for kind in (GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Down)
+    kind.__name__: kind
+    for kind in (GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, Down)
 }
-_REPLIES: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (State, Route, Piece, Output, End, Error)}
+_REPLIES: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (State, Past, Route, Piece, Output, End, Error)}
 
 
 def encode(message: Request | Reply) -> bytes:

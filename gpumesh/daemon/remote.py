@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpumesh.backends.base import Chunk
 from gpumesh.daemon import messages
+from gpumesh.daemon.history import History
 from gpumesh.daemon.messages import LINE_LIMIT, Reply, Request
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import GPUMeshError, MeshNotRunning
@@ -55,6 +56,17 @@ class RemoteSession:
 
     async def resume(self, node: str) -> None:
         await self._done(messages.Resume(node))
+
+    async def reconnect(self, node: str) -> None:
+        await self._done(messages.Reconnect(node))
+
+    async def history(self) -> History:
+        history = History()
+        async with aclosing(self._ask(messages.GetHistory())) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.Past):
+                    history = reply.history
+        return history
 
     async def down(self, drain_s: float) -> AsyncGenerator[MeshState]:
         """Asks the mesh to stop; the states while it drains, until its socket closes."""

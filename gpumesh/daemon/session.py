@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from gpumesh.backends.base import Chunk, Message
 from gpumesh.balancer.base import Priority
+from gpumesh.daemon.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
 
@@ -66,3 +67,10 @@ class Session(Protocol):
     async def drain(self, node: str) -> None: ...
 
     async def resume(self, node: str) -> None: ...
+
+    async def reconnect(self, node: str) -> None:
+        """Tries its tunnel again at once if it waits, checks it if it is up; what runs on it is not cut."""
+
+    async def history(self) -> History:
+        """The last minute, as far as somebody has kept it."""
+        ...

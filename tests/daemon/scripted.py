@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, Counters
+from gpumesh.daemon.history import History, Series
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
 from gpumesh.state import MeshState
@@ -42,6 +43,7 @@ class ScriptedSession:
         self.state = typical()
         self.asks: list[Ask] = []
         self.drained: list[str] = []
+        self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
         self.exec_ended = asyncio.Event()
 
@@ -86,3 +88,9 @@ class ScriptedSession:
 
     async def resume(self, node: str) -> None:
         self.drained.remove(node)
+
+    async def reconnect(self, node: str) -> None:
+        self.reconnected.append(node)
+
+    async def history(self) -> History:
+        return History(gpus=(Series("GPU-1", (None, 12.5, 100.0)),), nodes=(Series("iceland", (0.0, 71.5)),))

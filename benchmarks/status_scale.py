@@ -1,0 +1,259 @@
+"""How long `gpumesh status` takes on a running mesh, and what `gpumesh status --watch` costs, by number of nodes.
+
+::
+
+    python benchmarks/status_scale.py [--nodes 1,100] [--runs 15] [--watch-s 20]
+
+The mesh behind the socket is made up: its nodes and their GPUs change as probes would change them (each node every two
+seconds), so that what is measured is the command, not the mesh. The commands are real processes; `--watch` draws on a
+pseudo-terminal of 200 x 50 that somebody reads. DESIGN section 11: `status` within 300 ms, with 100 nodes within 1 s;
+issue 6: `--watch` of 100 nodes under 10 % of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+
+from gpumesh.daemon import paths as mesh_paths
+from gpumesh.daemon.control import ControlServer
+from gpumesh.daemon.history import History, Recorder
+from gpumesh.daemon.lock import MeshLock
+from gpumesh.daemon.session import Ask, ChatStream
+from gpumesh.mesh.events import Changes
+from gpumesh.state import (
+    BackendPhase,
+    BackendState,
+    GatewayPhase,
+    GatewayState,
+    GpuState,
+    Health,
+    HostState,
+    LoadedModel,
+    LoadState,
+    MeshState,
+    ModelInfo,
+    NodeState,
+    ProcessState,
+    TunnelPhase,
+    TunnelState,
+    total,
+)
+from gpumesh.tunnels.base import ExecChunk
+
+GPUMESH = Path(sys.executable).with_name("gpumesh")
+MODELS = tuple(
+    ModelInfo(f"model-{number}:7b", f"{number:064d}", 4466, None, "7.6B", "Q4_K_M", "qwen2") for number in range(6)
+)
+PROBE_EVERY_S = 2.0
+
+
+def node(number: int, random: Random) -> NodeState:
+    """A node with one or two busy GPUs, as a probe would find it."""
+    at = datetime.now(UTC)
+    gpus = tuple(
+        GpuState(
+            index=index,
+            uuid=f"GPU-{number:08d}-{index:04d}-4000-8000-000000000000",
+            name="NVIDIA GeForce RTX 4090",
+            memory_total_mib=24564,
+            memory_used_mib=random.randrange(24000),
+            memory_free_mib=random.randrange(24000),
+            utilization_pct=random.randrange(101),
+            temperature_c=random.randrange(30, 85),
+            power_w=random.uniform(17, 450),
+            power_limit_w=450.0,
+            processes=(ProcessState(4000 + index, "/usr/local/bin/ollama runner", 5280),),
+        )
+        for index in range(1 + number % 2)
+    )
+    return NodeState(
+        name=f"node-{number:03d}",
+        health=Health.HEALTHY,
+        reason=None,
+        tunnel=TunnelState(
+            "sshtunnel", TunnelPhase.UP, since=at, rtt_ms=random.uniform(0.5, 90), local_port=40000 + number
+        ),
+        host=HostState(f"host-{number}", "550.54.15"),
+        gpus=gpus,
+        backend=BackendState(
+            "ollama",
+            BackendPhase.UP,
+            url=f"http://127.0.0.1:{40000 + number}",
+            version="0.12.6",
+            models=tuple(model.name for model in MODELS),
+            loaded=(LoadedModel("model-1:7b", 5280, 5280, at + timedelta(minutes=4), 8192),),
+            latency_ms=random.uniform(1, 90),
+            tokens_per_s=random.uniform(0, 120),
+            catalog=MODELS,
+        ),
+        load=LoadState(in_flight=random.randrange(2), limit=1, served=random.randrange(1000)),
+    )
+
+
+class MadeUp:
+    """A Session whose nodes change as if they were probed, one after the other."""
+
+    def __init__(self, count: int) -> None:
+        self._random = Random(count)
+        self._nodes = [node(number, self._random) for number in range(count)]
+        self._changes = Changes()
+        self._recorder = Recorder()
+
+    async def live(self) -> None:
+        last = 0.0
+        while True:
+            for number in range(len(self._nodes)):
+                self._nodes[number] = node(number, self._random)
+                self._changes.notify()
+                await asyncio.sleep(PROBE_EVERY_S / len(self._nodes))
+                if time.monotonic() - last > PROBE_EVERY_S:
+                    last = time.monotonic()
+                    self._recorder.add(await self.status())
+
+    async def status(self) -> MeshState:
+        nodes = tuple(self._nodes)
+        gateway = GatewayState("http://127.0.0.1:11430", GatewayPhase.SERVING, in_flight=3)
+        return MeshState("made-up", datetime.now(UTC), gateway, total(nodes), nodes)
+
+    async def first_report(self, timeout_s: float) -> MeshState:
+        del timeout_s
+        return await self.status()
+
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
+        async for _ in self._changes.watch():
+            yield await self.status()
+            await asyncio.sleep(interval_s)
+
+    async def history(self) -> History:
+        return self._recorder.history()
+
+    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+        raise NotImplementedError
+
+    async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
+        del node, argv
+        return
+        yield
+
+    async def drain(self, node: str) -> None:
+        index = int(node.rpartition("-")[2])
+        self._nodes[index] = replace(self._nodes[index], health=Health.DRAINING)
+
+    async def resume(self, node: str) -> None:
+        del node
+
+    async def reconnect(self, node: str) -> None:
+        del node
+
+
+async def wall_ms(command: Sequence[str], runs: int) -> list[float]:
+    """Wall time of each run; the first, which reads the disk, is left out."""
+    took = []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+        if await process.wait() != 0:
+            raise RuntimeError(f"{command} ended with {process.returncode}")
+        took.append((time.perf_counter() - began) * 1000)
+    return took[1:]
+
+
+async def watch_cpu(seconds: float) -> tuple[float, int]:
+    """The part of one core that `status --watch` uses once it is drawn, and the bytes it writes to its terminal."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    process = await asyncio.create_subprocess_exec(
+        str(GPUMESH), "status", "-w", stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    written = 0
+
+    def read() -> None:
+        nonlocal written
+        try:
+            written += len(os.read(controller, 65536))
+        except OSError:  # EIO: it has ended
+            asyncio.get_running_loop().remove_reader(controller)
+
+    asyncio.get_running_loop().add_reader(controller, read)
+    try:
+        await asyncio.sleep(3.0)  # until it has started
+        before, written_before = cpu_s(process.pid), written
+        await asyncio.sleep(seconds)
+        return (cpu_s(process.pid) - before) / seconds, int((written - written_before) / seconds)
+    finally:
+        process.send_signal(signal.SIGINT)
+        await process.wait()
+        asyncio.get_running_loop().remove_reader(controller)
+        os.close(controller)
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(count: int, runs: int, watch_s: float, folder: Path) -> dict[str, float | int]:
+    config = folder / f"mesh-{count}.yaml"
+    config.write_text(json.dumps({"nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}]}))
+    os.environ["GPUMESH_CONFIG"] = str(config)
+    paths = mesh_paths.for_config(config)
+    lock = MeshLock.take(paths)
+    session = MadeUp(count)
+    living = asyncio.create_task(session.live())
+    try:
+        async with ControlServer(session, paths.socket, stop=lambda _: None):
+            table = await wall_ms([str(GPUMESH), "status"], runs)
+            document = await wall_ms([str(GPUMESH), "status", "--json"], runs)
+            cpu, rate = await watch_cpu(watch_s)
+    finally:
+        living.cancel()
+        paths.remove()
+        lock.release()
+    return {
+        "nodes": count,
+        "status_p50_ms": round(statistics.median(table), 1),
+        "status_max_ms": round(max(table), 1),
+        "status_json_p50_ms": round(statistics.median(document), 1),
+        "watch_core_pct": round(cpu * 100, 2),
+        "watch_bytes_per_s": rate,
+    }
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--nodes", default="1,100", help="numbers of nodes, with commas")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--watch-s", type=float, default=20.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as name:
+        folder = Path(name)
+        os.environ.update({"HOME": name, "XDG_RUNTIME_DIR": name, "XDG_STATE_HOME": name})
+        folder.chmod(0o700)
+        python = await wall_ms([sys.executable, "-c", "pass"], arguments.runs)
+        print(json.dumps({"python_p50_ms": round(statistics.median(python), 1)}))
+        for count in map(int, arguments.nodes.split(",")):
+            print(json.dumps(await measure(count, arguments.runs, arguments.watch_s, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

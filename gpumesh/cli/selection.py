@@ -1,0 +1,114 @@
+"""Which nodes of a mesh a person wants to see, and in which order. Pure."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+
+from gpumesh.errors import UsageError
+from gpumesh.state import GpuState, Health, MeshState, NodeState, free_mib, total
+
+
+class SortKey(StrEnum):
+    """What comes first is what a person looks for: the worst health, the most of everything else."""
+
+    CONFIG = "config"
+    NAME = "name"
+    HEALTH = "health"
+    MEMORY = "memory"
+    FREE = "free"
+    UTIL = "util"
+    TEMP = "temp"
+    POWER = "power"
+    TOKENS = "tokens"
+    BUSY = "busy"
+    RTT = "rtt"
+
+
+_WORST_FIRST = (Health.DOWN, Health.DEGRADED, Health.UNKNOWN, Health.DRAINING, Health.HEALTHY)
+
+
+def badness(node: NodeState) -> int:
+    """0 for the worst health."""
+    return _WORST_FIRST.index(node.health)
+
+
+def select(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = ()) -> MeshState:
+    """Only the nodes with one of these names (``*`` and ``?`` as in a shell) and all of these labels (``key=value``,
+    or ``key`` for any value), with totals and findings to match. Raises UsageError when that leaves none."""
+    nodes = state.nodes
+    if names:
+        for name in names:
+            if not any(fnmatch.fnmatchcase(node.name, name) for node in state.nodes):
+                known = ", ".join(node.name for node in state.nodes)
+                raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {known}")
+        nodes = tuple(node for node in nodes if any(fnmatch.fnmatchcase(node.name, name) for name in names))
+    for label in labels:
+        nodes = tuple(node for node in nodes if _has(node, label))
+    if labels and not nodes:
+        raise UsageError(f"no node has {' and '.join(labels)}", hint=_known_labels(state))
+    if len(nodes) == len(state.nodes):
+        return state
+    kept = {node.name for node in nodes}
+    findings = tuple(
+        finding for finding in state.findings if finding.node in kept or not kept.isdisjoint(finding.nodes)
+    )
+    return replace(state, nodes=nodes, totals=total(nodes), findings=findings)
+
+
+def _has(node: NodeState, label: str) -> bool:
+    key, equals, value = label.partition("=")
+    return any(key == name and (not equals or value == said) for name, said in node.labels)
+
+
+def _known_labels(state: MeshState) -> str:
+    known = sorted({f"{key}={value}" for node in state.nodes for key, value in node.labels})
+    return f"the labels are: {', '.join(known)}" if known else "no node in mesh.yaml has `labels`"
+
+
+def ordered(state: MeshState, key: SortKey) -> MeshState:
+    """Nodes of which the figure is not known come last; of equal ones those that mesh.yaml names first."""
+    if key is SortKey.CONFIG:
+        return state
+    return replace(state, nodes=tuple(sorted(state.nodes, key=_ORDERS[key])))
+
+
+def _most(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], tuple[bool, float]]:
+    def order(node: NodeState) -> tuple[bool, float]:
+        value = figure(node)
+        return value is None, -(value or 0.0)
+
+    return order
+
+
+def _of_gpus(
+    figure: Callable[[GpuState], float | None], join: Callable[[list[float]], float]
+) -> Callable[[NodeState], float | None]:
+    def of_node(node: NodeState) -> float | None:
+        known = [value for gpu in node.gpus or () if (value := figure(gpu)) is not None]
+        return join(known) if known else None
+
+    return of_node
+
+
+def _used_part(gpu: GpuState) -> float | None:
+    if gpu.memory_used_mib is None or not gpu.memory_total_mib:
+        return None
+    return gpu.memory_used_mib / gpu.memory_total_mib
+
+
+_Order = Callable[[NodeState], tuple[bool, float] | str | int]
+_ORDERS: dict[SortKey, _Order] = {
+    SortKey.NAME: lambda node: node.name,
+    SortKey.HEALTH: badness,
+    SortKey.MEMORY: _most(_of_gpus(_used_part, max)),
+    SortKey.FREE: _most(_of_gpus(free_mib, sum)),
+    SortKey.UTIL: _most(_of_gpus(lambda gpu: gpu.utilization_pct, max)),
+    SortKey.TEMP: _most(_of_gpus(lambda gpu: gpu.temperature_c, max)),
+    SortKey.POWER: _most(_of_gpus(lambda gpu: gpu.power_w, sum)),
+    SortKey.TOKENS: _most(lambda node: node.backend.tokens_per_s),
+    SortKey.BUSY: _most(lambda node: float(node.load.in_flight + node.load.queued)),
+    SortKey.RTT: _most(lambda node: node.tunnel.rtt_ms),
+}

@@ -1,0 +1,417 @@
+"""How `status` looks: nodes and GPUs in a table that has as many columns as there is room for, what is wrong below it,
+and the pool in one line. Everything that came from a host is cleaned here, and reaches rich as ``Text``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gpumesh.cli import fits
+from gpumesh.cli.render import SEVERITIES, add_hint, console, finding_text, grid, new_table, print_plain
+from gpumesh.cli.selection import badness
+from gpumesh.cli.text import (
+    UNKNOWN,
+    clean_line,
+    duration,
+    gib,
+    milliseconds,
+    short_gpu,
+    shorten,
+    spark,
+    time_left,
+)
+from gpumesh.daemon.history import History
+from gpumesh.state import (
+    BackendPhase,
+    GpuState,
+    Health,
+    LoadedModel,
+    MeshState,
+    NodeState,
+    TunnelPhase,
+    TunnelState,
+)
+
+MARKS = {Health.HEALTHY: "●", Health.DEGRADED: "◐", Health.DOWN: "✗", Health.DRAINING: "‖", Health.UNKNOWN: "?"}
+STYLES = {
+    Health.HEALTHY: "green",
+    Health.DEGRADED: "yellow",
+    Health.DOWN: "red",
+    Health.DRAINING: "cyan",
+    Health.UNKNOWN: "dim",
+}
+# Why a node's GPUs cannot be shown, in a few words; the finding below the table says it in full.
+NO_GPU = {
+    "driver-broken": "driver broken",
+    "driver-mismatch": "driver mismatch",
+    "driver-hung": "driver hangs",
+    "gpu-cgroup-lost": "lost by container",
+    "gpu-lost": "GPU lost",
+    "gpu-missing": "no GPU found",
+    "gpu-unknown": "cannot be asked",
+    "gpu-unreadable": "unreadable",
+    "nvidia-smi-missing": "no nvidia-smi",
+    "nvidia-smi-old": "driver too old",
+}
+HOT_C = 83  # where a 4090 begins to slow down
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What of the state is shown, and how. ``height``: a screen that cannot scroll, so rows are left out: all but those
+    around ``selected``, or without one the healthy ones first."""
+
+    verbose: bool = False
+    height: int | None = None
+    selected: str | None = None
+    history: History = field(default_factory=History)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """``gpu`` is ``None`` in a row of the node alone; ``why`` says then what is wrong with its GPUs, if anything."""
+
+    node: NodeState
+    gpu: GpuState | None
+    first: bool
+    at: datetime
+    why: str | None = None
+    recent: tuple[float | None, ...] = ()
+    selected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """``rank``: which columns go first when there is room for few; ``least``: how narrow it may become; ``bar``: it
+    grows with the room that is left."""
+
+    title: str
+    rank: int
+    cell: Callable[[_Row, int], Text]
+    right: bool = False
+    least: int | None = None
+
+
+def print_status(state: MeshState, look: Look | None = None) -> None:
+    out = console()
+    print_plain(out, status_view(state, out.width, look or Look()))
+
+
+def status_view(state: MeshState, width: int, look: Look) -> RenderableType:
+    """The whole of `status`."""
+    notes = _notes(state) if width >= 20 else []
+    rows = [row for node in state.nodes for row in _rows(node, state, look)]
+    left_out = 0
+    if look.height is not None and len(rows) + len(notes) + 5 > look.height:
+        notes = notes[: max(look.height // 3, 2)]
+        rows, left_out = _within(rows, max(look.height - sum(map(_lines, notes)) - 6, 1), look.selected)
+    parts: list[RenderableType] = [_head(state, width), _status_table(rows, width)]
+    if left_out:
+        parts.append(Text(f"… and {left_out} more rows", style="dim"))
+    parts.append(_totals(state, width))
+    if look.verbose:
+        parts.extend(_processes(state))
+    if notes:
+        parts.append(grid(notes))
+    return Group(*parts)
+
+
+def _lines(note: tuple[Text, Text]) -> int:
+    return note[1].plain.count("\n") + 1
+
+
+def _within(rows: list[_Row], room: int, selected: str | None) -> tuple[list[_Row], int]:
+    """As many rows as there is room for, in their order, and how many are left out."""
+    if len(rows) <= room:
+        return rows, 0
+    place = next((number for number, row in enumerate(rows) if row.node.name == selected), None)
+    if place is None:
+        keep = {id(row) for row in sorted(rows, key=lambda row: badness(row.node))[:room]}
+        return [row for row in rows if id(row) in keep], len(rows) - room
+    start = min(max(place - room // 2, 0), len(rows) - room)
+    return rows[start : start + room], len(rows) - room
+
+
+def _head(state: MeshState, width: int) -> Text:
+    head = Text(clean_line(state.mesh, 30), style="bold", no_wrap=True, overflow="ellipsis")
+    gateway = state.gateway
+    if gateway.url is not None:
+        head.append(f"  {clean_line(gateway.url)} {gateway.state}", style="not bold cyan")
+    if any(node.simulated for node in state.nodes):
+        head.append("  simulated hosts", style="not bold yellow")
+    if width >= 80:
+        head.append(f"  {state.at.astimezone():%H:%M:%S}", style="not bold dim")
+    return head
+
+
+def _rows(node: NodeState, state: MeshState, look: Look) -> Iterator[_Row]:
+    chosen = node.name == look.selected
+    why = next((NO_GPU[each.code] for each in state.findings if each.node == node.name and each.code in NO_GPU), None)
+    if not node.gpus:
+        yield _Row(node, None, True, state.at, why, selected=chosen)
+        return
+    for position, gpu in enumerate(node.gpus):
+        yield _Row(node, gpu, position == 0, state.at, None, look.history.of_gpu(gpu.uuid), chosen)
+    if why is not None:  # one is lost, the others answer
+        yield _Row(node, None, False, state.at, why, selected=chosen)
+
+
+def _status_table(rows: Sequence[_Row], width: int) -> Table:
+    chosen = _fitting(rows, width)
+    table = new_table()
+    for column, cells, room in chosen:
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            width=min(room, max([cell_len(column.title), *(cell.cell_len for cell in cells)])),
+        )
+    for row, line in zip(rows, zip(*(cells for _, cells, _ in chosen), strict=True), strict=True):
+        table.add_row(*line, style="reverse" if row.selected else "")
+    return table
+
+
+def _fitting(rows: Sequence[_Row], width: int) -> list[tuple[_Column, list[Text], int]]:
+    """The columns that there is room for, the most important first, in their order on the screen, with their widths."""
+    bar = 4 if width < 80 else 6 if width < 110 else 8 if width < 150 else 14
+    left = width
+    chosen: list[tuple[int, _Column, list[Text], int]] = []
+    for place, column in sorted(enumerate(COLUMNS), key=lambda item: item[1].rank):
+        cells = [column.cell(row, bar) for row in rows]
+        if all(cell.plain in ("", UNKNOWN) for cell in cells) and column.rank > 2:
+            continue
+        wanted = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
+        gap = 2 if chosen else 0
+        least = wanted if column.least is None else min(wanted, column.least)
+        if gap + least > left and column.rank > 0:
+            continue
+        room = min(wanted, max(left - gap, 1))
+        left -= gap + room
+        chosen.append((place, column, cells, room))
+    return [(column, cells, room) for _, column, cells, room in sorted(chosen, key=lambda item: item[0])]
+
+
+def _of_node(cell: Callable[[NodeState, datetime], Text | str]) -> Callable[[_Row, int], Text]:
+    """A column that says something about the node: once, in its first row."""
+
+    def draw(row: _Row, _bar: int) -> Text:
+        said = cell(row.node, row.at) if row.first else ""
+        return said if isinstance(said, Text) else Text(said)
+
+    return draw
+
+
+def _of_gpu(cell: Callable[[GpuState], Text | str]) -> Callable[[_Row, int], Text]:
+    def draw(row: _Row, _bar: int) -> Text:
+        said = "" if row.gpu is None and not row.first else UNKNOWN if row.gpu is None else cell(row.gpu)
+        return said if isinstance(said, Text) else Text(said)
+
+    return draw
+
+
+def _name(node: NodeState, _at: datetime) -> Text:
+    return Text.assemble((MARKS[node.health], STYLES[node.health]), " ", (clean_line(node.name, 24), "bold"))
+
+
+def _gpu_name(row: _Row, _bar: int) -> Text:
+    gpu = row.gpu
+    if gpu is None:
+        if row.why is not None:
+            return Text(row.why, style="red")
+        return Text("none" if row.node.gpus is not None else UNKNOWN, style="dim")
+    name = short_gpu(clean_line(gpu.name, 40))
+    if gpu.uuid.startswith("MIG-") and "MIG" not in name:
+        name += " MIG"
+    several = row.node.gpus is not None and len(row.node.gpus) > 1
+    return Text(f"{gpu.index} {name}" if several else name)
+
+
+def bar_text(part: float | None, length: int, low: float, high: float) -> Text:
+    """``part`` of 1 as a bar; green below ``low``, red above ``high`` (nvitop's thresholds)."""
+    if part is None:
+        return Text("░" * length, style="dim")
+    part = min(max(part, 0.0), 1.0)
+    full = round(part * length)
+    if part >= 0.01 and full == 0:
+        full = 1
+    style = "green" if part < low else "yellow" if part < high else "red"
+    return Text.assemble(("█" * full, style), ("░" * (length - full), "dim"))
+
+
+def _memory(row: _Row, bar: int) -> Text:
+    gpu = row.gpu
+    if gpu is None:
+        return Text(UNKNOWN if row.first else "")
+    if gpu.memory_total_mib is None:
+        return Text(UNKNOWN)
+    used = gpu.memory_used_mib
+    part = None if used is None or not gpu.memory_total_mib else used / gpu.memory_total_mib
+    return bar_text(part, bar, 0.10, 0.80).append(f" {gib(used):>4}/{gib(gpu.memory_total_mib)}")
+
+
+def _utilization(row: _Row, bar: int) -> Text:
+    if row.gpu is None or row.gpu.utilization_pct is None:
+        return Text(UNKNOWN if row.first or row.gpu is not None else "")
+    percent = row.gpu.utilization_pct
+    return bar_text(percent / 100, bar, 0.10, 0.75).append(f" {percent:>3}%")
+
+
+def _recent(row: _Row, _bar: int) -> Text:
+    if all(value is None for value in row.recent):
+        return Text("")
+    return Text(spark(row.recent, 100), style="cyan")
+
+
+def _temperature(gpu: GpuState) -> Text | str:
+    if gpu.temperature_c is None:
+        return UNKNOWN
+    slowed = gpu.throttle is not None and ("thermal" in gpu.throttle or "slowdown" in gpu.throttle)
+    return Text(f"{gpu.temperature_c}°", style="red" if slowed or gpu.temperature_c >= HOT_C else "")
+
+
+def _power(gpu: GpuState) -> str:
+    if gpu.power_w is None:
+        return UNKNOWN
+    return f"{gpu.power_w:.0f}/{gpu.power_limit_w:.0f} W" if gpu.power_limit_w is not None else f"{gpu.power_w:.0f} W"
+
+
+def _models(node: NodeState, at: datetime) -> str:
+    backend = node.backend
+    if backend.state is not BackendPhase.UP:
+        return UNKNOWN
+    if not backend.loaded:
+        return f"({len(backend.models)} on disk)" if backend.models else "none"
+    said = [_loaded(model, at) for model in backend.loaded[:2]]
+    more = len(backend.loaded) - len(said)
+    return ", ".join(said) + (f" +{more}" if more else "")
+
+
+def _loaded(model: LoadedModel, at: datetime) -> str:
+    words = clean_line(model.name, 40)
+    if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
+        words += f" ({100 - round(100 * model.size_vram_mib / model.size_mib)}% CPU)"
+    left = time_left(model.expires_at, at)
+    return f"{words} {left}" if left is not None else words
+
+
+def _in_flight(node: NodeState, _at: datetime) -> str:
+    load = node.load
+    said = str(load.in_flight) if load.limit is None else f"{load.in_flight}/{load.limit}"
+    return f"{said} +{load.queued}" if load.queued else said
+
+
+def _rate(node: NodeState, _at: datetime) -> str:
+    rate = node.backend.tokens_per_s
+    return UNKNOWN if rate is None else f"{rate:.0f}" if rate >= 9.95 or rate == 0 else f"{rate:.1f}"
+
+
+def _tunnel(tunnel: TunnelState, at: datetime) -> str:
+    said = f"{clean_line(tunnel.transport, 12)} {tunnel.state}"
+    if tunnel.state is TunnelPhase.UP and tunnel.since is not None:
+        said += f" {duration((at - tunnel.since).total_seconds())}"
+    return said + (f" ↻{tunnel.reconnects}" if tunnel.reconnects else "")
+
+
+def _backend(node: NodeState, _at: datetime) -> str:
+    if node.backend.state is not BackendPhase.UP:
+        return f"{clean_line(node.backend.kind, 10)} {node.backend.state}"
+    return f"{clean_line(node.backend.kind, 10)} {clean_line(node.backend.version or '', 20)}".rstrip()
+
+
+# In their order on the screen.
+COLUMNS = (
+    _Column("NODE", 0, _of_node(_name), least=8),
+    _Column("HEALTH", 1, _of_node(lambda node, _: Text(str(node.health), style=STYLES[node.health]))),
+    _Column("GPU", 4, _gpu_name, least=8),
+    _Column("MEMORY GiB", 2, _memory),
+    _Column("UTIL", 3, _utilization),
+    _Column("LAST MIN", 11, _recent),
+    _Column("TEMP", 7, _of_gpu(_temperature), right=True),
+    _Column("POWER", 10, _of_gpu(_power), right=True),
+    _Column("LOADED", 8, _of_node(_models), least=14),
+    _Column("TOK/S", 6, _of_node(_rate), right=True),
+    _Column("BUSY", 5, _of_node(_in_flight), right=True),
+    _Column("RTT", 9, _of_node(lambda node, _: milliseconds(node.tunnel.rtt_ms)), right=True),
+    _Column("TUNNEL", 12, _of_node(lambda node, at: _tunnel(node.tunnel, at))),
+    _Column("BACKEND", 13, _of_node(_backend)),
+    _Column("SERVED", 14, _of_node(lambda node, _: str(node.load.served)), right=True),
+)
+
+
+def _totals(state: MeshState, width: int) -> Text:
+    """The pool, by importance; what there is no room for is left out whole."""
+    totals = state.totals
+    parts = [f"{totals.nodes_up} of {totals.nodes} node{'' if totals.nodes == 1 else 's'} up"]
+    if totals.gpus is not None:
+        parts.append(f"{totals.gpus} GPU{'' if totals.gpus == 1 else 's'}")
+    if totals.vram_total_mib is not None:
+        parts.append(f"{gib(totals.vram_free_mib)} of {gib(totals.vram_total_mib)} GiB free")
+    parts.append(f"{totals.tokens_per_s:.0f} tok/s")
+    parts.append(f"{state.gateway.in_flight} in flight")
+    if state.gateway.queued:
+        parts.append(f"{state.gateway.queued} queued")
+    if (room := fits.words(fits.fits(state))) is not None:
+        parts.append(room)
+    said = parts[0]
+    for part in parts[1:]:
+        if cell_len(said) + 3 + cell_len(part) <= width:
+            said += f" · {part}"
+    return Text(shorten(said, width), style="bold", no_wrap=True)
+
+
+def _notes(state: MeshState) -> list[tuple[Text, Text]]:
+    """Why nodes are not healthy, then the findings that say more than that."""
+    notes: list[tuple[Text, Text]] = []
+    said: set[tuple[str | None, str]] = set()
+    for node in state.nodes:
+        if node.reason is None:
+            continue
+        said.add((node.name, node.reason))
+        if node.tunnel.error_code is not None:
+            said.add((node.name, node.tunnel.error_code))
+        text = Text.assemble((clean_line(node.name, 24), "bold"), f" {node.health}: {clean_line(node.reason, 400)}")
+        if node.tunnel.retry_in_s is not None and node.tunnel.state is not TunnelPhase.UP:
+            text.append(f" (again in {duration(node.tunnel.retry_in_s)})", style="dim")
+        add_hint(text, _hint_for(node, state))
+        notes.append((Text(MARKS[node.health], style=STYLES[node.health]), text))
+    for finding in state.findings:
+        if (finding.node, finding.message) not in said and (finding.node, finding.code) not in said:
+            notes.append((Text(*SEVERITIES[finding.severity]), finding_text(finding)))
+    return notes
+
+
+def _hint_for(node: NodeState, state: MeshState) -> str | None:
+    """What to do about a node's reason: its tunnel's own hint, else that of the finding that says the same."""
+    if node.tunnel.state is not TunnelPhase.UP:
+        return node.tunnel.hint
+    return next((each.hint for each in state.findings if each.node == node.name and each.message == node.reason), None)
+
+
+def _processes(state: MeshState) -> Iterator[RenderableType]:
+    """Who uses the GPUs, the largest first."""
+    rows = [
+        (node.name, gpu.index, process)
+        for node in state.nodes
+        for gpu in node.gpus or ()
+        for process in sorted(gpu.processes, key=lambda process: -(process.used_memory_mib or 0))
+    ]
+    if not rows:
+        yield Text("no process is seen on any GPU (inside a container the list is empty)", style="dim")
+        return
+    table = new_table()
+    for title in ("NODE", "GPU", "PID", "MiB", "PROCESS"):
+        table.add_column(
+            title, no_wrap=True, overflow="ellipsis", justify="right" if title in ("PID", "MiB") else "left"
+        )
+    for name, index, process in rows:
+        memory = UNKNOWN if process.used_memory_mib is None else str(process.used_memory_mib)
+        cells = (clean_line(name, 24), str(index), str(process.pid), memory, clean_line(process.name, 100))
+        table.add_row(*(Text(cell) for cell in cells))
+    yield table
