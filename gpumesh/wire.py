@@ -91,14 +91,22 @@ def _read(kind: Any, value: Any) -> Any:
             return kind(**known)  # type: ignore[operator]
         except TypeError as error:
             raise ValueError(str(error)) from error
-    if kind is datetime:
-        return datetime.fromisoformat(value)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
-    if isinstance(kind, type) and issubclass(kind, PurePath):
-        return kind(value)
+    if isinstance(kind, type) and issubclass(kind, (datetime, PurePath)):
+        text = _read(str, value)
+        return _moment(text) if issubclass(kind, datetime) else kind(text)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError("a number beyond all bounds") from error
     if isinstance(kind, type) and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
         raise ValueError(f"expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _moment(text: str) -> datetime:
+    """Without a zone it is taken for UTC: moments are compared."""
+    read = datetime.fromisoformat(text)
+    return read if read.tzinfo is not None else read.replace(tzinfo=UTC)
