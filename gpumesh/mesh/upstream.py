@@ -1,5 +1,8 @@
-"""The HTTP client of the hot path: one request to one backend, its answer as it comes. On aiohttp; httpx serves the
-probes (tunnel-latency.md has the figures).
+"""The HTTP client of the hot path: one request to one backend, its answer as it comes. httpx serves the probes.
+
+On an ``asyncio.Protocol`` and httptools (llhttp, the parser of Node.js and uvicorn), because each token passes here:
+`benchmarks/gateway.py` has what a general client costs in its place. It does what a backend needs and no more: one
+request at a time on a keep-alive connection, TLS, no redirects, cookies, proxies or decompression.
 
 Errors are translated here, once: BackendUnreachable before the answer's head, StreamCut inside its body.
 """
@@ -7,11 +10,13 @@ Errors are translated here, once: BackendUnreachable before the answer's head, S
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
-from types import SimpleNamespace, TracebackType
-from typing import Self
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Self, cast
+from urllib.parse import urlsplit
 
-import aiohttp
+import httptools
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
@@ -19,76 +24,327 @@ from gpumesh.errors import BackendUnreachable, StreamCut
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
 READ_BUFFER = 1 << 16  # bytes held for a reader that is slow; past it the backend is no longer read
+HEAD_BYTES = 1 << 16
 _HOP_BY_HOP = frozenset(
     {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"content-length",
     }
 )
+
+
+class _Address(NamedTuple):
+    host: str
+    port: int
+    tls: bool
+    server_name: str | None
+
+
+class _Exchange:
+    """One request on one connection, and what has come of its answer.
+
+    ``head`` is done when the answer's head is there, or with the exception that ended it before. ``problem`` says why
+    the body will not be whole.
+    """
+
+    __slots__ = ("complete", "head", "headers", "keep", "length", "pieces", "problem", "size", "status", "waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.head: asyncio.Future[None] = loop.create_future()
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.length: int | None = None
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.complete = False
+        self.keep = False
+        self.problem: str | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection to a backend; ``exchange`` is the one under way, ``None`` while it waits in the pool."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self.exchange: _Exchange | None = None
+        self.used = 0
+        self.idle_since = 0.0
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._bodiless = False
+        self._until_eof = False
+        self._head_size = 0
+        self._paused = False
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def begin(self, method: str, request: bytes) -> _Exchange:
+        assert self._transport is not None
+        self.used += 1
+        self._bodiless = method == "HEAD"
+        self._until_eof = False
+        self._head_size = 0
+        self.exchange = exchange = _Exchange(self._loop)
+        self._transport.write(request)
+        return exchange
+
+    def resume(self) -> None:
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._fail("it was given up")
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None or exchange.complete:
+            self.abort()  # bytes that nobody asked for: what comes next on this connection cannot be trusted
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if exchange.complete:  # a HEAD's answer, or trailing rubbish: the answer itself is whole
+                exchange.keep = False
+            else:
+                self._fail(f"what it says is not HTTP ({error.__context__ or error})", abort=True)
+        if exchange.pieces or exchange.complete:
+            exchange.wake()
+        if exchange.size > READ_BUFFER and not self._paused and self.open:
+            self._paused = True
+            assert self._transport is not None
+            self._transport.pause_reading()
+        if exchange.complete and not exchange.keep and self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._pool.lost(self)
+        exchange = self.exchange
+        if exchange is None or exchange.complete:
+            return
+        if self._until_eof and error is None and exchange.problem is None:
+            exchange.complete = True
+            exchange.wake()
+        else:
+            self._fail(_words(error) if error is not None else "the server closed the connection")
+
+    # -- httptools ---------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self.exchange is not None and self.exchange.complete:
+            self.exchange.keep = False  # another answer, to no question: the first stands, the connection goes
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_size += len(name) + len(value)
+        if self._head_size > HEAD_BYTES:
+            raise httptools.HttpParserError(f"a head of more than {HEAD_BYTES >> 10} KiB")
+        if self.exchange is not None and not self.exchange.status:
+            self.exchange.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        exchange = self.exchange
+        if exchange is None or exchange.status:
+            return
+        status = self._parser.get_status_code()
+        if status < 200:  # "100 Continue" and its kin announce the true answer
+            exchange.headers.clear()
+            return
+        exchange.status = status
+        chunked = False
+        for name, value in exchange.headers:
+            lower = name.lower()
+            if lower == b"content-length":
+                exchange.length = int(value) if value.isdigit() else None
+            elif lower == b"transfer-encoding":
+                chunked = True
+        self._until_eof = not chunked and exchange.length is None and status not in (204, 304)
+        if self._bodiless:
+            # The parser cannot be told that no body follows: the answer ends here, and so does the connection.
+            exchange.complete = True
+        if not exchange.head.done():
+            exchange.head.set_result(None)
+
+    def on_body(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is not None and not exchange.complete:
+            exchange.pieces.append(data)
+            exchange.size += len(data)
+
+    def on_message_complete(self) -> None:
+        exchange = self.exchange
+        if exchange is not None and exchange.status and not exchange.complete:
+            exchange.complete = True
+            exchange.keep = self._parser.should_keep_alive() and not self._until_eof
+
+    def _fail(self, problem: str, *, abort: bool = False) -> None:
+        if abort and self._transport is not None:
+            self._transport.abort()
+        exchange = self.exchange
+        if exchange is None or exchange.complete or exchange.problem is not None:
+            return
+        exchange.problem = problem
+        if not exchange.head.done():
+            exchange.head.set_exception(ConnectionResetError(problem))
+            exchange.head.exception()  # seen: whoever gave up waiting must not be told at garbage collection
+        exchange.wake()
 
 
 class UpstreamResponse:
     """One answer. Read it to the end or ``abort`` it: a connection goes back to the pool only when it is clean."""
 
-    def __init__(self, response: aiohttp.ClientResponse, node: str) -> None:
-        self._response = response
+    __slots__ = ("_connection", "_exchange", "_node", "_pool", "content_length", "content_type", "headers", "status")
+
+    def __init__(self, connection: _Connection, exchange: _Exchange, pool: _Pool, node: str) -> None:
+        self._connection: _Connection | None = connection
+        self._exchange = exchange
+        self._pool = pool
         self._node = node
-        self.status = response.status
-        self.headers = tuple(
-            (name, value)
-            for name, value in response.headers.items()
-            if name.lower() not in _HOP_BY_HOP and name.lower() != "content-length"
-        )
-        self.content_type = response.content_type
-        self.content_length = response.content_length
+        self.status = exchange.status
+        self.content_length = exchange.length
+        self.content_type = ""
+        headers = []
+        for name, value in exchange.headers:
+            lower = name.lower()
+            if lower in _HOP_BY_HOP:
+                continue
+            text = value.decode("utf-8", "surrogateescape")
+            if lower == b"content-type":
+                self.content_type = text.partition(";")[0].strip().lower()
+            headers.append((name.decode("latin-1"), text))
+        self.headers = tuple(headers)
+        if exchange.complete and not exchange.pieces:
+            self._give_back()
 
     async def read(self) -> bytes:
         """The next piece as it came; empty at the end. Raises StreamCut when the body stops short."""
-        try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            self._response.close()
-            raise StreamCut(f"the answer stopped short: {_words(error)}", node=self._node) from error
+        exchange = self._exchange
+        while not exchange.pieces:
+            if exchange.complete:
+                return b""
+            if exchange.problem is not None:
+                raise StreamCut(f"the answer stopped short: {exchange.problem}", node=self._node)
+            exchange.waiter = asyncio.get_running_loop().create_future()
+            try:
+                await exchange.waiter
+            finally:
+                exchange.waiter = None
+        data = exchange.pieces[0] if len(exchange.pieces) == 1 else b"".join(exchange.pieces)
+        exchange.pieces.clear()
+        exchange.size = 0
+        if exchange.complete:
+            self._give_back()
+        elif self._connection is not None:
+            self._connection.resume()
+        return data
 
     def abort(self) -> None:
         """Closes the connection, so that the server stops working on it. Harmless after the end."""
-        self._response.close()
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.abort()
+
+    def _give_back(self) -> None:
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            self._pool.give_back(connection)
+
+
+class _Pool:
+    """Idle connections by address, the most lately used first: it is the least likely to have gone stale."""
+
+    def __init__(self) -> None:
+        self._idle: dict[_Address, list[_Connection]] = {}
+        self._address: dict[_Connection, _Address] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def take(self, address: _Address) -> _Connection:
+        """Raises OSError and TimeoutError."""
+        idle = self._idle.get(address)
+        while idle:
+            connection = idle.pop()
+            if connection.open:
+                return connection
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(
+                lambda: _Connection(self),
+                address.host,
+                address.port,
+                ssl=_tls() if address.tls else None,
+                server_hostname=(address.server_name or address.host) if address.tls else None,
+            )
+        self._address[connection] = address
+        return connection
+
+    def give_back(self, connection: _Connection) -> None:
+        exchange, connection.exchange = connection.exchange, None
+        address = self._address.get(connection)
+        if exchange is None or not exchange.keep or not connection.open or address is None:
+            connection.abort()
+            return
+        connection.resume()  # what closes it must be seen while it waits
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.setdefault(address, []).append(connection)
+        if self._timer is None:
+            self._timer = loop.call_later(KEEPALIVE_S, self._expire)
+
+    def lost(self, connection: _Connection) -> None:
+        address = self._address.pop(connection, None)
+        if address is not None and connection in (idle := self._idle.get(address, [])):
+            idle.remove(connection)
+
+    def _expire(self) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() - KEEPALIVE_S
+        for connection in [one for idle in self._idle.values() for one in idle if one.idle_since <= until]:
+            connection.abort()
+        waiting = any(self._idle.values())
+        self._timer = loop.call_later(KEEPALIVE_S, self._expire) if waiting else None
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for connection in list(self._address):
+            connection.abort()
 
 
 class Upstream:
     """A pool of keep-alive connections to all backends. Use as an async context manager."""
 
     def __init__(self) -> None:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_mark_reused)
-        self._trace = trace
-        self._session: aiohttp.ClientSession | None = None
+        self._pool = _Pool()
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=30),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            trace_configs=[trace] if (trace := self._trace) else None,
-            read_bufsize=READ_BUFFER,
-            trust_env=False,
-        )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._session is not None:
-            await self._session.close()
+    async def __aexit__(self, *_: object) -> None:
+        self._pool.close()
+        await asyncio.sleep(0)  # the transports close in the loop's next round
 
     async def request(
         self, base_url: str, call: HttpCall, headers: Sequence[tuple[str, str]], *, node: str, server_name: str | None
@@ -99,37 +355,59 @@ class Upstream:
         again on another (nothing of it can have been answered, and inference has no side effects).
         Raises BackendUnreachable.
         """
-        assert self._session is not None, "use Upstream as an async context manager"
+        host, port, tls, prefix = _place(base_url)
+        address = _Address(host, port, tls, server_name if tls else None)
+        request = _request(call, prefix, headers, f"{host}:{port}")
         while True:
-            context = SimpleNamespace(reused=False)
             try:
-                response = await self._session.request(
-                    call.method,
-                    base_url + call.path,
-                    data=call.body or None,
-                    headers=headers,
-                    allow_redirects=False,
-                    trace_request_ctx=context,
-                    server_hostname=server_name,
-                )
-            except (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError) as error:
-                if context.reused:
+                connection = await self._pool.take(address)
+            except TimeoutError as error:
+                raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
+            except OSError as error:
+                raise BackendUnreachable(f"no connection: {_words(error)}", node=node) from error
+            exchange = connection.begin(call.method, request)
+            try:
+                await exchange.head
+            except ConnectionResetError as error:
+                if connection.used > 1 and not exchange.headers:
                     continue
-                raise BackendUnreachable(f"no answer: {_words(error)}", node=node) from error
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                # Our own asyncio.timeout scopes turn into TimeoutError only outside of this call.
-                raise BackendUnreachable(f"no answer: {_words(error)}", node=node) from error
-            return UpstreamResponse(response, node)
+                raise BackendUnreachable(f"no answer: {error}", node=node) from error
+            except BaseException:
+                connection.abort()
+                raise
+            return UpstreamResponse(connection, exchange, self._pool, node)
 
 
-async def _mark_reused(
-    _session: aiohttp.ClientSession, context: SimpleNamespace, _params: aiohttp.TraceConnectionReuseconnParams
-) -> None:
-    context.trace_request_ctx.reused = True
+def _request(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
+    """The request as it goes on the wire. Raises ValueError for what would end a line of the head."""
+    lines = [f"{call.method} {prefix}{call.path} HTTP/1.1"]
+    named = False
+    for name, value in headers:
+        named = named or name.lower() == "host"
+        lines.append(f"{name}: {value}")
+    if not named:
+        lines.append(f"Host: {host}")
+    if call.body or call.method not in ("GET", "HEAD"):
+        lines.append(f"Content-Length: {len(call.body)}")
+    head = "\r\n".join(lines)
+    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+        raise ValueError("a line end inside of a header")
+    return head.encode("utf-8", "surrogateescape") + b"\r\n\r\n" + call.body
+
+
+@lru_cache(maxsize=1024)
+def _place(base_url: str) -> tuple[str, int, bool, str]:
+    parts = urlsplit(base_url)
+    tls = parts.scheme == "https"
+    return parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/")
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
 
 
 def _words(error: BaseException) -> str:
-    """An exception as a person would say it: aiohttp's own texts name host and port, some have no text at all."""
-    if isinstance(error, asyncio.TimeoutError):
-        return "timed out"
-    return str(error) or type(error).__name__
+    """An exception as a person would say it; some have no text at all."""
+    said: Any = getattr(error, "strerror", None) or str(error)
+    return str(said) or type(error).__name__

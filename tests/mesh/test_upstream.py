@@ -167,3 +167,96 @@ async def test_an_abort_ends_a_read_that_waits(upstream: Upstream) -> None:
         response.abort()
         with pytest.raises(StreamCut):
             await waiting
+
+
+async def answered(upstream: Upstream, answer: bytes, method: str = "POST") -> tuple[UpstreamResponse, bytes]:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(answer)
+        exchange.close()
+
+    async with serve(script) as server:
+        call = HttpCall(method, "/x")
+        response = await upstream.request(server.url, call, (), node="n", server_name=None)
+        return response, await read_all(response)
+
+
+async def test_a_body_without_a_length_lasts_until_the_connection_ends(upstream: Upstream) -> None:
+    _, body = await answered(upstream, b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nto the end")
+    assert body == b"to the end"
+
+
+async def test_head_has_a_length_and_no_body(upstream: Upstream) -> None:
+    response, body = await answered(upstream, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", "HEAD")
+    assert (response.status, response.content_length, body) == (200, 100, b"")
+
+
+async def test_an_interim_answer_is_passed_over(upstream: Upstream) -> None:
+    response, body = await answered(
+        upstream, b"HTTP/1.1 100 Continue\r\nX-Interim: 1\r\n\r\n" + whole(b"{}", status="201 Created")
+    )
+    assert (response.status, body) == (201, b"{}")
+    assert "X-Interim" not in dict(response.headers)
+
+
+async def test_hop_by_hop_headers_stay_here_and_others_come_as_they_are(upstream: Upstream) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Plain; charset=utf-8\r\nConnection: close\r\nX-Name: caf\xc3\xa9\r\n"
+    response, _ = await answered(upstream, head + b"Content-Length: 0\r\n\r\n")
+    assert response.headers == (("Content-Type", "Text/Plain; charset=utf-8"), ("X-Name", "café"))
+    assert response.content_type == "text/plain"
+
+
+async def test_a_head_without_end_is_the_backends_failure(upstream: Upstream) -> None:
+    with pytest.raises(BackendUnreachable, match="64 KiB"):
+        await answered(upstream, b"HTTP/1.1 200 OK\r\n" + b"X-Long: " + b"a" * 70_000 + b"\r\n\r\n")
+
+
+async def test_more_than_was_announced_spoils_the_connection_and_not_the_answer(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(whole(b"{}") + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+
+    async with serve(script) as server:
+        for _ in range(3):
+            assert await read_all(await send(upstream, server.url)) == b"{}"
+        assert server.connections == 3
+
+
+async def test_a_slow_reader_holds_back_the_server(upstream: Upstream) -> None:
+    written = 0
+
+    async def script(exchange: Exchange) -> None:
+        nonlocal written
+        exchange.writer.transport.set_write_buffer_limits(high=1 << 16)
+        await exchange.send(chunked_head())
+        for _ in range(1000):
+            await exchange.send(chunk(b"x" * 65536))
+            written += 65536
+        await exchange.send(LAST_CHUNK)
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        last = -1
+        while written != last:  # until nothing moves any more
+            last = written
+            await asyncio.sleep(0.1)
+        assert written < 32 << 20, "the rest waits at the server"
+        assert len(await read_all(response)) == 1000 * 65536
+
+
+async def test_a_line_end_in_a_header_never_reaches_a_backend(upstream: Upstream) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        await upstream.request("http://127.0.0.1:9", CALL, [("X-Evil", "a\r\nX-Other: b")], node="n", server_name=None)
+
+
+async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumesh.mesh.upstream.KEEPALIVE_S", 0.05)
+    gone = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(whole(b"{}"))
+        await exchange.client_gone()
+        exchange.over = True
+        gone.set()
+
+    async with serve(script) as server:
+        assert await read_all(await send(upstream, server.url)) == b"{}"
+        await gone.wait()
