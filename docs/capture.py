@@ -1,0 +1,135 @@
+"""Captures what the documentation shows: real output of the installed command, on simulated hosts with real SSH.
+
+    python docs/capture.py
+
+It fills the blocks between `<!-- captured: NAME -->` and `<!-- end -->` in README.md and docs/*.md, and writes
+docs/status.svg. What differs from run to run (ports, times, figures) differs here, too: commit it when the *look* changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import socket
+import sys
+import tempfile
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+from gpumesh.lab import profile
+from gpumesh.lab.lab import Lab
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+GPUMESH = Path(sys.executable).with_name("gpumesh")
+WIDTH = 100
+# What belongs to the machine on which this runs, and says nothing to a reader.
+PLAIN = ((re.compile(r"/tmp/[^ ]*/(?=[a-z-]+\.yaml)"), ""), (re.compile(r"\(pid \d+\)"), "(pid 4711)"))
+
+
+class Terminal:
+    """Runs commands as a person would, and keeps what they print."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self._environment = {
+            **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+            "PYTHONIOENCODING": "utf-8",
+            "HOME": str(folder),
+            "XDG_RUNTIME_DIR": str(folder),
+            "GPUMESH_CONFIG": str(config),
+            "COLUMNS": str(WIDTH),
+            "LINES": "50",
+        }
+
+    async def run(self, line: str, *, colour: bool = False) -> str:
+        """stdout and stderr of `gpumesh …`, below the line itself."""
+        process = await asyncio.create_subprocess_exec(
+            GPUMESH,
+            *shlex.split(line)[1:],
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**self._environment, **({"FORCE_COLOR": "1", "TERM": "xterm-256color"} if colour else {})},
+        )
+        out, _ = await process.communicate()
+        text = out.decode().rstrip()
+        for pattern, instead in PLAIN:
+            text = pattern.sub(instead, text)
+        return f"$ {line}\n" + "\n".join(part.rstrip() for part in text.splitlines())
+
+
+def a_dead_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+async def working_mesh(folder: Path) -> dict[str, str]:
+    """Three hosts at work, one of them ill."""
+    async with Lab(profile.default(3), folder) as lab:
+        terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", default_model="qwen2.5:7b"))
+        up = await terminal.run("gpumesh up -d")
+        prompts = folder / "prompts.txt"
+        prompts.write_text("\n".join(f"Tell me about {number}." for number in range(24)))
+        load = asyncio.create_task(terminal.run(f"gpumesh run -f {prompts} --quiet"))
+        await asyncio.sleep(7)  # until all hosts are busy, and have been for as long as nvidia-smi averages
+        await lab.host("oslo").kill()
+        await asyncio.sleep(3)
+        status = await terminal.run("gpumesh status")
+        coloured = await terminal.run("gpumesh status", colour=True)
+        await load
+        await terminal.run("gpumesh down")
+    console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text.from_ansi(coloured))
+    svg = console.export_svg(title="gpumesh status", theme=MONOKAI)
+    # Fonts from elsewhere are not wanted: whoever reads this has one with fixed width.
+    (DOCS / "status.svg").write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
+    return {"up": up, "status": status}
+
+
+async def two_ways_to_one(folder: Path) -> dict[str, str]:
+    """Where this project began: a 4090 that was expected twice, and is one, reached in two ways."""
+    host = profile.host("iceland")
+    async with Lab([host], folder) as lab:
+        iceland = lab.host("iceland")
+        expect = {"gpus": 1, "gpu": "NVIDIA GeForce RTX 4090", "vram_mib": 24564}
+        nodes = [
+            {**iceland.node(), "expect": {**expect, "hostname": host.hostname}},
+            {
+                "name": "vengeance",
+                "backend": {"urls": [iceland.backend_url, f"http://127.0.0.1:{a_dead_port()}"]},
+                "expect": expect,
+            },
+            {"name": "runpod", "backend": {"urls": [f"http://127.0.0.1:{a_dead_port()}"]}},
+        ]
+        terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", nodes=nodes))
+        return {"audit": await terminal.run("gpumesh audit")}
+
+
+def fill(page: Path, captured: dict[str, str]) -> None:
+    text = page.read_text()
+    for name, output in captured.items():
+        block = re.compile(rf"(<!-- captured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = block.sub(lambda match, output=output: f"{match[1]}```text\n{output}\n```\n{match[2]}", text)  # type: ignore[misc]
+    if text != page.read_text():
+        page.write_text(text)
+
+
+async def main() -> None:
+    captured: dict[str, str] = {}
+    for scene in (working_mesh, two_ways_to_one):
+        with tempfile.TemporaryDirectory(prefix="gm-") as folder:
+            captured.update(await scene(Path(folder)))
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        fill(page, captured)
+    for output in captured.values():
+        print(output, end="\n\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
