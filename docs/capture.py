@@ -3,7 +3,8 @@
     python docs/capture.py
 
 It fills the blocks between `<!-- captured: NAME -->` and `<!-- end -->` in README.md and docs/*.md, and writes
-docs/status.svg. What differs from run to run (ports, times, figures) differs here, too: commit it when the *look* changed.
+docs/status.svg. What differs from run to run (ports, times, figures) differs here, too: commit it when the *look* has
+changed.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _help(text: str) -> tuple[list[str], list[str]]:
     examples: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         verbatim = paragraph.startswith("\b")
-        lines = [line for line in paragraph.removeprefix("\b").strip("\n").splitlines()]
+        lines = paragraph.removeprefix("\b").strip("\n").splitlines()
         if verbatim and lines[0].strip() == "Examples:":
             examples += [line.strip() for line in lines[1:]]
         elif verbatim:
