@@ -117,11 +117,23 @@ class _Attempts:
                 continue
             if self._try(f"key {path}", partial(self._transport.auth_publickey, self._who.user, key)):
                 return True
-        if self._who.agent:
-            for one in self._agent_keys():
-                if self._try("a key of the agent", partial(self._transport.auth_publickey, self._who.user, one)):
-                    return True
-        return False
+        return self._who.agent and self._keys_of_the_agent()
+
+    def _keys_of_the_agent(self) -> bool:
+        agent = None
+        try:
+            agent = paramiko.Agent()
+            keys = agent.get_keys()[:AGENT_KEYS]
+        except (paramiko.SSHException, OSError):
+            keys = ()  # no agent after all: then its keys are not tried
+        try:
+            return any(
+                self._try("a key of the agent", partial(self._transport.auth_publickey, self._who.user, key))
+                for key in keys
+            )
+        finally:
+            if agent is not None:
+                agent.close()
 
     def password(self) -> bool:
         password = self._who.password
@@ -176,12 +188,6 @@ class _Attempts:
             return None
         with self._deadline.on_hold(ANSWER_TIMEOUT_S):
             return self._ask(text, echo)
-
-    def _agent_keys(self) -> Sequence[paramiko.AgentKey]:
-        try:
-            return paramiko.Agent().get_keys()[:AGENT_KEYS]
-        except (paramiko.SSHException, OSError):
-            return ()  # no agent after all: then its keys are not tried
 
     def _takes(self, method: str) -> bool:
         return not self._allowed or method in self._allowed

@@ -12,6 +12,7 @@ so while no worker is connected, clients wait in the kernel's queue of ``BACKLOG
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import selectors
@@ -66,8 +67,9 @@ class Forwarder:
         self._listeners: list[tuple[socket.socket, Dial]] = []
         self._links: set[Link] = set()
         self._stopping = False
+        self._running = False
+        self._turn = threading.Lock()  # between beginning and ending
         self._finished = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def connections(self) -> int:
@@ -81,11 +83,14 @@ class Forwarder:
 
     def start(self) -> None:
         """Starts accepting, in a thread."""
-        self._thread = threading.Thread(target=self.run, name="forwarder", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self.run, name="forwarder", daemon=True).start()
 
     def run(self) -> None:
-        """The loop itself, for a caller that brings its own thread; returns after ``stop``."""
+        """The loop itself, for a caller that brings its own thread; returns after ``close``."""
+        with self._turn:
+            if self._stopping:
+                return  # ``close`` came first, and has torn down
+            self._running = True
         for listener, dial in self._listeners:
             self._selector.register(listener, READ, lambda _, one=listener, to=dial: self._accept(one, to))
         try:
@@ -99,16 +104,15 @@ class Forwarder:
         finally:
             self._tear_down()
 
-    def stop(self) -> None:
-        """Asks the loop to end; every connection is reset. May be called twice and from any thread."""
-        self._stopping = True
-        self._wake()
-
     def close(self, timeout_s: float = 2.0) -> bool:
-        """``stop``, and waits. True when the thread has ended (or was never started)."""
-        self.stop()
-        if self._thread is None:
-            return True
+        """Ends the loop, resets every connection, and waits: true when that is done. May be called twice and from any
+        thread but the selector's."""
+        with self._turn:
+            never_ran = not self._running and not self._stopping
+            self._stopping = True
+        if never_ran:
+            self._tear_down()
+        self._wake()
         return self._finished.wait(timeout_s)
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -192,13 +196,15 @@ class Forwarder:
 
 def close_with_reset(sock: socket.socket) -> None:
     """Closes so that a TCP peer sees a reset, not an ordinary end."""
-    try:
+    reset_on_close(sock)
+    sock.close()
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Whoever closes it resets it."""
+    with contextlib.suppress(OSError):  # not connected any more
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass  # not connected any more
-    finally:
-        sock.close()
 
 
 def relay_to_unix(path: str) -> Dial:

@@ -24,7 +24,8 @@ from gpumesh.errors import (
 
 FORBIDDEN = "administratively prohibited"
 NO_SESSION = re.compile(
-    r"exec request failed on channel|channel 0: open failed|session request failed|Session open refused", re.IGNORECASE
+    r"exec request failed on channel|channel \d+: open failed|session request failed|Session open refused",
+    re.IGNORECASE,
 )
 
 _Make = Callable[[str, str], TunnelError]  # (where, ssh's own line)

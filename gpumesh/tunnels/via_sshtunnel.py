@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +26,16 @@ from gpumesh.tunnels import blocking, channels, handshake, hostkeys, sessions
 from gpumesh.tunnels.authentication import Ask, Credentials, authenticate
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events, RemoteCommand
-from gpumesh.tunnels.forwarder import BACKLOG, Forwarder
+from gpumesh.tunnels.forwarder import BACKLOG, Forwarder, reset_on_close
 from gpumesh.tunnels.protocol import Setup, Up
 from gpumesh.tunnels.text import printable
 
 _quiet = logging.getLogger("gpumesh.sshtunnel")
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
+
+RELAY_CHUNK = 16 * 1024
+RELAY_LOOK_S = 5.0  # at most, until a channel that closed without an event is noticed
 
 OnRefused = Callable[[Target, int], None]
 
@@ -67,6 +71,25 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
         self.socket.close()
         self.socket: socket.socket = listener.dup()
         self.server_address = listener.getsockname()
+
+
+def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
+    """Blocking, in a thread for this connection. In place of sshtunnel's own, which ends both directions with the first
+    one, and lets a cut answer look whole."""
+    reading: set[socket.socket | paramiko.Channel] = {local, channel}
+    while channel in reading or (local in reading and not channel.closed):
+        ready, _, _ = select.select(list(reading), [], [], RELAY_LOOK_S)
+        for one, other in ((local, channel), (channel, local)):
+            if one not in ready:
+                continue
+            if data := one.recv(RELAY_CHUNK):
+                other.sendall(data)
+                continue
+            if one is channel and not channel.eof_received:  # cut, not ended
+                reset_on_close(local)
+                return
+            reading.discard(one)
+            other.shutdown(socket.SHUT_WR)
 
 
 class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
@@ -118,6 +141,9 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
         class Handler(super()._make_ssh_forward_handler_class(remote_address_)):  # type: ignore[misc]
             def setup(self) -> None:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the third cure
+
+            def _redirect(self, chan: paramiko.Channel) -> None:
+                _relay(self.request, chan)
 
         return Handler
 

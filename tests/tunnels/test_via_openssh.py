@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from gpumesh.tunnels.protocol import Setup
 from gpumesh.tunnels.via_openssh import OpensshConnection, connect, forward_argument, master_command
 from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
-from tests.tunnels.test_via_sshtunnel import Told, echo
+from tests.tunnels.test_via_sshtunnel import Told
+from tests.tunnels.traffic import echo, exchange
 
 real = [pytest.mark.real, needs_sshd, pytest.mark.skipif(shutil.which("ssh") is None, reason="needs OpenSSH's ssh")]
 
@@ -80,17 +82,6 @@ async def refusal(ssh: SshSpec, folder: Path, told: Asked | None = None, **secre
 async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
     async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
         yield sshd
-
-
-async def exchange(port: int, data: bytes) -> bytes:
-    async with asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            writer.write(data)
-            writer.write_eof()
-            return await reader.read(-1)
-        finally:
-            writer.close()
 
 
 async def collect(connection: OpensshConnection, command: str) -> tuple[bytes, bytes, int | None]:
@@ -353,7 +344,7 @@ class TestReal:
         script.write_text(HOLDER)
         spec = sshd.spec()
         arguments = [str(sshd.port), spec.user, str(sshd.identity), str(sshd.known_hosts), str(folder)]
-        python = [shutil.which("python") or "python", str(script), *arguments]
+        python = [sys.executable, str(script), *arguments]
         with subprocess.Popen(python, stdout=subprocess.PIPE, cwd=os.getcwd()) as holder:
             assert holder.stdout is not None
             master = int(await asyncio.get_running_loop().run_in_executor(None, holder.stdout.readline))

@@ -23,6 +23,7 @@ from gpumesh.tunnels.protocol import Setup
 from gpumesh.tunnels.via_sshtunnel import SshConnection, connect
 from tests.tunnels.polling import until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
+from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [pytest.mark.real, needs_sshd]
 
@@ -70,13 +71,6 @@ async def refusal(ssh: SshSpec, told: Told | None = None, **secrets: str) -> Tun
             pass
     assert caught.value.hint
     return caught.value
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.write_eof()
 
 
 async def collect(connection: SshConnection, command: str) -> tuple[bytes, int | None]:
@@ -326,6 +320,8 @@ class Asking(paramiko.ServerInterface):
         return paramiko.common.AUTH_SUCCESSFUL if password == self._password else paramiko.common.AUTH_FAILED
 
     def check_auth_interactive(self, username: str, submethods: str) -> int | paramiko.server.InteractiveQuery:
+        if "keyboard-interactive" not in self._methods:
+            return paramiko.common.AUTH_FAILED
         return paramiko.server.InteractiveQuery("Pod", "be\x1b[31m careful", *self._questions)
 
     def check_auth_interactive_response(self, responses: list[str]) -> int:
@@ -358,12 +354,14 @@ async def asking(folder: Path, server: Asking) -> AsyncIterator[SshSpec]:
         port = listening.getsockname()[1]
         known = folder / "known_hosts"
         known.write_text(f"[127.0.0.1]:{port} {key.get_name()} {key.get_base64()}\n")
-        yield SshSpec("127.0.0.1", port, known_hosts=known, agent=False)
-        listening.shutdown(socket.SHUT_RDWR)
-        await thread
-    for transport in transports:
-        transport.close()
-        transport.join(10)
+        try:
+            yield SshSpec("127.0.0.1", port, known_hosts=known, agent=False)
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)  # the thread may not outlive the test: the loop's end waits for it
+            await thread
+            for transport in transports:
+                transport.close()
+                transport.join(10)
 
 
 async def test_a_password(tmp_path: Path) -> None:
@@ -426,24 +424,6 @@ async def test_a_chain_of_jumps(tmp_path: Path) -> None:
 
 
 # -- forwarding ------------------------------------------------------------------------------------------------------
-
-
-async def exchange(port: int, data: bytes) -> bytes:
-    """Sends ``data``, ends, and reads to the end."""
-    async with asyncio.timeout(30):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-
-        async def send() -> None:
-            writer.write(data)
-            await writer.drain()
-            writer.write_eof()
-
-        async with asyncio.TaskGroup() as group:
-            group.create_task(send())
-            answer = group.create_task(reader.read())
-        writer.close()
-        await writer.wait_closed()
-        return answer.result()
 
 
 async def test_several_targets_each_to_its_own(sshd: Sshd) -> None:
@@ -533,7 +513,9 @@ def test_paramiko_is_as_channels_py_expects_it() -> None:
     with here, there:
         transport = paramiko.Transport(here)
         assert channels.unsupported(transport) is None
-        del transport._channel_handler_table  # type: ignore[attr-defined]  # an instance has none of its own
+        table = transport._channel_handler_table  # type: ignore[attr-defined]
+        transport._channel_handler_table = {**table, 255: None}  # type: ignore[attr-defined]
+        assert "_channel_handler_table" in (channels.unsupported(transport) or "")
     loop = inspect.getsource(paramiko.Transport.run)
     assert "self._channel_handler_table[ptype](chan, m)" in loop
     assert "self._handler_table[ptype](m)" in loop
