@@ -15,9 +15,9 @@ from gpumesh.cli.status_view import Look, status_view
 from gpumesh.cli.terminal import Screen
 from gpumesh.cli.text import clean_line, shorten
 from gpumesh.daemon.closing import closing
-from gpumesh.daemon.history import History, Recorder
 from gpumesh.daemon.session import Session
 from gpumesh.errors import GPUMeshError
+from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import MeshState
 
 KEYS = "q quit  ↑↓ node  d drain  r resume  c reconnect  s sort  v processes"

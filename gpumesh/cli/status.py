@@ -21,7 +21,7 @@ from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, Severity
 
 if TYPE_CHECKING:
-    from gpumesh.daemon.history import History
+    from gpumesh.mesh.history import History
 
 REPORT_S = 9.0
 
@@ -103,7 +103,7 @@ def check_code(state: MeshState) -> ExitCode:
 
 def _now(chosen: Settings, *, with_history: bool) -> tuple[MeshState, History | None]:
     from gpumesh.daemon.glance import glance, past
-    from gpumesh.daemon.history import History
+    from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
     socket = chosen.paths().socket

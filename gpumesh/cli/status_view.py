@@ -26,7 +26,7 @@ from gpumesh.cli.text import (
     spark,
     time_left,
 )
-from gpumesh.daemon.history import History
+from gpumesh.mesh.history import History
 from gpumesh.state import (
     BackendPhase,
     GpuState,

@@ -9,9 +9,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from gpumesh.backends.base import ChatRequest
 from gpumesh.daemon.choice import choose_model
 from gpumesh.daemon.closing import closing
-from gpumesh.daemon.history import History, Recorder
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError
+from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumesh.backends.base import Chunk
-from gpumesh.daemon.history import History
 from gpumesh.daemon.session import Ask
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
+from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.wire import from_json, to_json
 

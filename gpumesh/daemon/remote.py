@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gpumesh.backends.base import Chunk
 from gpumesh.daemon import messages
-from gpumesh.daemon.history import History
 from gpumesh.daemon.messages import LINE_LIMIT, Reply, Request
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, Stream
 

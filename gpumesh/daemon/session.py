@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from gpumesh.backends.base import Chunk, Message
 from gpumesh.balancer.base import Priority
-from gpumesh.daemon.history import History
+from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk
 

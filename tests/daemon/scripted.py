@@ -8,9 +8,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, Counters
-from gpumesh.daemon.history import History, Series
 from gpumesh.daemon.session import Ask, ChatStream
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
+from gpumesh.mesh.history import History, Series
 from gpumesh.state import MeshState
 from gpumesh.tunnels.base import ExecChunk, Stream
 from tests.cli.states import typical

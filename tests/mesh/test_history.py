@@ -1,0 +1,68 @@
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from gpumesh.mesh.history import STEP_S, STEPS, History, Recorder
+from gpumesh.state import (
+    BackendState,
+    GatewayState,
+    GpuState,
+    Health,
+    MeshState,
+    NodeState,
+    TunnelState,
+    total,
+)
+from gpumesh.wire import from_json, to_json
+
+START = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+
+
+def state(after_s: float, busy: int | None, rate: float | None = 10.0, in_flight: int = 0) -> MeshState:
+    gpu = GpuState(0, "GPU-1", "4090", memory_used_mib=1000, utilization_pct=busy)
+    backend = BackendState("ollama", tokens_per_s=rate)
+    node = NodeState("one", Health.HEALTHY, None, TunnelState("direct"), backend, gpus=(gpu,))
+    gateway = GatewayState(in_flight=in_flight)
+    return MeshState("m", START + timedelta(seconds=after_s), gateway, total((node,)), (node,))
+
+
+def test_a_step_is_the_mean_of_what_was_seen_in_it() -> None:
+    recorder = Recorder()
+    for after_s, busy in ((0.0, 10), (1.0, 20), (STEP_S, 90)):
+        recorder.add(state(after_s, busy, in_flight=2))
+    history = recorder.history()
+    assert history.of_gpu("GPU-1")[-2:] == (15.0, 90.0)
+    assert len(history.of_gpu("GPU-1")) == STEPS
+    assert {series.key: series.values[-1] for series in history.mesh} == {"in_flight": 2.0, "queued": 0.0}
+    assert history.memory[0].values[-1] == 1000.0
+
+
+def test_what_was_not_known_and_when_nobody_looked_is_none() -> None:
+    recorder = Recorder()
+    recorder.add(state(0.0, None, rate=None))
+    recorder.add(state(3 * STEP_S, 50))
+    assert recorder.history().of_gpu("GPU-1")[-4:] == (None, None, None, 50.0)
+    assert recorder.history().nodes[0].values[-4:] == (None, None, None, 10.0)
+
+
+def test_only_the_last_steps_are_kept() -> None:
+    recorder = Recorder(steps=3)
+    for step in range(10):
+        recorder.add(state(step * STEP_S, step))
+    assert recorder.history().of_gpu("GPU-1") == (7.0, 8.0, 9.0)
+
+
+def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
+    first = Recorder()
+    for step in range(4):
+        first.add(state(step * STEP_S, 10 * step))
+    sent = from_json(History, to_json(first.history()))
+    second = Recorder(sent, at=state(3 * STEP_S, 0).at)
+    second.add(state(4 * STEP_S, 70))
+    assert second.history().of_gpu("GPU-1")[-5:] == (0.0, 10.0, 20.0, 30.0, 70.0)
+    other = Recorder(replace(sent, step_s=1.0), at=START)
+    assert other.history() == History(), "steps of another length do not fit"
+
+
+def test_nothing_seen_is_an_empty_history() -> None:
+    assert Recorder().history() == History()
+    assert History().of_gpu("GPU-1") == ()
