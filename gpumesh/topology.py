@@ -47,6 +47,7 @@ class GatewaySpec:
     max_queue: int = 1024
     timeout_s: float = 600.0
     cors_origins: tuple[str, ...] = ()
+    access_log: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpumesh.config.credentials import secret
-from gpumesh.config.locate import find, listen_address
+from gpumesh.config.locate import find, is_loopback, listen_address, refuse_open
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
     from gpumesh.config.specs import ResolveAlias
     from gpumesh.state import Finding
 
-__all__ = ["check", "effective", "find", "listen_address", "load", "parse", "schema", "secret"]
+__all__ = [
+    "check",
+    "effective",
+    "find",
+    "is_loopback",
+    "listen_address",
+    "load",
+    "parse",
+    "refuse_open",
+    "schema",
+    "secret",
+]
 
 
 def load(path: Path | None = None) -> Topology:

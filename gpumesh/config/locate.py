@@ -42,9 +42,14 @@ def listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
         host, port = split_listen(text)
     except ValueError as error:
         raise UsageError(f"{text[:80]!r} {error}") from error
+    refuse_open(host, api_key_env=api_key_env)
+    return host, port
+
+
+def refuse_open(host: str, *, api_key_env: str | None) -> None:
+    """Raises UsageError for an address that other machines can reach, with no key to keep them out."""
     if api_key_env is None and not is_loopback(host):
         raise UsageError(f"listening on {host} {OPEN_TO_ALL}", hint=OPEN_HINT)
-    return host, port
 
 
 OPEN_TO_ALL = "lets other machines use your GPUs, and no API key is asked for"

@@ -217,6 +217,10 @@ class Gateway(Section):
     cors_origins: Origins | None = Field(
         default=None, description="Web pages that may use the gateway, by their origin."
     )
+    access_log: bool | None = Field(
+        default=None,
+        description="Whether a line is kept for each request, without its prompt; true if not given.",
+    )
 
 
 class Redis(Section):

@@ -42,6 +42,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
             "max_queue": spec.max_queue,
             "timeout": forms.format_duration(spec.timeout_s),
             "cors_origins": list(spec.cors_origins),
+            "access_log": spec.access_log,
         }
     )
 

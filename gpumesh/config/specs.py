@@ -167,6 +167,7 @@ def _gateway(gateway: Gateway) -> GatewaySpec:
         max_queue=_first(gateway.max_queue, None, usual.max_queue),
         timeout_s=_first(gateway.timeout, None, usual.timeout_s),
         cors_origins=gateway.cors_origins or (),
+        access_log=_first(gateway.access_log, None, usual.access_log),
     )
 
 

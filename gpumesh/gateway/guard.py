@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+_APPLICATIONS = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # as Ollama has it
+_HERE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # what a page says, not what we bind
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 
@@ -40,18 +42,42 @@ class Guard:
         return address.is_loopback or address.is_private
 
     def origin_allowed(self, origin: str | None) -> bool:
-        """No Origin: not a browser's cross-site request. Pages of this machine itself are let in, as Ollama does."""
+        """No Origin: not a browser's cross-site request. Pages of this machine itself are let in, as Ollama does, and
+        applications on it whose pages are no web pages."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
-        return urlsplit(origin).hostname in ("localhost", "127.0.0.1", "::1")
+        try:
+            parts = urlsplit(origin)
+            return parts.scheme in _APPLICATIONS or parts.hostname in _HERE
+        except ValueError:  # brackets without an address in them
+            return False
+
+    def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
+        """What every answer says to a browser whose page has this origin, which is allowed; a preflight's too."""
+        told = {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers") or "*, Authorization",
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+            "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, X-Request-Id",
+            "Access-Control-Max-Age": "600",
+            "Vary": "Origin",
+        }
+        if headers.get("Access-Control-Request-Private-Network") == "true":
+            told["Access-Control-Allow-Private-Network"] = "true"  # a page of the web asks for this machine
+        return told
 
     def key_allowed(self, headers: Mapping[str, str]) -> bool:
+        """Either header will do: some clients send both, and only one of them is ours. Takes the same time whatever
+        the key is."""
         if self.api_key is None:
             return True
-        given = headers.get("x-api-key")
-        if given is None:
-            scheme, _, value = headers.get("Authorization", "").partition(" ")
-            given = value.strip() if scheme.lower() == "bearer" else ""
+        scheme, _, value = headers.get("Authorization", "").partition(" ")
+        bearer = value.strip() if scheme.lower() == "bearer" else ""
+        same = [self._same(headers.get("x-api-key", "")), self._same(bearer)]
+        return any(same)
+
+    def _same(self, given: str) -> bool:
+        assert self.api_key is not None
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.errors import GPUMeshError
-from gpumesh.topology import BackendKind
+from gpumesh.topology import BackendKind, Topology
 
 OLLAMA_ONLY = frozenset({BackendKind.OLLAMA})
 EITHER = frozenset(BackendKind)
@@ -69,9 +69,20 @@ def shape_of(path: str) -> Shape:
     return Shape.OPENAI if path.startswith("/v1/") else Shape.NATIVE
 
 
-def read_demand(route: Route, headers: Mapping[str, str], body: bytes, *, default_model: str | None) -> Demand:
-    """Raises BadRequest for what no server could answer."""
-    document = read_object(body)
+def read_demand(
+    route: Route,
+    headers: Mapping[str, str],
+    document: Mapping[str, Any],
+    *,
+    size: int,
+    default_model: str | None,
+    node: str | None = None,
+    request_id: str | None = None,
+) -> Demand:
+    """``document`` is the body, of ``size`` bytes; ``node`` comes from ``read_node``.
+
+    Raises BadRequest for what no server could answer.
+    """
     model = document.get("model") or document.get("name") or default_model
     if not isinstance(model, str) or not model.strip():
         raise BadRequest("model is required")
@@ -81,14 +92,20 @@ def read_demand(route: Route, headers: Mapping[str, str], body: bytes, *, defaul
     return Demand(
         model=model,
         kinds=route.kinds,
-        node=headers.get("X-GPUMesh-Node"),
+        node=node,
         priority=read_priority(headers),
         session=headers.get("X-GPUMesh-Session"),
         affinity=f"{model}/{context}" if context is not None else None,
-        prompt_tokens=len(body) // 4 if len(body) > 2000 else None,
+        prompt_tokens=size // 4 if size > 2000 else None,
         max_tokens=_max_tokens(document, options),
         place=route.place,
+        id=request_id,
     )
+
+
+def names_model(document: Mapping[str, Any]) -> bool:
+    """Whether the client itself says which model it wants."""
+    return bool(document.get("model") or document.get("name"))
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -102,6 +119,17 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadRequest("the request body is not a JSON object")
     return document
+
+
+def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
+    """The one node that the client wants. Raises BadRequest when there is no such node."""
+    name = headers.get("X-GPUMesh-Node")
+    if name is None:
+        return None
+    names = [node.name for node in topology.nodes]
+    if name not in names:
+        raise BadRequest(f"X-GPUMesh-Node names no node of this mesh; the nodes are: {', '.join(names)}")
+    return name
 
 
 def read_priority(headers: Mapping[str, str]) -> Priority:

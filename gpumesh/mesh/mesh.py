@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.events import Changes
 from gpumesh.mesh.node import Node
+from gpumesh.mesh.upload import upload
 from gpumesh.mesh.upstream import Upstream
 from gpumesh.state import GatewayState, MeshState, total
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -303,6 +304,12 @@ class Mesh:
                 continue
             return _with_fate(result, len(failures) + 1, waited_s)
 
+    async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
+        """Posts a body that can be read only once to this node. Raises what ``send`` raises, and BackendUnreachable."""
+        began = self._clock()
+        lease = await self._dispatcher.acquire(Demand(None, node=self._known(node), place=False), timeout_s=timeout_s)
+        return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - began))
+
     def _give_up(self, failures: Sequence[Failed], waited_s: float) -> Answer:
         """Everybody failed: the server's own words if any gave some, else what happened on each node."""
         for failed in reversed(failures):
@@ -345,6 +352,11 @@ class Mesh:
         if tunnel is None:
             raise UsageError(f"node {node!r} is disabled in mesh.yaml")
         return tunnel
+
+    @property
+    def attempts(self) -> dict[str, Mapping[Outcome, int]]:
+        """For each node, how the tries that took a place there ended."""
+        return {node.name: node.attempts for node in self._nodes.values()}
 
     def drain(self, node: str) -> None:
         """No new work to this node; what runs there ends by itself."""

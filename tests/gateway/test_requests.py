@@ -1,24 +1,46 @@
 import contextlib
 import json
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.base import Priority
+from gpumesh.balancer.base import Demand, Priority
 from gpumesh.gateway.requests import (
     EITHER,
     MODEL_ROUTES,
     OLLAMA_ONLY,
     BadRequest,
+    Route,
     Shape,
+    names_model,
     read_demand,
+    read_node,
+    read_object,
     read_priority,
     read_timeout,
     shape_of,
 )
+from gpumesh.topology import BackendSpec, NodeSpec, Topology
 
 CHAT = MODEL_ROUTES["/api/chat"]
+
+
+def demand_of(
+    route: Route,
+    given: bytes,
+    headers: Mapping[str, str] | None = None,
+    *,
+    default_model: str | None = None,
+    node: str | None = None,
+    request_id: str | None = None,
+) -> Demand:
+    document = read_object(given)
+    size = len(given)
+    return read_demand(
+        route, headers or {}, document, size=size, default_model=default_model, node=node, request_id=request_id
+    )
 
 
 def body(**document: object) -> bytes:
@@ -26,28 +48,27 @@ def body(**document: object) -> bytes:
 
 
 def test_what_a_native_request_asks_for() -> None:
-    headers = {"X-GPUMesh-Node": "iceland", "X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
-    demand = read_demand(
-        CHAT, headers, body(model="qwen2.5:7b", options={"num_predict": 64, "num_ctx": 8192}), default_model=None
-    )
+    headers = {"X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
+    asked = body(model="qwen2.5:7b", options={"num_predict": 64, "num_ctx": 8192})
+    demand = demand_of(CHAT, asked, headers, node="iceland", request_id="r1")
     assert demand.model == "qwen2.5:7b"
     assert demand.kinds == OLLAMA_ONLY
     assert (demand.node, demand.session, demand.priority) == ("iceland", "s1", Priority.BATCH)
+    assert demand.id == "r1"
     assert demand.max_tokens == 64
     assert demand.affinity == "qwen2.5:7b/8192"
 
 
 def test_openai_routes_go_to_either_kind() -> None:
-    demand = read_demand(
-        MODEL_ROUTES["/v1/chat/completions"], {}, body(model="m", max_completion_tokens=9), default_model=None
-    )
+    demand = demand_of(MODEL_ROUTES["/v1/chat/completions"], body(model="m", max_completion_tokens=9))
     assert demand.kinds == EITHER
     assert demand.max_tokens == 9
 
 
 def test_the_default_model_fills_in_and_show_may_say_name() -> None:
-    assert read_demand(CHAT, {}, body(messages=[]), default_model="d").model == "d"
-    shown = read_demand(MODEL_ROUTES["/api/show"], {}, body(name="n"), default_model=None)
+    assert demand_of(CHAT, body(messages=[]), default_model="d").model == "d"
+    assert not names_model({"messages": []})
+    shown = demand_of(MODEL_ROUTES["/api/show"], body(name="n"))
     assert shown.model == "n"
     assert not shown.place
 
@@ -66,20 +87,30 @@ def test_the_default_model_fills_in_and_show_may_say_name() -> None:
 )
 def test_what_no_server_could_answer_is_refused(given_body: bytes, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as refused:
-        read_demand(CHAT, {}, given_body, default_model=None)
+        demand_of(CHAT, given_body)
     assert refused.value.status == 400
 
 
 @given(st.binary(max_size=200))
 def test_any_body_is_a_demand_or_a_refusal(given_body: bytes) -> None:
     with contextlib.suppress(BadRequest):
-        read_demand(CHAT, {}, given_body, default_model="d")
+        demand_of(CHAT, given_body, default_model="d")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e9", ""])
 def test_a_timeout_is_a_sane_number_of_seconds(value: str) -> None:
     with pytest.raises(BadRequest):
         read_timeout({"X-GPUMesh-Timeout": value}, 1.0)
+
+
+def test_a_node_is_one_of_the_mesh() -> None:
+    nodes = tuple(NodeSpec(name, BackendSpec()) for name in ("iceland", "local"))
+    topology = Topology("t", nodes)
+    assert read_node({}, topology) is None
+    assert read_node({"X-GPUMesh-Node": "local"}, topology) == "local"
+    with pytest.raises(BadRequest, match="iceland, local") as refused:
+        read_node({"X-GPUMesh-Node": "secret-word"}, topology)
+    assert "secret-word" not in refused.value.message
 
 
 def test_timeouts_and_priorities() -> None:

@@ -1,0 +1,97 @@
+"""Prometheus's text format, version 0.0.4: families of samples to text. Pure.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``suffix`` is what a histogram's parts have after the family's name."""
+
+    labels: Labels
+    value: float
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric with all its samples. A counter's ``name`` ends with ``_total``."""
+
+    name: str
+    kind: Kind
+    help: str
+    samples: tuple[Sample, ...]
+
+
+class Distribution(Protocol):
+    """A histogram's state: ``counts`` has one place for each of ``bounds``, and one more for what is beyond."""
+
+    @property
+    def counts(self) -> Sequence[int]: ...
+
+    @property
+    def sum(self) -> float: ...
+
+
+def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
+    """What is unknown (``None``) has no sample."""
+    return Family(
+        name, Kind.GAUGE, text, tuple(Sample(labels, value) for labels, value in samples if value is not None)
+    )
+
+
+def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
+    return Family(name, Kind.COUNTER, text, tuple(Sample(labels, value) for labels, value in samples))
+
+
+def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
+    samples: list[Sample] = []
+    for labels, one in series.items():
+        below = 0
+        for bound, count in zip((*bounds, float("inf")), one.counts, strict=True):
+            below += count
+            samples.append(Sample((*labels, ("le", _number(bound))), below, "_bucket"))
+        samples += [Sample(labels, one.sum, "_sum"), Sample(labels, below, "_count")]
+    return Family(name, Kind.HISTOGRAM, text, tuple(samples))
+
+
+def render(families: Iterable[Family]) -> str:
+    return "".join(line for family in families for line in _lines(family))
+
+
+def _lines(family: Family) -> Iterator[str]:
+    if not family.samples:
+        return
+    yield f"# HELP {family.name} {_escaped(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
+    for sample in family.samples:
+        labels = ",".join(f'{name}="{_escaped(value, quoted=True)}"' for name, value in sample.labels)
+        told = f"{{{labels}}}" if labels else ""
+        yield f"{family.name}{sample.suffix}{told} {_number(sample.value)}\n"
+
+
+def _escaped(text: str, *, quoted: bool = False) -> str:
+    escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
+    return escaped.replace('"', '\\"') if quoted else escaped
+
+
+def _number(value: float) -> str:
+    if value == float("inf"):
+        return "+Inf"
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))

@@ -1,0 +1,102 @@
+"""Routes that are about the whole fleet: answered here, from every node's own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from gpumesh import __version__
+from gpumesh.backends.base import HttpCall
+from gpumesh.balancer.base import Demand
+from gpumesh.errors import GPUMeshError
+from gpumesh.gateway import exposition, gauges, merge
+from gpumesh.gateway.metrics import Metrics
+from gpumesh.gateway.requests import OLLAMA_ONLY
+from gpumesh.gateway.server import Request, Server
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.state import BackendPhase
+from gpumesh.topology import BackendKind
+from gpumesh.wire import status_json
+
+LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged list
+
+
+class Fleet:
+    def __init__(self, mesh: Mesh, metrics: Metrics) -> None:
+        self._mesh = mesh
+        self._metrics = metrics
+        self.server: Server | None = None
+
+    async def root(self, _request: Request) -> web.Response:
+        return web.Response(text="Ollama is running")
+
+    async def healthz(self, _request: Request) -> web.Response:
+        """200 while any node can serve: for those who ask whether to send requests here."""
+        usable = self._mesh.usable()
+        document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
+        return _json(document, status=200 if usable else 503)
+
+    async def status(self, _request: Request) -> web.Response:
+        return _json(status_json(self._mesh.snapshot()))
+
+    async def metrics(self, _request: Request) -> web.Response:
+        assert self.server is not None, "it is the server that got this request"
+        families = [
+            *gauges.of_state(self._mesh.snapshot(), self._mesh.attempts),
+            *gauges.of_server(len(self.server.connections), self.server.turned_away),
+            *self._metrics.families(),
+            *gauges.process(),
+        ]
+        body = exposition.render(families).encode()
+        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
+
+    async def version(self, _request: Request) -> web.Response:
+        """The oldest version of all nodes: what a client may rely on, whichever node answers."""
+        versions = [
+            node.backend.version
+            for node in self._mesh.snapshot().nodes
+            if node.backend.kind == BackendKind.OLLAMA
+            and node.backend.state is BackendPhase.UP
+            and node.backend.version is not None
+        ]
+        return _json({"version": min(versions, key=_version_key) if versions else __version__})
+
+    async def tags(self, _request: Request) -> web.Response:
+        return _raw(merge.tags(await self._ask_all("/api/tags", OLLAMA_ONLY)))
+
+    async def ps(self, _request: Request) -> web.Response:
+        return _raw(merge.loaded(await self._ask_all("/api/ps", OLLAMA_ONLY)))
+
+    async def openai_models(self, _request: Request) -> web.Response:
+        return _raw(merge.openai_models(await self._ask_all("/v1/models", frozenset(BackendKind))))
+
+    async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
+        """The bodies of those that answered in time."""
+
+        async def ask(node: str) -> bytes | None:
+            demand = Demand(model=None, kinds=kinds, node=node, place=False)
+            calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
+            try:
+                answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
+                return await answer.read() if answer.status == 200 else None
+            except GPUMeshError:
+                return None  # its absence from the list is what a client can be told
+
+        bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable(kinds)))
+        return [body for body in bodies if body is not None]
+
+
+def _json(document: object, *, status: int = 200) -> web.Response:
+    return _raw(json.dumps(document).encode(), status=status)
+
+
+def _raw(body: bytes, *, status: int = 200) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    """``0.12.6-rc1`` -> (0, 12, 6); what is no number counts as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in version.partition("-")[0].split("."))

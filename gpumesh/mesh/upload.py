@@ -1,0 +1,60 @@
+"""A body that is too large to hold, on its way to one node: read once, so there is one attempt and no failover.
+
+On httpx, which streams request bodies; the hot path's client (upstream.py) has no use for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable
+
+import httpx
+
+from gpumesh.backends.dialects import host_header
+from gpumesh.balancer.outcomes import Outcome, of_status
+from gpumesh.errors import BackendUnreachable, DeadlineExceeded
+from gpumesh.mesh.answer import WholeAnswer
+from gpumesh.mesh.node import Lease
+
+ANSWER_BYTES = 1 << 20
+
+
+async def upload(
+    http: httpx.AsyncClient, lease: Lease, path: str, body: AsyncIterable[bytes], *, timeout_s: float
+) -> WholeAnswer:
+    """Posts it and releases the lease. Raises BackendUnreachable and DeadlineExceeded."""
+    node, loop = lease.node, asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s) as scope:
+            lease.abort = lambda: scope.reschedule(loop.time())
+            limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
+            async with http.stream(
+                "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
+            ) as response:
+                said = b""
+                async for piece in response.aiter_bytes():
+                    said += piece[: ANSWER_BYTES - len(said)]
+    except TimeoutError:
+        if lease.aborted:
+            lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
+            raise BackendUnreachable("the way to it was lost", node=node.name) from None
+        lease.release(Outcome.DEADLINE)
+        raise DeadlineExceeded(f"not done within {timeout_s:.0f} s", node=node.name) from None
+    except httpx.HTTPError as error:
+        words = f"the upload broke off: {error or type(error).__name__}"
+        lease.release(Outcome.UNREACHABLE, error=words)
+        raise BackendUnreachable(words, node=node.name) from error
+    except BaseException:
+        lease.release(Outcome.CLIENT_GONE)
+        raise
+    lease.release(of_status(response.status_code, model_asked=False))
+    headers = tuple((name, value) for name, value in response.headers.items() if name.lower() == "content-type")
+    return WholeAnswer(node.name, node.kind, response.status_code, headers, said)
+
+
+def _headers(lease: Lease) -> dict[str, str]:
+    headers = {"Content-Type": "application/octet-stream"}
+    if lease.node.target is not None:
+        headers["Host"] = host_header(lease.node.target)
+    key = lease.node.api_key()
+    return headers if key is None else {**headers, "Authorization": f"Bearer {key}"}
