@@ -37,12 +37,38 @@ def _open(transport: paramiko.Transport, command: str) -> paramiko.Channel:
     try:
         channel.settimeout(OPEN_TIMEOUT_S)
         channel.exec_command(command)
-        channel.shutdown_write()  # it must not wait for an input that never comes
+        _end_input(channel)  # it must not wait for an input that never comes
         channel.settimeout(0.0)
     except BaseException:
         channel.close()
         raise
     return channel
+
+
+def _end_input(channel: Any) -> None:
+    with channel.lock:
+        message = channel._send_eof()
+    if message is not None:
+        _send_while_open(channel, message)
+
+
+def _send_while_open(channel: Any, message: paramiko.Message) -> None:
+    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when something comes for a
+    channel after our close of it.
+
+    paramiko's thread answers the host's close by itself, at any moment; but it marks the channel first, and needs this
+    lock to send. So what is sent under the lock while there is no mark comes before the close. (paramiko's own
+    ``shutdown_write`` looks for the mark, lets go, and sends.)
+    """
+    transport = channel.transport
+    while transport.active:
+        transport.clear_to_send.wait(0.1)  # while keys are exchanged nothing may be sent
+        with transport.clear_to_send_lock:
+            if channel.closed:
+                return
+            if transport.clear_to_send.is_set():
+                transport._send_message(message)
+                return
 
 
 class RemoteProcess:
@@ -94,6 +120,5 @@ class RemoteProcess:
         message.add_string("signal")
         message.add_boolean(False)
         message.add_string("KILL")
-        transport: Any = self._channel.transport
-        transport._send_user_message(message)
+        _send_while_open(self._channel, message)
         self._channel.close()
