@@ -8,13 +8,16 @@ How a proxy drives it::
         for data in upstream:                            # until it ends, breaks, or stays silent for too long
             client.write(answer.feed(data))
             if answer.finished or answer.cut: break
+        else: client.write(answer.end_of_body())         # only where the body ended as HTTP has it
         if answer.finished: break
-        abort upstream; choose another node
-        if (question := answer.render_call()) is not None:   # at most one short question, on the node chosen
-            answer.rendered(*ask(question))                  # status and body; leave out if it failed
-        step = answer.on_cut(reason)
-        if isinstance(step, Ending): client.write(step.data); break   # step.error: why, or None if complete
-        upstream = send(step)                            # a failure before its first byte: send it to another node
+        abort upstream
+        if (ending := answer.on_cut(reason)) is None:
+            choose another node
+            if (question := answer.render_call(kind)):   # at most one short question, on the node chosen
+                answer.rendered(*ask(question))          # status and body; leave out if it failed
+            ending = answer.next_call(kind)
+        if isinstance(ending, Ending): break             # ending.data completes it, or ending.error says why not
+        upstream = send(ending)                          # fails before `feed` gave anything: the next node
 
 Only whole frames are passed on, so a cut never leaves half a line with the client, and what was passed on is exactly
 what the next node is told to continue: nothing is lost, nothing repeated.
@@ -26,17 +29,24 @@ from collections import deque
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from gpumesh.backends import jsons
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import Counters, HttpCall
+from gpumesh.backends.dialects import counters_of
 from gpumesh.backends.frames import LINE_LIMIT
-from gpumesh.backends.resume_forms import SENTINEL, Form, Frame, Sofar, form_of
+from gpumesh.backends.ollama import JSON
+from gpumesh.backends.resume_base import SENTINEL, Document, Form, Frame, Sofar
+from gpumesh.backends.resume_forms import form_of
+from gpumesh.topology import BackendKind
 
 MAX_CUTS = 3
 # Ollama's runner stops, silently, after one token came more than 30 times; what it gave up is not continued.
 REPEATS = 30
 # Passed on unread up to here; then read, so that a long answer is held as its text and not as its frames.
-UNREAD_BYTES = 16 << 10
+UNREAD_BYTES = 32 << 10
+# No model's context holds so much; an answer that grows past it is passed on, but not held.
+TEXT_LIMIT = 8 << 20
 
 
 class Way(StrEnum):
@@ -52,16 +62,17 @@ Ways = MutableMapping[str, Way]
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The last bytes for the client. ``error`` is ``None`` when the answer is complete after all."""
+    """The end of an answer that is not sent on: ``data`` completes it, unless ``error`` says why it is incomplete."""
 
-    data: bytes
+    data: bytes = b""
     error: str | None = None
 
 
 class Continuation:
     """``finished``: the client has the whole answer. ``cut``: why this upstream must not be read further (an error
-    frame, or no frame at all), while the client's answer is open still. ``resume`` is false for
-    ``X-GPUMesh-Resume: off``; ``clock`` gives seconds."""
+    frame, or no frame at all), while the client's answer is open still. ``counters``: the current upstream's own
+    figures, once it gave them, and ``told`` the whole answer's. ``resume`` is false for ``X-GPUMesh-Resume: off``;
+    ``clock`` gives seconds, and ``began`` is when the request came, if that was before now."""
 
     def __init__(
         self,
@@ -71,40 +82,55 @@ class Continuation:
         clock: Callable[[], float],
         ways: Ways | None = None,
         resume: bool = True,
+        began: float | None = None,
     ) -> None:
         self._path = path
         self._request_body = request
-        self._request = jsons.parse_object(request) or {}
         self._form: Form = form_of(path)
+        self._source = self._form
         self._clock = clock
         self._ways: Ways = {} if ways is None else ways
         self._resume = resume
-        self._began = clock()
+        self._keeps = resume and self._form.keeps
+        self._began = clock() if began is None else began
         self._held = b""
+        self._passed = False
         self._unread: list[bytes] = []
         self._unread_size = 0
         self._texts: list[str] = []
         self._thoughts: list[str] = []
+        self._size = 0
+        self._tokens = 0
         self._tail: deque[str] = deque(maxlen=REPEATS)
         self._tools = False
         self._complete = False
-        self._sofar = Sofar()
-        self._before = self._sofar
+        self._head: Document | None = None
         self._first_at: float | None = None
         self._last_at = 0.0
+        self._spent_ms = 0.0
+        self._sofar = Sofar()
         self._prompt: str | None = None
+        self._why = ""
+        self.cuts = 0
         self.finished = False
         self.cut: str | None = None
+        self.counters: Counters | None = None
+        self.told: Counters | None = None
+
+    @cached_property
+    def _request(self) -> Document:
+        return jsons.parse_object(self._request_body) or {}
 
     @property
-    def cuts(self) -> int:
-        return self._sofar.cuts
+    def mark(self) -> bytes:
+        """What ends a frame of the current upstream: so many of them, so many tokens, about."""
+        return self._source.mark
 
     @property
     def tokens(self) -> int:
         """Frames with text that the client has got: about so many tokens."""
         self._read_unread()
-        return self._sofar.tokens
+        return self._tokens
 
     @property
     def text(self) -> str:
@@ -112,34 +138,58 @@ class Continuation:
         self._read_unread()
         return "".join(self._texts)
 
+    @property
+    def continuable(self) -> bool:
+        """Whether another node could go on, were this upstream cut now."""
+        self._read_unread()
+        return self.cuts < MAX_CUTS and self._refusal() is None
+
+    def error_frame(self, message: str) -> bytes:
+        """An explicit error in the client's dialect, inside of the stream."""
+        return self._form.error(message)
+
     # -- upstream to client --------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> bytes:
         """What the client gets for these bytes of the current upstream; empty after its end or a cut."""
         if self.finished or self.cut is not None:
             return b""
-        whole = self._whole_frames(data)
-        if not whole:
-            return b""
+        if self._held or not data.endswith(self._source.mark):
+            data = self._whole_frames(data)
+            if not data:
+                return b""
         self._last_at = self._clock()
         if self._first_at is None:
             self._first_at = self._last_at
-        if self._sofar.cuts == 0 and not self._form.marks.search(whole):
+        if not self.cuts and self._source.plain(data):
             # By far the most common: text as the client shall have it, looked at only if it is ever needed.
-            self._unread.append(whole)
-            self._unread_size += len(whole)
-            if self._unread_size > UNREAD_BYTES:
-                self._read_unread()
-            return whole
+            self._passed = True
+            if self._keeps:
+                self._unread.append(data)
+                self._unread_size += len(data)
+                if self._unread_size > UNREAD_BYTES:
+                    self._read_unread()
+            return data
         self._read_unread()
-        return b"".join(self._pass_on(frame) for frame in self._split(whole))
+        return b"".join([self._pass_on(frame) for frame in self._split(data)])
+
+    def end_of_body(self) -> bytes:
+        """The upstream's body ended as it should: its last frame may lack its end mark."""
+        return self.feed(self._source.mark) if self._held else b""
+
+    def abandon(self) -> None:
+        """The current upstream failed before it gave anything: another one takes its place."""
+        self._held = b""
+        self.cut = None
+        self.counters = None
+        self._first_at = None
 
     def _whole_frames(self, data: bytes) -> bytes:
         text = self._held + data if self._held else data
         # The end of a frame is at most four bytes: what was held without one need not be searched again.
         start = max(len(self._held) - 4, 0)
         end = 0
-        for found in self._form.end.finditer(text, start):
+        for found in self._source.end.finditer(text, start):
             end = found.end()
         self._held = text[end:]
         if len(self._held) > LINE_LIMIT:
@@ -149,7 +199,7 @@ class Continuation:
 
     def _split(self, whole: bytes) -> list[bytes]:
         frames, start = [], 0
-        for found in self._form.end.finditer(whole):
+        for found in self._source.end.finditer(whole):
             frames.append(whole[start : found.end()])
             start = found.end()
         return frames
@@ -157,52 +207,99 @@ class Continuation:
     def _pass_on(self, raw: bytes) -> bytes:
         if self.finished or self.cut is not None:
             return b""
-        frame = self._form.read(raw)
+        frame = self._source.read(raw)
         if frame.error is not None:
             self.cut = frame.error
             return b""
         if frame.last and not self._ends_rightly(frame):
             self.cut = "the stream ended without a reason to"
             return b""
-        if self._sofar.cuts:
+        counted = counters_of(raw) if frame.last or b'"usage":{' in raw or b'"timings"' in raw else None
+        self.counters = counted or self.counters
+        if self.cuts:
             elapsed_ms = (self._clock() - self._began) * 1000.0
             # Figures and notes speak of what came before this attempt: the last one's own are in its frame.
-            raw = self._form.translate(frame, replace(self._before, elapsed_ms=elapsed_ms))
+            raw = self._source.translate(frame, replace(self._sofar, elapsed_ms=elapsed_ms))
+            counted = None if counted is None else counters_of(raw)
+        self.told = counted or self.told
         self._note(frame)
         self.finished = frame.last
         return raw
 
     def _ends_rightly(self, frame: Frame) -> bool:
         """OpenAI's ``[DONE]`` may follow a failure, too: then no reason to finish came before it."""
-        return self._path != "/v1/chat/completions" or self._complete or (frame.complete and frame.document is not None)
+        return frame.document is not None or not self._form.keeps or self._complete
+
+    # -- what was said -------------------------------------------------------------------------------------------
 
     def _read_unread(self) -> None:
+        if not self._unread:
+            return
         unread, self._unread, self._unread_size = b"".join(self._unread), [], 0
-        for raw in self._split(unread):
-            self._note(self._form.read(raw))
+        if self._head is None:
+            self._head = next((found for raw in self._split(unread) if (found := self._form.read(raw).document)), None)
+        for text, thinking in self._form.texts(unread):
+            self._said(text, thinking)
 
     def _note(self, frame: Frame) -> None:
-        if self._sofar.head is None and frame.document is not None:
-            self._sofar = replace(self._sofar, head=frame.document)
+        self._passed = True
+        if self._head is None and frame.document is not None:
+            self._head = frame.document
         self._tools |= frame.tools
         self._complete |= frame.complete and frame.document is not None
-        if frame.text:
-            self._texts.append(frame.text)
-        if frame.thinking:
-            self._thoughts.append(frame.thinking)
-        if frame.text or frame.thinking:
-            self._tail.append((frame.text or frame.thinking).strip())
-            self._sofar = replace(self._sofar, tokens=self._sofar.tokens + 1)
+        self._said(frame.text, frame.thinking)
+
+    def _said(self, text: str, thinking: str) -> None:
+        if not text and not thinking:
+            return
+        self._tokens += 1
+        if not self._keeps:
+            return
+        self._tail.append((text or thinking).strip())
+        if text:
+            self._texts.append(text)
+        if thinking:
+            self._thoughts.append(thinking)
+        self._size += len(text) + len(thinking)
+        if self._size > TEXT_LIMIT:
+            self._keeps = False
+            self._texts, self._thoughts = [], []
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
-    def render_call(self) -> HttpCall | None:
-        """What to ask of the node that will go on, before ``on_cut``; ``None`` when nothing need be asked."""
-        if self._refusal() is not None or not self.text or self._thoughts:
+    def on_cut(self, reason: str | None = None) -> Ending | None:
+        """The current upstream is over, and ``finished`` is false. ``None``: another node may go on."""
+        assert not self.finished, "the client has the whole answer"
+        self._why = reason or self.cut or "the stream ended before its final frame"
+        self._read_unread()
+        if self._first_at is not None:
+            self._spent_ms += (self._last_at - self._first_at) * 1000.0
+        self.abandon()
+        self.cuts += 1
+        self._sofar = Sofar(
+            text="".join(self._texts),
+            thinking="".join(self._thoughts),
+            tokens=self._tokens,
+            spent_ms=self._spent_ms,
+            elapsed_ms=(self._clock() - self._began) * 1000.0,
+            cuts=self.cuts,
+            head=self._head,
+        )
+        if self._complete:  # the text is whole, only what stands after it is missing
+            return self._ended(self._form.close("", self._sofar))
+        refusal = self._refusal()
+        if refusal is not None:
+            return self._refused(refusal)
+        budget = self._form.budget(self._request)
+        if budget is not None and self._tokens >= budget:
+            return self._ended(self._form.close("length", self._sofar))
+        return None
+
+    def render_call(self, kind: BackendKind) -> HttpCall | None:
+        """What to ask of the node that will go on; ``None`` when nothing need be asked."""
+        if not self._asks(kind) or self._prompt is not None or self._ways.get(self._model) is Way.ASSISTANT_LAST:
             return None
-        if self._prompt is not None or self._ways.get(self._model) is Way.ASSISTANT_LAST:
-            return None
-        return self._form.render_call(self._request)
+        return self._form.render_call(self._request, self._sofar.thinking)
 
     def rendered(self, status: int, body: bytes) -> None:
         """The answer to ``render_call``. One that tells nothing leaves the common way: assistant last."""
@@ -218,41 +315,35 @@ class Continuation:
         else:
             self._ways[self._model] = Way.ASSISTANT_LAST
 
-    def on_cut(self, reason: str | None = None) -> HttpCall | Ending:
-        """The current upstream is over, and ``finished`` is false: how to go on, or the explicit end."""
-        assert not self.finished, "the client has the whole answer"
-        why = reason or self.cut or "the stream ended before its final frame"
-        text = self.text
-        self._held = b""
-        self.cut = None
-        if self._first_at is not None:
-            spent_ms = self._sofar.spent_ms + (self._last_at - self._first_at) * 1000.0
-            self._sofar = replace(self._sofar, spent_ms=spent_ms)
-            self._first_at = None
-        self._sofar = replace(
-            self._sofar,
-            text=text,
-            thinking="".join(self._thoughts),
-            elapsed_ms=(self._clock() - self._began) * 1000.0,
-            cuts=self._sofar.cuts + 1,
-        )
-        if self._complete:  # the text is whole, only what stands after it is missing
-            return self._ended(self._form.close("", self._sofar))
-        refusal = self._refusal()
+    def next_call(self, kind: BackendKind) -> HttpCall | Ending | None:
+        """What to send to the node that will go on. ``None``: that one did not say how; another may."""
+        self._source = self._form
+        if not self._texts and not self._thoughts:
+            return HttpCall("POST", self._path, self._request_body, JSON)
+        raw = self._asks(kind) and self._ways.get(self._model) is Way.RAW
+        refusal = self._form.raw_refusal(self._request) if raw else self._form.rest_refusal(self._request, kind)
         if refusal is not None:
-            message = f"the answer was cut ({why}) and could not be continued: {refusal}"
-            return self._ended(self._form.error(message), message)
-        self._before = self._sofar
-        if not text and not self._thoughts:
-            return HttpCall("POST", self._path, self._request_body, (("Content-Type", "application/json"),))
-        budget = self._form.budget(self._request)
-        if budget is not None and self._sofar.tokens >= budget:
-            return self._ended(self._form.close("length", self._sofar))
-        return self._form.call(self._request, self._sofar, self._prompt)
+            return self._refused(refusal)
+        if not raw:
+            rest = self._form.rest(self._request, self._sofar, kind)
+        elif self._prompt is not None:
+            rest = self._form.raw(self._request, self._sofar, self._prompt)
+        else:
+            return None
+        self._source = rest.form
+        return rest.call
 
-    def _ended(self, data: bytes, error: str | None = None) -> Ending:
+    def _asks(self, kind: BackendKind) -> bool:
+        """Whether it depends on the model's template how the text so far is continued."""
+        return kind is BackendKind.OLLAMA and bool(self._texts) and self._form.templated(self._request)
+
+    def _ended(self, data: bytes) -> Ending:
         self.finished = True
-        return Ending(data, error)
+        return Ending(data)
+
+    def _refused(self, refusal: str) -> Ending:
+        self.finished = True
+        return Ending(error=f"the answer was cut ({self._why}) and could not be continued: {refusal}")
 
     @property
     def _model(self) -> str:
@@ -261,10 +352,12 @@ class Continuation:
     def _refusal(self) -> str | None:
         if not self._resume:
             return "the client asked for no continuation"
-        if self._sofar.cuts > MAX_CUTS:
+        if self.cuts > MAX_CUTS:
             return f"it was cut more than {MAX_CUTS} times"
-        if not self._texts and not self._thoughts and not self._tools:
+        if not self._passed or (not self._tokens and not self._tools and self._keeps):
             return None  # nothing was said yet: it is asked anew
+        if self._form.keeps and not self._keeps:
+            return "it is too long to be held"
         if self._tools:
             return "it calls tools"
         if self._thoughts and not self._texts:

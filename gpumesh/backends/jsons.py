@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +33,14 @@ def parse(data: bytes) -> Any:
 def parse_object(data: bytes) -> dict[str, Any] | None:
     document = parse(data)
     return document if isinstance(document, dict) else None
+
+
+def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Many small documents for little more than the cost of one; what is no object is an empty one."""
+    documents = parse(b"[" + b",".join(pieces) + b"]")
+    if not isinstance(documents, list) or len(documents) != len(pieces):
+        documents = [parse(piece) for piece in pieces]
+    return [document if isinstance(document, dict) else {} for document in documents]
 
 
 def text(value: Any) -> str | None:

@@ -12,7 +12,8 @@ from random import Random
 
 
 class Outcome(StrEnum):
-    """How one attempt ended."""
+    """How one attempt ended. ``TIMED_OUT``: silent in mid-answer; ``CUT``: the answer stopped short; ``BROKEN``: it
+    said in mid-answer that it failed; ``UNFIT``: it cannot go on with an answer that another node began."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -23,6 +24,8 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"
     TIMED_OUT = "timed-out"
     CUT = "cut"
+    BROKEN = "broken"
+    UNFIT = "unfit"
     DEADLINE = "deadline"
 
 
@@ -48,6 +51,8 @@ _VERDICTS = {
     Outcome.UNREACHABLE: Verdict(move_on=True, fault=True, suspect=True),
     Outcome.TIMED_OUT: Verdict(move_on=True, fault=True, suspect=True),
     Outcome.CUT: Verdict(move_on=True, fault=True, suspect=True),
+    Outcome.BROKEN: Verdict(move_on=True, fault=True),
+    Outcome.UNFIT: Verdict(move_on=True, fault=False),
     # The client's own deadline passed: a slow model is no broken node.
     Outcome.DEADLINE: Verdict(move_on=False, fault=False),
 }
@@ -55,7 +60,7 @@ _VERDICTS = {
 
 # When every node failed: those whose way was lost or who were busy are asked again, after a pause that grows.
 MAX_ROUNDS = 5
-_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BUSY})
+_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN, Outcome.BUSY})
 
 
 def worth_another_round(outcome: Outcome) -> bool:

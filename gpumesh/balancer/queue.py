@@ -42,9 +42,9 @@ class WaitQueue(Generic[T]):
     def full(self) -> bool:
         return len(self._items) >= self.bound
 
-    def add(self, item: T, priority: Priority, now: float) -> Waiting[T]:
-        """Raises ``OverflowError`` at the bound."""
-        if self.full:
+    def add(self, item: T, priority: Priority, now: float, *, bounded: bool = True) -> Waiting[T]:
+        """Raises ``OverflowError`` at the bound. What was begun already is not turned away by it: ``bounded`` false."""
+        if bounded and self.full:
             raise OverflowError(f"{self.bound} requests wait already")
         waiting = Waiting(item, priority, now, self._next)
         self._next += 1

@@ -14,7 +14,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import errors
-from gpumesh.gateway.requests import Shape
+from gpumesh.gateway.requests import BadRequest, Shape
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind
@@ -70,7 +70,7 @@ async def forward(
     Raises GPUMeshError only while nothing was sent to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
-    answer = await mesh.send(demand, calls, timeout_s=timeout_s)
+    answer = await mesh.send(demand, calls, timeout_s=timeout_s, resume=read_resume(request.headers))
     answered(answer)
     try:
         return await _pass_on(request, answer, shape)
@@ -90,9 +90,20 @@ async def _pass_on(request: web.BaseRequest, answer: Answer, shape: Shape) -> we
         async for data in answer:
             await response.write(data)
     except GPUMeshError as error:
-        await response.write(errors.frame(shape, errors.status_of(error), errors.words_of(error)))
+        words = errors.words_of(error)
+        await response.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))
     await response.write_eof()
     return response
+
+
+def read_resume(headers: Mapping[str, str]) -> bool:
+    """Whether a cut answer may be continued by another node."""
+    asked = headers.get("X-GPUMesh-Resume")
+    if asked is None or asked.strip().lower() == "on":
+        return True
+    if asked.strip().lower() == "off":
+        return False
+    raise BadRequest(f"X-GPUMesh-Resume is on or off, not {asked!r}")
 
 
 def _head(response: web.StreamResponse, answer: Answer) -> None:

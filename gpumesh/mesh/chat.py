@@ -17,18 +17,19 @@ from gpumesh.topology import BackendKind
 
 class Send(Protocol):
     def __call__(
-        self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float
+        self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float, resume: bool
     ) -> Awaitable[Answer]: ...
 
 
 class ChatStream:
     """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last."""
 
-    def __init__(self, send: Send, request: ChatRequest, demand: Demand, timeout_s: float) -> None:
+    def __init__(self, send: Send, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool) -> None:
         self._send = send
         self._request = request
         self._demand = demand
         self._timeout_s = timeout_s
+        self._resume = resume
         self._answer: Answer | None = None
         self._reader: FrameReader | None = None
         self._chunks: deque[Chunk] = deque()
@@ -92,7 +93,7 @@ class ChatStream:
 
     async def _start(self) -> None:
         calls = {kind: dialect.chat(self._request) for kind, dialect in DIALECTS.items()}
-        answer = await self._send(self._demand, calls, timeout_s=self._timeout_s)
+        answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
         dialect = DIALECTS[answer.kind]
         if answer.status >= 400:
             body = await answer.read()

@@ -77,8 +77,23 @@ class Dispatcher:
         """Those that wait for this node and no other."""
         return sum(waiting.item.demand.node == node for waiting in self._queue)
 
-    async def acquire(self, demand: Demand, *, exclude: frozenset[str] = frozenset(), timeout_s: float) -> Lease:
+    def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
+        """Whether any other node takes such work, now or when it has a free place."""
+        found = select(self._candidates(), demand, exclude=exclude)
+        return bool(found.now or found.later)
+
+    async def acquire(
+        self,
+        demand: Demand,
+        *,
+        exclude: frozenset[str] = frozenset(),
+        timeout_s: float,
+        since: float | None = None,
+    ) -> Lease:
         """A place on the best node for this demand.
+
+        ``since``: it was accepted then and its node has failed it; it waits as if it had waited from then on, and is
+        not turned away because many wait.
 
         Raises NoNodeError or ModelMissing when nobody could serve it, QueueFull past the bound, and DeadlineExceeded.
         """
@@ -92,13 +107,14 @@ class Dispatcher:
         waiter = _Waiter(demand, exclude, asyncio.get_running_loop().create_future())
         if not self._may_wait(waiter, candidates):
             raise why_none(candidates, demand, exclude=exclude)
-        if self._queue.full:
+        if self._queue.full and since is None:
             raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=max(self._recent_wait_s, 1.0))
-        return await self._wait(waiter, timeout_s)
+        return await self._wait(waiter, timeout_s, since)
 
-    async def _wait(self, waiter: _Waiter, timeout_s: float) -> Lease:
+    async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
         began = self._clock()
-        waiting = self._queue.add(waiter, waiter.demand.priority, began)
+        rank = began if since is None else since
+        waiting = self._queue.add(waiter, waiter.demand.priority, rank, bounded=since is None)
         try:
             async with asyncio.timeout(timeout_s):
                 lease = await waiter.granted

@@ -25,14 +25,15 @@ import httpx
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
-from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, pause_s, worth_another_round
+from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.select import select, why_none
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
-from gpumesh.mesh.answer import Answer, Failed, WholeAnswer, attempt
+from gpumesh.mesh.answer import Answer, WholeAnswer
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.events import Changes
 from gpumesh.mesh.node import Node
+from gpumesh.mesh.sending import Means, Sending
 from gpumesh.mesh.upload import upload
 from gpumesh.mesh.upstream import Upstream
 from gpumesh.state import GatewayState, MeshState, total
@@ -96,6 +97,7 @@ class Mesh:
         self._dispatcher = Dispatcher(
             self._nodes, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
         )
+        self._means = Means(self._upstream, self._dispatcher, clock, self._rng, self._why_none)
 
     @classmethod
     def from_file(cls, path: str | Path | None = None) -> Mesh:
@@ -236,17 +238,26 @@ class Mesh:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def send(self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float) -> Answer:
-        """Sends a request to the best node, to others while nodes fail it, until one answers.
+    async def send(
+        self,
+        demand: Demand,
+        calls: Mapping[BackendKind, HttpCall],
+        *,
+        timeout_s: float,
+        resume: bool = True,
+    ) -> Answer:
+        """Sends a request to the best node, to others while nodes fail it, until one answers; an answer that is cut
+        while it streams is continued by another node, unless ``resume`` is false.
 
         ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that every
         node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
         """
+        sending = Sending(self._means, demand, calls, timeout_s=timeout_s, resume=resume)
         if not demand.place:
-            return await self._send(demand, calls, timeout_s)
+            return await sending.answer()
         self.books.accepted += 1
         try:
-            answer = await self._send(demand, calls, timeout_s)
+            answer = await sending.answer()
         except asyncio.CancelledError:
             self._ended(Outcome.CLIENT_GONE)
             raise
@@ -268,56 +279,11 @@ class Mesh:
             self.books.failed += 1
         self._changes.notify()
 
-    async def _send(self, demand: Demand, calls: Mapping[BackendKind, HttpCall], timeout_s: float) -> Answer:
-        deadline = self._clock() + timeout_s
-        exclude: frozenset[str] = frozenset()
-        failures: list[Failed] = []
-        waited_s = 0.0
-        rounds = 1
-        while True:
-            asked = self._clock()
-            try:
-                lease = await self._dispatcher.acquire(demand, exclude=exclude, timeout_s=deadline - asked)
-            except NoNodeError:
-                if not failures:
-                    raise self._why_none(demand) from None
-                retry = frozenset(failed.node for failed in failures if worth_another_round(failed.outcome))
-                if not retry & exclude or rounds >= MAX_ROUNDS:
-                    return self._give_up(failures, waited_s)
-                await asyncio.sleep(pause_s(rounds, self._rng))
-                rounds += 1
-                exclude -= retry
-                continue
-            waited_s += self._clock() - asked
-            result = await attempt(
-                self._upstream,
-                lease,
-                calls[lease.node.kind],
-                timeout_s=deadline - self._clock(),
-                monotonic=self._clock,
-            )
-            if isinstance(result, Failed):
-                failures.append(result)
-                if not judge(result.outcome).move_on:
-                    raise result.error
-                exclude |= {result.node}
-                continue
-            return _with_fate(result, len(failures) + 1, waited_s)
-
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
         """Posts a body that can be read only once to this node. Raises what ``send`` raises, and BackendUnreachable."""
         began = self._clock()
         lease = await self._dispatcher.acquire(Demand(None, node=self._known(node), place=False), timeout_s=timeout_s)
         return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - began))
-
-    def _give_up(self, failures: Sequence[Failed], waited_s: float) -> Answer:
-        """Everybody failed: the server's own words if any gave some, else what happened on each node."""
-        for failed in reversed(failures):
-            if failed.answer is not None:
-                return _with_fate(failed.answer, len(failures), waited_s)
-        last = {failed.node: failed.error.message for failed in failures}
-        told = "; ".join(f"{node}: {message}" for node, message in last.items())
-        raise NoNodeError(f"every node that could serve this has failed it ({told})")
 
     def chat(
         self,
@@ -328,9 +294,10 @@ class Mesh:
         priority: Priority = Priority.NORMAL,
         session: str | None = None,
         timeout_s: float | None = None,
+        resume: bool = True,
     ) -> ChatStream:
         """A chat with a model; the answer's chunks as they come. Also an async context manager: leaving it early
-        stops the generation on the host.
+        stops the generation on the host. A cut answer is continued by another node, unless ``resume`` is false.
 
         Raises, at the first step, what ``send`` raises, and BackendStatus for a request that the server refuses.
         """
@@ -338,7 +305,8 @@ class Mesh:
             said = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
             request = ChatRequest(request, said)
         demand = Demand(model=request.model, node=self._known(node), priority=priority, session=session)
-        return ChatStream(self.send, request, demand, timeout_s or self.topology.gateway.timeout_s)
+        timeout_s = timeout_s or self.topology.gateway.timeout_s
+        return ChatStream(self.send, request, demand, timeout_s, resume=resume)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -377,12 +345,6 @@ class Mesh:
         if name is not None and name not in self._nodes:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
         return name
-
-
-def _with_fate(answer: Answer, attempts: int, waited_s: float) -> Answer:
-    answer.attempts = attempts
-    answer.queue_ms = waited_s * 1000.0
-    return answer
 
 
 __all__ = ["Books", "DeadlineExceeded", "Mesh"]

@@ -34,15 +34,20 @@ def test_404_without_a_model_is_the_clients() -> None:
 
 def test_every_outcome_is_judged_and_only_the_nodes_own_faults_count_against_it() -> None:
     faults = {outcome for outcome in Outcome if judge(outcome).fault}
-    assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT}
+    assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN}
     for outcome in Outcome:
         assert judge(outcome).move_on or not judge(outcome).fault
 
 
 def test_only_what_a_moment_may_mend_is_asked_again() -> None:
     again = {outcome for outcome in Outcome if worth_another_round(outcome)}
-    assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BUSY}
+    assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN, Outcome.BUSY}
     assert all(judge(outcome).move_on for outcome in again)
+
+
+def test_the_tunnel_is_looked_at_only_where_the_way_to_the_node_may_be_what_failed() -> None:
+    suspects = {outcome for outcome in Outcome if judge(outcome).suspect}
+    assert suspects == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT}
 
 
 def test_pauses_grow_and_stay_short_of_a_persons_patience() -> None:
