@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -27,10 +27,12 @@ def logs(
     ctx: typer.Context,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what comes.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last lines.")] = 100,
+    access: Annotated[bool, typer.Option("--access", help="The gateway's requests instead, one a line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The lines as they are: JSON objects.")] = False,
 ) -> None:
     """The mesh's log: every change of state with its reason. It stays after the mesh has ended."""
-    path = settings(ctx).paths().log
+    paths = settings(ctx).paths()
+    path = paths.access_log if access else paths.log
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in deque(file, lines):
@@ -54,6 +56,8 @@ def readable(line: str) -> str:
     """A line of the log for people; one that is no JSON as it is."""
     try:
         entry = json.loads(line)
+        if "path" in entry:
+            return clean_line(_request(entry))
         at, level = str(entry["at"]), str(entry["level"])
         words = [at[:19].replace("T", " "), f"{level:<8}", str(entry.get("node") or "-"), str(entry["message"])]
     except (ValueError, KeyError, TypeError):
@@ -61,6 +65,23 @@ def readable(line: str) -> str:
     text = clean_line("  ".join(words))
     trace = entry.get("trace")
     return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
+
+
+def _request(entry: dict[str, Any]) -> str:
+    """A line of the access log."""
+    words = [
+        str(entry["at"])[:19].replace("T", " "),
+        str(entry.get("client") or "-"),
+        f"{entry['method']} {entry['path']}",
+        str(entry.get("status") or "-"),
+        str(entry.get("outcome")),
+        f"{entry['total_ms']:.0f} ms",
+    ]
+    for key, unit in (("ttft_ms", " ms"), ("queue_ms", " ms"), ("attempts", "")):
+        if entry.get(key):
+            words.append(f"{key.removesuffix('_ms')} {entry[key]:.0f}{unit}")
+    words += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
+    return "  ".join(words)
 
 
 def _following(path: Path, file: TextIO) -> Iterator[str]:

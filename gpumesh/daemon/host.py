@@ -70,6 +70,7 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
 
     The caller holds the mesh's lock (``MeshLock.take``) and keeps it to the end of its process.
     """
+    from gpumesh.gateway.access_log import AccessLog
     from gpumesh.gateway.app import Gateway
     from gpumesh.mesh.mesh import Mesh
 
@@ -88,7 +89,8 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
         await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
         async with AsyncExitStack() as serving:
             if gateway:
-                server = await serving.enter_async_context(Gateway(mesh))
+                access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
+                server = await serving.enter_async_context(Gateway(mesh, access_log=access_log))
                 log.info("the gateway serves at %s", server.url, extra={"event": "gateway"})
             yield session
             session.refuse_new()

@@ -34,6 +34,11 @@ class MeshPaths:
         return self.folder / "lock"
 
     @property
+    def access_log(self) -> Path:
+        """A line for each request to the gateway."""
+        return self.log.with_suffix(".access.jsonl")
+
+    @property
     def errors(self) -> Path:
         """What a background Python says that cannot even start; empty otherwise."""
         return self.log.with_suffix(".stderr")
