@@ -58,7 +58,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class TunnelState:
-    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port`` stays the same over reconnects."""
+    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port`` stays the same over reconnects.
+    ``host_keys`` are the fingerprints on record of the host that was reached last."""
 
     transport: str
     state: TunnelPhase = TunnelPhase.IDLE
@@ -70,12 +71,16 @@ class TunnelState:
     hint: str | None = None
     retry_in_s: float | None = None
     local_port: int | None = None
+    host_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
+    """``store_free_mib``: what is left where models are kept; only `audit` asks for it."""
+
     hostname: str | None = None
     driver: str | None = None
+    store_free_mib: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,28 @@ class BackendState:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteState:
+    """One way to a node's server. ``target`` is the server as its own host knows it, ``url`` the same from here, and
+    ``via`` the transport. What follows is known after `audit` only: ``latency_ms`` is the middle one of several round
+    trips, ``store`` a fingerprint of the models' store, ``kind`` what the server turned out to be.
+
+    ``offered``: not in mesh.yaml; the host's own address answers without SSH as well. ``exposed``: to the internet.
+    """
+
+    target: str
+    url: str
+    via: str
+    state: BackendPhase = BackendPhase.UNKNOWN
+    latency_ms: float | None = None
+    error: str | None = None
+    error_code: str | None = None
+    store: str | None = None
+    kind: str | None = None
+    offered: bool = False
+    exposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LoadState:
     """``limit`` is how many requests the node truly runs in parallel; ``None`` while that is not known."""
 
@@ -166,7 +193,8 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """``gpus`` is ``None`` when they could not be asked for, and empty when there truly are none."""
+    """``gpus`` is ``None`` when they could not be asked for, and empty when there truly are none. ``noticed`` is what
+    the probes found by themselves; audit's rules add to it what follows from mesh.yaml."""
 
     name: str
     health: Health
@@ -178,6 +206,8 @@ class NodeState:
     load: LoadState = LoadState()
     labels: tuple[tuple[str, str], ...] = ()
     simulated: bool = False
+    routes: tuple[RouteState, ...] = ()
+    noticed: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

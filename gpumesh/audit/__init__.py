@@ -1,11 +1,22 @@
 """Expected against found: rules that turn specs and states into findings. Pure; one file for each family of rules.
 
 Each fault has its own finding and only that: a node whose tunnel is down says nothing of its models. What only the
-probes can see (a driver's failure, an ERR! in the table) they find themselves; ``catalog`` explains theirs as well.
+probes can see (a driver's failure, an ERR! in the table) they notice themselves (``NodeState.noticed``), and the rules
+take it in; ``catalog`` explains theirs as well.
 """
 
 from gpumesh.audit.catalog import CATALOG, Explanation, explain
-from gpumesh.audit.identity import gpu_groups
+from gpumesh.audit.identity import Machine, Proof, gpu_groups, machines, marks
 from gpumesh.audit.rules import findings
 
-__all__ = ["CATALOG", "Explanation", "explain", "findings", "gpu_groups"]
+__all__ = [
+    "CATALOG",
+    "Explanation",
+    "Machine",
+    "Proof",
+    "explain",
+    "findings",
+    "gpu_groups",
+    "machines",
+    "marks",
+]

@@ -367,6 +367,44 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "Nodes have different digests under one model's name: an answer depends on the node that gives it.",
         "`ollama pull MODEL` again on each of them.",
     ),
+    (
+        "disk-full",
+        W,
+        "no room for models",
+        "Where the host keeps its models next to nothing is free: a pull ends with `no space left on device`.",
+        "`gpumesh models` shows what is there, `gpumesh models rm MODEL` makes room; or point OLLAMA_MODELS at a "
+        "larger disk.",
+    ),
+    # -- the ways to the server --------------------------------------------------------------------------------------
+    (
+        "route-dead",
+        I,
+        "a candidate does not serve",
+        "Of a node's candidates (`backend.urls`) the first that answers is used; another one does not answer.",
+        "Nothing, if it is meant as a spare. If it never will answer, delete it.",
+    ),
+    (
+        "route-slower",
+        I,
+        "there is a faster way",
+        "Another way to the same server answers clearly faster than the one in use.",
+        "Put the faster one first under `backend.urls`. A way without SSH is for networks that you trust.",
+    ),
+    (
+        "routes-differ",
+        W,
+        "candidates are different servers",
+        "A node's candidates lead to servers with different models: which one answers depends on which one is up.",
+        "Make a node of each of them; then both are used.",
+    ),
+    (
+        "backend-exposed",
+        W,
+        "anybody can use the server",
+        "The inference server answers on the host's public address, without SSH and without a key.",
+        "Let it listen on loopback only (OLLAMA_HOST=127.0.0.1), or close its port in the firewall; the tunnel does "
+        "not need it.",
+    ),
     # -- errors of requests and commands -----------------------------------------------------------------------------
     (
         "no-node",

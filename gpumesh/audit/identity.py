@@ -1,28 +1,103 @@
 """Who a node is: the right host, and not one that another node is already.
 
-Two nodes are one machine's when nvidia-smi shows them a common GPU UUID: that is certain. Where it cannot be asked,
-the model store tells: ``modified_at`` is the nanosecond at which *this* host stored a model, so two routes that agree
-in every one of them reach one store (shared facts: ollama-api.md). A store on a network share would look the same,
-so that is said as likely, not as certain.
+Two nodes are ways to one machine when nvidia-smi shows them a common GPU UUID: that is certain. Where it cannot be
+asked, the host key tells, and else the model store: ``modified_at`` is the nanosecond at which *this* host stored a
+model, so two routes that agree in every one of them reach one store (shared facts: ollama-api.md). Images made from
+one template can share a host key, and a store may be on a network share: so both are said as likely, not as certain.
+
+Where GPUs are known on both sides they have spoken: no key and no store makes one machine of different GPUs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import urlsplit
 
-from gpumesh.state import Finding, GpuState, NodeState, Severity, TunnelPhase
+from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
 # Hosts stamp nanoseconds; a store copied or made by tools has whole seconds, equal by chance or by design.
 _FINE = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
 
 
+class Proof(StrEnum):
+    """By what nodes were found to be one machine, the strongest first."""
+
+    GPU = "gpu"
+    HOST_KEY = "host-key"
+    STORE = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest link between them, ``None``
+    for a node alone; ``mark`` is what they have in common by it: a UUID, a fingerprint."""
+
+    nodes: tuple[str, ...]
+    gpus: tuple[GpuState, ...]
+    proof: Proof | None = None
+    mark: str | None = None
+
+    @property
+    def certain(self) -> bool:
+        return self.proof in (None, Proof.GPU)
+
+
+def machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
+    """Each node is in exactly one; in the order of their first nodes."""
+    group = {node.name: node.name for node in nodes}
+    order = {node.name: place for place, node in enumerate(nodes)}
+    weakest: dict[str, tuple[Proof, str]] = {}
+
+    def root(name: str) -> str:
+        while group[name] != name:
+            group[name] = group[group[name]]
+            name = group[name]
+        return name
+
+    # The strong links first: what a weaker one then still joins is joined by that one alone.
+    for proof in Proof:
+        for mark, alike in _alike(nodes, proof).items():
+            for one, other in _pairs(alike, proof):
+                first, second = sorted((root(one.name), root(other.name)), key=order.__getitem__)
+                if first != second:
+                    group[second] = first
+                    weakest[first] = (proof, mark)
+    members: dict[str, list[NodeState]] = {}
+    for node in nodes:
+        members.setdefault(root(node.name), []).append(node)
+    found = []
+    for first, those in members.items():
+        gpus = {gpu.uuid: gpu for node in those for gpu in node.gpus or ()}
+        proof_, mark_ = weakest.get(first, (None, None)) if len(those) > 1 else (None, None)
+        found.append(Machine(tuple(node.name for node in those), tuple(gpus.values()), proof_, mark_))
+    return tuple(found)
+
+
+def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
+    """Each node's group: nodes that share a GPU have the same, named for the first of them in order."""
+    return {name: machine.nodes[0] for machine in machines(nodes) for name in machine.nodes}
+
+
+def marks(node: NodeState) -> frozenset[str]:
+    """What ``machines`` knows this node by: when it changes, it is time to ask again."""
+    return frozenset(mark for proof in Proof for mark in _marks(node, proof)) | frozenset(
+        filter(None, (_server(node),))
+    )
+
+
+# -- rules -----------------------------------------------------------------------------------------------------------
+
+
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     expected, found = spec.expect.hostname, state.host.hostname
     if expected is None or found is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    if not _same_host(expected, found):
+    if not same_host(expected, found):
         yield Finding(
             "hostname-differs",
             Severity.WARNING,
@@ -33,7 +108,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         )
 
 
-def _same_host(expected: str, found: str) -> bool:
+def same_host(expected: str, found: str) -> bool:
     """``box`` and ``box.example.org`` are one; ``box.a`` and ``box.b`` are not."""
     one, other = expected.strip().lower(), found.strip().lower()
     return one == other or (("." in one) != ("." in other) and one.split(".")[0] == other.split(".")[0])
@@ -43,101 +118,128 @@ def across(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
     """``same-gpu`` and ``tunnel-duplicate``: nodes that are one machine, under several names."""
     specs = {spec.name: spec for spec, _ in pairs}
     states = {state.name: state for _, state in pairs}
-    groups: dict[str, list[str]] = {}
-    for name, group in gpu_groups([state for _, state in pairs]).items():
-        groups.setdefault(group, []).append(name)
     told: set[str] = set()
-    for names in _duplicates([spec for spec, _ in pairs]):
+    for names in duplicates([spec for spec, _ in pairs]):
         told.update(names)
         yield Finding(
             "tunnel-duplicate",
             Severity.WARNING,
             names[0],
             f"{_and(names)} are the same server by the same way",
-            f"delete {_and(names[1:])} from mesh.yaml",
+            f"delete {_and(names[1:])} from mesh.yaml, or let `gpumesh audit --write` switch the rest off",
             nodes=tuple(names),
         )
-    for names in groups.values():
-        if len(names) < 2 or told.issuperset(names):
+    for machine in machines([state for _, state in pairs]):
+        if machine.proof is None or told.issuperset(machine.nodes):
             continue
-        shared = set.intersection(*(_uuids(states[name]) for name in names))
-        certain = _certain(names, states)
-        how = f"GPU {min(shared)}" if shared else ("GPUs" if certain else "one model store, to the nanosecond")
-        known = f"share {how}" if certain else f"have {how}: most likely one machine"
-        direct = [name for name in names if specs[name].ssh is None]
-        keep = direct[0] if direct else names[0]
+        keep = the_one_to_keep(machine.nodes, specs, states)
         yield Finding(
             "same-gpu",
             Severity.WARNING,
-            names[0],
-            f"{_and(names)} {known}",
-            f"they count once in every total and are balanced as one; keep {keep} and delete the rest, "
-            "or add its route as a candidate under `backend.urls`",
-            nodes=tuple(names),
+            machine.nodes[0],
+            f"{_and(machine.nodes)} are {_how_known(machine)}",
+            f"they count once in every total and are balanced as one; keep {keep} and delete the rest "
+            "(`gpumesh audit --write` switches them off)",
+            nodes=machine.nodes,
         )
 
 
-def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
-    """Each node's group: nodes that share a GPU have the same, named for the first of them in order."""
-    group = {node.name: node.name for node in nodes}
-    order = {node.name: place for place, node in enumerate(nodes)}
-
-    def root(name: str) -> str:
-        while group[name] != name:
-            group[name] = group[group[name]]
-            name = group[name]
-        return name
-
-    def unite(one: str, other: str) -> None:
-        first, second = sorted((root(one), root(other)), key=order.__getitem__)
-        group[second] = first
-
-    by_uuid: dict[str, str] = {}
-    by_store: dict[frozenset[tuple[str, str]], list[NodeState]] = {}
-    for node in nodes:
-        for uuid in _uuids(node):
-            unite(node.name, by_uuid.setdefault(uuid, node.name))
-        store = _store(node)
-        if store is not None:
-            by_store.setdefault(store, []).append(node)
-    for alike in by_store.values():
-        for place, node in enumerate(alike):
-            for other in alike[:place]:
-                if not (_uuids(node) and _uuids(other)):  # where both have GPUs, those have spoken
-                    unite(node.name, other.name)
-    return {name: root(name) for name in group}
+def _how_known(machine: Machine) -> str:
+    match machine.proof:
+        case Proof.GPU:
+            return f"one GPU, that is certain: nvidia-smi shows {machine.mark} to each"
+        case Proof.HOST_KEY:
+            return f"most likely one machine: the same SSH host key, {machine.mark}"
+        case _:
+            return "most likely one machine: one model store, the same in every model's time to the nanosecond"
 
 
-def _certain(names: Sequence[str], states: Mapping[str, NodeState]) -> bool:
-    return all(_uuids(states[name]) for name in names)
+def the_one_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
+    """Of several ways to one GPU: one that serves, that sees the GPU, and that has no tunnel between."""
+
+    def worth(name: str) -> tuple[bool, bool, bool]:
+        state = states[name]
+        return state.backend.state is BackendPhase.UP, bool(uuids(state)), specs[name].ssh is None
+
+    return max(names, key=worth)  # of equals the first
 
 
-def _uuids(node: NodeState) -> set[str]:
-    """Those that name one piece of hardware in the world; what a probe made up for an unknown one does not."""
-    return {gpu.uuid for gpu in node.gpus or () if _is_uuid(gpu)}
-
-
-def _is_uuid(gpu: GpuState) -> bool:
-    return gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12
-
-
-def _store(node: NodeState) -> frozenset[tuple[str, str]] | None:
-    stamps = frozenset((model.name, model.modified_at) for model in node.backend.catalog if model.modified_at)
-    if not stamps or len(stamps) != len(node.backend.catalog):
-        return None
-    return stamps if any(_FINE.search(stamp) for _, stamp in stamps) else None
-
-
-def _duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
+def duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
     """By mesh.yaml alone: the same address, user and candidates."""
     ways: dict[object, list[str]] = {}
     for spec in specs:
         ssh = spec.ssh
-        way = None if ssh is None else (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump)
+        way = None
+        if ssh is not None:
+            if not ssh.host and ssh.address_from is None:
+                continue
+            way = (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump, ssh.address_from)
         ways.setdefault((way, spec.backend.targets), []).append(spec.name)
     for names in ways.values():
         if len(names) > 1:
             yield names
+
+
+# -- what tells machines apart ---------------------------------------------------------------------------------------
+
+
+def uuids(node: NodeState) -> set[str]:
+    """Those that name one piece of hardware in the world; what a probe made up for an unknown one does not."""
+    return {gpu.uuid for gpu in node.gpus or () if gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12}
+
+
+def store_mark(catalog: Iterable[ModelInfo]) -> str | None:
+    """A fingerprint of a model store; ``None`` for one that looks like others by chance."""
+    models = tuple(catalog)
+    stamps = sorted((model.name, model.modified_at) for model in models if model.modified_at)
+    if not stamps or len(stamps) != len(models) or not any(_FINE.search(stamp) for _, stamp in stamps):
+        return None
+    return "store:" + hashlib.sha256(repr(stamps).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
+    match proof:
+        case Proof.GPU:
+            return uuids(node)
+        case Proof.HOST_KEY:
+            return node.tunnel.host_keys if node.tunnel.state is TunnelPhase.UP else ()
+        case _:
+            return filter(None, (store_mark(node.backend.catalog),))
+
+
+def _alike(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
+    found: dict[str, list[NodeState]] = {}
+    for node in nodes:
+        for mark in sorted(_marks(node, proof)):
+            found.setdefault(mark, []).append(node)
+    return found
+
+
+def _pairs(alike: Sequence[NodeState], proof: Proof) -> Iterator[tuple[NodeState, NodeState]]:
+    for place, other in enumerate(alike):
+        for one in alike[:place]:
+            if (proof is Proof.GPU or not (uuids(one) and uuids(other))) and not _different_servers(one, other):
+                yield one, other
+
+
+def _different_servers(one: NodeState, other: NodeState) -> bool:
+    """Two servers on one machine with several GPUs may well have one each: they are not taken for one.
+
+    By their ports as the host knows them, so of SSH nodes only. Servers that share the host's only GPU are one to the
+    balancer, however many they are.
+    """
+    first, second = _server(one), _server(other)
+    if first is None or second is None or first == second:
+        return False
+    return all(len(node.gpus) != 1 for node in (one, other) if node.gpus)
+
+
+def _server(node: NodeState) -> str | None:
+    """The port in use, as the node's host knows it."""
+    if node.tunnel.transport == "direct" or node.backend.url is None:
+        return None
+    targets = [route.target for route in node.routes if route.url == node.backend.url]
+    return f"port:{urlsplit(targets[0]).port}" if targets else None
 
 
 def _and(names: Sequence[str]) -> str:

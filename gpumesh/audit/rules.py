@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from gpumesh.audit import backend, gpus, identity, models, tunnel
+from gpumesh.audit import backend, gpus, host, identity, models, routes, tunnel
+from gpumesh.audit.causes import settle, weigh
 from gpumesh.state import Finding, NodeState, Severity
-from gpumesh.topology import Topology
+from gpumesh.topology import NodeSpec, Topology
 
-_NODE_RULES = (tunnel.check, identity.check, gpus.check, backend.check, models.check)
+_NODE_RULES = (tunnel.check, identity.check, gpus.check, backend.check, models.check, routes.check, host.check)
 _RANK = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, ...]:
-    """Worst first, then in the order of mesh.yaml. For one node at most one finding of a code."""
+    """What the probes noticed and what follows from mesh.yaml: worst first, then in the order of mesh.yaml. For one
+    node at most one finding of a code, and none that only follows from another."""
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]
-    found = [finding for spec, state in pairs for rule in _NODE_RULES for finding in rule(spec, state)]
+    found = [finding for spec, state in pairs for finding in of_node(spec, state)]
     found += identity.across(pairs)
     found += models.across([state for _, state in pairs])
     return tuple(sorted(found, key=lambda finding: _RANK[finding.severity]))
+
+
+def of_node(spec: NodeSpec, state: NodeState) -> list[Finding]:
+    noticed = [replace(finding, node=spec.name) for finding in weigh(spec, state.noticed)]
+    ruled = [finding for rule in _NODE_RULES for finding in rule(spec, state)]
+    return settle([*noticed, *ruled])

@@ -151,10 +151,6 @@ class Mesh:
             node.state(self._dispatcher.queued_for(node.name) if self._dispatcher.queued else 0)
             for node in self._nodes.values()
         )
-        noticed = [finding for node in self._nodes.values() for finding in node.probe_findings()]
-        findings = {(finding.code, finding.node): finding for finding in noticed}
-        for finding in audit.findings(self.topology, states):
-            findings.setdefault((finding.code, finding.node), finding)
         return MeshState(
             mesh=self.topology.name,
             at=datetime.now(UTC),
@@ -167,7 +163,7 @@ class Mesh:
             ),
             totals=total(states),
             nodes=states,
-            findings=tuple(findings.values()),
+            findings=audit.findings(self.topology, states),
         )
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import httpx
 
-from gpumesh import config
+from gpumesh import audit, config
 from gpumesh.backends.base import Counters
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import Breaker
@@ -34,6 +34,8 @@ from gpumesh.state import (
     HostState,
     LoadState,
     NodeState,
+    RouteState,
+    Severity,
     TunnelPhase,
     TunnelState,
 )
@@ -118,7 +120,8 @@ class Node:
         self._gpus: GpuReport | None = None
         self._backend: BackendReport | None = None
         self._backend_failures = 0
-        self._secret_problem: str | None = None
+        self._secret_problem: SecretMissing | None = None
+        self._marks: frozenset[str] = frozenset()
         self._models: frozenset[str] | None = None
         self._loaded: frozenset[str] = frozenset()
         self._target: Target | None = None
@@ -205,7 +208,7 @@ class Node:
         try:
             key = self.api_key()
         except SecretMissing as error:
-            self._secret_problem = error.message
+            self._secret_problem = error
             self._reported.set()
             self._changes.notify()
             return
@@ -235,6 +238,7 @@ class Node:
             self._loaded = frozenset(full_name(loaded.name) for loaded in report.state.loaded)
         if self._gpus is not None or report.state.state is BackendPhase.UP:
             self._reported_when_complete()
+        self._recognise()
         self._freed()
         self._changes.notify()
 
@@ -243,18 +247,23 @@ class Node:
             await self._up.wait()
             assert self.tunnel is not None, "the loops run beside the tunnel"
             quiet = not self._leases and self._clock() - self._last_busy > QUIET_S
-            report = await probe_gpus(self.tunnel.exec, timeout_s=GPUS_TIMEOUT_S)
+            report = await probe_gpus(self.tunnel.exec, timeout_s=GPUS_TIMEOUT_S, node=self.name)
             if self._up.is_set():
-                known = {gpu.uuid for gpu in self._gpus.gpus} if self._gpus is not None else set()
                 self._gpus = report
-                if known != {gpu.uuid for gpu in report.gpus}:
-                    self._identified()
+                self._recognise()
                 if quiet and not self._leases:
                     used = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
                     self._foreign = max(used) / 100.0 if used else None
                 self._reported_when_complete()
                 self._changes.notify()
             await asyncio.sleep(GPUS_EVERY_S)
+
+    def _recognise(self) -> None:
+        """Who shares a GPU with whom is asked again when what this node is known by has changed."""
+        known = audit.marks(self.state(0))
+        if known != self._marks:
+            self._marks = known
+            self._identified()
 
     def _reported_when_complete(self) -> None:
         if self._gpus is not None and self._backend is not None:
@@ -406,7 +415,7 @@ class Node:
         if not self.spec.enabled:
             health, reason = Health.UNKNOWN, "disabled in mesh.yaml"
         elif self._secret_problem is not None and self._backend is None:
-            health, reason = Health.DOWN, self._secret_problem
+            health, reason = Health.DOWN, self._secret_problem.message
         gpus = self._gpus
         return NodeState(
             name=self.name,
@@ -426,6 +435,15 @@ class Node:
             ),
             labels=tuple(sorted(self.spec.labels.items())),
             simulated=backend.version is not None and backend.version.endswith("-lab"),
+            routes=self._routes(),
+            noticed=self._noticed(tunnel),
+        )
+
+    def _routes(self) -> tuple[RouteState, ...]:
+        urls = {} if self.tunnel is None else self.tunnel.urls
+        via = self._tunnel_state.transport
+        return tuple(
+            RouteState(target.url, urls[target], via) for target in self.spec.backend.targets if target in urls
         )
 
     def _shown_limit(self) -> int | None:
@@ -435,12 +453,19 @@ class Node:
 
     def _backend_state(self, tunnel: TunnelState) -> BackendState:
         if self._backend is None or tunnel.state is not TunnelPhase.UP:
-            return BackendState(kind=self.kind.value, last_error=self._secret_problem)
+            missing = self._secret_problem
+            return BackendState(kind=self.kind.value, last_error=None if missing is None else missing.message)
         rate = self.meter.rate()
         return replace(self._backend.state, tokens_per_s=rate if rate or self._served else None)
 
-    def probe_findings(self) -> tuple[Finding, ...]:
+    def _noticed(self, tunnel: TunnelState) -> tuple[Finding, ...]:
         """What the last probes noticed by themselves; audit's rules add what follows from the spec."""
-        gpus = self._gpus.findings if self._gpus is not None else ()
-        backend = self._backend.findings if self._backend is not None else ()
-        return tuple(gpus) + tuple(backend)
+        if tunnel.state is not TunnelPhase.UP:
+            return ()
+        found = self._gpus.findings if self._gpus is not None else ()
+        if self._backend is not None:
+            return (*found, *self._backend.findings)
+        if self._secret_problem is not None:
+            missing = self._secret_problem
+            return (*found, Finding(missing.code, Severity.ERROR, self.name, missing.message, missing.hint))
+        return found

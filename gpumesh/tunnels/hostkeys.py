@@ -113,13 +113,17 @@ class KnownHosts:
             by_authority |= any(entry.marker == "@cert-authority" for entry in matching)
         return Judgement(Verdict.UNKNOWN, by_authority=by_authority)
 
+    def keys(self, *, node: str, host: str, port: int) -> tuple[HostKey, ...]:
+        """The keys on record: the node's own, or else those of its address."""
+        for name in (node_name(node), address_name(host, port)):
+            keys = [entry.key for entry in self.entries if not entry.marker and entry.matches(name)]
+            if keys:
+                return tuple(dict.fromkeys(keys))
+        return ()
+
     def kinds(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
         """The kinds of key on record: to be asked of the host first, or it would offer one that nobody knows."""
-        for name in (node_name(node), address_name(host, port)):
-            kinds = [entry.key.kind for entry in self.entries if not entry.marker and entry.matches(name)]
-            if kinds:
-                return tuple(dict.fromkeys(kinds))
-        return ()
+        return tuple(dict.fromkeys(key.kind for key in self.keys(node=node, host=host, port=port)))
 
 
 def address_name(host: str, port: int) -> str:

@@ -25,6 +25,7 @@ from gpumesh.config import environment
 from gpumesh.errors import GPUMeshError, TunnelDown, TunnelError
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, SshSpec, Target, TransportKind
+from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.address import ask_address
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - who opens a tunnel needs both
@@ -126,7 +127,8 @@ class SshTunnel:
         self._check = asyncio.Event()
         self._changed = asyncio.Event()
         self._patience_ends: asyncio.TimerHandle | None = None
-        self._address: tuple[str, int] | None = None
+        self._reached = ssh
+        self._host_keys: tuple[str, ...] = ()
 
     # -- what is seen ------------------------------------------------------------------------------------------------
 
@@ -146,6 +148,7 @@ class SshTunnel:
             hint=cause.hint if cause and not up else None,
             retry_in_s=max(0.0, life.retry_at - self._clock()) if life.retry_at is not None else None,
             local_port=self._listeners.ports[0] if self._listeners.ports else None,
+            host_keys=self._host_keys,
         )
 
     @property
@@ -319,6 +322,7 @@ class SshTunnel:
         if ssh.address_from is not None:
             host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=self._node)
             ssh = replace(ssh, host=host, port=port)
+        self._reached = ssh
         secrets = [
             (name, config.secret(variable, node=self._node))
             for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
@@ -338,8 +342,18 @@ class SshTunnel:
 
     def _is_up(self, up: Up) -> None:
         self._rtt_ms = up.rtt_ms
+        self._host_keys = self._keys_on_record()
         self._check.clear()
         self._feed(Connected())
+
+    def _keys_on_record(self) -> tuple[str, ...]:
+        """Whichever transport was used: a host that was let in has shown one of these."""
+        ssh = self._reached
+        try:
+            keys = hostkeys.read(ssh.known_hosts).keys(node=self._node, host=ssh.host, port=ssh.port)
+        except TunnelError:  # who the host is remains unknown; that it was let in is settled
+            return ()
+        return tuple(key.fingerprint for key in keys)
 
     def _forward_failed(self, failed: ForwardFailed) -> None:
         """A backend that is not there is the prober's to say. A host that forbids forwarding is no way to any."""

@@ -90,7 +90,7 @@ async def test_a_connection_that_fails_is_said_as_it_is() -> None:
         await ask(fails, [("hostname",)], timeout_s=PATIENCE_S)
 
 
-TEXT = st.text(alphabet=st.characters(exclude_characters="@"), max_size=30)
+TEXT = st.text(alphabet=st.characters(exclude_characters="@\r"), max_size=30)
 
 
 @settings(deadline=None)
@@ -100,7 +100,7 @@ def test_what_a_shell_says_is_read_back(answers: list[tuple[str, int]], returns:
     said = "".join(f"{text}{end}{MARK} {status}{end}" for text, status in answers).encode()
     read = read_script(said, len(answers))
     assert [one.exit_status for one in read] == [status for _, status in answers]
-    assert [one.output.removesuffix(b"\r") for one in read] == [text.removesuffix("\r").encode() for text, _ in answers]
+    assert [one.output.removesuffix(b"\r") for one in read] == [text.encode() for text, _ in answers]
 
 
 @given(st.binary(max_size=300), st.integers(0, 5))

@@ -1,0 +1,24 @@
+"""The host below the server: room for models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
+from gpumesh.topology import NodeSpec
+
+# Less than the smallest model that people use takes.
+LEAST_FREE_MIB = 2048
+
+
+def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
+    free = state.host.store_free_mib
+    if free is None or free >= LEAST_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
+        return
+    yield Finding(
+        "disk-full",
+        Severity.WARNING,
+        spec.name,
+        f"only {free / 1024:.1f} GiB are free where its models are kept: the next pull will fail",
+        "`gpumesh models rm` what nobody uses, or point OLLAMA_MODELS at a larger disk",
+    )
