@@ -16,9 +16,14 @@ app = new_app()
 @app.command()
 def drain(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
 ) -> None:
-    """Give nodes no new work; what runs there ends by itself. `gpumesh resume` takes it back."""
+    """Give nodes of the running mesh no new work; what runs there ends by itself. `gpumesh resume` takes it back.
+
+    \b
+    Example:
+      gpumesh drain iceland && gpumesh status -n iceland -w
+    """
     chosen = settings(ctx)
 
     async def main() -> None:

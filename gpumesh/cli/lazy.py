@@ -22,9 +22,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("init", "Write a mesh.yaml after looking at what is there."),
     "config": ("config", "Check or show the configuration; its JSON Schema."),
     "trust": ("trust", "Show a host key's fingerprint and record it."),
-    "models": ("models", "The fleet's models: list, pull, rm, load, unload."),
+    "models": ("models", "The fleet's models: list, pull, rm, load, unload, sync."),
     "drain": ("drain", "Give a node no new work."),
     "resume": ("resume", "Give a drained node work again."),
+    "reconnect": ("reconnect", "Try a node's tunnel again now."),
     "env": ("env", "Print the variables that point other programs at the mesh."),
     "exec": ("exec", "Run a command on a node's host, or on all of them."),
     "logs": ("logs", "The background mesh's log."),
@@ -112,12 +113,27 @@ def _quick(parameter: Any) -> Any:
     return parameter
 
 
+def _plain_name(argument: Any) -> None:
+    """``NODE...`` in the usage line, as ssh and kubectl have it, not ``{NODE}...``; and no type beside it."""
+    if argument.param_type_name != "argument" or not hasattr(argument, "_usage_display_name"):
+        return
+    name = argument.display_name_raw
+    if not argument.required and not name.startswith("["):
+        name = f"[{name}]"
+    if argument.nargs != 1 and not name.endswith("..."):
+        name += "..."
+    argument._usage_display_name = lambda: name
+    argument.display_type_rich = lambda **_: None
+
+
 def _with_globals(command: Any) -> Any:
     """The options of `gpumesh` itself may also stand behind the command's name: `gpumesh status -c mesh.yaml`."""
     from gpumesh.cli.context import late_options
 
     for sub in getattr(command, "commands", {}).values():
         _with_globals(sub)
+    for parameter in command.params:
+        _plain_name(parameter)
     if not getattr(command, "commands", None):
         taken = {name for parameter in command.params for name in parameter.opts}
         for option in late_options():

@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -30,7 +31,13 @@ def logs(
     access: Annotated[bool, typer.Option("--access", help="The gateway's requests instead, one a line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The lines as they are: JSON objects.")] = False,
 ) -> None:
-    """The mesh's log: every change of state with its reason. It stays after the mesh has ended."""
+    """The mesh's log: every change of state with its reason. It stays after the mesh has ended.
+
+    \b
+    Examples:
+      gpumesh logs -f
+      gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
+    """
     paths = settings(ctx).paths()
     path = paths.access_log if access else paths.log
     try:
@@ -59,10 +66,11 @@ def readable(line: str) -> str:
         if "path" in entry:
             return clean_line(_request(entry))
         at, level = str(entry["at"]), str(entry["level"])
-        words = [at[:19].replace("T", " "), f"{level:<8}", str(entry.get("node") or "-"), str(entry["message"])]
-    except (ValueError, KeyError, TypeError):
+        words = [_local(at), f"{clean_line(level):<7}", f"{clean_line(str(entry.get('node') or '-')):<12}"]
+        words.append(clean_line(str(entry["message"])))
+    except (ValueError, KeyError, TypeError, RecursionError):
         return clean_line(line)
-    text = clean_line("  ".join(words))
+    text = "  ".join(words)
     trace = entry.get("trace")
     return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
 
@@ -82,6 +90,11 @@ def _request(entry: dict[str, Any]) -> str:
             words.append(f"{key.removesuffix('_ms')} {entry[key]:.0f}{unit}")
     words += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
     return "  ".join(words)
+
+
+def _local(at: str) -> str:
+    """The log has UTC; people live in their own time."""
+    return f"{datetime.fromisoformat(at).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _following(path: Path, file: TextIO) -> Iterator[str]:

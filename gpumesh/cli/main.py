@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -65,28 +66,36 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to fail
     try:
         quick(get_command(app))(prog_name="gpumesh")
-    except GPUMeshError as error:
+    except BaseExceptionGroup as group:
+        # A task group wraps what its tasks raise: if that is nothing but what is expected, the first is the reason.
+        _, others = group.split(_EXPECTED)
+        if others is not None:
+            raise
+        _end_with(next(_leaves(group)))
+    except _EXPECTED as error:
+        _end_with(error)
+
+
+_EXPECTED = (GPUMeshError, BrokenPipeError, KeyboardInterrupt)
+
+
+def _end_with(error: BaseException) -> NoReturn:
+    if isinstance(error, GPUMeshError):
         print_error(error)
         sys.exit(int(error.exit_code))
-    except BaseExceptionGroup as group:
-        # A task group wraps what its tasks raise: if it is our own kind of error only, the first one is the reason.
-        ours, others = group.split(GPUMeshError)
-        if ours is None or others is not None:
-            raise
-        first = _first(ours)
-        print_error(first)
-        sys.exit(int(first.exit_code))
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Who read our output has enough of it. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(int(ExitCode.FAILED))
-    except KeyboardInterrupt:
-        sys.exit(int(ExitCode.INTERRUPTED))
+    sys.exit(int(ExitCode.INTERRUPTED))
 
 
-def _first(group: BaseExceptionGroup[GPUMeshError]) -> GPUMeshError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def print_error(error: GPUMeshError) -> None:
@@ -95,7 +104,11 @@ def print_error(error: GPUMeshError) -> None:
 
     node = f"{error.node}: " if error.node and error.node not in error.message else ""
     if isinstance(error, ConfigError) and len(error.problems) > 1:
-        lines = [f"error: {len(error.problems)} problems in the configuration", *map(str, error.problems)]
+        from gpumesh.config.reader import MAX_PROBLEMS
+
+        more = len(error.problems) > MAX_PROBLEMS  # the last one tells how many are left out
+        count = f"more than {MAX_PROBLEMS}" if more else len(error.problems)
+        lines = [f"error: {count} problems in the configuration", *map(str, error.problems)]
     else:
         lines = [f"error: {node}{error.message}"]
     if error.hint:

@@ -3,271 +3,275 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpumesh.cli import completion
 from gpumesh.cli.context import Settings, open_session, run, settings
 from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import UNKNOWN, clean_line, gib, json_text
-from gpumesh.errors import BackendError, BackendUnreachable, ExitCode, GPUMeshError, NoNodeError, UsageError
-from gpumesh.state import BackendPhase, MeshState, NodeState
+from gpumesh.cli.text import UNKNOWN, clean_line, duration, gib, json_text
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 
 if TYPE_CHECKING:
-    import httpx
-
-    from gpumesh.topology import Topology
+    from gpumesh.cli import fleet
+    from gpumesh.state import MeshState
 
 REPORT_S = 9.0
-LOAD_TIMEOUT_S = 600.0
-LINE_LIMIT = 1 << 20
+LISTED = 6  # names of nodes in one cell
 
 NodesOption = Annotated[
     list[str] | None,
     typer.Option("--node", "-n", metavar="NODE", help="On this node; repeatable.", autocompletion=completion.nodes),
 ]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=completion.models)]
-AllOption = Annotated[bool, typer.Option("--all", help="On every node that is up.")]
+ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.models)]
+AllOption = Annotated[bool, typer.Option("--all", "-a", help="On every node that is up.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 app = new_app(invoke_without_command=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One model of the fleet. ``copies``: how many different things go by this name."""
-
-    name: str
-    size_mib: int | None
-    parameters: str | None
-    quantization: str | None
-    nodes: tuple[str, ...]
-    loaded: tuple[str, ...]
-    copies: int
-
-
 @app.callback()
 def models(ctx: typer.Context) -> None:
-    """The fleet's models: which node has which, and where it is in memory. Without a command: list."""
+    """The fleet's models: which node has which, and where it is in memory. Without a command: list.
+
+    \b
+    Examples:
+      gpumesh models
+      gpumesh models pull qwen2.5:7b --all
+      gpumesh models load qwen2.5:7b --node iceland --keep-alive 2h
+      gpumesh models sync --from iceland
+    """
     if ctx.invoked_subcommand is None:
         run(_list(settings(ctx), as_json=False))
 
 
+# -- list ------------------------------------------------------------------------------------------------------------
+
+
 @app.command("list")
-def list_(ctx: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """One table over all nodes that are up."""
+def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
+    """One table over all nodes that are up: what is installed where, and what is in memory for how long.
+
+    CONTEXT is the longest that a model was made for. A name that stands twice is not the same model everywhere: the
+    nodes have it with different digests, as after a pull at another time.
+    """
     run(_list(settings(ctx), as_json=as_json))
 
 
 async def _list(chosen: Settings, *, as_json: bool) -> None:
-    from gpumesh.cli import render
+    from gpumesh.cli import fleet
+    from gpumesh.cli.store import opened
+    from gpumesh.wire import to_json
 
-    async with open_session(chosen) as session:
-        state = await session.first_report(REPORT_S)
-    rows = fleet_models(state)
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        state = await stores.look(await session.first_report(REPORT_S))
+        found = fleet.rows(state)
+        # The same digest has the same context everywhere: one of its nodes is asked.
+        have = {node.name: node for node in fleet.stores(state)}
+        asked = [(have[names[0]], row.name) for row in found if (names := [n for n in row.nodes if n in have])]
+        lengths = await asyncio.gather(*(stores.context_length(node, name) for node, name in asked))
+    contexts = {(node.name, name): length for (node, name), length in zip(asked, lengths, strict=True) if length}
+    found = fleet.with_contexts(found, contexts)
     if as_json:
-        keys = Row.__slots__
-        document = {"schema": "gpumesh.models/1", "models": [{key: getattr(row, key) for key in keys} for row in rows]}
-        typer.echo(json_text(document, indent=2))
-        return
+        typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(found)}, indent=2))
+    else:
+        _table(found)
+    if not chosen.quiet:
+        for name in sorted({row.name for row in found if row.copies > 1}):
+            typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
+        for node in state.nodes:
+            if node not in fleet.up(state):
+                said = clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}")
+                typer.echo(said, err=True)
+
+
+def _table(found: Sequence[fleet.Row]) -> None:
+    from gpumesh.cli import fleet, render
+
     cells = []
-    for row in rows:
-        note = f"{row.copies} different digests" if row.copies > 1 else ""
+    for row in found:
         size = UNKNOWN if row.size_mib is None else gib(row.size_mib)
         kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
-        cells.append((row.name, size, kind, ", ".join(row.nodes), ", ".join(row.loaded) or UNKNOWN, note))
-    render.print_table(("MODEL", "GiB", "KIND", "NODES", "LOADED ON", ""), cells)
-    for node in state.nodes:
-        if node.backend.state is not BackendPhase.UP:
-            reason = clean_line(node.reason or "no answer yet")
-            typer.echo(f"{clean_line(node.name)} is not counted: {reason}", err=True)
+        context = UNKNOWN if row.context_length is None else str(row.context_length)
+        digest = render.Cell(fleet.short(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
+        loaded = _listed([_loaded(there) for there in row.loaded]) or UNKNOWN
+        cells.append((row.name, size, kind, context, digest, _listed(row.nodes), loaded))
+    columns = (
+        render.Column("MODEL"),
+        render.Column("GiB", 3, right=True),
+        render.Column("KIND", 4),
+        render.Column("CONTEXT", 6, right=True),
+        render.Column("ID", 5),
+        render.Column("NODES", 1, least=24),
+        render.Column("IN MEMORY", 2, least=20),
+    )
+    render.print_fitted(columns, cells)
 
 
-def fleet_models(state: MeshState) -> list[Row]:
-    """Every model that a node which is up has, by name."""
-    infos: dict[str, list[Any]] = {}
-    nodes: dict[str, list[str]] = {}
-    loaded: dict[str, list[str]] = {}
-    for node in state.nodes:
-        if node.backend.state is not BackendPhase.UP:
-            continue
-        catalog = {info.name: info for info in node.backend.catalog}
-        for name in node.backend.models:
-            nodes.setdefault(name, []).append(node.name)
-            if name in catalog:
-                infos.setdefault(name, []).append(catalog[name])
-        for model in node.backend.loaded:
-            loaded.setdefault(model.name, []).append(node.name)
-    rows = []
-    for name in sorted(nodes):
-        known = infos.get(name, [])
-        rows.append(
-            Row(
-                name=name,
-                size_mib=next((info.size_mib for info in known if info.size_mib is not None), None),
-                parameters=next((info.parameter_size for info in known if info.parameter_size), None),
-                quantization=next((info.quantization for info in known if info.quantization), None),
-                nodes=tuple(nodes[name]),
-                loaded=tuple(loaded.get(name, ())),
-                copies=len({info.digest for info in known if info.digest}) or 1,
-            )
-        )
-    return rows
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" +{more}" if more > 0 else "")
+
+
+def _loaded(there: fleet.Loaded) -> str:
+    if there.left_s is None:
+        return there.node
+    return f"{there.node} {'∞' if there.left_s > 86400 * 365 else duration(there.left_s)}"
+
+
+# -- what changes them -----------------------------------------------------------------------------------------------
 
 
 @app.command()
-def pull(ctx: typer.Context, model: ModelArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
-    """Fetch a model from Ollama's library to nodes (--node, or --all), each straight from the library."""
-    run(_each(settings(ctx), node, everywhere, "pull", model))
+def pull(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Fetch models from Ollama's library to nodes (--node, or --all), each straight from the library.
+
+    Ctrl-C stops the downloads; the next pull goes on from there.
+    """
+    from gpumesh.cli import fleet
+
+    def plan(state: MeshState) -> list[fleet.Task]:
+        nodes = fleet.choose(state, node or (), everywhere=everywhere, holding=None)
+        return [fleet.Task(each, model) for model in models for each in nodes]
+
+    run(_pull(settings(ctx), plan))
 
 
 @app.command()
-def rm(ctx: typer.Context, model: ModelArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
-    """Delete a model from nodes' disks (--node, or --all that have it)."""
-    run(_each(settings(ctx), node, everywhere, "rm", model))
+def sync(
+    ctx: typer.Context,
+    from_: Annotated[
+        str, typer.Option("--from", metavar="NODE", help="The node that has it right.", autocompletion=completion.nodes)
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Only these models.", autocompletion=completion.models),
+    ] = None,
+    node: NodesOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be pulled where.")] = False,
+) -> None:
+    """Give other nodes the models of one node: what they lack or have with another digest is pulled.
+
+    All nodes that are up, or those named by --node. Nothing is removed. Models that were made on the node itself are
+    in no library, and cannot be pulled.
+    """
+    from gpumesh.cli import fleet
+
+    chosen = settings(ctx)
+
+    def plan(state: MeshState) -> list[fleet.Task]:
+        tasks = fleet.to_sync(state, from_, node or (), models or ())
+        if not tasks and not chosen.quiet:
+            typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
+        for task in tasks if dry_run else ():
+            typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
+        return [] if dry_run else tasks
+
+    run(_pull(chosen, plan))
 
 
 @app.command()
-def load(ctx: typer.Context, model: ModelArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
-    """Load a model into GPU memory, so that the first prompt need not wait for it."""
-    run(_each(settings(ctx), node, everywhere, "load", model))
+def rm(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Delete models from nodes' disks (--node, or --all that have it)."""
+    run(_each(settings(ctx), node, everywhere, "rm", models, "removed"))
 
 
 @app.command()
-def unload(ctx: typer.Context, model: ModelArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
-    """Free the GPU memory that a model takes."""
-    run(_each(settings(ctx), node, everywhere, "unload", model))
+def load(
+    ctx: typer.Context,
+    models: ModelsArgument,
+    node: NodesOption = None,
+    everywhere: AllOption = False,
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="How long it stays without use: 30m, 24h, -1 for ever; else 5m."),
+    ] = None,
+) -> None:
+    """Load models into GPU memory, so that the first prompt need not wait for it."""
+    run(_each(settings(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
 
 
-async def _each(chosen: Settings, names: Sequence[str] | None, everywhere: bool, what: str, model: str) -> None:
+@app.command()
+def unload(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Free the GPU memory that models take."""
+    run(_each(settings(ctx), node, everywhere, "unload", models, "unloaded"))
+
+
+async def _each(
+    chosen: Settings,
+    names: Sequence[str] | None,
+    everywhere: bool,
+    what: str,
+    models: Sequence[str],
+    done: str,
+    *,
+    keep_alive: str | None = None,
+) -> None:
     """Does it on all chosen nodes side by side; one's failure does not stop the others."""
-    import httpx
+    from gpumesh.cli import fleet
+    from gpumesh.cli.store import opened
 
-    topology = chosen.topology()
-    async with open_session(chosen) as session:
-        state = await session.first_report(REPORT_S)
-        nodes = choose(state, names or (), everywhere=everywhere, holding=None if what == "pull" else model)
-        failed = 0
-        limits = httpx.Timeout(30.0, read=LOAD_TIMEOUT_S)
-        async with httpx.AsyncClient(trust_env=False, timeout=limits) as client:
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        state = await stores.look(await session.first_report(REPORT_S))
+        tasks = [
+            fleet.Task(node, model)
+            for model in models
+            for node in fleet.choose(state, names or (), everywhere=everywhere, holding=model)
+        ]
 
-            async def one(node: NodeState) -> None:
-                nonlocal failed
-                try:
-                    await _do(client, topology, node, what, model, quiet=chosen.quiet)
-                    typer.echo(f"{node.name}: {what} {clean_line(model)}: done")
-                except GPUMeshError as error:
-                    failed += 1
-                    typer.echo(f"{node.name}: {what} {clean_line(model)}: {clean_line(error.message)}", err=True)
+        async def one(task: fleet.Task) -> None:
+            node, model = task.node, task.model
+            match what:
+                case "rm":
+                    await stores.remove(node, model)
+                case "load":
+                    await stores.load(node, model, embeds=fleet.embeds(node, model), keep_alive=keep_alive)
+                case _:
+                    await stores.unload(node, model, embeds=fleet.embeds(node, model))
 
-            await asyncio.gather(*(one(node) for node in nodes))
+        await _all(tasks, one, done)
+
+
+async def _pull(chosen: Settings, plan: Callable[[MeshState], list[fleet.Task]]) -> None:
+    from gpumesh.cli.downloads import downloads
+    from gpumesh.cli.store import opened
+
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        tasks = plan(await stores.look(await session.first_report(REPORT_S)))
+        several = len({task.model for task in tasks}) > 1
+        with downloads(quiet=chosen.quiet) as shown:
+
+            async def one(task: fleet.Task) -> None:
+                name = f"{task.node.name} {task.model}" if several else task.node.name
+                async with aclosing(stores.pull(task.node, task.model)) as steps:
+                    async for step in steps:
+                        shown(name, step)
+
+            await _all(tasks, one, "pulled")
+
+
+async def _all(tasks: Sequence[fleet.Task], one: Callable[[fleet.Task], Awaitable[None]], done: str) -> None:
+    """One node's tasks one after the other, the nodes side by side. A result for each on stdout."""
+    failed: list[GPUMeshError] = []
+
+    async def on_node(node: str) -> None:
+        for task in tasks:
+            if task.node.name != node:
+                continue
+            try:
+                await one(task)
+                typer.echo(clean_line(f"{node}: {task.model} {done}"))
+            except UsageError:
+                raise
+            except GPUMeshError as error:
+                failed.append(error)
+                typer.echo(clean_line(f"{node}: {task.model}: {error.message}"), err=True)
+
+    await asyncio.gather(*map(on_node, dict.fromkeys(task.node.name for task in tasks)))
+    for hint in dict.fromkeys(error.hint for error in failed if error.hint):
+        typer.echo(f"hint: {hint}", err=True)
     if failed:
         raise typer.Exit(int(ExitCode.FAILED))
-
-
-def choose(state: MeshState, names: Sequence[str], *, everywhere: bool, holding: str | None) -> list[NodeState]:
-    """The nodes that a command is for. Raises UsageError when that is not clear, NoNodeError when none can take it.
-
-    ``holding``: only nodes that have this model can; it may be named without its tag.
-    """
-    from gpumesh.balancer.select import full_name
-
-    known = {node.name for node in state.nodes}
-    for name in names:
-        if name not in known:
-            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(sorted(known))}")
-    able = [node for node in state.nodes if node.backend.state is BackendPhase.UP and node.backend.kind == "ollama"]
-    if names:
-        away = [name for name in names if name not in {node.name for node in able}]
-        if away:
-            raise NoNodeError(f"{', '.join(away)}: no Ollama server that answers there now", node=away[0])
-        return [node for node in able if node.name in names]
-    if holding is not None:
-        able = [node for node in able if full_name(holding) in {full_name(name) for name in node.backend.models}]
-    if not able:
-        what = "no Ollama node is up" if holding is None else f"no Ollama node that is up has {holding!r}"
-        raise NoNodeError(what)
-    if len(able) > 1 and not everywhere:
-        raise UsageError("on which node?", hint=f"--node {able[0].name}, or --all for {len(able)} nodes")
-    return able
-
-
-async def _do(
-    client: httpx.AsyncClient, topology: Topology, node: NodeState, what: str, model: str, *, quiet: bool
-) -> None:
-    """One command on one node, straight to its server through the forwarded port. Raises BackendError."""
-    from gpumesh import config
-
-    variable = topology.node(node.name).backend.api_key_env
-    key = None if variable is None else config.secret(variable, node=node.name)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    match what:
-        case "pull":
-            request = client.build_request(
-                "POST", f"{node.backend.url}/api/pull", json={"model": model}, headers=headers
-            )
-        case "rm":
-            request = client.build_request(
-                "DELETE", f"{node.backend.url}/api/delete", json={"model": model}, headers=headers
-            )
-        case _:
-            body: dict[str, Any] = {"model": model, "stream": False}
-            if what == "unload":
-                body["keep_alive"] = 0
-            request = client.build_request("POST", f"{node.backend.url}/api/generate", json=body, headers=headers)
-    last = ""
-    async for line in _lines(client, request, node.name):
-        said = progress_of(line)
-        if said is not None and said != last and what == "pull" and not quiet:
-            typer.echo(f"{node.name}: {said}", err=True)
-            last = said
-
-
-async def _lines(client: httpx.AsyncClient, request: httpx.Request, node: str) -> AsyncGenerator[dict[str, Any]]:
-    import httpx
-
-    try:
-        response = await client.send(request, stream=True)
-        try:
-            rest = b""
-            async for piece in response.aiter_bytes():
-                *lines, rest = (rest + piece).split(b"\n")
-                if len(rest) > LINE_LIMIT:
-                    raise BackendError("the server's answer is not what Ollama would say", node=node)
-                for line in lines:
-                    yield _object(line, response.status_code, node)
-            yield _object(rest, response.status_code, node)
-        finally:
-            await response.aclose()
-    except httpx.HTTPError as error:
-        raise BackendUnreachable(f"no answer: {error or type(error).__name__}", node=node) from error
-
-
-def _object(line: bytes, status: int, node: str) -> dict[str, Any]:
-    """A line of the answer. Raises BackendError for one that tells of an error."""
-    entry: Any = {}
-    if line.strip():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = {"error": line.decode("utf-8", "replace")} if status >= 400 else {}
-    if not isinstance(entry, dict):
-        entry = {}
-    if "error" in entry or status >= 400:
-        raise BackendError(clean_line(str(entry.get("error") or f"status {status}"), 300), node=node)
-    result: dict[str, Any] = entry
-    return result
-
-
-def progress_of(entry: dict[str, Any]) -> str | None:
-    """What a line of Ollama's progress says, in steps of a tenth."""
-    said = entry.get("status")
-    if not isinstance(said, str):
-        return None
-    done, whole = entry.get("completed"), entry.get("total")
-    if isinstance(done, (int, float)) and isinstance(whole, (int, float)) and whole > 0:
-        return f"{clean_line(said, 60)} {int(10 * done / whole) * 10} %"
-    return clean_line(said, 60)

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -64,6 +65,62 @@ class Cell:
 
     text: str
     style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table that must fit. ``rank``: which go first when there is room for few, 0 always stays;
+    ``least``: how narrow it may become. One that says nothing goes, unless its rank is 2 or less."""
+
+    title: str
+    rank: int = 0
+    right: bool = False
+    least: int | None = None
+
+
+def print_fitted(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
+    """As many of the columns as there is room for."""
+    out = console()
+    cells = [[_text(cell) for cell in row] for row in rows]
+    print_plain(out, fitted([(column, [row[n] for row in cells]) for n, column in enumerate(columns)], out.width))
+
+
+def fitted(columns: Sequence[tuple[Column, Sequence[Text]]], width: int, *, styles: Sequence[str] = ()) -> Table:
+    """A table of the columns for which there is room, the most important first, in their order. ``styles`` of rows."""
+    chosen = _chosen(columns, width)
+    table = new_table()
+    for place in sorted(chosen):
+        column = columns[place][0]
+        side: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(column.title, justify=side, no_wrap=True, overflow="ellipsis", width=chosen[place])
+    for number, line in enumerate(zip(*(columns[place][1] for place in sorted(chosen)), strict=True)):
+        table.add_row(*line, style=styles[number] if styles else "")
+    return table
+
+
+def _chosen(columns: Sequence[tuple[Column, Sequence[Text]]], width: int) -> dict[int, int]:
+    """The places of the columns that fit, with their widths. First each gets the least that it needs, by rank; what is
+    left then goes to those that would like more, in the same order."""
+    by_rank = sorted(enumerate(columns), key=lambda item: item[1][0].rank)
+    left = width
+    chosen: dict[int, int] = {}
+    wishes: dict[int, int] = {}
+    for place, (column, cells) in by_rank:
+        if column.rank > 2 and all(cell.plain in ("", UNKNOWN) for cell in cells):
+            continue
+        wishes[place] = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
+        gap = 2 if chosen else 0
+        least = wishes[place] if column.least is None else min(wishes[place], column.least)
+        if gap + least > left and column.rank > 0:
+            continue
+        chosen[place] = min(least, max(left - gap, 1))
+        left -= gap + chosen[place]
+    for place, _ in by_rank:
+        if place in chosen:
+            more = min(wishes[place] - chosen[place], max(left, 0))
+            chosen[place] += more
+            left -= more
+    return chosen
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Cell | str]], *, wrap: bool = False) -> None:

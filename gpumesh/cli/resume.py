@@ -16,9 +16,9 @@ app = new_app()
 @app.command()
 def resume(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
 ) -> None:
-    """Give drained nodes work again."""
+    """Give drained nodes of the running mesh work again."""
     chosen = settings(ctx)
 
     async def main() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,27 +50,34 @@ class Result:
 @app.command()
 def run(
     ctx: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - or nothing reads stdin.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Else the default model.", autocompletion=completion.models)
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Else the default model.", autocompletion=completion.models
+        ),
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", "-f", metavar="FILE", help="Many prompts: a line each, or JSON lines.")
     ] = None,
     node: Annotated[
-        str | None, typer.Option(metavar="NODE", help="On this node only.", autocompletion=completion.nodes)
+        str | None,
+        typer.Option("--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.nodes),
     ] = None,
     priority: Annotated[
         str | None, typer.Option(metavar="P", help="interactive, normal or batch; batch with -f, else interactive.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A model option; repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as a JSON object.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")] = False,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", "-j", min=1, help="With -f: prompts under way at a time.")
+        int | None,
+        typer.Option("--concurrency", "-j", metavar="N", min=1, help="With -f: prompts under way at a time."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0.1, help="For each prompt, waiting included.")
@@ -148,8 +156,12 @@ def _read(name: str) -> str:
 
 async def _one(chosen: Settings, ask: Ask, text: str, *, as_json: bool, stream: bool) -> None:
     printer = _Printer()
-    async with open_session(chosen) as session:
-        result = await answer(session, ask, 0, text, on_text=printer.feed if stream else None)
+    try:
+        async with open_session(chosen) as session:
+            result = await answer(session, ask, 0, text, on_text=printer.feed if stream else None)
+    except BaseException:
+        printer.end()  # what comes next, an error or the shell's prompt, does not belong to the answer
+        raise
     if as_json:
         typer.echo(json_text(asdict(result)))
     elif stream:
@@ -177,7 +189,10 @@ class _Printer:
 
     def end(self) -> None:
         if self._last != "\n":
-            sys.stdout.write("\n")
+            self._last = "\n"
+            with suppress(BrokenPipeError):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
 
 
 async def answer(

@@ -126,19 +126,19 @@ async def _watch(
 ) -> None:
     from gpumesh.cli.live import LiveTable, Wanted
     from gpumesh.cli.status_view import Look, print_status
+    from gpumesh.daemon.closing import closing
 
     wanted = Wanted(names, labels, sort, chosen.verbose)
-    async with open_session(chosen) as session:
-        states = session.watch(interval)
-        if as_json:
-            async for state in states:
-                typer.echo(json_text(_document(wanted.of(state))))
-        elif sys.stdout.isatty() and not environment.dumb_terminal():
+    async with open_session(chosen) as session, closing(session.watch(interval)) as states:
+        if not as_json and sys.stdout.isatty() and not environment.dumb_terminal():
             await LiveTable(session, wanted, footer="Ctrl-C leaves").run(states)
-        else:
-            async for state in states:
+            return
+        async for state in states:
+            if as_json:
+                typer.echo(json_text(_document(wanted.of(state))))
+            else:
                 print_status(wanted.of(state), Look(verbose=chosen.verbose))
-                sys.stdout.flush()
+            sys.stdout.flush()
 
 
 @contextmanager

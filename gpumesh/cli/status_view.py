@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpumesh.cli import fits
-from gpumesh.cli.render import SEVERITIES, add_hint, console, finding_text, grid, new_table, print_plain
+from gpumesh.cli.render import SEVERITIES, Column, add_hint, console, finding_text, fitted, grid, new_table, print_plain
 from gpumesh.cli.selection import badness
 from gpumesh.cli.text import (
     UNKNOWN,
@@ -86,18 +86,6 @@ class _Row:
     selected: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """``rank``: which columns go first when there is room for few; ``least``: how narrow it may become; ``bar``: it
-    grows with the room that is left."""
-
-    title: str
-    rank: int
-    cell: Callable[[_Row, int], Text]
-    right: bool = False
-    least: int | None = None
-
-
 def print_status(state: MeshState, look: Look | None = None) -> None:
     out = console()
     print_plain(out, status_view(state, out.width, look or Look()))
@@ -163,39 +151,9 @@ def _rows(node: NodeState, state: MeshState, look: Look) -> Iterator[_Row]:
 
 
 def _status_table(rows: Sequence[_Row], width: int) -> Table:
-    chosen = _fitting(rows, width)
-    table = new_table()
-    for column, cells, room in chosen:
-        table.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            width=min(room, max([cell_len(column.title), *(cell.cell_len for cell in cells)])),
-        )
-    for row, line in zip(rows, zip(*(cells for _, cells, _ in chosen), strict=True), strict=True):
-        table.add_row(*line, style="reverse" if row.selected else "")
-    return table
-
-
-def _fitting(rows: Sequence[_Row], width: int) -> list[tuple[_Column, list[Text], int]]:
-    """The columns that there is room for, the most important first, in their order on the screen, with their widths."""
     bar = 4 if width < 80 else 6 if width < 110 else 8 if width < 150 else 14
-    left = width
-    chosen: list[tuple[int, _Column, list[Text], int]] = []
-    for place, column in sorted(enumerate(COLUMNS), key=lambda item: item[1].rank):
-        cells = [column.cell(row, bar) for row in rows]
-        if all(cell.plain in ("", UNKNOWN) for cell in cells) and column.rank > 2:
-            continue
-        wanted = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
-        gap = 2 if chosen else 0
-        least = wanted if column.least is None else min(wanted, column.least)
-        if gap + least > left and column.rank > 0:
-            continue
-        room = min(wanted, max(left - gap, 1))
-        left -= gap + room
-        chosen.append((place, column, cells, room))
-    return [(column, cells, room) for _, column, cells, room in sorted(chosen, key=lambda item: item[0])]
+    columns = [(column, [draw(row, bar) for row in rows]) for column, draw in COLUMNS]
+    return fitted(columns, width, styles=["reverse" if row.selected else "" for row in rows])
 
 
 def _of_node(cell: Callable[[NodeState, datetime], Text | str]) -> Callable[[_Row, int], Text]:
@@ -326,22 +284,22 @@ def _backend(node: NodeState, _at: datetime) -> str:
 
 
 # In their order on the screen.
-COLUMNS = (
-    _Column("NODE", 0, _of_node(_name), least=8),
-    _Column("HEALTH", 1, _of_node(lambda node, _: Text(str(node.health), style=STYLES[node.health]))),
-    _Column("GPU", 4, _gpu_name, least=8),
-    _Column("MEMORY GiB", 2, _memory),
-    _Column("UTIL", 3, _utilization),
-    _Column("LAST MIN", 11, _recent),
-    _Column("TEMP", 7, _of_gpu(_temperature), right=True),
-    _Column("POWER", 10, _of_gpu(_power), right=True),
-    _Column("LOADED", 8, _of_node(_models), least=14),
-    _Column("TOK/S", 6, _of_node(_rate), right=True),
-    _Column("BUSY", 5, _of_node(_in_flight), right=True),
-    _Column("RTT", 9, _of_node(lambda node, _: milliseconds(node.tunnel.rtt_ms)), right=True),
-    _Column("TUNNEL", 12, _of_node(lambda node, at: _tunnel(node.tunnel, at))),
-    _Column("BACKEND", 13, _of_node(_backend)),
-    _Column("SERVED", 14, _of_node(lambda node, _: str(node.load.served)), right=True),
+COLUMNS: tuple[tuple[Column, Callable[[_Row, int], Text]], ...] = (
+    (Column("NODE", 0, least=14), _of_node(_name)),
+    (Column("HEALTH", 1), _of_node(lambda node, _: Text(str(node.health), style=STYLES[node.health]))),
+    (Column("GPU", 4, least=13), _gpu_name),
+    (Column("MEMORY GiB", 2), _memory),
+    (Column("UTIL", 3), _utilization),
+    (Column("LAST MIN", 11), _recent),
+    (Column("TEMP", 7, right=True), _of_gpu(_temperature)),
+    (Column("POWER", 10, right=True), _of_gpu(_power)),
+    (Column("LOADED", 8, least=22), _of_node(_models)),
+    (Column("TOK/S", 6, right=True), _of_node(_rate)),
+    (Column("BUSY", 5, right=True), _of_node(_in_flight)),
+    (Column("RTT", 9, right=True), _of_node(lambda node, _: milliseconds(node.tunnel.rtt_ms))),
+    (Column("TUNNEL", 12), _of_node(lambda node, at: _tunnel(node.tunnel, at))),
+    (Column("BACKEND", 13), _of_node(_backend)),
+    (Column("SERVED", 14, right=True), _of_node(lambda node, _: str(node.load.served))),
 )
 
 

@@ -33,7 +33,7 @@ def up(
     ctx: typer.Context,
     nodes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NODE]...", help="Only these nodes.", autocompletion=completion.nodes),
+        typer.Argument(metavar="NODE", help="Only these nodes.", autocompletion=completion.nodes),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background.")] = False,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Tunnels only, no endpoint.")] = False,

@@ -9,6 +9,11 @@ from gpumesh.state import Health, MeshState
 EMBEDDERS = ("bert", "embed")
 
 
+def is_embedder(name: str, family: str | None) -> bool:
+    said = f"{family or ''} {name}".lower()
+    return any(mark in said for mark in EMBEDDERS)
+
+
 def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
     """The models that nodes which are up could chat with, each once, in the order of the nodes."""
     names: dict[str, None] = {}
@@ -17,8 +22,7 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
             continue
         families = {info.name: info.family or "" for info in entry.backend.catalog}
         for name in entry.backend.models:
-            said = f"{families.get(name, '')} {name}".lower()
-            if not any(mark in said for mark in EMBEDDERS):
+            if not is_embedder(name, families.get(name)):
                 names.setdefault(name)
     return tuple(names)
 

@@ -1,0 +1,32 @@
+"""`gpumesh reconnect NODE`: tries a tunnel again now, rather than when its pause is over."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.lazy import new_app
+
+app = new_app()
+
+
+@app.command()
+def reconnect(
+    ctx: typer.Context,
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
+) -> None:
+    """Try nodes' tunnels again now: after a pod was started, a key was installed, a cable was plugged in.
+
+    A tunnel that is up is checked, and what runs over it goes on; one that waits or has given up tries at once.
+    """
+    chosen = settings(ctx)
+
+    async def main() -> None:
+        async with open_session(chosen, embed=False) as session:
+            for node in nodes:
+                await session.reconnect(node)
+
+    run(main())
