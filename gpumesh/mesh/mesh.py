@@ -115,7 +115,7 @@ class Mesh:
             stack.callback(self._stop)
             for node in self._nodes.values():
                 if node.spec.enabled:
-                    tunnel = self._open(node.spec, node, workers)
+                    tunnel = node.tunnel = self._open(node.spec, node, workers)  # there before its task has run
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
             self._stack = stack.pop_all()
         return self
