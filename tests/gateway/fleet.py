@@ -1,0 +1,136 @@
+"""A real gateway over a real mesh of in-process stand-ins, reached directly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from gpumesh.gateway.access_log import AccessLog
+from gpumesh.gateway.app import Gateway
+from gpumesh.gateway.server import Bounds
+from gpumesh.lab import profile
+from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
+
+MODEL = QWEN_7B.name
+QUICK: dict[str, Any] = {
+    "tokens_per_s": 1000.0,
+    "prefill_tokens_per_s": float("inf"),
+    "load_s": 0.0,
+    "pull_s": 0.05,
+    "answer_tokens": (6, 12),
+}
+
+
+def quick(name: str, **changes: Any) -> HostProfile:
+    return profile.host(name, **{**QUICK, **changes})
+
+
+# Unequal in what they have: ``a`` embeds and thinks, ``b`` has the llama, both have MODEL.
+A = quick("a", models=(QWEN_7B, EMBEDDER, QWEN3_8B))
+B = quick("b", models=(QWEN_7B, LLAMA_8B))
+
+
+@dataclass
+class Running:
+    mesh: Mesh
+    gateway: Gateway
+    hosts: Mapping[str, StandIn]
+    client: httpx.AsyncClient
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.gateway.url).port
+        assert port is not None
+        return port
+
+    async def chat(self, prompt: str = "hello", **more: Any) -> httpx.Response:
+        """Not streamed; ``headers`` go where headers go."""
+        headers = more.pop("headers", None)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": False, **more}
+        return await self.client.post("/api/chat", json=body, headers=headers)
+
+    def running(self) -> int:
+        """How many answers the hosts are working on."""
+        return sum(host.counters.running for host in self.hosts.values())
+
+
+def node(name: str, url: str, *, kind: BackendKind = BackendKind.OLLAMA, max_parallel: int | None = None) -> NodeSpec:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return NodeSpec(name, BackendSpec(kind, (Target(parts.hostname, parts.port),), max_parallel=max_parallel))
+
+
+@asynccontextmanager
+async def serving(
+    nodes: tuple[NodeSpec, ...],
+    hosts: Mapping[str, StandIn] | None = None,
+    *,
+    spec: GatewaySpec | None = None,
+    bounds: Bounds | None = None,
+    access_log: AccessLog | None = None,
+    drain_s: float = 10.0,
+) -> AsyncIterator[Running]:
+    topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0))
+    async with (
+        Mesh(topology) as mesh,
+        Gateway(mesh, bounds=bounds, access_log=access_log, drain_s=drain_s) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client,
+    ):
+        await mesh.first_report(10.0)
+        yield Running(mesh, gateway, hosts or {}, client)
+
+
+@asynccontextmanager
+async def running(
+    *profiles: HostProfile, max_parallel: int | None = None, kind: BackendKind = BackendKind.OLLAMA, **more: Any
+) -> AsyncIterator[Running]:
+    """``more`` as for ``serving``. Without profiles: A and B."""
+    async with AsyncExitStack() as stack:
+        hosts = {one.name: await stack.enter_async_context(StandIn(one)) for one in profiles or (A, B)}
+        nodes = tuple(node(name, host.url, kind=kind, max_parallel=max_parallel) for name, host in hosts.items())
+        yield await stack.enter_async_context(serving(nodes, hosts, **more))
+
+
+def lines(text: str) -> list[Any]:
+    """Of NDJSON."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def events(text: str) -> list[Any]:
+    """The data of server-sent events; ``[DONE]`` as it is."""
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """The sum of the samples of this name whose labels include these."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+async def raw(port: int, data: bytes, *, wait_s: float = 10.0) -> bytes:
+    """All that comes back on a connection of its own, until the other side closes it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        async with asyncio.timeout(wait_s):
+            return await reader.read()
+    finally:
+        writer.close()
