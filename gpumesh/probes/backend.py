@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class BackendReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answered:
+class Answered:
     inventory: Inventory
     latency_ms: float
 
@@ -60,7 +61,7 @@ async def probe_backend(
         return _down(spec, ProbeError("there is no way to it now", finding="backend-down"), node)
     targets = spec.targets if len(spec.targets) == len(urls) else (None,) * len(urls)
     tasks = [
-        asyncio.ensure_future(_ask(client, spec.kind, url, target, api_key=api_key, timeout_s=timeout_s))
+        asyncio.ensure_future(ask_server(client, spec.kind, url, target, api_key=api_key, timeout_s=timeout_s))
         for url, target in zip(urls, targets, strict=True)
     ]
     try:
@@ -86,9 +87,9 @@ async def probe_backend(
     return BackendReport(state, (), urls[chosen], inventory)
 
 
-async def _first_in_order(tasks: Sequence[asyncio.Future[_Answered]]) -> int | None:
+async def _first_in_order(tasks: Sequence[asyncio.Future[Answered]]) -> int | None:
     """The place of the first success, as soon as no earlier one can come, or after a grace for those that hang."""
-    pending: set[asyncio.Future[_Answered]] = set(tasks)
+    pending: set[asyncio.Future[Answered]] = set(tasks)
     timeout: float | None = None
     while True:
         best = next((place for place, task in enumerate(tasks) if task.done() and task.exception() is None), None)
@@ -106,7 +107,7 @@ async def _first_in_order(tasks: Sequence[asyncio.Future[_Answered]]) -> int | N
                 return best
 
 
-def _failure(task: asyncio.Future[_Answered]) -> ProbeError:
+def _failure(task: asyncio.Future[Answered]) -> ProbeError:
     error = task.exception()
     if isinstance(error, ProbeError):
         return error
@@ -126,7 +127,7 @@ def _down(spec: BackendSpec, error: ProbeError, node: str) -> BackendReport:
     return BackendReport(state, (Finding(error.finding, Severity.ERROR, node, error.message, error.hint),))
 
 
-async def _ask(
+async def ask_server(
     client: httpx.AsyncClient,
     kind: BackendKind,
     url: str,
@@ -134,18 +135,15 @@ async def _ask(
     *,
     api_key: str | None,
     timeout_s: float,
-) -> _Answered:
-    """Raises ProbeError, and nothing else on the server's account."""
+) -> Answered:
+    """What a server of this kind says of itself at ``url``; ``target`` is the same place as its host knows it.
+
+    Raises ProbeError, and nothing else on the server's account.
+    """
     dialect = DIALECTS[kind]
     calls = dialect.probe_calls()
     place = url if target is None else target.url
-    headers = {"Accept-Encoding": "identity"}
-    if target is not None:
-        headers["Host"] = host_header(target)
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
-    # Through a tunnel the certificate names the host's own name, not our end of the tunnel.
-    names = {"sni_hostname": target.host} if target is not None and target.scheme == "https" else {}
+    headers, names = addressed(target, api_key)
     began = time.perf_counter()
     took_ms: list[float] = []
 
@@ -171,9 +169,20 @@ async def _ask(
             if isinstance(result, ProbeError):
                 raise result
             answers[name] = result
-        return _Answered(dialect.inventory(answers), min(took_ms))
+        return Answered(dialect.inventory(answers), min(took_ms))
     except ProbeError as error:
         raise ProbeError(f"{place}: {error.message}", finding=error.finding, hint=error.hint) from error
+
+
+def addressed(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The headers and httpx's extensions of a request to a server that is called ``target`` where it runs."""
+    headers = {"Accept-Encoding": "identity"}
+    if target is not None:
+        headers["Host"] = host_header(target)
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    # Through a tunnel the certificate names the host's own name, not our end of the tunnel.
+    return headers, {"sni_hostname": target.host} if target is not None and target.scheme == "https" else {}
 
 
 _SILENT = "see on the host whether the server is stuck (`ollama ps`, its log), and restart it"
@@ -197,8 +206,9 @@ async def _get(
             return response.status_code, bytes(body)
         finally:
             await response.aclose()
-    except httpx.ConnectError as error:
-        message = f"it cannot be reached: {_words(error)}"
+    except (httpx.ConnectError, httpx.ReadError) as error:
+        # At the end of a tunnel that has nobody behind it a connection is reset, sooner or later.
+        message = f"it gave no answer: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
     except httpx.RemoteProtocolError as error:
         said = _words(error)
@@ -234,4 +244,10 @@ async def _greeting(url: str) -> str:
 
 
 def _words(error: Exception) -> str:
+    """The system's own words where it has some: httpx says no more than that all attempts failed, or nothing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+            return os.strerror(cause.errno).lower()
+        cause = cause.__cause__ or cause.__context__
     return printable(str(error), 120) or type(error).__name__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -167,9 +169,24 @@ async def test_nobody_answers(client: httpx.AsyncClient) -> None:
     report = await asked(client, FREE, "http://127.0.0.1:2")
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.node) == ("backend-down", Severity.ERROR, "iceland")
-    assert FREE in finding.message
+    assert finding.message == f"{FREE}: it gave no answer: connection refused", "the system's words, not httpx's"
     assert (report.state.state, report.url, report.inventory) == (BackendPhase.DOWN, None, None)
     assert (report.state.last_error, report.state.error_code) == (finding.message, "backend-down")
+
+
+async def test_a_connection_that_is_reset_has_nobody_behind_it(client: httpx.AsyncClient) -> None:
+    """So it is at the end of a tunnel when nothing listens on the host."""
+
+    async def script(exchange: Exchange) -> None:
+        sock = exchange.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        exchange.reset()
+
+    async with serve(script) as server:
+        (finding,) = (await asked(client, server.url)).findings
+    assert finding.code == "backend-down"
+    assert finding.message.endswith("it gave no answer: connection reset by peer")
+    assert "start the server" in (finding.hint or "")
 
 
 async def test_who_answers_wrongly_says_more_than_who_is_silent(client: httpx.AsyncClient) -> None:
