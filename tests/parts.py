@@ -44,6 +44,10 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "curl": ("curl", lambda: program("curl") is not None),
     "openai": ("the package openai", lambda: _package("openai")),
     "ollama": ("the package ollama", lambda: _package("ollama")),
+    "chromium": (
+        "chromium and the playwright package",
+        lambda: program("chromium") is not None and importlib.util.find_spec("playwright") is not None,
+    ),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "netns": ("root, ip and nft for network namespaces", lambda: _root() and bool(program("ip") and program("nft"))),
 }

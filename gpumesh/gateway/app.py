@@ -24,6 +24,7 @@ from gpumesh.gateway.access_log import AccessLog
 from gpumesh.gateway.fleet import Fleet
 from gpumesh.gateway.guard import Guard
 from gpumesh.gateway.metrics import Metrics
+from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
 from gpumesh.gateway.requests import (
     MODEL_ROUTES,
@@ -90,7 +91,9 @@ class Gateway:
         self._idle.set()
         self._runner: web.ServerRunner | None = None
         self._fleet = Fleet(mesh, self.metrics)
-        self._routes = _table(self._fleet, Stores(mesh), self._one_node)
+        self._page = Page(mesh, writable=key is not None)
+        self._recording: asyncio.Task[None] | None = None
+        self._routes = _table(self._fleet, Stores(mesh), self._page, self._one_node)
         self.url = ""
 
     # -- lifetime ------------------------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ class Gateway:
                 self._host,
                 extra={"event": "plain-http"},
             )
+        self._recording = asyncio.create_task(self._page.record(), name="page's hour")
         self.mesh.announce(GatewayState(self.url, GatewayPhase.SERVING))
         return self
 
@@ -133,6 +137,10 @@ class Gateway:
     ) -> None:
         assert self._runner is not None
         self.mesh.announce(GatewayState(self.url, GatewayPhase.DRAINING))
+        self._page.close()
+        if self._recording is not None:
+            self._recording.cancel()
+            await asyncio.gather(self._recording, return_exceptions=True)
         for site in list(self._runner.sites):
             await site.stop()
         if self._runner.server is not None:
@@ -206,8 +214,8 @@ class Gateway:
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
         if origin is not None:
             request.cors = self._guard.cors_headers(origin, request.headers)
-        if request.method == "OPTIONS" or path == "/healthz":
-            return  # a preflight carries no key; who only asks whether we are well needs none
+        if request.method == "OPTIONS" or path in ("/healthz", "/ui"):
+            return  # a preflight carries no key; who asks whether we are well, or for the empty page, needs none
         if not self._guard.key_allowed(request.headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
 
@@ -224,6 +232,8 @@ class Gateway:
             name = "/v1/models/{model}"
         elif path.startswith("/api/blobs/"):
             name = "/api/blobs/{digest}"
+        elif path.startswith("/mesh/nodes/"):
+            name = "/mesh/nodes/{node}/{action}"
         entries = self._routes.get(name)
         if entries is None:
             record.route = "other"
@@ -269,12 +279,15 @@ class Gateway:
         )
 
 
-def _table(fleet: Fleet, stores: Stores, one_node: Handler) -> dict[str, tuple[Entry, ...]]:
+def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[str, tuple[Entry, ...]]:
     return {
         "/": ((_GET, fleet.root),),
         "/healthz": ((_GET, fleet.healthz),),
         "/metrics": ((_GET, fleet.metrics),),
         "/mesh/status": ((_GET, fleet.status),),
+        "/mesh/events": ((_GET, page.events),),
+        "/mesh/nodes/{node}/{action}": ((_POST, page.act),),
+        "/ui": ((_GET, page.html),),
         "/api/version": ((_GET, fleet.version),),
         "/api/tags": ((_GET, fleet.tags),),
         "/api/ps": ((_GET, fleet.ps),),

@@ -1,0 +1,129 @@
+"""What the page at /ui is given, and who may change something. In a real browser: tests/real/test_page.py."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from gpumesh.state import Health
+from gpumesh.topology import GatewaySpec
+from tests.gateway.fleet import Running, running
+
+KEY = {"Authorization": "Bearer sesame"}
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Running]:
+    async with running() as made:
+        yield made
+
+
+@pytest.fixture
+async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    monkeypatch.setenv("PAGE_TEST_KEY", "sesame")
+    async with running(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as made:
+        yield made
+
+
+async def told(fleet: Running, wanted: str, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:
+    """The documents of the events of one name."""
+    async with fleet.client.stream("GET", "/mesh/events", headers=headers) as response:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        event = ""
+        async for line in response.aiter_lines():
+            if line.startswith("event: "):
+                event = line.removeprefix("event: ")
+            elif line.startswith("data: ") and event == wanted:
+                yield json.loads(line.removeprefix("data: "))
+
+
+async def first(fleet: Running, wanted: str, headers: dict[str, str] | None = None) -> Any:
+    async with asyncio.timeout(20):
+        async for document in told(fleet, wanted, headers):
+            return document
+    raise AssertionError(f"no event {wanted}")
+
+
+async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: Running) -> None:
+    page = await fleet.client.get("/ui")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"']+", page.text) == []
+    (script,) = re.findall(r"<script>(.*)</script>", page.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "innerHTML" not in script, "what hosts say is set as text only"
+
+
+async def test_the_stream_tells_the_status_and_each_change(fleet: Running) -> None:
+    assert await first(fleet, "hello") == {"writable": False}
+    history = (await first(fleet, "history"))["history"]
+    assert history["step_s"] == 15.0
+    assert {series["key"] for series in history["mesh"]} == {"in_flight", "queued"}
+    async with asyncio.timeout(20):
+        async for status in told(fleet, "status"):
+            assert status["schema"] == "gpumesh.status/1"
+            health = {node["name"]: node["health"] for node in status["nodes"]}
+            if health["a"] == "healthy":
+                fleet.mesh.drain("a")
+            elif health["a"] == "draining":
+                return
+
+
+async def test_without_a_key_in_mesh_yaml_nothing_can_be_changed(fleet: Running) -> None:
+    for action in ("drain", "resume", "reconnect"):
+        answer = await fleet.client.post(f"/mesh/nodes/a/{action}")
+        assert answer.status_code == 403
+        assert "api_key_env" in answer.json()["error"]
+    assert fleet.mesh.snapshot().node("a").health is Health.HEALTHY
+
+
+async def test_with_a_key_the_page_is_given_to_all_and_its_data_to_who_has_it(locked: Running) -> None:
+    assert (await locked.client.get("/ui")).status_code == 200
+    assert (await locked.client.get("/mesh/events")).status_code == 401
+    assert (await locked.client.post("/mesh/nodes/a/drain")).status_code == 401
+    assert await first(locked, "hello", KEY) == {"writable": True}
+
+
+async def test_with_its_key_a_node_is_drained_and_resumed(locked: Running) -> None:
+    async def act(action: str, node: str = "a") -> httpx.Response:
+        return await locked.client.post(f"/mesh/nodes/{node}/{action}", headers=KEY)
+
+    assert (await act("drain")).json() == {"node": "a", "done": "drain"}
+    assert locked.mesh.snapshot().node("a").health is Health.DRAINING
+    assert (await act("resume")).status_code == 200
+    assert locked.mesh.snapshot().node("a").health is Health.HEALTHY
+    assert (await act("reconnect")).status_code == 200
+    assert (await act("drain", "nobody")).status_code == 404
+    assert (await act("explode")).status_code == 404
+    assert (await locked.client.get("/mesh/nodes/a/drain", headers=KEY)).status_code == 405
+
+
+async def test_an_open_page_does_not_hold_up_the_end() -> None:
+    loop = asyncio.get_running_loop()
+    told_once = asyncio.Event()
+
+    async def read(url: str) -> None:
+        async with (
+            httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as client,
+            client.stream("GET", "/mesh/events") as response,
+        ):
+            async for line in response.aiter_lines():
+                if line == "event: status":
+                    told_once.set()
+
+    async with running() as fleet:
+        reading = asyncio.create_task(read(fleet.gateway.url))
+        await told_once.wait()
+        began = loop.time()
+    await reading
+    assert loop.time() - began < fleet.gateway.drain_s / 2
