@@ -34,8 +34,9 @@ def check(ctx: typer.Context) -> None:
             typer.echo(clean_line(f"  hint: {finding.hint}"), err=True)
     enabled = sum(node.enabled for node in topology.nodes)
     if not chosen.quiet:
-        off = f", {len(topology.nodes) - enabled} of them disabled" if enabled < len(topology.nodes) else ""
-        typer.echo(f"{topology.source or 'the configuration'} is valid: {len(topology.nodes)} nodes{off}")
+        count = len(topology.nodes)
+        off = f", {count - enabled} of them disabled" if enabled < count else ""
+        typer.echo(f"{topology.source or 'the configuration'} is valid: {count} node{'' if count == 1 else 's'}{off}")
     if any(finding.severity is Severity.ERROR for finding in advice):
         raise typer.Exit(int(ExitCode.USAGE))
 

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from gpumesh.errors import UsageError
 
 _WITH_VALUE = "BbcDEeFIiJLlmOopQRSWw"  # ssh(1)'s options that take one
+_NAMED = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=\s*\S)")
+_FORWARD = re.compile(r":(?:localhost|127\.0\.0\.1|\[::1\]):(\d{1,5})$")
 _PORT_OPTIONS = {"port": "port", "user": "user", "identityfile": "identity", "proxyjump": "jump"}
 
 
 @dataclass(frozen=True, slots=True)
 class SshLine:
+    """``forwarded``: the host's own ports to which the line's ``-L`` lead: what the person wants is probably there."""
+
     host: str
     port: int = 22
     user: str | None = None
     identity: str | None = None
     jump: str | None = None
+    forwarded: tuple[int, ...] = ()
+    called: str | None = None
 
     @property
     def name(self) -> str:
-        """A node's name for it: letters, digits and hyphens."""
+        """A node's name for it: what it is called, else letters, digits and hyphens of its host."""
+        if self.called is not None:
+            return self.called
         name = re.sub(r"[^a-z0-9]+", "-", self.host.lower()).strip("-")
         return f"host-{name}" if not name or name[0].isdigit() else name
 
 
 def parse_ssh(line: str) -> SshLine:
-    """``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id`` and its like; the word ``ssh`` may be missing. Forwards and a
-    command at the end are passed over. Raises UsageError."""
+    """``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id`` and its like; the word ``ssh`` may be missing, a name for it may
+    stand first (``iceland=ssh …``). A command at the end is passed over. Raises UsageError."""
+    called = _NAMED.match(line)
+    if called is not None:
+        return replace(parse_ssh(line[called.end() :]), called=called[1])
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -38,6 +49,7 @@ def parse_ssh(line: str) -> SshLine:
     if words and words[0].rsplit("/", 1)[-1] == "ssh":
         words = words[1:]
     found: dict[str, str] = {}
+    forwards: list[str] = []
     place: str | None = None
     rest = iter(words)
     for word in rest:
@@ -46,13 +58,21 @@ def parse_ssh(line: str) -> SshLine:
                 break  # a command to run there
             place = word
             continue
-        _option(word, rest, found, line)
+        _option(word, rest, found, forwards, line)
     if place is None:
         raise UsageError(f"--from {line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
-    return _line(place, found, line)
+    return replace(_line(place, found, line), forwarded=tuple(_remote_ports(forwards)))
 
 
-def _option(word: str, rest: Iterator[str], found: dict[str, str], line: str) -> None:
+def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
+    """``[bind:]port:host:hostport``, of those that lead to the host itself."""
+    for forward in forwards:
+        match = _FORWARD.search(forward)
+        if match is not None and 1 <= int(match[1]) <= 65535:
+            yield int(match[1])
+
+
+def _option(word: str, rest: Iterator[str], found: dict[str, str], forwards: list[str], line: str) -> None:
     """One group of letters; the first that takes a value takes what is left of the word, or the next one."""
     for position, letter in enumerate(word[1:], 1):
         if letter not in _WITH_VALUE:
@@ -63,6 +83,8 @@ def _option(word: str, rest: Iterator[str], found: dict[str, str], line: str) ->
         named = {"p": "port", "l": "user", "i": "identity", "J": "jump"}.get(letter)
         if named is not None:
             found[named] = value
+        elif letter == "L":
+            forwards.append(value)
         elif letter == "o":
             key, _, setting = value.replace("=", " ", 1).partition(" ")
             if key.lower() in _PORT_OPTIONS:
@@ -82,6 +104,11 @@ def _line(place: str, found: dict[str, str], line: str) -> SshLine:
         raise UsageError(f"--from {line!r}: {port!r} is not a port")
     if not host:
         raise UsageError(f"--from {line!r} names no host")
+    if host.lower() == "ssh.runpod.io" or host.lower().endswith(".ssh.runpod.io"):
+        raise UsageError(
+            f"{host} is RunPod's proxy for people at terminals: it forwards no ports",
+            hint="use the pod's `SSH over exposed TCP`, like: ssh root@213.173.108.12 -p 17445",
+        )
     return SshLine(
         host=host.strip("[]"),
         port=int(port),

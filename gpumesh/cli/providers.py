@@ -1,0 +1,101 @@
+"""Pods as providers' own tools tell of them, read for how to reach them by SSH. Pure; shapes: facts of RunPod's REST
+API (``/v1/pods``) and of ``vastai show instances --raw``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpumesh.errors import UsageError
+
+SSH = "22"
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """``why`` it cannot be reached now, if it cannot: then ``host`` is ``None``."""
+
+    name: str
+    provider: str
+    host: str | None = None
+    port: int = 22
+    why: str | None = None
+
+
+def read_pods(text: str) -> list[Pod]:
+    """All pods of a JSON document: one, a list, or a list under ``pods``, ``instances`` or ``data``. Raises
+    UsageError when it is none of these."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"standard input is not JSON: {error}", hint=_HINT) from error
+    pods = list(_each(document))
+    if not pods:
+        raise UsageError("there is no pod in the JSON on standard input", hint=_HINT)
+    return pods
+
+
+_HINT = "for example: vastai show instances --raw | gpumesh init --from -"
+
+
+def _each(document: Any) -> Iterator[Pod]:
+    if isinstance(document, dict):
+        for key in ("pods", "instances", "data"):
+            if isinstance(document.get(key), (list, dict)):
+                yield from _each(document[key])
+                return
+        yield _pod(document)
+    elif isinstance(document, list):
+        for entry in document:
+            yield from _each(entry)
+    else:
+        raise UsageError("this is not JSON that tells of pods: an object or a list of them is expected", hint=_HINT)
+
+
+def _pod(entry: Mapping[str, Any]) -> Pod:
+    if "portMappings" in entry or "publicIp" in entry:
+        return _runpod(entry)
+    if not entry.keys().isdisjoint(("ssh_host", "public_ipaddr", "actual_status")):
+        return _vast(entry)
+    raise UsageError(
+        f"this is neither a pod of RunPod nor an instance of vast.ai: {', '.join(list(map(str, entry))[:6])}",
+        hint=_HINT,
+    )
+
+
+def _runpod(pod: Mapping[str, Any]) -> Pod:
+    name = str(pod.get("name") or pod.get("id") or "pod")
+    host, ports = pod.get("publicIp"), pod.get("portMappings")
+    if not host or not ports:
+        return Pod(name, "RunPod", why=f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})")
+    port = _port(ports.get(SSH)) if isinstance(ports, dict) else None
+    if port is None:
+        return Pod(name, "RunPod", why="it does not expose port 22: add 22 to its TCP ports")
+    return Pod(name, "RunPod", str(host), port)
+
+
+def _vast(instance: Mapping[str, Any]) -> Pod:
+    """The direct address where there is one, else the proxy's. ``ports`` may be a dict, a list, or null; an image that
+    runs Jupyter keeps the proxy's port for it, and sshd has the next one."""
+    name = str(instance.get("label") or f"vast-{instance.get('id', 'instance')}")
+    host, ports = str(instance.get("public_ipaddr") or "").strip(), instance.get("ports")
+    mapped = ports.get(f"{SSH}/tcp") if isinstance(ports, dict) else None
+    if host and isinstance(mapped, list) and mapped and isinstance(mapped[0], dict):
+        port = _port(mapped[0].get("HostPort"))
+        if port is not None:
+            return Pod(name, "vast.ai", host, port)
+    proxy, port = instance.get("ssh_host"), _port(instance.get("ssh_port"))
+    if not proxy or port is None:
+        return Pod(name, "vast.ai", why=f"it has no address yet (it is {instance.get('actual_status') or 'starting'})")
+    return Pod(name, "vast.ai", str(proxy), port + ("jupyter" in str(instance.get("image_runtype") or "")))
+
+
+def _port(value: Any) -> int | None:
+    """Some tools write numbers as text."""
+    try:
+        port = int(value)
+    except (TypeError, ValueError):
+        return None
+    return port if 1 <= port <= 65534 else None
