@@ -65,18 +65,25 @@ def same_name(expected: str, found: str) -> bool:
 
 def _vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Finding]:
     """``vram_mib`` is of each GPU; who wrote down the sum of several meant the same."""
-    sizes = [gpu.memory_total_mib for gpu in gpus if gpu.memory_total_mib is not None]
-    if not sizes or _close(sum(sizes), expected):
-        return
-    wrong = [size for size in sizes if not _close(size, expected)]
-    if wrong:
+    if not vram_as_expected(expected, gpus):
+        wrong = next(size for size in _sizes(gpus) if not _close(size, expected))
         yield Finding(
             "vram-differs",
             Severity.WARNING,
             node,
-            f"the GPU has {wrong[0]} MiB of memory, expected were {expected}",
+            f"the GPU has {wrong} MiB of memory, expected were {expected}",
             "a slice of a card (MIG, vGPU) or another model has less; if it is meant so, change `expect.vram_mib`",
         )
+
+
+def vram_as_expected(expected: int, gpus: Sequence[GpuState]) -> bool:
+    """True as well while the sizes are not known."""
+    sizes = _sizes(gpus)
+    return not sizes or _close(sum(sizes), expected) or all(_close(size, expected) for size in sizes)
+
+
+def _sizes(gpus: Sequence[GpuState]) -> list[int]:
+    return [gpu.memory_total_mib for gpu in gpus if gpu.memory_total_mib is not None]
 
 
 def _close(found: int, expected: int) -> bool:

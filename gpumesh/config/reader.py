@@ -26,12 +26,16 @@ _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 def load(path: Path) -> Topology:
     """Raises ConfigError."""
-    file = locate.shown(path)
+    return from_text(read_text(path, locate.shown(path)), path)
+
+
+def from_text(text: str, path: Path) -> Topology:
+    """As if ``text`` stood in the file. Raises ConfigError."""
     home = environment.home()
     keys = tuple(key for name in _USUAL_KEYS if (key := home / ".ssh" / name).is_file())
     return parse(
-        read_text(path, file),
-        file=file,
+        text,
+        file=locate.shown(path),
         env=environment.variables(),
         home=home,
         source=path,

@@ -1,0 +1,152 @@
+"""What mesh.yaml would have to say to be true: for `audit --write`. Pure.
+
+Only what the *file* says wrongly is corrected: who the host is, what GPUs it has, which kind of server, and nodes that
+are another node once more or lead nowhere. What is wrong with a *host* (a broken driver, a model that is missing, a
+server that does not run) is not made right by no longer expecting it; that stays a finding.
+
+A node is switched off, never deleted: one word brings it back. And none is, as long as nobody can be reached at all:
+that is this machine's network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from gpumesh.audit import gpus, identity, routes
+from gpumesh.state import BackendPhase, Finding, NodeState, TunnelPhase
+from gpumesh.topology import BackendKind, NodeSpec, Topology
+
+# Nobody was there. What a person must decide about (keys) and what passes by itself (a connection lost) is not that.
+_NOBODY = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
+_IN_EXPECT = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-differs", "driver-differs"})
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """``path`` is below the node: ``("expect", "gpus")``. ``answers`` are the codes of the findings that it settles, on
+    the ``node`` or, for one that concerns several, on all of those. ``why`` may stand beside it as a comment."""
+
+    node: str
+    path: tuple[str, ...]
+    value: str | int | bool
+    answers: frozenset[str]
+    why: str | None = None
+
+
+def changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[Finding]) -> tuple[Change, ...]:
+    """In the order of mesh.yaml, at most one for each of its keys."""
+    states = {state.name: state for state in nodes}
+    specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
+    reached = any(states[name].backend.state is BackendPhase.UP for name in specs)
+    switched_off = dict(_redundant(specs, states, findings))
+    if reached:
+        switched_off = {**dict(_nowhere(specs, states, findings)), **switched_off}
+    found = []
+    for name, spec in specs.items():
+        if name in switched_off:
+            found.append(switched_off[name])
+            continue
+        codes = {finding.code for finding in findings if finding.node == name}
+        found += _expected(spec, states[name], codes)
+        found += _kind(spec, states[name], codes)
+    return tuple(found)
+
+
+def left_over(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Finding, ...]:
+    """The findings that no change settles."""
+    settled = {(change.node, code) for change in made for code in change.answers}
+    return tuple(
+        finding
+        for finding in findings
+        if not any((name, finding.code) in settled for name in (finding.nodes or (finding.node,)))
+    )
+
+
+def applied(topology: Topology, made: Sequence[Change]) -> Topology:
+    """What the file must mean once they are written: how the writing is checked."""
+    nodes = []
+    for spec in topology.nodes:
+        changed = spec
+        for change in made:
+            if change.node == spec.name:
+                changed = _applied(changed, change)
+        nodes.append(changed)
+    return replace(topology, nodes=tuple(nodes))
+
+
+def _applied(spec: NodeSpec, change: Change) -> NodeSpec:
+    match change.path:
+        case ("enabled",):
+            return replace(spec, enabled=bool(change.value))
+        case ("backend", "kind"):
+            return replace(spec, backend=replace(spec.backend, kind=BackendKind(str(change.value))))
+        case ("expect", key):
+            # By the key: which of them takes what is the form's business, and is checked when the file is read.
+            return replace(spec, expect=replace(spec.expect, **{key: change.value}))  # type: ignore[arg-type]
+        case _:
+            raise ValueError(f"no such change: {change.path}")
+
+
+def _redundant(
+    specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
+) -> Iterator[tuple[str, Change]]:
+    for finding in findings:
+        names = [name for name in finding.nodes if name in specs]
+        if finding.code not in ("same-gpu", "tunnel-duplicate") or len(names) < 2:
+            continue
+        keep = identity.the_one_to_keep(names, specs, states)
+        why = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
+        for name in names:
+            if name != keep:
+                yield name, Change(name, ("enabled",), False, frozenset({finding.code}), f"{why} as {keep}")
+
+
+def _nowhere(
+    specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
+) -> Iterator[tuple[str, Change]]:
+    for finding in findings:
+        state = states.get(finding.node or "")
+        if state is None or finding.node not in specs or finding.code not in ("node-unreachable", "backend-down"):
+            continue
+        tunnel = state.tunnel
+        if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _NOBODY:
+            why = f"not found: {finding.message}"
+            yield state.name, Change(state.name, ("enabled",), False, frozenset({finding.code}), why)
+
+
+def _expected(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
+    """All of ``expect`` is set right at once: behind a GPU of another name its memory differs as well."""
+    if not codes & _IN_EXPECT:
+        return
+    expect, found = spec.expect, state.gpus or ()
+
+    def change(key: str, value: str | int, code: str) -> Change:
+        return Change(spec.name, ("expect", key), value, frozenset({code}))
+
+    hostname = state.host.hostname
+    if expect.hostname is not None and hostname is not None and not identity.same_host(expect.hostname, hostname):
+        yield change("hostname", hostname, "hostname-differs")
+    if not found:
+        return
+    if "gpu-count" in codes and expect.gpus is not None:
+        yield change("gpus", len(found), "gpu-count")
+    names = {gpu.name for gpu in found}
+    if expect.gpu is not None and not all(gpus.same_name(expect.gpu, name) for name in names) and len(names) == 1:
+        yield change("gpu", names.pop(), "gpu-differs")
+    sizes = {gpu.memory_total_mib for gpu in found}
+    if expect.vram_mib is not None and not gpus.vram_as_expected(expect.vram_mib, found) and len(sizes) == 1:
+        size = sizes.pop()
+        if size is not None:
+            yield change("vram_mib", size, "vram-differs")
+    if "driver-differs" in codes and state.host.driver is not None:
+        yield change("driver", state.host.driver, "driver-differs")
+
+
+def _kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
+    """Where every candidate that answers is of the one other kind."""
+    if "wrong-server" not in codes:
+        return
+    kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}
+    if len(kinds) == 1 and routes.in_use(state) is None and (kind := kinds.pop()) != spec.backend.kind:
+        yield Change(spec.name, ("backend", "kind"), kind, frozenset({"wrong-server"}))

@@ -1,0 +1,219 @@
+"""Single values of a mesh.yaml set from outside, with all else left as it was, to the byte: comments, blanks, quotes,
+order. A person's file is theirs.
+
+So the text is not written out anew from a tree (a round trip through ruamel.yaml keeps comments, but sets the blanks
+and line breaks of every flow mapping its own way): each edit is spliced in where YAML's own parser says that the value
+stands. What cannot be set that way without touching more (a value behind an alias, a block scalar) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from gpumesh.config import locate, reader
+from gpumesh.errors import GPUMeshError
+from gpumesh.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """``node`` is the place in ``nodes``; ``path`` is below it. ``comment`` is put beside the value where the line has
+    room for one."""
+
+    node: int
+    path: tuple[str, ...]
+    value: str | int | bool
+    comment: str | None = None
+
+
+class CannotEdit(GPUMeshError):
+    """The file says this in a way that only a person can change."""
+
+    code = "config-edit"
+    default_hint = "change it by hand"
+
+
+def edited(text: str, edits: Sequence[Edit]) -> str:
+    """Raises CannotEdit. ``text`` must be a mesh.yaml that can be read."""
+    for edit in edits:
+        text = _one(text, edit)
+    return text
+
+
+def read(path: Path) -> str:
+    """The file's text. Raises ConfigError."""
+    return reader.read_text(path, locate.shown(path))
+
+
+def check(path: Path, text: str) -> Topology:
+    """What ``text`` would mean if it stood in the file. Raises ConfigError."""
+    return reader.from_text(text, path)
+
+
+def write(path: Path, old: str, new: str) -> None:
+    """Replaces the file, whole or not at all: written beside, then renamed. Its mode stays, and a link stays a link.
+
+    Raises GPUMeshError when it cannot be written, or does not hold ``old`` any more.
+    """
+    target = Path(os.path.realpath(path))
+    if read(target) != old:
+        raise GPUMeshError(f"{path} was changed meanwhile; it was left as it is", hint="run the command again")
+    try:
+        mode = target.stat().st_mode & 0o7777
+        descriptor, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+                file.write(new)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, mode)
+            os.replace(beside, target)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise GPUMeshError(
+            f"{path} cannot be written: {error.strerror}",
+            hint="it was left as it is; check the folder's owner and mode",
+        ) from error
+
+
+# -- one edit --------------------------------------------------------------------------------------------------------
+
+ALIAS = "alias"
+
+
+class _Loader(yaml.SafeLoader):
+    """In Python: its marks count characters, libyaml's may not. An alias stays what stands there."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]  # its stubs have no types here
+            return yaml.ScalarNode(ALIAS, event.anchor, event.start_mark, event.end_mark)
+        return super().compose_node(parent, index)
+
+
+def _one(text: str, edit: Edit) -> str:
+    parent = _item(text, edit.node)
+    for depth, key in enumerate(edit.path):
+        pair = _pair(parent, key)
+        if pair is None:
+            return _inserted(text, parent, edit.path[depth:], edit)
+        value = pair[1]
+        if depth == len(edit.path) - 1:
+            return _replaced(text, value, edit)
+        if _is_nothing(value):
+            raise CannotEdit(f"{_where(edit, depth)} has nothing behind it")
+        if not isinstance(value, yaml.MappingNode):
+            raise CannotEdit(f"{_where(edit, depth)} is not written out there")
+        parent = value
+    raise AssertionError("a path has at least one key")
+
+
+def _where(edit: Edit, depth: int) -> str:
+    return ".".join((f"nodes[{edit.node}]", *edit.path[: depth + 1]))
+
+
+def _item(text: str, number: int) -> yaml.MappingNode:
+    root = yaml.compose(text, Loader=_Loader)
+    pair = _pair(root, "nodes") if isinstance(root, yaml.MappingNode) else None
+    nodes = pair[1].value if pair is not None and isinstance(pair[1], yaml.SequenceNode) else ()
+    if number < len(nodes) and isinstance(nodes[number], yaml.MappingNode):
+        item: yaml.MappingNode = nodes[number]
+        return item
+    raise CannotEdit(f"nodes[{number}] is not written out as an entry of `nodes`")
+
+
+def _pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+    for name, value in mapping.value:
+        if isinstance(name, yaml.ScalarNode) and name.value == key:
+            return name, value
+    return None
+
+
+def _is_nothing(node: yaml.Node) -> bool:
+    """``expect:`` with nothing behind it."""
+    return bool(node.start_mark.index == node.end_mark.index)
+
+
+def _replaced(text: str, value: yaml.Node, edit: Edit) -> str:
+    if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
+        raise CannotEdit(f"{_where(edit, len(edit.path))} is no plain value")
+    written = (" " if _is_nothing(value) else "") + _written(edit.value)
+    return text[: value.start_mark.index] + written + text[value.end_mark.index :]
+
+
+def _inserted(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
+    # A file that is JSON stays JSON.
+    as_json = bool(parent.flow_style and parent.value and parent.value[0][0].style == '"')
+    entry = json.dumps(edit.value) if as_json else _written(edit.value)
+    for depth, key in enumerate(reversed(path)):
+        entry = f'"{key}": {entry}' if as_json else f"{key}: {entry}"
+        if depth < len(path) - 1:
+            entry = f"{{{entry}}}" if as_json else f"{{ {entry} }}"
+    comment = None if as_json else edit.comment
+    return (_into_flow if parent.flow_style else _into_block)(text, parent, entry, comment)
+
+
+def _into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
+    start, end = parent.start_mark.index, parent.end_mark.index
+    if not parent.value:
+        return f"{text[:start]}{{ {entry} }}{_commented(text[end:], comment)}"
+    last = parent.value[-1][1].end_mark.index
+    tail = text[last : end - 1]
+    if not tail.strip():
+        return f"{text[:last]}, {entry}{tail}{text[end - 1]}{_commented(text[end:], comment)}"
+    # After a comma or a comment the end is no safe place; the beginning always is.
+    begin = text[start + 1 :]
+    entry = f" {entry}," if begin[0] == " " else f"{entry}," if begin[0].isspace() else f"{entry}, "
+    return text[: start + 1] + entry + begin
+
+
+def _into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
+    leaf = _last_leaf(parent)
+    if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):
+        raise CannotEdit("the entry ends in a block of text")
+    at = leaf.end_mark.index
+    eol = next((place for place in range(at, len(text)) if text[place] in "\r\n"), len(text))
+    newline = "\r\n" if "\r\n" in text else "\n"
+    line = " " * parent.start_mark.column + entry + (f" # {comment}" if comment else "")
+    return text[:eol] + newline + line + text[eol:]
+
+
+def _last_leaf(node: yaml.Node) -> yaml.Node:
+    """Block collections end where the next token begins, far behind what they hold; flow ones and scalars do not."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        if isinstance(node, yaml.SequenceNode):
+            node = node.value[-1]
+            continue
+        key, value = node.value[-1]
+        node = key if _is_nothing(value) else value  # nothing behind a key stands where the next token does
+    return node
+
+
+def _commented(rest: str, comment: str | None) -> str:
+    """``rest``, which begins behind a value, with the comment at the end of the line, if nothing else is there."""
+    line = rest.split("\n", 1)[0]
+    if comment is None or line.strip():
+        return rest
+    return f" # {comment}" + rest
+
+
+def _written(value: str | int | bool) -> str:
+    """As YAML, plain where that means the same to every reader."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    text = value.replace("${", "$${")  # what a host is called is no variable
+    plain = bool(text) and text == text.strip() and all(sign.isalnum() or sign in " ._/+-()@" for sign in text)
+    if plain and text[0].isalnum() and yaml.safe_load(text) == text:
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
