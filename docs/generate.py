@@ -1,4 +1,4 @@
-"""Writes the parts of the reference that follow from the code: docs/commands.md and docs/codes.md.
+"""Writes the parts of the reference that follow from the code: docs/commands.md, docs/codes.md, docs/metrics.md.
 
     python docs/generate.py            writes them
     python docs/generate.py --check    exits 1 if they are not as they would be written
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from gpumesh import errors
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.cli.main import app
 from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
+from gpumesh.gateway import gauges
+from gpumesh.gateway.metrics import Metrics
+from gpumesh.state import GatewayState, MeshState, total
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py from the code; change it there. -->"
@@ -175,11 +179,33 @@ def _raised() -> dict[str, type[GPUMeshError]]:
     return {kind.code: kind for kind in kinds}
 
 
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    """Families tell their names and meanings before there is anything to count."""
+    nothing = MeshState("", datetime(2026, 1, 1, tzinfo=UTC), GatewayState(), total(()), ())
+    families = [*gauges.of_state(nothing, {}), *gauges.of_server(0, 0), *Metrics().families()]
+    lines = [
+        "# Metrics",
+        "",
+        NOTE,
+        "",
+        "What `GET /metrics` on [the gateway](gateway.md) tells, in Prometheus's text format. Times are seconds, memory"
+        " is bytes, shares are 0 to 1. Beside these there are the usual `process_…` of the gateway's own process.",
+        "",
+        "| metric | type | |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{family.name}` | {family.kind} | {_cell(family.help)} |" for family in families]
+    return _text(lines)
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
 def pages() -> dict[Path, str]:
-    return {FOLDER / "commands.md": commands(), FOLDER / "codes.md": codes()}
+    return {FOLDER / "commands.md": commands(), FOLDER / "codes.md": codes(), FOLDER / "metrics.md": metrics()}
 
 
 def _text(lines: list[str]) -> str:
