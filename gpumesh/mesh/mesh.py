@@ -123,7 +123,11 @@ class Mesh:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+        if isinstance(error, Exception):
+            # The task group would wrap what the block raised in an ExceptionGroup; its caller gets it as it is.
+            await self._stack.aclose()
+        else:
+            await self._stack.__aexit__(kind, error, trace)
 
     def _open(self, spec: NodeSpec, node: Node, workers: WorkerPool) -> Tunnel:
         return open_tunnel(
