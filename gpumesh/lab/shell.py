@@ -2,7 +2,8 @@
 client sends is ever executed; what is not known is ``not found``, status 127.
 
 Understood: words quoted as in a POSIX shell; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``; ``2>&1``;
-``$?``; ``sh -c TEXT``, ``exec COMMAND``. That is what probes and people send.
+``$?``; ``sh -c TEXT``, ``exec COMMAND``. That is what probes and people send. And the one script under which a tunnel
+runs a command (tunnels/killable.py), by what it does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
+from gpumesh.tunnels.killable import watched
 
 MAX_COMMAND = 1 << 16
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
@@ -74,6 +76,9 @@ class Shell:
         name, *rest = argv
         name = name.rsplit("/", 1)[-1]
         if name in ("sh", "bash", "dash") and len(rest) >= 2 and rest[0] in ("-c", "-lc"):
+            inner = watched(rest[1])
+            if inner is not None:
+                return await self._until_input_ends(inner, terminal, depth + 1)
             return await self.run(rest[1], terminal, depth + 1)
         if name in ("exec", "command", "env", "nice", "timeout") and rest:
             if name == "command" and rest[0] == "-v":
@@ -89,6 +94,23 @@ class Shell:
             return 127
         return await command(self, rest, terminal)
 
+    async def _until_input_ends(self, command: str, terminal: Terminal, depth: int) -> int:
+        """What tunnels/killable.py's script does on a real host."""
+
+        async def read_to_the_end() -> None:
+            while await terminal.read():
+                pass
+
+        running = asyncio.ensure_future(self.run(command, _NoInput(terminal), depth))
+        input_ends = asyncio.ensure_future(read_to_the_end())
+        try:
+            await asyncio.wait((running, input_ends), return_when=asyncio.FIRST_COMPLETED)
+            return running.result() if running.done() else 128 + 9
+        finally:
+            for task in (running, input_ends):
+                task.cancel()
+            await asyncio.gather(running, input_ends, return_exceptions=True)
+
     async def _nvidia_smi(self, argv: list[str], terminal: Terminal) -> int:
         faults = self.faults()
         if faults.nvidia_smi is SmiMode.HANG:
@@ -98,6 +120,19 @@ class Shell:
         status, output = nvidia_smi.run(argv, self.profile, self.load(), faults.nvidia_smi)
         await terminal.write(output, error=status == 127)
         return status
+
+
+class _NoInput:
+    """``</dev/null``."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    async def read(self) -> bytes:
+        return b""
+
+    async def write(self, data: bytes, *, error: bool = False) -> None:
+        await self._terminal.write(data, error=error)
 
 
 class _Merged:

@@ -49,7 +49,8 @@ class Connection(Protocol):
         """The round trip in ms of a request that the host answers; ``None``: no answer within ``timeout_s``."""
 
     async def run(self, command: str) -> RemoteCommand:
-        """Starts ``command`` (quoted already). Raises ``ExecError`` when the host gives no session."""
+        """Starts ``command``, words that are quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
+        session."""
 
     async def wait_lost(self) -> TunnelError:
         """Returns when the connection has died by itself, and why."""

@@ -28,6 +28,7 @@ from gpumesh.topology import SshSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.hostkeys import HostKey
+from gpumesh.tunnels.killable import SHELL_TEST
 from gpumesh.tunnels.text import printable
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
@@ -246,10 +247,12 @@ def trusted_handshake(
 
 
 def switch_nagle_off(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
-    """The first cure: sshd sets TCP_NODELAY on a connection when its first command is started, so one is (``true``).
+    """The first cure: sshd sets TCP_NODELAY on a connection when its first command is started, so one is: the question
+    whether there is a POSIX shell.
 
-    Nobody waits for it. The channel is to be kept until it has closed by itself. ``None`` where the host gives no
-    session: then the tunnel works all the same, but what is sent in small pieces comes 40 ms late.
+    Nobody waits for it here. The channel is to be kept until it has closed by itself; ``sessions.is_posix`` reads the
+    answer. ``None`` where the host gives no session: then the tunnel works all the same, but what is sent in small
+    pieces comes 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))
@@ -258,7 +261,7 @@ def switch_nagle_off(transport: paramiko.Transport, deadline: Deadline) -> param
         message.add_int(channel.remote_chanid)
         message.add_string("exec")
         message.add_boolean(False)  # no answer: ``Channel.exec_command`` would wait for one without a deadline
-        message.add_string("true")
+        message.add_string(SHELL_TEST)
         send: Callable[[paramiko.Message], None] = transport._send_user_message  # type: ignore[attr-defined]
         send(message)
     except (paramiko.SSHException, EOFError, OSError):

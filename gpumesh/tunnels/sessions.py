@@ -12,32 +12,50 @@ from paramiko.common import cMSG_CHANNEL_REQUEST
 from gpumesh.errors import ExecError
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.killable import ANSWER, killable
 
 PIECE = 32 * 1024
 OPEN_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
+TEST_TIMEOUT_S = 3.0
 
 
-async def run(transport: paramiko.Transport, command: str) -> RemoteProcess:
-    """Starts ``command`` on the host. Raises ``ExecError``: no session, or no answer in time."""
+async def run(transport: paramiko.Transport, command: str, *, posix: bool) -> RemoteProcess:
+    """Starts ``command`` on the host; ``posix``: under a shell that ends it with its session (killable.py).
+
+    Raises ``ExecError``: no session, or no answer in time.
+    """
     try:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
-            channel = await blocking.call(_open, transport, command)
+            channel = await blocking.call(_open, transport, killable(command) if posix else command, has_input=posix)
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise ExecError(
             "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
         ) from error
-    return RemoteProcess(channel)
+    return RemoteProcess(channel, watched=posix)
 
 
-def _open(transport: paramiko.Transport, command: str) -> paramiko.Channel:
+async def is_posix(test: paramiko.Channel | None) -> bool:
+    """Whether the host has a POSIX shell, by its answer to ``SHELL_TEST``, which runs in ``test``."""
+    if test is None:
+        return False
+    process, said = RemoteProcess(test), b""
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(TEST_TIMEOUT_S):
+            while len(said) < PIECE and (piece := await process.read()) is not None:
+                said += piece[1]
+    return ANSWER in said.splitlines()  # a host may greet first, whoever it is that comes
+
+
+def _open(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
     channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
     try:
         channel.settimeout(OPEN_TIMEOUT_S)
         channel.exec_command(command)
-        _end_input(channel)  # it must not wait for an input that never comes
+        if not has_input:
+            _end_input(channel)  # it must not wait for an input that never comes
         channel.settimeout(0.0)
     except BaseException:
         channel.close()
@@ -74,8 +92,9 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
 class RemoteProcess:
     """See ``connection.RemoteCommand``. paramiko makes a pipe readable while there is output or an end to read."""
 
-    def __init__(self, channel: paramiko.Channel) -> None:
+    def __init__(self, channel: paramiko.Channel, *, watched: bool = False) -> None:
         self._channel = channel
+        self._watched = watched
         self._fd = channel.fileno()
 
     @property
@@ -101,7 +120,7 @@ class RemoteProcess:
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                await blocking.call(self._signal_and_close)
+                await blocking.call(self._channel.close if self._watched else self._signal_and_close)
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
@@ -113,7 +132,8 @@ class RemoteProcess:
             loop.remove_reader(self._fd)
 
     def _signal_and_close(self) -> None:
-        """sshd passes the signal on (since OpenSSH 7.9); elsewhere the command finds its output closed."""
+        """sshd passes the signal on (since OpenSSH 7.9, not for root); elsewhere the command finds its output closed.
+        Not for a watched command: the signal would end the watcher."""
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)
         message.add_int(self._channel.remote_chanid)

@@ -42,6 +42,7 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events
 from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
 from gpumesh.tunnels.handshake import parse_jump
+from gpumesh.tunnels.killable import killable
 from gpumesh.tunnels.openssh_prompts import Prompts
 from gpumesh.tunnels.protocol import Setup, Up
 from gpumesh.tunnels.text import printable
@@ -151,17 +152,6 @@ def client_command(control: Path, *arguments: str) -> list[str]:
 def forward_argument(path: Path, target: Target) -> str:
     host = f"[{target.host}]" if ":" in target.host else target.host
     return f"{path}:{host}:{target.port}"
-
-
-def killable(command: str) -> str:
-    """``command`` under a POSIX shell that ends it, and what it started, when the session's input ends. sshd leaves a
-    command without a terminal running when its client goes."""
-    watched = (
-        f"exec 3<&0; (exec {command}) </dev/null 3<&- & p=$!; "
-        "(cat <&3 >/dev/null 2>&1; pkill -9 -P $p; kill -9 $p) 2>/dev/null >/dev/null & w=$!; "
-        "exec 3<&-; wait $p; s=$?; kill $w 2>/dev/null; exit $s"
-    )
-    return f"exec sh -c {shlex.quote(watched)}"
 
 
 def _has_own_key(setup: Setup) -> bool:

@@ -106,7 +106,7 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
         self._made = transport
         self._routes = routes
         self._on_refused = on_refused
-        self._forwarder = Forwarder(on_end)
+        self._on_end = on_end
         self.fast = channels.unsupported(transport) is None
         self.skip_tunnel_checkup = True
         super().__init__(
@@ -128,10 +128,11 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
     def _create_tunnels(self) -> None:
         self._connect_to_gateway()
         if self.fast:
-            carrier = channels.Carrier(self._transport, self._forwarder, self._on_refused)
+            forwarder = Forwarder(self._on_end)
+            carrier = channels.Carrier(self._transport, forwarder, self._on_refused)
             for listener, target in self._routes:
-                self._forwarder.listen(listener, carrier.dial(target))
-            self._serve(_Server(self._forwarder, self._routes[0][0].getsockname()[1]))
+                forwarder.listen(listener, carrier.dial(target))
+            self._serve(_Server(forwarder, self._routes[0][0].getsockname()[1]))
         else:
             for listener, target in self._routes:
                 handler = self._make_ssh_forward_handler_class((target.host, target.port))
@@ -170,12 +171,12 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
             if not making.done() and deadline.passed:
                 where = hostkeys.address_name(ssh.host, ssh.port)
                 raise ConnectTimeout(f"no connection to {where} within {ssh.connect_timeout_s:g} s")
-        transports, rtt_ms = await making
+        transports, shell_test, rtt_ms = await making
     except BaseException:
         making.cancel()
         opening.give_up()
         raise
-    connection = SshConnection(ssh, transports, rtt_ms)
+    connection = SshConnection(ssh, transports, shell_test, rtt_ms)
     connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
     return connection
 
@@ -212,11 +213,11 @@ class _Opening:
             with contextlib.suppress(OSError):  # not connected any more
                 self._reached.shutdown(socket.SHUT_RDWR)  # ends a handshake that is under way on it
 
-    def run(self) -> tuple[list[paramiko.Transport], float | None]:
-        """All transports, the host's own last; and a round trip in ms."""
+    def run(self) -> tuple[list[paramiko.Transport], paramiko.Channel | None, float | None]:
+        """All transports, the host's own last; the session that tests its shell; and a round trip in ms."""
         try:
             transport = self.through(self._setup.ssh.proxy_jump, self._setup.node)
-            return self._transports, round_trip_ms(transport)
+            return self._transports, self._sessions[-1], round_trip_ms(transport)
         except BaseException:
             self.give_up()
             raise
@@ -289,13 +290,20 @@ async def fetch_host_key(
 class SshConnection:
     """See ``connection.Connection``."""
 
-    def __init__(self, ssh: SshSpec, transports: list[paramiko.Transport], rtt_ms: float | None) -> None:
+    def __init__(
+        self,
+        ssh: SshSpec,
+        transports: list[paramiko.Transport],
+        shell_test: paramiko.Channel | None,
+        rtt_ms: float | None,
+    ) -> None:
         self._ssh = ssh
         self._transports = transports
         self._transport = cast(Any, transports[-1])  # some of what is used is not in its types
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[float | None] | None = None
+        self._posix = self._loop.create_task(sessions.is_posix(shell_test))
         self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
         self._gateway: Gateway | None = None
         server, cipher = self._transport.remote_version, self._transport.remote_cipher
@@ -332,14 +340,16 @@ class SshConnection:
             return None
 
     async def run(self, command: str) -> RemoteCommand:
-        return await sessions.run(self._transport, command)
+        posix = await asyncio.shield(self._posix)
+        return await sessions.run(self._transport, command, posix=posix)
 
     async def wait_lost(self) -> TunnelError:
         return await asyncio.shield(self._lost)
 
     async def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._posix):
+            if task is not None:
+                task.cancel()
         await blocking.call(self._close)
 
     def _close(self) -> None:

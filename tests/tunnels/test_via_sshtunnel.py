@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import os
 import signal
 import socket
 import subprocess
@@ -19,9 +18,10 @@ from gpumesh.errors import ExecError, TunnelError
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
 from gpumesh.tunnels import channels, hostkeys
 from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.connection import RemoteCommand
 from gpumesh.tunnels.protocol import Setup
 from gpumesh.tunnels.via_sshtunnel import SshConnection, connect
-from tests.tunnels.polling import until
+from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
 from tests.tunnels.traffic import echo, exchange
 
@@ -82,6 +82,14 @@ async def collect(connection: SshConnection, command: str) -> tuple[bytes, int |
             output += data if stream is Stream.STDOUT else b""
     await running.kill()
     return output, running.exit_status
+
+
+async def first_output(running: RemoteCommand) -> bytes:
+    """Of its standard output; an sshd that is told to debug says so on a command's standard error."""
+    while piece := await running.read():
+        if piece[0] is Stream.STDOUT:
+            return piece[1]
+    raise AssertionError("it said nothing")
 
 
 @pytest.fixture
@@ -534,9 +542,9 @@ def test_paramiko_is_as_channels_py_expects_it() -> None:
 
 async def test_output_status_and_standard_error(sshd: Sshd) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        assert await collect(connection, "printf hello; exit 3") == (b"hello", 3)
-        assert await collect(connection, "cat; echo over") == (b"over\n", 0)  # its input is at its end
-        assert await collect(connection, "kill -9 $$") == (b"", None)
+        assert await collect(connection, "sh -c 'printf hello; exit 3'") == (b"hello", 3)
+        assert await collect(connection, "sh -c 'cat; echo over'") == (b"over\n", 0)  # its input is at its end
+        assert await collect(connection, "sh -c 'kill -9 $$'") == (b"", 137)
         output, status = await collect(connection, "head -c 3000000 /dev/zero")
         assert len(output) == 3_000_000
         assert status == 0
@@ -546,24 +554,35 @@ async def test_output_status_and_standard_error(sshd: Sshd) -> None:
 
 async def test_kill_ends_the_command_on_the_host(sshd: Sshd, tmp_path: Path) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        running = await connection.run(f"echo $$ > {tmp_path}/pid; echo go; exec sleep 600")
-        while True:
-            piece = await running.read()
-            assert piece is not None
-            if piece[0] is Stream.STDOUT:
-                break
-        pid = int((tmp_path / "pid").read_text())
+        running = await connection.run("sh -c 'sleep 600 & echo $$ $!; wait'")
+        pids = [int(pid) for pid in (await first_output(running)).split()]
         await running.kill()
         await running.kill()
+        await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+        assert await connection.ping(10.0) is not None
 
-        def gone() -> bool:
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return True
-            return False
 
-        await until(gone, "the remote command's end")
+async def test_a_lost_connection_ends_its_commands_on_the_host(sshd: Sshd) -> None:
+    async with connected(sshd.spec()) as (connection, _):
+        running = await connection.run("sh -c 'sleep 600 & echo $$ $!; wait'")
+        pids = [int(pid) for pid in (await first_output(running)).split()]
+        connection._transport.sock.close()
+        await connection.wait_lost()
+    await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+
+
+async def test_a_host_without_a_posix_shell_gets_commands_as_they_are(tmp_path: Path) -> None:
+    """As Windows' cmd.exe would: it does not know ``exec``, and says so to everything."""
+    said = tmp_path / "asked"
+    forced = f"/bin/sh -c 'echo \"$SSH_ORIGINAL_COMMAND\" >> {said}; echo unknown'"
+    async with (
+        Sshd(tmp_path / "sshd", {"ForceCommand": forced}) as sshd,
+        connected(sshd.spec()) as (connection, _),
+    ):
+        assert await collect(connection, "nvidia-smi -L") == (b"unknown\n", 0)
+        running = await connection.run("anything")
+        await running.kill()
+    assert "nvidia-smi -L" in said.read_text().splitlines()
 
 
 async def test_a_command_that_is_not_read_does_not_fill_memory(sshd: Sshd) -> None:
