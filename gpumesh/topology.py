@@ -74,7 +74,7 @@ class SshSpec:
     agent: bool = True
     alias: str | None = None
     transport: TransportKind = TransportKind.SSHTUNNEL
-    connect_timeout_s: float = 8.0
+    connect_timeout_s: float = 6.0
     keepalive_s: float = 2.0
     address_from: AddressCommand | None = None
 

@@ -14,7 +14,7 @@ from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, NodeState, Severity
 from gpumesh.topology import NodeSpec, Topology
 
-REPORT_S = 9.0
+REPORT_S = 7.0
 
 app = new_app()
 

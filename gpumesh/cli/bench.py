@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from gpumesh.daemon.session import Session
     from gpumesh.state import MeshState
 
-# Every node is measured, so that all are waited for; longer than a slow nvidia-smi's first answer.
-REPORT_S = 12.0
+# Every node is measured, so that all are waited for: a connect's own deadline and a probe.
+REPORT_S = 7.0
 
 app = new_app(no_args_is_help=True, help="Measure latency and throughput, per node and for the mesh.")
 

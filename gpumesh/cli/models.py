@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpumesh.cli import fleet
     from gpumesh.state import MeshState
 
-REPORT_S = 9.0
+REPORT_S = 7.0
 LISTED = 6  # names of nodes in one cell
 
 NodesOption = Annotated[

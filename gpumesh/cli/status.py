@@ -23,7 +23,7 @@ from gpumesh.state import Health, MeshState, Severity
 if TYPE_CHECKING:
     from gpumesh.mesh.history import History
 
-REPORT_S = 9.0
+REPORT_S = 7.0
 
 app = new_app()
 

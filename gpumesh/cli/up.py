@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REPORT_S = 9.0  # a connect's own deadline and a probe: what is not known by then is shown as not known
+REPORT_S = 7.0  # a connect's own deadline and a probe: what is not known by then is shown as not known
 REDRAW_S = 0.5
 
 app = new_app()

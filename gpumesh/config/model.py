@@ -127,7 +127,7 @@ class Ssh(Section):
     transport: TransportKind | None = Field(
         default=None, description="sshtunnel (default), or openssh: the system's ssh, for what only it can do."
     )
-    connect_timeout: Interval | None = Field(default=None, description="Time for one attempt; 8s if not given.")
+    connect_timeout: Interval | None = Field(default=None, description="Time for one attempt; 6s if not given.")
     keepalive: Interval | None = Field(
         default=None, description="How often the host is asked for a sign of life; 2s if not given."
     )
