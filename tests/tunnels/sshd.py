@@ -160,15 +160,16 @@ def listener() -> socket.socket:
 @contextlib.asynccontextmanager
 async def serving(handler: object, *, host: str = "127.0.0.1") -> AsyncIterator[int]:
     """A TCP server of ``handler(reader, writer)``; its port. Connections still open at the end are aborted."""
-    writers: list[asyncio.StreamWriter] = []
+    writers: set[asyncio.StreamWriter] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
+        writers.add(writer)
         try:
             await handler(reader, writer)  # type: ignore[operator]
         except ConnectionError:
             pass
         finally:
+            writers.discard(writer)
             writer.close()
 
     server = await asyncio.start_server(handle, host, 0, backlog=1024)
