@@ -36,7 +36,7 @@ from gpumesh.backends.base import Counters, HttpCall
 from gpumesh.backends.dialects import counters_of
 from gpumesh.backends.frames import LINE_LIMIT
 from gpumesh.backends.ollama import JSON
-from gpumesh.backends.resume_base import SENTINEL, Document, Form, Frame, Sofar
+from gpumesh.backends.resume_base import SENTINEL, Document, Form, Frame, Said, Sofar
 from gpumesh.backends.resume_forms import form_of
 from gpumesh.topology import BackendKind
 
@@ -238,8 +238,7 @@ class Continuation:
         unread, self._unread, self._unread_size = b"".join(self._unread), [], 0
         if self._head is None:
             self._head = next((found for raw in self._split(unread) if (found := self._form.read(raw).document)), None)
-        for text, thinking in self._form.texts(unread):
-            self._said(text, thinking)
+        self._add(self._form.said(unread))
 
     def _note(self, frame: Frame) -> None:
         self._passed = True
@@ -247,15 +246,14 @@ class Continuation:
             self._head = frame.document
         self._tools |= frame.tools
         self._complete |= frame.complete and frame.document is not None
-        self._said(frame.text, frame.thinking)
+        self._add(Said((frame.text,) * bool(frame.text), (frame.thinking,) * bool(frame.thinking)))
 
-    def _said(self, text: str, thinking: str) -> None:
-        if not text and not thinking:
-            return
-        self._tokens += 1
+    def _add(self, said: Said) -> None:
+        self._tokens += len(said.texts) + len(said.thoughts)
         if not self._keeps:
             return
-        self._tail.append((text or thinking).strip())
+        text, thinking = "".join(said.texts), "".join(said.thoughts)
+        self._tail.extend((said.texts or said.thoughts)[-REPEATS:])
         if text:
             self._texts.append(text)
         if thinking:
@@ -362,6 +360,6 @@ class Continuation:
             return "it calls tools"
         if self._thoughts and not self._texts:
             return "the model was still thinking"
-        if len(self._tail) == REPEATS and len(set(self._tail)) == 1:
+        if len(self._tail) == REPEATS and len({piece.strip() for piece in self._tail}) == 1:
             return "it repeats itself"
         return self._form.refusal(self._request)

@@ -14,10 +14,13 @@ from gpumesh.backends.resume_base import (
     Document,
     Frame,
     Rest,
+    Said,
     Sofar,
     began_by_client,
     note,
     positive,
+    said_by,
+    strings,
     with_answer,
 )
 from gpumesh.backends.resume_native import Native, raw_call
@@ -28,6 +31,7 @@ _MARKS = re.compile(
     rb'"(?:error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
     rb'|response\.(?:completed|incomplete|failed)")'
 )
+_TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -42,7 +46,7 @@ class Events:
         self._path = path
 
     def plain(self, frames: bytes) -> bool:
-        return _MARKS.search(frames) is None and b"[DONE]" not in frames
+        return b"[DONE]" not in frames[-16:] and _MARKS.search(frames) is None  # nothing comes after it
 
     def read(self, frame: bytes) -> Frame:
         data = event_data(frame)
@@ -58,8 +62,8 @@ class Events:
         error = words.error_in(document) if kind in (None, "error") else None
         return Frame(document, text=" ", complete=last, last=last, error=error)
 
-    def texts(self, frames: bytes) -> list[tuple[str, str]]:  # noqa: ARG002 - nothing of it is needed again
-        return []
+    def said(self, frames: bytes) -> Said:  # noqa: ARG002 - nothing of it is needed again
+        return Said()
 
     def refusal(self, request: Document) -> str | None:  # noqa: ARG002
         return f"an answer of {self._path.partition('?')[0]} cannot be continued"
@@ -122,14 +126,16 @@ class OpenAIChat(Events):
             complete=isinstance(choice.get("finish_reason"), str),
         )
 
-    def texts(self, frames: bytes) -> list[tuple[str, str]]:
+    def said(self, frames: bytes) -> Said:
+        if b'"reasoning' not in frames and (found := strings(_TEXTS, frames)) is not None:
+            return found
         events = frames.split(b"\n\n") if b"\r" not in frames else self.end.split(frames)
         data = [
             event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
             for event in events
             if event
         ]
-        return [_said(document)[:2] for document in jsons.parse_objects([piece for piece in data if piece])]
+        return said_by(_said(document)[:2] for document in jsons.parse_objects([piece for piece in data if piece]))
 
     def refusal(self, request: Document) -> str | None:
         for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):

@@ -13,16 +13,20 @@ from gpumesh.backends.resume_base import (
     Document,
     Frame,
     Rest,
+    Said,
     Sofar,
     began_by_client,
     note,
     positive,
+    said_by,
+    strings,
     with_answer,
 )
 from gpumesh.topology import BackendKind
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
+_TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class Native:
@@ -56,9 +60,11 @@ class Native:
             error=words.error_in(document),
         )
 
-    def texts(self, frames: bytes) -> list[tuple[str, str]]:
+    def said(self, frames: bytes) -> Said:
+        if b'"thinking"' not in frames and (found := strings(_TEXTS, frames)) is not None:
+            return found
         lines = [line for line in frames.split(b"\n") if line.strip()]
-        return [_said(document)[:2] for document in jsons.parse_objects(lines)]
+        return said_by(_said(document)[:2] for document in jsons.parse_objects(lines))
 
     def refusal(self, request: Document) -> str | None:
         for key in ("tools", "format", "suffix", "context", "template", "logprobs"):
