@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from gpumesh.errors import (
     BackendError,
@@ -15,8 +16,7 @@ from gpumesh.errors import (
 )
 from gpumesh.gateway.requests import BadRequest, Shape
 
-_OPENAI_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
-_OPENAI_TYPES |= {404: "not_found_error", 405: "invalid_request_error", 413: "invalid_request_error"}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
 
 
@@ -59,12 +59,16 @@ def body(shape: Shape, status: int, message: str) -> bytes:
         case Shape.NATIVE:
             document: dict[str, object] = {"error": message}
         case Shape.OPENAI:
-            kind = _OPENAI_TYPES.get(status, "api_error")
+            kind = _kind(_OPENAI_TYPES, status)
             document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
         case Shape.ANTHROPIC:
-            kind = _ANTHROPIC_TYPES.get(status, "api_error")
+            kind = _kind(_ANTHROPIC_TYPES, status)
             document = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(document).encode()
+
+
+def _kind(types: Mapping[int, str], status: int) -> str:
+    return types.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
 
 
 def frame(shape: Shape, status: int, message: str) -> bytes:

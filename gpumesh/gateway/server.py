@@ -52,6 +52,7 @@ class Bounds:
     body_s: float = 30.0
     body_rate: int = 4 << 10
     body_bytes: int = 256 << 20  # images come inside of JSON
+    linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
     write_s: float = 60.0  # a client that takes nothing for so long is gone
     keepalive_s: float = (
         120.0  # longer than the clients' own (90 s in Go): then it is they who close, and nothing races
@@ -150,8 +151,7 @@ class Connection(web.RequestHandler):
             keepalive_timeout=bounds.keepalive_s,
             max_line_size=bounds.head_bytes,
             max_field_size=bounds.head_bytes,
-            # A refused body is read for so long, so that the client sees the refusal and not a reset.
-            lingering_time=2.0,
+            lingering_time=bounds.linger_s,
         )
         self._bounds = bounds
         self._head_timer: asyncio.TimerHandle | None = None

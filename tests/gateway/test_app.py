@@ -468,6 +468,7 @@ async def test_a_deadline_holds_while_a_node_works() -> None:
         await until(lambda: fleet.running() == 0, "the host has stopped")
 
 
+@pytest.mark.slow
 async def test_a_drained_node_ends_what_it_has_and_gets_nothing_new() -> None:
     hosts = (replace(SLOW, name="a"), quick("b"))
     async with running(*hosts, max_parallel=4) as fleet:
@@ -491,6 +492,7 @@ async def test_a_drained_node_ends_what_it_has_and_gets_nothing_new() -> None:
 # -- lifetime --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_closing_finishes_what_is_in_flight_and_takes_nothing_new() -> None:
     profile = quick("a", tokens_per_s=50.0, answer_tokens=(25, 25), slots=4)
     async with running(profile, max_parallel=2) as fleet, AsyncExitStack() as ends:

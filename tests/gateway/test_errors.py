@@ -45,6 +45,24 @@ def test_shapes() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("status", "openai", "anthropic"),
+    [
+        (400, "invalid_request_error", "invalid_request_error"),
+        (401, "authentication_error", "authentication_error"),
+        (408, "invalid_request_error", "invalid_request_error"),
+        (413, "invalid_request_error", "request_too_large"),
+        (429, "rate_limit_error", "rate_limit_error"),
+        (500, "api_error", "api_error"),
+        (503, "api_error", "overloaded_error"),
+        (504, "api_error", "api_error"),
+    ],
+)
+def test_kinds_of_errors(status: int, openai: str, anthropic: str) -> None:
+    assert json.loads(errors.body(Shape.OPENAI, status, "x"))["error"]["type"] == openai
+    assert json.loads(errors.body(Shape.ANTHROPIC, status, "x"))["error"]["type"] == anthropic
+
+
 def test_frames_are_of_their_stream() -> None:
     assert errors.frame(Shape.NATIVE, 502, "cut") == b'{"error": "cut"}\n'
     assert errors.frame(Shape.OPENAI, 502, "cut").startswith(b'data: {"error"')

@@ -103,6 +103,7 @@ async def test_a_node_that_fails_is_named_and_the_others_have_it(fleet: Running)
     assert (await fleet.chat(model=NEW)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_when_all_refuse_it_is_in_their_own_words(fleet: Running) -> None:
     for host in fleet.hosts.values():
         await host.set_faults(Faults(status=429, paths=("/api/pull",)))
@@ -110,6 +111,7 @@ async def test_when_all_refuse_it_is_in_their_own_words(fleet: Running) -> None:
     assert (answer.status_code, answer.json()) == (429, {"error": "too many requests"})
 
 
+@pytest.mark.slow
 async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: Running) -> None:
     await away(fleet, "b")
     told = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)
@@ -119,6 +121,7 @@ async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: Running) -> Non
     assert named.status_code == 503
 
 
+@pytest.mark.slow
 async def test_a_pull_goes_on_when_the_way_was_lost_and_came_back() -> None:
     async with running(A, quick("b", pull_s=1.0)) as fleet:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
@@ -176,6 +179,7 @@ async def test_a_model_that_went_meanwhile_is_no_error(fleet: Running) -> None:
     assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "a")
 
 
+@pytest.mark.slow
 async def test_delete_tells_of_a_node_that_is_away_and_has_it_still(fleet: Running) -> None:
     await away(fleet, "b")
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
