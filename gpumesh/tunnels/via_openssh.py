@@ -23,7 +23,7 @@ import socket
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +399,7 @@ class OpensshConnection:
             stdout=PIPE,
             stderr=PIPE,
         )
-        return MuxCommand(process)
+        return MuxCommand(process, self._master_answers)
 
     async def wait_lost(self) -> TunnelError:
         await asyncio.wait([self._master.ended])
@@ -435,6 +435,14 @@ class OpensshConnection:
             return await process.wait(), printable(said, 300)
         finally:
             await _end_client(process)
+
+    async def _master_answers(self) -> bool:
+        try:
+            async with asyncio.timeout(ORDER_S):
+                status, _said = await self._client("-O", "check", "--", NOBODY)
+        except TimeoutError:
+            return False
+        return status == 0
 
     async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> None:
         """One connection to each target: a host that forbids forwarding says so, at once and before our second echo
@@ -486,10 +494,12 @@ def _forbids(where: str, target: Target) -> str:
 
 
 class MuxCommand:
-    """A command on the host, by a client of the master; see ``connection.RemoteCommand``."""
+    """A command on the host, by a client of the master; see ``connection.RemoteCommand``. ``master_answers`` tells
+    whether the master is still there."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, master_answers: Callable[[], Awaitable[bool]]) -> None:
         self._process = process
+        self._master_answers = master_answers
         self._pieces: asyncio.Queue[tuple[Stream, bytes] | None] = asyncio.Queue(maxsize=4)
         self._complaint = b""
         self._open = 2
@@ -510,13 +520,14 @@ class MuxCommand:
                 return piece
             self._open -= 1
         await self._process.wait()
-        # 255 may be the command's own; the rest of what ssh says about itself is not.
-        if self._process.returncode == SSH_FAILED and openssh_errors.NO_SESSION.search(
-            self._complaint.decode("latin-1")
-        ):
-            raise ExecError(
-                "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
-            )
+        if self._process.returncode == SSH_FAILED:  # which may be the command's own
+            if openssh_errors.NO_SESSION.search(self._complaint.decode("latin-1")):
+                raise ExecError(
+                    "the host gives no session to run a command in",
+                    hint="its sshd forbids it, or MaxSessions is reached",
+                )
+            if not await self._master_answers():
+                raise ExecError("the connection broke while the command ran")
         return None
 
     async def kill(self) -> None:

@@ -171,6 +171,17 @@ class TestReal:
             await running.kill()
             assert await connection.ping(10.0) is not None
 
+    async def test_a_command_that_the_connections_end_cut_off_has_no_status(self, sshd: Sshd, folder: Path) -> None:
+        """ssh says 255 then, which may be a command's own as well."""
+        async with connected(sshd.spec(), folder) as (connection, _):
+            assert (await collect(connection, "sh -c 'exit 255'"))[2] == 255
+            cut_off = asyncio.create_task(collect(connection, "sleep 600"))
+            before = set(sshd.children())
+            await until(lambda: len(set(sshd.children()) - before) > 0, "the command at the host")
+            os.kill(sshd.children()[0], signal.SIGKILL)
+            with pytest.raises(ExecError, match="broke"):
+                await cut_off
+
     async def test_no_session_left_for_a_command(self, tmp_path: Path, folder: Path) -> None:
         async with Sshd(tmp_path / "few", {"MaxSessions": "1"}) as sshd, connected(sshd.spec(), folder) as (made, _):
             with pytest.raises(ExecError, match="session"):
