@@ -20,8 +20,11 @@ def findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, .
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]
     found = [finding for spec, state in pairs for finding in of_node(spec, state)]
-    found += identity.across(pairs)
-    found += models.across([state for _, state in pairs])
+    shared = list(identity.across(pairs))
+    # What GPU a node has is known as soon as another way to it shows it.
+    seen = {name for finding in shared for name in finding.nodes if any(states[each].gpus for each in finding.nodes)}
+    found = [finding for finding in found if not (finding.code == "gpu-unknown" and finding.node in seen)]
+    found += [*shared, *models.across([state for _, state in pairs])]
     return tuple(sorted(found, key=lambda finding: _RANK[finding.severity]))
 
 

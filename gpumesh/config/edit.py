@@ -146,7 +146,9 @@ def _is_nothing(node: yaml.Node) -> bool:
 def _replaced(text: str, value: yaml.Node, edit: Edit) -> str:
     if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
         raise CannotEdit(f"{_where(edit, len(edit.path))} is no plain value")
-    written = (" " if _is_nothing(value) else "") + _written(edit.value)
+    written = json.dumps(edit.value) if value.style == '"' and isinstance(edit.value, str) else _written(edit.value)
+    if _is_nothing(value):
+        written = f" {written}"
     return text[: value.start_mark.index] + written + text[value.end_mark.index :]
 
 
