@@ -64,6 +64,7 @@ class StandIn:
         self._faults = Faults()
         self._faults_left: int | None = None
         self._gate = asyncio.Lock()
+        self._lifted = asyncio.Event()
         self._log: deque[_Entry] = deque(maxlen=10_000)
         self._count = Counters()
         self._http = 0
@@ -105,6 +106,8 @@ class StandIn:
         """From now on, for requests that come and answers that are being written; ``refuse`` is done on return."""
         async with self._gate:
             self._faults = self.engine.faults = faults
+            lifted, self._lifted = self._lifted, asyncio.Event()
+            lifted.set()
             self._faults_left = faults.times
             if faults.refuse and self._site is not None:
                 site, self._site = self._site, None
@@ -184,6 +187,9 @@ class StandIn:
         while True:
             kind, at = self._cut(writer.request.path)
             if at is not None and sent >= at and self._take(writer.request.path):
+                if kind == "stall_after_tokens":
+                    await self._lifted.wait()
+                    continue
                 entry.broken = True
                 return kind
             if sent >= writer.said.total:
@@ -208,8 +214,6 @@ class StandIn:
         return "", None
 
     async def _break(self, request: web.Request, writer: _Writer, fault: str) -> web.StreamResponse:
-        if fault == "stall_after_tokens":
-            await asyncio.Event().wait()
         if fault == "error_line_after_tokens":
             return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
         if fault == "end_after_tokens":
@@ -227,7 +231,8 @@ class StandIn:
         if (faults.hang or faults.status or faults.disconnect) and self._take(request.path):
             await request.read()
             if faults.hang:
-                await asyncio.Event().wait()
+                await self._lifted.wait()
+                return await handler(request)
             if faults.status:
                 return error_response(request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault"))
             return await abort(request, None)

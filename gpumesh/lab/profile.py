@@ -60,7 +60,7 @@ class Faults:
     error_line_after_tokens: int | None = None
     """An error frame in mid-stream, under status 200."""
     stall_after_tokens: int | None = None
-    """The stream goes quiet and stays open."""
+    """The stream goes quiet and stays open, until the faults are set anew."""
     slow: float = 1.0
     """Divides the rates of generation and prefill."""
     on_cpu: bool = False

@@ -211,3 +211,15 @@ async def test_the_rate_is_the_set_one_in_its_own_counters() -> None:
     ):
         last = frames(await http.post("/api/chat", json=ASK))[-1]
     assert last["eval_count"] / last["eval_duration"] * 1e9 == pytest.approx(500.0, rel=0.001)
+
+
+async def test_a_stall_and_a_hang_last_as_long_as_the_fault(server: StandIn, http: httpx.AsyncClient) -> None:
+    right = (await http.post("/api/chat", json=ASK)).text.count("\n")
+    for faults in (Faults(stall_after_tokens=3), Faults(hang=True, paths=("/api/chat",))):
+        await server.set_faults(faults)
+        asking = asyncio.create_task(http.post("/api/chat", json=ASK))
+        await until(lambda: server.counters.http >= 2, "it was asked")
+        assert (await http.get("/api/version")).status_code == 200
+        assert not asking.done()
+        await server.set_faults(Faults())
+        assert (await asking).text.count("\n") == right
