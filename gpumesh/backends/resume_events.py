@@ -46,7 +46,9 @@ class Events:
         self._path = path
 
     def plain(self, frames: bytes) -> bool:
-        return b"[DONE]" not in frames[-16:] and _MARKS.search(frames) is None  # nothing comes after it
+        if frames.startswith(b"error:") or b"\nerror:" in frames or b"[DONE]" in frames[-16:]:
+            return False
+        return _MARKS.search(frames) is None
 
     def read(self, frame: bytes) -> Frame:
         data = event_data(frame)
@@ -243,12 +245,13 @@ class NativeAsOpenAI(Native):
 
 
 def event_data(frame: bytes) -> bytes:
-    """The data of one server-sent event."""
+    """The data of one server-sent event; the bare error of an ``error:`` line in the form that all others write."""
     parts = []
     for line in frame.split(b"\n"):
         field, _, value = line.rstrip(b"\r").partition(b":")
         if field in (b"data", b"error"):
-            parts.append(value.removeprefix(b" "))
+            data = value.removeprefix(b" ")
+            parts.append(data if field == b"data" else b'{"error":' + data + b"}")
     return b"\n".join(parts).strip()
 
 
