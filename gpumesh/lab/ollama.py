@@ -232,10 +232,10 @@ class StandIn:
             await request.read()
             if faults.hang:
                 await self._lifted.wait()
-                return await handler(request)
-            if faults.status:
+            elif faults.status:
                 return error_response(request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault"))
-            return await abort(request, None)
+            else:
+                return await abort(request, None)
         try:
             return await handler(request)
         except Refused as refused:
