@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,7 @@ async def test_up_status_run_down(
 
     again = await gpumesh("up", "-d", code=1)
     assert "already" in again.err or "runs" in again.err
-    before = gpumesh.processes()
-    assert before
+    assert gpumesh.processes()
     await gpumesh("down")
     assert gpumesh.processes() == set()
     assert gpumesh.sockets() == []
@@ -96,7 +97,8 @@ async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost
     """``status`` and ``run`` open a mesh of their own, and close it."""
     status = valid((await gpumesh("status", "--json")).json())
     check_nodes(status, two_hosts, backends.model)
-    assert status["gateway"] == {"url": None, "state": "off", "in_flight": 0, "queued": 0}
+    none = {"url": None, "state": "off", "in_flight": 0, "queued": 0}
+    assert {key: status["gateway"][key] for key in none} == none
     assert gpumesh.processes() == set()
     answer = (await gpumesh("run", "--json", "-o", "num_predict=5", stdin="from stdin")).json()
     assert answer["prompt"] == "from stdin"
@@ -109,9 +111,10 @@ async def test_without_a_running_mesh(gpumesh: Gpumesh, two_hosts: list[RealHost
     assert "4090" in table
 
 
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("detached", [True, False])
-async def test_run_streams_and_ctrl_c_stops_the_generation(
-    alone: Gpumesh, tiny_model: Path, tmp_path: Path, detached: bool
+async def test_run_streams_and_its_end_stops_the_generation(
+    alone: Gpumesh, tiny_model: Path, tmp_path: Path, detached: bool, ending: signal.Signals
 ) -> None:
     async with LlamaServer(tiny_model, context=60_000) as server, hosts(tmp_path, [server.backend()]) as made:
         write_config(alone.config, [made[0].node()], model="tiny")
@@ -124,11 +127,11 @@ async def test_run_streams_and_ctrl_c_stops_the_generation(
                 first = await process.stdout.read(16)
             assert first
             assert await server.busy() == 1, "the text came while the rest was still being generated"
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ending)
             async with asyncio.timeout(30):
                 await process.stdout.read()
                 errors = await process.stderr.read()
-                assert await process.wait() == 130
+                assert await process.wait() == (130 if ending is signal.SIGINT else -signal.SIGKILL)
             assert b"Traceback" not in errors
         async with asyncio.timeout(20):
             while await server.busy():
@@ -138,6 +141,93 @@ async def test_run_streams_and_ctrl_c_stops_the_generation(
             assert status["gateway"]["in_flight"] == 0
             assert status["nodes"][0]["load"]["in_flight"] == 0
             await alone("down")
+        await until(lambda: not alone.processes(), "all ended")
+
+
+async def test_up_in_the_foreground_ends_with_ctrl_c_and_leaves_nothing(
+    gpumesh: Gpumesh, two_hosts: list[RealHost]
+) -> None:
+    """On a terminal, whose Ctrl-C reaches all processes on it at once: a live table, then nothing."""
+    async with gpumesh.terminal("up") as terminal:
+        for host in two_hosts:
+            await terminal.shows(host.name)
+        await terminal.shows("4090")
+        again = await gpumesh("up", code=1)
+        assert "already" in again.err
+        answer = (await gpumesh("run", "--json", "-o", "num_predict=5", "Hello")).json()
+        assert answer["error"] is None, "the other commands use it while it runs"
+        terminal.press(b"\x03")
+        assert await terminal.ended() == 0
+    assert "Traceback" not in terminal.text
+    await nothing_left(gpumesh, two_hosts)
+
+
+async def test_a_second_ctrl_c_does_not_wait_for_what_is_in_flight(
+    gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends
+) -> None:
+    async with gpumesh.started("up") as up:
+        assert up.stdout is not None
+        async with asyncio.timeout(30):
+            assert await up.stdout.readline(), "its first report"
+        async with gpumesh.started("run", "A long story", "-o", "num_predict=1900") as process:
+            assert process.stdout is not None
+            async with asyncio.timeout(30):
+                assert await process.stdout.read(16)
+            up.send_signal(signal.SIGINT)
+            up.send_signal(signal.SIGINT)
+            async with asyncio.timeout(30):
+                _, err = await up.communicate()
+        assert up.returncode in (0, 130), err
+        assert b"Traceback" not in err
+    await nothing_left(gpumesh, two_hosts)
+
+
+async def test_a_mesh_that_is_killed_leaves_no_workers_and_is_no_obstacle(
+    gpumesh: Gpumesh, two_hosts: list[RealHost], backends: Backends
+) -> None:
+    await gpumesh("up", "-d")
+    assert len(gpumesh.processes()) > 1, "a process for each tunnel"
+    os.kill(gpumesh.leader(), signal.SIGKILL)
+    await until(lambda: not gpumesh.processes(), "its workers ended with it")
+    for host in two_hosts:
+        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+    check_nodes(valid((await gpumesh("status", "--json")).json()), two_hosts, backends.model)
+    await gpumesh("up", "-d")
+    check_nodes(valid((await gpumesh("status", "--json")).json()), two_hosts, backends.model)
+    await gpumesh("down")
+    await nothing_left(gpumesh, two_hosts)
+
+
+async def nothing_left(gpumesh: Gpumesh, two_hosts: list[RealHost]) -> None:
+    await until(lambda: not gpumesh.processes(), "all its processes ended")
+    assert gpumesh.sockets() == []
+    for host in two_hosts:
+        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+
+
+HOSTILE = "NVIDIA\x1b]0;owned\x07 \x1b[2J\x1b[1;1H\x1b[31mGeForce\u009b5m RTX\u202e 4090\x1b[?1049h"
+OURS = re.compile(r"\x1b\[[0-9;]*m")  # colours, which are all that a table is written with
+
+
+async def test_a_gpus_name_does_nothing_to_the_terminal(gpumesh: Gpumesh, two_hosts: list[RealHost]) -> None:
+    two_hosts[0].gpu_is_named(HOSTILE)
+    for arguments in (["status"], ["status", "--verbose"], ["audit"], ["models", "list"]):
+        written = await gpumesh.on_terminal(*arguments)
+        rest = OURS.sub("", written)
+        bad = [character for character in rest if not character.isprintable() and character not in "\r\n"]
+        assert bad == [], arguments
+    written = await gpumesh.on_terminal("exec", "alpha", "--", "nvidia-smi", "--query-gpu=name")
+    assert "GeForce" in written
+    assert "\x1b" not in OURS.sub("", written)
+    async with gpumesh.terminal("up") as terminal:
+        await terminal.shows("4090")
+        await terminal.shows("beta")
+        terminal.press(b"\x03")
+        await terminal.ended()
+    for sequence in ("\x1b]0;owned", "\x1b[2J\x1b[1;1H\x1b[31mG", "\u009b", "\u202e", "\x07"):
+        assert sequence not in terminal.text
+    (gpu,) = (await gpumesh("status", "--json")).json()["nodes"][0]["gpus"]
+    assert gpu["name"] == GPU
 
 
 async def test_bench_agrees_with_the_set_rate(alone: Gpumesh, tmp_path: Path) -> None:

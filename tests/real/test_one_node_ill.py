@@ -91,13 +91,15 @@ async def changed_host_key(host: RealHost, model: Path) -> Nodes:
 
 
 ILLNESSES = {
-    "dead": Illness(dead, "down", "refused", "backoff", "node-unreachable", "sshd"),
+    "dead": Illness(dead, "down", "nothing listens", "backoff", "node-unreachable", "sshd"),
     "hung in connect": Illness(hung_in_connect, "down", "", "backoff", "node-unreachable", ""),
     "hung nvidia-smi": Illness(
         hung_nvidia_smi, "degraded", "nvidia-smi did not answer", "up", "driver-hung", "reboot", answers=True
     ),
-    "without the model": Illness(without_the_model, "degraded", "tiny", "up", "model-missing", "tiny"),
-    "without its server": Illness(without_its_server, "down", "refused", "up", "backend-down", ""),
+    "without the model": Illness(without_the_model, "degraded", "tiny", "up", "model-missing", "--alias"),
+    "without its server": Illness(
+        without_its_server, "down", "it gave no answer: connection re", "up", "backend-down", ""
+    ),
     "refused key": Illness(refused_key, "down", "key", "failed", "auth-refused", "authorized_keys"),
     "changed host key": Illness(changed_host_key, "down", "host key", "failed", "host-key-changed", "gpumesh trust"),
 }
