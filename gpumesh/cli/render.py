@@ -94,7 +94,8 @@ def fitted(columns: Sequence[tuple[Column, Sequence[Text]]], width: int, *, styl
         side: Literal["left", "right"] = "right" if column.right else "left"
         table.add_column(column.title, justify=side, no_wrap=True, overflow="ellipsis", width=chosen[place])
     for number, line in enumerate(zip(*(columns[place][1] for place in sorted(chosen)), strict=True)):
-        table.add_row(*line, style=styles[number] if styles else "")
+        if any(cell.plain for cell in line):  # not a row of which nothing is left
+            table.add_row(*line, style=styles[number] if styles else "")
     return table
 
 

@@ -45,7 +45,7 @@ def parse_ssh(line: str) -> SshLine:
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise UsageError(f"--from {line!r}: {error}") from error
+        raise UsageError(f"{line!r}: {error}") from error
     if words and words[0].rsplit("/", 1)[-1] == "ssh":
         words = words[1:]
     found: dict[str, str] = {}
@@ -60,7 +60,7 @@ def parse_ssh(line: str) -> SshLine:
             continue
         _option(word, rest, found, forwards, line)
     if place is None:
-        raise UsageError(f"--from {line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
+        raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
     return replace(_line(place, found, line), forwarded=tuple(_remote_ports(forwards)))
 
 
@@ -79,7 +79,7 @@ def _option(word: str, rest: Iterator[str], found: dict[str, str], forwards: lis
             continue
         value = word[position + 1 :] or next(rest, None)
         if value is None:
-            raise UsageError(f"--from {line!r}: -{letter} needs a value")
+            raise UsageError(f"{line!r}: -{letter} needs a value")
         named = {"p": "port", "l": "user", "i": "identity", "J": "jump"}.get(letter)
         if named is not None:
             found[named] = value
@@ -101,9 +101,9 @@ def _line(place: str, found: dict[str, str], line: str) -> SshLine:
     user, at, host = place.rpartition("@")
     port = found.get("port", "22")
     if not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
-        raise UsageError(f"--from {line!r}: {port!r} is not a port")
+        raise UsageError(f"{line!r}: {port!r} is not a port")
     if not host:
-        raise UsageError(f"--from {line!r} names no host")
+        raise UsageError(f"{line!r} names no host")
     if host.lower() == "ssh.runpod.io" or host.lower().endswith(".ssh.runpod.io"):
         raise UsageError(
             f"{host} is RunPod's proxy for people at terminals: it forwards no ports",

@@ -59,6 +59,7 @@ NO_GPU = {
     "nvidia-smi-missing": "no nvidia-smi",
     "nvidia-smi-old": "driver too old",
 }
+LOST = "gpu-lost"
 HOT_C = 83  # where a 4090 begins to slow down
 
 
@@ -140,14 +141,15 @@ def _head(state: MeshState, width: int) -> Text:
 
 def _rows(node: NodeState, state: MeshState, look: Look) -> Iterator[_Row]:
     chosen = node.name == look.selected
-    why = next((NO_GPU[each.code] for each in state.findings if each.node == node.name and each.code in NO_GPU), None)
+    codes = [finding.code for finding in state.findings if finding.node == node.name]
     if not node.gpus:
+        why = next((NO_GPU[code] for code in codes if code in NO_GPU), None)
         yield _Row(node, None, True, state.at, why, selected=chosen)
         return
     for position, gpu in enumerate(node.gpus):
         yield _Row(node, gpu, position == 0, state.at, None, look.history.of_gpu(gpu.uuid), chosen)
-    if why is not None:  # one is lost, the others answer
-        yield _Row(node, None, False, state.at, why, selected=chosen)
+    if LOST in codes:  # the others answer
+        yield _Row(node, None, False, state.at, NO_GPU[LOST], selected=chosen)
 
 
 def _status_table(rows: Sequence[_Row], width: int) -> Table:

@@ -1,0 +1,98 @@
+"""Simulated hosts in the test's own process, and the installed command with a mesh.yaml of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpumesh.lab import keys, profile
+from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.profile import HostProfile
+from tests.real.command import Gpumesh
+
+MODEL = "qwen2.5:7b"
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """``gpumesh`` is the command; ``hosts`` are what it may reach."""
+
+    gpumesh: Gpumesh
+    hosts: Mapping[str, SimHost]
+    ssh: Mapping[str, Any]
+
+    def node(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A host's entry in mesh.yaml."""
+        host = self.hosts[name]
+        if host.ssh_port is None:
+            return {"name": name, "backend": {"url": f"http://127.0.0.1:{host.backend_port}"}, **changes}
+        return {
+            "name": name,
+            "ssh": {"host": keys.HOST, "port": host.ssh_port},
+            "backend": {"port": host.profile.backend_port},
+            **changes,
+        }
+
+    def write(self, nodes: Sequence[Mapping[str, Any]] | None = None, **gateway: Any) -> Path:
+        """JSON is YAML. All hosts, unless ``nodes`` are given."""
+        document = {
+            "version": 1,
+            "name": "tested",
+            "gateway": {"listen": "127.0.0.1:0", "default_model": MODEL, **gateway},
+            "defaults": {"ssh": dict(self.ssh)},
+            "nodes": [self.node(name) for name in self.hosts] if nodes is None else list(nodes),
+        }
+        self.gpumesh.config.write_text(json.dumps(document, indent=1))
+        return self.gpumesh.config
+
+
+@contextlib.contextmanager
+def command(folder: Path) -> Iterator[Gpumesh]:
+    """The command with nothing of this machine's user; its mesh.yaml is still to be written. Nothing may be left."""
+    home = folder / "home"
+    home.mkdir()
+    runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds a Unix socket
+    made = Gpumesh(folder / "mesh.yaml", home, runtime)
+    try:
+        yield made
+        left = made.processes()
+    finally:
+        made.kill_all()
+        shutil.rmtree(runtime, ignore_errors=True)
+    assert not left, f"processes were left: {left}"
+
+
+@contextlib.asynccontextmanager
+async def simulated(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncIterator[Simulated]:
+    """The hosts, and a mesh.yaml of all of them."""
+    folder = gpumesh.config.parent
+    identity, known_hosts = folder / "id_ed25519", folder / "known_hosts"
+    visitor = keys.new_key()
+    identity.touch(mode=0o600)
+    identity.write_text(visitor)
+    hosts: dict[str, SimHost] = {}
+    lines = []
+    async with contextlib.AsyncExitStack() as stack:
+        for each in profiles:
+            host_key = keys.new_key()
+            host = SimHost(Start(each, host_key, (keys.public_line(visitor),)))
+            hosts[each.name] = await stack.enter_async_context(host)
+            if host.ssh_port is not None:
+                lines.append(keys.known_hosts_line(host_key, host.ssh_port))
+        known_hosts.write_text("".join(f"{line}\n" for line in lines))
+        ssh = {"user": "root", "identity_file": str(identity), "known_hosts": str(known_hosts), "agent": False}
+        made = Simulated(gpumesh, hosts, ssh)
+        made.write()
+        yield made
+
+
+def quick(name: str, **changes: Any) -> HostProfile:
+    """A host that answers soon and says little, so that tests are short."""
+    usual: dict[str, Any] = {"tokens_per_s": 400.0, "load_s": 0.0, "answer_tokens": (6, 12), "slots": 2, "pull_s": 0.05}
+    return profile.host(name, **{**usual, **changes})

@@ -1,0 +1,117 @@
+"""The command on a terminal that somebody sits at: keys go in, what is written is seen, and the terminal's modes are
+looked at before and after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import termios
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.real.command import GPUMESH, Gpumesh
+
+LIMIT_S = 30.0
+ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
+
+
+@dataclass
+class Terminal:
+    """``written`` is all that was written to it so far."""
+
+    process: asyncio.subprocess.Process
+    controller: int
+    modes_before: list[Any]
+    written: str = ""
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def said(self) -> str:
+        """Without colours and movements."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.written)
+
+    def received(self, data: bytes) -> None:
+        self.written += data.decode("utf-8", "replace")
+        self._changed.set()
+
+    async def until(self, text: str, *, after: int = 0) -> int:
+        """Returns when ``text`` was written past the place ``after``: the place behind it."""
+        async with asyncio.timeout(LIMIT_S):
+            while (place := self.said.find(text, after)) < 0:
+                self._changed.clear()
+                await self._changed.wait()
+        return place + len(text)
+
+    def press(self, keys: str) -> None:
+        os.write(self.controller, keys.encode())
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self.controller, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.process.send_signal(signal.SIGWINCH)
+
+    def modes(self) -> list[Any]:
+        return termios.tcgetattr(self.controller)
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(LIMIT_S):
+            code = await self.process.wait()
+        await asyncio.sleep(0)  # what it wrote last is read
+        return code
+
+    def as_before(self) -> bool:
+        """Whether modes and screen are as they were."""
+        screen = self.written.rfind(LEAVE_SCREEN) >= self.written.rfind(ENTER_SCREEN)
+        return self.modes() == self.modes_before and screen and self.written.count("\x1b[?25h") > 0
+
+
+@contextlib.asynccontextmanager
+async def terminal(
+    gpumesh: Gpumesh, *arguments: str, columns: int = 120, rows: int = 40, **environment: str
+) -> AsyncIterator[Terminal]:
+    """The command, running on a terminal of its own; killed when the context ends before it does."""
+    controller, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    modes = termios.tcgetattr(controller)
+    loop = asyncio.get_running_loop()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there is a signal to the command
+
+    try:
+        process = await asyncio.create_subprocess_exec(
+            str(GPUMESH),
+            *arguments,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            env=gpumesh.environment(**environment),
+            cwd=gpumesh.home,
+            start_new_session=True,
+            preexec_fn=own_terminal,
+        )
+        made = Terminal(process, controller, modes)
+
+        def read() -> None:
+            try:
+                made.received(os.read(controller, 65536))
+            except OSError:  # EIO: nobody has the terminal open any more
+                loop.remove_reader(controller)
+
+        loop.add_reader(controller, read)
+        try:
+            yield made
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            loop.remove_reader(controller)
+    finally:
+        os.close(controller)
+        os.close(its_end)
