@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gpumesh import audit
 from gpumesh.daemon.closing import closing
-from gpumesh.errors import GPUMeshError, SecretMissing
+from gpumesh.errors import ConnectTimeout, GPUMeshError, SecretMissing
 from gpumesh.state import MeshState, NodeState, TunnelPhase
 from gpumesh.topology import NodeSpec, Topology
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # All of it stays within the 10 s that a command may take when a node is ill: those that are well are looked at while
 # the ill ones are still being waited for.
 EARLY_S = 3.0
-REPORT_S = 9.0
+REPORT_S = 7.0
 ROUTES_S = 2.5
 LATE_S = 1.0
 DISK_LIMIT = 1 << 16
@@ -40,7 +40,7 @@ async def look(session: Session, topology: Topology) -> MeshState:
         state = await session.first_report(max(began + REPORT_S - loop.time(), 0.1))
         late = [node for node in state.nodes if node.name not in closer]
         closer |= await _each(session, client, specs, late, LATE_S)
-    nodes = tuple(_with(node, closer.get(node.name)) for node in state.nodes)
+    nodes = tuple(_settled(_with(node, closer.get(node.name))) for node in state.nodes)
     return replace(state, nodes=nodes, findings=audit.findings(topology, nodes))
 
 
@@ -52,6 +52,15 @@ def _with(node: NodeState, closer: NodeState | None) -> NodeState:
         return node
     host = replace(node.host, store_free_mib=closer.host.store_free_mib)
     return replace(node, host=host, routes=closer.routes)
+
+
+def _settled(node: NodeState) -> NodeState:
+    """A host that has not answered by now is not there for whoever asks now, however long it may be waited for."""
+    tunnel = node.tunnel
+    if tunnel.state is not TunnelPhase.CONNECTING or tunnel.last_error is not None:
+        return node
+    message = f"no connection within {REPORT_S:g} s"
+    return replace(node, tunnel=replace(tunnel, last_error=message, error_code=ConnectTimeout.code))
 
 
 async def _each(

@@ -1,0 +1,114 @@
+"""Every code that is raised anywhere is explained: what it is, what it means, what to do."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gpumesh
+from gpumesh import errors
+from gpumesh.audit import CATALOG, explain
+from gpumesh.audit.causes import CAUSES
+from gpumesh.errors import GPUMeshError
+
+PACKAGE = Path(gpumesh.__file__).parent
+CODE = re.compile(r"[a-z]+(-[a-z]+)*")
+# What is made of a code, and where among its arguments that stands.
+MADE_WITH = {"Finding": 0, "Failure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "add": 0}
+
+
+def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GPUMeshError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from kinds_of_errors(kind)
+
+
+def written_codes() -> Iterator[tuple[str, str]]:
+    """(code, where) for each that stands in the source: classes' ``code``, findings, failures, ``finding=…``."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(one, ast.Name) and one.id == "code" for one in targets):
+                    yield from ((code, where) for code in constants(node.value))
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            place = MADE_WITH.get(name)
+            if place is not None and len(node.args) > place:
+                yield from ((code, where) for code in constants(node.args[place]))
+            for keyword in node.keywords:
+                if keyword.arg in ("finding", "error_code", "code"):
+                    yield from ((code, where) for code in constants(keyword.value))
+
+
+def constants(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from constants(node.body)
+        yield from constants(node.orelse)
+    elif isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from constants(value)
+
+
+def test_every_code_in_the_source_is_explained() -> None:
+    codes = dict(written_codes())
+    assert len(codes) > 60, "the search finds them"
+    missing = {code: where for code, where in codes.items() if CODE.fullmatch(code) and code not in CATALOG}
+    assert not missing
+
+
+def test_every_error_is_explained() -> None:
+    missing = {kind.code for kind in kinds_of_errors() if kind.code not in CATALOG}
+    assert not missing
+
+
+def test_every_tunnel_error_comes_back_from_its_code() -> None:
+    for _, kind in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(kind, errors.TunnelError):
+            assert type(errors.tunnel_error_from_code(kind.code, "x")) is kind
+
+
+def test_every_explanation_is_of_a_code_that_exists() -> None:
+    used = {code for code, _ in written_codes()} | {kind.code for kind in kinds_of_errors()}
+    assert set(CATALOG) <= used
+
+
+@pytest.mark.parametrize("code", CATALOG)
+def test_an_explanation_says_what_why_and_what_to_do(code: str) -> None:
+    entry = CATALOG[code]
+    assert entry.code == code
+    assert CODE.fullmatch(code)
+    assert entry.title
+    assert entry.title[0].islower() or entry.title.split()[0] in ("NVIDIA", "Ollama", "nvidia-smi")
+    assert not entry.title.endswith(".")
+    for text in (entry.meaning, entry.remedy):
+        assert text.endswith((".", "`", "`.", ")."))
+        assert len(text) >= 15
+        assert text.count("`") % 2 == 0
+    assert entry.meaning != entry.remedy
+
+
+def test_causes_are_codes() -> None:
+    for code, causes in CAUSES.items():
+        assert {code, *causes} <= set(CATALOG)
+        assert code not in causes
+
+
+@pytest.mark.parametrize("said", ["same-gpu", "SAME-GPU", " same_gpu ", "same gpu"])
+def test_codes_are_forgiving(said: str) -> None:
+    found = explain(said)
+    assert found is not None
+    assert found.code == "same-gpu"
+
+
+def test_no_such_code() -> None:
+    assert explain("nonsense") is None

@@ -1,0 +1,211 @@
+"""What is written into mesh.yaml, and what is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gpumesh import audit, errors
+from gpumesh.audit.changes import Change, applied, changes, left_over
+from gpumesh.state import BackendPhase, BackendState, Finding, HostState, NodeState, Severity
+from gpumesh.topology import BackendKind, ExpectSpec, NodeSpec
+from tests.audit.build import GPU, OTHER, backend, blind, broken, direct, route, smi, spec, state, topology
+from tests.probes.shell_host import OTHER_UUID, row
+
+
+def proposed(*pairs: tuple[NodeSpec, NodeState]) -> tuple[Change, ...]:
+    made = topology(*(one for one, _ in pairs))
+    states = [replace(each, name=one.name) for one, each in pairs]
+    return changes(made, states, audit.findings(made, states))
+
+
+def values(*pairs: tuple[NodeSpec, NodeState]) -> dict[str, Any]:
+    return {f"{change.node}.{'.'.join(change.path)}": change.value for change in proposed(*pairs)}
+
+
+WELL = (direct("well"), state(gpus=(replace(GPU, uuid="GPU-00000000-1"),), backend=backend(catalog=())))
+REFUSED = broken(errors.ConnectRefused("nothing listens on x"))
+
+
+def test_what_is_right_is_left() -> None:
+    assert proposed((spec(), state())) == ()
+
+
+@pytest.mark.parametrize(
+    ("found", "corrected"),
+    [
+        (state(host=HostState("box", "550.1")), {"hostname": "box"}),
+        (state(gpus=(GPU, OTHER)), {"gpus": 2}),
+        (smi(row(driver_version="560.35")), {"driver": "560.35"}),
+        (state(gpus=(replace(GPU, memory_total_mib=9856),)), {"vram_mib": 9856}),
+        (
+            smi(row(name="NVIDIA H100 80GB HBM3", memory_total="81559", driver_version="590.48")),
+            {"gpu": "NVIDIA H100 80GB HBM3", "vram_mib": 81559, "driver": "590.48"},
+        ),
+        (
+            smi(row(name="X 1", memory_total="1") + "\n" + row(index="1", uuid=OTHER_UUID, name="Y", memory_total="2")),
+            {"gpus": 2},
+        ),
+    ],
+    ids=["hostname", "count", "driver", "slice", "another card", "cards of two kinds"],
+)
+def test_what_the_file_says_wrongly_of_the_hardware(found: NodeState, corrected: dict[str, Any]) -> None:
+    assert values((spec(), found)) == {f"iceland.expect.{key}": value for key, value in corrected.items()}
+
+
+def test_corrected_it_is_clean() -> None:
+    found = smi(row(name="NVIDIA H100 80GB HBM3", memory_total="81559"), host=HostState("box", "590.48"))
+    made = topology(spec())
+    first = audit.findings(made, [found])
+    assert len(first) == 3
+    done = changes(made, [found], first)
+    assert left_over(first, done) == ()
+    assert audit.findings(applied(made, done), [found]) == ()
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        smi("No devices were found", 6),
+        smi("Unable to determine the device handle", 15),
+        smi("NVIDIA-SMI has failed", 9),
+        smi("not found", 127),
+        smi(row(fan_speed="ERR!")),
+        state(gpus=()),
+        state(backend=backend(models=())),
+        state(backend=backend(version="0.1.0")),
+        state(host=HostState("af4a84245990", "550.1", store_free_mib=1)),
+        state(backend=BackendState("ollama", BackendPhase.DOWN, last_error="refused")),
+    ],
+)
+def test_what_is_a_hosts_fault_is_not_written_away(found: NodeState) -> None:
+    made = topology(spec())
+    findings = audit.findings(made, [found])
+    assert findings
+    assert changes(made, [found], findings) == ()
+    assert left_over(findings, ()) == findings
+
+
+def test_a_lost_gpu_is_still_expected() -> None:
+    found = smi(row() + "\nGPU is lost", 15, gpus=(GPU,))
+    assert proposed((spec(expect=ExpectSpec(gpus=2)), found)) == ()
+
+
+# -- nodes that lead nowhere -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.ConnectRefused("refused"),
+        errors.ConnectTimeout("silent"),
+        errors.HostUnresolved("unknown"),
+        errors.HostUnreachable("no route"),
+        errors.NotSsh("HTTP"),
+    ],
+)
+def test_nobody_there(error: errors.TunnelError) -> None:
+    (change,) = proposed(WELL, (spec(), broken(error)))
+    assert (change.node, change.path, change.value) == ("iceland", ("enabled",), False)
+    assert change.why == f"not found: {error.message}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.TunnelLost("reset"),
+        errors.AuthRefused("no"),
+        errors.HostKeyChanged("other"),
+        errors.HostKeyUnknown("new"),
+        errors.SecretMissing("unset"),
+        errors.ForwardingForbidden("no"),
+    ],
+)
+def test_somebody_there(error: errors.TunnelError) -> None:
+    assert proposed(WELL, (spec(), broken(error))) == ()
+
+
+def test_nothing_is_switched_off_when_nobody_can_be_reached() -> None:
+    """Then it is this machine's network."""
+    assert proposed((spec("a"), REFUSED), (direct("b"), REFUSED)) == ()
+
+
+def test_a_direct_node_without_its_server() -> None:
+    (change,) = proposed(WELL, (direct("vengeance", "http://127.0.0.1:1"), REFUSED))
+    assert (change.node, change.value, change.answers) == ("vengeance", False, frozenset({"backend-down"}))
+
+
+# -- nodes that are another one once more ----------------------------------------------------------------------------
+
+
+def test_the_same_gpu_twice() -> None:
+    (change,) = proposed((spec(), state()), (direct(), blind(state())))
+    assert (change.node, change.path, change.value, change.why) == (
+        "local",
+        ("enabled",),
+        False,
+        "the same GPU as iceland",
+    )
+
+
+def test_the_same_server_twice() -> None:
+    specs = (spec(), state()), (spec("copy"), state()), (spec("again"), state())
+    assert values(*specs) == {"copy.enabled": False, "again.enabled": False}
+
+
+def test_a_node_is_switched_off_for_one_reason_and_not_corrected_besides() -> None:
+    wrong = replace(state(), host=HostState("box", "560.1"))
+    first, second = proposed((spec("first", expect=ExpectSpec()), state()), (spec("second"), wrong)), ()
+    assert [(change.node, change.path) for change in (*first, *second)] == [("second", ("enabled",))]
+
+
+def test_all_of_it_settles_its_findings() -> None:
+    made = topology(spec(), direct(), direct("gone", "http://127.0.0.1:1"))
+    states = [
+        state(host=HostState("box", "550.1")),
+        replace(blind(state()), name="local"),
+        replace(REFUSED, name="gone"),
+    ]
+    findings = audit.findings(made, states)
+    assert {one.code for one in findings} == {"hostname-differs", "same-gpu", "backend-down"}
+    done = changes(made, states, findings)
+    assert left_over(findings, done) == ()
+    assert audit.findings(applied(made, done), states) == ()
+
+
+# -- another kind of server ------------------------------------------------------------------------------------------
+
+WRONG = Finding("wrong-server", Severity.ERROR, "iceland", "an OpenAI-compatible server", "set `backend.kind: openai`")
+
+
+def wrong_server(*kinds: str | None) -> NodeState:
+    ways = tuple(
+        route(f"http://x:{number}", state=BackendPhase.DOWN, kind=kind, error_code="wrong-server")
+        for number, kind in enumerate(kinds)
+    )
+    down = BackendState("ollama", BackendPhase.DOWN, last_error=WRONG.message, error_code=WRONG.code)
+    return state(backend=down, noticed=(WRONG,), routes=ways)
+
+
+def test_a_server_of_the_other_kind() -> None:
+    assert values((spec(), wrong_server("openai"))) == {"iceland.backend.kind": "openai"}
+    assert values((spec(), wrong_server(None, "openai"))) == {"iceland.backend.kind": "openai"}
+    assert values((spec(), wrong_server(None))) == {}
+
+
+def test_applied_to_the_specs() -> None:
+    made = topology(spec(), direct())
+    done = applied(
+        made,
+        [
+            Change("iceland", ("backend", "kind"), "openai", frozenset()),
+            Change("iceland", ("expect", "gpus"), 3, frozenset()),
+            Change("local", ("enabled",), False, frozenset()),
+        ],
+    )
+    assert (done.nodes[0].backend.kind, done.nodes[0].expect.gpus) == (BackendKind.OPENAI, 3)
+    assert [one.enabled for one in done.nodes] == [True, False]
+    with pytest.raises(ValueError, match="no such change"):
+        applied(made, [Change("local", ("name",), "x", frozenset())])

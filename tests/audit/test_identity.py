@@ -1,0 +1,255 @@
+"""Two machines, or two ways to one?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.audit import Machine, Proof, gpu_groups, machines, marks
+from gpumesh.audit.identity import duplicates, same_host, store_mark, the_one_to_keep
+from gpumesh.state import (
+    BackendPhase,
+    BackendState,
+    GpuState,
+    ModelInfo,
+    NodeState,
+    RouteState,
+    TunnelPhase,
+    TunnelState,
+)
+from gpumesh.topology import AddressCommand, NodeSpec, SshSpec
+from tests.audit.build import GPU, KEY, MODEL, OTHER, backend, blind, direct, spec, state
+
+
+def node(
+    name: str,
+    *gpus: GpuState,
+    keys: tuple[str, ...] = (),
+    stored: str | None = None,
+    port: int | None = 80,
+    **more: Any,
+) -> NodeState:
+    """``stored``: when its model was stored; ``port``: its server's, as its own host knows it, ``None`` without SSH."""
+    url = f"http://127.0.0.1:4{name}"
+    tunnel = TunnelState("direct" if port is None else "sshtunnel", TunnelPhase.UP, host_keys=keys)
+    catalog = () if stored is None else (replace(MODEL, modified_at=stored),)
+    routes = () if port is None else (RouteState(f"http://127.0.0.1:{port}", url, "sshtunnel"),)
+    server = BackendState("ollama", BackendPhase.UP, url=url, catalog=catalog)
+    return replace(state(name, tunnel=tunnel, backend=server, routes=routes, gpus=gpus or None), **more)
+
+
+def grouped(*nodes: NodeState) -> list[tuple[str, ...]]:
+    return [machine.nodes for machine in machines(nodes)]
+
+
+FINE = "2026-08-01T12:00:00.123456789Z"
+LATER = "2026-08-02T12:00:00.987654321Z"
+
+
+def test_nodes_that_have_nothing_in_common_are_apart() -> None:
+    nodes = (node("1", GPU, keys=("a",), stored=FINE), node("2", OTHER, keys=("b",), stored=LATER), node("3"))
+    assert machines(nodes) == (Machine(("1",), (GPU,)), Machine(("2",), (OTHER,)), Machine(("3",), ()))
+    assert gpu_groups(nodes) == {"1": "1", "2": "2", "3": "3"}
+
+
+def test_a_common_gpu_is_certain() -> None:
+    (machine,) = machines([node("1", GPU), node("2", GPU, port=None)])
+    assert (machine.nodes, machine.proof, machine.mark, machine.certain) == (("1", "2"), Proof.GPU, GPU.uuid, True)
+    assert machine.gpus == (GPU,), "counted once"
+
+
+def test_a_common_key_is_likely() -> None:
+    (machine,) = machines([node("1", keys=("x", KEY)), node("2", GPU, keys=(KEY,))])
+    assert (machine.proof, machine.mark, machine.certain) == (Proof.HOST_KEY, KEY, False)
+
+
+def test_a_common_store_is_likely() -> None:
+    (machine,) = machines([node("1", stored=FINE, port=None), node("2", GPU, stored=FINE)])
+    assert (machine.proof, machine.certain) == (Proof.STORE, False)
+
+
+def test_gpus_have_the_last_word() -> None:
+    """Containers of one image have one host key, a network share one store: their GPUs tell them apart."""
+    assert grouped(node("1", GPU, keys=(KEY,), stored=FINE), node("2", OTHER, keys=(KEY,), stored=FINE)) == [
+        ("1",),
+        ("2",),
+    ]
+
+
+def test_the_weakest_link_is_told() -> None:
+    (machine,) = machines([node("1", GPU), node("2", GPU, keys=(KEY,)), node("3", keys=(KEY,))])
+    assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.HOST_KEY)
+    (machine,) = machines([node("1", stored=FINE), node("2", keys=(KEY,), stored=FINE), node("3", keys=(KEY,))])
+    assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.STORE)
+
+
+def test_the_order_of_mesh_yaml_names_a_group() -> None:
+    nodes = [node("3", OTHER), node("2", GPU), node("1", OTHER, GPU)]
+    assert gpu_groups(nodes) == {"3": "3", "2": "3", "1": "3"}
+    assert grouped(*nodes) == [("3", "2", "1")]
+
+
+@pytest.mark.parametrize("uuid", ["unknown-host-00000000:01:00.0", "GPU-", "GPU-0000", "", "gpu-8f2c1d5e-3b6a"])
+def test_a_made_up_uuid_is_nobodys(uuid: str) -> None:
+    gpu = replace(GPU, uuid=uuid)
+    assert grouped(node("1", gpu), node("2", gpu)) == [("1",), ("2",)]
+
+
+# -- several servers on one machine ----------------------------------------------------------------------------------
+
+
+def test_two_servers_on_a_machine_with_two_gpus_are_two() -> None:
+    """Each may well be pinned to a GPU of its own: as one they would get half of the work that they can do."""
+    assert grouped(node("1", GPU, OTHER, port=11434), node("2", GPU, OTHER, port=11435)) == [("1",), ("2",)]
+    assert grouped(node("1", GPU, OTHER, port=80), node("2", GPU, OTHER, port=80)) == [("1", "2")]
+
+
+def test_two_servers_on_a_machine_with_one_gpu_are_one() -> None:
+    """They share it: what runs on one slows the other."""
+    assert grouped(node("1", GPU, port=11434), node("2", GPU, port=11435)) == [("1", "2")]
+    assert grouped(node("1", GPU, keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1", "2")]
+
+
+def test_two_servers_on_a_machine_of_which_no_gpu_is_known_are_two() -> None:
+    assert grouped(node("1", keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1",), ("2",)]
+    assert grouped(node("1", keys=(KEY,)), node("2", keys=(KEY,))) == [("1", "2")]
+
+
+def test_from_here_ports_say_nothing() -> None:
+    """``ssh -L 11435:localhost:11434``"""
+    assert grouped(node("1", stored=FINE, port=None), node("2", stored=FINE, port=11434)) == [("1", "2")]
+
+
+# -- stores ----------------------------------------------------------------------------------------------------------
+
+
+def model(name: str, stored: str | None) -> ModelInfo:
+    return ModelInfo(name, modified_at=stored)
+
+
+@pytest.mark.parametrize(
+    "catalog",
+    [
+        (),
+        (model("a", None),),
+        (model("a", FINE), model("b", None)),
+        (model("a", "2026-08-01T12:00:00Z"),),
+        (model("a", "2026-08-01T12:00:00.123Z"), model("b", "2026-08-01T12:00:00Z")),
+    ],
+)
+def test_a_store_that_could_be_anybodys(catalog: tuple[ModelInfo, ...]) -> None:
+    assert store_mark(catalog) is None
+
+
+def test_a_store_is_known_by_all_of_its_models() -> None:
+    one = store_mark((model("a", FINE), model("b", LATER)))
+    assert one is not None
+    assert store_mark((model("b", LATER), model("a", FINE))) == one
+    others = [(model("a", FINE),), (model("a", FINE), model("b", FINE)), (model("a", FINE), model("c", LATER))]
+    assert one not in {store_mark(other) for other in others}
+    assert store_mark((model("a\ud800", FINE),)) is not None
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------
+
+
+def test_marks_change_with_whatever_makes_a_difference() -> None:
+    plain = node("1", GPU, keys=(KEY,), stored=FINE)
+    assert marks(plain) == marks(replace(plain, reason="busy", load=state().load))
+    others = [
+        node("1", GPU, OTHER, keys=(KEY,), stored=FINE),
+        node("1", GPU, keys=("other",), stored=FINE),
+        node("1", GPU, keys=(KEY,), stored=LATER),
+        node("1", GPU, keys=(KEY,), stored=FINE, port=81),
+        node("1", keys=(KEY,), stored=FINE),
+        replace(plain, tunnel=replace(plain.tunnel, state=TunnelPhase.BACKOFF)),
+    ]
+    assert len({marks(other) for other in (plain, *others)}) == len(others) + 1
+
+
+NODES = st.lists(
+    st.builds(
+        node,
+        st.just("x"),
+        st.sampled_from((GPU, OTHER)),
+        keys=st.lists(st.sampled_from("ab"), max_size=2, unique=True).map(tuple),
+        stored=st.sampled_from((None, FINE, LATER)),
+        port=st.sampled_from((None, 1, 2)),
+    )
+    | st.builds(node, st.just("x"), keys=st.sampled_from(((), ("a",))), stored=st.sampled_from((None, FINE))),
+    max_size=6,
+).map(lambda nodes: [replace(one, name=f"n{number}") for number, one in enumerate(nodes)])
+
+
+@given(NODES)
+def test_each_node_is_in_one_machine_and_groups_agree(nodes: list[NodeState]) -> None:
+    found = machines(nodes)
+    names = [name for machine in found for name in machine.nodes]
+    assert sorted(names) == sorted(one.name for one in nodes)
+    assert [machine.nodes[0] for machine in found] == sorted(
+        (machine.nodes[0] for machine in found), key=[one.name for one in nodes].index
+    )
+    for machine in found:
+        assert (machine.proof is None) == (len(machine.nodes) == 1)
+        assert {gpu_groups(nodes)[name] for name in machine.nodes} == {machine.nodes[0]}
+
+
+# -- by mesh.yaml alone ----------------------------------------------------------------------------------------------
+
+
+def ways(*specs: NodeSpec) -> list[list[str]]:
+    return list(duplicates(specs))
+
+
+def behind(name: str, host: str = "203.0.113.7", **changes: Any) -> NodeSpec:
+    return spec(name, ssh=replace(SshSpec(host, 13323), **changes))
+
+
+def test_duplicates_are_the_same_way_in_every_part() -> None:
+    assert ways(behind("a"), behind("b"), direct("c"), direct("d")) == [["a", "b"], ["c", "d"]]
+    assert ways(behind("a"), behind("b", "EXAMPLE.org"), behind("c", "example.org")) == [["b", "c"]]
+    assert ways(behind("a"), behind("b", port=22), behind("c", user="ada"), behind("d", proxy_jump=("j",))) == []
+    assert ways(behind("a"), replace(behind("b"), backend=direct().backend)) == []
+    assert (
+        ways(direct("a"), direct("b", "http://127.0.0.1:1"), direct("c", "http://127.0.0.1:11434", "http://x:1")) == []
+    )
+
+
+def test_addresses_that_a_command_tells_are_the_same_only_by_the_same_command() -> None:
+    one, other = AddressCommand(("pod", "1")), AddressCommand(("pod", "2"))
+    assert ways(behind("a", "", address_from=one), behind("b", "", address_from=other)) == []
+    assert ways(behind("a", "", address_from=one), behind("b", "", address_from=one)) == [["a", "b"]]
+    assert ways(behind("a", ""), behind("b", "")) == [], "hosts of which nothing is known"
+
+
+def test_which_one_to_keep() -> None:
+    down = replace(state(), backend=backend(state=BackendPhase.DOWN))
+    specs = {"a": spec("a"), "b": spec("b"), "c": direct("c")}
+
+    def keep(**states: NodeState) -> str:
+        return the_one_to_keep(tuple(states), specs, states)
+
+    assert keep(a=state(), b=state()) == "a"
+    assert keep(a=state(), c=state()) == "c", "no tunnel between"
+    assert keep(a=state(), c=blind(state())) == "a", "it sees the GPU"
+    assert keep(a=down, c=blind(state())) == "c", "it serves"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("box", "box", True),
+        ("box", "BOX ", True),
+        ("box", "box.example.org", True),
+        ("box.example.org", "box", True),
+        ("box.a", "box.b", False),
+        ("box", "box2", False),
+        ("box", "other.box", False),
+    ],
+)
+def test_names_of_hosts(one: str, other: str, same: bool) -> None:
+    assert same_host(one, other) is same
