@@ -158,9 +158,7 @@ class Continuation:
             data = self._whole_frames(data)
             if not data:
                 return b""
-        self._last_at = self._clock()
-        if self._first_at is None:
-            self._first_at = self._last_at
+        self._now()
         if not self.cuts and self._source.plain(data):
             # By far the most common: text as the client shall have it, looked at only if it is ever needed.
             self._passed = True
@@ -170,12 +168,19 @@ class Continuation:
                 if self._unread_size > UNREAD_BYTES:
                     self._read_unread()
             return data
-        self._read_unread()
-        return b"".join([self._pass_on(frame) for frame in self._split(data)])
+        return self._pass_on_all(data)
 
     def end_of_body(self) -> bytes:
-        """The upstream's body ended as it should: its last frame may lack its end mark."""
-        return self.feed(self._source.mark) if self._held else b""
+        """The upstream's body ended as it should: its last frame may lack its end mark. Half a frame is a cut."""
+        raw, self._held = self._held + self._source.mark, b""
+        if self.finished or self.cut is not None:
+            return b""
+        frame = self._source.read(raw)
+        self.cut = frame.error
+        if frame.error is not None or (frame.document is None and not frame.last):
+            return b""
+        self._now()
+        return self._pass_on_all(raw)
 
     def abandon(self) -> None:
         """The current upstream failed before it gave anything: another one takes its place."""
@@ -203,6 +208,15 @@ class Continuation:
             frames.append(whole[start : found.end()])
             start = found.end()
         return frames
+
+    def _now(self) -> None:
+        self._last_at = self._clock()
+        if self._first_at is None:
+            self._first_at = self._last_at
+
+    def _pass_on_all(self, whole: bytes) -> bytes:
+        self._read_unread()
+        return b"".join([self._pass_on(frame) for frame in self._split(whole)])
 
     def _pass_on(self, raw: bytes) -> bytes:
         if self.finished or self.cut is not None:

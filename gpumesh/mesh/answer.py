@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
 
 from gpumesh.backends.base import Counters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.topology import BackendKind
 
 Headers = tuple[tuple[str, str], ...]
-
-
-class Ended(Protocol):
-    """Told once how a request ended, for the books of the whole mesh."""
-
-    def __call__(self, outcome: Outcome) -> None: ...
+Ended = Callable[[Outcome], None]
+"""Told once how a request ended, for the books of the whole mesh."""
 
 
 class Answer:

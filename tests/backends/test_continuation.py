@@ -275,12 +275,18 @@ def test_a_last_frame_without_its_end_mark_counts_when_the_body_ended_rightly() 
         assert text(call, out) == text(call, stream)
 
 
-def test_half_a_frame_at_a_right_end_of_the_body_is_a_cut() -> None:
-    for call in (chat(), openai()):
+@pytest.mark.parametrize("call", [chat(), openai()])
+def test_half_a_frame_at_a_right_end_of_the_body_is_a_cut(call: HttpCall) -> None:
+    stream = Server().stream(call)
+    for end in range(len(stream) - 1):
         answer = begin(call)
-        answer.feed(Server().stream(call)[:-30])
+        out = answer.feed(stream[:end])
+        out += answer.end_of_body()
         assert answer.end_of_body() == b""
-        assert not answer.finished
+        assert stream.startswith(out.rstrip(b"\n"))
+        for frame in out.split(answer.mark):
+            assert not frame.strip() or frame.endswith((b"}", b"[DONE]"))
+        assert answer.finished == (out.rstrip() == stream.rstrip())
 
 
 def test_openais_done_without_a_reason_to_finish_is_a_failure_in_disguise() -> None:

@@ -69,8 +69,8 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
                 await script(exchange)
                 if exchange.over:
                     break
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client left, or ``serve`` ends: nobody else cancels it
         finally:
             tasks.discard(task)
             writer.close()

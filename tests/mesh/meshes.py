@@ -1,0 +1,146 @@
+"""A mesh over in-process stand-ins and scripted servers, reached directly; the first node is the preferred one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.lab import profile
+from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.profile import HostProfile, ModelProfile
+from gpumesh.mesh.answer import Answer
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
+from tests.mesh.servers import Exchange, whole
+
+MODEL = "m:latest"
+JSON = (("Content-Type", "application/json"),)
+QUICK: dict[str, Any] = {
+    "tokens_per_s": 1000.0,
+    "prefill_tokens_per_s": float("inf"),
+    "load_s": 0.0,
+    "slots": 64,
+    "answer_tokens": (40, 40),
+}
+
+
+def host(name: str, *, continues: bool = True, thinking: bool = False, **changes: Any) -> HostProfile:
+    model = ModelProfile(MODEL, continues=continues, thinking=thinking)
+    return profile.host(name, **{"models": (model,), **QUICK, **changes})
+
+
+def node(
+    name: str, url: str, *, weight: float = 1.0, kind: BackendKind = BackendKind.OLLAMA, max_parallel: int | None = 64
+) -> NodeSpec:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    backend = BackendSpec(kind, (Target(parts.hostname, parts.port),), max_parallel=max_parallel)
+    return NodeSpec(name, backend, weight=weight)
+
+
+@dataclass
+class Running:
+    mesh: Mesh
+    hosts: dict[str, StandIn]
+
+    def attempts(self, name: str) -> dict[Outcome, int]:
+        return {outcome: count for outcome, count in self.mesh.attempts[name].items() if count}
+
+    def in_flight(self) -> int:
+        return sum(node.load.in_flight for node in self.mesh.snapshot().nodes)
+
+    def settled(self) -> bool:
+        """The books balance and nothing is held: neither a place here nor one on a host."""
+        books = self.mesh.books
+        return (
+            books.accepted == books.served + books.failed + books.cancelled
+            and self.in_flight() == 0
+            and all(host.counters.running == 0 for host in self.hosts.values())
+        )
+
+
+@asynccontextmanager
+async def meshed(*nodes: NodeSpec, hosts: dict[str, StandIn] | None = None, **gateway: Any) -> AsyncIterator[Running]:
+    async with Mesh(Topology("test", nodes, GatewaySpec(**gateway))) as mesh:
+        await mesh.first_report(10.0)
+        yield Running(mesh, hosts or {})
+
+
+@asynccontextmanager
+async def running(*profiles: HostProfile, max_parallel: int | None = 64, **gateway: Any) -> AsyncIterator[Running]:
+    async with AsyncExitStack() as stack:
+        hosts = {one.name: await stack.enter_async_context(StandIn(one)) for one in profiles}
+        nodes = [
+            node(name, host.url, weight=100.0 / 10**place, max_parallel=max_parallel)
+            for place, (name, host) in enumerate(hosts.items())
+        ]
+        yield await stack.enter_async_context(meshed(*nodes, hosts=hosts, **gateway))
+
+
+def ollama(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
+    """A script for ``servers.serve``: probes are answered as an Ollama with MODEL would, the rest by ``answer``."""
+    replies = {
+        b"GET /api/version": b'{"version":"0.12.6"}',
+        b"GET /api/tags": json.dumps({"models": [{"name": MODEL, "model": MODEL}]}).encode(),
+        b"GET /api/ps": b'{"models":[]}',
+    }
+
+    async def script(exchange: Exchange) -> None:
+        reply = replies.get(exchange.head.partition(b" HTTP/")[0])
+        if reply is not None:
+            await exchange.send(whole(reply))
+        else:
+            await answer(exchange)
+
+    return script
+
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Wie groß ist es?"}]}
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/chat": CHAT,
+    "/api/generate": {"model": "m", "prompt": "Wie groß ist es?"},
+    "/v1/chat/completions": {**CHAT, "stream": True, "stream_options": {"include_usage": True}},
+}
+
+
+def call_of(path: str = "/api/chat", **more: Any) -> HttpCall:
+    return HttpCall("POST", path, json.dumps({**BODIES.get(path, CHAT), **more}).encode(), JSON)
+
+
+async def send(
+    mesh: Mesh, call: HttpCall, *, timeout_s: float = 20.0, resume: bool = True, node: str | None = None
+) -> Answer:
+    calls = dict.fromkeys(BackendKind, call)
+    return await mesh.send(Demand(model="m", node=node), calls, timeout_s=timeout_s, resume=resume)
+
+
+def frames(data: bytes) -> list[dict[str, Any]]:
+    """Of an NDJSON or SSE body; ``[DONE]`` is left out."""
+    lines = [line.removeprefix(b"data: ") for line in data.splitlines() if line.strip()]
+    return [json.loads(line) for line in lines if line != b"[DONE]"]
+
+
+def text_of(data: bytes) -> str:
+    said = []
+    for frame in frames(data):
+        assert "error" not in frame, frame
+        if "message" in frame:
+            said.append(frame["message"]["content"])
+        elif "response" in frame:
+            said.append(frame["response"])
+        elif frame.get("choices"):
+            said.append(frame["choices"][0]["delta"].get("content", ""))
+    return "".join(said)
+
+
+def whole_streams(data: bytes) -> int:
+    """How many final frames there are."""
+    return data.count(b'"done":true') + data.count(b"data: [DONE]")
