@@ -18,6 +18,7 @@ PIECE = 32 * 1024
 OPEN_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
 TEST_TIMEOUT_S = 3.0
+CUT_S = 0.5  # for a connection that is ending to end
 
 
 async def run(transport: paramiko.Transport, command: str, *, posix: bool) -> RemoteProcess:
@@ -112,6 +113,7 @@ class RemoteProcess:
             if ended:
                 # The exit status comes between the end of output and the channel's close, or never.
                 await blocking.call(channel.status_event.wait)
+                await self._ensure_not_cut()
                 return None
             await self._readable()
 
@@ -121,6 +123,14 @@ class RemoteProcess:
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
                 await blocking.call(self._channel.close if self._watched else self._signal_and_close)
+
+    async def _ensure_not_cut(self) -> None:
+        """A channel that ends without a word may have been closed by the host, or have ended with its connection."""
+        transport = self._channel.get_transport()
+        if self._channel.exit_status < 0 and not self._channel.eof_received:
+            await blocking.call(transport.join, CUT_S)
+            if not transport.is_active():
+                raise ExecError("the connection broke")
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

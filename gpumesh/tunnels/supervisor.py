@@ -56,6 +56,7 @@ NOTICE_S = 4.5  # a dead peer is noticed within this, if the keepalive interval 
 LEAST_PATIENCE_S = 1.5  # for an answer: a lost packet or two must not end a connection that lives
 GRACE_S = 8.0  # how long clients of a local port wait for a tunnel that is away
 CLOSE_S = 2.0
+LOST_CLOSE_S = 0.5  # for the worker of a lost connection to reset its clients: killed, it would seem to end them
 RTT_WEIGHT = 0.3  # of the newest round trip in what is shown
 
 
@@ -278,17 +279,17 @@ class SshTunnel:
                 talk = Conversation(
                     self._node, worker, ask=self._ask, on_up=self._is_up, on_forward_failed=self._forward_failed
                 )
-                orderly = False
+                patience_s = LOST_CLOSE_S
                 try:
                     cause = await self._attend(talk)
                 except asyncio.CancelledError:
-                    orderly = talk.up.is_set()
+                    patience_s = CLOSE_S
                     raise
                 finally:
                     self._talk = None
                     try:
-                        if orderly:
-                            await talk.close(CLOSE_S)
+                        if talk.up.is_set():  # else there are no clients, and nothing on the host
+                            await talk.close(patience_s)
                     finally:
                         worker.kill()
                 return cause
@@ -308,6 +309,7 @@ class SshTunnel:
             pass
         finally:
             talk.end(Cause("tunnel-lost", "the tunnel is closing"))
+        _raise_if_cancelled()
         return cause
 
     async def _over(self, talk: Conversation, group: asyncio.TaskGroup) -> Cause | None:
@@ -404,6 +406,13 @@ class SshTunnel:
 
 class _Over(Exception):
     """The conversation is over; not an error."""
+
+
+def _raise_if_cancelled() -> None:
+    """Python 3.11 and 3.12 lose a cancellation that comes while a TaskGroup ends by an exception of its own."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @contextlib.contextmanager
