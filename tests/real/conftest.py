@@ -74,6 +74,15 @@ def alone(tmp_path: Path) -> Iterator[Gpumesh]:
 
 
 @pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The runtime folder of meshes that run in this process."""
+    folder = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds Unix sockets
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
 def gpumesh(alone: Gpumesh, two_hosts: list[RealHost], backends: Backends) -> Gpumesh:
     """The command with a mesh.yaml of both hosts."""
     write_config(alone.config, [host.node() for host in two_hosts], model=backends.model)

@@ -23,6 +23,7 @@ from tests.tunnels.sshd import Sshd
 MODEL = "qwen2.5:7b"
 OLLAMA = 11434
 START_S = 30.0
+ESTABLISHED = "01"  # as /proc/net/tcp has it
 
 
 def lively(name: str) -> profile.HostProfile:
@@ -137,10 +138,6 @@ class FarHost:
         await self.sshd.start()
 
     def connections(self) -> int:
-        """How many SSH connections its listener holds for alive."""
-        assert self.sshd.process is not None
-        found = 0
-        for task in Path(f"/proc/{self.listener}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += len(task.read_text().split())
-        return found
+        """How many SSH connections its kernel holds for alive."""
+        rows = [line.split() for line in Path(f"/proc/{self.net.pid}/net/tcp").read_text().splitlines()[1:]]
+        return sum(row[3] == ESTABLISHED and int(row[1].rpartition(":")[2], 16) == self.sshd.port for row in rows)

@@ -1,0 +1,24 @@
+"""A tunnel that breaks again and again leaves nothing behind. benchmarks/cycles.py asks for hundreds of cycles, and
+looks at the memory as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpumesh.topology import TransportKind
+from tests.parts import needs
+from tests.real.cycles import churn
+
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "ssh")]
+
+
+@pytest.mark.parametrize("transport", TransportKind)
+async def test_killed_and_recovered_25_times(tmp_path: Path, runtime: Path, transport: TransportKind) -> None:
+    result = await churn(tmp_path, runtime, transport, cycles=25, warm_up=3, progress=lambda _: None)
+    assert result.reconnects == 25
+    assert len(result.ports) == 1, "the local port stays"
+    assert result.after.mesh.countable == result.before.mesh.countable
+    assert result.after.zygote.countable == result.before.zygote.countable
+    assert result.left == ()
