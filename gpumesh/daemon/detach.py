@@ -60,7 +60,8 @@ def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> 
 
 
 def _command(config: Path, options: UpOptions, ready: int) -> list[str]:
-    command = [sys.executable, "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready)]
+    # -P: a folder named gpumesh, or a yaml.py, where the user happens to be is not ours.
+    command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready)]
     if not options.gateway:
         command.append("--no-gateway")
     if options.listen is not None:

@@ -102,7 +102,7 @@ class LabHost:
         await self.kill()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "gpumesh.lab.host"),
+                *(sys.executable, "-P", "-m", "gpumesh.lab.host"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

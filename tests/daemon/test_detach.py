@@ -1,0 +1,49 @@
+"""The background mesh, as `gpumesh up -d` starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumesh.lab import profile
+from gpumesh.lab.ollama import StandIn
+
+GPUMESH = Path(sys.executable).with_name("gpumesh")
+
+
+@pytest.mark.slow
+async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> None:
+    """Python puts the current folder before its own libraries, unless it is told not to."""
+    (tmp_path / "gpumesh").mkdir()
+    (tmp_path / "yaml.py").write_text("raise SystemExit('this is not the YAML that was meant')\n")
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+
+    async def gpumesh(*arguments: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            GPUMESH,
+            *arguments,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            cwd=tmp_path,
+        )
+        async with asyncio.timeout(45):
+            out, _ = await process.communicate()
+        return process.returncode, out.decode()
+
+    async with StandIn(profile.fast("one")) as server:
+        mesh = {"gateway": {"listen": "127.0.0.1:0"}, "nodes": [{"name": "one", "backend": {"url": server.url}}]}
+        (tmp_path / "mesh.yaml").write_text(json.dumps(mesh))
+        code, out = await gpumesh("up", "-d")
+        assert code == 0, out
+        try:
+            code, out = await gpumesh("run", "Hello")
+            assert code == 0, out
+        finally:
+            code, out = await gpumesh("down")
+        assert code == 0, out
