@@ -24,13 +24,14 @@ def explain(
 ) -> None:
     """What a finding or an error code means, and what to do. Without a code: all of them, a line each."""
     from gpumesh.audit.catalog import CATALOG
+    from gpumesh.audit.catalog import explain as found_for
 
     if code is None:
         width = max(map(len, CATALOG))
         for name, entry in CATALOG.items():
             typer.echo(f"{name:<{width}}  {entry.title}")
         return
-    found = CATALOG.get(code.strip().lower())
+    found = found_for(code)
     if found is None:
         from difflib import get_close_matches
 
