@@ -155,10 +155,13 @@ class Forwarder:
                 self._selector.unregister(listener)
                 self.call_later(0.1, lambda: self.watch(listener, READ, lambda _: self._accept(listener, dial)))
                 return
-            local.setblocking(False)
-            if local.family in (socket.AF_INET, socket.AF_INET6):
-                local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            dial(self, local)
+            try:
+                local.setblocking(False)
+                if local.family in (socket.AF_INET, socket.AF_INET6):
+                    local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                dial(self, local)
+            except OSError:  # no descriptor is left for the other side: this connection ends, not all of them
+                close_with_reset(local)
 
     def _woken(self, _: int) -> None:
         try:
