@@ -31,31 +31,37 @@ ROOT = DOCS.parent
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 WIDTH = 100
 # What belongs to the machine on which this runs, and says nothing to a reader.
-PLAIN = ((re.compile(r"/tmp/[^ ]*/(?=[a-z-]+\.yaml)"), ""), (re.compile(r"\(pid \d+\)"), "(pid 4711)"))
+PLAIN = (
+    (re.compile(r"/tmp/gm-[^/ ]+/(?=[a-z-]+\.yaml)"), ""),
+    (re.compile(r"/tmp/gm-[^/ ]+(?=/)"), "~"),
+    (re.compile(r"\(pid \d+\)"), "(pid 4711)"),
+)
 
 
 class Terminal:
     """Runs commands as a person would, and keeps what they print."""
 
     def __init__(self, folder: Path, config: Path) -> None:
+        self._folder = folder
         self._environment = {
             **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
             "PYTHONIOENCODING": "utf-8",
             "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(folder),
             "GPUMESH_CONFIG": str(config),
-            "COLUMNS": str(WIDTH),
             "LINES": "50",
         }
 
-    async def run(self, line: str, *, colour: bool = False) -> str:
+    async def run(self, line: str, *, colour: bool = False, width: int = WIDTH) -> str:
         """stdout and stderr of `gpumesh …`, below the line itself."""
+        more = {"FORCE_COLOR": "1", "TERM": "xterm-256color"} if colour else {}
         process = await asyncio.create_subprocess_exec(
             GPUMESH,
             *shlex.split(line)[1:],
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**self._environment, **({"FORCE_COLOR": "1", "TERM": "xterm-256color"} if colour else {})},
+            env={**self._environment, **more, "COLUMNS": str(width)},
+            cwd=self._folder,
         )
         out, _ = await process.communicate()
         text = out.decode().rstrip()
@@ -93,6 +99,19 @@ async def working_mesh(folder: Path) -> dict[str, str]:
     return {"up": up, "status": status}
 
 
+async def from_an_ssh_line(folder: Path) -> dict[str, str]:
+    """The tutorial: one host, a line as a provider prints it."""
+    async with Lab([profile.host("iceland", backend_port=80)], folder) as lab:
+        ssh = folder / ".ssh"
+        ssh.mkdir(mode=0o700)
+        lab.identity.rename(ssh / "id_ed25519")
+        file = folder / "mesh.yaml"
+        terminal = Terminal(folder, file)
+        line = f"ssh root@127.0.0.1 -p {lab.host('iceland').ssh_port} -i ~/.ssh/id_ed25519"
+        init = await terminal.run(f"gpumesh init --yes --from iceland='{line}'")
+        return {"init": init, "mesh.yaml": file.read_text().rstrip()}
+
+
 async def two_ways_to_one(folder: Path) -> dict[str, str]:
     """Where this project began: a 4090 that was expected twice, and is one, reached in two ways."""
     host = profile.host("iceland")
@@ -109,21 +128,28 @@ async def two_ways_to_one(folder: Path) -> dict[str, str]:
             {"name": "runpod", "backend": {"urls": [f"http://127.0.0.1:{a_dead_port()}"]}},
         ]
         terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", nodes=nodes))
-        return {"audit": await terminal.run("gpumesh audit")}
+        audit = await terminal.run("gpumesh audit", width=140)
+        write = await terminal.run("gpumesh audit --write --yes", width=140)
+    return {
+        "audit": audit,
+        "drawing": "$ gpumesh audit\n…\n" + audit.rpartition("\n\n")[2],
+        "write": "$ gpumesh audit --write --yes\n…\n" + write[write.index("--- mesh.yaml") :],
+    }
 
 
 def fill(page: Path, captured: dict[str, str]) -> None:
     text = page.read_text()
     for name, output in captured.items():
         block = re.compile(rf"(<!-- captured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda match, output=output: f"{match[1]}```text\n{output}\n```\n{match[2]}", text)  # type: ignore[misc]
+        filled = f"```{'yaml' if name.endswith('.yaml') else 'text'}\n{output}\n```\n"
+        text = block.sub(lambda match, filled=filled: match[1] + filled + match[2], text)  # type: ignore[misc]
     if text != page.read_text():
         page.write_text(text)
 
 
 async def main() -> None:
     captured: dict[str, str] = {}
-    for scene in (working_mesh, two_ways_to_one):
+    for scene in (working_mesh, from_an_ssh_line, two_ways_to_one):
         with tempfile.TemporaryDirectory(prefix="gm-") as folder:
             captured.update(await scene(Path(folder)))
     for page in (ROOT / "README.md", *DOCS.rglob("*.md")):

@@ -105,7 +105,8 @@ def _help(text: str) -> tuple[list[str], list[str]]:
         verbatim = paragraph.startswith("\b")
         lines = paragraph.removeprefix("\b").strip("\n").splitlines()
         if verbatim and lines[0].strip() == "Examples:":
-            examples += [line.strip() for line in lines[1:]]
+            # What stands behind an example, some blanks apart, is said of it and not part of it.
+            examples += [re.sub(r"(?<=\S)\s{2,}(?=\S)", "  # ", line.strip()) for line in lines[1:]]
         elif verbatim:
             prose += ["```text", *lines, "```", ""]
         else:
