@@ -11,6 +11,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Event = threading.Event
+"""For a thread that waits for what another one hears (heartbeat.py)."""
+
 Lock = threading.Lock
 """For state that the transport's thread and the selector's thread share (channels.py)."""
 

@@ -42,6 +42,7 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events
 from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
 from gpumesh.tunnels.handshake import parse_jump
+from gpumesh.tunnels.heartbeat import AGAIN_S
 from gpumesh.tunnels.killable import killable
 from gpumesh.tunnels.openssh_prompts import Prompts
 from gpumesh.tunnels.protocol import Setup, Up
@@ -218,23 +219,29 @@ class Master:
         return True
 
     async def echo(self, timeout_s: float) -> float | None:
-        """The round trip in ms of a line that the host sends back; ``None``: it does not, or not in time."""
-        line = f"{self._nonce} {next(self._ids)}".encode()
-        answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._waiting[line] = answer
+        """The round trip in ms of a line that the host sends back; ``None``: it does not, or not in time. It is asked
+        again while no answer comes: heartbeat.py says why."""
+        loop = asyncio.get_running_loop()
         began = time.perf_counter()
+        asked: dict[bytes, asyncio.Future[float]] = {}
         try:
             async with asyncio.timeout(timeout_s):
-                assert self.process.stdin is not None
-                self.process.stdin.write(line + b"\n")
-                await self.process.stdin.drain()
-                either: list[asyncio.Future[Any]] = [answer, self.ended]
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                return (answer.result() - began) * 1000 if answer.done() else None
+                while True:
+                    line = f"{self._nonce} {next(self._ids)}".encode()
+                    asked[line] = self._waiting[line] = loop.create_future()
+                    assert self.process.stdin is not None
+                    self.process.stdin.write(line + b"\n")
+                    await self.process.stdin.drain()
+                    either: list[asyncio.Future[Any]] = [*asked.values(), self.ended]
+                    await asyncio.wait(either, timeout=AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+                    answered = next((answer for answer in asked.values() if answer.done()), None)
+                    if answered is not None or self.ended.done():
+                        return None if answered is None else (answered.result() - began) * 1000
         except (TimeoutError, ConnectionError):
             return None
         finally:
-            del self._waiting[line]
+            for line in asked:
+                del self._waiting[line]
 
     async def close(self) -> None:
         """Ends it and all that it started. May be called twice."""

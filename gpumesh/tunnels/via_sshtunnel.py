@@ -27,6 +27,7 @@ from gpumesh.tunnels.authentication import Ask, Credentials, authenticate
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events, RemoteCommand
 from gpumesh.tunnels.forwarder import BACKLOG, Forwarder, reset_on_close
+from gpumesh.tunnels.heartbeat import Heartbeat
 from gpumesh.tunnels.protocol import Setup, Up
 from gpumesh.tunnels.text import printable
 
@@ -171,12 +172,12 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
             if not making.done() and deadline.passed:
                 where = hostkeys.address_name(ssh.host, ssh.port)
                 raise ConnectTimeout(f"no connection to {where} within {ssh.connect_timeout_s:g} s")
-        transports, shell_test, rtt_ms = await making
+        transports, shell_test, heartbeat, rtt_ms = await making
     except BaseException:
         making.cancel()
         opening.give_up()
         raise
-    connection = SshConnection(ssh, transports, shell_test, rtt_ms)
+    connection = SshConnection(ssh, transports, shell_test, heartbeat, rtt_ms)
     connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
     return connection
 
@@ -213,11 +214,12 @@ class _Opening:
             with contextlib.suppress(OSError):  # not connected any more
                 self._reached.shutdown(socket.SHUT_RDWR)  # ends a handshake that is under way on it
 
-    def run(self) -> tuple[list[paramiko.Transport], paramiko.Channel | None, float | None]:
-        """All transports, the host's own last; the session that tests its shell; and a round trip in ms."""
+    def run(self) -> tuple[list[paramiko.Transport], paramiko.Channel | None, Heartbeat, float | None]:
+        """All transports, the host's own last; the session that tests its shell; its heartbeat, and a round trip in
+        ms."""
         try:
-            transport = self.through(self._setup.ssh.proxy_jump, self._setup.node)
-            return self._transports, self._sessions[-1], round_trip_ms(transport)
+            heartbeat = Heartbeat(self.through(self._setup.ssh.proxy_jump, self._setup.node))
+            return self._transports, self._sessions[-1], heartbeat, heartbeat.round_trip_ms()
         except BaseException:
             self.give_up()
             raise
@@ -264,13 +266,6 @@ class _Opening:
             ) from error
 
 
-def round_trip_ms(transport: paramiko.Transport) -> float | None:
-    """Waits for the host's answer to a request that every SSH server answers, if only by refusing it."""
-    began = time.perf_counter()
-    transport.global_request("keepalive@openssh.com", wait=True)
-    return (time.perf_counter() - began) * 1000 if transport.is_active() else None
-
-
 async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> hostkeys.HostKey:
@@ -295,9 +290,11 @@ class SshConnection:
         ssh: SshSpec,
         transports: list[paramiko.Transport],
         shell_test: paramiko.Channel | None,
+        heartbeat: Heartbeat,
         rtt_ms: float | None,
     ) -> None:
         self._ssh = ssh
+        self._heartbeat = heartbeat
         self._transports = transports
         self._transport = cast(Any, transports[-1])  # some of what is used is not in its types
         self._loop = asyncio.get_running_loop()
@@ -330,9 +327,8 @@ class SshConnection:
             self._gateway.start()
 
     async def ping(self, timeout_s: float) -> float | None:
-        # One request at a time: paramiko takes any answer for the last request's.
-        if self._pinging is None or self._pinging.done():
-            self._pinging = self._loop.create_task(blocking.call(round_trip_ms, self._transport))
+        if self._pinging is None or self._pinging.done():  # else its answer is a sign of life as well
+            self._pinging = self._loop.create_task(blocking.call(self._heartbeat.round_trip_ms))
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(self._pinging)

@@ -1,0 +1,61 @@
+"""Against a real sshd whose connection is frozen for a while: what it was asked then, it answers all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumesh.tunnels.heartbeat import AGAIN_S
+from gpumesh.tunnels.via_openssh import Master
+from tests.parts import needs
+from tests.tunnels.polling import until
+from tests.tunnels.sshd import Sshd
+from tests.tunnels.test_via_sshtunnel import connected
+
+FROZEN_S = 2.5 * AGAIN_S
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@needs("sshd")
+async def test_it_asks_again_while_no_answer_comes_and_each_answer_is_that_of_its_question(tmp_path: Path) -> None:
+    async with Sshd(tmp_path / "sshd") as sshd, connected(sshd.spec()) as (connection, _):
+        asked_before = sshd.log().count("keepalive@openssh.com")
+        sshd.kill_sessions(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(FROZEN_S, sshd.kill_sessions, signal.SIGCONT)
+        waited_ms = await connection.ping(30.0)
+        assert waited_ms is not None
+        assert waited_ms >= FROZEN_S * 900  # the first question's answer, not that of one asked later
+        await until(lambda: sshd.log().count("keepalive@openssh.com") >= asked_before + 3, "three questions")
+        # Whatever answers are still under way, none of them is taken for this question's.
+        for _ in range(3):
+            sshd.kill_sessions(signal.SIGSTOP)
+            assert await connection.ping(0.05) is None
+            sshd.kill_sessions(signal.SIGCONT)
+            assert await connection.ping(30.0) is not None
+
+
+ANSWERS_THE_THIRD = """
+import sys
+lines = [sys.stdin.readline() for _ in range(3)]
+sys.stdout.write(lines[2])
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+async def test_an_echo_is_asked_for_again_while_none_comes(tmp_path: Path) -> None:
+    """A program in place of ``ssh``; the first two lines are lost on the way."""
+    master = await Master.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
+    try:
+        waited_ms = await master.echo(30.0)
+        assert waited_ms is not None
+        assert waited_ms >= 2 * AGAIN_S * 900
+        assert await master.echo(0.1) is None
+    finally:
+        await master.close()
