@@ -12,6 +12,7 @@ import yaml
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab, LabHost
 from tests.cli.meshes import command
+from tests.parts import needs
 from tests.real.command import Ended, Gpumesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -132,13 +133,15 @@ async def test_what_nvidia_smi_sees_is_certain(gpumesh: Gpumesh, tmp_path: Path)
     assert (machine["certain"], machine["proof"]) == (True, "gpu")
 
 
-async def test_where_nvidia_smi_is_missing_the_host_key_tells(gpumesh: Gpumesh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["sshtunnel", pytest.param("openssh", marks=needs("ssh"))])
+async def test_where_nvidia_smi_is_missing_the_host_key_tells(gpumesh: Gpumesh, tmp_path: Path, transport: str) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
     async with Lab([profile.host("iceland", models=())], folder) as lab:
         iceland = lab.host("iceland")
         await iceland.set_faults(profile.Faults(nvidia_smi=profile.SmiMode.MISSING))
         first = iceland.node()
+        first["ssh"]["transport"] = transport
         known = lab.known_hosts.read_text()
         lab.known_hosts.write_text(known + known.replace("127.0.0.1", "localhost"))
         second = {**first, "name": "vengeance", "ssh": {**first["ssh"], "host": "localhost"}}
