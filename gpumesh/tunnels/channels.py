@@ -17,6 +17,7 @@ is made. ``unsupported`` tells when a paramiko has them no more; then sshtunnel'
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -94,6 +95,8 @@ class Carrier:
         self.transport: Any = transport
         self.forwarder = forwarder
         self.on_refused = on_refused
+        self._opening: dict[Circuit, float] = {}  # with the time when each is overdue, which is their order, too
+        self._looking = False
         self._take_over()
 
     def dial(self, target: Target) -> Dial:
@@ -103,6 +106,28 @@ class Carrier:
             Circuit(self, local, target).open()
 
         return dial
+
+    def expect(self, circuit: Circuit) -> None:
+        """In the selector's thread: that the host answers for it in time. Not a timer for each: it would keep the
+        circuit for that long, however short its life was."""
+        self._opening[circuit] = time.monotonic() + OPEN_TIMEOUT_S
+        self._look_again()
+
+    def answered(self, circuit: Circuit) -> None:
+        self._opening.pop(circuit, None)
+
+    def _look_again(self) -> None:
+        if self._opening and not self._looking:
+            self._looking = True
+            self.forwarder.call_later(next(iter(self._opening.values())) - time.monotonic(), self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        now = time.monotonic()
+        for circuit in [one for one, overdue in self._opening.items() if overdue <= now]:
+            self.answered(circuit)
+            circuit.abort()
+        self._look_again()
 
     def send(self, message: paramiko.Message) -> None:
         """In the selector's thread. Waits while keys are exchanged or the SSH socket is full; raises nothing: when the
@@ -205,16 +230,12 @@ class Circuit:
         message.add_string("127.0.0.1")
         message.add_int(0)
         self._carrier.send(message)
-        self._forwarder.call_later(OPEN_TIMEOUT_S, self._open_overdue)
+        self._carrier.expect(self)
 
     def abort(self) -> None:
         """Ends both sides at once."""
         self._release(reset=True)
         self._send_close()
-
-    def _open_overdue(self) -> None:
-        if self._remote_number < 0:
-            self.abort()
 
     def _ready(self, mask: int) -> None:
         if self._released:
@@ -331,11 +352,13 @@ class Circuit:
         """After the host's close nothing more can come for this number, and it may be used again."""
         transport = self._carrier.transport
         if self._released and (self._host_closed or not transport.active):
+            self._carrier.answered(self)
             transport._channels.delete(self._number)
             transport.channels_seen.pop(self._number, None)
             self._forwarder.discard(self)
 
     def _opened(self) -> None:
+        self._carrier.answered(self)
         if self._released:
             self._send_close()
         else:
