@@ -112,8 +112,8 @@ class Sshd:
         found: list[int] = []
         pending = [self.process.pid]
         while pending:
-            for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has just ended
+                for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
                     pids = [int(pid) for pid in task.read_text().split()]
                     found += pids
                     pending += pids
