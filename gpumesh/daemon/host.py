@@ -78,7 +78,7 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
         stack.callback(paths.remove)
         handler = journal.write_to(paths.log)
         stack.callback(journal.stop_writing, handler)
-        log.info("the mesh %s starts, %d nodes", topology.name, len(topology.nodes), extra={"event": "start"})
+        log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology))
         session = LocalSession(mesh)
@@ -110,7 +110,7 @@ async def drained(session: LocalSession, timeout_s: float) -> None:
                 if not in_flight(state):
                     return
     except TimeoutError:
-        log.warning("%d requests did not end in %.0f s and are cut", in_flight(session.mesh.snapshot()), timeout_s)
+        log.warning("what did not end in %.0f s is cut; requests: %d", timeout_s, in_flight(session.mesh.snapshot()))
 
 
 def in_flight(state: MeshState) -> int:

@@ -14,9 +14,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, cast
 
-from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, TunnelPhase
+from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, TunnelPhase, TunnelState
 
 ROTATE_BYTES = 2 << 20
 ROTATED_FILES = 3
@@ -49,7 +51,7 @@ def _key(finding: Finding) -> tuple[str, str | None]:
 
 def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[Event]:
     was, now = (old.tunnel if old is not None else None), new.tunnel
-    if (was is None or was.state is not now.state) and now.state is not TunnelPhase.IDLE:
+    if (was is None or was.state is not now.state) and not _only_another_try(was, now):
         reason = f": {now.last_error}" if now.last_error and now.state is not TunnelPhase.UP else ""
         bad = now.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
         yield Event(
@@ -65,6 +67,16 @@ def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[Event]:
     if health_was is not new.health:
         text = f"{health_was} -> {new.health}" + (f": {new.reason}" if new.reason else "")
         yield Event(logging.WARNING if new.health in _BAD else logging.INFO, f"health {new.health}", new.name, text)
+
+
+def _only_another_try(was: TunnelState | None, now: TunnelState) -> bool:
+    """A host that is away is tried again and again: it is told once, and then only when the reason is another."""
+    if now.state is TunnelPhase.IDLE:
+        return True
+    if now.state is TunnelPhase.CONNECTING:
+        return was is not None and was.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
+    trying = was is not None and was.state is TunnelPhase.CONNECTING
+    return trying and now.state is not TunnelPhase.UP and was is not None and was.last_error == now.last_error
 
 
 class JsonLines(logging.Formatter):
@@ -83,11 +95,24 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _Private(logging.handlers.RotatingFileHandler):
+    """For this user's eyes alone, also after it was rotated."""
+
+    def _open(self) -> TextIOWrapper:
+        opened: Any = open(  # noqa: SIM115 - its handler closes it
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=lambda name, flags: os.open(name, flags, 0o600),
+        )
+        return cast("TextIOWrapper", opened)
+
+
 def write_to(path: Path) -> logging.Handler:
     """All that gpumesh logs in this process goes to this file from now on, rotated; for this user's eyes alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
-    handler = logging.handlers.RotatingFileHandler(
+    handler = _Private(
         path, maxBytes=ROTATE_BYTES, backupCount=ROTATED_FILES, encoding="utf-8", errors="backslashreplace"
     )
     handler.setFormatter(JsonLines())
@@ -102,6 +127,7 @@ def write_to(path: Path) -> logging.Handler:
 def stop_writing(handler: logging.Handler) -> None:
     logging.getLogger("gpumesh").removeHandler(handler)
     logging.getLogger("asyncio").removeHandler(handler)
+    logging.getLogger("gpumesh").propagate = True
     handler.close()
 
 

@@ -10,14 +10,15 @@ from gpumesh.backends.base import ChatRequest
 from gpumesh.daemon.choice import choose_model
 from gpumesh.daemon.closing import closing
 from gpumesh.daemon.session import Ask, ChatStream
-from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError
+from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError, tunnel_error_from_code
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.state import MeshState
-from gpumesh.tunnels.base import ExecChunk
+from gpumesh.state import MeshState, TunnelPhase
+from gpumesh.tunnels.base import ExecChunk, Tunnel
 
 # How long a prompt waits for the first node that can take it, when none can yet: a connect's own deadline and a probe.
 USABLE_S = 12.0
+AGAIN_S = 6.0  # for a tunnel that has failed already, and is tried once more
 # Which models there are is known when every node has reported; how long a slow one may hold up a prompt without `-m`.
 MODELS_S = 4.0
 
@@ -69,16 +70,34 @@ class LocalSession:
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
         self._check(node)
-        tunnel = self.mesh.tunnel(node)
-        try:
-            async with asyncio.timeout(USABLE_S):
-                await tunnel.wait_up()
-        except TimeoutError:
-            reason = tunnel.state.last_error or "it is still connecting"
-            raise TunnelDown(f"the tunnel is not up: {reason}", hint=tunnel.state.hint, node=node) from None
+        tunnel = await self._tunnel_up(node)
         async with closing(tunnel.exec_stream(argv)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _tunnel_up(self, node: str) -> Tunnel:
+        """One that waits for its next try tries at once: a person is waiting. When that fails its reason is the
+        answer. Raises TunnelError."""
+        tunnel = self.mesh.tunnel(node)
+        new = tunnel.state.state in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+        if not new:
+            tunnel.nudge()
+        tried = False
+        try:
+            async with asyncio.timeout(USABLE_S if new else AGAIN_S), closing(self.mesh.changes()) as changes:
+                async for _ in changes:
+                    phase = tunnel.state.state
+                    if phase is TunnelPhase.UP:
+                        return tunnel
+                    if tried and phase is not TunnelPhase.CONNECTING:
+                        break
+                    tried = tried or phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+        except TimeoutError:
+            pass
+        state = tunnel.state
+        if state.last_error is None:
+            raise TunnelDown("the tunnel is not up: it is still connecting", node=node)
+        raise tunnel_error_from_code(state.error_code or "", state.last_error, hint=state.hint, node=node)
 
     async def drain(self, node: str) -> None:
         self._check(node)
@@ -90,9 +109,7 @@ class LocalSession:
 
     async def reconnect(self, node: str) -> None:
         self._check(node)
-        tunnel = self.mesh.tunnel(node)
-        tunnel.nudge()
-        tunnel.suspect("a person asked whether it is alive")
+        self.mesh.tunnel(node).nudge()
 
     async def history(self) -> History:
         return self.recorder.history()

@@ -1,0 +1,248 @@
+"""`gpumesh run` by the installed command: prompts in, answers out, and what becomes of the others when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumesh.lab.profile import Faults
+from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.terminals import terminal
+from tests.real.command import GPUMESH, Gpumesh
+from tests.tunnels.polling import until
+
+pytestmark = [pytest.mark.slow]
+
+KEYS = ["index", "prompt", "response", "node", "attempts", "ttft_ms", "total_ms", "tokens", "tokens_per_s", "error"]
+
+
+async def test_one_prompt_in_every_way(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    await gpumesh("up", "-d")
+    short = ("-o", "num_predict=3", "-o", "temperature=0")
+    streamed = await gpumesh("run", "Hello", *short)
+    assert len(streamed.out.split()) >= 1
+    assert streamed.out.endswith("\n")
+    assert streamed.err == ""
+    whole = await gpumesh("run", "Hello", "--no-stream", *short)
+    assert whole.out == streamed.out, "the stand-in says the same to the same prompt"
+    assert (await gpumesh("run", *short, stdin="Hello")).out == streamed.out
+    assert (await gpumesh("run", "-", *short, stdin="Hello")).out == streamed.out
+    told = await gpumesh("run", "Hello", "--json", *short)
+    result = told.json()
+    assert list(result) == KEYS
+    assert (result["index"], result["prompt"], result["attempts"], result["error"]) == (0, "Hello", 1, None)
+    assert result["response"] == streamed.out.removesuffix("\n")
+    assert result["tokens"] == 3
+    assert result["node"] in ("alpha", "beta")
+    for node in ("alpha", "beta"):
+        assert (await gpumesh("run", "Hello", "--json", "--node", node, *short)).json()["node"] == node
+    other = await gpumesh("run", "Hello", "--system", "Be brief.", *short)
+    assert other.out != streamed.out
+    verbose = await gpumesh("run", "Hello", "-v", *short)
+    assert verbose.out == streamed.out
+    assert "first token after" in verbose.err
+    await gpumesh("down")
+    assert "Hello" not in (await gpumesh("logs", "--json")).out, "prompts do not stand in the log"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "said"),
+    [
+        (["run", ""], None, 2, "the prompt is empty"),
+        (["run"], " \n", 2, "the prompt is empty"),
+        (["run", "x", "-f", "y"], None, 2, "either a prompt or -f FILE"),
+        (["run", "x", "-o", "temperature"], None, 2, "is not key=value"),
+        (["run", "x", "--priority", "urgent"], None, 2, "none of: interactive, normal, batch"),
+        (["run", "-f", "nowhere.txt"], None, 2, "cannot read nowhere.txt"),
+        (["run", "-f", "-"], "\n\n", 2, "stdin has no prompts"),
+        (["run", "-f", "-"], '{"prompt": "a"}\n{"promt": "b"}\n', 2, "stdin:2: unknown key 'promt'"),
+        (["run", "x", "--node", "gamma"], None, 2, "there is no node 'gamma'"),
+        (["run", "x", "-m", "phi4"], None, 4, "no node that is up has the model 'phi4'"),
+        (["run", "x", "--nope"], None, 2, "No such option: --nope"),
+    ],
+)  # fmt: skip
+async def test_what_is_refused(
+    direct: Simulated, arguments: list[str], stdin: str | None, code: int, said: str
+) -> None:
+    ended = await direct.gpumesh(*arguments, stdin=stdin, code=code)
+    assert ended.out == ""
+    assert said in ended.err
+
+
+async def test_many_prompts_from_text_and_jsonl(direct: Simulated, tmp_path: Path) -> None:
+    gpumesh = direct.gpumesh
+    await gpumesh("up", "-d")
+    prompts = [f"Prompt {number} ü" for number in range(30)]
+    text = tmp_path / "prompts.txt"
+    text.write_text("\ufeff" + "\r\n".join(prompts) + "\n\n")
+    ended = await gpumesh("run", "-f", str(text), "-o", "num_predict=2")
+    results = ended.lines()
+    assert ended.err == ""
+    assert [result["index"] for result in results] == list(range(30))
+    assert [result["prompt"] for result in results] == prompts
+    assert all(list(result) == KEYS and result["error"] is None for result in results)
+    assert {result["node"] for result in results} == {"alpha", "beta"}
+
+    lines: list[Any] = [
+        {"prompt": "one", "options": {"num_predict": 1}},
+        "two",
+        {"messages": [{"role": "user", "content": "first"}, {"role": "user", "content": "three"}], "node": "beta"},
+        {"prompt": "four", "model": "missing"},
+        {"prompt": "five", "system": "Be brief."},
+    ]
+    stdin = "\n".join(map(json.dumps, lines))
+    ended = await gpumesh("run", "-f", "-", "-o", "num_predict=2", stdin=stdin, code=1)
+    results = ended.lines()
+    assert [result["prompt"] for result in results] == ["one", "two", "three", "four", "five"]
+    assert [result["tokens"] for result in results] == [1, 2, 2, None, 2]
+    assert results[2]["node"] == "beta"
+    assert results[3]["response"] is None
+    assert results[3]["error"] == "no node that is up has the model 'missing'"
+    assert [result["error"] for result in results].count(None) == 4, "the others stand"
+    assert ended.err == "1 of 5 prompts failed; `error` in their lines says why\n"
+    quiet = await gpumesh("run", "-f", "-", "-q", stdin=json.dumps({"prompt": "x", "model": "missing"}), code=1)
+    assert quiet.err == ""
+    await gpumesh("down")
+
+
+async def test_results_come_in_order_as_soon_as_they_can(gpumesh: Gpumesh) -> None:
+    """The first prompt is on a slow host: what others say waits for it, and comes in one go."""
+    slow = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(20, 20))
+    async with simulated(gpumesh, slow, quick("fast", ssh=False)):
+        lines = [{"prompt": "a", "node": "slow"}, *({"prompt": "b", "node": "fast"} for _ in range(3))]
+        ended = await gpumesh("run", "-f", "-", stdin="\n".join(map(json.dumps, lines)))
+    assert [result["node"] for result in ended.lines()] == ["slow", "fast", "fast", "fast"]
+
+
+async def test_progress_is_on_stderr_alone(direct: Simulated, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    out = tmp_path / "out.jsonl"
+    async with terminal(direct.gpumesh, "run", "-f", str(prompts)) as shown:
+        assert await shown.ended() == 0
+        await shown.until('"index": 2')
+        assert "3/3" in shown.said
+    await direct.gpumesh("run", "-f", str(prompts))
+    with out.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            str(GPUMESH), "run", "-f", str(prompts), stdout=file, stderr=subprocess.PIPE,
+            env=direct.gpumesh.environment(), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        _, errors = await process.communicate()
+    assert errors == b""
+    assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["run -f {prompts}", "run long -o num_predict=400", "status -w --interval 0.1", "config show", "logs -f"],
+)
+async def test_a_reader_that_has_enough_ends_it_quietly(direct: Simulated, tmp_path: Path, words: str) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("prompt\n" * 300)
+    await direct.gpumesh("up", "-d")
+    process = await asyncio.create_subprocess_shell(
+        f"{GPUMESH} {words.format(prompts=prompts)} | head -c 1",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=direct.gpumesh.environment(),
+    )
+    async with asyncio.timeout(40):
+        out, errors = await process.communicate()
+    assert len(out) == 1
+    assert errors == b""
+    await direct.gpumesh("down")
+
+
+@pytest.fixture
+async def endless(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    """A host whose answers take much longer than any test."""
+    async with simulated(gpumesh, quick("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000))) as made:
+        yield made
+
+
+@pytest.mark.parametrize("detached", [True, False])
+async def test_ctrl_c_ends_the_generation_on_the_host(endless: Simulated, detached: bool) -> None:
+    host = endless.hosts["alpha"]
+    if detached:
+        await endless.gpumesh("up", "-d")
+    async with endless.gpumesh.started("run", "go on") as process:
+        assert process.stdout is not None
+        assert await process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 130
+        assert process.stderr is not None
+        assert await process.stderr.read() == b""
+    await until(lambda: host.counters.in_flight == 0, "the generation has stopped")
+    assert host.counters.cancelled == 1
+    if detached:
+        await endless.gpumesh("down")
+
+
+async def test_an_answer_that_ends_in_an_error_ends_with_a_line(endless: Simulated) -> None:
+    ended = await endless.gpumesh("run", "x", "--timeout", "1", code=1)
+    assert ended.out.endswith("\n")
+    assert len(ended.out) > 5
+    assert ended.err.startswith("error: ")
+    assert "deadline" in ended.err
+
+
+async def test_a_node_that_fails_is_left_for_another(direct: Simulated) -> None:
+    await direct.hosts["alpha"].set_faults(Faults(status=500, paths=("/api/chat",)))
+    result = (await direct.gpumesh("run", "x", "--json", "-o", "num_predict=2")).json()
+    assert (result["node"], result["error"]) == ("beta", None)
+
+
+async def test_without_m_and_without_a_default_the_only_model_is_meant(gpumesh: Gpumesh) -> None:
+    async with simulated(gpumesh, quick("alpha", ssh=False)) as made:
+        made.write(default_model=None)
+        assert (await gpumesh("run", "x", "-o", "num_predict=1")).out.strip()
+    assert MODEL == "qwen2.5:7b"
+
+
+async def test_hostile_answers_do_not_reach_the_terminal_as_they_are(direct: Simulated) -> None:
+    """The stand-in repeats no prompt, so this is a server of its own."""
+    piece = json.dumps(
+        {"model": MODEL, "message": {"role": "assistant", "content": "a\x1b]0;x\x07b\x9bc"}, "done": False}
+    )
+    last = json.dumps(
+        {"model": MODEL, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop"}
+    )
+    body = f"{piece}\n{last}\n".encode()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        path = head.split(" ")[1]
+        answers = {
+            "/api/version": b'{"version": "0.12.6"}',
+            "/api/tags": json.dumps({"models": [{"name": MODEL, "model": MODEL, "size": 1, "digest": "d"}]}).encode(),
+            "/api/ps": b'{"models": []}',
+            "/api/chat": body,
+        }
+        answer = answers.get(path, b"{}")
+        kind = b"application/x-ndjson" if path == "/api/chat" else b"application/json"
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: " + kind)
+        writer.write(b"\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        direct.write([{"name": "evil", "backend": {"url": f"http://127.0.0.1:{port}"}}])
+        assert (await direct.gpumesh("run", "x")).out == "a]0;xbc\n"
+        assert (await direct.gpumesh("run", "x", "--no-stream")).out == "a]0;xbc\n"
+        told = await direct.gpumesh("run", "x", "--json")
+    assert "\x1b" not in told.out
+    assert "\x9b" not in told.out
+    assert told.json()["response"] == "a\x1b]0;x\x07b\x9bc"
