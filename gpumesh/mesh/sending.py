@@ -165,7 +165,8 @@ class Sending:
             except NoNodeError:
                 if not self._failures:
                     raise self._means.why_none(self._demand) from None
-                again = frozenset(failed.node for failed in self._failures if worth_another_round(failed.outcome))
+                last = {failed.node: failed.outcome for failed in self._failures}
+                again = frozenset(node for node, outcome in last.items() if worth_another_round(outcome))
                 if not again & self._exclude or self._rounds >= MAX_ROUNDS:
                     return None
                 pause = pause_s(self._rounds, self._means.rng)

@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {
 
 
 def host(name: str, *, continues: bool = True, thinking: bool = False, **changes: Any) -> HostProfile:
-    model = ModelProfile(MODEL, continues=continues, thinking=thinking)
+    model = ModelProfile(MODEL, continues=continues, thinking=thinking, resident=True)
     return profile.host(name, **{"models": (model,), **QUICK, **changes})
 
 
@@ -86,11 +86,11 @@ async def running(*profiles: HostProfile, max_parallel: int | None = 64, **gatew
 
 
 def ollama(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
-    """A script for ``servers.serve``: probes are answered as an Ollama with MODEL would, the rest by ``answer``."""
+    """A script for ``servers.serve``: an Ollama with MODEL in memory, as far as probes go; the rest is ``answer``'s."""
     replies = {
         b"GET /api/version": b'{"version":"0.12.6"}',
         b"GET /api/tags": json.dumps({"models": [{"name": MODEL, "model": MODEL}]}).encode(),
-        b"GET /api/ps": b'{"models":[]}',
+        b"GET /api/ps": json.dumps({"models": [{"name": MODEL, "model": MODEL}]}).encode(),
     }
 
     async def script(exchange: Exchange) -> None:
