@@ -239,10 +239,10 @@ async def test_random_traffic_over_many_connections_while_keys_are_changed(host:
         channel.shutdown_write()
 
     async def change_keys() -> None:
-        for side in (host.client, host.server) * 3:
-            if stop.is_set():
-                return
-            await in_thread(side.renegotiate_keys)
+        # Begun by us; paramiko's server has faults of its own when it begins. An sshd does in test_via_sshtunnel.py.
+        for _ in range(6):
+            if not stop.is_set():
+                await in_thread(host.client.renegotiate_keys)
 
     async with asyncio.TaskGroup() as group:
         changing = group.create_task(change_keys())

@@ -473,6 +473,18 @@ async def test_forwarding_forbidden_and_a_target_that_is_not_there(tmp_path: Pat
         assert [code for _, code in told.refused] == ["backend-unreachable", "forwarding-forbidden"]
 
 
+async def test_traffic_goes_on_while_the_host_changes_keys(tmp_path: Path) -> None:
+    async with (
+        Sshd(tmp_path / "sshd", {"RekeyLimit": "1M", "LogLevel": "DEBUG1"}) as sshd,
+        serving(echo) as port,
+        connected(sshd.spec(), port) as (connection, (local,)),
+    ):
+        data = [bytes([number]) * 2_000_000 for number in range(6)]
+        assert await asyncio.gather(*(exchange(local, one) for one in data)) == data
+        assert await connection.ping(10.0) is not None
+        assert sshd.log().count("SSH2_MSG_NEWKEYS received") > 3
+
+
 async def test_a_lost_connection_resets_its_clients(sshd: Sshd) -> None:
     """Not an ordinary end: half an answer must not look whole."""
     async with serving(echo) as port, connected(sshd.spec(), port) as (connection, (local,)):
