@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tunnels.polling import children
+
 
 @dataclass(frozen=True)
 class Belongings:
-    """Open file descriptors, threads, child processes (those that are dead and not reaped, too) and KiB of memory."""
+    """Open file descriptors, threads, child processes and KiB of memory."""
 
     fds: int
     threads: int
@@ -27,14 +28,6 @@ class Belongings:
     def countable(self) -> tuple[int, int, int]:
         """What must be exactly the same."""
         return self.fds, self.threads, self.children
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):  # it has just ended
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
 
 
 def title(pid: int) -> str:

@@ -22,7 +22,7 @@ from tests.parts import needs
 from tests.real import belongings
 from tests.real.belongings import Belongings
 from tests.real.faults import FAULTS, VICTIMS, Fault, Line, NoticedBy, Stage, play, staged
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, children, until
 
 pytestmark = [
     pytest.mark.real,
@@ -48,7 +48,7 @@ async def leaving_nothing(folder: Path, runtime: Path, *, line: Line | None = No
     before = held()
     async with staged(folder, line=line) as stage:
         yield stage
-        ours = {pid for zygote in belongings.zygotes(os.getpid()) for pid in (zygote, *belongings.children(zygote))}
+        ours = {pid for zygote in belongings.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
     await until(lambda: held() == before, f"{before} again")
     assert not [pid for pid in ours if alive(pid)]
     assert [path for path in runtime.rglob("*") if not path.is_dir()] == []

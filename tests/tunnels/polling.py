@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,3 +26,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def children(pid: int) -> list[int]:
+    """Its child processes, those that are dead and not reaped, too. Not by pathlib, which keeps every number that it
+    has seen for ever: some tests watch the memory."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += [int(child) for child in file.read().split()]
+    return found

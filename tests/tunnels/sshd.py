@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.topology import SshSpec
+from tests.tunnels.polling import children
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 needs_sshd = pytest.mark.skipif(SSHD is None or shutil.which("ssh-keygen") is None, reason="needs OpenSSH's sshd")
@@ -112,11 +113,9 @@ class Sshd:
         found: list[int] = []
         pending = [self.process.pid]
         while pending:
-            with contextlib.suppress(OSError):  # it has just ended
-                for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
-                    pids = [int(pid) for pid in task.read_text().split()]
-                    found += pids
-                    pending += pids
+            pids = children(pending.pop())
+            found += pids
+            pending += pids
         return found
 
     def kill_sessions(self, sign: int = signal.SIGKILL) -> None:
