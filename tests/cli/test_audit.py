@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -200,6 +201,28 @@ async def test_nobody_can_be_reached(gpumesh: Gpumesh) -> None:
     assert "nothing in mesh.yaml would put this right" in ended.out
     assert ended.out.count("backend-down") == 2
     assert edit.read(gpumesh.config) == before
+
+
+async def test_a_host_that_says_nothing_is_a_finding_in_time(two: Simulated) -> None:
+    """However patient mesh.yaml is: who asks now is told by now. The others are looked at meanwhile."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    async with server:
+        hung = two.node("beta")
+        hung["ssh"] = {"host": "127.0.0.1", "port": server.sockets[0].getsockname()[1], "connect_timeout": "60s"}
+        two.write([expected(two, "alpha"), hung])
+        ended = await two.gpumesh("audit", "--json", code=3)
+    document = ended.json()
+    (finding,) = document["findings"]
+    assert (finding["code"], finding["node"]) == ("node-unreachable", "beta")
+    assert "no connection within 7 s" in finding["message"]
+    assert "firewall" in finding["hint"]
+    assert document["nodes"][0]["routes"][0]["latency_ms"] > 0
+    assert ended.wall_s < 30.0
 
 
 async def test_usage(gpumesh: Gpumesh) -> None:
