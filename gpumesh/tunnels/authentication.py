@@ -13,8 +13,8 @@ from pathlib import Path
 import paramiko
 
 from gpumesh.errors import AuthRefused, ConnectTimeout, KeyUnreadable, TunnelError, TunnelLost
+from gpumesh.printable import printable
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.text import printable
 
 Ask = Callable[[str, bool], str | None]
 """Asks a person: the text, and whether the answer may be shown. Blocks; ``None``: nobody answers."""

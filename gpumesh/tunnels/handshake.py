@@ -24,12 +24,12 @@ from gpumesh.errors import (
     TunnelError,
     TunnelLost,
 )
+from gpumesh.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.hostkeys import HostKey
 from gpumesh.tunnels.killable import SHELL_TEST
-from gpumesh.tunnels.text import printable
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
 GREETING_LIMIT = 512

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpumesh.printable import printable
 from gpumesh.tunnels.authentication import ANSWER_TIMEOUT_S
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events
-from gpumesh.tunnels.text import printable
 
 _PASSPHRASE = re.compile(r"passphrase for", re.IGNORECASE)
 _PASSWORD = re.compile(r"password", re.IGNORECASE)

@@ -35,6 +35,7 @@ from gpumesh.errors import (
     TransportUnsupported,
     TunnelError,
 )
+from gpumesh.printable import printable
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
 from gpumesh.tunnels import blocking, hostkeys, openssh_errors, processes
 from gpumesh.tunnels.base import Stream
@@ -46,7 +47,6 @@ from gpumesh.tunnels.heartbeat import AGAIN_S
 from gpumesh.tunnels.killable import killable
 from gpumesh.tunnels.openssh_prompts import Prompts
 from gpumesh.tunnels.protocol import Setup, Up
-from gpumesh.tunnels.text import printable
 
 PIECE = 32 * 1024
 POLL_S = 0.01

@@ -21,6 +21,7 @@ import paramiko
 import sshtunnel
 
 from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError, TunnelLost
+from gpumesh.printable import printable
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels import blocking, channels, handshake, hostkeys, sessions
 from gpumesh.tunnels.authentication import Ask, Credentials, authenticate
@@ -29,7 +30,6 @@ from gpumesh.tunnels.connection import Events, RemoteCommand
 from gpumesh.tunnels.forwarder import BACKLOG, Forwarder, reset_on_close
 from gpumesh.tunnels.heartbeat import Heartbeat
 from gpumesh.tunnels.protocol import Setup, Up
-from gpumesh.tunnels.text import printable
 
 _quiet = logging.getLogger("gpumesh.sshtunnel")
 _quiet.addHandler(logging.NullHandler())

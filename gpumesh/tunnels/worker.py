@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import gpumesh.tunnels.via_sshtunnel  # noqa: F401 - loaded in the zygote, before it forks
 from gpumesh.errors import ExecError, TunnelError
+from gpumesh.printable import printable
 from gpumesh.topology import Target, TransportKind
 from gpumesh.tunnels import protocol
 from gpumesh.tunnels.base import Stream
@@ -37,7 +38,6 @@ from gpumesh.tunnels.protocol import (
     Reply,
     Setup,
 )
-from gpumesh.tunnels.text import printable
 
 if TYPE_CHECKING:
     from gpumesh.tunnels.connection import Connect, Connection, RemoteCommand
