@@ -13,9 +13,9 @@ How a proxy drives it::
         abort upstream
         if (ending := answer.on_cut(reason)) is None:
             choose another node
-            if (question := answer.render_call(kind)):   # at most one short question, on the node chosen
-                answer.rendered(*ask(question))          # status and body; leave out if it failed
-            ending = answer.next_call(kind)
+            if (question := answer.render_call(node, kind)):   # at most one short question, on the node chosen
+                answer.rendered(node, *ask(question))    # status and body; leave out if it failed
+            ending = answer.next_call(node, kind)
         if isinstance(ending, Ending): break             # ending.data completes it, or ending.error says why not
         upstream = send(ending)                          # fails before `feed` gave anything: the next node
 
@@ -56,8 +56,8 @@ class Way(StrEnum):
     RAW = "raw"
 
 
-Ways = MutableMapping[str, Way]
-"""What was found out, by model; keep one for the gateway's life."""
+Ways = MutableMapping[tuple[str, str], Way]
+"""What was found out, by node and model, for one name may be two templates; keep one for the gateway's life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,13 +307,15 @@ class Continuation:
             return self._ended(self._form.close("length", self._sofar))
         return None
 
-    def render_call(self, kind: BackendKind) -> HttpCall | None:
+    def render_call(self, node: str, kind: BackendKind) -> HttpCall | None:
         """What to ask of the node that will go on; ``None`` when nothing need be asked."""
-        if not self._asks(kind) or self._prompt is not None or self._ways.get(self._model) is Way.ASSISTANT_LAST:
+        way = self._ways.get((node, self._model))
+        known = way is Way.ASSISTANT_LAST or (way is Way.RAW and self._prompt is not None)
+        if known or not self._asks(kind):
             return None
         return self._form.render_call(self._request, self._sofar.thinking)
 
-    def rendered(self, status: int, body: bytes) -> None:
+    def rendered(self, node: str, status: int, body: bytes) -> None:
         """The answer to ``render_call``. One that tells nothing leaves the common way: assistant last."""
         document = (jsons.parse_object(body) if status == 200 else None) or {}
         info = document.get("_debug_info")
@@ -322,17 +324,17 @@ class Continuation:
             return
         before, _, after = prompt.partition(SENTINEL)
         if after.strip():
-            self._ways[self._model] = Way.RAW
+            self._ways[node, self._model] = Way.RAW
             self._prompt = before
         else:
-            self._ways[self._model] = Way.ASSISTANT_LAST
+            self._ways[node, self._model] = Way.ASSISTANT_LAST
 
-    def next_call(self, kind: BackendKind) -> HttpCall | Ending | None:
+    def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
         """What to send to the node that will go on. ``None``: that one did not say how; another may."""
         self._source = self._form
         if not self._texts and not self._thoughts:
             return HttpCall("POST", self._path, self._request_body, JSON)
-        raw = self._asks(kind) and self._ways.get(self._model) is Way.RAW
+        raw = self._asks(kind) and self._ways.get((node, self._model)) is Way.RAW
         refusal = self._form.raw_refusal(self._request) if raw else self._form.rest_refusal(self._request, kind)
         if refusal is not None:
             return self._refused(refusal)

@@ -121,19 +121,18 @@ class Sending:
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | Failed:
         """What to send to this node; where it depends on the model's template, the node is asked about that first."""
-        kind = lease.node.kind
-        question = continuation.render_call(kind)
+        node, kind = lease.node.name, lease.node.kind
+        question = continuation.render_call(node, kind)
         if question is not None:
             timeout_s = min(QUESTION_S, self._deadline - self._means.clock())
             told = await ask(self._means.upstream, lease, question, timeout_s=timeout_s)
             if isinstance(told, Failed):
                 return told
-            continuation.rendered(*told)
-        step = continuation.next_call(kind)
+            continuation.rendered(node, *told)
+        step = continuation.next_call(node, kind)
         if step is None:
             lease.undo()
-            error = NoNodeError("it does not say how its model continues an answer", node=lease.node.name)
-            return Failed(lease.node.name, Outcome.UNFIT, error)
+            return Failed(node, Outcome.UNFIT, NoNodeError("it does not say how its model goes on", node=node))
         return step
 
     # -- attempts ------------------------------------------------------------------------------------------------

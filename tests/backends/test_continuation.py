@@ -37,10 +37,10 @@ def go_on(answer: Continuation, server: Server, reason: str | None = None) -> Ht
     ending = answer.on_cut(reason)
     if ending is not None:
         return ending
-    question = answer.render_call(OLLAMA)
+    question = answer.render_call("n", OLLAMA)
     if question is not None:
-        answer.rendered(*server.render(question))
-    step = answer.next_call(OLLAMA)
+        answer.rendered("n", *server.render(question))
+    step = answer.next_call("n", OLLAMA)
     assert step is not None
     return step
 
@@ -110,7 +110,7 @@ def check_whole(call: HttpCall, data: bytes, want: bytes) -> bool:
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
 @pytest.mark.parametrize("form", FORMS)
 def test_cut_at_every_byte(form: str, continues: bool) -> None:
-    call, server, ways = FORMS[form](), Server(continues=continues, tokens=5), dict[str, Way]()
+    call, server, ways = FORMS[form](), Server(continues=continues, tokens=5), dict[tuple[str, str], Way]()
     frames = server.frames(call)
     want = b"".join(frames)
     without_figures = []
@@ -360,7 +360,7 @@ def test_a_node_that_fails_before_its_first_frame_leaves_no_trace() -> None:
     answer.abandon()
     assert answer.feed(b'{"mess') == b""
     answer.abandon()
-    step = answer.next_call(OLLAMA)
+    step = answer.next_call("n", OLLAMA)
     assert isinstance(step, HttpCall)
     check_whole(call, out + answer.feed(server.stream(step)), b"".join(frames))
     assert answer.cuts == 1
@@ -386,15 +386,15 @@ def test_how_a_model_continues_is_asked_once() -> None:
         answer = begin(call, ways)
         answer.feed(server.frames(call)[0])
         assert answer.on_cut() is None
-        question = answer.render_call(OLLAMA)
+        question = answer.render_call("n", OLLAMA)
         assert (question is not None) == (round_ == 1)
         if question is not None:
-            answer.rendered(*server.render(question))
+            answer.rendered("n", *server.render(question))
             assert json.loads(question.body)["options"]["num_predict"] == 1
-        step = answer.next_call(OLLAMA)
+        step = answer.next_call("n", OLLAMA)
         assert isinstance(step, HttpCall)
         assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
-    assert ways == {"m": Way.ASSISTANT_LAST}
+    assert ways == {("n", "m"): Way.ASSISTANT_LAST}
 
 
 def test_a_template_that_closes_turns_is_asked_for_each_prompt_and_once_for_each_answer() -> None:
@@ -404,9 +404,9 @@ def test_a_template_that_closes_turns_is_asked_for_each_prompt_and_once_for_each
         answer = begin(call, ways)
         data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2])) for _ in range(3)])
         assert text(call, data) == text(call, server.stream(call))
-        assert answer.render_call(OLLAMA) is None
+        assert answer.render_call("n", OLLAMA) is None
         assert [sent.path for sent in server.calls].count("/api/generate") >= 1
-    assert ways == {"m": Way.RAW}
+    assert ways == {("n", "m"): Way.RAW}
 
 
 def test_a_server_too_old_to_show_its_prompt_is_trusted_unless_it_is_known_better() -> None:
@@ -417,15 +417,15 @@ def test_a_server_too_old_to_show_its_prompt_is_trusted_unless_it_is_known_bette
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
 
-    known = begin(call, {"m": Way.RAW})
+    known = begin(call, {("n", "m"): Way.RAW})
     known.feed(old.frames(call)[0])
     assert known.on_cut() is None
-    question = known.render_call(OLLAMA)
+    question = known.render_call("n", OLLAMA)
     assert question is not None
-    known.rendered(*old.render(question))
-    assert known.next_call(OLLAMA) is None  # this node cannot say how; the next one may
-    known.rendered(*Server(continues=False).render(question))
-    assert isinstance(known.next_call(OLLAMA), HttpCall)
+    known.rendered("n", *old.render(question))
+    assert known.next_call("n", OLLAMA) is None  # this node cannot say how; the next one may
+    known.rendered("n", *Server(continues=False).render(question))
+    assert isinstance(known.next_call("n", OLLAMA), HttpCall)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"_debug_info":7}', b'{"_debug_info":{"rendered_template":"x"}}'])
@@ -434,19 +434,19 @@ def test_an_answer_that_tells_nothing_leaves_the_way_open(body: bytes) -> None:
     answer = begin(chat(), ways)
     answer.feed(Server().frames(chat())[0])
     assert answer.on_cut() is None
-    answer.rendered(200, body)
-    answer.rendered(500, Server(continues=False).render(answer.render_call(OLLAMA) or chat())[1])
+    answer.rendered("n", 200, body)
+    answer.rendered("n", 500, Server(continues=False).render(answer.render_call("n", OLLAMA) or chat())[1])
     assert ways == {}
-    assert isinstance(answer.next_call(OLLAMA), HttpCall)
+    assert isinstance(answer.next_call("n", OLLAMA), HttpCall)
 
 
 def test_other_kinds_of_server_are_not_asked_and_are_told_that_the_message_goes_on() -> None:
     call, server = openai(), Server()
-    answer = begin(call, {"m": Way.RAW})
+    answer = begin(call, {("n", "m"): Way.RAW})
     answer.feed(server.frames(call)[0])
     assert answer.on_cut() is None
-    assert answer.render_call(BackendKind.OPENAI) is None
-    step = answer.next_call(BackendKind.OPENAI)
+    assert answer.render_call("n", BackendKind.OPENAI) is None
+    step = answer.next_call("n", BackendKind.OPENAI)
     assert isinstance(step, HttpCall)
     body = json.loads(step.body)
     assert step.path == call.path
@@ -600,13 +600,13 @@ def test_the_client_may_forbid_it() -> None:
     ],
 )
 def test_what_a_closing_template_makes_impossible(call: HttpCall, words: str) -> None:
-    server, ways = Server(continues=False), dict[str, Way]()
+    server, ways = Server(continues=False), dict[tuple[str, str], Way]()
     answer = begin(call, ways)
     answer.feed(Server().frames(openai() if call.path.startswith("/v1") else chat())[0])
     step = go_on(answer, server)
     assert isinstance(step, Ending)
     assert words in (step.error or "")
-    assert ways == {"m": Way.RAW}
+    assert ways == {("n", "m"): Way.RAW}
 
 
 def test_images_are_no_hindrance_where_the_template_continues() -> None:
@@ -615,11 +615,11 @@ def test_images_are_no_hindrance_where_the_template_continues() -> None:
     answer = begin(call, ways)
     answer.feed(Server().frames(chat())[0])
     assert answer.on_cut() is None
-    question = answer.render_call(OLLAMA)
+    question = answer.render_call("n", OLLAMA)
     assert question is not None
     assert b"aGk=" not in question.body  # it is about the template alone
-    answer.rendered(*Server().render(question))
-    step = answer.next_call(OLLAMA)
+    answer.rendered("n", *Server().render(question))
+    step = answer.next_call("n", OLLAMA)
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["messages"][0]["images"] == ["aGk="]
 
@@ -630,7 +630,7 @@ def test_a_began_turn_means_different_things_to_different_servers() -> None:
         answer = begin(openai(messages=begun, continue_final_message=flag))
         answer.feed(Server().frames(openai())[0])
         assert answer.on_cut() is None
-        step = answer.next_call(BackendKind.OPENAI)
+        step = answer.next_call("n", BackendKind.OPENAI)
         assert isinstance(step, HttpCall) is continued
 
 

@@ -221,7 +221,7 @@ async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
         for _ in range(3):
             for path in BODIES:
                 await (await send(mesh.mesh, call_of(path))).read()
-        assert mesh.mesh._means.ways == {"m": Way.ASSISTANT_LAST}  # nobody but requests has it
+        assert mesh.mesh._means.ways == {("b", "m"): Way.ASSISTANT_LAST}  # nobody but requests has it
 
 
 async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> None:
@@ -265,7 +265,7 @@ async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
             node("c", lab.hosts["c"].url, weight=1.0),
         )
         async with meshed(*specs) as mesh:
-            mesh.mesh._means.ways["m"] = Way.ASSISTANT_LAST
+            mesh.mesh._means.ways["b", "m"] = Way.ASSISTANT_LAST
             want = text_of(await (await send(mesh.mesh, call_of(), node="c")).read())
             answer = await send(mesh.mesh, call_of())
             assert text_of(await answer.read()) == want
@@ -284,7 +284,7 @@ async def test_the_rest_carries_the_clients_own_headers() -> None:
         exchange.close()
 
     async with serve(ollama(noting)) as server, meshed(node("a", server.url)) as mesh:
-        mesh.mesh._means.ways["m"] = Way.ASSISTANT_LAST
+        mesh.mesh._means.ways["a", "m"] = Way.ASSISTANT_LAST
         call = call_of()
         call = HttpCall(call.method, call.path, call.body, (*JSON, ("X-Trace", "7")))
         answer = await send(mesh.mesh, call)

@@ -1,0 +1,256 @@
+"""The running whole: what it shows, and that its books balance whatever happens to requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.errors import ConfigError, ExecError, GPUMeshError, ModelMissing, NoNodeError, UsageError
+from gpumesh.lab.profile import Faults, ModelProfile
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.state import GatewayPhase, GatewayState, Health
+from gpumesh.topology import BackendKind, NodeSpec, Topology
+from tests.mesh.meshes import BODIES, MODEL, call_of, frames, host, meshed, node, running, send, text_of
+from tests.tunnels.polling import until
+
+TAGS = dict.fromkeys(BackendKind, HttpCall("GET", "/api/tags"))
+
+
+def named(name: str) -> HttpCall:
+    return call_of(messages=[{"role": "user", "content": name}])
+
+
+# -- what is seen ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_report_knows_every_node() -> None:
+    async with running(host("a"), host("b")) as lab:
+        specs = (node("a", lab.hosts["a"].url), node("gone", "http://127.0.0.1:9"))
+        async with Mesh(Topology("home", specs)) as mesh:
+            state = await mesh.first_report(10.0)
+            assert state.mesh == "home"
+            health = {one.name: one.health for one in state.nodes}
+            assert health["a"] in (Health.HEALTHY, Health.DEGRADED)
+            assert health["gone"] is Health.DOWN
+            assert state.totals.nodes == 2
+            assert mesh.usable() == ("a",)
+            assert mesh.usable(frozenset({BackendKind.OPENAI})) == ()
+            assert [one.name for one in mesh.candidates()] == ["a", "gone"]
+
+
+async def test_a_report_that_is_not_in_by_the_deadline_says_what_is_known() -> None:
+    async with Mesh(Topology("home", (node("gone", "http://127.0.0.1:9"),))) as mesh:
+        state = await mesh.first_report(0.0)
+        assert [one.name for one in state.nodes] == ["gone"]
+
+
+async def test_usable_is_awaited_and_never_is_told_as_soon_as_it_is_known() -> None:
+    async with running(host("a")) as mesh:
+        assert await mesh.mesh.wait_usable("m", timeout_s=5.0) == "a"
+        with pytest.raises(ModelMissing):
+            await mesh.mesh.wait_usable("other", timeout_s=60.0)
+        with pytest.raises(UsageError, match="there is no node 'x'"):
+            await mesh.mesh.wait_usable("m", timeout_s=5.0, node="x")
+    async with Mesh(Topology("home", (node("gone", "http://127.0.0.1:9"),))) as lost:
+        with pytest.raises(NoNodeError, match="gone: "):
+            await lost.wait_usable("m", timeout_s=60.0)
+
+
+async def test_requests_in_flight_and_in_the_queue_are_told_apart() -> None:
+    async with running(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
+        answer = await send(mesh.mesh, call_of())
+        waits = asyncio.create_task(send(mesh.mesh, call_of()))
+        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
+        shown = mesh.mesh.snapshot()
+        assert (shown.gateway.in_flight, shown.gateway.queued) == (1, 1)
+        assert shown.gateway.waiting[0].model == "m"
+        await answer.aclose()
+        await (await waits).aclose()
+        assert mesh.mesh.in_flight == 0
+
+
+async def test_the_gateway_is_shown_as_it_says() -> None:
+    async with running(host("a")) as mesh:
+        changes = mesh.mesh.changes()
+        await anext(changes)
+        mesh.mesh.announce(GatewayState("http://127.0.0.1:1", GatewayPhase.SERVING))
+        await anext(changes)
+        assert mesh.mesh.snapshot().gateway.url == "http://127.0.0.1:1"
+
+
+async def test_a_drained_node_gets_nothing_new_and_what_runs_there_ends() -> None:
+    async with running(host("a", tokens_per_s=100.0), host("b")) as mesh:
+        on_a = await send(mesh.mesh, call_of())
+        mesh.mesh.drain("a")
+        assert mesh.mesh.snapshot().nodes[0].health is Health.DRAINING
+        for _ in range(3):
+            answer = await send(mesh.mesh, call_of())
+            await answer.read()
+            assert answer.node == "b"
+        assert on_a.node == "a"
+        assert text_of(await on_a.read())
+        mesh.mesh.resume("a")
+        answer = await send(mesh.mesh, call_of())
+        assert answer.node == "a"
+        await answer.aclose()
+
+
+async def test_a_model_that_was_added_is_known_after_a_refresh() -> None:
+    async with running(host("a")) as mesh:
+        mesh.hosts["a"].engine.store["new:1b"] = (
+            ModelProfile("new:1b"),
+            next(stored for _, stored in mesh.hosts["a"].engine.store.values()),
+        )
+        await mesh.mesh.refresh(["a"])
+        assert "new:1b" in (mesh.mesh.snapshot().nodes[0].backend.models or ())
+
+
+async def test_names_that_mesh_yaml_does_not_have() -> None:
+    async with running(host("a")) as mesh:
+        for ask in (mesh.mesh.drain, mesh.mesh.resume, mesh.mesh.tunnel):
+            with pytest.raises(UsageError, match="there is no node"):
+                ask("x")
+        with pytest.raises(UsageError):
+            mesh.mesh.chat("m", "x", node="x")
+
+
+async def test_a_disabled_node_is_shown_and_never_used() -> None:
+    async with running(host("a")) as lab:
+        disabled = node("off", lab.hosts["a"].url)
+        disabled = NodeSpec(disabled.name, disabled.backend, enabled=False)
+        async with meshed(disabled, node("a", lab.hosts["a"].url)) as mesh:
+            assert mesh.mesh.usable() == ("a",)
+            with pytest.raises(UsageError, match=r"disabled in mesh\.yaml"):
+                mesh.mesh.tunnel("off")
+
+
+async def test_commands_run_only_where_the_server_is() -> None:
+    async with running(host("a")) as mesh:
+        # The stand-in runs in this very process, which is "here"; a name in mesh.yaml that leads nowhere is not.
+        result = await mesh.mesh.exec("a", ["echo", "hello"], timeout_s=10.0)
+        assert result.stdout == b"hello\n"
+        with pytest.raises(ExecError):
+            await mesh.mesh.exec("a", ["gpumesh-has-no-such-command"], timeout_s=10.0)
+
+
+def test_from_file_tells_all_problems(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text("version: 1\nnodes:\n  - name: a\n    backend: {prot: 1}\n  - nam: b\n")
+    with pytest.raises(ConfigError) as wrong:
+        Mesh.from_file(file)
+    assert len(wrong.value.problems) >= 2
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_costs_no_inference_is_in_no_book() -> None:
+    async with running(host("a")) as mesh:
+        answer = await mesh.mesh.send(Demand(None, place=False), TAGS, timeout_s=5.0)
+        assert MODEL.encode() in await answer.read()
+        assert mesh.mesh.books.accepted == 0
+        assert mesh.mesh.snapshot().nodes[0].load.served == 0
+
+
+async def test_priorities_decide_who_is_next() -> None:
+    async with running(host("a", slots=1, tokens_per_s=200.0), max_parallel=1) as mesh:
+        holder = await send(mesh.mesh, named("holder"))
+        served: list[str] = []
+
+        async def ask(name: str, priority: Priority) -> None:
+            calls = dict.fromkeys(BackendKind, named(name))
+            answer = await mesh.mesh.send(Demand(model="m", priority=priority), calls, timeout_s=30.0)
+            served.append(name)
+            await answer.read()
+
+        async with asyncio.TaskGroup() as tasks:
+            for number, (name, priority) in enumerate(
+                [("batch", Priority.BATCH), ("normal", Priority.NORMAL), ("interactive", Priority.INTERACTIVE)]
+            ):
+                tasks.create_task(ask(name, priority))
+                await until(lambda: mesh.mesh.snapshot().gateway.queued == number + 1, f"{name} waits")  # noqa: B023
+            await holder.aclose()
+        assert served == ["interactive", "normal", "batch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int) -> None:
+    """Faults come and go, clients leave at any moment: each request ends once, each place is given back once."""
+    rng = Random(seed)
+    kinds = [
+        Faults(),
+        Faults(cut_after_tokens=3),
+        Faults(end_after_tokens=5),
+        Faults(error_line_after_tokens=2),
+        Faults(status=500, paths=tuple(BODIES)),
+        Faults(disconnect=True, paths=tuple(BODIES)),
+        Faults(status=429, paths=tuple(BODIES), times=3),
+    ]
+    ends: Counter[str] = Counter()
+    async with running(
+        host("a"), host("b", continues=False), host("c"), max_parallel=3, max_queue=20, timeout_s=20.0
+    ) as mesh:
+        want: dict[str, str] = {}
+
+        async def one(path: str) -> None:
+            try:
+                answer = await send(mesh.mesh, call_of(path), resume=rng.random() < 0.8)
+                try:
+                    data = await answer.read()
+                finally:
+                    await answer.aclose()
+            except GPUMeshError as error:
+                ends[type(error).__name__] += 1
+                return
+            if answer.status == 200 and all("error" not in frame for frame in frames(data)):
+                ends["served"] += 1
+                # Models "a" and "c" close no turns, "b" does, and all say the same.
+                assert text_of(data) == want[path]
+            else:
+                ends["told"] += 1
+
+        for path in BODIES:
+            want[path] = text_of(await (await send(mesh.mesh, call_of(path))).read())
+        tasks: set[asyncio.Task[None]] = set()
+        for _ in range(150):
+            tasks.add(asyncio.create_task(one(rng.choice(list(BODIES)))))
+            await asyncio.sleep(rng.random() * 0.01)
+            if rng.random() < 0.2:
+                await mesh.hosts[rng.choice("abc")].set_faults(rng.choice(kinds))
+            if rng.random() < 0.3:
+                rng.choice(list(tasks)).cancel()
+        for one_host in mesh.hosts.values():
+            await one_host.set_faults(Faults())
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        wrong = [result for result in results if isinstance(result, BaseException)]
+        assert all(isinstance(result, asyncio.CancelledError) for result in wrong), wrong
+        await until(mesh.settled, "every place is given back")
+        books = mesh.mesh.books
+        assert books.cancelled <= len(wrong)
+        assert books.accepted >= books.cancelled + ends.total()
+        assert ends["served"] > 30
+        assert mesh.mesh.snapshot().gateway.queued == 0
+        assert sum(count for name in mesh.hosts for count in mesh.attempts(name).values()) >= books.served
+
+
+async def test_a_request_that_is_cancelled_before_it_has_a_place_is_cancelled_in_the_books() -> None:
+    async with running(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
+        holder = await send(mesh.mesh, call_of())
+        waits = asyncio.create_task(send(mesh.mesh, call_of()))
+        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "it waits")
+        waits.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waits
+        await holder.aclose()
+        books = mesh.mesh.books
+        assert (books.accepted, books.cancelled, books.in_flight) == (2, 2, 0)
+        assert mesh.attempts("a") == {Outcome.CLIENT_GONE: 1}
