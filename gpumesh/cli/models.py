@@ -170,7 +170,12 @@ def sync(
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
         return [] if dry_run else tasks
 
-    run(_pull(chosen, plan))
+    def still(state: MeshState) -> list[fleet.Task]:
+        return fleet.to_sync(state, from_, node or (), models or ())
+
+    for task in run(_pull(chosen, plan, still)):
+        said = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
+        typer.echo(clean_line(f"{said}; pull it on {from_} as well"), err=True)
 
 
 @app.command()
@@ -235,7 +240,11 @@ async def _each(
         await _all(tasks, one, done)
 
 
-async def _pull(chosen: Settings, plan: Callable[[MeshState], list[fleet.Task]]) -> None:
+Plan = Callable[["MeshState"], list["fleet.Task"]]
+
+
+async def _pull(chosen: Settings, plan: Plan, still: Plan | None = None) -> list[fleet.Task]:
+    """Returns what ``still`` says of these tasks when all are done."""
     from gpumesh.cli.downloads import downloads
     from gpumesh.cli.store import opened
 
@@ -251,6 +260,13 @@ async def _pull(chosen: Settings, plan: Callable[[MeshState], list[fleet.Task]])
                         shown(name, step)
 
             await _all(tasks, one, "pulled")
+        if still is None or not tasks:
+            return []
+        return [task for task in still(await stores.look(await session.status())) if _among(task, tasks)]
+
+
+def _among(task: fleet.Task, tasks: Sequence[fleet.Task]) -> bool:
+    return any((task.node.name, task.model) == (other.node.name, other.model) for other in tasks)
 
 
 async def _all(tasks: Sequence[fleet.Task], one: Callable[[fleet.Task], Awaitable[None]], done: str) -> None:

@@ -1,0 +1,224 @@
+"""`up` and `down`: in the background, in the foreground with and without a terminal, twice, and with what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from gpumesh.cli.up import until
+from gpumesh.daemon.host import Stop
+from gpumesh.lab.profile import Faults
+from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.terminals import terminal
+from tests.real.command import Gpumesh
+from tests.tunnels import polling
+
+slow = pytest.mark.slow
+
+
+async def test_items_until_somebody_asks_to_stop() -> None:
+    stop = Stop()
+    closed = False
+
+    async def items() -> AsyncIterator[int]:
+        nonlocal closed
+        try:
+            yield 1
+            yield 2
+            await asyncio.Event().wait()
+        finally:
+            closed = True
+
+    seen = []
+    async for item in until(items(), stop):
+        seen.append(item)
+        if item == 2:
+            asyncio.get_running_loop().call_soon(stop.ask)
+    assert seen == [1, 2]
+    assert closed
+
+
+async def test_items_that_end_or_fail_by_themselves() -> None:
+    async def few() -> AsyncIterator[int]:
+        yield 1
+
+    assert [item async for item in until(few(), Stop())] == [1]
+
+    async def broken() -> AsyncIterator[int]:
+        yield 1
+        raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        _ = [item async for item in until(broken(), Stop())]
+
+
+@slow
+async def test_in_the_background(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    up = await gpumesh("up", "-d")
+    assert "2 of 2 nodes up" in up.out
+    assert "runs in the background (pid " in up.err
+    assert "`gpumesh down` stops it" in up.err
+    (pid,) = gpumesh.processes()
+    assert f"pid {pid}" in up.err
+    again = await gpumesh("up", "-d", code=1)
+    assert f"runs already (pid {pid})" in again.err
+    assert "`gpumesh status` shows it" in again.err
+    assert f"runs already (pid {pid})" in (await gpumesh("up", code=1)).err
+    down = await gpumesh("down")
+    assert (down.out, down.err) == ("", "stopped\n")
+    assert gpumesh.processes() == set()
+    assert gpumesh.sockets() == []
+    ended = await gpumesh("down", code=1)
+    assert ended.err == "error: no mesh is running for this configuration\n"
+    quiet = await gpumesh("up", "-d", "-q")
+    assert (quiet.out, quiet.err) == ("", "")
+    quiet = await gpumesh("down", "-q")
+    assert (quiet.out, quiet.err) == ("", "")
+
+
+@slow
+async def test_only_some_nodes_another_address_and_no_gateway(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    await gpumesh("up", "-d", "beta", "--listen", "127.0.0.1:0")
+    state = (await gpumesh("status", "--json")).json()
+    assert [node["name"] for node in state["nodes"]] == ["beta"]
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.get(state["gateway"]["url"])).text == "Ollama is running"
+    await gpumesh("down")
+    await gpumesh("up", "-d", "--no-gateway")
+    state = (await gpumesh("status", "--json")).json()
+    assert state["gateway"]["url"] is None
+    assert state["gateway"]["state"] == "off"
+    await gpumesh("down")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["gamma"], 2, "there is no node 'gamma'"),
+        (["--listen", "nonsense"], 2, "is not HOST:PORT"),
+        (["--listen", "0.0.0.0:0"], 2, "lets other machines use your GPUs"),
+        (["--listen", "127.0.0.1:{taken}"], 1, "cannot listen on"),
+    ],
+)
+@pytest.mark.parametrize("how", [["-d"], []])
+async def test_what_cannot_be_is_said_and_leaves_nothing(
+    direct: Simulated, arguments: list[str], code: int, said: str, how: list[str]
+) -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    async with server:
+        taken = server.sockets[0].getsockname()[1]
+        words = [word.format(taken=taken) for word in arguments]
+        ended = await direct.gpumesh("up", *how, *words, code=code)
+    assert said in ended.err
+    assert ended.err.count("error:") == 1
+    assert direct.gpumesh.processes() == set()
+    assert direct.gpumesh.sockets() == []
+
+
+@slow
+async def test_in_the_foreground_on_a_terminal(direct: Simulated) -> None:
+    for way in ("q", "\x03"):
+        async with terminal(direct.gpumesh, "up") as shown:
+            await shown.until("2 of 2 nodes up")
+            assert shown.modes() != shown.modes_before
+            await direct.gpumesh("run", "x", "-o", "num_predict=2")
+            shown.press(way)
+            assert await shown.ended() == 0
+            assert shown.as_before()
+            assert "closing" in shown.said
+        assert direct.gpumesh.sockets() == []
+
+
+@slow
+async def test_in_the_foreground_without_a_terminal(direct: Simulated) -> None:
+    """The first report, then a line for each change; SIGTERM ends it in order."""
+    async with direct.gpumesh.started("up") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            seen = b""
+            while b"nodes up" not in seen:
+                seen += await process.stdout.readline()
+            await direct.hosts["beta"].set_faults(Faults(refuse=True))
+            told = b""
+            while b"-> down" not in told:
+                told += await process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+    assert b"beta" in told
+    assert b"\x1b" not in seen + told
+
+
+@slow
+@pytest.mark.parametrize("way", ["down", "SIGTERM"])
+async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
+    host = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(15, 15))
+    async with simulated(gpumesh, host):
+        await gpumesh("up", "-d")
+        (pid,) = gpumesh.processes()
+        async with gpumesh.started("run", "x", "--json") as asking:
+            assert asking.stdout is not None
+            await until_in_flight(gpumesh)
+            if way == "down":
+                ended = await gpumesh("down")
+                assert "waiting for 1 request to end" in ended.err
+            else:
+                os.kill(pid, signal.SIGTERM)
+            async with asyncio.timeout(20):
+                result = json.loads(await asking.stdout.read())
+            assert (result["error"], result["tokens"]) == (None, 15)
+            await gone(gpumesh)
+
+
+@slow
+async def test_what_takes_longer_is_cut(gpumesh: Gpumesh) -> None:
+    host = quick("slow", ssh=False, tokens_per_s=5.0, answer_tokens=(9000, 9000))
+    async with simulated(gpumesh, host) as made:
+        await gpumesh("up", "-d")
+        async with gpumesh.started("run", "x") as asking:
+            await until_in_flight(gpumesh)
+            ended = await gpumesh("down", "--wait", "0.5")
+            assert ended.wall_s < 15
+            async with asyncio.timeout(20):
+                assert await asking.wait() == 1
+            assert asking.stderr is not None
+            assert b"error: " in await asking.stderr.read()
+        await polling.until(lambda: not made.hosts["slow"].counters.in_flight, "the generation has stopped")
+
+
+async def until_in_flight(gpumesh: Gpumesh) -> None:
+    async with asyncio.timeout(20):
+        while not (await gpumesh("status", "--json")).json()["gateway"]["in_flight"]:
+            await asyncio.sleep(0.05)
+
+
+async def gone(gpumesh: Gpumesh) -> None:
+    await polling.until(lambda: not gpumesh.processes(), "its processes have ended")
+
+
+@slow
+async def test_a_mesh_that_was_killed_is_no_obstacle(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    await gpumesh("up", "-d")
+    gpumesh.kill_all()
+    await gone(gpumesh)
+    assert gpumesh.sockets() != []
+    assert "2 of 2 nodes up" in (await gpumesh("status")).out, "it looks for itself"
+    ended = await gpumesh("down", code=1)
+    assert "no mesh is running" in ended.err
+    assert gpumesh.sockets() == []
+    await gpumesh("up", "-d")
+    gpumesh.kill_all()
+    await gone(gpumesh)
+    await gpumesh("up", "-d")
+    assert (await gpumesh("run", "x", "-m", MODEL, "-o", "num_predict=1")).out.strip()
+    await gpumesh("down")
