@@ -29,12 +29,12 @@ DISK_LIMIT = 1 << 16
 
 async def look(session: Session, topology: Topology) -> MeshState:
     """The mesh's state with routes and disks filled in, and the findings by this mesh.yaml."""
-    import httpx
+    from gpumesh.probes.client import http_client
 
     loop = asyncio.get_running_loop()
     began = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
-    async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=ROUTES_S) as client:
+    async with http_client(timeout=ROUTES_S) as client:
         state = await session.first_report(EARLY_S)
         closer = await _each(session, client, specs, state.nodes, ROUTES_S)
         state = await session.first_report(max(began + REPORT_S - loop.time(), 0.1))

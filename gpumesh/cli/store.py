@@ -135,8 +135,9 @@ class Stores:
 async def opened(topology: Topology) -> AsyncIterator[Stores]:
     import httpx
 
-    limits = httpx.Timeout(30.0, read=LOAD_TIMEOUT_S)
-    async with httpx.AsyncClient(trust_env=False, timeout=limits) as client:
+    from gpumesh.probes.client import http_client
+
+    async with http_client(timeout=httpx.Timeout(30.0, read=LOAD_TIMEOUT_S)) as client:
         yield Stores(client, topology)
 
 

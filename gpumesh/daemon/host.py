@@ -8,13 +8,14 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from types import TracebackType
 
 from gpumesh import config
 from gpumesh.daemon import journal
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local import LocalSession
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.errors import UsageError
+from gpumesh.errors import GPUMeshError, UsageError
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
 
@@ -78,6 +79,7 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
         stack.callback(paths.remove)
         handler = journal.write_to(paths.log)
         stack.callback(journal.stop_writing, handler)
+        stack.push(_say_why)
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology))
@@ -100,6 +102,14 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
             began = asyncio.get_running_loop().time()
         spent_s = asyncio.get_running_loop().time() - began
         await drained(session, max(stop.drain_s - spent_s, 0.0))
+
+
+def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+    """What ends a mesh must stand in its log, while that is still open: later there is nobody to tell."""
+    if isinstance(error, GPUMeshError):
+        log.error("the mesh ends: %s", error.message, extra={"event": "failed", "node": error.node})
+    elif isinstance(error, Exception):
+        log.critical("the mesh ends, by a fault of gpumesh's own", exc_info=error, extra={"event": "failed"})
 
 
 async def drained(session: LocalSession, timeout_s: float) -> None:

@@ -20,8 +20,6 @@ from random import Random
 from types import TracebackType
 from typing import Self
 
-import httpx
-
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
@@ -36,6 +34,7 @@ from gpumesh.mesh.node import Node
 from gpumesh.mesh.sending import Means, Sending
 from gpumesh.mesh.upload import upload
 from gpumesh.mesh.upstream import Upstream
+from gpumesh.probes.client import http_client
 from gpumesh.state import GatewayState, MeshState, total
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
@@ -84,10 +83,7 @@ class Mesh:
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._upstream = Upstream()
-        # The probes' own client: short calls, no proxies from the environment, no redirects to elsewhere.
-        self._http = httpx.AsyncClient(
-            trust_env=False, follow_redirects=False, limits=httpx.Limits(max_connections=None), timeout=10.0
-        )
+        self._http = http_client()
         self._nodes = {
             spec.name: Node(
                 spec, clock=clock, http=self._http, changes=self._changes, freed=self._freed, identified=self._regroup

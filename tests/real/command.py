@@ -65,9 +65,14 @@ class Gpumesh:
             async with asyncio.timeout(LIMIT_S):
                 out, err = await process.communicate(None if stdin is None else stdin.encode())
         ended = Ended(process.returncode, out.decode(), err.decode(), time.monotonic() - began)
-        assert "Traceback" not in ended.err, ended
-        assert code is None or ended.code == code, ended
+        assert "Traceback" not in ended.err, f"{ended}\n{self.logs()}"
+        assert code is None or ended.code == code, f"{ended}\n{self.logs()}"
         return ended
+
+    def logs(self) -> str:
+        """What background meshes have written, the last of it."""
+        files = sorted(path for path in self.home.rglob("logs/*") if path.is_file())
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
 
     @contextlib.asynccontextmanager
     async def started(self, *arguments: str, stdin: str | None = None) -> AsyncIterator[asyncio.subprocess.Process]:
