@@ -29,13 +29,25 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        # asyncio holds a process for alive until its pipes are read to their end.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_S):
-                for pipe in (process.stdout, process.stderr):
-                    while pipe is not None and await pipe.read(CHUNK):
-                        pass
-                await process.wait()
+        await let_go(process, END_S)
+
+
+async def end_of(process: asyncio.subprocess.Process) -> None:
+    """Waits for it, and drops what it says: asyncio holds a process for alive until its pipes are read to their end."""
+    for pipe in (process.stdout, process.stderr):
+        while pipe is not None and await pipe.read(CHUNK):
+            pass
+    await process.wait()
+
+
+async def let_go(process: asyncio.subprocess.Process, patience_s: float) -> None:
+    """Of a process that was told to end. Its pipes are closed after ``patience_s``, should something that it started
+    hold them open."""
+    try:
+        async with asyncio.timeout(patience_s):
+            await end_of(process)
+    except TimeoutError:
+        process._transport.close()  # type: ignore[attr-defined]  # asyncio has no other way
 
 
 async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[bytes, bool]:

@@ -157,12 +157,17 @@ _KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
 
 def encode(message: ToWorker | FromWorker) -> bytes:
     """One line, with its end."""
-    return json.dumps({"kind": type(message).__name__, **to_json(message)}, ensure_ascii=False).encode() + b"\n"
+    # In ASCII: a file's name may hold bytes that are no text, and come here as lone surrogates.
+    return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode("ascii") + b"\n"
 
 
 def decode(line: bytes) -> ToWorker | FromWorker:
     """Raises ``ValueError`` for what ``encode`` cannot have written."""
-    document = json.loads(line)
-    if not isinstance(document, dict) or document.get("kind") not in _KINDS:
+    try:
+        document = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("a line that is nested beyond all bounds") from error
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError("not a message between a supervisor and a worker")
-    return from_json(_KINDS[document["kind"]], document)
+    return from_json(_KINDS[kind], document)

@@ -45,6 +45,7 @@ from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
 from gpumesh.tunnels.handshake import parse_jump
 from gpumesh.tunnels.heartbeat import AGAIN_S
 from gpumesh.tunnels.killable import killable
+from gpumesh.tunnels.local_command import end_of, let_go
 from gpumesh.tunnels.openssh_prompts import Prompts
 from gpumesh.tunnels.protocol import Setup, Up
 
@@ -555,17 +556,12 @@ class MuxCommand:
 
 
 async def _end_client(process: Process, patience_s: float = 0.0) -> None:
-    """Reads its pipes to their end, too: asyncio holds a process for alive until then."""
-    if process.returncode is None and patience_s == 0.0:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    for _ in range(2):
+    """Kills it, unless it ends by itself within ``patience_s``."""
+    if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s or STOP_S):
-                for pipe in (process.stdout, process.stderr):
-                    while pipe is not None and await pipe.read(PIECE):
-                        pass
-                await process.wait()
+            async with asyncio.timeout(patience_s):
+                await end_of(process)
                 return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await let_go(process, STOP_S)

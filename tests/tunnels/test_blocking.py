@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from gpumesh.tunnels.blocking import Deadline, call
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_deadline_passes() -> None:
+    clock = Clock()
+    deadline = Deadline(5.0, clock)
+    assert deadline.remaining_s == 5.0
+    clock.now += 4.0
+    assert (deadline.remaining_s, deadline.passed) == (1.0, False)
+    clock.now += 4.0
+    assert (deadline.remaining_s, deadline.passed) == (0.0, True)
+
+
+def test_a_persons_time_does_not_count_up_to_a_bound() -> None:
+    clock = Clock()
+    deadline = Deadline(5.0, clock)
+    clock.now += 1.0
+    with deadline.on_hold(60.0):
+        assert not deadline.passed
+        clock.now += 20.0
+        assert not deadline.passed
+    assert deadline.remaining_s == 4.0
+    with deadline.on_hold(60.0):
+        clock.now += 61.0
+    assert deadline.remaining_s == 3.0
+
+    def fail() -> None:
+        with deadline.on_hold(60.0):
+            clock.now += 7.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert deadline.remaining_s == 3.0
+
+
+async def test_a_call_gives_its_result_or_its_error() -> None:
+    assert await call(divmod, 7, 2) == (3, 1)
+
+    def quit_all() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(ZeroDivisionError):
+        await call(divmod, 7, 0)
+    with pytest.raises(SystemExit):
+        await call(quit_all)
+
+
+async def test_a_call_that_hangs_keeps_nobody_waiting() -> None:
+    go, left = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def hang() -> None:
+        go.wait(30)
+        loop.call_soon_threadsafe(left.set)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await call(hang)
+    # Not from a pool: however many hang, another is not held up.
+    hanging = [asyncio.create_task(call(hang)) for _ in range(100)]
+    assert await asyncio.wait_for(call(divmod, 7, 2), 20) == (3, 1)
+    go.set()
+    async with asyncio.timeout(20):
+        await left.wait()
+        await asyncio.gather(*hanging)
+
+
+def test_a_call_that_outlives_its_loop_ends_in_silence() -> None:
+    go = threading.Event()
+
+    async def leave() -> None:
+        task = asyncio.create_task(call(go.wait, 30))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(leave())
+    threads = [thread for thread in threading.enumerate() if thread.name == "wait"]
+    go.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
