@@ -213,7 +213,7 @@ FAULTS = (
     Fault("connection reset (RST)", reset),
     Fault("black hole, both ways", swallow, heal, goal_s=5.0),
     Fault("outage", swallow, heal, goal_s=5.0, lasts_s=6.0),
-    Fault("200 ms, 5 % of packets lost", nothing, noticed_by=NoticedBy.NOBODY, lasts_s=20.0, line=Line(0.2, 50)),
+    Fault("200 ms, 5 % of packets lost", nothing, noticed_by=NoticedBy.NOBODY, lasts_s=15.0, line=Line(0.2, 50)),
     Fault("cable pulled, and plugged in again", pull_out, plug_in, goal_s=5.0),
     Fault("port moved (a pod restarted)", move_port),
     Fault("host key changed", change_key, trust, becomes="host-key-changed"),
