@@ -207,6 +207,8 @@ class Gateway:
 
     def _admit(self, request: Request, path: str) -> None:
         """Raises BadRequest for who may not talk to us."""
+        if not request.spoken:
+            raise BadRequest("HTTP/1.1 and 1.0 are spoken here")
         origin = request.headers.get("Origin")
         if not self._guard.host_allowed(request.headers.get("Host")):
             raise BadRequest("this Host is not served here", status=403)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import http_exceptions, web
+from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
 
 from gpumesh.gateway.record import Record
 from gpumesh.gateway.requests import BadRequest
@@ -30,6 +30,7 @@ RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, socke
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_ID = 128  # of a client's X-Request-Id
 
+_VERSIONS = (HttpVersion10, HttpVersion11)
 _MALFORMED = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
 
 Handler = Callable[["Request"], Awaitable[web.StreamResponse]]
@@ -61,9 +62,10 @@ class Bounds:
 
 
 class Request(web.BaseRequest):
-    """A request, its record, and what its answer's head must say on its account."""
+    """A request, its record, and what its answer's head must say on its account. ``spoken``: its version of HTTP is
+    one that is spoken here (the parser takes 0.9 and others for versions too)."""
 
-    ATTRS = web.BaseRequest.ATTRS | frozenset({"bounds", "cors", "id", "record"})
+    ATTRS = web.BaseRequest.ATTRS | frozenset({"bounds", "cors", "id", "record", "spoken"})
 
     def __init__(
         self,
@@ -76,6 +78,10 @@ class Request(web.BaseRequest):
         bounds: Bounds,
         record: Record,
     ) -> None:
+        self.spoken = message.version in _VERSIONS
+        if not self.spoken:
+            # The answer's first line would repeat it.
+            message = message._replace(version=HttpVersion10, should_close=True)
         super().__init__(message, payload, protocol, writer, task, loop, client_max_size=bounds.body_bytes)
         self.bounds = bounds
         self.record = record
