@@ -1,32 +1,47 @@
-"""The event loop of whoever runs a mesh: uvloop where there is one, which the gateway's hot path is measured on."""
+"""Running an event loop to its end, whenever Ctrl-C comes; and which loop: for whoever runs a mesh uvloop where there
+is one, which the gateway's hot path is measured on."""
 
 from __future__ import annotations
 
 import asyncio
-import resource
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-FILES = 65536
+
+def run(main: Coroutine[Any, Any, T], *, fast: bool = True) -> T:
+    """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. ``fast``: worth the time that
+    uvloop takes to be imported.
+
+    A SIGINT that comes while the loop is made comes when ``main`` has begun: half a loop cannot be closed.
+    """
+    with _held() as release, asyncio.Runner(loop_factory=_factory() if fast else None) as runner:
+
+        async def begun() -> T:
+            release()
+            return await main
+
+        return runner.run(begun())
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt."""
-    _allow_files()
-    with asyncio.Runner(loop_factory=_factory()) as runner:
-        return runner.run(main)
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """Holds SIGINT back until the end or until what is yielded is called."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield lambda: None
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def _allow_files() -> None:
-    """Each stream through the gateway is two open sockets; 1024 files, the usual bound, would be some 500 of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS refuses more than the kernel's own bound
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        yield release
+    finally:
+        release()
 
 
 def _factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
