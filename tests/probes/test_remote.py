@@ -90,7 +90,7 @@ async def test_a_connection_that_fails_is_said_as_it_is() -> None:
         await ask(fails, [("hostname",)], timeout_s=PATIENCE_S)
 
 
-TEXT = st.text(alphabet=st.characters(exclude_characters="@\r"), max_size=30)
+TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), max_size=30)
 
 
 @settings(deadline=None)
