@@ -1,6 +1,7 @@
 """Captures what the documentation shows: real output of the installed command, on simulated hosts with real SSH.
 
     python docs/capture.py
+    python docs/capture.py --figures     also the tables of benchmarks; on a machine that does nothing else
 
 It fills the blocks between `<!-- captured: NAME -->` and `<!-- end -->` in README.md and docs/*.md, and writes
 docs/status.svg. What differs from run to run (ports, times, figures) differs here, too: commit it when the *look* has
@@ -14,6 +15,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 import sys
 import tempfile
 from io import StringIO
@@ -137,6 +139,16 @@ async def two_ways_to_one(folder: Path) -> dict[str, str]:
     }
 
 
+def figures() -> dict[str, str]:
+    """What the benchmarks print whose figures README names."""
+    shown = {}
+    for name, arguments in (("tunnel_rtt", []), ("tunnel_streams", ["--streams", "32,256"])):
+        command = ["benchmarks/" + name + ".py", *arguments]
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        shown[name] = f"$ .venv/bin/python {shlex.join(command)}\n{done.stdout.rstrip()}"
+    return shown
+
+
 def fill(page: Path, captured: dict[str, str]) -> None:
     text = page.read_text()
     for name, output in captured.items():
@@ -152,6 +164,8 @@ async def main() -> None:
     for scene in (working_mesh, from_an_ssh_line, two_ways_to_one):
         with tempfile.TemporaryDirectory(prefix="gm-") as folder:
             captured.update(await scene(Path(folder)))
+    if "--figures" in sys.argv[1:]:
+        captured.update(figures())
     for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
         fill(page, captured)
     for output in captured.values():
