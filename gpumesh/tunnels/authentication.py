@@ -93,6 +93,17 @@ def authenticate(
         raise TunnelLost(f"the login at {where} broke off: {printable(str(error), 120)}") from error
 
 
+class _Agent(paramiko.Agent):
+    """Closes its socket also where the agent talks nonsense."""
+
+    def __init__(self) -> None:
+        try:
+            super().__init__()
+        except BaseException:
+            self.close()
+            raise
+
+
 class _Attempts:
     """One login. ``allowed`` is what the host last said that it would take; empty: it has not said."""
 
@@ -122,7 +133,7 @@ class _Attempts:
     def _keys_of_the_agent(self) -> bool:
         agent = None
         try:
-            agent = paramiko.Agent()
+            agent = _Agent()
             keys = agent.get_keys()[:AGENT_KEYS]
         except (paramiko.SSHException, OSError):
             keys = ()  # no agent after all: then its keys are not tried
