@@ -36,6 +36,9 @@ def models(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _chosen(ctx: typer.Context) -> Path | None:
+    """``--config``, before or behind the command's name."""
+    if (late := ctx.meta.get("gpumesh.config")) is not None:
+        return Path(late)
     context: Any = ctx
     while context is not None:
         if (named := context.params.get("config")) is not None:

@@ -78,16 +78,18 @@ def late_options() -> list[Any]:
 
 def _keep(ctx: Any, parameter: Any, value: Any) -> Any:
     if value:
-        setattr(ctx.find_root().obj, parameter.name, value)
+        ctx.meta[f"gpumesh.{parameter.name}"] = value  # for completion, which runs no callback of the root
+        if ctx.find_root().obj is not None:
+            setattr(ctx.find_root().obj, parameter.name, value)
     return value
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """An asynchronous command to its end. Ctrl-C cancels it, which ends what runs on the hosts, and exits with 130."""
-    import asyncio
+    from gpumesh.daemon import loop
 
     try:
-        return asyncio.run(main)
+        return loop.run(main, fast=False)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

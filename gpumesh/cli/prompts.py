@@ -55,14 +55,14 @@ def read_prompts(text: str, *, name: str) -> list[Prompt]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _from_object(line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
     if isinstance(entry, str):
         return Prompt(entry)
@@ -94,6 +94,8 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
             raise UsageError(f"{where}: a message is an object with role and content")
         images = entry.get("images") or []
+        if not isinstance(images, list):
+            raise UsageError(f"{where}: images is not a list")
         if not all(isinstance(item, str) for item in (entry["role"], entry["content"], *images)):
             raise UsageError(f"{where}: role, content and images of a message are strings")
         messages.append(Message(entry["role"], entry["content"], tuple(images)))
@@ -109,6 +111,6 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"-o {pair!r} is not key=value", hint="for example -o temperature=0.2 -o num_predict=100")
         try:
             options[key.strip()] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key.strip()] = value
     return options

@@ -1,0 +1,84 @@
+"""What the shell completes, asked as bash asks: by running the command with its variables."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.cli.meshes import Simulated
+from tests.real.command import GPUMESH, Gpumesh
+
+pytestmark = [pytest.mark.slow]
+
+
+async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[str]:
+    """The proposals for the last word."""
+    process = await asyncio.create_subprocess_exec(
+        str(GPUMESH),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=gpumesh.environment(
+            _GPUMESH_COMPLETE="complete_bash",
+            COMP_WORDS=words,
+            COMP_CWORD=str(len(words.split(" ")) - 1),
+            **environment,
+        ),
+        cwd=gpumesh.home,
+    )
+    async with asyncio.timeout(30):
+        out, errors = await process.communicate()
+    assert errors == b"", errors
+    return out.decode().split()
+
+
+async def test_names_of_nodes_and_models(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    assert await completed(gpumesh, "gpumesh drain ") == ["alpha", "beta"]
+    assert await completed(gpumesh, "gpumesh drain b") == ["beta"]
+    assert await completed(gpumesh, "gpumesh drain x") == []
+    assert await completed(gpumesh, "gpumesh status --node a") == ["alpha"]
+    assert await completed(gpumesh, "gpumesh exec be") == ["beta"]
+    assert await completed(gpumesh, "gpumesh run -m q") == [], "no mesh is running, and none is started for this"
+    await gpumesh("up", "-d")
+    assert await completed(gpumesh, "gpumesh run -m q") == ["qwen2.5:7b"]
+    assert await completed(gpumesh, "gpumesh models load ") == ["qwen2.5:7b"]
+    assert await completed(gpumesh, "gpumesh models sync --from ") == ["alpha", "beta"]
+    await gpumesh("down")
+
+
+async def test_commands_and_options(gpumesh: Gpumesh) -> None:
+    assert set(await completed(gpumesh, "gpumesh st")) == {"status"}
+    assert {"pull", "rm", "load", "unload", "list", "sync"} <= set(await completed(gpumesh, "gpumesh models "))
+    assert "--watch" in await completed(gpumesh, "gpumesh status --")
+
+
+async def test_a_named_file_is_read(direct: Simulated) -> None:
+    other = direct.gpumesh.home / "other.yaml"
+    direct.gpumesh.config.rename(other)
+    assert await completed(direct.gpumesh, "gpumesh -c other.yaml drain ") == ["alpha", "beta"]
+    assert await completed(direct.gpumesh, "gpumesh drain -c other.yaml ") == ["alpha", "beta"]
+
+
+@pytest.mark.parametrize("text", [None, "", "nodes: [", "nodes: 5", "nodes: [{name: a}]"])
+async def test_nothing_to_complete_is_no_error(gpumesh: Gpumesh, text: str | None) -> None:
+    if text is not None:
+        gpumesh.config.write_text(text)
+    assert await completed(gpumesh, "gpumesh drain ") == []
+    assert await completed(gpumesh, "gpumesh run -m ") == []
+
+
+async def test_a_mesh_that_hangs_does_not_hang_the_shell(direct: Simulated) -> None:
+    await direct.gpumesh("up", "-d")
+    (pid,) = direct.gpumesh.processes()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(10):
+            assert await completed(direct.gpumesh, "gpumesh run -m ") == []
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await direct.gpumesh("down")
