@@ -48,6 +48,7 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
         "chromium and the playwright package",
         lambda: program("chromium") is not None and importlib.util.find_spec("playwright") is not None,
     ),
+    "node": ("Node.js and npm", lambda: bool(program("node") and program("npm"))),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "netns": ("root, ip and nft for network namespaces", lambda: _root() and bool(program("ip") and program("nft"))),
 }
