@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -107,7 +108,10 @@ ILLNESSES = {
 
 async def quick(gpumesh: Gpumesh, *arguments: str, code: int | None = 0) -> Ended:
     ended = await gpumesh(*arguments, code=code)
-    assert ended.wall_s < WITHIN_S, ended
+    # The command waits for seven seconds at most and works for one. Where many others want the cores, the second is
+    # what grows: up to three for each core change nothing.
+    crowd = max(1.0, os.getloadavg()[0] / (3 * (os.cpu_count() or 1)))
+    assert ended.wall_s < WITHIN_S * crowd, ended
     return ended
 
 
