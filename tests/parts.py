@@ -3,9 +3,11 @@ it is skipped with the reason, and in CI, which installs them all, that skip is 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,16 @@ def _root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
+@functools.cache
+def _namespaces() -> bool:
+    """Root in a container may have the programs, but not the right."""
+    wanted = ("ip", "nft", "ss", "nsenter", "setpriv", "unshare")
+    if not _root() or not all(map(program, wanted)) or not Path("/dev/net/tun").exists():
+        return False
+    made = subprocess.run([str(program("unshare")), "--net", "true"], stderr=subprocess.DEVNULL, timeout=20)
+    return made.returncode == 0
+
+
 _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "sshd": ("OpenSSH's sshd and ssh-keygen", lambda: bool(program("sshd") and program("ssh-keygen"))),
     "ssh": ("OpenSSH's ssh", lambda: program("ssh") is not None),
@@ -50,7 +62,7 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "node": ("Node.js and npm", lambda: bool(program("node") and program("npm"))),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
-    "netns": ("root, ip and nft for network namespaces", lambda: _root() and bool(program("ip") and program("nft"))),
+    "netns": ("root, iproute2, nftables, util-linux and tun for network namespaces", _namespaces),
 }
 
 
