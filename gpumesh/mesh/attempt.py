@@ -167,6 +167,7 @@ async def _generated(lease: Lease, response: UpstreamResponse, continuation: Con
         data = await response.read()
         first = continuation.feed(data) if data else continuation.end_of_body()
         if first:
+            lease.began()
             return Opened(lease, response, continuation, first)
         if continuation.cut is not None:
             response.abort()

@@ -74,6 +74,10 @@ class Lease:
             self._released = True
             self.node.released(self, outcome, counters, error)
 
+    def began(self) -> None:
+        """Its answer has begun: after failures the node need not wait for its end to be given more."""
+        self.node.began()
+
     def undo(self) -> None:
         """It was never used: nothing is counted."""
         if not self._released:
@@ -230,7 +234,10 @@ class Node:
                 # A server that is busy prefilling may miss one probe; what it is doing for us says that it lives.
                 self._probe_now.set()
                 return
+        was_down = self._backend is not None and self._backend.state.state is not BackendPhase.UP
         self._backend = report
+        if was_down and report.state.state is BackendPhase.UP:
+            self._breaker = Breaker()  # it was away and is back: what failed before is over
         self._target = next((target for target, url in candidates if url == report.url), None)
         if report.state.state is BackendPhase.UP:
             names = report.state.models
@@ -377,6 +384,11 @@ class Node:
             self.tunnel.suspect(error or outcome.value)
         self._freed()
         self._changes.notify()
+
+    def began(self) -> None:
+        """A request's answer has begun: while it goes on another may try as well."""
+        self._breaker = self._breaker.undecided()
+        self._freed()
 
     def undone(self, lease: Lease) -> None:
         self._leases.discard(lease)

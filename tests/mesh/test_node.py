@@ -131,6 +131,29 @@ async def test_failures_in_a_row_open_the_breaker_and_success_closes_it(node: No
     assert node.candidate(seen.now).usable
 
 
+async def test_a_trial_whose_answer_has_begun_lets_others_try(node: Node, seen: Seen) -> None:
+    for _ in range(3):
+        node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
+    seen.now += 5.0
+    trial = node.lease(DEMAND)
+    freed = seen.freed
+    trial.began()
+    assert node.candidate(seen.now).usable
+    assert seen.freed > freed, "those that wait are told"
+    trial.release(Outcome.CUT, error="it broke off")
+    assert not node.candidate(seen.now).usable, "it has failed after all"
+
+
+async def test_a_server_that_was_away_and_is_back_starts_anew(node: Node, standin: StandIn, seen: Seen) -> None:
+    await standin.set_faults(Faults(status=500))
+    for _ in range(3):
+        node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
+    await until(lambda: node.state(0).backend.state is not BackendPhase.UP, "the probe sees it, too")
+    assert node.tunnel_state.state is TunnelPhase.UP
+    await standin.set_faults(Faults())
+    await until(lambda: node.candidate(seen.now).usable, "it is used at once, though no time has passed")
+
+
 async def test_a_clients_leaving_is_no_fault(node: Node, seen: Seen) -> None:
     for _ in range(10):
         node.lease(DEMAND).release(Outcome.CLIENT_GONE)
