@@ -45,7 +45,9 @@ def _namespaces() -> bool:
     wanted = ("ip", "nft", "ss", "nsenter", "setpriv", "unshare")
     if not _root() or not all(map(program, wanted)) or not Path("/dev/net/tun").exists():
         return False
-    made = subprocess.run([str(program("unshare")), "--net", "true"], stderr=subprocess.DEVNULL, timeout=20)
+    made = subprocess.run(
+        [str(program("unshare")), "--net", "true"], stderr=subprocess.DEVNULL, timeout=20, check=False
+    )
     return made.returncode == 0
 
 
