@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from gpumesh.config import document
+from gpumesh.config.expand import MAX_EXPANDED, UNUSABLE, plain, variables
+
+ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY": "hunter2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no variable", "no variable"),
+        ("${HOST}", "iceland"),
+        ("a-${HOST}-${HOST}.lan", "a-iceland-iceland.lan"),
+        ("${NOPE:-here}", "here"),
+        ("${EMPTY:-here}", "here"),
+        ("${NOPE:-}", ""),
+        ("${EMPTY}", ""),
+        ("$${HOST}", "${HOST}"),
+        ("$HOST", "$HOST"),
+        ("$", "$"),
+    ],
+)
+def test_variables(text: str, value: str) -> None:
+    assert variables(text, ENV) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("${NOPE}", "the variable NOPE is not set"),
+        ("${HOST", r"write \$\{VAR\}"),
+        ("${}", r"write \$\{VAR\}"),
+        ("${a b}", r"write \$\{VAR\}"),
+        ("${POD_API_KEY}", "holds a secret by its name"),
+        ("${LONG}${LONG}", f"expands to more than {MAX_EXPANDED}"),
+    ],
+)
+def test_what_cannot_be_expanded(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        variables(text, ENV)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_tree_with_its_faults_in_their_places() -> None:
+    tree, faults = document.read("a: ['${HOST}', '${NOPE}', ~]\nb: {c: '${POD_API_KEY}', d: 5}\n")
+    assert tree is not None
+    assert faults == []
+    value, faults = plain(tree, ENV)
+    assert value == {"a": ["iceland", UNUSABLE, None], "b": {"c": UNUSABLE, "d": "5"}}
+    assert [fault.path for fault in faults] == [("a", 1), ("b", "c")]
+    assert [fault.spot.line for fault in faults if fault.spot is not None] == [1, 2]
+
+
+def test_what_was_broken_already_is_not_told_twice() -> None:
+    tree, faults = document.read("a: *nobody\n")
+    assert tree is not None
+    assert len(faults) == 1
+    assert plain(tree, ENV) == ({"a": UNUSABLE}, [])

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from gpumesh.config.messages import did_you_mean, keys_at, one_of, shown
+from gpumesh.errors import ConfigError
+from tests.config.build import topology
+
+
+def said(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        topology(text)
+    return [f"{problem.path}: {problem.message}" for problem in caught.value.problems]
+
+
+def node(keys: str) -> str:
+    return f"nodes: [{{name: a, backend: {{url: 'http://h:1'}}, {keys}}}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (node("weigth: 2"), "nodes[0].weigth: unknown key 'weigth'; did you mean weight?"),
+        (node("tags: {}"), "nodes[0].tags: unknown key 'tags'; did you mean labels?"),
+        (node("listen: x"), "nodes[0].listen: unknown key 'listen'; listen belongs under gateway"),
+        (node("Weight: 2"), "nodes[0].Weight: unknown key 'Weight'; did you mean weight?"),
+        (node("weight: []"), "nodes[0].weight: a number is expected here, not a list"),
+        (node("weight: heavy"), "nodes[0].weight: 'heavy' is not a number"),
+        (node("enabled: maybe"), "nodes[0].enabled: 'maybe' is neither true nor false"),
+        (node("expect: 5"), "nodes[0].expect: keys with values are expected here, not the text '5'"),
+        (node("labels: [a]"), "nodes[0].labels: keys with values are expected here, not a list"),
+        (node("expect: {models: {a: b}}"), "nodes[0].expect.models: a list is expected here, not keys with values"),
+        ("nodes: [{backend: {url: 'http://h:1'}}]", "nodes[0].name: is missing"),
+        (f"gateway: {{policy: adaptiv}}\n{node('weight: 1')}",
+         "gateway.policy: 'adaptiv' is not one of round-robin, least-loaded, power-of-two, adaptive;"
+         " did you mean adaptive?"),
+    ],
+)  # fmt: skip
+def test_a_sentence_for_a_person(text: str, message: str) -> None:
+    assert said(text) == [message]
+
+
+@pytest.mark.parametrize("key", ["password", "passphrase", "api_key", "my_token"])
+def test_a_secret_in_the_file_is_not_repeated(key: str) -> None:
+    (message,) = said(f"nodes: [{{name: a, ssh: {{host: h, {key}: hunter2}}}}]")
+    assert "a secret may not stand in the file" in message
+    assert "hunter2" not in message
+
+
+def test_guesses() -> None:
+    assert did_you_mean("HOST-KEY-POLICY", ["host_key_policy", "port"]) == "host_key_policy"
+    assert did_you_mean("zzz", ["port"]) is None
+    assert one_of("x", ["a", "b"]) == "'x' is not one of a, b"
+    assert len(shown("x" * 1000)) < 70
+    assert shown("\x1b") == "'\\x1b'"
+
+
+def test_keys_by_their_path() -> None:
+    assert "listen" in keys_at(("gateway",))
+    assert "port" in keys_at(("nodes", 0, "ssh"))
+    assert keys_at(("nodes", 0, "nothing")) == []
