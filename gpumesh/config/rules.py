@@ -70,8 +70,6 @@ def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -
     where = next((key for source in (backend, shared) for key in _WHERE if source.get(key) is not None), None)
     kind = backend.get("kind") or shared.get("kind")
     if node.get("ssh") is None and node.get("address_from") is None:
-        if where == "port" and sum(backend.get(key) is not None for key in _WHERE) > 1:
-            return  # told already: one of them has to go
         if where == "port":
             at = (*path, "backend", "port") if "port" in backend else path
             yield at, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"

@@ -68,9 +68,6 @@ def main() -> int:
     try:
         loop.run(serve(arguments.config, options, ready))
     except GPUMeshError as error:
-        log.error(  # noqa: TRY400  # the sentence is the reason; a trace would say nothing more
-            "the mesh ended: %s", error.message, extra={"event": "failed", "node": error.node}
-        )
         ready.tell(messages.to_error(error))
         return int(error.exit_code)
     except BaseExceptionGroup as group:

@@ -60,5 +60,5 @@ def _ask(path: Path, kind: str, key: str, timeout_s: float) -> Any:
         if reply["kind"] == "Error":
             raise GPUMeshError(str(reply["message"]), hint=reply.get("hint"))
         return reply[key]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise GPUMeshError("the running mesh said what this gpumesh cannot read") from error

@@ -105,7 +105,7 @@ class RemoteSession:
             while line := await reader.readline():
                 try:
                     reply = messages.decode_reply(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise GPUMeshError(f"the running mesh said what this gpumesh cannot read: {error}") from error
                 if isinstance(reply, messages.End):
                     return

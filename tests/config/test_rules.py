@@ -42,7 +42,11 @@ def test_what_holds(node: dict[str, Any]) -> None:
         ({"nodes": [{"name": "a", "backend": {"port": "1"}}]}, "nodes.0.backend.port", "as seen from an ssh host"),
         ({"nodes": [{"name": "a", "ssh": {}}]}, "nodes.0.ssh", "does not say which host"),
         ({"nodes": [{"name": "a", "ssh": SSH, "backend": {"kind": "openai"}}]}, "nodes.0.backend", "no usual port"),
-        ({"nodes": [{**DIRECT, "backend": {"url": "http://h", "port": "1"}}]}, "nodes.0.backend.port", "url stands"),
+        (
+            {"nodes": [{**DIRECT, "ssh": SSH, "backend": {"url": "http://h", "port": "1"}}]},
+            "nodes.0.backend.port",
+            "url stands here already",
+        ),
         ({"nodes": [{**DIRECT, "backend": {"urls": []}}]}, "nodes.0.backend.urls", "names no URL"),
         ({"nodes": [DIRECT], "gateway": {"listen": "0.0.0.0:1"}}, "gateway.listen", "lets other machines use"),
         ({"nodes": [DIRECT], "defaults": {"backend": {"port": "1", "url": "x"}}}, "defaults.backend.url", "one of"),

@@ -1,0 +1,105 @@
+"""The background mesh's process, as `detach.spawn` starts it: what it tells through the pipe, and its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumesh.daemon import messages
+from gpumesh.errors import UsageError
+from tests.cli.meshes import Simulated, command, quick, simulated
+from tests.real.command import Gpumesh
+
+pytestmark = [pytest.mark.slow]
+
+
+class Background:
+    """``told``: the one message on the pipe."""
+
+    def __init__(self, process: asyncio.subprocess.Process, reader: int) -> None:
+        self.process = process
+        self._reader = reader
+
+    async def told(self) -> messages.Reply:
+        async with asyncio.timeout(30):
+            data = await asyncio.to_thread(self._read)
+        return messages.decode_reply(data)
+
+    def _read(self) -> bytes:
+        with os.fdopen(self._reader, "rb") as pipe:
+            return pipe.readline()
+
+
+async def started(gpumesh: Gpumesh, *arguments: str) -> Background:
+    reader, writer = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "gpumesh.daemon", str(gpumesh.config), "--ready-fd", str(writer), *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=gpumesh.environment(),
+        pass_fds=(writer,),
+    )
+    os.close(writer)
+    return Background(process, reader)
+
+
+async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None:
+    with command(tmp_path) as gpumesh:
+        async with simulated(gpumesh, quick("alpha", ssh=False)) as made:
+            background = await started(gpumesh)
+            assert await background.told() == messages.End()
+            assert (await gpumesh("run", "x", "-o", "num_predict=1")).out.strip()
+            background.process.send_signal(signal.SIGHUP)
+            assert (await gpumesh("status", "--json")).json()["gateway"]["state"] == "serving", "its terminal may close"
+            background.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                assert await background.process.wait() == 0
+            assert gpumesh.sockets() == []
+            assert isinstance(made, Simulated)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "code", "said"),
+    [
+        ("nodes: []", [], 2, "names no node"),
+        (None, ["--node=gamma"], 2, "no node 'gamma'"),
+        (None, ["--listen=nonsense"], 2, "is not HOST:PORT"),
+    ],
+)
+async def test_it_tells_why_it_cannot(
+    tmp_path: Path, text: str | None, arguments: list[str], code: int, said: str
+) -> None:
+    with command(tmp_path) as gpumesh:
+        good = {
+            "gateway": {"listen": "127.0.0.1:0"},
+            "nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}],
+        }
+        gpumesh.config.write_text(text or json.dumps(good))
+        background = await started(gpumesh, *arguments)
+        told = await background.told()
+        assert isinstance(told, messages.Error)
+        assert said in told.message
+        assert messages.from_error(told).exit_code == UsageError.exit_code
+        async with asyncio.timeout(20):
+            assert await background.process.wait() == code
+        assert background.process.stderr is not None
+        assert await background.process.stderr.read() == b""
+
+
+async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None:
+    with command(tmp_path) as gpumesh:
+        async with simulated(gpumesh, quick("alpha", ssh=False)):
+            background = await started(gpumesh)
+            os.close(background._reader)
+            async with asyncio.timeout(30):
+                while (await gpumesh("status", "--json", code=None)).json()["gateway"]["state"] != "serving":
+                    await asyncio.sleep(0.05)
+            await gpumesh("down")
+            async with asyncio.timeout(20):
+                await background.process.wait()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.daemon.paths import SOCKET_PATH_LIMIT, MeshPaths, for_config
+from gpumesh.errors import GPUMeshError
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Short, as it is in life: it holds a Unix socket."""
+    with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        yield Path(folder)
+
+
+def test_one_mesh_yaml_has_one_place_however_it_is_named(
+    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.touch()
+    (tmp_path / "link.yaml").symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    paths = for_config(file)
+    assert for_config(Path("mesh.yaml")) == for_config(tmp_path / "x" / ".." / "mesh.yaml") == paths
+    assert for_config(tmp_path / "link.yaml") == paths
+    assert for_config(tmp_path / "other.yaml").folder != paths.folder
+    assert paths.folder.parent == runtime / "gpumesh"
+    assert paths.log.parent == tmp_path / "state" / "gpumesh" / "logs"
+    assert not paths.folder.exists()
+
+
+def test_made_private_and_taken_away(tmp_path: Path) -> None:
+    paths = for_config(tmp_path / "mesh.yaml")
+    paths.make()
+    paths.make()
+    assert stat.S_IMODE(paths.folder.stat().st_mode) == 0o700
+    paths.socket.touch()
+    paths.lock.touch()
+    paths.errors.parent.mkdir(parents=True)
+    paths.errors.touch()
+    paths.remove()
+    paths.remove()
+    assert not paths.folder.exists()
+    assert not paths.errors.exists()
+
+
+def test_what_python_said_at_its_end_is_kept(tmp_path: Path) -> None:
+    paths = for_config(tmp_path / "mesh.yaml")
+    paths.make()
+    paths.errors.parent.mkdir(parents=True)
+    paths.errors.write_text("Fatal Python error")
+    paths.remove()
+    assert paths.errors.read_text() == "Fatal Python error"
+
+
+def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
+    paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / ("x" * SOCKET_PATH_LIMIT), tmp_path / "log")
+    with pytest.raises(GPUMeshError, match="longer than a Unix socket's may be") as caught:
+        paths.make()
+    assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
+        MeshPaths(tmp_path / "mesh.yaml", tmp_path / "file" / "x", tmp_path / "log").make()
