@@ -13,6 +13,7 @@ PACKAGE = Path(gpumesh.__file__).parent
 # A room may import from rooms with a smaller number, and from itself.
 LAYERS = {
     "errors": 0,
+    "cancellation": 0,
     "printable": 0,
     "topology": 1,
     "state": 1,

@@ -347,6 +347,15 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "the GPU is free, restart the server: it has lost the GPU.",
     ),
     (
+        "redis-away",
+        W,
+        "other gateways are not heard",
+        "mesh.yaml names a Redis over which several gateways tell each other what they have in flight, and it does not "
+        "answer. This one goes on alone; two of them may now pile onto one GPU.",
+        "Check that `redis.url` is right and that Redis runs and answers (`redis-cli -u URL ping`). With a single "
+        "gateway, take `redis` out of mesh.yaml.",
+    ),
+    (
         "version-old",
         W,
         "the server is too old",

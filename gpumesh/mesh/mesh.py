@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,8 @@ from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.select import select, why_none
+from gpumesh.coordination.alone import Alone
+from gpumesh.coordination.base import Coordination
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
 from gpumesh.mesh.answer import Answer, WholeAnswer
 from gpumesh.mesh.chat import ChatStream
@@ -35,8 +37,8 @@ from gpumesh.mesh.sending import Means, Sending
 from gpumesh.mesh.upload import upload
 from gpumesh.mesh.upstream import Upstream
 from gpumesh.probes.client import http_client
-from gpumesh.state import GatewayState, MeshState, total
-from gpumesh.topology import BackendKind, NodeSpec, Topology
+from gpumesh.state import Finding, GatewayState, MeshState, Severity, total
+from gpumesh.topology import BackendKind, NodeSpec, RedisSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
@@ -83,10 +85,18 @@ class Mesh:
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._upstream = Upstream()
+        self._coordination = self._coordinated(topology.redis)
+        shared = None if isinstance(self._coordination, Alone) else self._coordination.elsewhere
         self._http = http_client()
         self._nodes = {
             spec.name: Node(
-                spec, clock=clock, http=self._http, changes=self._changes, freed=self._freed, identified=self._regroup
+                spec,
+                clock=clock,
+                http=self._http,
+                changes=self._changes,
+                freed=self._freed,
+                identified=self._regroup,
+                elsewhere=shared,
             )
             for spec in topology.nodes
         }
@@ -109,6 +119,9 @@ class Mesh:
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._stop)
+            if not isinstance(self._coordination, Alone):
+                self._tasks.append(group.create_task(self._coordination.run(), name="other gateways"))
+                self._tasks.append(group.create_task(self._tell_others(), name="telling other gateways"))
             for node in self._nodes.values():
                 if node.spec.enabled:
                     tunnel = node.tunnel = self._open(node.spec, node, workers)  # there before its task has run
@@ -130,6 +143,30 @@ class Mesh:
             spec, clock=self._clock, rng=self._rng, workers=workers, on_change=node.on_tunnel, ask=self._ask
         )
 
+    def _coordinated(self, spec: RedisSpec | None) -> Coordination:
+        if spec is None:
+            return Alone()
+        from gpumesh.coordination.redis import SharedLoads  # a client that most meshes do not need
+
+        variable = spec.password_env
+        return SharedLoads(
+            spec.url,
+            password=lambda: None if variable is None else config.secret(variable),
+            on_change=self._others_changed,
+            clock=self._clock,
+        )
+
+    async def _tell_others(self) -> None:
+        async for _ in self.changes():
+            loads: dict[str, int] = {}
+            for node in self._nodes.values():
+                loads[node.key] = loads.get(node.key, 0) + node.in_flight
+            self._coordination.publish(loads)
+
+    def _others_changed(self) -> None:
+        self._dispatcher.pump()
+        self._changes.notify()
+
     def _stop(self) -> None:
         self._dispatcher.close()
         for task in self._tasks:
@@ -141,8 +178,11 @@ class Mesh:
     def _regroup(self) -> None:
         """Nodes that share a GPU are balanced as one from the moment at which that is known."""
         groups = audit.gpu_groups([node.state(0) for node in self._nodes.values()])
+        first: set[str] = set()
         for node in self._nodes.values():
             node.group = groups.get(node.name, node.name)
+            node.speaks = node.group not in first
+            first.add(node.group)
 
     # -- what is seen --------------------------------------------------------------------------------------------
 
@@ -163,8 +203,14 @@ class Mesh:
             ),
             totals=total(states),
             nodes=states,
-            findings=audit.findings(self.topology, states),
+            findings=(*audit.findings(self.topology, states), *self._alone()),
         )
+
+    def _alone(self) -> Iterator[Finding]:
+        problem = self._coordination.problem
+        if problem is not None:
+            message = f"other gateways are not heard, this one goes on alone: Redis: {problem}"
+            yield Finding("redis-away", Severity.WARNING, None, message, "check that `redis.url` is right and answers")
 
     @property
     def in_flight(self) -> int:

@@ -104,11 +104,14 @@ class Node:
         changes: Changes,
         freed: Callable[[], None],
         identified: Callable[[], None],
+        elsewhere: Callable[[str], int] | None = None,
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self.kind = spec.backend.kind
         self.group = spec.name
+        self.speaks = True
+        """Whether it is the first of its group, which counts what others have in flight on their GPU."""
         self.tunnel: Tunnel | None = None
         self.draining = False
         self._clock = clock
@@ -116,6 +119,7 @@ class Node:
         self._changes = changes
         self._freed = freed
         self._identified = identified
+        self._elsewhere = elsewhere
         self._tunnel_state = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self._up = asyncio.Event()
         self._probe_now = asyncio.Event()
@@ -320,6 +324,7 @@ class Node:
             models=self._models,
             loaded=self._loaded,
             in_flight=len(self._leases),
+            queued=self._elsewhere(self.key) if self._elsewhere is not None and self.speaks else 0,
             limit=self.limit(now),
             weight=self.spec.weight,
             group=self.group,
@@ -329,6 +334,18 @@ class Node:
             rtt_ms=self._tunnel_state.rtt_ms,
             sessions=self._sessions.keys(),
         )
+
+    @property
+    def key(self) -> str:
+        """What it uses, in a name that is the same for every gateway that reaches it: its GPUs, else its place."""
+        if self._gpus is not None and self._gpus.gpus:
+            return "+".join(sorted(gpu.uuid for gpu in self._gpus.gpus))
+        ssh, target = self.spec.ssh, self._target or self.spec.backend.targets[0]
+        return f"{ssh.host}:{ssh.port}/{target.url}" if ssh is not None else target.url
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._leases)
 
     @property
     def base_url(self) -> str:

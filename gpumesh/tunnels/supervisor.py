@@ -11,18 +11,16 @@ import asyncio
 import contextlib
 import random
 import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from gpumesh import config
-from gpumesh.config import environment
-from gpumesh.errors import GPUMeshError, TunnelDown, TunnelError
+from gpumesh.cancellation import raise_if_cancelled
+from gpumesh.config import providers
+from gpumesh.errors import GPUMeshError, TransportUnsupported, TunnelDown, TunnelError
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, SshSpec, Target, TransportKind
 from gpumesh.tunnels import hostkeys
@@ -31,6 +29,7 @@ from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - who opens a tunnel needs both
 from gpumesh.tunnels.conversation import Conversation, cause_of, error_of
 from gpumesh.tunnels.direct import DirectTunnel
+from gpumesh.tunnels.folders import private_folder
 from gpumesh.tunnels.lifecycle import (
     Broke,
     Cause,
@@ -309,7 +308,7 @@ class SshTunnel:
             pass
         finally:
             talk.end(Cause("tunnel-lost", "the tunnel is closing"))
-        _raise_if_cancelled()
+        raise_if_cancelled()
         return cause
 
     async def _over(self, talk: Conversation, group: asyncio.TaskGroup) -> Cause | None:
@@ -319,11 +318,15 @@ class SshTunnel:
         return talk.ended.result() if talk.ended.done() else None
 
     async def _setup(self, stack: contextlib.ExitStack) -> Setup:
-        """Raises SecretMissing, HostUnresolved (address_from), and GPUMeshError when there is no folder for sockets."""
+        """Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot do it), and
+        GPUMeshError when there is no folder for sockets."""
         ssh = self._ssh
         if ssh.address_from is not None:
             host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=self._node)
             ssh = replace(ssh, host=host, port=port)
+        proxy = providers.terminals_only(ssh.host)
+        if proxy is not None:
+            raise TransportUnsupported(proxy, hint=providers.EXPOSED_TCP, node=self._node)
         self._reached = ssh
         secrets = [
             (name, config.secret(variable, node=self._node))
@@ -332,7 +335,7 @@ class SshTunnel:
         ]
         control_dir: str | None = None
         if ssh.transport is TransportKind.OPENSSH:
-            control_dir = str(stack.enter_context(_private_folder()))
+            control_dir = str(stack.enter_context(private_folder()))
         return Setup(
             node=self._node,
             ssh=ssh,
@@ -406,20 +409,3 @@ class SshTunnel:
 
 class _Over(Exception):
     """The conversation is over; not an error."""
-
-
-def _raise_if_cancelled() -> None:
-    """Python 3.11 and 3.12 lose a cancellation that comes while a TaskGroup ends by an exception of its own."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A new folder (0700) for one connection's sockets, gone afterwards with all that is in it."""
-    folder = Path(tempfile.mkdtemp(prefix="s", dir=environment.runtime_dir()))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,19 @@
+"""No other gateways: the usual case."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+
+class Alone:
+    problem: str | None = None
+
+    def publish(self, loads: Mapping[str, int]) -> None:
+        pass
+
+    def elsewhere(self, key: str) -> int:  # noqa: ARG002
+        return 0
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
