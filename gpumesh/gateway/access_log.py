@@ -108,7 +108,8 @@ class AccessLog:
 
 
 def entry(record: Record, at: datetime, *, client: str | None, request_id: str | None) -> dict[str, object]:
-    """``ttft_ms`` of streamed answers only. ``bytes`` of the body; of a stream, with its framing."""
+    """``node`` is where the answer began; ``ttft_ms`` is of streamed answers only; ``bytes`` are the body's, those of a
+    stream with its framing."""
     answer, demand, first = record.answer, record.demand, record.first
     streamed = answer is not None and answer.body is None and first is not None
     return {
@@ -119,7 +120,7 @@ def entry(record: Record, at: datetime, *, client: str | None, request_id: str |
         "status": record.status or None,
         "outcome": None if record.fate is None else record.fate.value,
         "model": None if demand is None or demand.model is None else demand.model[:LONGEST],
-        "node": None if answer is None else answer.node,
+        "node": record.node,
         "attempts": 0 if answer is None else answer.attempts,
         "continuations": 0 if answer is None else answer.continuations,
         "queue_ms": None if answer is None else round(answer.queue_ms, 1),

@@ -114,7 +114,7 @@ class Metrics:
         counters = answer.counters
         tokens = None if counters is None else counters.tokens
         if answer.body is None and first is not None:
-            self.ttft[place].observe(first - record.began)
+            self.ttft[record.node or place[0], place[1]].observe(first - record.began)
         if counters is None:
             return
         if counters.prompt_tokens:

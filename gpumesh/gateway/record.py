@@ -23,7 +23,8 @@ class Fate(StrEnum):
 @dataclass(slots=True)
 class Record:
     """``began``, ``first`` and ``ended`` are seconds of ``clock``; ``first`` is when the answer's first bytes were in
-    hand. ``route`` is one of a fixed set of names, whatever the path was. ``status`` 0: nothing was sent."""
+    hand, ``node`` where it began: the answer's own may be another one, if it was continued. ``route`` is one of a
+    fixed set of names, whatever the path was. ``status`` 0: nothing was sent."""
 
     clock: Callable[[], float]
     began: float
@@ -32,6 +33,7 @@ class Record:
     route: str = ""
     demand: Demand | None = None
     answer: Answer | None = None
+    node: str | None = None
     first: float | None = None
     ended: float = 0.0
     status: int = 0
@@ -41,6 +43,7 @@ class Record:
     def answered(self, answer: Answer) -> None:
         """A node's answer has begun."""
         self.answer = answer
+        self.node = answer.node
         self.first = self.clock()
 
 

@@ -40,7 +40,7 @@ def written(path: Path) -> list[Any]:
 def test_a_line() -> None:
     answer = Answer("iceland", BackendKind.OLLAMA, 200, ())
     answer.attempts, answer.queue_ms, answer.continuations = 2, 12.34, 1
-    made = record(answer=answer, first=10.25, demand=Demand("qwen2.5:7b"))
+    made = record(answer=answer, node="iceland", first=10.25, demand=Demand("qwen2.5:7b"))
     assert entry(made, AT, client="10.0.0.7", request_id="r-1") == {
         "at": "2026-11-24T04:10:00.000Z",
         "client": "10.0.0.7",

@@ -12,7 +12,7 @@ from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, Faults
 from gpumesh.state import STATUS_SCHEMA
 from gpumesh.topology import GatewaySpec, PolicyKind
 from gpumesh.wire import status_from_json
-from tests.gateway.fleet import MODEL, A, Running, metric, quick, running
+from tests.gateway.fleet import MODEL, A, Running, lines, metric, quick, running
 from tests.tunnels.polling import until
 
 
@@ -107,6 +107,20 @@ async def test_metrics_tell_what_happened() -> None:
         assert metric(text, "gpumesh_attempts_total", outcome="served") == 6
         assert "made-up" not in text
         assert "secret-path" not in text
+
+
+async def test_a_continuation_is_counted() -> None:
+    cut = Faults(cut_after_tokens=3, paths=("/api/chat",), times=1)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    async with running() as fleet:
+        for host in fleet.hosts.values():
+            await host.set_faults(cut)
+        answer = await fleet.client.post("/api/chat", json=body)
+        assert lines(answer.text)[-1]["done"] is True
+        text = (await fleet.client.get("/metrics")).text
+        assert metric(text, "gpumesh_continuations_total", model=MODEL) >= 1
+        assert metric(text, "gpumesh_attempts_total", outcome="cut") >= 1
+        assert metric(text, "gpumesh_requests_total", outcome="served", route="/api/chat") == 1
 
 
 async def test_a_client_that_left_is_counted() -> None:

@@ -47,6 +47,13 @@ def test_with_a_key_any_host_will_do() -> None:
         ("https://evil.example", False),
         ("null", False),
         ("http://localhost.evil.example", False),
+        ("http://0.0.0.0:3000", True),
+        ("http://[::1]:3000", True),
+        ("app://obsidian.md", True),
+        ("vscode-webview://0abc", True),
+        ("tauri://localhost", True),
+        ("http://[", False),
+        ("", False),
     ],
 )
 def test_origins(origin: str | None, allowed: bool) -> None:
@@ -63,9 +70,24 @@ def test_origins(origin: str | None, allowed: bool) -> None:
         ({"Authorization": "Bearer kéyy"}, False),
         ({"x-api-key": "kéy"}, True),
         ({"x-api-key": ""}, False),
+        ({"x-api-key": "another service's", "Authorization": "Bearer kéy"}, True),
+        ({"x-api-key": "kéy", "Authorization": "Bearer another service's"}, True),
+        ({"x-api-key": "no", "Authorization": "Bearer no"}, False),
         ({"Authorization": "Bearer \udcff"}, False),
     ],
 )
 def test_keys(headers: dict[str, str], allowed: bool) -> None:
     assert KEYED.key_allowed(headers) is allowed
     assert OPEN.key_allowed(headers)
+
+
+def test_what_a_preflight_is_told() -> None:
+    asks = {"Access-Control-Request-Headers": "x-one, x-two", "Access-Control-Request-Private-Network": "true"}
+    told = OPEN.cors_headers("https://chat.example.org", asks)
+    assert told["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    assert told["Access-Control-Allow-Headers"] == "x-one, x-two"
+    assert told["Access-Control-Allow-Private-Network"] == "true"
+    assert "X-GPUMesh-Node" in told["Access-Control-Expose-Headers"]
+    plain = OPEN.cors_headers("https://chat.example.org", {})
+    assert plain["Vary"] == "Origin", "a cache must not give one page the answer to another"
+    assert "Access-Control-Allow-Private-Network" not in plain

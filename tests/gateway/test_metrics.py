@@ -41,6 +41,7 @@ def record(
 ) -> Record:
     made = Record(lambda: 0.0, 0.0, "POST", "/api/chat", "/api/chat")
     made.demand = Demand(model, priority=Priority.BATCH, place=place)
+    made.node = None if answer is None else answer.node
     made.answer, made.first, made.ended, made.fate, made.status = answer, first, ended, fate, status
     return made
 
@@ -65,6 +66,18 @@ def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
     assert metric(text, "gpumesh_output_tokens_total", **PLACE) == 21
     assert metric(text, "gpumesh_prompt_tokens_total", **PLACE) == 7
     assert metric(text, "gpumesh_continuations_total", **PLACE) == 1
+
+
+def test_a_continued_answer_is_of_the_node_that_ended_it_but_for_its_first_token() -> None:
+    metrics = Metrics()
+    made = record(Streamed(Counters(tokens=21)))
+    assert made.answer is not None
+    made.answer.node = "b"
+    metrics.add(made)
+    text = told(metrics)
+    assert metric(text, "gpumesh_time_to_first_token_seconds_count", node="a") == 1
+    assert metric(text, "gpumesh_time_per_output_token_seconds_count", node="b") == 1
+    assert metric(text, "gpumesh_output_tokens_total", node="b") == 21
 
 
 def test_an_answer_in_one_piece_is_timed_by_the_servers_clock() -> None:
