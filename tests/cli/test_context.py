@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import typer
+
+from gpumesh.cli.context import Settings, late_options, open_session, run
+from gpumesh.daemon.local import LocalSession
+from gpumesh.daemon.remote import RemoteSession
+from gpumesh.errors import MeshNotRunning, UsageError
+from tests.cli.meshes import Simulated
+from tests.real.command import Gpumesh
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def surroundings(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process finds what the command finds."""
+    for name in ("HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(name, gpumesh.environment()[name])
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("GPUMESH_CONFIG", raising=False)
+
+
+def test_a_result_and_an_interruption() -> None:
+    async def good() -> int:
+        return 5
+
+    async def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    assert run(good()) == 5
+    with pytest.raises(typer.Exit) as caught:
+        run(interrupted())
+    assert caught.value.exit_code == 130
+
+
+def test_the_options_that_may_stand_behind_a_command() -> None:
+    assert [option.name for option in late_options()] == ["config", "quiet", "verbose"]
+    assert not any(option.expose_value for option in late_options())
+
+
+def test_no_mesh_yaml_at_all(tmp_path: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"there is no mesh\.yaml"):
+        Settings().config_file()
+    with pytest.raises(UsageError, match="does not exist"):
+        Settings(tmp_path / "nowhere.yaml").paths()
+
+
+@slow
+async def test_the_running_mesh_else_one_of_its_own(direct: Simulated, surroundings: None) -> None:
+    chosen = Settings(direct.gpumesh.config)
+    with pytest.raises(MeshNotRunning, match="no mesh is running"):
+        async with open_session(chosen, embed=False):
+            pass
+    async with open_session(chosen) as session:
+        assert isinstance(session, LocalSession)
+        assert len((await session.first_report(20)).nodes) == 2
+    await direct.gpumesh("up", "-d")
+    for embed in (True, False):
+        async with open_session(chosen, embed=embed) as session:
+            assert isinstance(session, RemoteSession)
+    direct.gpumesh.kill_all()
+    async with asyncio.timeout(10):
+        while direct.gpumesh.processes():
+            await asyncio.sleep(0.02)
+    async with open_session(chosen) as session:
+        assert isinstance(session, LocalSession), "what a killed mesh left is no obstacle"
+    assert direct.gpumesh.sockets() == []
