@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from gpumesh.config import providers
 from gpumesh.errors import UsageError
 
 _WITH_VALUE = "BbcDEeFIiJLlmOopQRSWw"  # ssh(1)'s options that take one
@@ -104,11 +105,9 @@ def _line(place: str, found: dict[str, str], line: str) -> SshLine:
         raise UsageError(f"{line!r}: {port!r} is not a port")
     if not host:
         raise UsageError(f"{line!r} names no host")
-    if host.lower() == "ssh.runpod.io" or host.lower().endswith(".ssh.runpod.io"):
-        raise UsageError(
-            f"{host} is RunPod's proxy for people at terminals: it forwards no ports",
-            hint="use the pod's `SSH over exposed TCP`, like: ssh root@213.173.108.12 -p 17445",
-        )
+    proxy = providers.terminals_only(host)
+    if proxy is not None:
+        raise UsageError(proxy, hint=providers.EXPOSED_TCP)
     return SshLine(
         host=host.strip("[]"),
         port=int(port),

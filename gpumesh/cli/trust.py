@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +30,8 @@ def trust(
     """Show a host key's fingerprint, say whether it is new or has changed, and record it.
 
     Compare the fingerprint with the one that your provider shows, or with `ssh-keygen -lf
-    /etc/ssh/ssh_host_ed25519_key.pub` on the host. It is kept for the node's name as well as for its address.
+    /etc/ssh/ssh_host_ed25519_key.pub` on the host. It is kept for the node's name as well as for its address, so that
+    a node that moves is known again. Behind jump hosts, their keys come first.
     """
     topology = settings(ctx).topology()
     specs = [_ssh_node(topology, name) for name in nodes]
@@ -60,40 +60,67 @@ def _ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
 
 
 def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
-    """Shows the host's key and records it if it is not on record, after asking unless ``yes``."""
-    from gpumesh.tunnels import hostkeys
-    from gpumesh.tunnels.hostkeys import Verdict
+    """Shows the host's key and records it if it is not on record, after asking unless ``yes``; of jump hosts on the
+    way, which have to be logged in to, first."""
+    from gpumesh.tunnels import handshake
 
     if ssh.address_from is not None:
         ssh = run(_located(spec, ssh))
-    key = _ask_host(spec, ssh)
-    judgement = hostkeys.read(ssh.known_hosts).judge(key, node=spec.name, host=ssh.host, port=ssh.port)
+    *jumps, host = handshake.way(ssh)
+    for jump in jumps:
+        _confirm("", f"{spec.name} (jump host)", jump, _fetched("", jump), yes=yes, quiet=True)
+    _confirm(spec.name, spec.name, host, _fetched(spec.name, host), yes=yes)
+
+
+def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, quiet: bool = False) -> None:
+    """``node`` is "" for a jump host. ``quiet``: what is known is not talked of."""
+    from gpumesh.tunnels import hostkeys
+    from gpumesh.tunnels.hostkeys import Verdict
+
+    judgement = hostkeys.read(ssh.known_hosts).judge(key, node=node, host=ssh.host, port=ssh.port)
     where = hostkeys.address_name(ssh.host, ssh.port)
-    typer.echo(f"{spec.name}  {where}  {key.kind} {key.fingerprint}  {judgement.verdict}")
-    if judgement.verdict is Verdict.KNOWN:
-        return
+    known = judgement.verdict is Verdict.KNOWN
+    if not (known and quiet):
+        word = {Verdict.UNKNOWN: "new", Verdict.CHANGED: "CHANGED"}.get(judgement.verdict, judgement.verdict.value)
+        typer.echo(f"{shown}  {where}  {key.kind} {key.fingerprint}  {word}")
     if judgement.verdict is Verdict.REVOKED:
         raise GPUMeshError(
-            f"this key is marked @revoked in {ssh.known_hosts}: it is not recorded", node=spec.name, hint=None
+            f"the key of {where} is marked @revoked in {ssh.known_hosts}: it is not recorded",
+            hint="whoever marked it knows why: do not connect to a host that shows it",
+            node=node or None,
         )
-    _explain(judgement, ssh.known_hosts)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
-        typer.confirm("Is this the right fingerprint? Record it?", abort=True, err=True)
-    hostkeys.record(ssh.known_hosts, key, node=spec.name, host=ssh.host, port=ssh.port)
-    typer.echo(f"recorded in {ssh.known_hosts}", err=True)
+    if not known:
+        for line in explained(judgement, ssh.known_hosts):
+            typer.echo(f"  {line}", err=True)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
+            typer.confirm("Is this the right fingerprint? Record it?", abort=True, err=True)
+    elif quiet or judgement.own:
+        return
+    hostkeys.record(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
+    names = where if not node else f"{where} and for {node}, wherever it moves"
+    typer.echo(f"  recorded in {ssh.known_hosts} for {names}", err=True)
 
 
-def _explain(judgement: Judgement, known_hosts: Path) -> None:
-    for old in judgement.expected:
-        typer.echo(f"  on record in {known_hosts}: {old.kind} {old.fingerprint}", err=True)
+def explained(judgement: Judgement, known_hosts: Path) -> list[str]:
+    """What the verdict means and what to do, in sentences. Pure."""
     if judgement.expected:
-        typer.echo(
-            "  The key has CHANGED. That is so after a pod was reset or its machine replaced. On a machine that you"
-            " did not touch, somebody may be in between: ask its owner before you go on.",
-            err=True,
-        )
+        on_record = [f"on record in {known_hosts}: {old.kind} {old.fingerprint}" for old in judgement.expected]
+        return [
+            *on_record,
+            "The host shows another key than the one on record. That is so after a pod was reset or its machine"
+            " replaced. On a machine that nobody touched, somebody may be in between: ask its owner before you go on.",
+        ]
+    if judgement.by_authority:
+        return [
+            f"A certificate authority in {known_hosts} vouches for this host. `transport: openssh` checks its"
+            " certificate, and then nothing has to be recorded. Recorded, this one key is trusted by itself."
+        ]
+    return [
+        "Nothing is on record yet for this host. Compare the fingerprint with the one that your provider shows, or"
+        " with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the host itself."
+    ]
 
 
 async def _located(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
@@ -104,22 +131,18 @@ async def _located(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
     return replace(ssh, host=host, port=port)
 
 
-def _ask_host(spec: NodeSpec, ssh: SshSpec) -> HostKey:
-    """The key that the host proves to have. Through jump hosts the system's ssh is asked, which may log in there."""
-    from gpumesh.tunnels import handshake, hostkeys
-    from gpumesh.tunnels.blocking import Deadline
+def _fetched(node: str, ssh: SshSpec) -> HostKey:
+    """The key that the host proves to have."""
+    from gpumesh import config
+    from gpumesh.tunnels import hostkeys
 
-    if ssh.proxy_jump:
-        raise UsageError(
-            f"{spec.name} is behind a jump host, which `trust` cannot look through",
-            hint=f"log in once with `ssh -J {','.join(ssh.proxy_jump)} -p {ssh.port} {ssh.user}@{ssh.host}`:"
-            " it asks, and records the key in known_hosts",
+    secrets: tuple[tuple[str, str], ...] = ()
+    if ssh.proxy_jump:  # which are logged in to
+        secrets = tuple(
+            (name, config.secret(variable, node=node or None))
+            for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
+            if variable is not None
         )
-    deadline = Deadline(ssh.connect_timeout_s, time.monotonic)
-    kinds = hostkeys.read(ssh.known_hosts).kinds(node=spec.name, host=ssh.host, port=ssh.port)
-    sock = handshake.tcp_connect(ssh.host, ssh.port, deadline)
-    transport = handshake.handshake(sock, host=ssh.host, port=ssh.port, deadline=deadline, kinds=kinds)
-    try:
-        return handshake.host_key_of(transport)
-    finally:
-        transport.close()
+    else:
+        ssh = replace(ssh, password_env=None, passphrase_env=None)
+    return run(hostkeys.fetch_host_key(node, ssh, secrets=secrets, timeout_s=ssh.connect_timeout_s))

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpumesh.config import credentials, environment, key_files, locate, ssh_config
+from gpumesh.config import credentials, environment, key_files, locate, providers, ssh_config
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
 
@@ -111,16 +111,12 @@ def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
         if kind is key_files.KeyKind.FIDO:
             message = f"{path} is a key on a security token, which transport sshtunnel cannot use"
             yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
-        if path.with_name(path.name + "-cert.pub").is_file():
-            message = f"{path} has a certificate, which transport sshtunnel does not send"
-            yield Finding("transport-unsupported", Severity.INFO, node, message, hint + " if the host asks for it")
 
 
 def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
-    if ssh.host == "ssh.runpod.io" or ssh.host.endswith(".ssh.runpod.io"):
-        message = "ssh.runpod.io is a proxy for people at terminals: it forwards no ports"
-        hint = "use the pod's `SSH over exposed TCP`, like `ssh root@213.173.108.12 -p 17445`"
-        yield Finding("transport-unsupported", Severity.ERROR, node, message, hint)
+    proxy = providers.terminals_only(ssh.host)
+    if proxy is not None:
+        yield Finding("transport-unsupported", Severity.ERROR, node, proxy, providers.EXPOSED_TCP)
     if ssh.transport is TransportKind.OPENSSH and shutil.which("ssh") is None:
         message = "transport openssh needs the program ssh, which is not installed here"
         yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
@@ -128,9 +124,8 @@ def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
         hint = f"`gpumesh trust {node}` shows and records it"
-        if ssh.proxy_jump:  # `trust` cannot look through another host
-            way = f"ssh -J {','.join(ssh.proxy_jump)} -p {ssh.port} {ssh.user}@{ssh.host}"
-            hint = f"log in once with `{way}`: it asks, and records the keys"
+        if ssh.proxy_jump:
+            hint += ", and first those of the jump hosts"
         yield Finding("host-key-unknown", Severity.WARNING, node, message, hint)
     if ssh.address_from is not None and shutil.which(ssh.address_from.command[0]) is None:
         message = f"the program of address_from, {ssh.address_from.command[0]!r}, cannot be found or run"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import paramiko
@@ -168,7 +169,7 @@ def handshake(
     try:
         options = transport.get_security_options()
         options.ciphers = _first(FAST_CIPHERS, options.ciphers)
-        options.key_types = _first(_offered_as(kinds), options.key_types)
+        options.key_types = _first(offered_as(kinds), options.key_types)
         # paramiko measures each step on its own; the deadline is for all of them.
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = max(0.1, deadline.remaining_s)
         transport.start_client(timeout=deadline.remaining_s)
@@ -284,13 +285,23 @@ def parse_jump(jump: str, default_user: str) -> tuple[str, str, int]:
     return user or default_user, host, int(port) if port else 22
 
 
+def way(ssh: SshSpec) -> tuple[SshSpec, ...]:
+    """Each host on the way to ``ssh``'s, reached through those before it; its own is the last."""
+    stops = []
+    for index, jump in enumerate(ssh.proxy_jump):
+        user, host, port = parse_jump(jump, ssh.user)
+        before = ssh.proxy_jump[:index]
+        stops.append(replace(ssh, host=host, port=port, user=user, proxy_jump=before, alias=None, address_from=None))
+    return (*stops, ssh)
+
+
 def _first(wanted: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """``known``, with those of ``wanted`` that it has at its front."""
     front = [one for one in wanted if one in known]
     return (*front, *(one for one in known if one not in front))
 
 
-def _offered_as(kinds: Sequence[str]) -> tuple[str, ...]:
+def offered_as(kinds: Sequence[str]) -> tuple[str, ...]:
     """A key's kind as the names under which a host may offer it: RSA has three hashes."""
     names: list[str] = []
     for kind in kinds:

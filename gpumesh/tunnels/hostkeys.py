@@ -25,7 +25,7 @@ from fnmatch import translate
 from pathlib import Path
 
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
-from gpumesh.topology import HostKeyPolicy, SshSpec
+from gpumesh.topology import HostKeyPolicy, SshSpec, TransportKind
 
 SIZE_LIMIT = 16 << 20
 
@@ -57,11 +57,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """``expected``: the keys on record where this one is ``CHANGED``. ``by_authority``: only a certificate authority
-    vouches for this host, and whoever judges cannot check certificates (paramiko)."""
+    """``expected``: the keys on record where this one is ``CHANGED``. ``own``: it is on record for the node itself, not
+    for its address alone. ``by_authority``: only a certificate authority vouches for this host, and whoever judges
+    cannot check certificates (paramiko)."""
 
     verdict: Verdict
     expected: tuple[HostKey, ...] = ()
+    own: bool = False
     by_authority: bool = False
 
 
@@ -107,7 +109,7 @@ class KnownHosts:
             matching = [entry for entry in self.entries if entry.matches(name)]
             known = tuple(entry.key for entry in matching if not entry.marker)
             if any(one.blob == key.blob for one in known):
-                return Judgement(Verdict.KNOWN)
+                return Judgement(Verdict.KNOWN, own=name == alias)
             if known:
                 return Judgement(Verdict.CHANGED, known)
             by_authority |= any(entry.marker == "@cert-authority" for entry in matching)
@@ -210,13 +212,14 @@ def _text(path: Path) -> str:
 
 
 def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
-    """Trusts ``key`` for this node and this address; other keys on record for either name are dropped.
+    """Trusts ``key`` for this node and this address; other keys on record for either name are dropped. A jump host is
+    no node: its ``node`` is "", and it is kept by its address alone.
 
     Other lines stay as they are. The new file is written beside and renamed, 0600, under a lock, so that neither a
     crash nor a second writer loses a line. Raises ``TunnelError`` when that fails.
     """
     path = path.expanduser()
-    names = (node_name(node), address_name(host, port))
+    names = (*((node_name(node),) if node else ()), address_name(host, port))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A link stays a link: what it points to is replaced.
@@ -274,6 +277,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
     judgement = read(known_hosts).judge(key, node=node, host=host, port=port)
     where = address_name(host, port)
     shown = f"{key.kind} {key.fingerprint}"
+    trust = f"gpumesh trust {node or 'NODE'}"  # of a jump host: of any node behind it
     match judgement.verdict:
         case Verdict.KNOWN:
             return
@@ -281,7 +285,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             raise HostKeyUnknown(
                 f"{where} is vouched for by a certificate authority in {known_hosts}, which transport sshtunnel cannot"
                 f" check (it showed {shown})",
-                hint=f"set `transport: openssh` for {node}, or `gpumesh trust {node}`",
+                hint=f"set `transport: openssh` for the node, or record this key alone: `{trust}`",
                 node=node,
             )
         case Verdict.UNKNOWN if policy is HostKeyPolicy.ACCEPT_NEW:
@@ -289,7 +293,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
         case Verdict.UNKNOWN:
             raise HostKeyUnknown(
                 f"the host key of {where} is not in {known_hosts}: {shown}",
-                hint=f"`gpumesh trust {node}` shows it and records it",
+                hint=f"`{trust}` shows it and records it",
                 node=node,
             )
         case Verdict.CHANGED:
@@ -297,7 +301,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             raise HostKeyChanged(
                 f"the host key of {where} is {shown}, but {known_hosts} has {expected}",
                 hint="expected after a pod was reset; on a machine of yours it may be an attack:"
-                f" `gpumesh trust {node}` records the new key knowingly",
+                f" `{trust}` records the new key knowingly",
                 node=node,
             )
         case Verdict.REVOKED:
@@ -313,8 +317,13 @@ async def fetch_host_key(
 ) -> HostKey:
     """The key that the host shows now, trusted or not: for ``gpumesh trust``, which shows it and may ``record`` it.
 
-    Nothing is sent to the host but the key exchange; jump hosts are logged in to. Raises ``TunnelError``.
+    Nothing is sent to the host but the key exchange; jump hosts, which have to be trusted, are logged in to. By the
+    node's own transport: behind a ProxyCommand only that gets there. Raises ``TunnelError``.
     """
+    if ssh.transport is TransportKind.OPENSSH:
+        from gpumesh.tunnels import via_openssh
+
+        return await via_openssh.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
     from gpumesh.tunnels import via_sshtunnel  # loads paramiko: a third of a second that only this needs
 
     return await via_sshtunnel.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)

@@ -32,6 +32,7 @@ from gpumesh.errors import (
     ConnectTimeout,
     ExecError,
     ForwardingForbidden,
+    HostKeyRevoked,
     TransportUnsupported,
     TunnelError,
 )
@@ -41,8 +42,9 @@ from gpumesh.tunnels import blocking, hostkeys, openssh_errors, processes
 from gpumesh.tunnels.base import Stream
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events
+from gpumesh.tunnels.folders import private_folder
 from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
-from gpumesh.tunnels.handshake import parse_jump
+from gpumesh.tunnels.handshake import offered_as, parse_jump
 from gpumesh.tunnels.heartbeat import AGAIN_S
 from gpumesh.tunnels.killable import killable
 from gpumesh.tunnels.local_command import end_of, let_go
@@ -94,7 +96,7 @@ def master_command(setup: Setup, control: Path, *, batch: bool, session: bool) -
         "LogLevel": "INFO",
         "HostName": ssh.host,
     }
-    if _has_own_key(setup):
+    if _goes_by_its_name(setup):
         options["HostKeyAlias"] = hostkeys.node_name(setup.node)
     if not ssh.agent:
         options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
@@ -156,14 +158,94 @@ def forward_argument(path: Path, target: Target) -> str:
     return f"{path}:{host}:{target.port}"
 
 
-def _has_own_key(setup: Setup) -> bool:
-    name = hostkeys.node_name(setup.node)
-    entries = hostkeys.read(setup.ssh.known_hosts).entries
-    return any(not entry.marker and entry.matches(name) for entry in entries)
+def _goes_by_its_name(setup: Setup) -> bool:
+    """Whether ssh is to look the host's key up, and to record it, under the node's name instead of its address: where
+    the node has a key of its own, and where a first key is to be recorded and nothing is known of the address. So the
+    trust in a pod moves with it. Raises ``HostKeyRevoked``: ssh would not see what is revoked under the address."""
+    ssh = setup.ssh
+    known = hostkeys.read(ssh.known_hosts)
+    name, address = hostkeys.node_name(setup.node), hostkeys.address_name(ssh.host, ssh.port)
+    own = [entry.key for entry in known.entries if not entry.marker and entry.matches(name)]
+    for key in own:
+        if known.judge(key, node=setup.node, host=ssh.host, port=ssh.port).verdict is hostkeys.Verdict.REVOKED:
+            raise HostKeyRevoked(
+                f"a host key on record for {setup.node}, {key.kind} {key.fingerprint}, is marked @revoked"
+                f" in {ssh.known_hosts}",
+                hint="whoever marked it knows why; remove the node's own line, or the mark",
+            )
+    if own:
+        return True
+    named = any(entry.matches(address) for entry in known.entries if entry.marker != "@revoked")
+    return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not named
 
 
 def where_of(ssh: SshSpec) -> str:
     return printable(ssh.alias or hostkeys.address_name(ssh.host, ssh.port))
+
+
+def host_key_command(setup: Setup, known_hosts: Path, *, batch: bool) -> list[str]:
+    """The arguments of an ``ssh`` that writes the host's key to ``known_hosts`` and goes, before any login."""
+    ssh = setup.ssh
+    options = {
+        "ControlMaster": "no",
+        "ControlPath": "none",
+        "BatchMode": "yes" if batch else "no",
+        "StrictHostKeyChecking": "accept-new",
+        "UserKnownHostsFile": quoted(known_hosts),
+        "GlobalKnownHostsFile": "/dev/null",
+        "HashKnownHosts": "no",
+        "HostKeyAlias": NOBODY,
+        "UpdateHostKeys": "no",
+        "PreferredAuthentications": "none",
+        "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
+        "ClearAllForwardings": "yes",
+        "ForwardAgent": "no",
+        "PermitLocalCommand": "no",
+        "RemoteCommand": "none",
+        "LogLevel": "INFO",
+        "HostName": ssh.host,
+    }
+    kinds = hostkeys.read(ssh.known_hosts).kinds(node=setup.node, host=ssh.host, port=ssh.port)
+    if kinds:
+        options["HostKeyAlgorithms"] = "^" + ",".join(offered_as(kinds))
+    arguments = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
+    if ssh.proxy_jump:
+        arguments += ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"]
+    return ["ssh", "-T", *arguments, "-p", str(ssh.port), "-l", ssh.user, "--", ssh.alias or ssh.host, "exit"]
+
+
+async def fetch_host_key(
+    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+) -> hostkeys.HostKey:
+    """The key that the host shows now, whether trusted or not; logs in to jump hosts only. Raises ``TunnelError``."""
+    with private_folder() as folder:
+        known_hosts = folder / "k"
+        setup = Setup(node, ssh, (), secrets, control_dir=str(folder))
+        deadline = Deadline(timeout_s, time.monotonic)
+        async with Prompts(folder, dict(secrets), _Nobody(), deadline, interactive=False) as prompts:
+            command = host_key_command(setup, known_hosts, batch=not prompts.possible)
+            ssh_child = await Master.start(command, folder / "c", prompts.program if prompts.possible else None)
+            try:
+                await asyncio.wait([ssh_child.ended], timeout=timeout_s)
+                in_time = ssh_child.ended.done()
+            finally:
+                await ssh_child.close()
+        keys = [entry.key for entry in hostkeys.read(known_hosts).entries]
+        if keys:
+            return keys[0]
+        if not in_time:
+            raise _too_late(ssh_child, setup)
+        raise openssh_errors.explain(ssh_child.words, where_of(ssh))
+
+
+class _Nobody:
+    """``Events`` of a connection that is only looked at."""
+
+    async def ask(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - there is nobody
+        return None
+
+    def forward_failed(self, target: Target, code: str, message: str) -> None:
+        """Nothing is forwarded."""
 
 
 # -- the master ------------------------------------------------------------------------------------------------------

@@ -233,8 +233,10 @@ class _Opening:
             if self._given_up:
                 sock.close()
                 raise ConnectTimeout("given up")
-            if name and not login:
-                transport = handshake.handshake(sock, host=host, port=port, deadline=self._deadline)
+            looks_only = index == len(stops) - 1 and not login
+            if looks_only:
+                kinds = hostkeys.read(ssh.known_hosts).kinds(node=name, host=host, port=port)
+                transport = handshake.handshake(sock, host=host, port=port, deadline=self._deadline, kinds=kinds)
             else:
                 transport = handshake.trusted_handshake(
                     sock, node=name, host=host, port=port, ssh=ssh, deadline=self._deadline
@@ -242,7 +244,7 @@ class _Opening:
             self._transports.append(transport)
             if self._given_up:
                 raise ConnectTimeout("given up")
-            if index < len(stops) - 1 or login:
+            if not looks_only:
                 where = hostkeys.address_name(host, port)
                 who = Credentials(
                     user, self._who.identity_files, self._who.agent, self._who.password, self._who.passphrase
@@ -277,7 +279,7 @@ async def fetch_host_key(
             return handshake.host_key_of(await blocking.call(opening.through, ssh.proxy_jump, node, login=False))
     except TimeoutError as error:
         where = hostkeys.address_name(ssh.host, ssh.port)
-        raise ConnectTimeout(f"no answer from {where} within {timeout_s:g} s", node=node) from error
+        raise ConnectTimeout(f"no answer from {where} within {timeout_s:g} s", node=node or None) from error
     finally:
         opening.give_up()
 

@@ -71,8 +71,8 @@ def test_keys(ssh: SshSpec, tmp_path: Path) -> None:
     ssh.identity_files[0].chmod(0o644)
     assert codes(ssh) == ["key-open"]
     ssh.identity_files[0].chmod(0o600)
-    (tmp_path / "key-cert.pub").write_text("x")
-    assert codes(ssh) == ["transport-unsupported"]
+    (tmp_path / "key-cert.pub").write_text("x")  # either transport sends it
+    assert codes(ssh) == []
     assert codes(replace(ssh, identity_files=())) == ["no-credentials"]
     assert codes(replace(ssh, identity_files=(), transport=TransportKind.OPENSSH)) == []
 
@@ -90,17 +90,17 @@ def test_a_key_on_a_token_is_known_by_its_public_part(ssh: SshSpec, tmp_path: Pa
 
 def test_hosts(ssh: SshSpec, tmp_path: Path) -> None:
     assert codes(replace(ssh, host="ssh.runpod.io")) == ["transport-unsupported"]
+    assert codes(replace(ssh, host="EU.ssh.runpod.io.", transport=TransportKind.OPENSSH)) == ["transport-unsupported"]
+    assert codes(replace(ssh, host="ssh.runpod.io.example")) == []
     assert codes(replace(ssh, known_hosts=tmp_path / "none")) == ["host-key-unknown"]
     assert codes(replace(ssh, address_from=AddressCommand(("/no/such/program",)))) == ["address-from"]
 
 
-@pytest.mark.parametrize(
-    ("jump", "advice"), [((), "gpumesh trust a"), (("ada@gate", "inner"), "ssh -J ada@gate,inner")]
-)
+@pytest.mark.parametrize(("jump", "advice"), [((), "records it"), (("ada@gate", "inner"), "those of the jump hosts")])
 def test_how_a_key_comes_to_be_known(ssh: SshSpec, tmp_path: Path, jump: tuple[str, ...], advice: str) -> None:
-    """`trust` cannot look through a jump host, so it is not what somebody behind one is told to do."""
     spec = replace(ssh, known_hosts=tmp_path / "none", proxy_jump=jump)
     (finding,) = config.check(Topology("m", (NodeSpec("a", BackendSpec(), spec),)))
+    assert "gpumesh trust a" in (finding.hint or "")
     assert advice in (finding.hint or "")
 
 

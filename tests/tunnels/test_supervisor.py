@@ -173,7 +173,7 @@ async def test_an_sshd_that_is_away_is_waited_for(
         assert not waiting.done()
         await sshd.start()
         assert await waiting == b"patient"
-        assert one.tunnel.state.reconnects == 1
+        await until_reconnected(one, 1)
         assert FAILED not in one.phases
 
 
