@@ -165,6 +165,8 @@ class Node:
         self._tunnel_state = state
         if state.state is TunnelPhase.UP:
             if not was_up:
+                # Not when it was lost: what was cut with the old way counts as failed only a moment later.
+                self._breaker = Breaker()
                 self._up.set()
                 self._probe_now.set()
         else:
@@ -173,7 +175,6 @@ class Node:
                 # The host behind the new connection may be another one: what it has and can do is asked anew.
                 self._backend = None
                 self._gpus = None
-                self._breaker = Breaker()
                 for lease in (*self._leases, *self._aside):
                     lease.cut()
         if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):

@@ -190,6 +190,15 @@ async def test_a_lost_tunnel_cuts_what_is_in_flight_and_forgets_what_was_seen(no
     lease.release(Outcome.UNREACHABLE, error="gone")
 
 
+async def test_what_was_cut_with_a_lost_tunnel_is_not_held_against_the_next_one(node: Node, seen: Seen) -> None:
+    leases = [node.lease(DEMAND) for _ in range(4)]
+    node.on_tunnel(TunnelState("direct", TunnelPhase.BACKOFF, last_error="gone"))
+    for lease in leases:
+        lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
+    node.on_tunnel(TunnelState("direct", TunnelPhase.UP))
+    await until(lambda: node.candidate(seen.now).usable, "used as soon as it was probed, though no time has passed")
+
+
 async def test_a_server_that_stops_is_noticed_and_comes_back(node: Node, standin: StandIn) -> None:
     await standin.set_faults(Faults(refuse=True))
     node.lease(DEMAND).release(Outcome.UNREACHABLE, error="refused")  # makes it look at once
