@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +19,7 @@ from aiohttp import web
 from gpumesh import config
 from gpumesh.backends import jsons
 from gpumesh.balancer.base import Demand
-from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, NoNodeError
 from gpumesh.gateway import errors, proxy
 from gpumesh.gateway.access_log import AccessLog
 from gpumesh.gateway.fleet import Fleet
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 DRAIN_S = 10.0
 CUT_S = 1.0  # for handlers to end once draining took too long
 ONE_NODE_S = 30.0  # for what any one node answers by itself
+STOPPED = "the gateway was stopped"
 LOST = 499  # nginx's word for a client that left before it was answered
 
 Handler = Callable[[Request], Awaitable[web.StreamResponse]]
@@ -86,7 +88,8 @@ class Gateway:
         config.refuse_open(self._host, api_key_env=spec.api_key_env)
         key = None if spec.api_key_env is None else config.secret(spec.api_key_env).encode()
         self._guard = Guard(key, frozenset(spec.cors_origins), frozenset({self._host.lower()}))
-        self._busy = 0
+        self._active: dict[Record, asyncio.Task[None] | None] = {}
+        self._stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._runner: web.ServerRunner | None = None
@@ -149,27 +152,40 @@ class Gateway:
             async with asyncio.timeout(self.drain_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("%d requests did not end in %.0f s and are cut", self._busy, self.drain_s)
+            log.warning("%d requests did not end in %.0f s and are cut", len(self._active), self.drain_s)
+            await self._cut()
         finally:
             await self._runner.cleanup()
             if self._access_log is not None:
                 self._access_log.close()
             self.mesh.announce(GatewayState())
 
+    async def _cut(self) -> None:
+        """What is still in flight ends with an error that says why: in its stream, or with a status."""
+        self._stopped = True
+        for record, task in list(self._active.items()):
+            if record.answer is not None:
+                record.answer.expire(STOPPED)
+            elif task is not None:
+                task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CUT_S):
+                await self._idle.wait()
+
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request) -> web.StreamResponse:
         record = request.record
         record.path = request.path
-        self._busy += 1
+        self._active[record] = asyncio.current_task()
         self._idle.clear()
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(request, record)
             return response
         finally:
-            self._busy -= 1
-            if not self._busy:
+            del self._active[record]
+            if not self._active:
                 self._idle.set()
             self._ended(request, record, response)
 
@@ -198,6 +214,11 @@ class Gateway:
             return _error_response(record.path, error)
         except ConnectionError:
             raise
+        except asyncio.CancelledError:
+            if not self._stopped or request.writer.output_size:
+                raise
+            record.fate = Fate.FAILED
+            return _error_response(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
         except Exception:  # a bug here must cost one client an error, in its dialect, and leave a trace in the log
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.fate = Fate.FAILED

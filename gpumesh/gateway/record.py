@@ -20,7 +20,7 @@ class Fate(StrEnum):
     REFUSED = "refused"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Record:
     """``began``, ``first`` and ``ended`` are seconds of ``clock``; ``first`` is when the answer's first bytes were in
     hand, ``node`` where it began: the answer's own may be another one, if it was continued. ``route`` is one of a

@@ -47,6 +47,9 @@ class Answer:
     async def __anext__(self) -> bytes:
         raise NotImplementedError
 
+    def expire(self, words: str) -> None:
+        """Its deadline is now: whoever iterates gets DeadlineExceeded with these words. Harmless when it has ended."""
+
     async def aclose(self) -> None:
         """Ends the request, whatever is left of it. Harmless when it has ended."""
 

@@ -52,6 +52,7 @@ class StreamingAnswer(Answer):
         self._continuation = opened.continuation
         self._over = False
         self._late = False
+        self._late_words = "the deadline passed while the answer was on its way"
         self._lost: tuple[Outcome, str] | None = None
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.call_later(deadline_in_s, self._deadline_passed)
@@ -171,7 +172,7 @@ class StreamingAnswer(Answer):
         self._response.abort()
         if self._late:
             self._finish(Outcome.DEADLINE)
-            raise DeadlineExceeded("the deadline passed while the answer was on its way", node=self.node)
+            raise DeadlineExceeded(self._late_words, node=self.node)
         self._lease.release(outcome, error=words)
         if self._continuation is None:
             self._finish(outcome)
@@ -219,6 +220,11 @@ class StreamingAnswer(Answer):
         self._ended(outcome)
 
     # -- timers --------------------------------------------------------------------------------------------------
+
+    def expire(self, words: str) -> None:
+        if not self._over:
+            self._late_words = words
+            self._deadline_passed()
 
     def _deadline_passed(self) -> None:
         self._late = True

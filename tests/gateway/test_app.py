@@ -511,16 +511,30 @@ async def test_closing_finishes_what_is_in_flight_and_takes_nothing_new() -> Non
             assert fleet.mesh.gateway.state is GatewayPhase.OFF
 
 
-async def test_closing_waits_no_longer_than_it_may() -> None:
-    async with running(SLOW) as fleet, AsyncExitStack() as ends, httpx.AsyncClient(trust_env=False) as client:
+async def test_closing_waits_no_longer_than_it_may_and_says_why_it_cuts() -> None:
+    """In a stream that has begun, and with a status where nothing was sent."""
+    async with AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(running(SLOW, max_parallel=1))
+        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
+        ends = AsyncExitStack()
         gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=0.1))
-        async with client.stream("POST", f"{gateway.url}/api/chat", json=CHAT) as begun:
-            await anext(begun.aiter_lines())
-            loop = asyncio.get_running_loop()
-            asked = loop.time()
-            await ends.aclose()
-            assert loop.time() - asked < 10.0
+        begun = await stack.enter_async_context(client.stream("POST", f"{gateway.url}/api/chat", json=CHAT))
+        told = begun.aiter_lines()
+        await anext(told)
+        waiting = asyncio.create_task(client.post(f"{gateway.url}/v1/chat/completions", json=CHAT))
+        await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        await ends.aclose()
+        assert loop.time() - asked < 10.0
+        rest = [json.loads(line) async for line in told]
+        assert rest[-1] == {"error": "the gateway was stopped"}
+        refused = await waiting
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
+        assert refused.json()["error"]["message"].startswith("the gateway was stopped")
         await until(lambda: fleet.running() == 0, "the host has stopped")
+        books = fleet.mesh.books
+        assert (books.accepted, books.in_flight) == (2, 0)
 
 
 async def test_an_address_that_is_taken_says_so(fleet: Running) -> None:
