@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
 
@@ -168,9 +168,9 @@ class Connection(web.RequestHandler):
         assert isinstance(manager, Server)
         if manager.full:
             manager.turned_away += 1
-            assert isinstance(transport, asyncio.Transport)
-            transport.write(_plain(503, "too many connections", "Retry-After: 1\r\n"))
-            transport.close()
+            refused = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+            refused.write(_plain(503, "too many connections", "Retry-After: 1\r\n"))
+            refused.close()
             return
         super().connection_made(transport)
 

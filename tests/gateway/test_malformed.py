@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,7 @@ def gateway() -> Iterator[Served]:
                 ready.set_result(Served(asyncio.get_running_loop(), fleet, over))
                 await over.wait()
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread = threading.Thread(target=lambda: uvloop.run(main()), daemon=True)  # the loop that the command uses
     thread.start()
     served = ready.result(20)
     try:

@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from gpumesh.gateway import server
 from gpumesh.gateway.server import Bounds
@@ -324,3 +325,37 @@ def test_as_many_connections_as_the_process_can_hold(monkeypatch: pytest.MonkeyP
     for soft, allowed in ((1024, 384), (65536, 32640), (resource.RLIM_INFINITY, 1 << 20), (100, 64)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert server.connections_allowed() == allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_a_head_that_trickles_is_given_up,
+        test_a_second_head_has_the_same_bound,
+        test_old_and_pipelined_clients_are_served,
+        test_a_body_that_trickles_is_given_up,
+        test_a_client_that_is_still_sending_sees_the_refusal,
+        test_a_client_that_leaves_in_its_body_leaves_nothing_behind,
+        test_who_asks_first_whether_to_send_is_told,
+    ],
+)
+def test_on_the_loop_that_the_command_uses(check: Callable[[Running], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with running(A, bounds=SHORT) as fleet:
+            await check(fleet)
+
+    uvloop.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_a_client_that_stops_reading_fills_no_memory_and_loses_its_place,
+        test_a_client_that_reads_slowly_is_served_to_the_end,
+        test_past_the_bound_connections_are_refused_with_a_reason,
+    ],
+)
+def test_on_that_loop_too(check: Callable[[], Coroutine[None, None, None]]) -> None:
+    uvloop.run(check())
