@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
@@ -50,3 +51,29 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
 
     with resetting() as url:
         loop.run(ask(url))
+
+
+async def test_each_server_has_a_pool_of_its_own() -> None:
+    """One pool for many servers is looked through whole at each request."""
+    requests: list[tuple[str, int]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("peername")[1]
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            requests.append((head.split(b" ")[1].decode(), connection))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            await writer.drain()
+
+    servers = [await asyncio.start_server(serve, "127.0.0.1", 0) for _ in range(3)]
+    try:
+        async with asyncio.timeout(20), http_client() as client:
+            for _ in range(2):
+                for number, server in enumerate(servers):
+                    port = server.sockets[0].getsockname()[1]
+                    assert (await client.get(f"http://127.0.0.1:{port}/{number}")).text == "ok"
+            assert len({connection for _, connection in requests}) == 3, "and its connection is kept"
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.get("http://127.0.0.1:1/")
+    finally:
+        for server in servers:
+            server.close()
