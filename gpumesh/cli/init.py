@@ -19,7 +19,7 @@ from gpumesh.cli.lazy import new_app
 from gpumesh.cli.providers import Pod, read_pods
 from gpumesh.cli.ssh_line import SshLine, parse_ssh
 from gpumesh.cli.text import clean_line
-from gpumesh.errors import ExitCode, GPUMeshError, UsageError
+from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, UsageError
 from gpumesh.state import BackendPhase, TunnelPhase
 from gpumesh.topology import BackendKind, Topology
 
@@ -167,7 +167,10 @@ def _topology(made: Sequence[Draft]) -> Topology:
     with tempfile.TemporaryDirectory(prefix="gpumesh-init-") as folder:
         file = Path(folder) / "mesh.yaml"
         file.write_text("\n".join(document(made)) + "\n", encoding="utf-8")
-        return config.load(file)
+        try:
+            return config.load(file)
+        except ConfigError as error:  # of a file that nobody has seen: only what is wrong is of use
+            raise UsageError("; ".join(problem.message for problem in error.problems)) from error
 
 
 async def _looked_at(made: Sequence[Draft]) -> list[Draft]:

@@ -88,6 +88,11 @@ def _resolve(alias: str, home: Path) -> AliasAnswer:
     configured = _ask_ssh(alias, ["-F", str(own)] if elsewhere else [])
     defaults = set(_ask_ssh(alias, ["-F", "none"]))
     pairs = [pair for pair in configured if pair not in defaults]
+    # Its default is the user that passwd names; ours is the one that the environment names. Where they differ, what it
+    # says may have been configured, and is what it would do.
+    named = dict(configured).get("user")
+    if named is not None and named != environment.user() and all(key != "user" for key, _ in pairs):
+        pairs.append(("user", named))
     # ssh has run the command of a Match exec by now, and its answer may be another at the next connection.
     pairs += [pair for pair in ssh_files.configured(alias, home) if pair == ssh_files.MATCH_EXEC]
     return _answer(alias, pairs, home)
