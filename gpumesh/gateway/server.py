@@ -181,7 +181,9 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         waiter = self._waiter
-        if waiter is None or waiter.done():
+        # The first bytes may come before the task that waits for a request has begun to wait.
+        waits = not self._request_count or (waiter is not None and not waiter.done())
+        if not waits:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None

@@ -331,6 +331,7 @@ def test_as_many_connections_as_the_process_can_hold(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "check",
     [
+        test_a_head_that_stops_is_given_up,
         test_a_head_that_trickles_is_given_up,
         test_a_second_head_has_the_same_bound,
         test_old_and_pipelined_clients_are_served,
