@@ -45,6 +45,10 @@ class Prompts:
     def possible(self) -> bool:
         return self._interactive or bool(self._secrets)
 
+    def begin_again(self) -> None:
+        """Another login, after one that succeeded: what was given was right."""
+        self._given.clear()
+
     async def __aenter__(self) -> Prompts:
         if self.possible:
             self._server = await asyncio.start_unix_server(self._serve, self._path, limit=_QUESTION_LIMIT)

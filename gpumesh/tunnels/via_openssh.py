@@ -394,6 +394,7 @@ async def log_in(setup: Setup, folder: Path, prompts: Prompts, deadline: Deadlin
         refused = any(openssh_errors.NO_SESSION.search(word) for word in master.words)
         if not session or (master.process.returncode == SSH_FAILED and not refused) or master.needs_terminal:
             raise openssh_errors.explain(master.words, where_of(setup.ssh))
+        prompts.begin_again()
     raise AssertionError("unreachable")
 
 

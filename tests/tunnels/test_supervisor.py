@@ -401,6 +401,21 @@ async def test_a_person_is_asked_and_not_hurried(
                 await one.tunnel.wait_up()
 
 
+@both
+async def test_runpods_proxy_is_refused_by_its_name(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
+    """Also where a command gave it; nothing is sent to it."""
+    async with supervised(pool, sshd.spec(host="ssh.runpod.io", transport=transport), 1) as one:
+        with pytest.raises(TunnelError, match="terminals") as caught:
+            await one.tunnel.wait_up()
+        assert caught.value.code == "transport-unsupported"
+        assert "exposed TCP" in (caught.value.hint or "")
+        assert one.phase is FAILED
+    asker = AddressCommand(("echo", "eu.ssh.runpod.io 22"))
+    async with supervised(pool, sshd.spec(transport=transport, address_from=asker), 1) as one:
+        with pytest.raises(TunnelError, match="terminals"):
+            await one.tunnel.wait_up()
+
+
 # -- an address from a command ---------------------------------------------------------------------------------------
 
 

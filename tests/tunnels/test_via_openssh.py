@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -26,7 +27,8 @@ from gpumesh.tunnels.protocol import Setup
 from gpumesh.tunnels.via_openssh import OpensshConnection, connect, forward_argument, master_command
 from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
-from tests.tunnels.test_via_sshtunnel import Told
+from tests.tunnels.test_via_sshtunnel import Asking, Told, asking
+from tests.tunnels.test_via_sshtunnel import refusal as sshtunnel_refusal
 from tests.tunnels.traffic import echo, exchange
 
 real = [pytest.mark.real, needs_sshd, pytest.mark.skipif(shutil.which("ssh") is None, reason="needs OpenSSH's ssh")]
@@ -94,6 +96,13 @@ async def collect(connection: OpensshConnection, command: str) -> tuple[bytes, b
     finally:
         await running.kill()
     return output[Stream.STDOUT], output[Stream.STDERR], running.exit_status
+
+
+def _other_key(sshd: Sshd) -> str:
+    """As the two fields of a known_hosts line."""
+    path = sshd.folder / "some_other_key"
+    key = path if path.exists() else keygen(path)
+    return " ".join(key.with_suffix(".pub").read_text().split()[:2])
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -269,6 +278,99 @@ class TestReal:
         sshd.known_hosts.write_text(f"{hostkeys.node_name('iceland')} {sshd.public_host_key}\n")
         async with connected(sshd.spec(), folder):
             pass
+
+    async def test_a_first_key_is_kept_for_the_node_so_that_it_may_move(self, sshd: Sshd, folder: Path) -> None:
+        sshd.known_hosts.write_text("")
+        first = sshd.spec(host_key_policy=HostKeyPolicy.ACCEPT_NEW)
+        async with connected(first, folder):
+            pass
+        known = hostkeys.read(sshd.known_hosts)
+        assert any(entry.matches(hostkeys.node_name("iceland")) for entry in known.entries)
+        await sshd.stop()
+        sshd.port = 0
+        recorded = sshd.known_hosts.read_text()
+        await sshd.start()
+        sshd.known_hosts.write_text(recorded)
+        for policy in HostKeyPolicy:  # known, though at another address
+            async with connected(sshd.spec(host_key_policy=policy), folder):
+                pass
+        assert sshd.known_hosts.read_text() == recorded
+        sshd.known_hosts.write_text(recorded.replace(sshd.public_host_key.split()[1], _other_key(sshd).split()[1]))
+        error = await refusal(sshd.spec(host_key_policy=HostKeyPolicy.ACCEPT_NEW), folder)
+        assert error.code == "host-key-changed"
+
+    async def test_what_is_revoked_for_the_address_is_for_the_node(self, sshd: Sshd, folder: Path) -> None:
+        """ssh itself would look under one name only."""
+        own = f"{hostkeys.node_name('iceland')} {sshd.public_host_key}\n"
+        sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
+        assert (await refusal(sshd.spec(), folder)).code == "host-key-revoked"
+        sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {_other_key(sshd)}\n")
+        async with connected(sshd.spec(), folder):
+            pass
+
+    async def test_a_certificate_authority_vouches_for_hosts(self, tmp_path: Path, folder: Path) -> None:
+        """OpenSSH's client checks certificates; the other transport says that it cannot."""
+        sshd = Sshd(tmp_path / "certified", {"LogLevel": "INFO"})
+        authority = keygen(tmp_path / "ca")
+        command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "host", "-h", "-n", "127.0.0.1"]
+        subprocess.run([*command, str(sshd.host_key.with_suffix(".pub"))], check=True, timeout=20)
+        sshd.options["HostCertificate"] = str(sshd.host_key) + "-cert.pub"
+        async with sshd:
+            public = authority.with_suffix(".pub").read_text()
+            sshd.known_hosts.write_text(f"@cert-authority [127.0.0.1]:* {public}")
+            for policy in HostKeyPolicy:
+                async with connected(sshd.spec(host_key_policy=policy), folder):
+                    pass
+            assert len(hostkeys.read(sshd.known_hosts).entries) == 1  # nothing had to be recorded
+            told = await sshtunnel_refusal(sshd.spec())
+            assert told.code == "host-key-unknown"
+            assert "certificate authority" in told.message
+            assert "openssh" in (told.hint or "")
+            sshd.known_hosts.write_text(f"@cert-authority [127.0.0.1]:* {_other_key(sshd)}\n")
+            assert (await refusal(sshd.spec(), folder)).code == "host-key-unknown"
+
+    async def test_several_keys_of_which_some_cannot_be_used(self, sshd: Sshd, folder: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        broken.write_text("no key\n")
+        broken.chmod(0o600)
+        files = (tmp_path / "missing", broken, keygen(tmp_path / "wrong"), sshd.identity)
+        async with connected(sshd.spec(identity_files=files), folder):
+            pass
+        assert (await refusal(sshd.spec(identity_files=files[:1]), folder)).code in ("key-unreadable", "auth-refused")
+
+    async def test_an_agent(self, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "agent"
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+        try:
+            await until(path.exists, "the agent's socket")
+            monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
+            subprocess.run(["ssh-add", "-q", str(sshd.identity)], check=True, timeout=10)
+            async with connected(sshd.spec(identity_files=(), agent=True), folder):
+                pass
+            assert (await refusal(sshd.spec(identity_files=()), folder)).code == "auth-refused"
+        finally:
+            agent.kill()
+            agent.wait()
+
+    async def test_a_password_is_given_once(self, tmp_path: Path, folder: Path) -> None:
+        async with asking(tmp_path, Asking("password", "hunter2", (), [])) as ssh:
+            spec = dataclasses.replace(ssh, password_env="PW")
+            async with connected(spec, folder, password="hunter2") as (connection, _):
+                assert await connection.ping(10.0) is not None
+            error = await refusal(spec, folder, password="wrong-planted")
+            assert error.code == "auth-refused"
+            assert "planted" not in f"{error.message} {error.hint}"
+
+    async def test_questions_go_to_a_person(self, tmp_path: Path, folder: Path) -> None:
+        server = Asking("keyboard-interactive", "", [("Code:\x07 ", True), ("Pin: ", False)], ["123", "456"])
+        async with asking(tmp_path, server) as ssh:
+            # Twice: this host lets us in and then gives no session, and ssh logs in anew without one.
+            told = Asked("123", "456", "123", "456")
+            async with connected(ssh, folder, told=told):
+                pass
+            assert ["Code" in told.questions[0][0], "Pin" in told.questions[1][0]] == [True, True]
+            assert all(text.isprintable() for text, _ in told.questions)
+            assert (await refusal(ssh, folder, Asked("no", "no"))).code == "auth-refused"
 
     async def test_passphrase_and_who_is_asked_for_it(self, sshd: Sshd, folder: Path, tmp_path: Path) -> None:
         locked = keygen(tmp_path / "locked", passphrase="correct horse")
