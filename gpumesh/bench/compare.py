@@ -12,6 +12,8 @@ from gpumesh.bench.summary import StageResult
 
 # A rate of a whole stage has no spread of its own: less than this between two runs is taken for noise.
 NOISE = 0.05
+# And of medians, however sure they are, a difference that nobody would notice.
+LEAST = 0.01
 
 
 class Verdict(StrEnum):
@@ -110,6 +112,8 @@ def _verdict_of_spreads(a: Spread, b: Spread, *, more_is_better: bool) -> Verdic
     """Medians differ when their 95 % confidence intervals do not touch: careful rather than keen."""
     if a.p50_low is None or a.p50_high is None or b.p50_low is None or b.p50_high is None:
         return Verdict.UNKNOWN
+    if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < LEAST:
+        return Verdict.SAME
     if b.p50_low > a.p50_high:
         return Verdict.BETTER if more_is_better else Verdict.WORSE
     if b.p50_high < a.p50_low:
@@ -132,7 +136,7 @@ def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
     for name in ("model", "tokens", "prompt_tokens", "think", "seed", "speed"):
         one, other = getattr(a.settings, name), getattr(b.settings, name)
         if one != other:
-            yield f"{name} differs: {one} and {other}"
+            yield f"not the same {name.replace('_', ' ')}: {one} and {other}"
     if a.simulated != b.simulated:
         yield "one of the two was measured on simulated hosts"
     if a.environment.platform != b.environment.platform or a.environment.cpus != b.environment.cpus:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from gpumesh.state import GpuState, MeshState
 
 SAMPLE_S = 0.5
+# What the mesh knows of a GPU is as old as its last question to nvidia-smi, which comes each two seconds and takes its
+# time: what is sampled sooner after a stage's beginning may still be of what was before.
+LAG_S = 2.5
 # Fewer moments than this tell nothing of a mean.
 ENOUGH = 3
 
@@ -41,11 +44,13 @@ class Sample:
 def gpu_use(samples: Sequence[Sample], nodes: frozenset[str] | None = None) -> GpuUse | None:
     """Pure. The GPUs of these nodes (all, if ``None``), each once by its UUID; ``None`` when too little is known.
 
-    Energy is the mean power, each sample weighted by the time until the next, times the time between first and last.
+    The first ``LAG_S`` tell of what was before and are left out. Power is weighted by the time until the next sample;
+    energy is that mean times the time between the first sample of all and the last.
     """
-    if len(samples) < ENOUGH:
+    settled = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
+    if len(settled) < ENOUGH:
         return None
-    moments = [(sample.at_s, _gpus(sample.state, nodes)) for sample in samples]
+    moments = [(sample.at_s, _gpus(sample.state, nodes)) for sample in settled]
     seen = {uuid for _, gpus in moments for uuid in gpus}
     if not seen:
         return None
@@ -53,17 +58,17 @@ def gpu_use(samples: Sequence[Sample], nodes: frozenset[str] | None = None) -> G
     powers = [_total([gpu.power_w for gpu in gpus.values()], len(seen)) for _, gpus in moments]
     loads = [gpu.utilization_pct for _, gpus in moments for gpu in gpus.values() if gpu.utilization_pct is not None]
     memory = [_total([gpu.memory_used_mib for gpu in gpus.values()], len(seen)) for _, gpus in moments]
-    energy = 0.0
+    spent = 0.0
     for ((now, _), (later, _)), power in zip(itertools.pairwise(moments), powers, strict=False):
-        energy += math.nan if power is None else power * (later - now)
-    known = math.isfinite(energy) and seconds > 0
+        spent += math.nan if power is None else power * (later - now)
+    mean_w = spent / seconds if math.isfinite(spent) and seconds > 0 else None
     most = [value for value in memory if value is not None]
     return GpuUse(
         gpus=len(seen),
-        samples=len(samples),
+        samples=len(settled),
         utilization_pct=sum(loads) / len(loads) if loads else None,
-        power_w=energy / seconds if known else None,
-        energy_j=energy if known else None,
+        power_w=mean_w,
+        energy_j=None if mean_w is None else mean_w * (samples[-1].at_s - samples[0].at_s),
         memory_used_mib=round(max(most)) if most else None,
     )
 

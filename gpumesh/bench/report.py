@@ -25,14 +25,14 @@ _STYLE = """
   --c0: #2f6fde; --c1: #d1580b; --c2: #1a8a5a; --c3: #9a3fc4; --c4: #b8860b; --c5: #c2345b; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e6e9ee; --soft: #9aa5b1; --bg: #14171b; --rule: #333b44;
   --card: #1c2127; --c0: #6ea3ff; --c1: #ff9d57; --c2: #4fd09a; --c3: #cf8cf0; --c4: #e3bb4e; --c5: #ff7d9f; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 60rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.sub, figcaption, th, dt { color: var(--soft); } p.sub { margin-top: 0; }
 .note { background: var(--card); border-left: 4px solid var(--c1); padding: .5rem .8rem; margin: .4rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 500; }
 figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; }
 text.label, text.value { fill: var(--fg); } text.axis { fill: var(--soft); }
@@ -40,7 +40,8 @@ text.label, text.value { fill: var(--fg); } text.axis { fill: var(--soft); }
 .s0 { fill: var(--c0); } .s1 { fill: var(--c1); } .s2 { fill: var(--c2); }
 .s3 { fill: var(--c3); } .s4 { fill: var(--c4); } .s5 { fill: var(--c5); }
 .line { fill: none; stroke-width: 2; } .line.s0 { stroke: var(--c0); } .line.s1 { stroke: var(--c1); }
-.line.s2 { stroke: var(--c2); } .line.s3 { stroke: var(--c3); }
+.line.s2 { stroke: var(--c2); } .line.s3 { stroke: var(--c3); } .line.s4 { stroke: var(--c4); }
+.line.s5 { stroke: var(--c5); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
 """
 
@@ -53,14 +54,14 @@ def report_html(result: BenchResult, records: Sequence[Record] = ()) -> str:
         f'<p class="sub">mesh {_safe(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
         f"gpumesh {_safe(result.environment.gpumesh)}</p>",
         *(f'<p class="note">{_safe(note)}</p>' for note in result.notes),
+        _routes(result),
         "<h2>Throughput</h2>",
         _throughput(result.stages),
         *_plots(result),
         "<h2>Latency</h2>",
         _latency(result.stages),
-        _timeline(records),
+        _timeline(records) if result.scenario is not Scenario.OVERHEAD else "",
         _scaling(result),
-        _routes(result),
         _phases(result.stages),
         _shares(result.stages),
         _gpus(result.stages),
@@ -142,7 +143,13 @@ def _latency(stages: Sequence[StageResult]) -> str:
             ):
                 if spread.n:
                     label = _safe(f"{stage_label(stage)}, {name}")
-                    yield [label, str(spread.n), *_percentiles(spread), svg.number(spread.mean), svg.number(spread.max)]
+                    yield [
+                        label,
+                        f"{spread.n:,}",
+                        *_percentiles(spread),
+                        svg.number(spread.mean),
+                        svg.number(spread.max),
+                    ]
 
     return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows())
 
@@ -152,12 +159,13 @@ def _plots(result: BenchResult) -> list[str]:
     if result.scenario is Scenario.SWEEP:
         return _sweep_plots(stages)
     names = [printable(stage_label(stage)) for stage in stages]
+    if result.scenario is Scenario.OVERHEAD:  # answers of one token: their rate says nothing
+        spreads = [stage.latency.outside_server for stage in stages]
+        return [svg.ranges("Outside the server: the way there and back", _ranges(names, spreads), "ms")]
+    throughput = [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)]
+    throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
-        svg.bars(
-            "Output tokens per second",
-            [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)],
-            "tok/s",
-        ),
+        svg.bars("Output tokens per second", throughput, "tok/s"),
         svg.ranges("Time to first token", _ranges(names, [s.latency.ttft for s in stages]), "ms"),
         svg.ranges("End-to-end", _ranges(names, [s.latency.end_to_end for s in stages]), "ms"),
     ]
@@ -214,7 +222,8 @@ def _scaling(result: BenchResult) -> str:
     rows.append(["sum of the nodes alone", svg.number(scaling.sum_tokens_per_s)])
     rows.append(["mesh", svg.number(scaling.mesh_tokens_per_s)])
     rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
-    return "<h2>Scaling</h2>" + _table(["", "output tok/s"], rows)
+    told = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
+    return f'<h2>Scaling</h2><p class="sub">{told}</p>' + _table(["", "output tok/s"], rows)
 
 
 def _routes(result: BenchResult) -> str:
@@ -245,11 +254,13 @@ def _phases(stages: Sequence[StageResult]) -> str:
                     str(phase.failed),
                     str(phase.retried),
                     *_percentiles(phase.end_to_end),
+                    svg.number(phase.longest_gap_ms),
                     svg.number(phase.output_tokens_per_s),
                 ]
                 for phase in stage.phases
             )
-            head = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99", "output tok/s"]
+            head = ["phase", "requests", "failed", "retried", "end-to-end p50 ms", "p90", "p99"]
+            head += ["longest gap ms", "output tok/s"]
             parts.append(_table(head, rows))
     return "".join(parts)
 
@@ -260,7 +271,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
             _safe(f"{stage_label(stage)}: {share.node}"),
             str(share.served),
             f"{share.share:.0%}",
-            str(share.output_tokens),
+            f"{share.output_tokens:,}",
             svg.number(share.server_tokens_per_s),
         ]
         for stage in stages

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gpumesh.bench.gpu_meter import GpuUse
 from gpumesh.bench.load import ClientLoad, Outcome, Record, StageRun
-from gpumesh.bench.scenarios import StageKind
+from gpumesh.bench.scenarios import Stage, StageKind
 from gpumesh.bench.stats import Objective, Spread, gaps_ms, rate, ratio, spread, tpot_ms
 
 
@@ -28,7 +28,10 @@ class Latency:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Tokens and requests per second. ``server`` is each answer's rate by the server's own clock; ``wall`` the same by
-    ours, from first to last piece; the others are of the stage as a whole."""
+    ours, from first to last piece; the others are of the stage as a whole.
+
+    ``loaded_tokens_per_s`` is the output of a closed loop until it had no request left to send: while every place was
+    taken, without the end at which the faster nodes have nothing more to do."""
 
     server: Spread
     wall: Spread
@@ -37,6 +40,7 @@ class Rates:
     requests_per_s: float | None = None
     goodput_per_s: float | None = None
     good_share: float | None = None
+    loaded_tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,8 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone. 1 is perfect."""
+    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone, each while every place was taken where
+    that is known. 1 is perfect."""
 
     mesh_tokens_per_s: float
     sum_tokens_per_s: float
@@ -156,12 +161,16 @@ def _one(
         prompt_tokens=prompt,
         output_tokens=output,
         latency=_latency(served),
-        rates=_rates(served, output, prompt, seconds=seconds, sent=len(records), objective=objective),
+        rates=replace(
+            _rates(served, output, prompt, seconds=seconds, sent=len(records), objective=objective),
+            loaded_tokens_per_s=_loaded_rate(stage, records) if route is None else None,
+        ),
         client=run.client,
         nodes=_shares(served),
         failures=_failures(records),
-        gpu=gpu,
-        tokens_per_joule=ratio(float(output), gpu.energy_j if gpu is not None else None),
+        # Of routes that took turns nobody knows what each cost the GPU.
+        gpu=gpu if route is None else None,
+        tokens_per_joule=ratio(float(output), gpu.energy_j if gpu is not None and route is None else None),
         phases=_phases(run, records),
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
@@ -202,6 +211,13 @@ def _rates(
         goodput_per_s=rate(good, seconds),
         good_share=good / sent if sent else None,
     )
+
+
+def _loaded_rate(stage: Stage, records: Sequence[Record]) -> float | None:
+    if stage.concurrency is None or len(records) <= stage.concurrency:
+        return None
+    last = max(record.sent_s for record in records)
+    return rate(_came(records, 0.0, last), last)
 
 
 def _good(record: Record, objective: Objective) -> bool:
@@ -278,18 +294,22 @@ def _came(records: Sequence[Record], low: float, high: float) -> float:
 
 def scaling(stages: Sequence[StageResult]) -> Scaling | None:
     """Of nodes measured alone and the last stage of the mesh; ``None`` where either is missing or gave nothing."""
-    alone = [
-        (stage.node, stage.rates.output_tokens_per_s)
-        for stage in stages
-        if stage.kind is StageKind.NODE and stage.node and stage.route is None
-    ]
+    alone = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
     together = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
-    nodes = tuple((name, value) for name, value in alone if value)
-    if not together or not nodes or len(nodes) != len(alone):
+    if not together or not alone:
         return None
-    mesh = together[-1].rates.output_tokens_per_s
-    total = math.fsum(value for _, value in nodes)
-    return None if mesh is None else Scaling(mesh, total, mesh / total, nodes)
+    compared = [*alone, together[-1]]
+    values = [stage.rates.loaded_tokens_per_s for stage in compared]
+    if not all(values):
+        values = [stage.rates.output_tokens_per_s for stage in compared]
+    known = [value for value in values if value]
+    if len(known) != len(compared):
+        return None
+    *single, mesh = known
+    total = math.fsum(single)
+    return Scaling(
+        mesh, total, mesh / total, tuple((stage.node or "", one) for stage, one in zip(alone, single, strict=True))
+    )
 
 
 def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeGuard
 
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34
+LEGEND, LEGEND_STEP = 20, 130
 SERIES = 6
 
 
@@ -38,12 +40,21 @@ class Series:
 
 def number(value: float | None) -> str:
     """Three significant digits, as in the tables; a dash for unknown."""
-    if value is None or not math.isfinite(value):
+    if not _finite(value):
         return "–"  # noqa: RUF001  # a dash, as tables have it
     if value == 0:
         return "0"
     digits = max(2 - math.floor(math.log10(abs(value))), 0)
     return f"{value:,.{min(digits, 3)}f}"
+
+
+def _finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def tick_label(value: float) -> str:
+    """A round number as a person writes it, without the zeros that would claim a precision."""
+    return f"{value:,.10g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -59,7 +70,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
-    known = [row.value for row in rows if row.value is not None and math.isfinite(row.value)]
+    known = [row.value for row in rows if _finite(row.value)]
     if not known:
         return ""
     axis = ticks(0.0, max(known))
@@ -68,7 +79,7 @@ def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
     for index, row in enumerate(rows):
         y = TOP + 28 * index
         parts.append(_row_label(row.label, y + 18))
-        if row.value is None or not math.isfinite(row.value):
+        if not _finite(row.value):
             parts.append(_text(LEFT + 4, y + 18, "unknown", "axis"))
             continue
         x = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
@@ -82,16 +93,18 @@ def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
 
 def ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     """From the first known mark to the last, a line; each mark a point with its name on hover."""
-    known = [value for row in rows for _, value in row.marks if value is not None and math.isfinite(value)]
+    known = [value for row in rows for _, value in row.marks if _finite(value)]
     if not known:
         return ""
     axis = ticks(0.0, max(known))
-    height = TOP + 28 * len(rows) + BOTTOM
-    parts = _vertical_grid(axis, height, unit)
+    names = list(dict.fromkeys(name for row in rows for name, value in row.marks if _finite(value)))
+    top = TOP + LEGEND
+    height = top + 28 * len(rows) + BOTTOM
+    parts = [*_legend(names), *_vertical_grid(axis, height, unit, top)]
     for index, row in enumerate(rows):
-        y = TOP + 28 * index + 14
+        y = top + 28 * index + 14
         parts.append(_row_label(row.label, y + 4))
-        marks = [(name, value) for name, value in row.marks if value is not None and math.isfinite(value)]
+        marks = [(name, value) for name, value in row.marks if _finite(value)]
         if not marks:
             parts.append(_text(LEFT + 4, y + 4, "unknown", "axis"))
             continue
@@ -99,7 +112,7 @@ def ranges(title: str, rows: Sequence[Range], unit: str) -> str:
         parts.append(f'<line class="span" x1="{places[0][2]:.1f}" x2="{places[-1][2]:.1f}" y1="{y}" y2="{y}"/>')
         for order, (name, value, x) in enumerate(places):
             parts.append(
-                f'<circle class="s{order % SERIES}" cx="{x:.1f}" cy="{y}" r="{5 if order == 0 else 4}">'
+                f'<circle class="s{names.index(name) % SERIES}" cx="{x:.1f}" cy="{y}" r="{5 if order == 0 else 4}">'
                 f"<title>{escape(row.label)}: {escape(name)} {number(value)} {escape(unit)}</title></circle>"
             )
         name, value, x = places[-1]
@@ -114,18 +127,18 @@ def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, line
     if not points:
         return ""
     across, up = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
-    legend = 20 if len(shown) > 1 else 0
+    legend = LEGEND if len(shown) > 1 else 0
     height = 260 + legend
     bottom = height - BOTTOM
     parts = []
     for tick in up:
         y = _scale(tick, up, bottom, TOP + legend)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, number(tick), "axis", "end"))
+        parts.append(_text(LEFT - 8, y + 4, tick_label(tick), "axis", "end"))
     for tick in across:
         x = _scale(tick, across, LEFT, WIDTH - RIGHT)
-        parts.append(_text(x, bottom + 16, number(tick), "axis", "middle"))
-    parts.append(_text(WIDTH - RIGHT + 8, bottom + 16, x_unit, "axis"))
+        parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
+    parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
     parts.append(_text(8, TOP + legend + 4, y_unit, "axis"))
     for index, one in enumerate(shown):
         places = [(_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in one.points]
@@ -139,20 +152,28 @@ def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, line
             parts.append(
                 f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
             )
-        if legend:
-            x = LEFT + 130 * index
-            parts.append(f'<circle class="{style}" cx="{x}" cy="{TOP}" r="4"/>')
-            parts.append(_text(x + 9, TOP + 4, _short(one.label, 16), "axis"))
+    if legend:
+        parts += _legend([one.label for one in shown])
     return _figure(title, parts, height)
 
 
-def _vertical_grid(axis: Sequence[float], height: int, unit: str) -> list[str]:
+def _legend(names: Sequence[str]) -> list[str]:
+    """As many as fit beside each other; colours repeat after ``SERIES``, and so would the names tell no more."""
+    parts = []
+    for index, name in enumerate(names[: (WIDTH - LEFT) // LEGEND_STEP]):
+        x = LEFT + LEGEND_STEP * index
+        parts.append(f'<circle class="s{index % SERIES}" cx="{x}" cy="{TOP}" r="4"/>')
+        parts.append(_text(x + 9, TOP + 4, _short(name, 16), "axis"))
+    return parts
+
+
+def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP) -> list[str]:
     parts = []
     for tick in axis:
         x = _scale(tick, axis, LEFT, WIDTH - RIGHT)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(_text(x, height - BOTTOM + 16, number(tick), "axis", "middle"))
-    parts.append(_text(WIDTH - RIGHT + 8, height - BOTTOM + 16, unit, "axis"))
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - BOTTOM}"/>')
+        parts.append(_text(x, height - BOTTOM + 16, tick_label(tick), "axis", "middle"))
+    parts.append(_text(WIDTH - 2, height - BOTTOM + 16, unit, "axis", "end"))
     return parts
 
 

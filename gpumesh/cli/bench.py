@@ -333,20 +333,21 @@ def _show(result: BenchResult, *, notes: bool = True) -> None:
     from gpumesh.bench.svg import number
     from gpumesh.cli import render
 
-    render.print_table(
+    column = render.Column
+    render.print_fitted(
         [
-            "stage",
-            "in flight",
-            "served",
-            "failed",
-            "TTFT p50 ms",
-            "p90",
-            "TPOT p50 ms",
-            "end-to-end p50 ms",
-            "p90",
-            "tok/s each",
-            "tok/s all",
-            "req/s",
+            column("STAGE", least=21),
+            column("IN FLIGHT", 6, right=True),
+            column("SERVED", 4, right=True),
+            column("FAILED", 1, right=True),
+            column("TTFT ms", 1, right=True),
+            column("TTFT p90", 7, right=True),
+            column("TPOT ms", 5, right=True),
+            column("E2E ms", 3, right=True),
+            column("E2E p90", 7, right=True),
+            column("TOK/S EACH", 2, right=True),
+            column("TOK/S", 1, right=True),
+            column("REQ/S", 3, right=True),
         ],
         [
             [
@@ -374,7 +375,7 @@ def _show(result: BenchResult, *, notes: bool = True) -> None:
 
 
 def _lines(result: BenchResult) -> list[str]:
-    """What the table has no column for."""
+    """What the table has no column for; its figures without a name are at p50."""
     from gpumesh.bench.compare import stage_label
     from gpumesh.bench.svg import number
 
@@ -385,15 +386,17 @@ def _lines(result: BenchResult) -> list[str]:
             f"scaling: mesh {number(scaling.mesh_tokens_per_s)} tok/s of {number(scaling.sum_tokens_per_s)} "
             f"that its nodes give alone: {scaling.efficiency:.0%}"
         )
-    lines.extend(
-        f"{cost.node} via {cost.route}: {number(cost.outside_server_p50_ms)} ms outside the server at p50, "
-        f"{number(cost.added_p50_ms)} ms more than the barest route"
-        for cost in result.routes
-    )
+    for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
+        barest, *others = costs
+        way = f"{number(barest.outside_server_p50_ms)} ms outside the server at p50 through the {barest.route}"
+        lines.append(
+            "; ".join([f"{node}: {way}", *(f"{one.route} adds {number(one.added_p50_ms)} ms" for one in others)])
+        )
     for stage in result.stages:
         lines.extend(
             f"{phase.name}: {phase.requests} sent, {phase.failed} failed, {phase.retried} retried, "
-            f"end-to-end p50 {number(phase.end_to_end.p50)} ms, {number(phase.output_tokens_per_s)} tok/s"
+            f"end-to-end p50 {number(phase.end_to_end.p50)} ms, longest gap {number(phase.longest_gap_ms)} ms, "
+            f"{number(phase.output_tokens_per_s)} tok/s"
             for phase in stage.phases
         )
         if stage.gpu is not None and stage.gpu.power_w is not None:
