@@ -94,9 +94,9 @@ async def test_what_only_ssh_understands_goes_through_transport_openssh(aliased:
 @pytest.mark.slow
 async def test_config_check_says_which_transport_it_needs(aliased: Aliased) -> None:
     aliased.write()
-    code, out, _ = await aliased("config", "check")
+    code, _, err = await aliased("config", "check")
     assert code == 0
-    assert "'gpu-box' uses Match exec and ProxyCommand, so the system's ssh carries this node" in out
+    assert "'gpu-box' uses Match exec and ProxyCommand, so the system's ssh carries this node" in err
     aliased.write(transport="sshtunnel")
     _, out, err = await aliased("config", "check")
     assert "transport: openssh" in out + err
