@@ -82,6 +82,10 @@ class Dispatcher:
         found = select(self._candidates(), demand, exclude=exclude)
         return bool(found.now or found.later)
 
+    def worth_waiting(self, demand: Demand) -> bool:
+        """Whether a node that cannot take such work now may be able to in a moment."""
+        return self._coming(self._candidates(), demand, frozenset())
+
     async def acquire(
         self,
         demand: Demand,
@@ -173,15 +177,7 @@ class Dispatcher:
         if select(candidates, demand, exclude=waiter.exclude).later:
             waiter.hopeless_since = None
             return True
-        coming = any(
-            self._nodes[candidate.name].coming
-            and candidate.name not in waiter.exclude
-            and candidate.kind in demand.kinds
-            and demand.node in (None, candidate.name)
-            and has_model(candidate, demand.model)
-            for candidate in candidates
-        )
-        if not coming:
+        if not self._coming(candidates, demand, waiter.exclude):
             return False
         now = self._clock()
         if waiter.hopeless_since is None:
@@ -189,6 +185,16 @@ class Dispatcher:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self._look_again)
         return now - waiter.hopeless_since < self._grace_s
+
+    def _coming(self, candidates: list[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
+        return any(
+            self._nodes[candidate.name].coming
+            and candidate.name not in exclude
+            and candidate.kind in demand.kinds
+            and demand.node in (None, candidate.name)
+            and has_model(candidate, demand.model)
+            for candidate in candidates
+        )
 
     def _look_again(self) -> None:
         """What no event announces: a breaker's pause that ends, a grace that runs out."""

@@ -30,7 +30,7 @@ from gpumesh.coordination.base import Coordination
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
 from gpumesh.mesh.answer import Answer, WholeAnswer
 from gpumesh.mesh.chat import ChatStream
-from gpumesh.mesh.dispatch import Dispatcher
+from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
 from gpumesh.mesh.events import Changes
 from gpumesh.mesh.node import Node
 from gpumesh.mesh.sending import Means, Sending
@@ -239,19 +239,26 @@ class Mesh:
     async def wait_usable(self, model: str | None = None, *, timeout_s: float, node: str | None = None) -> str:
         """The name of the first node that can serve this model, as soon as one can.
 
-        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed.
+        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed. Nodes that
+        were lost only just now are waited for as those of a request in the queue are.
         """
         demand = Demand(model=model, node=self._known(node))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(until) as limit:
                 async for _ in self.changes():
                     now = self._clock()
                     candidates = [entry.candidate(now) for entry in self._nodes.values()]
                     found = select(candidates, demand)
                     if found.now or found.later:
                         return (found.now or found.later)[0].name
-                    if all(entry.reported for entry in self._nodes.values() if demand.node in (None, entry.name)):
+                    if not all(entry.reported for entry in self._nodes.values() if demand.node in (None, entry.name)):
+                        continue
+                    if not self._dispatcher.worth_waiting(demand):
                         raise self._why_none(demand)
+                    until = min(until, loop.time() + GRACE_S)
+                    limit.reschedule(until)
         except TimeoutError:
             pass
         raise self._why_none(demand)

@@ -55,6 +55,16 @@ async def test_a_prompt_waits_for_the_first_node_that_can_take_it(direct: Simula
             await said(session, Ask(ASK.messages, node="gamma"))
 
 
+async def test_a_prompt_waits_for_a_node_that_is_only_just_away(one: Simulated) -> None:
+    async with session_of(one) as session:
+        assert await said(session, ASK)
+        await one.hosts["alpha"].drop_connections()
+        async for state in session.watch(0.01):
+            if state.node("alpha").tunnel.state is TunnelPhase.BACKOFF:
+                break
+        assert await said(session, ASK), "it was up a moment ago"
+
+
 async def test_without_a_default_the_only_chat_model_is_meant(tmp_path: Path) -> None:
     with command(tmp_path) as gpumesh:
         async with simulated(
