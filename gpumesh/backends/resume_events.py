@@ -198,8 +198,11 @@ class OpenAIChat(Events):
             if bound is not None:
                 body[key] = max(bound - sofar.tokens, 1)
         if kind is BackendKind.OPENAI:
-            # vLLM and SGLang start a new turn unless told so; llama-server continues anyway.
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
+            # vLLM and SGLang start a new turn unless told so; llama-server continues anyway, but refuses to where the
+            # model could think first: of what is continued the thinking, if any, is over.
+            given = request.get("chat_template_kwargs")
+            template = {**(given if isinstance(given, dict) else {}), "enable_thinking": False}
+            body |= {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": template}
         return Rest(HttpCall("POST", self._path, jsons.compact(body), JSON), self)
 
     def translate(self, frame: Frame, sofar: Sofar) -> bytes:

@@ -167,6 +167,11 @@ def test_only_other_kinds_are_told_to_go_on() -> None:
     request = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
     sofar = Sofar(text="x", thinking="t", tokens=3)
     body = json.loads(CHAT.rest(request, sofar, BackendKind.OLLAMA).call.body)
-    assert "continue_final_message" not in body
+    assert not body.keys() & {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     assert body["max_tokens"] == 1
     assert body["messages"][-1]["reasoning_content"] == "t"
+    request["chat_template_kwargs"] = {"a": 1, "enable_thinking": True}
+    body = json.loads(CHAT.rest(request, sofar, BackendKind.OPENAI).call.body)
+    assert body["continue_final_message"] is True
+    assert body["add_generation_prompt"] is False
+    assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}

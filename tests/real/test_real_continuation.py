@@ -1,0 +1,77 @@
+"""A real inference server is killed in mid-answer and another one of the same model goes on: the text is the very one
+that one server alone gives (at temperature 0, where it follows from the prompt)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gpumesh.backends.base import ChatRequest, Message
+from gpumesh.gateway.app import Gateway
+from gpumesh.topology import BackendKind
+from tests.mesh.meshes import meshed, node
+from tests.parts import needs
+from tests.real.hosts import LlamaServer
+
+pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
+
+TOKENS = 300
+ASKED: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}],
+    "temperature": 0,
+    "max_tokens": TOKENS,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+async def read(http: aiohttp.ClientSession, url: str, *, kill: LlamaServer | None = None) -> tuple[str, dict[str, Any]]:
+    """The text and the last frame; ``kill`` dies when a third of it has come."""
+    said: list[str] = []
+    last: dict[str, Any] = {}
+    async with http.post(f"{url}/v1/chat/completions", json=ASKED) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            data = line.strip().removeprefix(b"data: ")
+            if not data or data == b"[DONE]":
+                continue
+            last = json.loads(data)
+            assert "error" not in last, last
+            if last["choices"]:
+                said.append(last["choices"][0]["delta"].get("content") or "")
+            if kill is not None and len(said) > TOKENS // 3:
+                assert kill.process is not None
+                kill.process.kill()
+                kill = None
+    return "".join(said), last
+
+
+async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its tokenizer reads a blank as other tokens than the model writes: answers without any can be read back.
+    from tests.real import tiny_model  # numpy takes its time, and is for these tests only
+
+    monkeypatch.setattr(tiny_model, "ANSWERED", tiny_model.ANSWERED.replace(b" ", b""))
+    # Slow enough that the whole answer is not in the sockets' buffers when its server dies.
+    model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
+    async with LlamaServer(model) as one, LlamaServer(model) as other:
+        specs = (
+            node("one", one.url, weight=100.0, kind=BackendKind.OPENAI, max_parallel=2),
+            node("other", other.url, kind=BackendKind.OPENAI, max_parallel=2),
+        )
+        async with meshed(*specs) as mesh, Gateway(mesh.mesh, port=0) as gateway, aiohttp.ClientSession() as http:
+            want, figures = await read(http, other.url)
+            assert len(want) == TOKENS
+            got, last = await read(http, gateway.url, kill=one)
+            assert got == want
+            assert last["usage"]["completion_tokens"] == figures["usage"]["completion_tokens"]
+            assert last["gpumesh"]["continued"] == 1
+            assert last["gpumesh"]["tokens_before"] >= TOKENS // 3
+            assert mesh.mesh.books.served == 1
+            messages = tuple(Message(str(one["role"]), str(one["content"])) for one in ASKED["messages"])
+            request = ChatRequest("tiny", messages, {"temperature": 0, "num_predict": TOKENS})
+            assert "".join([chunk.text async for chunk in mesh.mesh.chat(request)]) == want
