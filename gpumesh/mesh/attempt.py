@@ -101,6 +101,8 @@ async def _guarded(
     node = lease.node
     loop = asyncio.get_running_loop()
     response: UpstreamResponse | None = None
+    if lease.aborted:  # while it was held for something else
+        return _lost(lease)
     try:
         async with asyncio.timeout(timeout_s) as scope:
             lease.abort = lambda: scope.reschedule(loop.time())
@@ -113,7 +115,7 @@ async def _guarded(
         if response is not None:
             response.abort()
         if lease.aborted:
-            return _failed(lease, Outcome.UNREACHABLE, BackendUnreachable("the way to it was lost", node=node.name))
+            return _lost(lease)
         if late is not None:
             return late
         return _failed(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
@@ -131,6 +133,11 @@ async def _guarded(
 def _failed(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> Failed:
     lease.release(outcome, error=str(error))
     return Failed(lease.node.name, outcome, error, answer)
+
+
+def _lost(lease: Lease) -> Failed:
+    error = BackendUnreachable("the way to it was lost", node=lease.node.name)
+    return _failed(lease, Outcome.UNREACHABLE, error)
 
 
 async def _refused(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | Failed:

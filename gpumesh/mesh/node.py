@@ -405,8 +405,9 @@ class Node:
 
     def began(self) -> None:
         """A request's answer has begun: while it goes on another may try as well."""
-        self._breaker = self._breaker.undecided()
-        self._freed()
+        if self._breaker.trial:
+            self._breaker = self._breaker.undecided()
+            self._freed()
 
     def undone(self, lease: Lease) -> None:
         self._leases.discard(lease)

@@ -208,6 +208,16 @@ async def test_a_lost_way_ends_it_at_once(begun: bool) -> None:
         assert place.ended() == {Outcome.UNREACHABLE: 1}
 
 
+async def test_a_way_that_was_lost_between_two_requests_on_one_place_is_not_used_again() -> None:
+    async with placed(says(whole(b"{}"))) as place:
+        assert await ask(place.upstream, place.lease, call_of(), timeout_s=10.0) == (200, b"{}")
+        place.lease.cut()
+        result = await place.attempt(call_of())
+        assert isinstance(result, Failed)
+        assert result.outcome is Outcome.UNREACHABLE
+        assert place.ended() == {Outcome.UNREACHABLE: 1}
+
+
 async def test_a_client_that_leaves_stops_the_server() -> None:
     asked, gone = asyncio.Event(), asyncio.Event()
 
