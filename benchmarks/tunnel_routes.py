@@ -1,8 +1,8 @@
 """The routes that the tunnel benchmarks compare, over one real sshd on loopback, and the small HTTP server behind them.
 
-``GET /api/version`` answers at once. ``GET /stream?tokens=N&rate=R`` sends N lines at R a second, each with the time
-(monotonic, ns) at which it should have been sent: so a delay counts from the intended send. Run as a program this file
-is that server: it prints its port.
+``GET /api/version`` answers at once; with ``?apart`` its body comes a millisecond after its head. ``GET
+/stream?tokens=N&rate=R`` sends N lines at R a second, each with the time (monotonic, ns) at which it should have been
+sent: so a delay counts from the intended send. Run as a program this file is that server: it prints its port.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Standin(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         while b"\r\n\r\n" in self._buffer:
-            head, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
-            found = re.match(rb"GET /stream\?tokens=(\d+)&rate=(\d+)", head)
+            head_of_request, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
+            found = re.match(rb"GET /stream\?tokens=(\d+)&rate=(\d+)", head_of_request)
             if found:
                 self._streaming = asyncio.create_task(self._stream(int(found[1]), int(found[2])))
             else:
@@ -67,7 +67,10 @@ class Standin(asyncio.Protocol):
                 # Head and body as two writes, as uvicorn does it: two SSH packets; Nagle holds back the second.
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 self._transport.write(head % len(body))
-                self._transport.write(body)
+                if b"?apart" in head_of_request:
+                    asyncio.get_running_loop().call_later(0.001, self._transport.write, body)
+                else:
+                    self._transport.write(body)
 
     async def _stream(self, tokens: int, rate: int) -> None:
         self._transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -1,9 +1,13 @@
 """Round trip of a small keep-alive HTTP request through each kind of tunnel, in one run, over a real sshd.
 
-    python benchmarks/tunnel_rtt.py [--requests N] [--rounds N] [--json] [--check]
+    python benchmarks/tunnel_rtt.py [--requests N] [--rounds N] [--apart] [--json] [--check]
 
 Rounds are interleaved, so that what else the machine does falls on all routes alike. ``--check`` exits 1 unless each
 gpumesh transport has a median of at most 3 x direct + 0.5 ms; the goal is 2 x direct + 0.3 ms.
+
+Nagle's algorithm holds back the second piece of an answer until the first is acknowledged. Whether a head and a body
+that are sent at once are one piece to sshd, and whether the acknowledgement waits, is a matter of microseconds and of
+the kernel; with ``--apart`` the body comes a millisecond later, as tokens do, and then it always waits.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from tunnel_routes import gpumesh_route, percentile, setting, stock_ssh, stock_s
 
 from gpumesh.topology import TransportKind
 
-REQUEST = b"GET /api/version HTTP/1.1\r\nHost: ollama\r\n\r\n"
+AT_ONCE = b"GET /api/version HTTP/1.1\r\nHost: ollama\r\n\r\n"
+APART = b"GET /api/version?apart HTTP/1.1\r\nHost: ollama\r\n\r\n"
 
 
 class Client:
     """One keep-alive connection, blocking: an event loop of ours would be part of what is measured."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, request: bytes) -> None:
+        self._request = request
         self._sock = socket.create_connection(("127.0.0.1", port), timeout=10)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.times_ms: list[float] = []
@@ -36,7 +42,7 @@ class Client:
     def requests(self, count: int, *, keep: bool = True) -> None:
         for _ in range(count):
             began = time.perf_counter()
-            self._sock.sendall(REQUEST)
+            self._sock.sendall(self._request)
             answer = b""
             while not answer.endswith(b"}"):
                 piece = self._sock.recv(65536)
@@ -50,7 +56,7 @@ class Client:
         self._sock.close()
 
 
-async def measure(requests: int, rounds: int, transports: list[str]) -> dict[str, dict[str, float]]:
+async def measure(requests: int, rounds: int, transports: list[str], request: bytes) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         async with contextlib.AsyncExitStack() as stack:
             sshd, pool, target = await stack.enter_async_context(setting(Path(folder)))
@@ -60,7 +66,7 @@ async def measure(requests: int, rounds: int, transports: list[str]) -> dict[str
                 ports[f"gpumesh {kind}"] = await stack.enter_async_context(route)
             ports["stock ssh -N -L"] = await stack.enter_async_context(stock_ssh(sshd, target))
             ports["stock sshtunnel"] = await stack.enter_async_context(stock_sshtunnel(sshd, target))
-            clients = {name: Client(port) for name, port in ports.items()}
+            clients = {name: Client(port, request) for name, port in ports.items()}
             for client in clients.values():
                 client.requests(10, keep=False)
             for _ in range(rounds):
@@ -87,11 +93,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--transport", action="append", choices=[kind.value for kind in TransportKind])
+    parser.add_argument("--apart", action="store_true", help="the answer's body comes 1 ms after its head")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     transports = arguments.transport or [kind.value for kind in TransportKind]
-    figures = asyncio.run(measure(arguments.requests, arguments.rounds, transports))
+    figures = asyncio.run(
+        measure(arguments.requests, arguments.rounds, transports, APART if arguments.apart else AT_ONCE)
+    )
     if arguments.json:
         print(json.dumps({"requests": arguments.requests, "routes": figures}, indent=2))
     else:
