@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from gpumesh.cli.render import console
+from gpumesh.cli.render import console, write_beside
 from gpumesh.cli.store import Step
 from gpumesh.cli.text import clean_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Shown(Protocol):
     def __call__(self, name: str, step: Step) -> None: ...
+
+    def write(self, line: str) -> None:
+        """A result, to stdout."""
+        ...
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def downloads(*, quiet: bool) -> Iterator[Shown]:
     """On stderr: stdout is for results."""
     out = console(stderr=True)
     if quiet:
-        yield _nowhere
+        yield _Nothing()
         return
     if not out.is_terminal:
         yield _Lines()
@@ -31,25 +38,35 @@ def downloads(*, quiet: bool) -> Iterator[Shown]:
 
     said = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[what]}", markup=False)
     columns = (*said, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bars:
-        tasks = {}
-
-        def show(name: str, step: Step) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(clean_line(name, 40), total=None, what="")
-            if step.whole is None:
-                bars.update(tasks[name], what=step.what)
-            else:
-                bars.update(tasks[name], what=step.what, completed=step.done, total=step.whole)
-
-        yield show
+    with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bars:
+        yield _Bars(bars)
 
 
-def _nowhere(name: str, step: Step) -> None:
-    del name, step
+class _Nothing:
+    def __call__(self, name: str, step: Step) -> None: ...
+
+    def write(self, line: str) -> None:
+        typer.echo(line)
 
 
-class _Lines:
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, name: str, step: Step) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(clean_line(name, 40), total=None, what="")
+        if step.whole is None:
+            self._bars.update(self._tasks[name], what=step.what)
+        else:
+            self._bars.update(self._tasks[name], what=step.what, completed=step.done, total=step.whole)
+
+    def write(self, line: str) -> None:
+        write_beside(self._bars, line)
+
+
+class _Lines(_Nothing):
     """A line for each new step and for each tenth of a long one."""
 
     def __init__(self) -> None:

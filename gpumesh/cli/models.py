@@ -259,7 +259,7 @@ async def _pull(chosen: Settings, plan: Plan, still: Plan | None = None) -> list
                     async for step in steps:
                         shown(name, step)
 
-            await _all(tasks, one, "pulled")
+            await _all(tasks, one, "pulled", say=shown.write)
         if still is None or not tasks:
             return []
         return [task for task in still(await stores.look(await session.status())) if _among(task, tasks)]
@@ -269,7 +269,13 @@ def _among(task: fleet.Task, tasks: Sequence[fleet.Task]) -> bool:
     return any((task.node.name, task.model) == (other.node.name, other.model) for other in tasks)
 
 
-async def _all(tasks: Sequence[fleet.Task], one: Callable[[fleet.Task], Awaitable[None]], done: str) -> None:
+async def _all(
+    tasks: Sequence[fleet.Task],
+    one: Callable[[fleet.Task], Awaitable[None]],
+    done: str,
+    *,
+    say: Callable[[str], None] = typer.echo,
+) -> None:
     """One node's tasks one after the other, the nodes side by side. A result for each on stdout."""
     failed: list[GPUMeshError] = []
 
@@ -279,7 +285,7 @@ async def _all(tasks: Sequence[fleet.Task], one: Callable[[fleet.Task], Awaitabl
                 continue
             try:
                 await one(task)
-                typer.echo(clean_line(f"{node}: {task.model} {done}"))
+                say(clean_line(f"{node}: {task.model} {done}"))
             except UsageError:
                 raise
             except GPUMeshError as error:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -18,6 +18,9 @@ from rich.text import Text
 
 from gpumesh.cli.text import UNKNOWN, clean_line
 from gpumesh.state import Finding, Severity
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 PIPED_WIDTH = 160
 SEVERITIES = {Severity.ERROR: ("✗", "red"), Severity.WARNING: ("!", "yellow"), Severity.INFO: ("i", "cyan")}
@@ -211,9 +214,37 @@ def add_hint(text: Text, hint: str | None) -> None:
 class Ticker(Protocol):
     def __call__(self, done: int, note: str = "") -> None: ...
 
+    def write(self, line: str) -> None:
+        """A result, to stdout."""
+        ...
 
-def _nowhere(done: int, note: str = "") -> None:
-    del done, note
+
+class _NoBar:
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+    def write(self, line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+class _Bar(_NoBar):
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def __call__(self, done: int, note: str = "") -> None:
+        self._bar.update(self._task, completed=done, note=clean_line(note, 60))
+
+    def write(self, line: str) -> None:
+        write_beside(self._bar, line)
+
+
+def write_beside(bars: Progress, line: str) -> None:
+    """A result while bars are shown on stderr: to stdout, or above them where both are the same terminal."""
+    if sys.stdout.isatty():
+        bars.console.print(Text(line), soft_wrap=True)
+    else:
+        _NoBar().write(line)
 
 
 @contextmanager
@@ -223,9 +254,10 @@ def progress(total: int, title: str, *, quiet: bool) -> Iterator[Ticker]:
 
     out = console(stderr=True)
     if quiet or not out.is_terminal:
-        yield _nowhere
+        yield _NoBar()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=out, transient=True) as bar:
-        task = bar.add_task(title, total=total, note="")
-        yield lambda done, note="": bar.update(task, completed=done, note=clean_line(note, 60))
+    said = TextColumn("{task.description}"), TextColumn("{task.fields[note]}", markup=False)
+    columns = (said[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said[1])
+    # rich would take what is written to stdout for its own, and results would go to the terminal, not into the file.
+    with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bar:
+        yield _Bar(bar, bar.add_task(title, total=total, note=""))

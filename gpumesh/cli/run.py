@@ -260,8 +260,7 @@ async def _many(chosen: Settings, asks: Sequence[Ask], texts: Sequence[str], con
                 for task in tasks:
                     result = await task
                     failed += result.error is not None
-                    sys.stdout.write(json_text(asdict(result)) + "\n")
-                    sys.stdout.flush()
+                    tick.write(json_text(asdict(result)))
     return failed
 
 

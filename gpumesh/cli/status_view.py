@@ -51,7 +51,7 @@ NO_GPU = {
     "driver-broken": "driver broken",
     "driver-mismatch": "driver mismatch",
     "driver-hung": "driver hangs",
-    "gpu-cgroup-lost": "lost by container",
+    "gpu-cgroup-lost": "container lost",
     "gpu-lost": "GPU lost",
     "gpu-missing": "no GPU found",
     "gpu-unknown": "cannot be asked",

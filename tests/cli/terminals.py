@@ -14,6 +14,7 @@ import struct
 import termios
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.real.command import GPUMESH, Gpumesh
@@ -73,9 +74,16 @@ class Terminal:
 
 @contextlib.asynccontextmanager
 async def terminal(
-    gpumesh: Gpumesh, *arguments: str, columns: int = 120, rows: int = 40, **environment: str
+    gpumesh: Gpumesh,
+    *arguments: str,
+    columns: int = 120,
+    rows: int = 40,
+    out: Path | None = None,
+    **environment: str,
 ) -> AsyncIterator[Terminal]:
-    """The command, running on a terminal of its own; killed when the context ends before it does."""
+    """The command, running on a terminal of its own; killed when the context ends before it does. ``out``: where its
+    standard output goes instead."""
+    stack = contextlib.ExitStack()
     controller, its_end = pty.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     modes = termios.tcgetattr(controller)
@@ -89,7 +97,7 @@ async def terminal(
             str(GPUMESH),
             *arguments,
             stdin=its_end,
-            stdout=its_end,
+            stdout=its_end if out is None else stack.enter_context(out.open("wb")),
             stderr=its_end,
             env=gpumesh.environment(**environment),
             cwd=gpumesh.home,
@@ -113,5 +121,6 @@ async def terminal(
                 await process.wait()
             loop.remove_reader(controller)
     finally:
+        stack.close()
         os.close(controller)
         os.close(its_end)

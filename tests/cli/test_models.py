@@ -94,6 +94,11 @@ async def test_progress_on_a_terminal(fleet: Simulated) -> None:
             await shown.until(f"{name}: phi4 pulled")
         assert "━" in shown.said
         assert shown.as_before()
+    out = fleet.gpumesh.home / "out.txt"
+    async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all", out=out) as shown:
+        assert await shown.ended() == 0
+        assert "pulled" not in shown.said
+    assert len(out.read_text().splitlines()) == 3
 
 
 async def test_one_that_fails_does_not_stop_the_others(fleet: Simulated) -> None:

@@ -123,22 +123,26 @@ async def test_results_come_in_order_as_soon_as_they_can(gpumesh: Gpumesh) -> No
 
 
 async def test_progress_is_on_stderr_alone(direct: Simulated, tmp_path: Path) -> None:
+    """A bar on the terminal while the results go into a file: the usual way to run many prompts."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     out = tmp_path / "out.jsonl"
+    async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out) as shown:
+        assert await shown.ended() == 0
+        await shown.until("3/3")
+        assert "index" not in shown.said
+    assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 1, 2]
+    async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out, columns=60) as shown:
+        assert await shown.ended() == 0
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(list(result) == KEYS for result in results)
     async with terminal(direct.gpumesh, "run", "-f", str(prompts)) as shown:
         assert await shown.ended() == 0
         await shown.until('"index": 2')
         assert "3/3" in shown.said
-    await direct.gpumesh("run", "-f", str(prompts))
-    with out.open("wb") as file:
-        process = await asyncio.create_subprocess_exec(
-            str(GPUMESH), "run", "-f", str(prompts), stdout=file, stderr=subprocess.PIPE,
-            env=direct.gpumesh.environment(), stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        _, errors = await process.communicate()
-    assert errors == b""
-    assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 1, 2]
+    async with terminal(direct.gpumesh, "run", "-f", str(prompts), "-q", out=out) as shown:
+        assert await shown.ended() == 0
+        assert shown.written == ""
 
 
 @pytest.mark.parametrize(
