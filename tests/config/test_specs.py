@@ -44,6 +44,7 @@ gateway:
   max_queue: 0
   timeout: 1.5h
   cors_origins: [https://chat.example.com]
+  access_log: off
 nodes:
 - name: a
   ssh:
@@ -72,7 +73,15 @@ redis: {url: redis://localhost:6379/0, password_env: RP}
     )
     assert mesh.source == Path("/etc/gpumesh/mesh.yaml")
     assert mesh.gateway == GatewaySpec(
-        "::", 0, "KEY", "qwen2.5:7b", PolicyKind.LEAST_LOADED, 0, 5400.0, ("https://chat.example.com",)
+        "::",
+        0,
+        "KEY",
+        "qwen2.5:7b",
+        PolicyKind.LEAST_LOADED,
+        0,
+        5400.0,
+        ("https://chat.example.com",),
+        access_log=False,
     )
     (a,) = mesh.nodes
     assert a.ssh == SshSpec(
