@@ -3,8 +3,10 @@ which sends the same request over each in turn."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import aiohttp
 
@@ -15,6 +17,15 @@ from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
 
 ERROR_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What opens the gateway and the servers of nodes that want a key; these ways do not go through the mesh, which
+    knows them."""
+
+    gateway: str | None = None
+    nodes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class HttpRoute:

@@ -13,7 +13,7 @@ from gpumesh.bench import scenarios
 from gpumesh.bench.gpu_meter import gpu_use, metered
 from gpumesh.bench.load import Disturbance, Outcome, Record, Send, StageRun, run_interleaved, run_stage
 from gpumesh.bench.result import BenchResult, environment
-from gpumesh.bench.routes import HttpRoute, http_session
+from gpumesh.bench.routes import HttpRoute, Keys, http_session
 from gpumesh.bench.scenarios import NodeFacts, Plan, Scenario, Settings, Stage, StageKind
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize
@@ -103,6 +103,7 @@ async def run(
     trace: Sequence[TracedRequest] = (),
     disturbance: Disturbance | None = None,
     only: str | None = None,
+    keys: Keys | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Finished:
     """Raises NoNodeError when no node can serve the model, UsageError when the scenario cannot be run here.
@@ -129,7 +130,7 @@ async def run(
         progress.stage(stage)
         async with metered(target.status) as samples:
             if scenario is Scenario.OVERHEAD and stage.kind is StageKind.NODE:
-                done = await _over_routes(target, stage, state, progress)
+                done = await _over_routes(target, stage, state, progress, keys or Keys())
             else:
                 done = await run_stage(
                     target.send(), stage, on_record=progress.record, disturbance=disturbance if stage.disturb else None
@@ -199,17 +200,17 @@ def _routes(state: MeshState) -> int:
     return 3 if state.gateway.url is not None else 2
 
 
-async def _over_routes(target: Target, stage: Stage, state: MeshState, progress: Progress) -> StageRun:
+async def _over_routes(target: Target, stage: Stage, state: MeshState, progress: Progress, keys: Keys) -> StageRun:
     """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(http_session())
         routes: list[tuple[str, Send]] = []
         assert node.backend.url is not None, "a node that is up has the route that it is up on"
-        routes.append((TUNNEL, HttpRoute(http, node.backend.url, BackendKind(node.backend.kind))))
+        kind = BackendKind(node.backend.kind)
+        routes.append((TUNNEL, HttpRoute(http, node.backend.url, kind, api_key=keys.nodes.get(node.name))))
         routes.append((MESH, target.send()))
         if state.gateway.url is not None:
-            routes.append(
-                (GATEWAY, HttpRoute(http, state.gateway.url, BackendKind(node.backend.kind), through_gateway=True))
-            )
+            gateway = HttpRoute(http, state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
+            routes.append((GATEWAY, gateway))
         return await run_interleaved(routes, stage, on_record=progress.record)

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from gpumesh.bench import scenarios
     from gpumesh.bench.load import Answering, Record, Send
     from gpumesh.bench.result import BenchResult
+    from gpumesh.bench.routes import Keys
     from gpumesh.bench.run import Finished
     from gpumesh.bench.stats import Objective
     from gpumesh.bench.traces import TracedRequest
     from gpumesh.daemon.session import Session
     from gpumesh.state import MeshState
+    from gpumesh.topology import Topology
 
 # Every node is measured, so that all are waited for: a connect's own deadline and a probe.
 REPORT_S = 7.0
@@ -116,6 +118,7 @@ def run(
 
 @app.command()
 def show(
+    ctx: typer.Context,
     path: Annotated[Path | None, typer.Argument(metavar="[RESULT]", help="A result's folder; else the latest.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,7 +132,7 @@ def show(
     if as_json:
         typer.echo(json_text(result_json(result), indent=2))
         return
-    _show(result)
+    _show(result, notes=not settings(ctx).quiet)
 
 
 @app.command()
@@ -260,7 +263,24 @@ async def _measure(
                 objective=objective,
                 trace=trace,
                 only=node,
+                keys=_keys(chosen.topology()),
             )
+
+
+def _keys(topology: Topology) -> Keys:
+    """Those whose variables are set. A server that gets none says so itself."""
+    from gpumesh import config
+    from gpumesh.bench.routes import Keys
+    from gpumesh.errors import SecretMissing
+
+    def value(variable: str | None) -> str | None:
+        try:
+            return None if variable is None else config.secret(variable)
+        except SecretMissing:
+            return None
+
+    found = {node.name: value(node.backend.api_key_env) for node in topology.nodes}
+    return Keys(value(topology.gateway.api_key_env), {name: key for name, key in found.items() if key is not None})
 
 
 class _SessionTarget:

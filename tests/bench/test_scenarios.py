@@ -1,0 +1,172 @@
+"""What each scenario would send, before anything is sent."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from gpumesh.bench.scenarios import (
+    NodeFacts,
+    Plan,
+    Prompts,
+    Scenario,
+    Settings,
+    Stage,
+    StageKind,
+    plan,
+)
+from gpumesh.bench.traces import TracedRequest
+from gpumesh.errors import UsageError
+
+NODES = (NodeFacts("alpha"), NodeFacts("beta", parallel=4))
+TRACE = (
+    TracedRequest(10.0, 600, 5, (1, 2)),
+    TracedRequest(10.5, 1100, 7, (1, 3, 4)),
+    TracedRequest(14.0, 50_000, 9, (1, *range(100, 197))),
+)
+
+
+def planned(scenario: Scenario, settings: Settings | None = None, **options: Any) -> Plan:
+    nodes = options.pop("nodes", NODES)
+    return plan(scenario, settings or Settings("m"), nodes, rng=Random(7), **options)
+
+
+def shape(stage: Stage) -> tuple[str, StageKind, int, int | None]:
+    return (stage.name, stage.kind, len(stage.requests), stage.concurrency)
+
+
+def prompt(stage: Stage, index: int) -> str:
+    return stage.requests[index].chat.messages[0].content
+
+
+def test_each_begins_by_warming_up_every_node() -> None:
+    """One token each: the model is loaded before anything is measured."""
+    for scenario in Scenario:
+        warm = planned(scenario, trace=TRACE).stages[0]
+        assert (warm.kind, [one.node for one in warm.requests]) == (StageKind.WARM_UP, ["alpha", "beta"])
+        assert {one.chat.options["num_predict"] for one in warm.requests} == {1}
+
+
+def test_quick_is_each_node_alone_and_then_all() -> None:
+    made = planned(Scenario.QUICK)
+    assert [shape(stage) for stage in made.stages[1:]] == [
+        ("alpha", StageKind.NODE, 10, 1),
+        ("beta", StageKind.NODE, 10, 1),
+        ("mesh", StageKind.MESH, 20, 2),
+    ]
+    assert {one.node for one in made.stages[1].requests} == {"alpha"}
+    assert {one.node for one in made.stages[3].requests} == {None}, "the mesh chooses"
+    assert made.total == 42
+    fewer = planned(Scenario.QUICK, Settings("m", requests=3, concurrency=(5,)))
+    assert [shape(stage)[2:] for stage in fewer.stages[1:]] == [(3, 1), (3, 1), (6, 5)]
+
+
+def test_sweep_has_a_stage_for_each_level_with_enough_requests() -> None:
+    assert [shape(stage) for stage in planned(Scenario.SWEEP).stages[1:]] == [
+        ("c=1", StageKind.MESH, 10, 1),
+        ("c=2", StageKind.MESH, 10, 2),
+        ("c=4", StageKind.MESH, 12, 4),
+        ("c=8", StageKind.MESH, 24, 8),
+    ]
+    chosen = planned(Scenario.SWEEP, Settings("m", requests=100, concurrency=(3, 64)))
+    assert [shape(stage)[2:] for stage in chosen.stages[1:]] == [(100, 3), (192, 64)]
+
+
+def test_scale_loads_each_node_as_it_can_and_the_mesh_with_the_sum() -> None:
+    assert [shape(stage) for stage in planned(Scenario.SCALE).stages[1:]] == [
+        ("alpha", StageKind.NODE, 10, 1),
+        ("beta", StageKind.NODE, 12, 4),
+        ("mesh", StageKind.MESH, 22, 5),
+    ]
+    chosen = planned(Scenario.SCALE, Settings("m", concurrency=(3,)))
+    assert [stage.concurrency for stage in chosen.stages[1:]] == [3, 3, 6]
+
+
+def test_overhead_is_one_token_for_each_route_and_node() -> None:
+    made = planned(Scenario.OVERHEAD, routes=3)
+    assert [shape(stage) for stage in made.stages[1:]] == [
+        ("alpha", StageKind.NODE, 150, 1),
+        ("beta", StageKind.NODE, 150, 1),
+    ]
+    assert {one.chat.options["num_predict"] for one in made.stages[1].requests} == {1}
+    prompts = {prompt(made.stages[1], index) for index in range(150)}
+    assert len(prompts) == 150, "no route answers from the cache that another one filled"
+
+
+def test_failover_takes_a_node_away_from_a_steady_load() -> None:
+    (stage,) = planned(Scenario.FAILOVER).stages[1:]
+    assert shape(stage) == ("failover", StageKind.MESH, 40, 4)
+    assert stage.disturb
+    with pytest.raises(UsageError, match="two nodes"):
+        planned(Scenario.FAILOVER, nodes=NODES[:1])
+
+
+def test_replay_sends_when_the_trace_did() -> None:
+    (stage,) = planned(Scenario.REPLAY, Settings("m", speed=2.0), trace=TRACE).stages[1:]
+    assert stage.open_loop
+    assert [one.at_s for one in stage.requests] == [0.0, 0.25, 2.0]
+    assert [one.chat.options["num_predict"] for one in stage.requests] == [5, 7, 9]
+    (short,) = planned(Scenario.REPLAY, Settings("m", requests=2), trace=TRACE).stages[1:]
+    assert len(short.requests) == 2
+    with pytest.raises(UsageError, match="needs a trace"):
+        planned(Scenario.REPLAY)
+
+
+def test_replay_shares_what_the_trace_shares_and_nothing_else() -> None:
+    (stage,) = planned(Scenario.REPLAY, trace=TRACE).stages[1:]
+    first, second, third = (prompt(stage, index) for index in range(3))
+    shared = first.index("]") + 1 + round(512 / 1.3) * 4
+    assert first[:shared] == second[:shared] == third[:shared]
+    words = {name: len(text.split()) for name, text in (("first", first), ("second", second))}
+    assert words["first"] == pytest.approx(600 / 1.3, rel=0.05)
+    assert words["second"] == pytest.approx(1100 / 1.3, rel=0.05)
+    assert first.split()[400:] != second.split()[400 : words["first"]], "their second blocks differ"
+    (again,) = plan(Scenario.REPLAY, Settings("m"), NODES, rng=Random(8), trace=TRACE).stages[1:]
+    assert prompt(again, 0) != first, "what an earlier run left in a cache is of no use"
+    assert prompt(again, 0).split()[1:] == first.split()[1:], "but it is the same load"
+
+
+def test_what_is_replayed_fits_the_context() -> None:
+    (stage,) = planned(Scenario.REPLAY, Settings("m", max_context=2048), trace=TRACE).stages[1:]
+    assert len(prompt(stage, 2).split()) == pytest.approx(2048 / 1.3, rel=0.05)
+
+
+def test_each_prompt_begins_with_a_nonce_of_its_own() -> None:
+    prompts = Prompts(Settings("m", prompt_tokens=100, tokens=9, think=True, seed=3), Random(1))
+    first, second = prompts.fresh(), prompts.fresh()
+    said = [one.messages[0].content for one in (first, second)]
+    assert said[0][:10] != said[1][:10], "no prefix cache can help"
+    assert (first.model, first.think, first.stream) == ("m", True, True)
+    assert dict(first.options) == {"num_predict": 9, "temperature": 0, "seed": 3}
+    assert len(said[0].split()) == pytest.approx(100 / 1.3, rel=0.15)
+
+
+def test_the_same_seed_makes_the_same_load_but_for_the_nonce() -> None:
+    one, two = (Prompts(Settings("m", seed=5), Random(number)).fresh().messages[0].content for number in (1, 2))
+    assert one != two
+    assert one.partition("]")[2] == two.partition("]")[2]
+    other = Prompts(Settings("m", seed=6), Random(1)).fresh().messages[0].content
+    assert other.partition("]")[2] != one.partition("]")[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (Settings("m", requests=0), "-n must be at least 1, not 0"),
+        (Settings("m", tokens=0), "--tokens"),
+        (Settings("m", prompt_tokens=0), "--prompt-tokens"),
+        (Settings("m", prompt_tokens=200_001), "--prompt-tokens can be 200000 at most"),
+        (Settings("m", concurrency=(4, 0)), "-c"),
+        (Settings("m", speed=0.0), "--speed"),
+    ],
+)
+def test_what_cannot_be_run_is_told(settings: Settings, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        planned(Scenario.QUICK, settings)
+
+
+def test_without_a_node_there_is_nothing_to_plan() -> None:
+    with pytest.raises(UsageError, match="no node that is up has the model 'm'"):
+        planned(Scenario.QUICK, nodes=())
