@@ -61,6 +61,8 @@ class Prompts:
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.close()
+            self._path.unlink(missing_ok=True)
+            self.program.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
