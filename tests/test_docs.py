@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from gpumesh import config, state
 from gpumesh.cli.context import Settings
-from gpumesh.cli.main import app
+from gpumesh.cli.root import app
 from gpumesh.config.model import MeshFile, Node
 from gpumesh.gateway.requests import MODEL_ROUTES
 from gpumesh.wire import status_from_json

@@ -86,12 +86,14 @@ def _keep(ctx: Any, parameter: Any, value: Any) -> Any:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """An asynchronous command to its end. Ctrl-C cancels it, which ends what runs on the hosts, and exits with 130."""
-    from gpumesh.daemon import loop
-
     try:
+        from gpumesh.daemon import loop
+
         return loop.run(main, fast=False)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    finally:
+        main.close()  # one that never began: Python would warn of it
 
 
 @asynccontextmanager

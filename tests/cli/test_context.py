@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,27 @@ def test_a_result_and_an_interruption() -> None:
     with pytest.raises(typer.Exit) as caught:
         run(interrupted())
     assert caught.value.exit_code == 130
+
+
+EARLY = """
+import signal, sys
+from gpumesh.cli.context import run
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gpumesh.daemon.loop":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+async def main(): ...
+try:
+    run(main())
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_an_interruption_before_anything_has_begun() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("Exit 130\n", "")
 
 
 def test_the_options_that_may_stand_behind_a_command() -> None:

@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from gpumesh.cli.lazy import COMMANDS
-from gpumesh.cli.main import app
+from gpumesh.cli.root import app
 
 RUNNER = CliRunner()
 
