@@ -18,6 +18,9 @@ from gpumesh.errors import GPUMeshError
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 1024  # a script may start hundreds of commands at once; past it a Unix socket refuses
+REQUEST_S = 10.0  # for the one line that whoever connects sends at once
+
 
 class ControlServer:
     """Listens on a Unix socket, mode 0600. Use as an async context manager, by the holder of the mesh's lock: a socket
@@ -27,16 +30,21 @@ class ControlServer:
     context, which ends every open connection.
     """
 
-    def __init__(self, session: Session, path: Path, *, stop: Callable[[float], None]) -> None:
+    def __init__(
+        self, session: Session, path: Path, *, stop: Callable[[float], None], request_s: float = REQUEST_S
+    ) -> None:
         self._session = session
         self._path = path
         self._stop = stop
+        self._request_s = request_s
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._connected, path=self._path, limit=LINE_LIMIT)
+        self._server = await asyncio.start_unix_server(
+            self._connected, path=self._path, limit=LINE_LIMIT, backlog=BACKLOG
+        )
         self._path.chmod(0o600)  # its folder is 0700: there is no moment in which another user could have come in
         return self
 
@@ -67,7 +75,10 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            line = await reader.readline()
+            async with asyncio.timeout(self._request_s):
+                line = await reader.readline()
+        except TimeoutError:
+            return  # who connects and says nothing must not hold a place for ever
         except ValueError:
             await _send(
                 writer, messages.Error("usage", f"a request is longer than {LINE_LIMIT >> 20} MiB", exit_code=2)

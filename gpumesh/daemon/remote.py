@@ -98,6 +98,8 @@ class RemoteSession:
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise MeshNotRunning("no mesh is running for this configuration") from error
         except OSError as error:
+            if error.errno is None:  # Python's own: the path is longer than a socket's may be, so none can listen there
+                raise MeshNotRunning("no mesh is running for this configuration") from error
             raise GPUMeshError(f"cannot reach the running mesh at {self._socket}: {error.strerror}") from error
         try:
             writer.write(messages.encode(request))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import stat
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -207,3 +208,28 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     made.path.write_text("left behind")
     async with made.server:
         assert (await made.remote.status()).mesh == "home"
+
+
+async def test_who_connects_and_says_nothing_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with ControlServer(ScriptedSession(), path, stop=lambda _: None, request_s=0.05), asyncio.timeout(20):
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_hundreds_that_connect_at_once(running: Running) -> None:
+    def connect() -> list[socket.socket]:
+        made = [socket.socket(socket.AF_UNIX) for _ in range(400)]
+        for one in made:
+            one.setblocking(False)  # refused where a blocking one would wait
+            one.connect(str(running.path))
+        return made
+
+    silent = connect()  # nobody accepts meanwhile: the loop is here
+    try:
+        assert await running.remote.status() == running.session.state
+    finally:
+        for one in silent:
+            one.close()

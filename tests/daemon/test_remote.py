@@ -91,3 +91,8 @@ async def test_nobody_is_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GPUMeshError, match=r"."):
         await RemoteSession(tmp_path / "file").status()
+
+
+async def test_where_no_socket_can_be_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(MeshNotRunning):
+        await RemoteSession(tmp_path / ("x" * 120) / "control.sock").status()
