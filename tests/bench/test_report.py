@@ -1,0 +1,156 @@
+"""The page: one file that loads nothing, says all, and lets no host say anything of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from gpumesh.bench.gpu_meter import GpuUse
+from gpumesh.bench.load import Record
+from gpumesh.bench.report import MAX_POINTS, report_html
+from gpumesh.bench.result import BenchResult
+from gpumesh.bench.scenarios import Scenario, StageKind
+from gpumesh.bench.stats import Objective
+from gpumesh.bench.summary import StageResult, summarize
+from tests.bench.made import failed, ran, record, result, stage, summarized
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x1b]0;owned\x07\u202e"
+
+
+class Page(HTMLParser):
+    """Its headings, its text, its tags with their attributes; every tag is closed where it was opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.headings: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+        if self._open and self._open[-1] != "style" and data.strip():
+            self.words.append(data.strip())
+
+
+def page(made: BenchResult, records: tuple[Record, ...] = ()) -> Page:
+    text = report_html(made, records)
+    parsed = Page(text)
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", text), "it needs nothing else"
+    for tag, attributes in parsed.tags:
+        assert not any(name.startswith("on") or name in ("src", "href", "style") for name in attributes), tag
+    return parsed
+
+
+def measured(name: str = "mesh", **changes: Any) -> StageResult:
+    records = [record(number, server_ms=180.0) for number in range(12)]
+    return replace(summarized(ran(*records, of=stage(name), duration_s=3.0)), **changes)
+
+
+def test_a_page_that_forbids_itself_to_load_or_run_anything() -> None:
+    (policy,) = [
+        attributes["content"]
+        for tag, attributes in page(result(measured())).tags
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_what_was_measured_is_there() -> None:
+    records = tuple(record(number, sent_s=number / 10, node=f"n{number % 2}") for number in range(12))
+    parsed = page(result(measured(), notes=("stage mesh: the load generator may be what limits",)), records)
+    assert parsed.headings[:3] == ["gpumesh bench: quick of qwen2.5:7b", "Throughput", "Latency"]
+    assert "stage mesh: the load generator may be what limits" in parsed.words
+    for words in ("2026-11-24 04:10 UTC", "NVIDIA GeForce RTX 4090; ollama 0.12.6 over sshtunnel, round trip 41.2 ms"):
+        assert any(words in one for one in parsed.words), words
+    assert "End-to-end of each request of stage mesh, by node" in parsed.words
+    assert {"n0", "n1"} <= set(parsed.words)
+
+
+def test_percentiles_that_the_sample_does_not_allow_are_dashes() -> None:
+    text = report_html(result(measured()))
+    (row,) = re.findall(r"<tr><td>mesh, TTFT</td>(.*?)</tr>", text)
+    assert re.findall(r"<td>(.*?)</td>", row)[:4] == ["12", "100", "100", "–"]  # noqa: RUF001
+
+
+@pytest.mark.parametrize("scenario", Scenario)
+def test_each_scenario_has_its_page(scenario: Scenario) -> None:
+    stages = [measured("c=1", concurrency=1), measured("c=2", concurrency=2)]
+    assert page(result(*stages, scenario=scenario)).headings
+    assert page(result(scenario=scenario)).headings, "also where nothing was measured"
+
+
+def test_rooms_that_only_some_have() -> None:
+    node = summarized(ran(record(stage="iceland"), of=stage("iceland", kind=StageKind.NODE, node="iceland")))
+    (mesh,) = summarize(ran(record(), failed(1)), Objective(), GpuUse(2, 9, 80.0, 600.0, 1200.0, 16000))
+    parsed = page(result(node, mesh))
+    assert parsed.headings[3:] == ["Scaling", "Who served what", "GPUs", "What failed", "Conditions"]
+    assert "no answer" in parsed.words
+
+
+def test_failover_shows_its_parts() -> None:
+    one = summarized(ran(record(), record(1, sent_s=1.0), disturbed_s=(0.5, 1.0), disturbance="iceland drained"))
+    parsed = page(result(one, scenario=Scenario.FAILOVER))
+    assert "iceland drained" in parsed.headings
+    assert "longest gap ms" in parsed.words
+    assert parsed.words.count("during") == 2, "in the plot and in the table"
+
+
+def test_overhead_begins_with_what_the_way_costs() -> None:
+    of = stage("iceland", count=4, kind=StageKind.NODE, node="iceland")
+    routes = [
+        record(number, stage="iceland", route=route, tokens=1, server_ms=95.0, ttft_ms=ms)
+        for number, (route, ms) in enumerate([("tunnel", 96.0), ("mesh", 97.5)] * 2)
+    ]
+    parsed = page(result(*summarize(ran(*routes, of=of), Objective()), scenario=Scenario.OVERHEAD), tuple(routes))
+    assert parsed.headings[1] == "What the way costs"
+    assert "1.50" in parsed.words
+    assert "Outside the server: the way there and back" in parsed.words
+    assert "Output tokens per second" not in parsed.words
+
+
+def test_a_sweep_is_drawn_over_concurrency() -> None:
+    stages = [measured(f"c={level}", concurrency=level) for level in (1, 2, 4)]
+    parsed = page(result(*stages, scenario=Scenario.SWEEP))
+    assert "Output tokens per second over concurrency" in parsed.words
+    assert [tag for tag, _ in parsed.tags].count("polyline") == 3
+
+
+def test_a_long_run_does_not_make_a_slow_page() -> None:
+    records = tuple(record(number, sent_s=float(number)) for number in range(MAX_POINTS * 3 + 1))
+    text = report_html(result(measured()), records)
+    assert text.count("<circle") < MAX_POINTS + 50
+
+
+def test_what_hosts_say_stays_text() -> None:
+    bad = failed(1, error=HOSTILE, node=HOSTILE)
+    one = summarized(ran(record(node=HOSTILE), bad, of=stage(HOSTILE), disturbed_s=(0.1, 0.2), disturbance=HOSTILE))
+    made = result(one, notes=(HOSTILE,))
+    (node,) = made.environment.nodes
+    hostile = replace(node, name=HOSTILE, gpus=(HOSTILE,), version=HOSTILE, backend=HOSTILE, transport=HOSTILE)
+    made = replace(made, environment=replace(made.environment, nodes=(hostile,), mesh=HOSTILE, platform=HOSTILE))
+    made = replace(made, settings=replace(made.settings, model=HOSTILE))
+    text = report_html(made, (record(stage=HOSTILE, node=HOSTILE), record(1, stage=HOSTILE, node="b")))
+    parsed = Page(text)
+    assert {"script", "img"}.isdisjoint(tag for tag, _ in parsed.tags)
+    assert "owned" not in text
+    assert not any(sign in text for sign in ("\x1b", "\x07", "\u202e"))
