@@ -126,6 +126,9 @@ async def run(
     stages: list[StageResult] = []
     records: list[Record] = []
     notes: list[str] = _notes(found, state.findings)
+    if only is None:
+        left_out = (node for node in state.nodes if node not in found)
+        notes.extend(f"{node.name} is not measured: {_why_not(node)}" for node in left_out)
     for stage in plan.stages:
         progress.stage(stage)
         async with metered(target.status) as samples:
@@ -161,12 +164,12 @@ async def run(
 def _nobody(state: MeshState, model: str, only: str | None) -> NoNodeError | UsageError:
     if only is not None and all(node.name != only for node in state.nodes):
         return UsageError(f"there is no node {only!r}", hint=f"the nodes are: {', '.join(n.name for n in state.nodes)}")
-    reasons = "; ".join(
-        f"{node.name}: {node.reason or ('no such model there' if node.backend.models else node.health.value)}"
-        for node in state.nodes
-        if only in (None, node.name)
-    )
+    reasons = "; ".join(f"{node.name}: {_why_not(node)}" for node in state.nodes if only in (None, node.name))
     return NoNodeError(f"no node can serve {model!r} ({reasons})")
+
+
+def _why_not(node: NodeState) -> str:
+    return node.reason or ("no such model there" if node.backend.models else node.health.value)
 
 
 def _pinned(plan: Plan, node: str) -> Plan:

@@ -296,7 +296,7 @@ def scaling(stages: Sequence[StageResult]) -> Scaling | None:
     """Of nodes measured alone and the last stage of the mesh; ``None`` where either is missing or gave nothing."""
     alone = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
     together = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
-    if not together or not alone:
+    if not together or len(alone) < 2:  # one node has nothing to scale with
         return None
     compared = [*alone, together[-1]]
     values = [stage.rates.loaded_tokens_per_s for stage in compared]

@@ -112,7 +112,8 @@ def run(
         typer.echo(f"result in {folder} (report.html opens in a browser)", err=True)
     if done.result.failed:
         if not chosen.quiet:
-            typer.echo(f"{done.result.failed} requests failed; the report says why", err=True)
+            many = "1 request" if done.result.failed == 1 else f"{done.result.failed} requests"
+            typer.echo(f"{many} failed; the report says why", err=True)
         raise typer.Exit(int(ExitCode.FAILED))
 
 

@@ -100,9 +100,12 @@ def test_each_scenario_has_its_page(scenario: Scenario) -> None:
 
 
 def test_rooms_that_only_some_have() -> None:
-    node = summarized(ran(record(stage="iceland"), of=stage("iceland", kind=StageKind.NODE, node="iceland")))
+    nodes = [
+        summarized(ran(record(stage=name), of=stage(name, kind=StageKind.NODE, node=name)))
+        for name in ("iceland", "moon")
+    ]
     (mesh,) = summarize(ran(record(), failed(1)), Objective(), GpuUse(2, 9, 80.0, 600.0, 1200.0, 16000))
-    parsed = page(result(node, mesh))
+    parsed = page(result(*nodes, mesh))
     assert parsed.headings[3:] == ["Scaling", "Who served what", "GPUs", "What failed", "Conditions"]
     assert "no answer" in parsed.words
 

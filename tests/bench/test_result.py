@@ -34,13 +34,16 @@ RECORDS = (record(0, server_ms=190.0), record(1, sent_s=0.3, server_ms=190.0), f
 
 def full() -> BenchResult:
     """With everything in it that a result can have."""
-    alone = summarized(ran(record(stage="iceland"), of=stage("iceland", kind=StageKind.NODE, node="iceland")))
+    alone = [
+        summarized(ran(record(stage=name), of=stage(name, kind=StageKind.NODE, node=name)))
+        for name in ("iceland", "moon")
+    ]
     (mesh,) = summarize(ran(*RECORDS), Objective(), GpuUse(1, 9, 80.0, 300.0, 600.0, 8000))
     disturbed = summarized(ran(*RECORDS, disturbed_s=(0.1, 0.3), disturbance="iceland drained"))
     of = stage("iceland", kind=StageKind.NODE, node="iceland")
     routes = summarize(ran(record(route="tunnel"), record(route="mesh"), of=of), Objective())
     unknown = NodeEnvironment("moon", "sshtunnel", None, "ollama", None, None, None, None, simulated=True)
-    made = result(alone, mesh, disturbed, *routes, nodes=(unknown,), notes=("a note",))
+    made = result(*alone, mesh, disturbed, *routes, nodes=(unknown,), notes=("a note",))
     assert made.scaling is not None
     assert made.routes
     return made

@@ -188,6 +188,7 @@ def test_there_is_no_scaling_without_all_of_them() -> None:
     node, silent = alone("alpha", 100, 1.0), alone("beta", 0, 1.0)
     assert scaling([mesh]) is None
     assert scaling([node]) is None
+    assert scaling([node, mesh]) is None, "one node has nothing to scale with"
     assert scaling([node, silent, mesh]) is None
     disturbed = summarized(ran(record(), of=stage("mesh"), disturbed_s=(0.1, 0.1), disturbance="alpha drained"))
     assert scaling([node, disturbed]) is None

@@ -1,0 +1,277 @@
+"""Whole benchmarks on a real mesh over stand-ins in this process: what is sent where, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+import pytest
+
+from gpumesh.backends.base import ChatRequest
+from gpumesh.bench import run as bench
+from gpumesh.bench.load import Answering, Record, Send
+from gpumesh.bench.routes import Keys
+from gpumesh.bench.run import Finished, has_model, usable_nodes
+from gpumesh.bench.scenarios import Plan, Scenario, Settings, Stage, StageKind
+from gpumesh.bench.summary import StageResult
+from gpumesh.bench.traces import TracedRequest
+from gpumesh.errors import NoNodeError, UsageError
+from gpumesh.gateway.app import Gateway
+from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.profile import Faults
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.state import BackendPhase, BackendState, GatewayState, Health, MeshState, NodeState, TunnelState, total
+from tests.mesh.meshes import MODEL, Running, host, meshed, node, running
+
+SOON = Settings(MODEL, requests=3, tokens=4)
+
+
+@dataclass
+class Target:
+    """The mesh itself. ``drained`` and ``resumed`` are the nodes in the order in which it was told so."""
+
+    mesh: Mesh
+    embedded: bool = True
+    drained: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
+
+    def send(self) -> Send:
+        def send(request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]:
+            return self.mesh.chat(request, node=node)
+
+        return send
+
+    async def status(self) -> MeshState:
+        return self.mesh.snapshot()
+
+    async def drain(self, node: str) -> None:
+        self.drained.append(node)
+        self.mesh.drain(node)
+
+    async def resume(self, node: str) -> None:
+        self.resumed.append(node)
+        self.mesh.resume(node)
+
+
+@dataclass
+class Heard:
+    """What a person who waits is told."""
+
+    plans: list[Plan] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    def planned(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    def stage(self, stage: Stage) -> None:
+        self.stages.append(stage.name)
+
+    def record(self, record: Record) -> None:
+        self.records.append(record)
+
+
+@asynccontextmanager
+async def two(**gateway: Any) -> AsyncIterator[Running]:
+    async with running(host("alpha"), host("beta", tokens_per_s=500.0), port=0, **gateway) as made:
+        yield made
+
+
+async def ran(
+    made: Running, scenario: Scenario, settings: Settings = SOON, *, heard: Heard | None = None, **options: Any
+) -> Finished:
+    target = options.pop("target", None) or Target(made.mesh)
+    async with asyncio.timeout(50):
+        return await bench.run(target, scenario, settings, progress=heard or Heard(), rng=Random(1), **options)
+
+
+def named(done: Finished, name: str) -> StageResult:
+    (found,) = [stage for stage in done.result.stages if stage.name == name]
+    return found
+
+
+async def test_quick_measures_each_node_and_all() -> None:
+    heard = Heard()
+    async with two() as made:
+        done = await ran(made, Scenario.QUICK, heard=heard)
+        assert made.settled()
+        counted = {name: host.counters.finished for name, host in made.hosts.items()}
+    assert heard.stages == ["warm-up", "alpha", "beta", "mesh"]
+    assert heard.plans[0].total == len(heard.records) == len(done.records) == 2 + 3 + 3 + 6
+    result = done.result
+    assert [stage.name for stage in result.stages] == ["alpha", "beta", "mesh"], "what warms up is no figure"
+    assert [stage.served for stage in result.stages] == [3, 3, 6]
+    assert {record.node for record in done.records if record.stage == "beta"} == {"beta"}
+    shares = {share.node: share.served for share in named(done, "mesh").nodes}
+    assert sum(shares.values()) == 6
+    assert counted == {name: 1 + 3 + shares.get(name, 0) for name in ("alpha", "beta")}
+    assert all(stage.output_tokens == 4 * stage.served for stage in result.stages)
+    assert result.scaling is not None
+    assert [name for name, _ in result.scaling.nodes] == ["alpha", "beta"]
+    assert (result.environment.mesh, result.environment.embedded) == ("test", True)
+    assert [one.name for one in result.environment.nodes] == ["alpha", "beta"]
+    assert "simulated hosts: the figures are the stand-in's, not a GPU's" in result.notes
+    assert result.routes == ()
+
+
+@pytest.mark.slow
+async def test_rates_are_those_that_were_set() -> None:
+    async with two() as made:
+        done = await ran(made, Scenario.QUICK, Settings(MODEL, requests=3, tokens=100))
+    assert named(done, "alpha").rates.server.p50 == pytest.approx(1000.0, rel=0.03)
+    assert named(done, "beta").rates.server.p50 == pytest.approx(500.0, rel=0.03)
+
+
+async def test_sweep_and_scale() -> None:
+    async with two() as made:
+        swept = await ran(made, Scenario.SWEEP, Settings(MODEL, requests=2, tokens=2, concurrency=(1, 3)))
+        assert [(stage.name, stage.concurrency, stage.served) for stage in swept.result.stages] == [
+            ("c=1", 1, 10),
+            ("c=3", 3, 10),
+        ]
+        assert swept.result.scaling is None
+        scaled = await ran(made, Scenario.SCALE, Settings(MODEL, requests=4, tokens=2, concurrency=(2,)))
+    assert [(stage.name, stage.concurrency, stage.served) for stage in scaled.result.stages] == [
+        ("alpha", 2, 6),
+        ("beta", 2, 6),
+        ("mesh", 4, 12),
+    ]
+    assert scaled.result.scaling is not None
+
+
+async def test_overhead_goes_every_way_in_turn() -> None:
+    async with two() as made:
+        done = await ran(made, Scenario.OVERHEAD)
+        assert [(stage.name, stage.route, stage.served) for stage in done.result.stages] == [
+            ("alpha", "tunnel", 3),
+            ("alpha", "mesh", 3),
+            ("beta", "tunnel", 3),
+            ("beta", "mesh", 3),
+        ]
+        async with Gateway(made.mesh):
+            served = await ran(made, Scenario.OVERHEAD)
+    assert [stage.route for stage in served.result.stages] == ["tunnel", "mesh", "gateway"] * 2
+    assert {stage.failed for stage in served.result.stages} == {0}
+    assert [(cost.node, cost.route) for cost in served.result.routes[:3]] == [
+        ("alpha", "tunnel"),
+        ("alpha", "mesh"),
+        ("alpha", "gateway"),
+    ]
+    assert served.result.routes[0].added_p50_ms == 0.0
+
+
+async def test_a_gateway_that_wants_a_key_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_KEY", "open sesame")
+    async with two(api_key_env="MESH_KEY") as made, Gateway(made.mesh):
+        refused = await ran(made, Scenario.OVERHEAD)
+        assert [stage.failed for stage in refused.result.stages] == [0, 0, 3] * 2
+        opened = await ran(made, Scenario.OVERHEAD, keys=Keys(gateway="open sesame"))
+    assert opened.result.failed == 0
+
+
+async def test_failover_drains_a_node_and_gives_it_back() -> None:
+    async with two() as made:
+        target = Target(made.mesh)
+        done = await ran(made, Scenario.FAILOVER, Settings(MODEL, requests=30, tokens=8), target=target)
+        assert [one.health for one in made.mesh.snapshot().nodes] == [Health.HEALTHY, Health.HEALTHY]
+    assert len(target.drained) == 1
+    assert target.resumed == target.drained
+    (stage,) = done.result.stages
+    assert stage.disturbance == f"{target.drained[0]} drained"
+    assert (stage.served, stage.failed) == (30, 0), "nothing is lost"
+    assert [phase.name for phase in stage.phases] == ["before", "during", "after"]
+    assert sum(phase.requests for phase in stage.phases) == 30
+
+
+async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests() -> None:
+    async with two() as made:
+        target = Target(made.mesh)
+        slow = Settings(MODEL, requests=200, tokens=20)
+        running = asyncio.create_task(ran(made, Scenario.FAILOVER, slow, target=target))
+        while not target.drained:
+            await asyncio.sleep(0.005)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert target.resumed == target.drained
+        async with asyncio.timeout(20):
+            while not made.settled():
+                await asyncio.sleep(0.005)
+
+
+async def test_replay_keeps_the_traces_times() -> None:
+    trace = [TracedRequest(at / 20, 20 + at, 1 + at % 3) for at in range(8)]
+    async with two() as made:
+        done = await ran(made, Scenario.REPLAY, Settings(MODEL, speed=2.0), trace=trace)
+    (stage,) = done.result.stages
+    assert (stage.kind, stage.concurrency, stage.served) == (StageKind.TRACE, None, 8)
+    records = [record for record in done.records if record.stage == "replay"]
+    assert [record.intended_s for record in records] == pytest.approx([at / 40 for at in range(8)])
+    assert all(record.sent_s >= record.intended_s for record in records)
+    assert [record.tokens for record in records] == [1 + at % 3 for at in range(8)]
+
+
+async def test_one_node_as_if_it_were_the_mesh() -> None:
+    async with two() as made:
+        done = await ran(made, Scenario.SWEEP, Settings(MODEL, tokens=2, concurrency=(2,)), only="beta")
+        assert {record.node for record in done.records} == {"beta"}
+        assert made.hosts["alpha"].counters.started == 0
+        with pytest.raises(UsageError, match="there is no node 'gamma'"):
+            await ran(made, Scenario.QUICK, only="gamma")
+
+
+async def test_a_node_that_fails_is_in_the_result() -> None:
+    async with two() as made:
+        await made.hosts["beta"].set_faults(Faults(status=500))
+        done = await ran(made, Scenario.QUICK)
+    beta = named(done, "beta")
+    assert (beta.served, beta.failed) == (0, 3)
+    assert beta.failures
+    assert any(note.startswith("beta: the warm-up request failed") for note in done.result.notes)
+    assert named(done, "alpha").failed == 0
+    assert named(done, "mesh").failed == 0, "the mesh uses the other"
+    assert done.result.failed == 3
+
+
+async def test_nobody_who_could() -> None:
+    async with two() as made, StandIn(host("gamma")) as other:
+        with pytest.raises(NoNodeError, match="no node can serve 'llama3'"):
+            await ran(made, Scenario.QUICK, Settings("llama3"))
+        async with meshed(node("gamma", other.url), node("gone", "http://127.0.0.1:9")) as half:
+            done = await ran(half, Scenario.QUICK, Settings(MODEL, requests=1, tokens=1))
+            assert [stage.name for stage in done.result.stages] == ["gamma", "mesh"]
+            assert any(note.startswith("gone is not measured: ") for note in done.result.notes)
+            assert done.result.scaling is None, "one node has nothing to scale with"
+            with pytest.raises(UsageError, match="two nodes"):
+                await ran(half, Scenario.FAILOVER)
+            with pytest.raises(NoNodeError, match="gone: "):
+                await ran(half, Scenario.QUICK, only="gone")
+
+
+def test_names_of_models_as_ollama_reads_them() -> None:
+    assert has_model(("m:latest",), "m")
+    assert has_model(("m:latest",), "m:latest")
+    assert has_model(("m",), "m")
+    assert not has_model(("m:7b",), "m")
+    assert not has_model(("m:latest",), "m:7b")
+
+
+def test_who_can_be_measured() -> None:
+    def one(name: str, health: Health, phase: BackendPhase, models: tuple[str, ...]) -> NodeState:
+        return NodeState(name, health, None, TunnelState("direct"), BackendState("ollama", phase, models=models))
+
+    nodes = (
+        one("fine", Health.HEALTHY, BackendPhase.UP, ("m:latest",)),
+        one("slow", Health.DEGRADED, BackendPhase.UP, ("m:latest", "other")),
+        one("silent", Health.HEALTHY, BackendPhase.UP, ()),
+        one("without", Health.HEALTHY, BackendPhase.UP, ("other",)),
+        one("down", Health.DOWN, BackendPhase.DOWN, ("m:latest",)),
+        one("draining", Health.DRAINING, BackendPhase.UP, ("m:latest",)),
+    )
+    state = MeshState("home", datetime(2026, 11, 24, tzinfo=UTC), GatewayState(), total(nodes), nodes, ())
+    assert [found.name for found in usable_nodes(state, "m")] == ["fine", "slow", "silent"]

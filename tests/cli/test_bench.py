@@ -1,0 +1,167 @@
+"""`gpumesh bench` by the installed command, on hosts in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.lab.profile import Faults
+from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.real.command import Gpumesh
+
+pytestmark = [pytest.mark.slow]
+
+FILES = ["report.html", "requests.jsonl", "result.json"]
+SOON = ("-n", "2", "--tokens", "3")
+
+
+@pytest.fixture
+async def two(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    """Without SSH, which is not the subject."""
+    async with simulated(gpumesh, quick("alpha", ssh=False), quick("beta", ssh=False)) as made:
+        yield made
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def test_a_run_its_table_and_its_files(two: Simulated) -> None:
+    gpumesh = two.gpumesh
+    ended = await gpumesh("bench", "run", *SOON, "--out", "first")
+    lines = ended.out.splitlines()
+    assert lines[0].split()[:3] == ["STAGE", "IN", "FLIGHT"]
+    assert [line.split()[0] for line in lines[2:5]] == ["alpha", "beta", "mesh"]
+    assert any(line.startswith("scaling: mesh ") for line in lines)
+    assert "simulated" in ended.err
+    assert "first" in ended.err
+    folder = gpumesh.home / "first"
+    assert names(folder) == FILES
+    # The same by `show`, and as JSON.
+    assert (await gpumesh("bench", "show", "first")).out == ended.out
+    shown = (await gpumesh("bench", "show", "first", "--json")).json()
+    assert shown == json.loads((folder / "result.json").read_text())
+    assert shown["schema"] == "gpumesh.bench/1"
+    assert shown["settings"]["model"] == MODEL
+    assert len((folder / "requests.jsonl").read_text().splitlines()) == 2 + 2 + 2 + 4
+    # It is not written over unless that is asked for.
+    refused = await gpumesh("bench", "run", *SOON, "--out", "first", code=2)
+    assert "holds a result already" in refused.err
+    assert json.loads((folder / "result.json").read_text()) == shown
+    again = await gpumesh("bench", "run", *SOON, "--out", "first", "--force", "--quiet", "--json")
+    assert again.err == ""
+    assert again.json() == json.loads((folder / "result.json").read_text())
+    assert again.json()["at"] != shown["at"]
+
+
+async def test_on_a_running_mesh_and_without_a_place_for_it(two: Simulated) -> None:
+    gpumesh = two.gpumesh
+    assert "nothing was measured yet" in (await gpumesh("bench", "show", code=2)).err
+    await gpumesh("up", "-d")
+    ended = await gpumesh("bench", "run", "--scenario", "overhead", *SOON)
+    assert "alpha via gateway" in ended.out
+    assert "; gateway adds " in ended.out
+    latest = (await gpumesh("bench", "show", "--json")).json()
+    assert latest["scenario"] == "overhead"
+    assert not latest["environment"]["embedded"]
+    status = (await gpumesh("status", "--json")).json()
+    assert sum(node["load"]["in_flight"] for node in status["nodes"]) == 0
+    await gpumesh("down")
+
+
+async def test_other_scenarios(two: Simulated, tmp_path: Path) -> None:
+    gpumesh = two.gpumesh
+    failover = await gpumesh("bench", "run", "--scenario", "failover", "-n", "20", "--tokens", "6", "--out", "f")
+    assert [line.partition(":")[0] for line in failover.out.splitlines()[3:6]] == ["before", "during", "after"]
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:15:4{second}.6805900,{30 + second},2" for second in range(5)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    replay = await gpumesh(
+        "bench", "run", "--scenario", "replay", "--trace", str(trace), "--speed", "50", "--out", "r", "--json"
+    )
+    (stage,) = replay.json()["stages"]
+    assert (stage["concurrency"], stage["served"], stage["failed"]) == (None, 5, 0)
+    sweep = await gpumesh("bench", "run", "--scenario", "sweep", "-c", "1,2", *SOON, "--out", "s", "--json")
+    assert [stage["name"] for stage in sweep.json()["stages"]] == ["c=1", "c=2"]
+    alone = await gpumesh("bench", "run", "--node", "beta", *SOON, "--out", "n", "--json")
+    assert [stage["name"] for stage in alone.json()["stages"]] == ["beta", "mesh"]
+
+
+async def test_two_results_beside_each_other(two: Simulated) -> None:
+    gpumesh = two.gpumesh
+    for name, tokens in (("a", "3"), ("b", "6")):
+        await gpumesh("bench", "run", "-n", "6", "--tokens", tokens, "--out", name, "--quiet")
+    table = await gpumesh("bench", "compare", "a", "b")
+    assert table.out.splitlines()[0].split() == ["stage", "figure", "A", "B", "B", "÷", "A"]
+    assert "not the same tokens: 3 and 6" in table.err
+    found = (await gpumesh("bench", "compare", "a", "b", "--json")).json()
+    assert found["schema"] == "gpumesh.bench-compare/1"
+    assert {one["stage"] for one in found["differences"]} == {"alpha", "beta", "mesh"}
+    assert "cannot read" in (await gpumesh("bench", "compare", "a", "nowhere", code=2)).err
+
+
+async def test_what_fails_is_said_and_measured_all_the_same(two: Simulated) -> None:
+    await two.hosts["beta"].set_faults(Faults(status=500, paths=("/api/chat",)))
+    ended = await two.gpumesh("bench", "run", *SOON, "--out", "r", code=1)
+    assert "2 requests failed" in ended.err
+    assert names(two.gpumesh.home / "r") == FILES
+    rows = {line.split()[0]: line.split() for line in ended.out.splitlines()[2:5]}
+    assert rows["beta"][2:4] == ["0", "2"]
+    assert rows["mesh"][2:4] == ["4", "0"], "there the other one answers"
+
+
+async def test_a_node_that_cannot_be_measured_is_named(two: Simulated) -> None:
+    await two.hosts["beta"].set_faults(Faults(status=500))
+    ended = await two.gpumesh("bench", "run", *SOON, "--out", "r")
+    assert [line.split()[0] for line in ended.out.splitlines()[2:]] == ["alpha", "mesh"]
+    assert "beta is not measured: " in ended.err
+
+
+async def test_ctrl_c_leaves_no_half_result(two: Simulated) -> None:
+    gpumesh = two.gpumesh
+    async with gpumesh.started("bench", "run", "-n", "500", "--tokens", "60", "--out", "r") as process:
+        async with asyncio.timeout(30):
+            while not two.hosts["alpha"].counters.tokens > 20:
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+    assert process.returncode == 130
+    assert out == b""
+    assert b"Traceback" not in err
+    assert not (gpumesh.home / "r").exists()
+    async with asyncio.timeout(20):
+        while two.hosts["alpha"].counters.running:
+            await asyncio.sleep(0.01)
+
+
+async def test_progress_is_on_the_terminal_and_only_there(two: Simulated) -> None:
+    async with two.gpumesh.terminal("bench", "run", "-n", "20", "--tokens", "20", "--out", "r") as shown:
+        await shown.ended()
+    assert "requests" in shown.text
+    assert "STAGE" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--scenario", "dance"], 2, "is none of: quick, sweep, scale, overhead, failover, replay"),
+        (["-c", "1,x"], 2, "is not a list of numbers"),
+        (["-c", "0"], 2, "from 1 to 4096"),
+        (["-n", "0"], 2, "-n must be at least 1"),
+        (["--scenario", "replay"], 2, "needs a trace"),
+        (["--trace", "nowhere.csv", "--scenario", "replay"], 2, "cannot read nowhere.csv"),
+        (["--node", "gamma"], 2, "there is no node 'gamma'"),
+        (["-m", "llama3"], 4, "no node can serve 'llama3'"),
+    ],
+)
+async def test_what_cannot_be_measured(two: Simulated, arguments: list[str], code: int, said: str) -> None:
+    ended = await two.gpumesh("bench", "run", *arguments, code=code)
+    assert said in ended.err
+    assert ended.out == ""
+    assert not list(two.gpumesh.home.rglob("result.json"))
