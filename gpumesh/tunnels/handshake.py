@@ -118,7 +118,7 @@ class Packetizer(paramiko.packet.Packetizer):
 
 def tcp_connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     """A connected socket with TCP_NODELAY (the second cure). Raises ``TunnelError`` with the reason."""
-    where = hostkeys.address_name(host, port)
+    where = hostkeys.place(host, port)
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
@@ -181,7 +181,7 @@ def handshake(
         transport.close()
         sock.close()
         greeting = carrier.greeting if isinstance(carrier, BufferedSocket) else b"SSH-"
-        raise _handshake_error(error, greeting, hostkeys.address_name(host, port), deadline) from error
+        raise _handshake_error(error, greeting, hostkeys.place(host, port), deadline) from error
     except BaseException:
         transport.close()
         sock.close()

@@ -128,6 +128,11 @@ class KnownHosts:
         return tuple(dict.fromkeys(key.kind for key in self.keys(node=node, host=host, port=port)))
 
 
+def place(host: str, port: int) -> str:
+    """An address as people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def address_name(host: str, port: int) -> str:
     """As known_hosts names an address: the port only if it is not 22."""
     return host.lower() if port == 22 else f"[{host.lower()}]:{port}"
@@ -275,7 +280,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
     """Returns when ``key`` may be trusted; with ``accept-new`` an unknown one is recorded. Raises ``HostKeyUnknown``,
     ``HostKeyChanged`` or ``HostKeyRevoked``."""
     judgement = read(known_hosts).judge(key, node=node, host=host, port=port)
-    where = address_name(host, port)
+    where = place(host, port)
     shown = f"{key.kind} {key.fingerprint}"
     trust = f"gpumesh trust {node or 'NODE'}"  # of a jump host: of any node behind it
     match judgement.verdict:

@@ -180,7 +180,7 @@ def _goes_by_its_name(setup: Setup) -> bool:
 
 
 def where_of(ssh: SshSpec) -> str:
-    return printable(ssh.alias or hostkeys.address_name(ssh.host, ssh.port))
+    return printable(ssh.alias or hostkeys.place(ssh.host, ssh.port))
 
 
 def host_key_command(setup: Setup, known_hosts: Path, *, batch: bool) -> list[str]:

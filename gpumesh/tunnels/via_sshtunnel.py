@@ -170,7 +170,7 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
         while not making.done():
             await asyncio.wait({making}, timeout=deadline.remaining_s + 0.5)
             if not making.done() and deadline.passed:
-                where = hostkeys.address_name(ssh.host, ssh.port)
+                where = hostkeys.place(ssh.host, ssh.port)
                 raise ConnectTimeout(f"no connection to {where} within {ssh.connect_timeout_s:g} s")
         transports, shell_test, heartbeat, rtt_ms = await making
     except BaseException:
@@ -245,7 +245,7 @@ class _Opening:
             if self._given_up:
                 raise ConnectTimeout("given up")
             if not looks_only:
-                where = hostkeys.address_name(host, port)
+                where = hostkeys.place(host, port)
                 who = Credentials(
                     user, self._who.identity_files, self._who.agent, self._who.password, self._who.passphrase
                 )
@@ -261,7 +261,7 @@ class _Opening:
                 "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
             )
         except (paramiko.SSHException, EOFError, OSError) as error:
-            where = hostkeys.address_name(host, port)
+            where = hostkeys.place(host, port)
             raise TunnelError(
                 f"the jump host does not reach {where}: {printable(str(error), 100)}",
                 hint="check `ssh.proxy_jump`, and that the jump host allows forwarding",
@@ -278,7 +278,7 @@ async def fetch_host_key(
         async with asyncio.timeout(timeout_s + 0.5):
             return handshake.host_key_of(await blocking.call(opening.through, ssh.proxy_jump, node, login=False))
     except TimeoutError as error:
-        where = hostkeys.address_name(ssh.host, ssh.port)
+        where = hostkeys.place(ssh.host, ssh.port)
         raise ConnectTimeout(f"no answer from {where} within {timeout_s:g} s", node=node or None) from error
     finally:
         opening.give_up()
@@ -313,7 +313,7 @@ class SshConnection:
 
         def refused(target: Target, reason: int) -> None:  # in the transport's thread
             forbidden = reason == channels.ADMINISTRATIVELY_PROHIBITED
-            where = hostkeys.address_name(self._ssh.host, self._ssh.port)
+            where = hostkeys.place(self._ssh.host, self._ssh.port)
             self._soon(
                 events.forward_failed,
                 target,
@@ -362,7 +362,7 @@ class SshConnection:
 
     def _ended(self) -> None:
         if not self._lost.done():
-            where = hostkeys.address_name(self._ssh.host, self._ssh.port)
+            where = hostkeys.place(self._ssh.host, self._ssh.port)
             cause = self._transport.get_exception()
             why = printable(str(cause), 120) if cause is not None else ""
             message = f"the connection to {where} broke" + (f": {why}" if why else " (closed by the host)")
