@@ -26,7 +26,7 @@ what the next node is told to continue: nothing is lost, nothing repeated.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -95,8 +95,8 @@ class Continuation:
         self._began = clock() if began is None else began
         self._held = b""
         self._passed = False
-        self._unread: list[bytes] = []
-        self._unread_size = 0
+        # Copied, so that each piece's own memory is used again at once: a list of them costs a tenth of the hot path.
+        self._unread = bytearray()
         self._texts: list[str] = []
         self._thoughts: list[str] = []
         self._size = 0
@@ -163,9 +163,8 @@ class Continuation:
             # By far the most common: text as the client shall have it, looked at only if it is ever needed.
             self._passed = True
             if self._keeps:
-                self._unread.append(data)
-                self._unread_size += len(data)
-                if self._unread_size > UNREAD_BYTES:
+                self._unread += data
+                if len(self._unread) > UNREAD_BYTES:
                     self._read_unread()
             return data
         return self._pass_on_all(data)
@@ -202,12 +201,11 @@ class Continuation:
             self.cut = f"a frame of more than {LINE_LIMIT >> 20} MiB"
         return text[:end]
 
-    def _split(self, whole: bytes) -> list[bytes]:
-        frames, start = [], 0
+    def _split(self, whole: bytes) -> Iterator[bytes]:
+        start = 0
         for found in self._source.end.finditer(whole):
-            frames.append(whole[start : found.end()])
+            yield whole[start : found.end()]
             start = found.end()
-        return frames
 
     def _now(self) -> None:
         self._last_at = self._clock()
@@ -249,7 +247,7 @@ class Continuation:
     def _read_unread(self) -> None:
         if not self._unread:
             return
-        unread, self._unread, self._unread_size = b"".join(self._unread), [], 0
+        unread, self._unread = bytes(self._unread), bytearray()
         if self._head is None:
             self._head = next((found for raw in self._split(unread) if (found := self._form.read(raw).document)), None)
         self._add(self._form.said(unread))

@@ -198,6 +198,21 @@ def test_the_final_frames_say_what_happened_in_openais_figures(continues: bool) 
     assert len(names) == 1
 
 
+def test_a_comment_before_the_first_chunk_does_not_name_the_answer() -> None:
+    call, server = openai(), Server(continues=False)
+    frames = server.frames(call)
+    answer = begin(call)
+    out = answer.feed(b": ping\n\n") + answer.feed(b"".join(frames[:3]))
+    step = go_on(answer, server)
+    assert isinstance(step, HttpCall)
+    out += answer.feed(server.stream(step))
+    assert (
+        len({frame["id"] for line in out.splitlines() if line[:7] == b"data: {" for frame in [json.loads(line[6:])]})
+        == 1
+    )
+    check_whole(call, out.removeprefix(b": ping\n\n"), b"".join(frames))
+
+
 def test_without_include_usage_there_is_no_usage_after_a_continuation_either() -> None:
     for continues in (True, False):
         call, server = openai(stream_options=None), Server(continues=continues)
