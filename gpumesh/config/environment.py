@@ -118,14 +118,20 @@ def runtime_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """The folder for what outlives a run (logs, measured results), made private (0700)."""
+    """The folder for what outlives a run (logs, measured results), made private (0700).
+
+    Below the runtime folder for a user without a home to write to (a container's, a service's).
+    """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP)
     if (named := _absolute("XDG_STATE_HOME")) is not None:
         return _make_private(named / _APP)
     if sys.platform == "darwin":
         return _make_private(home() / "Library" / "Application Support" / _APP)
-    return _make_private(home() / ".local" / "state" / _APP)
+    try:
+        return _make_private(home() / ".local" / "state" / _APP)
+    except GPUMeshError:
+        return _make_private(runtime_dir() / "state")
 
 
 def _absolute(name: str) -> Path | None:

@@ -92,6 +92,15 @@ def test_the_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         environment.state_dir()
 
 
+def test_without_a_home_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert environment.state_dir() == tmp_path / "gpumesh" / "state"
+    assert mode(environment.state_dir()) == 0o700
+
+
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, on in (("", False), ("1", True), ("0", True)):
         monkeypatch.setenv("NO_COLOR", value)
