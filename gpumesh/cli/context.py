@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from gpumesh.errors import UsageError
+
 if TYPE_CHECKING:
     from gpumesh.daemon.paths import MeshPaths
     from gpumesh.daemon.session import Session
@@ -40,9 +42,18 @@ class Settings:
         return config.find(self.config)
 
     def paths(self) -> MeshPaths:
+        """Those of the mesh.yaml in use, and of one that is gone while its mesh runs: that can still be stopped."""
+        from gpumesh import config
         from gpumesh.daemon import paths
 
-        return paths.for_config(self.config_file())
+        try:
+            return paths.for_config(self.config_file())
+        except UsageError:
+            for place in config.places(self.config):
+                left = paths.for_config(place)
+                if left.lock.exists():
+                    return left
+            raise
 
     def topology(self) -> Topology:
         """Raises ConfigError with every problem of the file."""

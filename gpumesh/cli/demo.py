@@ -81,7 +81,7 @@ async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
             lock = MeshLock.take(paths)
             try:
                 stop = Stop()
-                async with hosted(config.load(file), paths, gateway=True, stop=stop) as session:
+                async with hosted(config.load(file), paths, gateway=True, stop=stop, lock=lock) as session:
                     with Scene() as scene:
                         scene.say(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
                         async with _drawn(scene, session):

@@ -90,10 +90,10 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
 
     paths = chosen.paths()
     topology = applied(chosen.topology(), options)
-    MeshLock.take(paths)  # held until this process ends
+    lock = MeshLock.take(paths)  # held until this process ends
     stop = Stop()
     on_signals(stop, hurry=_cancel_me())
-    async with hosted(topology, paths, gateway=options.gateway, stop=stop) as session:
+    async with hosted(topology, paths, gateway=options.gateway, stop=stop, lock=lock) as session:
         await show(session, stop, chosen)
         if not chosen.quiet:
             typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)

@@ -35,6 +35,14 @@ def find(explicit: Path | None = None) -> Path:
     raise UsageError(f"there is no {FILE_NAME}: neither here nor at {platform}", hint=hint)
 
 
+def places(explicit: Path | None = None) -> tuple[Path, ...]:
+    """Where ``find`` looks, whether there is a file or not: first the one that it would take."""
+    named = explicit or environment.get("GPUMESH_CONFIG")
+    if named is not None:
+        return (Path(named),)
+    return Path(FILE_NAME), environment.config_folder() / FILE_NAME
+
+
 def listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
     """``HOST:PORT`` or ``PORT`` for the gateway. Raises UsageError when it is not one, or when it would be open to
     other machines with no key to keep them out."""

@@ -42,12 +42,12 @@ async def serve(config_file: Path, options: UpOptions, ready: Readiness) -> None
     """Until SIGTERM, SIGINT or ``Down``."""
     topology = applied(config.load(config_file), options)
     where = paths.for_config(config_file)
-    MeshLock.take(where)  # held until this process ends: that is what `down` waits for
+    lock = MeshLock.take(where)  # held until this process ends: that is what `down` waits for
     stop = Stop()
     running = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         running.add_signal_handler(number, stop.ask)
-    async with hosted(topology, where, gateway=options.gateway, stop=stop):
+    async with hosted(topology, where, gateway=options.gateway, stop=stop, lock=lock):
         ready.tell(messages.End())
         await stop.wait()
 
@@ -73,9 +73,20 @@ def main() -> int:
     except BaseExceptionGroup as group:
         # The mesh's task groups wrap what ended them; the parent can show one reason, the log has all.
         log.critical("the mesh ended", exc_info=group)
-        ready.tell(messages.Error("failed", f"the mesh ended: {group!r}", "`gpumesh logs` has the details"))
+        ready.tell(messages.Error("failed", f"the mesh ended: {_reason(group)}", "`gpumesh logs` has the details"))
         return int(ExitCode.FAILED)
+    except Exception as error:
+        ready.tell(messages.Error("failed", f"the mesh could not start: {_reason(error)}", ""))
+        raise  # the trace goes where the parent has our stderr kept
     return int(ExitCode.OK)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(_reason(inner) for inner in error.exceptions))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return repr(error)
 
 
 if __name__ == "__main__":

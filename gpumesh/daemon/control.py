@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -38,15 +39,31 @@ class ControlServer:
         self._stop = stop
         self._request_s = request_s
         self._server: asyncio.Server | None = None
+        self._inode = 0
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(
-            self._connected, path=self._path, limit=LINE_LIMIT, backlog=BACKLOG
-        )
-        self._path.chmod(0o600)  # its folder is 0700: there is no moment in which another user could have come in
+        self._server = await self._listen()
         return self
+
+    async def _listen(self) -> asyncio.Server:
+        self._path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._connected, path=self._path, limit=LINE_LIMIT, backlog=BACKLOG)
+        self._path.chmod(0o600)  # its folder is 0700: there is no moment in which another user could have come in
+        self._inode = self._path.stat().st_ino
+        return server
+
+    async def keep(self) -> None:
+        """Listens anew if its socket was taken away (``MeshLock.keep`` says by whom); what is connected goes on.
+
+        Raises OSError.
+        """
+        if self._is_ours():
+            os.utime(self._path)
+            return
+        assert self._server is not None
+        lost, self._server = self._server, await self._listen()
+        lost.close()
 
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
@@ -55,7 +72,14 @@ class ControlServer:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
         await self._server.wait_closed()
-        self._path.unlink(missing_ok=True)
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._path.lstat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

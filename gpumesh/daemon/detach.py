@@ -121,7 +121,9 @@ async def take_down(
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):
-                await _ask_down(paths, drain_s, on_state)
+                if not await _ask_down(paths, drain_s, on_state) and pid is not None and watch.held:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
                 await _gone(watch)
         except TimeoutError:
             if pid is not None and watch.held:
@@ -139,9 +141,11 @@ async def _gone(watch: LockWatch) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _ask_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> None:
+async def _ask_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
+    """False when nobody listens there: it is closing already, or starts just now, or its socket was taken away."""
     try:
         async for state in RemoteSession(paths.socket).down(drain_s):
             on_state(state)
     except MeshNotRunning:
-        return  # it is closing already, or has not opened its socket yet: the lock says when it is gone
+        return False
+    return True

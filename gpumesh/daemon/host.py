@@ -14,8 +14,9 @@ from gpumesh import config
 from gpumesh.daemon import journal
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local import LocalSession
+from gpumesh.daemon.lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.errors import GPUMeshError, UsageError
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, UsageError
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
 JOURNAL_EVERY_S = 0.1
+KEEP_EVERY_S = 2.0
 HISTORY_EVERY_S = 2.0  # as often as nvidia-smi is asked
 
 
@@ -66,17 +68,26 @@ def applied(topology: Topology, options: UpOptions) -> Topology:
 
 
 @asynccontextmanager
-async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: Stop) -> AsyncGenerator[LocalSession]:
+async def hosted(
+    topology: Topology,
+    paths: MeshPaths,
+    *,
+    gateway: bool,
+    stop: Stop,
+    lock: MeshLock | None = None,
+    keep_every_s: float = KEEP_EVERY_S,
+) -> AsyncGenerator[LocalSession]:
     """Runs the mesh for as long as the context is open; leaving it drains (``stop.drain_s`` at most) and closes.
 
-    The caller holds the mesh's lock (``MeshLock.take``) and keeps it to the end of its process.
+    The caller holds the mesh's lock (``MeshLock.take``) and keeps it to the end of its process; given here, it and the
+    control socket are put back when somebody takes them away.
     """
     from gpumesh.gateway.access_log import AccessLog
     from gpumesh.gateway.app import Gateway
     from gpumesh.mesh.mesh import Mesh
 
     async with AsyncExitStack() as stack:
-        stack.callback(paths.remove)
+        stack.callback(_remove, paths, lock)
         handler = journal.write_to(paths.log)
         stack.callback(journal.stop_writing, handler)
         stack.push(_say_why)
@@ -88,7 +99,10 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
         stack.push_async_callback(_ended, writing)
         recording = asyncio.create_task(_keep_history(session), name="history")
         stack.push_async_callback(_ended, recording)
-        await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
+        control = await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
+        if lock is not None:
+            keeping = asyncio.create_task(_keep_reachable(control, lock, paths, stop, keep_every_s), name="keeper")
+            stack.push_async_callback(_ended, keeping)
         async with AsyncExitStack() as serving:
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
@@ -102,6 +116,11 @@ async def hosted(topology: Topology, paths: MeshPaths, *, gateway: bool, stop: S
             began = asyncio.get_running_loop().time()
         spent_s = asyncio.get_running_loop().time() - began
         await drained(session, max(stop.drain_s - spent_s, 0.0))
+
+
+def _remove(paths: MeshPaths, lock: MeshLock | None) -> None:
+    if lock is None or lock.is_at(paths):  # else they are another mesh's by now
+        paths.remove()
 
 
 def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
@@ -140,6 +159,27 @@ async def _keep_history(session: LocalSession) -> None:
     while True:
         await asyncio.sleep(HISTORY_EVERY_S)
         session.recorder.add(await session.status())
+
+
+async def _keep_reachable(control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Stop, every_s: float) -> None:
+    """A mesh that nobody could ask or stop any more would hold its ports for ever."""
+    told = False
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            lock.keep(paths)
+            await control.keep()
+        except MeshAlreadyRunning as error:
+            said = error.message
+            log.error("this mesh ends: its lock was taken away, and now %s", said, extra={"event": "failed"})  # noqa: TRY400
+            stop.ask()
+            return
+        except (GPUMeshError, OSError) as error:
+            if not told:
+                log.warning("no command can reach this mesh: %s", error, extra={"event": "unreachable"})
+            told = True
+        else:
+            told = False
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.errors import MeshAlreadyRunning
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 
 
 class MeshLock:
@@ -30,6 +30,8 @@ class MeshLock:
                 descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
                 continue  # another `down` took the folder away in between
+            except OSError as error:
+                raise _unusable(paths, error) from error
             try:
                 if not _try_lock(descriptor):
                     raise MeshAlreadyRunning(
@@ -44,6 +46,21 @@ class MeshLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # the file was unlinked by its last owner before we had the lock: make a new one
+
+    def keep(self, paths: MeshPaths) -> None:
+        """Seen to now and then: a system clears /tmp of what is old, and takes a runtime folder away at logout.
+
+        Makes the file anew where it is gone. Raises MeshAlreadyRunning when another mesh has taken its place since,
+        and GPUMeshError where it cannot be made (now).
+        """
+        if self.is_at(paths):
+            os.utime(self._descriptor)
+            return
+        # The old one stays open, and locked: a `down` may be waiting for it.
+        self._descriptor = type(self).take(paths)._descriptor
+
+    def is_at(self, paths: MeshPaths) -> bool:
+        return _is_at(self._descriptor, paths.lock)
 
     def release(self) -> None:
         os.close(self._descriptor)
@@ -62,6 +79,8 @@ class LockWatch:
             return cls(os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _unusable(paths, error) from error
 
     @property
     def held(self) -> bool:
@@ -115,6 +134,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _pid_in(descriptor: int) -> int | None:
     text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
     return int(text) if text.isdecimal() and text.isascii() else None
+
+
+def _unusable(paths: MeshPaths, error: OSError) -> GPUMeshError:
+    return GPUMeshError(f"cannot use the lock file {paths.lock}: {error.strerror}", hint="look at what is there")
 
 
 def _words(pid: int | None) -> str:

@@ -233,3 +233,26 @@ async def test_hundreds_that_connect_at_once(running: Running) -> None:
     finally:
         for one in silent:
             one.close()
+
+
+@pytest.mark.parametrize("taken", ["removed", "a file", "a link"])
+async def test_a_socket_that_was_taken_away_is_put_back(running: Running, taken: str) -> None:
+    async with aclosing(running.remote.watch(0.01)) as watching:
+        await anext(watching)
+        running.path.unlink()
+        if taken == "a file":
+            running.path.write_text("x")
+        elif taken == "a link":
+            running.path.symlink_to("/dev/null")
+        with pytest.raises(MeshNotRunning):
+            await running.remote.status()
+        await running.server.keep()
+        assert await running.remote.status() == running.session.state
+        assert stat.S_IMODE(running.path.stat().st_mode) == 0o600
+        await anext(watching)  # who was connected still is
+
+
+async def test_a_socket_that_is_there_stays(running: Running) -> None:
+    before = running.path.stat().st_ino
+    await running.server.keep()
+    assert running.path.stat().st_ino == before

@@ -12,6 +12,7 @@ import pytest
 
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import StandIn
+from tests.cli.meshes import command, quick, simulated
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 
@@ -47,3 +48,27 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
         finally:
             code, out = await gpumesh("down")
         assert code == 0, out
+
+
+@pytest.mark.slow
+async def test_a_mesh_whose_socket_is_gone_is_stopped_in_order(tmp_path: Path) -> None:
+    with command(tmp_path) as gpumesh:
+        async with simulated(gpumesh, quick("alpha", ssh=False)):
+            await gpumesh("up", "-d")
+            (socket,) = gpumesh.runtime.rglob("control.sock")
+            socket.unlink()
+            ended = await gpumesh("down")
+            assert ended.out + ended.err == "stopped\n"
+
+
+@pytest.mark.slow
+async def test_a_mesh_whose_mesh_yaml_is_gone_can_be_looked_at_and_stopped(tmp_path: Path) -> None:
+    with command(tmp_path) as gpumesh:
+        async with simulated(gpumesh, quick("alpha", ssh=False)):
+            await gpumesh("up", "-d")
+            gpumesh.config.unlink()
+            assert (await gpumesh("status", "--json")).json()["gateway"]["state"] == "serving"
+            await gpumesh("down")
+            ended = await gpumesh("down", code=2)
+            assert "does not exist" in ended.err
+            assert gpumesh.sockets() == []

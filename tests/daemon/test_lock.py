@@ -105,3 +105,36 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
         MeshLock.take(MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run" / "0123", tmp_path / "log"))
+
+
+def test_a_lock_that_was_taken_away_is_put_back(paths: MeshPaths) -> None:
+    lock = MeshLock.take(paths)
+    os.utime(paths.lock, (1, 1))
+    lock.keep(paths)
+    assert paths.lock.stat().st_mtime > 1, "what is old is cleared out of /tmp"
+    paths.lock.unlink()
+    paths.folder.rmdir()
+    lock.keep(paths)
+    with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
+        assert watch.held
+        assert watch.pid == os.getpid()
+    lock.release()
+
+
+def test_a_lock_that_another_mesh_has_by_now(paths: MeshPaths) -> None:
+    lock = MeshLock.take(paths)
+    paths.lock.unlink()
+    process = holder(paths)
+    try:
+        with pytest.raises(MeshAlreadyRunning, match=rf"pid {process.pid}"):
+            lock.keep(paths)
+    finally:
+        end(process)
+        lock.release()
+
+
+def test_a_lock_file_that_is_none(paths: MeshPaths) -> None:
+    paths.lock.mkdir(parents=True)
+    for ask in (MeshLock.take, LockWatch.open):
+        with pytest.raises(GPUMeshError, match="cannot use the lock file"):
+            ask(paths)

@@ -103,3 +103,15 @@ async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None
             await gpumesh("down")
             async with asyncio.timeout(20):
                 await background.process.wait()
+
+
+async def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
+    with command(tmp_path) as gpumesh:
+        async with simulated(gpumesh, quick("alpha", ssh=False)):
+            await gpumesh("up", "-d")
+            (log,) = gpumesh.home.rglob("*.jsonl")
+            await gpumesh("down")
+            log.unlink()
+            log.mkdir()
+            ended = await gpumesh("up", "-d", code=1)
+            assert ended.err.startswith(f"error: the mesh could not start: {log}: Is a directory")
