@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -78,7 +80,7 @@ def readable(line: str) -> str:
 def _request(entry: dict[str, Any]) -> str:
     """A line of the access log."""
     words = [
-        str(entry["at"])[:19].replace("T", " "),
+        _local(str(entry["at"])),
         str(entry.get("client") or "-"),
         f"{entry['method']} {entry['path']}",
         str(entry.get("status") or "-"),
@@ -111,7 +113,21 @@ def _following(path: Path, file: TextIO) -> Iterator[str]:
         if _replaced(path, file):
             file = path.open(encoding="utf-8", errors="replace")  # lives on in the next round
             continue
-        time.sleep(POLL_S)
+        _pause()
+
+
+def _pause() -> None:
+    """Until it is time to look again. Raises BrokenPipeError when nobody reads our output any more: a log that stays
+    silent would never find out."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, ValueError):
+        time.sleep(POLL_S)  # no file: somebody has taken its place
+        return
+    watched = select.poll()
+    watched.register(output, 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(POLL_S * 1000)):
+        raise BrokenPipeError
 
 
 def _replaced(path: Path, file: TextIO) -> bool:

@@ -16,6 +16,7 @@ from gpumesh.daemon.remote import RemoteSession
 from gpumesh.errors import MeshNotRunning, UsageError
 from tests.cli.meshes import Simulated
 from tests.real.command import Gpumesh
+from tests.tunnels import polling
 
 slow = pytest.mark.slow
 
@@ -90,10 +91,9 @@ async def test_the_running_mesh_else_one_of_its_own(direct: Simulated, surroundi
     for embed in (True, False):
         async with open_session(chosen, embed=embed) as session:
             assert isinstance(session, RemoteSession)
+    pids = direct.gpumesh.processes()
     direct.gpumesh.kill_all()
-    async with asyncio.timeout(10):
-        while direct.gpumesh.processes():
-            await asyncio.sleep(0.02)
+    await polling.until(lambda: not any(map(polling.alive, pids)), "the mesh is gone")
     async with open_session(chosen) as session:
         assert isinstance(session, LocalSession), "what a killed mesh left is no obstacle"
     assert direct.gpumesh.sockets() == []

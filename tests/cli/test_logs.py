@@ -11,7 +11,7 @@ from gpumesh.cli.logs import readable
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.lab.profile import Faults
 from tests.cli.meshes import Simulated
-from tests.real.command import Gpumesh
+from tests.real.command import GPUMESH, Gpumesh
 
 slow = pytest.mark.slow
 
@@ -31,6 +31,17 @@ def test_a_line_for_people() -> None:
     assert shown.split("  ", 1)[1] == "info     iceland       tunnel up"
     assert shown[4] == shown[7] == "-"
     assert readable(line(node=None, level="warning")).split("  ", 1)[1] == "warning  -             tunnel up"
+
+
+def test_a_line_of_the_access_log() -> None:
+    entry = {"at": "2026-11-24T04:10:00.123Z", "client": "127.0.0.1", "method": "POST", "path": "/api/chat\x1b[2J",
+             "status": 200, "outcome": "served", "total_ms": 1840.2, "ttft_ms": 212.0, "queue_ms": 0, "attempts": 2,
+             "model": "qwen2.5:7b", "node": "iceland", "id": "r1"}  # fmt: skip
+    shown = readable(json.dumps(entry))
+    assert shown.split(" ", 2)[2] == (
+        "127.0.0.1 POST /api/chat 200 served 1840 ms ttft 212 ms attempts 2 qwen2.5:7b iceland r1"
+    )
+    assert len(shown.split(" ", 2)[1]) == len("04:10:00")
 
 
 def test_a_trace_stands_below() -> None:
@@ -111,6 +122,25 @@ async def log_of(gpumesh: Gpumesh) -> Path:
     """Where the command looks for it."""
     ended = await gpumesh("logs", code=1)
     return Path(ended.err.split("there is no log yet at ")[1].splitlines()[0])
+
+
+@slow
+async def test_a_silent_log_ends_when_nobody_reads_it_any_more(gpumesh: Gpumesh) -> None:
+    """As `logs -f | head -1` would wait for ever for a line to write."""
+    gpumesh.config.write_text(json.dumps({"nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}]}))
+    log = await log_of(gpumesh)
+    log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    log.write_text(line(message="only") + "\n")
+    reader, writer = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        str(GPUMESH), "logs", "-f", stdout=writer, stderr=asyncio.subprocess.PIPE, env=gpumesh.environment()
+    )
+    os.close(writer)
+    assert b"only" in await asyncio.to_thread(os.read, reader, 4096)
+    os.close(reader)
+    async with asyncio.timeout(20):
+        _, errors = await process.communicate()
+    assert (process.returncode, errors) == (1, b"")
 
 
 def test_where_it_is(tmp_path: Path) -> None:

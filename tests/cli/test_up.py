@@ -176,7 +176,7 @@ async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
             async with asyncio.timeout(20):
                 result = json.loads(await asking.stdout.read())
             assert (result["error"], result["tokens"]) == (None, 15)
-            await gone(gpumesh)
+            await gone({pid})
 
 
 @slow
@@ -201,24 +201,28 @@ async def until_in_flight(gpumesh: Gpumesh) -> None:
             await asyncio.sleep(0.05)
 
 
-async def gone(gpumesh: Gpumesh) -> None:
-    await polling.until(lambda: not gpumesh.processes(), "its processes have ended")
+async def gone(pids: set[int]) -> None:
+    await polling.until(lambda: not any(map(polling.alive, pids)), "the processes have ended")
+
+
+async def killed(gpumesh: Gpumesh) -> None:
+    pids = gpumesh.processes()
+    gpumesh.kill_all()
+    await gone(pids)
 
 
 @slow
 async def test_a_mesh_that_was_killed_is_no_obstacle(direct: Simulated) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
-    gpumesh.kill_all()
-    await gone(gpumesh)
+    await killed(gpumesh)
     assert gpumesh.sockets() != []
     assert "2 of 2 nodes up" in (await gpumesh("status")).out, "it looks for itself"
     ended = await gpumesh("down", code=1)
     assert "no mesh is running" in ended.err
     assert gpumesh.sockets() == []
     await gpumesh("up", "-d")
-    gpumesh.kill_all()
-    await gone(gpumesh)
+    await killed(gpumesh)
     await gpumesh("up", "-d")
     assert (await gpumesh("run", "x", "-m", MODEL, "-o", "num_predict=1")).out.strip()
     await gpumesh("down")
