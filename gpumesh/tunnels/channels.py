@@ -137,6 +137,14 @@ class Carrier:
         except (OSError, EOFError, paramiko.SSHException):
             self.transport.close()
 
+    def _answer_close(self, original: Callable[[Any, Any], None], channel: Any, message: paramiko.Message) -> None:
+        """paramiko's own way to close a channel. It sends the answer: with the transport gone there is nobody to send
+        it to, and this thread serves all other channels."""
+        try:
+            original(channel, message)
+        except (OSError, EOFError, paramiko.SSHException):
+            self.transport.close()
+
     def _take_over(self) -> None:
         originals = dict(self.transport._channel_handler_table)
 
@@ -156,7 +164,7 @@ class Carrier:
                 channel.on_close(message)
             else:
                 # paramiko answers in this thread, which waits for itself (30 s) if keys are being exchanged.
-                self.forwarder.post(partial(originals[MSG_CHANNEL_CLOSE], channel, message))
+                self.forwarder.post(partial(self._answer_close, originals[MSG_CHANNEL_CLOSE], channel, message))
 
         self.transport._channel_handler_table = {
             **originals,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,34 @@ async def test_leaving_ends_it_and_all_it_started() -> None:
             pids = [int(pid) for pid in (await process.stdout.readline()).split()]
             assert all(alive(pid) for pid in pids)
         await until(lambda pids=pids: not any(alive(pid) for pid in pids), f"the end of {pids}")  # type: ignore[misc]
+    await until(lambda: descriptors() == before, "all descriptors closed")
+
+
+def running(mark: str) -> bool:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append((folder / "cmdline").read_text())
+    return any(mark in line for line in found)
+
+
+async def test_a_cancellation_at_any_moment_of_its_start_leaves_nothing_of_it() -> None:
+    """asyncio starts it, and then waits for its pipes: a cancellation there ended it and not what it had started."""
+    before = descriptors()
+    for steps in range(16):
+        mark = f"600.{os.getpid()}{steps:02}"
+
+        async def run(mark: str = mark) -> None:
+            async with local_command(["sh", "-c", f"sleep {mark} & wait"]):
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(run())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda mark=mark: not running(mark), "the command ended")  # type: ignore[misc]
     await until(lambda: descriptors() == before, "all descriptors closed")
 
 
