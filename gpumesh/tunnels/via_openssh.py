@@ -258,6 +258,7 @@ class Master:
         self.process = process
         self.control = control
         self.words: deque[str] = deque(maxlen=WORDS)
+        self.session = False
         self.echoes = False
         self.refusals = 0
         self.needs_terminal = False
@@ -355,6 +356,8 @@ class Master:
 
     async def _read_echoes(self) -> None:
         async for line in _lines(self.process.stdout):
+            if line.startswith(self._nonce.encode()):
+                self.echoes = True  # however late: a login shell may take seconds to start what it was told to
             answer = self._waiting.get(line.strip())
             if answer is not None and not answer.done():
                 answer.set_result(time.perf_counter())
@@ -402,6 +405,7 @@ async def _is_usable(master: Master, deadline: Deadline, *, session: bool) -> bo
     """False: it has ended. Raises ``TimeoutError``."""
     if not await master.until_ready(deadline):
         return False
+    master.session = session
     if session:
         if await master.echo(min(ECHO_S, max(0.5, deadline.remaining_s))) is None:
             return not master.ended.done()  # a forced command that says nothing is a session all the same
@@ -473,7 +477,22 @@ class OpensshConnection:
     async def ping(self, timeout_s: float) -> float | None:
         if self._master.echoes:
             return await self._master.echo(timeout_s)
-        # Without a session the host has to be asked for one: that it gives or refuses it are both signs of life.
+        if not self._master.session:
+            return await self._ask_for_session(timeout_s)
+        ways = [asyncio.create_task(way(timeout_s)) for way in (self._master.echo, self._ask_for_session)]
+        try:
+            for answered in asyncio.as_completed(ways):
+                rtt_ms = await answered
+                if rtt_ms is not None:
+                    return rtt_ms
+            return None
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+    async def _ask_for_session(self, timeout_s: float) -> float | None:
+        """Where none echoes (yet) the host is asked for one: that it gives or refuses it are both signs of life."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):

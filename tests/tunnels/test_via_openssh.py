@@ -197,6 +197,19 @@ class TestReal:
                 await collect(made, "true")
             assert await made.ping(10.0) is not None
 
+    @pytest.mark.slow
+    async def test_a_login_shell_that_is_slow_to_start(self, tmp_path: Path, folder: Path) -> None:
+        """Its start-up files take longer than a sign of life may."""
+        slow = {"ForceCommand": 'sleep 4.5; echo Welcome; exec sh -c "$SSH_ORIGINAL_COMMAND"'}
+        async with (
+            Sshd(tmp_path, slow) as sshd,
+            serving(echo) as port,
+            connected(sshd.spec(), folder, port) as (connection, (local,)),
+        ):
+            assert await connection.ping(2.5) is not None
+            assert await connection.ping(2.5) is not None
+            await exchange(local, b"hello")
+
     @pytest.mark.parametrize("options", [{"ForceCommand": "/bin/false"}, {"MaxSessions": "0"}])
     async def test_a_host_without_commands_still_forwards(
         self, tmp_path: Path, folder: Path, options: dict[str, str]
