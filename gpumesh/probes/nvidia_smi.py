@@ -42,6 +42,8 @@ async def probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None = None) 
     deadline = loop.time() + timeout_s
     try:
         host, smi, apps = await ask(exec_, (HOSTNAME, query(FIELDS), PROCESSES), timeout_s=timeout_s)
+        if host.exit_status != 0 and host.output.strip() and host.output == smi.output:
+            return _no_commands(host, node)
         hostname = read_hostname(host)
         wrong = failure(smi)
         fields: Sequence[str] = FIELDS
@@ -100,7 +102,8 @@ def report(
 
 
 def read_hostname(said: Said) -> str | None:
-    name = printable(said.output, 253)
+    lines = said.output.strip().splitlines() or [b""]
+    name = printable(lines[-1], 253)  # before it: what a login shell prints to greet
     return name if said.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
 
 
@@ -168,6 +171,13 @@ def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
         "`nvidia-smi -pm 1` on the host, or the nvidia-persistenced service",
     )
     return findings
+
+
+def _no_commands(said: Said, node: str | None) -> GpuReport:
+    """The same words to every command are not nvidia-smi's."""
+    message = f"the host runs no commands: to each it says {printable(said.output, 200)!r}"
+    hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
+    return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))
 
 
 def _finding(wrong: Failure, node: str | None) -> Finding:

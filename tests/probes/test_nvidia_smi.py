@@ -312,7 +312,14 @@ async def test_names_from_a_host_are_harmless(host: ShellHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "name"), [("two words", None), ("", None), ("a" * 300, None), ("box.example.org", "box.example.org")]
+    ("said", "name"),
+    [
+        ("two words", None),
+        ("", None),
+        ("a" * 300, None),
+        ("box.example.org", "box.example.org"),
+        ("Welcome to the pod!\n\nbox", "box"),
+    ],
 )
 async def test_a_hostname_is_a_name_or_unknown(host: ShellHost, said: str, name: str | None) -> None:
     host.command("hostname", f"echo '{said}'")
@@ -339,3 +346,17 @@ async def test_a_slow_host_costs_no_more_than_its_time(host: ShellHost) -> None:
     began = loop.time()
     await asked(host, 0.2)
     assert loop.time() - began < 10.0
+
+
+@pytest.mark.parametrize("status", [1, 127])
+async def test_a_shell_that_runs_nothing_is_no_missing_nvidia_smi(status: int) -> None:
+    async def run(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
+        del argv, timeout_s
+        return ExecResult(status, b"", b"This account is currently not available.\n")
+
+    report = await probe_gpus(run, timeout_s=PATIENCE_S, node="a")
+    (finding,) = report.findings
+    assert (finding.code, finding.severity, finding.node) == ("gpu-unknown", Severity.INFO, "a")
+    assert "runs no commands: to each it says 'This account" in finding.message
+    assert "login shell" in finding.hint
+    assert report.error == finding.message
