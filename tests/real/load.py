@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -21,14 +20,13 @@ REQUEST_S = 60.0
 
 @dataclass
 class Load:
-    """``failures`` says what each failed request got. ``by_node`` counts the answers that each node gave (or began)."""
+    """``failures`` says what each failed request got; ``slowest_s`` is of a whole answer."""
 
     url: str
     model: str
     answers: int = 0
     failures: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
-    by_node: Counter[str] = field(default_factory=Counter)
 
     @contextlib.asynccontextmanager
     async def running(self, clients: int = 8) -> AsyncIterator[Load]:
@@ -55,7 +53,6 @@ class Load:
             try:
                 async with http.post(f"{self.url}/api/chat", json=body) as answer:
                     text = await answer.text()
-                    self.by_node[answer.headers.get("X-GPUMesh-Node", "nobody")] += 1
                     wrong = what_is_wrong(answer.status, text)
             except (aiohttp.ClientError, TimeoutError) as error:
                 wrong = f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@ looks at the memory as well."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from gpumesh.topology import TransportKind
 from tests.parts import needs
 from tests.real.cycles import churn
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "ssh")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+    needs("sshd", "ssh"),
+]
 
 
 @pytest.mark.parametrize("transport", TransportKind)
