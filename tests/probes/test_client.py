@@ -56,13 +56,18 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
 async def test_each_server_has_a_pool_of_its_own() -> None:
     """One pool for many servers is looked through whole at each request."""
     requests: list[tuple[str, int]] = []
+    served: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.current_task())
         connection = writer.get_extra_info("peername")[1]
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            requests.append((head.split(b" ")[1].decode(), connection))
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await writer.drain()
+        with contextlib.suppress(asyncio.IncompleteReadError):  # the client has closed it
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                requests.append((head.split(b" ")[1].decode(), connection))
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                await writer.drain()
+        writer.close()
+        await writer.wait_closed()
 
     servers = [await asyncio.start_server(serve, "127.0.0.1", 0) for _ in range(3)]
     try:
@@ -77,3 +82,4 @@ async def test_each_server_has_a_pool_of_its_own() -> None:
     finally:
         for server in servers:
             server.close()
+        await asyncio.gather(*(task for task in served if task is not None))
