@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -94,9 +95,14 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
     stop = Stop()
     on_signals(stop, hurry=_cancel_me())
     async with hosted(topology, paths, gateway=options.gateway, stop=stop, lock=lock) as session:
-        await show(session, stop, chosen)
-        if not chosen.quiet:
-            typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
+        try:
+            await show(session, stop, chosen)
+            if not chosen.quiet:
+                typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            stop.ask()  # the terminal was closed: nobody is there to be told, but what is in flight may still end
 
 
 def _cancel_me() -> Callable[[], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import signal
 from collections.abc import AsyncIterator
 
@@ -16,7 +17,7 @@ from gpumesh.daemon.host import Stop
 from gpumesh.lab.profile import Faults
 from tests.cli.meshes import MODEL, Simulated, quick, simulated
 from tests.cli.terminals import terminal
-from tests.real.command import Gpumesh
+from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels import polling
 
 slow = pytest.mark.slow
@@ -156,6 +157,41 @@ async def test_in_the_foreground_without_a_terminal(direct: Simulated) -> None:
             assert await process.wait() == 0
     assert b"beta" in told
     assert b"\x1b" not in seen + told
+
+
+@slow
+async def test_a_terminal_that_is_closed_cuts_nothing(gpumesh: Gpumesh) -> None:
+    """The window is shut: SIGHUP, and whatever is written to it from then on fails."""
+    host = quick("slow", ssh=False, tokens_per_s=20.0, answer_tokens=(40, 40))
+    async with simulated(gpumesh, host):
+        controller, its_end = pty.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *("setsid", "-c", "-w", str(GPUMESH), "up"),
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            env=gpumesh.environment(),
+        )
+        os.close(its_end)
+        shown = b""
+        while b"1 of 1 node up" not in shown:
+            shown += await asyncio.to_thread(os.read, controller, 65536)
+        url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+        async with (
+            httpx.AsyncClient(timeout=30) as client,
+            client.stream("POST", f"{url}/api/chat", json=body) as answer,
+        ):
+            lines = answer.aiter_lines()
+            await anext(lines)
+            os.close(controller)
+            last = json.loads([line async for line in lines][-1])
+        assert last["done"]
+        assert last["eval_count"] == 40
+        async with asyncio.timeout(30):
+            await process.wait()
+        assert gpumesh.sockets() == []
+        assert '"failed"' not in gpumesh.logs(), "that is no fault"
 
 
 @slow

@@ -358,5 +358,5 @@ async def test_a_shell_that_runs_nothing_is_no_missing_nvidia_smi(status: int) -
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.node) == ("gpu-unknown", Severity.INFO, "a")
     assert "runs no commands: to each it says 'This account" in finding.message
-    assert "login shell" in finding.hint
+    assert "login shell" in (finding.hint or "")
     assert report.error == finding.message
