@@ -66,6 +66,14 @@ class Terminal:
         await asyncio.sleep(0)  # what it wrote last is read
         return code
 
+    async def ended_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.process.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def as_before(self) -> bool:
         """Whether modes and screen are as they were."""
         screen = self.written.rfind(LEAVE_SCREEN) >= self.written.rfind(ENTER_SCREEN)

@@ -207,7 +207,10 @@ async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
             await asyncio.sleep(0)
             shown.process.send_signal(signal.SIGINT)
         else:
+            # readline may miss a signal that comes just before it waits; a person would press the key again.
             shown.press("\x03")
+            while not await shown.ended_within(4.0):
+                shown.press("\x03")
         assert await shown.ended() == 130
         assert shown.modes() == shown.modes_before
         assert "Traceback" not in shown.said
