@@ -83,8 +83,9 @@ class Dispatcher:
         return bool(found.now or found.later)
 
     def worth_waiting(self, demand: Demand) -> bool:
-        """Whether a node that cannot take such work now may be able to in a moment."""
-        return self._coming(self._candidates(), demand, frozenset())
+        """Whether a node that could take such work a moment ago may be able to in a moment."""
+        seen = [candidate for candidate in self._candidates() if candidate.models is not None]
+        return self._coming(seen, demand, frozenset())
 
     async def acquire(
         self,

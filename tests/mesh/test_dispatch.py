@@ -21,6 +21,7 @@ from gpumesh.lab.profile import Faults
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.events import Changes
 from gpumesh.mesh.node import Lease, Node
+from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct import DirectTunnel
 from tests.mesh.meshes import MODEL, host, node
@@ -273,6 +274,25 @@ async def test_a_node_that_stays_away_is_not_waited_for_beyond_the_grace() -> No
         made.now += 6.0
         with pytest.raises(NoNodeError):
             await waits
+
+
+async def test_only_a_node_that_was_there_is_worth_waiting_for() -> None:
+    async with desk("a", "b") as made:
+        never = made.nodes["c"] = Node(
+            node("c", "http://127.0.0.1:9"),
+            clock=made.clock,
+            http=httpx.AsyncClient(trust_env=False),
+            changes=Changes(),
+            freed=made.freed,
+            identified=lambda: None,
+        )
+        only_c = Demand(model=MODEL, node="c")
+        never.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING, last_error="no SSH greeting"))
+        assert never.coming
+        assert not made.dispatcher.worth_waiting(only_c), "it has been tried, and was never up"
+        made.nodes["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
+        assert made.dispatcher.worth_waiting(Demand(model=MODEL, node="a"))
+        assert not made.dispatcher.worth_waiting(Demand(model="other", node="a"))
 
 
 async def test_the_queue_is_shown_next_first() -> None:
