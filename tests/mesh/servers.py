@@ -49,13 +49,14 @@ class Scripted:
 
 @asynccontextmanager
 async def serve(script: Script) -> AsyncIterator[Scripted]:
-    tasks: set[asyncio.Task[None]] = set()
+    writers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Noted before it runs: one that comes just before the end is cancelled without having run at all."""
+        scripted.connections += 1
+        writers[asyncio.create_task(connected(reader, writer))] = writer
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        scripted.connections += 1
         try:
             number = 0
             while True:
@@ -72,20 +73,25 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass  # the client left, or ``serve`` ends: nobody else cancels it
         finally:
-            tasks.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     scripted = Scripted(f"http://127.0.0.1:{port}", port)
     try:
         yield scripted
     finally:
         server.close()
-        for task in tuple(tasks):
+        for task in writers:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*writers, return_exceptions=True)
+        for writer in writers.values():
+            writer.transport.abort()
+        await asyncio.sleep(0)  # the transports close
         await server.wait_closed()
+        for failure in ended:
+            if isinstance(failure, Exception):
+                raise failure  # what the script asserted
 
 
 def whole(body: bytes, *, status: str = "200 OK", kind: str = "application/json") -> bytes:
