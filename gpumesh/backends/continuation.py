@@ -44,7 +44,7 @@ MAX_CUTS = 3
 # Ollama's runner stops, silently, after one token came more than 30 times; what it gave up is not continued.
 REPEATS = 30
 # Passed on unread up to here; then read, so that a long answer is held as its text and not as its frames.
-UNREAD_BYTES = 32 << 10
+UNREAD_BYTES = 64 << 10
 # No model's context holds so much; an answer that grows past it is passed on, but not held.
 TEXT_LIMIT = 8 << 20
 
@@ -70,9 +70,10 @@ class Ending:
 
 class Continuation:
     """``finished``: the client has the whole answer. ``cut``: why this upstream must not be read further (an error
-    frame, or no frame at all), while the client's answer is open still. ``counters``: the current upstream's own
-    figures, once it gave them, and ``told`` the whole answer's. ``resume`` is false for ``X-GPUMesh-Resume: off``;
-    ``clock`` gives seconds, and ``began`` is when the request came, if that was before now."""
+    frame, or no frame at all), while the client's answer is open still. ``mark`` ends a frame of the current upstream:
+    so many of them, so many tokens, about. ``counters``: its own figures, once it gave them, and ``told`` those of the
+    whole answer. ``resume`` is false for ``X-GPUMesh-Resume: off``; ``clock`` gives seconds, and ``began`` is when the
+    request came, if that was before now."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Continuation:
         self._request_body = request
         self._form: Form = form_of(path)
         self._source = self._form
+        self.mark = self._form.mark
         self._clock = clock
         self._ways: Ways = {} if ways is None else ways
         self._resume = resume
@@ -122,11 +124,6 @@ class Continuation:
         return jsons.parse_object(self._request_body) or {}
 
     @property
-    def mark(self) -> bytes:
-        """What ends a frame of the current upstream: so many of them, so many tokens, about."""
-        return self._source.mark
-
-    @property
     def tokens(self) -> int:
         """Frames with text that the client has got: about so many tokens."""
         self._read_unread()
@@ -154,7 +151,7 @@ class Continuation:
         """What the client gets for these bytes of the current upstream; empty after its end or a cut."""
         if self.finished or self.cut is not None:
             return b""
-        if self._held or not data.endswith(self._source.mark):
+        if self._held or not data.endswith(self.mark):
             data = self._whole_frames(data)
             if not data:
                 return b""
@@ -171,7 +168,7 @@ class Continuation:
 
     def end_of_body(self) -> bytes:
         """The upstream's body ended as it should: its last frame may lack its end mark. Half a frame is a cut."""
-        raw, self._held = self._held + self._source.mark, b""
+        raw, self._held = self._held + self.mark, b""
         if self.finished or self.cut is not None:
             return b""
         frame = self._source.read(raw)
@@ -329,7 +326,7 @@ class Continuation:
 
     def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
         """What to send to the node that will go on. ``None``: that one did not say how; another may."""
-        self._source = self._form
+        self._read_with(self._form)
         if not self._texts and not self._thoughts:
             return HttpCall("POST", self._path, self._request_body, JSON)
         raw = self._asks(kind) and self._ways.get((node, self._model)) is Way.RAW
@@ -342,8 +339,11 @@ class Continuation:
             rest = self._form.raw(self._request, self._sofar, self._prompt)
         else:
             return None
-        self._source = rest.form
+        self._read_with(rest.form)
         return rest.call
+
+    def _read_with(self, form: Form) -> None:
+        self._source, self.mark = form, form.mark
 
     def _asks(self, kind: BackendKind) -> bool:
         """Whether it depends on the model's template how the text so far is continued."""

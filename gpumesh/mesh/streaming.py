@@ -17,6 +17,7 @@ from gpumesh.mesh.watch import Pauses, patience_s
 
 DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
 PAUSE_S = 0.001  # what came within it came together and tells nothing of the server's pace
+COUNT_S = 0.2
 _NEVER = math.inf
 
 
@@ -58,6 +59,8 @@ class StreamingAnswer(Answer):
         self._deadline = self._loop.call_later(deadline_in_s, self._deadline_passed)
         self._watchdog: asyncio.TimerHandle | None = None
         self._ready = b""
+        self._frames = 0
+        self._count_at = 0.0
         self._begin(opened)
 
     @property
@@ -79,7 +82,8 @@ class StreamingAnswer(Answer):
         if self._late:
             opened.response.abort()
         if self._continuation is not None:
-            self._count(opened.first, self._continuation)
+            self._frames += opened.first.count(self._continuation.mark)
+            self._notice(self._continuation)
             if not self._continuation.finished:
                 self._watchdog = self._loop.call_later(self._patience_s(), self._look)
 
@@ -103,25 +107,34 @@ class StreamingAnswer(Answer):
             except asyncio.CancelledError:
                 await self.aclose()
                 raise
-            waited = self._clock() - asked
+            now = self._clock()
             self._waiting_since = _NEVER
-            if waited > self._longest:  # noqa: PLR1730 - a call costs more
-                self._longest = waited
-            if out := self._pass_on(data) if data else self._body_ended():
+            if now - asked > self._longest:  # noqa: PLR1730 - a call costs more
+                self._longest = now - asked
+            continuation = self._continuation
+            if not data:
+                out = self._body_ended()
+            elif continuation is None:
+                return data
+            else:
+                self._frames += data.count(continuation.mark)
+                if now > self._count_at:
+                    self._count(now)
+                out = continuation.feed(data)
+                if out is not data:  # by far the most common: passed on as it came, and nothing has happened
+                    self._notice(continuation)
+            if out:
                 return out
         raise StopAsyncIteration
 
-    def _pass_on(self, data: bytes) -> bytes:
-        continuation = self._continuation
-        if continuation is None:
-            return data
-        out = continuation.feed(data)
-        self._count(data, continuation)
-        return out
+    def _count(self, now: float) -> None:
+        """Frames are about as many tokens; told now and then, because the hot path has enough to do."""
+        self._lease.node.meter.add(self._frames)
+        self._frames = 0
+        self._count_at = now + COUNT_S
 
-    def _count(self, data: bytes, continuation: Continuation) -> None:
-        """Frames, which are about as many tokens; and what they told."""
-        self._lease.node.meter.add(data.count(continuation.mark))
+    def _notice(self, continuation: Continuation) -> None:
+        """What frames that were looked at have told."""
         if continuation.finished:
             self._whole()
         elif continuation.cut is not None:
@@ -133,6 +146,7 @@ class StreamingAnswer(Answer):
         """The final frame was seen; the rest of the body is of no interest to anybody."""
         assert self._continuation is not None
         lease = self._lease
+        self._count(self._clock())
         lease.release(Outcome.SERVED, counters=self._continuation.counters)
         if self._longest > PAUSE_S:
             self._pauses.learn(lease.node.name, lease.model, self._longest)
@@ -169,6 +183,7 @@ class StreamingAnswer(Answer):
         """Another node takes over. Empty when there is nothing for the client yet, or no more."""
         self._lost = None
         self._stop_watching()
+        self._count(self._clock())
         self._response.abort()
         if self._late:
             self._finish(Outcome.DEADLINE)

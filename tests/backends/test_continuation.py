@@ -141,7 +141,7 @@ def test_several_cuts_anywhere_whatever_the_network_makes_of_the_bytes(form: str
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_answer_is_held_as_its_text_and_continued_from_there(form: str) -> None:
-    call, server = FORMS[form](), Server(tokens=900)
+    call, server = FORMS[form](), Server(tokens=1800)
     want = server.stream(call)
     assert len(want) > 2 * UNREAD_BYTES
     for cut in (UNREAD_BYTES + 100, len(want) - 900):

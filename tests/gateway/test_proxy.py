@@ -48,7 +48,7 @@ async def preferring_a(*, continues: bool = True, **changes: Any) -> AsyncIterat
     """A gateway over ``a`` and ``b``, of which ``a`` is asked first."""
     async with running(host("a", continues=continues, **changes), host("b", continues=continues)) as fleet:
         nodes: list[NodeSpec] = []
-        for name, weight in (("a", 100.0), ("b", 1.0)):
+        for name, weight in (("a", 1.0), ("b", 0.01)):
             nodes.append(replace(node(name, fleet.hosts[name].url, max_parallel=16), weight=weight))
         async with serving(tuple(nodes), fleet.hosts) as made:
             yield made
@@ -68,9 +68,11 @@ def read(path: str, response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[pytest.mark.slow] if name == "stall" else []) for name in FAULTS]
+)
 async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "LEAST_S", 0.2)
+    monkeypatch.setattr(watch, "LEAST_S", 1.0)  # more than what a busy machine may hold up a token
     monkeypatch.setattr(watch, "TIMES", 1.0)
     async with preferring_a(continues=continues) as fleet:
         for path, body in BODIES.items():

@@ -79,7 +79,7 @@ async def running(*profiles: HostProfile, max_parallel: int | None = 64, **gatew
     async with AsyncExitStack() as stack:
         hosts = {one.name: await stack.enter_async_context(StandIn(one)) for one in profiles}
         nodes = [
-            node(name, host.url, weight=100.0 / 10**place, max_parallel=max_parallel)
+            node(name, host.url, weight=0.01**place, max_parallel=max_parallel)
             for place, (name, host) in enumerate(hosts.items())
         ]
         yield await stack.enter_async_context(meshed(*nodes, hosts=hosts, **gateway))

@@ -49,7 +49,7 @@ async def test_every_kind_of_server(kind: BackendKind, stream: bool) -> None:
 async def test_a_cut_one_reads_as_if_it_never_was(kind: BackendKind) -> None:
     async with running(host("a"), host("b")) as lab:
         specs = (
-            node("a", lab.hosts["a"].url, weight=9.0, kind=kind),
+            node("a", lab.hosts["a"].url, weight=100.0, kind=kind),
             node("b", lab.hosts["b"].url, weight=1.0, kind=kind),
         )
         async with meshed(*specs) as mesh:

@@ -70,7 +70,7 @@ async def test_a_whole_body_that_stops_short_moves_it_on() -> None:
     async with (
         serve(ollama(short)) as one,
         serve(ollama(good)) as other,
-        meshed(node("a", one.url, weight=10.0), node("b", other.url)) as mesh,
+        meshed(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
     ):
         await moved_on(mesh, call_of(stream=False), Outcome.CUT)
 
@@ -236,7 +236,7 @@ async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> Non
     async with (
         serve(ollama(closes)) as one,
         serve(ollama(closes)) as other,
-        meshed(node("a", one.url, weight=10.0), node("b", other.url)) as mesh,
+        meshed(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
     ):
         answer = await send(mesh.mesh, call_of(stream=True))
         with pytest.raises(StreamCut, match="could not be continued"):
@@ -260,9 +260,9 @@ async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
     async with running(host("a"), host("c")) as lab, serve(ollama(picky)) as server:
         await lab.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         specs = (
-            node("a", lab.hosts["a"].url, weight=100.0),
-            node("b", server.url, weight=10.0),
-            node("c", lab.hosts["c"].url, weight=1.0),
+            node("a", lab.hosts["a"].url),
+            node("b", server.url, weight=0.01),
+            node("c", lab.hosts["c"].url, weight=0.0001),
         )
         async with meshed(*specs) as mesh:
             mesh.mesh._means.ways["b", "m"] = Way.ASSISTANT_LAST
@@ -299,7 +299,7 @@ async def test_servers_of_another_kind_are_not_asked_to_go_on() -> None:
     async with running(host("a"), host("b")) as lab:
         await lab.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         specs = (
-            node("a", lab.hosts["a"].url, weight=10.0),
+            node("a", lab.hosts["a"].url, weight=100.0),
             node("b", lab.hosts["b"].url, kind=BackendKind.OPENAI),
         )
         async with meshed(*specs) as mesh:
