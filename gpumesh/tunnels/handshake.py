@@ -192,8 +192,8 @@ def handshake(
 def _handshake_error(error: BaseException, greeting: bytes, where: str, deadline: Deadline) -> TunnelError:
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
         return TransportUnsupported(
-            f"{where} offers only SSH algorithms that are too old to be safe ({printable(str(error))})",
-            hint="update the host's sshd, or use `transport: openssh` and allow them in ~/.ssh/config",
+            f"{where} and transport sshtunnel have no SSH algorithm in common ({printable(str(error))})",
+            hint="use `transport: openssh`, which knows newer ones; if the host knows only old ones, update its sshd",
         )
     if b"MaxStartups" in greeting:
         return ConnectRefused(f"{where} has too many logins under way (MaxStartups)", hint="it is tried again")

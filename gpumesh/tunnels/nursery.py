@@ -35,6 +35,7 @@ from gpumesh.tunnels.protocol import FromWorker, Setup, ToWorker, decode, encode
 LINE_LIMIT = 4 << 20  # bytes of one JSON line; a worker sends a command's output in far smaller pieces
 SPAWN_TIMEOUT_S = 20.0  # a cold start imports paramiko, on a loaded machine
 STOP_TIMEOUT_S = 3.0
+FULL_S = 0.005  # until it is looked again whether there is room for a request
 TITLE_ROOM = 64  # characters for a process title to overwrite
 
 
@@ -96,10 +97,11 @@ class WorkerPool:
 
     def __init__(self, *, stderr: int | None = subprocess.DEVNULL) -> None:
         self._stderr = stderr
-        self._lock = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._requests = 0
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._begun = b""  # of an answer's line
 
     async def __aenter__(self) -> WorkerPool:
         return self
@@ -115,9 +117,8 @@ class WorkerPool:
 
     async def warm(self) -> None:
         """Starts the zygote now, so that the first ``spawn`` is as quick as the others."""
-        async with self._lock:
-            if self._control is None:
-                self._start_zygote()
+        if self._control is None:
+            self._start_zygote()
 
     async def spawn(self, setup: Setup, listeners: Sequence[socket.socket]) -> WorkerHandle:
         """A new worker that has got ``setup``, with its own copies of ``listeners`` (which stay the caller's).
@@ -150,39 +151,64 @@ class WorkerPool:
     # -- internals ---------------------------------------------------------------------------------------------------
 
     async def _fork(self, node: str, sockets: Sequence[socket.socket]) -> int:
-        async with self._lock:
-            for attempt in (1, 2):
-                if self._control is None:
-                    self._start_zygote()
-                try:
-                    async with asyncio.timeout(SPAWN_TIMEOUT_S):
-                        return await self._ask(node, [sock.fileno() for sock in sockets])
-                except (OSError, EOFError) as error:  # TimeoutError is an OSError
+        """Not one after the other: those that are asked for together are made together."""
+        for attempt in (1, 2):
+            if self._control is None:
+                self._start_zygote()
+            control = self._control
+            try:
+                async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                    return await self._ask(node, [sock.fileno() for sock in sockets])
+            except (OSError, EOFError) as error:  # TimeoutError is an OSError
+                if self._control is control:  # else another spawn has seen it first
                     await self._stop_zygote()
-                    if attempt == 2:
-                        raise TunnelError(f"no process for the tunnel of {node}: {error}", node=node) from error
-            raise AssertionError("unreachable")
+                if attempt == 2:
+                    raise TunnelError(f"no process for the tunnel of {node}: {error}", node=node) from error
+        raise AssertionError("unreachable")
 
     async def _ask(self, node: str, fds: list[int]) -> int:
-        control = self._control
-        assert control is not None
         self._requests += 1
-        wanted = self._requests
-        socket.send_fds(control, [_line({"id": wanted, "node": node, "fds": len(fds)})], fds)
-        answers = b""
+        number = self._requests
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            await self._send({"id": number, "node": node, "fds": len(fds)}, fds)
+            said = await answer
+        finally:
+            del self._answers[number]
+        if "error" in said:
+            raise TunnelError(f"no process for the tunnel of {node}: {said['error']}", node=node)
+        return int(said["pid"])
+
+    async def _send(self, request: dict[str, object], fds: list[int]) -> None:
         while True:
-            piece = await asyncio.get_running_loop().sock_recv(control, 4096)
-            if not piece:
+            if self._control is None:
                 raise EOFError("the process that starts them has ended")
-            answers += piece
-            while b"\n" in answers:
-                line, answers = answers.split(b"\n", 1)
-                answer = json.loads(line)
-                if answer["id"] != wanted:
-                    continue  # of a spawn that was cancelled: that worker has ended with its socket
-                if "error" in answer:
-                    raise TunnelError(f"no process for the tunnel of {node}: {answer['error']}", node=node)
-                return int(answer["pid"])
+            try:
+                socket.send_fds(self._control, [_line(request)], fds)
+                return
+            except BlockingIOError:  # hundreds are waiting; a line is sent whole or not at all
+                await asyncio.sleep(FULL_S)
+
+    def _heard(self, control: socket.socket) -> None:
+        try:
+            said = control.recv(65536)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            said = b""
+        if not said:
+            asyncio.get_running_loop().remove_reader(control)
+            for answer in self._answers.values():
+                if not answer.done():
+                    answer.set_exception(EOFError("the process that starts them has ended"))
+            return
+        *lines, self._begun = (self._begun + said).split(b"\n")
+        for line in lines:
+            told = json.loads(line)
+            waiting = self._answers.get(told["id"])  # else of a spawn that was cancelled: that worker has ended
+            if waiting is not None and not waiting.done():
+                waiting.set_result(told)
 
     def _start_zygote(self) -> None:
         here, there = socket.socketpair()
@@ -202,12 +228,18 @@ class WorkerPool:
                 raise TunnelError(f"no process for tunnels could be started: {error}") from error
         here.setblocking(False)
         self._control = here
+        self._begun = b""
+        asyncio.get_running_loop().add_reader(here, self._heard, here)
 
     async def _stop_zygote(self) -> None:
         control, process = self._control, self._process
         self._control = self._process = None
         if control is None or process is None:
             return
+        asyncio.get_running_loop().remove_reader(control)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EOFError("the process that starts them was ended"))
         try:
             with contextlib.suppress(OSError):
                 control.shutdown(socket.SHUT_WR)
@@ -252,9 +284,16 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
         buffer = b""
+        answers = b""
         while True:
             watched: list[Any] = [self._control, wake_out]
-            ready = select.select(watched, [], [])[0]
+            # Those that are asked for together are all made before any is told of, which sets it to work: or the first
+            # would take the processor from making the last.
+            ready = select.select(watched, [], [], 0.0 if answers else None)[0]
+            if not ready:
+                with contextlib.suppress(OSError):
+                    self._control.sendall(answers)
+                answers = b""
             if wake_out in ready:
                 os.read(wake_out, 4096)
                 self._reap()
@@ -266,14 +305,15 @@ class Zygote:
                 buffer += data
                 while b"\n" in buffer:
                     line, buffer = buffer.split(b"\n", 1)
-                    self._obey(json.loads(line))
+                    answers += self._obey(json.loads(line))
         self._end_children()
 
-    def _obey(self, request: dict[str, Any]) -> None:
+    def _obey(self, request: dict[str, Any]) -> bytes:
+        """What to answer."""
         if "kill" in request:
             if request["kill"] in self._children:
                 os.kill(request["kill"], signal.SIGKILL)
-            return
+            return b""
         fds, self._fds = self._fds[: request["fds"]], self._fds[request["fds"] :]
         try:
             parent = os.getpid()
@@ -288,8 +328,7 @@ class Zygote:
         finally:
             for fd in fds:
                 os.close(fd)
-        with contextlib.suppress(OSError):
-            self._control.send(_line(answer))
+        return _line(answer)
 
     def _be_worker(self, node: str, fds: list[int], parent: int) -> NoReturn:
         status = 1
@@ -301,6 +340,8 @@ class Zygote:
                 os._exit(1)
             processes.set_title(f"gpumesh tunnel {node}")
             self._control.close()
+            for fd in self._fds:  # of the next one
+                os.close(fd)
             control, *listeners = [socket.socket(fileno=fd) for fd in fds]
             status = self._work(control, listeners)
         except BaseException:  # the process ends here; what went wrong goes to stderr

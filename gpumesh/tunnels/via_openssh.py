@@ -463,12 +463,12 @@ class OpensshConnection:
     async def serve(self, folder: Path, listeners: Sequence[socket.socket]) -> None:
         """Starts forwarding. Raises ``TunnelError``, ForwardingForbidden when the host allows it to no target."""
         routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
+        rtt_ms: float | None = None
         if routes:
             wanted = [argument for path, target in routes for argument in ("-L", forward_argument(path, target))]
             await self._order("-O", "forward", *wanted)
-            await self._ask_whether_allowed(routes)
-        rtt_ms = await self.ping(ECHO_S)
-        self.up = Up(rtt_ms, "OpenSSH client")
+            rtt_ms = await self._ask_whether_allowed(routes)
+        self.up = Up(rtt_ms or await self.ping(ECHO_S), "OpenSSH client")
         self._checking = False
         for listener, (path, target) in zip(listeners, routes, strict=True):
             self._forwarder.listen(listener, self._dial(path, target))
@@ -554,22 +554,15 @@ class OpensshConnection:
             return False
         return status == 0
 
-    async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> None:
-        """One connection to each target: a host that forbids forwarding says so, at once and before our second echo
-        (the first may overtake the request in ssh)."""
+    async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> float | None:
+        """Which of them the host forbids is told, and raised if it is all of them. The round trip in ms, if known."""
         if not self._master.echoes:
-            return
-        forbidden = []
-        for path, target in routes:
-            before = self._master.refusals
-            _reader, writer = await asyncio.open_unix_connection(path)
-            try:
-                for _ in range(2):
-                    await self._master.echo(ECHO_S)
-            finally:
-                writer.close()
-            if self._master.refusals > before:
-                forbidden.append(target)
+            return None
+        # ssh names no target when it is refused. So all are asked for together, and one by one only if some are.
+        refused, rtt_ms = await self._refused(routes)
+        if refused == 0:
+            return rtt_ms
+        forbidden = [target for path, target in routes if (await self._refused([(path, target)]))[0]]
         if forbidden and len(forbidden) == len(routes):
             raise ForwardingForbidden(
                 _forbids(self._where, forbidden[0]),
@@ -577,6 +570,23 @@ class OpensshConnection:
             )
         for target in forbidden:
             self._events.forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
+        return rtt_ms
+
+    async def _refused(self, routes: Sequence[tuple[Path, Target]]) -> tuple[int, float | None]:
+        """How many of these a host that forbids forwarding has refused: one connection to each. It says so at once, and
+        before our second echo (the first may overtake the requests in ssh)."""
+        before = self._master.refusals
+        writers: list[asyncio.StreamWriter] = []
+        rtt_ms: float | None = None
+        try:
+            for path, _ in routes:
+                writers.append((await asyncio.open_unix_connection(path))[1])
+            for _ in range(2):
+                rtt_ms = await self._master.echo(ECHO_S)
+        finally:
+            for writer in writers:
+                writer.close()
+        return self._master.refusals - before, rtt_ms
 
     def _dial(self, path: Path, target: Target) -> Dial:
         relay = relay_to_unix(str(path))
