@@ -38,7 +38,7 @@ from gpumesh.errors import (
 )
 from gpumesh.printable import printable
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
-from gpumesh.tunnels import blocking, hostkeys, openssh_errors, processes
+from gpumesh.tunnels import blocking, hostkeys, openssh_errors, openssh_mux, processes
 from gpumesh.tunnels.base import Stream
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events
@@ -151,11 +151,6 @@ def client_command(control: Path, *arguments: str) -> list[str]:
     """A client of the control socket. Should the master be gone, it must not connect by itself: hence ProxyCommand."""
     options = ["-o", "ControlMaster=no", "-o", f"ControlPath={quoted(control)}", "-o", "ProxyCommand=false"]
     return ["ssh", "-F", "none", "-T", *options, "-o", "LogLevel=INFO", *arguments]
-
-
-def forward_argument(path: Path, target: Target) -> str:
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    return f"{path}:{host}:{target.port}"
 
 
 def _goes_by_its_name(setup: Setup) -> bool:
@@ -465,8 +460,7 @@ class OpensshConnection:
         routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
         rtt_ms: float | None = None
         if routes:
-            wanted = [argument for path, target in routes for argument in ("-L", forward_argument(path, target))]
-            await self._order("-O", "forward", *wanted)
+            await self._forward(routes)
             rtt_ms = await self._ask_whether_allowed(routes)
         self.up = Up(rtt_ms or await self.ping(ECHO_S), "OpenSSH client")
         self._checking = False
@@ -523,15 +517,15 @@ class OpensshConnection:
 
     # -- internals ---------------------------------------------------------------------------------------------------
 
-    async def _order(self, *arguments: str) -> None:
-        """Has the master do something. Raises ``TunnelError`` when it does not."""
+    async def _forward(self, routes: list[tuple[Path, Target]]) -> None:
+        """Raises ``TunnelError``."""
         try:
             async with asyncio.timeout(ORDER_S):
-                status, said = await self._client(*arguments, "--", NOBODY)
+                await openssh_mux.forward(self._master.control, routes)
         except TimeoutError as error:
             raise TunnelError(f"ssh to {self._where} does not answer its control socket") from error
-        if status != 0:
-            raise openssh_errors.explain([*self._master.words, said], self._where)
+        except openssh_mux.MuxError as error:
+            raise openssh_errors.explain([*self._master.words, str(error)], self._where) from error
 
     async def _client(self, *arguments: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
@@ -549,10 +543,9 @@ class OpensshConnection:
     async def _master_answers(self) -> bool:
         try:
             async with asyncio.timeout(ORDER_S):
-                status, _said = await self._client("-O", "check", "--", NOBODY)
+                return await openssh_mux.alive(self._master.control)
         except TimeoutError:
             return False
-        return status == 0
 
     async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> float | None:
         """Which of them the host forbids is told, and raised if it is all of them. The round trip in ms, if known."""

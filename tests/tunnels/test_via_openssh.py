@@ -24,7 +24,7 @@ from gpumesh.topology import HostKeyPolicy, SshSpec, Target, TransportKind
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.base import Stream
 from gpumesh.tunnels.protocol import Setup
-from gpumesh.tunnels.via_openssh import OpensshConnection, connect, forward_argument, master_command
+from gpumesh.tunnels.via_openssh import OpensshConnection, connect, master_command
 from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
 from tests.tunnels.test_via_sshtunnel import Asking, Told, asking
@@ -116,11 +116,6 @@ def test_arguments_hold_no_secret_and_no_option_by_way_of_a_host(tmp_path: Path)
     assert command[command.index("--") + 1 :] == ["-oProxyCommand=evil", "exec cat"]
     assert f'UserKnownHostsFile="{tmp_path}/a b%%c"' in command
     assert "hunter" not in repr(setup)
-
-
-def test_forward_arguments() -> None:
-    assert forward_argument(Path("/x/f0"), Target("::1", 80)) == "/x/f0:[::1]:80"
-    assert forward_argument(Path("/x/f0"), Target("localhost", 80)) == "/x/f0:localhost:80"
 
 
 def test_jump_hosts_are_a_chain_that_ssh_can_read(tmp_path: Path) -> None:
