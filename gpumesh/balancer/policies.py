@@ -18,6 +18,9 @@ Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
 DEFAULT_TOKENS = 256
 DEFAULT_RATE = 60.0
 DEFAULT_LOAD_S = 6.0
+# Streams that run together on one GPU share it: each takes so much longer for each that runs beside it (llama.cpp with
+# four slots gives a little over twice the tokens/s of one).
+NEIGHBOUR_SHARE = 0.2
 PREFILL_PER_GENERATED = 20.0  # prompt tokens are read some twenty times as fast as new ones are made
 
 
@@ -65,15 +68,17 @@ def predicted_s(candidate: Candidate, demand: Demand, *, ahead: int, unknown_rat
     """Seconds until this demand would be done on this node.
 
     round trip + waiting for those ahead that leave no free place + loading the model if it is not in memory + reading
-    the prompt (not if this session's prefix is in the node's cache) + generating, slowed by who else uses the GPU.
+    the prompt (not if this session's prefix is in the node's cache) + generating, slowed by what runs beside it and by
+    who else uses the GPU.
     """
     model = full_name(demand.model) if demand.model is not None else None
     rate = _rate(candidate, model) or unknown_rate
     # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 a rival takes about half.
     rate *= (1.0 - 0.5 * (candidate.foreign_load or 0.0)) * candidate.weight
     tokens = demand.max_tokens or DEFAULT_TOKENS
-    service = tokens / rate
     slots = candidate.limit or max(ahead + 1, 1)
+    beside = min(ahead, slots - 1)
+    service = tokens / rate * (1.0 + NEIGHBOUR_SHARE * beside)
     waiting = max(ahead - slots + 1, 0) / slots * service
     loaded = model is None or not candidate.models or model in {full_name(name) for name in candidate.loaded}
     loading = 0.0 if loaded else candidate.load_s.get(model or "", DEFAULT_LOAD_S)

@@ -88,3 +88,15 @@ def test_a_prediction_is_the_sum_of_its_parts() -> None:
     assert predicted_s(plain, demand, ahead=0, unknown_rate=1.0) == pytest.approx(0.05 + 2.0)
     busy = node("a", tokens_per_s={"m:latest": 100.0}, rtt_ms=50.0, limit=1)
     assert predicted_s(busy, demand, ahead=1, unknown_rate=1.0) == pytest.approx(0.05 + 4.0)
+
+
+def test_adaptive_spreads_streams_over_nodes_with_many_places_by_their_speed() -> None:
+    """Free places are no reason to fill the node that is a little faster: what runs beside a stream slows it."""
+    counts = {"a": 0, "b": 0}
+    for turn in range(64):
+        nodes = [
+            node("a", tokens_per_s={"m:latest": 100.0}, limit=64, in_flight=counts["a"]),
+            node("b", tokens_per_s={"m:latest": 80.0}, limit=64, in_flight=counts["b"]),
+        ]
+        counts[POLICIES[PolicyKind.ADAPTIVE](nodes, Demand("m"), turn, RNG)[0]] += 1
+    assert 33 <= counts["a"] <= 42, counts
