@@ -43,10 +43,13 @@ async def is_posix(test: paramiko.Channel | None) -> bool:
     if test is None:
         return False
     process, said = RemoteProcess(test), b""
-    with contextlib.suppress(TimeoutError, OSError):
-        async with asyncio.timeout(TEST_TIMEOUT_S):
-            while len(said) < PIECE and (piece := await process.read()) is not None:
-                said += piece[1]
+    try:
+        with contextlib.suppress(TimeoutError, OSError, ExecError):
+            async with asyncio.timeout(TEST_TIMEOUT_S):
+                while len(said) < PIECE and (piece := await process.read()) is not None:
+                    said += piece[1]
+    finally:
+        await process.kill()
     return ANSWER in said.splitlines()  # a host may greet first, whoever it is that comes
 
 
@@ -119,6 +122,7 @@ class RemoteProcess:
 
     async def kill(self) -> None:
         if self._channel.closed:
+            self._channel.close()  # its pipe, which paramiko keeps open for whoever might still look
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):

@@ -35,6 +35,7 @@ from gpumesh.errors import (
     HostKeyRevoked,
     TransportUnsupported,
     TunnelError,
+    TunnelLost,
 )
 from gpumesh.printable import printable
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
@@ -449,7 +450,9 @@ class OpensshConnection:
         self._where = where_of(setup.ssh)
         self._master = master
         self._events = events
-        self._forwarder = Forwarder()
+        self._loop = asyncio.get_running_loop()
+        self._forwards_no_more = asyncio.Event()
+        self._forwarder = Forwarder(self._forwarder_ended)
         self._dialled: Target | None = None
         self._checking = True
         master.on_word = self._heard
@@ -506,7 +509,13 @@ class OpensshConnection:
         return MuxCommand(process, self._master_answers)
 
     async def wait_lost(self) -> TunnelError:
-        await asyncio.wait([self._master.ended])
+        ended: list[asyncio.Future[Any]] = [self._master.ended, asyncio.ensure_future(self._forwards_no_more.wait())]
+        try:
+            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended[1].cancel()
+        if not self._master.ended.done():
+            return TunnelLost(f"the tunnel's process for {self._where} stopped forwarding")
         return openssh_errors.explain(self._master.words, self._where, was_up=True)
 
     async def close(self) -> None:
@@ -516,6 +525,11 @@ class OpensshConnection:
             await self._master.close()
 
     # -- internals ---------------------------------------------------------------------------------------------------
+
+    def _forwarder_ended(self) -> None:
+        """In the selector's thread: by an error of ours, or because we close."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
+            self._loop.call_soon_threadsafe(self._forwards_no_more.set)
 
     async def _forward(self, routes: list[tuple[Path, Target]]) -> None:
         """Raises ``TunnelError``."""

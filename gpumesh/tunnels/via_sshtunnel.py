@@ -349,6 +349,7 @@ class SshConnection:
             if task is not None:
                 task.cancel()
         await blocking.call(self._close)
+        await asyncio.gather(self._posix, return_exceptions=True)
 
     def _close(self) -> None:
         if self._gateway is not None:

@@ -18,6 +18,8 @@ from gpumesh.topology import SshSpec, Target, TransportKind
 from gpumesh.tunnels.base import Stream
 from gpumesh.tunnels.connection import Connect, Connection, RemoteCommand
 from gpumesh.tunnels.protocol import Setup
+from gpumesh.tunnels.via_openssh import OpensshConnection
+from gpumesh.tunnels.via_sshtunnel import SshConnection
 from gpumesh.tunnels.worker import connect_of
 from tests.parts import needs
 from tests.tunnels.polling import until
@@ -133,6 +135,23 @@ async def test_after_the_end_nothing_more_is_to_be_had(connect: Connect, sshd: S
             await to_the_end(await connection.run("true"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
+    connect: Connect, sshd: Sshd, folder: Path
+) -> None:
+    """Clients of a port behind which nothing moves any more would wait for ever."""
+    async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
+        waiting = asyncio.create_task(connection.wait_lost())
+        if isinstance(connection, OpensshConnection):
+            forwarder = connection._forwarder
+        else:
+            assert isinstance(connection, SshConnection)
+            assert connection._gateway is not None
+            forwarder = connection._gateway._server_list[0]._forwarder
+        forwarder.post([].pop)  # an error of ours
+        assert (await asyncio.wait_for(waiting, 20)).code == "tunnel-lost"
+
+
 async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd, folder: Path) -> None:
     before = descriptors()
     for _ in range(3):
@@ -149,7 +168,7 @@ async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd
         await until(lambda: not sshd.children(), "the end of the session")
         for path in folder.iterdir():  # the supervisor's folder, which goes with its connection
             path.unlink()
-    await until(lambda: descriptors() == before, "all descriptors closed")
+    await until(lambda: descriptors() == before, f"{before} as before, not {descriptors()}")
     assert sshd.process is not None
     assert descendants(os.getpid()) == [sshd.process.pid]
 
