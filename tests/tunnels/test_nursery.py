@@ -125,6 +125,48 @@ async def test_many_spawns_at_once_and_cancelled_ones(pool: WorkerPool, silent: 
 
 
 @linux_only
+async def test_more_spawns_than_the_zygotes_socket_holds(pool: WorkerPool, silent: int) -> None:
+    await pool.warm()
+    assert pool._control is not None
+    assert pool.zygote_pid is not None
+    pool._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel gives: a few lines
+    os.kill(pool.zygote_pid, signal.SIGSTOP)
+    tasks = [asyncio.create_task(spawn(pool, setup(silent, node=f"n{number}"))) for number in range(20)]
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in tasks)
+    os.kill(pool.zygote_pid, signal.SIGCONT)
+    workers = await asyncio.gather(*tasks)
+    assert len({worker.pid for worker in workers}) == len(tasks)
+    for number, worker in enumerate(workers):
+        await until(lambda worker=worker: bool(title(worker.pid)), "its title")  # type: ignore[misc]
+        await worker.send(Ping(number, 1.0))
+        assert await worker.receive() == Pong(number, None)
+        assert title(worker.pid) == f"gpumesh tunnel n{number}"  # each got its own sockets
+        await worker.close()
+
+
+def title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
+@linux_only
+async def test_all_that_wait_hear_of_a_dead_zygote(pool: WorkerPool, silent: int) -> None:
+    await pool.warm()
+    first = pool.zygote_pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    tasks = [asyncio.create_task(spawn(pool, setup(silent))) for _ in range(6)]
+    await asyncio.sleep(0.05)
+    os.kill(first, signal.SIGKILL)
+    workers = await asyncio.gather(*tasks)  # all by another, and that one for all
+    assert pool.zygote_pid not in (None, first)
+    for worker in workers:
+        await worker.send(Ping(1, 1.0))
+        assert await worker.receive() == Pong(1, None)
+        await worker.close()
+
+
+@linux_only
 async def test_no_secret_is_in_arguments_or_environment_and_ps_tells_who_it_is(
     pool: WorkerPool, silent: int, caplog: pytest.LogCaptureFixture
 ) -> None:
