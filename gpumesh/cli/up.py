@@ -64,7 +64,7 @@ def up(
 
         try:
             loop.run(_foreground(chosen, options))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a second signal, which did not wait
             raise typer.Exit(130) from None
 
 
