@@ -448,6 +448,7 @@ async def test_the_address_is_asked_for_again_when_a_connect_failed(
         sshd.port = 0
         await sshd.start()
         answer.write_text(f"127.0.0.1:{sshd.port}")
+        await until(lambda: one.tunnel.state.reconnects == 1, "it is found at its new port")
         assert await exchange(ports[0], b"moved") == b"moved"
         assert len(asked.read_text().split()) > count
         assert FAILED not in one.phases
