@@ -157,22 +157,17 @@ def _name(item: Mapping[str, Any]) -> str:
     return printable(jsons.text(item.get("name")) or jsons.text(item.get("model")) or "", 200)
 
 
-def _short(value: Any) -> str | None:
-    said = jsons.text(value)
-    return printable(said, 100) or None if said is not None else None
-
-
 def _model(item: Mapping[str, Any]) -> ModelInfo:
     details = item.get("details")
     details = details if isinstance(details, dict) else {}
     return ModelInfo(
         name=_name(item),
-        digest=_short(item.get("digest")),
+        digest=words.short(item.get("digest")),
         size_mib=jsons.mib(item.get("size")),
-        modified_at=_short(item.get("modified_at")),
-        parameter_size=_short(details.get("parameter_size")),
-        quantization=_short(details.get("quantization_level")),
-        family=_short(details.get("family")),
+        modified_at=words.short(item.get("modified_at")),
+        parameter_size=words.short(details.get("parameter_size")),
+        quantization=words.short(details.get("quantization_level")),
+        family=words.short(details.get("family")),
     )
 
 

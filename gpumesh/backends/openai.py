@@ -92,7 +92,7 @@ class OpenAI:
         models = [item for item in jsons.objects(document["data"]) if _name(item)]
         context = _context(props)
         return Inventory(
-            version=_short(props.get("build_info")) or _short(version.get("version")),
+            version=words.short(props.get("build_info")) or words.short(version.get("version")),
             catalog=tuple(_model(item) for item in models),
             loaded=tuple(_loaded(item, context) for item in models if item.get("owned_by") in _RESIDENT),
             parallel=jsons.whole(props.get("total_slots")) or None,
@@ -232,11 +232,6 @@ def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
 def _context(props: Mapping[str, Any]) -> int | None:
     settings = props.get("default_generation_settings")
     return jsons.whole(settings.get("n_ctx")) if isinstance(settings, dict) else None
-
-
-def _short(value: Any) -> str | None:
-    said = jsons.text(value)
-    return printable(said, 100) or None if said is not None else None
 
 
 def _name(item: Mapping[str, Any]) -> str:

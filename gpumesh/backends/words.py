@@ -52,3 +52,9 @@ def _said(document: Any, depth: int = 0) -> str | None:
         if said is not None:
             return said
     return None
+
+
+def short(value: Any) -> str | None:
+    """A server's word for something, made safe to print; ``None`` for what is no text, or nothing of it is left."""
+    said = jsons.text(value)
+    return printable(said, 100) or None if said is not None else None

@@ -24,6 +24,7 @@ from gpumesh.printable import printable
 from gpumesh.probes.backend import Answered, addressed, ask_server
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
+from gpumesh.tunnels.direct import is_loopback
 
 ROUNDS = 7
 # The cheapest question of each kind.
@@ -51,7 +52,7 @@ def ways(spec: NodeSpec, state: NodeState) -> tuple[Way, ...]:
     ssh = spec.ssh
     if ssh is not None and ssh.host and not ssh.proxy_jump and ssh.address_from is None:
         for target in spec.backend.targets:
-            if _is_loopback(target.host):
+            if is_loopback(target.host):
                 there = replace(target, host=ssh.host)
                 found.append(Way(target, there.url.rstrip("/"), DIRECT, offered=True))
     return tuple(found)
@@ -154,18 +155,11 @@ def _same(answer: Answered | ProbeError, used: Answered | ProbeError | None, way
     if mine is not None or theirs is not None:
         return mine == theirs
     same_models = _names(answer) == _names(used)
-    return same_models and not _is_loopback(httpx.URL(way.url).host)
+    return same_models and not is_loopback(httpx.URL(way.url).host)
 
 
 def _names(answer: Answered) -> Sequence[str]:
     return sorted(model.name for model in answer.inventory.catalog)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
 
 
 async def _is_public(url: str) -> bool:
