@@ -13,17 +13,23 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from typing import Protocol
 
 from gpumesh.errors import ConnectRefused, ConnectTimeout, ExecError, HostUnreachable, HostUnresolved, TunnelDown
 from gpumesh.errors import TunnelError as TunnelFault
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, Target
+from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Stream
 from gpumesh.tunnels.local_command import CHUNK, local_command, read_at_most
-from gpumesh.tunnels.owners import Owner, owner_of
+from gpumesh.tunnels.owners import Owner, PortOwner
 
 CHECK_S = 2.0
 TIMEOUT_S = 2.5
+
+
+class OwnerOf(Protocol):
+    def ask(self) -> Owner: ...
 
 
 class DirectTunnel:
@@ -35,13 +41,13 @@ class DirectTunnel:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[TunnelState], None],
-        owner: Callable[[str, int], Owner] = owner_of,
+        owner: Callable[[str, int], OwnerOf] = PortOwner,
     ) -> None:
         self._node = spec.name
         self._targets = spec.backend.targets
         self._clock = clock
         self._on_change = on_change
-        self._owner = owner
+        self._owners = {target: owner(target.host, target.port) for target in self._targets if is_loopback(target.host)}
         self._state = TunnelState(transport="direct")
         self._check = asyncio.Event()
         self._changed = asyncio.Event()
@@ -153,8 +159,8 @@ class DirectTunnel:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
         for target in self._answering:
-            if is_loopback(target.host):
-                owner = self._owner(target.host, target.port)
+            if target in self._owners:
+                owner = await blocking.call(self._owners[target].ask)
                 if owner.is_here:
                     return
                 reason = owner.reason

@@ -38,23 +38,47 @@ class Owner:
     reason: str = ""
 
 
-def owner_of(host: str, port: int, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> Owner:
-    """Of the process that listens on ``host``:``port``, a loopback address or ``localhost``."""
-    if platform != "linux":
-        return Owner(False, f"which process listens on port {port} is not known on this system")
-    listening = _listening(proc, host, port)
-    if not listening:
-        return Owner(False, f"which process listens on port {port} is not known")
-    pids = _pids_of(proc, {inode for inode, _uid in listening})
-    if not pids:
-        if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in listening):
-            return Owner(True)
-        return Owner(False, f"another user's process listens on port {port}, perhaps a tunnel to another machine")
-    for pid in pids:
-        name = _name_if_it_passes_on(proc / str(pid))
-        if name is not None:
-            return Owner(False, f"{name} listens on port {port}, which may lead to another machine")
-    return Owner(True)
+class PortOwner:
+    """Of the process that listens on ``host``:``port``, a loopback address or ``localhost``.
+
+    Looking through all processes' descriptors takes tens of ms, so what was found stands for as long as the listening
+    socket is the same one (by its inode). ``ask`` blocks, and may be called from any thread, one at a time.
+    """
+
+    def __init__(self, host: str, port: int, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
+        self._host = host
+        self._port = port
+        self._proc = proc
+        self._platform = platform
+        self._known: tuple[set[tuple[int, int]], Owner] | None = None
+
+    def ask(self) -> Owner:
+        if self._platform != "linux":
+            return Owner(False, f"which process listens on port {self._port} is not known on this system")
+        listening = _listening(self._proc, self._host, self._port)
+        if self._known is None or self._known[0] != listening:
+            try:
+                self._known = listening, self._look(listening)
+            except OSError:
+                self._known = None
+                return Owner(False, f"the process that listened on port {self._port} has just ended")
+        return self._known[1]
+
+    def _look(self, listening: set[tuple[int, int]]) -> Owner:
+        """Raises OSError when a process that held the port is gone."""
+        if not listening:
+            return Owner(False, f"which process listens on port {self._port} is not known")
+        pids = _pids_of(self._proc, {inode for inode, _uid in listening})
+        if not pids:
+            if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in listening):
+                return Owner(True)
+            reason = f"another user's process listens on port {self._port}, perhaps a tunnel to another machine"
+            return Owner(False, reason)
+        for pid in pids:
+            name = _name_if_it_passes_on(self._proc / str(pid))
+            if name is not None:
+                return Owner(False, f"{name} listens on port {self._port}, which may lead to another machine")
+        return Owner(True)
 
 
 def _listening(proc: Path, host: str, port: int) -> set[tuple[int, int]]:
@@ -114,11 +138,9 @@ def _link(entry: os.DirEntry[str]) -> str | None:
 
 
 def _name_if_it_passes_on(process: Path) -> str | None:
-    try:
-        name = (process / "comm").read_text().strip()
-        words = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
-    except OSError:
-        return "a process that has just ended"
+    """Raises OSError when it is gone."""
+    name = (process / "comm").read_text().strip()
+    words = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
     # `python -m gpumesh.cli.main`, `/usr/bin/gpumesh`, and the title that a worker of ours gives itself.
     modules = {word.rpartition("/")[2].split(".")[0].split(" ")[0] for word in (*words, name)}
     return name if name in PASSES_ON or modules & PASSES_ON_MODULES else None

@@ -26,6 +26,14 @@ HERE, ELSEWHERE = Owner(True), Owner(False, "ssh listens on port 1, which may le
 
 
 @dataclass
+class Always:
+    owner: Owner
+
+    def ask(self) -> Owner:
+        return self.owner
+
+
+@dataclass
 class Told:
     tunnel: DirectTunnel
     states: list[TunnelState] = field(default_factory=list)
@@ -35,7 +43,7 @@ class Told:
 async def direct(*targets: Target, owner: Owner = HERE) -> AsyncIterator[Told]:
     states: list[TunnelState] = []
     spec = NodeSpec("local", BackendSpec(targets=targets))
-    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, owner=lambda host, port: owner)
+    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, owner=lambda host, port: Always(owner))
     task = asyncio.create_task(tunnel.run())
     try:
         yield Told(tunnel, states)

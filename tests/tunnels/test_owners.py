@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels import owners
-from gpumesh.tunnels.owners import Owner, owner_of
+from gpumesh.tunnels.owners import Owner, PortOwner
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -32,20 +32,20 @@ async def test_a_server_on_this_machine(address: str) -> None:
     assert server.stdout is not None
     port = int(await asyncio.wait_for(server.stdout.readline(), 20))
     loopback = "::1" if ":" in address else "127.0.0.1"
-    assert owner_of(loopback, port) == Owner(True)
-    assert owner_of("localhost", port).is_here
+    assert PortOwner(loopback, port).ask() == Owner(True)
+    assert PortOwner("localhost", port).ask().is_here
     if address == "127.0.0.1":
-        other = owner_of("127.0.0.2", port)
+        other = PortOwner("127.0.0.2", port).ask()
         assert (other.is_here, "not known" in other.reason) == (False, True)
     server.kill()
     await server.communicate()
-    gone = owner_of(loopback, port)
+    gone = PortOwner(loopback, port).ask()
     assert not gone.is_here
     assert str(port) in gone.reason
 
 
 def test_elsewhere_it_is_not_known() -> None:
-    owner = owner_of("127.0.0.1", 11434, platform="darwin")
+    owner = PortOwner("127.0.0.1", 11434, platform="darwin").ask()
     assert not owner.is_here
     assert "not known" in owner.reason
 
@@ -82,7 +82,7 @@ class MadeUp:
             (folder / "fd" / str(number)).symlink_to(f"socket:[{inode}]")
 
     def owner(self, host: str = "127.0.0.1", port: int = 11434) -> Owner:
-        return owner_of(host, port, proc=self.folder, platform="linux")
+        return PortOwner(host, port, proc=self.folder, platform="linux").ask()
 
 
 @pytest.fixture
@@ -177,6 +177,28 @@ def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> 
     (proc.folder / "net" / "tcp").write_text("header\nshort line\n")
     (proc.folder / "net" / "tcp6").unlink()
     assert not proc.owner().is_here
+
+
+def test_what_was_found_stands_while_the_socket_is_the_same(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    owner = PortOwner("127.0.0.1", 11434, proc=proc.folder, platform="linux")
+    assert owner.ask().is_here
+    (proc.folder / "42" / "comm").write_text("ssh\n")  # which no process does: it is only not looked at again
+    assert owner.ask().is_here
+    proc.listen("127.0.0.1", 11434, 78)  # a second one beside it
+    proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
+    assert owner.ask() == Owner(False, "ssh listens on port 11434, which may lead to another machine")
+
+
+def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    (proc.folder / "42" / "comm").rename(proc.folder / "42" / "gone")
+    owner = PortOwner("127.0.0.1", 11434, proc=proc.folder, platform="linux")
+    assert not owner.ask().is_here
+    (proc.folder / "42" / "gone").rename(proc.folder / "42" / "comm")
+    assert owner.ask().is_here
 
 
 def test_accounts() -> None:
