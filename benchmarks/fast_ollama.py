@@ -5,15 +5,18 @@ The lab's stand-in is honest about slots, loads and faults; this one does two th
 tokens at ``options.rate`` tokens/s. The content of each token is the monotonic clock in ns at which it was sent, so
 a client on the same machine knows how long each one was under way.
 
-Run as a process: ``python benchmarks/fast_ollama.py PORT`` (0: any; the port is printed on the first line).
+Run as a process: ``python benchmarks/fast_ollama.py [--apart US] PORT`` (0: any; the port is printed on the first
+line). With ``--apart`` the body of a whole answer is a write of its own, so many microseconds after the head: as most
+servers write it, and what Nagle's algorithm in a stock ssh tunnel holds back (see tunnel_rtt.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import sys
 import time
+from functools import partial
 from typing import cast
 
 import uvloop
@@ -52,7 +55,8 @@ def _chunk(line: bytes) -> bytes:
 class FastOllama(asyncio.Protocol):
     """One client's connection. Requests in sequence; a pipelined second request waits in the buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart_s: float | None) -> None:
+        self._apart_s = apart_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
@@ -95,7 +99,13 @@ class FastOllama(asyncio.Protocol):
         elif path not in (b"/api/chat", b"/api/generate"):
             transport.write(MISSING)
         elif b'"stream":false' in body or b'"stream": false' in body:
-            transport.write(WHOLE)
+            if self._apart_s is None:
+                transport.write(WHOLE)
+            else:
+                head, _, rest = WHOLE.partition(b"\r\n\r\n")
+                transport.write(head + b"\r\n\r\n")
+                time.sleep(self._apart_s)  # the loop's timers count in milliseconds; nobody else is being served
+                transport.write(rest)
         else:
             options = json.loads(body).get("options", {})
             self._left, self._sent = int(options.get("num_predict", 100)), 0
@@ -121,12 +131,17 @@ class FastOllama(asyncio.Protocol):
             self.data_received(b"")
 
 
-async def main(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(FastOllama, "127.0.0.1", port, backlog=4096)
+async def main(port: int, apart_s: float | None) -> None:
+    new = partial(FastOllama, apart_s)
+    server = await asyncio.get_running_loop().create_server(new, "127.0.0.1", port, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:
         await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("port", type=int, nargs="?", default=0)
+    parser.add_argument("--apart", type=float, metavar="US")
+    given = parser.parse_args()
+    uvloop.run(main(given.port, None if given.apart is None else given.apart / 1e6))

@@ -9,7 +9,9 @@ medians over the rounds. nginx, haproxy, ssh and sshd are used if they are insta
 - added: sequential p50 over keep-alive, less the direct p50, in ms
 - req/s: at 32 in flight
 - token delay: p99 in ms at 32 streams of 100 tokens/s, from the stand-in's write to the client's read
-- through ssh: the same over a real sshd, the gateway's own tunnel against nginx behind a stock ``ssh -N -L``
+- through ssh: the same over a real sshd, the gateway's own tunnel against nginx behind a stock ``ssh -N -L``. There
+  the stand-in writes an answer's head and body 100 us apart, as servers do; else sshd would often read them as one
+  piece, and there would be nothing for Nagle's algorithm to hold back
 - 256 streams over two nodes with tunnels; memory of 1,000 streams that stand still
 """
 
@@ -167,8 +169,8 @@ async def client(kind: str, port: int, *arguments: str) -> dict[str, float]:
     return figures
 
 
-def stand_in() -> contextlib.AbstractAsyncContextManager[int]:
-    return child(sys.executable, str(HERE / "fast_ollama.py"))
+def stand_in(*arguments: str) -> contextlib.AbstractAsyncContextManager[int]:
+    return child(sys.executable, str(HERE / "fast_ollama.py"), *arguments)
 
 
 def direct_node(name: str, port: int, parallel: int = 1024) -> dict[str, Any]:
@@ -267,7 +269,7 @@ async def through_ssh(folder: Path, count: int) -> dict[str, dict[str, float]]:
     nginx = shutil.which("nginx", path=PATH)
     async with contextlib.AsyncExitStack() as stack:
         sshd = await stack.enter_async_context(Sshd(folder / "sshd", {"LogLevel": "ERROR"}))
-        target = await stack.enter_async_context(stand_in())
+        target = await stack.enter_async_context(stand_in("--apart", "100"))
         ports = {"direct": target}
         nodes = [ssh_node("one", sshd, target)]
         ports["gpumesh + tunnel"], _ = await stack.enter_async_context(gpumesh(nodes, folder, "tunnel"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from gpumesh.backends import jsons, ollama, openai
@@ -40,6 +41,7 @@ def _nested(document: Mapping[str, Any]) -> Counters | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def host_header(target: Target) -> str:
     """What to say as ``Host``: the place as its own host knows it. Ollama on loopback answers 403, without a word, to
     a name that is not its own; the port of our end of a tunnel is not its own either."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
-
-from aiohttp import web
 
 from gpumesh import config
 from gpumesh.backends import jsons
@@ -27,6 +25,7 @@ from gpumesh.gateway.guard import Guard
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
+from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
@@ -39,7 +38,7 @@ from gpumesh.gateway.requests import (
     read_timeout,
     shape_of,
 )
-from gpumesh.gateway.server import Bounds, Request, Server
+from gpumesh.gateway.server import Bounds, Handler, Request, Server, Stream
 from gpumesh.gateway.stores import Stores
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState
@@ -52,7 +51,6 @@ ONE_NODE_S = 30.0  # for what any one node answers by itself
 STOPPED = "the gateway was stopped"
 LOST = 499  # nginx's word for a client that left before it was answered
 
-Handler = Callable[[Request], Awaitable[web.StreamResponse]]
 Entry = tuple[tuple[str, ...], Handler]
 _GET = ("GET", "HEAD")
 _POST = ("POST",)
@@ -92,8 +90,9 @@ class Gateway:
         self._stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._runner: web.ServerRunner | None = None
-        self._fleet = Fleet(mesh, self.metrics)
+        self._server = Server(self._handle, self._bounds)
+        self._listening: asyncio.Server | None = None
+        self._fleet = Fleet(mesh, self.metrics, self._server)
         self._page = Page(mesh, writable=key is not None)
         self._recording: asyncio.Task[None] | None = None
         self._routes = _table(self._fleet, Stores(mesh), self._page, self._one_node)
@@ -103,12 +102,8 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         listener = self._listen()
-        server = Server(self._handle, self._bounds)
-        self._fleet.server = server
-        self._runner = web.ServerRunner(server, shutdown_timeout=CUT_S)
-        await self._runner.setup()
-        await web.SockSite(self._runner, listener, backlog=1024).start()
         port = listener.getsockname()[1]
+        self._listening = await asyncio.get_running_loop().create_server(self._server, sock=listener, backlog=1024)
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{host}:{port}"
         if not self._local:
@@ -138,16 +133,14 @@ class Gateway:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._runner is not None
+        assert self._listening is not None
         self.mesh.announce(GatewayState(self.url, GatewayPhase.DRAINING))
         self._page.close()
         if self._recording is not None:
             self._recording.cancel()
             await asyncio.gather(self._recording, return_exceptions=True)
-        for site in list(self._runner.sites):
-            await site.stop()
-        if self._runner.server is not None:
-            self._runner.server.pre_shutdown()  # idle connections close now, the others after their answer
+        self._listening.close()
+        self._server.close_idle()
         try:
             async with asyncio.timeout(self.drain_s):
                 await self._idle.wait()
@@ -155,7 +148,7 @@ class Gateway:
             log.warning("%d requests did not end in %.0f s and are cut", len(self._active), self.drain_s)
             await self._cut()
         finally:
-            await self._runner.cleanup()
+            await self._server.close()
             if self._access_log is not None:
                 self._access_log.close()
             self.mesh.announce(GatewayState())
@@ -174,62 +167,60 @@ class Gateway:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def _handle(self, request: Request) -> web.StreamResponse:
+    async def _handle(self, request: Request) -> Reply | Stream:
         record = request.record
         record.path = request.path
         self._active[record] = asyncio.current_task()
         self._idle.clear()
-        response: web.StreamResponse | None = None
+        reply: Reply | Stream | None = None
         try:
-            response = await self._answer(request, record)
-            return response
+            reply = await self._answer(request, record)
+            return reply
         finally:
             del self._active[record]
             if not self._active:
                 self._idle.set()
-            self._ended(request, record, response)
+            self._ended(request, record, reply)
 
-    def _ended(self, request: Request, record: Record, response: web.StreamResponse | None) -> None:
+    def _ended(self, request: Request, record: Record, reply: Reply | Stream | None) -> None:
         record.ended = record.clock()
-        record.sent = request.writer.output_size
-        if response is None:  # cancelled, or its connection broke: the client is gone
+        record.sent = len(reply.body) if isinstance(reply, Reply) else request.sent
+        if reply is None:  # cancelled, or its connection broke: the client is gone
             record.fate = Fate.CANCELLED
             record.status = LOST
         else:
-            record.status = response.status
-            if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                record.sent = len(response.body)
+            record.status = reply.status
             if record.fate is None:
                 record.fate = Fate.SERVED if record.answer is None else fate_of(record.answer.outcome)
         self.metrics.add(record)
         if self._access_log is not None:
             self._access_log.add(record, client=request.remote, request_id=request.id)
 
-    async def _answer(self, request: Request, record: Record) -> web.StreamResponse:
+    async def _answer(self, request: Request, record: Record) -> Reply | Stream:
         try:
             self._admit(request, record.path)
             return await self._route(request, record)
         except GPUMeshError as error:
             record.fate = Fate.REFUSED if errors.status_of(error) < 500 else Fate.FAILED
-            return _error_response(record.path, error)
+            return _error_reply(record.path, error)
         except ConnectionError:
             raise
         except asyncio.CancelledError:
-            if not self._stopped or request.writer.output_size:
+            task = asyncio.current_task()
+            if not self._stopped or request.begun or task is None:
                 raise
+            task.uncancel()
             record.fate = Fate.FAILED
-            return _error_response(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
+            return _error_reply(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
         except Exception:  # a bug here must cost one client an error, in its dialect, and leave a trace in the log
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.fate = Fate.FAILED
-            if request.writer.output_size:
+            if request.begun:
                 raise ConnectionError("a part of an answer has been sent already") from None
-            return _error_response(record.path, GPUMeshError("the gateway failed inside"))
+            return _error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
     def _admit(self, request: Request, path: str) -> None:
         """Raises BadRequest for who may not talk to us."""
-        if not request.spoken:
-            raise BadRequest("HTTP/1.1 and 1.0 are spoken here")
         origin = request.headers.get("Origin")
         if not self._guard.host_allowed(request.headers.get("Host")):
             raise BadRequest("this Host is not served here", status=403)
@@ -242,7 +233,7 @@ class Gateway:
         if not self._guard.key_allowed(request.headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
 
-    async def _route(self, request: Request, record: Record) -> web.StreamResponse:
+    async def _route(self, request: Request, record: Record) -> Reply | Stream:
         path = record.path
         route = MODEL_ROUTES.get(path)
         if route is not None:
@@ -267,7 +258,7 @@ class Gateway:
                 return await handler(request)
         return _not_allowed(request, path, [method for methods, _ in entries for method in methods])
 
-    async def _one_model(self, request: Request, record: Record, route: Route) -> web.StreamResponse:
+    async def _one_model(self, request: Request, record: Record, route: Route) -> Reply | Stream:
         body = await request.body()
         document = read_object(body)
         headers = request.headers
@@ -288,7 +279,7 @@ class Gateway:
             self.mesh, request, demand, call, route.shape, timeout_s=timeout_s, answered=record.answered
         )
 
-    async def _one_node(self, request: Request) -> web.StreamResponse:
+    async def _one_node(self, request: Request) -> Reply | Stream:
         """What any one node answers by itself; about a model, a node that has it."""
         record, path = request.record, request.path
         model = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else None
@@ -328,24 +319,22 @@ def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[
     }
 
 
-def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> web.Response:
+def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Reply:
     """405; or what a preflight asks for, its headers being those of every answer to that origin."""
-    allow = {"Allow": ", ".join(sorted(methods))}
+    allow = ", ".join(sorted(methods))
     if request.method == "OPTIONS" and request.cors is not None:
-        return web.Response(status=204, headers=allow)
+        return Reply(status=204, headers={"Allow": allow})
     request.record.fate = Fate.REFUSED
-    response = _error_response(path, BadRequest("method not allowed", status=405))
-    response.headers.update(allow)
-    return response
+    reply = _error_reply(path, BadRequest("method not allowed", status=405))
+    reply.headers = (*reply.headers, ("Allow", allow))
+    return reply
 
 
-def _error_response(path: str, error: GPUMeshError) -> web.Response:
+def _error_reply(path: str, error: GPUMeshError) -> Reply:
     status = errors.status_of(error)
-    body = errors.body(shape_of(path), status, errors.words_of(error))
-    response = web.Response(body=body, status=status, content_type="application/json")
+    reply = json_reply(errors.body(shape_of(path), status, errors.words_of(error)), status=status)
     wait = errors.retry_after_s(error)
     if wait is not None:
-        response.headers["Retry-After"] = str(wait)
-    if status in (408, 413, 417):
-        response.force_close()  # the rest of that body is nothing that could be understood
-    return response
+        reply.headers = (*reply.headers, ("Retry-After", str(wait)))
+    reply.close = status in (408, 413, 417)  # the rest of that body is nothing that could be understood
+    return reply

@@ -6,14 +6,13 @@ import asyncio
 import json
 from collections.abc import Iterable
 
-from aiohttp import web
-
 from gpumesh import __version__
 from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import exposition, gauges, merge
 from gpumesh.gateway.metrics import Metrics
+from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import OLLAMA_ONLY
 from gpumesh.gateway.server import Request, Server
 from gpumesh.mesh.mesh import Mesh
@@ -25,35 +24,33 @@ LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged
 
 
 class Fleet:
-    def __init__(self, mesh: Mesh, metrics: Metrics) -> None:
+    def __init__(self, mesh: Mesh, metrics: Metrics, server: Server) -> None:
         self._mesh = mesh
         self._metrics = metrics
-        self.server: Server | None = None
+        self._server = server
 
-    async def root(self, _request: Request) -> web.Response:
-        return web.Response(text="Ollama is running")
+    async def root(self, _request: Request) -> Reply:
+        return Reply(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
-    async def healthz(self, _request: Request) -> web.Response:
+    async def healthz(self, _request: Request) -> Reply:
         """200 while any node can serve: for those who ask whether to send requests here."""
         usable = self._mesh.usable()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
 
-    async def status(self, _request: Request) -> web.Response:
+    async def status(self, _request: Request) -> Reply:
         return _json(status_json(self._mesh.snapshot()))
 
-    async def metrics(self, _request: Request) -> web.Response:
-        assert self.server is not None, "it is the server that got this request"
+    async def metrics(self, _request: Request) -> Reply:
         families = [
             *gauges.of_state(self._mesh.snapshot(), self._mesh.attempts),
-            *gauges.of_server(len(self.server.connections), self.server.turned_away),
+            *gauges.of_server(self._server.connections, self._server.turned_away),
             *self._metrics.families(),
             *gauges.process(),
         ]
-        body = exposition.render(families).encode()
-        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
+        return Reply(exposition.render(families).encode(), content_type=exposition.CONTENT_TYPE)
 
-    async def version(self, _request: Request) -> web.Response:
+    async def version(self, _request: Request) -> Reply:
         """The oldest version of all nodes: what a client may rely on, whichever node answers."""
         versions = [
             node.backend.version
@@ -64,14 +61,14 @@ class Fleet:
         ]
         return _json({"version": min(versions, key=_version_key) if versions else __version__})
 
-    async def tags(self, _request: Request) -> web.Response:
-        return _raw(merge.tags(await self._ask_all("/api/tags", OLLAMA_ONLY)))
+    async def tags(self, _request: Request) -> Reply:
+        return json_reply(merge.tags(await self._ask_all("/api/tags", OLLAMA_ONLY)))
 
-    async def ps(self, _request: Request) -> web.Response:
-        return _raw(merge.loaded(await self._ask_all("/api/ps", OLLAMA_ONLY)))
+    async def ps(self, _request: Request) -> Reply:
+        return json_reply(merge.loaded(await self._ask_all("/api/ps", OLLAMA_ONLY)))
 
-    async def openai_models(self, _request: Request) -> web.Response:
-        return _raw(merge.openai_models(await self._ask_all("/v1/models", frozenset(BackendKind))))
+    async def openai_models(self, _request: Request) -> Reply:
+        return json_reply(merge.openai_models(await self._ask_all("/v1/models", frozenset(BackendKind))))
 
     async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
         """The bodies of those that answered in time."""
@@ -89,12 +86,8 @@ class Fleet:
         return [body for body in bodies if body is not None]
 
 
-def _json(document: object, *, status: int = 200) -> web.Response:
-    return _raw(json.dumps(document).encode(), status=status)
-
-
-def _raw(body: bytes, *, status: int = 200) -> web.Response:
-    return web.Response(body=body, status=status, content_type="application/json")
+def _json(document: object, *, status: int = 200) -> Reply:
+    return json_reply(json.dumps(document).encode(), status=status)
 
 
 def _version_key(version: str) -> tuple[int, ...]:

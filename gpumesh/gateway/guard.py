@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 _APPLICATIONS = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # as Ollama has it
@@ -32,14 +33,7 @@ class Guard:
             return True
         if not host:
             return False
-        name = _name(host)
-        if name == "localhost" or name in self.hostnames or name.endswith(_LOCAL_SUFFIXES):
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or address.is_private
+        return _is_local(host) or _name(host) in self.hostnames
 
     def origin_allowed(self, origin: str | None) -> bool:
         """No Origin: not a browser's cross-site request. Pages of this machine itself are let in, as Ollama does, and
@@ -79,6 +73,18 @@ class Guard:
     def _same(self, given: str) -> bool:
         assert self.api_key is not None
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
+
+
+@lru_cache(maxsize=256)
+def _is_local(host: str) -> bool:
+    name = _name(host)
+    if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_private
 
 
 def _name(host: str) -> str:

@@ -16,10 +16,9 @@ from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
-from aiohttp import web
-
+from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import BadRequest
-from gpumesh.gateway.server import Request
+from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json
@@ -41,10 +40,11 @@ class Page:
         self._mesh = mesh
         self._writable = writable
         self._recorder = Recorder(step_s=STEP_S, steps=STEPS)
-        self._html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
+        html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
+        self._html = html.encode()
         self._closing = asyncio.Event()
         self._headers = {
-            "Content-Security-Policy": _policy(self._html),
+            "Content-Security-Policy": _policy(html),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache",
@@ -60,17 +60,17 @@ class Page:
         """Ends the streams: a page that is open must not hold up the end of the mesh."""
         self._closing.set()
 
-    async def html(self, _request: Request) -> web.Response:
-        return web.Response(text=self._html, content_type="text/html", headers=self._headers)
+    async def html(self, _request: Request) -> Reply:
+        return Reply(self._html, content_type="text/html; charset=utf-8", headers=self._headers)
 
-    async def events(self, request: Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await response.prepare(request)
+    async def events(self, request: Request) -> Stream:
+        stream = request.stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
         async with aclosing(self._told()) as events:
             async for event in events:
-                await response.write(event)
-        await response.write_eof()
-        return response
+                stream.write(event)
+                await stream.drain()
+        stream.end()
+        return stream
 
     async def _told(self) -> AsyncGenerator[bytes]:
         yield _event("hello", {"writable": self._writable})
@@ -100,7 +100,7 @@ class Page:
             if isinstance(changes, AsyncGenerator):
                 await changes.aclose()
 
-    async def act(self, request: Request) -> web.Response:
+    async def act(self, request: Request) -> Reply:
         """POST /mesh/nodes/NAME/drain, …/resume, …/reconnect."""
         found = _PATH.fullmatch(request.path)
         if found is None or found[2] not in _ACTIONS:
@@ -118,7 +118,7 @@ class Page:
             self._mesh.resume(name)
         else:
             self._mesh.tunnel(name).nudge()
-        return web.json_response({"node": name, "done": action})
+        return json_reply(json.dumps({"node": name, "done": action}).encode())
 
 
 def _event(name: str, document: Any) -> bytes:

@@ -1,20 +1,20 @@
 """The hot path: a client's request to the mesh, the answer back as it comes.
 
-Nothing is taken apart that need not be: the body goes on as it came, the answer's pieces as they come. aiohttp's
-``write`` waits when the client is slow, the upstream's buffer is bounded, so that memory does not grow.
+Nothing is taken apart that need not be: the body goes on as it came, the answer's pieces as they come. Writing waits
+when the client is slow, the upstream's buffer is bounded, so that memory does not grow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from aiohttp import web
-
 from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import errors
+from gpumesh.gateway.replies import Pairs, Reply
 from gpumesh.gateway.requests import BadRequest, Shape
+from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind
@@ -44,27 +44,27 @@ _NOT_FORWARDED = frozenset(
 )
 
 
-def call_of(request: web.BaseRequest, body: bytes) -> HttpCall:
+def call_of(request: Request, body: bytes) -> HttpCall:
     """The client's request as it is sent on: the same path, query and body; headers without what is the hop's own."""
     headers = tuple(
         (name, value)
-        for name, value in request.headers.items()
+        for name, value in request.headers.pairs
         if (lower := name.lower()) not in _NOT_FORWARDED
         and not lower.startswith(("x-gpumesh-", "x-forwarded-", "sec-"))
     )
-    return HttpCall(request.method, request.raw_path, body, headers)
+    return HttpCall(request.method, request.target, body, headers)
 
 
 async def forward(
     mesh: Mesh,
-    request: web.BaseRequest,
+    request: Request,
     demand: Demand,
     call: HttpCall,
     shape: Shape,
     *,
     timeout_s: float,
     answered: Callable[[Answer], None],
-) -> web.StreamResponse:
+) -> Reply | Stream:
     """``answered`` is told of the answer when its first bytes are there, for the books.
 
     Raises GPUMeshError only while nothing was sent to the client.
@@ -78,22 +78,22 @@ async def forward(
         await answer.aclose()
 
 
-async def _pass_on(request: web.BaseRequest, answer: Answer, shape: Shape) -> web.StreamResponse:
+async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
     if answer.body is not None:
-        whole = web.Response(body=answer.body, status=answer.status)
-        _head(whole, answer)
+        whole = Reply(answer.body, status=answer.status)
+        whole.headers = _headers(answer)
         return whole
-    response = web.StreamResponse(status=answer.status)
-    _head(response, answer)
-    await response.prepare(request)
+    stream = request.stream(_headers(answer), status=answer.status)
     try:
         async for data in answer:
-            await response.write(data)
+            stream.write(data)
+            if stream.full:
+                await stream.drain()
     except GPUMeshError as error:
         words = errors.words_of(error)
-        await response.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))
-    await response.write_eof()
-    return response
+        stream.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))
+    stream.end()
+    return stream
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:
@@ -106,9 +106,10 @@ def read_resume(headers: Mapping[str, str]) -> bool:
     raise BadRequest(f"X-GPUMesh-Resume is on or off, not {asked!r}")
 
 
-def _head(response: web.StreamResponse, answer: Answer) -> None:
-    for name, value in answer.headers:
-        response.headers.add(name, value)
-    response.headers["X-GPUMesh-Node"] = answer.node
-    response.headers["X-GPUMesh-Attempts"] = str(answer.attempts)
-    response.headers["X-GPUMesh-Queue-Ms"] = f"{answer.queue_ms:.1f}"
+def _headers(answer: Answer) -> Pairs:
+    return (
+        *answer.headers,
+        ("X-GPUMesh-Node", answer.node),
+        ("X-GPUMesh-Attempts", str(answer.attempts)),
+        ("X-GPUMesh-Queue-Ms", f"{answer.queue_ms:.1f}"),
+    )

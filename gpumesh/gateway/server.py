@@ -1,10 +1,12 @@
-"""The gateway's HTTP server: aiohttp's, with the bounds that aiohttp leaves open.
+"""The gateway's HTTP/1.1 server, on an ``asyncio.Protocol`` and httptools (llhttp, the parser of Node.js and uvicorn).
 
-aiohttp bounds the sizes of a head. A client can still hold a connection, a handler or a node's place for ever: by a
-head that never gets complete (slow loris), by a body that hardly moves, by not reading its answer, or by opening more
-connections than the process may have files. Each of these has its bound here, and each refusal is an answer that says
-so, without a byte of what the client sent. Where aiohttp has no hook for it, its connection is subclassed; the private
-names that this takes are in ``Connection`` and ``Request`` only, and the tests use real sockets.
+Our own, because each token passes here (`benchmarks/gateway.py`), and because in front of hardware that costs money
+everything that a client can hold needs a bound. It could hold a connection, a handler or a node's place for ever: by a
+head that never gets complete (slow loris), by a body that hardly moves, by not reading its answer, by asking ahead
+without end, or by opening more connections than the process may have files. Each of these has its bound here, and each
+refusal is an answer that says so, without a byte of what the client sent.
+
+A connection has one task while it has requests, which serves them in their order. Its client leaving cancels it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ import json
 import logging
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
+from urllib.parse import unquote
 
-from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
+import httptools
 
+from gpumesh.gateway import replies
 from gpumesh.gateway.record import Record
+from gpumesh.gateway.replies import Headers, Reply, json_reply
 from gpumesh.gateway.requests import BadRequest
 
 log = logging.getLogger(__name__)
@@ -29,11 +35,13 @@ log = logging.getLogger(__name__)
 RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, sockets of other commands
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_ID = 128  # of a client's X-Request-Id
+MAX_FIELDS = 128  # of a head
+AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
+BODY_BUFFER = 256 << 10  # bytes of a body that wait for their handler, until the client is no longer read
 
-_VERSIONS = (HttpVersion10, HttpVersion11)
-_MALFORMED = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
 
-Handler = Callable[["Request"], Awaitable[web.StreamResponse]]
+class _HeadTooLarge(Exception):
+    """Raised through the parser."""
 
 
 def connections_allowed() -> int:
@@ -61,68 +69,100 @@ class Bounds:
     connections: int | None = None  # None: connections_allowed()
 
 
-class Request(web.BaseRequest):
-    """A request, its record, and what its answer's head must say on its account. ``spoken``: its version of HTTP is
-    one that is spoken here (the parser takes 0.9 and others for versions too)."""
+class Request:
+    """A request, its record, and what its answer's head must say on its account.
 
-    ATTRS = web.BaseRequest.ATTRS | frozenset({"bounds", "cors", "id", "record", "spoken"})
+    ``path`` is decoded, ``target`` as it came. ``begun``: a part of its answer may have been sent; ``sent`` counts the
+    bytes of its body, those of a stream with its framing.
+    """
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "begun",
+        "cors",
+        "headers",
+        "id",
+        "keep",
+        "method",
+        "old",
+        "path",
+        "record",
+        "sent",
+        "target",
+    )
 
     def __init__(
         self,
-        message: Any,
-        payload: Any,
-        protocol: Any,
-        writer: Any,
-        task: asyncio.Task[None],
-        loop: asyncio.AbstractEventLoop,
-        bounds: Bounds,
+        connection: Connection,
+        method: str,
+        target: str,
+        headers: Headers,
+        *,
+        old: bool,
+        keep: bool,
         record: Record,
     ) -> None:
-        self.spoken = message.version in _VERSIONS
-        if not self.spoken:
-            # The answer's first line would repeat it.
-            message = message._replace(version=HttpVersion10, should_close=True)
-        super().__init__(message, payload, protocol, writer, task, loop, client_max_size=bounds.body_bytes)
-        self.bounds = bounds
+        self._connection = connection
+        self._body = _Body()
+        self.method = method
+        self.target = target
+        self.path = _path(target)
+        self.headers = headers
+        self.old = old
+        self.keep = keep
         self.record = record
         self.cors: dict[str, str] | None = None
-        self.id = _id(message.headers.get("X-Request-Id"))
+        self.id = _id(headers.get("X-Request-Id"))
+        self.begun = False
+        self.sent = 0
+
+    @property
+    def remote(self) -> str | None:
+        """The client's address."""
+        return self._connection.remote
 
     async def body(self) -> bytes:
         """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
-        length = self.content_length
-        if length is not None and length > self.bounds.body_bytes:
+        limit = self._connection.bounds.body_bytes
+        length = self.headers.get("Content-Length")
+        if length is not None and int(length) > limit:
             raise _too_large()
-        try:
-            if self.content.is_eof():  # by far the most common: it came together with the head
-                return await self.read()
+        if self._body.whole:  # by far the most common: it came together with the head
+            body = self._body.take()
+            if len(body) > limit:
+                raise _too_large()
+        else:
             pieces = bytearray()
             async for piece in self.pieces():
                 pieces += piece
-                if len(pieces) > self.bounds.body_bytes:
+                if len(pieces) > limit:
                     raise _too_large()
-            return bytes(pieces)
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large() from None
-        except _MALFORMED:
-            raise _malformed() from None
+            body = bytes(pieces)
+        encoding = self.headers.get("Content-Encoding")
+        return body if encoding is None else _unpacked(body, encoding.strip().lower(), limit)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes, of any length. Raises BadRequest: too slow, not as its head says."""
         self._go_on()
-        bounds, began, size = self.bounds, self._loop.time(), 0
+        body, bounds, loop = self._body, self._connection.bounds, self._connection.loop
+        began, size = loop.time(), 0
         while True:
-            try:
-                async with asyncio.timeout_at(began + bounds.body_s + size / bounds.body_rate):
-                    piece = await self.content.readany()
-            except TimeoutError:
-                raise BadRequest("the request body came too slowly", status=408) from None
-            except _MALFORMED:
-                raise _malformed() from None
-            if not piece:
+            if body.pieces:
+                piece = body.take()
+                self._connection.read_on()
+                size += len(piece)
+                yield piece
+            elif body.broken:
+                raise BadRequest("the request body is not what its head says")
+            elif body.complete:
                 return
-            size += len(piece)
-            yield piece
+            else:
+                try:
+                    async with asyncio.timeout_at(began + bounds.body_s + size / bounds.body_rate):
+                        await body.more(loop)
+                except TimeoutError:
+                    raise BadRequest("the request body came too slowly", status=408) from None
 
     def _go_on(self) -> None:
         """curl and others ask before they send something large, and wait a second if nobody answers."""
@@ -131,143 +171,566 @@ class Request(web.BaseRequest):
             return
         if expect.strip().lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", status=417)
-        if self.transport is not None and self.version >= (1, 1):
-            self.transport.write(CONTINUE)
+        if not self.old:
+            self._connection.write(CONTINUE)
 
-    async def _prepare_hook(self, response: web.StreamResponse) -> None:
-        headers = response.headers
-        headers["Server"] = "gpumesh"
-        if self.cors is not None:
-            headers.update(self.cors)
+    def answer_headers(self, headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+        """These, and what every answer to this request says."""
+        if self.cors is None and self.id is None:
+            return headers
+        more = dict(self.cors or {})
         if self.id is not None:
-            headers["X-Request-Id"] = self.id
+            more["X-Request-Id"] = self.id
+        lower = {name.lower() for name in more}
+        return [*((name, value) for name, value in headers if name.lower() not in lower), *more.items()]
+
+    def stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> Stream:
+        """An answer in pieces; its head goes out with the first of them."""
+        return Stream(self, self._connection, status, headers)
+
+    @property
+    def body_ended(self) -> bool:
+        return self._body.whole
+
+    # -- the connection's side -----------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> int:
+        """A piece of the body; how many bytes wait now."""
+        return self._body.feed(data)
+
+    def end_body(self, *, broken: bool = False) -> None:
+        self._body.end(broken=broken)
 
 
-class Connection(web.RequestHandler):
+class _Body:
+    """A request's body on its way from the parser to the handler."""
+
+    __slots__ = ("_size", "_waiter", "broken", "complete", "pieces")
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.complete = False
+        self.broken = False
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.complete and not self.broken
+
+    def feed(self, data: bytes) -> int:
+        self.pieces.append(data)
+        self._size += len(data)
+        self._wake()
+        return self._size
+
+    def end(self, *, broken: bool) -> None:
+        self.complete = True
+        self.broken |= broken
+        self._wake()
+
+    def take(self) -> bytes:
+        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces.clear()
+        self._size = 0
+        return data
+
+    async def more(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Stream:
+    """An answer in pieces. ``write``, then ``drain`` where it is ``full``; ``end`` makes it whole: without that the
+    connection is cut, so that nobody takes a part for all."""
+
+    __slots__ = ("_chunked", "_connection", "_head", "_request", "_silent", "ended", "status")
+
+    def __init__(
+        self, request: Request, connection: Connection, status: int, headers: Iterable[tuple[str, str]]
+    ) -> None:
+        self.status = status
+        self.ended = False
+        self._request = request
+        self._connection = connection
+        self._chunked = not request.old
+        self._silent = replies.bodiless(request.method, status)
+        if request.old:
+            request.keep = False  # its end is the connection's
+        self._head = replies.head(
+            status, request.answer_headers(headers), length=None, keep=connection.keeps(request), old=request.old
+        )
+
+    @property
+    def full(self) -> bool:
+        """The client reads more slowly than it is written to."""
+        return self._connection.full
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionError when the client is gone."""
+        out = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked and data else data
+        if self._silent:
+            out = b""
+        self._request.sent += len(out)
+        if self._head:
+            out, self._head = self._head + out, b""
+            self._request.begun = True
+        self._connection.write(out)
+
+    async def drain(self) -> None:
+        """Waits until the client has taken most of it. Raises ConnectionError when the client is gone."""
+        await self._connection.room()
+
+    def end(self) -> None:
+        self.ended = True
+        if self._head:
+            self.write(b"")
+        if self._chunked and not self._silent:
+            self._connection.write(b"0\r\n\r\n")
+
+
+Handler = Callable[[Request], Awaitable[Reply | Stream]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The answer to what is no request, in its turn. After it the connection ends."""
+
+    status: int
+    words: str
+
+
+class Connection(asyncio.Protocol):
     """One client's connection."""
 
-    __slots__ = ("_bounds", "_head_timer", "_write_timer")
-
-    def __init__(self, manager: Server, *, loop: asyncio.AbstractEventLoop, bounds: Bounds) -> None:
-        super().__init__(
-            manager,
-            loop=loop,
-            logger=log,
-            access_log=None,  # type: ignore[arg-type]  # aiohttp's own for "none"
-            keepalive_timeout=bounds.keepalive_s,
-            max_line_size=bounds.head_bytes,
-            max_field_size=bounds.head_bytes,
-            lingering_time=bounds.linger_s,
-        )
-        self._bounds = bounds
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.bounds = server.bounds
+        self.full = False
+        self.remote: str | None = None
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        # The message that is being read.
+        self._url = b""
+        self._fields: list[tuple[str, str]] = []
+        self._head_size = 0
+        self._in_head = False
+        self._incoming: Request | None = None
+        self._upgrade_body: bytes | None = None
+        self._replayed = False
+        # Those that have been read.
+        self._waiting: deque[Request | _Refusal] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._deaf = False
+        self._closing = False
+        self._read_paused = False
+        self._room: asyncio.Future[None] | None = None
+        self._quiet_since = loop.time()
+        self._quiet_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        manager = self._manager
-        assert isinstance(manager, Server)
-        if manager.full:
-            manager.turned_away += 1
-            refused = cast("asyncio.Transport", transport)  # uvloop's are none by their class
-            refused.write(_plain(503, "too many connections", "Retry-After: 1\r\n"))
-            refused.close()
-            return
-        super().connection_made(transport)
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------------
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._stop_timers()
-        super().connection_lost(exc)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+        if not self._server.admit(self):
+            self._transport.write(_plain(_Refusal(503, "too many connections"), ("Retry-After", "1")))
+            self._transport.close()
+            self._transport, self._deaf = None, True
+            return
+        peer = transport.get_extra_info("peername")
+        self.remote = peer[0] if isinstance(peer, tuple) else None
+        self._quiet_timer = self.loop.call_later(self.bounds.keepalive_s, self._quiet)
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
+        self._transport = None
+        self._deaf = True
+        self._server.forget(self)
+        for timer in (self._quiet_timer, self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._room is not None and not self._room.done():
+            self._room.set_exception(ConnectionResetError("the client is gone"))
+            self._room.exception()  # seen, if nobody waits any more
+        if self._incoming is not None:
+            self._incoming.end_body(broken=True)
+        if self._task is not None:
+            self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        waiter = self._waiter
-        # The first bytes may come before the task that waits for a request has begun to wait.
-        waits = not self._request_count or (waiter is not None and not waiter.done())
-        if not waits:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-        elif self._head_timer is None:
-            # Bytes came, and no request yet: a head has begun.
-            self._head_timer = self._loop.call_later(self._bounds.head_s, self._head_too_slow)
-
-    def _head_too_slow(self) -> None:
-        if self.transport is not None:
-            self.transport.write(_plain(408, "the request's head came too slowly"))
-        self.force_close()
-
-    def _process_keepalive(self) -> None:
-        if self._head_timer is not None:
-            self._keepalive_handle = None  # no longer idle; the head has a time of its own
+        while data and not self._deaf:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._go_on_without_upgrade()
+                continue
+            except httptools.HttpParserError as error:
+                self._malformed(error)
+                return
+            if self._in_head:
+                self._head_size += len(data)  # the parser keeps what is no whole field yet
+                if self._head_size > self.bounds.head_bytes:
+                    self._refuse(_Refusal(431, "the request's head is too large"))
+                elif self._head_timer is None:
+                    self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
             return
-        super()._process_keepalive()
 
     def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self._loop.call_later(self._bounds.write_s, self._reader_stopped)
+        self.full = True
+        self._write_timer = self.loop.call_later(self.bounds.write_s, self.abort)
 
     def resume_writing(self) -> None:
-        super().resume_writing()
+        self.full = False
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
-    def _reader_stopped(self) -> None:
-        """The buffer did not get empty in all that time. The handler is cancelled with the connection."""
-        if self.transport is not None:
-            self.transport.abort()
+    # -- httptools -----------------------------------------------------------------------------------------------
 
-    def _stop_timers(self) -> None:
-        for timer in (self._head_timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
-        self._head_timer = self._write_timer = None
+    def on_message_begin(self) -> None:
+        if self._replayed:
+            return
+        self._url, self._fields, self._head_size, self._in_head = b"", [], 0, True
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """What is no HTTP request at all, and what no handler answered. Nothing of the request is repeated."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("a part of an answer has been sent already")
-        if status == 400:
-            too_long = isinstance(exc, http_exceptions.LineTooLong)
-            status, words = (431, "the request's head is too large") if too_long else (400, "this is not HTTP")
-            log.debug("a malformed request: %s", type(exc).__name__)
+    def on_url(self, url: bytes) -> None:
+        if self._replayed:
+            return
+        self._url += url
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._replayed:
+            return
+        self._count(len(name) + len(value))
+        if self._in_head:  # else it is a trailer, which nobody here needs
+            self._fields.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")))
+            if len(self._fields) > MAX_FIELDS:
+                raise _HeadTooLarge
+
+    def on_headers_complete(self) -> None:
+        if self._replayed:
+            self._replayed = False
+            return
+        self._in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        parser = self._parser
+        version = parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            self._refuse(_Refusal(400, "HTTP/1.1 and 1.0 are spoken here"))
+            return
+        method = parser.get_method().decode("latin-1")
+        headers = Headers(tuple(self._fields))
+        if parser.should_upgrade():
+            self._upgrade_body = _framing(headers)
+        request = Request(
+            self,
+            method,
+            self._url.decode("utf-8", "surrogateescape"),
+            headers,
+            old=version == "1.0",
+            keep=parser.should_keep_alive(),
+            record=self._server.record(method),
+        )
+        self._incoming = request
+        self._enqueue(request)
+
+    def on_body(self, data: bytes) -> None:
+        if self._incoming is not None and self._incoming.feed(data) > BODY_BUFFER:
+            self._pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self._upgrade_body:
+            return  # the parser takes an offer of another protocol for the end
+        if self._incoming is not None:
+            self._incoming.end_body()
+            self._incoming = None
+
+    def _count(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > self.bounds.head_bytes:
+            raise _HeadTooLarge
+
+    def _go_on_without_upgrade(self) -> None:
+        """A client offers another protocol (JDK's offers HTTP/2 in each first request), which nobody need take up: the
+        request is one like any other, its body follows. The parser, though, has ended. So another one reads on; where
+        a body follows, it is told its framing again."""
+        body, self._upgrade_body = self._upgrade_body, None
+        self._parser = httptools.HttpRequestParser(self)
+        if body and not self._deaf:
+            self._replayed = True
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n" + body + b"\r\n\r\n")
+
+    # -- what is no request --------------------------------------------------------------------------------------
+
+    def _malformed(self, error: httptools.HttpParserError) -> None:
+        log.debug("a malformed request: %s", type(error).__name__)
+        if self._incoming is not None:  # in its body: whoever reads that will say so
+            self._deaf = True
+            self._incoming.end_body(broken=True)
+            self._incoming = None
+        elif isinstance(error.__context__, _HeadTooLarge):
+            self._refuse(_Refusal(431, "the request's head is too large"))
         else:
-            words = "the gateway failed inside"
-            log.error("a request failed: %s", message or status, exc_info=exc, extra={"event": "request-failed"})
-        response = web.Response(body=_error(words), status=status, content_type="application/json")
-        response.force_close()
-        return response
+            self._refuse(_Refusal(400, "this is not HTTP"))
+
+    def _head_too_slow(self) -> None:
+        self._head_timer = None
+        self._refuse(_Refusal(408, "the request's head came too slowly"))
+
+    def _refuse(self, refusal: _Refusal) -> None:
+        if not self._deaf:
+            self._deaf = True
+            self._enqueue(refusal)
+
+    # -- serving -------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, one: Request | _Refusal) -> None:
+        self._waiting.append(one)
+        if self._task is None:
+            self._task = self.loop.create_task(self._work())
+        elif len(self._waiting) > AHEAD:
+            self._pause_reading()
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting and self._transport is not None:
+                one = self._waiting.popleft()
+                if isinstance(one, _Refusal):
+                    self.write(_plain(one))
+                    self._linger()
+                    return
+                if not await self._serve(one):
+                    return
+                if self.full:  # who reads no answer is not answered more
+                    await self.room()
+                if not self._waiting:
+                    self.read_on()
+        except ConnectionError:
+            self.abort()
+        except Exception:
+            log.exception("a connection failed inside", extra={"event": "request-failed"})
+            self.abort()
+        finally:
+            self._task = None
+            self._quiet_since = self.loop.time()
+
+    async def _serve(self, request: Request) -> bool:
+        """Whether the connection goes on after it. Raises ConnectionError."""
+        try:
+            reply = await self._server.handler(request)
+        except ConnectionError:
+            raise
+        except Exception as error:  # a bug: it must cost one client an error and not all of them the server
+            log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
+            reply = json_reply(_error("the gateway failed inside"), status=500)
+            reply.close = True
+        if isinstance(reply, Reply):
+            if request.begun:
+                raise ConnectionError("a part of another answer has been sent already")
+            self._send(request, reply)
+        elif not reply.ended:
+            raise ConnectionError("the answer was not ended")
+        if self._transport is None:
+            return False
+        if not request.body_ended:
+            self._linger()
+            return False
+        if not self.keeps(request):
+            self._transport.close()
+            return False
+        return True
+
+    def _send(self, request: Request, reply: Reply) -> None:
+        if reply.close:
+            request.keep = False
+        body = reply.body
+        head = replies.head(
+            reply.status,
+            request.answer_headers(reply.headers),
+            length=len(body),
+            keep=self.keeps(request),
+            old=request.old,
+        )
+        request.begun = True
+        self.write(head if replies.bodiless(request.method, reply.status) else head + body)
+
+    def keeps(self, request: Request) -> bool:
+        """Whether the connection stays after the answer to this request."""
+        return request.keep and not self._closing and request.body_ended
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionResetError when the client is gone."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if data:
+            self._transport.write(data)
+
+    async def room(self) -> None:
+        if self.full:
+            if self._transport is None:
+                raise ConnectionResetError("the client is gone")
+            self._room = self.loop.create_future()
+            try:
+                await self._room
+            finally:
+                self._room = None
+
+    def read_on(self) -> None:
+        if self._read_paused and self._transport is not None:
+            self._read_paused = False
+            self._transport.resume_reading()
+
+    def _pause_reading(self) -> None:
+        if not self._read_paused and self._transport is not None:
+            self._read_paused = True
+            self._transport.pause_reading()
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _linger(self) -> None:
+        """Ends our side; what the client is still sending is read and dropped for a while, because to close on it would
+        be a reset, which may overtake the answer."""
+        self._deaf = True
+        self._waiting.clear()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        self.read_on()
+        transport.write_eof()
+        if self._quiet_timer is not None:
+            self._quiet_timer.cancel()
+        self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self.abort)
+
+    def _quiet(self) -> None:
+        """Looks now and then, so that no request has to start or stop a timer."""
+        quiet_s = 0.0 if self._busy else self.loop.time() - self._quiet_since
+        left_s = self.bounds.keepalive_s - quiet_s
+        if left_s > 0.001:
+            self._quiet_timer = self.loop.call_later(left_s, self._quiet)
+        elif self._transport is not None:
+            self._transport.close()
+
+    @property
+    def _busy(self) -> bool:
+        return self._task is not None or self._in_head
+
+    def close_when_idle(self) -> None:
+        """No more requests: an idle connection ends now, another after its answers."""
+        self._closing = True
+        if not self._busy and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def cancel(self) -> asyncio.Task[None] | None:
+        """Ends it at once; the task that is ending, if there is one."""
+        task = self._task
+        if task is not None:
+            task.cancel()
+        self.abort()
+        return task
 
 
-class Server(web.Server):
-    """Accepts connections for one handler. ``turned_away`` counts those past the bound."""
+class Server:
+    """Makes a ``Connection`` for each client (``loop.create_server(server, …)``), all for one handler.
+
+    ``turned_away`` counts those past the bound.
+    """
 
     def __init__(self, handler: Handler, bounds: Bounds, *, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(handler, request_factory=self._new_request, handler_cancellation=True)  # type: ignore[arg-type]
+        self.handler = handler
         self.bounds = bounds
         self.turned_away = 0
         self._clock = clock
         self._most = connections_allowed() if bounds.connections is None else bounds.connections
-
-    @property
-    def full(self) -> bool:
-        return len(self._connections) >= self._most
+        self._connections: set[Connection] = set()
+        self._closing = False
 
     def __call__(self) -> Connection:
-        return Connection(self, loop=self._loop, bounds=self.bounds)
+        return Connection(self, asyncio.get_running_loop())
 
-    def _new_request(
-        self, message: Any, payload: Any, protocol: Any, writer: Any, task: asyncio.Task[None]
-    ) -> web.BaseRequest:
-        clock = self._clock
-        record = Record(clock, clock(), message.method, "")
-        return Request(message, payload, protocol, writer, task, self._loop, self.bounds, record)
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def record(self, method: str) -> Record:
+        return Record(self._clock, self._clock(), method, "")
+
+    def admit(self, connection: Connection) -> bool:
+        if self._closing or len(self._connections) >= self._most:
+            self.turned_away += 1
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
+    def close_idle(self) -> None:
+        """No more requests: idle connections end now, the others after their answers."""
+        self._closing = True
+        for connection in list(self._connections):
+            connection.close_when_idle()
+
+    async def close(self) -> None:
+        """Ends whatever is left, at once."""
+        self._closing = True
+        tasks = [task for connection in list(self._connections) if (task := connection.cancel()) is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports close in the loop's next round
+
+
+def _path(target: str) -> str:
+    """Of a request's target, decoded; ``http://host/path`` is how a client would ask a proxy."""
+    path = target
+    if path[:7].lower() == "http://" or path[:8].lower() == "https://":
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    path = path.partition("#")[0].partition("?")[0]
+    return unquote(path) if "%" in path else path
+
+
+def _framing(headers: Headers) -> bytes | None:
+    """The line of the head that says how long the body is, if there is one."""
+    if headers.get("Transfer-Encoding") is not None:
+        return b"Transfer-Encoding: chunked"
+    length = headers.get("Content-Length")
+    return None if length is None or not length.isdigit() or int(length) == 0 else b"Content-Length: " + length.encode()
+
+
+def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Raises BadRequest; ``limit`` is of what comes out: a few bytes can become gigabytes."""
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
+    # RFC 9110 section 8.4.1.2: "deflate" has zlib's wrapping, which some clients leave out.
+    raw = encoding == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31)
+    unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+    try:
+        plain = unpack.decompress(body, limit + 1)
+    except zlib.error:
+        raise BadRequest("the request body is not what its head says") from None
+    if len(plain) > limit:
+        raise _too_large()
+    if not unpack.eof:
+        raise BadRequest("the request body is not what its head says")
+    return plain
 
 
 def _id(given: str | None) -> str | None:
@@ -275,10 +738,6 @@ def _id(given: str | None) -> str | None:
     if given is None or not given.isascii() or not given.isprintable():
         return None
     return given[:MAX_ID]
-
-
-def _malformed() -> BadRequest:
-    return BadRequest("the request body is not what its head says")
 
 
 def _too_large() -> BadRequest:
@@ -290,11 +749,8 @@ def _error(words: str) -> bytes:
     return json.dumps({"error": words}).encode()
 
 
-def _plain(status: int, words: str, more: str = "") -> bytes:
+def _plain(refusal: _Refusal, *more: tuple[str, str]) -> bytes:
     """An answer outside of any request."""
-    body = _error(words)
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nServer: gpumesh\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
-    )
-    return head.encode() + body
+    body = _error(refusal.words)
+    headers = (("Content-Type", "application/json"), *more)
+    return replies.head(refusal.status, headers, length=len(body), keep=False, old=False) + body

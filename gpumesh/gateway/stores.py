@@ -26,8 +26,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aiohttp import web
-
 from gpumesh.backends import jsons
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
@@ -37,8 +35,9 @@ from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import errors
 from gpumesh.gateway.progress import Progress
 from gpumesh.gateway.proxy import call_of
+from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, read_node, read_object, read_timeout
-from gpumesh.gateway.server import Request
+from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind
@@ -97,19 +96,19 @@ class Stores:
 
     # -- routes --------------------------------------------------------------------------------------------------
 
-    async def pull(self, request: Request) -> web.StreamResponse:
+    async def pull(self, request: Request) -> Reply | Stream:
         named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
         _model(document, "model", "name")
         nodes = self._all(named)
         away = [one.name for one in self._candidates() if not one.usable] if named is None else []
         return await self._follow(request, document, nodes, "pulled", away=away)
 
-    async def push(self, request: Request) -> web.StreamResponse:
+    async def push(self, request: Request) -> Reply | Stream:
         named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
         nodes = self._holding(_model(document, "model", "name"), named)
         return await self._follow(request, document, nodes[:1], "pushed")
 
-    async def create(self, request: Request) -> web.StreamResponse:
+    async def create(self, request: Request) -> Reply | Stream:
         named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
         _model(document, "model", "name")
         nodes = self._all(named)
@@ -122,12 +121,12 @@ class Stores:
             nodes = [name for name in nodes if has_model(usable[name], base)] or nodes
         return await self._follow(request, document, nodes, "created")
 
-    async def copy(self, request: Request) -> web.StreamResponse:
+    async def copy(self, request: Request) -> Reply:
         named, body = read_node(request.headers, self._mesh.topology), await request.body()
         nodes = self._holding(_model(read_object(body), "source"), named)
         return await self._settle(nodes, await self._each(nodes, call_of(request, body), request), "copied")
 
-    async def delete(self, request: Request) -> web.StreamResponse:
+    async def delete(self, request: Request) -> Reply:
         named, body = read_node(request.headers, self._mesh.topology), await request.body()
         model = _model(read_object(body), "model", "name")
         nodes = self._holding(model, named)
@@ -139,19 +138,19 @@ class Stores:
         results = await self._each(nodes, call_of(request, body), request)
         return await self._settle(nodes, [*results, *away], "deleted")
 
-    async def has_blob(self, request: Request) -> web.StreamResponse:
+    async def has_blob(self, request: Request) -> Reply:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
         lacking = await self._lacking(nodes, _blob_path(request))
-        return web.Response(status=404 if lacking else 200, headers=_by([one for one in nodes if one not in lacking]))
+        return Reply(status=404 if lacking else 200, headers=_by([one for one in nodes if one not in lacking]))
 
-    async def add_blob(self, request: Request) -> web.StreamResponse:
+    async def add_blob(self, request: Request) -> Reply:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
         lacking = await self._lacking(nodes, _blob_path(request))
         if not lacking:
-            return web.Response(status=200, headers=_by(nodes))
+            return Reply(status=200, headers=_by(nodes))
         results = await self._pass_on(request, lacking)
         if all(one.status < 300 for one in results):
-            return web.Response(status=201, headers=_by(nodes))
+            return Reply(status=201, headers=_by(nodes))
         return _told(results, "stored")
 
     # -- one request to several nodes ----------------------------------------------------------------------------
@@ -164,12 +163,12 @@ class Stores:
         demand = Demand(None, OLLAMA_ONLY, node, place=False)
         return await _result(node, lambda: self._mesh.send(demand, {BackendKind.OLLAMA: call}, timeout_s=timeout_s))
 
-    async def _settle(self, nodes: Sequence[str], results: Sequence[Result], verb: str) -> web.Response:
+    async def _settle(self, nodes: Sequence[str], results: Sequence[Result], verb: str) -> Reply:
         """Done where it could be; a node that had lost the model meanwhile does not matter."""
         await self._mesh.refresh(nodes)
         done = [one for one in results if one.status < 300]
         if done and all(one.status < 300 or one.status == 404 for one in results):
-            return web.Response(status=done[0].status, body=done[0].body, headers=_by([one.node for one in done]))
+            return Reply(done[0].body, status=done[0].status, headers=_by([one.node for one in done]))
         return _told(results, verb)
 
     async def _lacking(self, nodes: Iterable[str], path: str) -> list[str]:
@@ -220,7 +219,7 @@ class Stores:
         verb: str,
         *,
         away: Sequence[str] = (),
-    ) -> web.StreamResponse:
+    ) -> Reply | Stream:
         """Starts it on all nodes and tells the client of all as of one."""
         timeout_s = read_timeout(request.headers, TIMEOUT_S)
         call = HttpCall("POST", request.path, jsons.compact({**document, "stream": True}), _JSON)
@@ -230,7 +229,7 @@ class Stores:
         tasks = [asyncio.create_task(self._one(node, call, work, timeout_s), name=f"{verb} {node}") for node in nodes]
         for task in tasks:
             task.add_done_callback(lambda _: work.changed.set())
-        response: web.StreamResponse | None = None
+        stream: Stream | None = None
         try:
             over = False
             while not over:
@@ -239,14 +238,15 @@ class Stores:
                 over = all(task.done() for task in tasks)
                 lines = work.progress.take()
                 if lines and document.get("stream") is not False:
-                    response = response or await _begun(request, nodes)
-                    await response.write(b"".join(jsons.compact(line) + b"\n" for line in lines))
+                    stream = stream or _begun(request, nodes)
+                    stream.write(b"".join(jsons.compact(line) + b"\n" for line in lines))
+                    await stream.drain()
             for task in tasks:
                 task.result()
             await self._mesh.refresh(work.progress.done)
         finally:
             await _end(tasks)
-        return await _ended(request, response, work, nodes, verb, stream=document.get("stream") is not False)
+        return _ended(request, stream, work, nodes, verb, streamed=document.get("stream") is not False)
 
     async def _one(self, node: str, call: HttpCall, work: _Work, timeout_s: float) -> None:
         """One node's part, begun anew when the way to it was lost."""
@@ -357,51 +357,40 @@ async def _lines(answer: Answer) -> AsyncIterator[bytes]:
     yield rest
 
 
-async def _begun(request: Request, nodes: Sequence[str]) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": NDJSON, **_by(nodes)})
-    await response.prepare(request)
-    return response
+def _begun(request: Request, nodes: Sequence[str]) -> Stream:
+    return request.stream((("Content-Type", NDJSON), *_by(nodes).items()))
 
 
-async def _ended(
-    request: Request,
-    response: web.StreamResponse | None,
-    work: _Work,
-    nodes: Sequence[str],
-    verb: str,
-    *,
-    stream: bool,
-) -> web.StreamResponse:
+def _ended(
+    request: Request, stream: Stream | None, work: _Work, nodes: Sequence[str], verb: str, *, streamed: bool
+) -> Reply | Stream:
     failures = work.progress.failures
     status, last = 200, {"status": "success"}
     if failures:
         same = len(failures) == len(nodes) and len(set(failures.values())) == 1
         refused = next(iter(work.refused.values()), None)
-        if same and refused is not None and response is None:
-            return web.Response(
-                status=refused.status, body=refused.body, content_type="application/json", headers=_by(nodes)
-            )
+        if same and refused is not None and stream is None:
+            return json_reply(refused.body, status=refused.status, headers=_by(nodes))
         status = 500 if same else 502
         last = {"error": next(iter(failures.values())) if same else _partly(verb, work.progress.done, failures)}
     line = jsons.compact(last)
-    if response is None and (failures or not stream):
-        return web.Response(status=status, body=line, content_type="application/json", headers=_by(nodes))
-    response = response or await _begun(request, nodes)
-    await response.write(line + b"\n")
-    await response.write_eof()
-    return response
+    if stream is None and (failures or not streamed):
+        return json_reply(line, status=status, headers=_by(nodes))
+    stream = stream or _begun(request, nodes)
+    stream.write(line + b"\n")
+    stream.end()
+    return stream
 
 
-def _told(results: Sequence[Result], verb: str) -> web.Response:
+def _told(results: Sequence[Result], verb: str) -> Reply:
     """What did not work everywhere; if all nodes said the same, in their own words."""
     first = results[0]
     names = _by([one.node for one in results])
     if all((one.status, one.words) == (first.status, first.words) for one in results):
-        return web.Response(status=first.status, body=first.body, content_type="application/json", headers=names)
+        return json_reply(first.body, status=first.status, headers=names)
     failures = {one.node: one.words for one in results if one.status >= 300}
     words = _partly(verb, [one.node for one in results if one.status < 300], failures)
-    body = json.dumps({"error": words}).encode()
-    return web.Response(status=502, body=body, content_type="application/json", headers=names)
+    return json_reply(json.dumps({"error": words}).encode(), status=502, headers=names)
 
 
 def _partly(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:

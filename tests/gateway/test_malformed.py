@@ -301,10 +301,7 @@ def test_malformed_requests() -> None:
             return len(asyncio.all_tasks())
 
         def connections() -> int:
-            runner = served.fleet.gateway._runner
-            assert runner is not None
-            assert runner.server is not None
-            return len(runner.server.connections)
+            return served.fleet.gateway._server.connections
 
         asyncio.run(answer_to(port, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"))
         before = (served.call(tasks), files())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 import resource
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 
@@ -121,7 +123,7 @@ async def test_a_connection_that_never_says_anything_is_closed(short: Running) -
     [
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 40_000, 431),
         (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n", 431),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: 1\r\n" % one for one in range(200)), 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: 1\r\n" % one for one in range(200)), 431),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon zyzzyva\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n", 400),
@@ -145,6 +147,48 @@ async def test_old_and_pipelined_clients_are_served(short: Running) -> None:
     assert old.endswith(b"Ollama is running")
     both = await raw(short.port, GET + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     assert both.count(b"Ollama is running") == 2
+
+
+async def test_an_offer_of_another_protocol_is_passed_over(short: Running) -> None:
+    """JDK's HTTP client offers HTTP/2 in the first request of each connection, with a body behind it."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n" + chunk(CHAT[:20]) + chunk(CHAT[20:]) + b"0\r\n\r\n"
+    offered = post(CHAT, *offer)
+    chunked = offered.partition(b"\r\n\r\n")[0].replace(b"Content-Length: %d\r\n" % len(CHAT), b"") + b"\r\n" + chunks
+    get = GET[:-2] + "\r\n".join([*offer, "", ""]).encode()
+    async with connected(short) as (reader, writer):
+        for data in (offered, get, chunked, get + get + offered):
+            writer.write(data)
+            for _ in range(data.count(b"Upgrade: h2c")):
+                assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
+        for byte in offered:  # and wherever the network cuts it
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(0)
+        assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
+    assert (await raw(short.port, b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n\x16\x03")).startswith(
+        b"HTTP/1.1 404 "
+    )
+
+
+async def test_who_asks_ahead_without_end_is_read_no_further() -> None:
+    """Its answers are not read either: neither they nor what has been asked for may pile up here."""
+    async with running(A) as fleet, connected(fleet) as (_, writer):
+        sent = 0
+        try:
+            async with asyncio.timeout(20):
+                while sent < 256 << 20:
+                    writer.write(GET * 1000)
+                    sent += len(GET) * 1000
+                    await asyncio.wait_for(writer.drain(), 1.0)
+        except TimeoutError:
+            pass
+        assert sent < 64 << 20, "the rest is the buffers of two sockets, whose size the kernel chooses"
+        [connection] = (one for one in fleet.gateway._server._connections if one._waiting)
+        assert len(connection._waiting) < 10_000, "what one read brought is all that waits"
+        transport = connection._transport
+        assert transport is not None
+        assert transport.get_write_buffer_size() < 1 << 20
 
 
 # -- bodies ----------------------------------------------------------------------------------------------------------
@@ -210,6 +254,27 @@ async def test_a_body_that_breaks_its_own_framing_is_refused(short: Running, bod
     head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = await raw(short.port, head + body)
     assert re.match(rb"HTTP/1\.[01] 40[08] ", answer)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "packed", "status"),
+    [
+        ("gzip", gzip.compress(CHAT), 200),
+        ("GZIP ", gzip.compress(CHAT), 200),
+        ("deflate", zlib.compress(CHAT), 200),
+        ("deflate", zlib.compress(CHAT, wbits=-15), 200),
+        ("identity", CHAT, 200),
+        ("gzip", CHAT, 400),
+        ("gzip", gzip.compress(CHAT)[:-9], 400),
+        ("gzip", gzip.compress(b" " * 9_000_000), 413),
+        ("br", CHAT, 415),
+    ],
+)
+async def test_a_packed_body_is_unpacked_within_its_bound(
+    short: Running, encoding: str, packed: bytes, status: int
+) -> None:
+    answer = await raw(short.port, post(packed, f"Content-Encoding: {encoding}", "Connection: close"))
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 async def test_a_client_that_leaves_in_its_body_leaves_nothing_behind(short: Running) -> None:
@@ -303,10 +368,7 @@ async def test_a_client_that_reads_slowly_is_served_to_the_end() -> None:
 
 
 def open_connections(fleet: Running) -> int:
-    runner = fleet.gateway._runner
-    assert runner is not None
-    assert runner.server is not None
-    return len(runner.server.connections)
+    return fleet.gateway._server.connections
 
 
 async def test_past_the_bound_connections_are_refused_with_a_reason() -> None:

@@ -1,0 +1,101 @@
+"""What a client is answered, and how an answer's head is written. Pure, but for the clock in ``Date``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+
+Pairs = tuple[tuple[str, str], ...]
+
+# Said here for every answer; what a node says of them is about another connection.
+_OURS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
+_BODILESS = frozenset({204, 304})
+
+
+class Headers(Mapping[str, str]):
+    """By name, in any case; of several with one name the first. ``pairs`` are all of them as they came."""
+
+    __slots__ = ("_first", "pairs")
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self._first = {name.lower(): value for name, value in reversed(pairs)}
+
+    def __getitem__(self, name: str) -> str:
+        return self._first[name.lower()]
+
+    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]  # only strings here
+        return self._first.get(name.lower(), default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+
+class Reply:
+    """A whole answer. ``close``: nothing more is heard from this client on its connection."""
+
+    __slots__ = ("body", "close", "headers", "status")
+
+    def __init__(
+        self,
+        body: bytes = b"",
+        *,
+        status: int = 200,
+        content_type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        close: bool = False,
+    ) -> None:
+        self.body = body
+        self.status = status
+        self.close = close
+        self.headers: Pairs = () if headers is None else tuple(headers.items())
+        if content_type is not None:
+            self.headers = (("Content-Type", content_type), *self.headers)
+
+
+def json_reply(body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    return Reply(body, status=status, content_type="application/json", headers=headers)
+
+
+def bodiless(method: str, status: int) -> bool:
+    return method == "HEAD" or status in _BODILESS
+
+
+def head(status: int, headers: Iterable[tuple[str, str]], *, length: int | None, keep: bool, old: bool) -> bytes:
+    """An answer's head. ``length`` ``None``: its body is chunked, or for an ``old`` client (HTTP/1.0) lasts until the
+    connection ends. ``keep``: the connection stays. Raises ValueError for what would end a line of it."""
+    lines = [_first_line(status), f"Date: {_date(int(time.time()))}"]
+    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OURS]
+    if length is None:
+        if not old:
+            lines.append("Transfer-Encoding: chunked")
+    elif status not in _BODILESS:
+        lines.append(f"Content-Length: {length}")
+    if not keep:
+        lines.append("Connection: close")
+    elif old:
+        lines.append("Connection: keep-alive")
+    text = "\r\n".join(lines)
+    if text.count("\n") != len(lines) or text.count("\r") != len(lines):  # the first holds one pair more
+        raise ValueError("a line end inside of a header")
+    return text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
+
+
+@lru_cache(maxsize=128)
+def _first_line(status: int) -> str:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:  # a status of a node's own
+        phrase = "Unknown"
+    return f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh"
+
+
+@lru_cache(maxsize=2)
+def _date(now: int) -> str:
+    return formatdate(now, usegmt=True)
