@@ -56,16 +56,18 @@ Clock = Callable[[], float]
 class Lease:
     """A place on a node. Released exactly once, whatever happens; ``abort`` is set by whoever uses it.
 
-    ``beside``: how many were in flight there when it was given, itself included.
+    ``beside``: how many were in flight there when it was given, itself included. ``movable`` tells, until the answer
+    has begun, whether another node could give it instead.
     """
 
-    __slots__ = ("_released", "abort", "aborted", "beside", "model", "node")
+    __slots__ = ("_released", "abort", "aborted", "beside", "model", "movable", "node")
 
     def __init__(self, node: Node, model: str | None, beside: int) -> None:
         self.node = node
         self.model = model
         self.beside = beside
         self.abort: Callable[[], None] | None = None
+        self.movable: Callable[[], bool] | None = None
         self.aborted = False
         self._released = False
 
@@ -76,6 +78,7 @@ class Lease:
 
     def began(self) -> None:
         """Its answer has begun: after failures the node need not wait for its end to be given more."""
+        self.movable = None
         self.node.began()
 
     def undo(self) -> None:
@@ -248,11 +251,20 @@ class Node:
             names = report.state.models
             self._models = frozenset(names) | frozenset(full_name(name) for name in names)
             self._loaded = frozenset(full_name(loaded.name) for loaded in report.state.loaded)
+        else:
+            self._let_go()
         if self._gpus is not None or report.state.state is BackendPhase.UP:
             self._reported_when_complete()
         self._recognise()
         self._freed()
         self._changes.notify()
+
+    def _let_go(self) -> None:
+        """The server does not answer our probes. Who still waits for its first word is served elsewhere, if anybody
+        could, rather than at its deadline: a process that hangs closes no connection."""
+        for lease in list(self._leases):
+            if lease.movable is not None and lease.movable():
+                lease.cut()
 
     async def _probe_gpus_often(self) -> None:
         while True:

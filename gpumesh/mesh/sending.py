@@ -141,6 +141,9 @@ class Sending:
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
     ) -> WholeAnswer | Opened | Failed:
         self.attempts += 1
+        lease.movable = lambda: self._means.dispatcher.could_serve(
+            self._demand, exclude=self._exclude | {lease.node.name}
+        )
         left_s = self._deadline - self._means.clock()
         return await attempt(self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation)
 

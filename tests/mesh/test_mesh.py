@@ -15,6 +15,8 @@ from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import ConfigError, ExecError, GPUMeshError, ModelMissing, NoNodeError, UsageError
 from gpumesh.lab.profile import Faults, ModelProfile
+from gpumesh.mesh import node as node_module
+from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, Health
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -254,3 +256,45 @@ async def test_a_request_that_is_cancelled_before_it_has_a_place_is_cancelled_in
         books = mesh.mesh.books
         assert (books.accepted, books.cancelled, books.in_flight) == (2, 2, 0)
         assert mesh.attempts("a") == {Outcome.CLIENT_GONE: 1}
+
+
+# -- a server that hangs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "BACKEND_EVERY_S", 0.1)
+    monkeypatch.setattr(node_module, "BACKEND_TIMEOUT_S", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_waits_for_a_server_that_hangs_is_served_elsewhere(stream: bool) -> None:
+    """It closes no connection, and its tunnel lives: that it answers no probe is what tells."""
+
+    async def ask() -> Answer:
+        answer = await send(mesh.mesh, call_of(stream=stream))
+        await answer.read()
+        return answer
+
+    async with running(host("a"), host("b"), max_parallel=1) as mesh:
+        await mesh.hosts["a"].set_faults(Faults(hang=True))
+        async with asyncio.timeout(20):
+            answers = await asyncio.gather(ask(), ask())
+        assert [answer.node for answer in answers] == ["b", "b"]
+        assert sorted(answer.attempts for answer in answers) == [1, 2]
+        assert mesh.mesh.books.served == 2
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_waits_for_the_only_server_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may only be slow; and nobody else would be faster."""
+    async with running(host("a")) as mesh:
+        await mesh.hosts["a"].set_faults(Faults(hang=True))
+        waiting = asyncio.create_task(send(mesh.mesh, call_of(stream=False)))
+        await until(lambda: mesh.mesh.snapshot().nodes[0].health is Health.DOWN, "it is known to hang")
+        monkeypatch.setattr(node_module, "BACKEND_TIMEOUT_S", 5.0)
+        assert not waiting.done()
+        await mesh.hosts["a"].set_faults(Faults())
+        async with asyncio.timeout(20):
+            assert (await waiting).status == 200
