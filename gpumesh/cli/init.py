@@ -148,7 +148,7 @@ def _trust_new(made: Sequence[Draft], *, yes: bool) -> None:
     if not yes and not sys.stdin.isatty():
         return
     for spec in _topology(made).nodes:
-        if spec.ssh is not None and not spec.ssh.proxy_jump:
+        if spec.ssh is not None:
             try:
                 confirm_key(spec, spec.ssh, yes=yes)
             except typer.Abort:

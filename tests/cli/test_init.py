@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from gpumesh.errors import UsageError
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
 from tests.cli.meshes import Simulated, quick, simulated
 from tests.cli.terminals import terminal
+from tests.parts import needs
 from tests.real.command import Gpumesh
+from tests.tunnels.sshd import Sshd
 
 slow = pytest.mark.slow
 
@@ -110,6 +113,20 @@ async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: Simulated) -> N
     ended = await pod.gpumesh("init", "--from", line(pod), code=3)
     assert "host key" in ended.err
     assert not (pod.gpumesh.home / ".ssh" / "known_hosts").exists()
+
+
+@slow
+@pytest.mark.real
+@needs("sshd", "ssh")
+async def test_keys_on_the_way_are_recorded_too(pod: Simulated, tmp_path: Path) -> None:
+    identity = pod.ssh["identity_file"]
+    public = subprocess.run(["ssh-keygen", "-yf", identity], capture_output=True, check=True, timeout=20).stdout
+    async with Sshd(tmp_path / "jump", {"LogLevel": "ERROR"}) as jump:
+        jump.authorized_keys.write_bytes(public)
+        way = f"{line(pod)} -J {jump.spec().user}@127.0.0.1:{jump.port}"
+        ended = await pod.gpumesh("init", "--from", f"mine={way}", "--yes")
+        assert f"mine (jump host)  [127.0.0.1]:{jump.port}  ssh-ed25519 SHA256:" in ended.out
+        assert f"mine: ollama 0.12.6-lab on port 11434, 2 x {GPU_4090}, 2 models" in ended.err
 
 
 @slow
