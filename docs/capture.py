@@ -142,7 +142,11 @@ async def two_ways_to_one(folder: Path) -> dict[str, str]:
 def figures() -> dict[str, str]:
     """What the benchmarks print whose figures README names."""
     shown = {}
-    for name, arguments in (("tunnel_rtt", ["--apart"]), ("tunnel_streams", ["--streams", "32,256"])):
+    for name, arguments in (
+        ("tunnel_rtt", ["--apart", "300"]),
+        ("tunnel_streams", ["--streams", "32,256"]),
+        ("gateway", ["--rounds", "3"]),
+    ):
         command = ["benchmarks/" + name + ".py", *arguments]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         shown[name] = f"$ .venv/bin/python {shlex.join(command)}\n{done.stdout.rstrip()}"
