@@ -401,7 +401,9 @@ class Node:
             self._breaker = self._breaker.succeeded()
             if counters is not None:
                 self._learn(lease, counters, now)
-        elif verdict.fault:
+        elif verdict.fault and (counts or outcome is not Outcome.SERVER_ERROR):
+            # A 500 to what is no inference is about a model store (Ollama's answer to a copy that cannot be), and says
+            # nothing of how it generates.
             self._failed += counts
             self._last_failure = error
             self._breaker = self._breaker.failed(now)

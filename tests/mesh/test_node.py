@@ -131,6 +131,16 @@ async def test_failures_in_a_row_open_the_breaker_and_success_closes_it(node: No
     assert node.candidate(seen.now).usable
 
 
+async def test_a_store_that_says_500_closes_no_node_for_inference(node: Node, seen: Seen) -> None:
+    copy = Demand(model=None, place=False)
+    for _ in range(5):
+        node.lease(copy).release(Outcome.SERVER_ERROR, error="it answered 500")
+    assert node.candidate(seen.now).usable
+    for _ in range(3):
+        node.lease(copy).release(Outcome.UNREACHABLE, error="refused")
+    assert not node.candidate(seen.now).usable, "that it cannot be reached is true of all requests"
+
+
 async def test_a_trial_whose_answer_has_begun_lets_others_try(node: Node, seen: Seen) -> None:
     for _ in range(3):
         node.lease(DEMAND).release(Outcome.SERVER_ERROR, error="it answered 500")
