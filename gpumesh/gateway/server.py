@@ -15,10 +15,12 @@ import asyncio
 import json
 import logging
 import resource
+import select
 import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import unquote
@@ -38,6 +40,11 @@ MAX_ID = 128  # of a client's X-Request-Id
 MAX_FIELDS = 128  # of a head
 AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
 BODY_BUFFER = 256 << 10  # bytes of a body that wait for their handler, until the client is no longer read
+SLICE = 32 << 10  # bytes that are parsed at a time: one read of 256 KiB may hold 14,000 requests
+UNPACK = 256 << 10  # bytes that are unpacked at a time, under a millisecond: others' tokens wait meanwhile
+LOOK_S = 0.05  # between two looks whether a client that is not read has left
+AWAY = 64  # connections past the bound that may linger, so that their refusal is seen
+_LEFT = getattr(select, "POLLRDHUP", 0)  # POLLHUP and POLLERR, which everybody has, are told in any case
 
 
 class _HeadTooLarge(Exception):
@@ -62,17 +69,15 @@ class Bounds:
     body_rate: int = 4 << 10
     body_bytes: int = 256 << 20  # images come inside of JSON
     linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
-    write_s: float = 60.0  # a client that takes nothing for so long is gone
-    keepalive_s: float = (
-        120.0  # longer than the clients' own (90 s in Go): then it is they who close, and nothing races
-    )
+    write_s: float = 60.0  # a client that takes less than body_rate for so long is gone
+    keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): it is they who close, and nothing races
     connections: int | None = None  # None: connections_allowed()
 
 
 class Request:
     """A request, its record, and what its answer's head must say on its account.
 
-    ``path`` is decoded, ``target`` as it came. ``begun``: a part of its answer may have been sent; ``sent`` counts the
+    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent; ``sent`` counts the
     bytes of its body, those of a stream with its framing.
     """
 
@@ -106,8 +111,8 @@ class Request:
         self._connection = connection
         self._body = _Body()
         self.method = method
-        self.target = target
-        self.path = _path(target)
+        self.target = _own(target)
+        self.path = _path(self.target)
         self.headers = headers
         self.old = old
         self.keep = keep
@@ -126,7 +131,7 @@ class Request:
         """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
         limit = self._connection.bounds.body_bytes
         length = self.headers.get("Content-Length")
-        if length is not None and int(length) > limit:
+        if length is not None and int(length.lstrip("0") or "0") > limit:  # int() takes no more than 4,300 zeros
             raise _too_large()
         if self._body.whole:  # by far the most common: it came together with the head
             body = self._body.take()
@@ -140,13 +145,13 @@ class Request:
                     raise _too_large()
             body = bytes(pieces)
         encoding = self.headers.get("Content-Encoding")
-        return body if encoding is None else _unpacked(body, encoding.strip().lower(), limit)
+        return body if encoding is None else await _unpacked(body, encoding.lower(), limit)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes, of any length. Raises BadRequest: too slow, not as its head says."""
         self._go_on()
         body, bounds, loop = self._body, self._connection.bounds, self._connection.loop
-        began, size = loop.time(), 0
+        waited_s, size = 0.0, 0  # for the client: how long a handler takes is not its fault
         while True:
             if body.pieces:
                 piece = body.take()
@@ -158,18 +163,20 @@ class Request:
             elif body.complete:
                 return
             else:
+                began = loop.time()
                 try:
-                    async with asyncio.timeout_at(began + bounds.body_s + size / bounds.body_rate):
+                    async with asyncio.timeout(bounds.body_s + size / bounds.body_rate - waited_s):
                         await body.more(loop)
                 except TimeoutError:
                     raise BadRequest("the request body came too slowly", status=408) from None
+                waited_s += loop.time() - began
 
     def _go_on(self) -> None:
         """curl and others ask before they send something large, and wait a second if nobody answers."""
         expect = self.headers.get("Expect")
         if expect is None:
             return
-        if expect.strip().lower() != "100-continue":
+        if expect.lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", status=417)
         if not self.old:
             self._connection.write(CONTINUE)
@@ -262,11 +269,9 @@ class Stream:
         self._connection = connection
         self._chunked = not request.old
         self._silent = replies.bodiless(request.method, status)
-        if request.old:
-            request.keep = False  # its end is the connection's
-        self._head = replies.head(
-            status, request.answer_headers(headers), length=None, keep=connection.keeps(request), old=request.old
-        )
+        # Of an old client's the end is the connection's; and what the head says stays true, whatever comes after it.
+        request.keep = keep = not request.old and connection.keeps(request)
+        self._head = replies.head(status, request.answer_headers(headers), length=None, keep=keep, old=request.old)
 
     @property
     def full(self) -> bool:
@@ -323,6 +328,8 @@ class Connection(asyncio.Protocol):
         self._fields: list[tuple[str, str]] = []
         self._head_size = 0
         self._in_head = False
+        self._unheard = 0  # bytes since the parser last told something: it keeps what is no whole field yet
+        self._rest = b""  # of what was read, while it is not to be parsed
         self._incoming: Request | None = None
         self._upgrade_body: bytes | None = None
         self._replayed = False
@@ -337,15 +344,20 @@ class Connection(asyncio.Protocol):
         self._quiet_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._lost: asyncio.Future[None] | None = None
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
-        if not self._server.admit(self):
-            self._transport.write(_plain(_Refusal(503, "too many connections"), ("Retry-After", "1")))
-            self._transport.close()
-            self._transport, self._deaf = None, True
+        why_not = self._server.admit(self)
+        if why_not is not None:
+            self.write(_plain(_Refusal(503, why_not), ("Retry-After", "1")))
+            if self._server.may_linger(self):
+                self._linger()
+            else:
+                self._close()
             return
         peer = transport.get_extra_info("peername")
         self.remote = peer[0] if isinstance(peer, tuple) else None
@@ -355,39 +367,33 @@ class Connection(asyncio.Protocol):
         self._transport = None
         self._deaf = True
         self._server.forget(self)
-        for timer in (self._quiet_timer, self._head_timer, self._write_timer):
+        for timer in (self._quiet_timer, self._head_timer, self._write_timer, self._look_timer):
             if timer is not None:
                 timer.cancel()
         if self._room is not None and not self._room.done():
             self._room.set_exception(ConnectionResetError("the client is gone"))
             self._room.exception()  # seen, if nobody waits any more
+        if self._lost is not None:
+            self._lost.set_result(None)
         if self._incoming is not None:
             self._incoming.end_body(broken=True)
         if self._task is not None:
             self._task.cancel()
+        # So that nothing of it has to wait for the garbage collector.
+        self._incoming, self._rest = None, b""
+        self._waiting.clear()
+        del self._parser
 
     def data_received(self, data: bytes) -> None:
-        while data and not self._deaf:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                self._go_on_without_upgrade()
-                continue
-            except httptools.HttpParserError as error:
-                self._malformed(error)
-                return
-            if self._in_head:
-                self._head_size += len(data)  # the parser keeps what is no whole field yet
-                if self._head_size > self.bounds.head_bytes:
-                    self._refuse(_Refusal(431, "the request's head is too large"))
-                elif self._head_timer is None:
-                    self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
-            return
+        if len(data) <= SLICE and not self._rest:
+            self._feed(data)
+        else:
+            self._rest += data
+            self._feed_rest()
 
     def pause_writing(self) -> None:
         self.full = True
-        self._write_timer = self.loop.call_later(self.bounds.write_s, self.abort)
+        self._await_taking()
 
     def resume_writing(self) -> None:
         self.full = False
@@ -397,12 +403,36 @@ class Connection(asyncio.Protocol):
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
+    # -- parsing -------------------------------------------------------------------------------------------------
+
+    def _feed(self, data: bytes) -> None:
+        self._unheard += len(data)
+        while data and not self._deaf:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._go_on_without_upgrade()
+            except httptools.HttpParserError as error:
+                self._malformed(error)
+                return
+        if self._unheard > self.bounds.head_bytes:  # a field, a trailer, a chunk's extension: nobody needs so much
+            self._malformed(_HeadTooLarge())
+        elif self._in_head and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+
+    def _feed_rest(self) -> None:
+        while self._rest and not self._read_paused and not self._deaf:
+            data, self._rest = self._rest[:SLICE], self._rest[SLICE:]
+            self._feed(data)
+
     # -- httptools -----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         if self._replayed:
             return
-        self._url, self._fields, self._head_size, self._in_head = b"", [], 0, True
+        self._head_size, self._in_head = 0, True
 
     def on_url(self, url: bytes) -> None:
         if self._replayed:
@@ -413,9 +443,10 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._replayed:
             return
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + 4)
         if self._in_head:  # else it is a trailer, which nobody here needs
-            self._fields.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")))
+            # The parser leaves the blanks behind a value, which are none of it.
+            self._fields.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape").rstrip(" \t")))
             if len(self._fields) > MAX_FIELDS:
                 raise _HeadTooLarge
 
@@ -428,27 +459,35 @@ class Connection(asyncio.Protocol):
             self._head_timer.cancel()
             self._head_timer = None
         parser = self._parser
+        headers, target = Headers(tuple(self._fields)), self._url.decode("latin-1")
+        self._fields, self._url = [], b""
         version = parser.get_http_version()
-        if version not in ("1.1", "1.0"):
+        old = version == "1.0"
+        if not old and version != "1.1":
             self._refuse(_Refusal(400, "HTTP/1.1 and 1.0 are spoken here"))
             return
+        coding = headers.get("Transfer-Encoding")
+        if (coding is not None or len(headers) < len(headers.pairs)) and _dubious(headers):
+            self._refuse(_Refusal(400, "what this request means is not clear"))
+            return
         method = parser.get_method().decode("latin-1")
-        headers = Headers(tuple(self._fields))
         if parser.should_upgrade():
             self._upgrade_body = _framing(headers)
         request = Request(
             self,
             method,
-            self._url.decode("utf-8", "surrogateescape"),
+            target,
             headers,
-            old=version == "1.0",
-            keep=parser.should_keep_alive(),
+            old=old,
+            # HTTP/1.0 knows no chunks: where its body ends is a guess, after which nothing is safe to read.
+            keep=parser.should_keep_alive() and not (old and coding is not None),
             record=self._server.record(method),
         )
         self._incoming = request
         self._enqueue(request)
 
     def on_body(self, data: bytes) -> None:
+        self._unheard = 0
         if self._incoming is not None and self._incoming.feed(data) > BODY_BUFFER:
             self._pause_reading()
 
@@ -460,6 +499,7 @@ class Connection(asyncio.Protocol):
             self._incoming = None
 
     def _count(self, size: int) -> None:
+        self._unheard = 0
         self._head_size += size
         if self._head_size > self.bounds.head_bytes:
             raise _HeadTooLarge
@@ -476,18 +516,23 @@ class Connection(asyncio.Protocol):
 
     # -- what is no request --------------------------------------------------------------------------------------
 
-    def _malformed(self, error: httptools.HttpParserError) -> None:
-        log.debug("a malformed request: %s", type(error).__name__)
+    def _malformed(self, error: Exception) -> None:
+        cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
+        if not isinstance(cause, httptools.HttpParserError | _HeadTooLarge):
+            log.error("a request could not be read", exc_info=cause, extra={"event": "request-failed"})
         if self._incoming is not None:  # in its body: whoever reads that will say so
             self._deaf = True
             self._incoming.end_body(broken=True)
             self._incoming = None
-        elif isinstance(error.__context__, _HeadTooLarge):
+        elif isinstance(cause, _HeadTooLarge):
             self._refuse(_Refusal(431, "the request's head is too large"))
         else:
             self._refuse(_Refusal(400, "this is not HTTP"))
 
     def _head_too_slow(self) -> None:
+        if self._read_paused:  # it is not its client that is slow
+            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+            return
         self._head_timer = None
         self._refuse(_Refusal(408, "the request's head came too slowly"))
 
@@ -509,6 +554,8 @@ class Connection(asyncio.Protocol):
         try:
             while self._waiting and self._transport is not None:
                 one = self._waiting.popleft()
+                if self._read_paused:
+                    self.read_on()
                 if isinstance(one, _Refusal):
                     self.write(_plain(one))
                     self._linger()
@@ -517,8 +564,10 @@ class Connection(asyncio.Protocol):
                     return
                 if self.full:  # who reads no answer is not answered more
                     await self.room()
-                if not self._waiting:
-                    self.read_on()
+                if self._waiting:  # who asks ahead does not keep the others waiting
+                    await asyncio.sleep(0)
+            if self._closing:
+                self._close()
         except ConnectionError:
             self.abort()
         except Exception:
@@ -550,7 +599,7 @@ class Connection(asyncio.Protocol):
             self._linger()
             return False
         if not self.keeps(request):
-            self._transport.close()
+            self._close()
             return False
         return True
 
@@ -566,7 +615,13 @@ class Connection(asyncio.Protocol):
             old=request.old,
         )
         request.begun = True
-        self.write(head if replies.bodiless(request.method, reply.status) else head + body)
+        if replies.bodiless(request.method, reply.status):
+            self.write(head)
+        elif len(body) < SLICE:
+            self.write(head + body)
+        else:  # not copied
+            self.write(head)
+            self.write(body)
 
     def keeps(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
@@ -590,30 +645,80 @@ class Connection(asyncio.Protocol):
                 self._room = None
 
     def read_on(self) -> None:
-        if self._read_paused and self._transport is not None:
+        """Unless something waits that has been read already."""
+        if self._read_paused and not self._waiting and self._transport is not None:
             self._read_paused = False
-            self._transport.resume_reading()
+            self._feed_rest()
+            if not self._read_paused:
+                self._transport.resume_reading()
 
     def _pause_reading(self) -> None:
         if not self._read_paused and self._transport is not None:
             self._read_paused = True
             self._transport.pause_reading()
+            if self._look_timer is None:
+                self._look_timer = self.loop.call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """Who is not read is not heard leaving, so that is looked up."""
+        self._look_timer = None
+        if not self._read_paused or self._transport is None:
+            return
+        if _has_left(self._transport):
+            self.abort()
+        else:
+            self._look_timer = self.loop.call_later(LOOK_S, self._look)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that have been written and that the client has not taken."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def _await_taking(self) -> None:
+        self._write_timer = self.loop.call_later(self.bounds.write_s, self._taken, self.unsent)
+
+    def _taken(self, before: int) -> None:
+        """Few bytes may take long, and so may very many as long as they move."""
+        if before - self.unsent < self.bounds.body_rate * self.bounds.write_s:
+            self.abort()
+        else:
+            self._await_taking()
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
     def _linger(self) -> None:
         """Ends our side; what the client is still sending is read and dropped for a while, because to close on it would
         be a reset, which may overtake the answer."""
-        self._deaf = True
-        self._waiting.clear()
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        self._hear_no_more()
         self.read_on()
-        transport.write_eof()
+        try:
+            transport.write_eof()
+        except OSError:  # it has gone in this very moment
+            self.abort()
+            return
+        self._abort_in(self.bounds.write_s if self.unsent else self.bounds.linger_s)
+
+    def _close(self) -> None:
+        """When all has gone out, which may take a while, but not for ever."""
+        if self._transport is None:
+            return
+        self._hear_no_more()
+        self._transport.close()
+        if self.unsent:
+            self._abort_in(self.bounds.write_s)
+
+    def _hear_no_more(self) -> None:
+        self._deaf = True
+        self._waiting.clear()
+        self._rest = b""
+
+    def _abort_in(self, seconds: float) -> None:
         if self._quiet_timer is not None:
             self._quiet_timer.cancel()
-        self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self.abort)
+        self._quiet_timer = self.loop.call_later(seconds, self.abort)
 
     def _quiet(self) -> None:
         """Looks now and then, so that no request has to start or stop a timer."""
@@ -621,8 +726,8 @@ class Connection(asyncio.Protocol):
         left_s = self.bounds.keepalive_s - quiet_s
         if left_s > 0.001:
             self._quiet_timer = self.loop.call_later(left_s, self._quiet)
-        elif self._transport is not None:
-            self._transport.close()
+        else:
+            self.abort()  # who has not even taken its last answer by now never will
 
     @property
     def _busy(self) -> bool:
@@ -631,8 +736,14 @@ class Connection(asyncio.Protocol):
     def close_when_idle(self) -> None:
         """No more requests: an idle connection ends now, another after its answers."""
         self._closing = True
-        if not self._busy and self._transport is not None:
-            self._transport.close()
+        if not self._busy:
+            self._close()
+
+    async def ended(self) -> None:
+        """Waits until it is gone."""
+        if self._transport is not None:
+            self._lost = self._lost or self.loop.create_future()
+            await asyncio.shield(self._lost)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -660,6 +771,7 @@ class Server:
         self._clock = clock
         self._most = connections_allowed() if bounds.connections is None else bounds.connections
         self._connections: set[Connection] = set()
+        self._away: set[Connection] = set()
         self._closing = False
 
     def __call__(self) -> Connection:
@@ -672,15 +784,24 @@ class Server:
     def record(self, method: str) -> Record:
         return Record(self._clock, self._clock(), method, "")
 
-    def admit(self, connection: Connection) -> bool:
-        if self._closing or len(self._connections) >= self._most:
-            self.turned_away += 1
+    def admit(self, connection: Connection) -> str | None:
+        """Why it must go, or ``None``."""
+        if not self._closing and len(self._connections) < self._most:
+            self._connections.add(connection)
+            return None
+        self.turned_away += 1
+        return "the gateway is stopping" if self._closing else "too many connections"
+
+    def may_linger(self, connection: Connection) -> bool:
+        """Whether one that was turned away may stay until its refusal is seen."""
+        if len(self._away) >= AWAY:
             return False
-        self._connections.add(connection)
+        self._away.add(connection)
         return True
 
     def forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        self._away.discard(connection)
 
     def close_idle(self) -> None:
         """No more requests: idle connections end now, the others after their answers."""
@@ -689,20 +810,36 @@ class Server:
             connection.close_when_idle()
 
     async def close(self) -> None:
-        """Ends whatever is left, at once."""
-        self._closing = True
-        tasks = [task for connection in list(self._connections) if (task := connection.cancel()) is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Ends whatever is left; answers that are on their way have ``linger_s`` to arrive."""
+        self.close_idle()
+        leaving = [connection for connection in self._connections if connection.unsent]
+        tasks = [connection.cancel() for connection in (self._connections | self._away).difference(leaving)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.bounds.linger_s):
+                await asyncio.gather(*(connection.ended() for connection in leaving))
+        tasks += [connection.cancel() for connection in leaving]
+        await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
         await asyncio.sleep(0)  # the transports close in the loop's next round
 
 
+def _own(target: str) -> str:
+    """Of a request's target what is asked of us: ``http://host/path`` is how a client would ask a proxy, and a fragment
+    is its own affair."""
+    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
+        target = "/" + target.partition("://")[2].partition("/")[2]
+    return target.partition("#")[0]
+
+
 def _path(target: str) -> str:
-    """Of a request's target, decoded; ``http://host/path`` is how a client would ask a proxy."""
-    path = target
-    if path[:7].lower() == "http://" or path[:8].lower() == "https://":
-        path = "/" + path.partition("://")[2].partition("/")[2]
-    path = path.partition("#")[0].partition("?")[0]
+    path = target.partition("?")[0]
     return unquote(path) if "%" in path else path
+
+
+def _dubious(headers: Headers) -> bool:
+    """Whether another who reads this head could take it for something else (RFC 9112 sections 3.2 and 6.3)."""
+    codings = [value.lower() for name, value in headers.pairs if name.lower() == "transfer-encoding"]
+    hosts = sum(name.lower() == "host" for name, _ in headers.pairs)
+    return codings not in ([], ["chunked"]) or hosts > 1
 
 
 def _framing(headers: Headers) -> bytes | None:
@@ -710,10 +847,17 @@ def _framing(headers: Headers) -> bytes | None:
     if headers.get("Transfer-Encoding") is not None:
         return b"Transfer-Encoding: chunked"
     length = headers.get("Content-Length")
-    return None if length is None or not length.isdigit() or int(length) == 0 else b"Content-Length: " + length.encode()
+    return None if length is None else b"Content-Length: " + length.encode()
 
 
-def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+def _has_left(transport: asyncio.Transport) -> bool:
+    """Whether the client has ended its side, though not all that it sent has been read."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), _LEFT)
+    return bool(poll.poll(0))
+
+
+async def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
     """Raises BadRequest; ``limit`` is of what comes out: a few bytes can become gigabytes."""
     if encoding in ("", "identity"):
         return body
@@ -722,20 +866,30 @@ def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
     # RFC 9110 section 8.4.1.2: "deflate" has zlib's wrapping, which some clients leave out.
     raw = encoding == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31)
     unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
-    try:
-        plain = unpack.decompress(body, limit + 1)
-    except zlib.error:
-        raise BadRequest("the request body is not what its head says") from None
-    if len(plain) > limit:
-        raise _too_large()
-    if not unpack.eof:
+    plain = bytearray()
+    for start in range(0, len(body), UNPACK):  # what is not taken of a piece is copied each time, so it is no large one
+        rest = body[start : start + UNPACK]
+        more = True
+        while more:
+            try:
+                piece = unpack.decompress(rest, UNPACK)
+            except zlib.error:
+                raise BadRequest("the request body is not what its head says") from None
+            plain += piece
+            if len(plain) > limit:
+                raise _too_large()
+            rest = unpack.unconsumed_tail
+            more = not unpack.eof and (len(rest) > 0 or len(piece) == UNPACK)
+            if more or len(body) > UNPACK:
+                await asyncio.sleep(0)
+    if not unpack.eof or unpack.unused_data:
         raise BadRequest("the request body is not what its head says")
-    return plain
+    return bytes(plain)
 
 
 def _id(given: str | None) -> str | None:
     """What a client calls its request: a short word that is safe in a header and in a log, or nothing."""
-    if given is None or not given.isascii() or not given.isprintable():
+    if not given or not given.isascii() or not given.isprintable():
         return None
     return given[:MAX_ID]
 

@@ -171,6 +171,27 @@ async def test_an_offer_of_another_protocol_is_passed_over(short: Running) -> No
     )
 
 
+async def test_much_that_is_asked_ahead_is_no_large_head(short: Running) -> None:
+    """However the network cuts it: here in the middle of a head, behind more bytes than a head may have."""
+    ahead = GET * (SHORT.head_bytes // len(GET) + 10)
+    async with connected(short) as (reader, writer):
+        writer.write(ahead + GET[:20])
+        for _ in range(ahead.count(b"GET")):
+            assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
+        writer.write(GET[20:])
+        assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
+
+
+async def test_a_head_that_never_gets_whole_is_bounded() -> None:
+    async with running(A) as fleet, connected(fleet) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nX-Long: ")
+        for _ in range(40):
+            writer.write(b"a" * 1000)
+            await writer.drain()
+            await asyncio.sleep(0)
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 431 ")
+
+
 async def test_who_asks_ahead_without_end_is_read_no_further() -> None:
     """Its answers are not read either: neither they nor what has been asked for may pile up here."""
     async with running(A) as fleet, connected(fleet) as (_, writer):
@@ -181,6 +202,7 @@ async def test_who_asks_ahead_without_end_is_read_no_further() -> None:
                     writer.write(GET * 1000)
                     sent += len(GET) * 1000
                     await asyncio.wait_for(writer.drain(), 1.0)
+                    await asyncio.sleep(0)
         except TimeoutError:
             pass
         assert sent < 64 << 20, "the rest is the buffers of two sockets, whose size the kernel chooses"
