@@ -42,6 +42,7 @@ from gpumesh.topology import BackendKind, NodeSpec, RedisSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
+from gpumesh.tunnels.this_machine import ThisMachine
 
 SHOWN_WAITING = 100
 
@@ -84,6 +85,7 @@ class Mesh:
         self._changes = Changes()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
+        self._here = ThisMachine()
         self._upstream = Upstream()
         self._coordination = self._coordinated(topology.redis)
         shared = None if isinstance(self._coordination, Alone) else self._coordination.elsewhere
@@ -140,7 +142,13 @@ class Mesh:
 
     def _open(self, spec: NodeSpec, node: Node, workers: WorkerPool) -> Tunnel:
         return open_tunnel(
-            spec, clock=self._clock, rng=self._rng, workers=workers, on_change=node.on_tunnel, ask=self._ask
+            spec,
+            clock=self._clock,
+            rng=self._rng,
+            workers=workers,
+            on_change=node.on_tunnel,
+            ask=self._ask,
+            here=self._here,
         )
 
     def _coordinated(self, spec: RedisSpec | None) -> Coordination:

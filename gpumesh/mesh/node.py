@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import httpx
 
@@ -271,7 +272,9 @@ class Node:
             await self._up.wait()
             assert self.tunnel is not None, "the loops run beside the tunnel"
             quiet = not self._leases and self._clock() - self._last_busy > QUIET_S
-            report = await probe_gpus(self.tunnel.exec, timeout_s=GPUS_TIMEOUT_S, node=self.name)
+            report = await probe_gpus(
+                partial(self.tunnel.exec, question=True), timeout_s=GPUS_TIMEOUT_S, node=self.name
+            )
             if self._up.is_set():
                 self._gpus = report
                 self._recognise()

@@ -69,8 +69,11 @@ class Tunnel(Protocol):
     async def wait_up(self) -> None:
         """Returns when the tunnel is up. Raises the last TunnelError as soon as it is known that a person must act."""
 
-    async def exec(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20) -> ExecResult:
-        """Runs a command on the host over the same connection, quoted for a POSIX shell.
+    async def exec(
+        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, question: bool = False
+    ) -> ExecResult:
+        """Runs a command on the host over the same connection, quoted for a POSIX shell. A ``question`` changes
+        nothing there: what another node of the same machine was answered a moment ago will do.
 
         Raises TunnelDown when the tunnel is not up and ExecError on time-out or when the host gives no session.
         """

@@ -13,27 +13,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import Protocol
 
 from gpumesh.errors import ConnectRefused, ConnectTimeout, ExecError, HostUnreachable, HostUnresolved, TunnelDown
 from gpumesh.errors import TunnelError as TunnelFault
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, Target
-from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Stream
-from gpumesh.tunnels.local_command import CHUNK, local_command, read_at_most
-from gpumesh.tunnels.owners import Owner, PortOwner
+from gpumesh.tunnels.local_command import CHUNK, local_command
+from gpumesh.tunnels.this_machine import ThisMachine, exit_status, run
 
 CHECK_S = 2.0
 TIMEOUT_S = 2.5
 
 
-class OwnerOf(Protocol):
-    def ask(self) -> Owner: ...
-
-
 class DirectTunnel:
-    """See ``base.Tunnel``. Up while any of its targets accepts a TCP connection."""
+    """See ``base.Tunnel``. Up while any of its targets accepts a TCP connection. ``here`` is the mesh's."""
 
     def __init__(
         self,
@@ -41,13 +35,14 @@ class DirectTunnel:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[TunnelState], None],
-        owner: Callable[[str, int], OwnerOf] = PortOwner,
+        here: ThisMachine | None = None,
     ) -> None:
         self._node = spec.name
         self._targets = spec.backend.targets
         self._clock = clock
         self._on_change = on_change
-        self._owners = {target: owner(target.host, target.port) for target in self._targets if is_loopback(target.host)}
+        self._here = ThisMachine() if here is None else here
+        self._local = frozenset(target for target in self._targets if is_loopback(target.host))
         self._state = TunnelState(transport="direct")
         self._check = asyncio.Event()
         self._changed = asyncio.Event()
@@ -159,28 +154,26 @@ class DirectTunnel:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
         for target in self._answering:
-            if target in self._owners:
-                owner = await blocking.call(self._owners[target].ask)
+            if target in self._local:
+                owner = await self._here.owner(target.host, target.port)
                 if owner.is_here:
                     return
                 reason = owner.reason
         hint = "give the node an `ssh:` section if it is another machine; its GPU is then asked there"
         raise ExecError(f"commands cannot run on {self._node}: {reason}", hint=hint, node=self._node)
 
-    async def exec(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20) -> ExecResult:
+    async def exec(
+        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, question: bool = False
+    ) -> ExecResult:
         await self._ensure_here()
-        async with _local(argv, self._node) as process:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    (out, cut_out), (err, cut_err), _status = await asyncio.gather(
-                        read_at_most(process.stdout, limit_bytes),
-                        read_at_most(process.stderr, limit_bytes),
-                        process.wait(),
-                    )
-            except TimeoutError as error:
-                message = f"no end of {argv[0]!r} within {timeout_s:g} s on {self._node}"
-                raise ExecError(message, node=self._node) from error
-            return ExecResult(_exit_status(process), out, err, truncated=cut_out or cut_err)
+        ask = self._here.answer if question else run
+        try:
+            return await ask(argv, timeout_s=timeout_s, limit_bytes=limit_bytes)
+        except TimeoutError as error:
+            message = f"no end of {argv[0]!r} within {timeout_s:g} s on {self._node}"
+            raise ExecError(message, node=self._node) from error
+        except (OSError, ValueError) as error:
+            raise _not_run(argv, self._node, error) from error
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         await self._ensure_here()
@@ -206,7 +199,7 @@ class DirectTunnel:
                     else:
                         yield piece
                 await process.wait()
-                yield ExecChunk(Stream.STDOUT, b"", ended=True, exit_status=_exit_status(process))
+                yield ExecChunk(Stream.STDOUT, b"", ended=True, exit_status=exit_status(process))
             finally:
                 for task in pumps:
                     task.cancel()
@@ -229,12 +222,12 @@ async def _local(argv: Sequence[str], node: str) -> AsyncIterator[asyncio.subpro
     async with contextlib.AsyncExitStack() as stack:
         try:
             process = await stack.enter_async_context(local_command(argv))
-        except FileNotFoundError as error:
-            raise ExecError(f"{argv[0]!r} is not installed on {node} (this machine)", node=node) from error
         except (OSError, ValueError) as error:
-            raise ExecError(f"{argv[0]!r} cannot be run on {node} (this machine): {error}", node=node) from error
+            raise _not_run(argv, node, error) from error
         yield process
 
 
-def _exit_status(process: asyncio.subprocess.Process) -> int | None:
-    return process.returncode if process.returncode is not None and process.returncode >= 0 else None
+def _not_run(argv: Sequence[str], node: str, error: Exception) -> ExecError:
+    if isinstance(error, FileNotFoundError):
+        return ExecError(f"{argv[0]!r} is not installed on {node} (this machine)", node=node)
+    return ExecError(f"{argv[0]!r} cannot be run on {node} (this machine): {error}", node=node)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -38,65 +39,85 @@ class Owner:
     reason: str = ""
 
 
-class PortOwner:
-    """Of the process that listens on ``host``:``port``, a loopback address or ``localhost``.
+Place = tuple[str, int]
+"""A host, which is a loopback address or ``localhost``, and a port."""
+_Sockets = frozenset[tuple[int, int]]
+"""(inode, uid) of each that would get a connection to a place."""
+
+
+class Ports:
+    """Of the processes that listen on local ports.
 
     Looking through all processes' descriptors takes tens of ms, so what was found stands for as long as the listening
-    socket is the same one (by its inode). ``ask`` blocks, and may be called from any thread, one at a time.
+    sockets are the same ones (by their inodes), and is looked for at once for all places that are asked for.
     """
 
-    def __init__(self, host: str, port: int, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
-        self._host = host
-        self._port = port
+    def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
         self._proc = proc
         self._platform = platform
-        self._known: tuple[set[tuple[int, int]], Owner] | None = None
+        self._known: dict[Place, tuple[_Sockets, Owner]] = {}
 
-    def ask(self) -> Owner:
+    def ask(self, places: Collection[Place]) -> dict[Place, Owner]:
+        """Blocks; may be called from any thread, one at a time."""
         if self._platform != "linux":
-            return Owner(False, f"which process listens on port {self._port} is not known on this system")
-        listening = _listening(self._proc, self._host, self._port)
-        if self._known is None or self._known[0] != listening:
+            return {
+                (host, port): Owner(False, f"which process listens on port {port} is not known on this system")
+                for host, port in places
+            }
+        listening = _listening(self._proc, places)
+        known = {place: self._known[place] for place in places if place in self._known}
+        new = {place: found for place, found in listening.items() if place not in known or known[place][0] != found}
+        holders = _holders(self._proc, {inode for found in new.values() for inode, _uid in found})
+        told: dict[Place, Owner] = {}
+        for place, sockets in new.items():
+            known.pop(place, None)
             try:
-                self._known = listening, self._look(listening)
-            except OSError:
-                self._known = None
-                return Owner(False, f"the process that listened on port {self._port} has just ended")
-        return self._known[1]
+                owner = self._owner(place[1], sockets, holders)
+            except OSError:  # not kept: it is looked for again
+                told[place] = Owner(False, f"the process that listened on port {place[1]} has just ended")
+            else:
+                known[place] = sockets, owner
+        self._known = known
+        return told | {place: owner for place, (_sockets, owner) in known.items()}
 
-    def _look(self, listening: set[tuple[int, int]]) -> Owner:
+    def _owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> Owner:
         """Raises OSError when a process that held the port is gone."""
-        if not listening:
-            return Owner(False, f"which process listens on port {self._port} is not known")
-        pids = _pids_of(self._proc, {inode for inode, _uid in listening})
+        if not sockets:
+            return Owner(False, f"which process listens on port {port} is not known")
+        pids = {pid for inode, _uid in sockets for pid in holders.get(inode, ())}
         if not pids:
-            if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in listening):
+            if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
                 return Owner(True)
-            reason = f"another user's process listens on port {self._port}, perhaps a tunnel to another machine"
-            return Owner(False, reason)
-        for pid in pids:
+            return Owner(False, f"another user's process listens on port {port}, perhaps a tunnel to another machine")
+        for pid in sorted(pids):
             name = _name_if_it_passes_on(self._proc / str(pid))
             if name is not None:
-                return Owner(False, f"{name} listens on port {self._port}, which may lead to another machine")
+                return Owner(False, f"{name} listens on port {port}, which may lead to another machine")
         return Owner(True)
 
 
-def _listening(proc: Path, host: str, port: int) -> set[tuple[int, int]]:
-    """(inode, uid) of each socket that would get a connection to this address."""
-    found = set()
+def _listening(proc: Path, places: Collection[Place]) -> dict[Place, _Sockets]:
+    found: dict[Place, set[tuple[int, int]]] = {place: set() for place in places}
+    hosts: dict[int, list[str]] = {}
+    for host, port in places:
+        hosts.setdefault(port, []).append(host)
     for table in ("net/tcp", "net/tcp6"):
         try:
             lines = (proc / table).read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
+            if " 0A " not in line:  # most are connections; all that is read of those is this
+                continue
             fields = line.split()
             if len(fields) < 10 or fields[3] != "0A":  # TCP_LISTEN
                 continue
             address, _colon, number = fields[1].partition(":")
-            if int(number, 16) == port and _covers(_kernel_address(address), host):
-                found.add((int(fields[9]), int(fields[7])))
-    return found
+            port = int(number, 16)
+            for host in hosts.get(port, ()):
+                if _covers(_kernel_address(address), host):
+                    found[host, port].add((int(fields[9]), int(fields[7])))
+    return {place: frozenset(sockets) for place, sockets in found.items()}
 
 
 def _kernel_address(text: str) -> IPv4Address | IPv6Address:
@@ -114,10 +135,11 @@ def _covers(bound: IPv4Address | IPv6Address, host: str) -> bool:
     return bound == ip_address(host)
 
 
-def _pids_of(proc: Path, inodes: set[int]) -> list[int]:
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    pids = []
-    for folder in proc.iterdir():
+def _holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
+    """The processes that hold each of these sockets."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    holders: dict[int, list[int]] = {}
+    for folder in proc.iterdir() if wanted else ():
         if not folder.name.isdigit():
             continue
         try:
@@ -125,9 +147,9 @@ def _pids_of(proc: Path, inodes: set[int]) -> list[int]:
                 links = {_link(entry) for entry in entries}
         except OSError:  # another user's, or gone
             continue
-        if not wanted.isdisjoint(links):
-            pids.append(int(folder.name))
-    return pids
+        for link in links & wanted.keys():
+            holders.setdefault(wanted[link or ""], []).append(int(folder.name))
+    return holders
 
 
 def _link(entry: os.DirEntry[str]) -> str | None:

@@ -50,6 +50,7 @@ from gpumesh.tunnels.listeners import Listeners
 from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.protocol import ForwardFailed, Setup, Up
 from gpumesh.tunnels.surroundings import watch_network, watch_sleep
+from gpumesh.tunnels.this_machine import ThisMachine
 
 NOTICE_S = 4.5  # a dead peer is noticed within this, if the keepalive interval leaves room for it
 LEAST_PATIENCE_S = 1.5  # for an answer: a lost packet or two must not end a connection that lives
@@ -67,13 +68,15 @@ def open_tunnel(
     workers: WorkerPool,
     on_change: Callable[[TunnelState], None],
     ask: Prompter | None = None,
+    here: ThisMachine | None = None,
 ) -> Tunnel:
     """The tunnel of a node, with its local ports bound. Its caller runs ``run`` in a task, or uses ``running``.
 
     ``clock`` gives monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
+    ``here`` is shared by all that need not be told twice what this machine says.
     """
     if spec.ssh is None:
-        return DirectTunnel(spec, clock=clock, on_change=on_change)
+        return DirectTunnel(spec, clock=clock, on_change=on_change, here=here)
     return SshTunnel(
         spec, spec.ssh, clock=clock, rng=rng or random.Random(), workers=workers, on_change=on_change, ask=ask
     )
@@ -165,7 +168,14 @@ class SshTunnel:
                 raise TunnelDown(f"the tunnel of {self._node} is closed", node=self._node)
             await self._changed.wait()
 
-    async def exec(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20) -> ExecResult:
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float,
+        limit_bytes: int = 1 << 20,
+        question: bool = False,  # noqa: ARG002 - each host is its own
+    ) -> ExecResult:
         return await self._up_now().run(shlex.join(argv), timeout_s=timeout_s, limit_bytes=limit_bytes)
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:

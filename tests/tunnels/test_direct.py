@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +16,8 @@ from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import BackendSpec, NodeSpec, Target
 from gpumesh.tunnels.base import ExecChunk, Stream
 from gpumesh.tunnels.direct import DirectTunnel, is_loopback
-from gpumesh.tunnels.owners import Owner
+from gpumesh.tunnels.owners import Owner, Place, Ports
+from gpumesh.tunnels.this_machine import ThisMachine
 from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import serving
 from tests.tunnels.supervised import descriptors
@@ -25,12 +26,15 @@ from tests.tunnels.traffic import echo
 HERE, ELSEWHERE = Owner(True), Owner(False, "ssh listens on port 1, which may lead to another machine")
 
 
-@dataclass
-class Always:
-    owner: Owner
+class Always(Ports):
+    """Says the same of each port: who listens there is test_owners.py's."""
 
-    def ask(self) -> Owner:
-        return self.owner
+    def __init__(self, owner: Owner) -> None:
+        super().__init__()
+        self._owner_of_all = owner
+
+    def ask(self, places: Collection[Place]) -> dict[Place, Owner]:
+        return dict.fromkeys(places, self._owner_of_all)
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Told:
 async def direct(*targets: Target, owner: Owner = HERE) -> AsyncIterator[Told]:
     states: list[TunnelState] = []
     spec = NodeSpec("local", BackendSpec(targets=targets))
-    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, owner=lambda host, port: Always(owner))
+    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, here=ThisMachine(Always(owner)))
     task = asyncio.create_task(tunnel.run())
     try:
         yield Told(tunnel, states)

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels import owners
-from gpumesh.tunnels.owners import Owner, PortOwner
+from gpumesh.tunnels.owners import Owner, Ports
+
+
+def ask(ports: Ports, host: str = "127.0.0.1", port: int = 11434) -> Owner:
+    return ports.ask([(host, port)])[host, port]
+
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -32,20 +37,20 @@ async def test_a_server_on_this_machine(address: str) -> None:
     assert server.stdout is not None
     port = int(await asyncio.wait_for(server.stdout.readline(), 20))
     loopback = "::1" if ":" in address else "127.0.0.1"
-    assert PortOwner(loopback, port).ask() == Owner(True)
-    assert PortOwner("localhost", port).ask().is_here
+    assert ask(Ports(), loopback, port) == Owner(True)
+    assert ask(Ports(), "localhost", port).is_here
     if address == "127.0.0.1":
-        other = PortOwner("127.0.0.2", port).ask()
+        other = ask(Ports(), "127.0.0.2", port)
         assert (other.is_here, "not known" in other.reason) == (False, True)
     server.kill()
     await server.communicate()
-    gone = PortOwner(loopback, port).ask()
+    gone = ask(Ports(), loopback, port)
     assert not gone.is_here
     assert str(port) in gone.reason
 
 
 def test_elsewhere_it_is_not_known() -> None:
-    owner = PortOwner("127.0.0.1", 11434, platform="darwin").ask()
+    owner = ask(Ports(platform="darwin"))
     assert not owner.is_here
     assert "not known" in owner.reason
 
@@ -82,7 +87,10 @@ class MadeUp:
             (folder / "fd" / str(number)).symlink_to(f"socket:[{inode}]")
 
     def owner(self, host: str = "127.0.0.1", port: int = 11434) -> Owner:
-        return PortOwner(host, port, proc=self.folder, platform="linux").ask()
+        return ask(self.ports(), host, port)
+
+    def ports(self) -> Ports:
+        return Ports(proc=self.folder, platform="linux")
 
 
 @pytest.fixture
@@ -182,25 +190,43 @@ def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> 
 def test_what_was_found_stands_while_the_socket_is_the_same(proc: MadeUp) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
-    owner = PortOwner("127.0.0.1", 11434, proc=proc.folder, platform="linux")
-    assert owner.ask().is_here
+    ports = proc.ports()
+    assert ask(ports).is_here
     (proc.folder / "42" / "comm").write_text("ssh\n")  # which no process does: it is only not looked at again
-    assert owner.ask().is_here
+    assert ask(ports).is_here
     proc.listen("127.0.0.1", 11434, 78)  # a second one beside it
     proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
-    assert owner.ask() == Owner(False, "ssh listens on port 11434, which may lead to another machine")
+    assert ask(ports) == Owner(False, "ssh listens on port 11434, which may lead to another machine")
 
 
 def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     (proc.folder / "42" / "comm").rename(proc.folder / "42" / "gone")
-    owner = PortOwner("127.0.0.1", 11434, proc=proc.folder, platform="linux")
-    assert not owner.ask().is_here
+    ports = proc.ports()
+    assert not ask(ports).is_here
     (proc.folder / "42" / "gone").rename(proc.folder / "42" / "comm")
-    assert owner.ask().is_here
+    assert ask(ports).is_here
 
 
 def test_accounts() -> None:
     assert owners._account(os.getuid())
     assert owners._account(3_999_999) is None
+
+
+def test_several_places_are_looked_for_together(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.listen("::", 8080, 78)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    proc.process(43, "ssh", "ssh", "-L", "x", inodes=(78,))
+    ports = proc.ports()
+    places = [("127.0.0.1", 11434), ("localhost", 8080), ("127.0.0.1", 8080), ("127.0.0.1", 9)]
+    elsewhere = Owner(False, "ssh listens on port 8080, which may lead to another machine")
+    assert ports.ask(places) == dict(
+        zip(
+            places,
+            [Owner(True), elsewhere, elsewhere, Owner(False, "which process listens on port 9 is not known")],
+            strict=True,
+        )
+    )
+    assert ports.ask(places[:1]) == {places[0]: Owner(True)}
