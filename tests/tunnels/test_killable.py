@@ -48,13 +48,21 @@ async def start(folder: Path, command: str) -> Process:
     )
 
 
+async def output_of(process: Process) -> tuple[bytes, bytes]:
+    """Not ``communicate``, which from Python 3.12 on closes the input at once: that ends the command."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err, _status = await asyncio.gather(process.stdout.read(), process.stderr.read(), process.wait())
+    return out, err
+
+
 @pytest.mark.parametrize("setsid", [True, False])
 async def test_output_and_status_come_through_and_nothing_is_left(shell: Path, setsid: bool) -> None:
     if setsid:
         add_setsid(shell)
     process = await start(shell, shlex.join(["sh", "-c", "echo 'a  b'; echo err >&2; cat; exit 7"]))
     async with asyncio.timeout(20):
-        out, err = await process.communicate()  # its own input is empty: ``cat`` ends at once
+        out, err = await output_of(process)  # its own input is empty: ``cat`` ends at once
     assert (out, err, process.returncode) == (b"a  b\n", b"err\n", 7)
 
 
@@ -116,7 +124,7 @@ async def test_a_signal_shows_as_a_shell_shows_it(shell: Path) -> None:
         assert await process.wait() == 137
     process = await start(shell, "no-such-command-here")
     async with asyncio.timeout(20):
-        out, err = await process.communicate()
+        out, err = await output_of(process)
     assert (out, process.returncode) == (b"", 127)
     assert b"no-such-command-here" in err
 
