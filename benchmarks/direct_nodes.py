@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -133,7 +134,10 @@ async def measure(count: int, seconds: float, runs: int, watch_s: float, folder:
         await asyncio.sleep(seconds)
         idle = (cpu_s(pid) - before) / (time.monotonic() - began)
         took = sorted(await latencies_ms(base, seconds))
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
         table = await wall_ms([str(GPUMESH), "status"], runs)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        status_cpu_s = used.ru_utime + used.ru_stime - children.ru_utime - children.ru_stime
         before, began = cpu_s(pid), time.monotonic()
         watch, _rate = await watch_cpu(watch_s)
         watched = (cpu_s(pid) - before) / (time.monotonic() - began)
@@ -144,6 +148,7 @@ async def measure(count: int, seconds: float, runs: int, watch_s: float, folder:
         "healthz_max_ms": round(took[-1], 1),
         "status_p50_ms": round(statistics.median(table), 1),
         "status_max_ms": round(max(table), 1),
+        "status_cpu_ms": round(status_cpu_s * 1000 / (runs + 1), 1),
         "watch_core_pct": round(watch * 100, 2),
         "mesh_idle_core_pct": round(idle * 100, 2),
         "mesh_watched_core_pct": round(watched * 100, 2),

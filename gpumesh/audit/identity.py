@@ -62,7 +62,9 @@ def machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
     # The strong links first: what a weaker one then still joins is joined by that one alone.
     for proof in Proof:
         for mark, alike in _alike(nodes, proof).items():
-            for one, other in _pairs(alike, proof):
+            for one, other in _pairs(alike):
+                if group[one.name] == group[other.name] or not _may_be_one(one, other, proof):
+                    continue
                 first, second = sorted((root(one.name), root(other.name)), key=order.__getitem__)
                 if first != second:
                     group[second] = first
@@ -215,11 +217,12 @@ def _alike(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeSt
     return found
 
 
-def _pairs(alike: Sequence[NodeState], proof: Proof) -> Iterator[tuple[NodeState, NodeState]]:
-    for place, other in enumerate(alike):
-        for one in alike[:place]:
-            if (proof is Proof.GPU or not (uuids(one) and uuids(other))) and not _different_servers(one, other):
-                yield one, other
+def _pairs(alike: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
+    return ((one, other) for place, other in enumerate(alike) for one in alike[:place])
+
+
+def _may_be_one(one: NodeState, other: NodeState, proof: Proof) -> bool:
+    return (proof is Proof.GPU or not (uuids(one) and uuids(other))) and not _different_servers(one, other)
 
 
 def _different_servers(one: NodeState, other: NodeState) -> bool:

@@ -42,6 +42,7 @@ from gpumesh.state import (
 )
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
+from gpumesh.tunnels.turns import turns
 
 BACKEND_EVERY_S = 2.0
 BACKEND_TIMEOUT_S = 4.0
@@ -197,13 +198,13 @@ class Node:
     # -- probes --------------------------------------------------------------------------------------------------
 
     async def _probe_backend_often(self) -> None:
-        while True:
+        for wait_s in turns(self.name, BACKEND_EVERY_S):
             await self._up.wait()
             self._probe_now.clear()
             async with self._probing:
                 await self._probe_backend()
             try:
-                async with asyncio.timeout(BACKEND_EVERY_S):
+                async with asyncio.timeout(wait_s):
                     await self._probe_now.wait()
             except TimeoutError:
                 continue
@@ -268,7 +269,7 @@ class Node:
                 lease.cut()
 
     async def _probe_gpus_often(self) -> None:
-        while True:
+        for wait_s in turns(self.name, GPUS_EVERY_S):
             await self._up.wait()
             assert self.tunnel is not None, "the loops run beside the tunnel"
             quiet = not self._leases and self._clock() - self._last_busy > QUIET_S
@@ -283,7 +284,7 @@ class Node:
                     self._foreign = max(used) / 100.0 if used else None
                 self._reported_when_complete()
                 self._changes.notify()
-            await asyncio.sleep(GPUS_EVERY_S)
+            await asyncio.sleep(wait_s)
 
     def _recognise(self) -> None:
         """Who shares a GPU with whom is asked again when what this node is known by has changed."""

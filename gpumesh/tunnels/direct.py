@@ -21,6 +21,7 @@ from gpumesh.topology import NodeSpec, Target
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Stream
 from gpumesh.tunnels.local_command import CHUNK, local_command
 from gpumesh.tunnels.this_machine import ThisMachine, exit_status, run
+from gpumesh.tunnels.turns import turns
 
 CHECK_S = 2.0
 TIMEOUT_S = 2.5
@@ -78,11 +79,11 @@ class DirectTunnel:
     async def run(self) -> None:
         self._become(TunnelPhase.CONNECTING)
         try:
-            while True:
+            for wait_s in turns(self._node, CHECK_S):
                 self._check.clear()
                 await self._look()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(CHECK_S):
+                    async with asyncio.timeout(wait_s):
                         await self._check.wait()
         finally:
             self._answering = ()
