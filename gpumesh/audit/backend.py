@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from gpumesh.audit.catalog import explain
 from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec
 
@@ -18,13 +19,11 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP:
         return
     if backend.state is BackendPhase.DOWN:
-        yield Finding(
-            backend.error_code or "backend-down",
-            Severity.ERROR,
-            node,
-            backend.last_error or "its server does not answer",
-            "start the server on the host, and check `backend.port` or `backend.url`",
-        )
+        # As a mesh tells it that noticed nothing more: of an older version, or one that has only just begun.
+        code = backend.error_code or "backend-down"
+        known = explain(code) or explain("backend-down")
+        hint = None if known is None else known.remedy
+        yield Finding(code, Severity.ERROR, node, backend.last_error or "its server does not answer", hint)
     if backend.state is not BackendPhase.UP:
         return
     spilled = [f"{model.name} ({share} %)" for model in backend.loaded if (share := on_cpu_pct(model))]

@@ -325,6 +325,47 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "vLLM and LM Studio.",
     ),
     (
+        "wrong-scheme",
+        E,
+        "plain HTTP and HTTPS are mixed up",
+        "The port speaks HTTPS and is asked with plain HTTP, or the other way round.",
+        "Write `backend.url` with the other one of http:// and https://; `backend.port` alone means http.",
+    ),
+    (
+        "tls-refused",
+        E,
+        "no trusted TLS connection",
+        "The server's certificate is not accepted (self-signed, expired, for another name), or no TLS connection "
+        "comes about at all.",
+        "Use http:// where SSH encrypts the way anyhow; else give the server a certificate of a known authority for "
+        "the name in `backend.url`. `openssl s_client -connect HOST:PORT` shows what it offers.",
+    ),
+    (
+        "redirected",
+        E,
+        "the server sends us elsewhere",
+        "It answers with a redirect, to a login page, another host or HTTPS. Redirects are not followed: prompts go "
+        "only where mesh.yaml says.",
+        "Point `backend.port` or `backend.url` at the inference server itself, or write https:// if that is all it "
+        "wants.",
+    ),
+    (
+        "answer-broken",
+        E,
+        "the server's answer is not whole",
+        "The list of models breaks off, or is no whole JSON: the server crashes while it answers, or a proxy on the "
+        "way cuts long answers.",
+        "See the server's log on its host (`journalctl -u ollama`, `docker logs`) and restart it; go around a proxy.",
+    ),
+    (
+        "models-too-many",
+        E,
+        "the server lists too many models",
+        "Its list has more than 10,000 models or is longer than 8 MiB. It is asked every two seconds, and nobody waits "
+        "for that.",
+        "Remove what nobody uses (`ollama rm`, `gpumesh models rm`), or let a server of its own offer what you need.",
+    ),
+    (
         "host-refused",
         E,
         "Ollama refuses our Host header",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
-from gpumesh.backends import jsons, words
+from gpumesh.backends import jsons, refusals, words
 from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
 from gpumesh.backends.frames import Lines, Reader, final, not_this_server
 from gpumesh.errors import BackendError, ProbeError
@@ -13,6 +14,7 @@ from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
 
 JSON = (("Content-Type", "application/json"),)
+_MISSING = object()
 Answers = Mapping[str, tuple[int, bytes] | None]
 
 
@@ -43,10 +45,14 @@ class Ollama:
         return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
 
     def inventory(self, answers: Answers) -> Inventory:
-        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused`` or
-        ``key-refused``. ``ps`` may be missing: older servers do not have it."""
-        version = self._required(answers.get("version"), "/api/version", "version")
-        tags = self._required(answers.get("tags"), "/api/tags", "models")
+        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused``,
+        ``key-refused``, ``answer-broken`` or ``models-too-many``. ``ps`` may be missing: older servers do not have
+        it."""
+        version = self._required(answers.get("version"), "/api/version", "version", (str, NoneType))
+        tags = self._required(answers.get("tags"), "/api/tags", "models", (list, NoneType))
+        too_many = refusals.too_many(tags["models"])
+        if too_many is not None:
+            raise too_many
         ps = answers.get("ps")
         loaded = jsons.parse_object(ps[1]) if ps is not None and ps[0] == 200 else None
         return Inventory(
@@ -55,7 +61,9 @@ class Ollama:
             loaded=tuple(_loaded(item) for item in jsons.objects((loaded or {}).get("models")) if _name(item)),
         )
 
-    def _required(self, answer: tuple[int, bytes] | None, path: str, key: str) -> dict[str, Any]:
+    def _required(
+        self, answer: tuple[int, bytes] | None, path: str, key: str, kinds: tuple[type, ...]
+    ) -> dict[str, Any]:
         if answer is None:
             raise ProbeError(f"no answer to {path}", finding="backend-down")
         status, body = answer
@@ -66,17 +74,13 @@ class Ollama:
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
         if status in (401, 403):
-            raise ProbeError(
-                f"the server refuses us: {self.error_text(status, body)}",
-                finding="key-refused",
-                hint="set `backend.api_key_env` to the variable that holds its key",
-            )
+            raise refusals.refused(status, body)
         if status == 429 or status >= 500:
-            raise ProbeError(f"the server says {self.error_text(status, body)}", finding="backend-down")
+            raise refusals.not_now(status, body)
         document = jsons.parse_object(body)
-        if status == 200 and document is not None and key in document:
+        if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document
-        raise wrong_server(status, body, document, path)
+        raise (refusals.half_json(body, path) if status == 200 else None) or wrong_server(status, body, document, path)
 
 
 class NativeReader(Reader):
@@ -143,6 +147,8 @@ def wrong_server(status: int, body: bytes, document: dict[str, Any] | None, path
         hint = "set `backend.kind: openai` for it, or " + hint
     else:
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+        if path == "/api/tags":  # /api/version was asked before, and was right
+            hint = "a proxy before it passes only some paths on: let it pass all of /api/, or go around it"
     return ProbeError(f"the port answers, but not as Ollama: {path} gave {what}", finding="wrong-server", hint=hint)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gpumesh.backends import jsons, words
+from gpumesh.backends import jsons, refusals, words
 from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
 from gpumesh.backends.frames import BODY_LIMIT, Events, Reader, final, not_this_server
 from gpumesh.backends.ollama import JSON, Answers
@@ -69,25 +69,26 @@ class OpenAI:
         }
 
     def inventory(self, answers: Answers) -> Inventory:
-        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down`` or ``key-refused``."""
+        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``key-refused``,
+        ``answer-broken`` or ``models-too-many``."""
         answer = answers.get("models")
         if answer is None:
             raise ProbeError("no answer to /v1/models", finding="backend-down")
         status, body = answer
         if status in (401, 403):
-            raise ProbeError(
-                f"the server refuses us: {self.error_text(status, body)}",
-                finding="key-refused",
-                hint="set `backend.api_key_env` to the variable that holds its key",
-            )
+            raise refusals.refused(status, body)
         if status == 429 or status >= 500:  # llama-server: 503 "Loading model"
-            raise ProbeError(f"the server says {self.error_text(status, body)}", finding="backend-down")
+            raise refusals.not_now(status, body)
         document = jsons.parse_object(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
-            raise _wrong_server(status, body)
+            half = refusals.half_json(body, "/v1/models") if status == 200 else None
+            raise half or _wrong_server(status, body)
+        too_many = refusals.too_many(document["data"])
+        if too_many is not None:
+            raise too_many
         health = answers.get("health")
         if health is not None and health[0] == 503:
-            raise ProbeError(f"the server says {self.error_text(*health)}", finding="backend-down")
+            raise refusals.not_now(*health)
         props, version = _answered(answers.get("props")), _answered(answers.get("version"))
         models = [item for item in jsons.objects(document["data"]) if _name(item)]
         context = _context(props)

@@ -52,7 +52,20 @@ _FAMILIES = (
     (("disk",), "disk"),
     (("same", "tunnel-duplicate"), "nodes"),
 )
-_OF_SERVER = frozenset({"backend-down", "wrong-server", "host-refused", "key-refused", "secret-missing"})
+_OF_SERVER = frozenset(
+    {
+        "answer-broken",
+        "backend-down",
+        "host-refused",
+        "key-refused",
+        "models-too-many",
+        "redirected",
+        "secret-missing",
+        "tls-refused",
+        "wrong-scheme",
+        "wrong-server",
+    }
+)
 
 
 def rows(topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]) -> Iterator[Row]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
 
+from gpumesh.backends import refusals
 from gpumesh.backends.base import HttpCall, Inventory
 from gpumesh.backends.dialects import DIALECTS, host_header
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
+from gpumesh.probes import strangers
 from gpumesh.state import BackendPhase, BackendState, Finding, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
 
@@ -23,7 +26,6 @@ GRACE_S = 1.0
 # What each kind cannot do without; the rest is waited for only so long, and then unknown.
 REQUIRED = {BackendKind.OLLAMA: ("version", "tags"), BackendKind.OPENAI: ("models",)}
 OPTIONAL_S = 1.5
-GREETING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,8 @@ async def ask_server(
             answers[name] = result
         return Answered(dialect.inventory(answers), min(took_ms))
     except ProbeError as error:
-        raise ProbeError(f"{place}: {error.message}", finding=error.finding, hint=error.hint) from error
+        hint = _OTHER_KEY if error.finding == "key-refused" and api_key is not None else error.hint
+        raise ProbeError(f"{place}: {error.message}", finding=error.finding, hint=hint) from error
 
 
 def addressed(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
@@ -187,67 +190,92 @@ def addressed(target: Target | None, api_key: str | None) -> tuple[dict[str, str
 
 _SILENT = "see on the host whether the server is stuck (`ollama ps`, its log), and restart it"
 _NOBODY = "start the server on the host, and check `backend.port` or `backend.url`"
+_CLOSED = (
+    "start the server on the host, or, if something else listens on that port, change `backend.port` or `backend.url`"
+)
+_OTHER_KEY = "it does not accept the key that it was given: check the variable that `backend.api_key_env` names"
+_LIST = (b'"models"', b'"data"')
 
 
 async def _get(
     client: httpx.AsyncClient, url: str, headers: Mapping[str, str], extensions: Mapping[str, str]
 ) -> tuple[int, bytes]:
     """Status and body, bounded. Raises ProbeError."""
+    response: httpx.Response | None = None
     try:
         request = client.build_request("GET", url, headers=dict(headers), extensions=dict(extensions))
         response = await client.send(request, stream=True, follow_redirects=False)
         try:
-            body = bytearray()
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > BODY_LIMIT:
-                    message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
-                    raise ProbeError(message, finding="wrong-server", hint=_NOBODY)
-            return response.status_code, bytes(body)
+            body = await _body(response)
         finally:
             await response.aclose()
-    except (httpx.ConnectError, httpx.ReadError) as error:
-        # At the end of a tunnel that has nobody behind it a connection is reset, sooner or later.
-        message = f"it gave no answer: {_words(error)}"
-        raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
-    except httpx.RemoteProtocolError as error:
-        said = _words(error)
-        if "disconnected" in str(error) or "closed connection" in str(error):
-            # What is no HTTP and has no blank line (the banner of an SSH server) was read and passed over.
-            said = await _greeting(url)
-            if not said:
-                message = "it closed the connection without an answer"
-                raise ProbeError(message, finding="backend-down", hint=_NOBODY) from error
-        message = f"the port answers, but not with HTTP: {said}"
-        raise ProbeError(message, finding="wrong-server", hint=_NOBODY) from error
+    except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+        if response is not None:
+            raise refusals.broken(f"it stopped in the middle of its answer: {_words(error)}") from error
+        raise await _no_answer(url, error) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_SILENT) from error
+    location = response.headers.get("Location")
+    if response.is_redirect and location is not None:
+        raise _redirected(url, response.status_code, location)
+    if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
+        raise strangers.encrypted(url)  # as Go's server, nginx and Apache say it
+    return response.status_code, body
 
 
-async def _greeting(url: str) -> str:
-    """What a server that speaks no HTTP says to it, quoted; empty for nothing, and for a half answer in HTTP."""
-    place = httpx.URL(url)
-    if place.scheme != "http":
-        return ""
-    try:
-        async with asyncio.timeout(GREETING_S):
-            reader, writer = await asyncio.open_connection(place.host, place.port or 80, limit=1 << 12)
-            try:
-                writer.write(b"GET / HTTP/1.0\r\n\r\n")
-                said = await reader.read(200)
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return ""
-    return "" if said.startswith(b"HTTP/") or not printable(said) else repr(printable(said, 60))
+async def _body(response: httpx.Response) -> bytes:
+    """Raises ProbeError and what httpx raises."""
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > BODY_LIMIT:
+            message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
+            if any(key in body[:200] for key in _LIST):
+                raise refusals.more_models(f"{message} of models")
+            raise ProbeError(message, finding="wrong-server", hint=strangers.ANOTHER)
+    return bytes(body)
+
+
+async def _no_answer(url: str, error: httpx.TransportError) -> ProbeError:
+    """Not a word of HTTP came."""
+    broken_tls = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
+    if broken_tls is not None:
+        return await strangers.tls_failure(url, broken_tls)
+    if not isinstance(error, httpx.ConnectError):
+        # What is no HTTP and has no blank line (the banner of an SSH server) was read and passed over.
+        found = await strangers.stranger(url)
+        if found is not None:
+            return found
+    if isinstance(error, httpx.RemoteProtocolError):
+        if "disconnected" not in str(error) and "closed connection" not in str(error):
+            message = f"the port answers, but not with HTTP: {_words(error)}"
+            return ProbeError(message, finding="wrong-server", hint=strangers.ANOTHER)
+        return ProbeError("it closed the connection without an answer", finding="backend-down", hint=_CLOSED)
+    # At the end of a tunnel that has nobody behind it a connection is reset, sooner or later.
+    message = f"it gave no answer: {_words(error)}"
+    return ProbeError(message, finding="backend-down", hint=_NOBODY)
+
+
+def _redirected(url: str, status: int, location: str) -> ProbeError:
+    here, there = httpx.URL(url), location.strip()
+    hint = "a login page or a proxy stands before it: point `backend.port` or `backend.url` at the server itself"
+    if here.scheme == "http" and there.lower().startswith("https://"):
+        hint = f"if it only wants HTTPS, write https:// in `backend.url`; else {hint}"
+    message = f"it sends us elsewhere: HTTP {status}, to {printable(there, 100)}"
+    return ProbeError(message, finding="redirected", hint=hint)
 
 
 def _words(error: Exception) -> str:
     """The system's own words where it has some: httpx says no more than that all attempts failed, or nothing."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno).lower()
-        cause = cause.__cause__ or cause.__context__
     return printable(str(error), 120) or type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

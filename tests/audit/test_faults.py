@@ -9,7 +9,9 @@ import pytest
 
 from gpumesh import errors
 from gpumesh.audit import CATALOG
+from gpumesh.backends import refusals
 from gpumesh.errors import ProbeError
+from gpumesh.probes import strangers
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.probes.smi_tables import FIELDS
 from gpumesh.state import (
@@ -271,6 +273,32 @@ FAULTS = {
         ERROR,
         "nginx",
         "backend.port",
+    ),
+    "HTTP to a port that speaks HTTPS": one(
+        probed(strangers.encrypted("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
+    ),
+    "a certificate of nobody": one(
+        probed(ProbeError("self-signed", finding="tls-refused", hint="a known authority")),
+        "tls-refused",
+        ERROR,
+        "self-signed",
+        "authority",
+    ),
+    "a login page before it": one(
+        probed(ProbeError("HTTP 302, to /login", finding="redirected", hint="the server itself")),
+        "redirected",
+        ERROR,
+        "302",
+        "itself",
+    ),
+    "half a list of models": one(probed(refusals.broken("half")), "answer-broken", ERROR, "half", "log on its host"),
+    "100,000 models": one(probed(refusals.more_models("more than 8 MiB")), "models-too-many", ERROR, "8 MiB", "remove"),
+    "redirected, as a mesh tells it that noticed no more": one(
+        state(backend=BackendState("ollama", BackendPhase.DOWN, last_error="302", error_code="redirected")),
+        "redirected",
+        ERROR,
+        "302",
+        "the inference server itself",
     ),
     "Host refused": one(
         probed(ProbeError("403", finding="host-refused", hint="OLLAMA_HOST=0.0.0.0")),

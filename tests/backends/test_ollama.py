@@ -271,7 +271,7 @@ def test_inventory_without_ps(ps: tuple[int, Any] | None) -> None:
     assert OLLAMA.inventory(answers(ps=ps)).loaded == ()
 
 
-@pytest.mark.parametrize("models", [None, {}, [None, 5, {"name": 5}, {"name": "\x1b[2J"}], [{"details": "x"}]])
+@pytest.mark.parametrize("models", [None, [], [None, 5, {"name": 5}, {"name": "\x1b[2J"}], [{"details": "x"}]])
 def test_a_list_of_models_that_is_none_is_empty(models: Any) -> None:
     assert OLLAMA.inventory(answers(tags=(200, {"models": models}))).catalog == ()
 
@@ -290,6 +290,10 @@ def test_a_list_of_models_that_is_none_is_empty(models: Any) -> None:
         ({"version": (200, b"")}, "wrong-server"),
         ({"tags": (200, {"data": []})}, "wrong-server"),
         ({"tags": (301, b"")}, "wrong-server"),
+        ({"tags": (200, {"models": {}})}, "wrong-server"),
+        ({"tags": (200, b' {"models":[{"name":"qwen')}, "answer-broken"),
+        ({"tags": (404, b'{"models":[{"name":"qwen')}, "wrong-server"),
+        ({"tags": (200, {"models": [{"name": "m"}] * 10_001})}, "models-too-many"),
     ],
 )
 def test_answers_that_are_not_ollamas(changes: dict[str, Any], finding: str) -> None:

@@ -299,6 +299,8 @@ def test_vllm() -> None:
         (answers(b"<html><title>hi</title>", 200), "wrong-server"),
         (answers({"models": []}), "wrong-server"),
         (answers(b"", 404), "wrong-server"),
+        (answers(b'{"object":"list","da'), "answer-broken"),
+        (answers({"data": [{"id": "m"}] * 10_001}), "models-too-many"),
         (answers({"data": [{"id": "m"}]}, health=(503, {"error": {"message": "Loading model"}})), "backend-down"),
     ],
 )

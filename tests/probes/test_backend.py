@@ -279,6 +279,80 @@ async def redirects(exchange: Exchange) -> None:
     await exchange.send(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
 
 
+async def wants_https(exchange: Exchange) -> None:
+    head = b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
+    await exchange.send(head)
+
+
+async def plain_to_https(exchange: Exchange) -> None:
+    """As Go's own server says it."""
+    said = whole(b"Client sent an HTTP request to an HTTPS server.\n", status="400 Bad Request", kind="text/plain")
+    await exchange.send(said)
+
+
+async def forbidden_page(exchange: Exchange) -> None:
+    await exchange.send(whole(b"<html><title>403 Forbidden</title></html>", status="403 Forbidden"))
+
+
+async def bad_gateway(exchange: Exchange) -> None:
+    await exchange.send(whole(b"<html><title>502 Bad Gateway</title></html>", status="502 Bad Gateway"))
+
+
+async def nothing_there(exchange: Exchange) -> None:
+    await exchange.send(whole(b"404 page not found", status="404 Not Found", kind="text/plain"))
+
+
+async def redis(exchange: Exchange) -> None:
+    await exchange.send(b"-DENIED Redis is running in protected mode\r\n")
+    exchange.close()
+
+
+async def mail_server(exchange: Exchange) -> None:
+    await exchange.send(b"220 mail ESMTP\r\n")
+    exchange.close()
+
+
+async def noise(exchange: Exchange) -> None:
+    await exchange.send(bytes(range(256)))
+    exchange.close()
+
+
+def ollama(tags: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
+    """It says its version rightly."""
+
+    async def script(exchange: Exchange) -> None:
+        if path_of(exchange) == "/api/tags":
+            await tags(exchange)
+        else:
+            await exchange.send(json_of({"version": "0.12.6", "models": []}))
+
+    return script
+
+
+MODEL = {"name": "qwen2.5:7b", "size": 4683087332, "digest": "a" * 64, "details": {"family": "qwen2"}}
+
+
+async def too_many(exchange: Exchange) -> None:
+    await exchange.send(json_of({"models": [MODEL | {"name": f"m{number}"} for number in range(10_001)]}))
+
+
+async def a_hundred_thousand(exchange: Exchange) -> None:
+    await exchange.send(json_of({"models": [MODEL | {"name": f"m{number}"} for number in range(100_000)]}))
+
+
+async def half(exchange: Exchange) -> None:
+    await exchange.send(whole(b'{"models":[{"name":"qwen2.5:7b","si'))
+
+
+async def half_sent(exchange: Exchange) -> None:
+    await exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"models":[')
+    exchange.reset()
+
+
+async def no_list(exchange: Exchange) -> None:
+    await exchange.send(json_of({"models": "none"}))
+
+
 async def silent(exchange: Exchange) -> None:
     await exchange.client_gone()
     exchange.over = True
@@ -299,16 +373,30 @@ WRONG = {
     "a list": Wrong(a_list, "wrong-server", "[1, 2, 3]", "backend.port"),
     "Host refused": Wrong(refused_host, "host-refused", "Host header", "OLLAMA_HOST=0.0.0.0"),
     "wants a key": Wrong(wants_a_key, "key-refused", "unauthorized", "api_key_env"),
-    "loading": Wrong(loading, "backend-down", "Loading model", ""),
-    "error 500": Wrong(fails, "backend-down", "oops", ""),
-    "error 429": Wrong(busy, "backend-down", "HTTP 429", ""),
-    "closes": Wrong(closes, "backend-down", "closed the connection", "start the server"),
-    "resets": Wrong(resets, "backend-down", "", ""),
-    "cut short": Wrong(cut_short, "backend-down", "closed", ""),
+    "a page that forbids": Wrong(forbidden_page, "key-refused", "403 Forbidden", "a proxy stands before it"),
+    "loading": Wrong(loading, "backend-down", "Loading model", "wait until it has loaded"),
+    "error 500": Wrong(fails, "backend-down", "oops", "log on its host"),
+    "error 502": Wrong(bad_gateway, "backend-down", "502 Bad Gateway", "the server behind it does not"),
+    "error 429": Wrong(busy, "backend-down", "HTTP 429", "limit of requests"),
+    "error 404": Wrong(nothing_there, "wrong-server", "/api/version gave HTTP 404", "11434"),
+    "error 404 to the list": Wrong(ollama(nothing_there), "wrong-server", "/api/tags gave HTTP 404", "all of /api/"),
+    "closes": Wrong(closes, "backend-down", "closed the connection", "something else listens"),
+    "resets": Wrong(resets, "backend-down", "", "start the server"),
+    "cut short": Wrong(cut_short, "answer-broken", "in the middle of its answer", "log on its host"),
+    "half a list": Wrong(ollama(half), "answer-broken", "/api/tags gave what is no whole JSON", "log on its host"),
+    "half a list, and gone": Wrong(ollama(half_sent), "answer-broken", "in the middle", "log on its host"),
+    "no list": Wrong(ollama(no_list), "wrong-server", '\'{"models": "none"}\'', "all of /api/"),
+    "more models than are read": Wrong(ollama(too_many), "models-too-many", "lists 10001 models", "remove"),
+    "100,000 models": Wrong(ollama(a_hundred_thousand), "models-too-many", "8 MiB of models", "remove"),
     "endless": Wrong(endless, "wrong-server", "more than 8 MiB", "backend.port"),
-    "an SSH server": Wrong(ssh_server, "wrong-server", "not with HTTP: 'SSH-2.0-OpenSSH_9.6", "backend.port"),
+    "an SSH server": Wrong(ssh_server, "wrong-server", "an SSH server, 'SSH-2.0-OpenSSH_9.6", "ssh.port"),
     "a database": Wrong(database, "wrong-server", "not with HTTP", "backend.port"),
-    "redirects": Wrong(redirects, "wrong-server", "302", "backend.port"),
+    "a Redis": Wrong(redis, "wrong-server", "a Redis, '-DENIED", "another service"),
+    "a mail server": Wrong(mail_server, "wrong-server", "a mail or FTP server, '220", "another service"),
+    "noise": Wrong(noise, "wrong-server", "not with HTTP", "another service"),
+    "redirects": Wrong(redirects, "redirected", "HTTP 302, to http://127.0.0.1:1/", "a login page"),
+    "wants HTTPS": Wrong(wants_https, "redirected", "HTTP 301, to https://127.0.0.1/", "write https://"),
+    "HTTPS, and says so": Wrong(plain_to_https, "wrong-scheme", "speaks HTTPS", "url: https://"),
 }
 
 
@@ -321,10 +409,21 @@ async def test_a_server_that_is_none(client: httpx.AsyncClient, name: str) -> No
     assert finding.code == wrong.code
     assert finding.code in CATALOG
     assert wrong.message in finding.message
-    assert wrong.hint in (finding.hint or "")
+    assert finding.hint, "there is something to do about everything"
+    assert wrong.hint in finding.hint
+    if wrong.code != "backend-down":
+        assert "start the server" not in finding.hint, "it runs, whatever it is"
     assert "127.0.0.1:11434" in finding.message, "as the host knows it, not as our end of the tunnel is called"
     assert finding.message.isprintable()
     assert (report.state.state, report.state.models) == (BackendPhase.DOWN, ())
+
+
+async def test_a_key_that_is_not_accepted(client: httpx.AsyncClient) -> None:
+    async with serve(wants_a_key) as server:
+        (finding,) = (await asked(client, server.url, key="wrong")).findings
+    assert finding.code == "key-refused"
+    assert "check the variable" in (finding.hint or "")
+    assert "wrong" not in f"{finding.message}{finding.hint}"
 
 
 async def test_a_server_that_is_silent(client: httpx.AsyncClient) -> None:
