@@ -73,7 +73,7 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, length: int | None,
     lines = [_first_line(status), f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OURS]
     if length is None:
-        if not old:
+        if not old and status not in _BODILESS:
             lines.append("Transfer-Encoding: chunked")
     elif status not in _BODILESS:
         lines.append(f"Content-Length: {length}")

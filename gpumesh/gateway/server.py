@@ -12,10 +12,13 @@ A connection has one task while it has requests, which serves them in their orde
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import resource
 import select
+import sys
+import termios
 import time
 import zlib
 from collections import deque
@@ -77,8 +80,8 @@ class Bounds:
 class Request:
     """A request, its record, and what its answer's head must say on its account.
 
-    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent; ``sent`` counts the
-    bytes of its body, those of a stream with its framing.
+    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent;
+    ``sent`` counts the bytes of its body, those of a stream with its framing.
     """
 
     __slots__ = (
@@ -328,7 +331,7 @@ class Connection(asyncio.Protocol):
         self._fields: list[tuple[str, str]] = []
         self._head_size = 0
         self._in_head = False
-        self._unheard = 0  # bytes since the parser last told something: it keeps what is no whole field yet
+        self._framed = 0  # bytes that are no body's, since the last that was or the end of a message
         self._rest = b""  # of what was read, while it is not to be parsed
         self._incoming: Request | None = None
         self._upgrade_body: bytes | None = None
@@ -337,6 +340,7 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Request | _Refusal] = deque()
         self._task: asyncio.Task[None] | None = None
         self._deaf = False
+        self._over = False
         self._closing = False
         self._read_paused = False
         self._room: asyncio.Future[None] | None = None
@@ -385,6 +389,8 @@ class Connection(asyncio.Protocol):
         del self._parser
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         if len(data) <= SLICE and not self._rest:
             self._feed(data)
         else:
@@ -393,11 +399,11 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.full = True
-        self._await_taking()
+        self._watch_taking()
 
     def resume_writing(self) -> None:
         self.full = False
-        if self._write_timer is not None:
+        if self._write_timer is not None and not self._over:
             self._write_timer.cancel()
             self._write_timer = None
         if self._room is not None and not self._room.done():
@@ -406,7 +412,7 @@ class Connection(asyncio.Protocol):
     # -- parsing -------------------------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
-        self._unheard += len(data)
+        self._framed += len(data)
         while data and not self._deaf:
             try:
                 self._parser.feed_data(data)
@@ -417,7 +423,7 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserError as error:
                 self._malformed(error)
                 return
-        if self._unheard > self.bounds.head_bytes:  # a field, a trailer, a chunk's extension: nobody needs so much
+        if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
             self._malformed(_HeadTooLarge())
         elif self._in_head and self._head_timer is None:
             self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
@@ -487,11 +493,12 @@ class Connection(asyncio.Protocol):
         self._enqueue(request)
 
     def on_body(self, data: bytes) -> None:
-        self._unheard = 0
+        self._framed = 0
         if self._incoming is not None and self._incoming.feed(data) > BODY_BUFFER:
             self._pause_reading()
 
     def on_message_complete(self) -> None:
+        self._framed = 0
         if self._upgrade_body:
             return  # the parser takes an offer of another protocol for the end
         if self._incoming is not None:
@@ -499,7 +506,6 @@ class Connection(asyncio.Protocol):
             self._incoming = None
 
     def _count(self, size: int) -> None:
-        self._unheard = 0
         self._head_size += size
         if self._head_size > self.bounds.head_bytes:
             raise _HeadTooLarge
@@ -671,18 +677,24 @@ class Connection(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
-        """Bytes that have been written and that the client has not taken."""
+        """Bytes that have been written and that not even the kernel has taken."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
-    def _await_taking(self) -> None:
-        self._write_timer = self.loop.call_later(self.bounds.write_s, self._taken, self.unsent)
+    def _watch_taking(self) -> None:
+        if self._write_timer is None and self._transport is not None and self.unsent:
+            left = self.unsent + _in_kernel(self._transport)
+            self._write_timer = self.loop.call_later(self.bounds.write_s, self._see_taken, left)
 
-    def _taken(self, before: int) -> None:
-        """Few bytes may take long, and so may very many as long as they move."""
-        if before - self.unsent < self.bounds.body_rate * self.bounds.write_s:
+    def _see_taken(self, before: int) -> None:
+        """A large answer may take as long as it will, if it moves."""
+        self._write_timer = None
+        if not self.unsent or self._transport is None:
+            return
+        left = self.unsent + _in_kernel(self._transport)
+        if before - left < self.bounds.body_rate * self.bounds.write_s:
             self.abort()
         else:
-            self._await_taking()
+            self._watch_taking()
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -692,33 +704,37 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        self._hear_no_more()
+        self._end()
         self.read_on()
         try:
             transport.write_eof()
         except OSError:  # it has gone in this very moment
             self.abort()
             return
-        self._abort_in(self.bounds.write_s if self.unsent else self.bounds.linger_s)
+        self._watch_taking()
+        self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self._lingered)
+
+    def _lingered(self) -> None:
+        if self.unsent:  # and it moves, or it would be gone
+            self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self._lingered)
+        else:
+            self.abort()
 
     def _close(self) -> None:
         """When all has gone out, which may take a while, but not for ever."""
         if self._transport is None:
             return
-        self._hear_no_more()
+        self._end()
         self._transport.close()
-        if self.unsent:
-            self._abort_in(self.bounds.write_s)
+        self._watch_taking()
 
-    def _hear_no_more(self) -> None:
-        self._deaf = True
+    def _end(self) -> None:
+        """Nothing more is heard or said."""
+        self._deaf = self._over = True
         self._waiting.clear()
         self._rest = b""
-
-    def _abort_in(self, seconds: float) -> None:
         if self._quiet_timer is not None:
             self._quiet_timer.cancel()
-        self._quiet_timer = self.loop.call_later(seconds, self.abort)
 
     def _quiet(self) -> None:
         """Looks now and then, so that no request has to start or stop a timer."""
@@ -855,6 +871,16 @@ def _has_left(transport: asyncio.Transport) -> bool:
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), _LEFT)
     return bool(poll.poll(0))
+
+
+def _in_kernel(transport: asyncio.Transport) -> int:
+    """Bytes on their way that the client has not taken. It may be megabytes, a third of which has to go before the
+    kernel takes more: without them a slow client would look like one that stands still. 0 where they are not told."""
+    try:
+        told = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(told, sys.byteorder)
 
 
 async def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:

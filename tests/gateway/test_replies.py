@@ -53,6 +53,7 @@ def test_how_a_body_ends_and_whether_the_connection_does(
 
 def test_what_has_no_body() -> None:
     assert said(head(204, (), length=0, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
+    assert said(head(204, (), length=None, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
     assert bodiless("HEAD", 200)
     assert bodiless("GET", 304)
     assert not bodiless("GET", 200)
