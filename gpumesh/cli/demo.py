@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MODEL = "qwen2.5:7b"
 PROMPTS = 24
 BEFORE_KILL = 6  # answers that are in when a host dies; by then all hosts are busy
+ANSWER_TOKENS = (16, 48)  # short ones: a few slow hosts must answer all prompts while somebody watches
 REPORT_S = 15.0
 BACK_S = 12.0
 REDRAW_S = 0.25
@@ -73,9 +74,10 @@ async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
     from gpumesh.lab import profile
     from gpumesh.lab.lab import Lab
 
+    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.default(count)]
     with tempfile.TemporaryDirectory(prefix="gpumesh-demo-") as name:
         folder = Path(name)
-        async with Lab(profile.default(count), folder) as lab:
+        async with Lab(hosts, folder) as lab:
             file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model=MODEL)
             paths = for_config(file)
             lock = MeshLock.take(paths)
@@ -221,12 +223,13 @@ async def _stay(session: LocalSession, stop: Stop, file: Path, chosen: Settings)
     from gpumesh.cli.up import show
 
     state: MeshState = await session.status()
-    typer.echo(
-        f"\nIt stays up until Ctrl-C. In another terminal:\n"
-        f"  export GPUMESH_CONFIG={file}\n"
-        f"  gpumesh status -w\n"
-        f"  gpumesh run 'Hello'\n"
-        f"  OLLAMA_HOST={state.gateway.url} ollama run {MODEL}\n"
+    below = (
+        "",
+        "It stays up until Ctrl-C. In another terminal:",
+        f"  export GPUMESH_CONFIG={file}",
+        "  gpumesh status -w",
+        "  gpumesh run 'Hello'",
+        f"  OLLAMA_HOST={state.gateway.url} ollama run {MODEL}",
+        "",
     )
-    sys.stdout.flush()
-    await show(session, stop, chosen)
+    await show(session, stop, chosen, below=below)

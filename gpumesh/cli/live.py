@@ -24,6 +24,7 @@ KEYS = "q quit  ↑↓ node  d drain  r resume  c reconnect  s sort  v processes
 NOTE_S = 4.0
 LEAST_S = 0.05  # between two redraws, however fast a key repeats
 PAGE = 10
+LEAST_ROWS = 8  # of the table; what stands below it has the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,13 @@ class Choice:
 
 
 class LiveTable:
-    """``footer`` is shown while there are no keys to be read."""
+    """``footer`` is shown while there are no keys to be read, ``below`` under the table where the screen has room."""
 
-    def __init__(self, session: Session, wanted: Wanted, *, footer: str) -> None:
+    def __init__(self, session: Session, wanted: Wanted, *, footer: str, below: Sequence[str] = ()) -> None:
         self._session = session
         self._choice = Choice(wanted)
         self._footer = footer
+        self._below = below
         self._out = console()
         self._state: MeshState | None = None
         self._recorder = Recorder()
@@ -150,10 +152,14 @@ class LiveTable:
         shown = self._choice.wanted.of(state)
         self._choice.nodes = [node.name for node in shown.nodes]
         selected = self._choice.selected or None
-        look = Look(self._choice.wanted.verbose, size.height - 1, selected, self._recorder.history())
-        body = lines(self._out, status_view(shown, size.width, look))[: size.height - 1]
+        # Folded, not shortened: a path that ends in "…" could not be copied.
+        below = [line for text in self._below for line in lines(self._out, Text(text, overflow="fold"))]
+        below = below[: max(size.height - 1 - LEAST_ROWS, 0)]
+        rows = size.height - 1 - len(below)
+        look = Look(self._choice.wanted.verbose, rows, selected, self._recorder.history())
+        body = lines(self._out, status_view(shown, size.width, look))[:rows]
         said = self._choice.note or (KEYS if keys else self._footer)
-        return [*body, *lines(self._out, Text(shorten(said, size.width), style="dim", no_wrap=True))]
+        return [*body, *below, *lines(self._out, Text(shorten(said, size.width), style="dim", no_wrap=True))]
 
     # -- keys ----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -126,15 +126,21 @@ def on_signals(stop: Stop, *, hurry: Callable[[], None]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, handle)
 
 
-async def show(session: LocalSession, stop: Stop, chosen: Settings) -> None:
-    """Until ``stop``: the live table on a terminal; elsewhere the first report, then a line for each change."""
+async def show(session: LocalSession, stop: Stop, chosen: Settings, *, below: Sequence[str] = ()) -> None:
+    """Until ``stop``: the live table on a terminal; elsewhere the first report, then a line for each change. ``below``
+    is said under the table, which takes the whole screen, and elsewhere before all else."""
+    live = not chosen.quiet and sys.stdout.isatty() and not environment.dumb_terminal()
+    if not live:
+        for line in below:
+            typer.echo(line)
+        sys.stdout.flush()
     if chosen.quiet:
         await stop.wait()
-    elif sys.stdout.isatty() and not environment.dumb_terminal():
+    elif live:
         from gpumesh.cli.live import LiveTable, Wanted
         from gpumesh.cli.status_view import Look, print_status
 
-        table = LiveTable(session, Wanted(verbose=chosen.verbose), footer="Ctrl-C ends it")
+        table = LiveTable(session, Wanted(verbose=chosen.verbose), footer="Ctrl-C ends it", below=below)
         last = await table.run(until(session.watch(REDRAW_S), stop))
         stop.ask()
         if last is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 
 import pytest
 
-from tests.cli.terminals import terminal
+from tests.cli.terminals import ENTER_SCREEN, terminal
 from tests.real.command import Gpumesh
+from tests.tunnels.polling import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -43,25 +43,22 @@ async def test_on_a_terminal_the_table_lives(gpumesh: Gpumesh) -> None:
 
 
 async def test_keep_stays_to_be_played_with_until_ctrl_c(gpumesh: Gpumesh) -> None:
-    async with gpumesh.started("demo", "--nodes", "2", "--keep") as process:
-        assert process.stdout is not None
-        seen = b""
-        async with asyncio.timeout(LIMIT_S):
-            while b"It stays up until Ctrl-C" not in seen:
-                line = await process.stdout.readline()
-                assert line, seen
-                seen += line
-            while b"GPUMESH_CONFIG=" not in seen.rpartition(b"\n")[0]:
-                seen += await process.stdout.readline()
-        config = re.search(rb"export GPUMESH_CONFIG=(\S+)", seen)
+    async with terminal(gpumesh, "demo", "--nodes", "2", "--keep", columns=80, rows=24) as shown:
+        for step in ("is dead", "24 of 24 answered", "was started again"):
+            await shown.until(step)
+        await until(lambda: ENTER_SCREEN in shown.written, "the live table")
+        # How to get at it stands where it can be read: under the table, which has the screen to itself.
+        there = len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.written.partition(ENTER_SCREEN)[0]))
+        await shown.until("ollama run", after=there)
+        config = re.search(r"export GPUMESH_CONFIG=(\S+?mesh\.yaml)", shown.said[there:])
         assert config is not None
-        other = ("-c", config[1].decode())
+        other = ("-c", config[1])
         assert "nodes up" in (await gpumesh("status", *other)).out
         assert (await gpumesh("run", *other, "Hello", "-o", "num_predict=3")).out.strip()
-        process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(LIMIT_S):
-            await process.stdout.read()
-            assert await process.wait() == 0
+        shown.press("\x03")
+        assert await shown.ended() == 0
+        assert shown.as_before()
+        assert "export" not in shown.said[shown.said.rindex("nodes up") :], "it is there no more"
 
 
 @pytest.mark.parametrize("count", ["1", "9", "many"])

@@ -12,9 +12,13 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from gpumesh.cli.up import until
+from gpumesh import config
+from gpumesh.cli.context import Settings
+from gpumesh.cli.up import show, until
 from gpumesh.daemon.host import Stop
+from gpumesh.daemon.local import LocalSession
 from gpumesh.lab.profile import Faults
+from gpumesh.mesh.mesh import Mesh
 from tests.cli.meshes import MODEL, Simulated, quick, simulated
 from tests.cli.terminals import terminal
 from tests.real.command import GPUMESH, Gpumesh
@@ -137,6 +141,16 @@ async def test_in_the_foreground_on_a_terminal(direct: Simulated) -> None:
             assert shown.as_before()
             assert "closing" in shown.said
         assert direct.gpumesh.sockets() == []
+
+
+async def test_what_stands_below_the_table_is_said_where_there_is_none(
+    direct: Simulated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = Stop()
+    stop.ask()
+    async with Mesh(config.load(direct.gpumesh.config)) as mesh:
+        await show(LocalSession(mesh), stop, Settings(quiet=True), below=("", "in another terminal:"))
+    assert capsys.readouterr().out == "\nin another terminal:\n"
 
 
 @slow
