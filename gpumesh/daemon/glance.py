@@ -41,6 +41,8 @@ def _ask(path: Path, kind: str, key: str, timeout_s: float) -> Any:
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         except OSError as error:
+            if error.errno is None:  # Python's own: the path is longer than a socket's may be, so none can listen there
+                return None
             raise GPUMeshError(f"cannot reach the running mesh at {path}: {error.strerror or error}") from error
         try:
             connection.sendall(json.dumps({"kind": kind}).encode() + b"\n")

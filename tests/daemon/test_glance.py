@@ -50,6 +50,7 @@ def test_nobody_is_there(tmp_path: Path) -> None:
         server.bind(str(stale))
     assert glance(stale) is None
     assert past(stale) is None
+    assert glance(tmp_path / ("x" * 200)) is None, "no mesh can listen at so long a path"
 
 
 def test_what_is_asked_and_answered(tmp_path: Path) -> None:
