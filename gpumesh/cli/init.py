@@ -143,7 +143,7 @@ def _ask_for_lines() -> list[SshLine]:
 
 def _trust_new(made: Sequence[Draft], *, yes: bool) -> None:
     """Host keys that nobody has seen: asked about now, since a probe with a strict policy would only fail."""
-    from gpumesh.cli.trust import confirm_key
+    from gpumesh.cli.trust import NotConfirmed, confirm_key
 
     if not yes and not sys.stdin.isatty():
         return
@@ -153,6 +153,8 @@ def _trust_new(made: Sequence[Draft], *, yes: bool) -> None:
                 confirm_key(spec, spec.ssh, yes=yes)
             except typer.Abort:
                 raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+            except NotConfirmed as error:
+                raise NotConfirmed(f"{error.message}; no mesh.yaml was written", hint=error.hint) from None
             except GPUMeshError as error:
                 typer.echo(clean_line(f"{spec.name}: {error.message}"), err=True)
 

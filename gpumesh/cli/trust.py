@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 app = new_app()
 
 
+class NotConfirmed(GPUMeshError):
+    """A person was asked, and said no."""
+
+
 @app.command()
 def trust(
     ctx: typer.Context,
@@ -42,7 +46,7 @@ def trust(
         except GPUMeshError as error:
             if len(specs) == 1:
                 raise
-            typer.echo(f"{spec.name}: {error.message}", err=True)
+            typer.echo(error.message if isinstance(error, NotConfirmed) else f"{spec.name}: {error.message}", err=True)
             failed = True
     if failed:
         raise typer.Exit(int(ExitCode.FAILED))
@@ -61,7 +65,7 @@ def _ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
 
 def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
     """Shows the host's key and records it if it is not on record, after asking unless ``yes``; of jump hosts on the
-    way, which have to be logged in to, first."""
+    way, which have to be logged in to, first. Raises NotConfirmed."""
     from gpumesh.tunnels import handshake
 
     if ssh.address_from is not None:
@@ -95,7 +99,11 @@ def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, qu
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
-            typer.confirm("Is this the right fingerprint? Record it?", abort=True, err=True)
+            if not typer.confirm("Is this the right fingerprint? Record it?", err=True):
+                raise NotConfirmed(
+                    f"{shown}: the key of {where} is not recorded, since you said that it is not the right one",
+                    hint="ask the host's owner or your provider which key it has",
+                )
     elif quiet or judgement.own:
         return
     hostkeys.record(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)

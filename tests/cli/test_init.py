@@ -207,6 +207,16 @@ async def test_asking_on_a_terminal(pod: Simulated) -> None:
 
 
 @slow
+async def test_a_key_that_is_not_the_right_one_ends_it_with_a_word(pod: Simulated) -> None:
+    async with terminal(pod.gpumesh, "init", "--from", line(pod)) as shown:
+        await shown.until("Record it?")
+        shown.press("n\n")
+        assert await shown.ended() == 1
+        assert "not the right one; no mesh.yaml was written" in shown.said
+    assert not (pod.gpumesh.home / "mesh.yaml").exists()
+
+
+@slow
 @pytest.mark.parametrize("when", ["asked for a host", "asked for a key", "looking"])
 async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
     arguments = ("--from", line(pod)) if when != "asked for a host" else ()

@@ -166,7 +166,8 @@ async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
     async with terminal(gpumesh, "trust", "iceland") as seen:
         await seen.until("Is this the right fingerprint?")
         seen.press("n\n")
-        assert await seen.ended() != 0
+        assert await seen.ended() == 1
+        assert "is not recorded, since you said that it is not the right one" in seen.said
     assert sshd.known_hosts.read_text() == ""
     async with terminal(gpumesh, "trust", "iceland") as seen:
         await seen.until("Is this the right fingerprint?")
