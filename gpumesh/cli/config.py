@@ -33,11 +33,14 @@ def check(ctx: typer.Context) -> None:
         if finding.hint:
             typer.echo(clean_line(f"  hint: {finding.hint}"), err=True)
     enabled = sum(node.enabled for node in topology.nodes)
+    broken = any(finding.severity is Severity.ERROR for finding in advice)
     if not chosen.quiet:
         count = len(topology.nodes)
         off = f", {count - enabled} of them disabled" if enabled < count else ""
-        typer.echo(f"{topology.source or 'the configuration'} is valid: {count} node{'' if count == 1 else 's'}{off}")
-    if any(finding.severity is Severity.ERROR for finding in advice):
+        but = "; but not all of it can work from here" if broken else ""
+        nodes = f"{count} node{'' if count == 1 else 's'}"
+        typer.echo(f"{topology.source or 'the configuration'} is valid: {nodes}{off}{but}")
+    if broken:
         raise typer.Exit(int(ExitCode.USAGE))
 
 

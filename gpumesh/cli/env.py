@@ -19,6 +19,8 @@ app = new_app()
 
 class Shell(StrEnum):
     SH = "sh"
+    BASH = "bash"
+    ZSH = "zsh"
     FISH = "fish"
     POWERSHELL = "powershell"
 

@@ -41,6 +41,8 @@ def logs(
       gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
     """
     paths = settings(ctx).paths()
+    # Made with the first request; `gpumesh run` hands its own to the mesh without the gateway.
+    hint = "a line is written for each request that comes to the gateway" if access and paths.log.exists() else None
     path = paths.access_log if access else paths.log
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -51,7 +53,7 @@ def logs(
                     _show(line, as_json)
     except FileNotFoundError:
         raise GPUMeshError(
-            f"there is no log yet at {path}", hint="`gpumesh up -d` starts a mesh, which writes it"
+            f"there is no log yet at {path}", hint=hint or "`gpumesh up -d` starts a mesh, which writes it"
         ) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

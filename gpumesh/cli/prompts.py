@@ -62,8 +62,13 @@ def _is_object(line: str) -> bool:
 def _from_object(line: str, where: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{where}: not JSON: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where}:{error.colno}: not JSON: {error.msg}",
+            hint="all lines of this file are read as JSON; one that is only a prompt has to stand in double quotes",
+        ) from error
     if isinstance(entry, str):
         return Prompt(entry)
     if not isinstance(entry, dict):

@@ -60,6 +60,8 @@ def weight(text: str) -> float:
 
 def limited(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
     if not least <= number <= most:
+        if least == most:
+            raise ValueError(f"is not {write(least)}, which is all that is known here")
         raise ValueError(f"is not between {write(least)} and {write(most)}")
     return number
 

@@ -25,6 +25,8 @@ _EXPECTED = {
     "bool_type": "true or false is",
     "enum": "a single value is",
 }
+# What a person would rather write there as text, in the form that is read.
+_FORMS = {"ssh": "{host: 203.0.113.7, port: 22}", "backend": "{port: 11434}"}
 _SECRETS = {
     "password": "password_env",
     "passwd": "password_env",
@@ -98,7 +100,9 @@ def _fault(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, t
     if kind == "bool_parsing":
         return Fault(f"{_subject(value)} is neither true nor false", value.spot, path)
     if kind in _EXPECTED:
-        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}", value.spot, path)
+        form = _FORMS.get(str(path[-1])) if path and kind == "model_type" else None
+        such = f"; such as `{form}`" if form is not None else ""
+        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}{such}", value.spot, path)
     return Fault(f"{_subject(value)}: {message}", value.spot, path)
 
 

@@ -166,7 +166,7 @@ async def test_check_says_what_will_probably_not_work(gpumesh: Gpumesh, tmp_path
         "  - {name: b, enabled: false, ssh: {host: h}}\n"
     )
     ended = await gpumesh("config", "check", code=2)
-    assert "is valid: 2 nodes, 1 of them disabled" in ended.out
+    assert "is valid: 2 nodes, 1 of them disabled; but not all of it can work from here\n" in ended.out
     assert "error: a: the key file /no/key cannot be read" in ended.err
     assert "hint: check `ssh.identity_file`" in ended.err
 

@@ -25,6 +25,8 @@ def test_a_shell_takes_them_as_they_are() -> None:
     ("shell", "line"),
     [
         (Shell.SH, f"export OLLAMA_HOST={URL}"),
+        (Shell.BASH, f"export OLLAMA_HOST={URL}"),
+        (Shell.ZSH, f"export OLLAMA_HOST={URL}"),
         (Shell.FISH, f"set -gx OLLAMA_HOST {URL};"),
         (Shell.POWERSHELL, f"$Env:OLLAMA_HOST = '{URL}'"),
     ],

@@ -66,7 +66,9 @@ async def test_the_log_of_a_mesh_while_it_runs_and_after(direct: Simulated) -> N
     gpumesh = direct.gpumesh
     ended = await gpumesh("logs", code=1)
     assert "there is no log yet" in ended.err
+    assert "`gpumesh up -d` starts a mesh" in (await gpumesh("logs", "--access", code=1)).err
     await gpumesh("up", "-d")
+    assert "for each request that comes to the gateway" in (await gpumesh("logs", "--access", code=1)).err
     async with gpumesh.started("logs", "-f", "-n", "1000") as process:
         assert process.stdout is not None
         seen = b""

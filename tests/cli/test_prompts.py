@@ -54,7 +54,8 @@ def test_messages_with_images() -> None:
     ("text", "said"),
     [
         ("\n \n", "p.jsonl has no prompts"),
-        ('{"prompt": "a"}\n{', "p.jsonl:2: not JSON"),
+        ('{"prompt": "a"}\n{', "p.jsonl:2:2: not JSON: Expecting property name enclosed in double quotes"),
+        ('{"prompt": "a"}\nplain', "p.jsonl:2:1: not JSON: Expecting value"),
         ("5", "p.jsonl:1: expected an object with a key `prompt`, or a string"),
         ('{"promt": "a"}', "p.jsonl:1: unknown key 'promt'"),
         ('{"prompt": 5}', "p.jsonl:1: prompt is not a string"),
@@ -69,7 +70,7 @@ def test_messages_with_images() -> None:
         ('{"messages": [{"role": "user", "content": 5}]}', "role, content and images of a message are strings"),
         ('{"messages": [{"role": "user", "content": "a", "images": [5]}]}', "images of a message are strings"),
         ('{"messages": [{"role": "user", "content": "a", "images": "QUJD"}]}', "images is not a list"),
-        ("[" * 100_000, "p.jsonl:1: not JSON"),
+        ("[" * 100_000, "p.jsonl:1: not JSON: nested too deeply"),
     ],
 )
 def test_every_problem_has_its_line(text: str, said: str) -> None:

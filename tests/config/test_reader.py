@@ -58,7 +58,7 @@ def with_backend(text: str) -> str:
         (with_ssh("{host: h, proxy_jump: 'a, b:x'}"), "is not [user@]host[:port]"),
         (with_ssh("{host: h, identity_file: ~bob/key}"), "names another user's home: write the whole path"),
         (with_ssh("{}"), "nodes[0].ssh: does not say which host"),
-        (with_ssh("root@h"), "nodes[0].ssh: keys with values are expected here, not the text 'root@h'"),
+        (with_ssh("root@h"), "nodes[0].ssh: keys with values are expected here, not the text 'root@h'; such as `{host"),
         ("nodes:\n- name: a\n", "nodes[0]: has neither `ssh` nor a URL"),
         (
             "nodes:\n- name: a\n  backend: {port: 80}\n",
@@ -73,7 +73,7 @@ def with_backend(text: str) -> str:
         (with_backend("{url: 'http://h:0'}"), "has port 0"),
         (with_backend("{url: 'http://h:99999'}"), "the port or the address in it cannot be read"),
         (with_backend("{max_parallel: 0}"), "'0' is not between 1 and 4096"),
-        ("version: 2\n" + DIRECT, "mesh.yaml:1:10: version: '2' is not between 1 and 1"),
+        ("version: 2\n" + DIRECT, "mesh.yaml:1:10: version: '2' is not 1, which is all that is known here"),
         ("gateway: {listen: 127.0.0.1}\n" + DIRECT, "gateway.listen: '127.0.0.1' is not HOST:PORT"),
         ("gateway: {listen: ':80'}\n" + DIRECT, "does not say on which address: write 127.0.0.1:80, or 0.0.0.0:80"),
         (
