@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from typing import Annotated
 
 import typer
 
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import UsageError
+
+READABLE = 100
 
 app = new_app()
 
@@ -40,4 +45,12 @@ def explain(
         raise UsageError(f"there is no code {code!r}", hint=hint)
     typer.echo(f"{found.code} ({found.severity}): {found.title}\n")
     for paragraph in (found.meaning, f"What to do: {found.remedy}"):
-        typer.echo(paragraph)
+        typer.echo(_wrapped(paragraph))
+
+
+def _wrapped(paragraph: str) -> str:
+    """At the words' ends, as wide as a person reads well; left alone for a program that reads lines."""
+    if not sys.stdout.isatty():
+        return paragraph
+    width = max(min(shutil.get_terminal_size().columns, READABLE), 20)
+    return textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)

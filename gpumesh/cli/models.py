@@ -105,7 +105,7 @@ def _table(found: Sequence[fleet.Row]) -> None:
         render.Column("KIND", 4),
         render.Column("CONTEXT", 6, right=True),
         render.Column("ID", 5),
-        render.Column("NODES", 1, least=24),
+        render.Column("NODES", 1, least=12),
         render.Column("IN MEMORY", 2, least=20),
     )
     render.print_fitted(columns, cells)

@@ -4,7 +4,7 @@ and the pool in one line. Everything that came from a host is cleaned here, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from rich.cells import cell_len
@@ -60,6 +60,7 @@ NO_GPU = {
     "nvidia-smi-old": "driver too old",
 }
 LOST = "gpu-lost"
+ROOMY, WHOLE = 150, ("NODE", "GPU")
 HOT_C = 83  # where a 4090 begins to slow down
 
 
@@ -97,9 +98,9 @@ def status_view(state: MeshState, width: int, look: Look) -> RenderableType:
     notes = _notes(state) if width >= 20 else []
     rows = [row for node in state.nodes for row in _rows(node, state, look)]
     left_out = 0
-    if look.height is not None and len(rows) + len(notes) + 5 > look.height:
-        notes = notes[: max(look.height // 3, 2)]
-        rows, left_out = _within(rows, max(look.height - sum(map(_lines, notes)) - 6, 1), look.selected)
+    if look.height is not None:
+        notes, height = _first(notes, width, max(look.height - len(rows) - 5, look.height // 3, 2))
+        rows, left_out = _within(rows, max(look.height - height - 6, 1), look.selected)
     parts: list[RenderableType] = [_head(state, width), _status_table(rows, width)]
     if left_out:
         parts.append(Text(f"… and {left_out} more rows", style="dim"))
@@ -111,8 +112,22 @@ def status_view(state: MeshState, width: int, look: Look) -> RenderableType:
     return Group(*parts)
 
 
-def _lines(note: tuple[Text, Text]) -> int:
-    return note[1].plain.count("\n") + 1
+_Note = tuple[Text, Text]
+
+
+def _first(notes: list[_Note], width: int, room: int) -> tuple[list[_Note], int]:
+    """As many as fit into so many lines, with a word about the rest; and how many lines they take."""
+    out, taken, used = console(), list[_Note](), 0
+    for place, note in enumerate(notes):
+        height = len(note[1].wrap(out, max(width - 2, 1), overflow="fold"))
+        last = place == len(notes) - 1
+        if used + height + (not last) > room:
+            more = len(notes) - place
+            words = f"{more} {'more ' if taken else ''}remark{'' if more == 1 else 's'}: `gpumesh status` says all"
+            return [*taken, (Text("…", style="dim"), Text(shorten(words, max(width - 2, 1)), style="dim"))], used + 1
+        taken.append(note)
+        used += height
+    return taken, used
 
 
 def _within(rows: list[_Row], room: int, selected: str | None) -> tuple[list[_Row], int]:
@@ -154,7 +169,14 @@ def _rows(node: NodeState, state: MeshState, look: Look) -> Iterator[_Row]:
 
 def _status_table(rows: Sequence[_Row], width: int) -> Table:
     bar = 4 if width < 80 else 6 if width < 110 else 8 if width < 150 else 14
-    columns = [(column, [draw(row, bar) for row in rows]) for column, draw in COLUMNS]
+    columns = [
+        # With room for more than the most telling columns those are not cut for the sake of the others.
+        (
+            replace(column, least=None) if width >= ROOMY and column.title in WHOLE else column,
+            [draw(row, bar) for row in rows],
+        )
+        for column, draw in COLUMNS
+    ]
     return fitted(columns, width, styles=["reverse" if row.selected else "" for row in rows])
 
 
@@ -186,11 +208,11 @@ def _gpu_name(row: _Row, _bar: int) -> Text:
         if row.why is not None:
             return Text(row.why, style="red")
         return Text("none" if row.node.gpus is not None else UNKNOWN, style="dim")
-    name = short_gpu(clean_line(gpu.name, 40))
-    if gpu.uuid.startswith("MIG-") and "MIG" not in name:
-        name += " MIG"
+    card, is_slice, part = short_gpu(clean_line(gpu.name, 40)).partition("MIG")
+    if is_slice or gpu.uuid.startswith("MIG-"):  # what it is comes first: the card's name may be cut
+        card = " ".join(("MIG", *part.split(), *card.split()))
     several = row.node.gpus is not None and len(row.node.gpus) > 1
-    return Text(f"{gpu.index} {name}" if several else name)
+    return Text(f"{gpu.index} {card}" if several else card)
 
 
 def bar_text(part: float | None, length: int, low: float, high: float) -> Text:
@@ -254,7 +276,7 @@ def _models(node: NodeState, at: datetime) -> str:
 
 
 def _loaded(model: LoadedModel, at: datetime) -> str:
-    words = clean_line(model.name, 40)
+    words = clean_line(model.name.rpartition("/")[2] or model.name, 40)  # without where it was pulled from
     if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
         words += f" ({100 - round(100 * model.size_vram_mib / model.size_mib)}% CPU)"
     left = time_left(model.expires_at, at)
@@ -326,9 +348,9 @@ def _totals(state: MeshState, width: int) -> Text:
     return Text(shorten(said, width), style="bold", no_wrap=True)
 
 
-def _notes(state: MeshState) -> list[tuple[Text, Text]]:
+def _notes(state: MeshState) -> list[_Note]:
     """Why nodes are not healthy, then the findings that say more than that."""
-    notes: list[tuple[Text, Text]] = []
+    notes: list[_Note] = []
     said: set[tuple[str | None, str]] = set()
     for node in state.nodes:
         if node.reason is None:
@@ -336,7 +358,7 @@ def _notes(state: MeshState) -> list[tuple[Text, Text]]:
         said.add((node.name, node.reason))
         if node.tunnel.error_code is not None:
             said.add((node.name, node.tunnel.error_code))
-        text = Text.assemble((clean_line(node.name, 24), "bold"), f" {node.health}: {clean_line(node.reason, 400)}")
+        text = Text.assemble((clean_line(node.name, 60), "bold"), f" {node.health}: {clean_line(node.reason, 400)}")
         if node.tunnel.retry_in_s is not None and node.tunnel.state is not TunnelPhase.UP:
             text.append(f" (again in {duration(node.tunnel.retry_in_s)})", style="dim")
         add_hint(text, _hint_for(node, state))

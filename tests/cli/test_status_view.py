@@ -137,7 +137,16 @@ def test_no_gpus_and_a_slice_of_one() -> None:
     assert " none " in row_of("a", mesh(healthy("a", gpus=()), healthy("b")))
     part = replace(gpu(), uuid="MIG-1234", name="NVIDIA H100 80GB HBM3", utilization_pct=None)
     row = row_of("a", mesh(healthy("a", gpus=(part,)), healthy("b")))
-    assert "H100 80GB HBM3 MIG" in row
+    assert "MIG H100 80GB HBM3" in row
+    part = replace(part, name="NVIDIA A100-SXM4-80GB MIG 1g.10gb")
+    assert "MIG 1g.10g" in row_of("a", mesh(healthy("a", gpus=(part, part)), healthy("b")), 80), "not only the card"
+
+
+def test_on_a_wide_screen_no_name_is_cut_for_the_sake_of_lesser_columns() -> None:
+    long = healthy("a-node-with-a-long-name", gpus=(replace(gpu(), name="NVIDIA RTX PRO 6000 Blackwell Server"),))
+    state = mesh(*typical().nodes, long)
+    row = row_of("a-node-with-a-long-name", state, 200)
+    assert "RTX PRO 6000 Blackwell Server" in row
 
 
 def test_models_in_memory() -> None:
@@ -149,6 +158,7 @@ def test_models_in_memory() -> None:
     assert "m:7b 30s " in loaded(LoadedModel("m:7b", 5, 5, soon))
     assert "m:7b ∞ " in loaded(LoadedModel("m:7b", 5, 5, AT + timedelta(days=40_000)))
     assert "m:7b (40% CPU) 30s" in loaded(LoadedModel("m:7b", 60, 100, soon))
+    assert " Llama-3.3-70B:Q4_K_M 30s " in loaded(LoadedModel("hf.co/bartowski/Llama-3.3-70B:Q4_K_M", 5, 5, soon))
     assert "a, b +2" in loaded(*(LoadedModel(name) for name in "abcd"))
     assert "(2 on disk)" in loaded()
 
@@ -207,6 +217,23 @@ def test_it_is_no_higher_than_the_screen_and_shows_what_is_wrong(height: int) ->
     assert len(shown) <= max(height, 9)
     assert any(line.startswith("✗ node-099") for line in shown)
     assert any("more rows" in line for line in shown)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("height", [20, 30, 40])
+def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: int, height: int) -> None:
+    long = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver; " * 2
+    nodes = [replace(healthy(f"node-{number:03d}"), health=Health.DEGRADED, reason=long) for number in range(20)]
+    shown = drawn(mesh(*nodes), width, Look(height=height))
+    assert len(shown) <= height
+    assert shown[-1].startswith("… ")
+    assert "remarks: `gpumesh" in shown[-1]
+    assert sum(line.startswith("◐ node-") for line in shown) > 3, "the nodes have their rows"
+
+
+def test_there_is_nothing_more_to_say_when_all_is_said() -> None:
+    assert "remark" not in text(mesh(down("a"), healthy("b")), 80, Look(height=40))
+    assert "remark" not in text(mesh(*(down(f"n{number}") for number in range(30))), 80), "it scrolls"
 
 
 def test_it_is_scrolled_to_what_is_selected() -> None:
