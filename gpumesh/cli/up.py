@@ -71,18 +71,21 @@ def up(
 def _background(chosen: Settings, options: UpOptions) -> None:
     from gpumesh.cli.status_view import Look, print_status
     from gpumesh.daemon.detach import spawn
+    from gpumesh.daemon.glance import glance
     from gpumesh.daemon.host import applied
     from gpumesh.daemon.remote import RemoteSession
 
     applied(chosen.topology(), options)  # what is wrong is said here, with this terminal's width and colours
     paths = chosen.paths()
     pid = spawn(paths, options)
+    if not chosen.quiet:
+        # Before the report, for which a host that hangs lets us wait: whoever ends the waiting knows that it runs.
+        url = ((glance(paths.socket) or {}).get("gateway") or {}).get("url")
+        where = f", serving {url}" if url else ""
+        typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
     state = run(RemoteSession(paths.socket).first_report(REPORT_S))
-    if chosen.quiet:
-        return
-    print_status(state, Look(verbose=chosen.verbose))
-    where = f", serving {state.gateway.url}" if state.gateway.url else ""
-    typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
+    if not chosen.quiet:
+        print_status(state, Look(verbose=chosen.verbose))
 
 
 async def _foreground(chosen: Settings, options: UpOptions) -> None:

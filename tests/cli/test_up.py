@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 from collections.abc import AsyncIterator
 
@@ -86,6 +87,19 @@ async def test_in_the_background(direct: Simulated) -> None:
     assert (quiet.out, quiet.err) == ("", "")
     quiet = await gpumesh("down", "-q")
     assert (quiet.out, quiet.err) == ("", "")
+
+
+@slow
+async def test_who_does_not_wait_for_the_report_knows_that_it_runs(two: Simulated) -> None:
+    """A host that hangs holds the report up; Ctrl-C ends the waiting, not the mesh."""
+    await two.hosts["alpha"].set_faults(Faults(ssh_hang=True))
+    async with terminal(two.gpumesh, "up", "-d") as shown:
+        await shown.until("`gpumesh down` stops it")
+        assert re.search(r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+;", shown.said)
+        assert "nodes up" not in shown.said
+        shown.press("\x03")
+        assert await shown.ended() == 130
+    assert (await two.gpumesh("down")).err == "stopped\n"
 
 
 @slow
