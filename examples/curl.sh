@@ -11,7 +11,7 @@ url="${OLLAMA_HOST:-http://127.0.0.1:11430}"
 model="${1:-qwen2.5:7b}"
 
 ask() { # curl's own arguments; the key comes from a file descriptor, so that `ps` does not show it
-    curl -fsSN -H 'Content-Type: application/json' "${@:2}" "$url$1" \
+    curl --fail-with-body -sSN -H 'Content-Type: application/json' "${@:2}" "$url$1" \
         -K <(printf 'header = "Authorization: Bearer %s"\n' "${GPUMESH_API_KEY:-none}")
     echo
 }

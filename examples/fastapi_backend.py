@@ -1,6 +1,6 @@
 """A backend of your own on the mesh: one endpoint that streams answers to a page, one that says how the GPUs are.
 
-pip install fastapi uvicorn
+pip install .. fastapi uvicorn      (.. is the clone; what pipx installs, other programs do not see)
 GPUMESH_CONFIG=mesh.yaml uvicorn fastapi_backend:app
 
 curl -N localhost:8000/answer -H 'Content-Type: application/json' -d '{"question": "Why is the sky blue?"}'

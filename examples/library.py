@@ -1,5 +1,6 @@
 """The mesh inside of a program of your own: no gateway, no HTTP, the same tunnels, balancing and failover.
 
+pip install ..                           the clone; what pipx installs, other programs do not see
 python library.py mesh.yaml [MODEL]      your hosts
 python library.py                        two simulated ones, so that there is something to see
 """
