@@ -27,6 +27,7 @@ from tests.tunnels.polling import alive, children, until
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
+    pytest.mark.exclusive,
     pytest.mark.timeout(180),
     needs("sshd", "ssh", "netns"),
 ]

@@ -230,6 +230,7 @@ async def test_a_gpus_name_does_nothing_to_the_terminal(gpumesh: Gpumesh, two_ho
     assert gpu["name"] == GPU
 
 
+@pytest.mark.exclusive
 async def test_bench_agrees_with_the_set_rate(alone: Gpumesh, tmp_path: Path) -> None:
     """Through a real sshd, from a stand-in whose rate is exact: within 3 %."""
     rates = (100.0, 60.0)

@@ -173,6 +173,7 @@ async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd
     assert descendants(os.getpid()) == [sshd.process.pid]
 
 
+@pytest.mark.exclusive
 async def test_small_answers_are_not_held_back(connect: Connect, sshd: Sshd, folder: Path) -> None:
     """The cure of facts/tunnel-latency.md: without it each of these takes 40 ms and more, on any machine."""
 
