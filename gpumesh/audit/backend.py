@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gpumesh.audit.catalog import explain
 from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
@@ -26,13 +26,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         yield Finding(code, Severity.ERROR, node, backend.last_error or "its server does not answer", hint)
     if backend.state is not BackendPhase.UP:
         return
-    spilled = [f"{model.name} ({share} %)" for model in backend.loaded if (share := on_cpu_pct(model))]
-    if spilled and state.gpus != ():  # without any GPU there is nothing to spill from: gpu-missing says it
+    spilled = on_cpu(backend.loaded)
+    if spilled is not None and state.gpus != ():  # without any GPU there is nothing to spill from: gpu-missing says it
         yield Finding(
             "backend-on-cpu",
             Severity.WARNING,
             node,
-            f"runs on the CPU: {', '.join(spilled)}",
+            spilled,
             "choose a smaller model, quantisation or `num_ctx`, or unload others; "
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
@@ -47,6 +47,12 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
                 f"Ollama {backend.version} is older than {oldest}",
                 "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image",
             )
+
+
+def on_cpu(loaded: Iterable[LoadedModel]) -> str | None:
+    """Which models are not wholly on the GPU; as a node's reason says it too, so that nobody reads it twice."""
+    spilled = [f"{model.name} ({share} %)" for model in loaded if (share := on_cpu_pct(model))]
+    return f"runs on the CPU: {', '.join(spilled)}" if spilled else None
 
 
 def on_cpu_pct(model: LoadedModel) -> int:

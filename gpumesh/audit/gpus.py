@@ -31,7 +31,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "gpu-count",
             Severity.ERROR if len(gpus) < expect.gpus else Severity.INFO,
             node,
-            f"{_count(len(gpus))} there, expected {'was' if expect.gpus == 1 else 'were'} {expect.gpus}",
+            count_differs(len(gpus), expect.gpus),
             "one may have fallen off the bus (`dmesg | grep -i nvrm`), or be kept from the container; "
             "if it is meant so, change `expect.gpus`",
         )
@@ -94,8 +94,10 @@ def _same_driver(expected: str, found: str) -> bool:
     return found == expected or found.startswith(expected.rstrip(".") + ".")
 
 
-def _count(number: int) -> str:
-    return "1 GPU is" if number == 1 else f"{number} GPUs are"
+def count_differs(found: int, expected: int) -> str:
+    """As a node's reason says it too, so that nobody reads it twice."""
+    there = "1 GPU is" if found == 1 else f"{found} GPUs are"
+    return f"{there} there, expected {'was' if expected == 1 else 'were'} {expected}"
 
 
 def _names(gpus: Sequence[GpuState]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gpumesh.audit.backend import on_cpu
+from gpumesh.audit.gpus import count_differs
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
@@ -23,7 +25,7 @@ def judge(
         return Health.UNKNOWN, "its server has not been asked yet"
     if backend.state.state is not BackendPhase.UP:
         return Health.DOWN, backend.state.last_error or "its server does not answer"
-    slow = _on_cpu(backend)
+    slow = on_cpu(backend.state.loaded)
     if slow is not None:
         return Health.DEGRADED, slow
     if gpu is not None:
@@ -32,7 +34,7 @@ def judge(
             if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
                 return Health.DEGRADED, finding.message
         if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
-            return Health.DEGRADED, f"{len(gpu.gpus)} of {spec.expect.gpus} expected GPUs are there"
+            return Health.DEGRADED, count_differs(len(gpu.gpus), spec.expect.gpus)
     missing = missing_models(spec, backend)
     if missing:
         return Health.DEGRADED, f"expected, but not there: {', '.join(missing)}"
@@ -51,15 +53,6 @@ def _full(model: str) -> str:
     """Ollama's rule: without a tag, ``:latest`` is meant; case does not count."""
     name = model.strip().lower()
     return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
-
-
-def _on_cpu(backend: BackendReport) -> str | None:
-    for model in backend.state.loaded:
-        if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
-            share = 100 * (model.size_mib - model.size_vram_mib) // model.size_mib
-            if share >= 1:
-                return f"{share} % of {model.name} runs on the CPU"
-    return None
 
 
 def _without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:

@@ -81,10 +81,10 @@ CASES = {
     "no nvidia-smi, none wanted": Case(Health.HEALTHY, None, gpu=NO_SMI),
     "no nvidia-smi, a GPU wanted": Case(Health.DEGRADED, "nvidia-smi-missing happened", gpu=NO_SMI, expect=EXPECTS_GPU),
     "the worst finding counts": Case(Health.DEGRADED, "gpu-faulty happened", gpu=BOTH),
-    "too few GPUs": Case(Health.DEGRADED, "1 of 2 expected GPUs are there", expect=ExpectSpec(gpus=2)),
+    "too few GPUs": Case(Health.DEGRADED, "1 GPU is there, expected were 2", expect=ExpectSpec(gpus=2)),
     "more GPUs than wanted": Case(Health.HEALTHY, None, gpu=GpuReport((GPU, GPU)), expect=EXPECTS_GPU),
     "on the CPU": Case(
-        Health.DEGRADED, "50 % of llama3:70b runs on the CPU", backend=backend("llama3:70b", loaded=(SPILLED,))
+        Health.DEGRADED, "runs on the CPU: llama3:70b (50 %)", backend=backend("llama3:70b", loaded=(SPILLED,))
     ),
     "a model is missing": Case(
         Health.DEGRADED,
