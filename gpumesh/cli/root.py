@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from gpumesh import __version__
+from gpumesh.cli import completion
 from gpumesh.cli.context import ConfigOption, QuietOption, Settings, VerboseOption
 from gpumesh.cli.lazy import LazyGroup, quick
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
@@ -63,6 +64,7 @@ def root(
 def run() -> None:
     """Never returns; never shows a traceback for what is a person's or a host's doing."""
     _prepare_streams()
+    completion.for_bash()
     try:
         try:
             quick(get_command(app))(prog_name="gpumesh")

@@ -6,10 +6,13 @@ import asyncio
 import os
 import signal
 import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
-from tests.cli.meshes import Simulated
+from gpumesh.lab.profile import QWEN_7B
+from tests.cli.meshes import Simulated, quick, simulated
 from tests.real.command import GPUMESH, Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -36,6 +39,16 @@ async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[st
     return out.decode().split()
 
 
+@pytest.fixture
+async def two_tags(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    """A running mesh with two models of one family."""
+    models = (QWEN_7B, replace(QWEN_7B, name="qwen2.5:14b"))
+    async with simulated(gpumesh, quick("alpha", ssh=False, models=models), quick("beta", ssh=False)) as made:
+        await gpumesh("up", "-d")
+        yield made
+        await gpumesh("down")
+
+
 async def test_names_of_nodes_and_models(direct: Simulated) -> None:
     gpumesh = direct.gpumesh
     assert await completed(gpumesh, "gpumesh drain ") == ["alpha", "beta"]
@@ -49,6 +62,38 @@ async def test_names_of_nodes_and_models(direct: Simulated) -> None:
     assert await completed(gpumesh, "gpumesh models load ") == ["qwen2.5:7b"]
     assert await completed(gpumesh, "gpumesh models sync --from ") == ["alpha", "beta"]
     await gpumesh("down")
+
+
+@pytest.mark.parametrize(
+    ("words", "proposals"),
+    [
+        (["run", "-m", "qw"], ["qwen2.5:7b", "qwen2.5:14b"]),
+        (["run", "-m", "qwen2.5", ":"], ["7b", "14b"]),
+        (["run", "-m", "qwen2.5", ":", "1"], ["14b"]),
+        (["models", "rm", "qwen2.5", ":", "7b", "qwen2.5", ":", "14"], ["14b"]),
+        (["models", "rm", "qwen2.5", ":", "7b", "--node", "al"], ["alpha"]),
+        (["run", "-m", "none", ":", "1"], []),
+        (["drain", ""], ["alpha", "beta"]),
+    ],
+)
+async def test_bash_breaks_words_at_colons(two_tags: Simulated, words: list[str], proposals: list[str]) -> None:
+    """As bash itself has it: the function that was installed, and ``COMP_WORDS`` broken at each colon."""
+    script = """
+        eval "$(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION=1 "$1" --show-completion bash)"
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        _gpumesh_completion "$1"
+        ((${#COMPREPLY[@]})) && printf '%s\\n' "${COMPREPLY[@]}"
+        exit 0
+    """
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-c", script, "bash", str(GPUMESH), *words,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=two_tags.gpumesh.environment(), cwd=two_tags.gpumesh.home,
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        out, errors = await process.communicate()
+    assert errors == b"", errors
+    assert sorted(out.decode().split()) == sorted(proposals)
 
 
 async def test_commands_and_options(gpumesh: Gpumesh) -> None:
