@@ -69,6 +69,8 @@ class Page:
             async for event in events:
                 stream.write(event)
                 await stream.drain()
+                if request.method == "HEAD":  # it has its whole answer
+                    break
         stream.end()
         return stream
 

@@ -133,14 +133,14 @@ class Request:
     async def body(self) -> bytes:
         """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
         limit = self._connection.bounds.body_bytes
-        length = self.headers.get("Content-Length")
-        if length is not None and int(length.lstrip("0") or "0") > limit:  # int() takes no more than 4,300 zeros
-            raise _too_large()
         if self._body.whole:  # by far the most common: it came together with the head
             body = self._body.take()
             if len(body) > limit:
                 raise _too_large()
         else:
+            length = (self.headers.get("Content-Length") or "").lstrip("0")  # int() takes no more than 4,300 digits
+            if length and int(length) > limit:
+                raise _too_large()
             pieces = bytearray()
             async for piece in self.pieces():
                 pieces += piece
@@ -181,7 +181,7 @@ class Request:
             return
         if expect.lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", status=417)
-        if not self.old:
+        if not self.old and not self.begun:
             self._connection.write(CONTINUE)
 
     def answer_headers(self, headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
@@ -391,11 +391,31 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        if len(data) <= SLICE and not self._rest:
+        if len(data) > SLICE:
             self._feed(data)
-        else:
-            self._rest += data
-            self._feed_rest()
+            return
+        self._framed += len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = b"" if self._deaf else data[upgrade.args[0] :]
+                self._go_on_without_upgrade()
+            except httptools.HttpParserError as error:
+                self._malformed(error)
+                return
+        if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
+            self._malformed(_HeadTooLarge())
+        elif self._in_head and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+
+    def _feed(self, data: bytes) -> None:
+        """By slices, until it is not to be read further."""
+        while data and not self._read_paused and not self._deaf:
+            self.data_received(data[:SLICE])
+            data = data[SLICE:]
+        self._rest = data
 
     def pause_writing(self) -> None:
         self.full = True
@@ -409,30 +429,6 @@ class Connection(asyncio.Protocol):
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    # -- parsing -------------------------------------------------------------------------------------------------
-
-    def _feed(self, data: bytes) -> None:
-        self._framed += len(data)
-        while data and not self._deaf:
-            try:
-                self._parser.feed_data(data)
-                break
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                self._go_on_without_upgrade()
-            except httptools.HttpParserError as error:
-                self._malformed(error)
-                return
-        if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
-            self._malformed(_HeadTooLarge())
-        elif self._in_head and self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
-
-    def _feed_rest(self) -> None:
-        while self._rest and not self._read_paused and not self._deaf:
-            data, self._rest = self._rest[:SLICE], self._rest[SLICE:]
-            self._feed(data)
-
     # -- httptools -----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -444,17 +440,19 @@ class Connection(asyncio.Protocol):
         if self._replayed:
             return
         self._url += url
-        self._count(len(url))
+        self._head_size += len(url)
+        if self._head_size > self.bounds.head_bytes:
+            raise _HeadTooLarge
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._replayed:
             return
-        self._count(len(name) + len(value) + 4)
+        self._head_size += len(name) + len(value) + 4
         if self._in_head:  # else it is a trailer, which nobody here needs
             # The parser leaves the blanks behind a value, which are none of it.
-            self._fields.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape").rstrip(" \t")))
-            if len(self._fields) > MAX_FIELDS:
-                raise _HeadTooLarge
+            self._fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
+        if self._head_size > self.bounds.head_bytes or len(self._fields) > MAX_FIELDS:
+            raise _HeadTooLarge
 
     def on_headers_complete(self) -> None:
         if self._replayed:
@@ -505,18 +503,13 @@ class Connection(asyncio.Protocol):
             self._incoming.end_body()
             self._incoming = None
 
-    def _count(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > self.bounds.head_bytes:
-            raise _HeadTooLarge
-
     def _go_on_without_upgrade(self) -> None:
         """A client offers another protocol (JDK's offers HTTP/2 in each first request), which nobody need take up: the
         request is one like any other, its body follows. The parser, though, has ended. So another one reads on; where
         a body follows, it is told its framing again."""
         body, self._upgrade_body = self._upgrade_body, None
         self._parser = httptools.HttpRequestParser(self)
-        if body and not self._deaf:
+        if body:
             self._replayed = True
             self._parser.feed_data(b"POST / HTTP/1.1\r\n" + body + b"\r\n\r\n")
 
@@ -654,7 +647,7 @@ class Connection(asyncio.Protocol):
         """Unless something waits that has been read already."""
         if self._read_paused and not self._waiting and self._transport is not None:
             self._read_paused = False
-            self._feed_rest()
+            self._feed(self._rest)
             if not self._read_paused:
                 self._transport.resume_reading()
 
@@ -841,13 +834,13 @@ class Server:
 def _own(target: str) -> str:
     """Of a request's target what is asked of us: ``http://host/path`` is how a client would ask a proxy, and a fragment
     is its own affair."""
-    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
+    if not target.startswith("/") and "://" in target:
         target = "/" + target.partition("://")[2].partition("/")[2]
-    return target.partition("#")[0]
+    return target.partition("#")[0] if "#" in target else target
 
 
 def _path(target: str) -> str:
-    path = target.partition("?")[0]
+    path = target.partition("?")[0] if "?" in target else target
     return unquote(path) if "%" in path else path
 
 

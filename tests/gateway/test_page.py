@@ -15,7 +15,7 @@ import pytest
 
 from gpumesh.state import Health
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import Running, running
+from tests.gateway.fleet import Running, raw, running
 
 KEY = {"Authorization": "Bearer sesame"}
 
@@ -127,3 +127,9 @@ async def test_an_open_page_does_not_hold_up_the_end() -> None:
         began = loop.time()
     await reading
     assert loop.time() - began < fleet.gateway.drain_s / 2
+
+
+async def test_who_asks_for_the_streams_head_alone_has_it(fleet: Running) -> None:
+    asked = "{} /mesh/events HTTP/1.1\r\nHost: localhost\r\nConnection: {}\r\n\r\n"
+    told = await raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
+    assert told.count(b"Content-Type: text/event-stream\r\n") == told.count(b"\r\n\r\n") == 2

@@ -536,6 +536,13 @@ def test_a_body_is_never_taken_for_a_request(run: Run) -> None:
     run(main())
 
 
+async def test_many_offers_ahead_are_all_passed_over() -> None:
+    offer = f"GET / HTTP/1.1\r\n{UPGRADE}\r\n".encode()
+    async with bare(fine) as here:
+        told = await raw(here.port, offer * 2000 + b"GET / HTTP/1.0\r\n\r\n")
+        assert told.count(b"HTTP/1.1 200 OK\r\n") == 2001
+
+
 @pytest.mark.parametrize(
     "lines",
     [
