@@ -107,7 +107,8 @@ def _of_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> I
             continue
         finding = left.pop(here[0])
         # Of how it is reached and of the server the finding says more than a word of state.
-        found = finding.message if row.what in (ROUTE, SERVER) else row.found
+        said = finding.message.removeprefix(f"{row.expected}: ")  # where: that stands beside it
+        found = said if row.what in (ROUTE, SERVER) else row.found
         yield _told(replace(row, found=found), finding)
     for finding in left.values():
         yield _told(Row(spec.name, _family(finding.code), UNKNOWN, finding.message, ""), finding)

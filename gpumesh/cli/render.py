@@ -197,7 +197,7 @@ def finding_text(finding: Finding) -> Text:
     where = ", ".join(finding.nodes) or finding.node
     text = Text()
     if where:
-        text.append(f"{clean_line(where, 60)} ", style="bold")
+        text.append(f"{clean_line(where, 200)} ", style="bold")
     text.append(f"{clean_line(finding.code, 40)}: {clean_line(finding.message, 400)}")
     add_hint(text, finding.hint)
     return text

@@ -29,6 +29,7 @@ from gpumesh.cli.text import (
 from gpumesh.mesh.history import History
 from gpumesh.state import (
     BackendPhase,
+    Finding,
     GpuState,
     Health,
     LoadedModel,
@@ -60,6 +61,7 @@ NO_GPU = {
     "nvidia-smi-old": "driver too old",
 }
 LOST = "gpu-lost"
+NAMED = 4
 ROOMY, WHOLE = 150, ("NODE", "GPU")
 HOT_C = 83  # where a 4090 begins to slow down
 
@@ -363,10 +365,24 @@ def _notes(state: MeshState) -> list[_Note]:
             text.append(f" (again in {duration(node.tunnel.retry_in_s)})", style="dim")
         add_hint(text, _hint_for(node, state))
         notes.append((Text(MARKS[node.health], style=STYLES[node.health]), text))
+    alike: dict[Finding, list[str]] = {}
     for finding in state.findings:
-        if (finding.node, finding.message) not in said and (finding.node, finding.code) not in said:
-            notes.append((Text(*SEVERITIES[finding.severity]), finding_text(finding)))
+        if (finding.node, finding.message) in said or (finding.node, finding.code) in said:
+            continue
+        if finding.nodes or finding.node is None:  # about several as one
+            alike[finding] = []
+        else:
+            alike.setdefault(replace(finding, node=None), []).append(finding.node)
+    for finding, names in alike.items():
+        told = replace(finding, node=_list_of(names)) if names else finding
+        notes.append((Text(*SEVERITIES[finding.severity]), finding_text(told)))
     return notes
+
+
+def _list_of(names: Sequence[str]) -> str:
+    """What is the same for many nodes is said once, with as many of their names as can be read at a glance."""
+    few = [clean_line(name, 60) for name in names[:NAMED]]
+    return ", ".join(few) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _hint_for(node: NodeState, state: MeshState) -> str | None:

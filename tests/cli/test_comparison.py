@@ -7,7 +7,7 @@ import pytest
 from gpumesh import audit, errors
 from gpumesh.cli.comparison import AS_EXPECTED, Branch, Row, Twig, drawing, rows, way_of
 from gpumesh.cli.text import UNKNOWN
-from gpumesh.state import BackendPhase, HostState, NodeState, Severity
+from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, Severity
 from gpumesh.topology import AddressCommand, ExpectSpec, NodeSpec, SshSpec
 from tests.audit.build import (
     GPU,
@@ -92,6 +92,14 @@ def test_a_server_that_is_down_keeps_the_gpu_in_sight() -> None:
     assert (found["route"].verdict, found["GPU"].verdict) == (AS_EXPECTED, AS_EXPECTED)
     assert (found["server"].verdict, found["server"].found) == ("backend-down", "nothing listens")
     assert found["models"].verdict == "not known"
+
+
+def test_a_server_that_answers_wrongly_has_its_address_beside_it_once() -> None:
+    for code in ("wrong-server", "wrong-scheme", "redirected", "answer-broken", "models-too-many", "tls-refused"):
+        message = "http://127.0.0.1:80: it is another one"
+        down = BackendState("ollama", BackendPhase.DOWN, last_error=message, error_code=code)
+        (found,) = (one for one in compared((spec(), state(backend=down))) if one.what == "server")
+        assert (found.expected, found.found, found.verdict) == ("http://127.0.0.1:80", "it is another one", code)
 
 
 def test_findings_without_an_expectation_have_rows_of_their_own() -> None:

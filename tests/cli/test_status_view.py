@@ -219,6 +219,20 @@ def test_it_is_no_higher_than_the_screen_and_shows_what_is_wrong(height: int) ->
     assert any("more rows" in line for line in shown)
 
 
+def test_what_is_the_same_for_many_nodes_is_said_once() -> None:
+    nodes = [healthy(f"n{number}", gpus=None) for number in range(100)]
+    missing = Finding("nvidia-smi-missing", Severity.INFO, None, "nvidia-smi is on no usual path", "install it")
+    findings = [replace(missing, node=node.name) for node in nodes]
+    other = replace(missing, node="n7", message="something else")
+    shown = text(mesh(*nodes, findings=(*findings, other)), 120)
+    assert shown.count("nvidia-smi is on no usual path") == 1
+    assert "i n0, n1, n2, n3 and 96 more nvidia-smi-missing: nvidia-smi is on no usual path" in shown
+    assert "i n7 nvidia-smi-missing: something else" in shown
+    assert shown.count("install it") == 2
+    assert "i n0, n1 nvidia" in text(mesh(*nodes, findings=tuple(findings[:2])), 120)
+    assert "i n1 nvidia" in text(mesh(*nodes, findings=(findings[1],)), 120)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("height", [20, 30, 40])
 def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: int, height: int) -> None:
