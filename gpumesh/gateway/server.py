@@ -745,7 +745,7 @@ class Connection(asyncio.Protocol):
     def close_when_idle(self) -> None:
         """No more requests: an idle connection ends now, another after its answers."""
         self._closing = True
-        if not self._busy:
+        if not self._busy and not self._over:
             self._close()
 
     async def ended(self) -> None:

@@ -895,6 +895,28 @@ def test_a_connection_that_is_to_end_ends_with_the_answer_it_has(run: Run) -> No
 
 
 @both
+def test_a_part_is_never_taken_for_all(run: Run) -> None:
+    async def main() -> None:
+        async def handler(request: Request) -> Reply | Stream:
+            stream = request.stream(())
+            if request.path != "/before":
+                stream.write(b"a part")
+            if request.path == "/reply":
+                return Reply(b"another")
+            if request.path != "/unended":
+                raise ValueError(request.path)
+            return stream
+
+        async with bare(handler) as here:
+            for path in ("/after", "/reply", "/unended"):
+                told = await raw(here.port, GET.replace(b"/", path.encode(), 1))
+                assert told.endswith(b"\r\n\r\n6\r\na part\r\n")
+            assert (await raw(here.port, GET.replace(b"/", b"/before", 1))).startswith(b"HTTP/1.1 500 ")
+
+    run(main())
+
+
+@both
 def test_a_client_past_the_bound_that_is_still_sending_sees_the_refusal(run: Run) -> None:
     async def main() -> None:
         async with bare(fine, Bounds(connections=0)) as here:
