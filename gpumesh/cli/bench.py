@@ -50,7 +50,12 @@ def run(
         str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.models)
     ] = None,
     scenario: Annotated[
-        str, typer.Option(help="quick, sweep, scale, overhead, failover or replay.", metavar="NAME")
+        str,
+        typer.Option(
+            help="quick, sweep, scale, overhead, failover or replay.",
+            metavar="NAME",
+            autocompletion=completion.scenarios,
+        ),
     ] = "quick",
     requests: Annotated[int | None, typer.Option("-n", metavar="N", help="Requests in each stage.")] = None,
     concurrency: Annotated[

@@ -66,6 +66,19 @@ def models(ctx: typer.Context, incomplete: str) -> list[str]:
     return sorted(names)
 
 
+def priorities(incomplete: str) -> list[str]:
+    from gpumesh.balancer.base import Priority
+
+    return [priority for priority in Priority if priority.startswith(incomplete)]
+
+
+def scenarios(incomplete: str) -> list[str]:
+    """Those of `bench run`."""
+    from gpumesh.bench.scenarios import Scenario
+
+    return [scenario for scenario in Scenario if scenario.startswith(incomplete)]
+
+
 def _chosen(ctx: typer.Context) -> Path | None:
     """``--config``, before or behind the command's name."""
     if (late := ctx.meta.get("gpumesh.config")) is not None:

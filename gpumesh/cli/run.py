@@ -67,7 +67,12 @@ def run(
         typer.Option("--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.nodes),
     ] = None,
     priority: Annotated[
-        str | None, typer.Option(metavar="P", help="interactive, normal or batch; batch with -f, else interactive.")
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="interactive, normal or batch; batch with -f, else interactive.",
+            autocompletion=completion.priorities,
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
     option: Annotated[

@@ -100,6 +100,8 @@ async def test_commands_and_options(gpumesh: Gpumesh) -> None:
     assert set(await completed(gpumesh, "gpumesh st")) == {"status"}
     assert {"pull", "rm", "load", "unload", "list", "sync"} <= set(await completed(gpumesh, "gpumesh models "))
     assert "--watch" in await completed(gpumesh, "gpumesh status --")
+    assert await completed(gpumesh, "gpumesh run --priority ") == ["interactive", "normal", "batch"]
+    assert await completed(gpumesh, "gpumesh bench run --scenario s") == ["sweep", "scale"]
 
 
 async def test_a_named_file_is_read(direct: Simulated) -> None:
