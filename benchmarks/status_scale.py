@@ -5,9 +5,9 @@
     python benchmarks/status_scale.py [--nodes 1,100] [--runs 15] [--watch-s 20]
 
 The mesh behind the socket is made up: its nodes and their GPUs change as probes would change them (each node every two
-seconds), so that what is measured is the command, not the mesh. The commands are real processes; `--watch` draws on a
-pseudo-terminal of 200 x 50 that somebody reads. DESIGN section 11: `status` within 300 ms, with 100 nodes within 1 s;
-issue 6: `--watch` of 100 nodes under 10 % of one core.
+seconds), so that what is measured is the command, not the mesh; direct_nodes.py measures both, over real nodes. The
+commands are real processes; `--watch` draws on a pseudo-terminal of 200 x 50 that somebody reads. DESIGN section 11:
+`status` within 300 ms, with 100 nodes within 1 s; issue 6: `--watch` of 100 nodes under 10 % of one core.
 """
 
 from __future__ import annotations
