@@ -104,6 +104,8 @@ def commands_in(line: str) -> Iterator[list[str]]:
 
 def check_command(words: list[str], *, only_named: bool = False) -> None:
     """Raises what the command line would say. Nothing is run. ``only_named``: arguments may be missing."""
+    if "--install-completion" in words or "--show-completion" in words:
+        return  # they act while they are parsed
     command, path, context, rest = root(), "gpumesh", None, list(words)
     try:
         while rest or not hasattr(command, "commands"):  # a group alone shows its help

@@ -223,7 +223,8 @@ class Gateway:
         """Raises BadRequest for who may not talk to us."""
         origin = request.headers.get("Origin")
         if not self._guard.host_allowed(request.headers.get("Host")):
-            raise BadRequest("this Host is not served here", status=403)
+            words = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
+            raise BadRequest(words, status=403)
         if not self._guard.origin_allowed(origin):
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
         if origin is not None:

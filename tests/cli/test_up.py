@@ -225,7 +225,7 @@ async def test_a_terminal_that_is_closed_cuts_nothing(gpumesh: Gpumesh) -> None:
 @slow
 @pytest.mark.parametrize("way", ["down", "SIGTERM"])
 async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
-    host = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(15, 15))
+    host = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(45, 45))
     async with simulated(gpumesh, host):
         await gpumesh("up", "-d")
         (pid,) = gpumesh.processes()
@@ -239,7 +239,7 @@ async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
                 os.kill(pid, signal.SIGTERM)
             async with asyncio.timeout(20):
                 result = json.loads(await asking.stdout.read())
-            assert (result["error"], result["tokens"]) == (None, 15)
+            assert (result["error"], result["tokens"]) == (None, 45)
             await gone({pid})
 
 
