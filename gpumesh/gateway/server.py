@@ -408,7 +408,7 @@ class Connection(asyncio.Protocol):
         if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
             self._malformed(_HeadTooLarge())
         elif self._in_head and self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+            self._await_head()
 
     def _feed(self, data: bytes) -> None:
         """By slices, until it is not to be read further."""
@@ -528,11 +528,14 @@ class Connection(asyncio.Protocol):
         else:
             self._refuse(_Refusal(400, "this is not HTTP"))
 
+    def _await_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+
     def _head_too_slow(self) -> None:
-        if self._read_paused:  # it is not its client that is slow
-            self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+        if self._read_paused:  # it is not its client that is slow: its time begins when it is read again
             return
-        self._head_timer = None
         self._refuse(_Refusal(408, "the request's head came too slowly"))
 
     def _refuse(self, refusal: _Refusal) -> None:
@@ -650,6 +653,8 @@ class Connection(asyncio.Protocol):
             self._feed(self._rest)
             if not self._read_paused:
                 self._transport.resume_reading()
+                if self._in_head:
+                    self._await_head()
 
     def _pause_reading(self) -> None:
         if not self._read_paused and self._transport is not None:

@@ -649,6 +649,7 @@ def test_who_asks_ahead_does_not_keep_the_others_waiting(run: Run) -> None:
 
 
 @both
+@pytest.mark.slow
 def test_who_asks_ahead_is_not_told_that_it_is_slow_while_it_is_not_read(run: Run) -> None:
     async def main() -> None:
         go = asyncio.Event()
@@ -657,10 +658,10 @@ def test_who_asks_ahead_is_not_told_that_it_is_slow_while_it_is_not_read(run: Ru
             await go.wait()
             return Reply(b"fine")
 
-        async with bare(handler) as here:
+        async with bare(handler, Bounds(head_s=1.0)) as here:
             reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
             writer.write(GET * 30 + GET[:20])
-            await nothing_more(reader, SHORT.head_s * 2)
+            await nothing_more(reader, 1.3)
             go.set()
             for _ in range(30):
                 assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
