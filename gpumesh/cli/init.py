@@ -97,8 +97,11 @@ def _report(chosen: Settings, output: Path, found: Sequence[Draft]) -> None:
             hint = None if draft.found is None or draft.serves else draft.found.tunnel.hint
             if hint:
                 typer.echo(clean_line(f"  hint: {hint}"), err=True)
-    here = output == Path("mesh.yaml")
-    typer.echo(f"wrote {output}; try it: gpumesh run {'' if here else f'-c {output} '}'Hello'")
+    given = "" if output == Path("mesh.yaml") else f"-c {output} "
+    if any(draft.serves for draft in found):
+        typer.echo(f"wrote {output}; try it: gpumesh run {given}'Hello'")
+    else:  # nobody could answer yet
+        typer.echo(f"wrote {output}; when a server is there: gpumesh {given}audit")
 
 
 # -- what the person says --------------------------------------------------------------------------------------------

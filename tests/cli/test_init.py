@@ -112,6 +112,7 @@ async def test_a_host_that_is_away_is_written_down_with_the_reason(pod: Simulate
 async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: Simulated) -> None:
     ended = await pod.gpumesh("init", "--from", line(pod), code=3)
     assert "host key" in ended.err
+    assert ended.out == "wrote mesh.yaml; when a server is there: gpumesh audit\n"
     assert not (pod.gpumesh.home / ".ssh" / "known_hosts").exists()
 
 
