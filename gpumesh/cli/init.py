@@ -101,7 +101,7 @@ def _report(chosen: Settings, output: Path, found: Sequence[Draft]) -> None:
     if any(draft.serves for draft in found):
         typer.echo(f"wrote {output}; try it: gpumesh run {given}'Hello'")
     else:  # nobody could answer yet
-        typer.echo(f"wrote {output}; when a server is there: gpumesh {given}audit")
+        typer.echo(f"wrote {output}; when a server is there: gpumesh audit {given}".rstrip())
 
 
 # -- what the person says --------------------------------------------------------------------------------------------
