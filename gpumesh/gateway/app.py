@@ -20,6 +20,8 @@ from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, NoNodeError
 from gpumesh.gateway import errors, proxy
 from gpumesh.gateway.access_log import AccessLog
+from gpumesh.gateway.bounds import Bounds
+from gpumesh.gateway.exchange import Handler, Request, Stream
 from gpumesh.gateway.fleet import Fleet
 from gpumesh.gateway.guard import Guard
 from gpumesh.gateway.metrics import Metrics
@@ -38,7 +40,7 @@ from gpumesh.gateway.requests import (
     read_timeout,
     shape_of,
 )
-from gpumesh.gateway.server import Bounds, Handler, Request, Server, Stream
+from gpumesh.gateway.server import Server
 from gpumesh.gateway.stores import Stores
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState

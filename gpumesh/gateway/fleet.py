@@ -11,10 +11,11 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import exposition, gauges, merge
+from gpumesh.gateway.exchange import Request
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import OLLAMA_ONLY
-from gpumesh.gateway.server import Request, Server
+from gpumesh.gateway.server import Server
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
 from gpumesh.topology import BackendKind

@@ -16,9 +16,9 @@ from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
+from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import BadRequest
-from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json

@@ -12,9 +12,9 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import errors
+from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.replies import Pairs, Reply
 from gpumesh.gateway.requests import BadRequest, Shape
-from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind

@@ -33,11 +33,11 @@ from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import has_model, why_none
 from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import errors
+from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.progress import Progress
 from gpumesh.gateway.proxy import call_of
 from gpumesh.gateway.replies import Reply, json_reply
 from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, read_node, read_object, read_timeout
-from gpumesh.gateway.server import Request, Stream
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind

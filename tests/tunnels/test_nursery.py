@@ -34,7 +34,9 @@ async def silent() -> AsyncIterator[int]:
 
 
 def setup(port: int, *, node: str = "iceland", timeout_s: float = 60.0, **secrets: str) -> Setup:
-    ssh = SshSpec("127.0.0.1", port, connect_timeout_s=timeout_s, agent=False, known_hosts=Path("/nonexistent/known_hosts"))
+    ssh = SshSpec(
+        "127.0.0.1", port, connect_timeout_s=timeout_s, agent=False, known_hosts=Path("/nonexistent/known_hosts")
+    )
     return Setup(node, ssh, (Target("127.0.0.1", 1),), tuple(secrets.items()))
 
 

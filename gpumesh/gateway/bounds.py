@@ -1,0 +1,31 @@
+"""How much of anything one client of the gateway can hold."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, sockets of other commands
+
+
+def connections_allowed() -> int:
+    """As many as the process may have open, when each has one to a node as well."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max((soft - RESERVED_FILES) // 2, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Seconds, bytes, and bytes/s. A body may take ``body_s``, and a second more for each ``body_rate`` bytes of it."""
+
+    head_s: float = 30.0
+    head_bytes: int = 32 << 10
+    body_s: float = 30.0
+    body_rate: int = 4 << 10
+    body_bytes: int = 256 << 20  # images come inside of JSON
+    linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
+    write_s: float = 60.0  # a client that takes less than body_rate for so long is gone
+    keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): it is they who close, and nothing races
+    connections: int | None = None  # None: connections_allowed()

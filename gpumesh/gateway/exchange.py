@@ -1,0 +1,323 @@
+"""A client's request and its answer, as a handler has them; what carries both is a ``Connection`` (connection.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Protocol
+from urllib.parse import unquote
+
+from gpumesh.gateway import replies
+from gpumesh.gateway.bounds import Bounds
+from gpumesh.gateway.record import Record
+from gpumesh.gateway.replies import Headers, Reply
+from gpumesh.gateway.requests import BadRequest
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MAX_ID = 128  # of a client's X-Request-Id
+UNPACK = 256 << 10  # bytes that are unpacked at a time, under a millisecond: others' tokens wait meanwhile
+
+
+class Carrier(Protocol):
+    """The connection, as far as a request and its answer know it. ``full``: its client reads more slowly than it is
+    written to."""
+
+    loop: asyncio.AbstractEventLoop
+    bounds: Bounds
+    full: bool
+    remote: str | None
+
+    def keeps(self, request: Request) -> bool:
+        """Whether the connection stays after the answer to this request."""
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionResetError when the client is gone."""
+
+    async def room(self) -> None:
+        """Returns when the client has taken most of what was written. Raises ConnectionResetError when it is gone."""
+
+    def read_on(self) -> None:
+        """What waited has been taken: more may be read."""
+
+
+class Request:
+    """A request, its record, and what its answer's head must say on its account.
+
+    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent;
+    ``sent`` counts the bytes of its body, those of a stream with its framing.
+    """
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "begun",
+        "cors",
+        "headers",
+        "id",
+        "keep",
+        "method",
+        "old",
+        "path",
+        "record",
+        "sent",
+        "target",
+    )
+
+    def __init__(
+        self,
+        connection: Carrier,
+        method: str,
+        target: str,
+        headers: Headers,
+        *,
+        old: bool,
+        keep: bool,
+        record: Record,
+    ) -> None:
+        self._connection = connection
+        self._body = Body()
+        self.method = method
+        self.target = _own(target)
+        self.path = _path(self.target)
+        self.headers = headers
+        self.old = old
+        self.keep = keep
+        self.record = record
+        self.cors: dict[str, str] | None = None
+        self.id = _id(headers.get("X-Request-Id"))
+        self.begun = False
+        self.sent = 0
+
+    @property
+    def remote(self) -> str | None:
+        """The client's address."""
+        return self._connection.remote
+
+    async def body(self) -> bytes:
+        """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
+        limit = self._connection.bounds.body_bytes
+        if self._body.whole:  # by far the most common: it came together with the head
+            body = self._body.take()
+            if len(body) > limit:
+                raise _too_large()
+        else:
+            length = (self.headers.get("Content-Length") or "").lstrip("0")  # int() takes no more than 4,300 digits
+            if length and int(length) > limit:
+                raise _too_large()
+            pieces = bytearray()
+            async for piece in self.pieces():
+                pieces += piece
+                if len(pieces) > limit:
+                    raise _too_large()
+            body = bytes(pieces)
+        encoding = self.headers.get("Content-Encoding")
+        return body if encoding is None else await _unpacked(body, encoding.lower(), limit)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, of any length. Raises BadRequest: too slow, not as its head says."""
+        self._go_on()
+        body, bounds, loop = self._body, self._connection.bounds, self._connection.loop
+        waited_s, size = 0.0, 0  # for the client: how long a handler takes is not its fault
+        while True:
+            if body.pieces:
+                piece = body.take()
+                self._connection.read_on()
+                size += len(piece)
+                yield piece
+            elif body.broken:
+                raise BadRequest("the request body is not what its head says")
+            elif body.complete:
+                return
+            else:
+                began = loop.time()
+                try:
+                    async with asyncio.timeout(bounds.body_s + size / bounds.body_rate - waited_s):
+                        await body.more(loop)
+                except TimeoutError:
+                    raise BadRequest("the request body came too slowly", status=408) from None
+                waited_s += loop.time() - began
+
+    def _go_on(self) -> None:
+        """curl and others ask before they send something large, and wait a second if nobody answers."""
+        expect = self.headers.get("Expect")
+        if expect is None:
+            return
+        if expect.lower() != "100-continue":
+            raise BadRequest("this expectation cannot be met", status=417)
+        if not self.old and not self.begun:
+            self._connection.write(CONTINUE)
+
+    def answer_headers(self, headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+        """These, and what every answer to this request says."""
+        if self.cors is None and self.id is None:
+            return headers
+        more = dict(self.cors or {})
+        if self.id is not None:
+            more["X-Request-Id"] = self.id
+        lower = {name.lower() for name in more}
+        return [*((name, value) for name, value in headers if name.lower() not in lower), *more.items()]
+
+    def stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> Stream:
+        """An answer in pieces; its head goes out with the first of them."""
+        return Stream(self, self._connection, status, headers)
+
+    @property
+    def body_ended(self) -> bool:
+        return self._body.whole
+
+    # -- the connection's side -----------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> int:
+        """A piece of the body; how many bytes wait now."""
+        return self._body.feed(data)
+
+    def end_body(self, *, broken: bool = False) -> None:
+        self._body.end(broken=broken)
+
+
+class Body:
+    """A request's body on its way from the parser to the handler."""
+
+    __slots__ = ("_size", "_waiter", "broken", "complete", "pieces")
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.complete = False
+        self.broken = False
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.complete and not self.broken
+
+    def feed(self, data: bytes) -> int:
+        self.pieces.append(data)
+        self._size += len(data)
+        self._wake()
+        return self._size
+
+    def end(self, *, broken: bool) -> None:
+        self.complete = True
+        self.broken |= broken
+        self._wake()
+
+    def take(self) -> bytes:
+        data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces.clear()
+        self._size = 0
+        return data
+
+    async def more(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Stream:
+    """An answer in pieces. ``write``, then ``drain`` where it is ``full``; ``end`` makes it whole: without that the
+    connection is cut, so that nobody takes a part for all."""
+
+    __slots__ = ("_chunked", "_connection", "_head", "_request", "_silent", "ended", "status")
+
+    def __init__(self, request: Request, connection: Carrier, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        self.status = status
+        self.ended = False
+        self._request = request
+        self._connection = connection
+        self._chunked = not request.old
+        self._silent = replies.bodiless(request.method, status)
+        # Of an old client's the end is the connection's; and what the head says stays true, whatever comes after it.
+        request.keep = keep = not request.old and connection.keeps(request)
+        self._head = replies.head(status, request.answer_headers(headers), length=None, keep=keep, old=request.old)
+
+    @property
+    def full(self) -> bool:
+        """The client reads more slowly than it is written to."""
+        return self._connection.full
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionError when the client is gone."""
+        out = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked and data else data
+        if self._silent:
+            out = b""
+        self._request.sent += len(out)
+        if self._head:
+            out, self._head = self._head + out, b""
+            self._request.begun = True
+        self._connection.write(out)
+
+    async def drain(self) -> None:
+        """Waits until the client has taken most of it. Raises ConnectionError when the client is gone."""
+        await self._connection.room()
+
+    def end(self) -> None:
+        self.ended = True
+        if self._head:
+            self.write(b"")
+        if self._chunked and not self._silent:
+            self._connection.write(b"0\r\n\r\n")
+
+
+Handler = Callable[[Request], Awaitable[Reply | Stream]]
+
+
+def _own(target: str) -> str:
+    """Of a request's target what is asked of us: ``http://host/path`` is how a client would ask a proxy, and a fragment
+    is its own affair."""
+    if not target.startswith("/") and "://" in target:
+        target = "/" + target.partition("://")[2].partition("/")[2]
+    return target.partition("#")[0] if "#" in target else target
+
+
+def _path(target: str) -> str:
+    path = target.partition("?")[0] if "?" in target else target
+    return unquote(path) if "%" in path else path
+
+
+async def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Raises BadRequest; ``limit`` is of what comes out: a few bytes can become gigabytes."""
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
+    # RFC 9110 section 8.4.1.2: "deflate" has zlib's wrapping, which some clients leave out.
+    raw = encoding == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31)
+    unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+    plain = bytearray()
+    for start in range(0, len(body), UNPACK):  # what is not taken of a piece is copied each time, so it is no large one
+        rest = body[start : start + UNPACK]
+        more = True
+        while more:
+            try:
+                piece = unpack.decompress(rest, UNPACK)
+            except zlib.error:
+                raise BadRequest("the request body is not what its head says") from None
+            plain += piece
+            if len(plain) > limit:
+                raise _too_large()
+            rest = unpack.unconsumed_tail
+            more = not unpack.eof and (len(rest) > 0 or len(piece) == UNPACK)
+            if more or len(body) > UNPACK:
+                await asyncio.sleep(0)
+    if not unpack.eof or unpack.unused_data:
+        raise BadRequest("the request body is not what its head says")
+    return bytes(plain)
+
+
+def _id(given: str | None) -> str | None:
+    """What a client calls its request: a short word that is safe in a header and in a log, or nothing."""
+    if not given or not given.isascii() or not given.isprintable():
+        return None
+    return given[:MAX_ID]
+
+
+def _too_large() -> BadRequest:
+    return BadRequest("the request body is too large", status=413)
