@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
     """Python puts the current folder before its own libraries, unless it is told not to."""
     (tmp_path / "gpumesh").mkdir()
     (tmp_path / "yaml.py").write_text("raise SystemExit('this is not the YAML that was meant')\n")
-    environment = {**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    environment = {**os.environ, "HOME": str(tmp_path)}
 
     async def gpumesh(*arguments: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
@@ -37,17 +38,19 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
             out, _ = await process.communicate()
         return process.returncode, out.decode()
 
-    async with StandIn(profile.fast("one")) as server:
-        mesh = {"gateway": {"listen": "127.0.0.1:0"}, "nodes": [{"name": "one", "backend": {"url": server.url}}]}
-        (tmp_path / "mesh.yaml").write_text(json.dumps(mesh))
-        code, out = await gpumesh("up", "-d")
-        assert code == 0, out
-        try:
-            code, out = await gpumesh("run", "Hello")
+    with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as runtime:  # short: it holds a Unix socket
+        environment["XDG_RUNTIME_DIR"] = runtime
+        async with StandIn(profile.fast("one")) as server:
+            mesh = {"gateway": {"listen": "127.0.0.1:0"}, "nodes": [{"name": "one", "backend": {"url": server.url}}]}
+            (tmp_path / "mesh.yaml").write_text(json.dumps(mesh))
+            code, out = await gpumesh("up", "-d")
             assert code == 0, out
-        finally:
-            code, out = await gpumesh("down")
-        assert code == 0, out
+            try:
+                code, out = await gpumesh("run", "Hello")
+                assert code == 0, out
+            finally:
+                code, out = await gpumesh("down")
+            assert code == 0, out
 
 
 @pytest.mark.slow
