@@ -17,7 +17,7 @@ from tests.mesh.meshes import meshed, node
 from tests.parts import needs
 from tests.real.hosts import LlamaServer
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("llama-server")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, needs("llama-server")]
 
 TOKENS = 300
 ASKED: dict[str, Any] = {
