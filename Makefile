@@ -11,8 +11,9 @@ demo: $(STAMP)
 	@$(BIN)/gpumesh demo
 
 # Everything, with the slow tests and those against real parts (OpenSSH's sshd, llama-server, network namespaces).
+# In two processes, because most of them wait more than they work (tests/lanes.py).
 test: $(STAMP) $(LLAMA) parts
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What to run before each commit.
 check: lint
