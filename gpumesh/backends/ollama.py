@@ -73,10 +73,7 @@ class Ollama:
                 finding="host-refused",
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
-        if status in (401, 403):
-            raise refusals.refused(status, body)
-        if status == 429 or status >= 500:
-            raise refusals.not_now(status, body)
+        refusals.check(status, body)
         document = jsons.parse_object(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document

@@ -75,10 +75,7 @@ class OpenAI:
         if answer is None:
             raise ProbeError("no answer to /v1/models", finding="backend-down")
         status, body = answer
-        if status in (401, 403):
-            raise refusals.refused(status, body)
-        if status == 429 or status >= 500:  # llama-server: 503 "Loading model"
-            raise refusals.not_now(status, body)
+        refusals.check(status, body)  # llama-server: 503 "Loading model"
         document = jsons.parse_object(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
             half = refusals.half_json(body, "/v1/models") if status == 200 else None

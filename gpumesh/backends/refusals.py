@@ -12,6 +12,14 @@ from gpumesh.printable import printable
 MOST_MODELS = 10_000
 
 
+def check(status: int, body: bytes) -> None:
+    """Raises ProbeError for a status that refuses us or puts us off. What others mean depends on the kind of server."""
+    if status in (401, 403):
+        raise refused(status, body)
+    if status == 429 or status >= 500:
+        raise not_now(status, body)
+
+
 def refused(status: int, body: bytes) -> ProbeError:
     """401, and 403 with words."""
     said = words.error_text(status, body)

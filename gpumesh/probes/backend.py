@@ -220,7 +220,7 @@ async def _get(
     if response.is_redirect and location is not None:
         raise _redirected(url, response.status_code, location)
     if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
-        raise strangers.encrypted(url)  # as Go's server, nginx and Apache say it
+        raise strangers.other_scheme(url)  # as Go's server, nginx and Apache say it
     return response.status_code, body
 
 

@@ -29,9 +29,9 @@ async def stranger(url: str) -> ProbeError | None:
     place = httpx.URL(url)
     said = await _greeting(place)
     if said.startswith(b"HTTP/"):
-        return None if place.scheme == "http" else plain(url)
+        return None if place.scheme == "http" else other_scheme(url)
     if place.scheme == "http" and (not said or said.startswith(_ALERT)) and await _speaks_tls(place):
-        return encrypted(url)
+        return other_scheme(url)
     words = printable(said, 60)
     if not words:
         return None
@@ -39,14 +39,14 @@ async def stranger(url: str) -> ProbeError | None:
     return ProbeError(f"the port answers, but not with HTTP: {who}{words!r}", finding="wrong-server", hint=hint)
 
 
-def encrypted(url: str) -> ProbeError:
-    hint = f"write `backend: {{url: https://{httpx.URL(url).host}:PORT}}`, as the host knows it"
-    return ProbeError("the port speaks HTTPS, and is asked with plain HTTP", finding="wrong-scheme", hint=hint)
-
-
-def plain(url: str) -> ProbeError:
-    hint = f"write `backend: {{url: http://{httpx.URL(url).host}:PORT}}`, as the host knows it"
-    return ProbeError("the port speaks plain HTTP, and is asked with HTTPS", finding="wrong-scheme", hint=hint)
+def other_scheme(url: str) -> ProbeError:
+    """For a port that speaks the one of HTTP and HTTPS with which this URL does not begin."""
+    place = httpx.URL(url)
+    asked, spoken, scheme = (
+        ("plain HTTP", "HTTPS", "https") if place.scheme == "http" else ("HTTPS", "plain HTTP", "http")
+    )
+    hint = f"write `backend: {{url: {scheme}://{place.host}:PORT}}`, as the host knows it"
+    return ProbeError(f"the port speaks {spoken}, and is asked with {asked}", finding="wrong-scheme", hint=hint)
 
 
 async def tls_failure(url: str, error: ssl.SSLError) -> ProbeError:

@@ -275,7 +275,7 @@ FAULTS = {
         "backend.port",
     ),
     "HTTP to a port that speaks HTTPS": one(
-        probed(strangers.encrypted("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
+        probed(strangers.other_scheme("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
     ),
     "a certificate of nobody": one(
         probed(ProbeError("self-signed", finding="tls-refused", hint="a known authority")),
