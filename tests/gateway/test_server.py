@@ -787,14 +787,15 @@ def test_an_answer_says_what_becomes_of_its_connection(run: Run) -> None:
 LARGE = b"x" * (8 << 20)
 
 
+async def large(_: Request) -> Reply:
+    return Reply(LARGE)
+
+
 @both
 @pytest.mark.slow
 def test_a_large_answer_may_take_long_as_long_as_it_moves(run: Run) -> None:
     async def main() -> None:
-        async def handler(_: Request) -> Reply:
-            return Reply(LARGE)
-
-        async with bare(handler) as here:
+        async with bare(large) as here:
             reader, writer = await silent(here.port, receive=1 << 16)
             writer.write(b"GET / HTTP/1.0\r\n\r\n")
             began = asyncio.get_running_loop().time()
@@ -837,10 +838,7 @@ def test_who_does_not_take_the_last_of_an_answer_is_not_kept(run: Run, ask: byte
 @both
 def test_what_has_been_answered_arrives_though_the_server_ends(run: Run) -> None:
     async def main() -> None:
-        async def handler(_: Request) -> Reply:
-            return Reply(LARGE)
-
-        async with bare(handler, Bounds(linger_s=20.0)) as here:
+        async with bare(large, Bounds(linger_s=20.0)) as here:
             reader, writer = await silent(here.port)
             other = await asyncio.open_connection("127.0.0.1", here.port)
             writer.write(GET)
@@ -860,10 +858,7 @@ def test_what_has_been_answered_arrives_though_the_server_ends(run: Run) -> None
 @both
 def test_an_end_does_not_wait_for_who_takes_nothing(run: Run) -> None:
     async def main() -> None:
-        async def handler(_: Request) -> Reply:
-            return Reply(LARGE)
-
-        async with bare(handler, Bounds(linger_s=0.1)) as here:
+        async with bare(large, Bounds(linger_s=0.1)) as here:
             _, writer = await silent(here.port)
             writer.write(GET)
             await until(lambda: any(one.unsent for one in here.server._connections), "it has been answered")
@@ -877,10 +872,7 @@ def test_an_end_does_not_wait_for_who_takes_nothing(run: Run) -> None:
 @both
 def test_a_connection_that_is_to_end_ends_with_the_answer_it_has(run: Run) -> None:
     async def main() -> None:
-        async def handler(_: Request) -> Reply:
-            return Reply(LARGE)
-
-        async with bare(handler, Bounds()) as here:
+        async with bare(large, Bounds()) as here:
             reader, writer = await silent(here.port)
             writer.write(GET)
             await until(lambda: any(one.unsent for one in here.server._connections), "it has been answered")

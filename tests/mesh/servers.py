@@ -94,6 +94,20 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
                 raise failure  # what the script asserted
 
 
+def says(*pieces: bytes, close: bool = False, reset: bool = False) -> Script:
+    """The same to every request."""
+
+    async def script(exchange: Exchange) -> None:
+        for piece in pieces:
+            await exchange.send(piece)
+        if reset:
+            exchange.reset()
+        if close:
+            exchange.close()
+
+    return script
+
+
 def whole(body: bytes, *, status: str = "200 OK", kind: str = "application/json") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 

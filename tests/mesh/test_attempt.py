@@ -20,7 +20,7 @@ from gpumesh.mesh.attempt import Failed, Opened, ask, attempt
 from gpumesh.mesh.node import Lease
 from gpumesh.mesh.upstream import Upstream
 from tests.mesh.meshes import MODEL, Running, call_of, meshed, node, ollama
-from tests.mesh.servers import LAST_CHUNK, Exchange, Script, chunk, chunked_head, serve, whole
+from tests.mesh.servers import LAST_CHUNK, Exchange, Script, chunk, chunked_head, says, serve, whole
 
 FRAME = b'{"message":{"content":"x"},"done":false}\n'
 FINAL = b'{"message":{"content":""},"done":true,"done_reason":"stop","eval_count":5,"eval_duration":1000000}\n'
@@ -49,18 +49,6 @@ class Place:
 async def placed(script: Script) -> AsyncIterator[Place]:
     async with serve(ollama(script)) as server, meshed(node("a", server.url)) as running, Upstream() as upstream:
         yield Place(running, upstream)
-
-
-def says(*pieces: bytes, close: bool = False, reset: bool = False) -> Script:
-    async def script(exchange: Exchange) -> None:
-        for piece in pieces:
-            await exchange.send(piece)
-        if reset:
-            exchange.reset()
-        if close:
-            exchange.close()
-
-    return script
 
 
 @pytest.mark.parametrize(

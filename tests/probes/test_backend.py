@@ -19,7 +19,7 @@ from gpumesh.lab.ollama import StandIn
 from gpumesh.probes.backend import BODY_LIMIT, BackendReport, probe_backend
 from gpumesh.state import BackendPhase, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
-from tests.mesh.servers import LAST_CHUNK, Exchange, Scripted, chunk, chunked_head, serve, whole
+from tests.mesh.servers import LAST_CHUNK, Exchange, Scripted, chunk, chunked_head, says, serve, whole
 
 PATIENCE_S = 20.0
 OLLAMA = BackendSpec(targets=(Target("127.0.0.1", 11434),))
@@ -207,54 +207,20 @@ async def test_no_way_at_all(client: httpx.AsyncClient) -> None:
 # -- servers that are wrong ------------------------------------------------------------------------------------------
 
 
-async def page(exchange: Exchange) -> None:
-    await exchange.send(whole(b"<!DOCTYPE html><title>nginx \x1b[31m</title>", kind="text/html"))
-
-
-async def openai_server(exchange: Exchange) -> None:
-    error = {"error": {"message": "not found", "type": "invalid_request_error"}}
-    await exchange.send(whole(json.dumps(error).encode(), status="404 Not Found"))
-
-
-async def other_json(exchange: Exchange) -> None:
-    await exchange.send(json_of({"hello": "world"}))
-
-
-async def a_list(exchange: Exchange) -> None:
-    await exchange.send(json_of([1, 2, 3]))
-
-
-async def refused_host(exchange: Exchange) -> None:
-    await exchange.send(whole(b"", status="403 Forbidden"))
-
-
-async def wants_a_key(exchange: Exchange) -> None:
-    await exchange.send(whole(b'{"error":"unauthorized"}', status="401 Unauthorized"))
-
-
-async def loading(exchange: Exchange) -> None:
-    await exchange.send(whole(b'{"error":{"message":"Loading model"}}', status="503 Service Unavailable"))
-
-
-async def fails(exchange: Exchange) -> None:
-    await exchange.send(whole(b"\x1b[2Joops", status="500 Internal Server Error"))
-
-
-async def busy(exchange: Exchange) -> None:
-    await exchange.send(whole(b"", status="429 Too Many Requests"))
-
-
-async def closes(exchange: Exchange) -> None:
-    exchange.close()
-
-
-async def resets(exchange: Exchange) -> None:
-    exchange.reset()
-
-
-async def cut_short(exchange: Exchange) -> None:
-    await exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"version"')
-    exchange.close()
+page = says(whole(b"<!DOCTYPE html><title>nginx \x1b[31m</title>", kind="text/html"))
+openai_server = says(
+    whole(b'{"error": {"message": "not found", "type": "invalid_request_error"}}', status="404 Not Found")
+)
+other_json = says(json_of({"hello": "world"}))
+a_list = says(json_of([1, 2, 3]))
+refused_host = says(whole(b"", status="403 Forbidden"))
+wants_a_key = says(whole(b'{"error":"unauthorized"}', status="401 Unauthorized"))
+loading = says(whole(b'{"error":{"message":"Loading model"}}', status="503 Service Unavailable"))
+fails = says(whole(b"\x1b[2Joops", status="500 Internal Server Error"))
+busy = says(whole(b"", status="429 Too Many Requests"))
+closes = says(close=True)
+resets = says(reset=True)
+cut_short = says(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"version"', close=True)
 
 
 async def endless(exchange: Exchange) -> None:
@@ -265,56 +231,19 @@ async def endless(exchange: Exchange) -> None:
     await exchange.send(LAST_CHUNK)
 
 
-async def ssh_server(exchange: Exchange) -> None:
-    await exchange.send(b"SSH-2.0-OpenSSH_9.6\r\nInvalid SSH identification string.\r\n")
-    exchange.close()
-
-
-async def database(exchange: Exchange) -> None:
-    await exchange.send(b"-ERR wrong number of arguments for 'get' command\r\n\r\n")
-    exchange.close()
-
-
-async def redirects(exchange: Exchange) -> None:
-    await exchange.send(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
-
-
-async def wants_https(exchange: Exchange) -> None:
-    head = b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
-    await exchange.send(head)
-
-
-async def plain_to_https(exchange: Exchange) -> None:
-    """As Go's own server says it."""
-    said = whole(b"Client sent an HTTP request to an HTTPS server.\n", status="400 Bad Request", kind="text/plain")
-    await exchange.send(said)
-
-
-async def forbidden_page(exchange: Exchange) -> None:
-    await exchange.send(whole(b"<html><title>403 Forbidden</title></html>", status="403 Forbidden"))
-
-
-async def bad_gateway(exchange: Exchange) -> None:
-    await exchange.send(whole(b"<html><title>502 Bad Gateway</title></html>", status="502 Bad Gateway"))
-
-
-async def nothing_there(exchange: Exchange) -> None:
-    await exchange.send(whole(b"404 page not found", status="404 Not Found", kind="text/plain"))
-
-
-async def redis(exchange: Exchange) -> None:
-    await exchange.send(b"-DENIED Redis is running in protected mode\r\n")
-    exchange.close()
-
-
-async def mail_server(exchange: Exchange) -> None:
-    await exchange.send(b"220 mail ESMTP\r\n")
-    exchange.close()
-
-
-async def noise(exchange: Exchange) -> None:
-    await exchange.send(bytes(range(256)))
-    exchange.close()
+ssh_server = says(b"SSH-2.0-OpenSSH_9.6\r\nInvalid SSH identification string.\r\n", close=True)
+database = says(b"-ERR wrong number of arguments for 'get' command\r\n\r\n", close=True)
+redirects = says(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+wants_https = says(b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n")
+plain_to_https = says(  # as Go's own server says it
+    whole(b"Client sent an HTTP request to an HTTPS server.\n", status="400 Bad Request", kind="text/plain")
+)
+forbidden_page = says(whole(b"<html><title>403 Forbidden</title></html>", status="403 Forbidden"))
+bad_gateway = says(whole(b"<html><title>502 Bad Gateway</title></html>", status="502 Bad Gateway"))
+nothing_there = says(whole(b"404 page not found", status="404 Not Found", kind="text/plain"))
+redis = says(b"-DENIED Redis is running in protected mode\r\n", close=True)
+mail_server = says(b"220 mail ESMTP\r\n", close=True)
+noise = says(bytes(range(256)), close=True)
 
 
 def ollama(tags: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
@@ -340,17 +269,9 @@ async def a_hundred_thousand(exchange: Exchange) -> None:
     await exchange.send(json_of({"models": [MODEL | {"name": f"m{number}"} for number in range(100_000)]}))
 
 
-async def half(exchange: Exchange) -> None:
-    await exchange.send(whole(b'{"models":[{"name":"qwen2.5:7b","si'))
-
-
-async def half_sent(exchange: Exchange) -> None:
-    await exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"models":[')
-    exchange.reset()
-
-
-async def no_list(exchange: Exchange) -> None:
-    await exchange.send(json_of({"models": "none"}))
+half = says(whole(b'{"models":[{"name":"qwen2.5:7b","si'))
+half_sent = says(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"models":[', reset=True)
+no_list = says(json_of({"models": "none"}))
 
 
 async def silent(exchange: Exchange) -> None:
