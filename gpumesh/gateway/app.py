@@ -27,7 +27,7 @@ from gpumesh.gateway.guard import Guard
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
-from gpumesh.gateway.replies import Reply, json_reply
+from gpumesh.gateway.replies import Pairs, Reply, json_reply
 from gpumesh.gateway.requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
@@ -324,20 +324,21 @@ def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[
 
 def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Reply:
     """405; or what a preflight asks for, its headers being those of every answer to that origin."""
-    allow = ", ".join(sorted(methods))
+    allow = (("Allow", ", ".join(sorted(methods))),)
     if request.method == "OPTIONS" and request.cors is not None:
-        return Reply(status=204, headers={"Allow": allow})
+        return Reply(status=204, headers=allow)
     request.record.fate = Fate.REFUSED
-    reply = _error_reply(path, BadRequest("method not allowed", status=405))
-    reply.headers = (*reply.headers, ("Allow", allow))
-    return reply
+    return _error_reply(path, BadRequest("method not allowed", status=405), headers=allow)
 
 
-def _error_reply(path: str, error: GPUMeshError) -> Reply:
+def _error_reply(path: str, error: GPUMeshError, *, headers: Pairs = ()) -> Reply:
     status = errors.status_of(error)
-    reply = json_reply(errors.body(shape_of(path), status, errors.words_of(error)), status=status)
     wait = errors.retry_after_s(error)
     if wait is not None:
-        reply.headers = (*reply.headers, ("Retry-After", str(wait)))
-    reply.close = status in (408, 413, 417)  # the rest of that body is nothing that could be understood
-    return reply
+        headers = (*headers, ("Retry-After", str(wait)))
+    return json_reply(
+        errors.body(shape_of(path), status, errors.words_of(error)),
+        status=status,
+        headers=headers,
+        close=status in (408, 413, 417),  # the rest of that body is nothing that could be understood
+    )

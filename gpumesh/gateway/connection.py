@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import logging
 import select
 import sys
@@ -24,9 +23,10 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from gpumesh.gateway import replies
+from gpumesh.gateway import errors, replies
 from gpumesh.gateway.exchange import Request
 from gpumesh.gateway.replies import Headers, Reply, json_reply
+from gpumesh.gateway.requests import Shape
 
 if TYPE_CHECKING:
     from gpumesh.gateway.server import Server
@@ -325,8 +325,7 @@ class Connection(asyncio.Protocol):
             raise
         except Exception as error:  # a bug: it must cost one client an error and not all of them the server
             log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
-            reply = json_reply(_error("the gateway failed inside"), status=500)
-            reply.close = True
+            reply = json_reply(_error(500, "the gateway failed inside"), status=500, close=True)
         if isinstance(reply, Reply):
             if request.begun:
                 raise ConnectionError("a part of another answer has been sent already")
@@ -542,13 +541,13 @@ def _in_kernel(transport: asyncio.Transport) -> int:
     return int.from_bytes(told, sys.byteorder)
 
 
-def _error(words: str) -> bytes:
+def _error(status: int, words: str) -> bytes:
     """Whose dialect it would be is not known where there is no path: Ollama's."""
-    return json.dumps({"error": words}).encode()
+    return errors.body(Shape.NATIVE, status, words)
 
 
 def _plain(refusal: Refusal, *more: tuple[str, str]) -> bytes:
     """An answer outside of any request."""
-    body = _error(refusal.words)
+    body = _error(refusal.status, refusal.words)
     headers = (("Content-Type", "application/json"), *more)
     return replies.head(refusal.status, headers, length=len(body), keep=False, old=False) + body

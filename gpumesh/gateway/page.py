@@ -43,12 +43,12 @@ class Page:
         html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
         self._html = html.encode()
         self._closing = asyncio.Event()
-        self._headers = {
-            "Content-Security-Policy": _policy(html),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
+        self._headers = (
+            ("Content-Security-Policy", _policy(html)),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-cache"),
+        )
 
     async def record(self) -> None:
         """Keeps the last hour, until cancelled."""

@@ -80,9 +80,7 @@ async def forward(
 
 async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
     if answer.body is not None:
-        whole = Reply(answer.body, status=answer.status)
-        whole.headers = _headers(answer)
-        return whole
+        return Reply(answer.body, status=answer.status, headers=_headers(answer))
     stream = request.stream(_headers(answer), status=answer.status)
     try:
         async for data in answer:

@@ -48,19 +48,17 @@ class Reply:
         *,
         status: int = 200,
         content_type: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Pairs = (),
         close: bool = False,
     ) -> None:
         self.body = body
         self.status = status
         self.close = close
-        self.headers: Pairs = () if headers is None else tuple(headers.items())
-        if content_type is not None:
-            self.headers = (("Content-Type", content_type), *self.headers)
+        self.headers = headers if content_type is None else (("Content-Type", content_type), *headers)
 
 
-def json_reply(body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-    return Reply(body, status=status, content_type="application/json", headers=headers)
+def json_reply(body: bytes, *, status: int = 200, headers: Pairs = (), close: bool = False) -> Reply:
+    return Reply(body, status=status, content_type="application/json", headers=headers, close=close)
 
 
 def bodiless(method: str, status: int) -> bool:

@@ -19,7 +19,6 @@ the mesh knows already what the store has now: a chat with a model that was just
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -36,8 +35,8 @@ from gpumesh.gateway import errors
 from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.progress import Progress
 from gpumesh.gateway.proxy import call_of
-from gpumesh.gateway.replies import Reply, json_reply
-from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, read_node, read_object, read_timeout
+from gpumesh.gateway.replies import Pairs, Reply, json_reply
+from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, Shape, read_node, read_object, read_timeout
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind
@@ -343,7 +342,8 @@ async def _result(node: str, ask: Callable[[], Awaitable[Answer]]) -> Result:
         answer = await ask()
         return Result(node, answer.status, await answer.read())
     except GPUMeshError as error:
-        return Result(node, errors.status_of(error), json.dumps({"error": error.message}).encode())
+        status = errors.status_of(error)
+        return Result(node, status, errors.body(Shape.NATIVE, status, error.message))
 
 
 async def _lines(answer: Answer) -> AsyncIterator[bytes]:
@@ -358,7 +358,7 @@ async def _lines(answer: Answer) -> AsyncIterator[bytes]:
 
 
 def _begun(request: Request, nodes: Sequence[str]) -> Stream:
-    return request.stream((("Content-Type", NDJSON), *_by(nodes).items()))
+    return request.stream((("Content-Type", NDJSON), *_by(nodes)))
 
 
 def _ended(
@@ -390,7 +390,7 @@ def _told(results: Sequence[Result], verb: str) -> Reply:
         return json_reply(first.body, status=first.status, headers=names)
     failures = {one.node: one.words for one in results if one.status >= 300}
     words = _partly(verb, [one.node for one in results if one.status < 300], failures)
-    return json_reply(json.dumps({"error": words}).encode(), status=502, headers=names)
+    return json_reply(errors.body(Shape.NATIVE, 502, words), status=502, headers=names)
 
 
 def _partly(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
@@ -398,8 +398,8 @@ def _partly(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
     return f"{verb} on {', '.join(done) or 'no node'}; not on {told}"
 
 
-def _by(nodes: Iterable[str]) -> dict[str, str]:
-    return {"X-GPUMesh-Node": ", ".join(nodes)}
+def _by(nodes: Iterable[str]) -> Pairs:
+    return (("X-GPUMesh-Node", ", ".join(nodes)),)
 
 
 def _blob_path(request: Request) -> str:

@@ -67,5 +67,5 @@ def test_no_value_ends_its_line(value: str) -> None:
 
 
 def test_a_reply() -> None:
-    reply = Reply(b"x", content_type="a/b", headers={"X-One": "1"})
+    reply = Reply(b"x", content_type="a/b", headers=(("X-One", "1"),))
     assert (reply.status, reply.headers, reply.close) == (200, (("Content-Type", "a/b"), ("X-One", "1")), False)
