@@ -123,8 +123,10 @@ async def program(*argv: str, port: int, folder: Path, **environment: str) -> As
 
 
 @contextlib.asynccontextmanager
-async def gpumesh(nodes: Sequence[dict[str, Any]], folder: Path, name: str) -> AsyncIterator[tuple[int, int]]:
-    """`gpumesh up` in a process of its own, ready to serve; its port and its pid."""
+async def gpumesh(
+    nodes: Sequence[dict[str, Any]], folder: Path, name: str, *, checkout: Path = ROOT
+) -> AsyncIterator[tuple[int, int]]:
+    """`gpumesh up` in a process of its own, ready to serve; its port and its pid. ``checkout``: whose code it runs."""
     port = free_port()
     file = folder / f"{name}.yaml"
     runtime = folder / f"{name}-run"
@@ -132,7 +134,7 @@ async def gpumesh(nodes: Sequence[dict[str, Any]], folder: Path, name: str) -> A
     gateway = {"listen": f"127.0.0.1:{port}"}
     file.write_text(json.dumps({"version": 1, "name": name, "gateway": gateway, "nodes": list(nodes)}))
     argv = (sys.executable, "-m", "gpumesh", "--config", str(file), "--quiet", "up")
-    surroundings = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT)}
+    surroundings = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(checkout)}
     async with program(*argv, port=port, folder=folder, **surroundings) as process:
         async with asyncio.timeout(30):
             while True:  # the gateway listens before its nodes are up

@@ -107,7 +107,10 @@ class Sequential:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
+    """``answered``: all of them, with those of the warm-up, which ``requests_per_s`` leaves out."""
+
     requests_per_s: float
+    answered: int
     errors: int
     busy: float
 
@@ -192,8 +195,8 @@ async def throughput(
     first, start, cpu = served, time.perf_counter(), time.process_time()
     await asyncio.sleep(seconds)
     wall = time.perf_counter() - start
-    result = Throughput((served - first) / wall, errors, (time.process_time() - cpu) / wall)
     running = False
+    result = Throughput((served - first) / wall, served, errors, (time.process_time() - cpu) / wall)
     for connection in connections:
         if connection.transport is not None:
             connection.transport.close()
