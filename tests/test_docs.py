@@ -254,6 +254,13 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page_id(page)} names {path}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+        source = (ROOT / file).read_text() if (ROOT / file).exists() else ""
+        assert f"def {name}(" in source, f"{page_id(page)} names {file}::{name}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     """And nothing else is: `mkdocs build --strict` would say so, but is not among the tests' requirements."""
 
