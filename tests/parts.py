@@ -63,6 +63,9 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: program("chromium") is not None and importlib.util.find_spec("playwright") is not None,
     ),
     "node": ("Node.js and npm", lambda: bool(program("node") and program("npm"))),
+    "bash": ("bash", lambda: program("bash") is not None),
+    "zsh": ("zsh", lambda: program("zsh") is not None),
+    "fish": ("fish", lambda: program("fish") is not None),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
     "netns": ("root, iproute2, nftables, util-linux and tun for network namespaces", _namespaces),
 }

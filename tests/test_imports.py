@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0,
     "cancellation": 0,
     "printable": 0,
+    "quoting": 0,
     "topology": 1,
     "state": 1,
     "wire": 2,

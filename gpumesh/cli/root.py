@@ -64,7 +64,8 @@ def root(
 def run() -> None:
     """Never returns; never shows a traceback for what is a person's or a host's doing."""
     _prepare_streams()
-    completion.for_bash()
+    completion.use_own_scripts()
+    completion.guard_shells()
     try:
         try:
             quick(get_command(app))(prog_name="gpumesh")

@@ -107,7 +107,7 @@ class Gpumesh:
                 env=self.environment(COLUMNS="120", LINES="40"),
                 cwd=self.home,
                 start_new_session=True,
-                preexec_fn=_take_terminal,
+                preexec_fn=take_terminal,
             )
         except BaseException:
             os.close(controller)
@@ -209,7 +209,7 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _take_terminal() -> None:
+def take_terminal() -> None:
     """In the new process, which leads a session: its stdin becomes the terminal that Ctrl-C reaches it through."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

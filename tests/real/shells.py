@@ -1,0 +1,102 @@
+"""A real shell on a terminal, with the completion that `gpumesh --install-completion` sets up, and a person's keys."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pty
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from tests.real.command import GPUMESH, Gpumesh, Terminal, take_terminal
+from tests.tunnels.polling import until
+
+# What each reads when it starts; its prompt shows how many lines have run.
+_SET_UP = {
+    "bash": (".bashrc", "PS1='ready$(cat ~/count)> '\n"),
+    "zsh": (".zshrc", "setopt promptsubst\nPROMPT='ready$(cat ~/count)> '\n"),
+    "fish": (".config/fish/config.fish", "function fish_prompt; echo ready(cat ~/count)'> '; end\n"),
+}
+SHELLS = tuple(_SET_UP)
+# Takes the place of what is on the line, so that the shell expands it as ever, and nothing of it is started.
+_SHOW = """#!/bin/sh
+printf '%s\\0' "$@" >"$HOME/words.$1"
+printf '%s' "$1" >"$HOME/count"
+"""
+
+
+@dataclass
+class Shell:
+    """``await shell.complete("run -m qw")`` gives the words that the shell makes of the line, after TAB and Enter."""
+
+    gpumesh: Gpumesh
+    terminal: Terminal
+    count: int = field(default=0)
+
+    async def complete(self, typed: str) -> list[str]:
+        self.count += 1
+        # TAB; then Ctrl-A, to the beginning of the line.
+        self.terminal.press(f"gpumesh {typed}\t\x01show {self.count} \r".encode())
+        await self._prompted()
+        words = (self.gpumesh.home / f"words.{self.count}").read_bytes().decode().split("\0")
+        assert words[:2] == [str(self.count), "gpumesh"], self.terminal.text
+        return words[2:-1]
+
+    async def run(self, line: str) -> None:
+        """A line of the shell's own, to its end."""
+        self.count += 1
+        self.terminal.press(f"{line}; show {self.count}\r".encode())
+        await self._prompted()
+
+    async def _prompted(self) -> None:
+        await until(lambda: f"ready{self.count}> " in self.terminal.text, "the prompt")
+
+
+@contextlib.asynccontextmanager
+async def shell(gpumesh: Gpumesh, kind: str) -> AsyncIterator[Shell]:
+    home = gpumesh.home
+    (home / "bin").mkdir()
+    (home / "bin/show").write_text(_SHOW)
+    (home / "bin/show").chmod(0o755)
+    (home / "count").write_text("0")
+    path = os.pathsep.join((str(home / "bin"), str(GPUMESH.parent), os.environ["PATH"]))
+    environment = gpumesh.environment(PATH=path, LC_ALL="C.UTF-8")
+    await _install_completion(environment, gpumesh, kind)
+    file, text = _SET_UP[kind]
+    (home / file).parent.mkdir(parents=True, exist_ok=True)
+    with (home / file).open("a") as settings:
+        settings.write(f"\n{text}")
+    controller, its_end = pty.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            kind, "-i", stdin=its_end, stdout=its_end, stderr=its_end, env=environment, cwd=home,
+            start_new_session=True, preexec_fn=take_terminal,
+        )  # fmt: skip
+    except BaseException:
+        os.close(controller)
+        raise
+    finally:
+        os.close(its_end)
+    made = Shell(gpumesh, Terminal(process, controller))
+    asyncio.get_running_loop().add_reader(controller, made.terminal.read)
+    try:
+        await until(lambda: "ready0> " in made.terminal.text, f"{kind}'s prompt")
+        yield made
+    finally:
+        asyncio.get_running_loop().remove_reader(controller)
+        os.close(controller)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _install_completion(environment: dict[str, str], gpumesh: Gpumesh, kind: str) -> None:
+    # Typer would find out which shell called it; this test is none.
+    environment = {**environment, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    process = await asyncio.create_subprocess_exec(
+        str(GPUMESH), "--install-completion", kind, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=environment, cwd=gpumesh.home,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output

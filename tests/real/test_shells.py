@@ -1,0 +1,138 @@
+"""TAB and Enter in real shells, with a host in the mesh that names its models as an attacker would."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpumesh.lab.profile import QWEN_7B
+from tests.cli.meshes import Simulated, command, quick, simulated
+from tests.parts import needs
+from tests.real.command import Gpumesh
+from tests.real.shells import SHELLS, shell
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+HONEST = ("qwen2.5:7b", "qwen2.5:14b", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M", "user@corp/x+y")
+# Each begins with letters of its own, so that TAB has one to complete.
+HOSTILE = (
+    "za\\$(touch ran)",
+    "zb$(touch ran)",
+    "zc`touch ran`",
+    "zd;touch ran",
+    'ze"$(touch ran)"',
+    "zf'$(touch ran)'",
+    "zg)) $(touch ran) ((",
+    "zh:$(touch ran):x",
+    "zi\n$(touch ran)",
+    "zj(e:'touch ran':)",
+    "zk<(touch ran)",
+    "zl&touch ran&",
+)
+# What a shell expands without a command in it; and an option.
+EXPANDED = ("zm x", "zn'x", "zo${HOME}", "zp*", "zq\\x", "zr\u00e9x", "~root", "=ls", "-rf", "--help", "")
+
+
+@pytest.fixture
+def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
+    with command(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def mesh(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    models = tuple(replace(QWEN_7B, name=name) for name in (*HONEST, *HOSTILE, *EXPANDED))
+    async with simulated(gpumesh, quick("alpha", ssh=False, models=models), quick("beta", ssh=False)) as made:
+        await gpumesh("up", "-d")
+        yield made
+        await gpumesh("down")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
+async def test_what_a_host_calls_its_models_never_runs(mesh: Simulated, kind: str) -> None:
+    async with shell(mesh.gpumesh, kind) as shown:
+        for name in HOSTILE:
+            typed = name[:2]
+            assert await shown.complete(f"run -m {typed}") == ["run", "-m", typed], name
+            assert not (mesh.gpumesh.home / "ran").exists(), f"{name!r} was run by {kind}"
+        # All of them at once, as a list to choose from.
+        assert await shown.complete("models load z") == ["models", "load", "z"]
+        assert not (mesh.gpumesh.home / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
+async def test_honest_names_complete(mesh: Simulated, kind: str) -> None:
+    (mesh.gpumesh.home / "other mesh.yaml").touch()
+    async with shell(mesh.gpumesh, kind) as shown:
+        if kind == "bash":
+            assert await shown.complete("run -m qwen2.5:7") == ["run", "-m", "qwen2.5:7b"]
+            await shown.run("COMP_WORDBREAKS=${COMP_WORDBREAKS//:}")  # as npm's completion does
+        assert await shown.complete("run -m qwen2.5:7") == ["run", "-m", "qwen2.5:7b"]
+        assert await shown.complete("run -m qwen2.5:1") == ["run", "-m", "qwen2.5:14b"]
+        assert await shown.complete("run -m h") == ["run", "-m", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M"]
+        assert await shown.complete("models rm qwen2.5:7b u") == ["models", "rm", "qwen2.5:7b", "user@corp/x+y"]
+        assert await shown.complete("models rm user@c") == ["models", "rm", "user@corp/x+y"]
+        assert await shown.complete("drain al") == ["drain", "alpha"]
+        assert await shown.complete("stat") == ["status"]
+        assert await shown.complete("status --wat") == ["status", "--watch"]
+        # Names of files are the shell's own to complete, and to quote.
+        assert await shown.complete("-c oth") == ["-c", "other mesh.yaml"]
+
+
+@needs("zsh")
+async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: Simulated) -> None:
+    """Typer's own evaluates what the program prints."""
+    from typer import _completion_shared as shared
+
+    values = {"prog_name": "gpumesh", "complete_func": "_gpumesh_completion", "autocomplete_var": "_GPUMESH_COMPLETE"}
+    async with shell(mesh.gpumesh, "zsh") as shown:
+        (mesh.gpumesh.home / "old.zsh").write_text(shared.COMPLETION_SCRIPT_ZSH % values)
+        await shown.run("source ~/old.zsh")
+        for name in HOSTILE[:3]:
+            assert await shown.complete(f"run -m {name[:2]}") == ["run", "-m", name[:2]], name
+            assert not (mesh.gpumesh.home / "ran").exists(), f"{name!r} was run"
+        assert await shown.complete("run -m hf") == ["run", "-m", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M"]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
+async def test_what_stands_on_the_line_never_runs(mesh: Simulated, kind: str) -> None:
+    """Such as the name of a file in a folder of somebody else, which the shell has completed."""
+    async with shell(mesh.gpumesh, kind) as shown:
+        for typed in (r"-c '\$(touch ran)", r"-c 'x$(touch ran)", r"run -m '\$(touch ran)", r"drain '`touch ran`"):
+            await shown.complete(f"{typed}\t'")
+            assert not (mesh.gpumesh.home / "ran").exists(), f"{typed!r} was run by {kind}"
+
+
+@pytest.mark.parametrize("protocol", ["bash", "zsh", "fish", "powershell"])
+async def test_nothing_else_leaves_for_a_shell(mesh: Simulated, protocol: str) -> None:
+    """What a completion that was installed long ago gets to see, in each shell's form."""
+    gpumesh = mesh.gpumesh
+    for line in ("gpumesh run -m ", "gpumesh models load ", "gpumesh run -m -", "gpumesh models load -- -"):
+        environment = gpumesh.environment(
+            _GPUMESH_COMPLETE=f"complete_{protocol}",
+            COMP_WORDS=line,
+            COMP_CWORD=str(len(line.split(" ")) - 1),
+            _TYPER_COMPLETE_ARGS=line,
+            _TYPER_COMPLETE_FISH_ACTION="get-args",
+        )
+        process = await asyncio.create_subprocess_exec(
+            "gpumesh", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            env={**environment, "PATH": f"{_scripts()}:{environment['PATH']}"}, cwd=gpumesh.home,
+        )  # fmt: skip
+        said = (await process.communicate())[0].decode()
+        assert process.returncode == 0
+        assert "touch" not in said, said
+        for name in EXPANDED:
+            assert not name or name == "--help" or name not in said, said
+        if line.endswith(" "):
+            assert all(name.replace(":", "") in said.replace("\\", "").replace(":", "") for name in HONEST), said
+
+
+def _scripts() -> Path:
+    from tests.real.command import GPUMESH
+
+    return GPUMESH.parent
