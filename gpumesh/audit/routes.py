@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
@@ -58,7 +59,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if better:
         best = min(better, key=lambda route: route.latency_ms or 0.0)
         put = (
-            f"give the node `backend: {{url: {best.target}}}` and no `ssh`, if the way between may be seen by others"
+            f"give the node `backend: {{url: {yaml_text(best.target)}}}` and no `ssh`, if the way between may be seen"
+            " by others"
             if best.offered
             else f"put {best.target} first under `backend.urls`"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpumesh.quoting import command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
@@ -35,7 +36,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if tunnel.state in _WAITING or tunnel.last_error is None:
         return
     code = tunnel.error_code or "tunnel"
-    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: `{_by_hand(spec)}`"
+    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: {_by_hand(spec)}"
     if code not in _OWN_CODES:
         # Without SSH between, a refused connection tells that the host is there and its server is not.
         code = "backend-down" if spec.ssh is None and code == "connect-refused" else "node-unreachable"
@@ -44,5 +45,6 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 def _by_hand(spec: NodeSpec) -> str:
     if spec.ssh is None:
-        return f"curl {spec.backend.targets[0].url}/api/version" if spec.backend.targets else "curl"
-    return f"ssh -p {spec.ssh.port} {spec.ssh.user}@{spec.ssh.host}"
+        url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
+        return command("curl {URL}", URL=url)
+    return command("ssh -p {PORT} {HOST}", PORT=str(spec.ssh.port), HOST=f"{spec.ssh.user}@{spec.ssh.host}")

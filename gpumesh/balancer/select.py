@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
+from gpumesh.quoting import command
 from gpumesh.topology import BackendKind
 
 
@@ -88,7 +89,8 @@ def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collec
         hint += f"there are: {', '.join(available) or 'no models'}"
         stores = [candidate.name for candidate in usable if candidate.kind is BackendKind.OLLAMA]
         if stores:
-            hint += f"; it could be pulled to {', '.join(stores)}: `gpumesh models pull {demand.model}`"
+            hint += f"; it could be pulled to {', '.join(stores)}: "
+            hint += command("gpumesh models pull {MODEL}", MODEL=demand.model)
         return ModelMissing(demand.model, available=tuple(available), hint=hint)
     if not any(candidate.kind in demand.kinds for candidate in usable):
         kinds = ", ".join(sorted(demand.kinds))

@@ -125,7 +125,7 @@ def correction(path: Path, text: str, topology: Topology, state: MeshState) -> C
         step = edit.Edit(places[change.node], change.path, change.value, comment)
         try:
             tried = edit.edited(new, [step])
-            if edit.check(path, tried).nodes != changes.applied(topology, [*made, change]).nodes:
+            if edit.check(path, tried) != changes.applied(topology, [*made, change]):
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:
             by_hand.append(f"{error.message}: it should be {change.value!r}")

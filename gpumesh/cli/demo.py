@@ -17,6 +17,7 @@ import typer
 from gpumesh.cli.context import Settings, settings
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import ExitCode
+from gpumesh.quoting import shell_word
 from gpumesh.state import Health, MeshState
 
 if TYPE_CHECKING:
@@ -226,10 +227,10 @@ async def _stay(session: LocalSession, stop: Stop, file: Path, chosen: Settings)
     below = (
         "",
         "It stays up until Ctrl-C. In another terminal:",
-        f"  export GPUMESH_CONFIG={file}",
+        f"  export GPUMESH_CONFIG={shell_word(str(file))}",
         "  gpumesh status -w",
         "  gpumesh run 'Hello'",
-        f"  OLLAMA_HOST={state.gateway.url} ollama run {MODEL}",
+        f"  OLLAMA_HOST={shell_word(state.gateway.url or '')} ollama run {MODEL}",
         "",
     )
     await show(session, stop, chosen, below=below)

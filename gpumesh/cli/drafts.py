@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.cli.providers import Pod
 from gpumesh.cli.ssh_line import SshLine
 from gpumesh.cli.text import clean_line
 from gpumesh.daemon.choice import is_embedder
+from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, NodeState
 from gpumesh.topology import BackendKind
 
@@ -101,7 +101,8 @@ def default_model(made: Sequence[Draft]) -> str | None:
         if draft.found is None:
             continue
         families = {info.name: info.family for info in draft.found.backend.catalog}
-        names.update(name for name in draft.found.backend.models if not is_embedder(name, families.get(name)))
+        models = _observed(draft.found.backend.models)
+        names.update(name for name in models if not is_embedder(name, families.get(name)))
     return min(names, key=lambda name: (-names[name], name), default=None)
 
 
@@ -149,17 +150,17 @@ def _node(draft: Draft) -> Iterator[str]:
 def _expect(node: NodeState) -> Iterator[str]:
     """What was found becomes what is expected: `gpumesh audit` tells when it is no longer so."""
     expect: dict[str, str | int] = {}
-    if node.host.hostname:
-        expect["hostname"] = node.host.hostname
+    for hostname in _observed([node.host.hostname or ""]):
+        expect["hostname"] = hostname
     if node.gpus:
         expect["gpus"] = len(node.gpus)
         if len({gpu.name for gpu in node.gpus}) == 1:
-            expect["gpu"] = node.gpus[0].name
+            expect["gpu"] = next(_observed([node.gpus[0].name]), "unknown GPU")
         sizes = {gpu.memory_total_mib for gpu in node.gpus}
         if len(sizes) == 1 and (size := sizes.pop()) is not None:
             expect["vram_mib"] = size
     said = [f"{key}: {_scalar(value)}" for key, value in expect.items()]
-    models = [_scalar(name) for name in node.backend.models]
+    models = [_scalar(name) for name in _observed(node.backend.models)]
     if not said and not models:
         return
     yield "    expect:   # what was found; `gpumesh audit` tells when it is no longer so"
@@ -167,6 +168,11 @@ def _expect(node: NodeState) -> Iterator[str]:
         yield from (f"      {line}" for line in said)
     if models:
         yield f"      models: [{', '.join(models)}]"
+
+
+def _observed(texts: Iterable[str]) -> Iterator[str]:
+    """What a host said, as far as it is a line of text."""
+    return filter(None, (clean_line(text, 300) for text in texts))
 
 
 def _flow(values: Values) -> str:
@@ -179,11 +185,9 @@ _WORDS = re.compile(r"(?i)(true|false|yes|no|on|off|null|y|n|~)")
 
 
 def _scalar(value: str | int) -> str:
-    """Text is quoted unless it is plainly a word, and ``${`` doubled: a host's own words are neither YAML nor
-    variables."""
+    """Text is quoted unless it is plainly a word: a host's own words are neither YAML nor variables."""
     if isinstance(value, int):
         return str(value)
-    text = clean_line(value, 300)
-    if _PLAIN.fullmatch(text) and not _WORDS.fullmatch(text):
-        return text
-    return json.dumps(text, ensure_ascii=False).replace("${", "$${")
+    if _PLAIN.fullmatch(value) and not _WORDS.fullmatch(value):
+        return value
+    return yaml_text(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from gpumesh.cli.context import Settings, settings
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import MeshNotRunning
+from gpumesh.quoting import powershell_word, shell_word
 
 app = new_app()
 
@@ -50,12 +50,11 @@ def variables(url: str) -> dict[str, str]:
 def lines(wanted: Mapping[str, str], shell: Shell) -> str:
     match shell:
         case Shell.FISH:
-            return "\n".join(f"set -gx {name} {shlex.quote(value)};" for name, value in wanted.items())
+            return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in wanted.items())
         case Shell.POWERSHELL:
-            doubled = {name: value.replace("'", "''") for name, value in wanted.items()}
-            return "\n".join(f"$Env:{name} = '{value}'" for name, value in doubled.items())
+            return "\n".join(f"$Env:{name} = {powershell_word(value)}" for name, value in wanted.items())
         case _:
-            return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in wanted.items())
+            return "\n".join(f"export {name}={shell_word(value)}" for name, value in wanted.items())
 
 
 def _gateway(chosen: Settings) -> str:

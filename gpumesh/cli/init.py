@@ -20,6 +20,7 @@ from gpumesh.cli.providers import Pod, read_pods
 from gpumesh.cli.ssh_line import SshLine, parse_ssh
 from gpumesh.cli.text import clean_line
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, UsageError
+from gpumesh.quoting import shell_word
 from gpumesh.state import BackendPhase, TunnelPhase
 from gpumesh.topology import BackendKind, Topology
 
@@ -97,11 +98,11 @@ def _report(chosen: Settings, output: Path, found: Sequence[Draft]) -> None:
             hint = None if draft.found is None or draft.serves else draft.found.tunnel.hint
             if hint:
                 typer.echo(clean_line(f"  hint: {hint}"), err=True)
-    given = "" if output == Path("mesh.yaml") else f"-c {output} "
+    given = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
     if any(draft.serves for draft in found):
-        typer.echo(f"wrote {output}; try it: gpumesh run {given}'Hello'")
+        typer.echo(clean_line(f"wrote {output}; try it: gpumesh run{given} 'Hello'"))
     else:  # nobody could answer yet
-        typer.echo(f"wrote {output}; when a server is there: gpumesh audit {given}".rstrip())
+        typer.echo(clean_line(f"wrote {output}; when a server is there: gpumesh audit{given}"))
 
 
 # -- what the person says --------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ async def _probe(made: Sequence[Draft]) -> list[Draft]:
 def _check_output(path: Path, *, force: bool) -> None:
     """Before anything takes time."""
     if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint=f"--output {path / 'mesh.yaml'}")
+        raise UsageError(f"{path} is a folder", hint=f"--output {shell_word(str(path / 'mesh.yaml'))}")
     if path.exists() and not force:
         raise UsageError(f"{path} is there already", hint="--force overwrites it, --output names another file")
     if not path.parent.is_dir():

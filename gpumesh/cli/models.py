@@ -294,6 +294,6 @@ async def _all(
 
     await asyncio.gather(*map(on_node, dict.fromkeys(task.node.name for task in tasks)))
     for hint in dict.fromkeys(error.hint for error in failed if error.hint):
-        typer.echo(f"hint: {hint}", err=True)
+        typer.echo(clean_line(f"hint: {hint}"), err=True)
     if failed:
         raise typer.Exit(int(ExitCode.FAILED))

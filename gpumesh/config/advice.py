@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpumesh.config import credentials, environment, key_files, locate, providers, ssh_config
+from gpumesh.quoting import command
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
 
@@ -102,7 +103,7 @@ def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
         return
     if stat.S_IMODE(mode) & 0o077:
         message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
-        yield Finding("key-open", Severity.WARNING, node, message, f"chmod 600 {path}")
+        yield Finding("key-open", Severity.WARNING, node, message, command("chmod 600 {FILE}", FILE=str(path)))
     if kind is key_files.KeyKind.PUBLIC:
         message = f"{path} is a public key: `identity_file` is the private one beside it"
         yield Finding("key-unreadable", Severity.ERROR, node, message)
@@ -123,7 +124,7 @@ def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     strict = ssh.host_key_policy is HostKeyPolicy.STRICT
     if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
-        hint = f"`gpumesh trust {node}` shows and records it"
+        hint = f"{command('gpumesh trust {NODE}', NODE=node)} shows and records it"
         if ssh.proxy_jump:
             hint += ", and first those of the jump hosts"
         yield Finding("host-key-unknown", Severity.WARNING, node, message, hint)

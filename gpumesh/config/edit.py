@@ -8,7 +8,6 @@ stands. What cannot be set that way without touching more (a value behind an ali
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ import yaml
 
 from gpumesh.config import locate, reader
 from gpumesh.errors import GPUMeshError
+from gpumesh.printable import printable
+from gpumesh.quoting import yaml_text
 from gpumesh.topology import Topology
 
 
@@ -146,7 +147,8 @@ def _is_nothing(node: yaml.Node) -> bool:
 def _replaced(text: str, value: yaml.Node, edit: Edit) -> str:
     if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
         raise CannotEdit(f"{_where(edit, len(edit.path))} is no plain value")
-    written = json.dumps(edit.value) if value.style == '"' and isinstance(edit.value, str) else _written(edit.value)
+    quoted = value.style == '"' and isinstance(edit.value, str)
+    written = yaml_text(str(edit.value)) if quoted else _written(edit.value)
     if _is_nothing(value):
         written = f" {written}"
     return text[: value.start_mark.index] + written + text[value.end_mark.index :]
@@ -155,12 +157,13 @@ def _replaced(text: str, value: yaml.Node, edit: Edit) -> str:
 def _inserted(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
     # A file that is JSON stays JSON.
     as_json = bool(parent.flow_style and parent.value and parent.value[0][0].style == '"')
-    entry = json.dumps(edit.value) if as_json else _written(edit.value)
+    entry = yaml_text(edit.value) if as_json and isinstance(edit.value, str) else _written(edit.value)
     for depth, key in enumerate(reversed(path)):
         entry = f'"{key}": {entry}' if as_json else f"{key}: {entry}"
         if depth < len(path) - 1:
             entry = f"{{{entry}}}" if as_json else f"{{ {entry} }}"
-    comment = None if as_json else edit.comment
+    # What a host said may stand in it: a line break would end the comment.
+    comment = None if as_json or edit.comment is None else printable(edit.comment)
     return (_into_flow if parent.flow_style else _into_block)(text, parent, entry, comment)
 
 
@@ -214,8 +217,7 @@ def _written(value: str | int | bool) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    text = value.replace("${", "$${")  # what a host is called is no variable
-    plain = bool(text) and text == text.strip() and all(sign.isalnum() or sign in " ._/+-()@" for sign in text)
-    if plain and text[0].isalnum() and yaml.safe_load(text) == text:
-        return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    plain = bool(value) and value == value.strip() and all(sign.isalnum() or sign in " ._/+-()@" for sign in value)
+    if plain and value[0].isalnum() and yaml.safe_load(value) == value:
+        return value
+    return yaml_text(value)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpumesh.errors import GPUMeshError
+from gpumesh.quoting import command
 
 _APP = "gpumesh"
 
@@ -171,7 +172,8 @@ def _make_private(folder: Path) -> Path:
     if problem is not None:
         raise GPUMeshError(
             f"{folder} {problem}, so gpumesh does not use it",
-            hint=f"look at what it is (ls -ld {folder}) and remove it, or set XDG_RUNTIME_DIR to a folder of yours",
+            hint=f"look at what it is ({command('ls -ld {FOLDER}', FOLDER=str(folder))}) and remove it, or set"
+            " XDG_RUNTIME_DIR to a folder of yours",
         )
     return folder
 

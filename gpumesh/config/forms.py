@@ -21,6 +21,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
+_IN_A_SHELL = re.compile(r"""['"`;&<>|(){}]|\\$""")
 _USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
 _SCHEME_PORTS = {"http": 80, "https": 443}
 NAME_FORM = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -108,8 +109,9 @@ def host(text: str) -> str:
 
 
 def user(text: str) -> str:
-    """A leading hyphen could be taken for an option by a program that it is given to."""
-    if not _USER.fullmatch(text):
+    """As OpenSSH's own ``valid_ruser``: a leading hyphen could be taken for an option, and the shell of a
+    ``ProxyCommand`` that names the user would act on quotes, brackets and the like."""
+    if not _USER.fullmatch(text) or _IN_A_SHELL.search(text):
         raise ValueError("is not a user's name")
     return text
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpumesh.config import environment, forms, ssh_files
+from gpumesh.quoting import command
 
 TIMEOUT_S = 10.0
 _MAX_HOPS = 4
@@ -139,6 +140,7 @@ def _passwd_home() -> Path | None:
 
 def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
     """``ssh -G`` connects to nobody. A ``Match exec`` runs the user's own command, as ``ssh`` itself would."""
+    by_hand = command("ssh -G {ALIAS}", ALIAS=alias)
     # Files, not pipes: what a Match exec leaves running could hold a pipe open for ever.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
@@ -154,7 +156,7 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
         try:
             status = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"`ssh -G {alias}` did not answer within {TIMEOUT_S:g} s") from None
+            raise ValueError(f"{by_hand} did not answer within {TIMEOUT_S:g} s") from None
         finally:
             if process.returncode is None:  # not reaped, so the number is still its own
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -166,5 +168,5 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
         complaint = err.read(2048).decode("utf-8", "replace")
     if status != 0:
         lines = ["".join(c if c.isprintable() else "?" for c in line) for line in complaint.splitlines() if line]
-        raise ValueError(f"`ssh -G {alias}` failed: {(lines or ['it says nothing'])[0][:200]}")
+        raise ValueError(f"{by_hand} failed: {(lines or ['it says nothing'])[0][:200]}")
     return [ssh_files.pair(line) for line in printed.splitlines() if line.strip()]

@@ -15,6 +15,7 @@ from gpumesh.errors import (
     UsageError,
 )
 from gpumesh.gateway.requests import BadRequest, Shape
+from gpumesh.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
@@ -49,7 +50,9 @@ def retry_after_s(error: GPUMeshError) -> int | None:
 def words_of(error: GPUMeshError) -> str:
     """Message and hint on one line; a model that is missing in Ollama's own words first, which clients look for."""
     if isinstance(error, ModelMissing):
-        return f"model '{error.model}' not found: {error.message}" + (f"; {error.hint}" if error.hint else "")
+        return f"model '{printable(error.model)}' not found: {error.message}" + (
+            f"; {error.hint}" if error.hint else ""
+        )
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 

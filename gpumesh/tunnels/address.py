@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 
+from gpumesh import quoting
 from gpumesh.errors import HostUnresolved
 from gpumesh.topology import AddressCommand
 from gpumesh.tunnels.local_command import local_command, read_at_most
@@ -80,7 +81,8 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
     The command and all it started are ended on every path.
     """
     name = command.command[0]
-    hint = f"run `{name}` by hand: it must print `host port`, or JSON with host and port, and exit 0"
+    by_hand = quoting.command("{COMMAND}", COMMAND=name)
+    hint = f"run {by_hand} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
         async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
             printed, _cut = await read_at_most(process.stdout, _LIMIT)

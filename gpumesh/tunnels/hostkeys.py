@@ -25,6 +25,7 @@ from fnmatch import translate
 from pathlib import Path
 
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
+from gpumesh.quoting import command
 from gpumesh.topology import HostKeyPolicy, SshSpec, TransportKind
 
 SIZE_LIMIT = 16 << 20
@@ -232,13 +233,24 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            _replace(target, "".join(_recorded(_text(target), key, names)))
+            text = _text(target)
+            if not _is_known_hosts(text):  # such as a shell's start-up file, which a stranger's mesh.yaml names
+                raise TunnelError(
+                    f"{path} is no known_hosts file: nothing is recorded in it", hint="correct `ssh.known_hosts`"
+                )
+            _replace(target, "".join(_recorded(text, key, names)))
         finally:
             os.close(folder)
     except OSError as error:
         raise TunnelError(
             f"known_hosts file {path} cannot be written: {error.strerror}", hint="check the folder's owner and mode"
         ) from error
+
+
+def _is_known_hosts(text: str) -> bool:
+    """Empty, nothing but comments, or with one host's key at least."""
+    lines = [line for line in _lines(text) if line.strip() and not line.lstrip().startswith("#")]
+    return not lines or any(_parse_line(line) is not None for line in lines)
 
 
 def _recorded(text: str, key: HostKey, names: tuple[str, ...]) -> Iterable[str]:
@@ -282,7 +294,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
     judgement = read(known_hosts).judge(key, node=node, host=host, port=port)
     where = place(host, port)
     shown = f"{key.kind} {key.fingerprint}"
-    trust = f"gpumesh trust {node or 'NODE'}"  # of a jump host: of any node behind it
+    trust = command("gpumesh trust {NODE}", NODE=node or "NODE")  # of a jump host: of any node behind it
     match judgement.verdict:
         case Verdict.KNOWN:
             return
@@ -290,7 +302,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             raise HostKeyUnknown(
                 f"{where} is vouched for by a certificate authority in {known_hosts}, which transport sshtunnel cannot"
                 f" check (it showed {shown})",
-                hint=f"set `transport: openssh` for the node, or record this key alone: `{trust}`",
+                hint=f"set `transport: openssh` for the node, or record this key alone: {trust}",
                 node=node,
             )
         case Verdict.UNKNOWN if policy is HostKeyPolicy.ACCEPT_NEW:
@@ -298,7 +310,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
         case Verdict.UNKNOWN:
             raise HostKeyUnknown(
                 f"the host key of {where} is not in {known_hosts}: {shown}",
-                hint=f"`{trust}` shows it and records it",
+                hint=f"{trust} shows it and records it",
                 node=node,
             )
         case Verdict.CHANGED:
@@ -306,7 +318,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             raise HostKeyChanged(
                 f"the host key of {where} is {shown}, but {known_hosts} has {expected}",
                 hint="expected after a pod was reset; on a machine of yours it may be an attack:"
-                f" `{trust}` records the new key knowingly",
+                f" {trust} records the new key knowingly",
                 node=node,
             )
         case Verdict.REVOKED:

@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import os
 import secrets
-import shlex
 import signal
 import socket
 import time
@@ -38,6 +37,7 @@ from gpumesh.errors import (
     TunnelLost,
 )
 from gpumesh.printable import printable
+from gpumesh.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
 from gpumesh.tunnels import blocking, hostkeys, openssh_errors, openssh_mux, processes
 from gpumesh.tunnels.base import Stream
@@ -139,7 +139,7 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
         words += ["-p", str(port)] if port != 22 else []
         # Percent signs are expanded once by the ssh that runs this: only those of -W are meant for it.
         escaped = [word.replace("%", "%%") for word in words]
-        nested = shlex.join([*escaped, "-W"]) + " '[%h]:%p' " + shlex.join(["--", host.replace("%", "%%")])
+        nested = shell_words([*escaped, "-W"]) + " '[%h]:%p' " + shell_words(["--", host.replace("%", "%%")])
     return nested
 
 

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+
+import gpumesh
+from gpumesh.config import document, expand
+from gpumesh.quoting import command, is_plain, powershell_word, shell_word, yaml_text
+from tests.hostile import ANY, NAMES, SHELLS, words
+
+PACKAGE = Path(gpumesh.__file__).parent
+
+
+@pytest.mark.parametrize("word", ["qwen2.5:7b", "hf.co/me/x-GGUF:Q4_K_M", "u@h", "a+b", "/x/y", "1"])
+def test_plain_words_stay_as_they_are(word: str) -> None:
+    assert is_plain(word)
+    assert shell_word(word) == word
+    assert command("gpumesh models pull {MODEL}", MODEL=word) == f"`gpumesh models pull {word}`"
+
+
+@pytest.mark.parametrize("word", [*NAMES, "", "x\n", "a=b", "%1", "^x", "a{b,c}", "é"])
+def test_what_a_shell_or_a_program_reads_more_into_is_not_plain(word: str) -> None:
+    assert not is_plain(word)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_each_shell_makes_the_same_one_word_of_it(shell: str, tmp_path: Path) -> None:
+    randomness = random.Random(20261129)
+    signs = "`$(){}[];&|<>'\"\\\\\\'!*?~=#%:,-@ \n\té日ab"
+    made = ["".join(randomness.choices(signs, k=randomness.randrange(1, 9))) for _ in range(1500)]
+    texts = [*NAMES, *made, "", "\\", "''", "\\'", "'\\", "a\\\\'\"'"]
+    assert words(shell, " ".join(map(shell_word, texts)), tmp_path) == texts
+
+
+def test_quotes_of_powershell() -> None:
+    assert powershell_word("it's \u2018x\u2019 $(y)") == "'it''s \u2018\u2018x\u2019\u2019 $(y)'"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("zed x", "`ollama pull 'zed x'`"),
+        ("zed$(touch ran)", "`ollama pull 'zed$(touch ran)'`"),
+        ("zed'x", "`ollama pull 'zed'\"'\"'x'`"),
+        ("-rf", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+        ("zed\nx", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+        ("\x1b[2J", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+        ("zed\u202ex", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+        ("", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+    ],
+)
+def test_a_command_for_a_person(name: str, line: str) -> None:
+    assert command("ollama pull {MODEL}", MODEL=name) == line
+
+
+@given(ANY)
+def test_a_command_is_one_line_that_a_terminal_shows_as_it_is(name: str) -> None:
+    assert command("gpumesh models pull {MODEL} --node {NODE}", MODEL=name, NODE=name).isprintable()
+
+
+@given(ANY)
+def test_mesh_yaml_is_read_as_the_same_text_and_no_variable_is_expanded(name: str) -> None:
+    quoted = yaml_text(name)
+    for text in (f"a: {quoted}   # a comment", f"a: [{quoted}, {quoted}]", f'{{"a": {quoted}}}'):
+        tree, faults = document.read(text)
+        assert tree is not None
+        values, more = expand.plain(tree, {"HOME": "expanded", "GPUMESH_API_KEY": "secret"})
+        assert more == []
+        if faults:  # mesh.yaml takes no such text, however it is written
+            assert "has no place in a setting" in faults[0].message
+            assert not set(name).isdisjoint("\x00\x1b\x7f\x85\x9b")
+        else:
+            assert values["a"] in (name, [name, name])
+    assert yaml.safe_load(quoted) == json.loads(quoted) == name.replace("${", "$${")
+
+
+# -- new places ------------------------------------------------------------------------------------------------------
+
+_SAFE = {"command", "shell_word", "shell_words", "powershell_word", "yaml_text"}
+_COMMAND = re.compile(
+    r"\b(?:gpumesh [a-z]+ |ssh -|ssh-keyscan |ssh-keygen |curl |ollama [a-z]+ |chmod |export |ls -|rm |set -gx |kill )"
+    r"[^\n.:;]*\0"
+)
+# What is put in there can be nothing else than a word of ours, or one whose form mesh.yaml's reader has checked.
+_CHECKED = {
+    ("audit/tunnel.py", "try it by hand: \0"),
+    ("backends/resume_events.py", "an answer with `\0` cannot be continued"),
+    ("backends/resume_native.py", "an answer with `\0` cannot be continued"),
+    ("cli/audit.py", "gpumesh audit, \0: \0"),
+    ("cli/demo.py", "→ gpumesh run \0: \0 tokens from \0\0"),
+    ("cli/demo.py", "  OLLAMA_HOST=Q ollama run \0"),
+    ("cli/env.py", "set -gx \0 Q;"),
+    ("cli/env.py", "export \0=Q"),
+    ("cli/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
+    ("cli/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
+    ("config/advice.py", "export \0=… before `gpumesh up`"),
+    ("config/credentials.py", "set it before starting gpumesh, for example: export \0=…"),
+    ("config/forms.py", "holds a port as well: write `port: \0` apart"),
+    ("config/messages.py", "; such as `\0`"),
+    ("config/rules.py", "nodes are a list: write `- name: \0`"),
+    ("probes/strangers.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
+    ("quoting.py", "`\0`"),
+    ("tunnels/nursery.py", "gpumesh tunnel \0"),
+}
+
+
+def test_each_command_with_something_put_in_is_made_by_quoting() -> None:
+    """A new f-string with a command around a value comes here: take ``quoting.command``, or say above why not."""
+    wrong = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(map(_part, node.values))
+                if _COMMAND.search(text) or any("\0" in part for part in text.split("`")[1::2]):
+                    wrong.add((path.relative_to(PACKAGE).as_posix(), text))
+    assert wrong - _CHECKED == set()
+
+
+def test_nobody_quotes_by_other_means() -> None:
+    """``shlex.quote`` is not enough for fish; on the host and in files of ours a POSIX shell reads what it quotes."""
+    allowed = {"quoting.py", "tunnels/killable.py", "tunnels/supervisor.py", "tunnels/openssh_prompts.py"}
+    allowed.add("probes/remote.py")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name not in allowed and not name.startswith("lab/"):
+            assert not re.search(
+                r"shlex\.(quote|join)|shell=True|create_subprocess_shell|os\.system", path.read_text()
+            ), name
+
+
+def _part(value: ast.expr) -> str:
+    if isinstance(value, ast.Constant):
+        return str(value.value)
+    assert isinstance(value, ast.FormattedValue)
+    called = value.value.func if isinstance(value.value, ast.Call) else None
+    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    return "Q" if name in _SAFE else "\0"
