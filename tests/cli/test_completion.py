@@ -119,6 +119,21 @@ async def test_nothing_to_complete_is_no_error(gpumesh: Gpumesh, text: str | Non
     assert await completed(gpumesh, "gpumesh run -m ") == []
 
 
+async def test_nothing_that_mesh_yaml_names_is_run(direct: Simulated) -> None:
+    """Not even ssh, which is asked for an alias elsewhere: a ``Match exec`` of ~/.ssh/config may run anything."""
+    gpumesh = direct.gpumesh
+    ran = gpumesh.home / "ran"
+    programs = gpumesh.home / "bin"
+    programs.mkdir()
+    for name in ("ssh", "look-up"):
+        (programs / name).write_text(f"#!/bin/sh\ntouch {ran}\nsleep 60\n")
+        (programs / name).chmod(0o755)
+    look_up = {"name": "pod", "ssh": {"user": "root"}, "address_from": {"command": [str(programs / "look-up")]}}
+    direct.write([{"name": "work", "ssh": {"alias": "work"}}, look_up])
+    assert await completed(gpumesh, "gpumesh drain ", PATH=f"{programs}:{os.environ['PATH']}") == ["work", "pod"]
+    assert not ran.exists()
+
+
 async def test_a_mesh_that_hangs_does_not_hang_the_shell(direct: Simulated) -> None:
     await direct.gpumesh("up", "-d")
     (pid,) = direct.gpumesh.processes()

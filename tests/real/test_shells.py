@@ -98,15 +98,6 @@ async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: Simulated
         assert await shown.complete("run -m hf") == ["run", "-m", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
-async def test_what_stands_on_the_line_never_runs(mesh: Simulated, kind: str) -> None:
-    """Such as the name of a file in a folder of somebody else, which the shell has completed."""
-    async with shell(mesh.gpumesh, kind) as shown:
-        for typed in (r"-c '\$(touch ran)", r"-c 'x$(touch ran)", r"run -m '\$(touch ran)", r"drain '`touch ran`"):
-            await shown.complete(f"{typed}\t'")
-            assert not (mesh.gpumesh.home / "ran").exists(), f"{typed!r} was run by {kind}"
-
-
 @pytest.mark.parametrize("protocol", ["bash", "zsh", "fish", "powershell"])
 async def test_nothing_else_leaves_for_a_shell(mesh: Simulated, protocol: str) -> None:
     """What a completion that was installed long ago gets to see, in each shell's form."""

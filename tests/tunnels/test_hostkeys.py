@@ -186,6 +186,26 @@ def test_writers_at_once_lose_no_line(tmp_path: Path) -> None:
     assert len(read(known).entries) == 40
 
 
+@pytest.mark.parametrize("text", ["export PATH=/x\n", "# mine\nalias ll='ls -l'\n", "not known hosts"])
+def test_nothing_is_recorded_in_a_file_of_another_kind(tmp_path: Path, text: str) -> None:
+    """A mesh.yaml may name a start-up file of the shell as its known_hosts."""
+    profile = tmp_path / "profile"
+    profile.write_text(text)
+    with pytest.raises(TunnelError, match="is no known_hosts file"):
+        admit(profile, A, HostKeyPolicy.ACCEPT_NEW)
+    assert profile.read_text() == text
+    assert list(tmp_path.iterdir()) == [profile]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "junk\nother ssh-ed25519 AAAA\n"])
+def test_a_file_with_a_line_that_nobody_can_read_is_still_one(tmp_path: Path, text: str) -> None:
+    known = tmp_path / "known_hosts"
+    known.write_text(text)
+    admit(known, A, HostKeyPolicy.ACCEPT_NEW)
+    assert known.read_text().startswith(text)
+    admit(known, A)
+
+
 def admit(known: Path, key: HostKey, policy: HostKeyPolicy = HostKeyPolicy.STRICT) -> None:
     hostkeys.admit(key, node="iceland", host="1.2.3.4", port=2222, known_hosts=known, policy=policy)
 
