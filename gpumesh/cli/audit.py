@@ -13,7 +13,7 @@ import typer
 
 from gpumesh.cli.context import Settings, open_session, run, settings
 from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import clean_text, json_text
+from gpumesh.cli.text import clean_line, clean_text, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.state import Finding, MeshState, Severity
 from gpumesh.topology import Topology
@@ -150,10 +150,10 @@ def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequenc
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("nobody is there to agree to this change", hint="look at the diff, then add --yes")
-        typer.confirm(f"Write {plan.path}?", abort=True, err=True)
+        typer.confirm(clean_line(f"Write {plan.path}?"), abort=True, err=True)
     plan.write()
     if not quiet:
-        typer.echo(f"written: {plan.path}", err=True)
+        typer.echo(clean_line(f"written: {plan.path}"), err=True)
         if remote:
             typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
     if plan.left:

@@ -39,7 +39,7 @@ def check(ctx: typer.Context) -> None:
         off = f", {count - enabled} of them disabled" if enabled < count else ""
         but = "; but not all of it can work from here" if broken else ""
         nodes = f"{count} node{'' if count == 1 else 's'}"
-        typer.echo(f"{topology.source or 'the configuration'} is valid: {nodes}{off}{but}")
+        typer.echo(clean_line(f"{topology.source or 'the configuration'} is valid: {nodes}{off}{but}"))
     if broken:
         raise typer.Exit(int(ExitCode.USAGE))
 

@@ -12,6 +12,7 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.context import run, settings
 from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import clean_line
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.topology import NodeSpec, SshSpec, Topology
 
@@ -46,7 +47,8 @@ def trust(
         except GPUMeshError as error:
             if len(specs) == 1:
                 raise
-            typer.echo(error.message if isinstance(error, NotConfirmed) else f"{spec.name}: {error.message}", err=True)
+            said = error.message if isinstance(error, NotConfirmed) else f"{spec.name}: {error.message}"
+            typer.echo(clean_line(said), err=True)
             failed = True
     if failed:
         raise typer.Exit(int(ExitCode.FAILED))
@@ -86,7 +88,8 @@ def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, qu
     known = judgement.verdict is Verdict.KNOWN
     if not (known and quiet):
         word = {Verdict.UNKNOWN: "new", Verdict.CHANGED: "CHANGED"}.get(judgement.verdict, judgement.verdict.value)
-        typer.echo(f"{shown}  {where}  {key.kind} {key.fingerprint}  {word}")
+        said = (clean_line(part) for part in (shown, where, f"{key.kind} {key.fingerprint}", word))
+        typer.echo("  ".join(said))
     if judgement.verdict is Verdict.REVOKED:
         raise GPUMeshError(
             f"the key of {where} is marked @revoked in {ssh.known_hosts}: it is not recorded",
@@ -95,7 +98,7 @@ def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, qu
         )
     if not known:
         for line in explained(judgement, ssh.known_hosts):
-            typer.echo(f"  {line}", err=True)
+            typer.echo(f"  {clean_line(line)}", err=True)
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
@@ -108,7 +111,7 @@ def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, qu
         return
     hostkeys.record(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
     names = where if not node else f"{where} and for {node}, wherever it moves"
-    typer.echo(f"  recorded in {ssh.known_hosts} for {names}", err=True)
+    typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
 
 
 def explained(judgement: Judgement, known_hosts: Path) -> list[str]:
