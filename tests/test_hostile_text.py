@@ -146,7 +146,7 @@ def test_the_program_that_looks_up_an_address(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("name", [name for name in NAMES if "\n" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "\n" not in name and "${" not in name])
 def test_the_command_for_jump_hosts(shell: str, name: str, tmp_path: Path) -> None:
     """ssh runs it in the shell of its user."""
     path = Path("/keys") / name

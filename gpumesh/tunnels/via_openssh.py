@@ -32,6 +32,7 @@ from gpumesh.errors import (
     ExecError,
     ForwardingForbidden,
     HostKeyRevoked,
+    KeyUnreadable,
     TransportUnsupported,
     TunnelError,
     TunnelLost,
@@ -102,8 +103,8 @@ def master_command(setup: Setup, control: Path, *, batch: bool, session: bool) -
     if not ssh.agent:
         options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
     arguments = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
-    for path in ssh.identity_files:
-        arguments += ["-o", f"IdentityFile={quoted(path.expanduser())}"]
+    for path in identity_files(ssh):
+        arguments += ["-o", f"IdentityFile={quoted(path)}"]
     if ssh.proxy_jump:
         arguments += ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"]
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
@@ -131,7 +132,7 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
         }
         if not ssh.agent:
             options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
-        pairs = [*options.items(), *(("IdentityFile", quoted(path.expanduser())) for path in ssh.identity_files)]
+        pairs = [*options.items(), *(("IdentityFile", quoted(path)) for path in identity_files(ssh))]
         if nested:
             pairs.append(("ProxyCommand", nested))
         words = ["ssh", *(word for name, value in pairs for word in ("-o", f"{name}={value}"))]
@@ -143,8 +144,20 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
     return nested
 
 
+def identity_files(ssh: SshSpec) -> list[Path]:
+    """Those that ~/.ssh/config names by a variable for an alias, ssh finds by itself."""
+    paths = [path.expanduser() for path in ssh.identity_files]
+    return [path for path in paths if ssh.alias is None or "${" not in str(path)]
+
+
 def quoted(path: Path) -> str:
-    """As an option's value: ssh splits at spaces and expands percent signs."""
+    """As an option's value: ssh splits at spaces and expands percent signs. A variable it would expand as well, and its
+    error would then show the value; there is no way to write one that it leaves. Raises ``KeyUnreadable``."""
+    if "${" in str(path):
+        raise KeyUnreadable(
+            f"the path {printable(str(path))} holds ${{, which ssh would take for a variable",
+            hint="give the file or its folder another name",
+        )
     return '"' + str(path).replace("%", "%%") + '"'
 
 

@@ -148,6 +148,25 @@ class TestReal:
             answers = await asyncio.gather(*(exchange(local, bytes([n]) * 50_000) for n in range(20)))
             assert answers == [bytes([n]) * 50_000 for n in range(20)]
 
+    @pytest.mark.parametrize("key", ["identity_files", "known_hosts"])
+    async def test_no_variable_in_a_files_name_is_expanded(
+        self, key: str, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """ssh would, and its error, or the file that it makes, would hold the secret."""
+        monkeypatch.setenv("GPUMESH_API_KEY", "sekret")
+        path = tmp_path / "${GPUMESH_API_KEY}"
+        ssh = dataclasses.replace(sshd.spec(), host_key_policy=HostKeyPolicy.ACCEPT_NEW)
+        if key == "known_hosts":
+            ssh = dataclasses.replace(ssh, known_hosts=path)
+        else:
+            ssh = dataclasses.replace(ssh, identity_files=(path,))
+        with pytest.raises(TunnelError) as caught:
+            async with connected(ssh, folder):
+                pass
+        assert "sekret" not in str(caught.value)
+        assert not (tmp_path / "sekret").exists()
+        assert "ssh would take for a variable" in caught.value.message
+
     async def test_sockets_are_for_us_alone_and_gone_afterwards(self, sshd: Sshd, folder: Path) -> None:
         async with connected(sshd.spec(password_env="P"), folder, 1, password="x"):
             sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
