@@ -29,6 +29,7 @@ from gpumesh.tunnels.address import ask_address
 from gpumesh.tunnels.via_openssh import jump_command
 from tests.audit import build
 from tests.cli.states import AT, healthy
+from tests.gateway.fleet import running
 from tests.hostile import ANY, NAMES, SHELLS, safe_to_paste, words
 
 # As a probe makes it of what a host says; and what mesh.yaml takes for a line of text.
@@ -63,6 +64,24 @@ def test_where_a_model_could_be_pulled(name: str, tmp_path: Path) -> None:
     assert "models pull" in text
     safe_to_paste(text.removeprefix(f"model {printable(name)!r} not found: "), name, tmp_path)
     assert text.isprintable()
+
+
+async def test_what_the_gateway_says_of_a_model_that_nobody_has(tmp_path: Path) -> None:
+    routes = ("/api/chat", "/v1/chat/completions", "/v1/messages")
+    async with running() as fleet:
+        for name in NAMES:
+            if not name.strip():
+                continue
+            for path in routes:
+                body = {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
+                answer = await fleet.client.post(path, json=body)
+                assert answer.status_code == 404
+                error = answer.json()["error"]
+                text = error if isinstance(error, str) else error["message"]
+                assert text.isprintable()
+                assert "gpumesh models pull " in text
+                if path == routes[0]:
+                    safe_to_paste(text[text.rindex("pulled to") :], name, tmp_path)
 
 
 @pytest.mark.parametrize("shell", [shell for shell in SHELLS if shell in ("sh", "bash", "zsh", "fish")])

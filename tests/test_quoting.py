@@ -85,7 +85,7 @@ def test_mesh_yaml_is_read_as_the_same_text_and_no_variable_is_expanded(name: st
 
 _SAFE = {"command", "shell_word", "shell_words", "powershell_word", "yaml_text"}
 _COMMAND = re.compile(
-    r"\b(?:gpumesh [a-z]+ |ssh -|ssh-keyscan |ssh-keygen |curl |ollama [a-z]+ |chmod |export |ls -|rm |set -gx |kill )"
+    r"\b(?:gpumesh [a-z-]+ |ssh -|ssh-keyscan |ssh-keygen |curl |ollama [a-z]+ |chmod |export |ls -|rm |set -gx |kill )"
     r"[^\n.:;]*\0"
 )
 # What is put in there can be nothing else than a word of ours, or one whose form mesh.yaml's reader has checked.

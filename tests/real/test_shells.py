@@ -96,6 +96,12 @@ async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: Simulated
             assert await shown.complete(f"run -m {name[:2]}") == ["run", "-m", name[:2]], name
             assert not (mesh.gpumesh.home / "ran").exists(), f"{name!r} was run"
         assert await shown.complete("run -m hf") == ["run", "-m", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M"]
+        # And ours, as a person takes it from --show-completion.
+        show = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION=1 gpumesh --show-completion zsh"
+        await shown.run(f'eval "$({show})"')
+        assert await shown.complete("run -m qwen2.5:7") == ["run", "-m", "qwen2.5:7b"]
+        assert await shown.complete("run -m za") == ["run", "-m", "za"]
+        assert not (mesh.gpumesh.home / "ran").exists()
 
 
 @pytest.mark.parametrize("protocol", ["bash", "zsh", "fish", "powershell"])
