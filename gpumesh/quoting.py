@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterable
 
+LONGEST_PASTED = 300  # characters
+
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@+-]+")
 # In fish a backslash inside single quotes takes the sign of these two behind it; in a POSIX shell it takes none.
 _FISH_ESCAPE = re.compile(r"\\(?:[\\']|$)")
@@ -60,7 +62,8 @@ def command(template: str, **values: str) -> str:
     """A command for a person to paste, between backticks: ``command("gpumesh trust {NODE}", NODE=name)``.
 
     Each value becomes one word. One that must not be pasted at all (it cannot be seen as it is, or a program would take
-    it for an option) is left out: its place keeps the name that it has in the template, and the text says why.
+    it for an option, or nobody would read it to its end) is left out: its place keeps the name that it has in the
+    template, and the text says why.
     """
     left_out = [place for place, value in values.items() if not _may_be_pasted(value)]
     words = {place: place if place in left_out else shell_word(value) for place, value in values.items()}
@@ -71,7 +74,7 @@ def command(template: str, **values: str) -> str:
 
 
 def _may_be_pasted(value: str) -> bool:
-    return bool(value) and value.isprintable() and not value.startswith("-")
+    return 0 < len(value) <= LONGEST_PASTED and value.isprintable() and not value.startswith("-")
 
 
 def yaml_text(text: str) -> str:

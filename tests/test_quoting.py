@@ -54,6 +54,7 @@ def test_quotes_of_powershell() -> None:
         ("\x1b[2J", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
         ("zed\u202ex", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
         ("", "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
+        ("x" * 301, "`ollama pull MODEL` (MODEL left out: not safe to paste)"),
     ],
 )
 def test_a_command_for_a_person(name: str, line: str) -> None:
