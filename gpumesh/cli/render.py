@@ -256,7 +256,7 @@ def progress(total: int, title: str, *, quiet: bool) -> Iterator[Ticker]:
     if quiet or not out.is_terminal:
         yield _NoBar()
         return
-    said = TextColumn("{task.description}"), TextColumn("{task.fields[note]}", markup=False)
+    said = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False)
     columns = (said[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said[1])
     # rich would take what is written to stdout for its own, and results would go to the terminal, not into the file.
     with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bar:

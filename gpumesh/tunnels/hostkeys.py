@@ -233,12 +233,8 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            text = _text(target)
-            if not _is_known_hosts(text):  # such as a shell's start-up file, which a stranger's mesh.yaml names
-                raise TunnelError(
-                    f"{path} is no known_hosts file: nothing is recorded in it", hint="correct `ssh.known_hosts`"
-                )
-            _replace(target, "".join(_recorded(text, key, names)))
+            refuse_other_files(target)
+            _replace(target, "".join(_recorded(_text(target), key, names)))
         finally:
             os.close(folder)
     except OSError as error:
@@ -247,10 +243,12 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         ) from error
 
 
-def _is_known_hosts(text: str) -> bool:
-    """Empty, nothing but comments, or with one host's key at least."""
-    lines = [line for line in _lines(text) if line.strip() and not line.lstrip().startswith("#")]
-    return not lines or any(_parse_line(line) is not None for line in lines)
+def refuse_other_files(path: Path) -> None:
+    """Before something is written there: a stranger's mesh.yaml may name a start-up file of the shell. Raises
+    ``TunnelError`` for a file that has more than comments, and no host's key."""
+    lines = [line for line in _lines(_text(path.expanduser())) if line.strip() and not line.lstrip().startswith("#")]
+    if lines and all(_parse_line(line) is None for line in lines):
+        raise TunnelError(f"{path} is no known_hosts file: nothing is recorded in it", hint="correct `ssh.known_hosts`")
 
 
 def _recorded(text: str, key: HostKey, names: tuple[str, ...]) -> Iterable[str]:

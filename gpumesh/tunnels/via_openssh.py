@@ -442,6 +442,8 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
     if setup.control_dir is None:
         raise TunnelError(f"there is no folder for the sockets of {setup.node}")
     folder = Path(setup.control_dir)
+    if setup.ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW:
+        hostkeys.refuse_other_files(setup.ssh.known_hosts)  # ssh would write into any
     deadline = Deadline(setup.ssh.connect_timeout_s, time.monotonic)
     given = dict(setup.secrets)
     async with Prompts(folder, given, events, deadline, interactive=setup.interactive) as prompts:

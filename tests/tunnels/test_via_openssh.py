@@ -148,6 +148,17 @@ class TestReal:
             answers = await asyncio.gather(*(exchange(local, bytes([n]) * 50_000) for n in range(20)))
             assert answers == [bytes([n]) * 50_000 for n in range(20)]
 
+    async def test_a_new_key_is_not_recorded_in_a_file_of_another_kind(
+        self, sshd: Sshd, folder: Path, tmp_path: Path
+    ) -> None:
+        profile = tmp_path / "profile"
+        profile.write_text("export PATH=/x\n")
+        ssh = dataclasses.replace(sshd.spec(), host_key_policy=HostKeyPolicy.ACCEPT_NEW, known_hosts=profile)
+        with pytest.raises(TunnelError, match="is no known_hosts file"):
+            async with connected(ssh, folder):
+                pass
+        assert profile.read_text() == "export PATH=/x\n"
+
     @pytest.mark.parametrize("key", ["identity_files", "known_hosts"])
     async def test_no_variable_in_a_files_name_is_expanded(
         self, key: str, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
