@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
+
+from tests.parts import needs, program
 
 RAN = "ran"  # the file that each of them would make
 NAMES = (
@@ -48,7 +50,9 @@ NAMES = (
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:/.-_ "
 _SIGNS = "`$(){}[];&|<>'\"\\!*?~=#%:,-@ \n\t\r\x00\x1b\x9b\x7f\x85\u2028\u202e\ufeffé日\U0001f642abHOME"
 ANY = st.one_of(st.sampled_from(NAMES), st.text(alphabet=_SIGNS, min_size=1, max_size=12))
-SHELLS = tuple(name for name in ("sh", "bash", "zsh", "fish") if shutil.which(name))
+_KINDS = ("sh", "bash", "zsh", "fish")
+SHELLS = [pytest.param(name, marks=needs(name)) for name in _KINDS]  # to parametrize with
+_AVAILABLE = tuple(name for name in _KINDS if program(name))
 
 
 def words(shell: str, line: str, folder: Path) -> list[str]:
@@ -73,6 +77,6 @@ def safe_to_paste(text: str, name: str, folder: Path) -> None:
     for line in commands(text):
         if not set(line) & set(name) - set(_LETTERS) and "zed" not in line:
             continue  # a command of ours without it
-        for shell in SHELLS:
+        for shell in _AVAILABLE:
             made = words(shell, line, folder)
             assert all(name in word for word in made if "zed" in word), made

@@ -63,6 +63,7 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: program("chromium") is not None and importlib.util.find_spec("playwright") is not None,
     ),
     "node": ("Node.js and npm", lambda: bool(program("node") and program("npm"))),
+    "sh": ("a POSIX shell", lambda: program("sh") is not None),
     "bash": ("bash", lambda: program("bash") is not None),
     "zsh": ("zsh", lambda: program("zsh") is not None),
     "fish": ("fish", lambda: program("fish") is not None),

@@ -84,7 +84,7 @@ async def test_what_the_gateway_says_of_a_model_that_nobody_has(tmp_path: Path) 
                     safe_to_paste(text[text.rindex("pulled to") :], name, tmp_path)
 
 
-@pytest.mark.parametrize("shell", [shell for shell in SHELLS if shell in ("sh", "bash", "zsh", "fish")])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_the_variables_for_eval(shell: str, tmp_path: Path) -> None:
     values = {f"N{number}": name for number, name in enumerate((*NAMES, "it's", "\\'", "a\\"))}
     taken = "eval (string collect -- $argv[1])" if shell == "fish" else 'eval "$1"'
