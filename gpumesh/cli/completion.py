@@ -88,9 +88,10 @@ def use_own_scripts() -> None:
 def guard_shells() -> None:
     """Lets nothing but plain words out to a shell, whoever proposes them. Names of files are left to the shell, which
     quotes them: Typer would only give back what stands on the line already."""
-    from typer import _completion_classes as classes
-
-    # Private to Typer: in a version that has them no more, each of our own lists is still held to ``_names``.
+    try:
+        from typer import _completion_classes as classes
+    except ImportError:  # private to Typer: without them, each of our own lists is still held to ``_names``
+        return
     for name in ("BashComplete", "ZshComplete", "FishComplete", "PowerShellComplete"):
         kind: Any = getattr(classes, name, None)
         if kind is not None and not hasattr(kind.get_completions, "guarded"):
