@@ -40,6 +40,13 @@ _NOT_FORWARDED = frozenset(
         "cookie",
         "accept-encoding",
         "content-encoding",  # the body is unpacked when it is read here
+        # About what a client has kept of an answer, or a part of one: an answer goes on whole, without such names.
+        "range",
+        "if-range",
+        "if-match",
+        "if-none-match",
+        "if-modified-since",
+        "if-unmodified-since",
     }
 )
 
@@ -80,7 +87,9 @@ async def forward(
 
 async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
     if answer.body is not None:
-        return Reply(answer.body, status=answer.status, headers=_headers(answer))
+        problem = answer.error_message
+        body = answer.body if problem is None else errors.body(shape, answer.status, problem)
+        return Reply(body, status=answer.status, headers=_headers(answer))
     stream = request.stream(_headers(answer), status=answer.status)
     try:
         async for data in answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 
+from gpumesh.backends import jsons
 from gpumesh.backends.base import Counters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.topology import BackendKind
@@ -18,7 +19,8 @@ class Answer:
 
     ``attempts`` counts the nodes that were tried, ``queue_ms`` the time spent waiting for a place. ``outcome`` is how a
     streaming answer ended, once it has; ``continuations`` how often another node went on with it (``node`` is then the
-    last one); ``counters`` the server's own figures, if it gave any.
+    last one); ``counters`` the server's own figures, if it gave any. ``error_message``: the body is an error of ours
+    with this text, which the gateway writes in its client's dialect.
     """
 
     def __init__(self, node: str, kind: BackendKind, status: int, headers: Headers) -> None:
@@ -31,6 +33,7 @@ class Answer:
         self.on_end: Ended | None = None
         self.outcome: Outcome | None = None
         self.continuations = 0
+        self.error_message: str | None = None
 
     @property
     def counters(self) -> Counters | None:
@@ -98,3 +101,13 @@ class WholeAnswer(Answer):
             raise StopAsyncIteration
         self._given = True
         return self._body
+
+
+def error_answer(node: str, kind: BackendKind, status: int, headers: Headers, problem: str) -> WholeAnswer:
+    """In place of a server's answer that nobody may see. ``headers`` are without a Content-Type, ``problem`` a sentence
+    about "it"."""
+    message = f"{node}: {problem}"
+    body = jsons.compact({"error": message})
+    answer = WholeAnswer(node, kind, status, (("Content-Type", "application/json"), *headers), body)
+    answer.error_message = message
+    return answer

@@ -11,9 +11,10 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation import Continuation
 from gpumesh.backends.dialects import counters_of, host_header
 from gpumesh.backends.resume_forms import generates
+from gpumesh.backends.words import error_text, is_page
 from gpumesh.balancer.outcomes import Outcome, judge, of_status
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
-from gpumesh.mesh.answer import WholeAnswer
+from gpumesh.mesh.answer import WholeAnswer, error_answer
 from gpumesh.mesh.node import Lease
 from gpumesh.mesh.upstream import Upstream, UpstreamResponse
 
@@ -61,6 +62,8 @@ async def attempt(
 
     async def first_bytes(response: UpstreamResponse) -> WholeAnswer | Opened | Failed:
         outcome = of_status(response.status, model_asked=lease.model is not None)
+        if response.problem is not None:
+            return await _not_inference(lease, response, outcome, response.problem)
         if outcome is not Outcome.SERVED:
             return await _refused(lease, response, outcome)
         if response.content_type not in STREAMING and (response.content_length or 0) <= HELD_BYTES:
@@ -82,6 +85,9 @@ async def ask(upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: fl
         outcome = of_status(response.status, model_asked=lease.model is not None)
         if judge(outcome).move_on:
             return _failed(lease, outcome, _status_error(lease, response, b""))
+        if response.problem is not None:
+            response.abort()
+            return 502, b""
         return response.status, await _whole(response, ERROR_BYTES) or b""
 
     return await _guarded(upstream, lease, call, whole, timeout_s=timeout_s, late=(0, b""))
@@ -147,6 +153,25 @@ async def _refused(lease: Lease, response: UpstreamResponse, outcome: Outcome) -
     answer = WholeAnswer(node.name, node.kind, response.status, response.headers, body)
     if judge(outcome).move_on:
         return _failed(lease, outcome, _status_error(lease, response, body), answer)
+    lease.release(outcome)
+    return answer
+
+
+async def _not_inference(
+    lease: Lease, response: UpstreamResponse, outcome: Outcome, problem: str
+) -> WholeAnswer | Failed:
+    """The answer of something else than an inference server: the page of a proxy, of a login, of a hostile host.
+    Nothing of its body is for a client. An error's status stands; a success is none, and becomes a 502."""
+    node, status = lease.node, response.status
+    if outcome is Outcome.SERVED:
+        response.abort()  # it may be of any length
+        outcome, status = Outcome.SERVER_ERROR, 502
+    else:
+        body = await _whole(response, ERROR_BYTES) or b""
+        problem = error_text(status, body) if is_page(body) else problem
+    answer = error_answer(node.name, node.kind, status, response.headers, problem)
+    if judge(outcome).move_on:
+        return _failed(lease, outcome, BackendStatus(problem, status=status, node=node.name), answer)
     lease.release(outcome)
     return answer
 

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterable
 
 import httpx
 
+from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.dialects import host_header
+from gpumesh.backends.words import error_text, is_page
 from gpumesh.balancer.outcomes import Outcome, of_status
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded
-from gpumesh.mesh.answer import WholeAnswer
+from gpumesh.mesh.answer import WholeAnswer, error_answer
 from gpumesh.mesh.node import Lease
 
 ANSWER_BYTES = 1 << 20
@@ -32,7 +34,7 @@ async def upload(
                 "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
             ) as response:
                 said = b""
-                async for piece in response.aiter_bytes():
+                async for piece in response.aiter_raw():  # as it came: a little that is packed can be gigabytes
                     said += piece[: ANSWER_BYTES - len(said)]
     except TimeoutError:
         if lease.aborted:
@@ -47,13 +49,20 @@ async def upload(
     except BaseException:
         lease.release(Outcome.CLIENT_GONE)
         raise
-    lease.release(of_status(response.status_code, model_asked=False))
-    headers = tuple((name, value) for name, value in response.headers.items() if name.lower() == "content-type")
-    return WholeAnswer(node.name, node.kind, response.status_code, headers, said)
+    status = response.status_code
+    head = read_head(status, response.headers.raw, empty=not said)
+    if head.problem is not None and status < 400:
+        lease.release(Outcome.SERVER_ERROR, error=head.problem)
+        return error_answer(node.name, node.kind, 502, head.headers, head.problem)
+    lease.release(of_status(status, model_asked=False))
+    if head.problem is not None:
+        problem = error_text(status, said) if is_page(said) else head.problem
+        return error_answer(node.name, node.kind, status, head.headers, problem)
+    return WholeAnswer(node.name, node.kind, status, head.headers, said)
 
 
 def _headers(lease: Lease) -> dict[str, str]:
-    headers = {"Content-Type": "application/octet-stream"}
+    headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
     if lease.node.target is not None:
         headers["Host"] = host_header(lease.node.target)
     key = lease.node.api_key()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
 
@@ -25,20 +26,6 @@ CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
 READ_BUFFER = 1 << 16  # bytes held for a reader that is slow; past it the backend is no longer read
 HEAD_BYTES = 1 << 16
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"content-length",
-    }
-)
 
 
 class _Address(NamedTuple):
@@ -214,9 +201,22 @@ class _Connection(asyncio.Protocol):
 
 
 class UpstreamResponse:
-    """One answer. Read it to the end or ``abort`` it: a connection goes back to the pool only when it is clean."""
+    """One answer. Read it to the end or ``abort`` it: a connection goes back to the pool only when it is clean.
 
-    __slots__ = ("_connection", "_exchange", "_node", "_pool", "content_length", "content_type", "headers", "status")
+    ``headers`` are those that a client may see; ``problem`` says why this is no answer of an inference server.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_exchange",
+        "_node",
+        "_pool",
+        "content_length",
+        "content_type",
+        "headers",
+        "problem",
+        "status",
+    )
 
     def __init__(self, connection: _Connection, exchange: _Exchange, pool: _Pool, node: str) -> None:
         self._connection: _Connection | None = connection
@@ -225,17 +225,8 @@ class UpstreamResponse:
         self._node = node
         self.status = exchange.status
         self.content_length = exchange.length
-        self.content_type = ""
-        headers = []
-        for name, value in exchange.headers:
-            lower = name.lower()
-            if lower in _HOP_BY_HOP:
-                continue
-            text = value.decode("utf-8", "surrogateescape")
-            if lower == b"content-type":
-                self.content_type = text.partition(";")[0].strip().lower()
-            headers.append((name.decode("latin-1"), text))
-        self.headers = tuple(headers)
+        empty = exchange.length == 0 or exchange.status == 204
+        self.content_type, self.headers, self.problem = read_head(exchange.status, exchange.headers, empty=empty)
         if exchange.complete and not exchange.pieces:
             self._give_back()
 
@@ -380,7 +371,7 @@ class Upstream:
 
 def _request(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
     """The request as it goes on the wire. Raises ValueError for what would end a line of the head."""
-    lines = [f"{call.method} {prefix}{call.path} HTTP/1.1"]
+    lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", "Accept-Encoding: identity"]
     named = False
     for name, value in headers:
         named = named or name.lower() == "host"
