@@ -249,7 +249,7 @@ def _phases(stages: Sequence[StageResult]) -> str:
             parts.append(f"<h2>{_safe(stage.disturbance or 'Disturbance')}</h2>")
             rows = (
                 [
-                    phase.name,
+                    _safe(phase.name),
                     str(phase.requests),
                     str(phase.failed),
                     str(phase.retried),

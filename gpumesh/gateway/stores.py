@@ -167,7 +167,7 @@ class Stores:
         await self._mesh.refresh(nodes)
         done = [one for one in results if one.status < 300]
         if done and all(one.status < 300 or one.status == 404 for one in results):
-            return Reply(done[0].body, status=done[0].status, headers=_by([one.node for one in done]))
+            return Reply(status=done[0].status, headers=_by([one.node for one in done]))  # Ollama's have no body
         return _told(results, verb)
 
     async def _lacking(self, nodes: Iterable[str], path: str) -> list[str]:
@@ -370,7 +370,8 @@ def _ended(
         same = len(failures) == len(nodes) and len(set(failures.values())) == 1
         refused = next(iter(work.refused.values()), None)
         if same and refused is not None and stream is None:
-            return json_reply(refused.body, status=refused.status, headers=_by(nodes))
+            body = errors.body(Shape.NATIVE, refused.status, refused.words)
+            return json_reply(body, status=refused.status, headers=_by(nodes))
         status = 500 if same else 502
         last = {"error": next(iter(failures.values())) if same else _partly(verb, work.progress.done, failures)}
     line = jsons.compact(last)
@@ -383,11 +384,12 @@ def _ended(
 
 
 def _told(results: Sequence[Result], verb: str) -> Reply:
-    """What did not work everywhere; if all nodes said the same, in their own words."""
+    """What did not work everywhere; if all nodes said the same, in their own words, though not in their bytes."""
     first = results[0]
     names = _by([one.node for one in results])
     if all((one.status, one.words) == (first.status, first.words) for one in results):
-        return json_reply(first.body, status=first.status, headers=names)
+        body = errors.body(Shape.NATIVE, first.status, first.words)
+        return json_reply(body, status=first.status, headers=names)
     failures = {one.node: one.words for one in results if one.status >= 300}
     words = _partly(verb, [one.node for one in results if one.status < 300], failures)
     return json_reply(errors.body(Shape.NATIVE, 502, words), status=502, headers=names)
