@@ -23,7 +23,7 @@ from gpumesh.gateway.access_log import AccessLog
 from gpumesh.gateway.bounds import Bounds
 from gpumesh.gateway.exchange import Handler, Request, Stream
 from gpumesh.gateway.fleet import Fleet
-from gpumesh.gateway.guard import Guard
+from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
@@ -51,6 +51,7 @@ DRAIN_S = 10.0
 CUT_S = 1.0  # for handlers to end once draining took too long
 ONE_NODE_S = 30.0  # for what any one node answers by itself
 STOPPED = "the gateway was stopped"
+UI = "/ui"
 LOST = 499  # nginx's word for a client that left before it was answered
 
 Entry = tuple[tuple[str, ...], Handler]
@@ -227,11 +228,19 @@ class Gateway:
         if not self._guard.host_allowed(request.headers.get("Host")):
             words = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(words, status=403)
-        if not self._guard.origin_allowed(origin):
+        if shown_or_run(request.headers, page=path == UI):
+            words = (
+                "a browser may ask for this by fetch() only, not show, embed or run it; the page for people is at /ui"
+            )
+            raise BadRequest(words, status=403)
+        if origin is None:
+            if path != UI and asked_blindly(request.headers):
+                raise BadRequest("a page of another site may ask here by CORS only", status=403)
+        elif not self._guard.origin_allowed(origin, backend_ports=self.mesh.local_ports()):
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
-        if origin is not None:
+        else:
             request.cors = self._guard.cors_headers(origin, request.headers)
-        if request.method == "OPTIONS" or path in ("/healthz", "/ui"):
+        if request.method == "OPTIONS" or path in ("/healthz", UI):
             return  # a preflight carries no key; who asks whether we are well, or for the empty page, needs none
         if not self._guard.key_allowed(request.headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
@@ -304,7 +313,7 @@ def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[
         "/mesh/status": ((_GET, fleet.status),),
         "/mesh/events": ((_GET, page.events),),
         "/mesh/nodes/{node}/{action}": ((_POST, page.act),),
-        "/ui": ((_GET, page.html),),
+        UI: ((_GET, page.html),),
         "/api/version": ((_GET, fleet.version),),
         "/api/tags": ((_GET, fleet.tags),),
         "/api/ps": ((_GET, fleet.ps),),

@@ -352,6 +352,7 @@ class Connection(asyncio.Protocol):
             length=len(body),
             keep=self.keeps(request),
             old=request.old,
+            policy=reply.policy,
         )
         request.begun = True
         if replies.bodiless(request.method, reply.status):

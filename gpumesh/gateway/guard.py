@@ -3,19 +3,25 @@
 Host is checked against DNS rebinding as Ollama does it (facts/ollama-api.md, "Host and Origin"): a page in a browser
 can make its own name resolve to 127.0.0.1, but it cannot make the browser send another Host. Origins that no allow-list
 names may not read answers (no CORS header), and may not send anything that changes something.
+
+A browser says what a page wants an answer for (Fetch Metadata, https://www.w3.org/TR/fetch-metadata/), and no page can
+change that. Programs in a page ask by ``fetch()``. All else that a page can ask for is to be shown, embedded or run as
+part of some page. What a host answers must never be that: it would be a page of this origin, which may do whatever the
+gateway's own page may.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
 _APPLICATIONS = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # as Ollama has it
 _HERE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # what a page says, not what we bind
+_PORTS = {"http": 80, "https": 443}
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 
@@ -35,15 +41,18 @@ class Guard:
             return False
         return _is_local(host) or _name(host) in self.hostnames
 
-    def origin_allowed(self, origin: str | None) -> bool:
+    def origin_allowed(self, origin: str | None, *, backend_ports: Collection[int] = ()) -> bool:
         """No Origin: not a browser's cross-site request. Pages of this machine itself are let in, as Ollama does, and
-        applications on it whose pages are no web pages."""
+        applications on it whose pages are no web pages. A page behind one of ``backend_ports`` is only seemingly of
+        this machine: the port is the end of a tunnel, and its host wrote the page."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
         try:
             parts = urlsplit(origin)
-            return parts.scheme in _APPLICATIONS or parts.hostname in _HERE
-        except ValueError:  # brackets without an address in them
+            if parts.scheme in _APPLICATIONS:
+                return True
+            return parts.hostname in _HERE and (parts.port or _PORTS.get(parts.scheme)) not in backend_ports
+        except ValueError:  # brackets without an address in them, a port that is none
             return False
 
     def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
@@ -73,6 +82,21 @@ class Guard:
     def _same(self, given: str) -> bool:
         assert self.api_key is not None
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
+
+
+def shown_or_run(headers: Mapping[str, str], *, page: bool) -> bool:
+    """Whether a browser asks for this to show, embed or run it. ``page``: it is a page of ours, which may be shown,
+    though not in a frame. Browsers say so to loopback and over HTTPS; other programs do not say anything."""
+    destination = headers.get("Sec-Fetch-Dest")
+    if destination is not None and destination != "empty" and not (page and destination == "document"):
+        return True
+    return headers.get("Service-Worker") is not None
+
+
+def asked_blindly(headers: Mapping[str, str]) -> bool:
+    """Whether a page of another site asks without a name, as ``fetch(…, {mode: "no-cors"})``, a prefetch or a link do.
+    It could not read the answer, yet it would have made the request."""
+    return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and headers.get("Origin") is None
 
 
 @lru_cache(maxsize=256)

@@ -43,12 +43,8 @@ class Page:
         html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
         self._html = html.encode()
         self._closing = asyncio.Event()
-        self._headers = (
-            ("Content-Security-Policy", _policy(html)),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-cache"),
-        )
+        self._policy = _policy(html)
+        self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
 
     async def record(self) -> None:
         """Keeps the last hour, until cancelled."""
@@ -61,7 +57,8 @@ class Page:
         self._closing.set()
 
     async def html(self, _request: Request) -> Reply:
-        return Reply(self._html, content_type="text/html; charset=utf-8", headers=self._headers)
+        content_type = "text/html; charset=utf-8"
+        return Reply(self._html, content_type=content_type, headers=self._headers, policy=self._policy)
 
     async def events(self, request: Request) -> Stream:
         stream = request.stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
@@ -133,5 +130,6 @@ def _policy(html: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     )

@@ -14,6 +14,16 @@ Pairs = tuple[tuple[str, str], ...]
 _OURS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
 _BODILESS = frozenset({204, 304})
 
+# What a browser may do with an answer that is no page of ours, should one ever show it: nothing.
+SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
+# Of every answer. Its type is what it says; no other site's page loads, frames or learns of it but by CORS.
+_BROWSERS = (
+    "X-Content-Type-Options: nosniff\r\n"
+    "X-Frame-Options: DENY\r\n"
+    "Cross-Origin-Resource-Policy: same-origin\r\n"
+    "Referrer-Policy: no-referrer\r\n"
+)
+
 
 class Headers(Mapping[str, str]):
     """By name, in any case; of several with one name the first. ``pairs`` are all of them as they came."""
@@ -38,9 +48,10 @@ class Headers(Mapping[str, str]):
 
 
 class Reply:
-    """A whole answer. ``close``: nothing more is heard from this client on its connection."""
+    """A whole answer. ``close``: nothing more is heard from this client on its connection. ``policy``: the answer's
+    Content-Security-Policy."""
 
-    __slots__ = ("body", "close", "headers", "status")
+    __slots__ = ("body", "close", "headers", "policy", "status")
 
     def __init__(
         self,
@@ -50,8 +61,10 @@ class Reply:
         content_type: str | None = None,
         headers: Pairs = (),
         close: bool = False,
+        policy: str = SANDBOX,
     ) -> None:
         self.body = body
+        self.policy = policy
         self.status = status
         self.close = close
         self.headers = headers if content_type is None else (("Content-Type", content_type), *headers)
@@ -65,10 +78,18 @@ def bodiless(method: str, status: int) -> bool:
     return method == "HEAD" or status in _BODILESS
 
 
-def head(status: int, headers: Iterable[tuple[str, str]], *, length: int | None, keep: bool, old: bool) -> bytes:
+def head(
+    status: int,
+    headers: Iterable[tuple[str, str]],
+    *,
+    length: int | None,
+    keep: bool,
+    old: bool,
+    policy: str = SANDBOX,
+) -> bytes:
     """An answer's head. ``length`` ``None``: its body is chunked, or for an ``old`` client (HTTP/1.0) lasts until the
     connection ends. ``keep``: the connection stays. Raises ValueError for what would end a line of it."""
-    lines = [_first_line(status), f"Date: {_date(int(time.time()))}"]
+    lines = [f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OURS]
     if length is None:
         if not old and status not in _BODILESS:
@@ -80,18 +101,20 @@ def head(status: int, headers: Iterable[tuple[str, str]], *, length: int | None,
     elif old:
         lines.append("Connection: keep-alive")
     text = "\r\n".join(lines)
-    if text.count("\n") != len(lines) or text.count("\r") != len(lines):  # the first holds one pair more
+    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
-    return text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
+    return _first_lines(status, policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
 
 
 @lru_cache(maxsize=128)
-def _first_line(status: int) -> str:
+def _first_lines(status: int, policy: str) -> bytes:
+    """What is the same in all answers of one status."""
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:  # a status of a node's own
         phrase = "Unknown"
-    return f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh"
+    lines = f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh\r\nContent-Security-Policy: {policy}\r\n{_BROWSERS}"
+    return lines.encode()
 
 
 @lru_cache(maxsize=2)

@@ -163,7 +163,7 @@ async def _not_inference(
     """The answer of something else than an inference server: the page of a proxy, of a login, of a hostile host.
     Nothing of its body is for a client. An error's status stands; a success is none, and becomes a 502."""
     node, status = lease.node, response.status
-    if outcome is Outcome.SERVED:
+    if not 400 <= status < 600:
         response.abort()  # it may be of any length
         outcome, status = Outcome.SERVER_ERROR, 502
     else:

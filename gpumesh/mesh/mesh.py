@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
@@ -279,6 +280,15 @@ class Mesh:
     def usable(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
         """The names of the nodes of these kinds that take work now, or would when they have a free place."""
         return tuple(entry.name for entry in self.candidates() if entry.usable and entry.kind in kinds)
+
+    def local_ports(self) -> frozenset[int]:
+        """The ports of this machine behind which a node's server answers: the ends of tunnels, and servers of its own.
+        What comes from there is a host's word, though its address is this machine's."""
+        tunnels = [node.tunnel for node in self._nodes.values() if node.tunnel is not None]
+        places = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
+        return frozenset(
+            place.port for place in places if place.port is not None and config.is_loopback(place.hostname or "")
+        )
 
     async def refresh(self, nodes: Iterable[str]) -> None:
         """Asks these nodes' servers anew what they have: their store was changed through us. Raises nothing."""

@@ -51,7 +51,7 @@ async def upload(
         raise
     status = response.status_code
     head = read_head(status, response.headers.raw, empty=not said)
-    if head.problem is not None and status < 400:
+    if head.problem is not None and not 400 <= status < 600:
         lease.release(Outcome.SERVER_ERROR, error=head.problem)
         return error_answer(node.name, node.kind, 502, head.headers, head.problem)
     lease.release(of_status(status, model_asked=False))

@@ -1,6 +1,6 @@
 import pytest
 
-from gpumesh.gateway.guard import Guard
+from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
 
 OPEN = Guard(None, frozenset({"https://chat.example.org"}), frozenset({"gpu-box"}))
 KEYED = Guard("kéy".encode(), frozenset())
@@ -91,3 +91,63 @@ def test_what_a_preflight_is_told() -> None:
     plain = OPEN.cors_headers("https://chat.example.org", {})
     assert plain["Vary"] == "Origin", "a cache must not give one page the answer to another"
     assert "Access-Control-Allow-Private-Network" not in plain
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://127.0.0.1:40123", False),
+        ("http://localhost:40123", False),
+        ("http://[::1]:40123", False),
+        ("https://localhost:40123", False),
+        ("http://localhost", False),
+        ("http://127.0.0.1:40124", True),
+        ("https://localhost", True),
+        ("https://chat.example.org", True),
+        ("tauri://localhost", True),
+        ("http://localhost:99999", False),
+    ],
+)
+def test_a_page_behind_a_tunnels_port_is_its_hosts(origin: str, allowed: bool) -> None:
+    assert OPEN.origin_allowed(origin, backend_ports={40123, 80}) is allowed
+
+
+def test_who_names_such_a_page_allows_it() -> None:
+    named = Guard(None, frozenset({"http://localhost:40123"}))
+    assert named.origin_allowed("http://localhost:40123", backend_ports={40123})
+
+
+@pytest.mark.parametrize(
+    ("headers", "elsewhere", "page"),
+    [
+        ({}, False, False),
+        ({"Sec-Fetch-Dest": "empty"}, False, False),
+        ({"Sec-Fetch-Dest": "document"}, True, False),
+        ({"Sec-Fetch-Dest": "iframe"}, True, True),
+        ({"Sec-Fetch-Dest": "script"}, True, True),
+        ({"Sec-Fetch-Dest": "serviceworker"}, True, True),
+        ({"Sec-Fetch-Dest": ""}, True, True),
+        ({"Sec-Fetch-Dest": "something-new"}, True, True),
+        ({"Service-Worker": "script"}, True, True),
+        ({"Sec-Fetch-Dest": "empty", "Service-Worker": ""}, True, True),
+    ],
+)
+def test_what_a_browser_would_show_or_run(headers: dict[str, str], elsewhere: bool, page: bool) -> None:
+    assert shown_or_run(headers, page=False) is elsewhere
+    assert shown_or_run(headers, page=True) is page
+
+
+@pytest.mark.parametrize(
+    ("headers", "blind"),
+    [
+        ({}, False),
+        ({"Sec-Fetch-Site": "none"}, False),
+        ({"Sec-Fetch-Site": "same-origin"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, True),
+        ({"Sec-Fetch-Site": "cross-site"}, True),
+        ({"Sec-Fetch-Site": "something-new"}, True),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://chat.example.org"}, False),
+    ],
+)
+def test_who_asks_without_a_name(headers: dict[str, str], blind: bool) -> None:
+    assert asked_blindly(headers) is blind

@@ -6,14 +6,23 @@ import pytest
 
 from gpumesh.gateway.replies import Headers, Reply, bodiless, head
 
+FOR_BROWSERS = [
+    "Content-Security-Policy: sandbox; default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options: nosniff",
+    "X-Frame-Options: DENY",
+    "Cross-Origin-Resource-Policy: same-origin",
+    "Referrer-Policy: no-referrer",
+]
+
 
 def said(answer: bytes) -> list[str]:
-    """The lines of a head, without the date's."""
+    """The lines of a head, without the date's and those that are the same in each."""
     text = answer.decode()
     assert text.endswith("\r\n\r\n")
     first, *lines = text[:-4].split("\r\n")
     assert any(re.fullmatch(r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", line) for line in lines)
-    return [first, *(line for line in lines if not line.startswith("Date: "))]
+    assert [line for line in lines if line in FOR_BROWSERS] == FOR_BROWSERS, "in every head"
+    return [first, *(line for line in lines if not line.startswith("Date: ") and line not in FOR_BROWSERS)]
 
 
 def test_names_have_no_case_and_the_first_counts() -> None:
@@ -58,6 +67,12 @@ def test_what_has_no_body() -> None:
     assert bodiless("GET", 304)
     assert not bodiless("GET", 200)
     assert said(head(799, (), length=0, keep=True, old=False))[0] == "HTTP/1.1 799 Unknown"
+
+
+def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
+    text = head(200, (), length=0, keep=True, old=False, policy="script-src 'sha256-x'").decode()
+    assert text.count("Content-Security-Policy: ") == 1
+    assert "\r\nContent-Security-Policy: script-src 'sha256-x'\r\n" in text
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\n", "\rb"])
