@@ -12,12 +12,19 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import pytest
 
+from gpumesh import config
+from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.requests import MODEL_ROUTES
+from gpumesh.lab import profile
+from gpumesh.lab.lab import Lab
+from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, Running, node, serving
 from tests.mesh.servers import Exchange, Scripted, serve, whole
@@ -318,3 +325,15 @@ async def test_the_page_for_people_works_beside_it(attack: Attack) -> None:
     await page.goto(attack.gateway + "/ui")
     await page.locator("#live").get_by_text("live").or_(page.get_by_text("an API key is needed")).wait_for()
     assert errors == []
+
+
+async def test_the_ends_of_tunnels_are_such_ports(tmp_path: Path) -> None:
+    async with Lab((profile.fast("one"),), tmp_path) as lab:
+        file = lab.write_config(tmp_path / "mesh.yaml")
+        async with Mesh(config.load(file)) as mesh, Gateway(mesh, port=0) as gateway:
+            await mesh.first_report(20.0)
+            port = mesh.snapshot().node("one").tunnel.local_port
+            assert port is not None
+            async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+                for url, status in ((f"http://127.0.0.1:{port}", 403), (gateway.url, 200)):
+                    assert (await client.get("/mesh/status", headers={"Origin": url})).status_code == status
