@@ -56,9 +56,19 @@ class Finding:
     nodes: tuple[str, ...] = ()
 
 
+class LocalAccess(StrEnum):
+    """Who on this machine can connect."""
+
+    OWN_USER = "own-user"  # the user who runs the mesh, and root
+    ANY_USER = "any-user"
+    UNCHECKED = "unchecked"  # any user: the system does not tell whose a connection is
+    KEY = "key"  # who sends the API key
+
+
 @dataclass(frozen=True, slots=True)
 class TunnelState:
-    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port`` stays the same over reconnects.
+    """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port``, or ``local_socket`` in its place,
+    stays the same over reconnects; ``local_access`` is who can connect to it. A direct node has none of the three.
     ``host_keys`` are the fingerprints on record of the host that was reached last."""
 
     transport: str
@@ -71,6 +81,8 @@ class TunnelState:
     hint: str | None = None
     retry_in_s: float | None = None
     local_port: int | None = None
+    local_socket: str | None = None
+    local_access: LocalAccess | None = None
     host_keys: tuple[str, ...] = ()
 
 
@@ -247,13 +259,16 @@ class WaitingState:
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
-    """``waiting``: the first of those that are ``queued``."""
+    """``waiting``: the first of those that are ``queued``. ``url`` is ``unix:PATH`` where there is only a Unix socket,
+    whose path is ``socket``."""
 
     url: str | None = None
     state: GatewayPhase = GatewayPhase.OFF
     in_flight: int = 0
     queued: int = 0
     waiting: tuple[WaitingState, ...] = ()
+    socket: str | None = None
+    access: LocalAccess | None = None
 
 
 @dataclass(frozen=True, slots=True)

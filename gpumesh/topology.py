@@ -35,11 +35,17 @@ class PolicyKind(StrEnum):
     ADAPTIVE = "adaptive"
 
 
+class TunnelListen(StrEnum):
+    TCP = "tcp"
+    UNIX = "unix"
+
+
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """The one endpoint. ``host``/``port`` come from ``listen``; port 0 means any free one."""
+    """The one endpoint. ``listen`` gives ``host`` and ``port`` (0: any free one), ``socket`` (a Unix socket's path), or
+    both. ``host`` is ``None`` where it listens on the Unix socket alone."""
 
-    host: str = "127.0.0.1"
+    host: str | None = "127.0.0.1"
     port: int = 11430
     api_key_env: str | None = None
     default_model: str | None = None
@@ -48,6 +54,7 @@ class GatewaySpec:
     timeout_s: float = 600.0
     cors_origins: tuple[str, ...] = ()
     access_log: bool = True
+    socket: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,18 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TunnelsSpec:
+    """The local ends of all SSH nodes' tunnels. ``share``: all users of this machine may use them. ``listen``: a port
+    on loopback for each, or a Unix socket, which is this user's alone."""
+
+    share: bool = False
+    listen: TunnelListen = TunnelListen.TCP
+
+
+USUAL_TUNNELS = TunnelsSpec()
+
+
+@dataclass(frozen=True, slots=True)
 class RedisSpec:
     url: str
     password_env: str | None = None
@@ -144,6 +163,7 @@ class Topology:
     gateway: GatewaySpec = GatewaySpec()
     redis: RedisSpec | None = None
     source: Path | None = None
+    tunnels: TunnelsSpec = USUAL_TUNNELS
 
     def node(self, name: str) -> NodeSpec:
         """Raises ``KeyError`` when there is no such node."""

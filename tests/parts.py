@@ -68,6 +68,7 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "zsh": ("zsh", lambda: program("zsh") is not None),
     "fish": ("fish", lambda: program("fish") is not None),
     "redis-server": ("redis-server", lambda: program("redis-server") is not None),
+    "root": ("root, to run a process as another user", _root),
     "netns": ("root, iproute2, nftables, util-linux and tun for network namespaces", _namespaces),
 }
 

@@ -13,8 +13,10 @@ import aiohttp
 from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.load import Answering
+from gpumesh.config.locate import UNIX
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
+from gpumesh.tunnels.unix_sockets import split_url
 
 ERROR_BYTES = 1 << 16
 
@@ -101,9 +103,22 @@ class _HttpAnswer:
 
 
 @asynccontextmanager
-async def http_session() -> AsyncGenerator[aiohttp.ClientSession]:
-    """A client that goes nowhere but where it is told."""
+async def http_route(
+    url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
+) -> AsyncGenerator[HttpRoute]:
+    """To a base URL as a node's or the gateway's state has it, that of a Unix socket too."""
+    unix = split_url(url)
+    path, base = (url.removeprefix(UNIX), "") if url.startswith(UNIX) else (None, url) if unix is None else unix
+    async with http_session(path) as http:
+        base_url = base if path is None else f"http://localhost{base}"
+        yield HttpRoute(http, base_url, kind, through_gateway=through_gateway, api_key=api_key)
+
+
+@asynccontextmanager
+async def http_session(unix_socket: str | None = None) -> AsyncGenerator[aiohttp.ClientSession]:
+    """A client that goes nowhere but where it is told, or to that Unix socket."""
+    connector = aiohttp.TCPConnector(limit=0) if unix_socket is None else aiohttp.UnixConnector(unix_socket, limit=0)
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
     ) as session:
         yield session

@@ -13,7 +13,7 @@ from gpumesh.bench import scenarios
 from gpumesh.bench.gpu_meter import gpu_use, metered
 from gpumesh.bench.load import Disturbance, Outcome, Record, Send, StageRun, run_interleaved, run_stage
 from gpumesh.bench.result import BenchResult, environment
-from gpumesh.bench.routes import HttpRoute, Keys, http_session
+from gpumesh.bench.routes import Keys, http_route
 from gpumesh.bench.scenarios import NodeFacts, Plan, Scenario, Settings, Stage, StageKind
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize
@@ -207,13 +207,13 @@ async def _over_routes(target: Target, stage: Stage, state: MeshState, progress:
     """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(http_session())
         routes: list[tuple[str, Send]] = []
         assert node.backend.url is not None, "a node that is up has the route that it is up on"
         kind = BackendKind(node.backend.kind)
-        routes.append((TUNNEL, HttpRoute(http, node.backend.url, kind, api_key=keys.nodes.get(node.name))))
+        tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
+        routes.append((TUNNEL, await stack.enter_async_context(tunnel)))
         routes.append((MESH, target.send()))
         if state.gateway.url is not None:
-            gateway = HttpRoute(http, state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
-            routes.append((GATEWAY, gateway))
+            gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
+            routes.append((GATEWAY, await stack.enter_async_context(gateway)))
         return await run_interleaved(routes, stage, on_record=progress.record)

@@ -11,8 +11,9 @@ import typer
 
 from gpumesh.cli.context import Settings, settings
 from gpumesh.cli.lazy import new_app
-from gpumesh.errors import MeshNotRunning
-from gpumesh.quoting import powershell_word, shell_word
+from gpumesh.config.locate import UNIX
+from gpumesh.errors import MeshNotRunning, UsageError
+from gpumesh.quoting import command, powershell_word, shell_word, yaml_text
 
 app = new_app()
 
@@ -66,14 +67,27 @@ def _gateway(chosen: Settings) -> str:
         url = state.get("gateway", {}).get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
+        if url.startswith(UNIX):
+            raise _unix_only(url)
         return url
     spec = chosen.topology().gateway
+    if spec.host is None:
+        raise _unix_only(f"{UNIX}{spec.socket}")
     if spec.port == 0:
         raise MeshNotRunning("no mesh is running, and mesh.yaml lets the gateway take any port")
     if not chosen.quiet:
         typer.echo("no mesh is running now: `gpumesh up -d` starts it", err=True)
     host = f"[{spec.host}]" if ":" in spec.host else spec.host
     return f"http://{host}:{spec.port}"
+
+
+def _unix_only(place: str) -> UsageError:
+    path = place.removeprefix(UNIX)
+    return UsageError(
+        f"the gateway listens on the Unix socket {path} alone, which these variables cannot name",
+        hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX + path)}]}}`, or take a program "
+        "that can use a socket: " + command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path),
+    )
 
 
 def _shell() -> Shell:

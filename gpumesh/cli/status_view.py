@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpumesh.cli import fits
+from gpumesh.cli.access import access_lines
 from gpumesh.cli.render import SEVERITIES, Column, add_hint, console, finding_text, fitted, grid, new_table, print_plain
 from gpumesh.cli.selection import badness
 from gpumesh.cli.text import (
@@ -109,6 +110,7 @@ def status_view(state: MeshState, width: int, look: Look) -> RenderableType:
     parts.append(_totals(state, width))
     if look.verbose:
         parts.extend(_processes(state))
+        parts.extend(Text(line, style="dim") for line in access_lines(state))
     if notes:
         parts.append(grid(notes))
     return Group(*parts)

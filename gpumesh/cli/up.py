@@ -39,7 +39,11 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background.")] = False,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Tunnels only, no endpoint.")] = False,
     listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the gateway listens, instead of mesh.yaml's.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the gateway listens, instead of mesh.yaml's: HOST:PORT, unix:PATH, or HOST:PORT,unix:PATH.",
+        ),
     ] = None,
 ) -> None:
     """Open the tunnels, side by side, start the gateway, and watch over both.
@@ -69,19 +73,23 @@ def up(
 
 
 def _background(chosen: Settings, options: UpOptions) -> None:
+    from gpumesh.cli.access import OPEN_GATEWAY
     from gpumesh.cli.status_view import Look, print_status
     from gpumesh.daemon.detach import spawn
     from gpumesh.daemon.glance import glance
     from gpumesh.daemon.host import applied
     from gpumesh.daemon.remote import RemoteSession
+    from gpumesh.state import LocalAccess
 
     applied(chosen.topology(), options)  # what is wrong is said here, with this terminal's width and colours
     paths = chosen.paths()
     pid = spawn(paths, options)
     if not chosen.quiet:
         # Before the report, for which a host that hangs lets us wait: whoever ends the waiting knows that it runs.
-        url = ((glance(paths.socket) or {}).get("gateway") or {}).get("url")
-        where = f", serving {url}" if url else ""
+        gateway = (glance(paths.socket) or {}).get("gateway") or {}
+        where = f", serving {gateway['url']}" if gateway.get("url") else ""
+        if gateway.get("access") == LocalAccess.ANY_USER:
+            where += f" ({OPEN_GATEWAY})"
         typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
     state = run(RemoteSession(paths.socket).first_report(REPORT_S))
     if not chosen.quiet:
@@ -99,6 +107,8 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
     on_signals(stop, hurry=_cancel_me())
     async with hosted(topology, paths, gateway=options.gateway, stop=stop, lock=lock) as session:
         try:
+            if not chosen.quiet:
+                _say_if_open(session.mesh.snapshot())
             await show(session, stop, chosen)
             if not chosen.quiet:
                 typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
@@ -106,6 +116,14 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
             if error.errno != errno.EIO:
                 raise
             stop.ask()  # the terminal was closed: nobody is there to be told, but what is in flight may still end
+
+
+def _say_if_open(state: MeshState) -> None:
+    from gpumesh.cli.access import OPEN_GATEWAY
+    from gpumesh.state import LocalAccess
+
+    if state.gateway.access is LocalAccess.ANY_USER:
+        typer.echo(f"serving {state.gateway.url} ({OPEN_GATEWAY})", err=True)
 
 
 def _cancel_me() -> Callable[[], None]:

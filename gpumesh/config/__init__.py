@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpumesh.config.credentials import secret
-from gpumesh.config.locate import find, is_loopback, listen_address, places, refuse_open
+from gpumesh.config.locate import find, is_loopback, listen_address, listen_on, places, refuse_open
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "find",
     "is_loopback",
     "listen_address",
+    "listen_on",
     "load",
     "parse",
     "places",

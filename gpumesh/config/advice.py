@@ -34,7 +34,7 @@ def _gateway(topology: Topology) -> Iterator[Finding]:
     gateway = topology.gateway
     if gateway.api_key_env is not None:
         yield from _variable(gateway.api_key_env, "gateway.api_key_env", None)
-    if not locate.is_loopback(gateway.host):
+    if gateway.host is not None and not locate.is_loopback(gateway.host):
         message = (
             f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"
         )

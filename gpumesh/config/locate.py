@@ -6,12 +6,16 @@ import ipaddress
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from gpumesh.config import environment
 from gpumesh.errors import UsageError
 
 FILE_NAME = "mesh.yaml"
 DEFAULT_HOST = "127.0.0.1"
+UNIX = "unix:"
+# sun_path holds 108 bytes on Linux and 104 on macOS and the BSDs, its closing NUL included.
+SOCKET_PATH_LIMIT = 103
 
 _HOST_PORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:\[\]]*):)?(?P<port>\d{1,6})")
 
@@ -43,6 +47,46 @@ def places(explicit: Path | None = None) -> tuple[Path, ...]:
     return Path(FILE_NAME), environment.config_folder() / FILE_NAME
 
 
+class Listen(NamedTuple):
+    """Where the gateway listens: ``host`` and ``port``, the Unix socket at ``socket``, or both."""
+
+    host: str | None
+    port: int
+    socket: Path | None
+
+
+def listen_on(text: str, *, api_key_env: str | None) -> Listen:
+    """``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
+    UsageError as ``listen_address`` does."""
+    address, comma, path = text.partition(f",{UNIX}")
+    if not comma and text.startswith(UNIX):
+        address, path = "", text.removeprefix(UNIX)
+    elif not comma:
+        return Listen(*listen_address(text, api_key_env=api_key_env), None)
+    try:
+        socket = Path(socket_path(path)).expanduser().absolute()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{text[:80]!r} {error}") from error
+    if not address:
+        return Listen(None, 0, socket)
+    return Listen(*listen_address(address, api_key_env=api_key_env), socket)
+
+
+def listen_place(text: str) -> tuple[str, int] | str:
+    """One address of ``gateway.listen``: host and port, or the path of a Unix socket. Raises ValueError as
+    ``split_listen`` does."""
+    return socket_path(text.removeprefix(UNIX)) if text.startswith(UNIX) else split_listen(text)
+
+
+def socket_path(text: str) -> str:
+    """Raises ValueError whose text completes a sentence that begins with the value."""
+    if not text or not text.isprintable() or text.endswith("/"):
+        raise ValueError("names no socket: write unix:PATH, such as unix:/run/user/1000/gpumesh.sock")
+    if len(os.fsencode(text)) > SOCKET_PATH_LIMIT:
+        raise ValueError(f"is longer than the {SOCKET_PATH_LIMIT} bytes that a Unix socket's path may have")
+    return text
+
+
 def listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
     """``HOST:PORT`` or ``PORT`` for the gateway. Raises UsageError when it is not one, or when it would be open to
     other machines with no key to keep them out."""
@@ -68,7 +112,7 @@ def split_listen(text: str) -> tuple[str, int]:
     """Raises ValueError whose text completes a sentence that begins with the value."""
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None:
-        raise ValueError("is not HOST:PORT, such as 127.0.0.1:11430 or [::1]:11430")
+        raise ValueError("is not HOST:PORT, such as 127.0.0.1:11430 or [::1]:11430, nor unix:PATH")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"has port {port}, which is not between 0 and 65535")

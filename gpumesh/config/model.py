@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from gpumesh.config import forms, locate
-from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, TransportKind
+from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, TransportKind, TunnelListen
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -74,8 +74,10 @@ Jump = Annotated[str, _read(forms.jump)]
 Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_jumps), _list_schema(_TEXT)]
 Words = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
 Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
+_LISTEN_SCHEMA = {**_TEXT, "examples": ["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"]}
+ListenPlace = Annotated[tuple[str, int] | str, _read(locate.listen_place)]
 Listen = Annotated[
-    tuple[str, int], _read(locate.split_listen), WithJsonSchema({**_TEXT, "examples": ["127.0.0.1:11430"]})
+    tuple[ListenPlace, ...], BeforeValidator(_many), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
 ]
 _URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
 Url = Annotated[Target, _read(forms.url), WithJsonSchema(_URL_SCHEMA)]
@@ -203,7 +205,9 @@ class Gateway(Section):
     """The one endpoint that clients use."""
 
     listen: Listen | None = Field(
-        default=None, description="HOST:PORT; 127.0.0.1:11430 if not given. Port 0 is any free one."
+        default=None,
+        description="HOST:PORT, unix:PATH, or a list of one of each; 127.0.0.1:11430 if not given. Port 0 is any free "
+        "one. A Unix socket is for your own user (0600).",
     )
     api_key_env: Variable | None = Field(
         default=None, description="Name of the variable with the key that clients must send; needed beyond loopback."
@@ -223,6 +227,21 @@ class Gateway(Section):
     )
 
 
+class Tunnels(Section):
+    """The local ends of the SSH tunnels, which other programs may use."""
+
+    share: bool | None = Field(
+        default=None,
+        description="true: all users of this machine may connect to the forwarded ports; if not given, only your own "
+        "user and root (on Linux; elsewhere the system does not tell).",
+    )
+    listen: TunnelListen | None = Field(
+        default=None,
+        description="tcp (default): a port on 127.0.0.1 for each node. unix: a Unix socket in the runtime folder, for "
+        "your own user.",
+    )
+
+
 class Redis(Section):
     """Optional: several gateways share what they have in flight."""
 
@@ -238,6 +257,7 @@ class MeshFile(Section):
     )
     name: Name | None = Field(default=None, description="Of the mesh; `mesh` if not given.")
     gateway: Gateway | None = None
+    tunnels: Tunnels | None = None
     defaults: NodeDefaults | None = None
     nodes: tuple[Node, ...] = Field(description="The hosts, at least one.")
     redis: Redis | None = None

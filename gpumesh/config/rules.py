@@ -20,6 +20,7 @@ Broken = tuple[KeyPath, str]
 def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
     """Each broken rule, by the key it is about."""
     yield from _gateway(document)
+    yield from _tunnels(document)
     defaults = _table(document.get("defaults"))
     yield from _one_where(_table(defaults.get("backend")), ("defaults", "backend"))
     if document.get("nodes") is None or document["nodes"] == []:
@@ -45,14 +46,28 @@ def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
 def _gateway(document: Mapping[str, Any]) -> Iterator[Broken]:
     gateway = _table(document.get("gateway"))
     listen = gateway.get("listen")
-    if not isinstance(listen, str) or gateway.get("api_key_env") is not None:
-        return
-    try:
-        host, _ = locate.split_listen(listen)
-    except ValueError:
-        return  # said by its form
-    if not locate.is_loopback(host):
-        yield ("gateway", "listen"), f"listening on {host} {locate.OPEN_TO_ALL}; {locate.OPEN_HINT}"
+    if listen == []:
+        yield ("gateway", "listen"), "names no address"
+    seen: dict[type, str] = {}
+    for index, text in enumerate(listen if isinstance(listen, list) else [listen]):
+        path: KeyPath = ("gateway", "listen", index) if isinstance(listen, list) else ("gateway", "listen")
+        try:
+            place = locate.listen_place(text) if isinstance(text, str) else None
+        except ValueError:
+            continue  # said by its form
+        if place is None:
+            continue
+        if type(place) in seen:
+            yield path, f"{shown(seen[type(place)])} stands here already: give one HOST:PORT, one unix:PATH, or both"
+        seen.setdefault(type(place), text)
+        if isinstance(place, tuple) and gateway.get("api_key_env") is None and not locate.is_loopback(place[0]):
+            yield path, f"listening on {place[0]} {locate.OPEN_TO_ALL}; {locate.OPEN_HINT}"
+
+
+def _tunnels(document: Mapping[str, Any]) -> Iterator[Broken]:
+    tunnels = _table(document.get("tunnels"))
+    if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
+        yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
 def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:

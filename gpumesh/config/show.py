@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gpumesh.config import forms
+from gpumesh.config import forms, locate
 from gpumesh.config.credentials import mask
 from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
 
@@ -16,6 +16,7 @@ from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, Ssh
 def effective(topology: Topology) -> str:
     """YAML. Specs hold no secrets; should one have got in all the same, it is masked."""
     document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway(topology.gateway)}
+    document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
     document["nodes"] = [_node(node) for node in topology.nodes]
     if topology.redis is not None:
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
@@ -32,10 +33,14 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _gateway(spec: GatewaySpec) -> dict[str, Any]:
-    host = f"[{spec.host}]" if ":" in spec.host else spec.host
+    listen: list[str] = []
+    if spec.host is not None:
+        listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
+    if spec.socket is not None:
+        listen.append(f"{locate.UNIX}{spec.socket}")
     return _said(
         {
-            "listen": f"{host}:{spec.port}",
+            "listen": listen[0] if len(listen) == 1 else listen,
             "api_key_env": spec.api_key_env,
             "default_model": spec.default_model,
             "policy": spec.policy.value,

@@ -10,10 +10,23 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from gpumesh.config import locate
 from gpumesh.config.document import Fault, KeyPath
-from gpumesh.config.model import AddressFrom, Backend, Expect, Gateway, MeshFile, Node, NodeDefaults, Section, Ssh
+from gpumesh.config.model import (
+    AddressFrom,
+    Backend,
+    Expect,
+    Gateway,
+    MeshFile,
+    Node,
+    NodeDefaults,
+    Section,
+    Ssh,
+    Tunnels,
+)
 from gpumesh.config.ssh_config import AliasAnswer
 from gpumesh.topology import (
+    USUAL_TUNNELS,
     AddressCommand,
     BackendKind,
     BackendSpec,
@@ -27,6 +40,7 @@ from gpumesh.topology import (
     Target,
     Topology,
     TransportKind,
+    TunnelsSpec,
 )
 
 S = TypeVar("S", bound=Section)
@@ -55,7 +69,9 @@ class Builder:
         defaults = file.defaults or NodeDefaults()
         nodes = tuple(self._node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
-        return Topology(file.name or DEFAULT_NAME, nodes, _gateway(file.gateway or Gateway()), redis, source)
+        gateway = self._gateway(file.gateway or Gateway())
+        tunnels = _tunnels(file.tunnels or Tunnels())
+        return Topology(file.name or DEFAULT_NAME, nodes, gateway, redis, source, tunnels)
 
     def _node(self, node: Node, defaults: NodeDefaults, path: KeyPath) -> NodeSpec:
         direct = node.ssh is None and node.address_from is None
@@ -149,26 +165,46 @@ class Builder:
             program = str(self._path(program))
         return AddressCommand((program, *words), _first(address.timeout, None, _USUAL_ADDRESS.timeout_s))
 
+    def _gateway(self, gateway: Gateway) -> GatewaySpec:
+        usual = GatewaySpec()
+        host, port, socket = usual.host, usual.port, None
+        if gateway.listen is not None:
+            host = None
+            for place in gateway.listen:
+                if isinstance(place, str):
+                    socket = self._socket(place)
+                else:
+                    host, port = place
+        return GatewaySpec(
+            host=host,
+            port=port,
+            socket=socket,
+            api_key_env=gateway.api_key_env,
+            default_model=gateway.default_model,
+            policy=_first(gateway.policy, None, PolicyKind.ADAPTIVE),
+            max_queue=_first(gateway.max_queue, None, usual.max_queue),
+            timeout_s=_first(gateway.timeout, None, usual.timeout_s),
+            cors_origins=gateway.cors_origins or (),
+            access_log=_first(gateway.access_log, None, usual.access_log),
+        )
+
+    def _socket(self, text: str) -> Path:
+        path = self._path(text)
+        try:
+            locate.socket_path(str(path))  # which may have become longer
+        except ValueError as error:
+            self.faults.append(Fault(f"{path} {error}", None, ("gateway", "listen")))
+        return path
+
     def _path(self, text: str) -> Path:
         if text == "~" or text.startswith("~/"):
             return self.home / text[2:]
         return self.base / text
 
 
-def _gateway(gateway: Gateway) -> GatewaySpec:
-    usual = GatewaySpec()
-    host, port = _first(gateway.listen, None, (usual.host, usual.port))
-    return GatewaySpec(
-        host=host,
-        port=port,
-        api_key_env=gateway.api_key_env,
-        default_model=gateway.default_model,
-        policy=_first(gateway.policy, None, PolicyKind.ADAPTIVE),
-        max_queue=_first(gateway.max_queue, None, usual.max_queue),
-        timeout_s=_first(gateway.timeout, None, usual.timeout_s),
-        cors_origins=gateway.cors_origins or (),
-        access_log=_first(gateway.access_log, None, usual.access_log),
-    )
+def _tunnels(tunnels: Tunnels) -> TunnelsSpec:
+    usual = USUAL_TUNNELS
+    return TunnelsSpec(_first(tunnels.share, None, usual.share), _first(tunnels.listen, None, usual.listen))
 
 
 def _backend(backend: Backend) -> BackendSpec:

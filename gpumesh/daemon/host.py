@@ -31,7 +31,8 @@ HISTORY_EVERY_S = 2.0  # as often as nvidia-smi is asked
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """``nodes``: only these, all if empty. ``listen``: instead of what mesh.yaml says, ``host:port``."""
+    """``nodes``: only these, all if empty. ``listen``: instead of what mesh.yaml says, in the
+    form of ``config.listen_on``."""
 
     nodes: tuple[str, ...] = ()
     gateway: bool = True
@@ -63,8 +64,8 @@ def applied(topology: Topology, options: UpOptions) -> Topology:
     if options.nodes:
         topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
     if options.listen is not None:
-        host, port = config.listen_address(options.listen, api_key_env=topology.gateway.api_key_env)
-        topology = replace(topology, gateway=replace(topology.gateway, host=host, port=port))
+        listen = config.listen_on(options.listen, api_key_env=topology.gateway.api_key_env)
+        topology = replace(topology, gateway=replace(topology.gateway, **listen._asdict()))
     return topology
 
 
@@ -108,7 +109,7 @@ async def hosted(
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
                 server = await serving.enter_async_context(Gateway(mesh, access_log=access_log))
-                log.info("the gateway serves at %s", server.url, extra={"event": "gateway"})
+                log.info("the gateway serves at %s", server.where, extra={"event": "gateway"})
             # What is loaded by now stays. Each full collection would look through it: 10 ms in which no token moves.
             gc.collect()
             gc.freeze()

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpumesh.config import environment
+from gpumesh.config.locate import SOCKET_PATH_LIMIT as SOCKET_PATH_LIMIT  # noqa: PLC0414 - of all our sockets
 from gpumesh.errors import GPUMeshError
-
-# sun_path holds 108 bytes on Linux and 104 on macOS and the BSDs, its closing NUL included.
-SOCKET_PATH_LIMIT = 103
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from gpumesh import config
 from gpumesh.backends import jsons
 from gpumesh.balancer.base import Demand
-from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, NoNodeError
+from gpumesh.config.locate import UNIX
+from gpumesh.errors import GPUMeshError, NoNodeError
 from gpumesh.gateway import errors, proxy
 from gpumesh.gateway.access_log import AccessLog
 from gpumesh.gateway.bounds import Bounds
 from gpumesh.gateway.exchange import Handler, Request, Stream
 from gpumesh.gateway.fleet import Fleet
 from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
+from gpumesh.gateway.listening import Listening
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
@@ -43,7 +45,7 @@ from gpumesh.gateway.requests import (
 from gpumesh.gateway.server import Server
 from gpumesh.gateway.stores import Stores
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.state import GatewayPhase, GatewayState
+from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +87,17 @@ class Gateway:
         self.drain_s = drain_s
         self._bounds = bounds or Bounds()
         self._access_log = access_log
-        self._local = config.is_loopback(self._host)
-        config.refuse_open(self._host, api_key_env=spec.api_key_env)
+        if self._host is not None:
+            config.refuse_open(self._host, api_key_env=spec.api_key_env)
         key = None if spec.api_key_env is None else config.secret(spec.api_key_env).encode()
-        self._guard = Guard(key, frozenset(spec.cors_origins), frozenset({self._host.lower()}))
+        self._access = _access(self._host, key)
+        self._guard = Guard(key, frozenset(spec.cors_origins), _names(self._host, spec.socket))
         self._active: dict[Record, asyncio.Task[None] | None] = {}
         self._stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._server = Server(self._handle, self._bounds)
-        self._listening: asyncio.Server | None = None
+        self._listening = Listening(self._host, self._port, spec.socket)
         self._fleet = Fleet(mesh, self.metrics, self._server)
         self._page = Page(mesh, writable=key is not None)
         self._recording: asyncio.Task[None] | None = None
@@ -104,40 +107,32 @@ class Gateway:
     # -- lifetime ------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        listener = self._listen()
-        port = listener.getsockname()[1]
-        self._listening = await asyncio.get_running_loop().create_server(self._server, sock=listener, backlog=1024)
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self.url = f"http://{host}:{port}"
-        if not self._local:
+        await self._listening.open(self._server)
+        self.url = self._listening.url
+        if self._host is not None and not config.is_loopback(self._host):
             log.warning(
                 "the gateway listens on %s without encryption: prompts and the key can be read on the way",
                 self._host,
                 extra={"event": "plain-http"},
             )
         self._recording = asyncio.create_task(self._page.record(), name="page's hour")
-        self.mesh.announce(GatewayState(self.url, GatewayPhase.SERVING))
+        self._announce(GatewayPhase.SERVING)
         return self
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((self._host, self._port))
-        except OSError as error:
-            listener.close()
-            raise MeshAlreadyRunning(
-                f"the gateway cannot listen on {self._host}:{self._port}: {error.strerror}",
-                hint="another program (or another mesh) has that port; `--listen 127.0.0.1:0` takes any free one",
-            ) from error
-        return listener
+    @property
+    def where(self) -> str:
+        """For a log: all addresses, and who on this machine can use them."""
+        socket = self._listening.unix_socket
+        also = f" and {UNIX}{socket}" if socket is not None and self._host is not None else ""
+        return f"{self.url}{also} (local access: {self._access})"
+
+    def _announce(self, phase: GatewayPhase) -> None:
+        self.mesh.announce(GatewayState(self.url, phase, socket=self._listening.unix_socket, access=self._access))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._listening is not None
-        self.mesh.announce(GatewayState(self.url, GatewayPhase.DRAINING))
+        self._announce(GatewayPhase.DRAINING)
         self._page.close()
         if self._recording is not None:
             self._recording.cancel()
@@ -329,6 +324,18 @@ def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[
         "/api/delete": ((("DELETE",), stores.delete),),
         "/api/blobs/{digest}": ((("HEAD",), stores.has_blob), (_POST, stores.add_blob)),
     }
+
+
+def _access(host: str | None, key: bytes | None) -> LocalAccess:
+    """Who on this machine can use it: anybody, as with Ollama, unless a key is asked for or there is no TCP port."""
+    if key is not None:
+        return LocalAccess.KEY
+    return LocalAccess.OWN_USER if host is None else LocalAccess.ANY_USER
+
+
+def _names(host: str | None, path: Path | None) -> frozenset[str]:
+    """Under which clients may ask for it, besides the local ones; of a Unix socket some say ``unix``."""
+    return frozenset({*(() if host is None else (host.lower(),)), *(() if path is None else ("unix",))})
 
 
 def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Reply:

@@ -102,7 +102,8 @@ class Connection(asyncio.Protocol):
                 self._close()
             return
         peer = transport.get_extra_info("peername")
-        self.remote = peer[0] if isinstance(peer, tuple) else None
+        # A client of the Unix socket has no address: asyncio says "", where it does not know one None.
+        self.remote = peer[0] if isinstance(peer, tuple) else None if peer is None else "unix"
         self._quiet_timer = self.loop.call_later(self.bounds.keepalive_s, self._quiet)
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's name

@@ -150,6 +150,8 @@ class Mesh:
             on_change=node.on_tunnel,
             ask=self._ask,
             here=self._here,
+            tunnels=self.topology.tunnels,
+            mesh=self.topology.name,
         )
 
     def _coordinated(self, spec: RedisSpec | None) -> Coordination:
@@ -209,6 +211,8 @@ class Mesh:
                 in_flight=self.in_flight,
                 queued=self._dispatcher.queued,
                 waiting=self._dispatcher.waiting(SHOWN_WAITING),
+                socket=self.gateway.socket,
+                access=self.gateway.access,
             ),
             totals=total(states),
             nodes=states,

@@ -21,6 +21,7 @@ import httptools
 from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
+from gpumesh.tunnels.unix_sockets import split_url
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
@@ -33,6 +34,7 @@ class _Address(NamedTuple):
     port: int
     tls: bool
     server_name: str | None
+    socket: str | None
 
 
 class _Exchange:
@@ -280,14 +282,17 @@ class _Pool:
             if connection.open:
                 return connection
         loop = asyncio.get_running_loop()
+        tls: dict[str, Any] = {
+            "ssl": _tls() if address.tls else None,
+            "server_hostname": (address.server_name or address.host) if address.tls else None,
+        }
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self),
-                address.host,
-                address.port,
-                ssl=_tls() if address.tls else None,
-                server_hostname=(address.server_name or address.host) if address.tls else None,
-            )
+            if address.socket is not None:
+                _, connection = await loop.create_unix_connection(lambda: _Connection(self), address.socket, **tls)
+            else:
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self), address.host, address.port, **tls
+                )
         self._address[connection] = address
         return connection
 
@@ -346,9 +351,9 @@ class Upstream:
         again on another (nothing of it can have been answered, and inference has no side effects).
         Raises BackendUnreachable.
         """
-        host, port, tls, prefix = _place(base_url)
-        address = _Address(host, port, tls, server_name if tls else None)
-        request = _request(call, prefix, headers, f"{host}:{port}")
+        host, port, tls, prefix, socket = _place(base_url)
+        address = _Address(host, port, tls, server_name if tls else None, socket)
+        request = _request(call, prefix, headers, f"{host}:{port}" if socket is None else host)
         while True:
             try:
                 connection = await self._pool.take(address)
@@ -387,10 +392,14 @@ def _request(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], ho
 
 
 @lru_cache(maxsize=1024)
-def _place(base_url: str) -> tuple[str, int, bool, str]:
+def _place(base_url: str) -> tuple[str, int, bool, str, str | None]:
+    """Host, port, whether by TLS, the path before each call's, and the Unix socket in place of host and port."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"
-    return parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/")
+    unix = split_url(base_url)
+    if unix is not None:
+        return "localhost", 0, tls, unix[1].rstrip("/"), unix[0]
+    return parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), None
 
 
 @cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from typing import Any
 
 import httpx
 
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
+from gpumesh.tunnels.unix_sockets import split_url
 
 GREETING_S = 0.5
 ANOTHER = "another service listens there: point `backend.port` or `backend.url` at the inference server"
@@ -45,7 +47,8 @@ def other_scheme(url: str) -> ProbeError:
     asked, spoken, scheme = (
         ("plain HTTP", "HTTPS", "https") if place.scheme == "http" else ("HTTPS", "plain HTTP", "http")
     )
-    hint = f"write `backend: {{url: {scheme}://{place.host}:PORT}}`, as the host knows it"
+    host = place.host if split_url(url) is None else "127.0.0.1"
+    hint = f"write `backend: {{url: {scheme}://{host}:PORT}}`, as the host knows it"
     return ProbeError(f"the port speaks {spoken}, and is asked with {asked}", finding="wrong-scheme", hint=hint)
 
 
@@ -71,7 +74,7 @@ async def _greeting(place: httpx.URL) -> bytes:
     """What it says to plain HTTP; nothing, if it says nothing in time."""
     try:
         async with asyncio.timeout(GREETING_S):
-            reader, writer = await asyncio.open_connection(place.host, _port(place), limit=1 << 12)
+            reader, writer = await _connect(place, limit=1 << 12)
             try:
                 writer.write(b"GET / HTTP/1.0\r\n\r\n")
                 return await reader.read(200)
@@ -88,7 +91,7 @@ async def _speaks_tls(place: httpx.URL) -> bool:
     context.verify_mode = ssl.CERT_NONE
     try:
         async with asyncio.timeout(GREETING_S):
-            _reader, writer = await asyncio.open_connection(place.host, _port(place), ssl=context)
+            _reader, writer = await _connect(place, ssl=context)
             writer.close()
     except ssl.SSLError as error:
         return "ALERT" in (error.reason or "")  # it understood, and declined
@@ -97,5 +100,10 @@ async def _speaks_tls(place: httpx.URL) -> bool:
     return True
 
 
-def _port(place: httpx.URL) -> int:
-    return place.port or (443 if place.scheme == "https" else 80)
+async def _connect(place: httpx.URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    unix = split_url(str(place))
+    if unix is not None:
+        if "ssl" in options:
+            options["server_hostname"] = "localhost"
+        return await asyncio.open_unix_connection(unix[0], **options)
+    return await asyncio.open_connection(place.host, place.port or (443 if place.scheme == "https" else 80), **options)

@@ -22,6 +22,9 @@ class Events(Protocol):
     def forward_failed(self, target: Target, code: str, message: str) -> None:
         """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
 
+    def peer_refused(self, port: int, uid: int) -> None:
+        """A connection to a local port was reset, because another user of this machine made it."""
+
 
 class RemoteCommand(Protocol):
     """A command that runs on the host."""

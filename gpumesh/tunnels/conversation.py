@@ -22,6 +22,7 @@ from gpumesh.tunnels.protocol import (
     Kill,
     Lost,
     Output,
+    PeerRefused,
     Ping,
     Pong,
     Prompt,
@@ -61,6 +62,7 @@ class Conversation:
         ask: Prompter | None,
         on_up: Callable[[Up], None],
         on_forward_failed: Callable[[ForwardFailed], None],
+        on_peer_refused: Callable[[PeerRefused], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Cause] = loop.create_future()
@@ -71,6 +73,7 @@ class Conversation:
         self._ask = ask
         self._on_up = on_up
         self._on_forward_failed = on_forward_failed
+        self._on_peer_refused = on_peer_refused
         self._ids = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float | None]] = {}
         self._commands: dict[int, _Running] = {}
@@ -114,6 +117,8 @@ class Conversation:
                 self._deliver(message)
             case ForwardFailed():
                 self._on_forward_failed(message)
+            case PeerRefused():
+                self._on_peer_refused(message)
             case Prompt():
                 group.create_task(self._answer(message))
 

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
@@ -42,6 +42,15 @@ class Dial(Protocol):
     def __call__(self, forwarder: Forwarder, local: socket.socket) -> None: ...
 
 
+class Door(Protocol):
+    """Decides, in the selector's thread, whose connections are served (local_peers.py)."""
+
+    def admits(self, connection: socket.socket, peer: Any) -> bool:
+        """``peer`` is the address that ``accept`` gave."""
+
+    def close(self) -> None: ...
+
+
 class Link(Protocol):
     """A connection being forwarded."""
 
@@ -53,9 +62,11 @@ class Forwarder:
     """The selector thread and what it watches. ``listen`` before ``start``; ``post`` is for any thread; the methods
     under "in the selector's thread" are for dials and links."""
 
-    def __init__(self, on_end: Callable[[], None] | None = None) -> None:
-        """``on_end`` is called in the selector's thread when its loop has ended, for whatever reason."""
+    def __init__(self, on_end: Callable[[], None] | None = None, *, door: Door | None = None) -> None:
+        """``on_end`` is called in the selector's thread when its loop has ended, for whatever reason. Connections that
+        ``door`` does not admit are reset; without one all are served."""
         self._on_end = on_end
+        self._door = door
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
@@ -147,7 +158,7 @@ class Forwarder:
     def _accept(self, listener: socket.socket, dial: Dial) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
-                local, _ = listener.accept()
+                local, peer = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
@@ -159,7 +170,10 @@ class Forwarder:
                 local.setblocking(False)
                 if local.family in (socket.AF_INET, socket.AF_INET6):
                     local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                dial(self, local)
+                if self._door is None or self._door.admits(local, peer):
+                    dial(self, local)
+                else:
+                    close_with_reset(local)
             except OSError:  # no descriptor is left for the other side: this connection ends, not all of them
                 close_with_reset(local)
 
@@ -192,6 +206,8 @@ class Forwarder:
         self._wake_in.close()
         self._wake_out.close()
         self._posted.clear()
+        if self._door is not None:
+            self._door.close()
         self._finished.set()
         if self._on_end is not None:
             self._on_end()

@@ -1,4 +1,5 @@
-"""The permanent local ports of a node: one for each target, bound once, kept over reconnects.
+"""The permanent local ends of a node's tunnel, ports or Unix sockets: one for each target, bound once, kept over
+reconnects.
 
 The supervisor owns the listening sockets and lends them to whichever worker is connected. While there is none, the
 kernel completes a client's connect and lets it wait in the backlog, so that a short outage is only a delay. Waiting has
@@ -11,8 +12,13 @@ import asyncio
 import socket
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from gpumesh.topology import Target
+from gpumesh.errors import GPUMeshError
+from gpumesh.state import LocalAccess
+from gpumesh.topology import USUAL_TUNNELS, Target, TunnelListen, TunnelsSpec
+from gpumesh.tunnels.local_peers import can_tell
+from gpumesh.tunnels.unix_sockets import UnixListener, tunnel_listener, url_of
 
 BACKLOG = 1024
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
@@ -20,26 +26,49 @@ _ACCEPTS_A_TURN = 64
 
 
 class Listeners:
-    """Binds in the constructor, on loopback, any free port; ``close`` ends it."""
+    """Binds in the constructor, on loopback, any free port, or a Unix socket named after ``mesh`` and ``node``;
+    ``close`` ends it. Raises OSError, and GPUMeshError where no Unix socket can be had."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(
+        self, targets: Sequence[Target], spec: TunnelsSpec = USUAL_TUNNELS, *, mesh: str = "mesh", node: str = ""
+    ) -> None:
         self._targets = tuple(targets)
         self._resetting: asyncio.AbstractEventLoop | None = None
+        self._unix: list[UnixListener] = []
         self.sockets: list[socket.socket] = []
         try:
-            for _ in self._targets:
-                self.sockets.append(_listen())
-        except OSError:
+            for number in range(len(self._targets)):
+                if spec.listen is TunnelListen.UNIX:
+                    self._unix.append(tunnel_listener(mesh, node, number, BACKLOG))
+                    self.sockets.append(self._unix[-1].sock)
+                else:
+                    self.sockets.append(_listen())
+        except (OSError, GPUMeshError):
             self.close()
             raise
-        self.ports: tuple[int, ...] = tuple(listener.getsockname()[1] for listener in self.sockets)
+        self.ports: tuple[int, ...] = () if self._unix else tuple(one.getsockname()[1] for one in self.sockets)
+        self.paths: tuple[Path, ...] = tuple(one.path for one in self._unix)
+        self.access = self._access(spec)
+
+    def _access(self, spec: TunnelsSpec) -> LocalAccess | None:
+        """Who can connect."""
+        if not self.sockets:
+            return None
+        if self._unix:
+            return LocalAccess.OWN_USER
+        if spec.share:
+            return LocalAccess.ANY_USER
+        return LocalAccess.OWN_USER if can_tell(self.sockets[0]) else LocalAccess.UNCHECKED
 
     @property
     def urls(self) -> Mapping[Target, str]:
-        return {
-            target: f"{target.scheme}://127.0.0.1:{port}{target.path.rstrip('/')}"
-            for target, port in zip(self._targets, self.ports, strict=True)
-        }
+        return dict(zip(self._targets, map(self._url, range(len(self._targets)), self._targets), strict=True))
+
+    def _url(self, number: int, target: Target) -> str:
+        prefix = target.path.rstrip("/")
+        if self._unix:
+            return url_of(self.paths[number], scheme=target.scheme, prefix=prefix)
+        return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
 
     def turn_away(self) -> None:
         """From now on every client, waiting or new, is reset at once: fast failure is what a balancer wants."""
@@ -57,6 +86,8 @@ class Listeners:
 
     def close(self) -> None:
         self.let_wait()
+        for unix in self._unix:
+            unix.close()
         for listener in self.sockets:
             listener.close()
 
@@ -79,5 +110,6 @@ def _reset_waiting(listener: socket.socket) -> None:
             client, _address = listener.accept()
         except OSError:  # none left (BlockingIOError), or out of file descriptors: the next turn tries again
             return
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        if client.family != socket.AF_UNIX:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         client.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from gpumesh.topology import SshSpec, Target
 from gpumesh.wire import from_json, to_json
@@ -23,7 +24,8 @@ from gpumesh.wire import from_json, to_json
 @dataclass(frozen=True, slots=True)
 class Setup:
     """``secrets``: ``password`` and ``passphrase``, each only if the spec names a variable. ``interactive``: the
-    supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets."""
+    supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
+    ``share``: connections of all users of this machine are served, not only those of our own and of root."""
 
     node: str
     ssh: SshSpec
@@ -31,6 +33,7 @@ class Setup:
     secrets: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     interactive: bool = False
     control_dir: str | None = None
+    share: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,15 @@ class ForwardFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerRefused:
+    """Another user of this machine tried to use a local port. ``name``: of the user, safe to print, if it has one."""
+
+    port: int
+    uid: int
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The host asks the user something (keyboard-interactive). ``text`` is safe to print."""
 
@@ -147,11 +159,10 @@ class Prompt:
 
 
 ToWorker = Setup | Exec | Kill | Ping | Reply | Close
-FromWorker = Up | Failed | Lost | Output | Done | Pong | ForwardFailed | Prompt
+FromWorker = Up | Failed | Lost | Output | Done | Pong | ForwardFailed | PeerRefused | Prompt
 
 _KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
-    kind.__name__: kind
-    for kind in (Setup, Exec, Kill, Ping, Reply, Close, Up, Failed, Lost, Output, Done, Pong, ForwardFailed, Prompt)
+    kind.__name__: kind for kind in (*get_args(ToWorker), *get_args(FromWorker))
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import shlex
 import time
@@ -22,7 +23,7 @@ from gpumesh.cancellation import raise_if_cancelled
 from gpumesh.config import providers
 from gpumesh.errors import GPUMeshError, TransportUnsupported, TunnelDown, TunnelError
 from gpumesh.state import TunnelPhase, TunnelState
-from gpumesh.topology import NodeSpec, SshSpec, Target, TransportKind
+from gpumesh.topology import USUAL_TUNNELS, NodeSpec, SshSpec, Target, TransportKind, TunnelsSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.address import ask_address
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
@@ -48,9 +49,11 @@ from gpumesh.tunnels.lifecycle import (
 )
 from gpumesh.tunnels.listeners import Listeners
 from gpumesh.tunnels.nursery import WorkerPool
-from gpumesh.tunnels.protocol import ForwardFailed, Setup, Up
+from gpumesh.tunnels.protocol import ForwardFailed, PeerRefused, Setup, Up
 from gpumesh.tunnels.surroundings import watch_network, watch_sleep
 from gpumesh.tunnels.this_machine import ThisMachine
+
+log = logging.getLogger(__name__)
 
 NOTICE_S = 4.5  # a dead peer is noticed within this, if the keepalive interval leaves room for it
 LEAST_PATIENCE_S = 1.5  # for an answer: a lost packet or two must not end a connection that lives
@@ -69,16 +72,27 @@ def open_tunnel(
     on_change: Callable[[TunnelState], None],
     ask: Prompter | None = None,
     here: ThisMachine | None = None,
+    tunnels: TunnelsSpec = USUAL_TUNNELS,
+    mesh: str = "mesh",
 ) -> Tunnel:
     """The tunnel of a node, with its local ports bound. Its caller runs ``run`` in a task, or uses ``running``.
 
     ``clock`` gives monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
-    ``here`` is shared by all that need not be told twice what this machine says.
+    ``here`` is shared by all that need not be told twice what this machine says. ``mesh`` names Unix sockets.
+    Raises OSError and GPUMeshError when there are no local ends to be had.
     """
     if spec.ssh is None:
         return DirectTunnel(spec, clock=clock, on_change=on_change, here=here)
     return SshTunnel(
-        spec, spec.ssh, clock=clock, rng=rng or random.Random(), workers=workers, on_change=on_change, ask=ask
+        spec,
+        spec.ssh,
+        clock=clock,
+        rng=rng or random.Random(),
+        workers=workers,
+        on_change=on_change,
+        ask=ask,
+        tunnels=tunnels,
+        mesh=mesh,
     )
 
 
@@ -109,6 +123,8 @@ class SshTunnel:
         on_change: Callable[[TunnelState], None],
         ask: Prompter | None,
         grace_s: float = GRACE_S,
+        tunnels: TunnelsSpec = USUAL_TUNNELS,
+        mesh: str = "mesh",
     ) -> None:
         self._node = spec.name
         self._ssh = ssh
@@ -119,7 +135,8 @@ class SshTunnel:
         self._on_change = on_change
         self._ask = ask
         self._grace_s = grace_s
-        self._listeners = Listeners(self._targets)
+        self._share = tunnels.share
+        self._listeners = Listeners(self._targets, tunnels, mesh=mesh, node=spec.name)
         self._life = Lifecycle()
         self._since: datetime | None = None
         self._rtt_ms: float | None = None
@@ -151,6 +168,8 @@ class SshTunnel:
             hint=cause.hint if cause and not up else None,
             retry_in_s=max(0.0, life.retry_at - self._clock()) if life.retry_at is not None else None,
             local_port=self._listeners.ports[0] if self._listeners.ports else None,
+            local_socket=str(self._listeners.paths[0]) if self._listeners.paths else None,
+            local_access=self._listeners.access,
             host_keys=self._host_keys,
         )
 
@@ -286,7 +305,12 @@ class SshTunnel:
                 return Cause("tunnel", f"the tunnel of {self._node} cannot be started: {error}")
             async with worker:
                 talk = Conversation(
-                    self._node, worker, ask=self._ask, on_up=self._is_up, on_forward_failed=self._forward_failed
+                    self._node,
+                    worker,
+                    ask=self._ask,
+                    on_up=self._is_up,
+                    on_forward_failed=self._forward_failed,
+                    on_peer_refused=self._peer_refused,
                 )
                 patience_s = LOST_CLOSE_S
                 try:
@@ -353,6 +377,7 @@ class SshTunnel:
             secrets=tuple(secrets),
             interactive=self._ask is not None,
             control_dir=control_dir,
+            share=self._share,
         )
 
     def _is_up(self, up: Up) -> None:
@@ -379,6 +404,18 @@ class SshTunnel:
             hint = "allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen for the port"
             cause = Cause("forwarding-forbidden", failed.message, hint, needs_person=True)
             self._talk.end(cause)
+
+    def _peer_refused(self, refused: PeerRefused) -> None:
+        """At most once a minute for each user; see local_peers.py."""
+        who = f"uid {refused.uid}" if refused.name is None else f"{refused.name} (uid {refused.uid})"
+        log.warning(
+            "user %s tried to connect to port %d, the local end of %s's tunnel, and was reset: it is for your own user"
+            " and root; `tunnels: {share: true}` in mesh.yaml opens it to all users of this machine",
+            who,
+            refused.port,
+            self._node,
+            extra={"event": "local-user-refused", "node": self._node},
+        )
 
     async def _watch(self, talk: Conversation) -> None:
         """Ends the conversation when connecting takes too long, or when the host does not answer any more."""

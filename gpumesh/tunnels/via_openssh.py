@@ -50,6 +50,7 @@ from gpumesh.tunnels.handshake import offered_as, parse_jump
 from gpumesh.tunnels.heartbeat import AGAIN_S
 from gpumesh.tunnels.killable import killable
 from gpumesh.tunnels.local_command import end_of, let_go
+from gpumesh.tunnels.local_peers import own_users
 from gpumesh.tunnels.openssh_prompts import Prompts
 from gpumesh.tunnels.protocol import Setup, Up
 
@@ -256,6 +257,9 @@ class _Nobody:
     def forward_failed(self, target: Target, code: str, message: str) -> None:
         """Nothing is forwarded."""
 
+    def peer_refused(self, port: int, uid: int) -> None:
+        """There are no local ports."""
+
 
 # -- the master ------------------------------------------------------------------------------------------------------
 
@@ -448,9 +452,9 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
     given = dict(setup.secrets)
     async with Prompts(folder, given, events, deadline, interactive=setup.interactive) as prompts:
         master = await log_in(setup, folder, prompts, deadline)
-    connection = OpensshConnection(setup, master, events)
+    connection = OpensshConnection(setup, master, events, listeners)
     try:
-        await connection.serve(folder, listeners)
+        await connection.serve(folder)
     except BaseException:
         await connection.close()
         raise
@@ -460,20 +464,22 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
 class OpensshConnection:
     """See ``connection.Connection``."""
 
-    def __init__(self, setup: Setup, master: Master, events: Events) -> None:
+    def __init__(self, setup: Setup, master: Master, events: Events, listeners: Sequence[socket.socket]) -> None:
         self._setup = setup
         self._where = where_of(setup.ssh)
         self._master = master
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._forwards_no_more = asyncio.Event()
-        self._forwarder = Forwarder(self._forwarder_ended)
+        door = None if setup.share or not listeners else own_users(listeners[0], self._peer_refused)
+        self._forwarder = Forwarder(self._forwarder_ended, door=door)
         self._dialled: Target | None = None
         self._checking = True
+        self._listeners = listeners
         master.on_word = self._heard
         self.up = Up(None, "OpenSSH client")
 
-    async def serve(self, folder: Path, listeners: Sequence[socket.socket]) -> None:
+    async def serve(self, folder: Path) -> None:
         """Starts forwarding. Raises ``TunnelError``, ForwardingForbidden when the host allows it to no target."""
         routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
         rtt_ms: float | None = None
@@ -482,7 +488,7 @@ class OpensshConnection:
             rtt_ms = await self._ask_whether_allowed(routes)
         self.up = Up(rtt_ms or await self.ping(ECHO_S), "OpenSSH client")
         self._checking = False
-        for listener, (path, target) in zip(listeners, routes, strict=True):
+        for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._dial(path, target))
         self._forwarder.start()
 
@@ -545,6 +551,11 @@ class OpensshConnection:
         """In the selector's thread: by an error of ours, or because we close."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
             self._loop.call_soon_threadsafe(self._forwards_no_more.set)
+
+    def _peer_refused(self, port: int, uid: int) -> None:
+        """In the selector's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
+            self._loop.call_soon_threadsafe(self._events.peer_refused, port, uid)
 
     async def _forward(self, routes: list[tuple[Path, Target]]) -> None:
         """Raises ``TunnelError``."""

@@ -27,8 +27,9 @@ from gpumesh.tunnels import blocking, channels, handshake, hostkeys, sessions
 from gpumesh.tunnels.authentication import Ask, Credentials, authenticate
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.connection import Events, RemoteCommand
-from gpumesh.tunnels.forwarder import BACKLOG, Forwarder, reset_on_close
+from gpumesh.tunnels.forwarder import BACKLOG, Door, Forwarder, close_with_reset, reset_on_close
 from gpumesh.tunnels.heartbeat import Heartbeat
+from gpumesh.tunnels.local_peers import own_users
 from gpumesh.tunnels.protocol import Setup, Up
 
 _quiet = logging.getLogger("gpumesh.sshtunnel")
@@ -67,11 +68,29 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
 
     request_queue_size = BACKLOG
 
-    def __init__(self, listener: socket.socket, handler: Any, logger: logging.Logger) -> None:
+    def __init__(self, listener: socket.socket, handler: Any, logger: logging.Logger, door: Door | None) -> None:
         super().__init__(("127.0.0.1", 0), handler, bind_and_activate=False, logger=logger)
+        self._door = door
         self.socket.close()
         self.socket: socket.socket = listener.dup()
-        self.server_address = listener.getsockname()
+        self.server_address = _address(listener)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """socketserver's question, in the thread that accepts."""
+        if self._door is None or self._door.admits(request, client_address):
+            return True
+        close_with_reset(request)
+        return False
+
+    def server_close(self) -> None:
+        super().server_close()
+        if self._door is not None:
+            self._door.close()
+
+
+def _address(listener: socket.socket) -> tuple[str, int]:
+    """As sshtunnel knows it; port 0 for a Unix socket."""
+    return ("127.0.0.1", 0 if listener.family == socket.AF_UNIX else listener.getsockname()[1])
 
 
 def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
@@ -103,8 +122,11 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
         routes: Sequence[tuple[socket.socket, Target]],
         on_refused: OnRefused,
         on_end: Callable[[], None],
+        door: Callable[[], Door | None],
     ) -> None:
+        """``door`` makes one for each thread that accepts."""
         self._made = transport
+        self._door = door
         self._routes = routes
         self._on_refused = on_refused
         self._on_end = on_end
@@ -118,7 +140,7 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
             allow_agent=False,
             host_pkey_directories=[],
             remote_bind_addresses=[(target.host, target.port) for _, target in routes],
-            local_bind_addresses=[("127.0.0.1", listener.getsockname()[1]) for listener, _ in routes],
+            local_bind_addresses=[_address(listener) for listener, _ in routes],
             set_keepalive=0.0,
             logger=_quiet,
         )
@@ -129,20 +151,21 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
     def _create_tunnels(self) -> None:
         self._connect_to_gateway()
         if self.fast:
-            forwarder = Forwarder(self._on_end)
+            forwarder = Forwarder(self._on_end, door=self._door())
             carrier = channels.Carrier(self._transport, forwarder, self._on_refused)
             for listener, target in self._routes:
                 forwarder.listen(listener, carrier.dial(target))
-            self._serve(_Server(forwarder, self._routes[0][0].getsockname()[1]))
+            self._serve(_Server(forwarder, _address(self._routes[0][0])[1]))
         else:
             for listener, target in self._routes:
                 handler = self._make_ssh_forward_handler_class((target.host, target.port))
-                self._serve(_FallbackServer(listener, handler, self.logger))
+                self._serve(_FallbackServer(listener, handler, self.logger, self._door()))
 
     def _make_ssh_forward_handler_class(self, remote_address_: tuple[str, int]) -> Any:
         class Handler(super()._make_ssh_forward_handler_class(remote_address_)):  # type: ignore[misc]
             def setup(self) -> None:
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the third cure
+                if self.request.family != socket.AF_UNIX:
+                    self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the third cure
 
             def _redirect(self, chan: paramiko.Channel) -> None:
                 _relay(self.request, chan)
@@ -177,7 +200,7 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
         making.cancel()
         opening.give_up()
         raise
-    connection = SshConnection(ssh, transports, shell_test, heartbeat, rtt_ms)
+    connection = SshConnection(ssh, transports, shell_test, heartbeat, rtt_ms, share=setup.share)
     connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
     return connection
 
@@ -294,8 +317,11 @@ class SshConnection:
         shell_test: paramiko.Channel | None,
         heartbeat: Heartbeat,
         rtt_ms: float | None,
+        *,
+        share: bool = False,
     ) -> None:
         self._ssh = ssh
+        self._share = share
         self._heartbeat = heartbeat
         self._transports = transports
         self._transport = cast(Any, transports[-1])  # some of what is used is not in its types
@@ -323,9 +349,15 @@ class SshConnection:
                 else f"nothing answers at {target.host}:{target.port} on the host",
             )
 
+        def peer_refused(port: int, uid: int) -> None:  # in a thread that accepts
+            self._soon(events.peer_refused, port, uid)
+
+        def door() -> Door | None:
+            return None if self._share else own_users(routes[0][0], peer_refused)
+
         self._watch = self._loop.create_task(self._watch_transport())
         if routes:
-            self._gateway = Gateway(self._transport, self._ssh, routes, refused, lambda: self._soon(self._ended))
+            self._gateway = Gateway(self._transport, self._ssh, routes, refused, lambda: self._soon(self._ended), door)
             self._gateway.start()
 
     async def ping(self, timeout_s: float) -> float | None:

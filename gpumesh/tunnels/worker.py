@@ -20,8 +20,9 @@ import gpumesh.tunnels.via_sshtunnel  # noqa: F401 - loaded in the zygote, befor
 from gpumesh.errors import ExecError, TunnelError
 from gpumesh.printable import printable
 from gpumesh.topology import Target, TransportKind
-from gpumesh.tunnels import protocol
+from gpumesh.tunnels import blocking, protocol
 from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.local_peers import user_name
 from gpumesh.tunnels.protocol import (
     Close,
     Done,
@@ -32,6 +33,7 @@ from gpumesh.tunnels.protocol import (
     Kill,
     Lost,
     Output,
+    PeerRefused,
     Ping,
     Pong,
     Prompt,
@@ -75,6 +77,7 @@ class Worker:
         self._writer: asyncio.StreamWriter | None = None
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
         self._commands: dict[int, asyncio.Task[None]] = {}
+        self._reports: set[asyncio.Task[None]] = set()
         self._setup: Setup | None = None
 
     async def serve(self, control: socket.socket) -> None:
@@ -90,8 +93,8 @@ class Worker:
             life = group.create_task(self._live(first, made))
             await self._obey(reader, group, made, life)
             life.cancel()
-            for command in self._commands.values():
-                command.cancel()
+            for task in (*self._commands.values(), *self._reports):
+                task.cancel()
 
     # -- events of the connection ------------------------------------------------------------------------------------
 
@@ -107,6 +110,15 @@ class Worker:
     def forward_failed(self, target: Target, code: str, message: str) -> None:
         if self._writer is not None:
             self._writer.write(protocol.encode(ForwardFailed(target, code, message)))
+
+    def peer_refused(self, port: int, uid: int) -> None:
+        # Not awaited here, nor looked up in this thread: where a directory service knows the names, that may take long.
+        naming = asyncio.create_task(self._report_peer(port, uid))
+        self._reports.add(naming)
+        naming.add_done_callback(self._reports.discard)
+
+    async def _report_peer(self, port: int, uid: int) -> None:
+        await self._send(PeerRefused(port, uid, await blocking.call(user_name, uid)))
 
     # -- the connection's life ---------------------------------------------------------------------------------------
 

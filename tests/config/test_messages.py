@@ -22,7 +22,7 @@ def node(keys: str) -> str:
     [
         (node("weigth: 2"), "nodes[0].weigth: unknown key 'weigth'; did you mean weight?"),
         (node("tags: {}"), "nodes[0].tags: unknown key 'tags'; did you mean labels?"),
-        (node("listen: x"), "nodes[0].listen: unknown key 'listen'; listen belongs under gateway"),
+        (node("listen: x"), "nodes[0].listen: unknown key 'listen'; listen belongs under gateway or tunnels"),
         (node("Weight: 2"), "nodes[0].Weight: unknown key 'Weight'; did you mean weight?"),
         (node("weight: []"), "nodes[0].weight: a number is expected here, not a list"),
         (node("weight: heavy"), "nodes[0].weight: 'heavy' is not a number"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpumesh.state import TunnelPhase, TunnelState
-from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target
+from gpumesh.topology import USUAL_TUNNELS, BackendSpec, NodeSpec, SshSpec, Target, TunnelsSpec
 from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import GRACE_S, Prompter, SshTunnel, running
 
@@ -49,21 +49,31 @@ def node(ssh: SshSpec, *ports: int) -> NodeSpec:
 
 
 def watched(
-    pool: WorkerPool, ssh: SshSpec, *ports: int, ask: Prompter | None = None, grace_s: float = GRACE_S
+    pool: WorkerPool,
+    ssh: SshSpec,
+    *ports: int,
+    ask: Prompter | None = None,
+    grace_s: float = GRACE_S,
+    tunnels: TunnelsSpec = USUAL_TUNNELS,
 ) -> Watched:
     states: list[TunnelState] = []
     tunnel = SshTunnel(
         node(ssh, *ports), ssh, clock=time.monotonic, rng=random.Random(0), workers=pool, on_change=states.append,
-        ask=ask, grace_s=grace_s,
+        ask=ask, grace_s=grace_s, tunnels=tunnels, mesh="home",
     )  # fmt: skip
     return Watched(tunnel, states)
 
 
 @contextlib.asynccontextmanager
 async def supervised(
-    pool: WorkerPool, ssh: SshSpec, *ports: int, ask: Prompter | None = None, grace_s: float = GRACE_S
+    pool: WorkerPool,
+    ssh: SshSpec,
+    *ports: int,
+    ask: Prompter | None = None,
+    grace_s: float = GRACE_S,
+    tunnels: TunnelsSpec = USUAL_TUNNELS,
 ) -> AsyncIterator[Watched]:
-    one = watched(pool, ssh, *ports, ask=ask, grace_s=grace_s)
+    one = watched(pool, ssh, *ports, ask=ask, grace_s=grace_s, tunnels=tunnels)
     async with running(one.tunnel):
         yield one
 

@@ -28,6 +28,7 @@ from gpumesh.tunnels.protocol import (
     Kill,
     Lost,
     Output,
+    PeerRefused,
     Ping,
     Pong,
     Prompt,
@@ -47,6 +48,7 @@ class Talk:
     writer: asyncio.StreamWriter
     ups: list[Up] = field(default_factory=list)
     refused: list[ForwardFailed] = field(default_factory=list)
+    peers: list[PeerRefused] = field(default_factory=list)
 
     async def hear(self) -> ToWorker | FromWorker:
         return protocol.decode(await asyncio.wait_for(self.reader.readline(), 20))
@@ -66,12 +68,15 @@ async def talking(ask: Prompter | None = None) -> AsyncIterator[Talk]:
     far_reader, far_writer = await asyncio.open_unix_connection(sock=theirs, limit=LINE_LIMIT)
     ups: list[Up] = []
     refused: list[ForwardFailed] = []
+    peers: list[PeerRefused] = []
     async with WorkerHandle("iceland", 0, reader, writer, WorkerPool()) as handle:
-        talk = Conversation("iceland", handle, ask=ask, on_up=ups.append, on_forward_failed=refused.append)
+        talk = Conversation(
+            "iceland", handle, ask=ask, on_up=ups.append, on_forward_failed=refused.append, on_peer_refused=peers.append
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 listening = group.create_task(talk.listen(group))
-                yield Talk(talk, far_reader, far_writer, ups, refused)
+                yield Talk(talk, far_reader, far_writer, ups, refused, peers)
                 listening.cancel()
         finally:
             far_writer.close()
@@ -121,6 +126,13 @@ async def test_refused_forwards_are_passed_on() -> None:
     async with talking() as one:
         one.say(refused)
         await until(lambda: one.refused == [refused], "the refusal")
+
+
+async def test_users_who_were_refused_are_passed_on() -> None:
+    other = PeerRefused(40123, 1001, "bob")
+    async with talking() as one:
+        one.say(other)
+        await until(lambda: one.peers == [other], "the refusal")
 
 
 # -- pings -----------------------------------------------------------------------------------------------------------
@@ -292,7 +304,14 @@ async def test_closing_waits_for_the_worker_and_not_for_ever() -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         handle = await stack.enter_async_context(WorkerHandle("iceland", 0, reader, writer, WorkerPool()))
-        talk = Conversation("iceland", handle, ask=None, on_up=lambda _: None, on_forward_failed=lambda _: None)
+        talk = Conversation(
+            "iceland",
+            handle,
+            ask=None,
+            on_up=lambda _: None,
+            on_forward_failed=lambda _: None,
+            on_peer_refused=lambda _: None,
+        )
         stack.enter_context(theirs)
         theirs.settimeout(20)
         await talk.close(0.05)  # says nothing: it is left to the caller to kill it

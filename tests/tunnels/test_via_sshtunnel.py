@@ -34,6 +34,7 @@ class Told:
     def __init__(self, *answers: str) -> None:
         self.refused: list[tuple[Target, str]] = []
         self.questions: list[tuple[str, bool]] = []
+        self.peers: list[tuple[int, int]] = []
         self._answers = list(answers)
 
     async def ask(self, text: str, *, echo: bool) -> str | None:
@@ -43,6 +44,9 @@ class Told:
     def forward_failed(self, target: Target, code: str, message: str) -> None:
         assert str(target.port) in message
         self.refused.append((target, code))
+
+    def peer_refused(self, port: int, uid: int) -> None:
+        self.peers.append((port, uid))
 
 
 @contextlib.asynccontextmanager

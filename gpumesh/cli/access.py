@@ -1,0 +1,41 @@
+"""Who on this machine can connect, in words: to the gateway and to the local ends of the tunnels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpumesh.cli.text import clean_line
+from gpumesh.state import LocalAccess, MeshState, NodeState
+
+OPEN_GATEWAY = "every user of this machine can use it: no key is asked for"
+_GATEWAY = {
+    LocalAccess.ANY_USER: f"{OPEN_GATEWAY} (`gateway.api_key_env` names one, `listen: unix:PATH` keeps others out)",
+    LocalAccess.OWN_USER: "for your own user and root",
+    LocalAccess.KEY: "for whoever sends the key",
+}
+_TUNNELS = {
+    LocalAccess.OWN_USER: "for your own user and root",
+    LocalAccess.ANY_USER: "every user of this machine can use it (`tunnels.share`)",
+    LocalAccess.UNCHECKED: "every user of this machine can use it: this system does not tell whose a connection is"
+    " (`tunnels: {listen: unix}` keeps others out)",
+}
+
+
+def access_lines(state: MeshState) -> Iterator[str]:
+    """Of what there is to connect to; nodes that have it alike stand in one line."""
+    gateway = state.gateway
+    if gateway.url is not None and gateway.access in _GATEWAY:
+        places = [gateway.url]
+        if gateway.socket is not None and gateway.url.startswith("http"):
+            places.append(f"unix:{gateway.socket}")
+        yield f"gateway {clean_line(' and '.join(places))}: {_GATEWAY[gateway.access]}"
+    for access, words in _TUNNELS.items():
+        ends = [_end(node) for node in state.nodes if node.tunnel.local_access is access]
+        if ends:
+            yield f"tunnel{'s' if len(ends) > 1 else ''} {', '.join(ends)}: {words}"
+
+
+def _end(node: NodeState) -> str:
+    tunnel = node.tunnel
+    end = f"127.0.0.1:{tunnel.local_port}" if tunnel.local_port is not None else f"unix:{tunnel.local_socket}"
+    return clean_line(f"{node.name} at {end}")

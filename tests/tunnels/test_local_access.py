@@ -1,0 +1,238 @@
+"""Who on this machine can use the local ends of a tunnel: real processes of other users, a real sshd, both
+transports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import stat
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.state import LocalAccess, TunnelPhase
+from gpumesh.topology import Target, TransportKind, TunnelListen, TunnelsSpec
+from gpumesh.tunnels import channels, listeners
+from gpumesh.tunnels.nursery import WorkerPool
+from tests.parts import needs
+from tests.tunnels.other_user import ANOTHER, NOBODY, knock
+from tests.tunnels.polling import until
+from tests.tunnels.sshd import Sshd, serving
+from tests.tunnels.supervised import Watched, supervised, watched
+from tests.tunnels.test_via_sshtunnel import Told, connected
+from tests.tunnels.traffic import echo, exchange
+
+pytestmark = [
+    pytest.mark.real,
+    needs("sshd", "ssh"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is"),
+]
+
+both = pytest.mark.parametrize("transport", list(TransportKind))
+SHARED = TunnelsSpec(share=True)
+UNIX = TunnelsSpec(listen=TunnelListen.UNIX)
+
+
+@pytest.fixture
+async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
+    async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
+        yield sshd
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[WorkerPool]:
+    async with WorkerPool(stderr=None) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Short, as a Unix socket's path has to be."""
+    folder = tmp_path_factory.mktemp("r")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+class Counted:
+    """A backend that counts its connections."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        await echo(reader, writer)
+
+
+# -- ports -----------------------------------------------------------------------------------------------------------
+
+
+@needs("root")
+@both
+async def test_a_port_serves_its_own_user_and_resets_others(
+    sshd: Sshd, pool: WorkerPool, transport: TransportKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Counted()
+    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as one:
+        await one.tunnel.wait_up()
+        (local,) = one.ports
+        assert one.tunnel.state.local_access is LocalAccess.OWN_USER
+        assert await exchange(local, b"hello") == b"hello"
+        assert await knock(local, uid=0) == "answer hello"
+        before = backend.connections
+        with caplog.at_level(logging.WARNING, "gpumesh"):
+            for way in ("ipv4", "mapped"):
+                for uid in (NOBODY, ANOTHER):
+                    assert await knock(local, uid=uid, way=way) == "reset"
+            await until(lambda: len(caplog.messages) >= 2, "both are told of")
+        assert backend.connections == before
+        nobody, another = caplog.messages  # once for each, though each tried twice
+        assert f"nobody (uid {NOBODY}) tried to connect to port {local}, the local end of iceland's tunnel" in nobody
+        assert "share: true" in nobody
+        assert f"user uid {ANOTHER} tried" in another
+        assert await exchange(local, b"still") == b"still"
+
+
+@needs("root")
+@both
+async def test_shared_ports_serve_everybody(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
+    async with (
+        serving(echo) as port,
+        supervised(pool, sshd.spec(transport=transport), port, tunnels=SHARED) as one,
+    ):
+        await one.tunnel.wait_up()
+        assert one.tunnel.state.local_access is LocalAccess.ANY_USER
+        assert await knock(one.ports[0], uid=ANOTHER) == "answer hello"
+
+
+@needs("root")
+@both
+async def test_who_waits_while_the_tunnel_is_away_is_looked_at_when_it_is_back(
+    sshd: Sshd, pool: WorkerPool, transport: TransportKind
+) -> None:
+    backend = Counted()
+    async with serving(backend) as port:
+        one = watched(pool, sshd.spec(transport=transport), port)
+        (local,) = one.ports
+        early = [asyncio.create_task(knock(local, uid=uid)) for uid in (0, ANOTHER)]
+        gone = await knock(local, uid=ANOTHER, way="goes")  # in the queue, with uid 0 for the kernel by now
+        assert gone == ""
+        running = asyncio.create_task(one.tunnel.run())
+        try:
+            assert await asyncio.gather(*early) == ["answer hello", "reset"]
+            assert await exchange(local, b"last") == b"last"
+            assert backend.connections == 2 + (
+                transport is TransportKind.OPENSSH
+            )  # its question whether it may forward
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+@needs("root")
+@both
+async def test_who_sends_and_is_gone_reaches_nothing(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
+    """The kernel shows a socket without a process as root's."""
+    backend = Counted()
+    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as one:
+        await one.tunnel.wait_up()
+        (local,) = one.ports
+        assert await exchange(local, b"hello") == b"hello"
+        before = backend.connections
+        await asyncio.gather(*(knock(local, uid=ANOTHER, way="goes") for _ in range(20)))
+        assert await exchange(local, b"hello") == b"hello"
+        assert backend.connections == before + 1
+
+
+@needs("root")
+async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "unsupported", lambda _: "for this test")
+    told = Told()
+    backend = Counted()
+    async with serving(backend) as port, connected(sshd.spec(), port, told=told) as (connection, (local,)):
+        assert connection._gateway is not None
+        assert not connection._gateway.fast
+        assert await exchange(local, b"hello") == b"hello"
+        before = backend.connections
+        assert await knock(local, uid=ANOTHER) == "reset"
+        assert await knock(local, uid=0) == "answer hello"
+        assert told.peers == [(local, ANOTHER)]
+        assert backend.connections == before + 1
+
+
+def test_where_the_system_does_not_tell_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "can_tell", lambda _: False)
+    one = listeners.Listeners([Target("127.0.0.1", 1)])
+    assert one.access is LocalAccess.UNCHECKED
+    one.close()
+
+
+# -- Unix sockets ----------------------------------------------------------------------------------------------------
+
+
+def sock_of(one: Watched) -> str:
+    path = one.tunnel.state.local_socket
+    assert path is not None
+    return path
+
+
+@both
+async def test_a_unix_socket_in_place_of_a_port(
+    sshd: Sshd, pool: WorkerPool, runtime: Path, transport: TransportKind
+) -> None:
+    async with serving(echo) as port, supervised(pool, sshd.spec(transport=transport), port, 1, tunnels=UNIX) as one:
+        await one.tunnel.wait_up()
+        state = one.tunnel.state
+        path = runtime / "gpumesh" / "home-iceland.sock"
+        assert (state.local_port, state.local_socket, state.local_access) == (None, str(path), LocalAccess.OWN_USER)
+        assert list(one.tunnel.urls.values()) == [
+            f"http://unix:{path}:",
+            f"http://unix:{path.with_stem(path.stem + '-2')}:",
+        ]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"hello")
+        assert await asyncio.wait_for(reader.readexactly(5), 20) == b"hello"
+        sshd.kill_sessions()
+        await until(lambda: one.tunnel.state.reconnects == 1 and one.phase is TunnelPhase.UP, "it is back")
+        assert await asyncio.wait_for(reader.read(), 20) == b""  # a Unix socket has no reset to send
+        writer.close()
+        assert await knock(str(path), uid=0, way="unix") == "answer hello"
+    assert not list(path.parent.iterdir())
+
+
+@needs("root")
+async def test_a_unix_socket_lets_no_other_user_in(
+    sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o711)  # so that it is ours below it that keeps others out
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        async with serving(echo) as port, supervised(pool, sshd.spec(), port, tunnels=UNIX) as one:
+            await one.tunnel.wait_up()
+            path = sock_of(one)
+            assert await knock(path, uid=ANOTHER, way="unix") == "PermissionError"
+            Path(path).parent.chmod(0o711)
+            assert await knock(path, uid=ANOTHER, way="unix") == "PermissionError"
+
+
+async def test_clients_of_a_unix_socket_wait_and_are_turned_away(sshd: Sshd, pool: WorkerPool) -> None:
+    """As those of a port: they wait while the tunnel is away for a moment, and are let go when it is for longer."""
+    async with serving(echo) as port:
+        one = watched(pool, sshd.spec(), port, tunnels=UNIX, grace_s=0.2)
+        waiting = asyncio.create_task(knock(sock_of(one), uid=0, way="unix"))
+        await sshd.stop()
+        running = asyncio.create_task(one.tunnel.run())
+        try:
+            assert await waiting in ("reset", "answer")
+            await sshd.start()
+            one.tunnel.nudge()
+            await one.tunnel.wait_up()
+            assert await knock(sock_of(one), uid=0, way="unix") == "answer hello"
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
