@@ -6,8 +6,9 @@ import asyncio
 import errno
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -73,13 +74,11 @@ def up(
 
 
 def _background(chosen: Settings, options: UpOptions) -> None:
-    from gpumesh.cli.access import OPEN_GATEWAY
     from gpumesh.cli.status_view import Look, print_status
     from gpumesh.daemon.detach import spawn
     from gpumesh.daemon.glance import glance
     from gpumesh.daemon.host import applied
     from gpumesh.daemon.remote import RemoteSession
-    from gpumesh.state import LocalAccess
 
     applied(chosen.topology(), options)  # what is wrong is said here, with this terminal's width and colours
     paths = chosen.paths()
@@ -88,9 +87,8 @@ def _background(chosen: Settings, options: UpOptions) -> None:
         # Before the report, for which a host that hangs lets us wait: whoever ends the waiting knows that it runs.
         gateway = (glance(paths.socket) or {}).get("gateway") or {}
         where = f", serving {gateway['url']}" if gateway.get("url") else ""
-        if gateway.get("access") == LocalAccess.ANY_USER:
-            where += f" ({OPEN_GATEWAY})"
         typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
+        _say_if_open(gateway)
     state = run(RemoteSession(paths.socket).first_report(REPORT_S))
     if not chosen.quiet:
         print_status(state, Look(verbose=chosen.verbose))
@@ -108,7 +106,7 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
     async with hosted(topology, paths, gateway=options.gateway, stop=stop, lock=lock) as session:
         try:
             if not chosen.quiet:
-                _say_if_open(session.mesh.snapshot())
+                _say_if_open(asdict(session.mesh.snapshot().gateway))
             await show(session, stop, chosen)
             if not chosen.quiet:
                 typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
@@ -118,12 +116,14 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
             stop.ask()  # the terminal was closed: nobody is there to be told, but what is in flight may still end
 
 
-def _say_if_open(state: MeshState) -> None:
+def _say_if_open(gateway: Mapping[str, Any]) -> None:
+    """As `status --json` has it."""
     from gpumesh.cli.access import OPEN_GATEWAY
+    from gpumesh.cli.text import clean_line
     from gpumesh.state import LocalAccess
 
-    if state.gateway.access is LocalAccess.ANY_USER:
-        typer.echo(f"serving {state.gateway.url} ({OPEN_GATEWAY})", err=True)
+    if gateway.get("access") == LocalAccess.ANY_USER:
+        typer.echo(f"{clean_line(str(gateway.get('url')))}: {OPEN_GATEWAY}", err=True)
 
 
 def _cancel_me() -> Callable[[], None]:

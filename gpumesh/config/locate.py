@@ -82,6 +82,8 @@ def socket_path(text: str) -> str:
     """Raises ValueError whose text completes a sentence that begins with the value."""
     if not text or not text.isprintable() or text.endswith("/"):
         raise ValueError("names no socket: write unix:PATH, such as unix:/run/user/1000/gpumesh.sock")
+    if text.startswith("~") and not text.startswith("~/"):
+        raise ValueError("names another user's home: write the whole path")
     if len(os.fsencode(text)) > SOCKET_PATH_LIMIT:
         raise ValueError(f"is longer than the {SOCKET_PATH_LIMIT} bytes that a Unix socket's path may have")
     return text

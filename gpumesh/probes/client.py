@@ -8,7 +8,7 @@ from functools import cache
 
 import httpx
 
-from gpumesh.tunnels.unix_sockets import split_url
+from gpumesh.tunnels.unix_sockets import SUFFIX, split_url
 
 TIMEOUT_S = 10.0
 
@@ -25,6 +25,14 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
+def unix_place(url: httpx.URL) -> tuple[str, str] | None:
+    """As ``split_url``, of a URL that httpx has read: it leaves the colon after the host out."""
+    if url.host != "unix" or url.port is not None:
+        return None
+    unix = split_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
+    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else a host that is called unix
+
+
 class _Transport(httpx.AsyncBaseTransport):
     """A pool for each server: httpcore looks through all connections of a pool at each request, so that one pool for
     the three calls to each of a hundred nodes took 40 % of a core. Knows the URLs of Unix sockets."""
@@ -33,7 +41,7 @@ class _Transport(httpx.AsyncBaseTransport):
         self._pools: dict[tuple[str, str, int | None], httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        unix = split_url(str(request.url))
+        unix = unix_place(request.url)
         if unix is not None:
             request.url = httpx.URL(f"{request.url.scheme}://localhost{unix[1]}")
             if request.headers.get("Host") == "unix":  # what httpx made of the URL

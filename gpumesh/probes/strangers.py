@@ -10,7 +10,7 @@ import httpx
 
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
-from gpumesh.tunnels.unix_sockets import split_url
+from gpumesh.probes.client import unix_place
 
 GREETING_S = 0.5
 ANOTHER = "another service listens there: point `backend.port` or `backend.url` at the inference server"
@@ -47,7 +47,7 @@ def other_scheme(url: str) -> ProbeError:
     asked, spoken, scheme = (
         ("plain HTTP", "HTTPS", "https") if place.scheme == "http" else ("HTTPS", "plain HTTP", "http")
     )
-    host = place.host if split_url(url) is None else "127.0.0.1"
+    host = place.host if unix_place(place) is None else "127.0.0.1"
     hint = f"write `backend: {{url: {scheme}://{host}:PORT}}`, as the host knows it"
     return ProbeError(f"the port speaks {spoken}, and is asked with {asked}", finding="wrong-scheme", hint=hint)
 
@@ -101,7 +101,7 @@ async def _speaks_tls(place: httpx.URL) -> bool:
 
 
 async def _connect(place: httpx.URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    unix = split_url(str(place))
+    unix = unix_place(place)
     if unix is not None:
         if "ssl" in options:
             options["server_hostname"] = "localhost"

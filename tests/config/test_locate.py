@@ -105,6 +105,31 @@ def test_what_is_no_address(text: str) -> None:
         config.listen_address(text, api_key_env="KEY")
 
 
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("8080", ("127.0.0.1", 8080, None)),
+        ("unix:/run/x.sock", (None, 0, Path("/run/x.sock"))),
+        ("[::1]:1,unix:/run/a,b.sock", ("::1", 1, Path("/run/a,b.sock"))),
+    ],
+)
+def test_a_port_a_socket_or_both(text: str, listen: tuple[object, ...]) -> None:
+    assert config.listen_on(text, api_key_env=None) == listen
+
+
+def test_a_socket_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.listen_on("unix:x.sock", api_key_env=None).socket == tmp_path / "x.sock"
+
+
+@pytest.mark.parametrize(
+    "text", ["unix:", "unix:/run/", "unix:a\nb", f"unix:/{'x' * 103}", "unix:~bob/x", "unix:x\0", "0.0.0.0:1,unix:/x"]
+)
+def test_what_is_no_socket(text: str) -> None:
+    with pytest.raises(UsageError):
+        config.listen_on(text, api_key_env=None)
+
+
 @pytest.mark.parametrize("text", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "box:1", "[fe80::1]:1"])
 def test_beyond_this_machine_only_with_a_key(text: str) -> None:
     with pytest.raises(UsageError, match="no API key is asked for"):

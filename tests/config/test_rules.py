@@ -49,6 +49,15 @@ def test_what_holds(node: dict[str, Any]) -> None:
         ),
         ({"nodes": [{**DIRECT, "backend": {"urls": []}}]}, "nodes.0.backend.urls", "names no URL"),
         ({"nodes": [DIRECT], "gateway": {"listen": "0.0.0.0:1"}}, "gateway.listen", "lets other machines use"),
+        (
+            {"nodes": [DIRECT], "gateway": {"listen": ["unix:/x", "0.0.0.0:1"]}},
+            "gateway.listen.1",
+            "lets other machines",
+        ),
+        ({"nodes": [DIRECT], "gateway": {"listen": ["1", "2"]}}, "gateway.listen.1", "'1' stands here already"),
+        ({"nodes": [DIRECT], "gateway": {"listen": ["unix:/x", "unix:/y"]}}, "gateway.listen.1", "one unix:PATH"),
+        ({"nodes": [DIRECT], "gateway": {"listen": []}}, "gateway.listen", "names no address"),
+        ({"nodes": [DIRECT], "tunnels": {"listen": "unix", "share": "true"}}, "tunnels.share", "cannot hold"),
         ({"nodes": [DIRECT], "defaults": {"backend": {"port": "1", "url": "x"}}}, "defaults.backend.url", "one of"),
     ],
 )
@@ -69,7 +78,8 @@ def test_a_key_keeps_others_out() -> None:
 @pytest.mark.parametrize("odd", [None, 5, "x", [], {}, [5], [None], ["x"], [[]]])
 def test_anything_may_be_of_the_wrong_form(odd: Any) -> None:
     """That is told elsewhere."""
-    for key in ("nodes", "gateway", "defaults", "redis"):
+    for key in ("nodes", "gateway", "tunnels", "defaults", "redis"):
         list(broken({"nodes": [DIRECT], key: odd}))
+    list(broken({"nodes": [DIRECT], "gateway": {"listen": odd}, "tunnels": {"listen": "unix", "share": odd}}))
     for key in ("name", "ssh", "backend", "address_from"):
         list(broken({"nodes": [{**DIRECT, key: odd}]}))

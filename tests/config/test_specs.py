@@ -16,9 +16,49 @@ from gpumesh.topology import (
     PolicyKind,
     SshSpec,
     Target,
+    Topology,
     TransportKind,
+    TunnelListen,
+    TunnelsSpec,
 )
-from tests.config.build import HOME, node, problem, ssh, topology
+from tests.config.build import DIRECT, HOME, node, problem, ssh, topology
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "port", "socket"),
+    [
+        ("8080", "127.0.0.1", 8080, None),
+        ("[8080]", "127.0.0.1", 8080, None),
+        ("unix:/run/x.sock", None, 11430, "/run/x.sock"),
+        ("unix:~/x.sock", None, 11430, str(HOME / "x.sock")),
+        ("[unix:x.sock]", None, 11430, "/etc/gpumesh/x.sock"),
+        ("['unix:${DIR}/x.sock', '[::1]:0']", "::1", 0, "/run/user/1000/x.sock"),
+    ],
+)
+def test_where_the_gateway_listens(listen: str, host: str | None, port: int, socket: str | None) -> None:
+    mesh = topology(
+        f"gateway: {{listen: {listen}}}\n" + DIRECT,
+        source=Path("/etc/gpumesh/mesh.yaml"),
+        env={"DIR": "/run/user/1000"},
+    )
+    spec = mesh.gateway
+    assert (spec.host, spec.port, spec.socket) == (host, port, None if socket is None else Path(socket))
+    assert parse_again(mesh).gateway == spec
+
+
+def parse_again(mesh: Topology) -> Topology:
+    """What `config show` prints, read back."""
+    return config.parse(config.effective(mesh), file="shown", env={}, home=HOME)
+
+
+def test_who_may_use_the_tunnels() -> None:
+    assert topology(DIRECT).tunnels == TunnelsSpec(share=False, listen=TunnelListen.TCP)
+    shared = topology("tunnels: {share: true}\n" + DIRECT)
+    assert shared.tunnels == TunnelsSpec(share=True)
+    unix = topology("tunnels: {share: false, listen: unix}\n" + DIRECT)
+    assert unix.tunnels == TunnelsSpec(listen=TunnelListen.UNIX)
+    for mesh in (shared, unix):
+        assert parse_again(mesh).tunnels == mesh.tunnels
 
 
 def test_three_lines_are_enough() -> None:

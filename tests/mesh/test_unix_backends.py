@@ -1,0 +1,102 @@
+"""A backend at the end of a tunnel that is a Unix socket: for the hot path's client, for probes, and for uploads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.errors import BackendUnreachable
+from gpumesh.mesh.upstream import Upstream
+from gpumesh.probes.client import http_client, unix_place
+from gpumesh.probes.strangers import other_scheme, stranger
+from gpumesh.tunnels.unix_sockets import url_of
+
+CALL = HttpCall("POST", "/api/show?x=a:b", b"{}")
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture(params=["x.sock", "Über all: 100%.sock"])
+def path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as folder:
+        yield Path(folder) / request.param
+
+
+@contextlib.asynccontextmanager
+async def serving(path: Path, answer: bytes = WHOLE, *, greets: bool = False) -> AsyncIterator[list[bytes]]:
+    """A server that gives this answer to each request, or to whoever connects; the heads of the requests."""
+    heads: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(EOFError, ConnectionError):
+            if greets:
+                writer.write(answer)
+            while True:
+                heads.append(await reader.readuntil(b"\r\n\r\n"))
+                if not greets:
+                    writer.write(answer)
+
+    server = await asyncio.start_unix_server(serve, path)
+    async with server:
+        yield heads
+    for writer in writers:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_the_hot_paths_client(path: Path, prefix: str) -> None:
+    url = url_of(path, prefix=prefix)
+    async with asyncio.timeout(20), serving(path) as heads, Upstream() as upstream:
+        for headers in ([], [("Host", "127.0.0.1:11434")]):
+            response = await upstream.request(url, CALL, headers, node="n", server_name=None)
+            assert await response.read() == b"ok"
+    first, second = heads
+    assert first.startswith(f"POST {prefix}/api/show?x=a:b HTTP/1.1\r\n".encode())
+    assert b"Host: localhost\r\n" in first
+    assert b"Host: 127.0.0.1:11434\r\n" in second
+
+
+async def test_nobody_is_there(path: Path) -> None:
+    async with asyncio.timeout(20), Upstream() as upstream:
+        with pytest.raises(BackendUnreachable, match="no connection"):
+            await upstream.request(url_of(path), CALL, [], node="n", server_name=None)
+    async with http_client() as client:
+        with pytest.raises(httpx.HTTPError):
+            await client.get(url_of(path) + "/")
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+async def test_the_probes_client(path: Path, prefix: str) -> None:
+    url = url_of(path, prefix=prefix)
+    async with asyncio.timeout(20), serving(path) as heads, http_client() as client:
+        assert (await client.get(url + CALL.path)).text == "ok"
+        assert (await client.get(url + CALL.path, headers={"Host": "127.0.0.1:11434"})).text == "ok"
+    first, second = heads
+    assert first.startswith(f"GET {prefix}/api/show?x=a:b HTTP/1.1\r\n".encode())
+    assert b"host: localhost\r\n" in first.lower()
+    assert b"host: 127.0.0.1:11434\r\n" in second.lower()
+
+
+async def test_who_is_no_inference_server(path: Path) -> None:
+    async with asyncio.timeout(20), serving(path, b"SSH-2.0-OpenSSH_9.2\r\n", greets=True):
+        found = await stranger(url_of(path))
+        assert found is not None
+        assert "an SSH server" in found.message
+    assert "https://127.0.0.1:PORT" in (other_scheme(url_of(path)).hint or "")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://unix/v1/models/a:b", "http://unix:8080/x.sock:/", "http://127.0.0.1:1/x.sock:/"]
+)
+def test_a_host_that_is_called_unix_is_a_host(url: str) -> None:
+    assert unix_place(httpx.URL(url)) is None
