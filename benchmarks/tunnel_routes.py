@@ -109,10 +109,13 @@ async def child(*argv: str, prints_port: bool = True) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def gpumesh_route(sshd: Sshd, pool: WorkerPool, target: int, transport: TransportKind) -> AsyncIterator[int]:
-    control = sshd.folder / f"control-{transport}"
+async def gpumesh_route(
+    sshd: Sshd, pool: WorkerPool, target: int, transport: TransportKind, *, share: bool = False
+) -> AsyncIterator[int]:
+    control = sshd.folder / f"control-{transport}{'-shared' if share else ''}"
     control.mkdir(mode=0o700, exist_ok=True)
-    setup = Setup("bench", sshd.spec(transport=transport), (Target("127.0.0.1", target),), control_dir=str(control))
+    ssh = sshd.spec(transport=transport)
+    setup = Setup("bench", ssh, (Target("127.0.0.1", target),), control_dir=str(control), share=share)
     with listener() as local:
         async with await pool.spawn(setup, [local]) as worker:
             message = await worker.receive()

@@ -15,16 +15,18 @@ What is known holds for the connection that was accepted, and for no other:
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gpumesh.errors import TunnelError
 from gpumesh.printable import printable
 
 _NETLINK_SOCK_DIAG = 4
@@ -135,26 +137,33 @@ class ProcNet:
         """Nothing is held."""
 
 
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
 OnRefused = Callable[[int, int], None]
 """The local port, and the uid of who is not let in."""
 
 
 def lookup_for(listener: socket.socket) -> Lookup | None:
     """A way to ask who is at the other end of connections to ``listener``, tried out on the listener itself; ``None``
-    where the system does not tell."""
+    where the system does not tell. Raises OSError when that cannot be found out now: no reason to let everybody in."""
     for source in (SockDiag, ProcNet):
-        with suppress(OSError):
-            lookup = source()
-            if _knows(lookup, listener):
-                return lookup
-            lookup.close()
+        try:
+            with ExitStack() as stack:
+                lookup = source()
+                stack.callback(lookup.close)
+                if _knows(lookup, listener):
+                    stack.pop_all()
+                    return lookup
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
     return None
 
 
 def _knows(lookup: Lookup, listener: socket.socket) -> bool:
     try:
         found = lookup(_ends(listener.getsockname(), listener.family))
-    except (OSError, ValueError, IndexError, struct.error):  # an answer in another form tells nothing either
+    except (ValueError, IndexError, struct.error):  # an answer in another form tells nothing either
         return False
     return found is not None and found.state == _LISTEN and bool(found.inode) and found.uid == os.geteuid()
 
@@ -212,7 +221,7 @@ class OwnUsers:
 
 
 def can_tell(listener: socket.socket) -> bool:
-    """Whether the system tells whose the connections to ``listener`` are."""
+    """Whether the system tells whose the connections to ``listener`` are. Raises OSError as ``lookup_for`` does."""
     lookup = lookup_for(listener)
     if lookup is not None:
         lookup.close()
@@ -220,10 +229,20 @@ def can_tell(listener: socket.socket) -> bool:
 
 
 def own_users(listener: socket.socket, on_refused: OnRefused) -> OwnUsers | None:
-    """For connections to ``listener``; ``None`` where the system does not tell whose they are, and for a Unix socket,
-    whose mode decides."""
-    lookup = None if listener.family == socket.AF_UNIX else lookup_for(listener)
-    return None if lookup is None else OwnUsers(lookup, on_refused)
+    """For connections to ``listener``; ``None`` for a Unix socket, whose mode decides, and where no system tells.
+
+    Raises TunnelError where it could be told, and is not now: what is to be kept to us is not opened to all.
+    """
+    if listener.family == socket.AF_UNIX or sys.platform != "linux":
+        return None
+    reason = "this system does not say"
+    try:
+        lookup = lookup_for(listener)
+    except OSError as error:
+        lookup, reason = None, os.strerror(error.errno or 0)
+    if lookup is None:
+        raise TunnelError(f"whose connections come to the local port cannot be told: {reason}")
+    return OwnUsers(lookup, on_refused)
 
 
 def user_name(uid: int) -> str | None:

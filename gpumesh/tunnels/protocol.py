@@ -25,7 +25,8 @@ from gpumesh.wire import from_json, to_json
 class Setup:
     """``secrets``: ``password`` and ``passphrase``, each only if the spec names a variable. ``interactive``: the
     supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
-    ``share``: connections of all users of this machine are served, not only those of our own and of root."""
+    ``share``: connections of all users of this machine are served, not only those of our own and of root; so it is
+    where the system does not tell."""
 
     node: str
     ssh: SshSpec

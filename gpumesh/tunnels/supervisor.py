@@ -22,7 +22,7 @@ from gpumesh import config
 from gpumesh.cancellation import raise_if_cancelled
 from gpumesh.config import providers
 from gpumesh.errors import GPUMeshError, TransportUnsupported, TunnelDown, TunnelError
-from gpumesh.state import TunnelPhase, TunnelState
+from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import USUAL_TUNNELS, NodeSpec, SshSpec, Target, TransportKind, TunnelsSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.address import ask_address
@@ -135,7 +135,6 @@ class SshTunnel:
         self._on_change = on_change
         self._ask = ask
         self._grace_s = grace_s
-        self._share = tunnels.share
         self._listeners = Listeners(self._targets, tunnels, mesh=mesh, node=spec.name)
         self._life = Lifecycle()
         self._since: datetime | None = None
@@ -377,7 +376,7 @@ class SshTunnel:
             secrets=tuple(secrets),
             interactive=self._ask is not None,
             control_dir=control_dir,
-            share=self._share,
+            share=self._listeners.access is not LocalAccess.OWN_USER,
         )
 
     def _is_up(self, up: Up) -> None:

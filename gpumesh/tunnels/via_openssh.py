@@ -452,7 +452,11 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
     given = dict(setup.secrets)
     async with Prompts(folder, given, events, deadline, interactive=setup.interactive) as prompts:
         master = await log_in(setup, folder, prompts, deadline)
-    connection = OpensshConnection(setup, master, events, listeners)
+    try:
+        connection = OpensshConnection(setup, master, events, listeners)
+    except TunnelError:
+        await master.close()
+        raise
     try:
         await connection.serve(folder)
     except BaseException:
@@ -465,7 +469,9 @@ class OpensshConnection:
     """See ``connection.Connection``."""
 
     def __init__(self, setup: Setup, master: Master, events: Events, listeners: Sequence[socket.socket]) -> None:
+        """Raises ``TunnelError``."""
         self._setup = setup
+        self._listeners = listeners
         self._where = where_of(setup.ssh)
         self._master = master
         self._events = events
@@ -475,7 +481,6 @@ class OpensshConnection:
         self._forwarder = Forwarder(self._forwarder_ended, door=door)
         self._dialled: Target | None = None
         self._checking = True
-        self._listeners = listeners
         master.on_word = self._heard
         self.up = Up(None, "OpenSSH client")
 

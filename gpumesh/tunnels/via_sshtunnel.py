@@ -201,7 +201,11 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
         opening.give_up()
         raise
     connection = SshConnection(ssh, transports, shell_test, heartbeat, rtt_ms, share=setup.share)
-    connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
+    try:
+        connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
+    except TunnelError:
+        await connection.close()
+        raise
     return connection
 
 
@@ -335,7 +339,7 @@ class SshConnection:
         self.up = Up(rtt_ms, printable(server), printable(cipher))
 
     def serve(self, routes: list[tuple[socket.socket, Target]], events: Events) -> None:
-        """Starts forwarding."""
+        """Starts forwarding. Raises ``TunnelError``."""
 
         def refused(target: Target, reason: int) -> None:  # in the transport's thread
             forbidden = reason == channels.ADMINISTRATIVELY_PROHIBITED

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.errors import TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase
 from gpumesh.topology import Target, TransportKind, TunnelListen, TunnelsSpec
-from gpumesh.tunnels import channels, listeners
+from gpumesh.tunnels import channels, listeners, local_peers
 from gpumesh.tunnels.nursery import WorkerPool
+from gpumesh.tunnels.protocol import Setup
+from gpumesh.tunnels.worker import connect_of
 from tests.parts import needs
 from tests.tunnels.other_user import ANOTHER, NOBODY, knock
 from tests.tunnels.polling import until
-from tests.tunnels.sshd import Sshd, serving
-from tests.tunnels.supervised import Watched, supervised, watched
+from tests.tunnels.sshd import Sshd, listener, serving
+from tests.tunnels.supervised import Watched, descriptors, supervised, watched
 from tests.tunnels.test_via_sshtunnel import Told, connected
 from tests.tunnels.traffic import echo, exchange
 
@@ -161,6 +164,42 @@ async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, mo
         assert await knock(local, uid=0) == "answer hello"
         assert told.peers == [(local, ANOTHER)]
         assert backend.connections == before + 1
+
+
+@both
+async def test_a_worker_that_cannot_tell_does_not_serve(
+    sshd: Sshd, transport: TransportKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_peers, "lookup_for", lambda _: None)
+    before = descriptors()
+    with listener() as local:
+        setup = Setup("n", sshd.spec(transport=transport), (Target("127.0.0.1", 1),), control_dir=str(tmp_path))
+        with pytest.raises(TunnelError, match="cannot be told"):
+            await connect_of(transport)(setup, [local], Told())
+    await until(lambda: not sshd.children(), "the end of the session")
+    await until(lambda: descriptors() == before, "nothing is left open")
+
+
+@needs("root")
+async def test_the_sockets_of_ssh_itself_are_closed_to_others(
+    sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transport openssh: its master's control socket, and those at which it forwards."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o711)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        ssh = sshd.spec(transport=TransportKind.OPENSSH)
+        async with serving(echo) as port, supervised(pool, ssh, port, tunnels=SHARED) as one:
+            await one.tunnel.wait_up()
+            inner = Path(folder) / "gpumesh"
+            inner.chmod(0o711)
+            sockets = [path for path in inner.rglob("*") if path.is_socket()]
+            assert len(sockets) == 2
+            for path in sockets:
+                assert await knock(str(path), uid=ANOTHER, way="unix") == "PermissionError"
+                path.parent.chmod(0o711)
+                assert await knock(str(path), uid=ANOTHER, way="unix") == "PermissionError"
+                path.parent.chmod(0o700)
 
 
 def test_where_the_system_does_not_tell_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

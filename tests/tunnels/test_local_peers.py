@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import struct
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gpumesh.errors import TunnelError
 from gpumesh.tunnels import local_peers
 from gpumesh.tunnels.local_peers import (
     REPORT_EVERY_S,
@@ -265,7 +267,26 @@ def test_the_quick_way_is_taken_where_it_works(ipv4: socket.socket, monkeypatch:
     monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
     assert lookup_for(ipv4) is None
     assert not can_tell(ipv4)
-    assert own_users(ipv4, lambda *_: None) is None
+
+
+def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
+    ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as probe:
+        highest = probe.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            can_tell(ipv4)
+        with pytest.raises(TunnelError, match="cannot be told: Too many open files"):
+            own_users(ipv4, lambda *_: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(SockDiag, "__call__", lambda _self, _ends: None)
+    monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
+    with pytest.raises(TunnelError, match="does not say"):
+        own_users(ipv4, lambda *_: None)
 
 
 def test_elsewhere_nothing_is_told(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
