@@ -27,6 +27,7 @@ from gpumesh.gateway import errors, replies
 from gpumesh.gateway.exchange import Request
 from gpumesh.gateway.replies import Headers, Reply, json_reply
 from gpumesh.gateway.requests import Shape
+from gpumesh.mesh.slice_queue import SLICE, SMALL_PIECES
 
 if TYPE_CHECKING:
     from gpumesh.gateway.server import Server
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 MAX_FIELDS = 128  # of a head
 AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
 BODY_BUFFER = 256 << 10  # bytes of a body that wait for their handler, until the client is no longer read
-SLICE = 32 << 10  # bytes that are parsed at a time: one read of 256 KiB may hold 14,000 requests
+COPIED = 32 << 10  # bytes of a body up to which it is sent in one piece with its head
 LOOK_S = 0.05  # between two looks whether a client that is not read has left
 _LEFT = getattr(select, "POLLRDHUP", 0)  # POLLHUP and POLLERR, which everybody has, are told in any case
 
@@ -70,7 +71,10 @@ class Connection(asyncio.Protocol):
         self._head_size = 0
         self._in_head = False
         self._framed = 0  # bytes that are no body's, since the last that was or the end of a message
+        self._pieces: list[bytes] = []  # of a body, until what was read is parsed
+        self._piece_count = 0
         self._rest = b""  # of what was read, while it is not to be parsed
+        self._queued = False  # for the next slice of it
         self._incoming: Request | None = None
         self._upgrade_body: bytes | None = None
         self._replayed = False
@@ -125,14 +129,20 @@ class Connection(asyncio.Protocol):
         # So that nothing of it has to wait for the garbage collector.
         self._incoming, self._rest = None, b""
         self._waiting.clear()
+        self._pieces.clear()
         del self._parser
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        if len(data) > SLICE:
-            self._feed(data)
-            return
+        if len(data) > SLICE or self._rest:
+            self._rest += data
+            if not self._read_paused:
+                self._parse_rest()
+        else:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         self._framed += len(data)
         while data:
             try:
@@ -144,17 +154,33 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserError as error:
                 self._malformed(error)
                 return
+        if self._pieces:
+            self._hand_over()
         if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
             self._malformed(_HeadTooLarge())
         elif self._in_head and self._head_timer is None:
             self._await_head()
 
-    def _feed(self, data: bytes) -> None:
-        """By slices, until it is not to be read further."""
-        while data and not self._read_paused and not self._deaf:
-            self.data_received(data[:SLICE])
-            data = data[SLICE:]
-        self._rest = data
+    def _parse_rest(self) -> None:
+        """By slices, until it is not to be read further. After one of many small pieces, which cost more than their
+        bytes, others have their turn."""
+        rest, at = self._rest, 0
+        while at < len(rest) and not self._read_paused and not self._deaf:
+            self._piece_count = 0
+            self._parse(rest[at : at + SLICE])
+            at += SLICE
+            if self._piece_count > SMALL_PIECES and not self._deaf:
+                self._queued = True
+                self._pause_reading()
+                self._server.slices.add(self._parse_next)
+        self._rest = b"" if self._deaf else rest[at:]
+
+    def _parse_next(self) -> None:
+        """Its turn has come; a handler that has more of the body than it takes reads on by itself."""
+        if self._queued:
+            self._queued = False
+            if self._incoming is None or self._incoming.unread <= BODY_BUFFER:
+                self.read_on()
 
     def pause_writing(self) -> None:
         self.full = True
@@ -231,11 +257,21 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._framed = 0
+        self._pieces.append(data)
+
+    def _hand_over(self) -> None:
+        """To the handler, in one piece: thousands of small ones would each cost memory of their own."""
+        pieces = self._pieces
+        self._piece_count += len(pieces)
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         if self._incoming is not None and self._incoming.feed(data) > BODY_BUFFER:
             self._pause_reading()
 
     def on_message_complete(self) -> None:
         self._framed = 0
+        if self._pieces:
+            self._hand_over()
         if self._upgrade_body:
             return  # the parser takes an offer of another protocol for the end
         if self._incoming is not None:
@@ -358,7 +394,7 @@ class Connection(asyncio.Protocol):
         request.begun = True
         if replies.bodiless(request.method, reply.status):
             self.write(head)
-        elif len(body) < SLICE:
+        elif len(body) < COPIED:
             self.write(head + body)
         else:  # not copied
             self.write(head)
@@ -387,9 +423,9 @@ class Connection(asyncio.Protocol):
 
     def read_on(self) -> None:
         """Unless something waits that has been read already."""
-        if self._read_paused and not self._waiting and self._transport is not None:
+        if self._read_paused and not self._queued and not self._waiting and self._transport is not None:
             self._read_paused = False
-            self._feed(self._rest)
+            self._parse_rest()
             if not self._read_paused:
                 self._transport.resume_reading()
                 if self._in_head:
@@ -442,6 +478,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         self._end()
+        self._queued = False
         self.read_on()
         try:
             transport.write_eof()

@@ -168,6 +168,11 @@ class Request:
 
     # -- the connection's side -----------------------------------------------------------------------------------
 
+    @property
+    def unread(self) -> int:
+        """Bytes of the body that wait for the handler."""
+        return self._body.size
+
     def feed(self, data: bytes) -> int:
         """A piece of the body; how many bytes wait now."""
         return self._body.feed(data)
@@ -179,13 +184,13 @@ class Request:
 class Body:
     """A request's body on its way from the parser to the handler."""
 
-    __slots__ = ("_size", "_waiter", "broken", "complete", "pieces")
+    __slots__ = ("_waiter", "broken", "complete", "pieces", "size")
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.complete = False
         self.broken = False
-        self._size = 0
+        self.size = 0
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -194,9 +199,9 @@ class Body:
 
     def feed(self, data: bytes) -> int:
         self.pieces.append(data)
-        self._size += len(data)
+        self.size += len(data)
         self._wake()
-        return self._size
+        return self.size
 
     def end(self, *, broken: bool) -> None:
         self.complete = True
@@ -206,7 +211,7 @@ class Body:
     def take(self) -> bytes:
         data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces.clear()
-        self._size = 0
+        self.size = 0
         return data
 
     async def more(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -11,6 +11,7 @@ from gpumesh.gateway.bounds import Bounds, connections_allowed
 from gpumesh.gateway.connection import Connection
 from gpumesh.gateway.exchange import Handler
 from gpumesh.gateway.record import Record
+from gpumesh.mesh.slice_queue import SliceQueue
 
 AWAY = 64  # connections past the bound that may linger, so that their refusal is seen
 
@@ -25,6 +26,7 @@ class Server:
         self.handler = handler
         self.bounds = bounds
         self.turned_away = 0
+        self.slices = SliceQueue()
         self._clock = clock
         self._most = connections_allowed() if bounds.connections is None else bounds.connections
         self._connections: set[Connection] = set()

@@ -4,6 +4,10 @@ On an ``asyncio.Protocol`` and httptools (llhttp, the parser of Node.js and uvic
 `benchmarks/gateway.py` has what a general client costs in its place. It does what a backend needs and no more: one
 request at a time on a keep-alive connection, TLS, no redirects, cookies, proxies or decompression.
 
+What a server sends is bounded before it is parsed. llhttp hands a field over in pieces, and its wrapper joins them
+anew with each piece: so the bytes are counted that are read before a field is whole. And a server can put thousands of
+chunks into one read: such a read is parsed by slices, one in each turn of the event loop (slice_queue.py).
+
 Errors are translated here, once: BackendUnreachable before the answer's head, StreamCut inside its body.
 """
 
@@ -21,12 +25,15 @@ import httptools
 from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
+from gpumesh.mesh.slice_queue import SLICE, SMALL_PIECES, SliceQueue
 from gpumesh.tunnels.unix_sockets import split_url
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
 READ_BUFFER = 1 << 16  # bytes held for a reader that is slow; past it the backend is no longer read
-HEAD_BYTES = 1 << 16
+READ_PIECES = 1 << 12  # so many, too, however small they are: each costs memory of its own
+HEAD_BYTES = 1 << 16  # of a head, of trailers, and of all that comes between two pieces of a body
+MAX_FIELDS = 256  # of a head
 
 
 class _Address(NamedTuple):
@@ -77,7 +84,11 @@ class _Connection(asyncio.Protocol):
         self._bodiless = False
         self._until_eof = False
         self._head_size = 0
+        self._unframed = 0  # bytes parsed since the last piece of a body
         self._paused = False
+        self._rest = b""  # of what was read and is not parsed yet
+        self._queued = False
+        self._lost_by: Exception | None = None  # with ``_rest`` left to be parsed
 
     @property
     def open(self) -> bool:
@@ -88,17 +99,22 @@ class _Connection(asyncio.Protocol):
         self.used += 1
         self._bodiless = method == "HEAD"
         self._until_eof = False
-        self._head_size = 0
+        self._head_size = self._unframed = 0
         self.exchange = exchange = _Exchange(self._loop)
         self._transport.write(request)
         return exchange
 
     def resume(self) -> None:
-        if self._paused and self._transport is not None:
+        """The reader has taken what there was."""
+        if self._rest:
+            if not self._queued:
+                self._parse_rest()
+        elif self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
 
     def abort(self) -> None:
+        self._rest = b""
         if self._transport is not None:
             self._transport.abort()
         self._fail("it was given up")
@@ -112,7 +128,17 @@ class _Connection(asyncio.Protocol):
         exchange = self.exchange
         if exchange is None or exchange.complete:
             self.abort()  # bytes that nobody asked for: what comes next on this connection cannot be trusted
-            return
+        elif len(data) > SLICE or self._rest:
+            self._rest += data
+            if not self._queued:
+                self._parse_rest()
+        else:
+            self._parse(exchange, data)
+            if exchange.size > READ_BUFFER or len(exchange.pieces) > READ_PIECES:
+                self._pause()
+
+    def _parse(self, exchange: _Exchange, data: bytes) -> None:
+        size = exchange.size
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -120,18 +146,60 @@ class _Connection(asyncio.Protocol):
                 exchange.keep = False
             else:
                 self._fail(f"what it says is not HTTP ({error.__context__ or error})", abort=True)
+        if exchange.size != size:
+            self._unframed = 0
+        else:
+            self._unframed += len(data)
+            if self._unframed > HEAD_BYTES and not exchange.complete:
+                self._fail(f"more than {HEAD_BYTES >> 10} KiB of its answer are no body", abort=True)
         if exchange.pieces or exchange.complete:
             exchange.wake()
-        if exchange.size > READ_BUFFER and not self._paused and self.open:
+        if exchange.complete and not exchange.keep and self._transport is not None:
+            self._transport.abort()
+
+    def _parse_rest(self) -> None:
+        """By slices. After one of many small pieces, which cost more than their bytes, others have their turn."""
+        self._queued = False
+        rest, at = self._rest, 0
+        exchange = self.exchange
+        while at < len(rest) and exchange is not None and exchange.size <= READ_BUFFER:
+            before = len(exchange.pieces)
+            self._parse(exchange, rest[at : at + SLICE])
+            at += SLICE
+            if exchange.problem is not None or (exchange.complete and at < len(rest)):
+                exchange.keep = False  # what follows an answer spoils the connection and not the answer
+                self._rest = b""
+                if self._transport is not None:
+                    self._transport.abort()
+                return
+            if len(exchange.pieces) - before > SMALL_PIECES:
+                exchange.pieces[before:] = [b"".join(exchange.pieces[before:])]
+                self._queued = True
+                self._pool.slices.add(self._parse_rest)
+                break
+        self._rest = rest[at:]
+        if self._queued or self._rest or (exchange is not None and exchange.size > READ_BUFFER):
+            self._pause()
+        elif self._transport is None:
+            self._end_of_connection(self._lost_by)
+        else:
+            self.resume()
+
+    def _pause(self) -> None:
+        if not self._paused and self.open:
             self._paused = True
             assert self._transport is not None
             self._transport.pause_reading()
-        if exchange.complete and not exchange.keep and self._transport is not None:
-            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._pool.lost(self)
+        if self._rest:
+            self._lost_by = error
+        else:
+            self._end_of_connection(error)
+
+    def _end_of_connection(self, error: Exception | None) -> None:
         exchange = self.exchange
         if exchange is None or exchange.complete:
             return
@@ -153,6 +221,8 @@ class _Connection(asyncio.Protocol):
             raise httptools.HttpParserError(f"a head of more than {HEAD_BYTES >> 10} KiB")
         if self.exchange is not None and not self.exchange.status:
             self.exchange.headers.append((name, value))
+            if len(self.exchange.headers) > MAX_FIELDS:
+                raise httptools.HttpParserError(f"a head of more than {MAX_FIELDS} fields")
 
     def on_headers_complete(self) -> None:
         exchange = self.exchange
@@ -270,6 +340,7 @@ class _Pool:
     """Idle connections by address, the most lately used first: it is the least likely to have gone stale."""
 
     def __init__(self) -> None:
+        self.slices = SliceQueue()
         self._idle: dict[_Address, list[_Connection]] = {}
         self._address: dict[_Connection, _Address] = {}
         self._timer: asyncio.TimerHandle | None = None

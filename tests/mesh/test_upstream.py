@@ -1,6 +1,7 @@
 """Against real sockets: what a backend can do to a request, and what becomes of the connection."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 
@@ -8,8 +9,10 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
-from gpumesh.mesh.upstream import Upstream, UpstreamResponse
+from gpumesh.mesh.slice_queue import SLICE
+from gpumesh.mesh.upstream import READ_BUFFER, READ_PIECES, Upstream, UpstreamResponse
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+from tests.tunnels.polling import until
 
 CALL = HttpCall("POST", "/api/chat?x=1", b'{"model": "m"}', (("Content-Type", "application/json"),))
 
@@ -209,8 +212,66 @@ async def test_of_a_head_only_what_clients_read_is_kept(upstream: Upstream) -> N
 
 
 async def test_a_head_without_end_is_the_backends_failure(upstream: Upstream) -> None:
-    with pytest.raises(BackendUnreachable, match="64 KiB"):
-        await answered(upstream, b"HTTP/1.1 200 OK\r\n" + b"X-Long: " + b"a" * 70_000 + b"\r\n\r\n")
+    for head in (b"X-Long: " + b"a" * 70_000, b"X: 1\r\n" * 10_000):
+        with pytest.raises(BackendUnreachable, match=r"64 KiB|256 fields"):
+            await answered(upstream, b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("piece", [b"x", b"xy", b"x" * 5000])
+async def test_a_large_answer_in_whatever_chunks_is_whole_and_its_connection_used_again(
+    upstream: Upstream, piece: bytes
+) -> None:
+    count = 300_000 // len(piece)
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked_head() + chunk(piece) * count + LAST_CHUNK)
+
+    async with serve(script) as server:
+        for _ in range(2):
+            assert await read_all(await send(upstream, server.url)) == piece * count
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("reads", [0, 1])
+async def test_what_a_reader_leaves_unread_is_held_in_few_pieces(upstream: Upstream, reads: int) -> None:
+    async def script(exchange: Exchange) -> None:
+        with contextlib.suppress(ConnectionError):
+            await exchange.send(chunked_head() + chunk(b"xy") * 1_000_000)
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        for _ in range(reads):
+            await response.read()
+        exchange, connection = response._exchange, response._connection
+        assert connection is not None
+        await until(lambda: connection._paused and not connection._queued, "the server is read no further")
+        assert exchange.size < READ_BUFFER + SLICE
+        assert len(exchange.pieces) < READ_PIECES + SLICE // 7
+        response.abort()
+
+
+async def test_what_follows_an_answer_in_the_same_read_spoils_the_connection(upstream: Upstream) -> None:
+    """However much it is, and wherever the answer ends: what was read ahead is never the next request's answer."""
+    evil = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked_head() + chunk(b"x") * 5000 + LAST_CHUNK + evil * 5000)
+
+    async with serve(script) as server:
+        for _ in range(3):
+            assert await read_all(await send(upstream, server.url)) == b"x" * 5000
+        assert server.connections == 3
+
+
+async def test_a_body_up_to_the_end_of_its_connection_is_whole_though_it_is_read_slowly(upstream: Upstream) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 500_000)
+        exchange.close()
+
+    async with serve(script) as server:
+        response = await send(upstream, server.url)
+        await until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        assert len(await read_all(response)) == 500_000
 
 
 async def test_more_than_was_announced_spoils_the_connection_and_not_the_answer(upstream: Upstream) -> None:
