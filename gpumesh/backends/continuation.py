@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 
 from gpumesh.backends import jsons
 from gpumesh.backends.base import Counters, HttpCall
@@ -44,7 +45,8 @@ MAX_CUTS = 3
 # Ollama's runner stops, silently, after one token came more than 30 times; what it gave up is not continued.
 REPEATS = 30
 # Passed on unread up to here; then read, so that a long answer is held as its text and not as its frames.
-UNREAD_BYTES = 64 << 10
+UNREAD_BYTES = 16 << 10
+FIRST_FRAMES = 64  # of those, among which one names the answer
 # No model's context holds so much; an answer that grows past it is passed on, but not held.
 TEXT_LIMIT = 8 << 20
 
@@ -95,7 +97,7 @@ class Continuation:
         self._resume = resume
         self._keeps = resume and self._form.keeps
         self._began = clock() if began is None else began
-        self._held = b""
+        self._held = bytearray()  # the beginning of a frame
         self._passed = False
         # Copied, so that each piece's own memory is used again at once: a list of them costs a tenth of the hot path.
         self._unread = bytearray()
@@ -168,7 +170,8 @@ class Continuation:
 
     def end_of_body(self) -> bytes:
         """The upstream's body ended as it should: its last frame may lack its end mark. Half a frame is a cut."""
-        raw, self._held = self._held + self.mark, b""
+        raw = bytes(self._held) + self.mark
+        self._held.clear()
         if self.finished or self.cut is not None:
             return b""
         frame = self._source.read(raw)
@@ -180,23 +183,23 @@ class Continuation:
 
     def abandon(self) -> None:
         """The current upstream failed before it gave anything: another one takes its place."""
-        self._held = b""
+        self._held.clear()
         self.cut = None
         self.counters = None
         self._first_at = None
 
     def _whole_frames(self, data: bytes) -> bytes:
-        text = self._held + data if self._held else data
+        held = self._held
         # The end of a frame is at most four bytes: what was held without one need not be searched again.
-        start = max(len(self._held) - 4, 0)
-        end = 0
-        for found in self._source.end.finditer(text, start):
-            end = found.end()
-        self._held = text[end:]
-        if len(self._held) > LINE_LIMIT:
-            self._held = b""
+        start = max(len(held) - 4, 0)
+        held += data
+        end = self._source.end_of_last(held, start)
+        whole = bytes(held[:end]) if end else b""
+        del held[:end]
+        if len(held) > LINE_LIMIT:
+            held.clear()
             self.cut = f"a frame of more than {LINE_LIMIT >> 20} MiB"
-        return text[:end]
+        return whole
 
     def _split(self, whole: bytes) -> Iterator[bytes]:
         start = 0
@@ -246,7 +249,8 @@ class Continuation:
             return
         unread, self._unread = bytes(self._unread), bytearray()
         if self._head is None:
-            self._head = next((found for raw in self._split(unread) if (found := self._form.read(raw).document)), None)
+            first = islice(self._split(unread), FIRST_FRAMES)
+            self._head = next((found for raw in first if (found := self._form.read(raw).document)), None)
         self._add(self._form.said(unread))
 
     def _note(self, frame: Frame) -> None:

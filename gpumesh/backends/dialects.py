@@ -15,14 +15,16 @@ from gpumesh.topology import BackendKind, Target
 
 DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: Ollama(), BackendKind.OPENAI: OpenAI()}
 
+LAST_LINES = 16  # of an answer, among which its figures stand
+
 
 def counters_of(body: bytes) -> Counters | None:
     """The server's figures from a whole answer or from one frame of any dialect; ``None`` if it holds none."""
     document = jsons.parse_object(body)
     if document is None:
-        lines = [line.strip().removeprefix(b"data:") for line in body.splitlines()]
-        for line in reversed(lines):
-            document = jsons.parse_object(line)
+        # Only the last lines: a body of nothing but line ends would become a list of millions.
+        for line in reversed(body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]):
+            document = jsons.parse_object(line.strip().removeprefix(b"data:"))
             if document is not None:
                 break
         else:

@@ -10,6 +10,7 @@ from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
 
 # The final line of /api/generate holds the whole context as numbers: some MB at 262144 tokens.
 LINE_LIMIT = 16 << 20
+EVENT_LINES = 1 << 10  # of one server-sent event; those of the dialects have two or three
 BODY_LIMIT = 64 << 20
 
 
@@ -51,6 +52,7 @@ class Events:
     def __init__(self) -> None:
         self._lines = Lines()
         self._data: list[bytes] = []
+        self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         return self._events(self._lines.feed(data))
@@ -65,14 +67,15 @@ class Events:
             if not line:
                 if self._data:
                     found.append(b"\n".join(self._data))
-                    self._data = []
+                    self._data, self._size = [], 0
                 continue
             field, _, value = line.partition(b":")
             if field in (b"data", b"error"):
                 value = value.removeprefix(b" ")
                 self._data.append(value if field == b"data" else b'{"error":' + value + b"}")
-                if sum(map(len, self._data)) > LINE_LIMIT:
-                    raise not_this_server(f"an event of more than {LINE_LIMIT >> 20} MiB")
+                self._size += len(value)
+                if self._size > LINE_LIMIT or len(self._data) > EVENT_LINES:
+                    raise not_this_server(f"an event of more than {LINE_LIMIT >> 20} MiB, or {EVENT_LINES} lines")
         return found
 
 

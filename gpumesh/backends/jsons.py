@@ -10,6 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 MIB = 1 << 20
+# Of JSON's punctuation in one document. What it costs to parse goes by its values, not by its bytes: a few MiB of
+# `[[],[],…` take a second and a gigabyte. The final line of /api/generate holds its whole context as numbers.
+MOST_VALUES = 300_000
+_SURELY_FEW = 64 << 10  # bytes
 _LARGEST = 1 << 62
 _FRACTION = re.compile(r"(\.\d{6})\d+")
 
@@ -22,16 +26,23 @@ def compact(document: Mapping[str, Any]) -> bytes:
         return json.dumps(document, separators=(",", ":")).encode()
 
 
-def parse(data: bytes) -> Any:
-    """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either)."""
+def has_more_values(data: bytes, most: int) -> bool:
+    return len(data) > _SURELY_FEW and sum(map(data.count, (b",", b":", b"[", b"{"))) > most
+
+
+def parse(data: bytes, *, most_values: int = MOST_VALUES) -> Any:
+    """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), or what
+    holds far more values than any answer does."""
+    if has_more_values(data, most_values):
+        return None
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
 
 
-def parse_object(data: bytes) -> dict[str, Any] | None:
-    document = parse(data)
+def parse_object(data: bytes, *, most_values: int = MOST_VALUES) -> dict[str, Any] | None:
+    document = parse(data, most_values=most_values)
     return document if isinstance(document, dict) else None
 
 

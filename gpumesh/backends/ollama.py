@@ -74,7 +74,7 @@ class Ollama:
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
         refusals.check(status, body)
-        document = jsons.parse_object(body)
+        document = refusals.read_list(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document
         raise (refusals.half_json(body, path) if status == 200 else None) or wrong_server(status, body, document, path)

@@ -76,7 +76,7 @@ class OpenAI:
             raise ProbeError("no answer to /v1/models", finding="backend-down")
         status, body = answer
         refusals.check(status, body)  # llama-server: 503 "Loading model"
-        document = jsons.parse_object(body)
+        document = refusals.read_list(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
             half = refusals.half_json(body, "/v1/models") if status == 200 else None
             raise half or _wrong_server(status, body)

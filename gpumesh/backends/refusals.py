@@ -10,6 +10,7 @@ from gpumesh.printable import printable
 
 # More are not read: they would be read every two seconds.
 MOST_MODELS = 10_000
+MOST_VALUES = 60 * MOST_MODELS  # of a list of so many, as jsons.py counts them: Ollama's has about 40 a model
 
 
 def check(status: int, body: bytes) -> None:
@@ -41,6 +42,14 @@ def not_now(status: int, body: bytes) -> ProbeError:
     else:
         hint = "see the server's log on its host (`journalctl -u ollama`, `docker logs`), and restart it"
     return ProbeError(f"the server says {said}", finding="backend-down", hint=hint)
+
+
+def read_list(body: bytes) -> dict[str, Any] | None:
+    """The object that holds a server's models; ``None`` for what is no object. Raises ProbeError for one that costs too
+    much to read."""
+    if jsons.has_more_values(body, MOST_VALUES):
+        raise more_models(f"its list of models has more than {MOST_VALUES} values")
+    return jsons.parse_object(body, most_values=MOST_VALUES)
 
 
 def half_json(body: bytes, path: str) -> ProbeError | None:

@@ -76,6 +76,9 @@ class Form(Protocol):
     def plain(self, frames: bytes) -> bool:
         """Whether these frames hold text and nothing else, so that none need be looked at in detail. Cheap."""
 
+    def end_of_last(self, frames: bytearray, start: int) -> int:
+        """Where the last frame that ends at or after ``start`` ends; 0 if none does."""
+
     def read(self, frame: bytes) -> Frame: ...
 
     def said(self, frames: bytes) -> Said:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpumesh.backends import jsons, words
 from gpumesh.backends.base import HttpCall
+from gpumesh.backends.frames import EVENT_LINES
 from gpumesh.backends.ollama import JSON
 from gpumesh.backends.resume_base import (
     SENTINEL,
@@ -50,7 +51,13 @@ class Events:
             return False
         return _MARKS.search(frames) is None
 
+    def end_of_last(self, frames: bytearray, start: int) -> int:
+        plain, after_cr = frames.rfind(b"\n\n", start), frames.rfind(b"\n\r\n", start)
+        return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
+
     def read(self, frame: bytes) -> Frame:
+        if frame.count(b"\n") > EVENT_LINES:
+            return Frame(error=f"an event of more than {EVENT_LINES} lines")
         data = event_data(frame)
         if not data:
             return Frame()

@@ -42,6 +42,9 @@ class Native:
     def plain(self, frames: bytes) -> bool:
         return _MARKS.search(frames) is None
 
+    def end_of_last(self, frames: bytearray, start: int) -> int:
+        return frames.rfind(b"\n", start) + 1
+
     def read(self, frame: bytes) -> Frame:
         if not frame.strip():
             return Frame()

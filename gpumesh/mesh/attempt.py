@@ -16,6 +16,7 @@ from gpumesh.balancer.outcomes import Outcome, judge, of_status
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.answer import WholeAnswer, error_answer
 from gpumesh.mesh.node import Lease
+from gpumesh.mesh.slice_queue import FRAMES
 from gpumesh.mesh.upstream import Upstream, UpstreamResponse
 
 STREAMING = frozenset({"application/x-ndjson", "text/event-stream"})
@@ -38,13 +39,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A stream that has begun; its lease is held. ``first`` is for the client. ``continuation`` is ``None`` for what
-    is no generated text (the progress of a pull …)."""
+    """A stream that has begun; its lease is held. ``first`` is for the client, ``unread`` what was read after it.
+    ``continuation`` is ``None`` for what is no generated text (the progress of a pull …)."""
 
     lease: Lease
     response: UpstreamResponse
     continuation: Continuation | None
     first: bytes
+    unread: bytes = b""
 
 
 async def attempt(
@@ -195,12 +197,16 @@ async def _held(lease: Lease, response: UpstreamResponse, call: HttpCall) -> Who
 async def _generated(lease: Lease, response: UpstreamResponse, continuation: Continuation) -> Opened | Failed:
     """Up to the first whole frame: until then the client has nothing, and another node can be asked anew."""
     node = lease.node
+    unread = b""
     while True:
-        data = await response.read()
+        if unread:
+            await asyncio.sleep(0)
+        data = unread or await response.read()
+        data, unread = data[:FRAMES], data[FRAMES:]
         first = continuation.feed(data) if data else continuation.end_of_body()
         if first:
             lease.began()
-            return Opened(lease, response, continuation, first)
+            return Opened(lease, response, continuation, first, unread)
         if continuation.cut is not None:
             response.abort()
             message = continuation.cut

@@ -13,6 +13,7 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.attempt import Failed, Opened
+from gpumesh.mesh.slice_queue import FRAMES
 from gpumesh.mesh.watch import Pauses, patience_s
 
 DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
@@ -59,6 +60,7 @@ class StreamingAnswer(Answer):
         self._deadline = self._loop.call_later(deadline_in_s, self._deadline_passed)
         self._watchdog: asyncio.TimerHandle | None = None
         self._ready = b""
+        self._unread = b""
         self._frames = 0
         self._count_at = 0.0
         self._begin(opened)
@@ -75,6 +77,7 @@ class StreamingAnswer(Answer):
         self._lease = opened.lease
         self._response = opened.response
         self._ready = opened.first
+        self._unread = opened.unread
         self._silent = False
         self._waiting_since = _NEVER
         self._longest = 0.0
@@ -100,7 +103,11 @@ class StreamingAnswer(Answer):
                 continue
             self._waiting_since = asked = self._clock()
             try:
-                data = await self._response.read()
+                if self._unread:
+                    await asyncio.sleep(0)
+                    data, self._unread = self._unread[:FRAMES], self._unread[FRAMES:]
+                else:
+                    data = await self._response.read()
             except StreamCut as error:
                 self._broke(error)
                 continue
@@ -117,6 +124,8 @@ class StreamingAnswer(Answer):
             elif continuation is None:
                 return data
             else:
+                if len(data) > FRAMES:  # may be thousands: between two slices of them others have their turn
+                    data, self._unread = data[:FRAMES], data[FRAMES:] + self._unread
                 self._frames += data.count(continuation.mark)
                 if now > self._count_at:
                     self._count(now)

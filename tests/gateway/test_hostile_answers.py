@@ -1,0 +1,111 @@
+"""What one host sends stops neither the other hosts nor their clients' streams."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+
+from gpumesh.lab.ollama import StandIn
+from gpumesh.state import Health
+from tests.gateway.fleet import MODEL, Running, node, quick, serving
+from tests.hostile_peers import (
+    NEVER_WHOLE,
+    SMALL_PARTS,
+    STALL_S,
+    WHOLE,
+    HostileServer,
+    endless,
+    largest_turn,
+    ollama_until_asked,
+)
+
+MEMORY_MIB = 64
+ATTACK_BYTES = 6 << 20
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+both = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+
+
+@asynccontextmanager
+async def beside_an_honest_node(hostile: HostileServer) -> AsyncIterator[Running]:
+    async with StandIn(quick("honest", tokens_per_s=100.0)) as honest:
+        nodes = (node("honest", honest.url, max_parallel=4), node("hostile", hostile.url, max_parallel=4))
+        async with serving(nodes, {"honest": honest}) as fleet:
+            yield fleet
+
+
+def most_memory_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+async def stream(fleet: Running, node_name: str, tokens: int, path: str = "/api/chat") -> tuple[int, bytes]:
+    """Status and the last bytes of an answer."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    body |= {"options": {"num_predict": tokens}, "max_tokens": tokens}
+    async with fleet.client.stream("POST", path, json=body, headers={"X-GPUMesh-Node": node_name}) as answer:
+        last = b""
+        async for piece in answer.aiter_raw():
+            last = (last + piece)[-500:]
+        return answer.status_code, last
+
+
+@pytest.mark.parametrize("part", NEVER_WHOLE)
+async def test_what_never_gets_whole_stops_nobody_else(part: str) -> None:
+    start, unit = NEVER_WHOLE[part]
+    with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit))) as hostile:
+        async with beside_an_honest_node(hostile) as fleet:
+            before = most_memory_mib()
+            honest = asyncio.create_task(stream(fleet, "honest", 60))
+            async with largest_turn() as turn:
+                status, last = await stream(fleet, "hostile", 1)
+                assert status in (502, 503) or b"error" in last
+                for _ in range(3):  # to whatever node they go first, the honest one answers them
+                    assert (await fleet.chat()).status_code == 200
+                assert b'"done":true' in (await honest)[1]
+                assert turn() < STALL_S
+            assert "/api/chat" in hostile.paths
+            assert hostile.sent < 32 << 20, "the buffers of some sockets, not what would have come"
+            assert most_memory_mib() - before < MEMORY_MIB
+            health = {one.name: one.health for one in fleet.mesh.snapshot().nodes}
+            assert health["honest"] is Health.HEALTHY
+
+
+@both
+@pytest.mark.parametrize("part", SMALL_PARTS)
+def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
+    start, unit = SMALL_PARTS[part]
+    path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
+
+    async def check() -> None:
+        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+            async with beside_an_honest_node(hostile) as fleet:
+                before = most_memory_mib()
+                honest = asyncio.create_task(stream(fleet, "honest", 60))
+                async with largest_turn() as turn:
+                    attacked = asyncio.create_task(stream(fleet, "hostile", 1, path))
+                    assert b'"done":true' in (await honest)[1]
+                    attacked.cancel()
+                    await asyncio.gather(attacked, return_exceptions=True)
+                    assert turn() < STALL_S
+                assert hostile.sent > 200 << 10
+                assert most_memory_mib() - before < MEMORY_MIB
+
+    run(check())
+
+
+@pytest.mark.parametrize("part", WHOLE)
+async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> None:
+    with HostileServer(ollama_until_asked(MODEL, lambda: iter([WHOLE[part]]))) as hostile:
+        async with beside_an_honest_node(hostile) as fleet:
+            before = most_memory_mib()
+            async with largest_turn() as turn:
+                answer = await fleet.chat(headers={"X-GPUMesh-Node": "hostile"})
+                assert answer.status_code in (200, 500)
+                assert turn() < STALL_S
+            assert most_memory_mib() - before < 2 * MEMORY_MIB
