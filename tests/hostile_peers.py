@@ -51,6 +51,13 @@ class HostileServer:
         for thread in self._threads:
             thread.join(10)
 
+    def head_came(self, head: bytes) -> None:
+        """Called for each request."""
+
+    @property
+    def connections(self) -> int:
+        return len(self._sockets)
+
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         self._threads.append(thread)
@@ -72,6 +79,7 @@ class HostileServer:
                         return
                     head += data
                 head, _, body = head.partition(b"\r\n\r\n")
+                self.head_came(head)
                 fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
                 while len(body) < int(fields.get(b"content-length", b"0")):
                     body += sock.recv(65536)

@@ -361,7 +361,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "models-too-many",
         E,
         "the server lists too many models",
-        "Its list has more than 10,000 models or is longer than 8 MiB. It is asked every two seconds, and nobody waits "
+        "Its list has more than 4,000 models or is longer than 8 MiB. It is asked every two seconds, and nobody waits "
         "for that.",
         "Remove what nobody uses (`ollama rm`, `gpumesh models rm`), or let a server of its own offer what you need.",
     ),

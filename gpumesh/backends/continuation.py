@@ -49,6 +49,7 @@ UNREAD_BYTES = 16 << 10
 FIRST_FRAMES = 64  # of those, among which one names the answer
 # No model's context holds so much; an answer that grows past it is passed on, but not held.
 TEXT_LIMIT = 8 << 20
+PIECE_BYTES = 64  # what a piece of it costs beside its text
 
 
 class Way(StrEnum):
@@ -271,7 +272,7 @@ class Continuation:
             self._texts.append(text)
         if thinking:
             self._thoughts.append(thinking)
-        self._size += len(text) + len(thinking)
+        self._size += len(text) + len(thinking) + PIECE_BYTES
         if self._size > TEXT_LIMIT:
             self._keeps = False
             self._texts, self._thoughts = [], []

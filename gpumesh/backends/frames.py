@@ -19,26 +19,23 @@ class Lines:
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._begun = bytearray()  # a line; a list of its pieces would cost far more memory than they are long
 
     def feed(self, data: bytes) -> list[bytes]:
         """Raises ProbeError for a line past the bound."""
         *lines, rest = data.split(b"\n")
         if lines:
-            lines[0] = b"".join((*self._parts, lines[0]))
-            self._parts, self._size = [], 0
-        if rest:
-            self._parts.append(rest)
-            self._size += len(rest)
-        if self._size > self._limit or (lines and len(lines[0]) > self._limit):
+            lines[0] = bytes(self._begun) + lines[0]
+            self._begun.clear()
+        self._begun += rest
+        if len(self._begun) > self._limit or (lines and len(lines[0]) > self._limit):
             raise not_this_server(f"a line of more than {self._limit >> 20} MiB")
         return [line.removesuffix(b"\r") for line in lines]
 
     def rest(self) -> bytes:
         """The line that the body ended in, if it ended in one."""
-        line = b"".join(self._parts)
-        self._parts, self._size = [], 0
+        line = bytes(self._begun)
+        self._begun.clear()
         return line.removesuffix(b"\r")
 
 

@@ -26,14 +26,14 @@ def compact(document: Mapping[str, Any]) -> bytes:
         return json.dumps(document, separators=(",", ":")).encode()
 
 
-def has_more_values(data: bytes, most: int) -> bool:
-    return len(data) > _SURELY_FEW and sum(map(data.count, (b",", b":", b"[", b"{"))) > most
+def has_too_many_values(data: bytes) -> bool:
+    return len(data) > _SURELY_FEW and sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES
 
 
-def parse(data: bytes, *, most_values: int = MOST_VALUES) -> Any:
+def parse(data: bytes) -> Any:
     """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), or what
     holds far more values than any answer does."""
-    if has_more_values(data, most_values):
+    if has_too_many_values(data):
         return None
     try:
         return json.loads(data)
@@ -41,8 +41,8 @@ def parse(data: bytes, *, most_values: int = MOST_VALUES) -> Any:
         return None
 
 
-def parse_object(data: bytes, *, most_values: int = MOST_VALUES) -> dict[str, Any] | None:
-    document = parse(data, most_values=most_values)
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    document = parse(data)
     return document if isinstance(document, dict) else None
 
 

@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gpumesh import config
+from gpumesh.backends.frames import Lines
 from gpumesh.cli.text import clean_line
-from gpumesh.errors import BackendError, BackendUnreachable
+from gpumesh.errors import BackendError, BackendUnreachable, ProbeError
 from gpumesh.state import BackendPhase, MeshState, NodeState
 
 if TYPE_CHECKING:
@@ -116,14 +117,14 @@ class Stores:
         try:
             response = await self._client.send(request, stream=True)
             try:
-                rest = b""
-                async for piece in response.aiter_bytes():
-                    *lines, rest = (rest + piece).split(b"\n")
-                    if len(rest) > LINE_LIMIT:
-                        raise BackendError("the server's answer is not what Ollama would say", node=node.name)
-                    for line in lines:
+                lines = Lines(LINE_LIMIT)
+                async for piece in response.aiter_raw():
+                    for line in lines.feed(piece):
                         yield read_line(line, response.status_code, node.name)
-                yield read_line(rest, response.status_code, node.name)
+                yield read_line(lines.rest(), response.status_code, node.name)
+            except ProbeError as error:  # a line without an end
+                message = "the server's answer is not what Ollama would say"
+                raise BackendError(message, node=node.name) from error
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:

@@ -33,9 +33,11 @@ async def upload(
             async with http.stream(
                 "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
             ) as response:
-                said = b""
+                received = bytearray()
                 async for piece in response.aiter_raw():  # as it came: a little that is packed can be gigabytes
-                    said += piece[: ANSWER_BYTES - len(said)]
+                    received += piece[: ANSWER_BYTES - len(received)]
+                    if len(received) == ANSWER_BYTES:
+                        break  # it may have no end
     except TimeoutError:
         if lease.aborted:
             lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
@@ -49,7 +51,7 @@ async def upload(
     except BaseException:
         lease.release(Outcome.CLIENT_GONE)
         raise
-    status = response.status_code
+    status, said = response.status_code, bytes(received)
     head = read_head(status, response.headers.raw, empty=not said)
     if head.problem is not None and not 400 <= status < 600:
         lease.release(Outcome.SERVER_ERROR, error=head.problem)

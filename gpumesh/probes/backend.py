@@ -155,7 +155,7 @@ async def ask_server(
         limit_s = timeout_s if name in required else min(timeout_s, OPTIONAL_S)
         try:
             async with asyncio.timeout(limit_s):
-                answer = await _get(client, url + call.path, headers, names)
+                answer = await get_bounded(client, url + call.path, headers, names)
         except ProbeError as error:
             return error if name in required else None
         except TimeoutError:
@@ -197,7 +197,7 @@ _OTHER_KEY = "it does not accept the key that it was given: check the variable t
 _LIST = (b'"models"', b'"data"')
 
 
-async def _get(
+async def get_bounded(
     client: httpx.AsyncClient, url: str, headers: Mapping[str, str], extensions: Mapping[str, str]
 ) -> tuple[int, bytes]:
     """Status and body, bounded. Raises ProbeError."""

@@ -1,22 +1,32 @@
 """The HTTP client of probes, and of whatever else is asked now and then: short calls, no proxies from the environment,
-no redirects to elsewhere."""
+no redirects to elsewhere, no compression. A caller bounds what it takes of a body, and for how long; it reads what came
+(``aiter_raw``), since what is unpacked has no bound."""
 
 from __future__ import annotations
 
 import ssl
 from functools import cache
 
+import httpcore
 import httpx
 
+from gpumesh.probes.paced_network import PacedNetwork
 from gpumesh.tunnels.unix_sockets import SUFFIX, split_url
 
 TIMEOUT_S = 10.0
+KEEPALIVE_S = 5.0  # as httpx has it
 
 
 def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncClient:
     """As many connections as are asked for: the caller bounds what runs at once. Raises, on use, ``httpx.HTTPError``
     for whatever a server does."""
-    return httpx.AsyncClient(transport=_Transport(), trust_env=False, follow_redirects=False, timeout=timeout)
+    return httpx.AsyncClient(
+        transport=_Transport(),
+        trust_env=False,
+        follow_redirects=False,
+        timeout=timeout,
+        headers={"Accept-Encoding": "identity"},
+    )
 
 
 @cache
@@ -31,6 +41,19 @@ def unix_place(url: httpx.URL) -> tuple[str, str] | None:
         return None
     unix = split_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
     return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else a host that is called unix
+
+
+def _pool(uds: str | None) -> httpx.AsyncHTTPTransport:
+    """httpx hands no network on to httpcore: its pool is replaced by one like it."""
+    transport = httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False)
+    transport._pool = httpcore.AsyncConnectionPool(
+        ssl_context=_tls(),
+        max_connections=None,
+        keepalive_expiry=KEEPALIVE_S,
+        uds=uds,
+        network_backend=PacedNetwork(),
+    )
+    return transport
 
 
 class _Transport(httpx.AsyncBaseTransport):
@@ -49,12 +72,7 @@ class _Transport(httpx.AsyncBaseTransport):
         origin = (request.url.scheme, request.url.host if unix is None else unix[0], request.url.port)
         pool = self._pools.get(origin)
         if pool is None:
-            pool = self._pools[origin] = httpx.AsyncHTTPTransport(
-                verify=_tls(),
-                trust_env=False,
-                limits=httpx.Limits(max_connections=None),
-                uds=None if unix is None else unix[0],
-            )
+            pool = self._pools[origin] = _pool(None if unix is None else unix[0])
         try:
             return await pool.handle_async_request(request)
         except (AttributeError, OSError) as error:

@@ -21,7 +21,7 @@ from gpumesh.audit.identity import store_mark
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
-from gpumesh.probes.backend import Answered, addressed, ask_server
+from gpumesh.probes.backend import Answered, addressed, ask_server, get_bounded
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.direct import is_loopback
@@ -110,10 +110,9 @@ async def _latency(
         async with asyncio.timeout(max(timeout_s, 0.0)):
             for _ in range(ROUNDS):
                 began = time.perf_counter()
-                response = await client.get(way.url + call.path, headers=headers, extensions=names)
-                await response.aread()
+                await get_bounded(client, way.url + call.path, headers, names)
                 took.append((time.perf_counter() - began) * 1000.0)
-    except (TimeoutError, httpx.HTTPError):
+    except (TimeoutError, ProbeError):
         pass  # what was measured until then is what is known
     return round(median(took[1:] or took), 3) if took else None
 

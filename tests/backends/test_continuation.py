@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.base import Chunk, HttpCall
 from gpumesh.backends.continuation import MAX_CUTS, REPEATS, UNREAD_BYTES, Continuation, Ending, Way, Ways
-from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.dialects import DIALECTS, counters_of
+from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT
 from gpumesh.topology import BackendKind
 from tests.backends.models import EVAL_NS, FORMS, Server, chat, generate, openai, raw
 
@@ -364,6 +366,33 @@ def test_a_frame_without_an_end_does_not_fill_memory() -> None:
     assert "MiB" in answer.cut
 
 
+@pytest.mark.parametrize("call", [chat(), openai()])
+def test_a_frame_in_small_pieces_costs_no_more_than_its_length(call: HttpCall) -> None:
+    answer, piece = begin(call), b"x" * 500
+    began = time.thread_time()
+    for _ in range((LINE_LIMIT - 1) // len(piece)):
+        assert answer.feed(piece) == b""
+    assert time.thread_time() - began < 2.0
+    assert answer.cut is None
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
+def test_an_event_ends_however_its_lines_end_and_wherever_it_is_cut(end: bytes) -> None:
+    events = b"".join(b'data: {"choices":[{"delta":{"content":"%d"}}]}' % one + end for one in range(3))
+    for size in range(1, len(events) + 1):
+        answer = begin(openai())
+        got = [answer.feed(events[start : start + size]) for start in range(0, len(events), size)]
+        assert b"".join(got) == events
+        assert all(one.endswith(b"\n") for one in got if one)
+        assert answer.text == "012"
+
+
+def test_an_event_of_thousands_of_lines_is_a_cut() -> None:
+    answer = begin(openai())
+    answer.feed(b'data: {"tool_calls":[]}\n' + b"data:\n" * 2 * EVENT_LINES + b"\n")
+    assert answer.cut == f"an event of more than {EVENT_LINES} lines"
+
+
 def test_a_node_that_fails_before_its_first_frame_leaves_no_trace() -> None:
     call, server = chat(), Server()
     frames = server.frames(call)
@@ -660,6 +689,16 @@ def test_an_answer_past_every_context_is_passed_on_but_not_held(monkeypatch: pyt
     ending = answer.on_cut()
     assert ending is not None
     assert "too long" in (ending.error or "")
+
+
+def test_figures_are_looked_for_among_the_last_lines_only() -> None:
+    figures = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":7}}\n\ndata: [DONE]\n\n'
+    told = counters_of(b"data: {}\n\n" * 1000 + figures)
+    assert told is not None
+    assert told.tokens == 7
+    began = time.thread_time()
+    assert counters_of(b"\n" * LINE_LIMIT) is None
+    assert time.thread_time() - began < 1.0
 
 
 def test_a_query_in_the_path_changes_nothing() -> None:

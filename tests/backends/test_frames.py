@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.backends.frames import LINE_LIMIT, Events, Lines
+from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT, Events, Lines
 from gpumesh.errors import ProbeError
 
 CUTS = st.lists(st.integers(0, 400), max_size=8)
@@ -113,3 +115,24 @@ def test_a_line_at_the_bound_passes(size: int) -> None:
     assert reader.feed(b"x" * size + b"\n") == [b"x" * size]
     with pytest.raises(ProbeError):
         Lines(limit=size).feed(b"x" * (size + 1))
+
+
+def test_a_line_in_small_pieces_costs_no_more_than_its_length() -> None:
+    """Of time and of memory: each byte is copied a few times, however many pieces came before it."""
+    lines, piece, count = Lines(), b"x" * 500, (LINE_LIMIT - 1) // 500
+    tracemalloc.start()
+    try:
+        began = time.thread_time()
+        for _ in range(count):
+            lines.feed(piece)
+        assert time.thread_time() - began < 2.0
+        assert tracemalloc.get_traced_memory()[0] < 2 * LINE_LIMIT
+    finally:
+        tracemalloc.stop()
+    assert lines.feed(b"\n") == [piece * count]
+
+
+def test_an_event_of_many_lines_is_refused() -> None:
+    with pytest.raises(ProbeError, match="event of more than"):
+        Events().feed(b"data:\n" * (EVENT_LINES + 2))
+    assert Events().feed(b"data:1\n" * EVENT_LINES + b"\n") == [b"\n".join([b"1"] * EVENT_LINES)]

@@ -96,3 +96,12 @@ def test_no_bytes_raise(data: bytes) -> None:
 def test_no_text_raises_as_an_instant(text: str) -> None:
     found = jsons.instant(text)
     assert found is None or found.tzinfo is UTC
+
+
+def test_a_document_of_far_more_values_than_an_answer_has_is_not_taken_apart() -> None:
+    for values in (b"[]", b'{"a":1}', b"1"):
+        document = b"[" + b",".join([values] * (jsons.MOST_VALUES + 1)) + b"]"
+        assert jsons.parse(document) is None
+    context = b'{"done":true,"context":[' + b",".join([b"128000"] * 262_144) + b"]}"
+    assert jsons.parse(context) is not None, "the final line of /api/generate, for the largest context there is"
+    assert jsons.parse(b'"' + b"a" * (8 << 20) + b'"') is not None

@@ -1,0 +1,90 @@
+"""What httpx reads of a server, a little at a time.
+
+h11, below httpx, bounds what it holds of a head or a line, but not how much it does at once: one read of 64 KiB can
+hold ten thousand chunks, or thousands of interim answers, and takes 100 ms in which nobody else has a turn. So reads
+are small and others come between them. A server that sends little but line ends is read slowly. A head is bounded to a
+third of what h11 takes, because its fields are all parsed at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from typing import Any
+
+import httpcore
+
+READ_BYTES = 4 << 10
+HEAD_BYTES = 32 << 10
+# Of a read: a model's entry in a list has longer lines. Chunks of one byte have 1,300 line ends in so many bytes.
+MANY_LINES = 256
+PAUSE_S = 0.02  # about twice what such a read costs
+
+
+class PacedNetwork(httpcore.AsyncNetworkBackend):
+    """httpcore's own way to connect."""
+
+    def __init__(self) -> None:
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _PacedStream(await self._network.connect_tcp(host, port, timeout, local_address, socket_options))
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _PacedStream(await self._network.connect_unix_socket(path, timeout, socket_options))
+
+    async def sleep(self, seconds: float) -> None:
+        await self._network.sleep(seconds)
+
+
+class _PacedStream(httpcore.AsyncNetworkStream):
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._head_size: int | None = 0  # of an answer, as far as it was read; None after its end
+        self._tail = b""
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
+        await asyncio.sleep(PAUSE_S if data.count(b"\n") > MANY_LINES else 0)
+        if self._head_size is not None:
+            self._count_head(data)
+        return data
+
+    def _count_head(self, data: bytes) -> None:
+        assert self._head_size is not None
+        self._head_size += len(data)
+        seen = self._tail + data
+        if b"\r\n\r\n" in seen or b"\n\n" in seen:
+            self._head_size = None
+        elif self._head_size > HEAD_BYTES:
+            raise httpcore.RemoteProtocolError(f"a head of more than {HEAD_BYTES >> 10} KiB")
+        self._tail = seen[-3:]
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        if self._head_size is None:  # the next request on this connection
+            self._head_size, self._tail = 0, b""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _PacedStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
