@@ -16,6 +16,7 @@ from gpumesh.daemon import journal
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local import LocalSession
 from gpumesh.daemon.lock import MeshLock
+from gpumesh.daemon.open_files import many_open_files
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, UsageError
 from gpumesh.state import MeshState
@@ -89,6 +90,7 @@ async def hosted(
     from gpumesh.mesh.mesh import Mesh
 
     async with AsyncExitStack() as stack:
+        stack.enter_context(many_open_files())
         stack.callback(_remove, paths, lock)
         handler = journal.write_to(paths.log)
         stack.callback(journal.stop_writing, handler)
