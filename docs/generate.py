@@ -186,7 +186,7 @@ def _raised() -> dict[str, type[GPUMeshError]]:
 def metrics() -> str:
     """Families tell their names and meanings before there is anything to count."""
     nothing = MeshState("", datetime(2026, 1, 1, tzinfo=UTC), GatewayState(), total(()), ())
-    families = [*gauges.of_state(nothing, {}), *gauges.of_server(0, 0), *Metrics().families()]
+    families = [*gauges.of_state(nothing, {}), *gauges.of_server(0, 0, 0), *Metrics().families()]
     lines = [
         "# Metrics",
         "",

@@ -130,7 +130,7 @@ def everything() -> dict[str, set[str]]:
     attempts = {"iceland": {Outcome.SERVED: 1}}
     families = [
         *gauges.of_state(states.typical(), attempts),
-        *gauges.of_server(1, 0),
+        *gauges.of_server(1, 0, 0),
         *metrics.families(),
         *gauges.process(),
     ]

@@ -239,6 +239,7 @@ class Gateway:
             return  # a preflight carries no key; who asks whether we are well, or for the empty page, needs none
         if not self._guard.key_allowed(request.headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
+        request.accept(self._spec.api_key_env)
 
     async def _route(self, request: Request, record: Record) -> Reply | Stream:
         path = record.path

@@ -27,5 +27,6 @@ class Bounds:
     body_bytes: int = 256 << 20  # images come inside of JSON
     linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
     write_s: float = 60.0  # a client that takes less than body_rate for so long is gone
+    stalled_s: float = 5.0  # a client that takes nothing of its stream for so long, while others wait for its node
     keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): it is they who close, and nothing races
     connections: int | None = None  # None: connections_allowed()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from gpumesh.gateway import errors, replies
+from gpumesh.gateway.admission import UNIX
 from gpumesh.gateway.exchange import Request
 from gpumesh.gateway.replies import Headers, Reply, json_reply
 from gpumesh.gateway.requests import Shape
@@ -97,6 +98,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+        peer = transport.get_extra_info("peername")
+        # A client of the Unix socket has no address: asyncio says "", where it does not know one None.
+        self.remote = peer[0] if isinstance(peer, tuple) else None if peer is None else UNIX
         why_not = self._server.admit(self)
         if why_not is not None:
             self.write(_plain(Refusal(503, why_not), ("Retry-After", "1")))
@@ -105,9 +109,6 @@ class Connection(asyncio.Protocol):
             else:
                 self._close()
             return
-        peer = transport.get_extra_info("peername")
-        # A client of the Unix socket has no address: asyncio says "", where it does not know one None.
-        self.remote = peer[0] if isinstance(peer, tuple) else None if peer is None else "unix"
         self._quiet_timer = self.loop.call_later(self.bounds.keepalive_s, self._quiet)
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
@@ -179,7 +180,7 @@ class Connection(asyncio.Protocol):
         """Its turn has come; a handler that has more of the body than it takes reads on by itself."""
         if self._queued:
             self._queued = False
-            if self._incoming is None or self._incoming.unread <= BODY_BUFFER:
+            if self._incoming is None or self._incoming.buffered <= BODY_BUFFER:
                 self.read_on()
 
     def pause_writing(self) -> None:
@@ -324,6 +325,7 @@ class Connection(asyncio.Protocol):
         self._waiting.append(one)
         if self._task is None:
             self._task = self.loop.create_task(self._work())
+            self._server.admission.becomes_busy(self)
         elif len(self._waiting) > AHEAD:
             self._pause_reading()
 
@@ -353,6 +355,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._task = None
             self._quiet_since = self.loop.time()
+            self._server.admission.becomes_idle(self)
 
     async def _serve(self, request: Request) -> bool:
         """Whether the connection goes on after it. Raises ConnectionError."""
@@ -453,9 +456,16 @@ class Connection(asyncio.Protocol):
         """Bytes that have been written and that not even the kernel has taken."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
+    @property
+    def untaken(self) -> int | None:
+        if self._transport is None:
+            return 0
+        in_kernel = _in_kernel(self._transport)
+        return None if in_kernel is None else self.unsent + in_kernel
+
     def _watch_taking(self) -> None:
         if self._write_timer is None and self._transport is not None and self.unsent:
-            left = self.unsent + _in_kernel(self._transport)
+            left = self.unsent + (_in_kernel(self._transport) or 0)
             self._write_timer = self.loop.call_later(self.bounds.write_s, self._see_taken, left)
 
     def _see_taken(self, before: int) -> None:
@@ -463,7 +473,7 @@ class Connection(asyncio.Protocol):
         self._write_timer = None
         if not self.unsent or self._transport is None:
             return
-        left = self.unsent + _in_kernel(self._transport)
+        left = self.unsent + (_in_kernel(self._transport) or 0)
         if before - left < self.bounds.body_rate * self.bounds.write_s:
             self.abort()
         else:
@@ -523,6 +533,17 @@ class Connection(asyncio.Protocol):
     def _busy(self) -> bool:
         return self._task is not None or self._in_head
 
+    def accept(self, key: str | None) -> str | None:
+        """A request of it is accepted; or why it must be refused."""
+        return self._server.accept(self, key)
+
+    def make_room(self) -> None:
+        """It is idle, and its place is another's now."""
+        if self._over or self.unsent:
+            self.abort()  # it would stay until its client has taken the rest
+        else:
+            self._close()
+
     def close_when_idle(self) -> None:
         """No more requests: an idle connection ends now, another after its answers."""
         self._closing = True
@@ -570,13 +591,14 @@ def _has_left(transport: asyncio.Transport) -> bool:
     return bool(poll.poll(0))
 
 
-def _in_kernel(transport: asyncio.Transport) -> int:
+def _in_kernel(transport: asyncio.Transport) -> int | None:
     """Bytes on their way that the client has not taken. It may be megabytes, a third of which has to go before the
-    kernel takes more: without them a slow client would look like one that stands still. 0 where they are not told."""
+    kernel takes more: without them a slow client would look like one that stands still. ``None`` where they are not
+    told."""
     try:
         told = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
-        return 0
+        return None
     return int.from_bytes(told, sys.byteorder)
 
 

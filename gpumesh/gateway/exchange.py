@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Protocol
 from urllib.parse import unquote
 
+from gpumesh.errors import GPUMeshError, QueueFull
 from gpumesh.gateway import replies
 from gpumesh.gateway.bounds import Bounds
 from gpumesh.gateway.record import Record
@@ -28,6 +29,11 @@ class Carrier(Protocol):
     full: bool
     remote: str | None
 
+    @property
+    def untaken(self) -> int | None:
+        """Bytes that were written and that the client's system has not acknowledged; ``None`` where that is not
+        known."""
+
     def keeps(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
 
@@ -39,6 +45,16 @@ class Carrier(Protocol):
 
     def read_on(self) -> None:
         """What waited has been taken: more may be read."""
+
+    def accept(self, key: str | None) -> str | None:
+        """A request with this key is accepted; or why it must be refused."""
+
+
+class ClientStalled(GPUMeshError):
+    """A client does not read, and others wait."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the client took nothing of this answer for {seconds:g} s, and others wait for its node")
 
 
 class Request:
@@ -93,6 +109,13 @@ class Request:
     def remote(self) -> str | None:
         """The client's address."""
         return self._connection.remote
+
+    def accept(self, key: str | None) -> None:
+        """It may be served, as far as who asks is concerned: the client's key counts its connections from now on.
+        Raises QueueFull when those with this key are too many."""
+        refusal = self._connection.accept(key)
+        if refusal is not None:
+            raise QueueFull(refusal, retry_after_s=1.0)
 
     async def body(self) -> bytes:
         """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
@@ -166,12 +189,12 @@ class Request:
     def body_ended(self) -> bool:
         return self._body.whole
 
-    # -- the connection's side -----------------------------------------------------------------------------------
-
     @property
-    def unread(self) -> int:
+    def buffered(self) -> int:
         """Bytes of the body that wait for the handler."""
-        return self._body.size
+        return self._body.buffered
+
+    # -- the connection's side -----------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> int:
         """A piece of the body; how many bytes wait now."""
@@ -184,13 +207,13 @@ class Request:
 class Body:
     """A request's body on its way from the parser to the handler."""
 
-    __slots__ = ("_waiter", "broken", "complete", "pieces", "size")
+    __slots__ = ("_waiter", "broken", "buffered", "complete", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.complete = False
         self.broken = False
-        self.size = 0
+        self.buffered = 0
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -199,9 +222,9 @@ class Body:
 
     def feed(self, data: bytes) -> int:
         self.pieces.append(data)
-        self.size += len(data)
+        self.buffered += len(data)
         self._wake()
-        return self.size
+        return self.buffered
 
     def end(self, *, broken: bool) -> None:
         self.complete = True
@@ -211,7 +234,7 @@ class Body:
     def take(self) -> bytes:
         data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces.clear()
-        self.size = 0
+        self.buffered = 0
         return data
 
     async def more(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -259,9 +282,19 @@ class Stream:
             self._request.begun = True
         self._connection.write(out)
 
-    async def drain(self) -> None:
-        """Waits until the client has taken most of it. Raises ConnectionError when the client is gone."""
-        await self._connection.room()
+    async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
+        """Waits until the client has taken most of it. Raises ConnectionError when the client is gone, and
+        ClientStalled when it has taken nothing for ``stalled_s`` and, as ``is_wanted`` tells, others wait for what it
+        holds."""
+        connection = self._connection
+        while connection.full:
+            before = connection.untaken
+            try:
+                async with asyncio.timeout(connection.bounds.stalled_s):
+                    await connection.room()
+            except TimeoutError:
+                if before is not None and before <= (connection.untaken or 0) and is_wanted():
+                    raise ClientStalled(connection.bounds.stalled_s) from None
 
     def end(self) -> None:
         self.ended = True

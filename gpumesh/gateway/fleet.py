@@ -45,7 +45,7 @@ class Fleet:
     async def metrics(self, _request: Request) -> Reply:
         families = [
             *gauges.of_state(self._mesh.snapshot(), self._mesh.attempts),
-            *gauges.of_server(self._server.connections, self._server.turned_away),
+            *gauges.of_server(self._server.connections, self._server.turned_away, self._server.made_room),
             *self._metrics.families(),
             *gauges.process(),
         ]

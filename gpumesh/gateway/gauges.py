@@ -41,12 +41,17 @@ def of_state(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) ->
     )
 
 
-def of_server(connections: int, turned_away: int) -> Iterator[Family]:
+def of_server(connections: int, turned_away: int, made_room: int) -> Iterator[Family]:
     yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
     yield counter(
         "gpumesh_client_connections_refused_total",
         "Connections past what the process can hold.",
         [((), float(turned_away))],
+    )
+    yield counter(
+        "gpumesh_client_connections_closed_for_others_total",
+        "Idle connections that were closed because others were needed.",
+        [((), float(made_room))],
     )
 
 

@@ -95,7 +95,7 @@ async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | St
         async for data in answer:
             stream.write(data)
             if stream.full:
-                await stream.drain()
+                await stream.drain(answer.is_wanted)
     except GPUMeshError as error:
         words = errors.words_of(error)
         stream.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from gpumesh.gateway.admission import Admission, Admitted, Refused, address_of
 from gpumesh.gateway.bounds import Bounds, connections_allowed
 from gpumesh.gateway.connection import Connection
 from gpumesh.gateway.exchange import Handler
@@ -19,7 +20,7 @@ AWAY = 64  # connections past the bound that may linger, so that their refusal i
 class Server:
     """Makes a ``Connection`` for each client (``loop.create_server(server, …)``), all for one handler.
 
-    ``turned_away`` counts those past the bound.
+    ``turned_away`` counts those past the bound, ``made_room`` the idle ones that were closed for others.
     """
 
     def __init__(self, handler: Handler, bounds: Bounds, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,8 +29,11 @@ class Server:
         self.turned_away = 0
         self.slices = SliceQueue()
         self._clock = clock
-        self._most = connections_allowed() if bounds.connections is None else bounds.connections
-        self._connections: set[Connection] = set()
+        self.made_room = 0
+        self.admission: Admission[Connection] = Admission(
+            connections_allowed() if bounds.connections is None else bounds.connections
+        )
+        self._connections: set[Connection] = set()  # with those that are about to end
         self._away: set[Connection] = set()
         self._closing = False
 
@@ -38,18 +42,33 @@ class Server:
 
     @property
     def connections(self) -> int:
-        return len(self._connections)
+        return self.admission.count
 
     def record(self, method: str) -> Record:
         return Record(self._clock, self._clock(), method, "")
 
     def admit(self, connection: Connection) -> str | None:
         """Why it must go, or ``None``."""
-        if not self._closing and len(self._connections) < self._most:
+        reason: str | None = "the gateway is stopping"
+        if not self._closing:
+            reason = self._made_room(self.admission.admit(connection, address_of(connection.remote)))
+        if reason is None:
             self._connections.add(connection)
-            return None
-        self.turned_away += 1
-        return "the gateway is stopping" if self._closing else "too many connections"
+        else:
+            self.turned_away += 1
+        return reason
+
+    def accept(self, connection: Connection, key: str | None) -> str | None:
+        """A request of it is accepted, with this key (``None``: none is asked for); or why it must be refused."""
+        return self._made_room(self.admission.show_key(connection, key))
+
+    def _made_room(self, decision: Admitted[Connection] | Refused) -> str | None:
+        if isinstance(decision, Refused):
+            return decision.reason
+        if decision.instead_of is not None:
+            self.made_room += 1
+            decision.instead_of.make_room()
+        return None
 
     def may_linger(self, connection: Connection) -> bool:
         """Whether one that was turned away may stay until its refusal is seen."""
@@ -59,6 +78,7 @@ class Server:
         return True
 
     def forget(self, connection: Connection) -> None:
+        self.admission.forget(connection)
         self._connections.discard(connection)
         self._away.discard(connection)
 

@@ -53,6 +53,10 @@ class Answer:
     def expire(self, words: str) -> None:
         """Its deadline is now: whoever iterates gets DeadlineExceeded with these words. Harmless when it has ended."""
 
+    def is_wanted(self) -> bool:
+        """Whether other requests wait for the slot on a node that this one holds."""
+        return False
+
     async def aclose(self) -> None:
         """Ends the request, whatever is left of it. Harmless when it has ended."""
 

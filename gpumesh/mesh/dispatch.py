@@ -15,7 +15,7 @@ from random import Random
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
-from gpumesh.balancer.select import has_model, select, why_none
+from gpumesh.balancer.select import group_of, has_model, select, why_none
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.node import Lease, Node
 from gpumesh.state import WaitingState
@@ -76,6 +76,21 @@ class Dispatcher:
     def queued_for(self, node: str) -> int:
         """Those that wait for this node and no other."""
         return sum(waiting.item.demand.node == node for waiting in self._queue)
+
+    def is_wanted(self, node: str) -> bool:
+        """Whether a request waits that a slot on this node, or on one that shares its GPU, would be given to."""
+        candidates = self._candidates()
+        groups = {group_of(candidate) for candidate in candidates if candidate.name == node}
+        asked: set[tuple[Demand, frozenset[str]]] = set()
+        for waiting in self._queue:
+            waiter = waiting.item
+            key = (_key(waiter.demand), waiter.exclude)
+            if waiter.granted.done() or key in asked:
+                continue
+            asked.add(key)
+            if any(group_of(one) in groups for one in select(candidates, key[0], exclude=waiter.exclude).later):
+                return True
+        return False
 
     def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
         """Whether any other node takes such work, now or when it has a free place."""

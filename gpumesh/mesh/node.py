@@ -78,6 +78,10 @@ class Lease:
             self._released = True
             self.node.released(self, outcome, counters, error)
 
+    @property
+    def released(self) -> bool:
+        return self._released
+
     def began(self) -> None:
         """Its answer has begun: after failures the node need not wait for its end to be given more."""
         self.movable = None

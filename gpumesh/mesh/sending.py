@@ -99,6 +99,9 @@ class Sending:
     def elsewhere(self, node: str) -> bool:
         return self._means.dispatcher.could_serve(self._demand, exclude=frozenset({node}))
 
+    def is_wanted(self, node: str) -> bool:
+        return self._means.dispatcher.is_wanted(node)
+
     async def rest(self, continuation: Continuation, failed: Failed) -> Opened | Ending:
         self._failures, self._exclude, self._rounds = [failed], frozenset({failed.node}), 1
         while True:

@@ -30,6 +30,9 @@ class Onward(Protocol):
     def elsewhere(self, node: str) -> bool:
         """Whether any other node could go on with this answer."""
 
+    def is_wanted(self, node: str) -> bool:
+        """Whether other requests wait for a slot on this node."""
+
     async def rest(self, continuation: Continuation, failed: Failed) -> Opened | Ending:
         """The stream of the node that goes on, or the answer's end. Raises GPUMeshError when nobody can."""
 
@@ -71,6 +74,9 @@ class StreamingAnswer(Answer):
 
     def error_frame(self, message: str) -> bytes | None:
         return None if self._continuation is None else self._continuation.error_frame(message)
+
+    def is_wanted(self) -> bool:
+        return not self._lease.released and self._onward.is_wanted(self._lease.node.name)
 
     def _begin(self, opened: Opened) -> None:
         """From now on this node's stream is the answer."""

@@ -83,6 +83,7 @@ def test_this_process() -> None:
 
 
 def test_the_server() -> None:
-    text = render(gauges.of_server(3, 7))
+    text = render(gauges.of_server(3, 7, 2))
     assert metric(text, "gpumesh_client_connections") == 3
     assert metric(text, "gpumesh_client_connections_refused_total") == 7
+    assert metric(text, "gpumesh_client_connections_closed_for_others_total") == 2

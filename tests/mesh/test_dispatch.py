@@ -346,3 +346,26 @@ async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_onc
         assert made.in_flight() == 4
         for lease in again:
             lease.undo()
+
+
+async def test_a_slot_is_wanted_while_a_request_waits_that_it_would_be_given_to() -> None:
+    async with desk("a", "b", max_parallel=1) as made:
+        leases = [await made.acquire(Demand(MODEL, node=name)) for name in ("a", "b")]
+        assert not made.dispatcher.is_wanted("a")
+        only_b = await made.waits(Demand(MODEL, node="b"))
+        assert not made.dispatcher.is_wanted("a")
+        assert made.dispatcher.is_wanted("b")
+        not_a = await made.waits(exclude=frozenset({"a"}))
+        assert not made.dispatcher.is_wanted("a")
+        either = await made.waits()
+        assert made.dispatcher.is_wanted("a")
+        made.nodes["a"].group = made.nodes["b"].group = "one GPU"
+        either.cancel()
+        await asyncio.gather(either, return_exceptions=True)
+        assert made.dispatcher.is_wanted("a"), "what waits for the other node waits for the same GPU"
+        for waiting in (only_b, not_a):
+            waiting.cancel()
+        await asyncio.gather(only_b, not_a, return_exceptions=True)
+        assert not made.dispatcher.is_wanted("b")
+        for lease in leases:
+            lease.release(Outcome.SERVED)

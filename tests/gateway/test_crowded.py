@@ -1,0 +1,245 @@
+"""Clients that hold what others need: connections, and slots on nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+
+from gpumesh.gateway.bounds import Bounds
+from gpumesh.topology import GatewaySpec
+from tests.gateway.fleet import MODEL, A, Running, metric, node, raw, running, serving
+from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+from tests.tunnels.polling import until
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+KEY = "k-crowded"
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+both = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+
+
+def post(body: bytes, *more: str) -> bytes:
+    lines = ["POST /api/chat HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *more]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def chat(prompt: str, *, stream: bool) -> bytes:
+    return json.dumps({"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": stream}).encode()
+
+
+def connections(fleet: Running) -> int:
+    return fleet.gateway._server.connections
+
+
+@asynccontextmanager
+async def crowd(port: int, count: int, said: bytes) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """So many connections, one after the other, each of which sends this and then waits."""
+    async with AsyncExitStack() as stack:
+        readers = []
+        for _ in range(count):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            writer.write(said)
+            readers.append(reader)
+        yield readers
+
+
+@both
+@pytest.mark.parametrize(
+    "said", [b"", GET, GET[:-2], b"GET", b"\r\n"], ids=["nothing", "a request", "half", "a word", "blank"]
+)
+def test_idle_connections_lock_nobody_out(run: Run, said: bytes) -> None:
+    async def main() -> None:
+        async with running(A, bounds=Bounds(connections=16)) as fleet, crowd(fleet.port, 40, said) as crowded:
+            await until(lambda: connections(fleet) == 16, "all are taken")
+            for _ in range(3):
+                assert b"Ollama is running" in await raw(
+                    fleet.port, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+                )
+            assert (await fleet.chat()).status_code == 200
+            told = (await fleet.client.get("/metrics")).text
+            assert metric(told, "gpumesh_client_connections_refused_total") == 0
+            assert metric(told, "gpumesh_client_connections_closed_for_others_total") >= 24
+            await asyncio.wait_for(crowded[0].read(), 10)  # the first has been closed, after its answer if it asked
+            assert crowded[0].at_eof()
+            assert connections(fleet) <= 16
+
+    run(main())
+
+
+@both
+def test_who_is_being_served_makes_no_room(run: Run) -> None:
+    async def main() -> None:
+        release = asyncio.Event()
+
+        async def slow(exchange: Exchange) -> None:
+            if not exchange.head.startswith(b"POST"):
+                await probed(exchange)
+                return
+            await release.wait()
+            await exchange.send(whole(b'{"done":true}'))
+
+        async with serve(slow) as scripted, serving((node("a", scripted.url),), bounds=Bounds(connections=4)) as fleet:
+            served, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
+            writer.write(post(chat("hi", stream=False), "Connection: close"))
+            await until(lambda: fleet.mesh.books.in_flight == 1, "it is being served")
+            async with crowd(fleet.port, 20, b""):
+                await until(lambda: connections(fleet) == 4, "all are taken")
+                release.set()
+                assert (await asyncio.wait_for(served.read(), 10)).endswith(b'{"done":true}')
+            writer.close()
+
+    run(main())
+
+
+async def test_strangers_go_before_clients_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROWDED_KEY", KEY)
+    spec = GatewaySpec(api_key_env="CROWDED_KEY")
+    authorized = GET.replace(b"\r\n\r\n", f"\r\nx-api-key: {KEY}\r\n\r\n".encode())
+    async with running(A, spec=spec, bounds=Bounds(connections=8)) as fleet:
+        known, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
+        writer.write(authorized)
+        await known.readuntil(b"Ollama is running")
+        healthy = GET.replace(b"GET /", b"GET /healthz")
+        async with crowd(fleet.port, 40, healthy):  # whoever asks that needs no key
+            await until(lambda: connections(fleet) == 8, "all are taken")
+            writer.write(authorized)
+            await asyncio.wait_for(known.readuntil(b"Ollama is running"), 10)
+        writer.close()
+
+
+async def test_one_key_cannot_hold_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROWDED_KEY", KEY)
+    release = asyncio.Event()
+
+    async def slow(exchange: Exchange) -> None:
+        if not exchange.head.startswith(b"POST"):
+            await probed(exchange)
+            return
+        await release.wait()
+        await exchange.send(whole(b'{"done":true}'))
+
+    spec = GatewaySpec(api_key_env="CROWDED_KEY")
+    async with (
+        serve(slow) as scripted,
+        serving((node("a", scripted.url, max_parallel=100),), spec=spec, bounds=Bounds(connections=8)) as fleet,
+        crowd(fleet.port, 6, post(chat("hi", stream=False), f"x-api-key: {KEY}")) as waiting,
+    ):
+        await until(lambda: fleet.mesh.books.in_flight == 6, "they are being served")
+        refused = await fleet.chat(headers={"x-api-key": KEY})
+        assert refused.status_code == 503
+        assert "with this key" in refused.json()["error"]
+        assert refused.headers["Retry-After"] == "1"
+        assert (await fleet.client.get("/healthz")).status_code == 200
+        release.set()
+        for reader in waiting:
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        assert (await fleet.chat(headers={"x-api-key": KEY})).status_code == 200
+
+
+# -- slots -----------------------------------------------------------------------------------------------------------
+
+LINE = b'{"message": {"content": "%s"}, "done": false}\n' % (b"x" * 60_000)
+DONE = b'{"done":true,"done_reason":"stop"}\n'
+
+
+async def probed(exchange: Exchange) -> None:
+    kind = exchange.head.split()[1].rpartition(b"/")[2].decode()
+    known = {"version": "0.12.6"} if kind == "version" else {"models": [{"name": MODEL}]}
+    await exchange.send(whole(json.dumps(known).encode()))
+
+
+async def much_or_little(exchange: Exchange) -> None:
+    """More than any buffer holds to who asks for much, a word to others."""
+    if not exchange.head.startswith(b"POST"):
+        await probed(exchange)
+        return
+    await exchange.send(chunked_head())
+    if b"much" in exchange.body:
+        for _ in range(500):
+            await exchange.send(chunk(LINE))
+    await exchange.send(chunk(DONE) + LAST_CHUNK)
+
+
+async def small_window(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    ours = socket.socket()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    ours.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(ours, ("127.0.0.1", port))
+    return await asyncio.open_connection(sock=ours, limit=1 << 16)
+
+
+@both
+def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
+    async def main() -> None:
+        bounds = Bounds(stalled_s=0.3)
+        async with (
+            serve(much_or_little) as scripted,
+            serving((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
+        ):
+            reader, writer = await small_window(fleet.port)
+            writer.write(post(chat("much", stream=True), "Connection: close"))
+            await until(lambda: any(one.full for one in fleet.gateway._server._connections), "it takes no more")
+            async with asyncio.timeout(20):
+                assert (await fleet.chat("little", stream=True)).status_code == 200
+            assert fleet.mesh.books.cancelled == 1
+            told = b""
+            while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
+                told = (told + piece)[-1000:]
+            assert b'{"error":"the client took nothing of this answer for 0.3 s' in told
+            assert told.endswith(b"0\r\n\r\n"), "it is told so, when it reads on"
+            writer.close()
+
+    run(main())
+
+
+async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = Bounds(stalled_s=0.05)
+    async with serve(much_or_little) as scripted, serving((node("a", scripted.url),), bounds=bounds) as fleet:
+        reader, writer = await small_window(fleet.port)
+        writer.write(post(chat("much", stream=True), "Connection: close"))
+        await until(lambda: any(one.full for one in fleet.gateway._server._connections), "it takes no more")
+        is_wanted, asked = fleet.mesh._dispatcher.is_wanted, 0
+
+        def counted(name: str) -> bool:
+            nonlocal asked
+            asked += 1
+            return is_wanted(name)
+
+        monkeypatch.setattr(fleet.mesh._dispatcher, "is_wanted", counted)
+        await until(lambda: asked >= 3, "it has taken nothing for three times as long as it may")
+        assert fleet.mesh.books.in_flight == 1
+        told = b""
+        while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
+            told = (told + piece)[-1000:]
+        assert DONE in told
+        writer.close()
+
+
+@pytest.mark.slow
+async def test_who_reads_slowly_but_steadily_is_not_disturbed_by_those_that_wait() -> None:
+    bounds = Bounds(stalled_s=0.5)
+    async with (
+        serve(much_or_little) as scripted,
+        serving((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port, limit=1 << 16)
+        writer.write(post(chat("much", stream=True), "Connection: close"))
+        await reader.readuntil(b"\r\n\r\n")
+        waiting = asyncio.create_task(fleet.chat("little", stream=True))
+        await until(lambda: fleet.mesh._dispatcher.queued == 1, "another waits")
+        told, began = b"", asyncio.get_running_loop().time()
+        while piece := await asyncio.wait_for(reader.read(1 << 17), 20):
+            told = (told + piece)[-1000:]
+            await asyncio.sleep(0.01)  # a slow reader is what is tested
+        assert asyncio.get_running_loop().time() - began > 2 * bounds.stalled_s
+        assert DONE in told
+        assert (await waiting).status_code == 200
+        writer.close()
