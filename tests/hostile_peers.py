@@ -90,6 +90,40 @@ class HostileServer:
                     self.sent += len(piece)
 
 
+@dataclass
+class HostileSpeaker:
+    """Says ``words`` to whoever connects, unasked."""
+
+    words: Callable[[], Endless]
+    listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+    sent: int = 0
+    _thread: threading.Thread | None = None
+
+    @property
+    def port(self) -> int:
+        return int(self.listener.getsockname()[1])
+
+    def __enter__(self) -> HostileSpeaker:
+        self._thread = threading.Thread(target=self._speak, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        if self._thread is not None:
+            self._thread.join(10)
+
+    def _speak(self) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self.listener.accept()
+            with sock:
+                for piece in self.words():
+                    sock.sendall(piece)
+                    self.sent += len(piece)
+
+
 def json_answer(document: object) -> bytes:
     body = json.dumps(document).encode()
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body

@@ -34,6 +34,8 @@ from gpumesh.tunnels.killable import SHELL_TEST
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
 GREETING_LIMIT = 512
+GREETING_BYTES = 32 << 10  # RFC 4253 section 4.2: lines may come before the version, and each is short
+PACKET_BYTES = 256 << 10  # as OpenSSH has it; a channel of ours takes far smaller ones
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)
 
 
@@ -91,8 +93,30 @@ class BufferedSocket:
         return self._sock.fileno() < 0
 
 
-class Packetizer(paramiko.packet.Packetizer):
-    """paramiko's, without what it does for each packet that is needed for the first ones only: of a stream of tokens,
+class BoundedPacketizer(paramiko.packet.Packetizer):
+    """paramiko's, with a bound for what a host announces or begins: a line of its greeting, or a packet. paramiko would
+    collect 4 GiB of either, joining them anew with each piece."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self._greeting_size = 0
+
+    def _read_timeout(self, timeout: float) -> bytes:
+        """A piece of a line of the greeting: the only thing that is read by lines."""
+        piece: bytes = super()._read_timeout(timeout)  # type: ignore[misc]
+        self._greeting_size += len(piece)
+        if self._greeting_size > GREETING_BYTES:
+            raise paramiko.SSHException(f"a greeting of more than {GREETING_BYTES >> 10} KiB")
+        return piece
+
+    def read_all(self, n: int, check_rekey: bool = False) -> bytes:
+        if n > PACKET_BYTES:
+            raise paramiko.SSHException(f"a packet of {n} bytes")
+        return super().read_all(n, check_rekey)
+
+
+class Packetizer(BoundedPacketizer):
+    """Without what it does for each packet that is needed for the first ones only: of a stream of tokens,
     each of which is a packet, that is a third of the work."""
 
     def __init__(self, sock: BufferedSocket) -> None:
@@ -165,7 +189,7 @@ def handshake(
     The host's key has been proved to be the host's, not yet to be one that we trust.
     """
     carrier: Any = BufferedSocket(sock) if isinstance(sock, socket.socket) else sock
-    transport = paramiko.Transport(carrier, packetizer_class=Packetizer if carrier is not sock else None)
+    transport = paramiko.Transport(carrier, packetizer_class=Packetizer if carrier is not sock else BoundedPacketizer)
     try:
         options = transport.get_security_options()
         options.ciphers = _first(FAST_CIPHERS, options.ciphers)

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.errors import ConnectRefused, ConnectTimeout
+from gpumesh.errors import ConnectRefused, ConnectTimeout, TunnelError
 from gpumesh.topology import Target
 from gpumesh.tunnels import handshake
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.handshake import BufferedSocket, parse_jump, tcp_connect
 from gpumesh.tunnels.protocol import Setup
 from gpumesh.tunnels.via_sshtunnel import connect
+from tests.hostile_peers import HostileSpeaker, endless
 from tests.parts import needs
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.test_via_sshtunnel import Told
@@ -162,3 +163,27 @@ async def test_a_connection_that_comes_in_crumbs(tmp_path: object) -> None:
                 data = rng.randbytes(50_000)
                 assert await exchange(local.getsockname()[1], data) == data
                 await connection.close()
+
+
+# -- hosts that send without end -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "unit"),
+    [
+        (b"", b"a"),
+        (b"SSH-2.0-x", b"a"),
+        (b"", b"a line before the version\r\n"),
+        (b"SSH-2.0-x\r\n", b"\x7f\xff\xff\xfc" + b"\x04" * 12),
+    ],
+    ids=["a line", "a version", "lines", "a packet"],
+)
+def test_what_never_gets_whole_is_not_collected(start: bytes, unit: bytes) -> None:
+    """paramiko alone takes it until its time is over, joining it anew with each piece."""
+    with HostileSpeaker(lambda: endless(start, unit)) as host:
+        sock = socket.create_connection(("127.0.0.1", host.port))
+        before = time.process_time()
+        with pytest.raises(TunnelError):
+            handshake.handshake(sock, host="127.0.0.1", port=host.port, deadline=Deadline(20.0, time.monotonic))
+        assert time.process_time() - before < 5.0
+        assert host.sent < 16 << 20, "the buffers of two sockets, not what would have come"
