@@ -45,7 +45,8 @@ MAX_CUTS = 3
 # Ollama's runner stops, silently, after one token came more than 30 times; what it gave up is not continued.
 REPEATS = 30
 # Passed on unread up to here; then read, so that a long answer is held as its text and not as its frames.
-UNREAD_BYTES = 16 << 10
+UNREAD_BYTES = 64 << 10
+UNREAD_FRAMES = 4096  # so many in so few bytes hold no text
 FIRST_FRAMES = 64  # of those, among which one names the answer
 # No model's context holds so much; an answer that grows past it is passed on, but not held.
 TEXT_LIMIT = 8 << 20
@@ -249,6 +250,9 @@ class Continuation:
         if not self._unread:
             return
         unread, self._unread = bytes(self._unread), bytearray()
+        if unread.count(self.mark) > UNREAD_FRAMES:
+            self._forget_text()
+            return
         if self._head is None:
             first = islice(self._split(unread), FIRST_FRAMES)
             self._head = next((found for raw in first if (found := self._form.read(raw).document)), None)
@@ -274,8 +278,12 @@ class Continuation:
             self._thoughts.append(thinking)
         self._size += len(text) + len(thinking) + PIECE_BYTES
         if self._size > TEXT_LIMIT:
-            self._keeps = False
-            self._texts, self._thoughts = [], []
+            self._forget_text()
+
+    def _forget_text(self) -> None:
+        """From now on it is passed on, and cannot be continued."""
+        self._keeps = False
+        self._texts, self._thoughts = [], []
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
