@@ -13,6 +13,7 @@ MIB = 1 << 20
 # Of JSON's punctuation in one document. What it costs to parse goes by its values, not by its bytes: a few MiB of
 # `[[],[],…` take a second and a gigabyte. The final line of /api/generate holds its whole context as numbers.
 MOST_VALUES = 300_000
+MOST_BYTES = 16 << 20
 _SURELY_FEW = 64 << 10  # bytes
 _LARGEST = 1 << 62
 _FRACTION = re.compile(r"(\.\d{6})\d+")
@@ -27,7 +28,9 @@ def compact(document: Mapping[str, Any]) -> bytes:
 
 
 def has_too_many_values(data: bytes) -> bool:
-    return len(data) > _SURELY_FEW and sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES
+    if len(data) <= _SURELY_FEW:
+        return False
+    return len(data) > MOST_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES
 
 
 def parse(data: bytes) -> Any:

@@ -114,6 +114,7 @@ class SharedLoads:
             # Our own heartbeat comes back here: silence for longer means that the connection is dead.
             async with asyncio.timeout(HEARTBEAT_S + ANSWER_S):
                 message = await heard.get_message(timeout=None)
+                await asyncio.sleep(0)  # hundreds may have come together
             data = message.get("data") if message is not None else None
             raise_if_cancelled()
             if isinstance(data, bytes) and self._peers.hear(data, self._clock()):

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gpumesh.backends import jsons
+from gpumesh.backends.refusals import MOST_MODELS
 from gpumesh.balancer.select import full_name
 
 
@@ -40,13 +42,10 @@ def openai_models(bodies: Iterable[bytes]) -> bytes:
 
 def _entries(bodies: Iterable[bytes], key: str, name: str) -> Iterable[dict[str, Any]]:
     for body in bodies:
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
-            continue
+        document = jsons.parse(body)
         entries = document.get(key) if isinstance(document, Mapping) else None
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, dict) and isinstance(entry.get(name), str):
+        for entry in jsons.objects(entries, MOST_MODELS):
+            if isinstance(entry.get(name), str):
                 yield entry
 
 

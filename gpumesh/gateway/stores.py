@@ -28,9 +28,10 @@ from typing import Any, TypeVar
 from gpumesh.backends import jsons
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.frames import Lines
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import has_model, why_none
-from gpumesh.errors import BackendError, GPUMeshError
+from gpumesh.errors import BackendError, GPUMeshError, ProbeError
 from gpumesh.gateway import errors
 from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.progress import Progress
@@ -48,6 +49,7 @@ BLOB_CHECK_S = 30.0
 TRIES = 5  # of one node's pull; Ollama goes on where it was cut
 PAUSE_S = 1.0
 LINE_BYTES = 1 << 20
+LINES_AT_ONCE = 100
 LANE_PIECES = 4  # held for a node that is slower than the client, of about 64 KiB each
 NDJSON = "application/x-ndjson"
 _JSON = (("Content-Type", "application/json"),)
@@ -347,14 +349,17 @@ async def _result(node: str, ask: Callable[[], Awaitable[Answer]]) -> Result:
 
 
 async def _lines(answer: Answer) -> AsyncIterator[bytes]:
-    rest = b""
+    lines = Lines(LINE_BYTES)
     async for piece in answer:
-        *lines, rest = (rest + piece).split(b"\n")
-        if len(rest) > LINE_BYTES:
-            raise BackendError("the answer is not what Ollama would say", node=answer.node)
-        for line in lines:
+        try:
+            whole = lines.feed(piece)
+        except ProbeError as error:
+            raise BackendError("the answer is not what Ollama would say", node=answer.node) from error
+        for number, line in enumerate(whole, 1):
             yield line
-    yield rest
+            if number % LINES_AT_ONCE == 0:
+                await asyncio.sleep(0)  # a piece may hold thousands
+    yield lines.rest()
 
 
 def _begun(request: Request, nodes: Sequence[str]) -> Stream:

@@ -27,6 +27,7 @@ from gpumesh.mesh.meter import RateMeter, Smoothed
 from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.health import judge as judge_health
 from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
+from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -277,9 +278,8 @@ class Node:
             await self._up.wait()
             assert self.tunnel is not None, "the loops run beside the tunnel"
             quiet = not self._leases and self._clock() - self._last_busy > QUIET_S
-            report = await probe_gpus(
-                partial(self.tunnel.exec, question=True), timeout_s=GPUS_TIMEOUT_S, node=self.name
-            )
+            ask = partial(self.tunnel.exec, question=True, limit_bytes=OUTPUT_BYTES)
+            report = await probe_gpus(ask, timeout_s=GPUS_TIMEOUT_S, node=self.name)
             if self._up.is_set():
                 self._gpus = report
                 self._recognise()

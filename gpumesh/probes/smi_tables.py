@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from gpumesh.printable import printable
 from gpumesh.state import GpuState, ProcessState
 
+# Sixteen GPUs and a thousand processes fit; a MiB of rows takes 100 ms to read, in which nobody else has a turn.
+OUTPUT_BYTES = 128 << 10
 # clocks_throttle_reasons was renamed clocks_event_reasons at 535; the old spelling stays accepted.
 FIELDS = (
     "index",
@@ -86,7 +88,7 @@ def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | 
     faulty: dict[str, tuple[str, ...]] = {}
     driver: str | None = None
     unread: str | None = None
-    for line in output[: 1 << 20].decode("utf-8", "replace").split("\n"):
+    for line in output[:OUTPUT_BYTES].decode("utf-8", "replace").split("\n"):
         if not line.strip():
             continue
         row = split_row(line, fields)
@@ -124,7 +126,7 @@ def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
     pids: that a list is empty does not mean that a GPU is idle."""
     found: dict[str, list[ProcessState]] = {}
     count = 0
-    for line in output[: 1 << 20].decode("utf-8", "replace").split("\n"):
+    for line in output[:OUTPUT_BYTES].decode("utf-8", "replace").split("\n"):
         row = split_row(line, PROCESS_FIELDS)
         pid = None if row is None else _whole(row["pid"])
         if row is None or pid is None or pid < 0 or count == MAX_PROCESSES:

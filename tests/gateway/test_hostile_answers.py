@@ -24,6 +24,7 @@ from tests.hostile_peers import (
     largest_turn,
     ollama_until_asked,
 )
+from tests.tunnels.polling import until
 
 MEMORY_MIB = 64
 ATTACK_BYTES = 6 << 20
@@ -109,3 +110,28 @@ async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> 
                 assert answer.status_code in (200, 500)
                 assert turn() < STALL_S
             assert most_memory_mib() - before < 2 * MEMORY_MIB
+
+
+@both
+@pytest.mark.parametrize("part", ["empty lines", "small frames", "small nonsense", "a line without an end"])
+def test_the_progress_of_a_pull_stops_nobody_else(part: str, run: Run) -> None:
+    start, unit = SMALL_PARTS[part]
+
+    async def check() -> None:
+        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+            async with beside_an_honest_node(hostile) as fleet:
+                before = most_memory_mib()
+                honest = asyncio.create_task(stream(fleet, "honest", 60))
+                async with largest_turn() as turn:
+                    pull = fleet.client.post(
+                        "/api/pull", json={"model": "some:7b"}, headers={"X-GPUMesh-Node": "hostile"}
+                    )
+                    attacked = asyncio.ensure_future(pull)
+                    assert b'"done":true' in (await honest)[1]
+                    await until(lambda: "/api/pull" in hostile.paths and hostile.sent > 1 << 20, "it is being asked")
+                    attacked.cancel()
+                    await asyncio.gather(attacked, return_exceptions=True)
+                    assert turn() < STALL_S
+                assert most_memory_mib() - before < MEMORY_MIB
+
+    run(check())

@@ -1,4 +1,5 @@
 import json
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,3 +40,13 @@ json_values = st.recursive(
 def test_nonsense_from_a_node_is_passed_over(bodies: list[bytes]) -> None:
     for merged in (merge.tags(bodies), merge.loaded(bodies), merge.openai_models(bodies)):
         assert isinstance(json.loads(merged), dict)
+
+
+def test_a_list_of_far_more_than_a_server_has_is_left_out() -> None:
+    began = time.thread_time()
+    many = b'{"models":[' + b",".join([b'{"name":"x"}'] * 1_000_000) + b"]}"
+    lists = b'{"models":[' + b",".join([b"[]"] * 4_000_000) + b"]}"
+    text = b'{"models":[{"name":"' + b"x" * (30 << 20) + b'"}]}'
+    told = json.loads(merge.tags([many, lists, text, b'{"models":[{"name":"honest"}]}']))
+    assert [entry["name"] for entry in told["models"]] == ["honest"]
+    assert time.thread_time() - began < 0.8, "looked through, and not taken apart"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,3 +225,12 @@ def test_a_row_has_all_fields_or_is_none(parts: list[str]) -> None:
     # Counted from both ends: only the name may have been more than one part.
     assert read["index"] == parts[0].strip()
     assert read["clocks_throttle_reasons.active"] == parts[-1].strip()
+
+
+@pytest.mark.parametrize("line", [b"\n", b"0,\n", b", ".join([b"1"] * len(FIELDS)) + b"\n", b"a" * 100, b","])
+def test_whatever_a_host_prints_without_end_costs_little(line: bytes) -> None:
+    output = line * ((1 << 20) // len(line))
+    began = time.thread_time()
+    read_gpus(output, FIELDS, hostname="h")
+    read_processes(output)
+    assert time.thread_time() - began < 0.2, "in which nobody else has a turn"
