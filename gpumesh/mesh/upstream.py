@@ -88,7 +88,6 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._rest = b""  # of what was read and is not parsed yet
         self._queued = False
-        self._lost_by: Exception | None = None  # with ``_rest`` left to be parsed
 
     @property
     def open(self) -> bool:
@@ -180,8 +179,6 @@ class _Connection(asyncio.Protocol):
         self._rest = rest[at:]
         if self._queued or self._rest or (exchange is not None and exchange.size > READ_BUFFER):
             self._pause()
-        elif self._transport is None:
-            self._end_of_connection(self._lost_by)
         else:
             self.resume()
 
@@ -194,14 +191,13 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._pool.lost(self)
-        if self._rest:
-            self._lost_by = error
-        else:
-            self._end_of_connection(error)
-
-    def _end_of_connection(self, error: Exception | None) -> None:
         exchange = self.exchange
         if exchange is None or exchange.complete:
+            return
+        if self._rest and error is None:  # TLS may end a connection in the moment in which it gives the last of it
+            rest, self._rest = self._rest, b""
+            self._parse(exchange, rest)
+        if exchange.complete:
             return
         if self._until_eof and error is None and exchange.problem is None:
             exchange.complete = True

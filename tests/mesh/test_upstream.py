@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from gpumesh.errors import BackendUnreachable, StreamCut
 from gpumesh.mesh.slice_queue import SLICE
 from gpumesh.mesh.upstream import READ_BUFFER, READ_PIECES, Upstream, UpstreamResponse
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+from tests.probes.test_strangers import certificate  # noqa: F401
 from tests.tunnels.polling import until
 
 CALL = HttpCall("POST", "/api/chat?x=1", b'{"model": "m"}', (("Content-Type", "application/json"),))
@@ -272,6 +275,36 @@ async def test_a_body_up_to_the_end_of_its_connection_is_whole_though_it_is_read
         response = await send(upstream, server.url)
         await until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
         assert len(await read_all(response)) == 500_000
+
+
+async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
+    upstream: Upstream,
+    certificate: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There a connection may be lost while a part of what came on it waits to be parsed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    monkeypatch.setattr("gpumesh.mesh.upstream._tls", lambda: trusting)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 150_000)
+        await writer.drain()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    try:
+        response = await send(upstream, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        assert len(await read_all(response)) == 150_000
+    finally:
+        server.close()
+        await server.wait_closed()
 
 
 async def test_more_than_was_announced_spoils_the_connection_and_not_the_answer(upstream: Upstream) -> None:
