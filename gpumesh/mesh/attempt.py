@@ -200,7 +200,7 @@ async def _generated(lease: Lease, response: UpstreamResponse, continuation: Con
     unread = b""
     while True:
         if unread:
-            await asyncio.sleep(0)
+            await response.turn()
         data = unread or await response.read()
         data, unread = data[:FRAMES], data[FRAMES:]
         first = continuation.feed(data) if data else continuation.end_of_body()

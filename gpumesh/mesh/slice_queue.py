@@ -28,6 +28,12 @@ class SliceQueue:
         if len(self._steps) == 1:
             asyncio.get_running_loop().call_soon(self._run_next)
 
+    async def turn(self) -> None:
+        """Returns in a later turn, when those that wait already have had theirs."""
+        come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.add(lambda: None if come.done() else come.set_result(None))
+        await come
+
     def _run_next(self) -> None:
         step = self._steps[0]
         try:

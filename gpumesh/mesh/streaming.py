@@ -110,7 +110,7 @@ class StreamingAnswer(Answer):
             self._waiting_since = asked = self._clock()
             try:
                 if self._unread:
-                    await asyncio.sleep(0)
+                    await self._response.turn()
                     data, self._unread = self._unread[:FRAMES], self._unread[FRAMES:]
                 else:
                     data = await self._response.read()

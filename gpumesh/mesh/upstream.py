@@ -320,6 +320,11 @@ class UpstreamResponse:
             self._connection.resume()
         return data
 
+    async def turn(self) -> None:
+        """For who has much to look at: returns when others have had their turn, and one after the other for all
+        answers."""
+        await self._pool.slices.turn()
+
     def abort(self) -> None:
         """Closes the connection, so that the server stops working on it. Harmless after the end."""
         if self._connection is not None:

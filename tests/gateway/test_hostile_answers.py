@@ -34,9 +34,9 @@ both = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio",
 
 
 @asynccontextmanager
-async def beside_an_honest_node(hostile: HostileServer) -> AsyncIterator[Running]:
+async def beside_an_honest_node(hostile: HostileServer, *, at_once: int = 4) -> AsyncIterator[Running]:
     async with StandIn(quick("honest", tokens_per_s=100.0)) as honest:
-        nodes = (node("honest", honest.url, max_parallel=4), node("hostile", hostile.url, max_parallel=4))
+        nodes = (node("honest", honest.url, max_parallel=4), node("hostile", hostile.url, max_parallel=at_once))
         async with serving(nodes, {"honest": honest}) as fleet:
             yield fleet
 
@@ -96,6 +96,30 @@ def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
                     assert turn() < STALL_S
                 assert hostile.sent > 200 << 10
                 assert most_memory_mib() - before < MEMORY_MIB
+
+    run(check())
+
+
+@both
+@pytest.mark.parametrize("part", ["chunks of two bytes", "frames of tools", "events of tools"])
+def test_many_such_answers_at_once_do_not_either(part: str, run: Run) -> None:
+    start, unit = SMALL_PARTS[part]
+    path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
+
+    async def check() -> None:
+        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+            async with beside_an_honest_node(hostile, at_once=32) as fleet:
+                before = most_memory_mib()
+                honest = asyncio.create_task(stream(fleet, "honest", 60))
+                async with largest_turn() as turn:
+                    attacked = [asyncio.create_task(stream(fleet, "hostile", 1, path)) for _ in range(32)]
+                    assert b'"done":true' in (await honest)[1]
+                    for task in attacked:
+                        task.cancel()
+                    await asyncio.gather(*attacked, return_exceptions=True)
+                    assert turn() < 2 * STALL_S, "with what its own 32 clients cost, which are in this process, too"
+                assert hostile.paths.count(path) >= 8, "those whose turn has come until the honest one was served"
+                assert most_memory_mib() - before < 2 * MEMORY_MIB
 
     run(check())
 
