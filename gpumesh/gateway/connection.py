@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_FIELDS = 128  # of a head
 AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
 BODY_BUFFER = 256 << 10  # bytes of a body that wait for their handler, until the client is no longer read
+HEADS = 2 << 10  # bytes outside of a body that are parsed at a time: they may be forty requests
 COPIED = 32 << 10  # bytes of a body up to which it is sent in one piece with its head
 LOOK_S = 0.05  # between two looks whether a client that is not read has left
 _LEFT = getattr(select, "POLLRDHUP", 0)  # POLLHUP and POLLERR, which everybody has, are told in any case
@@ -136,7 +137,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        if len(data) > SLICE or self._rest:
+        if len(data) > HEADS or self._rest:
             self._rest += data
             if not self._read_paused:
                 self._parse_rest()
@@ -168,8 +169,9 @@ class Connection(asyncio.Protocol):
         rest, at = self._rest, 0
         while at < len(rest) and not self._read_paused and not self._deaf:
             self._piece_count = 0
-            self._parse(rest[at : at + SLICE])
-            at += SLICE
+            size = HEADS if self._incoming is None else SLICE
+            self._parse(rest[at : at + size])
+            at += size
             if self._piece_count > SMALL_PIECES and not self._deaf:
                 self._queued = True
                 self._pause_reading()
