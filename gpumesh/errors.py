@@ -238,7 +238,13 @@ class BackendError(GPUMeshError):
 
 
 class BackendUnreachable(BackendError):
+    """``asked``: the request had been sent, so the server may have worked on it."""
+
     code = "backend-unreachable"
+
+    def __init__(self, message: str, *, hint: str | None = None, node: str | None = None, asked: bool = False) -> None:
+        super().__init__(message, hint=hint, node=node)
+        self.asked = asked
 
 
 class BackendStatus(BackendError):

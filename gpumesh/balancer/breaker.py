@@ -55,6 +55,15 @@ class Breaker:
             return Breaker(failures, now + self.open_s, self.open_s)
         return replace(self, failures=failures)
 
+    def pardoned(self, now: float) -> Breaker:
+        """One of the failures was not the node's fault after all: another node failed at the same request."""
+        failures = max(self.failures - 1, 0)
+        if self.open_until is None:
+            return replace(self, failures=failures)
+        if failures < THRESHOLD:
+            return Breaker(failures)
+        return replace(self, failures=failures, open_until=min(self.open_until, now), trial=False)
+
     def undecided(self) -> Breaker:
         """A request ended without telling anything about the node (the client left)."""
         return replace(self, trial=False)

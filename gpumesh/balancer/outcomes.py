@@ -63,6 +63,12 @@ MAX_ROUNDS = 5
 _AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN, Outcome.BUSY})
 
 
+# A request at which so many servers failed by themselves is not given to another: it may be what makes them fail.
+MOST_SERVERS_FAILED = 2
+# The status by which a server says that it failed at this very request; 502 to 504 are said of it, by who is before it.
+SERVER_FAILED = 500
+
+
 def worth_another_round(outcome: Outcome) -> bool:
     """Whether the same node may do better in a moment; a server's error is taken at its word."""
     return outcome in _AGAIN

@@ -162,7 +162,8 @@ class Stores:
 
     async def _ask(self, node: str, call: HttpCall, timeout_s: float) -> Result:
         demand = Demand(None, OLLAMA_ONLY, node, place=False)
-        return await _result(node, lambda: self._mesh.send(demand, {BackendKind.OLLAMA: call}, timeout_s=timeout_s))
+        calls = {BackendKind.OLLAMA: call}
+        return await _result(node, lambda: self._mesh.send(demand, calls, timeout_s=timeout_s, once=True))
 
     async def _settle(self, nodes: Sequence[str], results: Sequence[Result], verb: str) -> Reply:
         """Done where it could be; a node that had lost the model meanwhile does not matter."""
@@ -250,14 +251,15 @@ class Stores:
         return _ended(request, stream, work, nodes, verb, streamed=document.get("stream") is not False)
 
     async def _one(self, node: str, call: HttpCall, work: _Work, timeout_s: float) -> None:
-        """One node's part, begun anew when the way to it was lost."""
+        """One node's part; a pull is begun anew when the way to it was lost, nothing else is."""
         demand = Demand(None, OLLAMA_ONLY, node, place=False)
         words = ""
-        for tried in range(TRIES):
+        calls = {BackendKind.OLLAMA: call}
+        for tried in range(TRIES if call.path == "/api/pull" else 1):
             if tried:
                 await asyncio.sleep(self._pause_s * 2 ** (tried - 1))
             try:
-                answer = await self._mesh.send(demand, {BackendKind.OLLAMA: call}, timeout_s=timeout_s)
+                answer = await self._mesh.send(demand, calls, timeout_s=timeout_s, once=True)
                 if answer.status >= 400:
                     work.refused[node] = Result(node, answer.status, await answer.read())
                     work.fail(node, work.refused[node].words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gpumesh.backends.base import HttpCall
@@ -29,12 +29,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An attempt that another node may make good. ``answer`` is the server's own error, if it gave one."""
+    """An attempt that another node may make good. ``answer`` is the server's own error, if it gave one.
+
+    ``asked``: the server had the request when it failed. ``lease`` is the one it had, released by now; ``took_s`` from
+    sending to the end.
+    """
 
     node: str
     outcome: Outcome
     error: GPUMeshError
     answer: WholeAnswer | None = None
+    asked: bool = False
+    lease: Lease | None = None
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +63,10 @@ async def attempt(
     *,
     timeout_s: float,
     continuation: Callable[[], Continuation] | None = None,
+    once: bool = False,
 ) -> WholeAnswer | Opened | Failed:
     """One try on the leased node. ``continuation`` gives what reads a generated stream; without it all is passed on.
+    ``once``: nothing may make the server do it twice.
 
     The lease is released here unless the stream took it over; also when this is cancelled.
     """
@@ -74,7 +83,7 @@ async def attempt(
             return await _generated(lease, response, continuation())
         return Opened(lease, response, None, await response.read())
 
-    return await _guarded(upstream, lease, call, first_bytes, timeout_s=timeout_s)
+    return await _guarded(upstream, lease, call, first_bytes, timeout_s=timeout_s, once=once)
 
 
 async def ask(upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: float) -> tuple[int, bytes] | Failed:
@@ -103,34 +112,37 @@ async def _guarded(
     *,
     timeout_s: float,
     late: T | None = None,
+    once: bool = False,
 ) -> T | Failed:
     """Sends and does ``then`` with the answer. Whatever goes wrong, the connection is closed, so that the server stops
     too, and the lease is released; except for the time-out, if there is a result for it."""
     node = lease.node
     loop = asyncio.get_running_loop()
     response: UpstreamResponse | None = None
+    began = loop.time()
     if lease.aborted:  # while it was held for something else
         return _lost(lease)
     try:
         async with asyncio.timeout(timeout_s) as scope:
             lease.abort = lambda: scope.reschedule(loop.time())
             headers, name = _headers(lease, call), _server_name(lease)
-            response = await upstream.request(node.base_url, call, headers, node=node.name, server_name=name)
+            response = await upstream.request(node.base_url, call, headers, node=node.name, server_name=name, once=once)
             result = await then(response)
             lease.abort = response.abort
-            return result
+            return replace(result, took_s=loop.time() - began) if isinstance(result, Failed) else result
     except TimeoutError:
         if response is not None:
             response.abort()
         if lease.aborted:
-            return _lost(lease)
+            return replace(_lost(lease), asked=True)
         if late is not None:
             return late
         return _failed(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
     except BackendUnreachable as error:
-        return _failed(lease, Outcome.UNREACHABLE, error)
+        took_s = loop.time() - began
+        return replace(_failed(lease, Outcome.UNREACHABLE, error), asked=error.asked, took_s=took_s)
     except StreamCut as error:
-        return _failed(lease, Outcome.CUT, error)
+        return replace(_failed(lease, Outcome.CUT, error), asked=True, took_s=loop.time() - began)
     except BaseException:
         if response is not None:
             response.abort()
@@ -140,7 +152,7 @@ async def _guarded(
 
 def _failed(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> Failed:
     lease.release(outcome, error=str(error))
-    return Failed(lease.node.name, outcome, error, answer)
+    return Failed(lease.node.name, outcome, error, answer, asked=answer is not None, lease=lease)
 
 
 def _lost(lease: Lease) -> Failed:
@@ -215,7 +227,7 @@ async def _generated(lease: Lease, response: UpstreamResponse, continuation: Con
             return _failed(lease, Outcome.SERVER_ERROR, error, answer)
         if not data:
             words = "the answer ended before its first frame"
-            return _failed(lease, Outcome.CUT, StreamCut(words, node=node.name))
+            return replace(_failed(lease, Outcome.CUT, StreamCut(words, node=node.name)), asked=True)
 
 
 async def _whole(response: UpstreamResponse, limit: int) -> bytes | None:

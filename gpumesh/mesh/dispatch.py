@@ -131,6 +131,13 @@ class Dispatcher:
             raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=max(self._recent_wait_s, 1.0))
         return await self._wait(waiter, timeout_s, since)
 
+    def last_resort(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
+        """For a request that nobody else can take any more: a free place on a node that works, but failed so often
+        lately that it is given no new requests. Better than the error that the client would get."""
+        now = self._clock()
+        candidates = [node.candidate(now, despite_breaker=True) for node in self._nodes.values()]
+        return self._grant(demand, exclude, candidates)
+
     async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
         began = self._clock()
         rank = began if since is None else since

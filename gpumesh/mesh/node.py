@@ -59,14 +59,16 @@ Clock = Callable[[], float]
 class Lease:
     """A place on a node. Released exactly once, whatever happens; ``abort`` is set by whoever uses it.
 
-    ``beside``: how many were in flight there when it was given, itself included. ``movable`` tells, until the answer
+    ``beside``: how many were in flight there when it was given, itself included. ``connection`` numbers the tunnel's
+    connection over which it goes. ``movable`` tells, until the answer
     has begun, whether another node could give it instead.
     """
 
-    __slots__ = ("_released", "abort", "aborted", "beside", "model", "movable", "node")
+    __slots__ = ("_released", "abort", "aborted", "beside", "connection", "model", "movable", "node")
 
     def __init__(self, node: Node, model: str | None, beside: int) -> None:
         self.node = node
+        self.connection = node.connections
         self.model = model
         self.beside = beside
         self.abort: Callable[[], None] | None = None
@@ -124,6 +126,8 @@ class Node:
         """Whether it is the first of its group, which counts what others have in flight on their GPU."""
         self.tunnel: Tunnel | None = None
         self.draining = False
+        self.connections = 0
+        """How many connections its tunnel has had so far."""
         self._clock = clock
         self._http = http
         self._changes = changes
@@ -175,6 +179,7 @@ class Node:
         self._tunnel_state = state
         if state.state is TunnelPhase.UP:
             if not was_up:
+                self.connections += 1
                 # Not when it was lost: what was cut with the old way counts as failed only a moment later.
                 self._breaker = Breaker()
                 self._up.set()
@@ -316,6 +321,13 @@ class Node:
             and self._backend.state.state is BackendPhase.UP
         )
 
+    def connection_stood(self, lease: Lease) -> bool:
+        """Whether the tunnel's connection is still the one over which this lease went. What was lost with a
+        connection is no sign of the server. A direct node has none that could be lost apart from its server."""
+        if self.spec.ssh is None:
+            return True
+        return lease.connection == self.connections and self._tunnel_state.state is TunnelPhase.UP
+
     @property
     def coming(self) -> bool:
         """Not reachable now, but it may well be in a moment: connecting, or lost only just now."""
@@ -337,11 +349,11 @@ class Node:
             return self._backend.inventory.parallel if self._backend and self._backend.inventory else None
         return self._limit.offered(now)
 
-    def candidate(self, now: float) -> Candidate:
+    def candidate(self, now: float, *, despite_breaker: bool = False) -> Candidate:
         return Candidate(
             name=self.name,
             kind=self.kind,
-            usable=self.reachable and not self.draining and self._breaker.allows(now),
+            usable=self.reachable and not self.draining and (despite_breaker or self._breaker.allows(now)),
             models=self._models,
             loaded=self._loaded,
             in_flight=len(self._leases),
@@ -422,6 +434,12 @@ class Node:
             self._breaker = self._breaker.undecided()
         if verdict.suspect and self.tunnel is not None:
             self.tunnel.suspect(error or outcome.value)
+        self._freed()
+        self._changes.notify()
+
+    def pardon(self) -> None:
+        """A failure that counted against it was not its fault: another node failed at the same request."""
+        self._breaker = self._breaker.pardoned(self._clock())
         self._freed()
         self._changes.notify()
 

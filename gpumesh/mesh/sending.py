@@ -11,7 +11,15 @@ from random import Random
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation import Continuation, Ending, Ways
 from gpumesh.balancer.base import Demand
-from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, pause_s, worth_another_round
+from gpumesh.balancer.outcomes import (
+    MAX_ROUNDS,
+    MOST_SERVERS_FAILED,
+    SERVER_FAILED,
+    Outcome,
+    judge,
+    pause_s,
+    worth_another_round,
+)
 from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNodeError
 from gpumesh.mesh.answer import Answer, WholeAnswer
 from gpumesh.mesh.attempt import Failed, Opened, ask, attempt
@@ -24,6 +32,10 @@ from gpumesh.topology import BackendKind
 
 # How long a node may think about how its model continues an answer: it may have to load the model first.
 QUESTION_S = 60.0
+# Until it shows whether a connection was ended by the server or by the tunnel that carried it.
+SETTLE_S = 0.5
+# A connection that ended sooner than this, or than a few round trips, may never have reached a server.
+AT_ONCE_S, AT_ONCE_RTTS = 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +52,27 @@ class Means:
 
 
 class Sending:
-    """``calls`` holds the request as each kind of server wants it; ``resume``: another node may continue a cut answer.
+    """``calls`` holds the request as each kind of server wants it; ``resume``: another node may continue a cut answer;
+    ``once``: it is never given to a server again that may have begun to work on it.
 
     Implements ``streaming.Onward``.
     """
 
     def __init__(
-        self, means: Means, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float, resume: bool
+        self,
+        means: Means,
+        demand: Demand,
+        calls: Mapping[BackendKind, HttpCall],
+        *,
+        timeout_s: float,
+        resume: bool,
+        once: bool = False,
     ) -> None:
         self._means = means
         self._demand = demand
         self._calls = calls
         self._resume = resume
+        self._once = once
         self._began = means.clock()
         self._deadline = self._began + timeout_s
         self._exclude: frozenset[str] = frozenset()
@@ -77,6 +98,8 @@ class Sending:
             result = await self._attempt(lease, call, continuation)
             if isinstance(result, Failed):
                 self._note(result)
+                if await self._request_ends_servers():
+                    return self._told(self._last_words())
             elif isinstance(result, Opened):
                 return self._told(self._streaming(result))
             else:
@@ -121,6 +144,8 @@ class Sending:
                 step = result if isinstance(result, Failed) else _refused(result)
                 continuation.abandon()
             self._note(step)
+            if await self._request_ends_servers():
+                raise self._all_failed()
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | Failed:
         """What to send to this node; where it depends on the model's template, the node is asked about that first."""
@@ -148,20 +173,43 @@ class Sending:
             self._demand, exclude=self._exclude | {lease.node.name}
         )
         left_s = self._deadline - self._means.clock()
-        return await attempt(self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation)
+        return await attempt(
+            self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation, once=self._once
+        )
 
     def _note(self, failed: Failed) -> None:
         """The next try goes elsewhere. Raises the failure where another node could not do better."""
         self._failures.append(failed)
-        if not judge(failed.outcome).move_on:
+        if not judge(failed.outcome).move_on or (self._once and failed.asked and failed.answer is None):
             raise failed.error
         self._exclude |= {failed.node}
+
+    async def _request_ends_servers(self) -> bool:
+        """Whether it may be the request itself at which servers fail: two have answered it with 500, or ended the
+        connection in the midst of it. Then no other is asked, and it counts against none of them."""
+        if sum(_at_request(failed) for failed in self._failures) < MOST_SERVERS_FAILED:
+            return False
+        if any(_over_tunnel(failed) for failed in self._failures):
+            await asyncio.sleep(SETTLE_S)
+        suspects = [failed for failed in self._failures if _by_server(failed)]
+        if len(suspects) < MOST_SERVERS_FAILED:
+            return False
+        for failed in suspects:
+            if self._demand.place and failed.lease is not None and failed.lease.node.reachable:
+                failed.lease.node.pardon()
+        return True
 
     async def _place(self) -> Lease | None:
         """A place on a node that has not failed this request yet, or that may do better in a moment; ``None`` when
         there is none left. Raises what ``Dispatcher.acquire`` raises while nothing has failed."""
         while True:
             asked = self._means.clock()
+            if self._failures and self._failures[-1].outcome is Outcome.SERVER_ERROR:
+                dispatcher = self._means.dispatcher
+                if not dispatcher.could_serve(self._demand, exclude=self._exclude):
+                    lease = dispatcher.last_resort(self._demand, exclude=self._exclude)
+                    if lease is not None:
+                        return lease
             since = self._began if self._failures else None
             try:
                 lease = await self._means.dispatcher.acquire(
@@ -194,7 +242,35 @@ class Sending:
     def _all_failed(self) -> NoNodeError:
         last = {failed.node: failed.error.message for failed in self._failures}
         told = "; ".join(f"{node}: {message}" for node, message in last.items())
+        if sum(_by_server(failed) for failed in self._failures) >= MOST_SERVERS_FAILED:
+            hint = "it may be the request itself that makes them fail"
+            return NoNodeError(f"two servers failed at this request, so no other was asked ({told})", hint=hint)
         return NoNodeError(f"every node that could serve this has failed it ({told})")
+
+
+def _at_request(failed: Failed) -> bool:
+    """Whether the server, as far as can be seen at once, failed at this very request."""
+    if failed.lease is None or failed.lease.aborted:
+        return False
+    if failed.answer is not None:
+        return failed.answer.status == SERVER_FAILED
+    return failed.asked and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)
+
+
+def _over_tunnel(failed: Failed) -> bool:
+    return failed.answer is None and failed.lease is not None and failed.lease.node.spec.ssh is not None
+
+
+def _by_server(failed: Failed) -> bool:
+    """Whether it was the server that failed, and not the tunnel to it; nor a server that was gone before, which over a
+    tunnel looks the same: the connection to the local port is made, and then ends."""
+    if not _at_request(failed) or failed.lease is None:
+        return False
+    if not _over_tunnel(failed):
+        return True
+    node = failed.lease.node
+    at_once_s = max(AT_ONCE_S, AT_ONCE_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
+    return node.connection_stood(failed.lease) and (node.reachable or failed.took_s > at_once_s)
 
 
 def _refused(answer: WholeAnswer) -> Failed:

@@ -346,9 +346,9 @@ class _Pool:
         self._address: dict[_Connection, _Address] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    async def take(self, address: _Address) -> _Connection:
-        """Raises OSError and TimeoutError."""
-        idle = self._idle.get(address)
+    async def take(self, address: _Address, *, new: bool = False) -> _Connection:
+        """``new``: not one that was used before. Raises OSError and TimeoutError."""
+        idle = None if new else self._idle.get(address)
         while idle:
             connection = idle.pop()
             if connection.open:
@@ -415,12 +415,20 @@ class Upstream:
         await asyncio.sleep(0)  # the transports close in the loop's next round
 
     async def request(
-        self, base_url: str, call: HttpCall, headers: Sequence[tuple[str, str]], *, node: str, server_name: str | None
+        self,
+        base_url: str,
+        call: HttpCall,
+        headers: Sequence[tuple[str, str]],
+        *,
+        node: str,
+        server_name: str | None,
+        once: bool = False,
     ) -> UpstreamResponse:
         """Sends and waits for the answer's head. Cancelling it closes the connection.
 
         A kept-alive connection that the server closed meanwhile is not the server's failure: such a request is sent
-        again on another (nothing of it can have been answered, and inference has no side effects).
+        again on another (nothing of it can have been answered, and inference has no side effects). What may be sent
+        only ``once`` goes over a new connection, where that cannot happen.
         Raises BackendUnreachable.
         """
         host, port, tls, prefix, socket = _place(base_url)
@@ -428,7 +436,7 @@ class Upstream:
         request = _request(call, prefix, headers, f"{host}:{port}" if socket is None else host)
         while True:
             try:
-                connection = await self._pool.take(address)
+                connection = await self._pool.take(address, new=once)
             except TimeoutError as error:
                 raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
             except OSError as error:
@@ -439,7 +447,7 @@ class Upstream:
             except ConnectionResetError as error:
                 if connection.used > 1 and not exchange.headers:
                     continue
-                raise BackendUnreachable(f"no answer: {error}", node=node) from error
+                raise BackendUnreachable(f"no answer: {error}", node=node, asked=True) from error
             except BaseException:
                 connection.abort()
                 raise

@@ -57,3 +57,12 @@ def test_it_never_stays_shut_for_ever(steps: list[tuple[str, float]]) -> None:
             case "undecided":
                 breaker = breaker.undecided()
     assert breaker.undecided().allows(now + LONGEST_OPEN_S)
+
+
+def test_a_failure_that_is_pardoned_leaves_it_as_it_was() -> None:
+    assert Breaker().failed(0.0).pardoned(0.0) == Breaker()
+    assert opened().pardoned(0.1).phase(0.1) is BreakerPhase.CLOSED
+    trial = opened().started(FIRST_OPEN_S).failed(FIRST_OPEN_S).pardoned(FIRST_OPEN_S)
+    assert trial.phase(FIRST_OPEN_S) is BreakerPhase.HALF_OPEN, "the trial told nothing: another may be made"
+    assert trial.allows(FIRST_OPEN_S)
+    assert Breaker().pardoned(0.0) == Breaker()

@@ -1,0 +1,256 @@
+"""What becomes of a request at which servers fail before they have answered: one more is asked, and not a third. On
+real sockets; where a server is killed, on a process that really dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from gpumesh.balancer.breaker import THRESHOLD, Breaker
+from tests.gateway.fleet import Running, node, serving
+from tests.mesh.meshes import MODEL, ollama
+from tests.mesh.servers import Exchange, serve, whole
+
+WORDS = "model runner has unexpectedly stopped"
+MESSAGES = [{"role": "user", "content": "why?"}]
+ROUTES: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "why?"},
+    "/api/embed": {"input": "why?"},
+    "/api/embeddings": {"prompt": "why?"},
+    "/api/show": {},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "why?"},
+    "/v1/embeddings": {"input": "why?"},
+    "/v1/responses": {"input": "why?"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+}
+STREAMED = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages")
+
+
+@dataclass
+class Fleet:
+    """``asked`` counts for each server what came that was no probe; ``says``: ``500``, ``ok`` or ``dies``."""
+
+    says: dict[str, str]
+    asked: Counter[str] = field(default_factory=Counter)
+    running: Running | None = None
+
+    @property
+    def client(self) -> Any:
+        assert self.running is not None
+        return self.running.client
+
+    async def ask(self, path: str, *, stream: bool = False) -> Any:
+        return await self.client.post(path, json={"model": MODEL, "stream": stream, **ROUTES[path]})
+
+
+@asynccontextmanager
+async def fleet(**says: str) -> AsyncIterator[Fleet]:
+    """Servers in the order in which they are asked."""
+    made = Fleet(dict(says))
+
+    def of(name: str) -> Any:
+        async def answer(exchange: Exchange) -> None:
+            made.asked[name] += 1
+            if made.says[name] == "500":
+                await exchange.send(whole(json.dumps({"error": WORDS}).encode(), status="500 Internal Server Error"))
+            elif made.says[name] == "dies":
+                exchange.close()
+            else:
+                await exchange.send(whole(b'{"done":true}'))
+
+        return ollama(answer)
+
+    async with AsyncExitStack() as stack:
+        nodes = []
+        for place, name in enumerate(says):
+            server = await stack.enter_async_context(serve(of(name)))
+            nodes.append(replace(node(name, server.url, max_parallel=8), weight=0.001**place))
+        made.running = await stack.enter_async_context(serving(tuple(nodes)))
+        yield made
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_the_second_server_answers_for_the_first(path: str) -> None:
+    async with fleet(a="500", b="ok", c="ok") as servers:
+        for stream in (False, True) if path in STREAMED else (False,):
+            response = await servers.ask(path, stream=stream)
+            assert response.status_code == 200
+            assert response.headers["X-GPUMesh-Attempts"] == "2"
+        assert servers.asked["a"] == servers.asked.total() / 2
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None:
+    async with fleet(a="500", b="500", c="500", d="500") as servers:
+        for stream in (False, True) if path in STREAMED else (False,):
+            servers.asked.clear()
+            response = await servers.ask(path, stream=stream)
+            assert response.status_code == 500
+            assert response.headers["X-GPUMesh-Attempts"] == "2"
+            assert WORDS in response.text
+            assert servers.asked.total() == len(servers.asked) == 2
+
+
+async def test_of_two_both_are_asked() -> None:
+    async with fleet(a="500", b="500") as servers:
+        response = await servers.ask("/api/chat")
+        assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (500, "2")
+        assert servers.asked == {"a": 1, "b": 1}
+
+
+async def test_a_prompt_that_fails_everywhere_costs_no_node_its_place() -> None:
+    """A client that asks it again and again would else shut the breakers of all nodes, and the others out."""
+    async with fleet(a="500", b="500", c="500") as servers:
+        for _ in range(5 * THRESHOLD):
+            assert (await servers.ask("/api/chat")).status_code == 500
+        assert servers.running is not None
+        assert all(one.usable for one in servers.running.mesh.candidates())
+        servers.says.update(a="ok", b="ok", c="ok")
+        assert (await servers.ask("/api/chat")).headers["X-GPUMesh-Attempts"] == "1"
+
+
+async def test_a_node_that_fails_alone_is_shut_out_as_ever() -> None:
+    async with fleet(a="500", b="ok") as servers:
+        for _ in range(2 * THRESHOLD):
+            assert (await servers.ask("/api/chat")).status_code == 200
+        assert servers.asked["a"] == THRESHOLD
+
+
+async def test_a_node_that_was_shut_out_is_asked_rather_than_nobody() -> None:
+    """Its breaker may be open for half a minute after it is well; the client would get the other's 500 meanwhile."""
+    async with fleet(a="500", b="ok") as servers:
+        assert servers.running is not None
+        mesh = servers.running.mesh
+        shut = mesh._nodes["b"]
+        shut._breaker = Breaker(THRESHOLD, mesh._clock() + 30.0, 30.0)  # after faults that took minutes
+        response = await servers.ask("/api/chat")
+        assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (200, "2")
+        assert shut._breaker == Breaker(), "it is well"
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+async def test_a_request_at_which_servers_hang_up_is_given_to_two(path: str) -> None:
+    async with fleet(a="dies", b="dies", c="dies", d="ok") as servers:
+        response = await servers.ask(path)
+        assert response.status_code == 503
+        said = response.json()["error"]
+        assert "two servers failed at this request" in (said if isinstance(said, str) else said["message"])
+        assert servers.asked.total() == 2
+
+
+async def test_one_that_hangs_up_and_one_that_says_500_are_two() -> None:
+    async with fleet(a="dies", b="500", c="ok") as servers:
+        response = await servers.ask("/api/chat")
+        assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (500, "2")
+        assert servers.asked["c"] == 0
+
+
+async def test_what_a_proxy_says_of_its_server_is_no_sign_of_the_request() -> None:
+    """502 and 503: no server had it, so all may be asked."""
+    async with AsyncExitStack() as stack:
+        nodes = []
+        asked: Counter[str] = Counter()
+
+        def of(name: str, status: str) -> Any:
+            async def answer(exchange: Exchange) -> None:
+                asked[name] += 1
+                await exchange.send(whole(b'{"done":true}', status=status))
+
+            return ollama(answer)
+
+        for place, (name, status) in enumerate(
+            (("a", "502 Bad Gateway"), ("b", "503 Busy"), ("c", "502 Bad Gateway"), ("d", "200 OK"))
+        ):
+            server = await stack.enter_async_context(serve(of(name, status)))
+            nodes.append(replace(node(name, server.url, max_parallel=8), weight=0.001**place))
+        running = await stack.enter_async_context(serving(tuple(nodes)))
+        response = await running.client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES, "stream": False})
+        assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (200, "4")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/api/pull", {"model": MODEL}),
+        ("POST", "/api/create", {"model": "n", "from": MODEL}),
+        ("POST", "/api/push", {"model": MODEL}),
+        ("POST", "/api/copy", {"source": MODEL, "destination": "n"}),
+        ("DELETE", "/api/delete", {"model": MODEL}),
+    ],
+)
+@pytest.mark.parametrize("says", ["500", "dies"])
+async def test_what_changes_a_store_is_told_to_each_server_once(
+    method: str, path: str, body: dict[str, Any], says: str
+) -> None:
+    async with fleet(a=says, b="ok") as servers:
+        response = await servers.client.request(
+            method, path, json={**body, "stream": False}, headers={"X-GPUMesh-Node": "a"}
+        )
+        if (path, says) == ("/api/pull", "dies"):
+            return  # Ollama goes on where it was cut, so a pull is begun anew
+        assert response.status_code >= 500
+        assert servers.asked == {"a": 1}
+
+
+SERVER = """
+import http.server, json, os, sys
+LISTED = json.dumps({"models": [{"name": sys.argv[1], "model": sys.argv[1]}]}).encode()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        body = b'{"version":"0.12.6"}' if self.path == "/api/version" else LISTED
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        print("asked", flush=True)
+        os._exit(9)
+    def log_message(self, *_):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@asynccontextmanager
+async def mortal() -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
+    """A server that a prompt kills: its port and its process."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, MODEL, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield int(await process.stdout.readline()), process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: bool) -> None:
+    async with AsyncExitStack() as stack:
+        servers = {name: await stack.enter_async_context(mortal()) for name in "abc"}
+        nodes = tuple(node(name, f"http://127.0.0.1:{port}", max_parallel=8) for name, (port, _) in servers.items())
+        running = await stack.enter_async_context(serving(nodes))
+        body = {"model": MODEL, "messages": MESSAGES, "stream": stream}
+        response = await running.client.post("/api/chat", json=body)
+        assert response.status_code == 503
+        assert "two servers failed at this request" in response.json()["error"]
+        for _, process in servers.values():
+            if process.returncode is None:
+                process.kill()
+        ends = [await process.wait() for _, process in servers.values()]
+        assert sorted(ends) == [-9, 9, 9]
