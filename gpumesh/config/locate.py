@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from gpumesh.config import environment
+from gpumesh.config import environment, strangers_file
 from gpumesh.errors import UsageError
 
 FILE_NAME = "mesh.yaml"
@@ -22,7 +22,8 @@ _HOST_PORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:\[\]]*):)?(?P<port>\d{1,6})"
 
 def find(explicit: Path | None = None) -> Path:
     """The mesh.yaml to use, resolved: ``explicit``, else ``$GPUMESH_CONFIG``, else ``./mesh.yaml``, else the
-    platform's folder. Raises UsageError when there is none, or when the one that was named is not a file."""
+    platform's folder. Raises UsageError when there is none, when the one that was named is not a file, or when the one
+    in the current folder may be somebody else's."""
     if explicit is not None:
         return _named(Path(explicit), "")
     variable = environment.get("GPUMESH_CONFIG")
@@ -30,9 +31,12 @@ def find(explicit: Path | None = None) -> Path:
         return _named(Path(variable), " (named by $GPUMESH_CONFIG)")
     here = Path(FILE_NAME)
     platform = environment.config_folder() / FILE_NAME
-    for candidate in (here, platform):
-        if _exists(candidate):
-            return _named(candidate, "")
+    if _exists(here):
+        found = _named(here, "")
+        _refuse_strangers(here)
+        return found
+    if _exists(platform):
+        return _named(platform, "")
     hint = "`gpumesh init` writes one, `gpumesh demo` needs none, `--config FILE` names one"
     if _exists(Path("mesh.yml")):
         hint = "there is a mesh.yml here: rename it to mesh.yaml, or name it with --config"
@@ -158,6 +162,19 @@ def _exists(path: Path) -> bool:
         return os.path.lexists(path)
     except ValueError:  # a NUL in the name
         return False
+
+
+def _refuse_strangers(here: Path) -> None:
+    """Raises UsageError for a file that nobody named and that another user may have written."""
+    try:
+        reason = strangers_file.why_not_ours(here)
+    except OSError as error:
+        raise UsageError(f"cannot use {here}: {error.strerror}") from error
+    if reason is not None:
+        raise UsageError(
+            f"the {here} in this folder {reason}, so it is not used without being named",
+            hint=f"look at what it does, and if you want that: `gpumesh --config ./{here} …`",
+        )
 
 
 def _named(path: Path, whence: str) -> Path:
