@@ -165,6 +165,16 @@ class Topology:
     source: Path | None = None
     tunnels: TunnelsSpec = USUAL_TUNNELS
 
+    @property
+    def secret_variables(self) -> frozenset[str]:
+        """The names of all variables that hold a secret of this mesh."""
+        names = [self.gateway.api_key_env, self.redis.password_env if self.redis is not None else None]
+        for node in self.nodes:
+            names.append(node.backend.api_key_env)
+            if node.ssh is not None:
+                names += [node.ssh.password_env, node.ssh.passphrase_env]
+        return frozenset(name for name in names if name is not None)
+
     def node(self, name: str) -> NodeSpec:
         """Raises ``KeyError`` when there is no such node."""
         for node in self.nodes:

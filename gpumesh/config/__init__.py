@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpumesh.config.credentials import secret
+from gpumesh.config.credentials import secret, withhold
 from gpumesh.config.locate import find, is_loopback, listen_address, listen_on, places, refuse_open
 from gpumesh.topology import Topology
 
@@ -31,6 +31,7 @@ __all__ = [
     "refuse_open",
     "schema",
     "secret",
+    "withhold",
 ]
 
 

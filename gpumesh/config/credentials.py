@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from gpumesh.errors import SecretMissing
+
+# Variables that some mesh.yaml of this process names for a secret. Of the whole process, as the environment itself is:
+# whoever starts a program must not have to know whose mesh the variables belong to.
+_withheld: set[str] = set()
 
 # Variables that by their name hold a secret: their values enter neither the specs nor anything printed.
 _SECRET_NAME = re.compile(
@@ -30,6 +35,15 @@ def secret(variable: str, *, node: str | None = None) -> str:
 def is_set(variable: str) -> bool:
     """Whether ``secret`` would find something; does not tell what."""
     return bool(os.environ.get(variable))
+
+
+def withhold(variables: Iterable[str]) -> None:
+    """From now on no program that this process starts is given these variables (``environment.child``)."""
+    _withheld.update(variables)
+
+
+def withheld() -> frozenset[str]:
+    return frozenset(_withheld)
 
 
 def names_secret(variable: str) -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpumesh.config import credentials
 from gpumesh.errors import GPUMeshError
 from gpumesh.quoting import command
 
@@ -30,8 +31,14 @@ def variables() -> dict[str, str]:
 
 
 def child(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment for a program we start: ours, with ``changes`` (``None`` takes a variable away)."""
-    inherited: dict[str, str | None] = {**os.environ, **(changes or {})}
+    """The environment for a program we start: ours without the secrets that mesh.yaml names, and with ``changes``
+    (``None`` takes a variable away).
+
+    What one user's process has in its environment stands in /proc for all others of the same user, in crash reports,
+    and in whatever that process starts in turn. Nothing that we start needs our secrets from there.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in credentials.withheld()}
+    inherited: dict[str, str | None] = {**kept, **(changes or {})}
     return {name: value for name, value in inherited.items() if value is not None}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from gpumesh.config import document, environment, locate, messages, rules, ssh_config
+from gpumesh.config import credentials, document, environment, locate, messages, rules, ssh_config
 from gpumesh.config.document import Fault, KeyPath, Table, Value
 from gpumesh.config.expand import UNUSABLE, plain
 from gpumesh.config.model import MeshFile
@@ -41,6 +41,7 @@ def from_text(text: str, path: Path) -> Topology:
         source=path,
         resolve_alias=lambda alias: ssh_config.resolve(alias, home=home),
         identities=keys,
+        secrets_named=credentials.withhold,
     )
 
 
@@ -86,8 +87,10 @@ def parse(
     source: Path | None = None,
     resolve_alias: ResolveAlias | None = None,
     identities: tuple[Path, ...] = (),
+    secrets_named: Callable[[Collection[str]], None] = lambda _: None,
 ) -> Topology:
-    """Pure, as far as ``resolve_alias`` is. Raises ConfigError."""
+    """Pure, as far as ``resolve_alias`` is, and ``secrets_named``, which is told before it what variables the file
+    names for secrets. Raises ConfigError."""
     tree, faults = document.read(text)
     if tree is None or (isinstance(tree, document.Text) and tree.text is None):
         hint = None
@@ -107,6 +110,7 @@ def parse(
     checked = _form(values, tree, faults)
     if checked is None or faults:
         raise _error(faults, file, tree)
+    secrets_named(_variables(values))
     builder = Builder(
         user=env.get("LOGNAME") or env.get("USER") or "root",
         home=home,
@@ -130,6 +134,20 @@ def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
             if fault.path not in told and not _unusable(values, fault.path):
                 faults.append(fault)
         return None
+
+
+def _variables(values: Any) -> set[str]:
+    """Of all keys that name one: ``api_key_env``, ``password_env``, a key's ``env``."""
+    if isinstance(values, list):
+        return {name for value in values for name in _variables(value)}
+    if not isinstance(values, dict):
+        return set()
+    names = {value for key, value in values.items() if _names_variable(key) and isinstance(value, str)}
+    return names.union(*(_variables(value) for value in values.values()))
+
+
+def _names_variable(key: object) -> bool:
+    return isinstance(key, str) and (key == "env" or key.endswith("_env"))
 
 
 def _unusable(values: Any, path: KeyPath) -> bool:

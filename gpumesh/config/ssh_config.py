@@ -149,6 +149,7 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                env=environment.child(),
                 start_new_session=True,
             )
         except OSError as error:

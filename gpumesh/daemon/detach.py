@@ -41,7 +41,7 @@ def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> 
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                pass_fds=(writer,),
+                pass_fds=(writer,),  # with our whole environment: it is the mesh, and reads its secrets from there
                 start_new_session=True,
             )
         finally:

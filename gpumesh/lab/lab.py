@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+from gpumesh.config import environment
 from gpumesh.errors import GPUMeshError
 from gpumesh.lab import keys
 from gpumesh.lab.host import LINE_LIMIT, Start
@@ -107,6 +108,7 @@ class LabHost:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 limit=LINE_LIMIT,
+                env=environment.child(),
                 start_new_session=True,  # a Ctrl-C in the terminal is for who started it, not for the host
             )
         start = Start(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)

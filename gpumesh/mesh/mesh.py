@@ -78,6 +78,7 @@ class Mesh:
         ask: Prompter | None = None,
     ) -> None:
         self.topology = topology
+        config.withhold(topology.secret_variables)
         self.books = Books()
         self.gateway = GatewayState()
         self._clock = clock

@@ -1,5 +1,6 @@
 """Commands on this machine: nvidia-smi of a direct node, and a user's ``address_from``. No shell, and nothing of them
-is left behind: each has a process group of its own, which ends with the block that started it.
+is left behind: each has a process group of its own, which ends with the block that started it. They are given the
+user's environment without the secrets that mesh.yaml names: what `address_from` needs (a provider's key) is its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
+
+from gpumesh.config import environment
 
 CHUNK = 32 * 1024
 END_S = 2.0
@@ -23,6 +26,7 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL,
+            env=environment.child(),
             start_new_session=True,
         )
     )

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
+from gpumesh.config import environment
 from gpumesh.errors import TunnelDown, TunnelError
 from gpumesh.tunnels import processes
 from gpumesh.tunnels.protocol import FromWorker, Setup, ToWorker, decode, encode
@@ -221,6 +222,7 @@ class WorkerPool:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
+                    env=environment.child(),
                     start_new_session=True,  # the terminal's Ctrl-C and hang-up are for the mesh, which drains first
                 )
             except OSError as error:

@@ -531,6 +531,7 @@ class OpensshConnection:
             stdin=PIPE if posix else DEVNULL,
             stdout=PIPE,
             stderr=PIPE,
+            env=environment.child(),
         )
         return MuxCommand(process, self._master_answers)
 
@@ -574,7 +575,11 @@ class OpensshConnection:
 
     async def _client(self, *arguments: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
-            *client_command(self._master.control, *arguments), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE
+            *client_command(self._master.control, *arguments),
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=PIPE,
+            env=environment.child(),
         )
         try:
             assert process.stderr is not None

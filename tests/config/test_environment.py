@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import ast
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from gpumesh.config import environment
+from gpumesh.config import credentials, environment
 from gpumesh.errors import GPUMeshError
 
 
@@ -131,3 +132,39 @@ def test_a_user_without_variables_and_without_an_entry(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     assert environment.user() == pwd.getpwuid(os.getuid()).pw_name
     assert environment.variables()["LOGNAME"] == environment.user()
+
+
+def test_a_program_is_given_the_environment_without_what_mesh_yaml_names_for_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GM_TEST_PASSWORD", "x")
+    monkeypatch.setenv("GM_TEST_PROVIDER_API_KEY", "y")
+    assert environment.child()["GM_TEST_PASSWORD"] == "x"
+    credentials.withhold({"GM_TEST_PASSWORD"})
+    assert "GM_TEST_PASSWORD" not in environment.child()
+    assert environment.child()["GM_TEST_PROVIDER_API_KEY"] == "y", "nobody but who needs it has named it"
+    assert environment.child({"GM_TEST_PASSWORD": "z"})["GM_TEST_PASSWORD"] == "z", "said on purpose"
+
+
+STARTS = {"create_subprocess_exec", "create_subprocess_shell", "Popen", "run", "call", "check_call", "check_output"}
+WHOLE = {"daemon/detach.py"}  # the background mesh itself, which reads its secrets there
+
+
+def test_every_program_is_started_with_such_an_environment() -> None:
+    """Whoever adds one must not forget it."""
+    package = Path(environment.__file__).parent.parent
+    missing, seen = [], 0
+    for file in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in STARTS:
+                owner = ast.unparse(call.func.value)
+                if owner not in ("asyncio", "subprocess"):
+                    continue
+                if owner == "asyncio" and call.func.attr == "run":
+                    continue
+                seen += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                if not given.get("env", "").startswith("environment.child("):
+                    missing.append(file.relative_to(package).as_posix())
+    assert seen >= 7
+    assert set(missing) == WHOLE

@@ -29,7 +29,7 @@ from gpumesh.lab.host import SimHost, Start
 from gpumesh.topology import TransportKind
 from tests.cli.meshes import MODEL, quick
 from tests.parts import needs
-from tests.real.command import Ended, Gpumesh
+from tests.real.command import GPUMESH, Ended, Gpumesh
 from tests.tunnels.polling import until
 from tests.tunnels.sshd import Sshd, keygen
 
@@ -343,3 +343,105 @@ async def test_an_unset_variable_is_named(planted: Planted, hosts: Hosts) -> Non
     assert ended.code not in (0, None)
     assert "NEVER_SET_BY_ANYBODY" in ended.err
     await until(lambda: not planted.processes(), "all its processes ended")
+
+
+class Environments:
+    """Looks at the environments of all processes of a mesh, again and again, for as long as the block runs. ``holders``
+    are the arguments of those that had a secret there, ``others`` of those that had none."""
+
+    def __init__(self, mark: bytes) -> None:
+        self.holders: set[str] = set()
+        self.others: set[str] = set()
+        self._mark = mark
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._over.is_set():
+            for entry in os.scandir("/proc"):
+                if entry.name.isdigit():
+                    with contextlib.suppress(OSError):
+                        # Before and after: a process that becomes another program between the two is neither.
+                        before = Path(entry.path, "cmdline").read_bytes()
+                        environment = Path(entry.path, "environ").read_bytes()
+                        if self._mark in environment and before == Path(entry.path, "cmdline").read_bytes():
+                            place = self.holders if found_in(environment) else self.others
+                            place.add(before.replace(b"\0", b" ").decode(errors="replace").strip())
+
+    def __enter__(self) -> Environments:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(20)
+
+
+def telling(folder: Path, name: str, prints: str) -> Path:
+    """A program that leaves its environment in a file beside it, and then prints something."""
+    program = folder / name
+    program.write_text(f"#!/bin/sh\nenv > {folder}/{name}.env\necho '{prints}'\n")
+    program.chmod(0o755)
+    return program
+
+
+async def test_no_program_that_it_starts_has_them_in_its_environment(
+    planted: Planted, hosts: Hosts, tmp_path: Path
+) -> None:
+    """The mesh itself reads them there. Its tunnels' processes, ssh, who answers ssh's questions, nvidia-smi, and the
+    user's own commands have none. What those need for themselves they have."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    address = telling(programs, "where", f"127.0.0.1 {hosts.by_key.port}")
+    telling(programs, "nvidia-smi", "")
+    ssh_config = planted.home / ".ssh" / "config"
+    ssh_config.parent.mkdir(mode=0o700)
+    matched = telling(programs, "matched", "")
+    ssh_config.write_text(f'Match exec "{matched}"\n  ServerAliveInterval 7\n')
+    nodes = [node for node in hosts.nodes() if not node["name"].startswith("wrong")]
+    found = hosts.node(
+        "found",
+        TransportKind.OPENSSH,
+        user=hosts.by_key.spec().user,
+        identity_file=str(hosts.locked),
+        passphrase_env="KEY_PASSPHRASE",
+    )
+    del found["ssh"]["host"]
+    found["address_from"] = {"command": [str(address)]}
+    wrong = {"password_env": "WRONG_PASSWORD", "passphrase_env": "WRONG_PASSPHRASE"}
+    named = hosts.node("named", TransportKind.OPENSSH, alias="nowhere.invalid", **wrong)
+    del named["ssh"]["host"]
+    here = {"name": "here", "backend": {"url": f"http://127.0.0.1:{hosts.backend_port}", "api_key_env": "BACKEND_KEY"}}
+    write(planted, [*nodes, found, named, here])
+    variables = {"RUNPOD_API_KEY": "the provider's own", "PATH": f"{programs}:{os.environ['PATH']}"}
+    process = await asyncio.create_subprocess_exec(
+        *(str(GPUMESH), "up"),
+        env=planted.environment(**variables),
+        cwd=planted.home,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    with Environments(planted.mark) as environments:
+        try:
+            async with asyncio.timeout(90):
+                wanted = {node["name"] for node in [*nodes, found, here]}
+                while wanted:
+                    status = (await planted("status", "--json", code=None)).json()
+                    up = {node["name"] for node in status["nodes"] if node["tunnel"]["state"] == "up"}
+                    wanted -= up
+                for node in [*nodes, found]:
+                    assert (await planted("exec", node["name"], "--", "hostname")).out
+                while not (programs / "nvidia-smi.env").exists():
+                    await asyncio.sleep(0.05)
+        finally:
+            process.terminate()
+            await process.wait()
+    for name in ("where", "nvidia-smi", "matched"):
+        left = (programs / f"{name}.env").read_text()
+        assert not found_in(left.encode()), f"{name}: {left}"
+        assert not any(variable in left for variable in SECRETS), f"{name}: {left}"
+        assert name == "matched" or "RUNPOD_API_KEY=the provider's own" in left, name  # that one is run by `exec` too
+    commands = (str(GPUMESH), "gpumesh.daemon")
+    assert [arguments for arguments in environments.holders if not any(own in arguments for own in commands)] == []
+    for part in ("gpumesh tunnels", "gpumesh tunnel key-sshtunnel", "gpumesh tunnel password-openssh", "ssh -o"):
+        assert any(arguments.startswith(part) for arguments in environments.others), part
