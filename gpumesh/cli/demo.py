@@ -59,7 +59,7 @@ def demo(
 
     try:
         code = loop.run(_demo(settings(ctx), nodes, keep))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a third signal
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(int(code))
@@ -68,10 +68,10 @@ def demo(
 async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
     from gpumesh.cli.scene import Scene
-    from gpumesh.cli.up import on_signals
     from gpumesh.daemon.host import Stop, hosted
     from gpumesh.daemon.lock import MeshLock
     from gpumesh.daemon.paths import for_config
+    from gpumesh.daemon.signals import on_signals
     from gpumesh.lab import profile
     from gpumesh.lab.lab import Lab
 
@@ -91,7 +91,7 @@ async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
                             code = await _story(scene, session, lab)
                         scene.picture(await session.status())
                     if keep:
-                        on_signals(stop, hurry=lambda: None)
+                        on_signals(stop)
                         await _stay(session, stop, file, chosen)
                     else:
                         stop.ask(1.0)

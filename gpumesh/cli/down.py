@@ -24,7 +24,8 @@ def down(
 ) -> None:
     """Drain and stop the mesh that runs for this configuration.
 
-    Requests that run may end first; after --wait seconds they are cut. It returns when the process is gone.
+    Requests that run may end first; after --wait seconds they are cut, with an error that says so. A second `down` may
+    make that sooner. It returns when the process is gone.
     """
     from gpumesh.daemon.detach import take_down
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -49,7 +48,8 @@ def up(
 ) -> None:
     """Open the tunnels, side by side, start the gateway, and watch over both.
 
-    Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. With -d it goes on in
+    Shows a live table until Ctrl-C, which lets what is in flight end, and closes everything. A second Ctrl-C tells the
+    clients that still wait why they get no more; a third ends it at once. With -d it goes on in
     the background: `gpumesh status` looks at it, `gpumesh down` ends it.
 
     \b
@@ -68,9 +68,11 @@ def up(
         from gpumesh.daemon import loop
 
         try:
-            loop.run(_foreground(chosen, options))
-        except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a second signal, which did not wait
-            raise typer.Exit(130) from None
+            interrupted = loop.run(_foreground(chosen, options))
+        except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a third signal
+            interrupted = True
+        if interrupted:
+            raise typer.Exit(130)
 
 
 def _background(chosen: Settings, options: UpOptions) -> None:
@@ -94,15 +96,17 @@ def _background(chosen: Settings, options: UpOptions) -> None:
         print_status(state, Look(verbose=chosen.verbose))
 
 
-async def _foreground(chosen: Settings, options: UpOptions) -> None:
+async def _foreground(chosen: Settings, options: UpOptions) -> bool:
+    """Whether a person pressed Ctrl-C twice."""
     from gpumesh.daemon.host import Stop, applied, hosted
     from gpumesh.daemon.lock import MeshLock
+    from gpumesh.daemon.signals import on_signals
 
     paths = chosen.paths()
     topology = applied(chosen.topology(), options)
     lock = MeshLock.take(paths)  # held until this process ends
     stop = Stop()
-    on_signals(stop, hurry=_cancel_me())
+    on_signals(stop)
     async with hosted(topology, paths, gateway=options.gateway, stop=stop, lock=lock) as session:
         try:
             if not chosen.quiet:
@@ -114,6 +118,7 @@ async def _foreground(chosen: Settings, options: UpOptions) -> None:
             if error.errno != errno.EIO:
                 raise
             stop.ask()  # the terminal was closed: nobody is there to be told, but what is in flight may still end
+    return stop.interrupted
 
 
 def _say_if_open(gateway: Mapping[str, Any]) -> None:
@@ -124,27 +129,6 @@ def _say_if_open(gateway: Mapping[str, Any]) -> None:
 
     if gateway.get("access") == LocalAccess.ANY_USER:
         typer.echo(f"{clean_line(str(gateway.get('url')))}: {OPEN_GATEWAY}", err=True)
-
-
-def _cancel_me() -> Callable[[], None]:
-    task = asyncio.current_task()
-    assert task is not None
-    return lambda: None if task.done() else (task.cancel(), None)[1]
-
-
-def on_signals(stop: Stop, *, hurry: Callable[[], None]) -> None:
-    """The first SIGINT, SIGTERM or SIGHUP lets what is in flight end, a second one does not wait for it."""
-    asked = False
-
-    def handle() -> None:
-        nonlocal asked
-        if asked:
-            hurry()
-        asked = True
-        stop.ask()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, handle)
 
 
 async def show(session: LocalSession, stop: Stop, chosen: Settings, *, below: Sequence[str] = ()) -> None:

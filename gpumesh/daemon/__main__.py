@@ -18,6 +18,7 @@ from gpumesh import config
 from gpumesh.daemon import loop, messages, paths
 from gpumesh.daemon.host import Stop, UpOptions, applied, hosted
 from gpumesh.daemon.lock import MeshLock
+from gpumesh.daemon.signals import on_signals
 from gpumesh.errors import ExitCode, GPUMeshError
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,7 @@ async def serve(config_file: Path, options: UpOptions, ready: Readiness) -> None
     where = paths.for_config(config_file)
     lock = MeshLock.take(where)  # held until this process ends: that is what `down` waits for
     stop = Stop()
-    running = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        running.add_signal_handler(number, stop.ask)
+    on_signals(stop, (signal.SIGTERM, signal.SIGINT))
     async with hosted(topology, where, gateway=options.gateway, stop=stop, lock=lock):
         ready.tell(messages.End())
         await stop.wait()
@@ -70,6 +69,8 @@ def main() -> int:
     except GPUMeshError as error:
         ready.tell(messages.to_error(error))
         return int(error.exit_code)
+    except asyncio.CancelledError:  # by a third signal
+        return int(ExitCode.INTERRUPTED)
     except BaseExceptionGroup as group:
         # The mesh's task groups wrap what ended them; the parent can show one reason, the log has all.
         log.critical("the mesh ended", exc_info=group)

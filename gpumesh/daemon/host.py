@@ -41,16 +41,36 @@ class UpOptions:
 
 
 class Stop:
-    """Asked for once or more, by a signal or over the control socket; the first says how long draining may take."""
+    """Asked for once or more, by a signal or over the control socket; the first says how long draining may take.
+
+    ``hurried``: draining is to end now. ``interrupted``: by a person who pressed Ctrl-C twice.
+    """
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        self.interrupted = False
         self.drain_s = DRAIN_S
+
+    @property
+    def asked(self) -> bool:
+        return self._asked.is_set()
 
     def ask(self, drain_s: float = DRAIN_S) -> None:
         if not self._asked.is_set():
             self.drain_s = max(drain_s, 0.0)
             self._asked.set()
+
+    def end_within(self, drain_s: float) -> None:
+        """As ``ask``; where that was asked already, this may make it sooner."""
+        if self._asked.is_set():
+            asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.hurry)
+        else:
+            self.ask(drain_s)
+
+    def hurry(self) -> None:
+        self.ask(0.0)
+        self.hurried.set()
 
     async def wait(self) -> None:
         await self._asked.wait()
@@ -103,14 +123,15 @@ async def hosted(
         stack.push_async_callback(_ended, writing)
         recording = asyncio.create_task(_keep_history(session), name="history")
         stack.push_async_callback(_ended, recording)
-        control = await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.ask))
+        control = await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.end_within))
         if lock is not None:
             keeping = asyncio.create_task(_keep_reachable(control, lock, paths, stop, keep_every_s), name="keeper")
             stack.push_async_callback(_ended, keeping)
         async with AsyncExitStack() as serving:
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                server = await serving.enter_async_context(Gateway(mesh, access_log=access_log))
+                gate = Gateway(mesh, access_log=access_log, hurried=stop.hurried)
+                server = await serving.enter_async_context(gate)
                 log.info("the gateway serves at %s", server.where, extra={"event": "gateway"})
             # What is loaded by now stays. Each full collection would look through it: 10 ms in which no token moves.
             gc.collect()
@@ -123,7 +144,7 @@ async def hosted(
                 server.drain_s = stop.drain_s
             began = asyncio.get_running_loop().time()
         spent_s = asyncio.get_running_loop().time() - began
-        await drained(session, max(stop.drain_s - spent_s, 0.0))
+        await drained(session, max(stop.drain_s - spent_s, 0.0), stop.hurried)
 
 
 def _remove(paths: MeshPaths, lock: MeshLock | None) -> None:
@@ -139,15 +160,24 @@ def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _tr
         log.critical("the mesh ends, by a fault of gpumesh's own", exc_info=error, extra={"event": "failed"})
 
 
-async def drained(session: LocalSession, timeout_s: float) -> None:
-    """Returns when nothing is in flight or waits any more, or the time is over."""
-    try:
-        async with asyncio.timeout(timeout_s), aclosing(session.watch(0.05)) as states:
+async def drained(session: LocalSession, timeout_s: float, hurried: asyncio.Event) -> None:
+    """Returns when nothing is in flight or waits any more, or the time is over, or ``hurried`` is set."""
+
+    async def ended() -> None:
+        async with aclosing(session.watch(0.05)) as states:
             async for state in states:
                 if not in_flight(state):
                     return
-    except TimeoutError:
-        log.warning("what did not end in %.0f s is cut; requests: %d", timeout_s, in_flight(session.mesh.snapshot()))
+
+    either = [asyncio.ensure_future(ended()), asyncio.ensure_future(hurried.wait())]
+    try:
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in either:
+            one.cancel()
+        await asyncio.gather(*either, return_exceptions=True)
+    if left := in_flight(session.mesh.snapshot()):
+        log.warning("what did not end in time is cut; requests: %d", left)
 
 
 def in_flight(state: MeshState) -> int:

@@ -6,25 +6,49 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T], *, fast: bool = True) -> T:
-    """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. ``fast``: worth the time that
-    uvloop takes to be imported.
+    """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. SIGTERM and SIGHUP, unless they
+    are ignored, cancel it and then exit as who died by them, so that nothing that ``main`` began is left by these
+    either. ``fast``: worth the time that uvloop takes to be imported.
 
     A SIGINT that comes while the loop is made comes when ``main`` has begun: half a loop cannot be closed.
     """
     with _held() as release, asyncio.Runner(loop_factory=_factory() if fast else None) as runner:
+        ended_by: list[int] = []
 
         async def begun() -> T:
+            _cancel_on_signals(ended_by)
             release()
             return await main
 
-        return runner.run(begun())
+        try:
+            return runner.run(begun())
+        except asyncio.CancelledError:
+            if ended_by:
+                raise SystemExit(128 + ended_by[0]) from None
+            raise
+
+
+def _cancel_on_signals(came: list[int]) -> None:
+    """Of the running loop, for the current task. ``main`` may have better uses for them, and then takes them over."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def handle(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with suppress(NotImplementedError, RuntimeError):  # Windows; not the main thread
+                loop.add_signal_handler(number, handle, number)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
-CUT_S = 1.0  # for handlers to end once draining took too long
+CUT_S = 0.5  # for handlers to end, and their last words to go out, once draining is over
 ONE_NODE_S = 30.0  # for what any one node answers by itself
 STOPPED = "the gateway was stopped"
 UI = "/ui"
@@ -66,6 +66,8 @@ class Gateway:
 
     Leaving it stops accepting, lets what is in flight end (``drain_s`` at most), and closes. Raises UsageError for an
     address that others can reach without a key, MeshAlreadyRunning when the address is taken.
+
+    ``hurried``: once it is set, what is in flight is not waited for any longer.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Gateway:
         drain_s: float = DRAIN_S,
         bounds: Bounds | None = None,
         access_log: AccessLog | None = None,
+        hurried: asyncio.Event | None = None,
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
@@ -94,6 +97,7 @@ class Gateway:
         self._guard = Guard(key, frozenset(spec.cors_origins), _names(self._host, spec.socket))
         self._active: dict[Record, asyncio.Task[None] | None] = {}
         self._stopped = False
+        self._hurried = hurried or asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._server = Server(self._handle, self._bounds)
@@ -140,28 +144,36 @@ class Gateway:
         self._listening.close()
         self._server.close_idle()
         try:
-            async with asyncio.timeout(self.drain_s):
-                await self._idle.wait()
-        except TimeoutError:
-            log.warning("%d requests did not end in %.0f s and are cut", len(self._active), self.drain_s)
-            await self._cut()
+            await self._idle_or_hurried(self.drain_s)
+            if self._active:
+                log.warning("requests that did not end in time and are cut: %d", len(self._active))
+                await self._cut()
         finally:
-            await self._server.close()
+            await self._server.close(CUT_S if self._hurried.is_set() else None)
             if self._access_log is not None:
                 self._access_log.close()
             self.mesh.announce(GatewayState())
 
+    async def _idle_or_hurried(self, timeout_s: float) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._hurried)]
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
     async def _cut(self) -> None:
         """What is still in flight ends with an error that says why: in its stream, or with a status."""
         self._stopped = True
-        for record, task in list(self._active.items()):
-            if record.answer is not None:
-                record.answer.expire(STOPPED)
-            elif task is not None:
-                task.cancel()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CUT_S):
-                await self._idle.wait()
+        for gently in (True, False):  # an answer that looks for another node just now does not hear that it is over
+            for record, task in list(self._active.items()):
+                if gently and record.answer is not None:
+                    record.answer.expire(STOPPED)
+                elif task is not None:
+                    task.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CUT_S / 2):
+                    await self._idle.wait()
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -176,6 +188,7 @@ class Gateway:
             return reply
         finally:
             del self._active[record]
+            request.begun_stream = None
             if not self._active:
                 self._idle.set()
             self._ended(request, record, reply)
@@ -204,12 +217,17 @@ class Gateway:
         except ConnectionError:
             raise
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._stopped or request.begun or task is None:
+            task, begun = asyncio.current_task(), request.begun_stream
+            if not self._stopped or (request.begun and begun is None) or task is None:
                 raise
             task.uncancel()
             record.fate = Fate.FAILED
-            return _error_reply(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
+            if begun is None:
+                return _error_reply(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
+            frame = None if record.answer is None else record.answer.error_frame(STOPPED)
+            begun.write(frame or errors.frame(shape_of(record.path), 503, STOPPED))
+            begun.end()
+            return begun
         except Exception:  # a bug here must cost one client an error, in its dialect, and leave a trace in the log
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.fate = Fate.FAILED

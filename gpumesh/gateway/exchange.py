@@ -60,7 +60,8 @@ class ClientStalled(GPUMeshError):
 class Request:
     """A request, its record, and what its answer's head must say on its account.
 
-    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent;
+    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent,
+    ``begun_stream`` by a stream that has not ended;
     ``sent`` counts the bytes of its body, those of a stream with its framing.
     """
 
@@ -68,6 +69,7 @@ class Request:
         "_body",
         "_connection",
         "begun",
+        "begun_stream",
         "cors",
         "headers",
         "id",
@@ -103,6 +105,7 @@ class Request:
         self.cors: dict[str, str] | None = None
         self.id = _id(headers.get("X-Request-Id"))
         self.begun = False
+        self.begun_stream: Stream | None = None
         self.sent = 0
 
     @property
@@ -280,6 +283,7 @@ class Stream:
         if self._head:
             out, self._head = self._head + out, b""
             self._request.begun = True
+            self._request.begun_stream = self
         self._connection.write(out)
 
     async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
@@ -298,6 +302,7 @@ class Stream:
 
     def end(self) -> None:
         self.ended = True
+        self._request.begun_stream = None
         if self._head:
             self.write(b"")
         if self._chunked and not self._silent:

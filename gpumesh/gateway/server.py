@@ -88,13 +88,13 @@ class Server:
         for connection in list(self._connections):
             connection.close_when_idle()
 
-    async def close(self) -> None:
-        """Ends whatever is left; answers that are on their way have ``linger_s`` to arrive."""
+    async def close(self, linger_s: float | None = None) -> None:
+        """Ends whatever is left; answers that are on their way have ``linger_s`` to arrive, else that of the bounds."""
         self.close_idle()
         leaving = [connection for connection in self._connections if connection.unsent]
         tasks = [connection.cancel() for connection in (self._connections | self._away).difference(leaving)]
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.bounds.linger_s):
+            async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
                 await asyncio.gather(*(connection.ended() for connection in leaving))
         tasks += [connection.cancel() for connection in leaving]
         await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)

@@ -537,6 +537,23 @@ async def test_closing_waits_no_longer_than_it_may_and_says_why_it_cuts() -> Non
         assert (books.accepted, books.in_flight) == (2, 0)
 
 
+async def test_progress_that_is_cut_ends_with_an_error_too() -> None:
+    """It is no generated stream, which would hear of its deadline; and it is told at once when it is hurried."""
+    async with AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(running(quick("a", pull_s=60.0)))
+        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
+        ends, hurried = AsyncExitStack(), asyncio.Event()
+        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, hurried=hurried))
+        pull = client.stream("POST", f"{gateway.url}/api/pull", json={"model": "llama3.2:1b"})
+        told = (await stack.enter_async_context(pull)).aiter_lines()
+        await anext(told)
+        closing = asyncio.create_task(ends.aclose())
+        await until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
+        hurried.set()
+        assert json.loads([line async for line in told][-1]) == {"error": "the gateway was stopped"}
+        await closing
+
+
 async def test_an_address_that_is_taken_says_so(fleet: Running) -> None:
     with pytest.raises(MeshAlreadyRunning, match="cannot listen on 127"):
         async with Gateway(fleet.mesh, port=fleet.port):

@@ -1,0 +1,228 @@
+"""What people and systems end a mesh with, once and again, while clients of each dialect wait. Real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.real.command import Gpumesh
+from tests.tunnels.polling import until
+
+pytestmark = [pytest.mark.slow]
+
+MESSAGES = [{"role": "user", "content": "go on"}]
+STREAMS: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "go on"},
+    "/v1/chat/completions": {"messages": MESSAGES, "stream": True},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9000, "stream": True},
+}
+STOPPED = "the gateway was stopped"
+
+
+@pytest.fixture
+async def endless(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    host = quick("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000), slots=6)
+    async with simulated(gpumesh, host) as made:
+        made.write([made.node("alpha", backend={"url": made.node("alpha")["backend"]["url"], "max_parallel": 6})])
+        yield made
+
+
+def error_of(path: str, text: str) -> dict[str, Any]:
+    """The last frame of a stream, which must be an error in its dialect."""
+    last = text.strip().split("\n\n" if path.startswith("/v1") else "\n")[-1]
+    if path == "/v1/messages":
+        event, _, data = last.partition("\n")
+        assert event == "event: error", text[-300:]
+        document: dict[str, Any] = json.loads(data.removeprefix("data: "))
+        assert document["type"] == "error"
+        return document
+    document = json.loads(last.removeprefix("data: "))
+    assert "error" in document, text[-300:]
+    return document
+
+
+class Clients:
+    """One in mid-stream for each dialect, two that wait for a whole answer, and one that waits for a place."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.streams: dict[str, asyncio.Task[str]] = {}
+        self.whole: dict[str, asyncio.Task[httpx.Response]] = {}
+        self._begun = 0
+
+    async def start(self, stack: AsyncExitStack, gpumesh: Gpumesh) -> None:
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None))
+        )
+
+        async def stream(path: str) -> str:
+            text = ""
+            async with client.stream("POST", path, json={"model": MODEL, **STREAMS[path]}) as answer:
+                assert answer.status_code == 200
+                async for piece in answer.aiter_text():
+                    self._begun += not text
+                    text += piece
+            return text
+
+        def ask(path: str, **more: Any) -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(
+                client.post(path, json={"model": MODEL, **STREAMS[path], "stream": False, **more})
+            )
+
+        self.streams = {path: asyncio.create_task(stream(path)) for path in STREAMS}
+        await until(lambda: self._begun == len(STREAMS), "all streams have begun")
+        self.whole = {"/api/chat": ask("/api/chat"), "/v1/messages": ask("/v1/messages")}
+        await load(gpumesh, in_flight=6, queued=0)
+        self.whole["/v1/chat/completions"] = ask("/v1/chat/completions")
+        await load(gpumesh, in_flight=6, queued=1)
+
+    async def all_were_told(self) -> None:
+        for path, task in self.streams.items():
+            assert STOPPED in json.dumps(error_of(path, await task)), path
+        for path, asked in self.whole.items():
+            response = await asked
+            assert response.status_code == 503, path
+            document = response.json()
+            assert STOPPED in json.dumps(document)
+            assert isinstance(document["error"], str) == path.startswith("/api")
+
+
+async def load(gpumesh: Gpumesh, **wanted: int) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            gateway = (await gpumesh("status", "--json")).json()["gateway"]
+            if all(gateway[name] == count for name, count in wanted.items()):
+                return
+
+
+async def state(gpumesh: Gpumesh) -> str:
+    return str((await gpumesh("status", "--json")).json()["gateway"]["state"])
+
+
+async def draining(gpumesh: Gpumesh) -> None:
+    async with asyncio.timeout(20):
+        while await state(gpumesh) != "draining":
+            pass
+
+
+async def url_of(gpumesh: Gpumesh) -> str:
+    async with asyncio.timeout(20):
+        while True:
+            gateway = (await gpumesh("status", "--json")).json()["gateway"]
+            if gateway["state"] == "serving":
+                return str(gateway["url"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_second_tells_every_client_why_it_gets_no_more(endless: Simulated, number: signal.Signals) -> None:
+    gpumesh = endless.gpumesh
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(gpumesh.started("up"))
+        clients = Clients(await url_of(gpumesh))
+        await clients.start(stack, gpumesh)
+        process.send_signal(number)
+        await draining(gpumesh)
+        assert not any(task.done() for task in (*clients.streams.values(), *clients.whole.values())), "it waits"
+        process.send_signal(number)
+        began = time.monotonic()
+        await clients.all_were_told()
+        async with asyncio.timeout(20):
+            assert await process.wait() == 130
+        assert time.monotonic() - began < 8.0, "and not for the ten seconds that draining may take"
+    await until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generations have stopped")
+    assert gpumesh.sockets() == []
+
+
+@pytest.mark.parametrize("way", ["down", "SIGTERM"])
+async def test_in_the_background_too(endless: Simulated, way: str) -> None:
+    gpumesh = endless.gpumesh
+    await gpumesh("up", "-d")
+    (pid,) = gpumesh.processes()
+    async with AsyncExitStack() as stack:
+        clients = Clients(await url_of(gpumesh))
+        await clients.start(stack, gpumesh)
+        if way == "down":
+            first = await stack.enter_async_context(gpumesh.started("down", "--wait", "500"))
+            await draining(gpumesh)
+            ended = asyncio.create_task(gpumesh("down", "--wait", "0"))
+        else:
+            os.kill(pid, signal.SIGTERM)
+            await draining(gpumesh)
+            os.kill(pid, signal.SIGTERM)
+        await clients.all_were_told()
+        if way == "down":
+            await ended
+            async with asyncio.timeout(20):
+                assert await first.wait() == 0
+        await until(lambda: not gpumesh.processes(), "it has ended")
+    assert gpumesh.sockets() == []
+
+
+async def test_the_third_ends_it_at_once(endless: Simulated) -> None:
+    gpumesh = endless.gpumesh
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(gpumesh.started("up"))
+        clients = Clients(await url_of(gpumesh))
+        await clients.start(stack, gpumesh)
+        process.send_signal(signal.SIGINT)
+        await draining(gpumesh)
+        # Frozen, so that all that follows is there at the same time.
+        process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(20):
+            assert await process.wait() in (130, 143)
+        await asyncio.gather(*clients.streams.values(), *clients.whole.values(), return_exceptions=True)
+    await until(lambda: not gpumesh.processes(), "nothing of it is left")
+
+
+async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh: Gpumesh) -> None:
+    host = quick("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(30, 30))
+    async with simulated(gpumesh, host), gpumesh.started("up") as process:
+        url = await url_of(gpumesh)
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            body = {"model": MODEL, "messages": MESSAGES}
+            async with client.stream("POST", f"{url}/api/chat", json=body) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                process.send_signal(signal.SIGHUP)
+                await draining(gpumesh)
+                process.send_signal(signal.SIGHUP)
+                assert json.loads([line async for line in lines][-1])["done"]
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+async def test_run_ends_what_it_began(endless: Simulated, number: signal.Signals, many: bool) -> None:
+    """In a mesh of its own: the generation on the host stops, and the part of an answer that was there is a line."""
+    gpumesh = endless.gpumesh
+    arguments = ("run", "-f", "-") if many else ("run", "go on")
+    async with gpumesh.started(*arguments, stdin="" if many else None) as process:
+        if many:
+            assert process.stdin is not None
+            process.stdin.write(b"go on\nand on\n")
+            process.stdin.close()
+        await until(lambda: endless.hosts["alpha"].counters.in_flight >= 1 + many, "it is under way")
+        process.send_signal(number)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 128 + number
+            assert process.stdout is not None
+            assert process.stderr is not None
+            out, err = await process.stdout.read(), await process.stderr.read()
+    assert b"Traceback" not in err
+    assert not out or out.endswith(b"\n")
+    await until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generation has stopped")
