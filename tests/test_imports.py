@@ -16,6 +16,7 @@ LAYERS = {
     "cancellation": 0,
     "printable": 0,
     "quoting": 0,
+    "atomic_file": 0,
     "topology": 1,
     "state": 1,
     "wire": 2,

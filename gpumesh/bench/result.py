@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gpumesh import __version__
+from gpumesh import __version__, atomic_file
 from gpumesh.bench.load import Record
 from gpumesh.bench.scenarios import Scenario, Settings
 from gpumesh.bench.stats import Objective
@@ -192,16 +192,7 @@ def write(folder: Path, result: BenchResult, records: Sequence[Record], *, force
 
 
 def _put(path: Path, text: str) -> None:
-    """Beside its place, then renamed over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
 def read(path: Path) -> BenchResult:

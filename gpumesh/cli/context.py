@@ -127,9 +127,11 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
             return
     if not embed:
         raise MeshNotRunning("no mesh is running for this configuration")
+    from gpumesh.daemon import leftovers
     from gpumesh.daemon.local import LocalSession
     from gpumesh.mesh.mesh import Mesh
 
+    leftovers.sweep()
     async with Mesh(chosen.topology()) as mesh:
         yield LocalSession(mesh)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -74,10 +73,10 @@ async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
     from gpumesh.daemon.signals import on_signals
     from gpumesh.lab import profile
     from gpumesh.lab.lab import Lab
+    from gpumesh.tunnels.folders import private_folder
 
     hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.default(count)]
-    with tempfile.TemporaryDirectory(prefix="gpumesh-demo-") as name:
-        folder = Path(name)
+    with private_folder() as folder:
         async with Lab(hosts, folder) as lab:
             file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model=MODEL)
             paths = for_config(file)

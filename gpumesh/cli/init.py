@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -169,9 +168,10 @@ def _trust_new(made: Sequence[Draft], *, yes: bool) -> None:
 def _topology(made: Sequence[Draft]) -> Topology:
     """By way of a file: aliases, defaults and checks are then those of any mesh.yaml."""
     from gpumesh import config
+    from gpumesh.tunnels.folders import private_folder
 
-    with tempfile.TemporaryDirectory(prefix="gpumesh-init-") as folder:
-        file = Path(folder) / "mesh.yaml"
+    with private_folder() as folder:
+        file = folder / "mesh.yaml"
         file.write_text("\n".join(document(made)) + "\n", encoding="utf-8")
         try:
             return config.load(file)

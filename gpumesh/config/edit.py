@@ -9,13 +9,13 @@ stands. What cannot be set that way without touching more (a value behind an ali
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from gpumesh import atomic_file
 from gpumesh.config import locate, reader
 from gpumesh.errors import GPUMeshError
 from gpumesh.printable import printable
@@ -68,17 +68,7 @@ def write(path: Path, old: str, new: str) -> None:
         raise GPUMeshError(f"{path} was changed meanwhile; it was left as it is", hint="run the command again")
     try:
         mode = target.stat().st_mode & 0o7777
-        descriptor, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(beside, mode)
-            os.replace(beside, target)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        atomic_file.replace(target, new, mode=mode)
     except OSError as error:
         raise GPUMeshError(
             f"{path} cannot be written: {error.strerror}",

@@ -125,6 +125,21 @@ def runtime_dir() -> Path:
     return _make_private(Path("/tmp") / f"{_APP}-{os.geteuid()}")  # noqa: S108 - checked by _make_private
 
 
+def runtime_dirs() -> tuple[Path, ...]:
+    """All that ``runtime_dir`` may have been for this user, as far as they are there and private: a service or a cron
+    job has no XDG_RUNTIME_DIR, the same user's shell has."""
+    if sys.platform == "win32":
+        return ()
+    base = _absolute("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
+    candidates = (base / _APP, Path("/tmp") / f"{_APP}-{os.geteuid()}")  # noqa: S108 - checked below
+    found = []
+    for folder in candidates:
+        with contextlib.suppress(OSError):
+            if _why_not_private(folder.lstat()) is None:
+                found.append(folder)
+    return tuple(found)
+
+
 def state_dir() -> Path:
     """The folder for what outlives a run (logs, measured results), made private (0700).
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gpumesh.daemon import messages
+from gpumesh.daemon import leftovers, messages
 from gpumesh.daemon.host import UpOptions
 from gpumesh.daemon.lock import LockWatch
 from gpumesh.daemon.paths import MeshPaths
@@ -117,6 +117,7 @@ async def take_down(
         raise MeshNotRunning("no mesh is running for this configuration", hint="")
     with watch:
         if watch.sweep(paths):
+            leftovers.sweep()
             raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint="")
         pid = watch.pid
         try:
@@ -131,6 +132,7 @@ async def take_down(
                     os.kill(pid, signal.SIGKILL)
             await _gone(watch)
             watch.sweep(paths)
+            leftovers.sweep()
             return False
         watch.sweep(paths)
         return True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from gpumesh import config
-from gpumesh.daemon import journal
+from gpumesh.daemon import journal, leftovers
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local import LocalSession
 from gpumesh.daemon.lock import MeshLock
@@ -115,6 +115,7 @@ async def hosted(
         handler = journal.write_to(paths.log)
         stack.callback(journal.stop_writing, handler)
         stack.push(_say_why)
+        leftovers.sweep()
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Self
 
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
+
+INSTANTS, INSTANT_S = 5, 0.01
 
 
 class MeshLock:
@@ -33,7 +36,7 @@ class MeshLock:
             except OSError as error:
                 raise _unusable(paths, error) from error
             try:
-                if not _try_lock(descriptor):
+                if not _try_lock_patiently(descriptor):
                     raise MeshAlreadyRunning(
                         f"the mesh of {paths.config} runs already{_words(_pid_in(descriptor))}",
                         hint="`gpumesh status` shows it, `gpumesh down` stops it",
@@ -119,6 +122,15 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _try_lock_patiently(descriptor: int) -> bool:
+    """Who only asks whether a mesh runs (``held``, ``sweep``) has the lock for an instant: that is no mesh."""
+    for _ in range(INSTANTS):
+        if _try_lock(descriptor):
+            return True
+        time.sleep(INSTANT_S)
+    return _try_lock(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

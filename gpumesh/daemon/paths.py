@@ -6,6 +6,7 @@ The runtime folder is gone after `down`; the log stays, so that one can read why
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,12 @@ class MeshPaths:
             ) from error
 
     def remove(self) -> None:
-        """Takes away what the mesh left. Only for whoever holds the lock."""
-        with suppress(OSError):
-            self.socket.unlink(missing_ok=True)
+        """Takes away what the mesh left, the lock last. Only for whoever holds the lock."""
+        with suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name != self.lock.name:
+                    with suppress(OSError):
+                        os.unlink(entry.path)
         with suppress(OSError):
             self.lock.unlink(missing_ok=True)
         with suppress(OSError):

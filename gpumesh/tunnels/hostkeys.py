@@ -17,13 +17,13 @@ import hmac
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import translate
 from pathlib import Path
 
+from gpumesh import atomic_file
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
 from gpumesh.quoting import command
 from gpumesh.topology import HostKeyPolicy, SshSpec, TransportKind
@@ -234,7 +234,7 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             refuse_other_files(target)
-            _replace(target, "".join(_recorded(_text(target), key, names)))
+            atomic_file.replace(target, "".join(_recorded(_text(target), key, names)), errors="surrogateescape")
         finally:
             os.close(folder)
     except OSError as error:
@@ -268,19 +268,6 @@ def _recorded(text: str, key: HostKey, names: tuple[str, ...]) -> Iterable[str]:
             yield f"{','.join(others)} {entry.key.line}\n"
     for name in names:
         yield f"{_hashed(name) if hashed else name} {key.line}\n"
-
-
-def _replace(target: Path, text: str) -> None:
-    descriptor, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # 0600
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 # -- the policy ------------------------------------------------------------------------------------------------------
