@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from gpumesh.errors import (
     BackendError,
@@ -68,6 +69,18 @@ def body(shape: Shape, status: int, message: str) -> bytes:
             kind = _kind(_ANTHROPIC_TYPES, status)
             document = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(document).encode()
+
+
+def is_shaped(shape: Shape, document: Mapping[str, Any] | None) -> bool:
+    """Whether the body of an error response is as clients of this dialect expect it."""
+    error = None if document is None else document.get("error")
+    match shape:
+        case Shape.NATIVE:
+            return isinstance(error, str)
+        case Shape.OPENAI:
+            return isinstance(error, dict) and isinstance(error.get("message"), str)
+        case Shape.ANTHROPIC:
+            return isinstance(error, dict) and document is not None and document.get("type") == "error"
 
 
 def _kind(types: Mapping[int, str], status: int) -> str:

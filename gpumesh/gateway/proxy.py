@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from gpumesh.backends import jsons
 from gpumesh.backends.base import HttpCall
+from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import errors
 from gpumesh.gateway.exchange import Request, Stream
-from gpumesh.gateway.replies import Pairs, Reply
+from gpumesh.gateway.replies import Pairs, Reply, json_reply
 from gpumesh.gateway.requests import BadRequest, Shape
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
@@ -88,6 +90,8 @@ async def forward(
 async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
     if answer.body is not None:
         problem = answer.error_message
+        if problem is None and answer.status >= 500 and not errors.is_shaped(shape, jsons.parse_object(answer.body)):
+            return _reshaped(answer, answer.body, shape)
         body = answer.body if problem is None else errors.body(shape, answer.status, problem)
         return Reply(body, status=answer.status, headers=_headers(answer))
     stream = request.stream(_headers(answer), status=answer.status)
@@ -101,6 +105,13 @@ async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | St
         stream.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))
     stream.end()
     return stream
+
+
+def _reshaped(answer: Answer, body: bytes, shape: Shape) -> Reply:
+    """A server's failure that is not said in the client's dialect: its server knows another, or said it as an event."""
+    words = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
+    headers = tuple(pair for pair in _headers(answer) if pair[0].lower() != "content-type")
+    return json_reply(errors.body(shape, answer.status, words), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:

@@ -250,3 +250,18 @@ async def test_hostile_answers_do_not_reach_the_terminal_as_they_are(direct: Sim
     assert "\x1b" not in told.out
     assert "\x9b" not in told.out
     assert told.json()["response"] == "a\x1b]0;x\x07b\x9bc"
+
+
+async def test_a_prompt_at_which_hosts_behind_ssh_hang_up_is_given_to_two(gpumesh: Gpumesh) -> None:
+    """Their tunnels stand, so it was the servers."""
+    names = ("alpha", "beta", "gamma")
+    async with simulated(gpumesh, *(quick(name) for name in names)) as made:
+        await gpumesh("up", "-d")
+        await gpumesh("status", "--check")
+        for host in made.hosts.values():
+            await host.set_faults(Faults(disconnect=True, paths=("/api/chat",)))
+        ended = await gpumesh("run", "x", code=4)
+        assert "two servers failed at this request, so no other was asked" in ended.err
+        state = (await gpumesh("status", "--json")).json()
+        assert sum(node["load"]["failed"] for node in state["nodes"]) == 2
+        await gpumesh("down")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
+from gpumesh.gateway import errors
+from gpumesh.gateway.requests import shape_of
 from tests.gateway.fleet import Running, node, serving
 from tests.mesh.meshes import MODEL, ollama
 from tests.mesh.servers import Exchange, serve, whole
@@ -99,6 +101,7 @@ async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None
             assert response.status_code == 500
             assert response.headers["X-GPUMesh-Attempts"] == "2"
             assert WORDS in response.text
+            assert errors.is_shaped(shape_of(path), response.json()), "in the dialect of the route"
             assert servers.asked.total() == len(servers.asked) == 2
 
 
@@ -254,3 +257,17 @@ async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: boo
                 process.kill()
         ends = [await process.wait() for _, process in servers.values()]
         assert sorted(ends) == [-9, 9, 9]
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+async def test_a_page_of_a_proxy_becomes_an_error_of_the_dialect(path: str) -> None:
+    async def answer(exchange: Exchange) -> None:
+        page = b"<html><script>alert(1)</script><title>502 Bad Gateway</title></html>"
+        await exchange.send(whole(page, status="502 Bad Gateway", kind="text/html"))
+
+    async with serve(ollama(answer)) as server, serving((node("a", server.url, max_parallel=8),)) as running:
+        body = {"model": MODEL, "stream": False, **ROUTES[path]}
+        response = await running.client.post(path, json=body)
+        assert (response.status_code, response.headers["Content-Type"]) == (502, "application/json")
+        assert errors.is_shaped(shape_of(path), response.json())
+        assert "<" not in response.text
