@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from gpumesh.config import environment, strangers_file
 from gpumesh.errors import UsageError
+from gpumesh.quoting import command
 
 FILE_NAME = "mesh.yaml"
 DEFAULT_HOST = "127.0.0.1"
@@ -173,7 +174,8 @@ def _refuse_strangers(here: Path) -> None:
     if reason is not None:
         raise UsageError(
             f"the {here} in this folder {reason}, so it is not used without being named",
-            hint=f"look at what it does, and if you want that: `gpumesh --config ./{here} …`",
+            hint="look at what it does, and if you want that, name it: "
+            + command("gpumesh --config {FILE} …", FILE=f"./{here}"),
         )
 
 
