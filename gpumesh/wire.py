@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gpumesh.printable import printable
 from gpumesh.state import STATUS_SCHEMA, MeshState
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def status_json(state: MeshState) -> dict[str, Any]:
 def status_from_json(document: Mapping[str, Any]) -> MeshState:
     """Raises ``ValueError`` when the document is not ``gpumesh.status/1``."""
     if document.get("schema") != STATUS_SCHEMA:
-        raise ValueError(f"not a {STATUS_SCHEMA} document: schema is {document.get('schema')!r}")
+        raise ValueError(f"not a {STATUS_SCHEMA} document: schema is {printable(repr(document.get('schema')), 80)}")
     return from_json(MeshState, document)
 
 
@@ -50,7 +51,10 @@ def from_json(kind: type[T], value: Any) -> T:
 
     Raises ``ValueError`` where a value is not of its field's type or a required field is missing.
     """
-    result: T = _read(kind, value)
+    try:
+        result: T = _read(kind, value)
+    except ValueError as error:  # it repeats the value, which may be megabytes
+        raise ValueError(printable(str(error), 300)) from error
     return result
 
 
