@@ -1,0 +1,384 @@
+"""Every parser that reads what a host, a client or another program says, in process: bytes in, nothing out.
+
+Each raises what it documents and nothing else, and takes time and memory in proportion to what it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpumesh.audit.identity import store_mark
+from gpumesh.backends import jsons
+from gpumesh.backends.continuation import Continuation
+from gpumesh.backends.dialects import DIALECTS, counters_of
+from gpumesh.coordination.peers import Peers
+from gpumesh.coordination.peers import decode as decode_peer
+from gpumesh.daemon import messages
+from gpumesh.errors import BackendError, ProbeError, StreamCut
+from gpumesh.gateway import merge
+from gpumesh.gateway.progress import Progress
+from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand, read_object
+from gpumesh.printable import printable
+from gpumesh.probes.disk import read_free_mib
+from gpumesh.probes.nvidia_smi import probe_gpus
+from gpumesh.probes.remote import read_script
+from gpumesh.probes.smi_tables import read_gpus, read_processes
+from gpumesh.topology import BackendKind
+from gpumesh.tunnels import openssh_errors, protocol
+from gpumesh.tunnels.address import parse_address
+from gpumesh.tunnels.base import ExecResult
+from gpumesh.wire import status_from_json
+from tests.fuzz.cases import SLICE, Case
+
+# CPU time, since others use the machine too. The gateway's loop runs most of these: what takes longer holds up streams.
+CPU_S, CPU_S_PER_MIB = 0.15, 0.5
+# What a document of empty lists needs as Python's objects, and once more what is made of it.
+MEMORY_MIB, MEMORY_PER_BYTE = 32.0, 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """``feed`` takes the bytes in the pieces in which they came. ``raises``: what it documents."""
+
+    feed: Callable[[Sequence[bytes]], object]
+    seeds: tuple[bytes, ...]
+    raises: tuple[type[Exception], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    cpu_s: float
+    memory_mib: float
+
+
+def _whole(function: Callable[[bytes], object]) -> Callable[[Sequence[bytes]], object]:
+    return lambda pieces: function(b"".join(pieces))
+
+
+def _text(function: Callable[[str], object]) -> Callable[[Sequence[bytes]], object]:
+    return lambda pieces: function(b"".join(pieces).decode("utf-8", "replace"))
+
+
+# -- probes ----------------------------------------------------------------------------------------------------------
+
+_GPU = (
+    b"0, GPU-8f1c1a2e-1111-2222-3333-444455556666, 00000000:01:00.0, NVIDIA GeForce RTX 4090, 550.54.15, 24564, 5632,"
+    b" 18932, 3, 1, 41, 62.50, 450.00, 210, 30, P8, Enabled, 0x0000000000000001\n"
+)
+_OLD = b"0, GPU-8f1c1a2e, 00000000:01:00.0, Tesla K80, 470.57.02, 11441, 0, 11441, 0, 35\n"
+_PROCESS = b"GPU-8f1c1a2e-1111-2222-3333-444455556666, 4242, /usr/bin/ollama, 5120\n"
+_SMI_OUTPUTS = (
+    b"af4a84245990\n@gpumesh@ 0\n" + _GPU + b"@gpumesh@ 0\n" + _PROCESS + b"@gpumesh@ 0\n",
+    b"box\n@gpumesh@ 0\nsh: 1: nvidia-smi: not found\n@gpumesh@ 127\nsh: 1: nvidia-smi: not found\n@gpumesh@ 127\n",
+    b"box\n@gpumesh@ 0\nNVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n@gpumesh@ 9\n",
+    b'box\n@gpumesh@ 0\nField "fan.speed" is not a valid field to query.\n@gpumesh@ 2\n' + _OLD + b"@gpumesh@ 0\n",
+    b"box\n@gpumesh@ 0\nUnable to determine the device handle for GPU 0000:01:00.0: GPU is lost.\n@gpumesh@ 15\n",
+)
+
+
+def _probe_gpus(pieces: Sequence[bytes]) -> None:
+    output = b"".join(pieces)
+
+    async def said(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
+        return ExecResult(0, output, b"")
+
+    asyncio.run(probe_gpus(said, timeout_s=10.0, node="fuzzed"))
+
+
+def _df(rows: bytes) -> bytes:
+    return b"Filesystem 1024-blocks Used Available Capacity Mounted on\n" + rows
+
+
+# -- inference servers -----------------------------------------------------------------------------------------------
+
+VERSION = b'{"version":"0.12.6"}'
+TAGS = (
+    b'{"models":[{"name":"qwen2.5:7b","model":"qwen2.5:7b","modified_at":"2026-01-01T00:00:00.123456789+02:00","size":468,'
+    b'"digest":"845dbda0ea48ed749caafd9e6037047aa19acfcfd82e704d7ca97d631a0b697e","details":{"parent_model":"","format":'
+    b'"gguf","family":"qwen2","families":["qwen2"],"parameter_size":"7.6B","quantization_level":"Q4_K_M"}}]}'
+)
+PS = (
+    b'{"models":[{"name":"qwen2.5:7b","model":"qwen2.5:7b","size":6654289920,"digest":"845d","details":{"family":"qwen2"},'
+    b'"expires_at":"2026-01-01T00:05:00.1234+00:00","size_vram":6654289920,"context_length":4096}]}'
+)
+MODELS = b'{"object":"list","data":[{"id":"qwen2.5:7b","object":"model","created":1767225600,"owned_by":"library"}]}'
+_PROPS = (
+    b'{"default_generation_settings":{"n_ctx":4096},"total_slots":4,"model_path":"/m.gguf","build_info":"b6000-abc"}'
+)
+_LLAMA = (
+    b'{"object":"list","data":[{"id":"m.gguf","owned_by":"llamacpp","meta":{"n_ctx_train":32768,"size":4683073184}}]}'
+)
+
+
+def _inventory(kind: BackendKind, name: str) -> Callable[[Sequence[bytes]], object]:
+    good = {"version": VERSION, "tags": TAGS, "ps": PS, "models": _LLAMA, "props": _PROPS, "health": b'{"status":"ok"}'}
+
+    def feed(pieces: Sequence[bytes]) -> None:
+        body = b"".join(pieces)
+        for status in (200, 404, 500, 503):
+            answers = {key: (200, good[key]) for key in DIALECTS[kind].probe_calls() if key in good}
+            try:
+                store_mark(DIALECTS[kind].inventory({**answers, name: (status, body)}).catalog)
+            except ProbeError as error:
+                assert printable(error.message, 1000) == error.message
+            DIALECTS[kind].error_text(status, body)
+
+    return feed
+
+
+_NATIVE = (
+    b'{"model":"m","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"Hel"},"done":false}\n'
+    b'{"model":"m","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"lo","thinking":"hm"},'
+    b'"done":false}\n{"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop",'
+    b'"total_duration":5000000,"load_duration":1,"prompt_eval_count":8,"prompt_eval_duration":1,"eval_count":2,'
+    b'"eval_duration":1000000}\n'
+)
+_GENERATE = (
+    b'{"model":"m","response":"Hel","done":false}\n{"model":"m","response":"lo","done":true,"context":[1,2,3]}\n'
+)
+_EVENTS = (
+    b'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}'
+    b',"finish_reason":null}]}\n\ndata: {"id":"c","choices":[{"index":0,"delta":{"content":"lo"},"finish_reason":'
+    b'"stop"}]}\n\ndata: {"id":"c","choices":[],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10},'
+    b'"timings":{"predicted_n":2,"predicted_ms":1.5}}\n\ndata: [DONE]\n\n'
+)
+_WHOLE_CHAT = (
+    b'{"choices":[{"message":{"role":"assistant","content":"Hello"},"finish_reason":"stop"}],'
+    b'"usage":{"total_tokens":9}}'
+)
+_COMPLETION = b'data: {"id":"c","choices":[{"index":0,"text":"Hel","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+_RESPONSES = (
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"Hel"}\n\n'
+    b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":2}}}\n\n'
+)
+_MESSAGES = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":8}}}\n\n'
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hel"}}\n\n'
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+)
+_ERRORS = (b'{"error":"llama runner process has terminated"}\n', b'error: {"message":"slot unavailable"}\n\n')
+STREAMS = {
+    "/api/chat": (_NATIVE, _ERRORS[0]),
+    "/api/generate": (_GENERATE,),
+    "/v1/chat/completions": (_EVENTS, _ERRORS[1]),
+    "/v1/completions": (_COMPLETION,),
+    "/v1/responses": (_RESPONSES,),
+    "/v1/messages": (_MESSAGES,),
+}
+REQUESTS = (
+    b'{"model":"hostile:1b","messages":[{"role":"user","content":"hi"}],"options":{"num_ctx":4096,"num_predict":5}}',
+    b'{"model":"hostile:1b","prompt":"hi","stream":false,"keep_alive":"5m","format":{"type":"object"},"images":["aGk="]}',
+)
+
+
+def _reader(kind: BackendKind, *, stream: bool) -> Callable[[Sequence[bytes]], object]:
+    def feed(pieces: Sequence[bytes]) -> None:
+        reader = DIALECTS[kind].reader(stream=stream)
+        for piece in pieces:
+            reader.feed(piece)
+        reader.close()
+
+    return feed
+
+
+def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
+    """As an answer's first upstream, and again as the one that goes on after a cut."""
+
+    def feed(pieces: Sequence[bytes]) -> None:
+        clock = itertools.count()
+        answer = Continuation(
+            path, REQUESTS["generate" in path or path == "/v1/completions"], clock=lambda: float(next(clock))
+        )
+        for _ in range(2):
+            for piece in pieces:
+                answer.feed(piece)
+            answer.end_of_body()
+            if answer.finished or answer.on_cut() is not None:
+                break
+            answer.rendered("other", 200, b"".join(pieces))
+            answer.next_call("other", BackendKind.OLLAMA)
+        assert isinstance(answer.text, str)
+
+    return feed
+
+
+def _progress(pieces: Sequence[bytes]) -> None:
+    progress = Progress(["a", "b"])
+    for line in b"".join(pieces).split(b"\n")[:2000]:
+        entry = jsons.parse_object(line)
+        if entry is not None:
+            progress.feed("a", entry)
+            json.dumps(progress.take()).encode()
+
+
+def _merged(pieces: Sequence[bytes]) -> None:
+    """What comes out is JSON that a strict reader takes, whatever one node says; the other's is in it."""
+    body = b"".join(pieces)
+    for function, good, key in (
+        (merge.tags, TAGS, "models"),
+        (merge.loaded, PS, "models"),
+        (merge.openai_models, MODELS, "data"),
+    ):
+        document = json.loads(function([body, good]), parse_constant=_no_constant)
+        assert "qwen2.5:7b" in {entry.get("name", entry.get("id")) for entry in document[key]}
+
+
+def _no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+# -- ssh -------------------------------------------------------------------------------------------------------------
+
+_SSH_ERRORS = (
+    b"kex_exchange_identification: Connection closed by remote host\r\nConnection closed by 10.0.0.1 port 22\r\n",
+    b"root@10.0.0.1: Permission denied (publickey,password).\r\n",
+    b"@@@@@@\r\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\n@@@@@@\r\nHost key verification failed.\r\n",
+    b"channel 3: open failed: administratively prohibited: open failed\r\n",
+    b"Bad packet length 1349676916.\r\nssh_dispatch_run_fatal: message authentication code incorrect\r\n",
+)
+
+
+def _ssh_errors(pieces: Sequence[bytes]) -> None:
+    """As via_openssh does: its last lines, made printable."""
+    lines = [printable(line) for line in b"".join(pieces).split(b"\n")[-40:]]
+    for was_up in (False, True):
+        openssh_errors.explain(lines, "10.0.0.1:22", was_up=was_up)
+    openssh_errors.NO_SESSION.search("\n".join(lines))
+
+
+# -- requests, other processes ---------------------------------------------------------------------------------------
+
+
+def _request(pieces: Sequence[bytes]) -> None:
+    body = b"".join(pieces)
+    document = read_object(body)
+    for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
+        read_demand(MODEL_ROUTES[path], {}, document, size=len(body), default_model=None)
+
+
+def _peer(pieces: Sequence[bytes]) -> None:
+    data = b"".join(pieces)
+    peers = Peers("me")
+    peers.hear(data, 0.0)
+    peers.total("GPU-1/qwen2.5:7b", 1.0)
+    decode_peer(data)
+
+
+def _status(pieces: Sequence[bytes]) -> None:
+    document = jsons.parse_object(b"".join(pieces))
+    if document is not None:
+        status_from_json(document)
+
+
+_STATUS = (
+    b'{"schema":"gpumesh.status/1","mesh":"home","at":"2026-11-24T04:10:00Z","gateway":{"url":null,"state":"serving",'
+    b'"in_flight":0,"queued":0},"totals":{"nodes":1,"nodes_up":1,"gpus":0,"vram_total_mib":null,"vram_used_mib":null,'
+    b'"vram_free_mib":null,"tokens_per_s":0.0},"nodes":[],"findings":[]}'
+)
+
+
+TARGETS: dict[str, Target] = {
+    "gpus": Target(_whole(read_gpus), (_GPU, _GPU + _GPU.replace(b"0, GPU-8", b"1, GPU-9"))),
+    "gpu-processes": Target(_whole(read_processes), (_PROCESS, _PROCESS * 3)),
+    "remote-script": Target(_whole(lambda data: read_script(data, 3)), _SMI_OUTPUTS),
+    "nvidia-smi": Target(_probe_gpus, _SMI_OUTPUTS),
+    "disk": Target(_whole(read_free_mib), (_df(b"/dev/sda1 1000 400 600 40% /\n"), _df(b""))),
+    "ollama-version": Target(_inventory(BackendKind.OLLAMA, "version"), (VERSION,)),
+    "ollama-tags": Target(_inventory(BackendKind.OLLAMA, "tags"), (TAGS,)),
+    "ollama-ps": Target(_inventory(BackendKind.OLLAMA, "ps"), (PS,)),
+    "openai-models": Target(_inventory(BackendKind.OPENAI, "models"), (MODELS, _LLAMA)),
+    "openai-props": Target(_inventory(BackendKind.OPENAI, "props"), (_PROPS,)),
+    "ollama-stream": Target(
+        _reader(BackendKind.OLLAMA, stream=True),
+        (_NATIVE, _GENERATE, _ERRORS[0]),
+        (BackendError, ProbeError, StreamCut),
+    ),
+    "openai-stream": Target(
+        _reader(BackendKind.OPENAI, stream=True), (_EVENTS, _ERRORS[1]), (BackendError, ProbeError, StreamCut)
+    ),
+    "openai-whole": Target(
+        _reader(BackendKind.OPENAI, stream=False), (_WHOLE_CHAT,), (BackendError, ProbeError, StreamCut)
+    ),
+    **{f"continued:{path}": Target(_continuation(path), seeds) for path, seeds in STREAMS.items()},
+    "counters": Target(_whole(counters_of), (_NATIVE, _EVENTS, _WHOLE_CHAT)),
+    "progress": Target(
+        _progress,
+        (
+            b'{"status":"pulling manifest"}\n{"status":"pulling 845d","digest":"845d","total":100,"completed":5}\n'
+            b'{"status":"success"}\n',
+        ),
+    ),
+    "merged": Target(_merged, (TAGS, PS, MODELS)),
+    "ssh-errors": Target(_ssh_errors, _SSH_ERRORS),
+    "address": Target(
+        _text(lambda text: parse_address(text, default_port=22)),
+        (b"10.0.0.1 13323\n", b"[2001:db8::1]:22", b'{"host":"pod.example","port":"22"}'),
+        (ValueError,),
+    ),
+    "request-body": Target(_request, REQUESTS, (BadRequest,)),
+    "peer-message": Target(
+        _peer, (b'{"v":1,"gateway":"a","loads":{"GPU-1/qwen2.5:7b":2},"leaving":false}',), (ValueError,)
+    ),
+    "control-request": Target(
+        _whole(messages.decode_request),
+        (b'{"kind":"Exec","node":"a","argv":["nvidia-smi"]}\n', b'{"kind":"Down","drain_s":5.0}\n'),
+        (ValueError, RecursionError),
+    ),
+    "control-reply": Target(
+        _whole(messages.decode_reply),
+        (
+            b'{"kind":"Error","code":"queue-full","message":"m","hint":null,"node":null,"exit_code":1,"detail":{"a":1}}\n',
+            b'{"kind":"Piece","chunk":{"text":"a","thinking":"","done":false,"done_reason":null,"counters":null}}\n',
+        ),
+        (ValueError, RecursionError),
+    ),
+    "worker-message": Target(
+        _whole(protocol.decode),
+        (b'{"kind":"Output","number":1,"stream":"stdout","data":"aGk="}\n', b'{"kind":"Pong","number":1}\n'),
+        (ValueError,),
+    ),
+    "status": Target(_status, (_STATUS,), (ValueError,)),
+}
+
+
+def run(case: Case) -> Cost:
+    """Feeds it. Raises what the parser must not raise, and AssertionError for what it must not cost."""
+    target = TARGETS[case.target]
+    pieces = case.writes()
+    if not any(part.apart for part in case.parts):
+        pieces = [b"".join(pieces)] if case.size <= SLICE else pieces
+    before_mib = peak_mib(reset=True)
+    began = time.process_time()
+    try:
+        target.feed(pieces)
+    except target.raises as error:
+        assert len(str(error)) < 2000, f"an error of {len(str(error))} characters"
+    cost = Cost(time.process_time() - began, peak_mib() - before_mib)
+    limit_s = CPU_S + CPU_S_PER_MIB * case.size / (1 << 20)
+    limit_mib = MEMORY_MIB + MEMORY_PER_BYTE * case.size / (1 << 20)
+    assert cost.cpu_s <= limit_s, f"{cost.cpu_s:.2f} s of CPU time for {case.size} bytes ({limit_s:.2f} are allowed)"
+    assert cost.memory_mib <= limit_mib, (
+        f"{cost.memory_mib:.0f} MiB for {case.size} bytes ({limit_mib:.0f} are allowed)"
+    )
+    return cost
+
+
+def peak_mib(*, reset: bool = False) -> float:
+    """The most memory that this process has had since the last reset. Where it cannot be reset, since its start: then
+    only what is more than ever before is seen."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
