@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpumesh.backends.base import HttpCall
@@ -146,6 +146,12 @@ async def ask(
 # -- a server --------------------------------------------------------------------------------------------------------
 
 
+async def end(writer: asyncio.StreamWriter) -> None:
+    """When all has gone out."""
+    writer.close()
+    await writer.wait_closed()
+
+
 @dataclass
 class Hostile:
     """One node's server. It answers well, but for ``bodies`` (of a GET, by path) and for prompts that name a number of
@@ -162,10 +168,10 @@ class Hostile:
         return f"http://127.0.0.1:{self.port}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
+        with contextlib.suppress(asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
             while await self._one(reader, writer):
                 pass
-        writer.close()
+        await end(writer)
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -192,9 +198,12 @@ class Hostile:
         return False
 
 
+Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 @contextlib.asynccontextmanager
-async def hostile(model: str = MODEL) -> AsyncIterator[Hostile]:
-    node = Hostile(model)
+async def serving(speak: Speak) -> AsyncIterator[int]:
+    """A server that speaks so on each connection; its port. Nothing of it is left behind."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -203,23 +212,29 @@ async def hostile(model: str = MODEL) -> AsyncIterator[Hostile]:
         tasks.add(task)
         try:
             async with asyncio.timeout(LONGEST_S):
-                await node.serve(reader, writer)
-        except (TimeoutError, asyncio.CancelledError):
-            pass  # `hostile` ends, and nobody else cancels it
+                await speak(reader, writer)
+        except (TimeoutError, ConnectionError, asyncio.CancelledError):
+            pass  # it is left, or `serving` ends, and nobody else cancels it
         finally:
             tasks.discard(task)
             writer.transport.abort()
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    node.port = server.sockets[0].getsockname()[1]
     try:
-        yield node
+        yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def hostile(model: str = MODEL) -> AsyncIterator[Hostile]:
+    node = Hostile(model)
+    async with serving(node.serve) as node.port:
+        yield node
 
 
 async def chat(
@@ -298,22 +313,16 @@ async def greet(case: Case, *, timeout_s: float = 2.0) -> None:
     """Looks for an inference server where one says this. Raises what is not ProbeError."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            await reader.read(1 << 12)
-            for piece in case.writes():
-                writer.write(piece)
-                await writer.drain()
-        writer.close()
+        await reader.read(1 << 12)
+        for piece in case.writes():
+            writer.write(piece)
+            await writer.drain()
+        await end(writer)
 
-    server = await asyncio.start_server(speak, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        async with http_client() as client:
-            for kind in DIALECTS:
-                with contextlib.suppress(ProbeError):
-                    await ask_server(client, kind, url, None, api_key=None, timeout_s=timeout_s)
-    finally:
-        server.close()
+    async with serving(speak) as port, http_client() as client:
+        for kind in DIALECTS:
+            with contextlib.suppress(ProbeError):
+                await ask_server(client, kind, f"http://127.0.0.1:{port}", None, api_key=None, timeout_s=timeout_s)
 
 
 GREETING_SEEDS = (
