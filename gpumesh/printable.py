@@ -22,6 +22,9 @@ _PLAIN = re.compile(r"[ -~]*")
 def printable(said: str | bytes, limit: int = 300) -> str:
     """One line of at most ``limit`` characters; runs of white space become one blank. Never raises."""
     said = said[: limit * 16]
+    # Nearly all that servers send is of this kind, and of a list of models there is much.
+    if isinstance(said, str) and len(said) <= limit and said.isascii() and said.isprintable() and " " not in said:
+        return said
     if isinstance(said, bytes):
         said = said.decode("utf-8", "replace")
     if not _PLAIN.fullmatch(said):

@@ -17,6 +17,7 @@ LAYERS = {
     "printable": 0,
     "quoting": 0,
     "atomic_file": 0,
+    "versions": 0,
     "topology": 1,
     "state": 1,
     "wire": 2,

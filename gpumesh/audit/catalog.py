@@ -366,6 +366,15 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "Remove what nobody uses (`ollama rm`, `gpumesh models rm`), or let a server of its own offer what you need.",
     ),
     (
+        "model-unusable",
+        W,
+        "the server lists models that cannot be asked for",
+        "Some entries of its list of models have no name, one that is no text, one of more than 200 characters, or one "
+        "with control characters. They are left out; what else the server lists is used.",
+        "See on the host what lists them (`curl -s http://127.0.0.1:PORT/api/tags`, or `/v1/models`), and give the "
+        "models plain names (`ollama cp`, `--alias`, `--served-model-name`).",
+    ),
+    (
         "host-refused",
         E,
         "Ollama refuses our Host header",

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from gpumesh.backends import jsons
 from gpumesh.state import LoadedModel, ModelInfo
+
+# Beyond these a server's figures for one answer are no figures: the balancer learns from them, and pools add them up.
+MOST_TOKENS = 1 << 27
+LONGEST_MS = 30 * 86400 * 1000.0
+FASTEST_TOKENS_PER_S = 100_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,11 @@ class Counters:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generation rate by the server's own clock."""
+        """Generation rate by the server's own clock; ``None`` for one that no hardware reaches."""
         if self.tokens is None or not self.eval_ms:
             return None
-        return self.tokens / (self.eval_ms / 1000.0)
+        seconds = self.eval_ms / 1000.0
+        return self.tokens / seconds if self.tokens <= FASTEST_TOKENS_PER_S * seconds else None
 
     @property
     def waited_ms(self) -> float | None:
@@ -62,6 +69,17 @@ class Counters:
         if self.total_ms is None or self.eval_ms is None:
             return None
         return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
+
+
+def token_count(value: Any) -> int | None:
+    """A number of tokens as a server gives it; ``None`` for what cannot be one."""
+    return jsons.up_to(value, MOST_TOKENS)
+
+
+def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
+    """A duration as a server gives it, ``per_ms`` of its units being a millisecond; ``None`` for what cannot be one."""
+    read = jsons.number(value)
+    return read / per_ms if read is not None and read / per_ms <= LONGEST_MS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +108,14 @@ class FrameReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a backend says it is: the result of a backend probe."""
+    """What a backend says it is: the result of a backend probe. ``unusable`` counts what it lists that has no name by
+    which it could be asked for (``listing.py``)."""
 
     version: str | None
     catalog: tuple[ModelInfo, ...]
     loaded: tuple[LoadedModel, ...]
     parallel: int | None = None
+    unusable: int = 0
 
 
 class Dialect(Protocol):

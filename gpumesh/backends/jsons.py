@@ -10,12 +10,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 MIB = 1 << 20
-# Of JSON's punctuation in one document. What it costs to parse goes by its values, not by its bytes: a few MiB of
-# `[[],[],…` take a second and a gigabyte. The final line of /api/generate holds its whole context as numbers.
-MOST_VALUES = 300_000
-MOST_BYTES = 16 << 20
-_SURELY_FEW = 64 << 10  # bytes
+# What it costs to parse a document goes by its values, not by its bytes: a few MiB of `[[],[],…` take a second and a
+# gigabyte. What a report of a server holds at most: 4,000 models of Ollama are 60,000 values.
+REPORT_VALUES = 200_000
+# A frame or an answer: the final line of /api/generate holds its whole context, a number for each token.
+ANSWER_VALUES = 300_000
+ANSWER_BYTES = 16 << 20
+SMALL = 1 << 16  # bytes, of which it is not worth to ask what they hold
 _LARGEST = 1 << 62
+_LARGEST_MODEL = 1 << 46  # bytes: 64 TiB
+_DIGITS = 20  # of a 64-bit number with its sign; Python reads more only slowly, and more than 4,300 not at all
 _FRACTION = re.compile(r"(\.\d{6})\d+")
 
 
@@ -27,16 +31,10 @@ def compact(document: Mapping[str, Any]) -> bytes:
         return json.dumps(document, separators=(",", ":")).encode()
 
 
-def has_too_many_values(data: bytes) -> bool:
-    if len(data) <= _SURELY_FEW:
-        return False
-    return len(data) > MOST_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MOST_VALUES
-
-
 def parse(data: bytes) -> Any:
-    """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), or what
-    holds far more values than any answer does."""
-    if has_too_many_values(data):
+    """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), and for one
+    that holds far more than any answer does."""
+    if len(data) > SMALL and (len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES)):
         return None
     try:
         return json.loads(data)
@@ -47,6 +45,51 @@ def parse(data: bytes) -> Any:
 def parse_object(data: bytes) -> dict[str, Any] | None:
     document = parse(data)
     return document if isinstance(document, dict) else None
+
+
+def too_many_values(data: bytes, limit: int = REPORT_VALUES) -> bool:
+    """Whether a document holds more values than are read: it could cost the memory and time of a hundred others.
+
+    Each value stands behind a comma or an opening bracket; those inside of texts are counted as well.
+    """
+    return data.count(b",") + data.count(b"[") + data.count(b"{") > limit
+
+
+def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | None:
+    """An object that a server says of itself, ``None`` for what is none or has too many values. A number that is none
+    (``NaN``) or that no 64 bits hold is ``None``, and the rest of the document stands."""
+    if too_many_values(data, limit):
+        return None
+    try:
+        document = _REPORTS.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def is_plain_object(data: bytes) -> bool:
+    """Whether every parser reads it as an object: JSON by the letter, in UTF-8, without half of a surrogate pair."""
+    if too_many_values(data, ANSWER_VALUES):
+        return False
+    try:
+        document = _BY_THE_LETTER.decode(data.decode("utf-8"))
+        if b"\\ud" in data.lower():
+            json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _short_number(digits: str) -> int | None:
+    return int(digits) if len(digits) <= _DIGITS else None
+
+
+_BY_THE_LETTER = json.JSONDecoder(parse_constant=_no_constant)
+_REPORTS = json.JSONDecoder(parse_int=_short_number, parse_constant=lambda _: None)
 
 
 def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -77,9 +120,15 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def up_to(value: Any, most: int) -> int | None:
+    """A count that is believed: beyond ``most`` it says nothing."""
+    read = whole(value)
+    return read if read is not None and read <= most else None
+
+
 def mib(value: Any) -> int | None:
     """Bytes as MiB, rounded."""
-    size = whole(value)
+    size = up_to(value, _LARGEST_MODEL)
     return None if size is None else round(size / MIB)
 
 

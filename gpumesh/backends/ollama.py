@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
-from gpumesh.backends import jsons, refusals, words
-from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
+from gpumesh.backends import jsons, listing, refusals, words
+from gpumesh.backends.base import (
+    ChatRequest,
+    Chunk,
+    Counters,
+    HttpCall,
+    Inventory,
+    Message,
+    duration_ms,
+    token_count,
+)
 from gpumesh.backends.frames import Lines, Reader, final, not_this_server
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
@@ -54,11 +63,14 @@ class Ollama:
         if too_many is not None:
             raise too_many
         ps = answers.get("ps")
-        loaded = jsons.parse_object(ps[1]) if ps is not None and ps[0] == 200 else None
+        loaded = jsons.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
+        models = listing.read(tags["models"], "name", "model", key=listing.without_case)
+        resident = listing.read((loaded or {}).get("models"), "name", "model", key=listing.without_case)
         return Inventory(
             version=printable(jsons.text(version.get("version")) or "", 40) or None,
-            catalog=tuple(_model(item) for item in jsons.objects(tags.get("models")) if _name(item)),
-            loaded=tuple(_loaded(item) for item in jsons.objects((loaded or {}).get("models")) if _name(item)),
+            catalog=tuple(_model(name, item) for name, item in models.named.items()),
+            loaded=tuple(_loaded(name, item) for name, item in resident.first(listing.MOST_LOADED)),
+            unusable=models.unusable,
         )
 
     def _required(
@@ -74,7 +86,7 @@ class Ollama:
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
         refusals.check(status, body)
-        document = refusals.read_list(body)
+        document = jsons.parse_report(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document
         raise (refusals.half_json(body, path) if status == 200 else None) or wrong_server(status, body, document, path)
@@ -121,12 +133,11 @@ def counters(frame: Mapping[str, Any]) -> Counters:
     """Of a final frame; its durations are nanoseconds, each may be absent."""
 
     def ms(key: str) -> float | None:
-        value = jsons.number(frame.get(key))
-        return None if value is None else value / 1e6
+        return duration_ms(frame.get(key), per_ms=1e6)
 
     return Counters(
-        prompt_tokens=jsons.whole(frame.get("prompt_eval_count")),
-        tokens=jsons.whole(frame.get("eval_count")),
+        prompt_tokens=token_count(frame.get("prompt_eval_count")),
+        tokens=token_count(frame.get("eval_count")),
         total_ms=ms("total_duration"),
         load_ms=ms("load_duration"),
         prompt_ms=ms("prompt_eval_duration"),
@@ -156,15 +167,11 @@ def _message(message: Message) -> dict[str, Any]:
     return body
 
 
-def _name(item: Mapping[str, Any]) -> str:
-    return printable(jsons.text(item.get("name")) or jsons.text(item.get("model")) or "", 200)
-
-
-def _model(item: Mapping[str, Any]) -> ModelInfo:
+def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     details = item.get("details")
     details = details if isinstance(details, dict) else {}
     return ModelInfo(
-        name=_name(item),
+        name=name,
         digest=words.short(item.get("digest")),
         size_mib=jsons.mib(item.get("size")),
         modified_at=words.short(item.get("modified_at")),
@@ -174,11 +181,11 @@ def _model(item: Mapping[str, Any]) -> ModelInfo:
     )
 
 
-def _loaded(item: Mapping[str, Any]) -> LoadedModel:
+def _loaded(name: str, item: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(
-        name=_name(item),
+        name=name,
         size_vram_mib=jsons.mib(item.get("size_vram")),
         size_mib=jsons.mib(item.get("size")),
         expires_at=jsons.instant(item.get("expires_at")),
-        context_length=jsons.whole(item.get("context_length")),
+        context_length=jsons.up_to(item.get("context_length"), listing.LONGEST_CONTEXT),
     )

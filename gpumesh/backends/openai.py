@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gpumesh.backends import jsons, refusals, words
-from gpumesh.backends.base import ChatRequest, Chunk, Counters, HttpCall, Inventory, Message
+from gpumesh.backends import jsons, listing, refusals, words
+from gpumesh.backends.base import (
+    ChatRequest,
+    Chunk,
+    Counters,
+    HttpCall,
+    Inventory,
+    Message,
+    duration_ms,
+    token_count,
+)
 from gpumesh.backends.frames import BODY_LIMIT, Events, Reader, final, not_this_server
 from gpumesh.backends.ollama import JSON, Answers
 from gpumesh.errors import BackendError, ProbeError
@@ -29,6 +38,8 @@ _OPTIONS = {
 }
 # Servers whose list of models is what they hold in memory, by ``owned_by``; others list what they have on disk.
 _RESIDENT = frozenset({"llamacpp", "vllm", "sglang"})
+MOST_SLOTS = 4096
+MOST_PARAMETERS = 10**15
 _IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 
 
@@ -76,7 +87,7 @@ class OpenAI:
             raise ProbeError("no answer to /v1/models", finding="backend-down")
         status, body = answer
         refusals.check(status, body)  # llama-server: 503 "Loading model"
-        document = refusals.read_list(body)
+        document = jsons.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
             half = refusals.half_json(body, "/v1/models") if status == 200 else None
             raise half or _wrong_server(status, body)
@@ -87,13 +98,17 @@ class OpenAI:
         if health is not None and health[0] == 503:
             raise refusals.not_now(*health)
         props, version = _answered(answers.get("props")), _answered(answers.get("version"))
-        models = [item for item in jsons.objects(document["data"]) if _name(item)]
+        models = listing.read(document["data"], "id")
+        resident = [
+            (name, item) for name, item in models.named.items() if jsons.text(item.get("owned_by")) in _RESIDENT
+        ]
         context = _context(props)
         return Inventory(
             version=words.short(props.get("build_info")) or words.short(version.get("version")),
-            catalog=tuple(_model(item) for item in models),
-            loaded=tuple(_loaded(item, context) for item in models if item.get("owned_by") in _RESIDENT),
-            parallel=jsons.whole(props.get("total_slots")) or None,
+            catalog=tuple(_model(name, item) for name, item in models.named.items()),
+            loaded=tuple(_loaded(name, item, context) for name, item in resident[: listing.MOST_LOADED]),
+            parallel=jsons.up_to(props.get("total_slots"), MOST_SLOTS) or None,
+            unusable=models.unusable,
         )
 
 
@@ -177,15 +192,15 @@ def counters(frame: Mapping[str, Any]) -> Counters | None:
     timings = timings if isinstance(timings, dict) else {}
     if not usage and not timings:
         return None
-    prompt_tokens = jsons.whole(usage.get("prompt_tokens", usage.get("input_tokens")))
+    prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt_tokens is None and timings:
-        prompt_tokens = (jsons.whole(timings.get("prompt_n")) or 0) + (jsons.whole(timings.get("cache_n")) or 0)
-    tokens = jsons.whole(usage.get("completion_tokens", usage.get("output_tokens")))
+        prompt_tokens = (token_count(timings.get("prompt_n")) or 0) + (token_count(timings.get("cache_n")) or 0)
+    tokens = token_count(usage.get("completion_tokens", usage.get("output_tokens")))
     return Counters(
         prompt_tokens=prompt_tokens,
-        tokens=tokens if tokens is not None else jsons.whole(timings.get("predicted_n")),
-        prompt_ms=jsons.number(timings.get("prompt_ms")),
-        eval_ms=jsons.number(timings.get("predicted_ms")),
+        tokens=tokens if tokens is not None else token_count(timings.get("predicted_n")),
+        prompt_ms=duration_ms(timings.get("prompt_ms")),
+        eval_ms=duration_ms(timings.get("predicted_ms")),
     )
 
 
@@ -224,28 +239,25 @@ def _message(message: Message) -> dict[str, Any]:
 def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
     if answer is None or answer[0] != 200:
         return {}
-    return jsons.parse_object(answer[1]) or {}
+    return jsons.parse_report(answer[1]) or {}
 
 
 def _context(props: Mapping[str, Any]) -> int | None:
     settings = props.get("default_generation_settings")
-    return jsons.whole(settings.get("n_ctx")) if isinstance(settings, dict) else None
+    return jsons.up_to(settings.get("n_ctx"), listing.LONGEST_CONTEXT) if isinstance(settings, dict) else None
 
 
-def _name(item: Mapping[str, Any]) -> str:
-    return printable(jsons.text(item.get("id")) or "", 200)
-
-
-def _model(item: Mapping[str, Any]) -> ModelInfo:
+def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     meta = item.get("meta")
     meta = meta if isinstance(meta, dict) else {}
-    parameters = jsons.whole(meta.get("n_params"))
+    parameters = jsons.up_to(meta.get("n_params"), MOST_PARAMETERS)
     return ModelInfo(
-        name=_name(item),
+        name=name,
         size_mib=jsons.mib(meta.get("size")),
         parameter_size=None if parameters is None else f"{parameters / 1e9:.1f}B",
     )
 
 
-def _loaded(item: Mapping[str, Any], context: int | None) -> LoadedModel:
-    return LoadedModel(name=_name(item), context_length=context or jsons.whole(item.get("max_model_len")))
+def _loaded(name: str, item: Mapping[str, Any], context: int | None) -> LoadedModel:
+    length = jsons.up_to(item.get("max_model_len"), listing.LONGEST_CONTEXT)
+    return LoadedModel(name=name, context_length=context or length)

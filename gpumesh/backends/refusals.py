@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpumesh.backends import jsons, words
+from gpumesh.backends import jsons, listing, words
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 
-# More are not read: they would be read every two seconds, and 10,000 take 100 ms, in which nobody else has a turn.
-MOST_MODELS = 4_000
+MOST_MODELS = listing.MOST_MODELS
 
 
 def check(status: int, body: bytes) -> None:
@@ -43,17 +42,13 @@ def not_now(status: int, body: bytes) -> ProbeError:
     return ProbeError(f"the server says {said}", finding="backend-down", hint=hint)
 
 
-def read_list(body: bytes) -> dict[str, Any] | None:
-    """The object that holds a server's models; ``None`` for what is no object. Raises ProbeError for one that costs too
-    much to read."""
-    if jsons.has_too_many_values(body):
-        raise more_models(f"its list of models has more than {jsons.MOST_VALUES} values")
-    return jsons.parse_object(body)
-
-
 def half_json(body: bytes, path: str) -> ProbeError | None:
-    """For what begins as a JSON object and is none."""
-    if not body.lstrip().startswith(b"{") or jsons.parse_object(body) is not None:
+    """For what begins as a JSON object and is none, or is too much of one."""
+    if not body.lstrip().startswith(b"{"):
+        return None
+    if jsons.too_many_values(body):
+        return more_models(f"{path} gave more than {jsons.REPORT_VALUES} values")
+    if jsons.parse_report(body) is not None:
         return None
     return broken(f"{path} gave what is no whole JSON: {printable(body, 60)!r}")
 

@@ -95,7 +95,7 @@ def host(text: str) -> str:
             ipaddress.IPv6Address(address)
         except ValueError:
             name, _, port = bare.rpartition(":")
-            if port.isdigit() and ":" not in name:
+            if port.isascii() and port.isdigit() and ":" not in name:
                 raise ValueError(f"holds a port as well: write `port: {port}` apart") from None
             raise ValueError("is neither a host name nor an address") from None
         if zone and not re.fullmatch(r"[A-Za-z0-9._-]{1,32}", zone):

@@ -115,7 +115,7 @@ def _answer(alias: str, pairs: ssh_files.Pairs, home: Path) -> AliasAnswer:
     port = first.get("port", "")
     return AliasAnswer(
         host=host,
-        port=int(port) if port.isdigit() else None,
+        port=int(port) if port.isascii() and port.isdigit() else None,
         user=first.get("user"),
         identity_files=tuple(files),
         known_hosts=known[0] if known and known[0] not in ("none", "/dev/null") else None,

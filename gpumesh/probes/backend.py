@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import ssl
 import time
@@ -20,6 +21,8 @@ from gpumesh.probes import strangers
 from gpumesh.state import BackendPhase, BackendState, Finding, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
 
+log = logging.getLogger(__name__)
+
 BODY_LIMIT = 8 << 20  # some hundred bytes a model
 # Once a later candidate has answered, an earlier one that hangs is waited for this long: preference is not paralysis.
 GRACE_S = 1.0
@@ -31,7 +34,7 @@ OPTIONAL_S = 1.5
 @dataclass(frozen=True, slots=True)
 class BackendReport:
     """``url`` is the candidate in use, one of those that were given, and ``inventory`` what it said; both ``None``
-    when none answered rightly. ``findings`` has at most one: why not."""
+    when none answered rightly. ``findings`` says why not, or what of the answer was of no use."""
 
     state: BackendState
     findings: tuple[Finding, ...] = ()
@@ -86,7 +89,17 @@ async def probe_backend(
         latency_ms=round(answered.latency_ms, 3),
         catalog=inventory.catalog,
     )
-    return BackendReport(state, (), urls[chosen], inventory)
+    return BackendReport(state, _left_out(inventory, node), urls[chosen], inventory)
+
+
+def _left_out(inventory: Inventory, node: str) -> tuple[Finding, ...]:
+    count = inventory.unusable
+    if not count:
+        return ()
+    what = "1 entry" if count == 1 else f"{count} entries"
+    message = f"{what} of its list of models {'has' if count == 1 else 'have'} no name that can be asked for"
+    hint = "see what its own list says on the host, and give the models plain names"
+    return (Finding("model-unusable", Severity.WARNING, node, message, hint),)
 
 
 async def _first_in_order(tasks: Sequence[asyncio.Future[Answered]]) -> int | None:
@@ -114,7 +127,12 @@ def _failure(task: asyncio.Future[Answered]) -> ProbeError:
     if isinstance(error, ProbeError):
         return error
     assert error is not None, "no candidate answered"
-    raise error  # ours: a bug is not hidden as a server's failure
+    if not isinstance(error, Exception):
+        raise error
+    # A bug of ours, in reading what nobody foresaw that a server could say. It costs this node, not the mesh, and
+    # leaves its trace in the log.
+    log.error("a server's answer to a probe could not be read", exc_info=error, extra={"event": "probe-failed"})
+    return refusals.broken(f"what it says cannot be read ({type(error).__name__})")
 
 
 def _worst(errors: Sequence[ProbeError]) -> ProbeError:
@@ -216,6 +234,8 @@ async def get_bounded(
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_SILENT) from error
+    except ValueError as error:  # as httpx raises it for a Location with a host name that is none
+        raise refusals.broken(f"its answer cannot be read: {_words(error)}") from error
     location = response.headers.get("Location")
     if response.is_redirect and location is not None:
         raise _redirected(url, response.status_code, location)

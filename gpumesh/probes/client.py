@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ssl
 from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpcore
 import httpx
@@ -22,11 +23,18 @@ def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncCli
     for whatever a server does."""
     return httpx.AsyncClient(
         transport=_Transport(),
+        cookies=_no_cookies(),
         trust_env=False,
         follow_redirects=False,
         timeout=timeout,
         headers={"Accept-Encoding": "identity"},
     )
+
+
+def _no_cookies() -> CookieJar:
+    """A jar that takes none. Cookies know no ports: those of one node's end of a tunnel would go to all the others,
+    which are on the same loopback address, until their servers refuse heads of that size."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=()))
 
 
 @cache
@@ -56,6 +64,16 @@ def _pool(uds: str | None) -> httpx.AsyncHTTPTransport:
     return transport
 
 
+def _leads_somewhere(here: httpx.URL, location: str) -> bool:
+    """httpx reads where a redirect leads even if it is not followed, and raises what the idna package raises for a host
+    name that is none."""
+    try:
+        there = here.join(httpx.URL(location))
+        return bool(there.host)
+    except (httpx.InvalidURL, ValueError):
+        return False
+
+
 class _Transport(httpx.AsyncBaseTransport):
     """A pool for each server: httpcore looks through all connections of a pool at each request, so that one pool for
     the three calls to each of a hundred nodes took 40 % of a core. Knows the URLs of Unix sockets."""
@@ -74,11 +92,14 @@ class _Transport(httpx.AsyncBaseTransport):
         if pool is None:
             pool = self._pools[origin] = _pool(None if unix is None else unix[0])
         try:
-            return await pool.handle_async_request(request)
+            response = await pool.handle_async_request(request)
         except (AttributeError, OSError) as error:
             # A connection that is reset as soon as it stands, as at the end of a tunnel with nobody behind it: the
             # socket is gone when anyio asks it for its peer, and that error httpx does not translate.
             raise httpx.ConnectError("connection reset by peer", request=request) from error
+        if "Location" in response.headers and not _leads_somewhere(request.url, response.headers["Location"]):
+            del response.headers["Location"]
+        return response
 
     async def aclose(self) -> None:
         for pool in self._pools.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from gpumesh.probes.remote import Command, Exec, Said, ask
 from gpumesh.probes.smi_failures import INFOROM, Failure, failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
 from gpumesh.state import Finding, GpuState, Severity
+
+log = logging.getLogger(__name__)
 
 FORMAT = "--format=csv,noheader,nounits"
 HOSTNAME: Command = ("hostname",)
@@ -38,6 +41,18 @@ class GpuReport:
 
 async def probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None = None) -> GpuReport:
     """Never raises on the host's account. Without persistence mode a first call takes 1 to 3 s: give it 10 s."""
+    try:
+        return await _probe_gpus(exec_, timeout_s=timeout_s, node=node)
+    except Exception as error:
+        # A bug of ours, in reading what nobody foresaw that a host could say: it costs the sight of these GPUs, not the
+        # mesh.
+        log.exception("what a host says of its GPUs could not be read", extra={"event": "probe-failed"})
+        message = f"what nvidia-smi says cannot be read ({type(error).__name__})"
+        hint = "the mesh's log has the details (`gpumesh logs`)"
+        return GpuReport(error=message, findings=(Finding("gpu-unreadable", Severity.ERROR, node, message, hint),))
+
+
+async def _probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None) -> GpuReport:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     try:

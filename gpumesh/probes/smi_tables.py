@@ -6,7 +6,7 @@ Shapes and traps: shared facts, nvidia-smi.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpumesh.printable import printable
@@ -52,8 +52,21 @@ PROCESS_FIELDS = ("gpu_uuid", "pid", "process_name", "used_memory")
 
 MAX_GPUS = 64
 MAX_PROCESSES = 512
+# Of an output's rest nothing is read: it would cost everybody's time, every two seconds.
+MAX_LINES = 2048
+MAX_LINE = 2048
+# What can be believed of one GPU. Beyond these a figure is unknown: it would be the sum of a whole pool, or make a node
+# look a thousand times faster or slower than it is.
+MOST_MIB = 1 << 24
+MOST_W = 10_000.0
+MOST_MHZ = 100_000
+MOST_C = 300
+MOST_FAN_PCT = 200  # NVML: the intended speed, which may be above 100
+MOST_INDEX = 1023
+MOST_PID = (1 << 32) - 1
 _NUMBER = re.compile(r"([+-]?[0-9]{1,12}(?:\.[0-9]{1,9})?)(?: ?(?:MiB|W|%|MHz|C))?")
 _HEX = re.compile(r"0x([0-9a-fA-F]{1,16})")
+_DRIVER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,39}")
 _PSTATE = re.compile(r"P[0-9]{1,2}")
 _FAULTY = ("err!", "unknown error")
 # nvml.h, nvmlClocksEventReasons; what says nothing of a limit (1: idle, 2: set clocks) has no word here.
@@ -88,9 +101,7 @@ def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | 
     faulty: dict[str, tuple[str, ...]] = {}
     driver: str | None = None
     unread: str | None = None
-    for line in output[:OUTPUT_BYTES].decode("utf-8", "replace").split("\n"):
-        if not line.strip():
-            continue
+    for line in _rows(output):
         row = split_row(line, fields)
         gpu = None if row is None else _gpu(row, len(gpus), hostname)
         if row is None or gpu is None:
@@ -100,7 +111,7 @@ def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | 
             continue
         seen.add(gpu.uuid)
         gpus.append(gpu)
-        driver = driver or _words(row.get("driver_version"), 40)
+        driver = driver or _driver(row.get("driver_version"))
         broken = tuple(
             field for field, value in row.items() if field != "name" and any(mark in value.lower() for mark in _FAULTY)
         )
@@ -126,16 +137,24 @@ def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
     pids: that a list is empty does not mean that a GPU is idle."""
     found: dict[str, list[ProcessState]] = {}
     count = 0
-    for line in output[:OUTPUT_BYTES].decode("utf-8", "replace").split("\n"):
+    for line in _rows(output):
         row = split_row(line, PROCESS_FIELDS)
-        pid = None if row is None else _whole(row["pid"])
-        if row is None or pid is None or pid < 0 or count == MAX_PROCESSES:
+        pid = None if row is None else _amount(row["pid"], MOST_PID)
+        if row is None or pid is None:
             continue
+        if count == MAX_PROCESSES:
+            break
         count += 1
         name = _words(row["process_name"], 200) or "unknown"
-        state = ProcessState(pid=pid, name=name, used_memory_mib=_amount(row["used_memory"]))
+        state = ProcessState(pid=pid, name=name, used_memory_mib=_amount(row["used_memory"], MOST_MIB))
         found.setdefault(printable(row["gpu_uuid"], 80), []).append(state)
     return {uuid: tuple(processes) for uuid, processes in found.items()}
+
+
+def _rows(output: bytes) -> Iterator[str]:
+    """Its lines that hold something, cut to what a row can be."""
+    lines = output[:OUTPUT_BYTES].split(b"\n", MAX_LINES)[:MAX_LINES]
+    return (line[:MAX_LINE].decode("utf-8", "replace") for line in lines if line.strip())
 
 
 def _gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuState | None:
@@ -150,20 +169,22 @@ def _gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuStat
     if uuid is None or not known:
         # Never taken for another host's GPU, nor for its own neighbour.
         uuid = f"unknown-{hostname or 'host'}-{bus or position}"
+    total = _amount(row.get("memory.total"), MOST_MIB) or None  # a GPU without memory is one that did not say
+    temperature = _whole(row.get("temperature.gpu", ""))
     return GpuState(
-        index=index if index is not None and index >= 0 else position,
+        index=index if index is not None and 0 <= index <= MOST_INDEX else position,
         uuid=uuid,
         name=name or "unknown GPU",
-        memory_total_mib=_amount(row.get("memory.total")),
-        memory_used_mib=_amount(row.get("memory.used")),
-        memory_free_mib=_amount(row.get("memory.free")),
-        utilization_pct=_amount(row.get("utilization.gpu")),
-        memory_utilization_pct=_amount(row.get("utilization.memory")),
-        temperature_c=_whole(row.get("temperature.gpu", "")),
+        memory_total_mib=total,
+        memory_used_mib=_amount(row.get("memory.used"), total or MOST_MIB),
+        memory_free_mib=_amount(row.get("memory.free"), total or MOST_MIB),
+        utilization_pct=_amount(row.get("utilization.gpu"), 100),
+        memory_utilization_pct=_amount(row.get("utilization.memory"), 100),
+        temperature_c=temperature if temperature is not None and abs(temperature) <= MOST_C else None,
         power_w=_watts(row.get("power.draw")),
         power_limit_w=_watts(row.get("power.limit")),
-        clock_sm_mhz=_amount(row.get("clocks.sm")),
-        fan_pct=_amount(row.get("fan.speed")),
+        clock_sm_mhz=_amount(row.get("clocks.sm"), MOST_MHZ),
+        fan_pct=_amount(row.get("fan.speed"), MOST_FAN_PCT),
         pstate=_pstate(row.get("pstate")),
         persistence={"enabled": True, "disabled": False}.get(row.get("persistence_mode", "").lower()),
         throttle=_throttle(row.get("clocks_throttle_reasons.active", "")),
@@ -190,14 +211,19 @@ def _whole(value: str) -> int | None:
     return None if read is None else round(read)
 
 
-def _amount(value: str | None) -> int | None:
+def _amount(value: str | None, most: int) -> int | None:
     read = _whole(value or "")
-    return read if read is not None and read >= 0 else None
+    return read if read is not None and 0 <= read <= most else None
 
 
 def _watts(value: str | None) -> float | None:
     read = _float(value or "")
-    return read if read is not None and read >= 0 else None
+    return read if read is not None and 0 <= read <= MOST_W else None
+
+
+def _driver(value: str | None) -> str | None:
+    """It is compared with what mesh.yaml expects, and ``audit --write`` writes it there."""
+    return value if value is not None and _DRIVER.fullmatch(value) else None
 
 
 def _pstate(value: str | None) -> str | None:

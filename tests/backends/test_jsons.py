@@ -99,9 +99,43 @@ def test_no_text_raises_as_an_instant(text: str) -> None:
 
 
 def test_a_document_of_far_more_values_than_an_answer_has_is_not_taken_apart() -> None:
-    for values in (b"[]", b'{"a":1}', b"1"):
-        document = b"[" + b",".join([values] * (jsons.MOST_VALUES + 1)) + b"]"
+    for value in (b"[]", b'{"a":1}', b"1"):
+        document = b"[" + b",".join([value] * (jsons.ANSWER_VALUES + 1)) + b"]"
         assert jsons.parse(document) is None
     context = b'{"done":true,"context":[' + b",".join([b"128000"] * 262_144) + b"]}"
     assert jsons.parse(context) is not None, "the final line of /api/generate, for the largest context there is"
     assert jsons.parse(b'"' + b"a" * (8 << 20) + b'"') is not None
+    assert jsons.parse(b'"' + b"a" * jsons.ANSWER_BYTES + b'"') is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1" * 5000, "-" + "1" * 30, "1e999"])
+def test_a_number_that_is_none_costs_a_report_no_more_than_itself(number: str) -> None:
+    document = jsons.parse_report(b'{"size":%b,"name":"m"}' % number.encode())
+    assert document is not None
+    assert document["name"] == "m"
+    assert jsons.whole(document["size"]) is None
+
+
+def test_a_report_is_an_object_in_utf_8() -> None:
+    assert jsons.parse_report(b"\xef\xbb\xbf{}") == {}
+    assert jsons.parse_report(b'{"a":"\xff"}') == {"a": "\ufffd"}
+    assert jsons.parse_report(b"[]") is None
+    assert jsons.parse_report(b"[" * 200_000) is None
+    assert jsons.parse_report(b'{"a":' * 100_000) is None
+
+
+def test_a_document_of_too_many_values_is_not_read() -> None:
+    """8 MiB of ``[],`` take half a second, and a hundred times their size."""
+    lists = b'{"models":[' + b"[]," * jsons.REPORT_VALUES + b"[]]}"
+    assert jsons.parse_report(lists) is None
+    assert jsons.parse_report(b'{"models":[[]]}', 2) is None
+    assert jsons.parse_report(b'{"models":[[]]}', 3) == {"models": [[]]}
+    numbers = b'{"models":[' + b"1," * jsons.REPORT_VALUES + b"1]}"
+    assert jsons.parse_report(numbers) is None
+    assert jsons.parse_object(numbers) is not None, "as an answer it is not too large"
+
+
+@pytest.mark.parametrize("value", [-1, 11, 10**400, math.inf, math.nan, "5", True, None])
+def test_up_to(value: Any) -> None:
+    assert jsons.up_to(value, 10) is None
+    assert jsons.up_to(10, 10) == 10

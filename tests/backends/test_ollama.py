@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -309,3 +310,27 @@ def test_no_answer_crashes_the_inventory(body: bytes, status: int) -> None:
         OLLAMA.inventory({"version": (status, body), "tags": (status, body), "ps": (status, body)})
     except ProbeError as error:
         assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"eval_count": 64_000_000, "eval_duration": 1_000_000_000},
+        {"eval_count": 10**400, "eval_duration": 1},
+        {"eval_count": 100, "eval_duration": 1e-300},
+        {"eval_count": 100, "eval_duration": 5e-324},
+        {"eval_count": 100, "eval_duration": -1},
+        {"eval_count": 100, "eval_duration": 0},
+        {"eval_count": 100, "eval_duration": float("nan")},
+        {"eval_count": 100, "eval_duration": float("inf")},
+        {"eval_count": 100, "eval_duration": 1e308},
+        {"eval_count": 100, "eval_duration": "1000000"},
+        {"eval_count": True, "eval_duration": True},
+        {"eval_count": -5, "eval_duration": 1_000_000},
+    ],
+)
+def test_figures_that_no_hardware_reaches_are_none(figures: dict[str, Any]) -> None:
+    read = counters({**figures, "total_duration": figures["eval_duration"], "load_duration": 1e308})
+    assert read.tokens_per_s is None
+    assert read.load_ms is None
+    assert read.waited_ms is None or math.isfinite(read.waited_ms)

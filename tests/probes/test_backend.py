@@ -14,6 +14,9 @@ import httpx
 import pytest
 
 from gpumesh.audit.catalog import CATALOG
+from gpumesh.backends.base import Inventory
+from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.ollama import Answers, Ollama
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import StandIn
 from gpumesh.probes.backend import BODY_LIMIT, BackendReport, probe_backend
@@ -396,3 +399,45 @@ async def test_a_probe_that_is_cancelled_leaves_no_connection(client: httpx.Asyn
             with pytest.raises(asyncio.CancelledError):
                 await task
             await gone.wait()
+
+
+@pytest.mark.parametrize("location", ["http://xn--zzzzzzz--/", "http://[", "//xn--a-/"])
+async def test_a_redirect_to_a_name_that_is_none_is_the_servers_fault(client: httpx.AsyncClient, location: str) -> None:
+    """It raised in the probe, and the probe's end was that of the whole mesh."""
+    answer = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    async with serve(says(answer)) as server:
+        report = await asked(client, server.url)
+    assert report.state.state is BackendPhase.DOWN
+    assert [finding.code for finding in report.findings] != []
+
+
+@pytest.mark.parametrize("owner", [["vllm"], {}, None, 5, True])
+async def test_an_owner_that_is_no_text(client: httpx.AsyncClient, owner: Any) -> None:
+    async with serve(says(json_of({"data": [{"id": "m", "owned_by": owner}]}))) as server:
+        report = await asked(client, server.url, spec=OPENAI)
+    assert (report.state.models, report.state.loaded) == (("m",), ())
+
+
+async def test_what_cannot_be_asked_for_is_left_out_and_told(client: httpx.AsyncClient) -> None:
+    models = [{"name": "x" * 1_000_000}, {"name": "m"}, {"name": "\ud800"}, {"name": ["n"]}, {"name": "M:latest"}]
+    async with serve(says(json_of({"version": "0.12.6", "models": models}))) as server:
+        report = await asked(client, server.url)
+    assert report.state.models == ("m",)
+    (finding,) = report.findings
+    assert (finding.code, finding.severity) == ("model-unusable", Severity.WARNING)
+    assert finding.message.startswith("3 entries")
+    assert "model-unusable" in CATALOG
+
+
+async def test_what_nobody_foresaw_costs_its_node_and_leaves_a_trace(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails(Ollama):
+        def inventory(self, answers: Answers) -> Inventory:
+            raise TypeError("unhashable type: 'list'")
+
+    monkeypatch.setitem(DIALECTS, BackendKind.OLLAMA, Fails())
+    async with serve(says(json_of({"version": "0.12.6", "models": []}))) as server:
+        report = await asked(client, server.url)
+    assert (report.state.state, report.state.error_code) == (BackendPhase.DOWN, "answer-broken")
+    assert "unhashable" in caplog.text

@@ -14,6 +14,7 @@ import pytest
 
 from gpumesh.daemon import loop
 from gpumesh.probes.client import http_client
+from tests.mesh.servers import Exchange, says, serve
 
 
 @contextlib.contextmanager
@@ -83,3 +84,30 @@ async def test_each_server_has_a_pool_of_its_own() -> None:
         for server in servers:
             server.close()
         await asyncio.gather(*(task for task in served if task is not None))
+
+
+async def test_no_server_is_told_what_another_one_wanted_to_be_told_again() -> None:
+    """Cookies know no ports: those of one node's server came with the questions to all others on loopback, until these
+    refused heads of that size."""
+    heads: list[bytes] = []
+    cookies = b"".join(b"Set-Cookie: c%d=%s; Path=/\r\n" % (number, b"x" * 3000) for number in range(20))
+
+    async def script(exchange: Exchange) -> None:
+        heads.append(exchange.head)
+        await exchange.send(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 2\r\n\r\n{}")
+
+    async with http_client() as client, serve(script) as one, serve(script) as other:
+        for url in (one.url, other.url, one.url):
+            assert (await client.get(url)).status_code == 200
+    assert len(heads) == 3
+    assert not any(b"cookie" in head.lower() for head in heads)
+    assert max(map(len, heads)) < 1000
+
+
+@pytest.mark.parametrize(
+    "location", [b"http://xn--zzzzzzz--/", b"http://[", b"http://\xff\xfe/", b"//xn--a-/", b"", b"x" * 9000]
+)
+async def test_a_redirect_to_nowhere_is_an_answer_like_any_other(location: bytes) -> None:
+    answer = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 2\r\n\r\n{}"
+    async with http_client() as client, serve(says(answer)) as server:
+        assert (await client.get(server.url)).status_code == 302

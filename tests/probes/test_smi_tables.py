@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from gpumesh.probes.smi_tables import (
     FIELDS,
     MAX_GPUS,
+    MAX_LINE,
+    MAX_LINES,
     MAX_PROCESSES,
     OLD_FIELDS,
     GpuTable,
@@ -234,3 +236,43 @@ def test_whatever_a_host_prints_without_end_costs_little(line: bytes) -> None:
     read_gpus(output, FIELDS, hostname="h")
     read_processes(output)
     assert time.thread_time() - began < 0.2, "in which nobody else has a turn"
+
+
+@pytest.mark.parametrize(
+    ("field", "attribute", "said"),
+    [
+        ("utilization_gpu", "utilization_pct", "200"),
+        ("utilization_memory", "memory_utilization_pct", "101"),
+        ("memory_total", "memory_total_mib", "999999999999"),
+        ("memory_total", "memory_total_mib", "0"),
+        ("memory_used", "memory_used_mib", "24565"),
+        ("memory_free", "memory_free_mib", "99999"),
+        ("temperature_gpu", "temperature_c", "-9999"),
+        ("temperature_gpu", "temperature_c", "9999"),
+        ("power_draw", "power_w", "999999999"),
+        ("power_limit", "power_limit_w", "-5"),
+        ("clocks_sm", "clock_sm_mhz", "999999999"),
+        ("fan_speed", "fan_pct", "1000"),
+    ],
+)
+def test_what_no_gpu_has_is_unknown(field: str, attribute: str, said: str) -> None:
+    """A pool's total would be that figure, or all of the others' requests go where nobody works."""
+    assert getattr(one(row()), attribute) is not None
+    assert getattr(one(row(**{field: said})), attribute) is None
+
+
+@pytest.mark.parametrize("said", ["${HOME}", "`id`", "$(id)", "-rf", "a b", "²", "x" * 41, ""])
+def test_a_drivers_version_is_one(said: str) -> None:
+    """`audit --write` writes it into mesh.yaml."""
+    assert read_gpus(row(driver_version=said).encode()).driver is None
+    assert read_gpus(row(driver_version="550.54.15").encode()).driver == "550.54.15"
+
+
+def test_an_endless_output_is_read_to_its_bound() -> None:
+    """1 MiB of empty lines, or of short ones, would take the time of the whole mesh for half a second."""
+    for noise in (b"\n", b"x\n", b",,,\n"):
+        flood = noise * MAX_LINES
+        assert read_gpus(flood + row().encode()).gpus == ()
+        assert read_processes(flood + f"{UUID}, 1, x, 2".encode()) == {}
+        assert len(read_gpus(row().encode() + b"\n" + flood).gpus) == 1
+    assert read_gpus(b"," * (MAX_LINE * 100)).gpus == ()
