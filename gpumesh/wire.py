@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,9 +19,17 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """A tree of dataclasses, enums, datetimes and tuples as what ``json.dumps`` takes."""
+    """A tree of dataclasses, enums, datetimes and tuples as what ``json.dumps`` takes. A number that is none is unknown
+    (``None``): JSON has no word for it."""
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if kind is tuple or kind is list:
+        return [to_json(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: to_json(getattr(value, name)) for name in _names(kind)}  # type: ignore[arg-type]
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, PurePath):
@@ -32,6 +41,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     return value
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def status_json(state: MeshState) -> dict[str, Any]:

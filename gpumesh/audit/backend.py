@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from gpumesh.audit.catalog import explain
 from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec
+from gpumesh.versions import version_key
 
 # `think` came with 0.9: older servers ignore it, and a model that thinks then does so in its answer's text.
-OLDEST_OLLAMA = (0, 9, 0)
-_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})\.([0-9]{1,4})")
+OLDEST_OLLAMA = "0.9.0"
+NAMED = 4  # models, in a sentence
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
@@ -37,14 +37,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
     if spec.backend.kind is BackendKind.OLLAMA and backend.version is not None:
-        found = _VERSION.match(backend.version)
-        if found and tuple(map(int, found.groups())) < OLDEST_OLLAMA:
-            oldest = ".".join(map(str, OLDEST_OLLAMA))
+        version, oldest = version_key(backend.version), version_key(OLDEST_OLLAMA)
+        if version is not None and oldest is not None and version[0] < oldest[0]:
             yield Finding(
                 "version-old",
                 Severity.WARNING,
                 node,
-                f"Ollama {backend.version} is older than {oldest}",
+                f"Ollama {backend.version} is older than {OLDEST_OLLAMA}",
                 "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image",
             )
 
@@ -52,7 +51,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 def on_cpu(loaded: Iterable[LoadedModel]) -> str | None:
     """Which models are not wholly on the GPU; as a node's reason says it too, so that nobody reads it twice."""
     spilled = [f"{model.name} ({share} %)" for model in loaded if (share := on_cpu_pct(model))]
-    return f"runs on the CPU: {', '.join(spilled)}" if spilled else None
+    more = f" and {len(spilled) - NAMED} more" if len(spilled) > NAMED else ""
+    return f"runs on the CPU: {', '.join(spilled[:NAMED])}{more}" if spilled else None
 
 
 def on_cpu_pct(model: LoadedModel) -> int:

@@ -8,9 +8,12 @@ from gpumesh.quoting import command
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec
 
+NAMED = 10  # in a sentence
+
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
-    if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
+    up = state.tunnel.state is TunnelPhase.UP and state.backend.state is BackendPhase.UP
+    if not up or not spec.expect.models:
         return
     there = {full_name(name) for name in state.backend.models}
     missing = [name for name in spec.expect.models if full_name(name) not in there]
@@ -25,22 +28,34 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 def across(states: Sequence[NodeState]) -> Iterator[Finding]:
     """One name, several digests: the same prompt gets another answer depending on the node."""
-    digests: dict[str, dict[str, str]] = {}
+    first: dict[str, tuple[str, str]] = {}
+    differing: set[str] = set()
     for state in states:
         for model in state.backend.catalog:
             if model.digest:
-                digests.setdefault(full_name(model.name), {})[state.name] = model.digest
-    differing = {name: nodes for name, nodes in digests.items() if len(set(nodes.values())) > 1}
+                name = full_name(model.name)
+                node, digest = first.setdefault(name, (state.name, model.digest))
+                if digest != model.digest and node != state.name:
+                    differing.add(name)
     if differing:
-        nodes = tuple(dict.fromkeys(node for held in differing.values() for node in held))
+        nodes = tuple(
+            state.name
+            for state in states
+            if any(model.digest and full_name(model.name) in differing for model in state.backend.catalog)
+        )
         yield Finding(
             "model-differs",
             Severity.WARNING,
             None,
-            f"{', '.join(sorted(differing))} is not the same on {', '.join(nodes)}",
+            f"{_some(sorted(differing))} is not the same on {', '.join(nodes)}",
             "`ollama pull` it again on each of them, so that an answer does not depend on the node",
             nodes=nodes,
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def full_name(model: str) -> str:

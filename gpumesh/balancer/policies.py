@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from typing import TypeGuard
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name, group_loads, group_of
+from gpumesh.balancer.select import full_name, full_names, group_loads, group_of
 from gpumesh.topology import PolicyKind
 
 Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
@@ -18,6 +19,8 @@ Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
 DEFAULT_TOKENS = 256
 DEFAULT_RATE = 60.0
 DEFAULT_LOAD_S = 6.0
+MOST_TOKENS = 1_000_000  # a client may ask for as many as it likes, and gets what the model's context has room for
+SLOWEST_RATE, FASTEST_RATE = 1e-3, 1e6
 # Streams that run together on one GPU share it: each takes so much longer for each that runs beside it (llama.cpp with
 # four slots gives a little over twice the tokens/s of one).
 NEIGHBOUR_SHARE = 0.2
@@ -74,13 +77,13 @@ def predicted_s(candidate: Candidate, demand: Demand, *, ahead: int, unknown_rat
     model = full_name(demand.model) if demand.model is not None else None
     rate = _rate(candidate, model) or unknown_rate
     # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 a rival takes about half.
-    rate *= (1.0 - 0.5 * (candidate.foreign_load or 0.0)) * candidate.weight
-    tokens = demand.max_tokens or DEFAULT_TOKENS
+    rate *= (1.0 - 0.5 * min(max(candidate.foreign_load or 0.0, 0.0), 1.0)) * candidate.weight
+    tokens = min(demand.max_tokens or DEFAULT_TOKENS, MOST_TOKENS)
     slots = candidate.limit or max(ahead + 1, 1)
     beside = min(ahead, slots - 1)
     service = tokens / rate * (1.0 + NEIGHBOUR_SHARE * beside)
     waiting = max(ahead - slots + 1, 0) / slots * service
-    loaded = model is None or not candidate.models or model in {full_name(name) for name in candidate.loaded}
+    loaded = model is None or not candidate.models or model in full_names(candidate.loaded)
     loading = 0.0 if loaded else candidate.load_s.get(model or "", DEFAULT_LOAD_S)
     cached = demand.session is not None and demand.session in candidate.sessions
     reading = 0.0 if cached else (demand.prompt_tokens or 0) / (rate * PREFILL_PER_GENERATED)
@@ -89,10 +92,14 @@ def predicted_s(candidate: Candidate, demand: Demand, *, ahead: int, unknown_rat
 
 def _rate(candidate: Candidate, model: str | None) -> float | None:
     """Measured tokens/s for this model there, else the mean over its models, else ``None``."""
-    if model is not None and candidate.tokens_per_s.get(model):
-        return candidate.tokens_per_s[model]
-    rates = [rate for rate in candidate.tokens_per_s.values() if rate > 0]
+    measured = candidate.tokens_per_s.get(model) if model is not None else None
+    rates = [measured] if _believed(measured) else list(filter(_believed, candidate.tokens_per_s.values()))
     return sum(rates) / len(rates) if rates else None
+
+
+def _believed(rate: float | None) -> TypeGuard[float]:
+    """Whether a node can be ranked by it: what is outside makes ranks of all others meaningless, or a division fail."""
+    return rate is not None and SLOWEST_RATE <= rate <= FASTEST_RATE
 
 
 def _rotated(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import islice, zip_longest
+from weakref import WeakKeyDictionary
 
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
 from gpumesh.quoting import command
 from gpumesh.topology import BackendKind
+
+SHOWN_MODELS = 50  # in a sentence for people
+MOST_MODELS = 1000  # in an error's data
 
 
 def same_model(asked: str, listed: str) -> bool:
@@ -26,7 +32,20 @@ def has_model(candidate: Candidate, model: str | None) -> bool:
     """True as well when the node could not list its models: it may be tried."""
     if model is None or candidate.models is None:
         return True
-    return model in candidate.models or full_name(model) in {full_name(name) for name in candidate.models}
+    return model in candidate.models or full_name(model) in full_names(candidate.models)
+
+
+_full_names: WeakKeyDictionary[frozenset[str], frozenset[str]] = WeakKeyDictionary()
+
+
+def full_names(models: AbstractSet[str]) -> frozenset[str]:
+    """Remembered as long as the list itself is, since it is asked for with each request and changes seldom: a node that
+    lists thousands must not cost the requests of all others the time to read its list."""
+    key = frozenset(models)  # itself, if it is one
+    names = _full_names.get(key)
+    if names is None:
+        names = _full_names[key] = frozenset(full_name(name) for name in key)
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,16 @@ def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
     return loads
 
 
+def _some_models(candidates: Sequence[Candidate]) -> list[str]:
+    """Names of models, in their order where they are few; else some of each node's, so that none hides the others."""
+    held = [sorted(candidate.models or ()) for candidate in candidates]
+    names = sorted({name for models in held for name in models[:MOST_MODELS]})
+    if len(names) <= SHOWN_MODELS:
+        return names
+    turns = dict.fromkeys(name for row in zip_longest(*held) for name in row if name is not None)
+    return list(islice(turns, MOST_MODELS))
+
+
 def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
     """The true reason why ``select`` found nobody, as the error to raise."""
     if demand.node is not None and all(candidate.name != demand.node for candidate in candidates):
@@ -83,10 +112,11 @@ def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collec
         who = f"node {demand.node!r} is not" if demand.node is not None else "no node is"
         return NoNodeError(f"{who} usable now", node=demand.node)
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable):
-        available = sorted({name for candidate in usable for name in candidate.models or ()})
+        available = _some_models(usable)
         away = [candidate.name for candidate in pool if not candidate.usable and has_model(candidate, demand.model)]
         hint = f"it is on {', '.join(away)}, which cannot be used now; " if away else ""
-        hint += f"there are: {', '.join(available) or 'no models'}"
+        hint += f"there are: {', '.join(available[:SHOWN_MODELS]) or 'no models'}"
+        hint += " …" if len(available) > SHOWN_MODELS else ""
         stores = [candidate.name for candidate in usable if candidate.kind is BackendKind.OLLAMA]
         if stores:
             hint += f"; it could be pulled to {', '.join(stores)}: "

@@ -9,6 +9,7 @@ VERSION = 1
 STALE_S = 3.0  # a gateway that says nothing for so long is gone, and what it had in flight with it
 MAX_BYTES = 1 << 16
 MAX_PEERS = 256
+MAX_NAME = 64
 
 
 def encode(gateway: str, loads: Mapping[str, int], *, leaving: bool = False) -> bytes:
@@ -27,7 +28,7 @@ def decode(data: bytes) -> tuple[str, dict[str, int], bool]:
     if not isinstance(document, dict) or document.get("v") != VERSION:
         raise ValueError("not of this version")
     gateway, loads = document.get("gateway"), document.get("loads")
-    if not isinstance(gateway, str) or not gateway or not isinstance(loads, dict):
+    if not isinstance(gateway, str) or not 0 < len(gateway) <= MAX_NAME or not isinstance(loads, dict):
         raise ValueError("not a message of a gateway")
     counts = {}
     for key, count in loads.items():

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from gpumesh.cancellation import raise_if_cancelled
 from gpumesh.coordination.peers import Peers, encode
-from gpumesh.errors import SecretMissing
+from gpumesh.errors import GPUMeshError
 from gpumesh.printable import printable
 
 CHANNEL = "gpumesh:loads:1"
@@ -65,7 +65,9 @@ class SharedLoads:
             began = self._clock()
             try:
                 await self._connected()
-            except* (RedisError, OSError, TimeoutError, SecretMissing) as group:
+            # Not only what redis-py documents: its parser raises ValueError, IndexError, TypeError or RecursionError
+            # for what is not Redis's protocol. Whatever answers there, this gateway then goes on alone, and says so.
+            except* Exception as group:
                 self._is_away(_words(group))
             raise_if_cancelled()
             if self._clock() - began > LONGEST_S:
@@ -132,4 +134,6 @@ def _words(group: BaseExceptionGroup[BaseException]) -> str:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if not isinstance(error, (RedisError, OSError, GPUMeshError)):
+        return f"it does not answer as Redis does ({type(error).__name__})"
     return printable(str(error), 200) or type(error).__name__

@@ -68,6 +68,20 @@ class Answer:
         """The whole body."""
         return b"".join([piece async for piece in self])
 
+    async def read_at_most(self, limit: int) -> bytes | None:
+        """The whole body, or ``None`` and its request is ended when it is longer: a node may send without an end."""
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async for piece in self:
+                size += len(piece)
+                if size > limit:
+                    return None
+                pieces.append(piece)
+            return b"".join(pieces)
+        finally:
+            await self.aclose()
+
     def _ended(self, outcome: Outcome) -> None:
         self.outcome = outcome
         if self.on_end is not None:

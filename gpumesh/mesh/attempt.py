@@ -201,7 +201,7 @@ async def _held(lease: Lease, response: UpstreamResponse, call: HttpCall) -> Who
         return _failed(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
     counters = counters_of(body) if generates(call.path) else None
     if counters is not None and counters.tokens:
-        node.meter.add(counters.tokens)
+        node.meter.add(min(counters.tokens, len(body)))  # a token that came is a byte at least
     lease.release(Outcome.SERVED, counters=counters)
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 
-from gpumesh.state import MeshState
+from gpumesh.state import GpuState, MeshState, NodeState
 
 STEP_S = 5.0
 STEPS = 12
+MOST_GPUS = 64  # of one node
+MOST_SERIES = 512  # of GPUs that are gone, and others
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,16 @@ class _Step:
 
     number: int
     seen: dict[str, _Values] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
+    gpus: dict[str, set[str]] = field(default_factory=dict)
+    """By node, the UUIDs that it showed in this step."""
+
+    def known(self, node: NodeState) -> Iterator[GpuState]:
+        """Its GPUs, as many different ones in a step as a host has: one that shows others each time fills no memory."""
+        uuids = self.gpus.setdefault(node.name, set())
+        for gpu in node.gpus or ():
+            if gpu.uuid in uuids or len(uuids) < MOST_GPUS:
+                uuids.add(gpu.uuid)
+                yield gpu
 
 
 class Recorder:
@@ -88,8 +101,9 @@ class Recorder:
         number = self._number(state.at)
         if not self._steps or self._steps[-1].number < number:
             self._steps.append(_Step(number))
-        seen = self._steps[-1].seen
-        gpus = [gpu for node in state.nodes for gpu in node.gpus or ()]
+        step = self._steps[-1]
+        seen = step.seen
+        gpus = [gpu for node in state.nodes for gpu in step.known(node)]
         _count(seen["nodes"], ((node.name, node.backend.tokens_per_s) for node in state.nodes))
         _count(seen["gpus"], ((gpu.uuid, gpu.utilization_pct) for gpu in gpus))
         _count(seen["memory"], ((gpu.uuid, gpu.memory_used_mib) for gpu in gpus))
@@ -113,7 +127,11 @@ def _count(into: _Values, seen: Iterable[tuple[str, float | None]]) -> None:
 
 
 def _series(steps: list[_Values | None]) -> tuple[Series, ...]:
-    keys = dict.fromkeys(key for step in steps if step is not None for key in step)
+    # All that were there just now, and of what was there before as many as can be looked at, the latest first.
+    there = [step for step in reversed(steps) if step is not None]
+    now = dict.fromkeys(key for step in there[:2] for key in step)
+    keys = now | dict.fromkeys(islice((key for step in there[2:] for key in step if key not in now), MOST_SERIES))
+    order = dict.fromkeys(key for step in steps if step is not None for key in step if key in keys)
 
     def value(step: _Values | None, key: str) -> float | None:
         if step is None or key not in step:
@@ -121,4 +139,4 @@ def _series(steps: list[_Values | None]) -> tuple[Series, ...]:
         total, count = step[key]
         return round(total / count, 1)
 
-    return tuple(Series(key, tuple(value(step, key) for step in steps)) for key in keys)
+    return tuple(Series(key, tuple(value(step, key) for step in steps)) for key in order)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 
 import httpx
 
@@ -51,6 +52,7 @@ GPUS_EVERY_S = 2.0
 GPUS_TIMEOUT_S = 5.0
 LOAD_COUNTS_MS = 200.0  # a model that was in memory says a load_duration of some ms as well
 SESSIONS = 256
+LONGEST_KEY = 400  # eight GPUs
 QUIET_S = 2.0  # nvidia-smi averages over up to a second: its figure is foreign only so long after our last request
 
 Clock = Callable[[], float]
@@ -372,7 +374,9 @@ class Node:
     def key(self) -> str:
         """What it uses, in a name that is the same for every gateway that reaches it: its GPUs, else its place."""
         if self._gpus is not None and self._gpus.gpus:
-            return "+".join(sorted(gpu.uuid for gpu in self._gpus.gpus))
+            uuids = "+".join(sorted(gpu.uuid for gpu in self._gpus.gpus))
+            # All nodes' keys are one message: one that shows many GPUs must not make it longer than is read.
+            return uuids if len(uuids) <= LONGEST_KEY else f"gpus:{sha256(uuids.encode()).hexdigest()}"
         ssh, target = self.spec.ssh, self._target or self.spec.backend.targets[0]
         return f"{ssh.host}:{ssh.port}/{target.url}" if ssh is not None else target.url
 

@@ -2,7 +2,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Candidate, Demand
@@ -100,3 +100,33 @@ def test_adaptive_spreads_streams_over_nodes_with_many_places_by_their_speed() -
         ]
         counts[POLICIES[PolicyKind.ADAPTIVE](nodes, Demand("m"), turn, RNG)[0]] += 1
     assert 33 <= counts["a"] <= 42, counts
+
+
+RATES = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0.0, 5e-324, 1e-300, 1e308, 6.4e7])
+absurd = st.builds(
+    node,
+    name=st.just("absurd"),
+    in_flight=st.integers(0, 9),
+    limit=st.none() | st.integers(1, 1 << 62),
+    foreign_load=st.floats(allow_nan=False) | st.just(2.0),
+    tokens_per_s=st.dictionaries(st.sampled_from(["m:latest", "n:latest"]), RATES),
+    load_s=st.dictionaries(st.sampled_from(["m:latest", "o:latest"]), st.floats(0, 1e300)),
+)
+
+
+@pytest.mark.parametrize("kind", list(PolicyKind))
+@given(absurd, st.sampled_from(["m", "o", None]), st.sampled_from([None, 1, 10**400]))
+@example(node("absurd", foreign_load=2.0), "m", None)
+@example(node("absurd", foreign_load=1e10), "m", None)
+@example(node("absurd", tokens_per_s={"m:latest": 5e-324}), "m", None)
+@example(node("absurd", tokens_per_s={"m:latest": float("nan")}), "m", None)
+def test_one_absurd_node_leaves_the_others_ranked(
+    kind: PolicyKind, bad: Candidate, model: str | None, most: int | None
+) -> None:
+    """nvidia-smi that says 200 % made each request of everybody a division by zero."""
+    fast = node("fast", tokens_per_s={"m:latest": 100.0})
+    slow = node("slow", tokens_per_s={"m:latest": 10.0})
+    ranked = POLICIES[kind]([bad, fast, slow], Demand(model, max_tokens=most), 0, random.Random(1))
+    assert sorted(ranked) == ["absurd", "fast", "slow"]
+    if kind is PolicyKind.ADAPTIVE and model == "m":
+        assert ranked.index("fast") < ranked.index("slow")

@@ -1,10 +1,12 @@
 import json
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpumesh.coordination.peers import MAX_PEERS, STALE_S, Peers, decode, encode
+from tests.absurd import ABSURD, Raw, json_bytes
 
 
 def test_what_others_have_in_flight_is_added_up_and_ones_own_is_not() -> None:
@@ -70,3 +72,14 @@ def test_round_trip(gateway: str, loads: dict[str, int]) -> None:
 @given(st.binary(max_size=200))
 def test_garbage_never_raises(data: bytes) -> None:
     Peers("me").hear(data, 0.0)
+
+
+@given(ABSURD | st.fixed_dictionaries({"v": st.just(1), "gateway": ABSURD, "loads": ABSURD, "leaving": ABSURD}))
+@example({"v": 1, "gateway": "g" * 60_000, "loads": {}})
+@example({"v": 1, "gateway": "g", "loads": {"GPU-1": Raw("1" * 5000)}})
+@example({"v": 1, "gateway": "g", "loads": {"GPU-1": Raw("NaN")}})
+def test_an_absurd_gateway_leaves_what_others_said(message: Any) -> None:
+    peers = Peers("me")
+    peers.hear(encode("a", {"GPU-1": 2}), 0.0)
+    peers.hear(json_bytes(message), 0.0)
+    assert 2 <= peers.total("GPU-1", 0.0) <= 1_000_002

@@ -369,3 +369,10 @@ async def test_a_slot_is_wanted_while_a_request_waits_that_it_would_be_given_to(
         assert not made.dispatcher.is_wanted("b")
         for lease in leases:
             lease.release(Outcome.SERVED)
+
+
+async def test_a_request_for_an_endless_answer_is_ranked_like_others() -> None:
+    async with desk("a", "b", policy=PolicyKind.ADAPTIVE) as made:
+        lease = await made.acquire(Demand(model=MODEL, max_tokens=10**400))
+        lease.release(Outcome.SERVED)
+        assert made.in_flight() == 0

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from gpumesh.mesh.history import STEP_S, STEPS, History, Recorder
+from gpumesh.mesh.history import MOST_GPUS, MOST_SERIES, STEP_S, STEPS, History, Recorder
 from gpumesh.state import (
     BackendState,
     GatewayState,
@@ -66,3 +66,16 @@ def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
 def test_nothing_seen_is_an_empty_history() -> None:
     assert Recorder().history() == History()
     assert History().of_gpu("GPU-1") == ()
+
+
+def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_nobody() -> None:
+    recorder = Recorder(step_s=15.0, steps=240)
+    honest = state(0.0, 50).nodes[0]
+    for look in range(240 * 6):
+        others = tuple(GpuState(n, f"GPU-{look}-{n}", "4090", utilization_pct=1) for n in range(64))
+        hostile = replace(honest, name="hostile", gpus=others)
+        at = START + timedelta(seconds=2.5 * look)
+        recorder.add(replace(state(0.0, 50), at=at, nodes=(hostile, honest)))
+    history = recorder.history()
+    assert history.of_gpu("GPU-1") == (50.0,) * 240
+    assert len(history.gpus) <= MOST_SERIES + 2 * MOST_GPUS + 2
