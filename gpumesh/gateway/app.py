@@ -302,7 +302,14 @@ class Gateway:
         timeout_s = read_timeout(headers, self._spec.timeout_s)
         call = proxy.call_of(request, body)
         return await proxy.forward(
-            self.mesh, request, demand, call, route.shape, timeout_s=timeout_s, answered=record.answered
+            self.mesh,
+            request,
+            demand,
+            call,
+            route.shape,
+            timeout_s=timeout_s,
+            answered=record.answered,
+            document=not route.place,
         )
 
     async def _one_node(self, request: Request) -> Reply | Stream:
@@ -315,7 +322,14 @@ class Gateway:
         call = proxy.call_of(request, await request.body())
         shape = shape_of(path)
         return await proxy.forward(
-            self.mesh, request, record.demand, call, shape, timeout_s=ONE_NODE_S, answered=record.answered
+            self.mesh,
+            request,
+            record.demand,
+            call,
+            shape,
+            timeout_s=ONE_NODE_S,
+            answered=record.answered,
+            document=request.method == "GET",
         )
 
 

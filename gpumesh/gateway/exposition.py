@@ -13,6 +13,8 @@ from typing import Protocol
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+LONGEST = 300  # characters of a label's value
+
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -52,14 +54,15 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """What is unknown (``None``) has no sample."""
-    return Family(
-        name, Kind.GAUGE, text, tuple(Sample(labels, value) for labels, value in samples if value is not None)
-    )
+    """What is unknown (``None``) has no sample. Of several with the same labels the last one stands: Prometheus takes
+    nothing of a page that has a series twice."""
+    known = {labels: value for labels, value in samples if value is not None}
+    return Family(name, Kind.GAUGE, text, tuple(Sample(labels, value) for labels, value in known.items()))
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
-    return Family(name, Kind.COUNTER, text, tuple(Sample(labels, value) for labels, value in samples))
+    """Of several with the same labels the last one stands."""
+    return Family(name, Kind.COUNTER, text, tuple(Sample(labels, value) for labels, value in dict(samples).items()))
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
@@ -82,7 +85,7 @@ def _lines(family: Family) -> Iterator[str]:
         return
     yield f"# HELP {family.name} {_escaped(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
     for sample in family.samples:
-        labels = ",".join(f'{name}="{_escaped(value, quoted=True)}"' for name, value in sample.labels)
+        labels = ",".join(f'{name}="{_escaped(value[:LONGEST], quoted=True)}"' for name, value in sample.labels)
         told = f"{{{labels}}}" if labels else ""
         yield f"{family.name}{sample.suffix}{told} {_number(sample.value)}\n"
 

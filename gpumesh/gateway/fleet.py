@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 from gpumesh import __version__
 from gpumesh.backends.base import HttpCall
@@ -19,9 +20,11 @@ from gpumesh.gateway.server import Server
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
 from gpumesh.topology import BackendKind
+from gpumesh.versions import oldest
 from gpumesh.wire import status_json
 
 LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged list
+LIST_BYTES = 8 << 20  # as is one whose list is longer: the probes do not read it either
 
 
 class Fleet:
@@ -49,7 +52,7 @@ class Fleet:
             *self._metrics.families(),
             *gauges.process(),
         ]
-        return Reply(exposition.render(families).encode(), content_type=exposition.CONTENT_TYPE)
+        return Reply(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
     async def version(self, _request: Request) -> Reply:
         """The oldest version of all nodes: what a client may rely on, whichever node answers."""
@@ -60,16 +63,23 @@ class Fleet:
             and node.backend.state is BackendPhase.UP
             and node.backend.version is not None
         ]
-        return _json({"version": min(versions, key=_version_key) if versions else __version__})
+        return _json({"version": oldest(versions) or __version__})
 
     async def tags(self, _request: Request) -> Reply:
-        return json_reply(merge.tags(await self._ask_all("/api/tags", OLLAMA_ONLY)))
+        union = merge.Union(merge.TAGS, latest=merge.latest(datetime.now(UTC)))
+        return await self._merged(union, "/api/tags", OLLAMA_ONLY)
 
     async def ps(self, _request: Request) -> Reply:
-        return json_reply(merge.loaded(await self._ask_all("/api/ps", OLLAMA_ONLY)))
+        return await self._merged(merge.Union(merge.LOADED), "/api/ps", OLLAMA_ONLY)
 
     async def openai_models(self, _request: Request) -> Reply:
-        return json_reply(merge.openai_models(await self._ask_all("/v1/models", frozenset(BackendKind))))
+        return await self._merged(merge.Union(merge.OPENAI), "/v1/models", frozenset(BackendKind))
+
+    async def _merged(self, union: merge.Union, path: str, kinds: frozenset[BackendKind]) -> Reply:
+        for body in await self._ask_all(path, kinds):
+            for _ in union.add(body):
+                await asyncio.sleep(0)  # a list of thousands must not hold up the streams of all others
+        return json_reply(union.document())
 
     async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
         """The bodies of those that answered in time."""
@@ -79,7 +89,7 @@ class Fleet:
             calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
-                return await answer.read() if answer.status == 200 else None
+                return await answer.read_at_most(LIST_BYTES) if answer.status == 200 else None
             except GPUMeshError:
                 return None  # its absence from the list is what a client can be told
 
@@ -89,8 +99,3 @@ class Fleet:
 
 def _json(document: object, *, status: int = 200) -> Reply:
     return json_reply(json.dumps(document).encode(), status=status)
-
-
-def _version_key(version: str) -> tuple[int, ...]:
-    """``0.12.6-rc1`` -> (0, 12, 6); what is no number counts as 0."""
-    return tuple(int(part) if part.isdigit() else 0 for part in version.partition("-")[0].split("."))

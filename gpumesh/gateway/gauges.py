@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpumesh import __version__
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.exposition import Family, Labels, counter, gauge
-from gpumesh.state import BackendPhase, GpuState, Health, MeshState, NodeState, TunnelPhase
+from gpumesh.gateway.metrics import OTHER
+from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
 
 MIB = float(1 << 20)
+LOADED = 32  # models of one node
 
 
 def of_state(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
@@ -102,12 +104,22 @@ def _nodes(nodes: Iterable[NodeState]) -> Iterator[Family]:
     yield gauge(
         "gpumesh_model_loaded_bytes",
         "GPU memory of each model that is loaded.",
-        {
-            (*_node(node), ("model", model.name)): _scaled(model.size_vram_mib, MIB)
+        (
+            ((*_node(node), ("model", name)), _scaled(size, MIB))
             for node in nodes
-            for model in node.backend.loaded
-        }.items(),
+            for name, size in _memory_of(node.backend.loaded)
+        ),
     )
+
+
+def _memory_of(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
+    """By name, the largest; what is beyond ``LOADED`` counts as one: each name is a series that is kept for months."""
+    largest = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
+    for model in largest[:LOADED]:
+        yield model.name, model.size_vram_mib
+    rest = [model.size_vram_mib for model in largest[LOADED:] if model.size_vram_mib is not None]
+    if rest:
+        yield OTHER, sum(rest)
 
 
 def _gpus(nodes: Iterable[NodeState]) -> Iterator[Family]:

@@ -15,7 +15,7 @@ from typing import Any
 from gpumesh.backends import jsons
 from gpumesh.printable import printable
 
-MOST = 1000  # layers and different words of one node: what is beyond is not told
+MOST = 1000  # layers, and different words, that one node brings up: what is beyond is not told
 WORDS = 200
 
 
@@ -23,6 +23,7 @@ WORDS = 200
 class _Node:
     layers: dict[str, int] = field(default_factory=dict)
     said: dict[str, None] = field(default_factory=dict)
+    new_layers: int = 0
     done: bool = False
     failure: str | None = None
 
@@ -66,14 +67,15 @@ class Progress:
         digest, total = jsons.text(entry.get("digest")), jsons.whole(entry.get("total"))
         if digest is not None and total:
             self._layer(one, printable(digest, WORDS), status, total, jsons.whole(entry.get("completed")) or 0)
-        elif len(one.said) < MOST and len(self._words) < MOST:
+        elif len(one.said) < MOST:
             one.said[status] = None
             self._words.setdefault(status, _Words(first=not one.layers))
 
     def _layer(self, one: _Node, digest: str, status: str, total: int, completed: int) -> None:
         if digest not in self._layers:
-            if len(self._layers) >= MOST:
+            if one.new_layers >= MOST:
                 return
+            one.new_layers += 1
             self._layers[digest] = _Layer(status, total)
         one.layers[digest] = max(one.layers.get(digest, 0), min(completed, self._layers[digest].total))
 

@@ -7,12 +7,14 @@ when the client is slow, the upstream's buffer is bounded, so that memory does n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from gpumesh.backends import jsons
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
-from gpumesh.errors import GPUMeshError
+from gpumesh.balancer.select import has_model
+from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import errors
 from gpumesh.gateway.exchange import Request, Stream
 from gpumesh.gateway.replies import Pairs, Reply, json_reply
@@ -73,18 +75,46 @@ async def forward(
     *,
     timeout_s: float,
     answered: Callable[[Answer], None],
+    document: bool = False,
 ) -> Reply | Stream:
-    """``answered`` is told of the answer when its first bytes are there, for the books.
+    """``answered`` is told of the answer when its first bytes are there, for the books. ``document``: it is an object
+    that any node could give as well; one that a client could not read is asked of another node.
 
     Raises GPUMeshError only while nothing was sent to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
     answer = await mesh.send(demand, calls, timeout_s=timeout_s, resume=read_resume(request.headers))
+    if document and not _readable(answer):
+        answer = await _of_another(mesh, demand, calls, answer, timeout_s)
     answered(answer)
     try:
         return await _pass_on(request, answer, shape)
     finally:
         await answer.aclose()
+
+
+def _readable(answer: Answer) -> bool:
+    return answer.body is not None and (answer.status != 200 or jsons.is_plain_object(answer.body))
+
+
+async def _of_another(
+    mesh: Mesh, demand: Demand, calls: Mapping[BackendKind, HttpCall], answer: Answer, timeout_s: float
+) -> Answer:
+    """The first answer of another node that a client can read. Raises BackendError if there is none."""
+    await answer.aclose()
+    for candidate in mesh.candidates():
+        fits = candidate.usable and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+        if candidate.name == answer.node or demand.node is not None or not fits:
+            continue
+        try:
+            other = await mesh.send(replace(demand, node=candidate.name), calls, timeout_s=timeout_s)
+        except GPUMeshError:
+            continue
+        if _readable(other):
+            other.attempts += answer.attempts
+            return other
+        await other.aclose()
+    raise BackendError("its answer is not the JSON that it should be", node=answer.node)
 
 
 async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:

@@ -9,8 +9,8 @@ The client may name one node (``X-GPUMesh-Node``); then the request means that n
 - ``delete``: from every node that has it; 404 if none. A node that has it and cannot be reached is an error, after it
   was deleted from the others: it would come back with that node.
 - ``push``: from one node that has it.
-- blobs, which only ``create`` uses: ``HEAD`` is 200 if every node has the blob, else 404, so that the client sends it;
-  ``POST`` then passes it on, as it comes, to those that lack it, and is 201 when all have it.
+- blobs, which only ``create`` uses: ``HEAD`` is 200 if every node that can say so has the blob, else 404, so that the
+  client sends it; ``POST`` then passes it on, as it comes, to those that lack it, and is 201 when all have it.
 
 What is partly done is an error that says where it was done and where not, never a success. When ``success`` is told,
 the mesh knows already what the store has now: a chat with a model that was just pulled finds it.
@@ -22,7 +22,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gpumesh.backends import jsons
@@ -50,6 +50,7 @@ TRIES = 5  # of one node's pull; Ollama goes on where it was cut
 PAUSE_S = 1.0
 LINE_BYTES = 1 << 20
 LINES_AT_ONCE = 100
+ANSWER_BYTES = 1 << 20  # of a node's answer that is no progress
 LANE_PIECES = 4  # held for a node that is slower than the client, of about 64 KiB each
 NDJSON = "application/x-ndjson"
 _JSON = (("Content-Type", "application/json"),)
@@ -67,6 +68,16 @@ class Result:
     @property
     def words(self) -> str:
         return DIALECTS[BackendKind.OLLAMA].error_text(self.status, self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holders:
+    """Which nodes have a blob, which lack it, and the errors of those that did not say: a node that talks nonsense must
+    not keep a blob from the others."""
+
+    having: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+    unsure: list[Result] = field(default_factory=list)
 
 
 class Stores:
@@ -141,15 +152,18 @@ class Stores:
 
     async def has_blob(self, request: Request) -> Reply:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
-        lacking = await self._lacking(nodes, _blob_path(request))
-        return Reply(status=404 if lacking else 200, headers=_by([one for one in nodes if one not in lacking]))
+        holders = await self._holders(nodes, _blob_path(request))
+        if len(holders.unsure) == len(nodes):
+            raise BackendError(holders.unsure[0].words, node=holders.unsure[0].node)
+        return Reply(status=404 if holders.lacking else 200, headers=_by(holders.having))
 
     async def add_blob(self, request: Request) -> Reply:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
-        lacking = await self._lacking(nodes, _blob_path(request))
-        if not lacking:
+        holders = await self._holders(nodes, _blob_path(request))
+        if not holders.lacking and not holders.unsure:
             return Reply(status=200, headers=_by(nodes))
-        results = await self._pass_on(request, lacking)
+        results = await self._pass_on(request, holders.lacking) if holders.lacking else []
+        results += holders.unsure
         if all(one.status < 300 for one in results):
             return Reply(status=201, headers=_by(nodes))
         return _told(results, "stored")
@@ -173,17 +187,25 @@ class Stores:
             return Reply(status=done[0].status, headers=_by([one.node for one in done]))  # Ollama's have no body
         return _told(results, verb)
 
-    async def _lacking(self, nodes: Iterable[str], path: str) -> list[str]:
+    async def _holders(self, nodes: Iterable[str], path: str) -> _Holders:
         results = await asyncio.gather(*(self._ask(node, HttpCall("HEAD", path), BLOB_CHECK_S) for node in nodes))
+        holders = _Holders()
         for one in results:
-            if one.status not in (200, 404):
-                raise BackendError(f"{one.node} did not say whether it has the blob: {one.words}", node=one.node)
-        return [one.node for one in results if one.status == 404]
+            if one.status == 200:
+                holders.having.append(one.node)
+            elif one.status == 404:
+                holders.lacking.append(one.node)
+            else:
+                message = f"{one.node} did not say whether it has the blob: {one.words}"
+                holders.unsure.append(Result(one.node, 502, errors.body(Shape.NATIVE, 502, message)))
+        return holders
 
     async def _with_blobs(self, nodes: Collection[str], digests: Iterable[str]) -> list[str]:
         lacking: set[str] = set()
         for digest in digests:
-            lacking.update(await self._lacking([one for one in nodes if one not in lacking], f"/api/blobs/{digest}"))
+            left = [node for node in nodes if node not in lacking]
+            lacking.update(left)
+            lacking.difference_update((await self._holders(left, f"/api/blobs/{digest}")).having)
         return [node for node in nodes if node not in lacking]
 
     async def _pass_on(self, request: Request, nodes: Sequence[str]) -> list[Result]:
@@ -261,7 +283,7 @@ class Stores:
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=timeout_s, once=True)
                 if answer.status >= 400:
-                    work.refused[node] = Result(node, answer.status, await answer.read())
+                    work.refused[node] = Result(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
                     work.fail(node, work.refused[node].words)
                     return
                 await work.read(node, answer)
@@ -344,7 +366,7 @@ class _Lane:
 async def _result(node: str, ask: Callable[[], Awaitable[Answer]]) -> Result:
     try:
         answer = await ask()
-        return Result(node, answer.status, await answer.read())
+        return Result(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
     except GPUMeshError as error:
         status = errors.status_of(error)
         return Result(node, status, errors.body(Shape.NATIVE, status, error.message))

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -15,7 +15,7 @@ from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import BackendKind
 from tests.gateway.fleet import MODEL, A, Running, lines, node, quick, running, serving
-from tests.mesh.servers import Exchange, serve, whole
+from tests.mesh.servers import Exchange, Script, serve, whole
 from tests.tunnels.polling import until
 
 NEW = "new:1b"
@@ -318,3 +318,95 @@ async def test_a_lane_holds_little_and_lets_go() -> None:
     lane.close()
     await lane.put(b"for a node that is gone")
     assert [piece async for piece in pieces] == []
+
+
+# -- one node that talks nonsense ------------------------------------------------------------------------------------
+
+
+def nonsense(body: bytes, *, blobs: bytes = b"418 I'm a teapot") -> Script:
+    """An Ollama with MODEL whose answers to what changes its store are these."""
+
+    async def script(exchange: Exchange) -> None:
+        method, path = exchange.head.split(b" ")[:2]
+        if path in (b"/api/version", b"/api/tags", b"/api/ps"):
+            models = [] if path == b"/api/ps" else [{"name": MODEL}]
+            await exchange.send(whole(json.dumps({"version": "0.12.6", "models": models}).encode()))
+        elif method == b"HEAD":
+            await exchange.send(b"HTTP/1.1 " + blobs + b"\r\nContent-Length: 0\r\n\r\n")
+        else:
+            await exchange.send(body)
+
+    return script
+
+
+@asynccontextmanager
+async def with_nonsense(body: bytes) -> AsyncIterator[Running]:
+    async with StandIn(A) as host, serve(nonsense(body)) as other:
+        nodes = (node("a", host.url), node("b", other.url))
+        async with serving(nodes, {"a": host}) as fleet:
+            yield fleet
+
+
+NDJSON = "application/x-ndjson"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        whole(b"null\n[]\n5\nNaN\n{\n" + b"[" * 100_000, kind=NDJSON),
+        whole(b'{"status":5}\n{"status":"\\ud800","total":NaN}\n{"status":"success"}\n', kind=NDJSON),
+        whole(b'{"status":"x","digest":"d","total":1e999,"completed":-5}\n{"error":{"a":["\\ud800"]}}', kind=NDJSON),
+        whole(b"".join(b'{"status":"%d","digest":"%d","total":%d}\n' % (n, n, 10**30 + n) for n in range(5000))),
+        whole(b"<html>", status="418 I'm a teapot", kind="text/html"),
+        whole(b'{"error":NaN,"x":"\\ud800"}', status="400 Bad"),
+    ],
+)
+async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumesh.gateway.stores.TRIES", 2)
+    async with with_nonsense(body) as fleet:
+        answer = await fleet.client.post("/api/pull", json={"model": NEW})
+        assert having(fleet, NEW) == {"a"}
+        told = [json.loads(line, parse_constant=pytest.fail) for line in answer.text.splitlines()]
+        json.dumps(told, ensure_ascii=False).encode()
+        assert any(line.get("status") == "success" or "pulled on a" in line.get("error", "") for line in told)
+        assert {"pulling manifest"} <= {line.get("status") for line in told}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        whole(b"not found", status="404 Not Found", kind="text/plain"),
+        whole(b'{"error":"\\ud800","x":NaN,"y":[[[[[[[[1]]]]]]]]}', status="404 Not Found"),
+        whole(b"\xff" * 3_000_000, status="599 What"),
+        whole(b"[" * 100_000),
+    ],
+)
+async def test_what_is_answered_of_nonsense_is_json(body: bytes) -> None:
+    async with with_nonsense(body) as fleet:
+        for headers in ({}, {"X-GPUMesh-Node": "b"}):
+            call = {"source": MODEL, "destination": "copied:1b"}
+            answer = await fleet.client.post("/api/copy", json=call, headers=headers)
+            assert len(answer.content) < 1 << 16
+            if answer.content:
+                document = json.loads(answer.content, parse_constant=pytest.fail)
+                json.dumps(document, ensure_ascii=False).encode()
+                assert isinstance(document["error"], str)
+        assert "copied:1b" in fleet.hosts["a"].engine.store
+
+
+async def test_a_blob_beside_nonsense() -> None:
+    data = b"weights"
+    path = f"/api/blobs/{digest_of(data)}"
+    async with with_nonsense(whole(b"{}")) as fleet:
+        lacks = await fleet.client.head(path)
+        assert (lacks.status_code, lacks.headers["X-GPUMesh-Node"]) == (404, "")
+        told = await fleet.client.post(path, content=data)
+        assert told.status_code == 502
+        assert told.json()["error"].startswith("stored on a; not on b: b did not say")
+        assert digest_of(data) in fleet.hosts["a"].blobs
+        has = await fleet.client.head(path)
+        assert (has.status_code, has.headers["X-GPUMesh-Node"]) == (200, "a")
+        body = {"model": "filed:1b", "files": {"model.gguf": digest_of(data)}}
+        made = await fleet.client.post("/api/create", json=body)
+        assert made.headers["X-GPUMesh-Node"] == "a"
+        assert (await fleet.client.head(path, headers={"X-GPUMesh-Node": "b"})).status_code == 502
