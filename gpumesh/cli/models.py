@@ -72,8 +72,7 @@ async def _list(chosen: Settings, *, as_json: bool) -> None:
         # The same digest has the same context everywhere: one of its nodes is asked.
         have = {node.name: node for node in fleet.stores(state)}
         asked = [(have[names[0]], row.name) for row in found if (names := [n for n in row.nodes if n in have])]
-        lengths = await asyncio.gather(*(stores.context_length(node, name) for node, name in asked))
-    contexts = {(node.name, name): length for (node, name), length in zip(asked, lengths, strict=True) if length}
+        contexts = await stores.context_lengths(asked)
     found = fleet.with_contexts(found, contexts)
     if as_json:
         typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(found)}, indent=2))

@@ -96,6 +96,6 @@ def _port(value: Any) -> int | None:
     """Some tools write numbers as text."""
     try:
         port = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return port if 1 <= port <= 65534 else None

@@ -6,15 +6,16 @@ What a server says is cleaned here, before it becomes a message or a step of pro
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gpumesh import config
+from gpumesh.backends import jsons
 from gpumesh.backends.frames import Lines
+from gpumesh.backends.listing import LONGEST_CONTEXT
 from gpumesh.cli.text import clean_line
 from gpumesh.errors import BackendError, BackendUnreachable, ProbeError
 from gpumesh.state import BackendPhase, MeshState, NodeState
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 LOAD_TIMEOUT_S = 600.0  # between two lines of progress, or for a model to come from a slow disk
 LINE_LIMIT = 1 << 20
+LINE_SHOWN = 4096
+ASKED_AT_ONCE = 8  # of one node
+CONTEXTS_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
 SHOW_TIMEOUT_S = 3.0
 
 
@@ -89,6 +93,31 @@ class Stores:
     async def unload(self, node: NodeState, model: str, *, embeds: bool) -> None:
         await self.load(node, model, embeds=embeds, keep_alive="0")
 
+    async def context_lengths(self, asked: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
+        """By node and model, those that their servers say in time: a node that lists thousands of models, or is slow,
+        takes neither the others' connections nor their time."""
+        gates = {node.name: asyncio.Semaphore(ASKED_AT_ONCE) for node, _ in asked}
+        found: dict[tuple[str, str], int] = {}
+
+        async def ask(node: NodeState, model: str) -> None:
+            async with gates[node.name]:
+                length = await self.context_length(node, model)
+            if length:
+                found[node.name, model] = length
+
+        tasks = [asyncio.create_task(ask(node, model)) for node, model in asked]
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=CONTEXTS_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return found
+
     async def context_length(self, node: NodeState, model: str) -> int | None:
         """The longest context that the model was made for, tokens; ``None`` when its server does not say in time."""
         try:
@@ -112,7 +141,9 @@ class Stores:
 
         variable = self._topology.node(node.name).backend.api_key_env
         key = None if variable is None else config.secret(variable, node=node.name)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Accept-Encoding": "identity"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         request = self._client.build_request(method, f"{node.backend.url}{path}", json=dict(body), headers=headers)
         try:
             response = await self._client.send(request, stream=True)
@@ -122,11 +153,10 @@ class Stores:
                     for line in lines.feed(piece):
                         yield read_line(line, response.status_code, node.name)
                 yield read_line(lines.rest(), response.status_code, node.name)
-            except ProbeError as error:  # a line without an end
-                message = "the server's answer is not what Ollama would say"
-                raise BackendError(message, node=node.name) from error
             finally:
                 await response.aclose()
+        except ProbeError as error:
+            raise BackendError("the server's answer is not what Ollama would say", node=node.name) from error
         except httpx.HTTPError as error:
             said = clean_line(str(error)) or type(error).__name__
             raise BackendUnreachable(f"no answer: {said}", node=node.name) from error
@@ -144,19 +174,20 @@ async def opened(topology: Topology) -> AsyncIterator[Stores]:
 
 def read_line(line: bytes, status: int, node: str) -> dict[str, Any]:
     """A line of an answer, empty for one that says nothing. Raises BackendError for one that tells of an error."""
-    entry: Any = {}
-    if line.strip():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = {"error": line.decode("utf-8", "replace")} if status >= 400 else {}
-    if not isinstance(entry, dict):
-        entry = {}
+    entry = jsons.parse_report(line) or {} if line.strip() else {}
+    if not entry and status >= 400 and jsons.parse(line) is None:
+        entry = {"error": line[:LINE_SHOWN].decode("utf-8", "replace")}
     if "error" in entry or status >= 400:
-        said = clean_line(str(entry.get("error") or f"status {status}"), 300)
+        said = clean_line(_text(entry.get("error")) or f"status {status}", 300)
         raise BackendError(said, hint=_hint(said), node=node)
-    result: dict[str, Any] = entry
-    return result
+    return entry
+
+
+def _text(error: Any) -> str:
+    try:
+        return str(error or "")
+    except RecursionError:  # lists in lists in lists
+        return "an error that cannot be read"
 
 
 def _hint(said: str) -> str | None:
@@ -171,10 +202,10 @@ def read_step(entry: Mapping[str, Any]) -> Step | None:
     said = entry.get("status")
     if not isinstance(said, str):
         return None
-    done, whole = entry.get("completed"), entry.get("total")
-    if not isinstance(whole, int) or whole <= 0:
+    whole = jsons.whole(entry.get("total"))
+    if not whole:
         return Step(clean_line(said, 60))
-    return Step(clean_line(said, 60), done if isinstance(done, int) else 0, whole)
+    return Step(clean_line(said, 60), min(jsons.whole(entry.get("completed")) or 0, whole), whole)
 
 
 def read_context(entry: Mapping[str, Any]) -> int | None:
@@ -183,7 +214,7 @@ def read_context(entry: Mapping[str, Any]) -> int | None:
     if not isinstance(info, dict):
         return None
     lengths = (value for key, value in info.items() if str(key).endswith(".context_length"))
-    return next((value for value in lengths if isinstance(value, int) and not isinstance(value, bool)), None)
+    return next((length for value in lengths if (length := jsons.up_to(value, LONGEST_CONTEXT))), None)
 
 
 def _duration(text: str) -> str | int:

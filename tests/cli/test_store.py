@@ -2,17 +2,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
+from hypothesis import example, given
 
-from gpumesh.cli.store import Step, Stores, opened, read_context, read_line, read_step
+from gpumesh.cli.downloads import in_tenths
+from gpumesh.cli.store import ASKED_AT_ONCE, Step, Stores, opened, read_context, read_line, read_step
 from gpumesh.errors import BackendError, BackendUnreachable
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import EMBEDDER, QWEN_7B, Faults
 from gpumesh.state import BackendPhase, BackendState, NodeState
 from gpumesh.topology import BackendSpec, NodeSpec, Target, Topology
+from tests.absurd import ABSURD, DEEP, json_bytes
 from tests.cli.states import healthy, mesh
+from tests.mesh.servers import Exchange, serve
 
 
 @dataclass
@@ -129,3 +134,48 @@ def test_contexts() -> None:
     assert read_context({"model_info": {"qwen2.context_length": 32768, "general.name": "x"}}) == 32768
     assert read_context({"model_info": {"a.context_length": True, "b.context_length": "x"}}) is None
     assert read_context({"model_info": None}) is None
+
+
+@given(ABSURD)
+@example({"status": "pulling", "total": 1, "completed": 10**400})
+@example({"status": "pulling", "total": 10**400, "completed": 10**400})
+@example({"status": "pulling", "total": True, "completed": False})
+@example({"error": DEEP})
+@example({"model_info": {"x.context_length": 10**400}})
+def test_no_line_of_a_server_raises_but_as_its_error(document: Any) -> None:
+    try:
+        entry = read_line(json_bytes(document), 200, "one")
+    except BackendError as error:
+        assert error.message.isprintable()
+        return
+    step = read_step(entry)
+    if step is not None:
+        assert in_tenths(step).isprintable()
+    length = read_context(entry)
+    assert length is None or 0 < length <= 1 << 31
+
+
+async def test_a_list_of_thousands_is_asked_about_a_few_at_a_time_and_only_so_long(
+    one: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumesh.cli.store.CONTEXTS_S", 1.0)
+    open_now, most = 0, 0
+
+    async def script(exchange: Exchange) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        try:
+            await exchange.client_gone()
+        finally:
+            open_now -= 1
+            exchange.over = True
+
+    async with serve(script) as server:
+        slow = replace(healthy("slow"), backend=BackendState("ollama", BackendPhase.UP, url=server.url))
+        topology = Topology("t", tuple(NodeSpec(name, BackendSpec()) for name in ("slow", "one")))
+        async with opened(topology) as stores:
+            asked = [(slow, f"many-{number}") for number in range(3000)] + [(one.node, QWEN_7B.name)]
+            found = await stores.context_lengths(asked)
+    assert set(found) == {("one", QWEN_7B.name)}
+    assert most <= 2 * ASKED_AT_ONCE

@@ -1,0 +1,154 @@
+"""Absurd reports of one node beside an honest one, from the probes' parsers up to what people see: no rule, no view and
+no document fails on them, and the honest node is in all of them as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpumesh import audit
+from gpumesh.audit.changes import changes
+from gpumesh.backends.dialects import DIALECTS
+from gpumesh.bench.result import environment
+from gpumesh.cli import comparison, fits, fleet
+from gpumesh.cli.audit_view import print_comparison, print_drawing
+from gpumesh.cli.models import _table
+from gpumesh.cli.render import print_findings
+from gpumesh.cli.status_view import Look, print_status
+from gpumesh.cli.text import json_text
+from gpumesh.errors import ProbeError
+from gpumesh.gateway import exposition, gauges
+from gpumesh.mesh.history import Recorder
+from gpumesh.probes.backend import BackendReport, _down, _left_out
+from gpumesh.probes.health import judge
+from gpumesh.probes.nvidia_smi import report
+from gpumesh.probes.remote import Said
+from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS
+from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, total
+from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Topology
+from gpumesh.wire import status_from_json, status_json
+from tests.absurd import gpu_tables, json_bytes, many, ollama_answers, openai_answers
+from tests.cli.states import AT, gpu, healthy, mesh
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
+EXPECT = ExpectSpec("box", 1, "RTX 4090", 24564, "550.54.15", ("qwen2.5:7b",))
+HONEST = healthy("honest", gpus=(gpu(),))
+NAMES = HONEST.backend.models
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+MOST_BYTES = 8 << 20
+
+Reports = tuple[BackendKind, Mapping[str, Any], bytes, bytes]
+smi = st.sampled_from([FIELDS, OLD_FIELDS]).flatmap(lambda fields: gpu_tables(len(fields)))
+reports = st.tuples(st.just(BackendKind.OLLAMA), ollama_answers(*NAMES), smi, gpu_tables(len(PROCESS_FIELDS))) | (
+    st.tuples(st.just(BackendKind.OPENAI), openai_answers(*NAMES), smi, gpu_tables(len(PROCESS_FIELDS)))
+)
+NO_MODELS = {"/api/version": {"version": "0.12.6"}, "/api/tags": {"models": []}}
+
+
+def row(**cells: str) -> bytes:
+    """A row of nvidia-smi that is right but for these."""
+    right = {
+        "index": "0",
+        "uuid": "GPU-00000000-1111",
+        "name": "NVIDIA GeForce RTX 4090",
+        "driver_version": "550.54.15",
+    }
+    changed = {name.replace("_", ".", 1) if name not in right else name: cell for name, cell in cells.items()}
+    return ", ".join({**dict.fromkeys(FIELDS, "1"), **right, **changed}[field] for field in FIELDS).encode()
+
+
+def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, processes: bytes) -> NodeState:
+    """A node's state as a mesh makes it of what the host and its server say."""
+    dialect, spec = DIALECTS[kind], BackendSpec(kind)
+    given = {name: answers.get(call.path) for name, call in dialect.probe_calls().items()}
+    try:
+        inventory = dialect.inventory(
+            {name: None if document is None else (200, json_bytes(document)) for name, document in given.items()}
+        )
+        state = BackendState(
+            kind.value,
+            BackendPhase.UP,
+            url="http://127.0.0.1:1",
+            version=inventory.version,
+            models=tuple(model.name for model in inventory.catalog),
+            loaded=inventory.loaded,
+            catalog=inventory.catalog,
+        )
+        backend = BackendReport(state, _left_out(inventory, "hostile"), "http://127.0.0.1:1", inventory)
+    except ProbeError as error:
+        backend = _down(spec, error, "hostile")
+    gpus = report(Said(0, table), Said(0, processes), hostname="box", node="hostile")
+    tunnel = TunnelState("sshtunnel", TunnelPhase.UP, since=AT, rtt_ms=1.0, local_port=1)
+    health, reason = judge(tunnel, gpus, backend, NodeSpec("hostile", spec, expect=EXPECT), False)
+    return NodeState(
+        "hostile",
+        health,
+        reason,
+        tunnel,
+        backend.state,
+        HostState(gpus.hostname, gpus.driver),
+        None if gpus.error is not None else gpus.gpus,
+        noticed=(*gpus.findings, *backend.findings),
+    )
+
+
+@EXAMPLES
+@given(reports)
+@example((BackendKind.OLLAMA, NO_MODELS, row(utilization_gpu="200"), b""))
+@example((BackendKind.OLLAMA, NO_MODELS, row(memory_total="999999999999", memory_used="-1", memory_free="1e9"), b""))
+@example((BackendKind.OLLAMA, NO_MODELS, row(memory_total="0", memory_used="5", temperature_gpu="-999999"), b""))
+@example((BackendKind.OLLAMA, NO_MODELS, row(power_draw="999999999999", clocks_sm="999999999999"), b""))
+@example((BackendKind.OLLAMA, NO_MODELS, row(driver_version="${HOME}`id`", name="\x1b[31m[bold]red"), b""))
+@example((BackendKind.OLLAMA, NO_MODELS, b"\n".join([row()] * 3 + [row(uuid=HONEST.gpus[0].uuid)]), b""))  # type: ignore[index]
+@example((BackendKind.OLLAMA, NO_MODELS, row(), b"GPU-00000000-1111, 999999999999, \x1b]0;x\x07, 9" * 3))
+@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/ps": {"models": many(9_000)}}, row(), b""))
+@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/tags": {"models": many(9_999)}}, row(), b""))
+def test_all_views_hold(capsys: Any, reported: Reports) -> None:
+    hostile = observed(*reported)
+    nodes = (hostile, HONEST)
+    specs = (NodeSpec("hostile", BackendSpec(reported[0]), expect=EXPECT), NodeSpec("honest", BackendSpec()))
+    topology = Topology("home", specs)
+    findings = audit.findings(topology, nodes)
+    state = replace(mesh(*nodes, findings=findings), totals=total(nodes))
+    # documents
+    text = json.dumps(status_json(state), ensure_ascii=False, allow_nan=False)
+    assert len(text.encode()) < MOST_BYTES
+    document = json.loads(text)
+    jsonschema.validate(document, SCHEMA)
+    assert status_from_json(document).node("honest") == HONEST
+    json_text(document).encode()
+    page = exposition.render(gauges.of_state(state, {}))
+    families = {family.name: family.samples for family in text_string_to_metric_families(page)}
+    assert any(sample.labels["node"] == "honest" for sample in families["gpumesh_gpu_memory_total_bytes"])
+    assert sum(map(len, families.values())) < 2000
+    # what follows from it
+    made = changes(topology, nodes, findings)
+    assert all(change.node == "hostile" for change in made if change.path != ("enabled",))
+    recorder = Recorder()
+    for step in range(30):
+        recorder.add(replace(state, at=AT + timedelta(seconds=step)))
+    json.dumps(status_json(state) | {"history": str(recorder.history())}, allow_nan=False)
+    environment(state, embedded=True)
+    fits.words(fits.fits(state))
+    # what people see
+    for look in (Look(verbose=True), Look(height=12)):
+        print_status(state, look)
+    print_findings(findings)
+    print_comparison(list(comparison.rows(topology, nodes, findings)))
+    print_drawing(comparison.drawing(topology, nodes))
+    rows = fleet.rows(state)
+    assert {row.name for row in rows if "honest" in row.nodes} == set(NAMES)
+    _table(rows[:200])
+    shown = capsys.readouterr().out
+    assert "honest" in shown
+    assert not any(character in shown for character in "\x1b\x07\x00\u202e")
+    shown.encode()
