@@ -17,6 +17,7 @@ from gpumesh.gateway.requests import MODEL_ROUTES
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, Running, node, raw, running, serving
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+from tests.tunnels.polling import until
 
 PAGE = b"<!doctype html><title>owned</title><script>owned = 1</script>"
 FOR_BROWSERS = {
@@ -205,8 +206,11 @@ async def test_a_stream_has_the_same_head(fleet: Running, host: Host) -> None:
 
 async def test_a_body_without_a_type_is_nothing_that_a_browser_shows(fleet: Running, host: Host) -> None:
     host.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PAGE) + PAGE
-    answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
+    answer = await ask(fleet, "POST", "/api/chat")
     assert checked(answer)["Content-Type"] == "application/octet-stream"
+    answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
+    assert answer.status_code == 502, "where a document is asked for, it is none"
+    assert checked(answer)["Content-Type"] == "application/json"
 
 
 async def test_another_node_answers_in_place_of_a_page(host: Host) -> None:
@@ -263,6 +267,10 @@ async def test_so_has_what_is_no_request(fleet: Running, sent: bytes, status: in
 async def test_so_has_what_is_one_connection_too_many(host: Host) -> None:
     async with over(host, bounds=Bounds(connections=1)) as fleet:
         _, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
+        writer.write(
+            b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+        )  # an idle one would go
+        await until(lambda: len(fleet.gateway._active) == 1, "its request is under way")
         said = await raw(fleet.port, b"")
         assert said.startswith(b"HTTP/1.1 503 ")
         assert b"\r\nX-Content-Type-Options: nosniff\r\n" in said
