@@ -163,8 +163,8 @@ class Engine:
             slow = self.faults.slow
             yield Lease(
                 runner,
-                self.profile.tokens_per_s * model.speed / slow,
-                self.profile.prefill_tokens_per_s * model.speed / slow,
+                _rate(self.profile.tokens_per_s) * model.speed / slow,
+                _rate(self.profile.prefill_tokens_per_s) * model.speed / slow,
                 load_s=loaded - asked,
                 queued_s=self.clock() - loaded,
             )
@@ -311,6 +311,11 @@ def seconds_of(keep_alive: object, default: float) -> float:
             raise ValueError(f"time: invalid duration {text!r}")
         seconds = sign * sum(float(part.group(1)) * _UNITS[part.group(2)] for part in parts)
     return math.inf if seconds < 0 else seconds
+
+
+def _rate(tokens_per_s: float | None) -> float:
+    """Of a profile: ``None`` takes no time."""
+    return math.inf if tokens_per_s is None else tokens_per_s
 
 
 def default_context(model: ModelProfile) -> int:

@@ -138,7 +138,7 @@ class GpuProfile:
 
 @dataclass(frozen=True, slots=True)
 class HostProfile:
-    """One simulated host. Rates are those of one stream, whatever else runs; ``inf`` means no time at all.
+    """One simulated host. Rates are those of one stream, whatever else runs; ``None`` means no time at all.
 
     ``slots`` is how many requests a model runs in parallel (``OLLAMA_NUM_PARALLEL``); the rest waits, quietly.
     ``answer_tokens`` bounds the natural length of an answer. ``backend_port`` is the port as seen from the host.
@@ -148,8 +148,8 @@ class HostProfile:
     hostname: str
     gpus: tuple[GpuProfile, ...]
     models: tuple[ModelProfile, ...] = (QWEN_7B,)
-    tokens_per_s: float = 100.0
-    prefill_tokens_per_s: float = 3000.0
+    tokens_per_s: float | None = 100.0
+    prefill_tokens_per_s: float | None = 3000.0
     load_s: float = 2.0
     slots: int = 1
     answer_tokens: tuple[int, int] = (48, 160)
@@ -230,8 +230,8 @@ def default(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
 def fast(name: str = "fast", **changes: Any) -> HostProfile:
     """A host that takes no time of its own: for measuring what stands before it."""
     timeless: dict[str, Any] = {
-        "tokens_per_s": float("inf"),
-        "prefill_tokens_per_s": float("inf"),
+        "tokens_per_s": None,
+        "prefill_tokens_per_s": None,
         "load_s": 0.0,
         "slots": 1024,
         "prefix_cache": False,

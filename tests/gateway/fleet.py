@@ -24,7 +24,7 @@ from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Ta
 MODEL = QWEN_7B.name
 QUICK: dict[str, Any] = {
     "tokens_per_s": 1000.0,
-    "prefill_tokens_per_s": float("inf"),
+    "prefill_tokens_per_s": None,
     "load_s": 0.0,
     "pull_s": 0.05,
     "answer_tokens": (6, 12),

@@ -8,7 +8,7 @@ from gpumesh.lab import profile
 from gpumesh.lab.engine import Engine, Meter, Pacer, seconds_of
 from gpumesh.lab.profile import QWEN_7B, QWEN_14B
 
-FAST = profile.host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=math.inf, slots=2)
+FAST = profile.host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=None, slots=2)
 
 
 async def hold(engine: Engine, entered: asyncio.Event, leave: asyncio.Event, model: str = "qwen2.5:7b") -> None:

@@ -24,7 +24,7 @@ MODEL = "m:latest"
 JSON = (("Content-Type", "application/json"),)
 QUICK: dict[str, Any] = {
     "tokens_per_s": 1000.0,
-    "prefill_tokens_per_s": float("inf"),
+    "prefill_tokens_per_s": None,
     "load_s": 0.0,
     "slots": 64,
     "answer_tokens": (40, 40),

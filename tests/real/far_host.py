@@ -31,7 +31,7 @@ def lively(name: str) -> profile.HostProfile:
     return profile.host(
         name,
         tokens_per_s=150.0,
-        prefill_tokens_per_s=float("inf"),
+        prefill_tokens_per_s=None,
         load_s=0.0,
         slots=64,
         answer_tokens=(20, 60),

@@ -41,7 +41,7 @@ def hosts() -> list[profile.HostProfile]:
             name,
             models=(ModelProfile("m:latest", continues=continues, resident=True),),
             tokens_per_s=RATE,
-            prefill_tokens_per_s=float("inf"),
+            prefill_tokens_per_s=None,
             load_s=0.0,
             slots=STREAMS,
             answer_tokens=(TOKENS, TOKENS),
