@@ -55,6 +55,7 @@ class GatewaySpec:
     cors_origins: tuple[str, ...] = ()
     access_log: bool = True
     socket: Path | None = None
+    body_memory_mib: int = 512
 
 
 @dataclass(frozen=True, slots=True)

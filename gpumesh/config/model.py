@@ -217,6 +217,9 @@ class Gateway(Section):
     max_queue: Annotated[int, _whole(0, 1_000_000), _whole_schema(0, 1_000_000)] | None = Field(
         default=None, description="How many requests may wait; 1024 if not given. Past it clients get 503."
     )
+    body_memory_mib: Annotated[int, _whole(16, 1 << 20), _whole_schema(16, 1 << 20)] | None = Field(
+        default=None, description="Memory for the bodies of all requests together; 512 if not given. Past it 503."
+    )
     timeout: LongWait | None = Field(default=None, description="For one request as a whole; 10m if not given.")
     cors_origins: Origins | None = Field(
         default=None, description="Web pages that may use the gateway, by their origin."

@@ -45,6 +45,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
             "default_model": spec.default_model,
             "policy": spec.policy.value,
             "max_queue": spec.max_queue,
+            "body_memory_mib": spec.body_memory_mib,
             "timeout": forms.format_duration(spec.timeout_s),
             "cors_origins": list(spec.cors_origins),
             "access_log": spec.access_log,

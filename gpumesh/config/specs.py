@@ -183,6 +183,7 @@ class Builder:
             default_model=gateway.default_model,
             policy=_first(gateway.policy, None, PolicyKind.ADAPTIVE),
             max_queue=_first(gateway.max_queue, None, usual.max_queue),
+            body_memory_mib=_first(gateway.body_memory_mib, None, usual.body_memory_mib),
             timeout_s=_first(gateway.timeout, None, usual.timeout_s),
             cors_origins=gateway.cors_origins or (),
             access_log=_first(gateway.access_log, None, usual.access_log),

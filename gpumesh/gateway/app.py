@@ -88,7 +88,7 @@ class Gateway:
         self._host = spec.host if host is None else host
         self._port = spec.port if port is None else port
         self.drain_s = drain_s
-        self._bounds = bounds or Bounds()
+        self._bounds = bounds or Bounds(bodies_bytes=spec.body_memory_mib << 20)
         self._access_log = access_log
         if self._host is not None:
             config.refuse_open(self._host, api_key_env=spec.api_key_env)

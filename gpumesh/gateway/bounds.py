@@ -25,6 +25,8 @@ class Bounds:
     body_s: float = 30.0
     body_rate: int = 4 << 10
     body_bytes: int = 256 << 20  # images come inside of JSON
+    unpacked_bytes: int = 20 << 20  # of a compressed body: what Ollama itself takes (server/cloud_proxy.go)
+    bodies_bytes: int = 512 << 20  # of all requests together (body_memory.py)
     linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
     write_s: float = 60.0  # a client that takes less than body_rate for so long is gone
     stalled_s: float = 5.0  # a client that takes nothing of its stream for so long, while others wait for its node

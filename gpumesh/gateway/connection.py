@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_FIELDS = 128  # of a head
 AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
-BODY_BUFFER = 256 << 10  # bytes of a body that wait for their handler, until the client is no longer read
+BODY_BUFFER = 256 << 10  # bytes of bodies that wait for their handlers, until the client is no longer read
 HEADS = 2 << 10  # bytes outside of a body that are parsed at a time: they may be forty requests
 COPIED = 32 << 10  # bytes of a body up to which it is sent in one piece with its head
 LOOK_S = 0.05  # between two looks whether a client that is not read has left
@@ -62,6 +62,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.bounds = server.bounds
+        self.memory = server.memory
+        self.long_work = server.long_work
         self.full = False
         self.remote: str | None = None
         self._server = server
@@ -130,7 +132,7 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
         # So that nothing of it has to wait for the garbage collector.
         self._incoming, self._rest = None, b""
-        self._waiting.clear()
+        self._forget_waiting()
         self._pieces.clear()
         del self._parser
 
@@ -268,7 +270,12 @@ class Connection(asyncio.Protocol):
         self._piece_count += len(pieces)
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        if self._incoming is not None and self._incoming.feed(data) > BODY_BUFFER:
+        if self._incoming is None:
+            return
+        size = self._incoming.feed(data)
+        if len(self._waiting) > 1:  # asked ahead: of all of them
+            size = sum(one.buffered for one in self._waiting if isinstance(one, Request))
+        if size > BODY_BUFFER:
             self._pause_reading()
 
     def on_message_complete(self) -> None:
@@ -363,11 +370,16 @@ class Connection(asyncio.Protocol):
         """Whether the connection goes on after it. Raises ConnectionError."""
         try:
             reply = await self._server.handler(request)
-        except ConnectionError:
+        except (ConnectionError, asyncio.CancelledError) as error:
+            # Its frames hold the request, whose body would wait for the garbage collector: some of them know this task,
+            # which holds it.
+            error.__traceback__ = None
             raise
         except Exception as error:  # a bug: it must cost one client an error and not all of them the server
             log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
             reply = json_reply(_error(500, "the gateway failed inside"), status=500, close=True)
+        finally:
+            request.release()
         if isinstance(reply, Reply):
             if request.begun:
                 raise ConnectionError("a part of another answer has been sent already")
@@ -517,10 +529,16 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         """Nothing more is heard or said."""
         self._deaf = self._over = True
-        self._waiting.clear()
+        self._forget_waiting()
         self._rest = b""
         if self._quiet_timer is not None:
             self._quiet_timer.cancel()
+
+    def _forget_waiting(self) -> None:
+        for request in self._waiting:
+            if isinstance(request, Request):
+                request.release()
+        self._waiting.clear()
 
     def _quiet(self) -> None:
         """Looks now and then, so that no request has to start or stop a timer."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from io import BytesIO
+from typing import Protocol, TypeVar
 from urllib.parse import unquote
 
 from gpumesh.errors import GPUMeshError, QueueFull
 from gpumesh.gateway import replies
+from gpumesh.gateway.body_memory import BodyMemory, LongWork, Share
 from gpumesh.gateway.bounds import Bounds
 from gpumesh.gateway.record import Record
 from gpumesh.gateway.replies import Headers, Reply
 from gpumesh.gateway.requests import BadRequest
+from gpumesh.gateway.unpacking import Unpacking
+
+T = TypeVar("T")
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_ID = 128  # of a client's X-Request-Id
-UNPACK = 256 << 10  # bytes that are unpacked at a time, under a millisecond: others' tokens wait meanwhile
 
 
 class Carrier(Protocol):
@@ -26,6 +29,8 @@ class Carrier(Protocol):
 
     loop: asyncio.AbstractEventLoop
     bounds: Bounds
+    memory: BodyMemory
+    long_work: LongWork
     full: bool
     remote: str | None
 
@@ -94,7 +99,7 @@ class Request:
         record: Record,
     ) -> None:
         self._connection = connection
-        self._body = Body()
+        self._body = Body(connection.memory)
         self.method = method
         self.target = _own(target)
         self.path = _path(self.target)
@@ -121,31 +126,81 @@ class Request:
             raise QueueFull(refusal, retry_after_s=1.0)
 
     async def body(self) -> bytes:
-        """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says."""
-        limit = self._connection.bounds.body_bytes
-        if self._body.whole:  # by far the most common: it came together with the head
+        """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says; and QueueFull where
+        there is no room for it."""
+        memory, bounds = self._connection.memory, self._connection.bounds
+        limit = min(bounds.body_bytes, memory.largest)
+        encoding = self.headers.get("Content-Encoding", "")
+        if self._body.whole and not encoding and not self._body.share.refused:  # by far the most common
             body = self._body.take()
             if len(body) > limit:
                 raise _too_large()
-        else:
-            length = (self.headers.get("Content-Length") or "").lstrip("0")  # int() takes no more than 4,300 digits
-            if length and int(length) > limit:
+            return body
+        length = (self.headers.get("Content-Length") or "").lstrip("0")  # int() takes no more than 4,300 digits
+        if length:
+            if len(length) > 18 or int(length) > limit:
                 raise _too_large()
-            pieces = bytearray()
-            async for piece in self.pieces():
-                pieces += piece
-                if len(pieces) > limit:
-                    raise _too_large()
-            body = bytes(pieces)
-        encoding = self.headers.get("Content-Encoding")
-        return body if encoding is None else await _unpacked(body, encoding.lower(), limit)
+            if not self._body.share.would_fit(int(length)):
+                raise memory.full()
+        unpacking = None
+        if encoding and encoding.lower() != "identity":
+            unpacking = Unpacking(encoding.lower(), min(bounds.unpacked_bytes, limit))
+        return await self._gather(limit, unpacking)
+
+    async def _gather(self, limit: int, unpacking: Unpacking | None) -> bytes:
+        body, share = BytesIO(), self._body.share  # whose bytes become ours without a copy
+        async for piece in self._pieces():
+            if unpacking is None:
+                body.write(piece)
+            else:
+                for plain in await self.work(unpacking.feed(piece)):
+                    if not share.take(len(plain)):
+                        raise self._connection.memory.full()
+                    body.write(plain)
+                share.give_back(len(piece))
+            if body.tell() > limit:
+                raise _too_large()
+        if unpacking is not None:
+            unpacking.end()
+        return body.getvalue()
+
+    async def work(self, work: Generator[None, None, T]) -> T:
+        """The result of something that takes long (``body_memory.LongWork``)."""
+        return await self._connection.long_work.run(work)
+
+    @property
+    def hold(self) -> Callable[[int], bool]:
+        """Says whether so many bytes more may be held for this request until it ends. Who keeps it keeps no request."""
+        return self._body.share.try_take
+
+    def must_hold(self, size: int) -> None:
+        """Raises QueueFull where there is no room."""
+        if not self.hold(size):
+            raise self._connection.memory.full()
+
+    def let_go(self, size: int) -> None:
+        """So many bytes of it are held no longer."""
+        self._body.share.give_back(size)
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes, of any length. Raises BadRequest: too slow, not as its head says."""
-        self._go_on()
+        """The body as it comes, of any length; each piece is the caller's only until it asks for the next. Raises
+        BadRequest: too slow, not as its head says; and QueueFull where there is no room for a piece."""
+        async for piece in self._pieces():
+            yield piece
+            self._body.share.give_back(len(piece))
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """These stay counted as held."""
         body, bounds, loop = self._body, self._connection.bounds, self._connection.loop
+        self._go_on()
+        if not body.whole:
+            body.share.coming(body.wake)
         waited_s, size = 0.0, 0  # for the client: how long a handler takes is not its fault
         while True:
+            if body.share.refused:
+                raise self._connection.memory.full()
+            if body.complete:
+                body.share.came()
             if body.pieces:
                 piece = body.take()
                 self._connection.read_on()
@@ -206,16 +261,21 @@ class Request:
     def end_body(self, *, broken: bool = False) -> None:
         self._body.end(broken=broken)
 
+    def release(self) -> None:
+        """It has ended, or will never be served: nothing of its body is held any longer."""
+        self._body.release()
+
 
 class Body:
-    """A request's body on its way from the parser to the handler."""
+    """A request's body on its way from the parser to the handler. What finds no room in the memory is dropped."""
 
-    __slots__ = ("_waiter", "broken", "buffered", "complete", "pieces")
+    __slots__ = ("_waiter", "broken", "buffered", "complete", "pieces", "share")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: BodyMemory) -> None:
         self.pieces: list[bytes] = []
         self.complete = False
         self.broken = False
+        self.share = Share(memory)
         self.buffered = 0
         self._waiter: asyncio.Future[None] | None = None
 
@@ -224,21 +284,31 @@ class Body:
         return self.complete and not self.broken
 
     def feed(self, data: bytes) -> int:
-        self.pieces.append(data)
-        self.buffered += len(data)
-        self._wake()
+        if self.share.take(len(data)):
+            self.pieces.append(data)
+            self.buffered += len(data)
+        else:
+            self._drop()
+        self.wake()
         return self.buffered
 
     def end(self, *, broken: bool) -> None:
         self.complete = True
         self.broken |= broken
-        self._wake()
+        self.wake()
 
     def take(self) -> bytes:
         data = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self._drop()
+        return data
+
+    def release(self) -> None:
+        self.share.release()
+        self._drop()
+
+    def _drop(self) -> None:
         self.pieces.clear()
         self.buffered = 0
-        return data
 
     async def more(self, loop: asyncio.AbstractEventLoop) -> None:
         self._waiter = loop.create_future()
@@ -247,7 +317,7 @@ class Body:
         finally:
             self._waiter = None
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -323,36 +393,6 @@ def _own(target: str) -> str:
 def _path(target: str) -> str:
     path = target.partition("?")[0] if "?" in target else target
     return unquote(path) if "%" in path else path
-
-
-async def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
-    """Raises BadRequest; ``limit`` is of what comes out: a few bytes can become gigabytes."""
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
-    # RFC 9110 section 8.4.1.2: "deflate" has zlib's wrapping, which some clients leave out.
-    raw = encoding == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31)
-    unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
-    plain = bytearray()
-    for start in range(0, len(body), UNPACK):  # what is not taken of a piece is copied each time, so it is no large one
-        rest = body[start : start + UNPACK]
-        more = True
-        while more:
-            try:
-                piece = unpack.decompress(rest, UNPACK)
-            except zlib.error:
-                raise BadRequest("the request body is not what its head says") from None
-            plain += piece
-            if len(plain) > limit:
-                raise _too_large()
-            rest = unpack.unconsumed_tail
-            more = not unpack.eof and (len(rest) > 0 or len(piece) == UNPACK)
-            if more or len(body) > UNPACK:
-                await asyncio.sleep(0)
-    if not unpack.eof or unpack.unused_data:
-        raise BadRequest("the request body is not what its head says")
-    return bytes(plain)
 
 
 def _id(given: str | None) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gpumesh.gateway.admission import Admission, Admitted, Refused, address_of
+from gpumesh.gateway.body_memory import BodyMemory, LongWork
 from gpumesh.gateway.bounds import Bounds, connections_allowed
 from gpumesh.gateway.connection import Connection
 from gpumesh.gateway.exchange import Handler
@@ -26,6 +27,8 @@ class Server:
     def __init__(self, handler: Handler, bounds: Bounds, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.handler = handler
         self.bounds = bounds
+        self.memory = BodyMemory(bounds.bodies_bytes, patience_s=bounds.body_s, clock=clock)
+        self.long_work = LongWork()
         self.turned_away = 0
         self.slices = SliceQueue()
         self._clock = clock

@@ -1,0 +1,150 @@
+"""The memory that the bodies of all requests may take together, and who holds how much of it.
+
+Counted is what is really held: each byte from the moment at which it was read from its connection, in the queue and on
+its way to a second node as well, until its request has ended. So nobody reserves what never comes by announcing it. A
+body that finds no room is refused at once and what it held is free, so that bodies never wait for each other: of any
+number that together fill the memory some get through. And nobody can lock the others out:
+
+- the last eighth is for bodies of up to a megabyte, which nearly all are;
+- while there is no room, a body that has been coming for longer than ``patience_s`` loses its own, the oldest first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+from gpumesh.errors import QueueFull
+
+T = TypeVar("T")
+
+SMALL = 1 << 20
+RETRY_AFTER_S = 5.0
+
+
+class BodyMemory:
+    """``total`` and ``held`` are bytes; ``coming``: the bodies that are being read, and since when; ``clock`` gives
+    seconds."""
+
+    def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
+        self.total = total
+        self.held = 0
+        self._for_large = total - total // 8
+        self.coming: dict[Share, float] = {}
+        self.clock = clock
+        self._patience_s = patience_s
+
+    def __repr__(self) -> str:
+        return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.coming)} coming>"
+
+    @property
+    def largest(self) -> int:
+        """Of one body: what is larger finds no room ever."""
+        return max(self._for_large, min(SMALL, self.total))
+
+    def has_room(self, held: int, size: int) -> bool:
+        """For ``size`` bytes more of a body of which ``held`` are here."""
+        return self.held + size <= (self.total if held + size <= SMALL else self._for_large)
+
+    def make_room(self, share: Share, size: int) -> bool:
+        """Takes it from those that have been coming for too long, as far as that helps."""
+        since = self.clock() - self._patience_s
+        while not self.has_room(share.size, size):
+            oldest = next(iter(self.coming), None)
+            if oldest is None or oldest is share or self.coming[oldest] > since:
+                return False
+            oldest.lose()
+        return True
+
+    def full(self) -> QueueFull:
+        return QueueFull(
+            f"the bodies of other requests take up what gateway.body_memory_mib allows ({self.total >> 20} MiB)",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+class Share:
+    """What one request holds: ``size`` bytes. ``refused``: there was no room for all of it, and it holds none."""
+
+    __slots__ = ("_memory", "_on_lost", "refused", "released", "size")
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self._on_lost: Callable[[], None] | None = None
+        self.size = 0
+        self.refused = False
+        self.released = False
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many bytes more; if not, or after its end, all that it held is free."""
+        memory = self._memory
+        if self.refused or self.released:
+            return False
+        if memory.has_room(self.size, size) or memory.make_room(self, size):
+            self.size += size
+            memory.held += size
+            return True
+        self.lose()
+        return False
+
+    def would_fit(self, whole: int) -> bool:
+        """Whether there is room now for a body of that size; nothing is reserved by asking."""
+        more = max(whole - self.size, 0)
+        return self._memory.has_room(self.size, more) or self._memory.make_room(self, more)
+
+    def try_take(self, size: int) -> bool:
+        """The same, but what it has is kept."""
+        if self.refused or self.released or not self._memory.has_room(self.size, size):
+            return False
+        self.size += size
+        self._memory.held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Of what it holds; nothing once that is free."""
+        size = min(size, self.size)
+        self.size -= size
+        self._memory.held -= size
+
+    def coming(self, on_lost: Callable[[], None]) -> None:
+        """From now until ``came`` it may lose its room to others."""
+        self._on_lost = on_lost
+        self._memory.coming[self] = self._memory.clock()
+
+    def came(self) -> None:
+        self._on_lost = None
+        self._memory.coming.pop(self, None)
+
+    def lose(self) -> None:
+        self.refused = True
+        on_lost = self._on_lost
+        self.came()
+        self.give_back(self.size)
+        if on_lost is not None:
+            on_lost()
+
+    def release(self) -> None:
+        """Its request has ended. Harmless when done twice."""
+        self.released = True
+        self.came()
+        self.give_back(self.size)
+
+
+class LongWork:
+    """Work that takes long is cut in pieces: of all that is under way, one piece is done in each round of the loop, in
+    turn. So everybody else waits for one piece, however many there are."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def run(self, work: Generator[None, None, T]) -> T:
+        """Its result; raises what it raises."""
+        while True:
+            async with self._turn:
+                try:
+                    next(work)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                await asyncio.sleep(0)
