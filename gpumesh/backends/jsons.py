@@ -17,6 +17,8 @@ REPORT_VALUES = 200_000
 ANSWER_VALUES = 300_000
 ANSWER_BYTES = 16 << 20
 SMALL = 1 << 16  # bytes, of which it is not worth to ask what they hold
+OBJECT_BYTES = 100  # of one value with its place in what holds it: a dictionary takes 64 to 232, a number 32
+TEXTS = 4  # what it is decoded to, its strings, what it is written to, and that as bytes
 _LARGEST = 1 << 62
 _LARGEST_MODEL = 1 << 46  # bytes: 64 TiB
 _DIGITS = 20  # of a 64-bit number with its sign; Python reads more only slowly, and more than 4,300 not at all
@@ -34,12 +36,16 @@ def compact(document: Mapping[str, Any]) -> bytes:
 def parse(data: bytes) -> Any:
     """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), and for one
     that holds far more than any answer does."""
-    if len(data) > SMALL and (len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES)):
+    if _exceeds_answers(data):
         return None
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+def _exceeds_answers(data: bytes) -> bool:
+    return len(data) > SMALL and (len(data) > ANSWER_BYTES or too_many_values(data, ANSWER_VALUES))
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
@@ -98,6 +104,17 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
     if not isinstance(documents, list) or len(documents) != len(pieces):
         documents = [parse(piece) for piece in pieces]
     return [document if isinstance(document, dict) else {} for document in documents]
+
+
+def cost(data: bytes, limit: int) -> int | None:
+    """How many bytes the document takes at most when it is built and written anew; ``None``: more than ``limit``, or
+    more than ``parse`` reads.
+
+    Each value and key is an object, before each of which stands one of four signs."""
+    if TEXTS * len(data) > limit or _exceeds_answers(data):
+        return None
+    size = TEXTS * len(data) + OBJECT_BYTES * (len(data) - len(data.translate(None, b",:[{")))
+    return size if size <= limit else None
 
 
 def text(value: Any) -> str | None:

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Self
 
 from gpumesh import config
-from gpumesh.backends import jsons
 from gpumesh.balancer.base import Demand
 from gpumesh.config.locate import UNIX
 from gpumesh.errors import GPUMeshError, NoNodeError
@@ -26,6 +25,7 @@ from gpumesh.gateway.exchange import Handler, Request, Stream
 from gpumesh.gateway.fleet import Fleet
 from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
 from gpumesh.gateway.listening import Listening
+from gpumesh.gateway.members import read_members, rewritten
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
@@ -35,10 +35,9 @@ from gpumesh.gateway.requests import (
     OLLAMA_ONLY,
     BadRequest,
     Route,
-    names_model,
     read_demand,
+    read_model,
     read_node,
-    read_object,
     read_timeout,
     shape_of,
 )
@@ -285,21 +284,9 @@ class Gateway:
         return _not_allowed(request, path, [method for methods, _ in entries for method in methods])
 
     async def _one_model(self, request: Request, record: Record, route: Route) -> Reply | Stream:
-        body = await request.body()
-        document = read_object(body)
-        headers = request.headers
-        record.demand = demand = read_demand(
-            route,
-            headers,
-            document,
-            size=len(body),
-            default_model=self._spec.default_model,
-            node=read_node(headers, self.mesh.topology),
-            request_id=request.id,
-        )
-        if not names_model(document):
-            body = jsons.compact({**document, "model": demand.model})
-        timeout_s = read_timeout(headers, self._spec.timeout_s)
+        demand, body = await self._read(request, route)
+        record.demand = demand
+        timeout_s = read_timeout(request.headers, self._spec.timeout_s)
         call = proxy.call_of(request, body)
         return await proxy.forward(
             self.mesh,
@@ -311,6 +298,26 @@ class Gateway:
             answered=record.answered,
             document=not route.place,
         )
+
+    async def _read(self, request: Request, route: Route) -> tuple[Demand, bytes]:
+        """What a request asks for, and its body as it is sent on: with its model by the name that all servers know."""
+        body = await request.body()
+        members = await read_members(body, request)
+        demand = read_demand(
+            route,
+            request.headers,
+            members,
+            size=len(body),
+            default_model=self._spec.default_model,
+            node=read_node(request.headers, self.mesh.topology),
+            request_id=request.id,
+        )
+        if not read_model(route, members):
+            assert demand.model is not None, "it is the default one"
+            body = await rewritten(body, members, request, model=demand.model)
+        elif not members.common:
+            body = await rewritten(body, members, request)
+        return demand, body
 
     async def _one_node(self, request: Request) -> Reply | Stream:
         """What any one node answers by itself; about a model, a node that has it."""

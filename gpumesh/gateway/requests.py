@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from gpumesh.backends import jsons
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.errors import GPUMeshError
 from gpumesh.topology import BackendKind, Topology
 
+if TYPE_CHECKING:
+    from gpumesh.gateway.members import Members, Value
+
+OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
+NUMBER_BYTES = 32
 OLLAMA_ONLY = frozenset({BackendKind.OLLAMA})
 EITHER = frozenset(BackendKind)
 
@@ -26,12 +33,14 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``place``: it costs inference, so it takes a place on its node."""
+    """``place``: it costs inference, so it takes a place on its node. ``named_by``: the members that may name the
+    model; the first that does (server/routes.go of Ollama)."""
 
     methods: frozenset[str]
     shape: Shape = Shape.NATIVE
     kinds: frozenset[BackendKind] = OLLAMA_ONLY
     place: bool = True
+    named_by: tuple[str, ...] = ("model",)
 
 
 _POST = frozenset({"POST"})
@@ -42,7 +51,7 @@ MODEL_ROUTES: Mapping[str, Route] = {
     "/api/generate": Route(_POST),
     "/api/embed": Route(_POST),
     "/api/embeddings": Route(_POST),
-    "/api/show": Route(_POST, place=False),
+    "/api/show": Route(_POST, place=False, named_by=("model", "name")),
     "/v1/chat/completions": Route(_POST, Shape.OPENAI, EITHER),
     "/v1/completions": Route(_POST, Shape.OPENAI, EITHER),
     "/v1/embeddings": Route(_POST, Shape.OPENAI, EITHER),
@@ -72,23 +81,23 @@ def shape_of(path: str) -> Shape:
 def read_demand(
     route: Route,
     headers: Mapping[str, str],
-    document: Mapping[str, Any],
+    members: Members,
     *,
     size: int,
     default_model: str | None,
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    """``document`` is the body, of ``size`` bytes; ``node`` comes from ``read_node``.
+    """``members`` are the body's, which is of ``size`` bytes; ``node`` comes from ``read_node``.
 
     Raises BadRequest for what no server could answer.
     """
-    model = document.get("model") or document.get("name") or default_model
-    if not isinstance(model, str) or not model.strip():
+    model = read_model(route, members) or default_model
+    if model is None or not model.strip():
         raise BadRequest("model is required")
-    options = document.get("options")
-    options = options if isinstance(options, dict) else {}
-    context = options.get("num_ctx")
+    given = members.known.get("options")
+    options = _NO_OPTIONS if given is None else _options(given)
+    context = jsons.whole(options.num_ctx)
     return Demand(
         model=model,
         kinds=route.kinds,
@@ -97,28 +106,38 @@ def read_demand(
         session=headers.get("X-GPUMesh-Session"),
         affinity=f"{model}/{context}" if context is not None else None,
         prompt_tokens=size // 4 if size > 2000 else None,
-        max_tokens=_max_tokens(document, options),
+        max_tokens=_max_tokens(members, options),
         place=route.place,
         id=request_id,
     )
 
 
-def names_model(document: Mapping[str, Any]) -> bool:
-    """Whether the client itself says which model it wants."""
-    return bool(document.get("model") or document.get("name"))
+def read_model(route: Route, members: Members) -> str | None:
+    """What the client itself says which model it wants. Raises BadRequest."""
+    for name in route.named_by:
+        model = members.text(name)
+        if model:
+            return model
+    return None
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """Raises BadRequest in Ollama's own words."""
-    if not body:
-        raise BadRequest("missing request body")
+class _Options(msgspec.Struct, gc=False):
+    """What is read of ``options``: as with Go's maps, the last of two, and in this very spelling."""
+
+    num_ctx: Any = None
+    num_predict: Any = None
+
+
+_NO_OPTIONS = _Options()
+_decode_options = msgspec.json.Decoder(_Options).decode
+
+
+def _options(value: Value) -> _Options:
+    """Nothing is known of what cannot be read: a server will say what is wrong with it."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the request body is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise BadRequest("the request body is not a JSON object")
-    return document
+        return _NO_OPTIONS if len(value) > OPTIONS_BYTES else _decode_options(value)
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return _NO_OPTIONS
 
 
 def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
@@ -156,8 +175,16 @@ def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
     return seconds
 
 
-def _max_tokens(document: Mapping[str, Any], options: Mapping[str, Any]) -> int | None:
-    for value in (options.get("num_predict"), document.get("max_completion_tokens"), document.get("max_tokens")):
+def _max_tokens(members: Members, options: _Options) -> int | None:
+    values = [options.num_predict]
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        given = members.known.get(name)
+        if given is not None and len(given) <= NUMBER_BYTES:
+            try:
+                values.append(msgspec.json.decode(given))
+            except (msgspec.MsgspecError, ValueError):
+                continue
+    for value in values:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None

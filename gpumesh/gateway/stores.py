@@ -34,10 +34,11 @@ from gpumesh.balancer.select import has_model, why_none
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError
 from gpumesh.gateway import errors
 from gpumesh.gateway.exchange import Request, Stream
+from gpumesh.gateway.members import read_members, rewritten
 from gpumesh.gateway.progress import Progress
 from gpumesh.gateway.proxy import call_of
 from gpumesh.gateway.replies import Pairs, Reply, json_reply
-from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, Shape, read_node, read_object, read_timeout
+from gpumesh.gateway.requests import OLLAMA_ONLY, BadRequest, Shape, read_node, read_timeout
 from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind
@@ -51,6 +52,7 @@ PAUSE_S = 1.0
 LINE_BYTES = 1 << 20
 LINES_AT_ONCE = 100
 ANSWER_BYTES = 1 << 20  # of a node's answer that is no progress
+DOCUMENT_COST = 32 << 20  # bytes, as jsons.cost has it: a Modelfile with all its messages and licences is far from it
 LANE_PIECES = 4  # held for a node that is slower than the client, of about 64 KiB each
 NDJSON = "application/x-ndjson"
 _JSON = (("Content-Type", "application/json"),)
@@ -109,19 +111,19 @@ class Stores:
     # -- routes --------------------------------------------------------------------------------------------------
 
     async def pull(self, request: Request) -> Reply | Stream:
-        named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
+        named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         _model(document, "model", "name")
         nodes = self._all(named)
         away = [one.name for one in self._candidates() if not one.usable] if named is None else []
         return await self._follow(request, document, nodes, "pulled", away=away)
 
     async def push(self, request: Request) -> Reply | Stream:
-        named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
+        named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         nodes = self._holding(_model(document, "model", "name"), named)
         return await self._follow(request, document, nodes[:1], "pushed")
 
     async def create(self, request: Request) -> Reply | Stream:
-        named, document = read_node(request.headers, self._mesh.topology), read_object(await request.body())
+        named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         _model(document, "model", "name")
         nodes = self._all(named)
         digests = {digest for key in ("files", "adapters") for digest in _digests(document.get(key))}
@@ -134,13 +136,13 @@ class Stores:
         return await self._follow(request, document, nodes, "created")
 
     async def copy(self, request: Request) -> Reply:
-        named, body = read_node(request.headers, self._mesh.topology), await request.body()
-        nodes = self._holding(_model(read_object(body), "source"), named)
+        named, (document, body) = read_node(request.headers, self._mesh.topology), await _document(request)
+        nodes = self._holding(_model(document, "source"), named)
         return await self._settle(nodes, await self._each(nodes, call_of(request, body), request), "copied")
 
     async def delete(self, request: Request) -> Reply:
-        named, body = read_node(request.headers, self._mesh.topology), await request.body()
-        model = _model(read_object(body), "model", "name")
+        named, (document, body) = read_node(request.headers, self._mesh.topology), await _document(request)
+        model = _model(document, "model", "name")
         nodes = self._holding(model, named)
         away = [
             Result(one.name, 503, b'{"error":"it cannot be reached now"}')
@@ -438,6 +440,22 @@ def _blob_path(request: Request) -> str:
     if not _DIGEST.fullmatch(path.removeprefix("/api/blobs/")):
         raise BadRequest("invalid digest format")
     return path
+
+
+async def _document(request: Request) -> tuple[dict[str, Any], bytes]:
+    """The body, each member by Ollama's name for it, as a document and as it is sent on. Raises BadRequest."""
+    body = await request.body()
+    members = await read_members(body, request)
+    if not members.common:
+        body = await rewritten(body, members, request)
+    cost = jsons.cost(body, DOCUMENT_COST)
+    if cost is None:
+        raise BadRequest("the request body is too large", status=413)
+    request.must_hold(cost)
+    document = jsons.parse_object(body)
+    if document is None:
+        raise BadRequest("the request body is not JSON")
+    return document, body
 
 
 def _model(document: Mapping[str, Any], *keys: str) -> str:

@@ -108,6 +108,12 @@ def test_a_document_of_far_more_values_than_an_answer_has_is_not_taken_apart() -
     assert jsons.parse(b'"' + b"a" * jsons.ANSWER_BYTES + b'"') is None
 
 
+def test_what_is_not_taken_apart_has_no_cost() -> None:
+    for document in (b"[" + b",".join([b"1"] * (jsons.ANSWER_VALUES + 1)) + b"]", b'"' + b"a" * (16 << 20) + b'"'):
+        assert jsons.cost(document, 1 << 30) is None
+    assert jsons.cost(b"[" + b",".join([b"1"] * 290_000) + b"]", 1 << 30) is not None
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1" * 5000, "-" + "1" * 30, "1e999"])
 def test_a_number_that_is_none_costs_a_report_no_more_than_itself(number: str) -> None:
     document = jsons.parse_report(b'{"size":%b,"name":"m"}' % number.encode())

@@ -11,9 +11,10 @@ import itertools
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gpumesh.audit.identity import store_mark
 from gpumesh.backends import jsons
@@ -24,8 +25,9 @@ from gpumesh.coordination.peers import decode as decode_peer
 from gpumesh.daemon import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merge
+from gpumesh.gateway.members import read_in_pieces, read_small
 from gpumesh.gateway.progress import Progress
-from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand, read_object
+from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand
 from gpumesh.printable import printable
 from gpumesh.probes.disk import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
@@ -37,6 +39,8 @@ from gpumesh.tunnels.address import parse_address
 from gpumesh.tunnels.base import ExecResult
 from gpumesh.wire import status_from_json
 from tests.fuzz.cases import SLICE, Case
+
+T = TypeVar("T")
 
 # CPU time, since others use the machine too. The gateway's loop runs most of these: what takes longer holds up streams.
 CPU_S, CPU_S_PER_MIB = 0.15, 0.5
@@ -259,9 +263,18 @@ def _ssh_errors(pieces: Sequence[bytes]) -> None:
 
 def _request(pieces: Sequence[bytes]) -> None:
     body = b"".join(pieces)
-    document = read_object(body)
+    members = read_small(body) or _result_of(read_in_pieces(body))
     for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
-        read_demand(MODEL_ROUTES[path], {}, document, size=len(body), default_model=None)
+        read_demand(MODEL_ROUTES[path], {}, members, size=len(body), default_model=None)
+
+
+def _result_of(work: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _peer(pieces: Sequence[bytes]) -> None:

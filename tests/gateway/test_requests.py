@@ -1,12 +1,14 @@
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand, Priority
+from gpumesh.gateway.members import Members, read_in_pieces, read_small
 from gpumesh.gateway.requests import (
     EITHER,
     MODEL_ROUTES,
@@ -14,16 +16,16 @@ from gpumesh.gateway.requests import (
     BadRequest,
     Route,
     Shape,
-    names_model,
     read_demand,
+    read_model,
     read_node,
-    read_object,
     read_priority,
     read_timeout,
     shape_of,
 )
 from gpumesh.topology import BackendSpec, NodeSpec, Topology
 
+T = TypeVar("T")
 CHAT = MODEL_ROUTES["/api/chat"]
 
 
@@ -36,11 +38,29 @@ def demand_of(
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    document = read_object(given)
-    size = len(given)
     return read_demand(
-        route, headers or {}, document, size=size, default_model=default_model, node=node, request_id=request_id
+        route,
+        headers or {},
+        members_of(given),
+        size=len(given),
+        default_model=default_model,
+        node=node,
+        request_id=request_id,
     )
+
+
+def members_of(given: bytes) -> Members:
+    return read_small(given) or ended(read_in_pieces(given))
+
+
+def ended(work: Generator[None, None, T]) -> T:
+    """The result of work that is done in pieces."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def body(**document: object) -> bytes:
@@ -67,7 +87,7 @@ def test_openai_routes_go_to_either_kind() -> None:
 
 def test_the_default_model_fills_in_and_show_may_say_name() -> None:
     assert demand_of(CHAT, body(messages=[]), default_model="d").model == "d"
-    assert not names_model({"messages": []})
+    assert read_model(CHAT, members_of(body(messages=[]))) is None
     shown = demand_of(MODEL_ROUTES["/api/show"], body(name="n"))
     assert shown.model == "n"
     assert not shown.place
