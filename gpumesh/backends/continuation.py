@@ -51,6 +51,8 @@ FIRST_FRAMES = 64  # of those, among which one names the answer
 # No model's context holds so much; an answer that grows past it is passed on, but not held.
 TEXT_LIMIT = 8 << 20
 PIECE_BYTES = 64  # what a piece of it costs beside its text
+# What a request may cost when it is taken apart for another node (``jsons.cost``): 16 MiB of images, or 300,000 values.
+REQUEST_COST = 64 << 20
 
 
 class Way(StrEnum):
@@ -77,7 +79,8 @@ class Continuation:
     frame, or no frame at all), while the client's answer is open still. ``mark`` ends a frame of the current upstream:
     so many of them, so many tokens, about. ``counters``: its own figures, once it gave them, and ``told`` those of the
     whole answer. ``resume`` is false for ``X-GPUMesh-Resume: off``; ``clock`` gives seconds, and ``began`` is when the
-    request came, if that was before now."""
+    request came, if that was before now. ``hold``: whether so many bytes more may be held for it; the request is taken
+    apart only after a cut, and only then."""
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class Continuation:
         ways: Ways | None = None,
         resume: bool = True,
         began: float | None = None,
+        hold: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._path = path
         self._request_body = request
@@ -97,6 +101,7 @@ class Continuation:
         self._clock = clock
         self._ways: Ways = {} if ways is None else ways
         self._resume = resume
+        self._hold = hold
         self._keeps = resume and self._form.keeps
         self._began = clock() if began is None else began
         self._held = bytearray()  # the beginning of a frame
@@ -124,8 +129,14 @@ class Continuation:
         self.told: Counters | None = None
 
     @cached_property
+    def _affordable(self) -> bool:
+        """Whether there is room to take the request apart."""
+        cost = jsons.cost(self._request_body, REQUEST_COST)
+        return cost is not None and self._hold(cost)
+
+    @cached_property
     def _request(self) -> Document:
-        return jsons.parse_object(self._request_body) or {}
+        return (jsons.parse_object(self._request_body) if self._affordable else None) or {}
 
     @property
     def tokens(self) -> int:
@@ -310,7 +321,7 @@ class Continuation:
         refusal = self._refusal()
         if refusal is not None:
             return self._refused(refusal)
-        budget = self._form.budget(self._request)
+        budget = self._form.budget(self._request) if self._tokens else None
         if budget is not None and self._tokens >= budget:
             return self._ended(self._form.close("length", self._sofar))
         return None
@@ -389,4 +400,6 @@ class Continuation:
             return "the model was still thinking"
         if len(self._tail) == REPEATS and len({piece.strip() for piece in self._tail}) == 1:
             return "it repeats itself"
+        if not self._affordable:
+            return "its request is too large to be taken apart for another node"
         return self._form.refusal(self._request)

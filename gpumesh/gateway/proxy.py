@@ -83,7 +83,7 @@ async def forward(
     Raises GPUMeshError only while nothing was sent to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
-    answer = await mesh.send(demand, calls, timeout_s=timeout_s, resume=read_resume(request.headers))
+    answer = await mesh.send(demand, calls, timeout_s=timeout_s, resume=read_resume(request.headers), hold=request.hold)
     if document and not _readable(answer):
         answer = await _of_another(mesh, demand, calls, answer, timeout_s)
     answered(answer)

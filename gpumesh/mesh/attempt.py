@@ -124,11 +124,11 @@ async def _guarded(
         return _lost(lease)
     try:
         async with asyncio.timeout(timeout_s) as scope:
-            lease.abort = lambda: scope.reschedule(loop.time())
+            lease.on_abort(lambda: scope.reschedule(loop.time()))
             headers, name = _headers(lease, call), _server_name(lease)
             response = await upstream.request(node.base_url, call, headers, node=node.name, server_name=name, once=once)
             result = await then(response)
-            lease.abort = response.abort
+            lease.on_abort(response.abort)
             return replace(result, took_s=loop.time() - began) if isinstance(result, Failed) else result
     except TimeoutError:
         if response is not None:
@@ -152,6 +152,8 @@ async def _guarded(
 
 def _failed(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> Failed:
     lease.release(outcome, error=str(error))
+    # Its frames hold the request, which holds it: the body would have to wait for the garbage collector.
+    error.__traceback__ = None
     return Failed(lease.node.name, outcome, error, answer, asked=answer is not None, lease=lease)
 
 

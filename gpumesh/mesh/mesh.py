@@ -318,15 +318,17 @@ class Mesh:
         timeout_s: float,
         resume: bool = True,
         once: bool = False,
+        hold: Callable[[int], bool] = lambda _: True,
     ) -> Answer:
         """Sends a request to the best node, to others while nodes fail it, until one answers; an answer that is cut
         while it streams is continued by another node, unless ``resume`` is false. ``once``: it changes something, and
         is never given to a server again that may have begun to work on it.
 
+        ``hold`` says whether so many bytes more may be held until the answer ends: to continue it takes some.
         ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that every
         node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
         """
-        sending = Sending(self._means, demand, calls, timeout_s=timeout_s, resume=resume, once=once)
+        sending = Sending(self._means, demand, calls, timeout_s=timeout_s, resume=resume, once=once, hold=hold)
         if not demand.place:
             return await sending.answer()
         self.books.accepted += 1

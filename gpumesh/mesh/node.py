@@ -59,7 +59,8 @@ Clock = Callable[[], float]
 
 
 class Lease:
-    """A place on a node. Released exactly once, whatever happens; ``abort`` is set by whoever uses it.
+    """A place on a node. Released exactly once, whatever happens; ``abort`` is set by whoever uses it, and forgotten
+    when it is released: a request and all that it holds must not have to wait for the garbage collector.
 
     ``beside``: how many were in flight there when it was given, itself included. ``connection`` numbers the tunnel's
     connection over which it goes. ``movable`` tells, until the answer
@@ -80,7 +81,7 @@ class Lease:
 
     def release(self, outcome: Outcome, *, counters: Counters | None = None, error: str | None = None) -> None:
         if not self._released:
-            self._released = True
+            self._over()
             self.node.released(self, outcome, counters, error)
 
     @property
@@ -95,8 +96,17 @@ class Lease:
     def undo(self) -> None:
         """It was never used: nothing is counted."""
         if not self._released:
-            self._released = True
+            self._over()
             self.node.undone(self)
+
+    def on_abort(self, abort: Callable[[], None]) -> None:
+        """What ``cut`` does from now on until it is released."""
+        if not self._released:
+            self.abort = abort
+
+    def _over(self) -> None:
+        self._released = True
+        self.abort = self.movable = None
 
     def cut(self) -> None:
         """The way to the node is gone: ends the attempt at once, rather than at some time-out."""

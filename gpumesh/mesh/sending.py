@@ -67,12 +67,14 @@ class Sending:
         timeout_s: float,
         resume: bool,
         once: bool = False,
+        hold: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._means = means
         self._demand = demand
         self._calls = calls
         self._resume = resume
         self._once = once
+        self._hold = hold
         self._began = means.clock()
         self._deadline = self._began + timeout_s
         self._exclude: frozenset[str] = frozenset()
@@ -92,7 +94,13 @@ class Sending:
             def continuation(call: HttpCall = call) -> Continuation:
                 means = self._means
                 return Continuation(
-                    call.path, call.body, clock=means.clock, ways=means.ways, resume=self._resume, began=self._began
+                    call.path,
+                    call.body,
+                    clock=means.clock,
+                    ways=means.ways,
+                    resume=self._resume,
+                    began=self._began,
+                    hold=self._hold,
                 )
 
             result = await self._attempt(lease, call, continuation)
@@ -181,7 +189,7 @@ class Sending:
         """The next try goes elsewhere. Raises the failure where another node could not do better."""
         self._failures.append(failed)
         if not judge(failed.outcome).move_on or (self._once and failed.asked and failed.answer is None):
-            raise failed.error
+            raise _copy_of(failed.error) from failed.error.__cause__
         self._exclude |= {failed.node}
 
     async def _request_ends_servers(self) -> bool:
@@ -246,6 +254,13 @@ class Sending:
             hint = "it may be the request itself that makes them fail"
             return NoNodeError(f"two servers failed at this request, so no other was asked ({told})", hint=hint)
         return NoNodeError(f"every node that could serve this has failed it ({told})")
+
+
+def _copy_of(error: GPUMeshError) -> GPUMeshError:
+    """To be raised: its frames hold the failures, and would hold themselves by them until garbage is collected."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy
 
 
 def _at_request(failed: Failed) -> bool:

@@ -28,7 +28,7 @@ async def upload(
     node, loop = lease.node, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s) as scope:
-            lease.abort = lambda: scope.reschedule(loop.time())
+            lease.on_abort(lambda: scope.reschedule(loop.time()))
             limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
             async with http.stream(
                 "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits

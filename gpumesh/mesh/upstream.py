@@ -34,6 +34,7 @@ READ_BUFFER = 1 << 16  # bytes held for a reader that is slow; past it the backe
 READ_PIECES = 1 << 12  # so many, too, however small they are: each costs memory of its own
 HEAD_BYTES = 1 << 16  # of a head, of trailers, and of all that comes between two pieces of a body
 MAX_FIELDS = 256  # of a head
+JOINED_BYTES = 1 << 16  # a body up to this is sent together with its head
 
 
 class _Address(NamedTuple):
@@ -93,14 +94,18 @@ class _Connection(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def begin(self, method: str, request: bytes) -> _Exchange:
+    def begin(self, method: str, head: bytes, body: bytes) -> _Exchange:
         assert self._transport is not None
         self.used += 1
         self._bodiless = method == "HEAD"
         self._until_eof = False
         self._head_size = self._unframed = 0
         self.exchange = exchange = _Exchange(self._loop)
-        self._transport.write(request)
+        if len(body) < JOINED_BYTES:
+            self._transport.write(head + body)  # one packet, if it is short
+        else:  # not copied
+            self._transport.write(head)
+            self._transport.write(body)
         return exchange
 
     def resume(self) -> None:
@@ -433,7 +438,7 @@ class Upstream:
         """
         host, port, tls, prefix, socket = _place(base_url)
         address = _Address(host, port, tls, server_name if tls else None, socket)
-        request = _request(call, prefix, headers, f"{host}:{port}" if socket is None else host)
+        head = _head(call, prefix, headers, f"{host}:{port}" if socket is None else host)
         while True:
             try:
                 connection = await self._pool.take(address, new=once)
@@ -441,21 +446,22 @@ class Upstream:
                 raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
             except OSError as error:
                 raise BackendUnreachable(f"no connection: {_words(error)}", node=node) from error
-            exchange = connection.begin(call.method, request)
+            exchange = connection.begin(call.method, head, call.body)
             try:
                 await exchange.head
             except ConnectionResetError as error:
                 if connection.used > 1 and not exchange.headers:
                     continue
-                raise BackendUnreachable(f"no answer: {error}", node=node, asked=True) from error
+                # Without its frames: they hold the request's body, and what they hold holds it.
+                raise BackendUnreachable(f"no answer: {error}", node=node, asked=True) from error.with_traceback(None)
             except BaseException:
                 connection.abort()
                 raise
             return UpstreamResponse(connection, exchange, self._pool, node)
 
 
-def _request(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
-    """The request as it goes on the wire. Raises ValueError for what would end a line of the head."""
+def _head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
+    """The request's head as it goes on the wire. Raises ValueError for what would end a line of the head."""
     lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", "Accept-Encoding: identity"]
     named = False
     for name, value in headers:
@@ -468,7 +474,7 @@ def _request(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], ho
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
-    return head.encode("utf-8", "surrogateescape") + b"\r\n\r\n" + call.body
+    return head.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
 
 
 @lru_cache(maxsize=1024)
