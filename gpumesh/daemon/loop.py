@@ -17,8 +17,14 @@ def run(main: Coroutine[Any, Any, T], *, fast: bool = True) -> T:
     are ignored, cancel it and then exit as who died by them, so that nothing that ``main`` began is left by these
     either. ``fast``: worth the time that uvloop takes to be imported.
 
+    Such a process also holds the bodies of many requests (large_memory.py).
+
     A SIGINT that comes while the loop is made comes when ``main`` has begun: half a loop cannot be closed.
     """
+    if fast:
+        from gpumesh.daemon.large_memory import map_large_blocks
+
+        map_large_blocks()
     with _held() as release, asyncio.Runner(loop_factory=_factory() if fast else None) as runner:
         ended_by: list[int] = []
 
