@@ -542,7 +542,8 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
         "queue-full",
         W,
         "the queue is full",
-        "More requests wait than `gateway.max_queue` allows: 503 with Retry-After.",
+        "More requests wait than `gateway.max_queue` allows, or their bodies take more memory than "
+        "`gateway.body_memory_mib` allows: 503 with Retry-After.",
         "Try again after the time that the answer names; add nodes, or send batch work with priority `batch`.",
     ),
     (

@@ -25,7 +25,7 @@ from gpumesh.gateway.exchange import Handler, Request, Stream
 from gpumesh.gateway.fleet import Fleet
 from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
 from gpumesh.gateway.listening import Listening
-from gpumesh.gateway.members import read_members, rewritten
+from gpumesh.gateway.members import read_members, read_small, rewritten
 from gpumesh.gateway.metrics import Metrics
 from gpumesh.gateway.page import Page
 from gpumesh.gateway.record import Fate, Record, fate_of
@@ -302,17 +302,18 @@ class Gateway:
     async def _read(self, request: Request, route: Route) -> tuple[Demand, bytes]:
         """What a request asks for, and its body as it is sent on: with its model by the name that all servers know."""
         body = await request.body()
-        members = await read_members(body, request)
+        members = read_small(body) or await read_members(body, request)
+        named = read_model(route, members)
         demand = read_demand(
             route,
             request.headers,
             members,
             size=len(body),
-            default_model=self._spec.default_model,
+            model=named or self._spec.default_model,
             node=read_node(request.headers, self.mesh.topology),
             request_id=request.id,
         )
-        if not read_model(route, members):
+        if named is None:
             assert demand.model is not None, "it is the default one"
             body = await rewritten(body, members, request, model=demand.model)
         elif not members.common:

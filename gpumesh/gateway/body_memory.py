@@ -81,12 +81,12 @@ class Share:
         memory = self._memory
         if self.refused or self.released:
             return False
-        if memory.has_room(self.size, size) or memory.make_room(self, size):
-            self.size += size
-            memory.held += size
-            return True
-        self.lose()
-        return False
+        if not memory.has_room(self.size, size) and not memory.make_room(self, size):
+            self.lose()
+            return False
+        self.size += size
+        memory.held += size
+        return True
 
     def would_fit(self, whole: int) -> bool:
         """Whether there is room now for a body of that size; nothing is reserved by asking."""
@@ -127,8 +127,10 @@ class Share:
     def release(self) -> None:
         """Its request has ended. Harmless when done twice."""
         self.released = True
-        self.came()
-        self.give_back(self.size)
+        if self._on_lost is not None:
+            self.came()
+        self._memory.held -= self.size
+        self.size = 0
 
 
 class LongWork:

@@ -1,16 +1,16 @@
 """The outermost members of a request's JSON object, found without building what they hold. Pure.
 
-The gateway must know a few small members (model, options, …) of bodies that may be 256 MiB. To build the whole costs 30
-times its size and seconds in which nobody else is served. Measured on 64 MiB (one core; ``benchmarks/bodies.py``), the
-time in which the loop stands still:
+The gateway must know a few small members (model, options, …) of bodies that may be 256 MiB. To build the whole costs
+up to 30 times its size, and seconds in which nobody else is served. For 64 MiB (``benchmarks/bodies.py``, ms of CPU):
 
-=====================  ============  ====================  =============================
-body                   json.loads    msgspec, skipping     here: whole; longest piece
-=====================  ============  ====================  =============================
-an image as base64     160 ms        16 ms                 15 ms; 0.1 ms
-``[],[],[],…``         4,000 ms      220 ms                400 ms; 1 ms
-a million messages     1,550 ms      43 ms                 450 ms; 1 ms
-=====================  ============  ====================  =============================
+===================  ============  =================  ========================  =======================
+body                 json.loads    msgspec, skipping  here, in pieces together  the longest of them
+===================  ============  =================  ========================  =======================
+an image as base64   120           16                 37                        0.1
+a long prompt        131           16                 179                       0.1
+messages of 2 bytes  1,027         43                 404                       0.5
+``[],[],[],…``       4,522         132                343                       0.9
+===================  ============  =================  ========================  =======================
 
 So a small body is read by msgspec in one call, which skips what is not asked for without making objects of it, and
 checks it all the same. A larger one is skipped over in pieces, between which others have their turn. That scanner

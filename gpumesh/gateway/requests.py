@@ -84,15 +84,15 @@ def read_demand(
     members: Members,
     *,
     size: int,
-    default_model: str | None,
+    model: str | None,
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    """``members`` are the body's, which is of ``size`` bytes; ``node`` comes from ``read_node``.
+    """``members`` are the body's, which is of ``size`` bytes; ``model`` comes from ``read_model``, or is the default
+    one; ``node`` comes from ``read_node``.
 
     Raises BadRequest for what no server could answer.
     """
-    model = read_model(route, members) or default_model
     if model is None or not model.strip():
         raise BadRequest("model is required")
     given = members.known.get("options")

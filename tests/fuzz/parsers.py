@@ -27,7 +27,7 @@ from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merge
 from gpumesh.gateway.members import read_in_pieces, read_small
 from gpumesh.gateway.progress import Progress
-from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand
+from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand, read_model
 from gpumesh.printable import printable
 from gpumesh.probes.disk import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
@@ -265,7 +265,8 @@ def _request(pieces: Sequence[bytes]) -> None:
     body = b"".join(pieces)
     members = read_small(body) or _result_of(read_in_pieces(body))
     for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
-        read_demand(MODEL_ROUTES[path], {}, members, size=len(body), default_model=None)
+        route = MODEL_ROUTES[path]
+        read_demand(route, {}, members, size=len(body), model=read_model(route, members))
 
 
 def _result_of(work: Generator[None, None, T]) -> T:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpumesh.balancer.base import Demand
 from gpumesh.gateway import members
 from gpumesh.gateway.members import KNOWN, MAX_MEMBERS, WHOLE_BYTES, Members, assemble, fold
-from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand
+from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand, read_model
 
 T = TypeVar("T")
 CHAT = MODEL_ROUTES["/api/chat"]
@@ -186,7 +186,7 @@ Read = Callable[[bytes], Members]
 
 
 def demand_of(found: Members) -> Demand:
-    return read_demand(CHAT, {}, found, size=1, default_model=None)
+    return read_demand(CHAT, {}, found, size=1, model=read_model(CHAT, found))
 
 
 def short(value: object) -> str | None:

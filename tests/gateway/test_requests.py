@@ -38,12 +38,13 @@ def demand_of(
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
+    members = members_of(given)
     return read_demand(
         route,
         headers or {},
-        members_of(given),
+        members,
         size=len(given),
-        default_model=default_model,
+        model=read_model(route, members) or default_model,
         node=node,
         request_id=request_id,
     )
