@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 1 << 20
+SPARE = 16 << 20  # of the heap's end, that is kept: to give it back and take it again costs more than it is worth
 
 
 def map_large_blocks() -> None:
@@ -20,3 +21,4 @@ def map_large_blocks() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, LARGE)
+            mallopt(M_TRIM_THRESHOLD, SPARE)

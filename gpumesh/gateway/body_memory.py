@@ -30,7 +30,7 @@ class BodyMemory:
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
         self.held = 0
-        self._for_large = total - total // 8
+        self.for_large = total - total // 8
         self.coming: dict[Share, float] = {}
         self.clock = clock
         self._patience_s = patience_s
@@ -41,11 +41,11 @@ class BodyMemory:
     @property
     def largest(self) -> int:
         """Of one body: what is larger finds no room ever."""
-        return max(self._for_large, min(SMALL, self.total))
+        return max(self.for_large, min(SMALL, self.total))
 
     def has_room(self, held: int, size: int) -> bool:
         """For ``size`` bytes more of a body of which ``held`` are here."""
-        return self.held + size <= (self.total if held + size <= SMALL else self._for_large)
+        return self.held + size <= (self.total if held + size <= SMALL else self.for_large)
 
     def make_room(self, share: Share, size: int) -> bool:
         """Takes it from those that have been coming for too long, as far as that helps."""
@@ -81,10 +81,14 @@ class Share:
         memory = self._memory
         if self.refused or self.released:
             return False
-        if not memory.has_room(self.size, size) and not memory.make_room(self, size):
-            self.lose()
-            return False
-        self.size += size
+        held = self.size + size
+        # As ``has_room`` has it; each request passes here.
+        if memory.held + size > (memory.total if held <= SMALL else memory.for_large):
+            if not memory.make_room(self, size):
+                self.lose()
+                return False
+            held = self.size + size
+        self.size = held
         memory.held += size
         return True
 

@@ -304,7 +304,8 @@ class Body:
 
     def release(self) -> None:
         self.share.release()
-        self._drop()
+        if self.pieces:
+            self._drop()
 
     def _drop(self) -> None:
         self.pieces.clear()
