@@ -10,8 +10,8 @@ import os
 import re
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from tests.real.command import Gpumesh, write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
 
-SINK = Path(__file__).with_name("sink.py")
+SINK, LISTENER = Path(__file__).with_name("sink.py"), Path(__file__).with_name("listener.py")
 MODEL = "qwen2.5:7b"
 MIB = 1 << 20
-STALL_S = 0.6  # generous: 5 ms are usual on a machine of its own; it was seconds
+STALL_S = 0.4  # of CPU, generous: some ms are usual; it was seconds
 
 
 def around(inner: bytes, size: int, *, before: bytes = b'"messages":[', after: bytes = b"0]") -> bytes:
@@ -55,9 +55,7 @@ BODIES: dict[str, Callable[[], bytes]] = {
 class Up:
     port: int
     pid: int
-    client: httpx.AsyncClient
-    longest_s: float = 0.0
-    tokens: int = 0
+    listener: asyncio.subprocess.Process
 
     def memory(self, name: str) -> int:
         """Bytes: ``VmRSS`` now, ``VmHWM`` at its peak since ``forget_peak``."""
@@ -75,18 +73,14 @@ class Up:
         """From a thread, so that it takes no time of this loop. Its status."""
         return await asyncio.to_thread(_send, self.port, body, more)
 
-    async def listen(self, begun: asyncio.Event) -> None:
-        """One honest stream, for as long as this task lives."""
-        chat = {"model": MODEL, "stream": True, "messages": []}
-        async with self.client.stream("POST", "/api/chat", json=chat) as answer:
-            last = None
-            async for _ in answer.aiter_raw():
-                now = time.monotonic()
-                if last is not None:
-                    self.longest_s = max(self.longest_s, now - last)
-                last = now
-                self.tokens += 1
-                begun.set()
+    async def stalled_s(self) -> float:
+        """For how long the gateway worked at most without passing on a token; the stream went on until now."""
+        assert self.listener.stdout is not None
+        assert self.listener.returncode is None
+        self.listener.kill()
+        maxima = (await self.listener.stdout.read()).split()
+        assert b"ended" not in maxima
+        return max(map(float, maxima), default=0.0)
 
 
 def _send(port: int, body: bytes, more: tuple[str, ...]) -> int:
@@ -113,14 +107,18 @@ async def up(alone: Gpumesh) -> AsyncIterator[Up]:
         async with httpx.AsyncClient(base_url=gateway, trust_env=False, timeout=60) as client:
             # From its first request on it is as it will be.
             assert (await client.post("/api/chat", json={"model": MODEL})).status_code == 200
-            made = Up(int(gateway.rpartition(":")[2]), alone.leader(), client)
-            begun = asyncio.Event()
-            stream = asyncio.create_task(made.listen(begun))
-            await asyncio.wait_for(begun.wait(), 20)
-            yield made
-            assert not stream.done(), "the honest stream went on to the end"
-            stream.cancel()
-            await asyncio.gather(stream, return_exceptions=True)
+        port, pid = int(gateway.rpartition(":")[2]), alone.leader()
+        arguments = (str(LISTENER), str(port), str(pid), MODEL)
+        listener = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=asyncio.subprocess.PIPE)
+        try:
+            assert listener.stdout is not None
+            await asyncio.wait_for(listener.stdout.readline(), 20)
+            yield Up(port, pid, listener)
+        finally:
+            if listener.returncode is None:
+                with suppress(ProcessLookupError):
+                    listener.kill()
+            await listener.wait()
         await alone("down")
     finally:
         sink.kill()
@@ -133,26 +131,24 @@ async def test_a_small_packed_body_never_becomes_gigabytes(up: Up) -> None:
     before = up.forget_peak()
     assert await up.send(packed, "Content-Encoding: gzip") == 413
     assert up.memory("VmHWM") - before < 64 * MIB
-    assert up.longest_s < STALL_S
+    assert await up.stalled_s() < STALL_S
 
 
 @pytest.mark.parametrize("made", BODIES.values(), ids=BODIES.keys())
 async def test_a_large_body_costs_its_size_and_stops_nobody(up: Up, made: Callable[[], bytes]) -> None:
     body = made()
     before = up.forget_peak()
-    up.longest_s = 0.0
     assert await up.send(body) == 200
-    assert up.longest_s < STALL_S
+    assert await up.stalled_s() < STALL_S
     assert up.memory("VmHWM") - before < len(body) * 1.3 + 48 * MIB
 
 
 async def test_many_bodies_at_once_cost_what_is_allowed_and_no_more(up: Up) -> None:
     body = around(b'"Why is the sky blue?",', 60 * MIB)
     before = up.forget_peak()
-    up.longest_s = 0.0
     statuses = await asyncio.gather(*(up.send(body) for _ in range(14)))
     assert set(statuses) <= {200, 503}
     assert 200 in statuses
     assert up.memory("VmHWM") - before < 620 * MIB
-    assert up.longest_s < STALL_S
     assert await up.send(body) == 200, "there is room again"
+    assert await up.stalled_s() < STALL_S
