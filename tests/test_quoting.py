@@ -106,6 +106,7 @@ _CHECKED = {
     ("config/forms.py", "holds a port as well: write `port: \0` apart"),
     ("config/messages.py", "; such as `\0`"),
     ("config/rules.py", "nodes are a list: write `- name: \0`"),
+    ("gateway/members.py", "the request body has `\0` twice"),
     ("probes/strangers.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("quoting.py", "`\0`"),
     ("tunnels/nursery.py", "gpumesh tunnel \0"),
