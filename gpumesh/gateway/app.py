@@ -236,8 +236,8 @@ class Gateway:
 
     def _admit(self, request: Request, path: str) -> None:
         """Raises BadRequest for who may not talk to us."""
-        origin = request.headers.get("Origin")
-        if not self._guard.host_allowed(request.headers.get("Host")):
+        origin, host = request.headers.get("Origin"), request.headers.get("Host")
+        if not self._guard.host_allowed(host):
             words = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(words, status=403)
         if shown_or_run(request.headers, page=path == UI):
@@ -248,7 +248,7 @@ class Gateway:
         if origin is None:
             if path != UI and asked_blindly(request.headers):
                 raise BadRequest("a page of another site may ask here by CORS only", status=403)
-        elif not self._guard.origin_allowed(origin, backend_ports=self.mesh.local_ports()):
+        elif not self._guard.origin_allowed(origin, host=host, backend_ports=self.mesh.local_ports()):
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
         else:
             request.cors = self._guard.cors_headers(origin, request.headers)

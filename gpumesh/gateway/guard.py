@@ -41,15 +41,22 @@ class Guard:
             return False
         return _is_local(host) or _name(host) in self.hostnames
 
-    def origin_allowed(self, origin: str | None, *, backend_ports: Collection[int] = ()) -> bool:
+    def origin_allowed(
+        self, origin: str | None, *, host: str | None = None, backend_ports: Collection[int] = ()
+    ) -> bool:
         """No Origin: not a browser's cross-site request. Pages of this machine itself are let in, as Ollama does, and
-        applications on it whose pages are no web pages. A page behind one of ``backend_ports`` is only seemingly of
-        this machine: the port is the end of a tunnel, and its host wrote the page."""
+        applications on it whose pages are no web pages. So is the gateway's own page, which was opened under this
+        ``host`` (the Host header): by an address, which cannot be rebound, or where a key is asked for. A page behind
+        one of ``backend_ports`` is only seemingly of this machine: the port is the end of a tunnel, and its host wrote
+        the page."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
         try:
             parts = urlsplit(origin)
             if parts.scheme in _APPLICATIONS:
+                return True
+            own = parts.scheme in _PORTS and bool(host) and parts.netloc == (host or "").lower()
+            if own and (self.api_key is not None or _address(parts.hostname or "") is not None):
                 return True
             return parts.hostname in _HERE and (parts.port or _PORTS.get(parts.scheme)) not in backend_ports
         except ValueError:  # brackets without an address in them, a port that is none
@@ -104,11 +111,15 @@ def _is_local(host: str) -> bool:
     name = _name(host)
     if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
         return True
+    address = _address(name)
+    return address is not None and (address.is_loopback or address.is_private)
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        address = ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return address.is_loopback or address.is_private
+        return None
 
 
 def _name(host: str) -> str:

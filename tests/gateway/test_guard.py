@@ -58,6 +58,18 @@ def test_with_a_key_any_host_will_do() -> None:
 )
 def test_origins(origin: str | None, allowed: bool) -> None:
     assert OPEN.origin_allowed(origin) is allowed
+    assert OPEN.origin_allowed(origin, host="192.168.1.5:11430") is allowed
+
+
+def test_the_gateways_own_page_is_let_in_under_the_address_at_which_it_was_opened() -> None:
+    host = "192.168.1.5:11430"
+    for address in (host, "localhost:11430", "[fd00::5]:11430"):
+        assert OPEN.origin_allowed(f"http://{address}", host=address)
+    assert KEYED.origin_allowed("https://gpu.example", host="GPU.example")
+    assert not OPEN.origin_allowed("http://rebound.local", host="rebound.local"), "without a key a name proves nothing"
+    for other in ("http://192.168.1.5:3000", "http://192.168.1.5", "ftp://192.168.1.5:11430", f"http://a@{host}"):
+        assert not OPEN.origin_allowed(other, host=host)
+    assert not OPEN.origin_allowed("http://", host="")
 
 
 @pytest.mark.parametrize(
