@@ -534,6 +534,25 @@ def test_a_body_is_never_taken_for_a_request(run: Run) -> None:
     run(main())
 
 
+@both
+def test_a_body_that_no_handler_read_does_not_keep_the_next_request_unread(run: Run) -> None:
+    """Its last bytes are those at which the client is no longer read."""
+
+    async def until_it_is_there(request: Request) -> Reply:
+        await until(lambda: request.body_ended, "the whole body is there")
+        return Reply(b"fine")
+
+    async def main() -> None:
+        async with bare(until_it_is_there) as here:
+            reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+            for _ in range(3):
+                writer.write(post(b"x" * (connection.BODY_BUFFER + 1)))
+                assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"fine")
+            writer.close()
+
+    run(main())
+
+
 async def test_many_offers_ahead_are_all_passed_over() -> None:
     offer = f"GET / HTTP/1.1\r\n{UPGRADE}\r\n".encode()
     async with bare(fine) as here:
