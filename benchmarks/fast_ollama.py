@@ -44,6 +44,10 @@ ROOT = _answer(b"Ollama is running", b"text/plain; charset=utf-8")
 MISSING = (
     b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n" + b'{"error":"not found"}'
 )
+REFUSED = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
+    + b'{"error":"bad JSON"}'
+)
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 GETS = {b"/": ROOT, b"/api/version": VERSION, b"/api/tags": TAGS, b"/api/ps": PS}
 
@@ -107,9 +111,13 @@ class FastOllama(asyncio.Protocol):
                 time.sleep(self._apart_s)  # the loop's timers count in milliseconds; nobody else is being served
                 transport.write(rest)
         else:
-            options = json.loads(body).get("options", {})
-            self._left, self._sent = int(options.get("num_predict", 100)), 0
-            self._gap = 1.0 / float(options.get("rate", 100.0))
+            try:
+                options = json.loads(body).get("options", {})
+                self._left, self._sent = int(options.get("num_predict", 100)), 0
+                self._gap = 1.0 / float(options.get("rate", 100.0))
+            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):  # of the fuzzer's
+                transport.write(REFUSED)
+                return
             transport.write(STREAM_HEAD)
             self._start = self._loop.time()
             self._timer = self._loop.call_at(self._start + self._gap, self._tick)
