@@ -378,9 +378,9 @@ class Environments:
 
 
 def telling(folder: Path, name: str, prints: str) -> Path:
-    """A program that leaves its environment in a file beside it, and then prints something."""
+    """A program that adds its environment to a file beside it, and then prints something."""
     program = folder / name
-    program.write_text(f"#!/bin/sh\nenv > {folder}/{name}.env\necho '{prints}'\n")
+    program.write_text(f"#!/bin/sh\nenv >> {folder}/{name}.env\necho '{prints}'\n")
     program.chmod(0o755)
     return program
 
