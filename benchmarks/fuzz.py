@@ -381,7 +381,7 @@ async def replay(given: argparse.Namespace) -> dict[str, Any]:
 
 def wrong(figures: dict[str, Any]) -> list[str]:
     """What is not as it must be."""
-    found: list[str] = [f"{why.splitlines()[0][:200]} ({path})" for why, path in figures["failed"]]
+    found: list[str] = [f"{why.partition(chr(10))[0][:200]} ({path})" for why, path in figures["failed"]]
     streams, memory = figures.get("streams"), figures.get("memory_mib")
     if streams is not None:
         found += [

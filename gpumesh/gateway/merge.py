@@ -123,12 +123,12 @@ def _union(union: Union, bodies: Iterable[bytes]) -> bytes:
 
 
 def _read(name: str, entry: Mapping[str, Any], form: Form) -> Entry:
-    made: Entry = {}
+    made: Entry = dict.fromkeys(form.names, name)  # also where the node gave one of them only
     budget = [MOST_VALUES]
     for key, value in entry.items():
         if key in form.names:
-            made[key] = name
-        elif (reader := form.readers.get(key)) is not None:
+            continue
+        if (reader := form.readers.get(key)) is not None:
             if (read := reader(value)) is not None:
                 made[key] = read
         elif (plain := _plain(value, budget)) is not None:

@@ -233,7 +233,8 @@ def _merged(pieces: Sequence[bytes]) -> None:
         (merge.openai_models, MODELS, "data"),
     ):
         document = json.loads(function([body, good]), parse_constant=_no_constant)
-        assert "qwen2.5:7b" in {entry.get("name", entry.get("id")) for entry in document[key]}
+        names = {entry.get("name", entry.get("id")) for entry in document[key]}
+        assert "qwen2.5:7b" in names, f"the other node's model is not in {key}"
 
 
 def _no_constant(name: str) -> None:

@@ -19,7 +19,9 @@ def test_a_model_in_two_memories_is_listed_once() -> None:
     bodies = [
         json.dumps({"models": [{"name": "m", "expires_at": f"2026-0{month}-01"}]}).encode() for month in (1, 3, 2)
     ]
-    assert json.loads(merge.loaded(bodies)) == {"models": [{"name": "m", "expires_at": "2026-03-01T00:00:00Z"}]}
+    assert json.loads(merge.loaded(bodies)) == {
+        "models": [{"name": "m", "model": "m", "expires_at": "2026-03-01T00:00:00Z"}]
+    }
 
 
 def test_openai_models() -> None:
