@@ -40,7 +40,7 @@ class Events:
     """A stream that is passed on but not continued: cut, it ends with an error in its own shape."""
 
     mark = b"\n\n"
-    end = re.compile(rb"\r?\n\r?\n")
+    end = re.compile(rb"\n\r?\n")  # begins with a sign that is looked for fast; a \r before it belongs to the line
     keeps = False
 
     def __init__(self, path: str) -> None:
