@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from gpumesh.backends.base import Chunk, Counters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
 
-# The final line of /api/generate holds the whole context as numbers: some MB at 262144 tokens.
-LINE_LIMIT = 16 << 20
+# The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. What is larger holds up all
+# other streams while it is looked through, a tenth of a second for 8 MiB.
+LINE_LIMIT = 8 << 20
 EVENT_LINES = 1 << 10  # of one server-sent event; those of the dialects have two or three
 BODY_LIMIT = 64 << 20
 
