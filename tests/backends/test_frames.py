@@ -94,7 +94,7 @@ def feed_mib(take: Callable[[bytes], object], piece: bytes) -> None:
     ids=["a line", "an event's line", "an event of many lines"],
 )
 def test_what_has_no_end_does_not_fill_memory(take: Callable[[bytes], object], piece: bytes) -> None:
-    with pytest.raises(ProbeError, match="16 MiB") as caught:
+    with pytest.raises(ProbeError, match="8 MiB") as caught:
         feed_mib(take, piece)
     assert caught.value.finding == "wrong-server"
 
