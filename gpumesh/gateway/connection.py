@@ -352,7 +352,8 @@ class Connection(asyncio.Protocol):
                     return
                 if self.full:  # who reads no answer is not answered more
                     await self.room()
-                self.read_on()  # a handler may have answered without the body that filled the room
+                if self._read_paused:  # a handler may have answered without the body that filled the room
+                    self.read_on()
                 if self._waiting:  # who asks ahead does not keep the others waiting
                     await asyncio.sleep(0)
             if self._closing:

@@ -55,8 +55,8 @@ class Guard:
             parts = urlsplit(origin)
             if parts.scheme in _APPLICATIONS:
                 return True
-            own = parts.scheme in _PORTS and bool(host) and parts.netloc == (host or "").lower()
-            if own and (self.api_key is not None or _address(parts.hostname or "") is not None):
+            proven = host is not None and (self.api_key is not None or _address(_name(host)) is not None)
+            if host and proven and parts.scheme in _PORTS and parts.netloc == host.lower():
                 return True
             return parts.hostname in _HERE and (parts.port or _PORTS.get(parts.scheme)) not in backend_ports
         except ValueError:  # brackets without an address in them, a port that is none
