@@ -3,8 +3,8 @@
     python benchmarks/bodies.py [MIB]
 
 For bodies of 64 MiB, unless said otherwise: ``json.loads`` (what was used until November 2026), msgspec, which skips
-what it need not build, and ``gpumesh.gateway.members``, which does it in pieces. CPU time, which says less about what
-else the machine does than the clock on the wall.
+what it need not build, and ``gpumesh.gateway.json_members``, which does it in pieces. CPU time, which says less about
+what else the machine does than the clock on the wall.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumesh.gateway.members import read_in_pieces
+from gpumesh.gateway.json_members import read_in_pieces
 
 skipping = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 

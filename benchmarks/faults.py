@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpumesh.daemon import loop
+from gpumesh.daemon.process import event_loop
 from tests.real.faults import FAULTS, VICTIMS, Fault, NoticedBy, Result, play, staged
 
 SETTLE_S = 11.0  # past lifecycle.Timing.stable_s
@@ -115,7 +115,7 @@ def main() -> int:
     rows = []
     found = []
     for fault in chosen(arguments.only, arguments.outage):
-        runs = [loop.run(measure(fault, arguments.settle)) for _ in range(arguments.repeat)]
+        runs = [event_loop.run(measure(fault, arguments.settle)) for _ in range(arguments.repeat)]
         results = [worst(list(of_one)) for of_one in zip(*runs, strict=True)]
         rows.append((fault, results))
         found += problems(fault, results)

@@ -24,8 +24,8 @@ from pathlib import Path
 from tunnel_routes import setting
 
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, TransportKind
-from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import open_tunnel, running
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.sshd import Sshd
 
 ALLOWED_S = 0.5

@@ -37,7 +37,7 @@ from gpumesh.daemon import paths as mesh_paths
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.lock import MeshLock
 from gpumesh.daemon.session import Ask, ChatStream
-from gpumesh.mesh.events import Changes
+from gpumesh.mesh.change_events import Changes
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import (
     BackendPhase,

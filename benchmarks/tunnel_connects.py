@@ -21,7 +21,7 @@ from pathlib import Path
 from tunnel_routes import gpumesh_route, percentile, setting
 
 from gpumesh.topology import TransportKind
-from gpumesh.tunnels.local_peers import OwnUsers, ProcNet, SockDiag
+from gpumesh.tunnels.local_system.peer_users import OwnUsers, ProcNet, SockDiag
 
 REQUEST = b"GET /api/version HTTP/1.1\r\nHost: ollama\r\n\r\n"
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpumesh.topology import Target, TransportKind  # noqa: E402
-from gpumesh.tunnels.nursery import WorkerPool  # noqa: E402
-from gpumesh.tunnels.protocol import Setup, Up  # noqa: E402
+from gpumesh.tunnels.transport import Setup, Up  # noqa: E402
+from gpumesh.tunnels.workers.worker_pool import WorkerPool  # noqa: E402
 from tests.tunnels.sshd import Sshd, listener  # noqa: E402
 
 STOCK_SSHTUNNEL = """

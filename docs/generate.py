@@ -21,8 +21,8 @@ from gpumesh import errors
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.cli.root import app
 from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
-from gpumesh.gateway import gauges
-from gpumesh.gateway.metrics import Metrics
+from gpumesh.gateway.observe import gauges
+from gpumesh.gateway.observe.metrics import Metrics
 from gpumesh.state import GatewayState, MeshState, total
 
 FOLDER = Path(__file__).resolve().parent

@@ -24,7 +24,7 @@ from gpumesh import config, state
 from gpumesh.cli.context import Settings
 from gpumesh.cli.root import app
 from gpumesh.config.model import MeshFile, Node
-from gpumesh.gateway.requests import MODEL_ROUTES
+from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.wire import status_from_json
 
 ROOT = Path(__file__).parents[1]

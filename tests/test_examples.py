@@ -23,7 +23,7 @@ from gpumesh.lab import keys, profile
 from gpumesh.lab.ollama import StandIn
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import AddressCommand, NodeSpec
-from gpumesh.tunnels.address import ask_address
+from gpumesh.tunnels.address_command import ask_address
 from tests.parts import needs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

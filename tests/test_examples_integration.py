@@ -17,15 +17,15 @@ import pytest
 
 from gpumesh.backends.base import Counters
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.gateway import gauges
-from gpumesh.gateway.metrics import Metrics
+from gpumesh.gateway.observe import gauges
+from gpumesh.gateway.observe.metrics import Metrics
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import Faults
 from tests.cli import states
 from tests.gateway.fleet import MODEL, quick, running
-from tests.gateway.test_metrics import Streamed, record
+from tests.gateway.observe.test_metrics import Streamed, record
 from tests.test_examples import EXAMPLES, GPUMESH, run, script
 
 # -- programs --------------------------------------------------------------------------------------------------------

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from gpumesh import audit, config
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import why_none
-from gpumesh.cli.audit import correction
-from gpumesh.cli.drafts import Draft, document
-from gpumesh.cli.env import Shell, lines
+from gpumesh.cli.commands.audit import correction
+from gpumesh.cli.commands.env import Shell, lines
+from gpumesh.cli.init.node_drafts import Draft, document
 from gpumesh.config import edit
 from gpumesh.errors import ConfigError, HostUnresolved, TunnelError
-from gpumesh.gateway import errors
+from gpumesh.gateway import error_shapes
 from gpumesh.printable import printable
 from gpumesh.state import GatewayState, MeshState, total
 from gpumesh.topology import AddressCommand, BackendKind, SshSpec, Target, Topology
-from gpumesh.tunnels.address import ask_address
-from gpumesh.tunnels.via_openssh import jump_command
+from gpumesh.tunnels.address_command import ask_address
+from gpumesh.tunnels.openssh.connection import jump_command
 from tests.audit import build
 from tests.cli.states import AT, healthy
 from tests.gateway.fleet import running
@@ -60,7 +60,7 @@ def test_where_a_model_could_be_pulled(name: str, tmp_path: Path) -> None:
     """As the gateway's 404 says it, and `run` on a terminal."""
     candidate = Candidate("a", BackendKind.OLLAMA, usable=True, models=frozenset({printable(name) + "x"}))
     error = why_none((candidate,), Demand(name, frozenset(BackendKind)))
-    text = errors.words_of(error)
+    text = error_shapes.words_of(error)
     assert "models pull" in text
     safe_to_paste(text.removeprefix(f"model {printable(name)!r} not found: "), name, tmp_path)
     assert text.isprintable()

@@ -92,24 +92,24 @@ _COMMAND = re.compile(
 # What is put in there can be nothing else than a word of ours, or one whose form mesh.yaml's reader has checked.
 _CHECKED = {
     ("audit/tunnel.py", "try it by hand: \0"),
-    ("backends/resume_events.py", "an answer with `\0` cannot be continued"),
-    ("backends/resume_native.py", "an answer with `\0` cannot be continued"),
-    ("cli/audit.py", "gpumesh audit, \0: \0"),
-    ("cli/demo.py", "→ gpumesh run \0: \0 tokens from \0\0"),
-    ("cli/demo.py", "  OLLAMA_HOST=Q ollama run \0"),
-    ("cli/env.py", "set -gx \0 Q;"),
-    ("cli/env.py", "export \0=Q"),
-    ("cli/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
-    ("cli/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
+    ("backends/continuation/event_streams.py", "an answer with `\0` cannot be continued"),
+    ("backends/continuation/ollama_streams.py", "an answer with `\0` cannot be continued"),
+    ("cli/commands/audit.py", "gpumesh audit, \0: \0"),
+    ("cli/commands/demo.py", "→ gpumesh run \0: \0 tokens from \0\0"),
+    ("cli/commands/demo.py", "  OLLAMA_HOST=Q ollama run \0"),
+    ("cli/commands/env.py", "set -gx \0 Q;"),
+    ("cli/commands/env.py", "export \0=Q"),
+    ("cli/commands/init.py", "wrote \0; try it: gpumesh run\0 'Hello'"),
+    ("cli/commands/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
     ("config/advice.py", "export \0=… before `gpumesh up`"),
     ("config/credentials.py", "set it before starting gpumesh, for example: export \0=…"),
     ("config/forms.py", "holds a port as well: write `port: \0` apart"),
     ("config/messages.py", "; such as `\0`"),
     ("config/rules.py", "nodes are a list: write `- name: \0`"),
-    ("gateway/members.py", "the request body has `\0` twice"),
-    ("probes/strangers.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
+    ("gateway/json_members.py", "the request body has `\0` twice"),
+    ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("quoting.py", "`\0`"),
-    ("tunnels/nursery.py", "gpumesh tunnel \0"),
+    ("tunnels/workers/worker_pool.py", "gpumesh tunnel \0"),
 }
 
 
@@ -127,8 +127,8 @@ def test_each_command_with_something_put_in_is_made_by_quoting() -> None:
 
 def test_nobody_quotes_by_other_means() -> None:
     """``shlex.quote`` is not enough for fish; on the host and in files of ours a POSIX shell reads what it quotes."""
-    allowed = {"quoting.py", "tunnels/killable.py", "tunnels/supervisor.py", "tunnels/openssh_prompts.py"}
-    allowed.add("probes/remote.py")
+    allowed = {"quoting.py", "tunnels/remote_command.py", "tunnels/supervisor.py", "tunnels/openssh/prompts.py"}
+    allowed.add("probes/combined_commands.py")
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         if name not in allowed and not name.startswith("lab/"):

@@ -27,9 +27,9 @@ ALL = [*RUNTIME, *DEV, *map(Requirement, [*EXTRAS["docs"], *PROJECT["build-syste
 # Whose private parts are used: where, and one of them. Their next version that may change such parts is not allowed
 # until somebody has tried it.
 PRIVATE = {
-    "httpx": ("gpumesh/probes/client.py", "transport._pool"),
-    "paramiko": ("gpumesh/tunnels/channels.py", "transport._send_user_message("),
-    "sshtunnel": ("gpumesh/tunnels/via_sshtunnel.py", "._make_ssh_forward_handler_class("),
+    "httpx": ("gpumesh/probes/http_client.py", "transport._pool"),
+    "paramiko": ("gpumesh/tunnels/inprocess/channels.py", "transport._send_user_message("),
+    "sshtunnel": ("gpumesh/tunnels/inprocess/connection.py", "._make_ssh_forward_handler_class("),
     "typer": ("gpumesh/cli/lazy.py", "parameter._runtime_param"),
 }
 # Those whose distribution has another name than what is imported.

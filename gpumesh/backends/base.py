@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from gpumesh.backends import jsons
+from gpumesh.backends import safe_json
 from gpumesh.state import LoadedModel, ModelInfo
 
 # Beyond these a server's figures for one answer are no figures: the balancer learns from them, and pools add them up.
@@ -73,12 +73,12 @@ class Counters:
 
 def token_count(value: Any) -> int | None:
     """A number of tokens as a server gives it; ``None`` for what cannot be one."""
-    return jsons.up_to(value, MOST_TOKENS)
+    return safe_json.up_to(value, MOST_TOKENS)
 
 
 def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
     """A duration as a server gives it, ``per_ms`` of its units being a millisecond; ``None`` for what cannot be one."""
-    read = jsons.number(value)
+    read = safe_json.number(value)
     return read / per_ms if read is not None and read / per_ms <= LONGEST_MS else None
 
 
@@ -109,7 +109,7 @@ class FrameReader(Protocol):
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """What a backend says it is: the result of a backend probe. ``unusable`` counts what it lists that has no name by
-    which it could be asked for (``listing.py``)."""
+    which it could be asked for (``model_list.py``)."""
 
     version: str | None
     catalog: tuple[ModelInfo, ...]

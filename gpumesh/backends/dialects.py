@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from gpumesh.backends import jsons, ollama, openai
+from gpumesh.backends import ollama, openai, safe_json
 from gpumesh.backends.base import Counters, Dialect
 from gpumesh.backends.ollama import Ollama
 from gpumesh.backends.openai import OpenAI
@@ -20,11 +20,11 @@ LAST_LINES = 16  # of an answer, among which its figures stand
 
 def counters_of(body: bytes) -> Counters | None:
     """The server's figures from a whole answer or from one frame of any dialect; ``None`` if it holds none."""
-    document = jsons.parse_object(body)
+    document = safe_json.parse_object(body)
     if document is None:
         # Only the last lines: a body of nothing but line ends would become a list of millions.
         for line in reversed(body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]):
-            document = jsons.parse_object(line.strip().removeprefix(b"data:"))
+            document = safe_json.parse_object(line.strip().removeprefix(b"data:"))
             if document is not None:
                 break
         else:

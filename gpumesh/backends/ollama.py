@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
-from gpumesh.backends import jsons, listing, refusals, words
+from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
@@ -17,6 +17,7 @@ from gpumesh.backends.base import (
     duration_ms,
     token_count,
 )
+from gpumesh.backends.error_text import error_in, error_text, is_page, page_name, short
 from gpumesh.backends.frames import Lines, Reader, final, not_this_server
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
@@ -40,7 +41,7 @@ class Ollama:
             body["options"] = dict(request.options)
         if request.think is not None:
             body["think"] = request.think
-        return HttpCall("POST", "/api/chat", jsons.compact(body), JSON)
+        return HttpCall("POST", "/api/chat", safe_json.compact(body), JSON)
 
     def reader(self, *, stream: bool) -> NativeReader:  # noqa: ARG002  # an answer in one piece is a stream of one line
         return NativeReader()
@@ -48,7 +49,7 @@ class Ollama:
     def error_text(self, status: int, body: bytes) -> str:
         if status == 403 and not body.strip():
             return "HTTP 403 without a word: Ollama does not allow this Host or Origin"
-        return words.error_text(status, body)
+        return error_text(status, body)
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
         return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
@@ -59,17 +60,17 @@ class Ollama:
         it."""
         version = self._required(answers.get("version"), "/api/version", "version", (str, NoneType))
         tags = self._required(answers.get("tags"), "/api/tags", "models", (list, NoneType))
-        too_many = refusals.too_many(tags["models"])
+        too_many = unusable_answers.too_many(tags["models"])
         if too_many is not None:
             raise too_many
         ps = answers.get("ps")
-        loaded = jsons.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
-        models = listing.read(tags["models"], "name", "model", key=listing.without_case)
-        resident = listing.read((loaded or {}).get("models"), "name", "model", key=listing.without_case)
+        loaded = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
+        models = model_list.read(tags["models"], "name", "model", key=model_list.without_case)
+        resident = model_list.read((loaded or {}).get("models"), "name", "model", key=model_list.without_case)
         return Inventory(
-            version=printable(jsons.text(version.get("version")) or "", 40) or None,
+            version=printable(safe_json.text(version.get("version")) or "", 40) or None,
             catalog=tuple(_model(name, item) for name, item in models.named.items()),
-            loaded=tuple(_loaded(name, item) for name, item in resident.first(listing.MOST_LOADED)),
+            loaded=tuple(_loaded(name, item) for name, item in resident.first(model_list.MOST_LOADED)),
             unusable=models.unusable,
         )
 
@@ -85,11 +86,13 @@ class Ollama:
                 finding="host-refused",
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
-        refusals.check(status, body)
-        document = jsons.parse_report(body)
+        unusable_answers.check(status, body)
+        document = safe_json.parse_report(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document
-        raise (refusals.half_json(body, path) if status == 200 else None) or wrong_server(status, body, document, path)
+        raise (unusable_answers.half_json(body, path) if status == 200 else None) or wrong_server(
+            status, body, document, path
+        )
 
 
 class NativeReader(Reader):
@@ -105,25 +108,25 @@ class NativeReader(Reader):
 
     def _end(self, chunks: list[Chunk]) -> None:
         rest = self._lines.rest()
-        if jsons.parse_object(rest) is not None:  # half a line is what a cut leaves behind
+        if safe_json.parse_object(rest) is not None:  # half a line is what a cut leaves behind
             self._frame(rest, chunks)
 
     def _frame(self, line: bytes, chunks: list[Chunk]) -> None:
         if self.done or not line.strip():
             return
-        frame = jsons.parse_object(line)
+        frame = safe_json.parse_object(line)
         if frame is None:
             raise not_this_server(f"{printable(line, 60)!r} is no frame")
-        error = words.error_in(frame)
+        error = error_in(frame)
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
         message = frame.get("message")
         source = message if isinstance(message, dict) else frame
-        text = jsons.text(source.get("content" if source is message else "response")) or ""
-        thinking = jsons.text(source.get("thinking")) or ""
+        text = safe_json.text(source.get("content" if source is message else "response")) or ""
+        thinking = safe_json.text(source.get("thinking")) or ""
         if frame.get("done") is True:
             self.done = True
-            reason = jsons.text(frame.get("done_reason"))
+            reason = safe_json.text(frame.get("done_reason"))
             chunks.append(final(text, thinking, reason=reason, counters=counters(frame)))
         elif text or thinking:
             chunks.append(Chunk(text, thinking))
@@ -148,8 +151,8 @@ def counters(frame: Mapping[str, Any]) -> Counters:
 def wrong_server(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
     """A port that answers, but not as Ollama: says as what, where that can be told."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
-    if words.is_page(body):
-        what = words.page_name(body)
+    if is_page(body):
+        what = page_name(body)
     elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
         what = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
         hint = "set `backend.kind: openai` for it, or " + hint
@@ -172,20 +175,20 @@ def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     details = details if isinstance(details, dict) else {}
     return ModelInfo(
         name=name,
-        digest=words.short(item.get("digest")),
-        size_mib=jsons.mib(item.get("size")),
-        modified_at=words.short(item.get("modified_at")),
-        parameter_size=words.short(details.get("parameter_size")),
-        quantization=words.short(details.get("quantization_level")),
-        family=words.short(details.get("family")),
+        digest=short(item.get("digest")),
+        size_mib=safe_json.mib(item.get("size")),
+        modified_at=short(item.get("modified_at")),
+        parameter_size=short(details.get("parameter_size")),
+        quantization=short(details.get("quantization_level")),
+        family=short(details.get("family")),
     )
 
 
 def _loaded(name: str, item: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(
         name=name,
-        size_vram_mib=jsons.mib(item.get("size_vram")),
-        size_mib=jsons.mib(item.get("size")),
-        expires_at=jsons.instant(item.get("expires_at")),
-        context_length=jsons.up_to(item.get("context_length"), listing.LONGEST_CONTEXT),
+        size_vram_mib=safe_json.mib(item.get("size_vram")),
+        size_mib=safe_json.mib(item.get("size")),
+        expires_at=safe_json.instant(item.get("expires_at")),
+        context_length=safe_json.up_to(item.get("context_length"), model_list.LONGEST_CONTEXT),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gpumesh.backends import jsons, listing, refusals, words
+from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
@@ -16,6 +16,7 @@ from gpumesh.backends.base import (
     duration_ms,
     token_count,
 )
+from gpumesh.backends.error_text import error_in, error_text, is_page, page_name, short
 from gpumesh.backends.frames import BODY_LIMIT, Events, Reader, final, not_this_server
 from gpumesh.backends.ollama import JSON, Answers
 from gpumesh.errors import BackendError, ProbeError
@@ -55,19 +56,19 @@ class OpenAI:
         if request.stream:
             body["stream_options"] = {"include_usage": True}
         for name, value in request.options.items():
-            if name in _OPTIONS and not (name == "num_predict" and (jsons.whole(value) or 0) < 1):
+            if name in _OPTIONS and not (name == "num_predict" and (safe_json.whole(value) or 0) < 1):
                 body[_OPTIONS[name]] = value
         if isinstance(request.think, str):
             body["reasoning_effort"] = request.think
         elif request.think is not None:
             body["chat_template_kwargs"] = {"enable_thinking": request.think}
-        return HttpCall("POST", "/v1/chat/completions", jsons.compact(body), JSON)
+        return HttpCall("POST", "/v1/chat/completions", safe_json.compact(body), JSON)
 
     def reader(self, *, stream: bool) -> EventReader | WholeReader:
         return EventReader() if stream else WholeReader()
 
     def error_text(self, status: int, body: bytes) -> str:
-        return words.error_text(status, body)
+        return error_text(status, body)
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
         """``models`` is what all of them have; the rest tells more where it exists. llama-server's ``/slots`` is not
@@ -86,28 +87,28 @@ class OpenAI:
         if answer is None:
             raise ProbeError("no answer to /v1/models", finding="backend-down")
         status, body = answer
-        refusals.check(status, body)  # llama-server: 503 "Loading model"
-        document = jsons.parse_report(body)
+        unusable_answers.check(status, body)  # llama-server: 503 "Loading model"
+        document = safe_json.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
-            half = refusals.half_json(body, "/v1/models") if status == 200 else None
+            half = unusable_answers.half_json(body, "/v1/models") if status == 200 else None
             raise half or _wrong_server(status, body)
-        too_many = refusals.too_many(document["data"])
+        too_many = unusable_answers.too_many(document["data"])
         if too_many is not None:
             raise too_many
         health = answers.get("health")
         if health is not None and health[0] == 503:
-            raise refusals.not_now(*health)
+            raise unusable_answers.not_now(*health)
         props, version = _answered(answers.get("props")), _answered(answers.get("version"))
-        models = listing.read(document["data"], "id")
+        models = model_list.read(document["data"], "id")
         resident = [
-            (name, item) for name, item in models.named.items() if jsons.text(item.get("owned_by")) in _RESIDENT
+            (name, item) for name, item in models.named.items() if safe_json.text(item.get("owned_by")) in _RESIDENT
         ]
         context = _context(props)
         return Inventory(
-            version=words.short(props.get("build_info")) or words.short(version.get("version")),
+            version=short(props.get("build_info")) or short(version.get("version")),
             catalog=tuple(_model(name, item) for name, item in models.named.items()),
-            loaded=tuple(_loaded(name, item, context) for name, item in resident[: listing.MOST_LOADED]),
-            parallel=jsons.up_to(props.get("total_slots"), MOST_SLOTS) or None,
+            loaded=tuple(_loaded(name, item, context) for name, item in resident[: model_list.MOST_LOADED]),
+            parallel=safe_json.up_to(props.get("total_slots"), MOST_SLOTS) or None,
             unusable=models.unusable,
         )
 
@@ -127,7 +128,7 @@ class EventReader(Reader):
 
     def _end(self, chunks: list[Chunk]) -> None:
         for event in self._events.rest():
-            if event.strip() == b"[DONE]" or jsons.parse_object(event) is not None:
+            if event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None:
                 self._event(event, chunks)
         if not self.done and self._reason is not None:
             # The text is complete: some servers close without [DONE].
@@ -141,10 +142,10 @@ class EventReader(Reader):
                 return  # nothing was finished: close() says that it was cut
             self._finish(chunks)
             return
-        frame = jsons.parse_object(event)
+        frame = safe_json.parse_object(event)
         if frame is None:
             raise not_this_server(f"{printable(event, 60)!r} is no event")
-        error = words.error_in(frame)
+        error = error_in(frame)
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
         self._counters = counters(frame) or self._counters
@@ -172,12 +173,12 @@ class WholeReader(Reader):
 
     def _end(self, chunks: list[Chunk]) -> None:
         body = bytes(self._body).strip()
-        frame = jsons.parse_object(body)
+        frame = safe_json.parse_object(body)
         if frame is None:
             if body and not body.startswith(b"{"):
                 raise not_this_server(f"{printable(body, 60)!r} is no answer")
             return
-        error = words.error_in(frame)
+        error = error_in(frame)
         if error is not None:
             raise BackendError(f"the server answered with an error: {error}")
         text, thinking, reason = _piece(frame, "message")
@@ -206,20 +207,20 @@ def counters(frame: Mapping[str, Any]) -> Counters | None:
 
 def _piece(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
     """Text, thinking and the reason to finish of the first choice, of a chat or of a completion."""
-    choices = jsons.objects(frame.get("choices"), 1)
+    choices = safe_json.objects(frame.get("choices"), 1)
     if not choices:
         return "", "", None
     inner = choices[0].get(key)
     source = inner if isinstance(inner, dict) else {}
-    text = jsons.text(source.get("content")) or jsons.text(choices[0].get("text")) or ""
-    thinking = jsons.text(source.get("reasoning_content")) or jsons.text(source.get("reasoning")) or ""
-    return text, thinking, jsons.text(choices[0].get("finish_reason"))
+    text = safe_json.text(source.get("content")) or safe_json.text(choices[0].get("text")) or ""
+    thinking = safe_json.text(source.get("reasoning_content")) or safe_json.text(source.get("reasoning")) or ""
+    return text, thinking, safe_json.text(choices[0].get("finish_reason"))
 
 
 def _wrong_server(status: int, body: bytes) -> ProbeError:
     hint = "point `backend.port` or `backend.url` at the server's /v1, or set `backend.kind: ollama` if it is one"
-    if words.is_page(body):
-        what = words.page_name(body)
+    if is_page(body):
+        what = page_name(body)
     else:
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
     message = f"the port answers, but not as an OpenAI-compatible server: /v1/models gave {what}"
@@ -239,25 +240,25 @@ def _message(message: Message) -> dict[str, Any]:
 def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
     if answer is None or answer[0] != 200:
         return {}
-    return jsons.parse_report(answer[1]) or {}
+    return safe_json.parse_report(answer[1]) or {}
 
 
 def _context(props: Mapping[str, Any]) -> int | None:
     settings = props.get("default_generation_settings")
-    return jsons.up_to(settings.get("n_ctx"), listing.LONGEST_CONTEXT) if isinstance(settings, dict) else None
+    return safe_json.up_to(settings.get("n_ctx"), model_list.LONGEST_CONTEXT) if isinstance(settings, dict) else None
 
 
 def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     meta = item.get("meta")
     meta = meta if isinstance(meta, dict) else {}
-    parameters = jsons.up_to(meta.get("n_params"), MOST_PARAMETERS)
+    parameters = safe_json.up_to(meta.get("n_params"), MOST_PARAMETERS)
     return ModelInfo(
         name=name,
-        size_mib=jsons.mib(meta.get("size")),
+        size_mib=safe_json.mib(meta.get("size")),
         parameter_size=None if parameters is None else f"{parameters / 1e9:.1f}B",
     )
 
 
 def _loaded(name: str, item: Mapping[str, Any], context: int | None) -> LoadedModel:
-    length = jsons.up_to(item.get("max_model_len"), listing.LONGEST_CONTEXT)
+    length = safe_json.up_to(item.get("max_model_len"), model_list.LONGEST_CONTEXT)
     return LoadedModel(name=name, context_length=context or length)

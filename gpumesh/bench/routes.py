@@ -16,7 +16,7 @@ from gpumesh.bench.load import Answering
 from gpumesh.config.locate import UNIX
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
-from gpumesh.tunnels.unix_sockets import split_url
+from gpumesh.tunnels.local_system.unix_sockets import split_url
 
 ERROR_BYTES = 1 << 16
 

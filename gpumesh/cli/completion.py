@@ -133,7 +133,7 @@ def models(ctx: typer.Context, incomplete: str) -> list[str]:
     with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
         from gpumesh import config
         from gpumesh.daemon import paths
-        from gpumesh.daemon.glance import glance
+        from gpumesh.daemon.quick_status import glance
 
         state = glance(paths.for_config(config.find(_chosen(ctx))).socket, timeout_s=0.5)
         for node in state["nodes"] if state is not None else ():

@@ -98,9 +98,9 @@ def _keep(ctx: Any, parameter: Any, value: Any) -> Any:
 def run(main: Coroutine[Any, Any, T]) -> T:
     """An asynchronous command to its end. Ctrl-C cancels it, which ends what runs on the hosts, and exits with 130."""
     try:
-        from gpumesh.daemon import loop
+        from gpumesh.daemon.process import event_loop
 
-        return loop.run(main, fast=False)
+        return event_loop.run(main, fast=False)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
@@ -114,7 +114,7 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
     Raises MeshNotRunning when there is none and ``embed`` is off.
     """
     from gpumesh.daemon.lock import LockWatch
-    from gpumesh.daemon.remote import RemoteSession
+    from gpumesh.daemon.remote_session import RemoteSession
     from gpumesh.errors import MeshNotRunning
 
     paths = chosen.paths()
@@ -128,7 +128,7 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
     if not embed:
         raise MeshNotRunning("no mesh is running for this configuration")
     from gpumesh.daemon import leftovers
-    from gpumesh.daemon.local import LocalSession
+    from gpumesh.daemon.local_session import LocalSession
     from gpumesh.mesh.mesh import Mesh
 
     leftovers.sweep()

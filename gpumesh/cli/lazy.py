@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as build_command
 
-# name -> (module below gpumesh.cli, one line of help), in the order of the overview.
+# name -> (module below gpumesh.cli.commands, one line of help), in the order of the overview.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "up": ("up", "Open the tunnels, start the gateway, and watch over both."),
     "down": ("down", "Drain and stop the background mesh."),
@@ -45,7 +45,7 @@ class _Lazy(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._built:
             module, _ = COMMANDS[name]
-            command = build_command(importlib.import_module(f"gpumesh.cli.{module}").app)
+            command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module}").app)
             command.name = name
             self._built[name] = _with_globals(command)
         return self._built[name]

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpumesh.config import credentials, environment, key_files, locate, providers, ssh_config
+from gpumesh.config import credentials, environment, locate, providers
+from gpumesh.config.ssh import key_files, ssh_config
 from gpumesh.quoting import command
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from gpumesh.config import environment, strangers_file
+from gpumesh.config import environment, untrusted_file
 from gpumesh.errors import UsageError
 from gpumesh.quoting import command
 
@@ -168,7 +168,7 @@ def _exists(path: Path) -> bool:
 def _refuse_strangers(here: Path) -> None:
     """Raises UsageError for a file that nobody named and that another user may have written."""
     try:
-        reason = strangers_file.why_not_ours(here)
+        reason = untrusted_file.why_not_ours(here)
     except OSError as error:
         raise UsageError(f"cannot use {here}: {error.strerror}") from error
     if reason is not None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpumesh.config import credentials, document, environment, locate, messages, rules, ssh_config
+from gpumesh.config import credentials, document, environment, locate, messages, rules
 from gpumesh.config.document import Fault, KeyPath, Table, Value
 from gpumesh.config.expand import UNUSABLE, plain
 from gpumesh.config.model import MeshFile
 from gpumesh.config.specs import Builder, ResolveAlias
+from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
 

@@ -24,7 +24,7 @@ from gpumesh.config.model import (
     Ssh,
     Tunnels,
 )
-from gpumesh.config.ssh_config import AliasAnswer
+from gpumesh.config.ssh.ssh_config import AliasAnswer
 from gpumesh.topology import (
     USUAL_TUNNELS,
     AddressCommand,

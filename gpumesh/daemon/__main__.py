@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpumesh import config
-from gpumesh.daemon import loop, messages, paths
-from gpumesh.daemon.host import Stop, UpOptions, applied, hosted
+from gpumesh.daemon import messages, paths
 from gpumesh.daemon.lock import MeshLock
+from gpumesh.daemon.mesh_process import Stop, UpOptions, applied, hosted
+from gpumesh.daemon.process import event_loop
 from gpumesh.daemon.signals import on_signals
 from gpumesh.errors import ExitCode, GPUMeshError
 
@@ -65,7 +66,7 @@ def main() -> int:
     os.set_inheritable(arguments.ready_fd, False)
     ready = Readiness(arguments.ready_fd)
     try:
-        loop.run(serve(arguments.config, options, ready))
+        event_loop.run(serve(arguments.config, options, ready))
     except GPUMeshError as error:
         ready.tell(messages.to_error(error))
         return int(error.exit_code)

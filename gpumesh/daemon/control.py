@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from gpumesh.daemon import messages
-from gpumesh.daemon.closing import closing
+from gpumesh.daemon.async_generators import closing
 from gpumesh.daemon.messages import LINE_LIMIT, Reply, Request
 from gpumesh.daemon.session import Session
 from gpumesh.errors import GPUMeshError

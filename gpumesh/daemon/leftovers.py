@@ -13,7 +13,7 @@ from gpumesh.config import environment
 from gpumesh.daemon.lock import LockWatch
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError
-from gpumesh.tunnels import folders
+from gpumesh.tunnels.local_system import socket_folders
 
 _MESH = re.compile(r"[0-9a-f]{16}")  # as paths.for_config makes them
 
@@ -21,7 +21,7 @@ _MESH = re.compile(r"[0-9a-f]{16}")  # as paths.for_config makes them
 def sweep() -> None:
     """Raises nothing: what cannot be told or removed stays."""
     for runtime in environment.runtime_dirs():
-        folders.sweep(runtime)
+        socket_folders.sweep(runtime)
         with contextlib.suppress(OSError, GPUMeshError):
             with os.scandir(runtime) as entries:
                 meshes = [Path(entry.path) for entry in entries if _MESH.fullmatch(entry.name)]

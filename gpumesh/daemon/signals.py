@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterable
 
-from gpumesh.daemon.host import Stop
+from gpumesh.daemon.mesh_process import Stop
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_S = 0.5  # for a cancelled mesh to leave nothing behind; then it is ended as it is

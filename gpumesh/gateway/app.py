@@ -18,19 +18,16 @@ from gpumesh import config
 from gpumesh.balancer.base import Demand
 from gpumesh.config.locate import UNIX
 from gpumesh.errors import GPUMeshError, NoNodeError
-from gpumesh.gateway import errors, proxy
-from gpumesh.gateway.access_log import AccessLog
-from gpumesh.gateway.bounds import Bounds
-from gpumesh.gateway.exchange import Handler, Request, Stream
-from gpumesh.gateway.fleet import Fleet
+from gpumesh.gateway import error_shapes, proxy
+from gpumesh.gateway.fleet_routes import Fleet
 from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
-from gpumesh.gateway.listening import Listening
-from gpumesh.gateway.members import read_members, read_small, rewritten
-from gpumesh.gateway.metrics import Metrics
-from gpumesh.gateway.page import Page
-from gpumesh.gateway.record import Fate, Record, fate_of
-from gpumesh.gateway.replies import Pairs, Reply, json_reply
-from gpumesh.gateway.requests import (
+from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.http.exchange import Handler, Request, Stream
+from gpumesh.gateway.http.listening import Listening
+from gpumesh.gateway.http.replies import Pairs, Reply, json_reply
+from gpumesh.gateway.http.server import Server
+from gpumesh.gateway.json_members import read_members, read_small, rewritten
+from gpumesh.gateway.model_requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
     BadRequest,
@@ -41,8 +38,11 @@ from gpumesh.gateway.requests import (
     read_timeout,
     shape_of,
 )
-from gpumesh.gateway.server import Server
-from gpumesh.gateway.stores import Stores
+from gpumesh.gateway.model_store_routes import Stores
+from gpumesh.gateway.observe.access_log import AccessLog
+from gpumesh.gateway.observe.metrics import Metrics
+from gpumesh.gateway.observe.record import Fate, Record, fate_of
+from gpumesh.gateway.web_page import Page
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 
@@ -211,7 +211,7 @@ class Gateway:
             self._admit(request, record.path)
             return await self._route(request, record)
         except GPUMeshError as error:
-            record.fate = Fate.REFUSED if errors.status_of(error) < 500 else Fate.FAILED
+            record.fate = Fate.REFUSED if error_shapes.status_of(error) < 500 else Fate.FAILED
             return _error_reply(record.path, error)
         except ConnectionError:
             raise
@@ -224,7 +224,7 @@ class Gateway:
             if begun is None:
                 return _error_reply(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
             frame = None if record.answer is None else record.answer.error_frame(STOPPED)
-            begun.write(frame or errors.frame(shape_of(record.path), 503, STOPPED))
+            begun.write(frame or error_shapes.frame(shape_of(record.path), 503, STOPPED))
             begun.end()
             return begun
         except Exception:  # a bug here must cost one client an error, in its dialect, and leave a trace in the log
@@ -389,12 +389,12 @@ def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Reply:
 
 
 def _error_reply(path: str, error: GPUMeshError, *, headers: Pairs = ()) -> Reply:
-    status = errors.status_of(error)
-    wait = errors.retry_after_s(error)
+    status = error_shapes.status_of(error)
+    wait = error_shapes.retry_after_s(error)
     if wait is not None:
         headers = (*headers, ("Retry-After", str(wait)))
     return json_reply(
-        errors.body(shape_of(path), status, errors.words_of(error)),
+        error_shapes.body(shape_of(path), status, error_shapes.words_of(error)),
         status=status,
         headers=headers,
         close=status in (408, 413, 417),  # the rest of that body is nothing that could be understood

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from gpumesh.backends import jsons
+from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.select import has_model
 from gpumesh.errors import BackendError, GPUMeshError
-from gpumesh.gateway import errors
-from gpumesh.gateway.exchange import Request, Stream
-from gpumesh.gateway.replies import Pairs, Reply, json_reply
-from gpumesh.gateway.requests import BadRequest, Shape
-from gpumesh.mesh.answer import Answer
+from gpumesh.gateway import error_shapes
+from gpumesh.gateway.http.exchange import Request, Stream
+from gpumesh.gateway.http.replies import Pairs, Reply, json_reply
+from gpumesh.gateway.model_requests import BadRequest, Shape
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
 # What is the client's or this hop's own affair and says nothing to a backend.
@@ -94,7 +94,7 @@ async def forward(
 
 
 def _readable(answer: Answer) -> bool:
-    return answer.body is not None and (answer.status != 200 or jsons.is_plain_object(answer.body))
+    return answer.body is not None and (answer.status != 200 or safe_json.is_plain_object(answer.body))
 
 
 async def _of_another(
@@ -120,9 +120,13 @@ async def _of_another(
 async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
     if answer.body is not None:
         problem = answer.error_message
-        if problem is None and answer.status >= 500 and not errors.is_shaped(shape, jsons.parse_object(answer.body)):
+        if (
+            problem is None
+            and answer.status >= 500
+            and not error_shapes.is_shaped(shape, safe_json.parse_object(answer.body))
+        ):
             return _reshaped(answer, answer.body, shape)
-        body = answer.body if problem is None else errors.body(shape, answer.status, problem)
+        body = answer.body if problem is None else error_shapes.body(shape, answer.status, problem)
         return Reply(body, status=answer.status, headers=_headers(answer))
     stream = request.stream(_headers(answer), status=answer.status)
     try:
@@ -131,8 +135,8 @@ async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | St
             if stream.full:
                 await stream.drain(answer.is_wanted)
     except GPUMeshError as error:
-        words = errors.words_of(error)
-        stream.write(answer.error_frame(words) or errors.frame(shape, errors.status_of(error), words))
+        words = error_shapes.words_of(error)
+        stream.write(answer.error_frame(words) or error_shapes.frame(shape, error_shapes.status_of(error), words))
     stream.end()
     return stream
 
@@ -141,7 +145,7 @@ def _reshaped(answer: Answer, body: bytes, shape: Shape) -> Reply:
     """A server's failure that is not said in the client's dialect: its server knows another, or said it as an event."""
     words = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
     headers = tuple(pair for pair in _headers(answer) if pair[0].lower() != "content-type")
-    return json_reply(errors.body(shape, answer.status, words), status=answer.status, headers=headers)
+    return json_reply(error_shapes.body(shape, answer.status, words), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:

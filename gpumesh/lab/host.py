@@ -144,9 +144,9 @@ async def serve() -> None:
 
 
 def main(_arguments: Sequence[str] = ()) -> None:
-    from gpumesh.tunnels import processes
+    from gpumesh.tunnels.local_system import child_process
 
-    processes.die_with_parent()
+    child_process.die_with_parent()
     with suppress(KeyboardInterrupt):  # Ctrl-C goes to the whole group: who started this one ends it
         try:
             import uvloop

@@ -3,7 +3,7 @@ client sends is ever executed; what is not known is ``not found``, status 127.
 
 Understood: words quoted as in a POSIX shell; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``; ``2>&1``;
 ``$?``; ``sh -c TEXT``, ``exec COMMAND``. That is what probes and people send. And the one script under which a tunnel
-runs a command (tunnels/killable.py), by what it does.
+runs a command (tunnels/remote_command.py), by what it does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
-from gpumesh.tunnels.killable import watched
+from gpumesh.tunnels.remote_command import watched
 
 MAX_COMMAND = 1 << 16
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
@@ -95,7 +95,7 @@ class Shell:
         return await command(self, rest, terminal)
 
     async def _until_input_ends(self, command: str, terminal: Terminal, depth: int) -> int:
-        """What tunnels/killable.py's script does on a real host."""
+        """What tunnels/remote_command.py's script does on a real host."""
 
         async def read_to_the_end() -> None:
             while await terminal.read():

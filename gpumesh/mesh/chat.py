@@ -11,7 +11,7 @@ from gpumesh.backends.base import ChatRequest, Chunk, Counters, FrameReader, Htt
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import BackendStatus, ModelMissing
-from gpumesh.mesh.answer import Answer
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
 

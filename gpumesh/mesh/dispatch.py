@@ -17,7 +17,7 @@ from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
 from gpumesh.balancer.select import group_of, has_model, select, why_none
 from gpumesh.errors import DeadlineExceeded, QueueFull
-from gpumesh.mesh.node import Lease, Node
+from gpumesh.mesh.nodes.node import Lease, Node
 from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 

@@ -29,21 +29,21 @@ from gpumesh.balancer.select import select, why_none
 from gpumesh.coordination.alone import Alone
 from gpumesh.coordination.base import Coordination
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
-from gpumesh.mesh.answer import Answer, WholeAnswer
+from gpumesh.mesh.change_events import Changes
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
-from gpumesh.mesh.events import Changes
-from gpumesh.mesh.node import Node
-from gpumesh.mesh.sending import Means, Sending
-from gpumesh.mesh.upload import upload
-from gpumesh.mesh.upstream import Upstream
-from gpumesh.probes.client import http_client
+from gpumesh.mesh.nodes.node import Node
+from gpumesh.mesh.requests.answer import Answer, WholeAnswer
+from gpumesh.mesh.requests.sending import Means, Sending
+from gpumesh.mesh.requests.upload import upload
+from gpumesh.mesh.requests.upstream import Upstream
+from gpumesh.probes.http_client import http_client
 from gpumesh.state import Finding, GatewayState, MeshState, Severity, total
 from gpumesh.topology import BackendKind, NodeSpec, RedisSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
-from gpumesh.tunnels.nursery import WorkerPool
+from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
-from gpumesh.tunnels.this_machine import ThisMachine
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 SHOWN_WAITING = 100
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import httpx
 
-from gpumesh.backends import refusals
+from gpumesh.backends import unusable_answers
 from gpumesh.backends.base import HttpCall, Inventory
 from gpumesh.backends.dialects import DIALECTS, host_header
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
-from gpumesh.probes import strangers
+from gpumesh.probes import wrong_server
 from gpumesh.state import BackendPhase, BackendState, Finding, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
 
@@ -132,7 +132,7 @@ def _failure(task: asyncio.Future[Answered]) -> ProbeError:
     # A bug of ours, in reading what nobody foresaw that a server could say. It costs this node, not the mesh, and
     # leaves its trace in the log.
     log.error("a server's answer to a probe could not be read", exc_info=error, extra={"event": "probe-failed"})
-    return refusals.broken(f"what it says cannot be read ({type(error).__name__})")
+    return unusable_answers.broken(f"what it says cannot be read ({type(error).__name__})")
 
 
 def _worst(errors: Sequence[ProbeError]) -> ProbeError:
@@ -229,18 +229,18 @@ async def get_bounded(
             await response.aclose()
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         if response is not None:
-            raise refusals.broken(f"it stopped in the middle of its answer: {_words(error)}") from error
+            raise unusable_answers.broken(f"it stopped in the middle of its answer: {_words(error)}") from error
         raise await _no_answer(url, error) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_words(error)}"
         raise ProbeError(message, finding="backend-down", hint=_SILENT) from error
     except ValueError as error:  # as httpx raises it for a Location with a host name that is none
-        raise refusals.broken(f"its answer cannot be read: {_words(error)}") from error
+        raise unusable_answers.broken(f"its answer cannot be read: {_words(error)}") from error
     location = response.headers.get("Location")
     if response.is_redirect and location is not None:
         raise _redirected(url, response.status_code, location)
     if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
-        raise strangers.other_scheme(url)  # as Go's server, nginx and Apache say it
+        raise wrong_server.other_scheme(url)  # as Go's server, nginx and Apache say it
     return response.status_code, body
 
 
@@ -252,8 +252,8 @@ async def _body(response: httpx.Response) -> bytes:
         if len(body) > BODY_LIMIT:
             message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
             if any(key in body[:200] for key in _LIST):
-                raise refusals.more_models(f"{message} of models")
-            raise ProbeError(message, finding="wrong-server", hint=strangers.ANOTHER)
+                raise unusable_answers.more_models(f"{message} of models")
+            raise ProbeError(message, finding="wrong-server", hint=wrong_server.ANOTHER)
     return bytes(body)
 
 
@@ -261,16 +261,16 @@ async def _no_answer(url: str, error: httpx.TransportError) -> ProbeError:
     """Not a word of HTTP came."""
     broken_tls = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
     if broken_tls is not None:
-        return await strangers.tls_failure(url, broken_tls)
+        return await wrong_server.tls_failure(url, broken_tls)
     if not isinstance(error, httpx.ConnectError):
         # What is no HTTP and has no blank line (the banner of an SSH server) was read and passed over.
-        found = await strangers.stranger(url)
+        found = await wrong_server.stranger(url)
         if found is not None:
             return found
     if isinstance(error, httpx.RemoteProtocolError):
         if "disconnected" not in str(error) and "closed connection" not in str(error):
             message = f"the port answers, but not with HTTP: {_words(error)}"
-            return ProbeError(message, finding="wrong-server", hint=strangers.ANOTHER)
+            return ProbeError(message, finding="wrong-server", hint=wrong_server.ANOTHER)
         return ProbeError("it closed the connection without an answer", finding="backend-down", hint=_CLOSED)
     # At the end of a tunnel that has nobody behind it a connection is reset, sooner or later.
     message = f"it gave no answer: {_words(error)}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.printable import printable
-from gpumesh.probes.remote import Command, Exec, Said, ask
+from gpumesh.probes.combined_commands import Command, Exec, Said, ask
 from gpumesh.probes.smi_failures import INFOROM, Failure, failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
 from gpumesh.state import Finding, GpuState, Severity

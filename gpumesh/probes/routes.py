@@ -24,7 +24,7 @@ from gpumesh.printable import printable
 from gpumesh.probes.backend import Answered, addressed, ask_server, get_bounded
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
-from gpumesh.tunnels.direct import is_loopback
+from gpumesh.tunnels.direct.tunnel import is_loopback
 
 ROUNDS = 7
 # The cheapest question of each kind.

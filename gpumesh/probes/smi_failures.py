@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from gpumesh.printable import printable
-from gpumesh.probes.remote import Said
+from gpumesh.probes.combined_commands import Said
 from gpumesh.state import Severity
 
 OK = 0

@@ -43,7 +43,7 @@ class Dial(Protocol):
 
 
 class Door(Protocol):
-    """Decides, in the selector's thread, whose connections are served (local_peers.py)."""
+    """Decides, in the selector's thread, whose connections are served (peer_users.py)."""
 
     def admits(self, connection: socket.socket, peer: Any) -> bool:
         """``peer`` is the address that ``accept`` gave."""

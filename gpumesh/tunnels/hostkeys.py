@@ -17,7 +17,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import translate
@@ -26,7 +26,7 @@ from pathlib import Path
 from gpumesh import atomic_file
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
 from gpumesh.quoting import command
-from gpumesh.topology import HostKeyPolicy, SshSpec, TransportKind
+from gpumesh.topology import HostKeyPolicy
 
 SIZE_LIMIT = 16 << 20
 
@@ -314,18 +314,9 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             )
 
 
-async def fetch_host_key(
-    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
-) -> HostKey:
-    """The key that the host shows now, trusted or not: for ``gpumesh trust``, which shows it and may ``record`` it.
-
-    Nothing is sent to the host but the key exchange; jump hosts, which have to be trusted, are logged in to. By the
-    node's own transport: behind a ProxyCommand only that gets there. Raises ``TunnelError``.
-    """
-    if ssh.transport is TransportKind.OPENSSH:
-        from gpumesh.tunnels import via_openssh
-
-        return await via_openssh.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
-    from gpumesh.tunnels import via_sshtunnel  # loads paramiko: a third of a second that only this needs
-
-    return await via_sshtunnel.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+def offered_as(kinds: Sequence[str]) -> tuple[str, ...]:
+    """A key's kind as the names under which a host may offer it: RSA has three hashes."""
+    names: list[str] = []
+    for kind in kinds:
+        names += ["rsa-sha2-512", "rsa-sha2-256"] if kind == "ssh-rsa" else [kind]
+    return tuple(names)

@@ -17,8 +17,8 @@ from pathlib import Path
 from gpumesh.errors import GPUMeshError
 from gpumesh.state import LocalAccess
 from gpumesh.topology import USUAL_TUNNELS, Target, TunnelListen, TunnelsSpec
-from gpumesh.tunnels.local_peers import can_tell
-from gpumesh.tunnels.unix_sockets import UnixListener, tunnel_listener, url_of
+from gpumesh.tunnels.local_system.peer_users import can_tell
+from gpumesh.tunnels.local_system.unix_sockets import UnixListener, tunnel_listener, url_of
 
 BACKLOG = 1024
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s

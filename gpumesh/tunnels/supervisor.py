@@ -25,12 +25,11 @@ from gpumesh.errors import GPUMeshError, TransportUnsupported, TunnelDown, Tunne
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
 from gpumesh.topology import USUAL_TUNNELS, NodeSpec, SshSpec, Target, TransportKind, TunnelsSpec
 from gpumesh.tunnels import hostkeys
-from gpumesh.tunnels.address import ask_address
+from gpumesh.tunnels.address_command import ask_address
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
 from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - who opens a tunnel needs both
-from gpumesh.tunnels.conversation import Conversation, cause_of, error_of
-from gpumesh.tunnels.direct import DirectTunnel
-from gpumesh.tunnels.folders import private_folder
+from gpumesh.tunnels.direct.this_machine import ThisMachine
+from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from gpumesh.tunnels.lifecycle import (
     Broke,
     Cause,
@@ -48,10 +47,12 @@ from gpumesh.tunnels.lifecycle import (
     step,
 )
 from gpumesh.tunnels.listeners import Listeners
-from gpumesh.tunnels.nursery import WorkerPool
-from gpumesh.tunnels.protocol import ForwardFailed, PeerRefused, Setup, Up
-from gpumesh.tunnels.surroundings import watch_network, watch_sleep
-from gpumesh.tunnels.this_machine import ThisMachine
+from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
+from gpumesh.tunnels.local_system.socket_folders import private_folder
+from gpumesh.tunnels.transport import Setup, Up
+from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused
+from gpumesh.tunnels.workers.worker_link import Conversation, cause_of, error_of
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -405,7 +406,7 @@ class SshTunnel:
             self._talk.end(cause)
 
     def _peer_refused(self, refused: PeerRefused) -> None:
-        """At most once a minute for each user; see local_peers.py."""
+        """At most once a minute for each user; see peer_users.py."""
         who = f"uid {refused.uid}" if refused.name is None else f"{refused.name} (uid {refused.uid})"
         log.warning(
             "user %s tried to connect to port %d, the local end of %s's tunnel, and was reset: it is for your own user"

@@ -8,8 +8,8 @@ from typing import Any
 
 from gpumesh import audit
 from gpumesh.errors import TunnelError
+from gpumesh.probes.combined_commands import Said
 from gpumesh.probes.nvidia_smi import report
-from gpumesh.probes.remote import Said
 from gpumesh.state import (
     BackendPhase,
     BackendState,

@@ -9,9 +9,9 @@ import pytest
 
 from gpumesh import errors
 from gpumesh.audit import CATALOG
-from gpumesh.backends import refusals
+from gpumesh.backends import unusable_answers
 from gpumesh.errors import ProbeError
-from gpumesh.probes import strangers
+from gpumesh.probes import wrong_server
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.probes.smi_tables import FIELDS
 from gpumesh.state import (
@@ -275,7 +275,7 @@ FAULTS = {
         "backend.port",
     ),
     "HTTP to a port that speaks HTTPS": one(
-        probed(strangers.other_scheme("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
+        probed(wrong_server.other_scheme("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
     ),
     "a certificate of nobody": one(
         probed(ProbeError("self-signed", finding="tls-refused", hint="a known authority")),
@@ -291,8 +291,12 @@ FAULTS = {
         "302",
         "itself",
     ),
-    "half a list of models": one(probed(refusals.broken("half")), "answer-broken", ERROR, "half", "log on its host"),
-    "100,000 models": one(probed(refusals.more_models("more than 8 MiB")), "models-too-many", ERROR, "8 MiB", "remove"),
+    "half a list of models": one(
+        probed(unusable_answers.broken("half")), "answer-broken", ERROR, "half", "log on its host"
+    ),
+    "100,000 models": one(
+        probed(unusable_answers.more_models("more than 8 MiB")), "models-too-many", ERROR, "8 MiB", "remove"
+    ),
     "redirected, as a mesh tells it that noticed no more": one(
         state(backend=BackendState("ollama", BackendPhase.DOWN, last_error="302", error_code="redirected")),
         "redirected",

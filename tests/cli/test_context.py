@@ -11,8 +11,8 @@ import pytest
 import typer
 
 from gpumesh.cli.context import Settings, late_options, open_session, run
-from gpumesh.daemon.local import LocalSession
-from gpumesh.daemon.remote import RemoteSession
+from gpumesh.daemon.local_session import LocalSession
+from gpumesh.daemon.remote_session import RemoteSession
 from gpumesh.errors import MeshNotRunning, UsageError
 from tests.cli.meshes import Simulated
 from tests.real.command import Gpumesh
@@ -49,7 +49,7 @@ import signal, sys
 from gpumesh.cli.context import run
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "gpumesh.daemon.loop":
+        if name == "gpumesh.daemon.process.event_loop":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 async def main(): ...

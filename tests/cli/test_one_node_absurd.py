@@ -19,19 +19,21 @@ from gpumesh import audit
 from gpumesh.audit.changes import changes
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.result import environment
-from gpumesh.cli import comparison, fits, fleet
-from gpumesh.cli.audit_view import print_comparison, print_drawing
-from gpumesh.cli.models import _table
-from gpumesh.cli.render import print_findings
-from gpumesh.cli.status_view import Look, print_status
+from gpumesh.cli.commands.models import _table
 from gpumesh.cli.text import json_text
+from gpumesh.cli.views import audit_rows
+from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
+from gpumesh.cli.views.status_table import Look, print_status
+from gpumesh.cli.views.tables import print_findings
 from gpumesh.errors import ProbeError
-from gpumesh.gateway import exposition, gauges
+from gpumesh.gateway.observe import exposition, gauges
 from gpumesh.mesh.history import Recorder
+from gpumesh.mesh.models import inventory as models_inventory
+from gpumesh.mesh.models import memory_fit
 from gpumesh.probes.backend import BackendReport, _down, _left_out
+from gpumesh.probes.combined_commands import Said
 from gpumesh.probes.health import judge
 from gpumesh.probes.nvidia_smi import report
-from gpumesh.probes.remote import Said
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS
 from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, total
 from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Topology
@@ -138,14 +140,14 @@ def test_all_views_hold(capsys: Any, reported: Reports) -> None:
         recorder.add(replace(state, at=AT + timedelta(seconds=step)))
     json.dumps(status_json(state) | {"history": str(recorder.history())}, allow_nan=False)
     environment(state, embedded=True)
-    fits.words(fits.fits(state))
+    memory_fit.words(memory_fit.fits(state))
     # what people see
     for look in (Look(verbose=True), Look(height=12)):
         print_status(state, look)
     print_findings(findings)
-    print_comparison(list(comparison.rows(topology, nodes, findings)))
-    print_drawing(comparison.drawing(topology, nodes))
-    rows = fleet.rows(state)
+    print_comparison(list(audit_rows.rows(topology, nodes, findings)))
+    print_drawing(audit_rows.drawing(topology, nodes))
+    rows = models_inventory.rows(state)
     assert {row.name for row in rows if "honest" in row.nodes} == set(NAMES)
     _table(rows[:200])
     shown = capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config import key_files
+from gpumesh.config.ssh import key_files
 from gpumesh.state import Severity
 from gpumesh.topology import (
     AddressCommand,

@@ -147,7 +147,7 @@ def test_a_program_is_given_the_environment_without_what_mesh_yaml_names_for_sec
 
 
 STARTS = {"create_subprocess_exec", "create_subprocess_shell", "Popen", "run", "call", "check_call", "check_output"}
-WHOLE = {"daemon/detach.py"}  # the background mesh itself, which reads its secrets there
+WHOLE = {"daemon/background.py"}  # the background mesh itself, which reads its secrets there
 
 
 def test_every_program_is_started_with_such_an_environment() -> None:

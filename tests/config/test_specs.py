@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config.ssh_config import AliasAnswer
+from gpumesh.config.ssh.ssh_config import AliasAnswer
 from gpumesh.topology import (
     AddressCommand,
     BackendKind,

@@ -13,8 +13,8 @@ import pytest
 from gpumesh.backends.base import Message
 from gpumesh.daemon import messages
 from gpumesh.daemon.control import ControlServer
-from gpumesh.daemon.glance import glance
-from gpumesh.daemon.remote import RemoteSession
+from gpumesh.daemon.quick_status import glance
+from gpumesh.daemon.remote_session import RemoteSession
 from gpumesh.daemon.session import Ask
 from gpumesh.errors import ExitCode, GPUMeshError, MeshNotRunning, ModelMissing, QueueFull
 from gpumesh.state import MeshState

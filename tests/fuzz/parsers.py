@@ -18,26 +18,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpumesh.audit.identity import store_mark
-from gpumesh.backends import jsons
-from gpumesh.backends.continuation import Continuation
+from gpumesh.backends import safe_json
+from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, counters_of
 from gpumesh.coordination.peers import Peers
 from gpumesh.coordination.peers import decode as decode_peer
 from gpumesh.daemon import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
-from gpumesh.gateway import merge
-from gpumesh.gateway.members import read_in_pieces, read_small
-from gpumesh.gateway.progress import Progress
-from gpumesh.gateway.requests import MODEL_ROUTES, BadRequest, read_demand, read_model
+from gpumesh.gateway import merged_lists
+from gpumesh.gateway.json_members import read_in_pieces, read_small
+from gpumesh.gateway.merged_progress import Progress
+from gpumesh.gateway.model_requests import MODEL_ROUTES, BadRequest, read_demand, read_model
 from gpumesh.printable import printable
-from gpumesh.probes.disk import read_free_mib
+from gpumesh.probes.combined_commands import read_script
+from gpumesh.probes.disk_space import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
-from gpumesh.probes.remote import read_script
 from gpumesh.probes.smi_tables import read_gpus, read_processes
 from gpumesh.topology import BackendKind
-from gpumesh.tunnels import openssh_errors, protocol
-from gpumesh.tunnels.address import parse_address
+from gpumesh.tunnels.address_command import parse_address
 from gpumesh.tunnels.base import ExecResult
+from gpumesh.tunnels.openssh import errors as openssh_errors
+from gpumesh.tunnels.workers import protocol
 from gpumesh.wire import status_from_json
 from tests.fuzz.cases import SLICE, Case
 
@@ -218,7 +219,7 @@ def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
 def _progress(pieces: Sequence[bytes]) -> None:
     progress = Progress(["a", "b"])
     for line in b"".join(pieces).split(b"\n")[:2000]:
-        entry = jsons.parse_object(line)
+        entry = safe_json.parse_object(line)
         if entry is not None:
             progress.feed("a", entry)
             json.dumps(progress.take()).encode()
@@ -228,9 +229,9 @@ def _merged(pieces: Sequence[bytes]) -> None:
     """What comes out is JSON that a strict reader takes, whatever one node says; the other's is in it."""
     body = b"".join(pieces)
     for function, good, key in (
-        (merge.tags, TAGS, "models"),
-        (merge.loaded, PS, "models"),
-        (merge.openai_models, MODELS, "data"),
+        (merged_lists.tags, TAGS, "models"),
+        (merged_lists.loaded, PS, "models"),
+        (merged_lists.openai_models, MODELS, "data"),
     ):
         document = json.loads(function([body, good]), parse_constant=_no_constant)
         names = {entry.get("name", entry.get("id")) for entry in document[key]}
@@ -289,7 +290,7 @@ def _peer(pieces: Sequence[bytes]) -> None:
 
 
 def _status(pieces: Sequence[bytes]) -> None:
-    document = jsons.parse_object(b"".join(pieces))
+    document = safe_json.parse_object(b"".join(pieces))
     if document is not None:
         status_from_json(document)
 

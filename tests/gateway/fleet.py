@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from gpumesh.gateway.access_log import AccessLog
 from gpumesh.gateway.app import Gateway
-from gpumesh.gateway.bounds import Bounds
+from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.observe.access_log import AccessLog
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
-from gpumesh.gateway import errors
-from gpumesh.gateway.requests import shape_of
+from gpumesh.gateway import error_shapes
+from gpumesh.gateway.model_requests import shape_of
 from tests.gateway.fleet import Running, node, serving
 from tests.mesh.meshes import MODEL, ollama
 from tests.mesh.servers import Exchange, serve, whole
@@ -102,7 +102,7 @@ async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None
             assert response.status_code == 500
             assert response.headers["X-GPUMesh-Attempts"] == "2"
             assert WORDS in response.text
-            assert errors.is_shaped(shape_of(path), response.json()), "in the dialect of the route"
+            assert error_shapes.is_shaped(shape_of(path), response.json()), "in the dialect of the route"
             assert servers.asked.total() == len(servers.asked) == 2
 
 
@@ -272,5 +272,5 @@ async def test_a_page_of_a_proxy_becomes_an_error_of_the_dialect(path: str) -> N
         body = {"model": MODEL, "stream": False, **ROUTES[path]}
         response = await running.client.post(path, json=body)
         assert (response.status_code, response.headers["Content-Type"]) == (502, "application/json")
-        assert errors.is_shaped(shape_of(path), response.json())
+        assert error_shapes.is_shaped(shape_of(path), response.json())
         assert "<" not in response.text

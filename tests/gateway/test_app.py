@@ -14,7 +14,7 @@ import pytest
 
 from gpumesh.errors import MeshAlreadyRunning, UsageError
 from gpumesh.gateway.app import Gateway
-from gpumesh.gateway.bounds import Bounds
+from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gpumesh.gateway.bounds import Bounds
-from gpumesh.gateway.requests import MODEL_ROUTES
+from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, Running, node, raw, running, serving
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole

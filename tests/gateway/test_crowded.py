@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from gpumesh.gateway.bounds import Bounds
+from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, A, Running, metric, node, raw, running, serving
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole

@@ -22,8 +22,8 @@ import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from gpumesh.gateway.bounds import Bounds
-from gpumesh.gateway.requests import MODEL_ROUTES
+from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.model_requests import MODEL_ROUTES
 from tests.gateway.fleet import MODEL, Running, node, serving
 from tests.mesh.servers import Exchange, serve, whole
 

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from gpumesh.gateway.model_requests import BadRequest
 from gpumesh.gateway.proxy import read_resume
-from gpumesh.gateway.requests import BadRequest
 from gpumesh.lab.profile import QWEN_7B, Faults, HostProfile
-from gpumesh.mesh import watch
+from gpumesh.mesh.requests import silence_watch
 from gpumesh.topology import NodeSpec
 from tests.gateway.fleet import MODEL, Running, events, lines, node, quick, running, serving
 from tests.mesh.meshes import ollama
@@ -72,8 +72,8 @@ def read(path: str, response: httpx.Response) -> str:
     "fault", [pytest.param(name, marks=[pytest.mark.slow] if name == "stall" else []) for name in FAULTS]
 )
 async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "LEAST_S", 1.0)  # more than what a busy machine may hold up a token
-    monkeypatch.setattr(watch, "TIMES", 1.0)
+    monkeypatch.setattr(silence_watch, "LEAST_S", 1.0)  # more than what a busy machine may hold up a token
+    monkeypatch.setattr(silence_watch, "TIMES", 1.0)
     async with preferring_a(continues=continues) as fleet:
         for path, body in BODIES.items():
             want = read(path, await fleet.client.post(path, json=body))

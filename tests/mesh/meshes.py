@@ -15,8 +15,8 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import HostProfile, ModelProfile
-from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
 from tests.mesh.servers import Exchange, whole
 

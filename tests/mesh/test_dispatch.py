@@ -18,12 +18,12 @@ from gpumesh.balancer.queue import HEAD_START_S
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull
 from gpumesh.lab.ollama import StandIn
 from gpumesh.lab.profile import Faults
+from gpumesh.mesh.change_events import Changes
 from gpumesh.mesh.dispatch import Dispatcher
-from gpumesh.mesh.events import Changes
-from gpumesh.mesh.node import Lease, Node
+from gpumesh.mesh.nodes.node import Lease, Node
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import PolicyKind
-from gpumesh.tunnels.direct import DirectTunnel
+from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.mesh.meshes import MODEL, host, node
 from tests.tunnels.polling import until
 

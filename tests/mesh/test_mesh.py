@@ -15,9 +15,9 @@ from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import ConfigError, ExecError, GPUMeshError, ModelMissing, NoNodeError, UsageError
 from gpumesh.lab.profile import Faults, ModelProfile
-from gpumesh.mesh import node as node_module
-from gpumesh.mesh.answer import Answer
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.nodes import node as node_module
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.state import GatewayPhase, GatewayState, Health
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 from tests.mesh.meshes import BODIES, MODEL, call_of, frames, host, meshed, node, running, send, text_of

@@ -13,10 +13,10 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable
-from gpumesh.mesh.upstream import Upstream
-from gpumesh.probes.client import http_client, unix_place
-from gpumesh.probes.strangers import other_scheme, stranger
-from gpumesh.tunnels.unix_sockets import url_of
+from gpumesh.mesh.requests.upstream import Upstream
+from gpumesh.probes.http_client import http_client, unix_place
+from gpumesh.probes.wrong_server import other_scheme, stranger
+from gpumesh.tunnels.local_system.unix_sockets import url_of
 
 CALL = HttpCall("POST", "/api/show?x=a:b", b"{}")
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -72,7 +72,8 @@ class Answer:
 
 @dataclass
 class ShellHost:
-    """``exec`` is a ``gpumesh.probes.remote.Exec``: it runs the command here, in ``folder``, without this user's PATH.
+    """``exec`` is a ``gpumesh.probes.combined_commands.Exec``: it runs the command here, in ``folder``, without this
+    user's PATH.
 
     ``calls`` are the commands that were run."""
 

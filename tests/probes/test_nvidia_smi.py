@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from gpumesh.errors import ExecError, TunnelDown
+from gpumesh.probes.combined_commands import PLACES
 from gpumesh.probes.nvidia_smi import ASKED_ALONE, GpuReport, probe_gpus
-from gpumesh.probes.remote import PLACES
 from gpumesh.state import Severity
 from gpumesh.tunnels.base import ExecResult
 from tests.probes.shell_host import (

@@ -10,7 +10,7 @@ import pytest
 
 from gpumesh.errors import ProbeError
 from gpumesh.probes.backend import BODY_LIMIT, get_bounded
-from gpumesh.probes.client import http_client
+from gpumesh.probes.http_client import http_client
 from tests.hostile_peers import CHUNKED, HEAD, NEVER_WHOLE, STALL_S, HostileServer, endless, json_answer, largest_turn
 
 SMALL_PARTS = {

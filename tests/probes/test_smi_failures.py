@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.audit.catalog import CATALOG
-from gpumesh.probes.remote import Said
+from gpumesh.probes.combined_commands import Said
 from gpumesh.probes.smi_failures import INFOROM, NOT_EXECUTABLE, NOT_FOUND, OK, failure
 from tests.probes.shell_host import row
 

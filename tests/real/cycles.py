@@ -16,8 +16,8 @@ from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels.base import Tunnel
-from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import open_tunnel, running
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.real import belongings
 from tests.real.belongings import Belongings
 from tests.tunnels.polling import until

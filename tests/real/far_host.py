@@ -15,7 +15,7 @@ from typing import Any, Self
 from gpumesh.lab import profile
 from gpumesh.lab.host import Start
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
-from gpumesh.tunnels import hostkeys
+from gpumesh.tunnels import hostkeys, transports
 from gpumesh.wire import to_json
 from tests.real.netns import Namespace
 from tests.tunnels.sshd import Sshd
@@ -73,7 +73,7 @@ class FarHost:
     async def trust(self, *nodes: str) -> None:
         """Records its key for these nodes, as `gpumesh trust` does."""
         for node in nodes:
-            key = await hostkeys.fetch_host_key(node, self.sshd.spec())
+            key = await transports.fetch_host_key(node, self.sshd.spec())
             hostkeys.record(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
 
     # -- its Ollama --------------------------------------------------------------------------------------------------

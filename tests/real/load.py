@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from gpumesh.daemon.closing import closing
+from gpumesh.daemon.async_generators import closing
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 

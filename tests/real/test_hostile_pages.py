@@ -21,7 +21,7 @@ import pytest
 
 from gpumesh import config
 from gpumesh.gateway.app import Gateway
-from gpumesh.gateway.requests import MODEL_ROUTES
+from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import USUAL_TUNNELS, BackendSpec, NodeSpec, SshSpec, Target, TunnelsSpec
-from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import GRACE_S, Prompter, SshTunnel, running
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 
 @dataclass

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.heartbeat import AGAIN_S
-from gpumesh.tunnels.via_openssh import Master
+from gpumesh.tunnels.openssh.connection import Master
 from tests.parts import needs
+from tests.tunnels.inprocess.test_connection import connected
 from tests.tunnels.polling import until
 from tests.tunnels.sshd import Sshd
-from tests.tunnels.test_via_sshtunnel import connected
 
 FROZEN_S = 2.5 * AGAIN_S
 

@@ -16,16 +16,18 @@ import pytest
 from gpumesh.errors import TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase
 from gpumesh.topology import Target, TransportKind, TunnelListen, TunnelsSpec
-from gpumesh.tunnels import channels, listeners, local_peers
-from gpumesh.tunnels.nursery import WorkerPool
-from gpumesh.tunnels.protocol import Setup
-from gpumesh.tunnels.worker import connect_of
+from gpumesh.tunnels import listeners
+from gpumesh.tunnels.inprocess import channels
+from gpumesh.tunnels.local_system import peer_users
+from gpumesh.tunnels.transport import Setup
+from gpumesh.tunnels.transports import connect_of
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.parts import needs
+from tests.tunnels.inprocess.test_connection import Told, connected
 from tests.tunnels.other_user import ANOTHER, NOBODY, knock
 from tests.tunnels.polling import until
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.supervised import Watched, descriptors, supervised, watched
-from tests.tunnels.test_via_sshtunnel import Told, connected
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [
@@ -170,7 +172,7 @@ async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, mo
 async def test_a_worker_that_cannot_tell_does_not_serve(
     sshd: Sshd, transport: TransportKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(local_peers, "lookup_for", lambda _: None)
+    monkeypatch.setattr(peer_users, "lookup_for", lambda _: None)
     before = descriptors()
     with listener() as local:
         setup = Setup("n", sshd.spec(transport=transport), (Target("127.0.0.1", 1),), control_dir=str(tmp_path))

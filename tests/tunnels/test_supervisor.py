@@ -19,10 +19,10 @@ from gpumesh.errors import AuthRefused, ExecError, TunnelDown, TunnelError
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import AddressCommand, BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels.base import Stream
-from gpumesh.tunnels.direct import DirectTunnel
+from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from gpumesh.tunnels.lifecycle import Woke
-from gpumesh.tunnels.nursery import WorkerPool
 from gpumesh.tunnels.supervisor import SshTunnel, open_tunnel, running
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.parts import needs
 from tests.tunnels.polling import alive, until
 from tests.tunnels.sshd import Sshd, keygen, serving

@@ -1,0 +1,217 @@
+"""How Ollama's own streams, ``/api/chat`` and ``/api/generate``, are read, continued and ended. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gpumesh.backends import error_text, safe_json
+from gpumesh.backends.base import HttpCall
+from gpumesh.backends.continuation.form import (
+    SENTINEL,
+    Document,
+    Frame,
+    Rest,
+    Said,
+    Sofar,
+    began_by_client,
+    note,
+    positive,
+    said_by,
+    strings,
+    with_answer,
+)
+from gpumesh.backends.ollama import JSON
+from gpumesh.topology import BackendKind
+
+# One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
+_MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
+_TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+
+
+class Native:
+    """``/api/chat``, and ``/api/generate`` when ``generate``."""
+
+    mark = b"\n"
+    end = re.compile(rb"\n")
+    keeps = True
+
+    def __init__(self, *, generate: bool) -> None:
+        self._generate = generate
+
+    def plain(self, frames: bytes) -> bool:
+        return _MARKS.search(frames) is None
+
+    def end_of_last(self, frames: bytearray, start: int) -> int:
+        return frames.rfind(b"\n", start) + 1
+
+    def read(self, frame: bytes) -> Frame:
+        if not frame.strip():
+            return Frame()
+        document = safe_json.parse_object(frame)
+        if document is None:
+            return Frame(error="a line that is no JSON")
+        text, thinking, source = _said(document)
+        done = document.get("done") is True
+        return Frame(
+            document,
+            text=text,
+            thinking=thinking,
+            tools=bool(source.get("tool_calls")),
+            complete=done,
+            last=done,
+            error=error_text.error_in(document),
+        )
+
+    def said(self, frames: bytes) -> Said:
+        if b'"thinking"' not in frames and (found := strings(_TEXTS, frames)) is not None:
+            return found
+        lines = [line for line in frames.split(b"\n") if line.strip()]
+        return said_by(_said(document)[:2] for document in safe_json.parse_objects(lines))
+
+    def refusal(self, request: Document) -> str | None:
+        for key in ("tools", "format", "suffix", "context", "template", "logprobs"):
+            if request.get(key):
+                return f"an answer with `{key}` cannot be continued"
+        if self._generate:
+            if not isinstance(request.get("prompt"), str) or (request.get("raw") and request.get("images")):
+                return "an answer to this kind of prompt cannot be continued"
+        elif not isinstance(request.get("messages"), list):
+            return "an answer to this kind of prompt cannot be continued"
+        return None
+
+    def budget(self, request: Document) -> int | None:
+        return positive(_options(request).get("num_predict"))
+
+    def templated(self, request: Document) -> bool:
+        return not (self._generate and request.get("raw"))
+
+    def render_call(self, request: Document, thinking: str) -> HttpCall | None:
+        # Images change no template: without them the question is small.
+        body = self._as_chat(_without_images(request), SENTINEL, thinking)
+        body |= {"_debug_render_only": True, "stream": False}
+        # A server that does not know the word generates: one token costs little.
+        return _chat(body, _options(request) | {"num_predict": 1})
+
+    def raw_refusal(self, request: Document) -> str | None:
+        if _has_images(request):
+            return "its template closes the turn, and images cannot be told as text"
+        if not self._generate and began_by_client(request.get("messages")):
+            return "its template closes the turn that the client began"
+        return None
+
+    def raw(self, request: Document, sofar: Sofar, prompt: str) -> Rest:
+        body = {key: request[key] for key in ("model", "keep_alive") if key in request}
+        return Rest(raw_call(body, prompt + sofar.text, self._bounded(request, sofar)), self)
+
+    def rest_refusal(self, request: Document, kind: BackendKind) -> str | None:  # noqa: ARG002
+        return None
+
+    def rest(self, request: Document, sofar: Sofar, kind: BackendKind) -> Rest:  # noqa: ARG002 - Ollama's alone
+        options = self._bounded(request, sofar)
+        if not self.templated(request):
+            body = {key: value for key, value in request.items() if key != "options"}
+            return Rest(raw_call(body, str(request.get("prompt")) + sofar.text, options), self)
+        return Rest(_chat(self._as_chat(request, sofar.text, sofar.thinking), options), self)
+
+    def _bounded(self, request: Document, sofar: Sofar) -> dict[str, Any]:
+        budget, options = self.budget(request), _options(request)
+        return options if budget is None else options | {"num_predict": budget - sofar.tokens}
+
+    def _as_chat(self, request: Document, text: str, thinking: str) -> dict[str, Any]:
+        """A chat whose last message is the answer so far. A generate's prompt is one to the server as well: its
+        handler makes the same messages of it."""
+        body = {key: value for key, value in request.items() if key not in ("prompt", "system", "images", "raw")}
+        if not self._generate:
+            messages = list(request["messages"])
+        else:
+            system = request.get("system")
+            messages = [{"role": "system", "content": system}] if system else []
+            user: dict[str, Any] = {"role": "user", "content": request["prompt"]}
+            if request.get("images"):
+                user["images"] = request["images"]
+            messages.append(user)
+        body["messages"] = with_answer(messages, text, "thinking", thinking)
+        return body
+
+    def translate(self, frame: Frame, sofar: Sofar) -> bytes:
+        if frame.document is None:
+            return b""
+        known = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
+        out: dict[str, Any] = {key: known.pop(key) for key in ("model", "created_at") if key in known}
+        if sofar.head is not None and "model" in sofar.head:
+            out["model"] = sofar.head["model"]
+        piece: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
+        if frame.thinking:
+            piece["thinking"] = frame.thinking
+        out |= piece if self._generate else {"message": {"role": "assistant", **piece}}
+        out |= known
+        if frame.last:
+            out |= _figures(known, sofar)
+        return safe_json.compact(out) + b"\n"
+
+    def close(self, reason: str, sofar: Sofar) -> bytes:
+        document = {"done": True, "done_reason": reason, "eval_count": 0}
+        if sofar.head is not None:
+            document |= {key: sofar.head[key] for key in ("model", "created_at") if key in sofar.head}
+        return self.translate(Frame(document, last=True), sofar)
+
+    def error(self, message: str) -> bytes:
+        return safe_json.compact({"error": message}) + b"\n"
+
+
+def raw_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) -> HttpCall:
+    """A prompt that no template touches."""
+    whole = body | {"prompt": prompt, "raw": True, "stream": True}
+    return HttpCall(
+        "POST", "/api/generate", safe_json.compact(whole | {"options": options} if options else whole), JSON
+    )
+
+
+def _said(document: Document) -> tuple[str, str, Document]:
+    """Text, thinking, and the object that they stand in."""
+    message = document.get("message")
+    if isinstance(message, dict):
+        return safe_json.text(message.get("content")) or "", safe_json.text(message.get("thinking")) or "", message
+    return safe_json.text(document.get("response")) or "", safe_json.text(document.get("thinking")) or "", document
+
+
+def _chat(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:
+    if options:
+        body["options"] = options
+    return HttpCall("POST", "/api/chat", safe_json.compact(body), JSON)
+
+
+def _options(request: Document) -> dict[str, Any]:
+    options = request.get("options")
+    return dict(options) if isinstance(options, dict) else {}
+
+
+def _has_images(request: Document) -> bool:
+    return bool(request.get("images")) or any(message.get("images") for message in _messages(request))
+
+
+def _without_images(request: Document) -> Document:
+    if not _has_images(request):
+        return request
+    bare = {key: value for key, value in request.items() if key != "images"}
+    if "messages" in bare:
+        bare["messages"] = [
+            {key: value for key, value in message.items() if key != "images"} for message in _messages(request)
+        ]
+    return bare
+
+
+def _messages(request: Document) -> tuple[dict[str, Any], ...]:
+    return safe_json.objects(request.get("messages"))
+
+
+def _figures(figures: Document, sofar: Sofar) -> dict[str, Any]:
+    """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
+    out: dict[str, Any] = {"eval_count": (safe_json.whole(figures.get("eval_count")) or 0) + sofar.tokens}
+    prompt = safe_json.whole(figures.get("prompt_eval_count"))
+    if prompt is not None:
+        out["prompt_eval_count"] = max(prompt - sofar.tokens, 0)
+    out["eval_duration"] = (safe_json.whole(figures.get("eval_duration")) or 0) + round(sofar.spent_ms * 1e6)
+    out["total_duration"] = max(round(sofar.elapsed_ms * 1e6), safe_json.whole(figures.get("total_duration")) or 0)
+    return out | {"gpumesh": note(sofar)}

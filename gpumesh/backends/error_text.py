@@ -1,0 +1,60 @@
+"""A server's own words for an error, from whatever shape it has, made safe to print."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gpumesh.backends import safe_json
+from gpumesh.printable import printable
+
+_TITLE = re.compile(rb"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)
+
+
+def error_text(status: int, body: bytes) -> str:
+    """At most a line. Understands Ollama's, OpenAI's, Anthropic's and FastAPI's shapes, a web page and plain text."""
+    said = _said(safe_json.parse(body[: 1 << 20]))
+    if said is None and not body.strip():
+        return f"HTTP {status} without a word"
+    if said is None and is_page(body):
+        return f"HTTP {status} and {page_name(body)}"
+    return printable(said if said is not None else body) or f"HTTP {status}"
+
+
+def is_page(body: bytes) -> bool:
+    return body[:512].lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
+
+
+def page_name(body: bytes) -> str:
+    """A web page by its title: ``a web page, "Open WebUI"``."""
+    title = _TITLE.search(body[: 64 << 10])
+    return f'a web page, "{printable(title[1], 60)}"' if title else "a web page"
+
+
+def error_in(document: dict[str, Any]) -> str | None:
+    """The words of an error object under status 200, or ``None`` if it is none."""
+    if document.get("error") in (None, ""):
+        return None
+    return printable(_said(document) or "an error without words") or "an error without words"
+
+
+def _said(document: Any, depth: int = 0) -> str | None:
+    if isinstance(document, str):
+        return document if document.strip() else None
+    if depth > 4:
+        return None
+    if isinstance(document, list):
+        return _said(document[0], depth + 1) if document else None
+    if not isinstance(document, dict):
+        return None
+    for key in ("error", "message", "detail", "msg", "type"):
+        said = _said(document.get(key), depth + 1)
+        if said is not None:
+            return said
+    return None
+
+
+def short(value: Any) -> str | None:
+    """A server's word for something, made safe to print; ``None`` for what is no text, or nothing of it is left."""
+    said = safe_json.text(value)
+    return printable(said, 100) or None if said is not None else None

@@ -1,0 +1,64 @@
+"""A server's list of models, by names that can be shown. Pure.
+
+The probes and the merged lists of the gateway read it alike: a model is known to the mesh by the name under which a
+client finds it. A name that has to be cleaned for that (control characters, marks of direction, half of a surrogate
+pair) is one that its server does not know, and what has none, or an endless one, is left out: both are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from gpumesh.backends import safe_json
+from gpumesh.printable import printable
+
+# More are not read: they would be read every two seconds, and 10,000 take 100 ms, in which nobody else has a turn.
+MOST_MODELS = 4_000
+LONGEST_NAME = 200
+LONGEST_CONTEXT = 1 << 31
+# Models in memory at once that are read: each is a row, a label of /metrics and part of a node's reason.
+MOST_LOADED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Entries by name, as the server orders them; of several with one name the first. ``unusable`` counts those that
+    cannot be asked for."""
+
+    named: Mapping[str, Mapping[str, Any]]
+    unusable: int = 0
+
+    def first(self, count: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return islice(self.named.items(), count)
+
+
+def clean_name(value: str | None) -> str | None:
+    """A model's name as it can be shown; ``None`` for none, and for an endless one."""
+    if value is None or len(value) > LONGEST_NAME:
+        return None
+    return printable(value, LONGEST_NAME) or None
+
+
+def read(entries: Any, *names: str, key: Callable[[str], str] = str) -> Listing:
+    """The objects of a list, by the first of the keys ``names`` that holds a text; ``key`` gives the same for names
+    that mean one model. Anything that is no list is an empty one."""
+    named: dict[str, Mapping[str, Any]] = {}
+    seen: set[str] = set()
+    unusable = 0
+    for entry in safe_json.objects(entries):
+        said = next((text for each in names if (text := safe_json.text(entry.get(each)))), None)
+        name = clean_name(said)
+        unusable += name is None or name != said
+        if name is not None and (same := key(name)) not in seen:
+            seen.add(same)
+            named[name] = entry
+    return Listing(named, unusable)
+
+
+def without_case(name: str) -> str:
+    """Ollama's rule: case does not count, and a name without a tag means ``:latest``."""
+    lower = name.lower()
+    return lower if ":" in lower.rpartition("/")[2] else f"{lower}:latest"

@@ -1,0 +1,204 @@
+"""`gpumesh audit`: what mesh.yaml expects against what is found, and, with --write, mesh.yaml put right."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import clean_line, clean_text, json_text
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
+from gpumesh.state import Finding, MeshState, Severity
+from gpumesh.topology import Topology
+
+if TYPE_CHECKING:
+    from gpumesh.audit.changes import Change
+
+app = new_app()
+
+
+@app.command()
+def audit(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Propose the corrected mesh.yaml as a diff, and write it if you agree.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --write: write without asking.")] = False,
+) -> None:
+    """What mesh.yaml expects against what is found, and why they differ.
+
+    Asks every way to every server by itself, and settles whether two nodes are two machines or two ways to one: by
+    their GPUs' UUIDs, else by the SSH host key or the model store. Exit code 3 when there is any finding that is more
+    than a remark; with --write, when one is left that mesh.yaml is not to blame for.
+
+    \b
+    Examples:
+      gpumesh audit
+      gpumesh audit --write          shows a diff, and asks
+      gpumesh explain same-gpu       what a verdict means
+    """
+    from gpumesh.cli.views import audit_rows, audit_screen
+    from gpumesh.config import edit
+
+    if yes and not write:
+        raise UsageError("--yes belongs to --write")
+    chosen = settings(ctx)
+    path = chosen.config_file()
+    text = edit.read(path)
+    topology = edit.check(path, text)
+    state, remote = run(_look(chosen, topology))
+    plan = correction(path, text, topology, state) if write else None
+    if as_json:
+        written = plan is not None and yes and plan.write()
+        typer.echo(json_text(document(topology, state, plan, written=written), indent=2))
+        findings: Sequence[Finding] = plan.left if plan is not None and written else state.findings
+    else:
+        audit_screen.print_comparison(list(audit_rows.rows(topology, state.nodes, state.findings)))
+        typer.echo("")
+        audit_screen.print_drawing(audit_rows.drawing(topology, state.nodes))
+        if not state.findings:
+            typer.echo("\nall is as mesh.yaml says")
+        findings = state.findings if plan is None else _offer(plan, yes=yes, remote=remote, quiet=chosen.quiet)
+    if any(finding.severity is not Severity.INFO for finding in findings):
+        raise typer.Exit(int(ExitCode.DEGRADED))
+
+
+async def _look(chosen: Settings, topology: Topology) -> tuple[MeshState, bool]:
+    """The state, and whether it is that of a mesh that runs in the background."""
+    from gpumesh.cli.inspection import look
+    from gpumesh.daemon.remote_session import RemoteSession
+
+    async with open_session(chosen) as session:
+        return await look(session, topology), isinstance(session, RemoteSession)
+
+
+# -- --write ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """``new`` is ``old`` when nothing is to be changed. ``left``: findings that mesh.yaml is not to blame for, or that
+    only a person can put right there."""
+
+    path: Path
+    old: str
+    new: str
+    made: tuple[Change, ...]
+    left: tuple[Finding, ...]
+    by_hand: tuple[str, ...] = ()
+
+    @property
+    def diff(self) -> str:
+        name = self.path.name
+        lines = difflib.unified_diff(self.old.splitlines(), self.new.splitlines(), name, f"{name} (corrected)", n=2)
+        return "\n".join(line.rstrip("\n") for line in lines)
+
+    def write(self) -> bool:
+        """Whether there was anything to write. Raises GPUMeshError."""
+        from gpumesh.config import edit
+
+        if self.new == self.old:
+            return False
+        edit.write(self.path, self.old, self.new)
+        return True
+
+
+def correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
+    """Tries each change by itself, and checks that the file then means what it should and nothing else."""
+    from gpumesh.audit import changes
+    from gpumesh.config import edit
+
+    places = {spec.name: place for place, spec in enumerate(topology.nodes)}
+    new = text
+    made: list[Change] = []
+    by_hand: list[str] = []
+    for change in changes.changes(topology, state.nodes, state.findings):
+        comment = None if change.why is None else f"gpumesh audit, {state.at:%Y-%m-%d}: {change.why}"
+        step = edit.Edit(places[change.node], change.path, change.value, comment)
+        try:
+            tried = edit.edited(new, [step])
+            if edit.check(path, tried) != changes.applied(topology, [*made, change]):
+                raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
+        except GPUMeshError as error:
+            by_hand.append(f"{error.message}: it should be {change.value!r}")
+            continue
+        new = tried
+        made.append(change)
+    left = changes.left_over(state.findings, made)
+    return Correction(path, text, new, tuple(made), left, tuple(by_hand))
+
+
+def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
+    """Shows the diff and writes it, if that is wanted; the findings that are left."""
+    from gpumesh.cli.views import tables
+
+    typer.echo("")
+    for line in plan.by_hand:
+        typer.echo(clean_text(f"by hand: {line}"), err=True)
+    if plan.new == plan.old:
+        typer.echo("mesh.yaml is as it should be" if not plan.left else "nothing in mesh.yaml would put this right")
+        return plan.left
+    typer.echo(clean_text(plan.diff))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("nobody is there to agree to this change", hint="look at the diff, then add --yes")
+        typer.confirm(clean_line(f"Write {plan.path}?"), abort=True, err=True)
+    plan.write()
+    if not quiet:
+        typer.echo(clean_line(f"written: {plan.path}"), err=True)
+        if remote:
+            typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
+    if plan.left:
+        typer.echo("\nleft to you:")
+        tables.print_findings(plan.left)
+    return plan.left
+
+
+# -- --json ----------------------------------------------------------------------------------------------------------
+
+
+def document(
+    topology: Topology, state: MeshState, plan: Correction | None = None, *, written: bool = False
+) -> dict[str, object]:
+    """``gpumesh.audit/1``."""
+    from gpumesh.audit import machines
+    from gpumesh.cli.views.audit_rows import rows
+    from gpumesh.wire import to_json
+
+    enabled = {spec.name for spec in topology.nodes if spec.enabled}
+    said: dict[str, object] = {
+        "schema": "gpumesh.audit/1",
+        "mesh": state.mesh,
+        "at": state.at,
+        "findings": state.findings,
+        "nodes": [
+            {"name": node.name, "health": node.health, "reason": node.reason, "routes": node.routes}
+            for node in state.nodes
+        ],
+        "comparison": list(rows(topology, state.nodes, state.findings)),
+        "machines": [
+            {
+                "nodes": machine.nodes,
+                "gpus": [gpu.uuid for gpu in machine.gpus],
+                "certain": machine.certain,
+                "proof": machine.proof,
+            }
+            for machine in machines([node for node in state.nodes if node.name in enabled])
+        ],
+    }
+    if plan is not None:
+        changed = [
+            {"node": change.node, "path": ".".join(change.path), "value": change.value, "why": change.why}
+            for change in plan.made
+        ]
+        said |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.left}
+    result: dict[str, object] = to_json(said)
+    return result

@@ -1,0 +1,235 @@
+"""`gpumesh demo`: what gpumesh does, shown on simulated GPU hosts that are real processes with real SSH."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli.context import Settings, settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.errors import ExitCode
+from gpumesh.quoting import shell_word
+from gpumesh.state import Health, MeshState
+
+if TYPE_CHECKING:
+    from gpumesh.cli.commands.run import Result
+    from gpumesh.cli.views.demo_story import Scene
+    from gpumesh.daemon.local_session import LocalSession
+    from gpumesh.daemon.mesh_process import Stop
+    from gpumesh.lab.lab import Lab
+
+MODEL = "qwen2.5:7b"
+PROMPTS = 24
+BEFORE_KILL = 6  # answers that are in when a host dies; by then all hosts are busy
+ANSWER_TOKENS = (16, 48)  # short ones: a few slow hosts must answer all prompts while somebody watches
+REPORT_S = 15.0
+BACK_S = 12.0
+REDRAW_S = 0.25
+NEXT = """
+What to try next:
+  gpumesh demo --keep                              leaves it running, to play with
+  gpumesh init --from 'ssh root@HOST -p PORT'      writes a mesh.yaml for your own host
+  gpumesh up -d && gpumesh run "Hello"             and that is the whole of it
+"""
+
+app = new_app()
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    nodes: Annotated[int, typer.Option("--nodes", min=2, max=8, help="How many simulated hosts.")] = 3,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it running until Ctrl-C, to play with.")] = False,
+) -> None:
+    """A whole mesh of simulated GPU hosts on this machine, with nothing to configure.
+
+    Opens tunnels to simulated hosts (their SSH and their sockets are real, their GPUs are not), answers prompts,
+    kills a host under load, and shows that nothing was lost. Nothing leaves this machine.
+    """
+    from gpumesh.daemon.process import event_loop
+
+    try:
+        code = event_loop.run(_demo(settings(ctx), nodes, keep))
+    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a third signal
+        raise typer.Exit(130) from None
+    if code:
+        raise typer.Exit(int(code))
+
+
+async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
+    from gpumesh import config
+    from gpumesh.cli.views.demo_story import Scene
+    from gpumesh.daemon.lock import MeshLock
+    from gpumesh.daemon.mesh_process import Stop, hosted
+    from gpumesh.daemon.paths import for_config
+    from gpumesh.daemon.signals import on_signals
+    from gpumesh.lab import profile
+    from gpumesh.lab.lab import Lab
+    from gpumesh.tunnels.local_system.socket_folders import private_folder
+
+    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.default(count)]
+    with private_folder() as folder:
+        async with Lab(hosts, folder) as lab:
+            file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model=MODEL)
+            paths = for_config(file)
+            lock = MeshLock.take(paths)
+            try:
+                stop = Stop()
+                async with hosted(config.load(file), paths, gateway=True, stop=stop, lock=lock) as session:
+                    with Scene() as scene:
+                        scene.say(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
+                        async with _drawn(scene, session):
+                            code = await _story(scene, session, lab)
+                        scene.picture(await session.status())
+                    if keep:
+                        on_signals(stop)
+                        await _stay(session, stop, file, chosen)
+                    else:
+                        stop.ask(1.0)
+            finally:
+                lock.release()
+                paths.log.unlink(missing_ok=True)
+    if not keep and not chosen.quiet:
+        typer.echo(NEXT.rstrip())
+    return code
+
+
+@asynccontextmanager
+async def _drawn(scene: Scene, session: LocalSession) -> AsyncGenerator[None]:
+    """Redraws the table as long as the context is open."""
+    from gpumesh.daemon.async_generators import closing
+
+    async def draw() -> None:
+        async with closing(session.watch(REDRAW_S)) as states:
+            async for state in states:
+                scene.update(state)
+
+    drawing = asyncio.create_task(draw(), name="redraw")
+    try:
+        yield
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def _story(scene: Scene, session: LocalSession, lab: Lab) -> ExitCode:
+    began = time.monotonic()
+    state = await session.first_report(REPORT_S)
+    up = [node.name for node in state.nodes if node.health is Health.HEALTHY]
+    scene.say(f"→ {len(up)} tunnels are up after {time.monotonic() - began:.1f} s, and the GPUs behind them are seen.")
+    scene.picture(state)
+    if len(up) < 2:
+        scene.say("Too few hosts came up on this machine to go on.", "red")
+        return ExitCode.NO_NODE
+    await _one_answer(scene, session)
+    victim = up[0]
+    scene.say(f"→ Now {PROMPTS} prompts at once, and after {BEFORE_KILL} answers {victim} is killed (SIGKILL).")
+    results, spent_s = await _under_load(scene, session, lab, victim)
+    code = _count(scene, results, spent_s, victim)
+    scene.picture(await session.status())
+    await lab.host(victim).restart()
+    if await _healthy_again(session, victim):
+        scene.say(f"→ {victim} was started again, and is back in the mesh by itself.")
+    else:
+        scene.say(f"→ {victim} was started again; it is still coming back.", "yellow")
+    return code
+
+
+async def _one_answer(scene: Scene, session: LocalSession) -> None:
+    from gpumesh.cli.commands.run import answer
+    from gpumesh.cli.prompt_file import Prompt
+    from gpumesh.cli.text import shorten
+    from gpumesh.daemon.session import Ask
+
+    question = "Why is the sky blue?"
+    result = await answer(session, Prompt(question).ask(Ask((), model=MODEL), None), 0, question)
+    rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
+    scene.say(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
+    scene.say(f"    {shorten((result.response or '').strip(), 100)}", "dim")
+
+
+async def _under_load(scene: Scene, session: LocalSession, lab: Lab, victim: str) -> tuple[Sequence[Result], float]:
+    """All prompts at once, and the host's death as soon as some answers are in and it is at work itself."""
+    from gpumesh.cli.commands.run import settled
+    from gpumesh.cli.prompt_file import Prompt
+    from gpumesh.daemon.session import Ask
+
+    done = 0
+    some_are_in = asyncio.Event()
+
+    async def one(index: int) -> Result:
+        nonlocal done
+        text = f"Tell me something about the number {index}."
+        result = await settled(session, Prompt(text).ask(Ask((), model=MODEL), None), index, text)
+        done += 1
+        if done >= BEFORE_KILL:
+            some_are_in.set()
+        return result
+
+    async def kill() -> None:
+        await some_are_in.wait()
+        async for state in session.watch(0.02):
+            if state.node(victim).load.in_flight or done >= PROMPTS:
+                break
+        await lab.host(victim).kill()
+        scene.say(f"✗ {victim} is dead, with {PROMPTS - done} prompts still to answer.", "red")
+
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(index)) for index in range(PROMPTS)]
+        group.create_task(kill())
+    return [task.result() for task in tasks], time.monotonic() - began
+
+
+def _count(scene: Scene, results: Sequence[Result], spent_s: float, victim: str) -> ExitCode:
+    lost = [result for result in results if result.error is not None or not result.response]
+    moved = sum(result.attempts > 1 for result in results)
+    served = Counter(result.node or "?" for result in results if result.error is None)
+    shares = ", ".join(f"{name} {count}" for name, count in sorted(served.items()))
+    if lost:
+        scene.say(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
+        return ExitCode.FAILED
+    scene.say(
+        f"→ {len(results)} of {len(results)} answered in {spent_s:.1f} s, 0 lost, {moved} moved away from {victim}"
+        f" ({shares}).",
+        "bold green",
+    )
+    return ExitCode.OK
+
+
+async def _healthy_again(session: LocalSession, name: str) -> bool:
+    from gpumesh.daemon.async_generators import closing
+
+    try:
+        async with asyncio.timeout(BACK_S), closing(session.watch(0.1)) as states:
+            async for state in states:
+                if state.node(name).health is Health.HEALTHY:
+                    return True
+    except TimeoutError:
+        pass
+    return False
+
+
+async def _stay(session: LocalSession, stop: Stop, file: Path, chosen: Settings) -> None:
+    """``--keep``: the live table on a terminal, else only waiting; Ctrl-C ends it."""
+    from gpumesh.cli.commands.up import show
+
+    state: MeshState = await session.status()
+    below = (
+        "",
+        "It stays up until Ctrl-C. In another terminal:",
+        f"  export GPUMESH_CONFIG={shell_word(str(file))}",
+        "  gpumesh status -w",
+        "  gpumesh run 'Hello'",
+        f"  OLLAMA_HOST={shell_word(state.gateway.url or '')} ollama run {MODEL}",
+        "",
+    )
+    await show(session, stop, chosen, below=below)

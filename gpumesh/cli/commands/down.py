@@ -1,0 +1,47 @@
+"""`gpumesh down`: ends the background mesh; nothing of it is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli.context import run, settings
+from gpumesh.cli.lazy import new_app
+
+if TYPE_CHECKING:
+    from gpumesh.state import MeshState
+
+app = new_app()
+
+
+@app.command()
+def down(
+    ctx: typer.Context,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long what is in flight may take to end.")
+    ] = 10.0,
+) -> None:
+    """Drain and stop the mesh that runs for this configuration.
+
+    Requests that run may end first; after --wait seconds they are cut, with an error that says so. A second `down` may
+    make that sooner. It returns when the process is gone.
+    """
+    from gpumesh.daemon.background import take_down
+
+    chosen = settings(ctx)
+    waiting = 0
+
+    def on_state(state: MeshState) -> None:
+        nonlocal waiting
+        now = state.gateway.in_flight + state.gateway.queued
+        if now and now != waiting and not chosen.quiet:
+            typer.echo(f"waiting for {now} request{'' if now == 1 else 's'} to end", err=True)
+        waiting = now
+
+    in_order = run(take_down(chosen.paths(), wait, on_state=on_state))
+    if not in_order:
+        typer.echo("the mesh did not end by itself and was killed; `gpumesh logs` may say why", err=True)
+        raise typer.Exit(1)
+    if not chosen.quiet:
+        typer.echo("stopped", err=True)

@@ -1,0 +1,97 @@
+"""`gpumesh env`: the variables that make other programs use the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpumesh.cli.context import Settings, settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.config.locate import UNIX
+from gpumesh.errors import MeshNotRunning, UsageError
+from gpumesh.quoting import command, powershell_word, shell_word, yaml_text
+
+app = new_app()
+
+
+class Shell(StrEnum):
+    SH = "sh"
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+    POWERSHELL = "powershell"
+
+
+@app.command()
+def env(
+    ctx: typer.Context,
+    shell: Annotated[Shell | None, typer.Option(help="Else the one of $SHELL.")] = None,
+) -> None:
+    """Print the variables that point other programs at the mesh.
+
+    \b
+    Examples:
+      eval "$(gpumesh env)"                                  sh, bash, zsh
+      gpumesh env --shell fish | source
+      gpumesh env --shell powershell | Out-String | iex
+    """
+    typer.echo(lines(variables(_gateway(settings(ctx))), shell or _shell()))
+
+
+def variables(url: str) -> dict[str, str]:
+    """By the names under which clients look for them. A client of OpenAI's or Anthropic's wants some key; the gateway
+    asks for none on loopback, and one's own stays as it is when it is set."""
+    return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
+
+
+def lines(wanted: Mapping[str, str], shell: Shell) -> str:
+    match shell:
+        case Shell.FISH:
+            return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in wanted.items())
+        case Shell.POWERSHELL:
+            return "\n".join(f"$Env:{name} = {powershell_word(value)}" for name, value in wanted.items())
+        case _:
+            return "\n".join(f"export {name}={shell_word(value)}" for name, value in wanted.items())
+
+
+def _gateway(chosen: Settings) -> str:
+    """The running mesh's own URL (its port may be any free one), else the one that mesh.yaml says."""
+    from gpumesh.daemon.quick_status import glance
+
+    state = glance(chosen.paths().socket)
+    if state is not None:
+        url = state.get("gateway", {}).get("url")
+        if not isinstance(url, str):
+            raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
+        if url.startswith(UNIX):
+            raise _unix_only(url)
+        return url
+    spec = chosen.topology().gateway
+    if spec.host is None:
+        raise _unix_only(f"{UNIX}{spec.socket}")
+    if spec.port == 0:
+        raise MeshNotRunning("no mesh is running, and mesh.yaml lets the gateway take any port")
+    if not chosen.quiet:
+        typer.echo("no mesh is running now: `gpumesh up -d` starts it", err=True)
+    host = f"[{spec.host}]" if ":" in spec.host else spec.host
+    return f"http://{host}:{spec.port}"
+
+
+def _unix_only(place: str) -> UsageError:
+    path = place.removeprefix(UNIX)
+    return UsageError(
+        f"the gateway listens on the Unix socket {path} alone, which these variables cannot name",
+        hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX + path)}]}}`, or take a program "
+        "that can use a socket: " + command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path),
+    )
+
+
+def _shell() -> Shell:
+    from gpumesh.config import environment
+
+    name = Path(environment.shell() or "sh").name
+    return {"fish": Shell.FISH, "pwsh": Shell.POWERSHELL, "powershell": Shell.POWERSHELL}.get(name, Shell.SH)

@@ -1,0 +1,133 @@
+"""`gpumesh exec`: a command on a node's host, over the connection that its tunnel has open."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import Settings, open_session, settings
+from gpumesh.cli.context import run as run_async
+from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import clean_line, clean_text
+from gpumesh.errors import GPUMeshError, UsageError
+
+if TYPE_CHECKING:
+    from gpumesh.daemon.session import Session
+
+LINE_LIMIT = 1 << 16
+
+app = new_app()
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+def exec_(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str], typer.Argument(metavar="[NODE] -- CMD...", autocompletion=completion.nodes, show_default=False)
+    ],
+    everywhere: Annotated[bool, typer.Option("--all", help="On all nodes; each line is prefixed by its node.")] = False,
+) -> None:
+    """Run a command on a node's host, or on all of them.
+
+    Each word of CMD reaches the host as it is; for pipes and wildcards write: sh -c '…'. The exit code is the
+    command's own; with --all it is 1 if it failed anywhere.
+
+    \b
+    Examples:
+      gpumesh exec iceland -- nvidia-smi
+      gpumesh exec --all -- df -h /
+      gpumesh exec iceland -- sh -c 'du -sh ~/.ollama/models | sort'
+    """
+    chosen = settings(ctx)
+    node, command = (None, words) if everywhere else (words[0], words[1:])
+    command = command[1:] if command[:1] == ["--"] else command
+    if not command:
+        raise UsageError("which command?", hint="for example: gpumesh exec NODE -- nvidia-smi")
+    status = run_async(_everywhere(chosen, command) if node is None else _here(chosen, node, command))
+    if status:
+        raise typer.Exit(status)
+
+
+async def _here(chosen: Settings, node: str, command: list[str]) -> int:
+    """Output as it comes: bytes untouched into a pipe or file, made safe on a terminal."""
+    from gpumesh.daemon.async_generators import closing
+    from gpumesh.tunnels.base import Stream
+
+    safe = {
+        Stream.STDOUT: _Safe() if sys.stdout.isatty() else None,
+        Stream.STDERR: _Safe() if sys.stderr.isatty() else None,
+    }
+    status: int | None = None
+    async with open_session(chosen) as session, closing(session.exec(node, command)) as chunks:
+        async for chunk in chunks:
+            out = sys.stdout if chunk.stream is Stream.STDOUT else sys.stderr
+            cleaner = safe[chunk.stream]
+            out.buffer.write(chunk.data if cleaner is None else cleaner.feed(chunk.data).encode("utf-8", "replace"))
+            out.buffer.flush()
+            if chunk.ended:
+                status = chunk.exit_status
+    return _exit_code(status, node)
+
+
+class _Safe:
+    """Bytes as text for a terminal; a character may come in two pieces."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes) -> str:
+        return clean_text(self._decoder.decode(data))
+
+
+def _exit_code(status: int | None, node: str) -> int:
+    if status is None:
+        raise GPUMeshError(f"{node}: the command ended without an exit status (killed, or the connection was cut)")
+    return min(max(status, 0), 255)
+
+
+async def _everywhere(chosen: Settings, command: list[str]) -> int:
+    async with open_session(chosen) as session:
+        nodes = [node.name for node in (await session.status()).nodes]
+        width = max(map(len, nodes), default=0)
+        codes = await asyncio.gather(*(_prefixed(session, node, command, width) for node in nodes))
+    return int(any(codes))
+
+
+async def _prefixed(session: Session, node: str, command: list[str], width: int) -> int:
+    """Whole lines only, so that two nodes' output never mixes within one."""
+    from gpumesh.daemon.async_generators import closing
+    from gpumesh.tunnels.base import Stream
+
+    rest = {Stream.STDOUT: b"", Stream.STDERR: b""}
+
+    def write(stream: Stream, line: bytes) -> None:
+        text = f"{node:<{width}}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
+        typer.echo(text.rstrip(), err=stream is Stream.STDERR)
+
+    try:
+        status: int | None = None
+        async with closing(session.exec(node, command)) as chunks:
+            async for chunk in chunks:
+                *lines, rest[chunk.stream] = (rest[chunk.stream] + chunk.data).split(b"\n")
+                for line in lines:
+                    write(chunk.stream, line)
+                if len(rest[chunk.stream]) > LINE_LIMIT:
+                    write(chunk.stream, rest[chunk.stream])
+                    rest[chunk.stream] = b""
+                if chunk.ended:
+                    status = chunk.exit_status
+        for stream, line in rest.items():
+            if line:
+                write(stream, line)
+        code = _exit_code(status, node)
+    except GPUMeshError as error:
+        typer.echo(f"{node:<{width}}  error: {clean_line(error.message)}", err=True)
+        return 1
+    if code:
+        typer.echo(f"{node:<{width}}  exit status {code}", err=True)
+    return code

@@ -1,0 +1,299 @@
+"""`gpumesh models`: the fleet's models, through Ollama's own API on each node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import UNKNOWN, clean_line, duration, gib, json_text
+from gpumesh.errors import ExitCode, GPUMeshError, UsageError
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.models import inventory
+    from gpumesh.state import MeshState
+
+REPORT_S = 7.0
+LISTED = 6  # names of nodes in one cell
+
+NodesOption = Annotated[
+    list[str] | None,
+    typer.Option("--node", "-n", metavar="NODE", help="On this node; repeatable.", autocompletion=completion.nodes),
+]
+ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.models)]
+AllOption = Annotated[bool, typer.Option("--all", "-a", help="On every node that is up.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+app = new_app(invoke_without_command=True)
+
+
+@app.callback()
+def models(ctx: typer.Context) -> None:
+    """The fleet's models: which node has which, and where it is in memory. Without a command: list.
+
+    \b
+    Examples:
+      gpumesh models
+      gpumesh models pull qwen2.5:7b --all
+      gpumesh models load qwen2.5:7b --node iceland --keep-alive 2h
+      gpumesh models sync --from iceland
+    """
+    if ctx.invoked_subcommand is None:
+        run(_list(settings(ctx), as_json=False))
+
+
+# -- list ------------------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
+    """One table over all nodes that are up: what is installed where, and what is in memory for how long.
+
+    CONTEXT is the longest that a model was made for. A name that stands twice is not the same model everywhere: the
+    nodes have it with different digests, as after a pull at another time.
+    """
+    run(_list(settings(ctx), as_json=as_json))
+
+
+async def _list(chosen: Settings, *, as_json: bool) -> None:
+    from gpumesh.mesh.models import inventory
+    from gpumesh.mesh.models.model_store import opened
+    from gpumesh.wire import to_json
+
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        state = await stores.look(await session.first_report(REPORT_S))
+        found = inventory.rows(state)
+        # The same digest has the same context everywhere: one of its nodes is asked.
+        have = {node.name: node for node in inventory.stores(state)}
+        asked = [(have[names[0]], row.name) for row in found if (names := [n for n in row.nodes if n in have])]
+        contexts = await stores.context_lengths(asked)
+    found = inventory.with_contexts(found, contexts)
+    if as_json:
+        typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(found)}, indent=2))
+    else:
+        _table(found)
+    if not chosen.quiet:
+        for name in sorted({row.name for row in found if row.copies > 1}):
+            typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
+        for node in state.nodes:
+            if node not in inventory.up(state):
+                said = clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}")
+                typer.echo(said, err=True)
+
+
+def _table(found: Sequence[inventory.Row]) -> None:
+    from gpumesh.cli.views import tables
+    from gpumesh.mesh.models import inventory
+
+    cells = []
+    for row in found:
+        size = UNKNOWN if row.size_mib is None else gib(row.size_mib)
+        kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
+        context = UNKNOWN if row.context_length is None else str(row.context_length)
+        digest = tables.Cell(inventory.short(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
+        loaded = _listed([_loaded(there) for there in row.loaded]) or UNKNOWN
+        cells.append((row.name, size, kind, context, digest, _listed(row.nodes), loaded))
+    columns = (
+        tables.Column("MODEL"),
+        tables.Column("GiB", 3, right=True),
+        tables.Column("KIND", 4),
+        tables.Column("CONTEXT", 6, right=True),
+        tables.Column("ID", 5),
+        tables.Column("NODES", 1, least=12),
+        tables.Column("IN MEMORY", 2, least=20),
+    )
+    tables.print_fitted(columns, cells)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" +{more}" if more > 0 else "")
+
+
+def _loaded(there: inventory.Loaded) -> str:
+    if there.left_s is None:
+        return there.node
+    return f"{there.node} {'∞' if there.left_s > 86400 * 365 else duration(there.left_s)}"
+
+
+# -- what changes them -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pull(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Fetch models from Ollama's library to nodes (--node, or --all), each straight from the library.
+
+    Ctrl-C stops the downloads; the next pull goes on from there.
+    """
+    from gpumesh.mesh.models import inventory
+
+    def plan(state: MeshState) -> list[inventory.Task]:
+        nodes = inventory.choose(state, node or (), everywhere=everywhere, holding=None)
+        return [inventory.Task(each, model) for model in models for each in nodes]
+
+    run(_pull(settings(ctx), plan))
+
+
+@app.command()
+def sync(
+    ctx: typer.Context,
+    from_: Annotated[
+        str, typer.Option("--from", metavar="NODE", help="The node that has it right.", autocompletion=completion.nodes)
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Only these models.", autocompletion=completion.models),
+    ] = None,
+    node: NodesOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be pulled where.")] = False,
+) -> None:
+    """Give other nodes the models of one node: what they lack or have with another digest is pulled.
+
+    All nodes that are up, or those named by --node. Nothing is removed. Models that were made on the node itself are
+    in no library, and cannot be pulled.
+    """
+    from gpumesh.mesh.models import inventory
+
+    chosen = settings(ctx)
+
+    def plan(state: MeshState) -> list[inventory.Task]:
+        tasks = inventory.to_sync(state, from_, node or (), models or ())
+        if not tasks and not chosen.quiet:
+            typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
+        for task in tasks if dry_run else ():
+            typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
+        return [] if dry_run else tasks
+
+    def still(state: MeshState) -> list[inventory.Task]:
+        return inventory.to_sync(state, from_, node or (), models or ())
+
+    for task in run(_pull(chosen, plan, still)):
+        said = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
+        typer.echo(clean_line(f"{said}; pull it on {from_} as well"), err=True)
+
+
+@app.command()
+def rm(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Delete models from nodes' disks (--node, or --all that have it)."""
+    run(_each(settings(ctx), node, everywhere, "rm", models, "removed"))
+
+
+@app.command()
+def load(
+    ctx: typer.Context,
+    models: ModelsArgument,
+    node: NodesOption = None,
+    everywhere: AllOption = False,
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="How long it stays without use: 30m, 24h, -1 for ever; else 5m."),
+    ] = None,
+) -> None:
+    """Load models into GPU memory, so that the first prompt need not wait for it."""
+    run(_each(settings(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
+
+
+@app.command()
+def unload(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
+    """Free the GPU memory that models take."""
+    run(_each(settings(ctx), node, everywhere, "unload", models, "unloaded"))
+
+
+async def _each(
+    chosen: Settings,
+    names: Sequence[str] | None,
+    everywhere: bool,
+    what: str,
+    models: Sequence[str],
+    done: str,
+    *,
+    keep_alive: str | None = None,
+) -> None:
+    """Does it on all chosen nodes side by side; one's failure does not stop the others."""
+    from gpumesh.mesh.models import inventory
+    from gpumesh.mesh.models.model_store import opened
+
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        state = await stores.look(await session.first_report(REPORT_S))
+        tasks = [
+            inventory.Task(node, model)
+            for model in models
+            for node in inventory.choose(state, names or (), everywhere=everywhere, holding=model)
+        ]
+
+        async def one(task: inventory.Task) -> None:
+            node, model = task.node, task.model
+            match what:
+                case "rm":
+                    await stores.remove(node, model)
+                case "load":
+                    await stores.load(node, model, embeds=inventory.embeds(node, model), keep_alive=keep_alive)
+                case _:
+                    await stores.unload(node, model, embeds=inventory.embeds(node, model))
+
+        await _all(tasks, one, done)
+
+
+Plan = Callable[["MeshState"], list["inventory.Task"]]
+
+
+async def _pull(chosen: Settings, plan: Plan, still: Plan | None = None) -> list[inventory.Task]:
+    """Returns what ``still`` says of these tasks when all are done."""
+    from gpumesh.cli.views.download_bars import downloads
+    from gpumesh.mesh.models.model_store import opened
+
+    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
+        tasks = plan(await stores.look(await session.first_report(REPORT_S)))
+        several = len({task.model for task in tasks}) > 1
+        with downloads(quiet=chosen.quiet) as shown:
+
+            async def one(task: inventory.Task) -> None:
+                name = f"{task.node.name} {task.model}" if several else task.node.name
+                async with aclosing(stores.pull(task.node, task.model)) as steps:
+                    async for step in steps:
+                        shown(name, step)
+
+            await _all(tasks, one, "pulled", say=shown.write)
+        if still is None or not tasks:
+            return []
+        return [task for task in still(await stores.look(await session.status())) if _among(task, tasks)]
+
+
+def _among(task: inventory.Task, tasks: Sequence[inventory.Task]) -> bool:
+    return any((task.node.name, task.model) == (other.node.name, other.model) for other in tasks)
+
+
+async def _all(
+    tasks: Sequence[inventory.Task],
+    one: Callable[[inventory.Task], Awaitable[None]],
+    done: str,
+    *,
+    say: Callable[[str], None] = typer.echo,
+) -> None:
+    """One node's tasks one after the other, the nodes side by side. A result for each on stdout."""
+    failed: list[GPUMeshError] = []
+
+    async def on_node(node: str) -> None:
+        for task in tasks:
+            if task.node.name != node:
+                continue
+            try:
+                await one(task)
+                say(clean_line(f"{node}: {task.model} {done}"))
+            except UsageError:
+                raise
+            except GPUMeshError as error:
+                failed.append(error)
+                typer.echo(clean_line(f"{node}: {task.model}: {error.message}"), err=True)
+
+    await asyncio.gather(*map(on_node, dict.fromkeys(task.node.name for task in tasks)))
+    for hint in dict.fromkeys(error.hint for error in failed if error.hint):
+        typer.echo(clean_line(f"hint: {hint}"), err=True)
+    if failed:
+        raise typer.Exit(int(ExitCode.FAILED))

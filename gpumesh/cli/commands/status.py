@@ -1,0 +1,166 @@
+"""`gpumesh status`: what people look at all day. On a running mesh it must be quick, so nothing heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpumesh.cli import completion
+from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.lazy import new_app
+from gpumesh.cli.text import json_text
+from gpumesh.cli.views.node_selection import SortKey, ordered, select
+from gpumesh.config import environment
+from gpumesh.errors import ExitCode
+from gpumesh.state import Health, MeshState, Severity
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.history import History
+
+REPORT_S = 7.0
+
+app = new_app()
+
+
+@app.command()
+def status(
+    ctx: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and redraw when something changes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON (schema gpumesh.status/1).")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 3 if anything is wrong, 4 if no node is up.")] = False,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--node", "-n", metavar="NODE", help="Only this node; repeatable, * and ?.", autocompletion=completion.nodes
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", metavar="KEY[=VALUE]", help="Only nodes with this label; repeatable."),
+    ] = None,
+    sort: Annotated[
+        str, typer.Option("--sort", "-s", metavar="KEY", help=f"One of {', '.join(SortKey)}.")
+    ] = SortKey.CONFIG.value,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="With --watch: redraw at most so often.")
+    ] = 1.0,
+) -> None:
+    """Every node and GPU: tunnel, memory, load, models, and why something is not well.
+
+    Looks at the running mesh, or probes once if none is running. -v adds the processes on each GPU. With --node and
+    --label the totals are those of the nodes that are shown. In --watch, keys drain, resume and reconnect a node.
+
+    \b
+    Examples:
+      gpumesh status -w
+      gpumesh status --sort free --label site=home
+      gpumesh status --json | jq '.totals.vram_free_mib'
+      gpumesh status --check --quiet || echo "look at the GPUs"
+    """
+    chosen = settings(ctx)
+    order = _sort_key(sort)
+    if watch:
+        with _ended_in_order():
+            run(_watch(chosen, node or [], label or [], order, interval, as_json=as_json))
+        return
+    state, past = _now(chosen, with_history=not as_json)
+    state = ordered(select(state, node or [], label or []), order)
+    if as_json:
+        typer.echo(json_text(_document(state), indent=2))
+    elif not (check and chosen.quiet):
+        from gpumesh.cli.views.status_table import Look, print_status
+
+        print_status(state, Look(verbose=chosen.verbose) if past is None else Look(chosen.verbose, history=past))
+    if check and (code := check_code(state)):
+        raise typer.Exit(int(code))
+
+
+def _sort_key(text: str) -> SortKey:
+    from gpumesh.errors import UsageError
+
+    try:
+        return SortKey(text)
+    except ValueError:
+        raise UsageError(f"--sort {text!r} is none of: {', '.join(SortKey)}") from None
+
+
+def check_code(state: MeshState) -> ExitCode:
+    """Whether the mesh is as it should be: 0, 3 (works, but something is wrong), 4 (no node can serve)."""
+    healths = [node.health for node in state.nodes]
+    if not any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths):
+        return ExitCode.NO_NODE
+    well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)
+    if well and all(finding.severity is Severity.INFO for finding in state.findings):
+        return ExitCode.OK
+    return ExitCode.DEGRADED
+
+
+def _now(chosen: Settings, *, with_history: bool) -> tuple[MeshState, History | None]:
+    from gpumesh.daemon.quick_status import glance, past
+    from gpumesh.mesh.history import History
+    from gpumesh.wire import from_json
+
+    socket = chosen.paths().socket
+    seen = glance(socket)
+    if seen is None:
+        return run(_probe(chosen)), None
+    kept = past(socket) if with_history else None
+    return from_json(MeshState, seen), None if kept is None else from_json(History, kept)
+
+
+async def _probe(chosen: Settings) -> MeshState:
+    async with open_session(chosen) as session:
+        if not chosen.quiet and sys.stderr.isatty():
+            typer.echo("no mesh is running: probing once …", err=True)
+        return await session.first_report(REPORT_S)
+
+
+async def _watch(
+    chosen: Settings, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
+) -> None:
+    from gpumesh.cli.views.live_table import LiveTable, Wanted
+    from gpumesh.cli.views.status_table import Look, print_status
+    from gpumesh.daemon.async_generators import closing
+
+    wanted = Wanted(names, labels, sort, chosen.verbose)
+    async with open_session(chosen) as session, closing(session.watch(interval)) as states:
+        if not as_json and sys.stdout.isatty() and not environment.dumb_terminal():
+            await LiveTable(session, wanted, footer="Ctrl-C leaves").run(states)
+            return
+        async for state in states:
+            if as_json:
+                typer.echo(json_text(_document(wanted.of(state))))
+            else:
+                print_status(wanted.of(state), Look(verbose=chosen.verbose))
+            sys.stdout.flush()
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that the terminal is as it was, and then end the process as ever."""
+    asked: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked:
+            os.kill(os.getpid(), asked[0])
+
+
+def _document(state: MeshState) -> dict[str, object]:
+    from gpumesh.wire import status_json
+
+    return status_json(state)

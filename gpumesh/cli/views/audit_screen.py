@@ -1,0 +1,110 @@
+"""`audit` on the screen: a table where there is room for six columns, else the same as a list; then the drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from gpumesh.cli.text import UNKNOWN, clean_line
+from gpumesh.cli.views import tables
+from gpumesh.cli.views.audit_rows import AS_EXPECTED, ROUTE, SERVER, Branch, Row
+
+TABLE_FROM = 110
+TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
+
+
+def print_comparison(rows: Sequence[Row]) -> None:
+    out = tables.console()
+    tables.print_plain(out, _table(rows) if out.width >= TABLE_FROM else _list(rows))
+
+
+def print_drawing(branches: Sequence[Branch]) -> None:
+    out = tables.console()
+    for branch in branches:
+        mark = Text("●", "green") if branch.there else Text("✗", "red")
+        title = Text(clean_line(branch.title), "bold")
+        if branch.remark:
+            title.append(f"  {branch.remark}", "not bold yellow")
+        head = Table.grid(padding=(0, 1))
+        head.add_row(mark, title)
+        tables.print_plain(out, head)
+        tables.print_plain(out, _below(branch))
+
+
+def _below(branch: Branch) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    last = max((place for place, twig in enumerate(branch.twigs) if twig.node), default=0)
+    for place, twig in enumerate(branch.twigs):
+        sign = " " if place > last else "│" if not twig.node else "└" if place == last else "├"
+        way = Text(clean_line(twig.way), "dim" if twig.dim else "")
+        if twig.remark:
+            way.append(f"  {clean_line(twig.remark, 200)}", "cyan" if not twig.dim else "dim")
+        table.add_row(sign, Text(clean_line(twig.node, 24), "bold"), way)
+    return table
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = tables.new_table()
+    for title in TITLES:
+        table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
+    last = None
+    for row in rows:
+        table.add_row(
+            Text(clean_line(row.node, 40) if row.node != last else "", "bold"),
+            *(Text(clean_line(text, 400)) for text in (row.what, row.expected, row.found)),
+            Text(clean_line(row.verdict), _style(row)),
+            Text(clean_line(row.todo or "", 400), "dim"),
+        )
+        last = row.node
+    return table
+
+
+def _list(rows: Sequence[Row]) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    last = None
+    for row in rows:
+        if row.node != last:
+            table.add_row(Text(""), Text(clean_line(row.node, 60), "bold"))
+        last = row.node
+        table.add_row(_mark(row), Text.assemble(*_said(row)))
+    return table
+
+
+def _said(row: Row) -> Iterator[tuple[str, str]]:
+    expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
+    yield f"{clean_line(row.what, 40)}: ", ""
+    if row.expected == UNKNOWN:
+        yield found, ""
+    elif row.found == UNKNOWN:
+        yield expected, ""
+    elif row.verdict == AS_EXPECTED:
+        yield expected, ""
+        if row.found != row.expected:
+            yield f" ({found})", "dim"
+    elif row.what in (ROUTE, SERVER):
+        yield f"{expected}: {found}", ""
+    else:
+        yield f"expected {expected}, found {found}", ""
+    if row.verdict not in (AS_EXPECTED, row.what):
+        yield f" [{clean_line(row.verdict)}]", _style(row)
+    if row.todo:
+        yield f"\n→ {clean_line(row.todo, 400)}", "dim"
+
+
+def _mark(row: Row) -> Text:
+    if row.severity is not None:
+        return Text(*tables.SEVERITIES[row.severity])
+    return Text("●", "green") if row.verdict == AS_EXPECTED else Text("?", "dim")
+
+
+def _style(row: Row) -> str:
+    if row.severity is not None:
+        return tables.SEVERITIES[row.severity][1]
+    return "green" if row.verdict == AS_EXPECTED else "dim"

@@ -1,0 +1,58 @@
+"""A story told line by line above a table that lives: what `demo` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.text import Text
+
+from gpumesh.cli.text import clean_text
+from gpumesh.cli.views.status_table import Look, status_view
+from gpumesh.cli.views.tables import console, print_plain
+from gpumesh.state import MeshState
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+
+class Scene:
+    """Without a terminal only what is told, and the table where ``picture`` asks for it."""
+
+    def __init__(self) -> None:
+        self._out = console()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Scene:
+        from rich.live import Live
+
+        if self._out.is_terminal:
+            self._live = Live(console=self._out, auto_refresh=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def update(self, state: MeshState) -> None:
+        if self._live is not None:
+            size = self._out.size
+            view = status_view(state, size.width, Look(height=max(size.height - 4, 8)))
+            self._live.update(Group(Text(""), view), refresh=True)
+
+    def picture(self, state: MeshState) -> None:
+        if self._live is None:
+            print_plain(self._out, status_view(state, self._out.width, Look()))
+            self._out.file.flush()
+        else:
+            self.update(state)
+
+    def say(self, text: str, style: str = "") -> None:
+        line = Text(clean_text(text), style=style)
+        if self._live is not None:
+            self._live.console.print(line)
+        else:
+            print_plain(self._out, line)
+            self._out.file.flush()

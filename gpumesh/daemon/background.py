@@ -1,0 +1,153 @@
+"""Sends a mesh to the background, and ends one that is there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from gpumesh.daemon import leftovers, messages
+from gpumesh.daemon.lock import LockWatch
+from gpumesh.daemon.mesh_process import UpOptions
+from gpumesh.daemon.paths import MeshPaths
+from gpumesh.daemon.remote_session import RemoteSession
+from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.state import MeshState
+
+READY_S = 20.0
+CLOSE_S = 10.0  # for closing tunnels and ending workers, after what was in flight ended
+POLL_S = 0.02
+
+
+def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> int:
+    """Starts the background process and returns its pid once its gateway and its control socket listen.
+
+    Raises what the process says is wrong (a ConfigError's text, MeshAlreadyRunning, a port that is taken), or
+    GPUMeshError when it ends or says nothing for ``ready_s``; then nothing is left running.
+    """
+    paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", 0) as ready, paths.errors.open("wb") as errors:
+        try:
+            process = subprocess.Popen(
+                _command(paths.config, options, writer),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=(writer,),  # with our whole environment: it is the mesh, and reads its secrets from there
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            told = _line(ready.fileno(), ready_s)
+            if isinstance(told, messages.Error):
+                raise messages.from_error(told)
+            if told is None:
+                raise _no_answer(process, paths, ready_s)
+        except BaseException:
+            _end(process)
+            raise
+    process.returncode = 0  # it is nobody's child to wait for any more: no warning when this object goes
+    return process.pid
+
+
+def _command(config: Path, options: UpOptions, ready: int) -> list[str]:
+    # -P: a folder named gpumesh, or a yaml.py, where the user happens to be is not ours.
+    command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready)]
+    if not options.gateway:
+        command.append("--no-gateway")
+    if options.listen is not None:
+        command.append(f"--listen={options.listen}")
+    return command + [f"--node={name}" for name in options.nodes]
+
+
+def _line(descriptor: int, timeout_s: float) -> messages.Reply | None:
+    """The one message on the pipe; ``None`` when it ends without one or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    data = b""
+    while not data.endswith(b"\n"):
+        readable, _, _ = select.select([descriptor], [], [], max(deadline - time.monotonic(), 0.0))
+        piece = os.read(descriptor, 65536) if readable else b""
+        if not piece:
+            return None
+        data += piece
+    return messages.decode_reply(data)
+
+
+def _no_answer(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    if process.returncode is None:
+        return GPUMeshError(f"the background mesh said nothing for {timeout_s:.0f} s", hint=f"its log is {paths.log}")
+    lines = paths.errors.read_text("utf-8", "replace").strip().splitlines()
+    last = f": {lines[-1]}" if lines else ""
+    return GPUMeshError(
+        f"the background mesh ended at once, with status {process.returncode}{last}",
+        hint=f"its log is {paths.log}; `gpumesh up` without -d shows more",
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+async def take_down(
+    paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_S
+) -> bool:
+    """Drains and stops the mesh, and returns when its process is gone and nothing of it is left. True: in order;
+    False: it did not end by itself and was killed.
+
+    Raises MeshNotRunning.
+    """
+    watch = LockWatch.open(paths)
+    if watch is None:
+        raise MeshNotRunning("no mesh is running for this configuration", hint="")
+    with watch:
+        if watch.sweep(paths):
+            leftovers.sweep()
+            raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint="")
+        pid = watch.pid
+        try:
+            async with asyncio.timeout(drain_s + close_s):
+                if not await _ask_down(paths, drain_s, on_state) and pid is not None and watch.held:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+                await _gone(watch)
+        except TimeoutError:
+            if pid is not None and watch.held:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await _gone(watch)
+            watch.sweep(paths)
+            leftovers.sweep()
+            return False
+        watch.sweep(paths)
+        return True
+
+
+async def _gone(watch: LockWatch) -> None:
+    while watch.held:  # noqa: ASYNC110  # another process ends: there is no event to wait for
+        await asyncio.sleep(POLL_S)
+
+
+async def _ask_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
+    """False when nobody listens there: it is closing already, or starts just now, or its socket was taken away."""
+    try:
+        async for state in RemoteSession(paths.socket).down(drain_s):
+            on_state(state)
+    except MeshNotRunning:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""Routes that are about the whole fleet: answered here, from every node's own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from gpumesh import __version__
+from gpumesh.backends.base import HttpCall
+from gpumesh.balancer.base import Demand
+from gpumesh.errors import GPUMeshError
+from gpumesh.gateway import merged_lists
+from gpumesh.gateway.http.exchange import Request
+from gpumesh.gateway.http.replies import Reply, json_reply
+from gpumesh.gateway.http.server import Server
+from gpumesh.gateway.model_requests import OLLAMA_ONLY
+from gpumesh.gateway.observe import exposition, gauges
+from gpumesh.gateway.observe.metrics import Metrics
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.state import BackendPhase
+from gpumesh.topology import BackendKind
+from gpumesh.versions import oldest
+from gpumesh.wire import status_json
+
+LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged list
+LIST_BYTES = 8 << 20  # as is one whose list is longer: the probes do not read it either
+
+
+class Fleet:
+    def __init__(self, mesh: Mesh, metrics: Metrics, server: Server) -> None:
+        self._mesh = mesh
+        self._metrics = metrics
+        self._server = server
+
+    async def root(self, _request: Request) -> Reply:
+        return Reply(b"Ollama is running", content_type="text/plain; charset=utf-8")
+
+    async def healthz(self, _request: Request) -> Reply:
+        """200 while any node can serve: for those who ask whether to send requests here."""
+        usable = self._mesh.usable()
+        document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
+        return _json(document, status=200 if usable else 503)
+
+    async def status(self, _request: Request) -> Reply:
+        return _json(status_json(self._mesh.snapshot()))
+
+    async def metrics(self, _request: Request) -> Reply:
+        families = [
+            *gauges.of_state(self._mesh.snapshot(), self._mesh.attempts),
+            *gauges.of_server(self._server.connections, self._server.turned_away, self._server.made_room),
+            *self._metrics.families(),
+            *gauges.process(),
+        ]
+        return Reply(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
+
+    async def version(self, _request: Request) -> Reply:
+        """The oldest version of all nodes: what a client may rely on, whichever node answers."""
+        versions = [
+            node.backend.version
+            for node in self._mesh.snapshot().nodes
+            if node.backend.kind == BackendKind.OLLAMA
+            and node.backend.state is BackendPhase.UP
+            and node.backend.version is not None
+        ]
+        return _json({"version": oldest(versions) or __version__})
+
+    async def tags(self, _request: Request) -> Reply:
+        union = merged_lists.Union(merged_lists.TAGS, latest=merged_lists.latest(datetime.now(UTC)))
+        return await self._merged(union, "/api/tags", OLLAMA_ONLY)
+
+    async def ps(self, _request: Request) -> Reply:
+        return await self._merged(merged_lists.Union(merged_lists.LOADED), "/api/ps", OLLAMA_ONLY)
+
+    async def openai_models(self, _request: Request) -> Reply:
+        return await self._merged(merged_lists.Union(merged_lists.OPENAI), "/v1/models", frozenset(BackendKind))
+
+    async def _merged(self, union: merged_lists.Union, path: str, kinds: frozenset[BackendKind]) -> Reply:
+        for body in await self._ask_all(path, kinds):
+            for _ in union.add(body):
+                await asyncio.sleep(0)  # a list of thousands must not hold up the streams of all others
+        return json_reply(union.document())
+
+    async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
+        """The bodies of those that answered in time."""
+
+        async def ask(node: str) -> bytes | None:
+            demand = Demand(model=None, kinds=kinds, node=node, place=False)
+            calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
+            try:
+                answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
+                return await answer.read_at_most(LIST_BYTES) if answer.status == 200 else None
+            except GPUMeshError:
+                return None  # its absence from the list is what a client can be told
+
+        bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable(kinds)))
+        return [body for body in bodies if body is not None]
+
+
+def _json(document: object, *, status: int = 200) -> Reply:
+    return json_reply(json.dumps(document).encode(), status=status)

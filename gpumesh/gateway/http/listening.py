@@ -1,0 +1,84 @@
+"""Where the gateway listens: a TCP address, a Unix socket, or both."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from gpumesh.config.locate import UNIX
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
+from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener
+
+BACKLOG = 1024
+
+
+class Listening:
+    """``open`` it once; ``close`` it when no more clients are to come. ``host`` or ``path`` is given, or both."""
+
+    def __init__(self, host: str | None, port: int, path: Path | None) -> None:
+        self._host = host
+        self._port = port
+        self._path = path
+        self._unix: UnixListener | None = None
+        self._servers: list[asyncio.Server] = []
+        self.url = ""
+
+    async def open(self, connection: Callable[[], asyncio.Protocol]) -> None:
+        """``connection`` makes one for each client. Raises MeshAlreadyRunning and GPUMeshError."""
+        loop = asyncio.get_running_loop()
+        try:
+            if self._host is not None:
+                listener = self._listen_tcp(self._host)
+                host = f"[{self._host}]" if ":" in self._host else self._host
+                self.url = f"http://{host}:{listener.getsockname()[1]}"
+                self._servers.append(await loop.create_server(connection, sock=listener, backlog=BACKLOG))
+            if self._path is not None:
+                self._unix = _listen_unix(self._path)
+                self.url = self.url or f"{UNIX}{self._path}"
+                self._servers.append(await loop.create_unix_server(connection, sock=self._unix.sock, backlog=BACKLOG))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def unix_socket(self) -> str | None:
+        """The path of the Unix socket."""
+        return None if self._path is None else str(self._path)
+
+    def close(self) -> None:
+        """Connections that were accepted stay."""
+        if self._unix is not None:
+            self._unix.remove()  # while we hold it: nobody can have taken the path over
+        for server in self._servers:
+            server.close()
+        if self._unix is not None:
+            self._unix.close()
+
+    def _listen_tcp(self, host: str) -> socket.socket:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, self._port))
+        except OSError as error:
+            listener.close()
+            raise MeshAlreadyRunning(
+                f"the gateway cannot listen on {host}:{self._port}: {error.strerror}",
+                hint="another program (or another mesh) has that port; `--listen 127.0.0.1:0` takes any free one",
+            ) from error
+        return listener
+
+
+def _listen_unix(path: Path) -> UnixListener:
+    try:
+        return UnixListener(path, BACKLOG)
+    except PathInUse as error:
+        raise MeshAlreadyRunning(
+            f"the gateway cannot listen on {UNIX}{path}: {error.message}", hint=error.hint
+        ) from error
+    except OSError as error:
+        raise GPUMeshError(
+            f"the gateway cannot listen on {UNIX}{path}: {error.strerror}",
+            hint="name a path in a folder that exists and that you can write to",
+        ) from error

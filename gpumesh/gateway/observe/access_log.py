@@ -1,0 +1,131 @@
+"""The access log: one JSON object a line for each request that ended. No prompt, no answer, no header, no query.
+
+Lines are gathered and written a moment later, so that no request waits for the disk; a disk that is full costs the log
+its lines and no request its answer. The file is for its user's eyes alone, and rotated by size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gpumesh.gateway.observe.record import Record
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 0.5
+FLUSH_LINES = 500
+ROTATE_BYTES = 8 << 20
+ROTATED_FILES = 4
+LONGEST = 200  # characters of what a client names: a path, a model
+
+
+class AccessLog:
+    """``close`` writes what is left. ``now`` gives UTC."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rotate_bytes: int = ROTATE_BYTES,
+        rotated_files: int = ROTATED_FILES,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._path = path
+        self._rotate_bytes = rotate_bytes
+        self._rotated_files = rotated_files
+        self._now = now
+        self._pending: list[dict[str, object]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._file: int | None = None
+        self._size = 0
+        self._failing = False
+
+    def add(self, record: Record, *, client: str | None, request_id: str | None) -> None:
+        self._pending.append(entry(record, self._now(), client=client, request_id=request_id))
+        if len(self._pending) >= FLUSH_LINES:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        lines, self._pending = self._pending, []
+        if not lines:
+            return
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        try:
+            self._write(data)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:  # said once, not for each half second of a full disk
+                log.warning("the access log cannot be written: %s", error.strerror, extra={"event": "access-log"})
+            self._failing = True
+
+    def close(self) -> None:
+        self.flush()
+        self._close()
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            self._open()
+        if self._size and self._size + len(data) > self._rotate_bytes:
+            self._close()
+            self._rotate()
+            self._open()
+        assert self._file is not None
+        while data:
+            written = os.write(self._file, data)
+            self._size += written
+            data = data[written:]
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._file).st_size
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _rotate(self) -> None:
+        """``access.jsonl`` becomes ``access.jsonl.1``, that ``.2`` …; the oldest goes."""
+        for number in range(self._rotated_files, 0, -1):
+            older = self._path if number == 1 else self._numbered(number - 1)
+            if older.exists():
+                older.replace(self._numbered(number))
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")
+
+
+def entry(record: Record, at: datetime, *, client: str | None, request_id: str | None) -> dict[str, object]:
+    """``node`` is where the answer began; ``ttft_ms`` is of streamed answers only; ``bytes`` are the body's, those of a
+    stream with its framing."""
+    answer, demand, first = record.answer, record.demand, record.first
+    streamed = answer is not None and answer.body is None and first is not None
+    return {
+        "at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "client": client,
+        "method": record.method,
+        "path": record.path[:LONGEST],
+        "status": record.status or None,
+        "outcome": None if record.fate is None else record.fate.value,
+        "model": None if demand is None or demand.model is None else demand.model[:LONGEST],
+        "node": record.node,
+        "attempts": 0 if answer is None else answer.attempts,
+        "continuations": 0 if answer is None else answer.continuations,
+        "queue_ms": None if answer is None else round(answer.queue_ms, 1),
+        "ttft_ms": round((first - record.began) * 1000.0, 1) if streamed and first is not None else None,
+        "total_ms": round((record.ended - record.began) * 1000.0, 1),
+        "bytes": record.sent,
+        "id": request_id,
+    }

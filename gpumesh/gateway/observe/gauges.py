@@ -1,0 +1,176 @@
+"""What ``/metrics`` says of the mesh's state: nodes, tunnels, GPUs, queue. Pure but for ``process``."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gpumesh import __version__
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.gateway.observe.exposition import Family, Labels, counter, gauge
+from gpumesh.gateway.observe.metrics import OTHER
+from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
+
+MIB = float(1 << 20)
+LOADED = 32  # models of one node
+
+
+def of_state(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
+    """``attempts``: by node, how the tries there ended."""
+    yield gauge("gpumesh_build_info", "The version, as a label.", [((("version", __version__),), 1.0)])
+    yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [((), state.gateway.in_flight)])
+    yield gauge("gpumesh_queue_length", "Requests that wait for a place on a node.", [((), state.gateway.queued)])
+    yield from _nodes(state.nodes)
+    yield counter(
+        "gpumesh_attempts_total",
+        "Tries on a node by how they ended; a request that moved on has several.",
+        (
+            ((("node", node), ("outcome", outcome.value)), float(count))
+            for node, counts in attempts.items()
+            for outcome, count in counts.items()
+        ),
+    )
+    yield from _gpus(state.nodes)
+    yield gauge(
+        "gpumesh_finding",
+        "1 for each thing that is not as it should be; `gpumesh explain CODE` says more.",
+        (
+            ((("node", finding.node or ""), ("code", finding.code), ("severity", finding.severity.value)), 1.0)
+            for finding in state.findings
+        ),
+    )
+
+
+def of_server(connections: int, turned_away: int, made_room: int) -> Iterator[Family]:
+    yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
+    yield counter(
+        "gpumesh_client_connections_refused_total",
+        "Connections past what the process can hold.",
+        [((), float(turned_away))],
+    )
+    yield counter(
+        "gpumesh_client_connections_closed_for_others_total",
+        "Idle connections that were closed because others were needed.",
+        [((), float(made_room))],
+    )
+
+
+def _nodes(nodes: Iterable[NodeState]) -> Iterator[Family]:
+    nodes = tuple(nodes)
+
+    def each(name: str, text: str, values: Iterable[float | None]) -> Family:
+        return gauge(name, text, zip((_node(node) for node in nodes), values, strict=True))
+
+    serving = (Health.HEALTHY, Health.DEGRADED)
+    yield each("gpumesh_node_up", "1 if the node serves.", [float(node.health in serving) for node in nodes])
+    yield each(
+        "gpumesh_node_draining",
+        "1 if the node is given no new work.",
+        [float(node.health is Health.DRAINING) for node in nodes],
+    )
+    yield each(
+        "gpumesh_node_requests_in_flight",
+        "Requests that this node works on.",
+        [node.load.in_flight for node in nodes],
+    )
+    yield each(
+        "gpumesh_node_parallel_limit",
+        "How many requests the node truly runs at once, as far as known.",
+        [node.load.limit for node in nodes],
+    )
+    up = [float(node.tunnel.state is TunnelPhase.UP) for node in nodes]
+    yield gauge(
+        "gpumesh_tunnel_up",
+        "1 if the way to the node is open.",
+        (((*_node(node), ("transport", node.tunnel.transport)), value) for node, value in zip(nodes, up, strict=True)),
+    )
+    yield each(
+        "gpumesh_tunnel_round_trip_seconds",
+        "Round trip through the tunnel.",
+        [_scaled(node.tunnel.rtt_ms, 1e-3) for node in nodes],
+    )
+    yield counter(
+        "gpumesh_tunnel_reconnects_total",
+        "How often the tunnel was lost and opened again.",
+        ((_node(node), float(node.tunnel.reconnects)) for node in nodes),
+    )
+    yield gauge(
+        "gpumesh_backend_up",
+        "1 if the inference server answers.",
+        (((*_node(node), ("kind", node.backend.kind)), float(node.backend.state is BackendPhase.UP)) for node in nodes),
+    )
+    yield gauge(
+        "gpumesh_model_loaded_bytes",
+        "GPU memory of each model that is loaded.",
+        (
+            ((*_node(node), ("model", name)), _scaled(size, MIB))
+            for node in nodes
+            for name, size in _memory_of(node.backend.loaded)
+        ),
+    )
+
+
+def _memory_of(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
+    """By name, the largest; what is beyond ``LOADED`` counts as one: each name is a series that is kept for months."""
+    largest = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
+    for model in largest[:LOADED]:
+        yield model.name, model.size_vram_mib
+    rest = [model.size_vram_mib for model in largest[LOADED:] if model.size_vram_mib is not None]
+    if rest:
+        yield OTHER, sum(rest)
+
+
+def _gpus(nodes: Iterable[NodeState]) -> Iterator[Family]:
+    """Two nodes of one GPU both show it: sum by ``uuid``, not by node."""
+    all_of_them = [(_gpu(node, gpu), gpu) for node in nodes for gpu in node.gpus or ()]
+
+    def each(name: str, text: str, values: Iterable[float | None]) -> Family:
+        return gauge(
+            name, text, {labels: value for (labels, _), value in zip(all_of_them, values, strict=True)}.items()
+        )
+
+    gpus = [gpu for _, gpu in all_of_them]
+    yield each("gpumesh_gpu_memory_total_bytes", "GPU memory.", [_scaled(gpu.memory_total_mib, MIB) for gpu in gpus])
+    yield each(
+        "gpumesh_gpu_memory_used_bytes", "GPU memory in use.", [_scaled(gpu.memory_used_mib, MIB) for gpu in gpus]
+    )
+    yield each(
+        "gpumesh_gpu_utilization_ratio",
+        "Share of time in which any kernel ran.",
+        [_scaled(gpu.utilization_pct, 0.01) for gpu in gpus],
+    )
+    yield each("gpumesh_gpu_temperature_celsius", "GPU temperature.", [gpu.temperature_c for gpu in gpus])
+    yield each("gpumesh_gpu_power_watts", "Power draw.", [gpu.power_w for gpu in gpus])
+    yield each("gpumesh_gpu_power_limit_watts", "Power limit.", [gpu.power_limit_w for gpu in gpus])
+
+
+def process() -> Iterator[Family]:
+    """This process, by the names that Prometheus's own clients use."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    yield counter(
+        "process_cpu_seconds_total", "CPU time of the gateway's process.", [((), usage.ru_utime + usage.ru_stime)]
+    )
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield gauge("process_max_fds", "How many files it may have open.", [((), float(soft))])
+    proc = Path("/proc/self")
+    try:
+        pages = int((proc / "statm").read_text().split()[1])
+        opened = len(os.listdir(proc / "fd"))
+    except (OSError, ValueError, IndexError):
+        return  # not Linux
+    yield gauge("process_resident_memory_bytes", "Memory.", [((), float(pages * os.sysconf("SC_PAGE_SIZE")))])
+    yield gauge("process_open_fds", "Files that it has open.", [((), float(opened))])
+
+
+def _node(node: NodeState) -> Labels:
+    return (("node", node.name),)
+
+
+def _gpu(node: NodeState, gpu: GpuState) -> Labels:
+    return (("node", node.name), ("gpu", str(gpu.index)), ("uuid", gpu.uuid), ("name", gpu.name))
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else round(value * factor, 9)

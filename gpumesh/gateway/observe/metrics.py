@@ -1,0 +1,186 @@
+"""What ``/metrics`` counts of requests. ``add`` is called once for each, at its end, and costs some microseconds.
+
+No client can make this grow: a model's name becomes a label only after a node has answered for it, at most ``MODELS``
+of them, and each metric has at most ``SERIES`` series; what is beyond counts under ``other``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from gpumesh.balancer.select import full_name
+from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
+from gpumesh.gateway.observe.record import Record
+
+T = TypeVar("T")
+
+MODELS = 200
+SERIES = 5000
+NAMES = 1000  # spellings of models whose label is remembered
+OTHER = "other"
+
+# Seconds. To the first token: from a warm cache to a model of 70B that is loaded first.
+TTFT_BOUNDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
+# A token: from 400 tokens/s down to one on a CPU.
+TPOT_BOUNDS = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 1.0)
+DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+WAIT_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Histogram:
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Total:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
+class Series(Generic[T]):
+    """Values by their labels; bounded, what is beyond shares one series."""
+
+    def __init__(self, names: tuple[str, ...], new: Callable[[], T], bound: int = SERIES) -> None:
+        self._names = names
+        self._new = new
+        self._bound = bound
+        self._values: dict[tuple[str, ...], T] = {}
+
+    def __getitem__(self, labels: tuple[str, ...]) -> T:
+        value = self._values.get(labels)
+        if value is None:
+            if len(self._values) >= self._bound:
+                labels = (OTHER,) * len(self._names)
+            value = self._values.setdefault(labels, self._new())
+        return value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def items(self) -> Iterator[tuple[Labels, T]]:
+        for labels, value in self._values.items():
+            yield tuple(zip(self._names, labels, strict=True)), value
+
+
+class Metrics:
+    def __init__(self) -> None:
+        place = ("node", "model")
+        self.requests = Series(("route", "node", "model", "outcome", "code"), Total)
+        self.duration = Series(place, lambda: Histogram(DURATION_BOUNDS))
+        self.ttft = Series(place, lambda: Histogram(TTFT_BOUNDS))
+        self.tpot = Series(place, lambda: Histogram(TPOT_BOUNDS))
+        self.output_tokens = Series(place, Total)
+        self.prompt_tokens = Series(place, Total)
+        self.queue_wait = Series(("priority",), lambda: Histogram(WAIT_BOUNDS))
+        self.continuations = Series(place, Total)
+        self._models: set[str] = set()
+        self._labels: dict[str, str] = {}
+
+    def add(self, record: Record) -> None:
+        """A request that has ended."""
+        answer, demand, fate = record.answer, record.demand, record.fate
+        outcome = "" if fate is None else fate.value
+        code = str(record.status)
+        if answer is None or demand is None:
+            self.requests[record.route, "", "", outcome, code].value += 1
+            return
+        node = answer.node
+        model = self._model(demand.model, known=answer.status < 400)
+        self.requests[record.route, node, model, outcome, code].value += 1
+        if not demand.place:
+            return
+        place = (node, model)
+        self.duration[place].observe(record.ended - record.began)
+        self.queue_wait[demand.priority.value,].observe(answer.queue_ms / 1000.0)
+        if answer.continuations:
+            self.continuations[place].value += answer.continuations
+        self._tokens(record, place)
+
+    def _tokens(self, record: Record, place: tuple[str, str]) -> None:
+        answer, first = record.answer, record.first
+        assert answer is not None
+        counters = answer.counters
+        tokens = None if counters is None else counters.tokens
+        if answer.body is None and first is not None:
+            self.ttft[record.node or place[0], place[1]].observe(first - record.began)
+        if counters is None:
+            return
+        if counters.prompt_tokens:
+            self.prompt_tokens[place].value += counters.prompt_tokens
+        if not tokens:
+            return
+        self.output_tokens[place].value += tokens
+        if answer.body is None and first is not None:
+            if tokens > 1:
+                self.tpot[place].observe((record.ended - first) / (tokens - 1))
+        elif counters.eval_ms:
+            self.tpot[place].observe(counters.eval_ms / 1000.0 / tokens)
+
+    def _model(self, name: str | None, *, known: bool) -> str:
+        """The label for a model: one name however it is written, and ``other`` for what no node has answered for."""
+        if name is None:
+            return ""
+        label = self._labels.get(name)
+        if label is not None:
+            return label
+        full = full_name(name)
+        if full not in self._models:
+            if not known or len(self._models) >= MODELS:
+                return OTHER
+            self._models.add(full)
+        if len(self._labels) < NAMES:
+            self._labels[name] = full
+        return full
+
+    def families(self) -> Iterator[Family]:
+        yield counter(
+            "gpumesh_requests_total",
+            "Requests to the gateway that have ended, by how they did; code is the HTTP status (0: nothing was sent).",
+            ((labels, total.value) for labels, total in self.requests.items()),
+        )
+        yield histogram(
+            "gpumesh_request_duration_seconds",
+            "From a request's head to the end of its answer, queue included; inference only.",
+            DURATION_BOUNDS,
+            dict(self.duration.items()),
+        )
+        yield histogram(
+            "gpumesh_time_to_first_token_seconds",
+            "From a request's head to the first bytes of its streamed answer, queue included.",
+            TTFT_BOUNDS,
+            dict(self.ttft.items()),
+        )
+        yield histogram(
+            "gpumesh_time_per_output_token_seconds",
+            "Mean time of a token after the first; of an answer in one piece by the server's own clock.",
+            TPOT_BOUNDS,
+            dict(self.tpot.items()),
+        )
+        yield histogram(
+            "gpumesh_queue_wait_seconds",
+            "Time that requests waited in the gateway for a place on a node.",
+            WAIT_BOUNDS,
+            dict(self.queue_wait.items()),
+        )
+        for name, text, series in (
+            ("gpumesh_output_tokens_total", "Tokens generated, by the servers' own counters.", self.output_tokens),
+            ("gpumesh_prompt_tokens_total", "Tokens of prompts, by the servers' own counters.", self.prompt_tokens),
+            (
+                "gpumesh_continuations_total",
+                "Answers that were cut and that another node went on with.",
+                self.continuations,
+            ),
+        ):
+            yield counter(name, text, ((labels, total.value) for labels, total in series.items()))

@@ -1,0 +1,135 @@
+"""The web page at /ui: one static file, and a stream of server-sent events that it lives on.
+
+The page holds nothing of the mesh and is given to everybody; its data asks for the key, if one is set. It may change
+something (drain, resume, reconnect a node) only where a key is set: whoever can merely reach the port cannot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib import resources
+from typing import Any
+
+from gpumesh.gateway.http.exchange import Request, Stream
+from gpumesh.gateway.http.replies import Reply, json_reply
+from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.mesh.history import Recorder
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.wire import status_json, to_json
+
+STEP_S = 15.0
+STEPS = 240  # an hour
+LOOK_S = 2.5  # between two looks at the mesh, for the plots
+TELL_S = 0.5  # between two events at least; what changes meanwhile is one event
+QUIET_S = 15.0  # then a comment is sent: proxies and browsers give up a connection that says nothing
+
+_ACTIONS = ("drain", "resume", "reconnect")
+_PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
+
+
+class Page:
+    """``writable``: an API key is set, so that whoever gets here has shown it."""
+
+    def __init__(self, mesh: Mesh, *, writable: bool) -> None:
+        self._mesh = mesh
+        self._writable = writable
+        self._recorder = Recorder(step_s=STEP_S, steps=STEPS)
+        html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
+        self._html = html.encode()
+        self._closing = asyncio.Event()
+        self._policy = _policy(html)
+        self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
+
+    async def record(self) -> None:
+        """Keeps the last hour, until cancelled."""
+        while True:
+            self._recorder.add(self._mesh.snapshot())
+            await asyncio.sleep(LOOK_S)
+
+    def close(self) -> None:
+        """Ends the streams: a page that is open must not hold up the end of the mesh."""
+        self._closing.set()
+
+    async def html(self, _request: Request) -> Reply:
+        content_type = "text/html; charset=utf-8"
+        return Reply(self._html, content_type=content_type, headers=self._headers, policy=self._policy)
+
+    async def events(self, request: Request) -> Stream:
+        stream = request.stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
+        async with aclosing(self._told()) as events:
+            async for event in events:
+                stream.write(event)
+                await stream.drain()
+                if request.method == "HEAD":  # it has its whole answer
+                    break
+        stream.end()
+        return stream
+
+    async def _told(self) -> AsyncGenerator[bytes]:
+        yield _event("hello", {"writable": self._writable})
+        now = self._mesh.snapshot()
+        yield _event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
+        closing = asyncio.ensure_future(self._closing.wait())
+        changes = self._mesh.changes()
+        step: asyncio.Future[None] | None = None
+        try:
+            while not closing.done():
+                step = step or asyncio.ensure_future(anext(changes))
+                await asyncio.wait((step, closing), timeout=QUIET_S, return_when=asyncio.FIRST_COMPLETED)
+                if closing.done():
+                    return
+                if not step.done():
+                    yield b": still here\n\n"
+                    continue
+                step.result()
+                step = None
+                yield _event("status", status_json(self._mesh.snapshot()))
+                await asyncio.wait((closing,), timeout=TELL_S)
+        finally:
+            closing.cancel()
+            if step is not None:
+                step.cancel()
+                await asyncio.gather(step, return_exceptions=True)
+            if isinstance(changes, AsyncGenerator):
+                await changes.aclose()
+
+    async def act(self, request: Request) -> Reply:
+        """POST /mesh/nodes/NAME/drain, …/resume, …/reconnect."""
+        found = _PATH.fullmatch(request.path)
+        if found is None or found[2] not in _ACTIONS:
+            raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
+        if not self._writable:
+            raise BadRequest(
+                "read-only: set gateway.api_key_env in mesh.yaml to allow changes with its key", status=403
+            )
+        name, action = found[1], found[2]
+        if all(node.name != name for node in self._mesh.topology.nodes):
+            raise BadRequest(f"there is no node {name[:100]!r}", status=404)
+        if action == "drain":
+            self._mesh.drain(name)
+        elif action == "resume":
+            self._mesh.resume(name)
+        else:
+            self._mesh.tunnel(name).nudge()
+        return json_reply(json.dumps({"node": name, "done": action}).encode())
+
+
+def _event(name: str, document: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(document, separators=(',', ':'))}\n\n".encode()
+
+
+def _policy(html: str) -> str:
+    """Nothing but the page's own script runs, and nothing is loaded from or sent to anywhere else."""
+    script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )

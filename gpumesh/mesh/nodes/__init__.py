@@ -1,0 +1,1 @@
+"""One node while the mesh runs: its tunnel, its probes, what is in flight on it, and its snapshot."""

@@ -1,0 +1,263 @@
+"""One attempt on one node, up to the answer's first bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.backends.continuation.continuation import Continuation
+from gpumesh.backends.continuation.forms import generates
+from gpumesh.backends.dialects import counters_of, host_header
+from gpumesh.backends.error_text import error_text, is_page
+from gpumesh.balancer.outcomes import Outcome, judge, of_status
+from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
+from gpumesh.mesh.nodes.node import Lease
+from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
+from gpumesh.mesh.requests.slice_queue import FRAMES
+from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
+
+STREAMING = frozenset({"application/x-ndjson", "text/event-stream"})
+# A whole answer is held back until it is complete, so that one cut short can be asked of another node.
+HELD_BYTES = 32 << 20
+ERROR_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt that another node may make good. ``answer`` is the server's own error, if it gave one.
+
+    ``asked``: the server had the request when it failed. ``lease`` is the one it had, released by now; ``took_s`` from
+    sending to the end.
+    """
+
+    node: str
+    outcome: Outcome
+    error: GPUMeshError
+    answer: WholeAnswer | None = None
+    asked: bool = False
+    lease: Lease | None = None
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stream that has begun; its lease is held. ``first`` is for the client, ``unread`` what was read after it.
+    ``continuation`` is ``None`` for what is no generated text (the progress of a pull …)."""
+
+    lease: Lease
+    response: UpstreamResponse
+    continuation: Continuation | None
+    first: bytes
+    unread: bytes = b""
+
+
+async def attempt(
+    upstream: Upstream,
+    lease: Lease,
+    call: HttpCall,
+    *,
+    timeout_s: float,
+    continuation: Callable[[], Continuation] | None = None,
+    once: bool = False,
+) -> WholeAnswer | Opened | Failed:
+    """One try on the leased node. ``continuation`` gives what reads a generated stream; without it all is passed on.
+    ``once``: nothing may make the server do it twice.
+
+    The lease is released here unless the stream took it over; also when this is cancelled.
+    """
+
+    async def first_bytes(response: UpstreamResponse) -> WholeAnswer | Opened | Failed:
+        outcome = of_status(response.status, model_asked=lease.model is not None)
+        if response.problem is not None:
+            return await _not_inference(lease, response, outcome, response.problem)
+        if outcome is not Outcome.SERVED:
+            return await _refused(lease, response, outcome)
+        if response.content_type not in STREAMING and (response.content_length or 0) <= HELD_BYTES:
+            return await _held(lease, response, call)
+        if continuation is not None and generates(call.path):
+            return await _generated(lease, response, continuation())
+        return Opened(lease, response, None, await response.read())
+
+    return await _guarded(upstream, lease, call, first_bytes, timeout_s=timeout_s, once=once)
+
+
+async def ask(upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: float) -> tuple[int, bytes] | Failed:
+    """A short question on the side: status and body. The lease stays held, unless the node failed it.
+
+    A node that only takes too long has not failed: it gives no answer, status 0.
+    """
+
+    async def whole(response: UpstreamResponse) -> tuple[int, bytes] | Failed:
+        outcome = of_status(response.status, model_asked=lease.model is not None)
+        if judge(outcome).move_on:
+            return _failed(lease, outcome, _status_error(lease, response, b""))
+        if response.problem is not None:
+            response.abort()
+            return 502, b""
+        return response.status, await _whole(response, ERROR_BYTES) or b""
+
+    return await _guarded(upstream, lease, call, whole, timeout_s=timeout_s, late=(0, b""))
+
+
+async def _guarded(
+    upstream: Upstream,
+    lease: Lease,
+    call: HttpCall,
+    then: Callable[[UpstreamResponse], Awaitable[T | Failed]],
+    *,
+    timeout_s: float,
+    late: T | None = None,
+    once: bool = False,
+) -> T | Failed:
+    """Sends and does ``then`` with the answer. Whatever goes wrong, the connection is closed, so that the server stops
+    too, and the lease is released; except for the time-out, if there is a result for it."""
+    node = lease.node
+    loop = asyncio.get_running_loop()
+    response: UpstreamResponse | None = None
+    began = loop.time()
+    if lease.aborted:  # while it was held for something else
+        return _lost(lease)
+    try:
+        async with asyncio.timeout(timeout_s) as scope:
+            lease.on_abort(lambda: scope.reschedule(loop.time()))
+            headers, name = _headers(lease, call), _server_name(lease)
+            response = await upstream.request(node.base_url, call, headers, node=node.name, server_name=name, once=once)
+            result = await then(response)
+            lease.on_abort(response.abort)
+            return replace(result, took_s=loop.time() - began) if isinstance(result, Failed) else result
+    except TimeoutError:
+        if response is not None:
+            response.abort()
+        if lease.aborted:
+            return replace(_lost(lease), asked=True)
+        if late is not None:
+            return late
+        return _failed(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
+    except BackendUnreachable as error:
+        took_s = loop.time() - began
+        return replace(_failed(lease, Outcome.UNREACHABLE, error), asked=error.asked, took_s=took_s)
+    except StreamCut as error:
+        return replace(_failed(lease, Outcome.CUT, error), asked=True, took_s=loop.time() - began)
+    except BaseException:
+        if response is not None:
+            response.abort()
+        lease.release(Outcome.CLIENT_GONE)
+        raise
+
+
+def _failed(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> Failed:
+    lease.release(outcome, error=str(error))
+    # Its frames hold the request, which holds it: the body would have to wait for the garbage collector.
+    error.__traceback__ = None
+    return Failed(lease.node.name, outcome, error, answer, asked=answer is not None, lease=lease)
+
+
+def _lost(lease: Lease) -> Failed:
+    error = BackendUnreachable("the way to it was lost", node=lease.node.name)
+    return _failed(lease, Outcome.UNREACHABLE, error)
+
+
+async def _refused(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | Failed:
+    """A status that is an error: the node's, or the client's own."""
+    node = lease.node
+    body = await _whole(response, ERROR_BYTES) or b""
+    answer = WholeAnswer(node.name, node.kind, response.status, response.headers, body)
+    if judge(outcome).move_on:
+        return _failed(lease, outcome, _status_error(lease, response, body), answer)
+    lease.release(outcome)
+    return answer
+
+
+async def _not_inference(
+    lease: Lease, response: UpstreamResponse, outcome: Outcome, problem: str
+) -> WholeAnswer | Failed:
+    """The answer of something else than an inference server: the page of a proxy, of a login, of a hostile host.
+    Nothing of its body is for a client. An error's status stands; a success is none, and becomes a 502."""
+    node, status = lease.node, response.status
+    if not 400 <= status < 600:
+        response.abort()  # it may be of any length
+        outcome, status = Outcome.SERVER_ERROR, 502
+    else:
+        body = await _whole(response, ERROR_BYTES) or b""
+        problem = error_text(status, body) if is_page(body) else problem
+    answer = error_answer(node.name, node.kind, status, response.headers, problem)
+    if judge(outcome).move_on:
+        return _failed(lease, outcome, BackendStatus(problem, status=status, node=node.name), answer)
+    lease.release(outcome)
+    return answer
+
+
+def _status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> BackendStatus:
+    return BackendStatus(f"it answered {response.status}", status=response.status, body=body, node=lease.node.name)
+
+
+async def _held(lease: Lease, response: UpstreamResponse, call: HttpCall) -> WholeAnswer | Failed:
+    node = lease.node
+    body = await _whole(response, HELD_BYTES)
+    if body is None:
+        return _failed(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
+    counters = counters_of(body) if generates(call.path) else None
+    if counters is not None and counters.tokens:
+        node.meter.add(min(counters.tokens, len(body)))  # a token that came is a byte at least
+    lease.release(Outcome.SERVED, counters=counters)
+    return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
+
+
+async def _generated(lease: Lease, response: UpstreamResponse, continuation: Continuation) -> Opened | Failed:
+    """Up to the first whole frame: until then the client has nothing, and another node can be asked anew."""
+    node = lease.node
+    unread = b""
+    while True:
+        if unread:
+            await response.turn()
+        data = unread or await response.read()
+        data, unread = data[:FRAMES], data[FRAMES:]
+        first = continuation.feed(data) if data else continuation.end_of_body()
+        if first:
+            lease.began()
+            return Opened(lease, response, continuation, first, unread)
+        if continuation.cut is not None:
+            response.abort()
+            message = continuation.cut
+            answer = WholeAnswer(node.name, node.kind, 500, response.headers, continuation.error_frame(message))
+            error = BackendStatus(f"it answered with an error: {message}", status=500, body=data, node=node.name)
+            return _failed(lease, Outcome.SERVER_ERROR, error, answer)
+        if not data:
+            words = "the answer ended before its first frame"
+            return replace(_failed(lease, Outcome.CUT, StreamCut(words, node=node.name)), asked=True)
+
+
+async def _whole(response: UpstreamResponse, limit: int) -> bytes | None:
+    """The body to its end; ``None`` when it is longer than ``limit``, and then the rest is not read."""
+    pieces: list[bytes] = []
+    size = 0
+    while data := await response.read():
+        size += len(data)
+        if size > limit:
+            response.abort()
+            return None
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+def _headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
+    target = lease.node.target
+    headers = [*call.headers]
+    if target is not None:
+        headers.append(("Host", host_header(target)))
+    key = lease.node.api_key()
+    if key is not None:
+        headers = [pair for pair in headers if pair[0].lower() not in ("authorization", "x-api-key")]
+        headers.append(("Authorization", f"Bearer {key}"))
+    return headers
+
+
+def _server_name(lease: Lease) -> str | None:
+    """For TLS through a tunnel: the certificate names the host's own name, not our end of the tunnel."""
+    target = lease.node.target
+    return target.host if target is not None and target.scheme == "https" else None

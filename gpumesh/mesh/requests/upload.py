@@ -1,0 +1,71 @@
+"""A body that is too large to hold, on its way to one node: read once, so there is one attempt and no failover.
+
+On httpx, which streams request bodies; the hot path's client (upstream.py) has no use for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable
+
+import httpx
+
+from gpumesh.backends.answer_head import read_head
+from gpumesh.backends.dialects import host_header
+from gpumesh.backends.error_text import error_text, is_page
+from gpumesh.balancer.outcomes import Outcome, of_status
+from gpumesh.errors import BackendUnreachable, DeadlineExceeded
+from gpumesh.mesh.nodes.node import Lease
+from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
+
+ANSWER_BYTES = 1 << 20
+
+
+async def upload(
+    http: httpx.AsyncClient, lease: Lease, path: str, body: AsyncIterable[bytes], *, timeout_s: float
+) -> WholeAnswer:
+    """Posts it and releases the lease. Raises BackendUnreachable and DeadlineExceeded."""
+    node, loop = lease.node, asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s) as scope:
+            lease.on_abort(lambda: scope.reschedule(loop.time()))
+            limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
+            async with http.stream(
+                "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
+            ) as response:
+                received = bytearray()
+                async for piece in response.aiter_raw():  # as it came: a little that is packed can be gigabytes
+                    received += piece[: ANSWER_BYTES - len(received)]
+                    if len(received) == ANSWER_BYTES:
+                        break  # it may have no end
+    except TimeoutError:
+        if lease.aborted:
+            lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
+            raise BackendUnreachable("the way to it was lost", node=node.name) from None
+        lease.release(Outcome.DEADLINE)
+        raise DeadlineExceeded(f"not done within {timeout_s:.0f} s", node=node.name) from None
+    except httpx.HTTPError as error:
+        words = f"the upload broke off: {error or type(error).__name__}"
+        lease.release(Outcome.UNREACHABLE, error=words)
+        raise BackendUnreachable(words, node=node.name) from error
+    except BaseException:
+        lease.release(Outcome.CLIENT_GONE)
+        raise
+    status, said = response.status_code, bytes(received)
+    head = read_head(status, response.headers.raw, empty=not said)
+    if head.problem is not None and not 400 <= status < 600:
+        lease.release(Outcome.SERVER_ERROR, error=head.problem)
+        return error_answer(node.name, node.kind, 502, head.headers, head.problem)
+    lease.release(of_status(status, model_asked=False))
+    if head.problem is not None:
+        problem = error_text(status, said) if is_page(said) else head.problem
+        return error_answer(node.name, node.kind, status, head.headers, problem)
+    return WholeAnswer(node.name, node.kind, status, head.headers, said)
+
+
+def _headers(lease: Lease) -> dict[str, str]:
+    headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
+    if lease.node.target is not None:
+        headers["Host"] = host_header(lease.node.target)
+    key = lease.node.api_key()
+    return headers if key is None else {**headers, "Authorization": f"Bearer {key}"}

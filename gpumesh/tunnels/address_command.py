@@ -1,0 +1,101 @@
+"""``address_from``: where a node is today, from a user's command (a pod's address changes on each restart)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+from gpumesh import quoting
+from gpumesh.errors import HostUnresolved
+from gpumesh.topology import AddressCommand
+from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
+
+_LIMIT = 64 * 1024
+# Letters, digits, dots, hyphens, underscores, and colons or a zone for IPv6; never a hyphen first, which a program
+# could take for an option.
+_HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
+_BRACKETED = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
+
+
+def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
+    """``host port``, ``host:port``, ``[v6]:port``, ``host`` alone, or JSON with ``host`` and ``port``.
+
+    Raises ``ValueError`` with a sentence that says what is wrong; it never repeats more than 80 characters.
+    """
+    text = text.strip()
+    if not text:
+        raise ValueError("it printed nothing")
+    if text.startswith("{"):
+        host, port = _from_json(text)
+    else:
+        host, port = _from_words(text)
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{host[:80]!r} is not a host name or address")
+    number = default_port if port is None else port
+    if not 1 <= number <= 65535:
+        raise ValueError(f"port {number} is not between 1 and 65535")
+    return host, number
+
+
+def _from_json(text: str) -> tuple[str, int | None]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it printed something like JSON that cannot be read") from error
+    if not isinstance(document, dict) or not isinstance(document.get("host"), str) or not document["host"]:
+        raise ValueError("its JSON has no `host` yet")
+    if "port" not in document:
+        return document["host"], None
+    port = document["port"]
+    if isinstance(port, str) and re.fullmatch(r"\d{1,5}", port):
+        port = int(port)
+    if not isinstance(port, int) or isinstance(port, bool):
+        raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - what the host said is wrong, not our call
+    return document["host"], port
+
+
+def _from_words(text: str) -> tuple[str, int | None]:
+    words = text.split()
+    if len(words) == 2:
+        host, port = words
+        if not re.fullmatch(r"\d{1,5}", port):
+            raise ValueError(f"{port[:80]!r} is not a port")
+        return host.strip("[]"), int(port)
+    if len(words) != 1:
+        raise ValueError(f"expected `host port`, got {len(words)} words")
+    if match := _BRACKETED.fullmatch(text):
+        return match[1], int(match[2]) if match[2] else None
+    host, colon, port = text.partition(":")
+    if not colon or ":" in port:  # no port, or an IPv6 address
+        return text, None
+    if not re.fullmatch(r"\d{1,5}", port):
+        raise ValueError(f"{port[:80]!r} is not a port")
+    return host, int(port)
+
+
+async def ask_address(command: AddressCommand, *, default_port: int, node: str) -> tuple[str, int]:
+    """Runs the command (an argument list: no shell) and reads what it prints.
+
+    Raises HostUnresolved, which is retried, when it fails, takes longer than its ``timeout_s`` or prints no address.
+    The command and all it started are ended on every path.
+    """
+    name = command.command[0]
+    by_hand = quoting.command("{COMMAND}", COMMAND=name)
+    hint = f"run {by_hand} by hand: it must print `host port`, or JSON with host and port, and exit 0"
+    try:
+        async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
+            printed, _cut = await read_at_most(process.stdout, _LIMIT)
+            status = await process.wait()
+    except TimeoutError as error:
+        message = f"address_from: {name!r} did not answer within {command.timeout_s:g} s"
+        raise HostUnresolved(message, hint=hint, node=node) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds a NUL"
+        raise HostUnresolved(f"address_from: cannot run {name!r}: {reason}", hint=hint, node=node) from error
+    if status != 0:
+        raise HostUnresolved(f"address_from: {name!r} failed with exit status {status}", hint=hint, node=node)
+    try:
+        return parse_address(printed.decode("utf-8", "replace"), default_port=default_port)
+    except ValueError as error:
+        raise HostUnresolved(f"address_from: {name!r}: {error}", hint=hint, node=node) from error

@@ -1,0 +1,1 @@
+"""Nodes without SSH: their URLs are used as they are."""

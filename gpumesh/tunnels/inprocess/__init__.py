@@ -1,0 +1,1 @@
+"""Transport ``sshtunnel``: paramiko in the worker's own process."""

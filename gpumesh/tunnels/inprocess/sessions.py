@@ -1,0 +1,158 @@
+"""Commands on a host: a session channel of a paramiko transport, read from asyncio without a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import paramiko
+from paramiko.common import cMSG_CHANNEL_REQUEST
+
+from gpumesh.errors import ExecError
+from gpumesh.tunnels import blocking
+from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.remote_command import ANSWER, killable
+
+PIECE = 32 * 1024
+OPEN_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 1.0
+TEST_TIMEOUT_S = 3.0
+CUT_S = 0.5  # for a connection that is ending to end
+
+
+async def run(transport: paramiko.Transport, command: str, *, posix: bool) -> RemoteProcess:
+    """Starts ``command`` on the host; ``posix``: under a shell that ends it with its session (remote_command.py).
+
+    Raises ``ExecError``: no session, or no answer in time.
+    """
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            channel = await blocking.call(_open, transport, killable(command) if posix else command, has_input=posix)
+    except TimeoutError as error:
+        raise ExecError("the host does not start the command") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise ExecError(
+            "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
+        ) from error
+    return RemoteProcess(channel, watched=posix)
+
+
+async def is_posix(test: paramiko.Channel | None) -> bool:
+    """Whether the host has a POSIX shell, by its answer to ``SHELL_TEST``, which runs in ``test``."""
+    if test is None:
+        return False
+    process, said = RemoteProcess(test), b""
+    try:
+        with contextlib.suppress(TimeoutError, OSError, ExecError):
+            async with asyncio.timeout(TEST_TIMEOUT_S):
+                while len(said) < PIECE and (piece := await process.read()) is not None:
+                    said += piece[1]
+    finally:
+        await process.kill()
+    return ANSWER in said.splitlines()  # a host may greet first, whoever it is that comes
+
+
+def _open(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
+    channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
+    try:
+        channel.settimeout(OPEN_TIMEOUT_S)
+        channel.exec_command(command)
+        if not has_input:
+            _end_input(channel)  # it must not wait for an input that never comes
+        channel.settimeout(0.0)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _end_input(channel: Any) -> None:
+    with channel.lock:
+        message = channel._send_eof()
+    if message is not None:
+        _send_while_open(channel, message)
+
+
+def _send_while_open(channel: Any, message: paramiko.Message) -> None:
+    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when something comes for a
+    channel after our close of it.
+
+    paramiko's thread answers the host's close by itself, at any moment; but it marks the channel first, and needs this
+    lock to send. So what is sent under the lock while there is no mark comes before the close. (paramiko's own
+    ``shutdown_write`` looks for the mark, lets go, and sends.)
+    """
+    transport = channel.transport
+    while transport.active:
+        transport.clear_to_send.wait(0.1)  # while keys are exchanged nothing may be sent
+        with transport.clear_to_send_lock:
+            if channel.closed:
+                return
+            if transport.clear_to_send.is_set():
+                transport._send_message(message)
+                return
+
+
+class RemoteProcess:
+    """See ``connection.RemoteCommand``. paramiko makes a pipe readable while there is output or an end to read."""
+
+    def __init__(self, channel: paramiko.Channel, *, watched: bool = False) -> None:
+        self._channel = channel
+        self._watched = watched
+        self._fd = channel.fileno()
+
+    @property
+    def exit_status(self) -> int | None:
+        return self._channel.exit_status if self._channel.exit_status >= 0 else None
+
+    async def read(self) -> tuple[Stream, bytes] | None:
+        channel = self._channel
+        while True:
+            ended = bool(channel.eof_received) or channel.closed  # asked before the buffers: nothing comes after it
+            if channel.recv_ready():
+                return Stream.STDOUT, channel.recv(PIECE)
+            if channel.recv_stderr_ready():
+                return Stream.STDERR, channel.recv_stderr(PIECE)
+            if ended:
+                # The exit status comes between the end of output and the channel's close, or never.
+                await blocking.call(channel.status_event.wait)
+                await self._ensure_not_cut()
+                return None
+            await self._readable()
+
+    async def kill(self) -> None:
+        if self._channel.closed:
+            self._channel.close()  # its pipe, which paramiko keeps open for whoever might still look
+            return
+        with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await blocking.call(self._channel.close if self._watched else self._signal_and_close)
+
+    async def _ensure_not_cut(self) -> None:
+        """A channel that ends without a word may have been closed by the host, or have ended with its connection."""
+        transport = self._channel.get_transport()
+        if self._channel.exit_status < 0 and not self._channel.eof_received:
+            await blocking.call(transport.join, CUT_S)
+            if not transport.is_active():
+                raise ExecError("the connection broke")
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._fd, lambda: None if ready.done() else ready.set_result(None))
+        try:
+            await ready
+        finally:
+            loop.remove_reader(self._fd)
+
+    def _signal_and_close(self) -> None:
+        """sshd passes the signal on (since OpenSSH 7.9, not for root); elsewhere the command finds its output closed.
+        Not for a watched command: the signal would end the watcher."""
+        message = paramiko.Message()
+        message.add_byte(cMSG_CHANNEL_REQUEST)
+        message.add_int(self._channel.remote_chanid)
+        message.add_string("signal")
+        message.add_boolean(False)
+        message.add_string("KILL")
+        _send_while_open(self._channel, message)
+        self._channel.close()

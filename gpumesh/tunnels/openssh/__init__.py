@@ -1,0 +1,1 @@
+"""Transport ``openssh``: the system's ``ssh`` as a child of the worker."""

@@ -1,0 +1,266 @@
+"""`gpumesh init` by the installed command: from a provider's line to the first answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpumesh.cli.commands import init
+from gpumesh.errors import UsageError
+from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
+from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.terminals import terminal
+from tests.parts import needs
+from tests.real.command import Gpumesh
+from tests.tunnels.sshd import Sshd
+
+slow = pytest.mark.slow
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    init._write(file, "a: 1\n", force=False)
+    assert file.read_text() == "a: 1\n"
+    with pytest.raises(UsageError, match="is there already"):
+        init._write(file, "b: 2\n", force=False)
+    init._write(file, "c: 3\n", force=True)
+    assert file.read_text() == "c: 3\n"
+    assert os.listdir(tmp_path) == ["mesh.yaml"]
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_written_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    with pytest.raises(UnicodeEncodeError):
+        init._write(file, "a: \ud800\n" * 10_000, force=False)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(UsageError, match="cannot write"):
+        init._write(tmp_path / "nowhere" / "mesh.yaml", "", force=False)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def pod(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+    """One host with two GPUs that nobody has a mesh.yaml of, and an empty known_hosts."""
+    async with simulated(gpumesh, quick("pod", gpus=2, models=(EMBEDDER, QWEN_7B))) as made:
+        gpumesh.config.unlink()
+        yield made
+
+
+def line(pod: Simulated, *, port: int | None = None) -> str:
+    return f"ssh root@127.0.0.1 -p {port or pod.hosts['pod'].ssh_port} -i {pod.ssh['identity_file']}"
+
+
+@slow
+async def test_from_a_providers_line_to_the_first_answer(pod: Simulated) -> None:
+    gpumesh = pod.gpumesh
+    ended = await gpumesh("init", "--from", f"mine={line(pod)} -L 8080:localhost:11434", "--yes")
+    assert ended.out.endswith("wrote mesh.yaml; try it: gpumesh run 'Hello'\n")
+    assert f"mine: ollama 0.12.6-lab on port 11434, 2 x {GPU_4090}, 2 models" in ended.err
+    file = gpumesh.home / "mesh.yaml"
+    text = file.read_text()
+    assert "#" in text
+    document = yaml.safe_load(text)
+    (node,) = document["nodes"]
+    assert document["gateway"]["default_model"] == "qwen2.5:7b", "not the one that only embeds"
+    assert node["backend"] == {"kind": "ollama", "port": 11434}
+    assert node["expect"] == {
+        "hostname": pod.hosts["pod"].profile.hostname,
+        "gpus": 2,
+        "gpu": GPU_4090,
+        "vram_mib": 24564,
+        "models": ["nomic-embed-text:latest", "qwen2.5:7b"],
+    }
+    assert "[127.0.0.1]:" in (gpumesh.home / ".ssh" / "known_hosts").read_text()
+    answer = await gpumesh("run", "-c", str(file), "Hello", "-o", "num_predict=2")
+    assert answer.out.strip()
+    assert (await gpumesh("audit", "-c", str(file), code=None)).code in (0, 3)
+
+    before = file.read_text()
+    ended = await gpumesh("init", "--from", line(pod), "--yes", code=2)
+    assert "mesh.yaml is there already" in ended.err
+    assert file.read_text() == before
+    await gpumesh("init", "--from", line(pod), "--yes", "--force", "-q")
+    assert file.read_text() != before
+
+
+@slow
+async def test_a_host_that_is_away_is_written_down_with_the_reason(pod: Simulated) -> None:
+    ended = await pod.gpumesh("init", "--from", line(pod), "--from", f"off={line(pod, port=9)}", "-y", code=3)
+    assert "off: nothing listens on" in ended.err
+    text = (pod.gpumesh.home / "mesh.yaml").read_text()
+    assert "# not seen when this was written: nothing listens on" in text
+    assert [node["name"] for node in yaml.safe_load(text)["nodes"]] == ["host-127-0-0-1", "off"]
+    ended = await pod.gpumesh("config", "check", "-c", str(pod.gpumesh.home / "mesh.yaml"))
+    assert "is valid: 2 nodes" in ended.out
+
+
+@slow
+async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: Simulated) -> None:
+    ended = await pod.gpumesh("init", "--from", line(pod), code=3)
+    assert "host key" in ended.err
+    assert ended.out == "wrote mesh.yaml; when a server is there: gpumesh audit\n"
+    assert not (pod.gpumesh.home / ".ssh" / "known_hosts").exists()
+
+
+@slow
+@pytest.mark.real
+@needs("sshd", "ssh")
+async def test_keys_on_the_way_are_recorded_too(pod: Simulated, tmp_path: Path) -> None:
+    identity = pod.ssh["identity_file"]
+    public = subprocess.run(["ssh-keygen", "-yf", identity], capture_output=True, check=True, timeout=20).stdout
+    async with Sshd(tmp_path / "jump", {"LogLevel": "ERROR"}) as jump:
+        jump.authorized_keys.write_bytes(public)
+        way = f"{line(pod)} -J {jump.spec().user}@127.0.0.1:{jump.port}"
+        ended = await pod.gpumesh("init", "--from", f"mine={way}", "--yes")
+        assert f"mine (jump host)  [127.0.0.1]:{jump.port}  ssh-ed25519 SHA256:" in ended.out
+        assert f"mine: ollama 0.12.6-lab on port 11434, 2 x {GPU_4090}, 2 models" in ended.err
+
+
+@slow
+async def test_from_ssh_config(pod: Simulated) -> None:
+    folder = pod.gpumesh.home / ".ssh"
+    folder.mkdir(mode=0o700)
+    (folder / "config").write_text(
+        f"Host work\n  HostName 127.0.0.1\n  Port {pod.hosts['pod'].ssh_port}\n  User root\n"
+        f"  IdentityFile {pod.ssh['identity_file']}\n"
+    )
+    await pod.gpumesh("init", "--from-ssh-config", "work", "-y", "-O", "other.yaml")
+    document = yaml.safe_load((pod.gpumesh.home / "other.yaml").read_text())
+    assert document["nodes"][0]["ssh"] == {"alias": "work"}
+    assert document["nodes"][0]["expect"]["gpus"] == 2
+
+
+@slow
+@pytest.mark.parametrize("shape", ["runpod", "vast", "lines"])
+async def test_from_standard_input(pod: Simulated, shape: str) -> None:
+    port = pod.hosts["pod"].ssh_port
+    given: dict[str, Any] = {
+        "runpod": [
+            {"id": "a", "name": "my pod", "publicIp": "127.0.0.1", "portMappings": {"22": port}},
+            {"id": "b", "name": "asleep", "desiredStatus": "EXITED", "publicIp": None, "portMappings": None},
+        ],
+        "vast": {
+            "instances": [{"id": 7, "public_ipaddr": "127.0.0.1", "ports": {"22/tcp": [{"HostPort": str(port)}]}}]
+        },
+    }
+    stdin = json.dumps(given[shape]) if shape in given else f"# mine\nthere=ssh root@127.0.0.1 -p {port}\n\n"
+    ended = await pod.gpumesh("init", "--from", "-", "-i", pod.ssh["identity_file"], "--yes", stdin=stdin)
+    (node,) = yaml.safe_load((pod.gpumesh.home / "mesh.yaml").read_text())["nodes"]
+    assert node["name"] == {"runpod": "my-pod", "vast": "vast-7", "lines": "there"}[shape]
+    assert node["ssh"]["identity_file"] == pod.ssh["identity_file"]
+    assert node["expect"]["gpus"] == 2
+    assert ("asleep is left out: it has no address yet (it is EXITED)" in ended.err) == (shape == "runpod")
+
+
+@slow
+async def test_servers_on_this_machine_are_found_on_their_usual_ports(
+    gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is another process, so its ports are: nothing else may listen there now."""
+    from gpumesh.lab.ollama import StandIn
+
+    for port in (8081, 11435):
+        server = StandIn(quick("here"), port=port)
+        try:
+            await server.__aenter__()
+        except OSError:
+            continue  # taken on this machine
+        try:
+            ended = await gpumesh("init", "--yes", "-O", f"{port}.yaml", code=None)
+            names = [node["name"] for node in yaml.safe_load((gpumesh.home / f"{port}.yaml").read_text())["nodes"]]
+            assert f"local-{port}" in names, ended
+            assert "ssh" not in (gpumesh.home / f"{port}.yaml").read_text()
+        finally:
+            await server.__aexit__(None, None, None)
+        return
+    pytest.fail("all of the usual ports are taken")
+
+
+@slow
+async def test_asking_on_a_terminal(pod: Simulated) -> None:
+    async with terminal(pod.gpumesh, "init") as shown:
+        place = await shown.until("host 1: ")
+        shown.press("ssh -p 22\n")
+        place = await shown.until("names no host", after=place)
+        place = await shown.until("host 1: ", after=place)
+        shown.press(f"asked={line(pod)}\n")
+        place = await shown.until("host 2: ", after=place)
+        shown.press("\n")
+        place = await shown.until("Is this the right fingerprint? Record it?", after=place)
+        shown.press("y\n")
+        await shown.until("wrote mesh.yaml", after=place)
+        assert await shown.ended() == 0
+    assert yaml.safe_load((pod.gpumesh.home / "mesh.yaml").read_text())["nodes"][0]["name"] == "asked"
+
+
+@slow
+async def test_a_key_that_is_not_the_right_one_ends_it_with_a_word(pod: Simulated) -> None:
+    async with terminal(pod.gpumesh, "init", "--from", line(pod)) as shown:
+        await shown.until("Record it?")
+        shown.press("n\n")
+        assert await shown.ended() == 1
+        assert "not the right one; no mesh.yaml was written" in shown.said
+    assert not (pod.gpumesh.home / "mesh.yaml").exists()
+
+
+@slow
+@pytest.mark.parametrize("when", ["asked for a host", "asked for a key", "looking"])
+async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
+    arguments = ("--from", line(pod)) if when != "asked for a host" else ()
+    if when == "looking":
+        from gpumesh.lab.profile import Faults
+
+        await pod.gpumesh("init", "--from", line(pod), "-y", "-O", "x.yaml", "-q")
+        (pod.gpumesh.home / "x.yaml").unlink()
+        await pod.hosts["pod"].set_faults(Faults(hang=True))
+    async with terminal(pod.gpumesh, "init", *arguments) as shown:
+        await shown.until(
+            {"asked for a host": "host 1: ", "asked for a key": "Record it?", "looking": "looking at"}[when]
+        )
+        if when == "looking":
+            await asyncio.sleep(0)
+            shown.process.send_signal(signal.SIGINT)
+        else:
+            # readline may miss a signal that comes just before it waits; a person would press the key again.
+            shown.press("\x03")
+            while not await shown.ended_within(4.0):
+                shown.press("\x03")
+        assert await shown.ended() == 130
+        assert shown.modes() == shown.modes_before
+        assert "Traceback" not in shown.said
+    assert [path.name for path in pod.gpumesh.home.iterdir() if path.name != ".ssh"] in ([], [".local"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (["--from", "ssh -p 22"], None, "names no host"),
+        (["--from", "ssh abc@ssh.runpod.io"], None, "forwards no ports"),
+        (["--from", "-"], "{", "is not JSON"),
+        (["--from", "-"], "[]", "no pod"),
+        (["--from-ssh-config", "-oProxyCommand=x"], None, "error: '-oProxyCommand=x' is not the name of a Host"),
+        (["-O", "."], None, "is a folder"),
+        (["-O", "nowhere/mesh.yaml"], None, "there is no folder nowhere"),
+        (["--from", "ssh root@h:22 -p 1"], None, "port"),
+    ],
+)
+@slow
+async def test_what_is_refused(gpumesh: Gpumesh, arguments: list[str], stdin: str | None, said: str) -> None:
+    ended = await gpumesh("init", *arguments, "--yes", stdin=stdin, code=2)
+    assert said in ended.err
+    assert ended.out == ""
+    assert not (gpumesh.home / "mesh.yaml").exists()

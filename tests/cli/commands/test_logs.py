@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gpumesh.cli.commands.logs import readable
+from gpumesh.daemon.paths import MeshPaths
+from gpumesh.lab.profile import Faults
+from tests.cli.meshes import Simulated
+from tests.real.command import GPUMESH, Gpumesh
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+
+
+def line(**changes: object) -> str:
+    said = {"at": "2026-11-24T04:10:00.123Z", "level": "info", "event": "x", "node": "iceland", "message": "tunnel up"}
+    return json.dumps({**said, **changes})
+
+
+def test_a_line_for_people() -> None:
+    shown = readable(line())
+    assert shown.split("  ", 1)[1] == "info     iceland       tunnel up"
+    assert shown[4] == shown[7] == "-"
+    assert readable(line(node=None, level="warning")).split("  ", 1)[1] == "warning  -             tunnel up"
+
+
+def test_a_line_of_the_access_log() -> None:
+    entry = {"at": "2026-11-24T04:10:00.123Z", "client": "127.0.0.1", "method": "POST", "path": "/api/chat\x1b[2J",
+             "status": 200, "outcome": "served", "total_ms": 1840.2, "ttft_ms": 212.0, "queue_ms": 0, "attempts": 2,
+             "model": "qwen2.5:7b", "node": "iceland", "id": "r1"}  # fmt: skip
+    shown = readable(json.dumps(entry))
+    assert shown.split(" ", 2)[2] == (
+        "127.0.0.1 POST /api/chat 200 served 1840 ms ttft 212 ms attempts 2 qwen2.5:7b iceland r1"
+    )
+    assert len(shown.split(" ", 2)[1]) == len("04:10:00")
+
+
+def test_a_trace_stands_below() -> None:
+    assert readable(line(trace="Traceback:\n  x\x1b[31m\n")).splitlines()[1:] == ["Traceback:", "  x[31m"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["", "not json \x1b[2J", "[]", "5", "{}", '{"at": 5, "level": 1, "message": 2}', "[" * 100_000]
+)
+def test_what_is_no_line_of_ours_is_shown_safely(odd: str) -> None:
+    assert "\x1b" not in readable(odd)
+
+
+def test_hostile_words() -> None:
+    shown = readable(line(message="a\nb\x1b]0;x\x07c", node="\x1b[31mn"))
+    assert "\n" not in shown
+    assert "\x1b" not in shown
+
+
+@slow
+async def test_the_log_of_a_mesh_while_it_runs_and_after(direct: Simulated) -> None:
+    gpumesh = direct.gpumesh
+    ended = await gpumesh("logs", code=1)
+    assert "there is no log yet" in ended.err
+    assert "`gpumesh up -d` starts a mesh" in (await gpumesh("logs", "--access", code=1)).err
+    await gpumesh("up", "-d")
+    assert "for each request that comes to the gateway" in (await gpumesh("logs", "--access", code=1)).err
+    async with gpumesh.started("logs", "-f", "-n", "1000") as process:
+        assert process.stdout is not None
+        seen = b""
+
+        async def until(text: bytes) -> None:
+            nonlocal seen
+            async with asyncio.timeout(30):
+                while text not in seen:
+                    assert process.stdout is not None
+                    seen += await process.stdout.readline()
+
+        await until(b"the gateway serves at")
+        await direct.hosts["beta"].set_faults(Faults(refuse=True))
+        await until(b"-> down")
+        await gpumesh("down")
+        await until(b"the mesh tested ended")
+        await gpumesh("up", "-d")
+        await until(b"the mesh tested starts")
+        process.terminate()
+    await gpumesh("down")
+    text = seen.decode()
+    (down,) = [line for line in text.splitlines() if "healthy -> down" in line or "degraded -> down" in line]
+    assert "warning  beta" in down
+    assert "nothing listens" in down
+    whole = (await gpumesh("logs", "--json", "-n", "5")).lines()
+    assert len(whole) == 5
+    assert all({"at", "level", "event", "node", "message"} <= line.keys() for line in whole)
+    assert (await gpumesh("logs", "-n", "0")).out == ""
+
+
+@slow
+async def test_it_is_followed_through_its_rotation(gpumesh: Gpumesh, tmp_path: Path) -> None:
+    gpumesh.config.write_text(json.dumps({"nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}]}))
+    log = await log_of(gpumesh)
+    log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    log.write_text(line(message="first") + "\n")
+    async with gpumesh.started("logs", "-f") as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            assert b"first" in await process.stdout.readline()
+            with log.open("a") as file:
+                file.write(line(message="in two")[:40])
+                file.flush()
+                file.write(line(message="in two")[40:] + "\n")
+            assert b"in two" in await process.stdout.readline()
+            os.rename(log, log.with_name("log.1"))
+            log.write_text(line(message="after the rotation") + "\n")
+            assert b"after the rotation" in await process.stdout.readline()
+        process.terminate()
+
+
+async def log_of(gpumesh: Gpumesh) -> Path:
+    """Where the command looks for it."""
+    ended = await gpumesh("logs", code=1)
+    return Path(ended.err.split("there is no log yet at ")[1].splitlines()[0])
+
+
+@slow
+async def test_a_silent_log_ends_when_nobody_reads_it_any_more(gpumesh: Gpumesh) -> None:
+    """As `logs -f | head -1` would wait for ever for a line to write."""
+    gpumesh.config.write_text(json.dumps({"nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}]}))
+    log = await log_of(gpumesh)
+    log.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    log.write_text(line(message="only") + "\n")
+    reader, writer = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        str(GPUMESH), "logs", "-f", stdout=writer, stderr=asyncio.subprocess.PIPE, env=gpumesh.environment()
+    )
+    os.close(writer)
+    assert b"only" in await asyncio.to_thread(os.read, reader, 4096)
+    os.close(reader)
+    async with asyncio.timeout(20):
+        _, errors = await process.communicate()
+    assert (process.returncode, errors) == (1, b"")
+
+
+def test_where_it_is(tmp_path: Path) -> None:
+    paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run", tmp_path / "logs" / "x.jsonl")
+    assert paths.errors == tmp_path / "logs" / "x.stderr"

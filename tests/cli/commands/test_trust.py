@@ -1,0 +1,189 @@
+"""`gpumesh trust`, the installed command, against real OpenSSH servers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumesh.cli.commands.trust import explained
+from gpumesh.errors import ExitCode
+from gpumesh.tunnels import hostkeys
+from gpumesh.tunnels.hostkeys import HostKey, Judgement, Verdict
+from tests.cli.terminals import terminal
+from tests.parts import needs
+from tests.real.command import Gpumesh
+from tests.tunnels.sshd import Sshd, keygen
+
+pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
+
+transports = pytest.mark.parametrize("transport", ["sshtunnel", "openssh"])
+
+
+@pytest.fixture
+async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
+    async with Sshd(tmp_path / "sshd", {"LogLevel": "DEBUG1"}) as sshd:
+        sshd.known_hosts.write_text("")
+        yield sshd
+
+
+def write(gpumesh: Gpumesh, sshd: Sshd, **ssh: Any) -> None:
+    entry = {"host": "127.0.0.1", "port": sshd.port, "user": sshd.spec().user, "known_hosts": str(sshd.known_hosts)}
+    entry |= {"identity_file": str(sshd.identity), "agent": False, **ssh}
+    document = {"version": 1, "nodes": [{"name": "iceland", "ssh": entry}]}
+    gpumesh.config.write_text(json.dumps(document))
+
+
+def fingerprint(public: Path) -> str:
+    """By OpenSSH's own tool."""
+    said = subprocess.run(["ssh-keygen", "-lf", public], capture_output=True, text=True, check=True, timeout=20)
+    return said.stdout.split()[1]
+
+
+def names(known_hosts: Path) -> list[str]:
+    return [entry.hosts for entry in hostkeys.read(known_hosts).entries]
+
+
+@transports
+async def test_a_new_key(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
+    write(gpumesh, sshd, transport=transport)
+    unasked = await gpumesh("trust", "iceland", code=ExitCode.USAGE)
+    assert "--yes" in unasked.err
+    assert sshd.known_hosts.read_text() == ""
+    ended = await gpumesh("trust", "--yes", "iceland")
+    shown = fingerprint(sshd.host_key.with_suffix(".pub"))
+    assert ended.out == f"iceland  [127.0.0.1]:{sshd.port}  ssh-ed25519 {shown}  new\n"
+    assert "Nothing is on record" in ended.err
+    assert "ssh_host_ed25519_key.pub" in ended.err
+    assert names(sshd.known_hosts) == ["gpumesh-node-iceland", f"[127.0.0.1]:{sshd.port}"]
+    again = await gpumesh("trust", "iceland")
+    assert again.out.endswith("  known\n")
+    assert again.err == ""
+    # Only looked at: nobody has tried to log in.
+    assert "Accepted publickey" not in sshd.log()
+
+
+@transports
+async def test_a_changed_key_and_what_that_means(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
+    write(gpumesh, sshd, transport=transport)
+    old = keygen(sshd.folder / "old").with_suffix(".pub")
+    kept = f"other.example {' '.join(old.read_text().split()[:2])}\n"
+    sshd.known_hosts.write_text(f"gpumesh-node-iceland,other.example {old.read_text()}")
+    ended = await gpumesh("trust", "-y", "iceland")
+    assert ended.out.endswith("  CHANGED\n")
+    assert f"on record in {sshd.known_hosts}: ssh-ed25519 {fingerprint(old)}" in ended.err
+    assert "pod was reset" in ended.err
+    assert "in between" in ended.err
+    assert sshd.known_hosts.read_text().startswith(kept)  # that of another host is none of our business
+    assert (await gpumesh("trust", "iceland")).out.endswith("  known\n")
+
+
+async def test_a_key_that_is_known_by_its_address_is_kept_for_the_node_too(gpumesh: Gpumesh, sshd: Sshd) -> None:
+    """So that it is known when it comes back elsewhere."""
+    write(gpumesh, sshd)
+    sshd.known_hosts.write_text(f"[127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
+    ended = await gpumesh("trust", "iceland")
+    assert ended.out.endswith("  known\n")
+    assert "wherever it moves" in ended.err
+    assert "gpumesh-node-iceland" in names(sshd.known_hosts)
+    await sshd.stop()
+    sshd.port = 0
+    recorded = sshd.known_hosts.read_text()
+    await sshd.start()
+    sshd.known_hosts.write_text(recorded)
+    write(gpumesh, sshd)
+    assert (await gpumesh("trust", "iceland")).out.endswith("  known\n")
+
+
+async def test_hashed_names_stay_hashed(gpumesh: Gpumesh, sshd: Sshd) -> None:
+    write(gpumesh, sshd)
+    sshd.known_hosts.write_text(f"somewhere.example {sshd.public_host_key}\n")
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", sshd.known_hosts], check=True, capture_output=True, timeout=20)
+    await gpumesh("trust", "-y", "iceland")
+    assert all(name.startswith("|1|") for name in names(sshd.known_hosts))
+    assert (await gpumesh("trust", "iceland")).out.endswith("  known\n")
+
+
+@transports
+async def test_a_revoked_key_is_not_recorded(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
+    write(gpumesh, sshd, transport=transport)
+    sshd.known_hosts.write_text(f"@revoked * {sshd.public_host_key}\n")
+    before = sshd.known_hosts.read_text()
+    ended = await gpumesh("trust", "-y", "iceland", code=ExitCode.FAILED)
+    assert ended.out.endswith("  revoked\n")
+    assert "@revoked" in ended.err
+    assert sshd.known_hosts.read_text() == before
+
+
+@transports
+async def test_the_kind_of_key_on_record_is_asked_for(gpumesh: Gpumesh, tmp_path: Path, transport: str) -> None:
+    """A host with two keys has not changed because it would rather show the other."""
+    sshd = Sshd(tmp_path / "two", {"LogLevel": "INFO"})
+    rsa = keygen(sshd.folder / "rsa", kind="rsa")
+    sshd.options["HostKey"] = f"{sshd.host_key}\nHostKey {rsa}"
+    async with sshd:
+        sshd.known_hosts.write_text(f"gpumesh-node-iceland {rsa.with_suffix('.pub').read_text()}")
+        write(gpumesh, sshd, transport=transport)
+        ended = await gpumesh("trust", "iceland")
+        assert ended.out == f"iceland  [127.0.0.1]:{sshd.port}  ssh-rsa {fingerprint(rsa.with_suffix('.pub'))}  known\n"
+
+
+@transports
+async def test_jump_hosts_come_first(gpumesh: Gpumesh, sshd: Sshd, tmp_path: Path, transport: str) -> None:
+    async with Sshd(tmp_path / "jump", {"LogLevel": "INFO"}) as jump:
+        jump.authorized_keys.write_text(sshd.identity.with_suffix(".pub").read_text())
+        write(gpumesh, sshd, transport=transport, proxy_jump=f"{sshd.spec().user}@127.0.0.1:{jump.port}")
+        ended = await gpumesh("trust", "-y", "iceland")
+        first, second = ended.out.splitlines()
+        assert first.startswith(f"iceland (jump host)  [127.0.0.1]:{jump.port}  ssh-ed25519 SHA256:")
+        assert second.startswith(f"iceland  [127.0.0.1]:{sshd.port}  ssh-ed25519 SHA256:")
+        assert first.endswith("  new")
+        assert names(sshd.known_hosts) == [
+            f"[127.0.0.1]:{jump.port}", "gpumesh-node-iceland", f"[127.0.0.1]:{sshd.port}",
+        ]  # fmt: skip
+        again = await gpumesh("trust", "iceland")
+        assert again.out == second.replace("  new", "  known") + "\n"
+
+
+@transports
+async def test_what_cannot_be_asked_is_said(gpumesh: Gpumesh, sshd: Sshd, transport: str) -> None:
+    write(gpumesh, sshd, transport=transport)
+    await sshd.stop()
+    ended = await gpumesh("trust", "iceland", code=ExitCode.FAILED)
+    assert str(sshd.port) in ended.err
+    assert "nothing listens" in ended.err
+    assert "there is no node" in (await gpumesh("trust", "nobody", code=ExitCode.USAGE)).err
+    gpumesh.config.write_text("nodes: [{name: local, backend: {url: 'http://127.0.0.1:1'}}]\n")
+    assert "no host key" in (await gpumesh("trust", "local", code=ExitCode.USAGE)).err
+
+
+async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
+    write(gpumesh, sshd)
+    async with terminal(gpumesh, "trust", "iceland") as seen:
+        await seen.until("Is this the right fingerprint?")
+        seen.press("n\n")
+        assert await seen.ended() == 1
+        assert "is not recorded, since you said that it is not the right one" in seen.said
+    assert sshd.known_hosts.read_text() == ""
+    async with terminal(gpumesh, "trust", "iceland") as seen:
+        await seen.until("Is this the right fingerprint?")
+        seen.press("y\n")
+        assert await seen.ended() == 0
+    assert "gpumesh-node-iceland" in names(sshd.known_hosts)
+
+
+def test_what_the_verdicts_mean() -> None:
+    known = Path("known_hosts")
+    key = HostKey("ssh-ed25519", b"x")
+    changed = "\n".join(explained(Judgement(Verdict.CHANGED, (key,)), known))
+    assert key.fingerprint in changed
+    assert "attack" not in changed  # nor is it hidden
+    assert "in between" in changed
+    authority = "\n".join(explained(Judgement(Verdict.UNKNOWN, by_authority=True), known))
+    assert "certificate authority" in authority
+    assert "transport: openssh" in authority
+    assert "Compare" in "\n".join(explained(Judgement(Verdict.UNKNOWN), known))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpumesh import config
+from gpumesh.cli.init.node_drafts import LOCAL_PORTS, Draft, default_model, document, drafts, node_name, summary
+from gpumesh.cli.init.provider_pods import Pod
+from gpumesh.cli.init.ssh_command_line import parse_ssh
+from gpumesh.state import ModelInfo
+from gpumesh.topology import BackendKind, Target, Topology
+from tests.cli.states import down, gpu, healthy
+
+HOME = Path("/home/me")
+
+
+def read_back(made: list[Draft]) -> Topology:
+    return config.parse("\n".join(document(made)), file="mesh.yaml", env={"LOGNAME": "me"}, home=HOME)
+
+
+def found(draft: Draft, **changes: object) -> Draft:
+    return replace(draft, found=replace(healthy(draft.name), **changes), ports=(11434,))  # type: ignore[arg-type]
+
+
+def test_one_for_each_place_and_each_usual_port_of_this_machine() -> None:
+    made = drafts(
+        [parse_ssh("ssh root@h -p 22010 -i ~/k -J b"), parse_ssh("h")],
+        ["work"],
+        [Pod("My Pod", "RunPod", "1.2.3.4", 1000), Pod("away", "RunPod", why="it is off")],
+        identity="~/other",
+    )
+    there = [draft for draft in made if draft.ssh is not None]
+    assert [draft.name for draft in there] == ["h", "h-2", "work", "my-pod"]
+    assert there[0].ssh == {"host": "h", "port": 22010, "user": "root", "identity_file": "~/k", "proxy_jump": "b"}
+    assert there[1].ssh == {"host": "h", "port": 22, "identity_file": "~/other"}
+    assert there[2].ssh == {"alias": "work", "identity_file": "~/other"}
+    assert there[3].note is not None
+    here = [draft for draft in made if draft.ssh is None]
+    assert [draft.ports for draft in here] == [(port,) for port in LOCAL_PORTS]
+    assert [draft.name for draft in here][:2] == ["local", "local-11435"]
+    assert len({draft.name for draft in made}) == len(made)
+
+
+def test_what_the_line_forwards_is_tried_first() -> None:
+    draft = drafts([parse_ssh("ssh h -L 8080:localhost:8000")], [])[0]
+    assert draft.ports[0] == 8000
+    assert len(set(draft.ports)) == len(draft.ports)
+
+
+def test_before_it_was_looked_at_every_candidate_is_a_url() -> None:
+    node = read_back([Draft("a", {"host": "h", "port": 22, "user": "root"}, ports=(1, 2))]).nodes[0]
+    assert node.backend.targets == (Target("127.0.0.1", 1), Target("127.0.0.1", 2))
+
+
+def test_what_was_found_is_expected() -> None:
+    remote = found(Draft("a", {"host": "h", "port": 22, "user": "root"}), gpus=(gpu(0), gpu(1)))
+    local = replace(found(Draft("b", None)), kind=BackendKind.OPENAI, ports=(8000,))
+    mesh = read_back([remote, local])
+    expect = mesh.nodes[0].expect
+    assert (expect.hostname, expect.gpus, expect.gpu, expect.vram_mib) == (
+        "af4a84245990",
+        2,
+        "NVIDIA GeForce RTX 4090",
+        24564,
+    )
+    assert expect.models == ("qwen2.5:7b", "nomic-embed-text:latest")
+    assert mesh.nodes[0].backend.targets == (Target("127.0.0.1", 11434),)
+    assert mesh.nodes[1].ssh is None
+    assert (mesh.nodes[1].backend.kind, mesh.nodes[1].backend.targets) == (
+        BackendKind.OPENAI,
+        (Target("127.0.0.1", 8000),),
+    )
+    assert mesh.gateway.default_model == "qwen2.5:7b"
+
+
+def test_gpus_that_differ_are_only_counted() -> None:
+    expect = read_back([found(Draft("a", None), gpus=(gpu(0), gpu(1, name="NVIDIA H100 80GB HBM3")))]).nodes[0].expect
+    assert (expect.gpus, expect.gpu) == (2, None)
+
+
+def test_a_host_that_was_not_seen_stands_there_with_the_reason() -> None:
+    draft = replace(Draft("x", {"host": "h", "port": 22, "user": "root"}), found=down("x", "it refuses\nthe key"))
+    text = "\n".join(document([draft]))
+    assert "    # not seen when this was written: it refuses the key\n" in text
+    assert "expect" not in text
+    assert read_back([draft]).nodes[0].name == "x"
+    assert summary(draft) == "x: it refuses the key"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "no",
+        "12e5",
+        "a: b",
+        "a #b",
+        "x]",
+        "${HOME}",
+        '"',
+        "\x1b[31m\nnodes: []",
+        "~",
+        "-",
+        "1.2.3.4",
+        "qwen2.5:7b",
+        "http://h:1/",
+        "a:",
+        "{}",
+        "*a",
+        "!x",
+        "'",
+        "\\",
+        "東京",
+    ],
+)
+def test_what_a_host_says_is_text_and_nothing_else(said: str) -> None:
+    draft = found(Draft("a", None), host=replace(healthy("a").host, hostname="h"))
+    assert draft.found is not None
+    backend = replace(draft.found.backend, models=(said,), catalog=())
+    draft = replace(draft, found=replace(draft.found, backend=backend))
+    text = "\n".join(document([draft]))
+    (model,) = read_back([draft]).nodes[0].expect.models
+    assert model == said.replace("\x1b[31m\n", "")
+    assert yaml.safe_load(text)["nodes"][0]["expect"]["models"] == [model.replace("${", "$${")]
+
+
+def test_the_default_is_the_model_to_chat_with_that_most_have() -> None:
+    def with_models(name: str, *models: str) -> Draft:
+        draft = found(Draft(name, None))
+        assert draft.found is not None
+        catalog = tuple(ModelInfo(model, family="bert" if model == "odd:1" else "llama") for model in models)
+        return replace(
+            draft, found=replace(draft.found, backend=replace(draft.found.backend, models=models, catalog=catalog))
+        )
+
+    made = [with_models("a", "z:1", "b:1", "odd:1"), with_models("b", "z:1", "odd:1", "nomic-embed-text:latest")]
+    assert default_model(made) == "z:1"
+    assert default_model([with_models("a", "z:1", "b:1")]) == "b:1"
+    assert default_model([with_models("a", "odd:1")]) is None
+    assert default_model([Draft("a", None)]) is None
+
+
+def test_summary() -> None:
+    draft = found(Draft("a", None), gpus=(gpu(0), gpu(1)))
+    assert summary(draft) == "a: ollama 0.12.6 on port 11434, 2 x NVIDIA GeForce RTX 4090, 2 models"
+    assert summary(found(Draft("a", None), gpus=None)) == "a: ollama 0.12.6 on port 11434, no GPU seen, 2 models"
+    assert summary(Draft("a", None)) == "a: no answer"
+
+
+def test_node_names() -> None:
+    assert node_name("My Pod (4090)") == "my-pod-4090"
+    assert node_name("東京") == "node"

@@ -1,0 +1,99 @@
+"""The same said at any width, within it, and harmless."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from gpumesh import audit, errors
+from gpumesh.cli.views import audit_screen, tables
+from gpumesh.cli.views.audit_rows import drawing, rows
+from gpumesh.state import HostState, NodeState
+from gpumesh.topology import NodeSpec
+from tests.audit.build import GPU, blind, broken, direct, smi, spec, state, topology
+from tests.probes.shell_host import row
+
+ILL = smi(row(name="NVIDIA GeForce RTX 3090", fan_speed="ERR!"), host=HostState("box", "550.54.15"))
+GONE = broken(errors.ConnectRefused("nothing listens on 127.0.0.1:1"))
+OTHER = replace(state(), gpus=(replace(GPU, uuid="GPU-00000000-1"),))
+NODES: list[tuple[NodeSpec, NodeState]] = [
+    (spec(), ILL),
+    (direct(), blind(state())),
+    (direct("vengeance", "http://127.0.0.1:1", "http://127.0.0.1:2"), GONE),
+    (replace(direct("attic", "http://127.0.0.1:9"), enabled=False), GONE),
+]
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    nodes: list[tuple[NodeSpec, NodeState]] = NODES,
+    *,
+    encoding: str = "utf-8",
+) -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    monkeypatch.setattr(tables, "console", lambda: Console(file=file, width=width, highlight=False))
+    made = topology(*(one for one, _ in nodes))
+    states = [replace(each, name=one.name) for one, each in nodes]
+    audit_screen.print_comparison(list(rows(made, states, audit.findings(made, states))))
+    audit_screen.print_drawing(drawing(made, states))
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 109, 110, 120, 160, 200])
+def test_it_fits_and_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    text = shown(monkeypatch, width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    together = " ".join(text.split())
+    for said in ("hostname-differs", "gpu-differs", "gpu-faulty", "backend-down", "same-gpu", "switched off"):
+        assert said in together
+    for said in ("iceland", "local", "vengeance", "attic", "RTX 4090", "RTX 3090"):
+        assert said in together
+    assert text.count("not reached") == 1
+
+
+def test_wide_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(monkeypatch, 160).splitlines()
+    assert lines[0].split() == ["NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT", "TO", "DO"]
+    assert sum(line.startswith("iceland ") for line in lines) == 1, "a node's name once"
+
+
+def test_narrow_it_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(monkeypatch, 80).splitlines()
+    assert lines[0] == "  iceland"
+    assert lines[1] == "● route: ssh root@203.0.113.7:13323 (up, 41 ms)"
+    assert "! hostname: expected af4a84245990, found box [hostname-differs]" in lines
+    assert "? route: http://127.0.0.1:9 [switched off]" in lines
+    assert any(line.startswith("  → ") for line in lines)
+
+
+def test_the_drawing_is_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = (spec("oslo"), OTHER)
+    lines = shown(monkeypatch, 100, [(spec(), state()), (direct(), state()), other]).splitlines()
+    tree = lines[lines.index(next(line for line in lines if line.startswith("● RTX"))) :]
+    assert [line.split()[0] for line in tree] == ["●", "├", "└", "●", "└"]
+
+
+def test_signs_that_the_stream_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, 80, encoding="ascii")
+    assert "* route: " in text
+    assert "\n+ iceland" in text or "\n| iceland" in text
+
+
+def test_what_hosts_say_is_no_markup_and_no_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = "[bold]x[/bold] \x1b]0;owned\x07[red]"
+    ill = state(
+        host=HostState(hostile, "1"),
+        gpus=(replace(GPU, name=hostile),),
+        reason=hostile,
+        backend=replace(state().backend, version=hostile, models=(hostile,)),
+    )
+    for width in (60, 160):
+        text = shown(monkeypatch, width, [(spec(), ill)])
+        assert "\x1b" not in text
+        assert "[bold]" in text

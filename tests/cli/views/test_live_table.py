@@ -1,0 +1,187 @@
+"""What keys mean (pure), and the live table on a real terminal: drawn, driven, and put away again on every way out."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gpumesh.cli.views.live_table import Choice, Wanted
+from gpumesh.cli.views.node_selection import SortKey
+from gpumesh.errors import UsageError
+from tests.cli.meshes import Simulated
+from tests.cli.states import typical
+from tests.cli.terminals import Terminal, terminal
+from tests.tunnels.polling import until
+
+NODES = ["a", "b", "c"]
+
+
+def pressed(*keys: str, nodes: list[str] | None = None) -> Choice:
+    choice = Choice(Wanted(), nodes=NODES if nodes is None else nodes)
+    for key in keys:
+        choice.press(key)
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("keys", "selected"),
+    [
+        (["down"], "a"),
+        (["up"], "c"),
+        (["j", "j"], "b"),
+        (["down", "down", "down", "down"], "c"),
+        (["end", "k"], "b"),
+        (["end", "home"], "a"),
+        (["page down"], "a"),
+        (["home", "page down"], "c"),
+        (["end", "page up"], "a"),
+        (["down", "escape"], ""),
+        (["x", "?"], ""),
+    ],
+)
+def test_choosing_a_node(keys: list[str], selected: str) -> None:
+    assert pressed(*keys).selected == selected
+
+
+def test_a_node_that_went_away_is_chosen_no_more() -> None:
+    choice = pressed("down")
+    choice.nodes = ["x", "y"]
+    choice.press("down")
+    assert choice.selected == "x"
+    assert pressed("down", nodes=[]).selected == ""
+
+
+def test_what_keys_do() -> None:
+    choice = pressed("down")
+    assert [choice.press(key) for key in "drcqQ"] == ["drain", "resume", "reconnect", "quit", "quit"]
+    assert choice.press("z") is None
+
+
+def test_doing_something_needs_a_node_unless_there_is_only_one() -> None:
+    choice = pressed()
+    assert choice.press("d") is None
+    assert "choose a node" in choice.note
+    alone = pressed(nodes=["only"])
+    assert alone.press("d") == "drain"
+    assert alone.selected == "only"
+
+
+def test_order_and_processes() -> None:
+    choice = pressed(*["s"] * len(SortKey), "v")
+    assert choice.wanted == Wanted(sort=SortKey.CONFIG, verbose=True)
+    choice.press("s")
+    assert choice.wanted == Wanted(sort=SortKey.NAME, verbose=True)
+    assert choice.note == "sorted by name"
+
+
+def test_what_is_wanted_of_a_state() -> None:
+    wanted = Wanted(names=["*e*"], sort=SortKey.NAME)
+    assert [node.name for node in wanted.of(typical()).nodes] == ["iceland", "vengeance"]
+    with pytest.raises(UsageError):
+        Wanted(labels=["x"]).of(typical())
+
+
+# -- on a terminal ---------------------------------------------------------------------------------------------------
+
+slow = pytest.mark.slow
+
+
+async def drawn(table: Terminal) -> None:
+    await table.until("2 of 2 nodes up")
+
+
+@slow
+async def test_keys_drain_resume_reconnect_sort_and_quit(two: Simulated) -> None:
+    await two.gpumesh("up", "-d")
+    async with terminal(two.gpumesh, "status", "-w", "--interval", "0.2") as table:
+        await drawn(table)
+        assert table.modes() != table.modes_before
+        place = await table.until("q quit")
+        table.press("\x1b[B\x1b[B")
+        table.press("d")
+        place = await table.until("‖ beta", after=place)
+        table.press("r")
+        place = await table.until("● beta", after=place)
+        table.press("c")
+        place = await table.until("reconnect beta", after=place)
+        table.press("s")
+        place = await table.until("sorted by name", after=place)
+        table.press("v")
+        await table.until("no process is seen", after=place)
+        table.press("q")
+        assert await table.ended() == 0
+        assert table.as_before()
+        assert "\x1b[2J" not in table.written.split("q quit", 1)[1], "it never erases the screen while it runs"
+    await two.gpumesh("down")
+
+
+@slow
+@pytest.mark.parametrize("way", ["ctrl-c", "SIGTERM", "SIGHUP", "mesh ends", "a node that is not there"])
+async def test_the_terminal_is_as_it_was_after_every_way_out(direct: Simulated, way: str) -> None:
+    await direct.gpumesh("up", "-d")
+    arguments = ("-n", "nobody") if way.startswith("a node") else ()
+    async with terminal(direct.gpumesh, "status", "-w", *arguments) as table:
+        if not arguments:
+            await drawn(table)
+            assert table.modes() != table.modes_before
+        if way == "ctrl-c":
+            table.press("\x03")
+        elif way.startswith("SIG"):
+            table.process.send_signal(signal.Signals[way])
+        elif way == "mesh ends":
+            await direct.gpumesh("down")
+        expected = {"ctrl-c": 130, "SIGTERM": -15, "SIGHUP": -1, "mesh ends": 1}.get(way, 2)
+        assert await table.ended() == expected
+        assert table.as_before(), way
+        assert "Traceback" not in table.written
+        if way == "mesh ends":
+            assert "error: the running mesh ended" in table.said
+        if arguments:
+            assert "there is no node 'nobody'" in table.said
+    if way != "mesh ends":
+        await direct.gpumesh("down")
+
+
+@slow
+async def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(direct: Simulated) -> None:
+    async with terminal(direct.gpumesh, "status", "-w") as table:
+        await drawn(table)
+        os.kill(table.process.pid, signal.SIGTSTP)
+        await until(lambda: state_of(table.process.pid) == "T", "it is stopped")
+        await until(table.as_before, "the terminal is given back")
+        place = len(table.said)
+        table.process.send_signal(signal.SIGCONT)
+        await table.until("2 of 2 nodes up", after=place)
+        assert table.modes() != table.modes_before
+        table.press("q")
+        assert await table.ended() == 0
+        assert table.as_before()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@slow
+async def test_another_size_is_drawn_anew(direct: Simulated) -> None:
+    async with terminal(direct.gpumesh, "status", "-w", columns=200) as table:
+        await drawn(table)
+        assert "BACKEND" in table.said
+        place = len(table.said)
+        table.resize(60, 12)
+        await table.until("2 of 2 nodes up", after=place)
+        assert "BACKEND" not in table.said[place:]
+        table.press("q")
+        assert await table.ended() == 0
+
+
+@slow
+async def test_on_a_dumb_terminal_it_only_prints(direct: Simulated) -> None:
+    async with terminal(direct.gpumesh, "status", "-w", "--interval", "0.1", TERM="dumb") as table:
+        await table.until("nodes up", after=await table.until("nodes up"))
+        assert "\x1b" not in table.written
+        table.press("\x03")
+        assert await table.ended() == 130

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gpumesh.cli.views.node_selection import SortKey, badness, ordered, select
+from gpumesh.errors import UsageError
+from gpumesh.state import Finding, Health, MeshState, Severity
+from tests.cli.states import down, gpu, healthy, mesh, typical
+
+
+def names(state: MeshState) -> list[str]:
+    return [node.name for node in state.nodes]
+
+
+def labelled() -> MeshState:
+    home = replace(healthy("iceland"), labels=(("site", "home"), ("tier", "1")))
+    away = replace(healthy("oslo"), labels=(("site", "rented"),))
+    return mesh(home, away, healthy("plain"))
+
+
+def test_all_is_the_state_itself() -> None:
+    state = typical()
+    assert select(state) is state
+    assert select(state, ["*"]) is state
+
+
+def test_names_are_patterns_and_the_order_stays() -> None:
+    assert names(select(typical(), ["runpod", "iceland"])) == ["iceland", "runpod"]
+    assert names(select(typical(), ["*land*", "?ttic"])) == ["iceland", "attic"]
+
+
+def test_totals_and_findings_are_those_of_what_is_shown() -> None:
+    pair = Finding("same-gpu", Severity.WARNING, None, "one GPU", nodes=("iceland", "oslo"))
+    state = mesh(healthy("iceland"), healthy("oslo"), down("x"), findings=(pair,))
+    one = select(state, ["iceland"])
+    assert (one.totals.nodes, one.totals.gpus) == (1, 1)
+    assert one.findings == (pair,)
+    assert select(typical(), ["iceland"]).findings == ()
+
+
+def test_a_name_that_nobody_has() -> None:
+    with pytest.raises(UsageError, match="no node 'icland'") as caught:
+        select(typical(), ["iceland", "icland"])
+    assert caught.value.hint == "the nodes are: iceland, vengeance, runpod, attic"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(["site=home"], ["iceland"]), (["site"], ["iceland", "oslo"]), (["site", "tier=1"], ["iceland"])],
+)
+def test_labels_must_all_be_there(labels: list[str], expected: list[str]) -> None:
+    assert names(select(labelled(), labels=labels)) == expected
+
+
+def test_labels_that_leave_nobody() -> None:
+    with pytest.raises(UsageError, match=r"no node has site=home and tier=2") as caught:
+        select(labelled(), labels=["site=home", "tier=2"])
+    assert caught.value.hint == "the labels are: site=home, site=rented, tier=1"
+    with pytest.raises(UsageError) as caught:
+        select(typical(), labels=["site"])
+    assert "no node in mesh.yaml has `labels`" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (SortKey.CONFIG, ["iceland", "vengeance", "runpod", "attic"]),
+        (SortKey.NAME, ["attic", "iceland", "runpod", "vengeance"]),
+        (SortKey.HEALTH, ["runpod", "vengeance", "attic", "iceland"]),
+        (SortKey.MEMORY, ["vengeance", "iceland", "runpod", "attic"]),
+        (SortKey.FREE, ["iceland", "vengeance", "runpod", "attic"]),
+        (SortKey.UTIL, ["vengeance", "iceland", "runpod", "attic"]),
+        (SortKey.POWER, ["vengeance", "iceland", "runpod", "attic"]),
+        (SortKey.TOKENS, ["iceland", "attic", "vengeance", "runpod"]),
+        (SortKey.RTT, ["iceland", "vengeance", "attic", "runpod"]),
+    ],
+)
+def test_what_is_not_known_comes_last_and_equals_stay(key: SortKey, expected: list[str]) -> None:
+    assert names(ordered(typical(), key)) == expected
+
+
+def test_the_hottest_and_the_busiest_first() -> None:
+    hot = replace(healthy("hot"), gpus=(replace(gpu(), temperature_c=80),))
+    assert names(ordered(mesh(healthy("cool"), hot), SortKey.TEMP)) == ["hot", "cool"]
+    idle = replace(healthy("idle"), load=replace(healthy("idle").load, in_flight=0, queued=0))
+    assert names(ordered(mesh(idle, healthy("busy")), SortKey.BUSY)) == ["busy", "idle"]
+
+
+def test_every_health_has_a_place() -> None:
+    assert sorted(badness(replace(healthy("a"), health=health)) for health in Health) == list(range(len(Health)))

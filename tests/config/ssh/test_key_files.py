@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpumesh.config.ssh.key_files import KeyKind, kind
+from gpumesh.lab.keys import new_key
+from tests.parts import needs, program
+
+
+@needs("sshd")
+@pytest.mark.parametrize("passphrase", ["", "secret"])
+@pytest.mark.parametrize("algorithm", ["ed25519", "ecdsa", "rsa"])
+def test_keys_of_ssh_keygen(tmp_path: Path, algorithm: str, passphrase: str) -> None:
+    keygen = program("ssh-keygen")
+    assert keygen is not None
+    file = tmp_path / "key"
+    subprocess.run([keygen, "-q", "-t", algorithm, "-N", passphrase, "-f", str(file)], check=True)
+    assert kind(file) is KeyKind.PRIVATE
+    assert kind(file.with_name("key.pub")) is KeyKind.PUBLIC
+
+
+def test_other_forms(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    for text in ("-----BEGIN RSA PRIVATE KEY-----\nxx\n", "-----BEGIN OPENSSH PRIVATE KEY-----\n!!!\n", "", "\0" * 99):
+        file.write_text(text)
+        assert kind(file) is KeyKind.PRIVATE, "the transport says what is wrong with it"
+    file.write_text("sk-ssh-ed25519@openssh.com AAAA me\n")
+    assert kind(file) is KeyKind.PUBLIC
+    file.write_text(new_key())
+    assert kind(file) is KeyKind.PRIVATE
+
+
+def test_a_key_on_a_token(tmp_path: Path) -> None:
+    """Made by hand: the magic, no encryption, and the public key's kind in the clear (PROTOCOL.key)."""
+    import base64
+    import struct
+
+    def text(data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + data
+
+    public = text(b"sk-ssh-ed25519@openssh.com") + text(b"\0" * 32) + text(b"ssh:")
+    blob = b"openssh-key-v1\0" + text(b"none") + text(b"none") + text(b"") + struct.pack(">I", 1) + text(public)
+    body = base64.encodebytes(blob).decode()
+    (tmp_path / "key").write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{body}-----END OPENSSH PRIVATE KEY-----\n")
+    assert kind(tmp_path / "key") is KeyKind.FIDO
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        kind(tmp_path / "key")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gpumesh.daemon.process import event_loop
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_result_and_the_error_of_what_is_run(fast: bool) -> None:
+    async def good() -> int:
+        await asyncio.sleep(0)
+        return 5
+
+    async def bad() -> None:
+        raise ValueError("inside")
+
+    assert event_loop.run(good(), fast=fast) == 5
+    with pytest.raises(ValueError, match="inside"):
+        event_loop.run(bad(), fast=fast)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_ctrl_c_cancels_and_then_interrupts(fast: bool) -> None:
+    ended = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        event_loop.run(main(), fast=fast)
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_ctrl_c_while_the_loop_is_made_leaves_no_words_behind(fast: bool) -> None:
+    """At each line of asyncio that runs before the command's own first line, one after the other."""
+    script = f"""
+import os, signal, sys
+from gpumesh.daemon import loop
+
+begun = False
+
+async def main():
+    global begun
+    begun = True
+
+def interrupted(nth):
+    global begun
+    begun = False
+    count = 0
+    def trace(frame, event, arg):
+        nonlocal count
+        if "/asyncio/" in frame.f_code.co_filename and not begun:
+            count += 1
+            if count == nth:
+                sys.settrace(None)
+                os.kill(os.getpid(), signal.SIGINT)
+        return trace
+    sys.settrace(trace)
+    try:
+        loop.run(main(), fast={fast})
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+
+nth = 1
+while interrupted(nth):
+    nth += 1
+print(nth)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.stderr == ""
+    assert int(done.stdout) > 20

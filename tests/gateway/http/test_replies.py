@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gpumesh.gateway.http.replies import Headers, Reply, bodiless, head
+
+FOR_BROWSERS = [
+    "Content-Security-Policy: sandbox; default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options: nosniff",
+    "X-Frame-Options: DENY",
+    "Cross-Origin-Resource-Policy: same-origin",
+    "Referrer-Policy: no-referrer",
+]
+
+
+def said(answer: bytes) -> list[str]:
+    """The lines of a head, without the date's and those that are the same in each."""
+    text = answer.decode()
+    assert text.endswith("\r\n\r\n")
+    first, *lines = text[:-4].split("\r\n")
+    assert any(re.fullmatch(r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", line) for line in lines)
+    assert [line for line in lines if line in FOR_BROWSERS] == FOR_BROWSERS, "in every head"
+    return [first, *(line for line in lines if not line.startswith("Date: ") and line not in FOR_BROWSERS)]
+
+
+def test_names_have_no_case_and_the_first_counts() -> None:
+    headers = Headers((("Host", "a"), ("HOST", "b"), ("X-One", "1")))
+    assert (headers.get("host"), headers["x-ONE"], headers.get("none"), headers.get("none", "x")) == (
+        "a",
+        "1",
+        None,
+        "x",
+    )
+    assert (set(headers), len(headers)) == ({"host", "x-one"}, 2)
+    assert headers.pairs[1] == ("HOST", "b")
+
+
+def test_a_whole_answers_head() -> None:
+    headers = (("Content-Type", "a/b"), ("Server", "uvicorn"), ("date", "yesterday"), ("Content-Length", "9"))
+    assert said(head(200, headers, length=5, keep=True, old=False)) == [
+        "HTTP/1.1 200 OK", "Server: gpumesh", "Content-Type: a/b", "Content-Length: 5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("length", "keep", "old", "lines"),
+    [
+        (None, True, False, ["Transfer-Encoding: chunked"]),
+        (None, False, False, ["Transfer-Encoding: chunked", "Connection: close"]),
+        (None, False, True, ["Connection: close"]),
+        (0, True, True, ["Content-Length: 0", "Connection: keep-alive"]),
+        (0, False, False, ["Content-Length: 0", "Connection: close"]),
+    ],
+)
+def test_how_a_body_ends_and_whether_the_connection_does(
+    length: int | None, keep: bool, old: bool, lines: list[str]
+) -> None:
+    assert said(head(200, (), length=length, keep=keep, old=old))[2:] == lines
+
+
+def test_what_has_no_body() -> None:
+    assert said(head(204, (), length=0, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
+    assert said(head(204, (), length=None, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
+    assert bodiless("HEAD", 200)
+    assert bodiless("GET", 304)
+    assert not bodiless("GET", 200)
+    assert said(head(799, (), length=0, keep=True, old=False))[0] == "HTTP/1.1 799 Unknown"
+
+
+def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
+    text = head(200, (), length=0, keep=True, old=False, policy="script-src 'sha256-x'").decode()
+    assert text.count("Content-Security-Policy: ") == 1
+    assert "\r\nContent-Security-Policy: script-src 'sha256-x'\r\n" in text
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\n", "\rb"])
+def test_no_value_ends_its_line(value: str) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        head(200, (("X-Any", value),), length=0, keep=True, old=False)
+
+
+def test_a_reply() -> None:
+    reply = Reply(b"x", content_type="a/b", headers=(("X-One", "1"),))
+    assert (reply.status, reply.headers, reply.close) == (200, (("Content-Type", "a/b"), ("X-One", "1")), False)

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from gpumesh.errors import (
+    BackendUnreachable,
+    DeadlineExceeded,
+    GPUMeshError,
+    ModelMissing,
+    NoNodeError,
+    QueueFull,
+    UsageError,
+)
+from gpumesh.gateway import error_shapes
+from gpumesh.gateway.model_requests import BadRequest, Shape
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "wait"),
+    [
+        (BadRequest("x", status=413), 413, None),
+        (UsageError("x"), 400, None),
+        (ModelMissing("m"), 404, None),
+        (NoNodeError("x"), 503, 2),
+        (QueueFull("x", retry_after_s=7.4), 503, 7),
+        (QueueFull("x", retry_after_s=0.1), 503, 1),
+        (DeadlineExceeded("x"), 504, None),
+        (BackendUnreachable("x"), 502, None),
+        (GPUMeshError("x"), 500, None),
+    ],
+)
+def test_each_error_has_its_status(error: GPUMeshError, status: int, wait: int | None) -> None:
+    assert error_shapes.status_of(error) == status
+    assert error_shapes.retry_after_s(error) == wait
+
+
+def test_shapes() -> None:
+    assert json.loads(error_shapes.body(Shape.NATIVE, 404, "gone")) == {"error": "gone"}
+    assert json.loads(error_shapes.body(Shape.OPENAI, 404, "gone")) == {
+        "error": {"message": "gone", "type": "not_found_error", "param": None, "code": None}
+    }
+    assert json.loads(error_shapes.body(Shape.ANTHROPIC, 503, "busy")) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "busy"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "openai", "anthropic"),
+    [
+        (400, "invalid_request_error", "invalid_request_error"),
+        (401, "authentication_error", "authentication_error"),
+        (408, "invalid_request_error", "invalid_request_error"),
+        (413, "invalid_request_error", "request_too_large"),
+        (429, "rate_limit_error", "rate_limit_error"),
+        (500, "api_error", "api_error"),
+        (503, "api_error", "overloaded_error"),
+        (504, "api_error", "api_error"),
+    ],
+)
+def test_kinds_of_errors(status: int, openai: str, anthropic: str) -> None:
+    assert json.loads(error_shapes.body(Shape.OPENAI, status, "x"))["error"]["type"] == openai
+    assert json.loads(error_shapes.body(Shape.ANTHROPIC, status, "x"))["error"]["type"] == anthropic
+
+
+def test_frames_are_of_their_stream() -> None:
+    assert error_shapes.frame(Shape.NATIVE, 502, "cut") == b'{"error": "cut"}\n'
+    assert error_shapes.frame(Shape.OPENAI, 502, "cut").startswith(b'data: {"error"')
+    assert error_shapes.frame(Shape.ANTHROPIC, 502, "cut").startswith(b"event: error\ndata: {")
+
+
+def test_a_missing_model_is_told_in_ollamas_words_with_what_to_do() -> None:
+    words = error_shapes.words_of(ModelMissing("m:7b", hint="there are: a, b"))
+    assert words.startswith("model 'm:7b' not found")
+    assert "there are: a, b" in words

@@ -1,0 +1,148 @@
+import contextlib
+import json
+from collections.abc import Generator, Mapping
+from typing import TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.gateway.json_members import Members, read_in_pieces, read_small
+from gpumesh.gateway.model_requests import (
+    EITHER,
+    MODEL_ROUTES,
+    OLLAMA_ONLY,
+    BadRequest,
+    Route,
+    Shape,
+    read_demand,
+    read_model,
+    read_node,
+    read_priority,
+    read_timeout,
+    shape_of,
+)
+from gpumesh.topology import BackendSpec, NodeSpec, Topology
+
+T = TypeVar("T")
+CHAT = MODEL_ROUTES["/api/chat"]
+
+
+def demand_of(
+    route: Route,
+    given: bytes,
+    headers: Mapping[str, str] | None = None,
+    *,
+    default_model: str | None = None,
+    node: str | None = None,
+    request_id: str | None = None,
+) -> Demand:
+    members = members_of(given)
+    return read_demand(
+        route,
+        headers or {},
+        members,
+        size=len(given),
+        model=read_model(route, members) or default_model,
+        node=node,
+        request_id=request_id,
+    )
+
+
+def members_of(given: bytes) -> Members:
+    return read_small(given) or ended(read_in_pieces(given))
+
+
+def ended(work: Generator[None, None, T]) -> T:
+    """The result of work that is done in pieces."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def body(**document: object) -> bytes:
+    return json.dumps(document).encode()
+
+
+def test_what_a_native_request_asks_for() -> None:
+    headers = {"X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
+    asked = body(model="qwen2.5:7b", options={"num_predict": 64, "num_ctx": 8192})
+    demand = demand_of(CHAT, asked, headers, node="iceland", request_id="r1")
+    assert demand.model == "qwen2.5:7b"
+    assert demand.kinds == OLLAMA_ONLY
+    assert (demand.node, demand.session, demand.priority) == ("iceland", "s1", Priority.BATCH)
+    assert demand.id == "r1"
+    assert demand.max_tokens == 64
+    assert demand.affinity == "qwen2.5:7b/8192"
+
+
+def test_openai_routes_go_to_either_kind() -> None:
+    demand = demand_of(MODEL_ROUTES["/v1/chat/completions"], body(model="m", max_completion_tokens=9))
+    assert demand.kinds == EITHER
+    assert demand.max_tokens == 9
+
+
+def test_the_default_model_fills_in_and_show_may_say_name() -> None:
+    assert demand_of(CHAT, body(messages=[]), default_model="d").model == "d"
+    assert read_model(CHAT, members_of(body(messages=[]))) is None
+    shown = demand_of(MODEL_ROUTES["/api/show"], body(name="n"))
+    assert shown.model == "n"
+    assert not shown.place
+
+
+@pytest.mark.parametrize(
+    ("given_body", "words"),
+    [
+        (b"", "missing request body"),
+        (b"{", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"{}", "model is required"),
+        (b'{"model": 7}', "model is required"),
+        (b'{"model": "  "}', "model is required"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_no_server_could_answer_is_refused(given_body: bytes, words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as refused:
+        demand_of(CHAT, given_body)
+    assert refused.value.status == 400
+
+
+@given(st.binary(max_size=200))
+def test_any_body_is_a_demand_or_a_refusal(given_body: bytes) -> None:
+    with contextlib.suppress(BadRequest):
+        demand_of(CHAT, given_body, default_model="d")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e9", ""])
+def test_a_timeout_is_a_sane_number_of_seconds(value: str) -> None:
+    with pytest.raises(BadRequest):
+        read_timeout({"X-GPUMesh-Timeout": value}, 1.0)
+
+
+def test_a_node_is_one_of_the_mesh() -> None:
+    nodes = tuple(NodeSpec(name, BackendSpec()) for name in ("iceland", "local"))
+    topology = Topology("t", nodes)
+    assert read_node({}, topology) is None
+    assert read_node({"X-GPUMesh-Node": "local"}, topology) == "local"
+    with pytest.raises(BadRequest, match="iceland, local") as refused:
+        read_node({"X-GPUMesh-Node": "secret-word"}, topology)
+    assert "secret-word" not in refused.value.message
+
+
+def test_timeouts_and_priorities() -> None:
+    assert read_timeout({"X-GPUMesh-Timeout": "2.5s"}, 1.0) == 2.5
+    assert read_timeout({}, 600.0) == 600.0
+    assert read_priority({}) is Priority.NORMAL
+    with pytest.raises(BadRequest, match="interactive, normal, batch"):
+        read_priority({"X-GPUMesh-Priority": "urgent"})
+
+
+def test_shapes_follow_the_path() -> None:
+    assert shape_of("/api/whatever") is Shape.NATIVE
+    assert shape_of("/v1/whatever") is Shape.OPENAI
+    assert shape_of("/v1/messages") is Shape.ANTHROPIC

@@ -1,0 +1,38 @@
+import pytest
+
+from gpumesh.mesh.nodes.rate_meter import WINDOW_S, RateMeter, Smoothed
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_rate_is_over_the_window() -> None:
+    clock = Clock()
+    meter = RateMeter(clock)
+    assert meter.rate() == 0.0
+    for _ in range(300):
+        meter.add(1)
+        clock.now += 0.01
+    assert meter.rate() == pytest.approx(100.0, rel=0.02)
+
+
+def test_what_is_older_than_the_window_is_forgotten() -> None:
+    clock = Clock()
+    meter = RateMeter(clock)
+    meter.add(500)
+    clock.now += WINDOW_S + 1.0
+    assert meter.rate() == 0.0
+
+
+def test_smoothing_follows_and_is_bounded() -> None:
+    rates = Smoothed(bound=2)
+    rates.add("a", 100.0)
+    rates.add("a", 50.0)
+    assert rates.values["a"] == pytest.approx(85.0)
+    rates.add("b", 1.0)
+    rates.add("c", 1.0)
+    assert list(rates.values) == ["b", "c"]

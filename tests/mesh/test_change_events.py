@@ -1,0 +1,29 @@
+import asyncio
+
+from gpumesh.mesh.change_events import Changes
+
+
+async def test_a_watcher_sees_the_present_and_then_one_step_for_all_that_changed() -> None:
+    changes = Changes()
+    watcher = changes.watch()
+    await anext(watcher)
+    for _ in range(5):
+        changes.notify()
+    async with asyncio.timeout(5):
+        await anext(watcher)
+    step = asyncio.ensure_future(anext(watcher))
+    await asyncio.sleep(0)
+    assert not step.done()
+    changes.notify()
+    async with asyncio.timeout(5):
+        await step
+    assert changes.version == 6
+
+
+async def test_a_change_between_two_steps_is_not_missed() -> None:
+    changes = Changes()
+    watcher = changes.watch()
+    await anext(watcher)
+    changes.notify()
+    async with asyncio.timeout(5):
+        await anext(watcher)

@@ -1,0 +1,232 @@
+"""Who listens on a local port: with sockets and processes of this machine, and with a /proc made up for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumesh.tunnels.direct import port_owners
+from gpumesh.tunnels.direct.port_owners import Owner, Ports
+
+
+def ask(ports: Ports, host: str = "127.0.0.1", port: int = 11434) -> Owner:
+    return ports.ask([(host, port)])[host, port]
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@linux_only
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+async def test_a_server_on_this_machine(address: str) -> None:
+    """That of a plain Python: its own name and arguments are no forwarder's."""
+    script = (
+        "import socket, sys; s = socket.create_server((sys.argv[1], 0), family=int(sys.argv[2]));"
+        "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, address, str(int(family)),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout is not None
+    port = int(await asyncio.wait_for(server.stdout.readline(), 20))
+    loopback = "::1" if ":" in address else "127.0.0.1"
+    assert ask(Ports(), loopback, port) == Owner(True)
+    assert ask(Ports(), "localhost", port).is_here
+    if address == "127.0.0.1":
+        other = ask(Ports(), "127.0.0.2", port)
+        assert (other.is_here, "not known" in other.reason) == (False, True)
+    server.kill()
+    await server.communicate()
+    gone = ask(Ports(), loopback, port)
+    assert not gone.is_here
+    assert str(port) in gone.reason
+
+
+def test_elsewhere_it_is_not_known() -> None:
+    owner = ask(Ports(platform="darwin"))
+    assert not owner.is_here
+    assert "not known" in owner.reason
+
+
+class MadeUp:
+    """A /proc. ``listen`` adds a socket, ``process`` one that holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables = {"tcp": ["header"], "tcp6": ["header"]}
+        (folder / "net").mkdir(parents=True)
+        self._write()
+
+    def _write(self) -> None:
+        for name, lines in self._tables.items():
+            (self.folder / "net" / name).write_text("\n".join(lines) + "\n")
+
+    def listen(self, address: str, port: int, inode: int, *, uid: int = 1000, state: str = "0A") -> None:
+        raw = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        words = [raw[start : start + 4] for start in range(0, len(raw), 4)]
+        kernel = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+        nobody, zeros = "0" * len(kernel), "00000000:00000000 00:00000000 00000000"
+        line = f"  0: {kernel}:{port:04X} {nobody}:0000 {state} {zeros} {uid} 0 {inode} 1"
+        self._tables["tcp6" if ":" in address else "tcp"].append(line)
+        self._write()
+
+    def process(self, pid: int, name: str, *arguments: str, inodes: tuple[int, ...]) -> None:
+        folder = self.folder / str(pid)
+        (folder / "fd").mkdir(parents=True)
+        (folder / "comm").write_text(f"{name[:15]}\n")
+        (folder / "cmdline").write_bytes(b"".join(argument.encode() + b"\0" for argument in arguments))
+        (folder / "fd" / "0").symlink_to("/dev/null")
+        for number, inode in enumerate(inodes, start=1):
+            (folder / "fd" / str(number)).symlink_to(f"socket:[{inode}]")
+
+    def owner(self, host: str = "127.0.0.1", port: int = 11434) -> Owner:
+        return ask(self.ports(), host, port)
+
+    def ports(self) -> Ports:
+        return Ports(proc=self.folder, platform="linux")
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> MadeUp:
+    return MadeUp(tmp_path / "proc")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ssh", ("ssh", "-N", "-L", "11434:localhost:11434", "gpu")),
+        ("autossh", ("autossh", "-M0", "gpu")),
+        ("sshd", ("sshd: me",)),  # someone's -R
+        ("socat", ("socat", "TCP-LISTEN:11434", "TCP:gpu:11434")),
+        ("nginx", ("nginx: worker process",)),
+        ("kubectl", ("kubectl", "port-forward", "pod/x", "11434")),
+        ("python3", ("/usr/bin/python3", "-m", "sshtunnel", "-U", "me")),
+        ("python3", ("/usr/bin/python3", "/home/me/.local/bin/sshuttle", "-r", "gpu")),
+        ("python", ("python", "-m", "gpumesh.cli.main", "up")),
+        ("gpumesh", ("/home/me/.venv/bin/python", "/home/me/.venv/bin/gpumesh", "up")),
+        ("gpumesh tunnel ", ("gpumesh tunnel iceland",)),
+        ("systemd-socket-", ("/lib/systemd/systemd-socket-proxyd", "gpu:11434")),
+    ],
+)
+def test_who_passes_on_is_not_the_server(proc: MadeUp, name: str, arguments: tuple[str, ...]) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, name, *arguments, inodes=(76, 77))
+    owner = proc.owner()
+    assert not owner.is_here
+    assert name[:15].strip() in owner.reason
+    assert "11434" in owner.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ollama", ("/usr/local/bin/ollama", "serve")),
+        ("llama-server", ("llama-server", "--port", "11434")),
+        ("python3", ("python3", "-m", "vllm.entrypoints.openai.api_server", "--host", "0.0.0.0")),
+        ("docker-proxy", ("docker-proxy", "-host-port", "11434")),  # leads to a container of this machine
+    ],
+)
+def test_who_serves_is(proc: MadeUp, name: str, arguments: tuple[str, ...]) -> None:
+    proc.listen("0.0.0.0", 11434, 77)
+    proc.process(42, name, *arguments, inodes=(77,))
+    assert proc.owner().is_here
+
+
+def test_another_users_process_is_the_server_only_under_a_servers_account(
+    proc: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {999: "ollama", 1001: "somebody"}
+    monkeypatch.setattr(port_owners, "_account", names.get)
+    proc.listen("127.0.0.1", 11434, 77, uid=999)
+    assert proc.owner().is_here
+    proc.listen("127.0.0.1", 8080, 78, uid=1001)
+    owner = proc.owner(port=8080)
+    assert not owner.is_here
+    assert "another user" in owner.reason
+    proc.listen("127.0.0.1", 8081, 79, uid=4242)  # of nobody
+    assert not proc.owner(port=8081).is_here
+
+
+def test_one_forwarder_among_several_is_enough_to_doubt(proc: MadeUp) -> None:
+    """SO_REUSEPORT, or a socket that was inherited: the kernel chooses."""
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    proc.process(43, "ssh", "ssh", "-L", "x", inodes=(77,))
+    assert not proc.owner().is_here
+
+
+def test_only_who_listens_counts(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77, state="01")  # an established connection
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    assert "not known" in proc.owner().reason
+
+
+def test_ipv4_clients_reach_an_ipv6_socket(proc: MadeUp) -> None:
+    proc.listen("::ffff:127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    assert proc.owner().is_here
+    proc.listen("::", 8080, 78)
+    proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
+    assert proc.owner(port=8080).is_here
+
+
+def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    (proc.folder / "42" / "comm").unlink()
+    assert "just ended" in proc.owner().reason
+    (proc.folder / "net" / "tcp").write_text("header\nshort line\n")
+    (proc.folder / "net" / "tcp6").unlink()
+    assert not proc.owner().is_here
+
+
+def test_what_was_found_stands_while_the_socket_is_the_same(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    ports = proc.ports()
+    assert ask(ports).is_here
+    (proc.folder / "42" / "comm").write_text("ssh\n")  # which no process does: it is only not looked at again
+    assert ask(ports).is_here
+    proc.listen("127.0.0.1", 11434, 78)  # a second one beside it
+    proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
+    assert ask(ports) == Owner(False, "ssh listens on port 11434, which may lead to another machine")
+
+
+def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    (proc.folder / "42" / "comm").rename(proc.folder / "42" / "gone")
+    ports = proc.ports()
+    assert not ask(ports).is_here
+    (proc.folder / "42" / "gone").rename(proc.folder / "42" / "comm")
+    assert ask(ports).is_here
+
+
+def test_accounts() -> None:
+    assert port_owners._account(os.getuid())
+    assert port_owners._account(3_999_999) is None
+
+
+def test_several_places_are_looked_for_together(proc: MadeUp) -> None:
+    proc.listen("127.0.0.1", 11434, 77)
+    proc.listen("::", 8080, 78)
+    proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
+    proc.process(43, "ssh", "ssh", "-L", "x", inodes=(78,))
+    ports = proc.ports()
+    places = [("127.0.0.1", 11434), ("localhost", 8080), ("127.0.0.1", 8080), ("127.0.0.1", 9)]
+    elsewhere = Owner(False, "ssh listens on port 8080, which may lead to another machine")
+    assert ports.ask(places) == dict(
+        zip(
+            places,
+            [Owner(True), elsewhere, elsewhere, Owner(False, "which process listens on port 9 is not known")],
+            strict=True,
+        )
+    )
+    assert ports.ask(places[:1]) == {places[0]: Owner(True)}

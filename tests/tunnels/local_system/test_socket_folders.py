@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.tunnels.local_system.socket_folders import private_folder, sweep
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as name:  # short: it holds sockets
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        place = Path(name) / "gpumesh"
+        place.mkdir(mode=0o700)
+        yield place
+
+
+def left(runtime: Path, name: str = "sabcdefgh") -> Path:
+    folder = runtime / name
+    folder.mkdir(mode=0o700)
+    (folder / "askpass").touch()
+    return folder
+
+
+def test_one_is_there_while_it_is_used_and_then_no_more(runtime: Path) -> None:
+    with private_folder() as folder:
+        (folder / "x").touch()
+        sweep(runtime)
+        assert (folder / "x").exists()
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+
+
+MAKES = """
+import sys
+from gpumesh.tunnels.local_system.socket_folders import private_folder
+with private_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_that_of_another_process_stays_until_it_is_killed(runtime: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", MAKES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        try:
+            sweep(runtime)
+            assert folder.is_dir()
+        finally:
+            process.kill()
+    assert folder.is_dir()
+    sweep(runtime)
+    assert not folder.exists()
+
+
+def test_only_what_is_named_so_and_is_a_folder_of_ours_is_taken_away(runtime: Path, tmp_path: Path) -> None:
+    others = [left(runtime, name) for name in ("state", "sshort", "0123456789abcdef", "Sabcdefgh", "sabcdefghi")]
+    (runtime / "sijklmnop").touch()
+    target = left(tmp_path)
+    (runtime / "sqrstuvwx").symlink_to(target)
+    gone = left(runtime)
+    if os.geteuid() == 0:
+        others.append(left(runtime, "sstranger"))
+        os.chown(others[-1], 54321, 54321)
+    sweep(runtime)
+    assert not gone.exists()
+    assert all(folder.is_dir() for folder in others)
+    assert (runtime / "sijklmnop").is_file()
+    assert (target / "askpass").exists()
+
+
+@pytest.mark.parametrize("name", ["c", "n", "ask"])
+def test_where_something_answers_somebody_lives(runtime: Path, name: str) -> None:
+    """A gpumesh of before, which holds no lock."""
+    folder = left(runtime)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / name))
+        listener.listen(1)
+        sweep(runtime)
+        assert (folder / name).exists()
+    sweep(runtime)
+    assert not folder.exists()

@@ -1,0 +1,246 @@
+"""Unix sockets at paths where something is already, and their URLs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumesh.config.locate import SOCKET_PATH_LIMIT
+from gpumesh.errors import GPUMeshError
+from gpumesh.topology import Target, TunnelListen, TunnelsSpec
+from gpumesh.tunnels.listeners import Listeners
+from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener, split_url, tunnel_listener, url_of
+from tests.parts import needs
+from tests.tunnels.supervised import descriptors
+
+UNIX = TunnelsSpec(listen=TunnelListen.UNIX)
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("r")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+# -- taking a path -----------------------------------------------------------------------------------------------------
+
+
+def test_a_socket_is_for_its_user_from_the_first_moment(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    before = os.umask(0)
+    try:
+        listener = UnixListener(path, 5)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+    assert answers(path)
+    listener.close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_the_socket_of_a_mesh_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    program = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from gpumesh.tunnels.local_system.unix_sockets import UnixListener\n"
+        "kept = UnixListener(Path(sys.argv[1]), 5)\nprint(flush=True)\ntime.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        killed.stdout.readline()
+        with pytest.raises(PathInUse, match="another program listens"):  # as long as it lives
+            UnixListener(path, 5)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(30)
+    assert path.is_socket()
+    listener = UnixListener(path, 5)
+    assert answers(path)
+    listener.close()
+
+
+def test_a_full_queue_is_no_stale_socket(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting = []
+        while True:
+            client = socket.socket(socket.AF_UNIX)
+            client.setblocking(False)
+            waiting.append(client)
+            if client.connect_ex(str(path)):
+                break
+        with pytest.raises(PathInUse):
+            UnixListener(path, 5)
+        for client in waiting:
+            client.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to nothing", "link to a stale socket"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "x.sock", tmp_path / "other"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if kind == "link to a file":
+            other.write_text("precious")
+        elif kind == "link to a stale socket":
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(other))
+        path.symlink_to(other)
+    before = path.lstat()
+    with pytest.raises(PathInUse, match="is no socket"):
+        UnixListener(path, 5)
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
+
+
+@needs("root")
+def test_the_socket_of_another_user_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    os.chown(path, 12345, 12345)
+    with pytest.raises(PathInUse, match="another user"):
+        UnixListener(path, 5)
+    assert path.lstat().st_uid == 12345
+
+
+def test_a_path_that_is_somebody_elses_by_now_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    first = UnixListener(path, 5)
+    path.unlink()
+    second = UnixListener(path, 5)
+    first.close()
+    assert answers(path)
+    second.close()
+
+
+async def test_of_two_that_find_the_same_stale_socket_one_gets_it(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom gpumesh.errors import GPUMeshError\n"
+        "from gpumesh.tunnels.local_system.unix_sockets import UnixListener\n"
+        "sys.stdin.readline()\n"
+        "try:\n    kept = UnixListener(Path(sys.argv[1]), 5)\nexcept GPUMeshError:\n    print('no', flush=True)\n"
+        "else:\n    print('yes', flush=True)\nsys.stdin.readline()\n"
+    )
+    path = tmp_path / "x.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    pipe = asyncio.subprocess.PIPE
+    racers = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(path), stdin=pipe, stdout=pipe)
+        for _ in range(4)
+    ]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write(b"\n")
+    said = [await asyncio.wait_for(racer.stdout.readline(), 60) for racer in racers if racer.stdout is not None]
+    assert sorted(said) == [b"no\n"] * 3 + [b"yes\n"]
+    assert answers(path)
+    for racer in racers:
+        await racer.communicate(b"\n")
+
+
+def test_what_cannot_be_bound_leaves_nothing(tmp_path: Path) -> None:
+    before = descriptors()
+    with pytest.raises(FileNotFoundError):
+        UnixListener(tmp_path / "no" / "x.sock", 5)
+    with pytest.raises(GPUMeshError, match=f"may have {SOCKET_PATH_LIMIT} bytes"):
+        UnixListener(tmp_path / ("x" * 100), 5)
+    assert descriptors() == before
+
+
+# -- names of tunnels' sockets -----------------------------------------------------------------------------------------
+
+
+def test_names_stay_and_meshes_with_the_same_names_do_not_meet(runtime: Path) -> None:
+    folder = runtime / "gpumesh"
+    first = tunnel_listener("home", "iceland", 0, 5)
+    assert first.path == folder / "home-iceland.sock"
+    second = tunnel_listener("home", "iceland", 0, 5)
+    assert second.path == folder / "home-iceland.2.sock"
+    first.close()
+    (folder / "home-iceland.sock").write_text("a user's file")
+    third = tunnel_listener("home", "iceland", 0, 5)
+    assert third.path == folder / "home-iceland.3.sock"
+    for one in (second, third):
+        one.close()
+    assert (folder / "home-iceland.sock").read_text() == "a user's file"
+    (folder / "home-iceland.sock").unlink()
+    again = tunnel_listener("home", "iceland", 0, 5)
+    assert again.path == folder / "home-iceland.sock"
+    again.close()
+
+
+def test_long_names_are_cut_and_do_not_meet(runtime: Path) -> None:
+    listeners = [tunnel_listener("m" * 63, "n" * 60 + end, 0, 5) for end in "abc"]
+    paths = [one.path for one in listeners]
+    assert len(set(paths)) == 3
+    assert all(len(os.fsencode(path)) <= SOCKET_PATH_LIMIT for path in paths)
+    assert all(answers(path) for path in paths)
+    listeners.append(tunnel_listener("a/../b", "c\n", 0, 5))
+    assert listeners[-1].path.parent == runtime / "gpumesh"
+    for one in listeners:
+        one.close()
+
+
+def test_a_folder_with_too_long_a_path_is_said(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = runtime / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with pytest.raises(GPUMeshError, match="too long for a Unix socket") as caught:
+        Listeners([Target("127.0.0.1", 1)], UNIX, node="n")
+    assert "listen: tcp" in (caught.value.hint or "")
+
+
+def test_listeners_give_their_paths_back(runtime: Path) -> None:
+    listeners = Listeners([Target("127.0.0.1", 1), Target("::1", 2, "https", "/api/")], UNIX, mesh="home", node="n")
+    one, two = listeners.paths
+    assert list(listeners.urls.values()) == [f"http://unix:{one}:", f"https://unix:{two}:/api"]
+    assert listeners.ports == ()
+    listeners.close()
+    listeners.close()
+    assert list((runtime / "gpumesh").iterdir()) == []
+
+
+# -- URLs --------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1),
+    st.sampled_from(["http", "https"]),
+    st.sampled_from(["", "/v1", "/a:b"]),
+    st.sampled_from(["", "/api/tags", "/v1/models/hf.co:x/y:z"]),
+)
+def test_a_url_leads_back_to_its_path(name: str, scheme: str, prefix: str, call: str) -> None:
+    path = Path("/run") / name.replace("/", "_")
+    base = url_of(path, scheme=scheme, prefix=prefix)
+    assert base.startswith(f"{scheme}://unix:/run/")
+    assert split_url(base + call) == (str(path), prefix + call)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:80/api", "http://unix/api", "http://unix:80/x", "http://unix:/a/b", ""]
+)
+def test_other_urls_are_none_of_a_unix_socket(url: str) -> None:
+    assert split_url(url) is None

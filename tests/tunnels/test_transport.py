@@ -1,0 +1,194 @@
+"""What a worker may expect of any transport: the same tests for both, against a real OpenSSH sshd."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.errors import ExecError
+from gpumesh.topology import SshSpec, Target, TransportKind
+from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.inprocess.connection import SshConnection
+from gpumesh.tunnels.openssh.connection import OpensshConnection
+from gpumesh.tunnels.transport import Connect, Connection, RemoteCommand, Setup
+from gpumesh.tunnels.transports import connect_of
+from tests.parts import needs
+from tests.tunnels.inprocess.test_connection import Told
+from tests.tunnels.polling import until
+from tests.tunnels.sshd import Sshd, listener, serving
+from tests.tunnels.supervised import descendants, descriptors
+from tests.tunnels.traffic import echo, exchange
+
+pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
+
+
+@pytest.fixture(params=list(TransportKind))
+def connect(request: pytest.FixtureRequest) -> Connect:
+    return connect_of(request.param)
+
+
+@pytest.fixture
+async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
+    async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
+        yield sshd
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("c")
+    path.chmod(0o700)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    connect: Connect, ssh: SshSpec, folder: Path, *ports: int
+) -> AsyncIterator[tuple[Connection, list[int]]]:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listener()) for _ in ports]
+        targets = tuple(Target("127.0.0.1", port) for port in ports)
+        connection = await connect(Setup("iceland", ssh, targets, control_dir=str(folder)), listeners, Told())
+        try:
+            yield connection, [one.getsockname()[1] for one in listeners]
+        finally:
+            await connection.close()
+
+
+async def first_line(running: RemoteCommand) -> bytes:
+    piece = await asyncio.wait_for(running.read(), 20)
+    assert piece is not None
+    assert piece[0] is Stream.STDOUT
+    return piece[1]
+
+
+async def to_the_end(running: RemoteCommand) -> None:
+    async with asyncio.timeout(20):
+        while await running.read():
+            pass
+
+
+async def test_a_command_is_read_in_pieces_to_its_end_and_beyond(connect: Connect, sshd: Sshd, folder: Path) -> None:
+    async with connected(connect, sshd.spec(), folder) as (connection, _):
+        running = await connection.run("sh -c 'head -c 200000 /dev/zero; echo err >&2; exit 9'")
+        said = {Stream.STDOUT: 0, Stream.STDERR: 0}
+        async with asyncio.timeout(20):
+            while piece := await running.read():
+                assert 0 < len(piece[1]) <= 32 * 1024
+                said[piece[0]] += len(piece[1])
+            assert await running.read() is None
+        assert (said[Stream.STDOUT], said[Stream.STDERR], running.exit_status) == (200_000, 4, 9)
+        await running.kill()
+        await running.kill()
+        assert running.exit_status == 9
+
+
+async def test_who_does_not_read_stops_the_host(connect: Connect, sshd: Sshd, folder: Path, tmp_path: Path) -> None:
+    """An endless output waits on the host, not in our memory."""
+    count = tmp_path / "count"
+    script = f"i=0; while [ $i -lt 4000 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {count}; done"
+    async with connected(connect, sshd.spec(), folder) as (connection, _):
+        running = await connection.run(f"sh -c '{script}'")
+        await running.read()
+
+        async def written() -> int:
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                return int(count.read_text())
+            return 0
+
+        before, still = -1, 0
+        async with asyncio.timeout(30):
+            while still < 10:
+                now = await written()
+                still = still + 1 if now == before and now else 0
+                before = now
+                await asyncio.sleep(0.05)
+        assert 0 < before < 1000  # of 4000, 64 KiB each
+        assert await connection.ping(10.0) is not None
+        await running.kill()
+
+
+async def test_after_the_end_nothing_more_is_to_be_had(connect: Connect, sshd: Sshd, folder: Path) -> None:
+    async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
+        running = await connection.run("sh -c 'echo go; exec sleep 600'")
+        assert await first_line(running) == b"go\n"
+        lost = asyncio.create_task(connection.wait_lost())
+        await asyncio.sleep(0)
+        assert not lost.done()
+        sshd.kill_sessions(signal.SIGKILL)
+        error = await asyncio.wait_for(lost, 20)
+        assert (error.code, error.needs_person) == ("tunnel-lost", False)
+        assert (await connection.wait_lost()).code == "tunnel-lost"  # for whoever asks later
+        with pytest.raises(ExecError):
+            await to_the_end(running)
+        await running.kill()
+        assert await connection.ping(5.0) is None
+        with pytest.raises(ExecError):
+            await to_the_end(await connection.run("true"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
+    connect: Connect, sshd: Sshd, folder: Path
+) -> None:
+    """Clients of a port behind which nothing moves any more would wait for ever."""
+    async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
+        waiting = asyncio.create_task(connection.wait_lost())
+        if isinstance(connection, OpensshConnection):
+            forwarder = connection._forwarder
+        else:
+            assert isinstance(connection, SshConnection)
+            assert connection._gateway is not None
+            forwarder = connection._gateway._server_list[0]._forwarder
+        forwarder.post([].pop)  # an error of ours
+        assert (await asyncio.wait_for(waiting, 20)).code == "tunnel-lost"
+
+
+async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd, folder: Path) -> None:
+    before = descriptors()
+    for _ in range(3):
+        async with serving(echo) as port, connected(connect, sshd.spec(), folder, port) as (connection, (local,)):
+            assert await exchange(local, b"x") == b"x"
+            running = await connection.run("sleep 600")
+            reader, writer = await asyncio.open_connection("127.0.0.1", local)
+            writer.write(b"half")
+            assert await reader.readexactly(4) == b"half"
+            await running.kill()
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        await until(lambda: not sshd.children(), "the end of the session")
+        for path in folder.iterdir():  # the supervisor's folder, which goes with its connection
+            path.unlink()
+    await until(lambda: descriptors() == before, f"{before} as before, not {descriptors()}")
+    assert sshd.process is not None
+    assert descendants(os.getpid()) == [sshd.process.pid]
+
+
+@pytest.mark.exclusive
+async def test_small_answers_are_not_held_back(connect: Connect, sshd: Sshd, folder: Path) -> None:
+    """The cure of facts/tunnel-latency.md: without it each of these takes 40 ms and more, on any machine."""
+
+    async def in_two_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1):
+            writer.write(b"header")
+            await asyncio.sleep(0.001)
+            writer.write(b"body")
+
+    async with serving(in_two_pieces) as port, connected(connect, sshd.spec(), folder, port) as (_, (local,)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", local)
+        took = []
+        for _ in range(60):
+            began = time.perf_counter()
+            writer.write(b"?")
+            await asyncio.wait_for(reader.readexactly(10), 20)
+            took.append(time.perf_counter() - began)
+        writer.close()
+        assert statistics.median(took) < 0.030
