@@ -22,13 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpumesh.topology import TransportKind
-from tests.real.belongings import Belongings
-from tests.real.cycles import Cycles, churn
+from tests.real.belongings import ProcessResources
+from tests.real.cycles import CycleReport, churn
 
 MEMORY_SHARE = 0.02
 
 
-def measure(transport: TransportKind, cycles: int, warm_up: int) -> Cycles:
+def measure(transport: TransportKind, cycles: int, warm_up: int) -> CycleReport:
     def progress(done: int) -> None:
         if sys.stderr.isatty() or done % 100 == 0:
             print(f"\r{transport}: {done} of {cycles}", end="", file=sys.stderr, flush=True)
@@ -42,7 +42,7 @@ def measure(transport: TransportKind, cycles: int, warm_up: int) -> Cycles:
     return result
 
 
-def problems(result: Cycles) -> list[str]:
+def problems(result: CycleReport) -> list[str]:
     """What is not at the end as it was at the start."""
     found = []
     for who, before, after in (
@@ -55,16 +55,16 @@ def problems(result: Cycles) -> list[str]:
             found.append(f"{result.transport}, {who}: memory {growth(before, after):+.1%}")
     if len(result.ports) != 1:
         found.append(f"{result.transport}: the local port changed: {sorted(result.ports)}")
-    if result.left:
-        found.append(f"{result.transport}: files left: {', '.join(result.left)}")
+    if result.leftover_files:
+        found.append(f"{result.transport}: files left: {', '.join(result.leftover_files)}")
     return found
 
 
-def growth(before: Belongings, after: Belongings) -> float:
+def growth(before: ProcessResources, after: ProcessResources) -> float:
     return after.rss_kib / before.rss_kib - 1.0
 
 
-def table(results: list[Cycles]) -> str:
+def table(results: list[CycleReport]) -> str:
     rows = [
         "| transport | cycles | process | fds | threads | children | memory |",
         "|---|---|---|---|---|---|---|",

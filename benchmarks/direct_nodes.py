@@ -32,7 +32,7 @@ from pathlib import Path
 from status_scale import GPUMESH, cpu_s, wall_ms, watch_cpu
 
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 
 METRONOME_S = 0.02
 SMI = """#!/bin/sh
@@ -46,7 +46,10 @@ esac
 async def stand_ins(count: int) -> None:
     """The servers' process: says their ports, and ends with its stdin."""
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(StandIn(profile.fast(f"n{number}"))) for number in range(count)]
+        servers = [
+            await stack.enter_async_context(SimOllama(profile.make_instant_host(f"n{number}")))
+            for number in range(count)
+        ]
         print(json.dumps([server.port for server in servers]), flush=True)
         await asyncio.to_thread(sys.stdin.read)
 

@@ -29,20 +29,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpumesh.daemon.process import event_loop
-from tests.real.faults import FAULTS, VICTIMS, Fault, NoticedBy, Result, play, staged
+from tests.real.faults import FAULTS, VICTIMS, FaultResult, InjectedFault, NoticedBy, fault_setup, run_fault
 
 SETTLE_S = 11.0  # past lifecycle.Timing.stable_s
 
 
-async def measure(fault: Fault, settle_s: float) -> list[Result]:
+async def measure(fault: InjectedFault, settle_s: float) -> list[FaultResult]:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as runtime:
         os.environ["XDG_RUNTIME_DIR"] = runtime
-        async with staged(Path(folder), line=fault.line) as stage:
+        async with fault_setup(Path(folder), line=fault.line) as stage:
             await asyncio.sleep(settle_s)
-            return await play(stage, fault)
+            return await run_fault(stage, fault)
 
 
-def worst(results: list[Result]) -> Result:
+def worst(results: list[FaultResult]) -> FaultResult:
     """Of one fault and transport, figure by figure."""
     noticed = [one.noticed_s for one in results if one.noticed_s is not None]
     recovered = [one.recovered_s for one in results if one.recovered_s is not None]
@@ -57,7 +57,7 @@ def worst(results: list[Result]) -> Result:
     )
 
 
-def problems(fault: Fault, results: list[Result]) -> list[str]:
+def problems(fault: InjectedFault, results: list[FaultResult]) -> list[str]:
     found = []
     for one in results:
         what = f"{fault.name}, {one.transport}"
@@ -74,7 +74,7 @@ def problems(fault: Fault, results: list[Result]) -> list[str]:
     return found
 
 
-def table(rows: list[tuple[Fault, list[Result]]]) -> str:
+def table(rows: list[tuple[InjectedFault, list[FaultResult]]]) -> str:
     head = ["fault", *(f"{transport}: {what}" for transport in VICTIMS for what in ("noticed", "back"))]
     lines = ["| " + " | ".join([*head, "failed", "slowest"]) + " |", "|---" * (len(head) + 2) + "|"]
     for fault, results in rows:
@@ -92,7 +92,7 @@ def _seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
 
 
-def chosen(only: list[str], outage_s: float) -> list[Fault]:
+def chosen(only: list[str], outage_s: float) -> list[InjectedFault]:
     faults = [
         replace(one, name=f"outage of {outage_s:g} s", lasts_s=outage_s) if one.name == "outage" else one
         for one in FAULTS

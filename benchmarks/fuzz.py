@@ -54,7 +54,7 @@ HONEST = ("honest-a", "honest-b")
 PAIRS = 12  # of hostile nodes, each with its own model: a node whose answers were bad is not asked for seconds
 PROBED_S = 2.5  # mesh.node.BACKEND_EVERY_S, and a little
 KINDS = ("requests", "answers", "routes", "greetings", "parsers")
-ROUTE_MUTATORS = (mutators.json_value, mutators.json_value, mutators.deep, mutators.widen, mutators.splice)
+ROUTE_MUTATORS = (mutators.json_value, mutators.json_value, mutators.nest_deeply, mutators.widen, mutators.splice)
 PARSER_HANGS_S = 20
 REMEMBERED_S = 10.0
 
@@ -89,7 +89,7 @@ class Stage:
     port: int
     process: asyncio.subprocess.Process
     log: Path
-    nodes: list[wire.Hostile]
+    nodes: list[wire.HostileNode]
     findings: Path
     tally: Tally = field(default_factory=Tally)
     streams: Streams = field(default_factory=Streams)
@@ -138,7 +138,7 @@ async def play(stage: Stage, case: Case, pair: int = 0) -> None:
     """One case, by its target; ``pair``: on these hostile nodes. Raises AssertionError for what must not be."""
     kind, _, path = case.target.partition(":")
     if kind == "request":
-        answer = await wire.send(stage.port, case)
+        answer = await wire.send_case(stage.port, case)
         found = wire.statuses(answer)
         stage.tally.outcomes.update(str(status) for status in found or ("no answer",))
         assert 500 not in found, f"500: {answer[-400:]!r}"
@@ -314,7 +314,7 @@ async def stage_of(findings: Path) -> AsyncIterator[tuple[Stage, int]]:
         honest = [await stack.enter_async_context(stand_in()) for _ in range(2)]
         direct = await stack.enter_async_context(stand_in())
         models = [f"hostile-{pair}:1b" for pair in range(PAIRS) for _ in "ab"]
-        nodes = [await stack.enter_async_context(wire.hostile(model)) for model in models]
+        nodes = [await stack.enter_async_context(wire.hostile_node(model)) for model in models]
         port = free_port()
         config = folder / "mesh.yaml"
         runtime = folder / "run"
@@ -330,7 +330,7 @@ async def stage_of(findings: Path) -> AsyncIterator[tuple[Stage, int]]:
         process = await stack.enter_async_context(program(*argv, port=port, folder=folder, **environment))
         async with asyncio.timeout(60):
             while True:
-                _, body = await wire.ask(port, "/mesh/status")
+                _, body = await wire.send_request(port, "/mesh/status")
                 if all(node["health"] == "healthy" for node in json.loads(body)["nodes"]):
                     break
                 await asyncio.sleep(0.2)

@@ -24,7 +24,7 @@ from pathlib import Path
 from tunnel_routes import setting
 
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, TransportKind
-from gpumesh.tunnels.supervisor import open_tunnel, running
+from gpumesh.tunnels.supervisor import open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.tunnels.sshd import Sshd
 
@@ -75,7 +75,7 @@ async def time_to_open(pool: WorkerPool, specs: list[SshSpec], target: int) -> l
         began = time.perf_counter()
         tunnels = [
             await stack.enter_async_context(
-                running(
+                run_tunnel(
                     open_tunnel(
                         NodeSpec(f"n{number}", BackendSpec(targets=(Target("127.0.0.1", target),)), spec),
                         rng=random.Random(number),
@@ -101,7 +101,7 @@ async def measure(transport: TransportKind, nodes: int, slow_s: float, rounds: i
             sshd.known_hosts.write_text(known + known.replace(f":{sshd.port} ", f":{slow_port} "))
             usual = sshd.spec(transport=transport, connect_timeout_s=30.0)
             slow = sshd.spec(transport=transport, connect_timeout_s=30.0, port=slow_port)
-            await pool.warm()
+            await pool.prestart()
             await time_to_open(pool, [usual], target)  # what is loaded once is loaded
             alone = [(await time_to_open(pool, [usual], target))[-1] for _ in range(5)]
             slowest = [(await time_to_open(pool, [slow], target))[-1] for _ in range(2)]

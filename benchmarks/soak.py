@@ -71,14 +71,14 @@ class Tally:
 
 def hosts() -> tuple[profile.HostProfile, ...]:
     return tuple(
-        profile.host(name, models=(QWEN_7B,), tokens_per_s=rate, load_s=0.2, slots=4, answer_tokens=(20, 80))
+        profile.make_host(name, models=(QWEN_7B,), tokens_per_s=rate, load_s=0.2, slots=4, answer_tokens=(20, 80))
         for name, rate in (("one", 200.0), ("two", 150.0), ("three", 250.0))
     )
 
 
 def expected(prompt: str) -> str:
-    rendered = text.render([{"role": "user", "content": prompt}])
-    return "".join(text.answer(rendered, model=MODEL, length=(20, 80)).tokens)
+    rendered = text.render_messages([{"role": "user", "content": prompt}])
+    return "".join(text.generate_text(rendered, model=MODEL, length_range=(20, 80)).tokens)
 
 
 async def client(url: str, number: int, tally: Tally, until: float) -> None:

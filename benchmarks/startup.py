@@ -59,7 +59,7 @@ async def on_a_mesh(rounds: int) -> dict[str, list[float]]:
         folder = Path(name)
         own = {"HOME": name, "XDG_RUNTIME_DIR": name, "GPUMESH_CONFIG": str(folder / "mesh.yaml")}
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", **own}
-        async with Lab(profile.default(3, load_s=0.0), folder) as lab:
+        async with Lab(profile.make_hosts(3, load_s=0.0), folder) as lab:
             lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model="qwen2.5:7b")
             subprocess.run([GPUMESH, "--quiet", "up", "-d"], env=environment, check=True)
             try:

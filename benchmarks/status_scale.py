@@ -36,8 +36,8 @@ from random import Random
 from gpumesh.daemon import paths as mesh_paths
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.lock import MeshLock
-from gpumesh.daemon.session import Ask, ChatStream
-from gpumesh.mesh.change_events import Changes
+from gpumesh.daemon.session import ChatStream, PromptRequest
+from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import (
     BackendPhase,
@@ -55,7 +55,7 @@ from gpumesh.state import (
     ProcessState,
     TunnelPhase,
     TunnelState,
-    total,
+    compute_totals,
 )
 from gpumesh.tunnels.base import ExecChunk
 
@@ -115,7 +115,7 @@ class MadeUp:
     def __init__(self, count: int) -> None:
         self._random = Random(count)
         self._nodes = [node(number, self._random) for number in range(count)]
-        self._changes = Changes()
+        self._changes = ChangeNotifier()
         self._recorder = Recorder()
 
     async def live(self) -> None:
@@ -132,9 +132,9 @@ class MadeUp:
     async def status(self) -> MeshState:
         nodes = tuple(self._nodes)
         gateway = GatewayState("http://127.0.0.1:11430", GatewayPhase.SERVING, in_flight=3)
-        return MeshState("made-up", datetime.now(UTC), gateway, total(nodes), nodes)
+        return MeshState("made-up", datetime.now(UTC), gateway, compute_totals(nodes), nodes)
 
-    async def first_report(self, timeout_s: float) -> MeshState:
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
         del timeout_s
         return await self.status()
 
@@ -146,7 +146,7 @@ class MadeUp:
     async def history(self) -> History:
         return self._recorder.history()
 
-    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
         raise NotImplementedError
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
@@ -217,17 +217,17 @@ async def measure(count: int, runs: int, watch_s: float, folder: Path) -> dict[s
     config.write_text(json.dumps({"nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}]}))
     os.environ["GPUMESH_CONFIG"] = str(config)
     paths = mesh_paths.for_config(config)
-    lock = MeshLock.take(paths)
+    lock = MeshLock.acquire(paths)
     session = MadeUp(count)
     living = asyncio.create_task(session.live())
     try:
-        async with ControlServer(session, paths.socket, stop=lambda _: None):
+        async with ControlServer(session, paths.socket, on_stop=lambda _: None):
             table = await wall_ms([str(GPUMESH), "status"], runs)
             document = await wall_ms([str(GPUMESH), "status", "--json"], runs)
             cpu, rate = await watch_cpu(watch_s)
     finally:
         living.cancel()
-        paths.remove()
+        paths.remove_files()
         lock.release()
     return {
         "nodes": count,

@@ -21,7 +21,7 @@ from pathlib import Path
 from tunnel_routes import gpumesh_route, percentile, setting
 
 from gpumesh.topology import TransportKind
-from gpumesh.tunnels.local_system.peer_users import OwnUsers, ProcNet, SockDiag
+from gpumesh.tunnels.local_system.peer_users import OwnUserFilter, ProcNet, SockDiag
 
 REQUEST = b"GET /api/version HTTP/1.1\r\nHost: ollama\r\n\r\n"
 
@@ -46,12 +46,12 @@ def lookups(sockets: list[int]) -> None:
 
 def cost_us(lookup: SockDiag | ProcNet, accepted: socket.socket, peer: object, times: int) -> float:
     """CPU time of one, the best of five rounds."""
-    own = OwnUsers(lookup, lambda *_: None)
+    own = OwnUserFilter(lookup, lambda *_: None)
     took = []
     for _ in range(5):
         began = time.process_time()
         for _ in range(times):
-            if not own.admits(accepted, peer):
+            if not own.allows(accepted, peer):
                 raise SystemExit("our own connection was refused")
         took.append((time.process_time() - began) / times * 1e6)
     own.close()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpumesh.topology import Target, TransportKind  # noqa: E402
-from gpumesh.tunnels.transport import Setup, Up  # noqa: E402
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest  # noqa: E402
 from gpumesh.tunnels.workers.worker_pool import WorkerPool  # noqa: E402
 from tests.tunnels.sshd import Sshd, listener  # noqa: E402
 
@@ -115,11 +115,11 @@ async def gpumesh_route(
     control = sshd.folder / f"control-{transport}{'-shared' if share else ''}"
     control.mkdir(mode=0o700, exist_ok=True)
     ssh = sshd.spec(transport=transport)
-    setup = Setup("bench", ssh, (Target("127.0.0.1", target),), control_dir=str(control), share=share)
+    setup = ConnectRequest("bench", ssh, (Target("127.0.0.1", target),), control_dir=str(control), share=share)
     with listener() as local:
         async with await pool.spawn(setup, [local]) as worker:
             message = await worker.receive()
-            if not isinstance(message, Up):
+            if not isinstance(message, ConnectionInfo):
                 raise SystemExit(f"{transport}: {message}")
             yield local.getsockname()[1]
 

@@ -80,7 +80,7 @@ def a_dead_port() -> int:
 
 async def working_mesh(folder: Path) -> dict[str, str]:
     """Three hosts at work, one of them ill."""
-    async with Lab(profile.default(3), folder) as lab:
+    async with Lab(profile.make_hosts(3), folder) as lab:
         terminal = Terminal(folder, lab.write_config(folder / "mesh.yaml", default_model="qwen2.5:7b"))
         up = await terminal.run("gpumesh up -d")
         prompts = folder / "prompts.txt"
@@ -103,7 +103,7 @@ async def working_mesh(folder: Path) -> dict[str, str]:
 
 async def from_an_ssh_line(folder: Path) -> dict[str, str]:
     """The tutorial: one host, a line as a provider prints it."""
-    async with Lab([profile.host("iceland", backend_port=80)], folder) as lab:
+    async with Lab([profile.make_host("iceland", backend_port=80)], folder) as lab:
         ssh = folder / ".ssh"
         ssh.mkdir(mode=0o700)
         lab.identity.rename(ssh / "id_ed25519")
@@ -116,12 +116,12 @@ async def from_an_ssh_line(folder: Path) -> dict[str, str]:
 
 async def two_ways_to_one(folder: Path) -> dict[str, str]:
     """Where this project began: a 4090 that was expected twice, and is one, reached in two ways."""
-    host = profile.host("iceland")
+    host = profile.make_host("iceland")
     async with Lab([host], folder) as lab:
         iceland = lab.host("iceland")
         expect = {"gpus": 1, "gpu": "NVIDIA GeForce RTX 4090", "vram_mib": 24564}
         nodes = [
-            {**iceland.node(), "expect": {**expect, "hostname": host.hostname}},
+            {**iceland.node_entry(), "expect": {**expect, "hostname": host.hostname}},
             {
                 "name": "vengeance",
                 "backend": {"urls": [iceland.backend_url, f"http://127.0.0.1:{a_dead_port()}"]},

@@ -22,8 +22,8 @@ from gpumesh.audit.catalog import CATALOG
 from gpumesh.cli.root import app
 from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
 from gpumesh.gateway.observe import gauges
-from gpumesh.gateway.observe.metrics import Metrics
-from gpumesh.state import GatewayState, MeshState, total
+from gpumesh.gateway.observe.metrics import RequestMetrics
+from gpumesh.state import GatewayState, MeshState, compute_totals
 
 FOLDER = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py from the code; change it there. -->"
@@ -185,8 +185,8 @@ def _raised() -> dict[str, type[GPUMeshError]]:
 
 def metrics() -> str:
     """Families tell their names and meanings before there is anything to count."""
-    nothing = MeshState("", datetime(2026, 1, 1, tzinfo=UTC), GatewayState(), total(()), ())
-    families = [*gauges.of_state(nothing, {}), *gauges.of_server(0, 0, 0), *Metrics().families()]
+    nothing = MeshState("", datetime(2026, 1, 1, tzinfo=UTC), GatewayState(), compute_totals(()), ())
+    families = [*gauges.mesh_families(nothing, {}), *gauges.server_families(0, 0, 0), *RequestMetrics().families()]
     lines = [
         "# Metrics",
         "",

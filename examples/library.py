@@ -26,7 +26,7 @@ async def talk(file: Path, model: str | None) -> None:
         await mesh.wait_usable(model, timeout_s=20)
 
         # What is there. Every figure that `gpumesh status` shows is in here; unknown is None.
-        state = await mesh.first_report(timeout_s=10)
+        state = await mesh.wait_first_report(timeout_s=10)
         for node in state.nodes:
             gpus = ", ".join(gpu.name for gpu in node.gpus or ()) or "no GPU known"
             print(f"{node.name}: {node.health}, {gpus}, models: {', '.join(node.backend.models) or 'none'}")
@@ -64,7 +64,7 @@ async def main(file: str | None = None, model: str | None = None) -> None:
         await talk(Path(file), model)
         return
     with tempfile.TemporaryDirectory() as folder:
-        async with Lab(profile.default(2, load_s=0.2), Path(folder)) as lab:
+        async with Lab(profile.make_hosts(2, load_s=0.2), Path(folder)) as lab:
             await talk(lab.write_config(Path(folder) / "mesh.yaml"), None)
 
 

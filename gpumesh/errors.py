@@ -228,9 +228,9 @@ class ProbeError(GPUMeshError):
 
     code = "probe"
 
-    def __init__(self, message: str, *, finding: str, hint: str | None = None, node: str | None = None) -> None:
+    def __init__(self, message: str, *, finding_code: str, hint: str | None = None, node: str | None = None) -> None:
         super().__init__(message, hint=hint, node=node)
-        self.finding = finding
+        self.finding_code = finding_code
 
 
 class BackendError(GPUMeshError):
@@ -238,13 +238,15 @@ class BackendError(GPUMeshError):
 
 
 class BackendUnreachable(BackendError):
-    """``asked``: the request had been sent, so the server may have worked on it."""
+    """``request_sent``: the request had been sent, so the server may have worked on it."""
 
     code = "backend-unreachable"
 
-    def __init__(self, message: str, *, hint: str | None = None, node: str | None = None, asked: bool = False) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, node: str | None = None, request_sent: bool = False
+    ) -> None:
         super().__init__(message, hint=hint, node=node)
-        self.asked = asked
+        self.request_sent = request_sent
 
 
 class BackendStatus(BackendError):

@@ -58,8 +58,8 @@ def powershell_word(text: str) -> str:
     return f"'{_POWERSHELL_QUOTES.sub(lambda quote: quote[0] * 2, text)}'"
 
 
-def command(template: str, **values: str) -> str:
-    """A command for a person to paste, between backticks: ``command("gpumesh trust {NODE}", NODE=name)``.
+def paste_command(template: str, **values: str) -> str:
+    """A command for a person to paste, between backticks: ``paste_command("gpumesh trust {NODE}", NODE=name)``.
 
     Each value becomes one word. One that must not be pasted at all (it cannot be seen as it is, or a program would take
     it for an option, or nobody would read it to its end) is left out: its place keeps the name that it has in the

@@ -290,7 +290,7 @@ class MeshState:
         raise KeyError(name)
 
 
-def total(nodes: tuple[NodeState, ...]) -> Totals:
+def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
     """The totals of these nodes, each GPU counted once by its UUID."""
     gpus = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
     known = [node for node in nodes if node.gpus is not None]

@@ -146,7 +146,7 @@ class TunnelsSpec:
     listen: TunnelListen = TunnelListen.TCP
 
 
-USUAL_TUNNELS = TunnelsSpec()
+DEFAULT_TUNNELS = TunnelsSpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Topology:
     gateway: GatewaySpec = GatewaySpec()
     redis: RedisSpec | None = None
     source: Path | None = None
-    tunnels: TunnelsSpec = USUAL_TUNNELS
+    tunnels: TunnelsSpec = DEFAULT_TUNNELS
 
     @property
     def secret_variables(self) -> frozenset[str]:

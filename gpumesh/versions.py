@@ -12,10 +12,10 @@ _BEFORE_RELEASE = re.compile(r"(dev|alpha|a|beta|b|pre|preview|rc)[.-]?([0-9]{1,
 _STAGES = {"dev": 0, "alpha": 1, "a": 1, "beta": 2, "b": 2, "pre": 3, "preview": 3, "rc": 4}
 _PARTS = 6
 
-Key = tuple[tuple[int, ...], int, int]
+VersionKey = tuple[tuple[int, ...], int, int]
 
 
-def version_key(text: str) -> Key | None:
+def version_key(text: str) -> VersionKey | None:
     """What orders versions, ``None`` for what is none: ``0.9`` = ``0.9.0`` < ``0.10.0-rc1`` < ``0.10.0`` =
     ``0.10.0-lab``."""
     match = _VERSION.fullmatch(text.strip()[:100])
@@ -29,7 +29,7 @@ def version_key(text: str) -> Key | None:
     return release, _STAGES[early[1]], int(early[2] or 0)
 
 
-def oldest(texts: Iterable[str]) -> str | None:
+def oldest_version(texts: Iterable[str]) -> str | None:
     """The oldest of those that are versions; ``None`` when none is."""
     keyed = [(key, text) for text in texts if (key := version_key(text)) is not None]
     return min(keyed)[1] if keyed else None

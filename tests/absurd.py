@@ -108,35 +108,35 @@ ABSURD = st.recursive(
 )
 
 
-def one_of_these_or_absurd(*values: Any) -> st.SearchStrategy[Any]:
+def sampled_or_absurd(*values: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(values) | ABSURD
 
 
-def an_object(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+def object_documents(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     """Any of these keys, and some that nobody knows."""
     return st.fixed_dictionaries({}, optional={**fields, "unknown": ABSURD})
 
 
-def a_model(*names: str) -> st.SearchStrategy[Any]:
+def model_entries(*names: str) -> st.SearchStrategy[Any]:
     """An entry of /api/tags, /api/ps or /v1/models; ``names`` are those of honest models among others."""
-    name = one_of_these_or_absurd(*names, *(name.upper() for name in names), *(f"{name} " for name in names))
+    name = sampled_or_absurd(*names, *(name.upper() for name in names), *(f"{name} " for name in names))
     return (
-        an_object(
+        object_documents(
             name=name,
             model=name,
             id=name,
-            digest=one_of_these_or_absurd("sha256:" + "0" * 64, "no digest"),
+            digest=sampled_or_absurd("sha256:" + "0" * 64, "no digest"),
             size=NUMBERS | ABSURD,
             size_vram=NUMBERS | ABSURD,
-            modified_at=one_of_these_or_absurd("2026-01-01T00:00:00.123456789Z", "9998-01-01T00:00:00Z"),
-            expires_at=one_of_these_or_absurd("2318-01-01T00:00:00Z", "0001-01-01T00:00:00Z"),
+            modified_at=sampled_or_absurd("2026-01-01T00:00:00.123456789Z", "9998-01-01T00:00:00Z"),
+            expires_at=sampled_or_absurd("2318-01-01T00:00:00Z", "0001-01-01T00:00:00Z"),
             context_length=ABSURD,
-            details=an_object(family=ABSURD, families=ABSURD, parameter_size=ABSURD, quantization_level=ABSURD)
+            details=object_documents(family=ABSURD, families=ABSURD, parameter_size=ABSURD, quantization_level=ABSURD)
             | ABSURD,
             object=ABSURD,
             created=ABSURD,
-            owned_by=one_of_these_or_absurd("vllm", "llamacpp"),
-            meta=an_object(size=ABSURD, n_params=ABSURD) | ABSURD,
+            owned_by=sampled_or_absurd("vllm", "llamacpp"),
+            meta=object_documents(size=ABSURD, n_params=ABSURD) | ABSURD,
             max_model_len=ABSURD,
         )
         | ABSURD
@@ -144,11 +144,11 @@ def a_model(*names: str) -> st.SearchStrategy[Any]:
 
 
 def listings(key: str, *names: str) -> st.SearchStrategy[Any]:
-    models = st.lists(a_model(*names), max_size=4)
+    models = st.lists(model_entries(*names), max_size=4)
     return st.one_of(models, models, ABSURD, st.just(DEEPER)).map(lambda value: {key: value}) | ABSURD
 
 
-def many(count: int) -> list[dict[str, Any]]:
+def make_model_entries(count: int) -> list[dict[str, Any]]:
     return [{"name": f"many-{number}:1b", "id": f"many-{number}:1b", "size_vram": number} for number in range(count)]
 
 
@@ -157,7 +157,9 @@ def ollama_answers(*names: str) -> st.SearchStrategy[Mapping[str, Any]]:
     return st.fixed_dictionaries(
         {
             "/api/version": st.one_of(
-                TEXTS.map(lambda text: {"version": text}), st.just({"version": "0.12.6"}), an_object(version=ABSURD)
+                TEXTS.map(lambda text: {"version": text}),
+                st.just({"version": "0.12.6"}),
+                object_documents(version=ABSURD),
             ),
             "/api/tags": listings("models", *names),
             "/api/ps": listings("models", *names),
@@ -171,11 +173,13 @@ def openai_answers(*names: str) -> st.SearchStrategy[Mapping[str, Any]]:
         {
             "/v1/models": listings("data", *names),
             "/health": ABSURD,
-            "/props": an_object(
-                build_info=ABSURD, total_slots=ABSURD, default_generation_settings=an_object(n_ctx=ABSURD) | ABSURD
+            "/props": object_documents(
+                build_info=ABSURD,
+                total_slots=ABSURD,
+                default_generation_settings=object_documents(n_ctx=ABSURD) | ABSURD,
             )
             | ABSURD,
-            "/version": an_object(version=ABSURD) | ABSURD,
+            "/version": object_documents(version=ABSURD) | ABSURD,
         }
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lanes import turn
+from tests.lanes import hold_lane
 from tests.parts import REASON, in_ci
 
 _LANES = pytest.StashKey[Path]()
@@ -40,7 +40,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, b
     """Around that of pytest-timeout: to wait for one's turn is not the test's time."""
     if _LANES not in item.config.stash:
         return (yield)
-    with turn(item.config.stash[_LANES], alone=item.get_closest_marker("exclusive") is not None):
+    with hold_lane(item.config.stash[_LANES], alone=item.get_closest_marker("exclusive") is not None):
         return (yield)
 
 

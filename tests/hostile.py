@@ -49,13 +49,13 @@ NAMES = (
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:/.-_ "
 _SIGNS = "`$(){}[];&|<>'\"\\!*?~=#%:,-@ \n\t\r\x00\x1b\x9b\x7f\x85\u2028\u202e\ufeffé日\U0001f642abHOME"
-ANY = st.one_of(st.sampled_from(NAMES), st.text(alphabet=_SIGNS, min_size=1, max_size=12))
+ANY_NAME = st.one_of(st.sampled_from(NAMES), st.text(alphabet=_SIGNS, min_size=1, max_size=12))
 _KINDS = ("sh", "bash", "zsh", "fish")
 SHELLS = [pytest.param(name, marks=needs(name)) for name in _KINDS]  # to parametrize with
 _AVAILABLE = tuple(name for name in _KINDS if program(name))
 
 
-def words(shell: str, line: str, folder: Path) -> list[str]:
+def split_with_shell(shell: str, line: str, folder: Path) -> list[str]:
     """The words that a shell makes of a line, and nothing else may come of it."""
     script = f"printf '%s\\0' {line}"
     result = subprocess.run([shell, "-c", script], cwd=folder, capture_output=True, timeout=60, check=False)
@@ -64,19 +64,19 @@ def words(shell: str, line: str, folder: Path) -> list[str]:
     return result.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
-def commands(text: str) -> list[str]:
+def find_commands(text: str) -> list[str]:
     """What stands between backticks, where the names themselves have none."""
     return re.findall(r"`([^`]*)`", text)
 
 
-def safe_to_paste(text: str, name: str, folder: Path) -> None:
+def check_safe_to_paste(text: str, name: str, folder: Path) -> None:
     """Fails where a command in ``text`` would do more than name ``name``, or where a terminal would act on it."""
     assert text.isprintable(), repr(text)
     if "`" in name:
         return  # which of the backticks are ours cannot be told here: see the tests of ``quoting``
-    for line in commands(text):
+    for line in find_commands(text):
         if not set(line) & set(name) - set(_LETTERS) and "zed" not in line:
             continue  # a command of ours without it
         for shell in _AVAILABLE:
-            made = words(shell, line, folder)
+            made = split_with_shell(shell, line, folder)
             assert all(name in word for word in made if "zed" in word), made

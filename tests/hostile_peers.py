@@ -13,11 +13,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
-Endless = Iterator[bytes]
+ByteStream = Iterator[bytes]
 STALL_S = 0.1  # of CPU time: the other streams' longest wait for a turn of the loop
 
 
-def endless(start: bytes, unit: bytes, *, most: int = 64 << 20) -> Endless:
+def repeat_bytes(start: bytes, unit: bytes, *, most: int = 64 << 20) -> ByteStream:
     """``start``, then ``unit`` again and again, in large pieces, up to ``most`` bytes."""
     yield start
     piece = unit * max((64 << 10) // len(unit), 1)
@@ -29,7 +29,7 @@ def endless(start: bytes, unit: bytes, *, most: int = 64 << 20) -> Endless:
 class HostileServer:
     """``answer`` gives the bytes for a request's path. ``sent`` counts those that the kernel took."""
 
-    answer: Callable[[str], Endless]
+    answer: Callable[[str], ByteStream]
     listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0), backlog=64))
     sent: int = 0
     paths: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class HostileServer:
         for thread in self._threads:
             thread.join(10)
 
-    def head_came(self, head: bytes) -> None:
+    def on_request(self, head: bytes) -> None:
         """Called for each request."""
 
     @property
@@ -80,7 +80,7 @@ class HostileServer:
                         return
                     head += data
                 head, _, body = head.partition(b"\r\n\r\n")
-                self.head_came(head)
+                self.on_request(head)
                 fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
                 while len(body) < int(fields.get(b"content-length", b"0")):
                     body += sock.recv(65536)
@@ -92,10 +92,10 @@ class HostileServer:
 
 
 @dataclass
-class HostileSpeaker:
-    """Says ``words`` to whoever connects, unasked."""
+class HostileBannerServer:
+    """Says ``payload`` to whoever connects, unasked."""
 
-    words: Callable[[], Endless]
+    payload: Callable[[], ByteStream]
     listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
     sent: int = 0
     _thread: threading.Thread | None = None
@@ -104,7 +104,7 @@ class HostileSpeaker:
     def port(self) -> int:
         return int(self.listener.getsockname()[1])
 
-    def __enter__(self) -> HostileSpeaker:
+    def __enter__(self) -> HostileBannerServer:
         self._thread = threading.Thread(target=self._speak, daemon=True)
         self._thread.start()
         return self
@@ -120,7 +120,7 @@ class HostileSpeaker:
         with contextlib.suppress(OSError):
             sock, _ = self.listener.accept()
             with sock:
-                for piece in self.words():
+                for piece in self.payload():
                     sock.sendall(piece)
                     self.sent += len(piece)
 
@@ -130,19 +130,19 @@ def json_answer(document: object) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
-def ollama_until_asked(model: str, attack: Callable[[], Endless]) -> Callable[[str], Endless]:
+def ollama_with_attack(model: str, attack: Callable[[], ByteStream]) -> Callable[[str], ByteStream]:
     """An Ollama that has ``model``, as far as probes see; what it answers to anything else is the attack."""
     tags = {"models": [{"name": model, "model": model, "size": 1}]}
     probes = {"/api/version": {"version": "0.12.6"}, "/api/tags": tags, "/api/ps": {"models": []}}
 
-    def answer(path: str) -> Endless:
+    def answer(path: str) -> ByteStream:
         return iter([json_answer(probes[path])]) if path in probes else attack()
 
     return answer
 
 
 @contextlib.asynccontextmanager
-async def largest_turn() -> AsyncIterator[Callable[[], float]]:
+async def track_longest_loop_turn() -> AsyncIterator[Callable[[], float]]:
     """The most CPU time, in s, that one turn of this event loop has taken: what another stream had to wait for it.
     CPU time, because how long a turn takes by the clock depends on what else the machine does."""
     largest = 0.0
@@ -174,7 +174,7 @@ class HostileClients:
     ended; one that the other side no longer reads has not."""
 
     port: int
-    payload: Callable[[], Endless]
+    payload: Callable[[], ByteStream]
     count: int = 1
     sent: int = 0
     answers: list[bytes] = field(default_factory=list)
@@ -211,7 +211,7 @@ class HostileClients:
         self.answers.append(answer)
 
     @property
-    def ended(self) -> bool:
+    def all_ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
 
@@ -220,7 +220,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 LENGTH = HEAD + b"Content-Length: 1000000000\r\n\r\n"
 EVENTS = LENGTH.replace(b"application/x-ndjson", b"text/event-stream")
 
-NEVER_WHOLE: dict[str, tuple[bytes, bytes]] = {
+UNFINISHED_ANSWERS: dict[str, tuple[bytes, bytes]] = {
     "the value of a header": (HEAD + b"X-Long: ", b"a"),
     "the name of a header": (HEAD, b"a"),
     "headers": (HEAD, b"a: b\r\n"),
@@ -236,7 +236,7 @@ NEVER_WHOLE: dict[str, tuple[bytes, bytes]] = {
 }
 """What of an answer never gets whole: how it begins, and what then comes without end."""
 
-SMALL_PARTS: dict[str, tuple[bytes, bytes]] = {
+SMALL_PIECE_ANSWERS: dict[str, tuple[bytes, bytes]] = {
     "chunks of one byte": (CHUNKED, b"1\r\nx\r\n"),
     "chunks of an empty line": (CHUNKED, b"1\r\n\n\r\n"),
     "chunks of two bytes": (CHUNKED, b"2\r\n{}\r\n"),
@@ -258,7 +258,7 @@ def _whole(body: bytes, kind: bytes = b"application/json") -> bytes:
 
 
 _MILLIONS = b",".join([b"[]"] * (2 << 20))
-WHOLE: dict[str, bytes] = {
+COMPLETE_ANSWERS: dict[str, bytes] = {
     "lists in an answer": _whole(b'{"done":true,"eval_count":1,"context":[' + _MILLIONS + b"]}"),
     "empty lines in an answer": _whole(b"\n" * (16 << 20)),
     "lists in a frame": _whole(b'{"done":true,"context":[' + _MILLIONS + b"]}\n", b"application/x-ndjson"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def turn(folder: Path, *, alone: bool) -> Iterator[None]:
+def hold_lane(folder: Path, *, alone: bool) -> Iterator[None]:
     """Open for as long as a test runs, of all processes that name the same ``folder``. Waits without an end: each
     process holds it for one test at a time, which has a time-out, and the kernel lets go for one that dies."""
     import fcntl  # not on every system; who runs one test at a time does not need it

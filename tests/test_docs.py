@@ -21,7 +21,7 @@ import yaml
 from typer.main import get_command
 
 from gpumesh import config, state
-from gpumesh.cli.context import Settings
+from gpumesh.cli.context import GlobalOptions
 from gpumesh.cli.root import app
 from gpumesh.config.model import MeshFile, Node
 from gpumesh.gateway.model_requests import MODEL_ROUTES
@@ -109,7 +109,7 @@ def check_command(words: list[str], *, only_named: bool = False) -> None:
     command, path, context, rest = root(), "gpumesh", None, list(words)
     try:
         while rest or not hasattr(command, "commands"):  # a group alone shows its help
-            context = command.make_context(path, rest, parent=context, obj=Settings())
+            context = command.make_context(path, rest, parent=context, obj=GlobalOptions())
             if not hasattr(command, "commands"):
                 return
             rest = [*getattr(context, "_protected_args", ()), *context.args]
@@ -202,7 +202,7 @@ def test_the_defaults_that_are_written_are_those_in_effect() -> None:
     text = (DOCS / "configuration.md").read_text()
     smallest = "nodes: [{name: a, ssh: {host: h}, address_from: {command: x}}]"
     mesh = config.parse(smallest, file="mesh.yaml", env={"LOGNAME": "ada"}, home=Path("/home/ada"))
-    effect = yaml.safe_load(config.effective(mesh))
+    effect = yaml.safe_load(config.dump_effective(mesh))
     (node,) = effect["nodes"]
     compared = 0
     for title, values in (

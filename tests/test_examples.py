@@ -20,7 +20,7 @@ from gpumesh import config
 from gpumesh.errors import HostUnresolved
 from gpumesh.gateway.app import Gateway
 from gpumesh.lab import keys, profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import AddressCommand, NodeSpec
 from gpumesh.tunnels.address_command import ask_address
@@ -275,13 +275,13 @@ async def test_the_address_of_runpod_yaml(home: Path, monkeypatch: pytest.Monkey
 async def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[dict[str, str]]:
     """The environment of a client: a gateway that wants a key, over two nodes."""
     monkeypatch.setenv("GPUMESH_API_KEY", SECRETS["GPUMESH_API_KEY"])
-    async with StandIn(profile.fast("one")) as one, StandIn(profile.fast("two")) as two:
+    async with SimOllama(profile.make_instant_host("one")) as one, SimOllama(profile.make_instant_host("two")) as two:
         file = tmp_path / "mesh.yaml"
         nodes = [{"name": name, "backend": {"url": server.url}} for name, server in (("one", one), ("two", two))]
         served = {"listen": "127.0.0.1:0", "api_key_env": "GPUMESH_API_KEY"}
         file.write_text(json.dumps({"gateway": served, "nodes": nodes}))
         async with Mesh(config.load(file)) as mesh:
-            await mesh.first_report(15)
+            await mesh.wait_first_report(15)
             async with Gateway(mesh) as server:
                 yield {
                     "OLLAMA_HOST": server.url,

@@ -15,16 +15,16 @@ from typing import Any
 import httpx
 import pytest
 
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe import gauges
-from gpumesh.gateway.observe.metrics import Metrics
+from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from tests.cli import states
-from tests.gateway.fleet import MODEL, quick, running
+from tests.gateway.fleet import MODEL, quick_host, serve_hosts
 from tests.gateway.observe.test_metrics import Streamed, record
 from tests.test_examples import EXAMPLES, GPUMESH, run, script
 
@@ -34,7 +34,7 @@ from tests.test_examples import EXAMPLES, GPUMESH, run, script
 @pytest.mark.slow
 async def test_library(tmp_path: Path) -> None:
     """Over a lab, through tunnels; and by itself, over a lab of its own."""
-    async with Lab((profile.host("one", load_s=0.1), profile.host("two", load_s=0.1)), tmp_path) as lab:
+    async with Lab((profile.make_host("one", load_s=0.1), profile.make_host("two", load_s=0.1)), tmp_path) as lab:
         file = lab.write_config(tmp_path / "mesh.yaml")
         code, out, err = await run(sys.executable, str(EXAMPLES / "library.py"), str(file), MODEL)
     assert code == 0, err
@@ -49,7 +49,7 @@ async def test_library(tmp_path: Path) -> None:
 
 
 async def test_fastapi_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with StandIn(quick("one")) as host:
+    async with SimOllama(quick_host("one")) as host:
         file = tmp_path / "mesh.yaml"
         file.write_text(json.dumps({"nodes": [{"name": "one", "backend": {"url": host.url}}]}))
         monkeypatch.setenv("GPUMESH_CONFIG", str(file))
@@ -123,16 +123,16 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 def everything() -> dict[str, set[str]]:
     """Each metric's names with the labels that they have, of a fleet that has seen everything."""
-    metrics = Metrics()
-    answer = Streamed(Counters(prompt_tokens=3, tokens=5))
+    metrics = RequestMetrics()
+    answer = Streamed(ServerCounters(prompt_tokens=3, tokens=5))
     answer.continuations = 1
     metrics.add(record(answer))
     attempts = {"iceland": {Outcome.SERVED: 1}}
     families = [
-        *gauges.of_state(states.typical(), attempts),
-        *gauges.of_server(1, 0, 0),
+        *gauges.mesh_families(states.typical(), attempts),
+        *gauges.server_families(1, 0, 0),
         *metrics.families(),
-        *gauges.process(),
+        *gauges.process_families(),
     ]
     return {
         f"{family.name}{sample.suffix}": {name for name, _ in sample.labels}
@@ -168,7 +168,7 @@ def test_panels_do_not_overlap() -> None:
 
 async def test_metrics_of_a_gateway_are_those_of_the_dashboard() -> None:
     """By a real page, apart from what only GPUs and tunnels have."""
-    async with running() as fleet:
+    async with serve_hosts() as fleet:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         await asyncio.gather(*(fleet.client.post("/api/chat", json=body) for _ in range(3)))
         await fleet.mesh.refresh(["a", "b"])  # what is loaded is seen by the probes

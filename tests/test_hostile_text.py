@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 
 from gpumesh import audit, config
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import why_none
-from gpumesh.cli.commands.audit import correction
-from gpumesh.cli.commands.env import Shell, lines
-from gpumesh.cli.init.node_drafts import Draft, document
+from gpumesh.balancer.select import no_node_error
+from gpumesh.cli.commands.audit import propose_correction
+from gpumesh.cli.commands.env import ShellKind, export_lines
+from gpumesh.cli.init.node_drafts import Draft, mesh_yaml_lines
 from gpumesh.config import edit
 from gpumesh.errors import ConfigError, HostUnresolved, TunnelError
 from gpumesh.gateway import error_shapes
 from gpumesh.printable import printable
-from gpumesh.state import GatewayState, MeshState, total
+from gpumesh.state import GatewayState, MeshState, compute_totals
 from gpumesh.topology import AddressCommand, BackendKind, SshSpec, Target, Topology
 from gpumesh.tunnels.address_command import ask_address
 from gpumesh.tunnels.openssh.connection import jump_command
 from tests.audit import build
 from tests.cli.states import AT, healthy
-from tests.gateway.fleet import running
-from tests.hostile import ANY, NAMES, SHELLS, safe_to_paste, words
+from tests.gateway.fleet import serve_hosts
+from tests.hostile import ANY_NAME, NAMES, SHELLS, check_safe_to_paste, split_with_shell
 
 # As a probe makes it of what a host says; and what mesh.yaml takes for a line of text.
-OBSERVED = ANY.map(printable).filter(bool)
+OBSERVED = ANY_NAME.map(printable).filter(bool)
 SECRET = "GPUMESH_API_KEY"
 LINES = [name for name in NAMES if name.isprintable()]
 
@@ -44,14 +44,14 @@ def test_hints_of_the_audit(name: str, tmp_path: Path) -> None:
     expected = build.spec("one", expect=replace(build.EXPECT, models=(name,), hostname=name, gpu=name))
     there = build.state("one", gpus=(replace(build.GPU, name=name),), host=replace(build.state().host, hostname="x"))
     user = build.spec("two", ssh=SshSpec("203.0.113.7", 22, name))
-    away = build.broken(TunnelError(f"lost: {name}"))
+    away = build.state_with_error(TunnelError(f"lost: {name}"))
     near = replace(build.direct("three"), backend=replace(build.direct().backend, targets=(Target("h", 1, path=name),)))
-    other = replace(build.broken(TunnelError(name)), name="three")
+    other = replace(build.state_with_error(TunnelError(name)), name="three")
     topology = Topology("t", (expected, user, near))
-    found = audit.findings(topology, (there, replace(away, name="two"), other))
+    found = audit.collect_findings(topology, (there, replace(away, name="two"), other))
     assert {"model-missing", "node-unreachable"} <= {finding.code for finding in found}
     for finding in found:
-        safe_to_paste(finding.hint or "", name, tmp_path)
+        check_safe_to_paste(finding.hint or "", name, tmp_path)
         assert finding.message.isprintable()
 
 
@@ -59,16 +59,16 @@ def test_hints_of_the_audit(name: str, tmp_path: Path) -> None:
 def test_where_a_model_could_be_pulled(name: str, tmp_path: Path) -> None:
     """As the gateway's 404 says it, and `run` on a terminal."""
     candidate = Candidate("a", BackendKind.OLLAMA, usable=True, models=frozenset({printable(name) + "x"}))
-    error = why_none((candidate,), Demand(name, frozenset(BackendKind)))
-    text = error_shapes.words_of(error)
+    error = no_node_error((candidate,), Demand(name, frozenset(BackendKind)))
+    text = error_shapes.client_message(error)
     assert "models pull" in text
-    safe_to_paste(text.removeprefix(f"model {printable(name)!r} not found: "), name, tmp_path)
+    check_safe_to_paste(text.removeprefix(f"model {printable(name)!r} not found: "), name, tmp_path)
     assert text.isprintable()
 
 
 async def test_what_the_gateway_says_of_a_model_that_nobody_has(tmp_path: Path) -> None:
     routes = ("/api/chat", "/v1/chat/completions", "/v1/messages")
-    async with running() as fleet:
+    async with serve_hosts() as fleet:
         for name in NAMES:
             if not name.strip():
                 continue
@@ -81,7 +81,7 @@ async def test_what_the_gateway_says_of_a_model_that_nobody_has(tmp_path: Path) 
                 assert text.isprintable()
                 assert "gpumesh models pull " in text
                 if path == routes[0]:
-                    safe_to_paste(text[text.rindex("pulled to") :], name, tmp_path)
+                    check_safe_to_paste(text[text.rindex("pulled to") :], name, tmp_path)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -89,7 +89,9 @@ def test_the_variables_for_eval(shell: str, tmp_path: Path) -> None:
     values = {f"N{number}": name for number, name in enumerate((*NAMES, "it's", "\\'", "a\\"))}
     taken = "eval (string collect -- $argv[1])" if shell == "fish" else 'eval "$1"'
     script = f"{taken}; printf '%s\\0' " + " ".join(f'"$N{number}"' for number in range(len(values)))
-    given_ = [lines(values, Shell(shell))] if shell == "fish" else ["-", lines(values, Shell(shell))]
+    given_ = (
+        [export_lines(values, ShellKind(shell))] if shell == "fish" else ["-", export_lines(values, ShellKind(shell))]
+    )
     result = subprocess.run([shell, "-c", script, *given_], cwd=tmp_path, capture_output=True, check=True, timeout=60)
     assert result.stdout.decode().split("\0")[:-1] == list(values.values())
     assert list(tmp_path.iterdir()) == []
@@ -104,8 +106,8 @@ def test_the_mesh_yaml_of_init(hostname: str, gpu: str, models: list[str]) -> No
         gpus=tuple(replace(each, name=gpu) for each in seen.gpus or ()),
         backend=replace(seen.backend, models=tuple(models), catalog=()),
     )
-    draft = Draft("a", {"host": "h", "port": 22, "identity_file": "/k/" + hostname}, found=seen, ports=(1,), note=gpu)
-    text = "\n".join(document([draft]))
+    draft = Draft("a", {"host": "h", "port": 22, "identity_file": "/k/" + hostname}, state=seen, ports=(1,), note=gpu)
+    text = "\n".join(mesh_yaml_lines([draft]))
     env = {"LOGNAME": "me", "HOME": "expanded", "abHOME": "expanded", SECRET: "expanded"}
     read = config.parse(text, file="mesh.yaml", env=env, home=Path("/home/me"))
     (node,) = read.nodes
@@ -128,7 +130,7 @@ MESHES = (
 @given(st.sampled_from(MESHES), OBSERVED, OBSERVED)
 def test_the_mesh_yaml_of_audit_write(text: str, hostname: str, gpu: str) -> None:
     path = Path("/nowhere/mesh.yaml")
-    topology = edit.check(path, text)
+    topology = edit.parse_edited(path, text)
     seen = healthy("a")
     seen = replace(
         seen,
@@ -136,23 +138,23 @@ def test_the_mesh_yaml_of_audit_write(text: str, hostname: str, gpu: str) -> Non
         gpus=tuple(replace(each, name=gpu) for each in seen.gpus or ()),
         tunnel=replace(seen.tunnel, transport="direct"),
     )
-    findings = audit.findings(topology, (seen,))
-    state = MeshState("m", AT, GatewayState(), total((seen,)), (seen,), findings)
-    plan = correction(path, text, topology, state)
-    assert plan.by_hand == ()
-    read = edit.check(path, plan.new)
+    findings = audit.collect_findings(topology, (seen,))
+    state = MeshState("m", AT, GatewayState(), compute_totals((seen,)), (seen,), findings)
+    plan = propose_correction(path, text, topology, state)
+    assert plan.manual_steps == ()
+    read = edit.parse_edited(path, plan.new_text)
     codes = {finding.code for finding in findings}
     assert "hostname-differs" not in codes or read.nodes[0].expect.hostname == hostname
     assert "gpu-differs" not in codes or read.nodes[0].expect.gpu == gpu
-    assert "expanded" not in plan.new
+    assert "expanded" not in plan.new_text
 
 
 @pytest.mark.parametrize("text", MESHES[:2])
 @pytest.mark.parametrize("said", ["x\ngateway: {listen: 0.0.0.0:1}", "x\u2028redis: {url: redis://h}", "x\x85y: 1"])
 def test_a_comment_ends_with_its_line(text: str, said: str) -> None:
-    new = edit.edited(text, [edit.Edit(0, ("enabled",), False, f"not found: {said}")])
+    new = edit.apply_edits(text, [edit.Edit(0, ("enabled",), False, f"not found: {said}")])
     path = Path("/nowhere/mesh.yaml")
-    before, after = edit.check(path, text), edit.check(path, new)
+    before, after = edit.parse_edited(path, text), edit.parse_edited(path, new)
     assert after == replace(before, nodes=(replace(before.nodes[0], enabled=False),))
 
 
@@ -160,7 +162,7 @@ def test_a_comment_ends_with_its_line(text: str, said: str) -> None:
 def test_the_program_that_looks_up_an_address(name: str, tmp_path: Path) -> None:
     with pytest.raises(HostUnresolved) as caught:
         asyncio.run(ask_address(AddressCommand((f"/nowhere/{name}",)), default_port=22, node="a"))
-    safe_to_paste(caught.value.hint or "", name, tmp_path)
+    check_safe_to_paste(caught.value.hint or "", name, tmp_path)
     assert caught.value.message.isprintable()
 
 
@@ -170,12 +172,12 @@ def test_the_command_for_jump_hosts(shell: str, name: str, tmp_path: Path) -> No
     """ssh runs it in the shell of its user."""
     path = Path("/keys") / name
     spec = SshSpec("h", 22, "u", identity_files=(path,), known_hosts=path, proxy_jump=("u@j1", "u@j2"))
-    made = words(shell, jump_command(spec, batch=True), tmp_path)
+    made = split_with_shell(shell, jump_command(spec, batch=True), tmp_path)
     quoted = f'"{path}"'.replace("%", "%%").replace("%%", "%%%%")  # for the ssh that runs it, and for the one after
     assert f"IdentityFile={quoted}" in made
     assert f"UserKnownHostsFile={quoted}" in made
     nested = next(word.removeprefix("ProxyCommand=") for word in made if word.startswith("ProxyCommand="))
-    words(shell, nested.replace("%%", "%"), tmp_path)
+    split_with_shell(shell, nested.replace("%%", "%"), tmp_path)
 
 
 @pytest.mark.parametrize(

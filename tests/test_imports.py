@@ -1,9 +1,10 @@
-"""Imports go downwards only, and what is named for one room stays there (DESIGN section 10)."""
+"""Imports go downwards only, without a circle, and what is named for one room stays there."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import gpumesh
@@ -49,9 +50,9 @@ ONLY_IN = {
 }
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE), ast.parse(path.read_text())
+@cache
+def modules() -> list[tuple[Path, ast.Module]]:
+    return [(path.relative_to(PACKAGE), ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -84,6 +85,84 @@ def test_imports_go_downwards() -> None:
             if parts[1] != room and LAYERS[parts[1]] >= LAYERS[room]:
                 wrong.append(f"{path}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert not circles(imports_of_modules())
+
+
+def test_no_room_and_no_file_beside_it_import_each_other() -> None:
+    """Within each room, a sub-room counts as one thing beside the room's files: none of them imports in a circle.
+
+    So the sub-rooms have an order too: what a sub-room needs is below it, and nothing there imports the sub-room."""
+    graph = imports_of_modules()
+    rooms = {".".join(path.parent.parts) for path in PACKAGE.rglob("*/__init__.py")}
+    rooms = {room.removeprefix(".".join(PACKAGE.parts)).lstrip(".") for room in rooms} | {""}
+    problems = []
+    for room in sorted(rooms):
+        depth = len(room.split(".")) + 1 if room else 1
+        inside = {module for module in graph if not room or module.startswith(room + ".")}
+        units: dict[str, set[str]] = {}
+        for module in inside:
+            unit = ".".join(module.split(".")[:depth])
+            targets = {".".join(name.split(".")[:depth]) for name in graph[module] & inside}
+            units.setdefault(unit, set()).update(targets - {unit})
+        problems += [f"in {room or 'gpumesh'}: {' <-> '.join(circle)}" for circle in circles(units)]
+    assert not problems, "\n".join(problems)
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """For each module below gpumesh, by its dotted name below it, the modules that it imports anywhere in it."""
+    trees = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): tree for path, tree in modules()}
+    graph = {}
+    for module, tree in trees.items():
+        names = set()
+        for name, _ in imported(tree):
+            below = name.removeprefix("gpumesh.")
+            names.add(below)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {f"{node.module}.{alias.name}".removeprefix("gpumesh.") for alias in node.names}
+        graph[module] = {name for name in names if name in trees and name != module}
+    # ``from room import module`` names the room as well, whose __init__ imports nothing of it.
+    return {
+        module: {name for name in names if not any(other.startswith(name + ".") for other in names)}
+        for module, names in graph.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected parts of more than one member (Tarjan's algorithm)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    result = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in sorted(graph.get(node, ())):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            part = [stack.pop()]
+            while part[-1] != node:
+                part.append(stack.pop())
+            if len(part) > 1:
+                result.append(sorted(part))
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return result
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
 
 
 def test_each_room_is_in_the_layers() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes import turn
+from tests.lanes import hold_lane
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,5 +74,5 @@ def test_who_dies_is_not_waited_for(tmp_path: Path) -> None:
     single.until("in")
     single.process.kill()
     single.leave()
-    with turn(tmp_path, alone=True):
+    with hold_lane(tmp_path, alone=True):
         pass

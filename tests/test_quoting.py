@@ -12,8 +12,8 @@ from hypothesis import given
 
 import gpumesh
 from gpumesh.config import document, expand
-from gpumesh.quoting import command, is_plain, powershell_word, shell_word, yaml_text
-from tests.hostile import ANY, NAMES, SHELLS, words
+from gpumesh.quoting import is_plain, paste_command, powershell_word, shell_word, yaml_text
+from tests.hostile import ANY_NAME, NAMES, SHELLS, split_with_shell
 
 PACKAGE = Path(gpumesh.__file__).parent
 
@@ -22,7 +22,7 @@ PACKAGE = Path(gpumesh.__file__).parent
 def test_plain_words_stay_as_they_are(word: str) -> None:
     assert is_plain(word)
     assert shell_word(word) == word
-    assert command("gpumesh models pull {MODEL}", MODEL=word) == f"`gpumesh models pull {word}`"
+    assert paste_command("gpumesh models pull {MODEL}", MODEL=word) == f"`gpumesh models pull {word}`"
 
 
 @pytest.mark.parametrize("word", [*NAMES, "", "x\n", "a=b", "%1", "^x", "a{b,c}", "é"])
@@ -36,7 +36,7 @@ def test_each_shell_makes_the_same_one_word_of_it(shell: str, tmp_path: Path) ->
     signs = "`$(){}[];&|<>'\"\\\\\\'!*?~=#%:,-@ \n\té日ab"
     made = ["".join(randomness.choices(signs, k=randomness.randrange(1, 9))) for _ in range(1500)]
     texts = [*NAMES, *made, "", "\\", "''", "\\'", "'\\", "a\\\\'\"'"]
-    assert words(shell, " ".join(map(shell_word, texts)), tmp_path) == texts
+    assert split_with_shell(shell, " ".join(map(shell_word, texts)), tmp_path) == texts
 
 
 def test_quotes_of_powershell() -> None:
@@ -58,21 +58,21 @@ def test_quotes_of_powershell() -> None:
     ],
 )
 def test_a_command_for_a_person(name: str, line: str) -> None:
-    assert command("ollama pull {MODEL}", MODEL=name) == line
+    assert paste_command("ollama pull {MODEL}", MODEL=name) == line
 
 
-@given(ANY)
+@given(ANY_NAME)
 def test_a_command_is_one_line_that_a_terminal_shows_as_it_is(name: str) -> None:
-    assert command("gpumesh models pull {MODEL} --node {NODE}", MODEL=name, NODE=name).isprintable()
+    assert paste_command("gpumesh models pull {MODEL} --node {NODE}", MODEL=name, NODE=name).isprintable()
 
 
-@given(ANY)
+@given(ANY_NAME)
 def test_mesh_yaml_is_read_as_the_same_text_and_no_variable_is_expanded(name: str) -> None:
     quoted = yaml_text(name)
     for text in (f"a: {quoted}   # a comment", f"a: [{quoted}, {quoted}]", f'{{"a": {quoted}}}'):
-        tree, faults = document.read(text)
+        tree, faults = document.parse_yaml(text)
         assert tree is not None
-        values, more = expand.plain(tree, {"HOME": "expanded", "GPUMESH_API_KEY": "secret"})
+        values, more = expand.expand_tree(tree, {"HOME": "expanded", "GPUMESH_API_KEY": "secret"})
         assert more == []
         if faults:  # mesh.yaml takes no such text, however it is written
             assert "has no place in a setting" in faults[0].message
@@ -114,7 +114,7 @@ _CHECKED = {
 
 
 def test_each_command_with_something_put_in_is_made_by_quoting() -> None:
-    """A new f-string with a command around a value comes here: take ``quoting.command``, or say above why not."""
+    """A new f-string with a command around a value comes here: take ``quoting.paste_command``, or say above why not."""
     wrong = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

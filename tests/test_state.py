@@ -14,8 +14,8 @@ from gpumesh.state import (
     Totals,
     TunnelPhase,
     TunnelState,
+    compute_totals,
     free_mib,
-    total,
 )
 from tests.cli import states
 
@@ -34,35 +34,35 @@ def node(name: str, *gpus: GpuState, health: Health = Health.HEALTHY, rate: floa
 
 
 def test_an_empty_mesh_knows_nothing() -> None:
-    assert total(()) == Totals(0, 0, None, None, None, None, 0.0)
+    assert compute_totals(()) == Totals(0, 0, None, None, None, None, 0.0)
 
 
 def test_what_is_unknown_is_not_nothing() -> None:
     blind = replace(node("a"), gpus=None)
-    assert total((blind,)).gpus is None
-    assert total((blind, node("b"))).gpus == 0, "truly none there"
-    assert total((blind, node("b", GPU))) == Totals(2, 2, 1, 24564, 5632, 18560, 0.0)
+    assert compute_totals((blind,)).gpus is None
+    assert compute_totals((blind, node("b"))).gpus == 0, "truly none there"
+    assert compute_totals((blind, node("b", GPU))) == Totals(2, 2, 1, 24564, 5632, 18560, 0.0)
 
 
 def test_two_ways_to_one_gpu_count_once() -> None:
     other = replace(GPU, uuid="GPU-2")
-    sums = total((node("a", GPU), node("b", GPU, other), node("c", other)))
+    sums = compute_totals((node("a", GPU), node("b", GPU, other), node("c", other)))
     assert (sums.gpus, sums.vram_total_mib, sums.vram_used_mib, sums.vram_free_mib) == (2, 49128, 11264, 37120)
 
 
 def test_figures_that_a_gpu_keeps_to_itself() -> None:
     silent = GpuState(1, "GPU-2", "x")
-    assert total((node("a", silent),)) == Totals(1, 1, 1, None, None, None, 0.0)
-    assert total((node("a", silent, GPU),)).vram_total_mib == 24564
+    assert compute_totals((node("a", silent),)) == Totals(1, 1, 1, None, None, None, 0.0)
+    assert compute_totals((node("a", silent, GPU),)).vram_total_mib == 24564
 
 
 def test_who_is_up() -> None:
     nodes = tuple(node(health.value, health=health) for health in Health)
-    assert total(nodes).nodes_up == 2, "healthy and degraded serve; draining, down and unknown do not"
+    assert compute_totals(nodes).nodes_up == 2, "healthy and degraded serve; draining, down and unknown do not"
 
 
 def test_rates_add_up() -> None:
-    assert total((node("a", rate=10.5), node("b"), node("c", rate=2.0))).tokens_per_s == 12.5
+    assert compute_totals((node("a", rate=10.5), node("b"), node("c", rate=2.0))).tokens_per_s == 12.5
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpumesh.versions import oldest, version_key
+from gpumesh.versions import oldest_version, version_key
 
 IN_ORDER = (
     "0.1",
@@ -35,13 +35,13 @@ def test_the_order() -> None:
 )
 def test_what_is_no_version_has_no_place_in_it(text: str) -> None:
     assert version_key(text) is None
-    assert oldest([text]) is None
-    assert oldest([text, "0.12.6", text]) == "0.12.6"
+    assert oldest_version([text]) is None
+    assert oldest_version([text, "0.12.6", text]) == "0.12.6"
 
 
 @given(st.lists(st.text(max_size=12) | st.from_regex(r"[0-9²٣½.\-rcv]{0,12}", fullmatch=True), max_size=5))
 @example(["0.²"])
 def test_no_text_raises(texts: list[str]) -> None:
-    found = oldest(texts)
+    found = oldest_version(texts)
     assert found is None or found in texts
     assert (found is None) == all(version_key(text) is None for text in texts)

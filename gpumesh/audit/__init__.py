@@ -6,17 +6,17 @@ take it in; ``catalog`` explains theirs as well.
 """
 
 from gpumesh.audit.catalog import CATALOG, Explanation, explain
-from gpumesh.audit.identity import Machine, Proof, gpu_groups, machines, marks
-from gpumesh.audit.rules import findings
+from gpumesh.audit.identity import Machine, Proof, find_machines, gpu_groups, identifying_marks
+from gpumesh.audit.rules import collect_findings
 
 __all__ = [
     "CATALOG",
     "Explanation",
     "Machine",
     "Proof",
+    "collect_findings",
     "explain",
-    "findings",
+    "find_machines",
     "gpu_groups",
-    "machines",
-    "marks",
+    "identifying_marks",
 ]

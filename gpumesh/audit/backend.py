@@ -26,7 +26,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         yield Finding(code, Severity.ERROR, node, backend.last_error or "its server does not answer", hint)
     if backend.state is not BackendPhase.UP:
         return
-    spilled = on_cpu(backend.loaded)
+    spilled = describe_cpu_models(backend.loaded)
     if spilled is not None and state.gpus != ():  # without any GPU there is nothing to spill from: gpu-missing says it
         yield Finding(
             "backend-on-cpu",
@@ -48,14 +48,14 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             )
 
 
-def on_cpu(loaded: Iterable[LoadedModel]) -> str | None:
+def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
     """Which models are not wholly on the GPU; as a node's reason says it too, so that nobody reads it twice."""
-    spilled = [f"{model.name} ({share} %)" for model in loaded if (share := on_cpu_pct(model))]
+    spilled = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
     more = f" and {len(spilled) - NAMED} more" if len(spilled) > NAMED else ""
     return f"runs on the CPU: {', '.join(spilled[:NAMED])}{more}" if spilled else None
 
 
-def on_cpu_pct(model: LoadedModel) -> int:
+def cpu_share_pct(model: LoadedModel) -> int:
     """How much of a loaded model is outside the GPU's memory; 0 where that is not known."""
     if not model.size_mib or model.size_vram_mib is None:
         return 0

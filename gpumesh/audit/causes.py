@@ -19,7 +19,7 @@ CAUSES: Mapping[str, frozenset[str]] = {
 }
 
 
-def settle(findings: Iterable[Finding]) -> list[Finding]:
+def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
     """Of one node's findings the first of each code, without consequences."""
     first: dict[str, Finding] = {}
     for finding in findings:
@@ -27,7 +27,7 @@ def settle(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for code, finding in first.items() if not CAUSES.get(code, frozenset()) & first.keys()]
 
 
-def weigh(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
+def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
     """What the probes noticed, by what is expected: that there is no NVIDIA GPU is news only where one should be."""
     expect = spec.expect
     wanted = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))

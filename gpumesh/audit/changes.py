@@ -24,17 +24,18 @@ _IN_EXPECT = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-di
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """``path`` is below the node: ``("expect", "gpus")``. ``answers`` are the codes of the findings that it settles, on
-    the ``node`` or, for one that concerns several, on all of those. ``why`` may stand beside it as a comment."""
+    """``path`` is below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that it
+    settles, on the ``node`` or, for one that concerns several, on all of those. ``why`` may stand beside it as a
+    comment."""
 
     node: str
     path: tuple[str, ...]
     value: str | int | bool
-    answers: frozenset[str]
+    settled_codes: frozenset[str]
     why: str | None = None
 
 
-def changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[Finding]) -> tuple[Change, ...]:
+def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[Finding]) -> tuple[Change, ...]:
     """In the order of mesh.yaml, at most one for each of its keys."""
     states = {state.name: state for state in nodes}
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
@@ -53,9 +54,9 @@ def changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[F
     return tuple(found)
 
 
-def left_over(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Finding, ...]:
+def unsettled_findings(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Finding, ...]:
     """The findings that no change settles."""
-    settled = {(change.node, code) for change in made for code in change.answers}
+    settled = {(change.node, code) for change in made for code in change.settled_codes}
     return tuple(
         finding
         for finding in findings
@@ -63,7 +64,7 @@ def left_over(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Find
     )
 
 
-def applied(topology: Topology, made: Sequence[Change]) -> Topology:
+def apply_changes(topology: Topology, made: Sequence[Change]) -> Topology:
     """What the file must mean once they are written: how the writing is checked."""
     nodes = []
     for spec in topology.nodes:
@@ -95,7 +96,7 @@ def _redundant(
         names = [name for name in finding.nodes if name in specs]
         if finding.code not in ("same-gpu", "tunnel-duplicate") or len(names) < 2:
             continue
-        keep = identity.the_one_to_keep(names, specs, states)
+        keep = identity.choose_node_to_keep(names, specs, states)
         why = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
         for name in names:
             if name != keep:
@@ -125,17 +126,25 @@ def _expected(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Cha
         return Change(spec.name, ("expect", key), value, frozenset({code}))
 
     hostname = state.host.hostname
-    if expect.hostname is not None and hostname is not None and not identity.same_host(expect.hostname, hostname):
+    if (
+        expect.hostname is not None
+        and hostname is not None
+        and not identity.hostname_matches(expect.hostname, hostname)
+    ):
         yield change("hostname", hostname, "hostname-differs")
     if not found:
         return
     if "gpu-count" in codes and expect.gpus is not None:
         yield change("gpus", len(found), "gpu-count")
     names = {gpu.name for gpu in found}
-    if expect.gpu is not None and not all(gpus.same_name(expect.gpu, name) for name in names) and len(names) == 1:
+    if (
+        expect.gpu is not None
+        and not all(gpus.gpu_name_matches(expect.gpu, name) for name in names)
+        and len(names) == 1
+    ):
         yield change("gpu", names.pop(), "gpu-differs")
     sizes = {gpu.memory_total_mib for gpu in found}
-    if expect.vram_mib is not None and not gpus.vram_as_expected(expect.vram_mib, found) and len(sizes) == 1:
+    if expect.vram_mib is not None and not gpus.vram_matches(expect.vram_mib, found) and len(sizes) == 1:
         size = sizes.pop()
         if size is not None:
             yield change("vram_mib", size, "vram-differs")
@@ -148,5 +157,5 @@ def _kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]
     if "wrong-server" not in codes:
         return
     kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}
-    if len(kinds) == 1 and routes.in_use(state) is None and (kind := kinds.pop()) != spec.backend.kind:
+    if len(kinds) == 1 and routes.route_in_use(state) is None and (kind := kinds.pop()) != spec.backend.kind:
         yield Change(spec.name, ("backend", "kind"), kind, frozenset({"wrong-server"}))

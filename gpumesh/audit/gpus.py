@@ -31,11 +31,11 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "gpu-count",
             Severity.ERROR if len(gpus) < expect.gpus else Severity.INFO,
             node,
-            count_differs(len(gpus), expect.gpus),
+            describe_gpu_count(len(gpus), expect.gpus),
             "one may have fallen off the bus (`dmesg | grep -i nvrm`), or be kept from the container; "
             "if it is meant so, change `expect.gpus`",
         )
-    others = [gpu for gpu in gpus if expect.gpu is not None and not same_name(expect.gpu, gpu.name)]
+    others = [gpu for gpu in gpus if expect.gpu is not None and not gpu_name_matches(expect.gpu, gpu.name)]
     if others:
         yield Finding(
             "gpu-differs",
@@ -57,7 +57,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         )
 
 
-def same_name(expected: str, found: str) -> bool:
+def gpu_name_matches(expected: str, found: str) -> bool:
     """``RTX 4090`` names an ``NVIDIA GeForce RTX 4090``; neither names an ``RTX 4090 D`` nor a ``Laptop GPU``."""
     wanted, there = expected.lower().split(), found.lower().split()
     return bool(wanted) and there[-len(wanted) :] == wanted
@@ -65,7 +65,7 @@ def same_name(expected: str, found: str) -> bool:
 
 def _vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Finding]:
     """``vram_mib`` is of each GPU; who wrote down the sum of several meant the same."""
-    if not vram_as_expected(expected, gpus):
+    if not vram_matches(expected, gpus):
         wrong = next(size for size in _sizes(gpus) if not _close(size, expected))
         yield Finding(
             "vram-differs",
@@ -76,7 +76,7 @@ def _vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Findin
         )
 
 
-def vram_as_expected(expected: int, gpus: Sequence[GpuState]) -> bool:
+def vram_matches(expected: int, gpus: Sequence[GpuState]) -> bool:
     """True as well while the sizes are not known."""
     sizes = _sizes(gpus)
     return not sizes or _close(sum(sizes), expected) or all(_close(size, expected) for size in sizes)
@@ -94,7 +94,7 @@ def _same_driver(expected: str, found: str) -> bool:
     return found == expected or found.startswith(expected.rstrip(".") + ".")
 
 
-def count_differs(found: int, expected: int) -> str:
+def describe_gpu_count(found: int, expected: int) -> str:
     """As a node's reason says it too, so that nobody reads it twice."""
     there = "1 GPU is" if found == 1 else f"{found} GPUs are"
     return f"{there} there, expected {'was' if expected == 1 else 'were'} {expected}"

@@ -35,19 +35,19 @@ class Proof(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest link between them, ``None``
-    for a node alone; ``mark`` is what they have in common by it: a UUID, a fingerprint."""
+    for a node alone; ``shared_mark`` is what they have in common by it: a UUID, a fingerprint."""
 
     nodes: tuple[str, ...]
     gpus: tuple[GpuState, ...]
     proof: Proof | None = None
-    mark: str | None = None
+    shared_mark: str | None = None
 
     @property
     def certain(self) -> bool:
         return self.proof in (None, Proof.GPU)
 
 
-def machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
+def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
     """Each node is in exactly one; in the order of their first nodes."""
     group = {node.name: node.name for node in nodes}
     order = {node.name: place for place, node in enumerate(nodes)}
@@ -82,11 +82,11 @@ def machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
 
 def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
     """Each node's group: nodes that share a GPU have the same, named for the first of them in order."""
-    return {name: machine.nodes[0] for machine in machines(nodes) for name in machine.nodes}
+    return {name: machine.nodes[0] for machine in find_machines(nodes) for name in machine.nodes}
 
 
-def marks(node: NodeState) -> frozenset[str]:
-    """What ``machines`` knows this node by: when it changes, it is time to ask again."""
+def identifying_marks(node: NodeState) -> frozenset[str]:
+    """What ``find_machines`` knows this node by: when it changes, it is time to ask again."""
     return frozenset(mark for proof in Proof for mark in _marks(node, proof)) | frozenset(
         filter(None, (_server(node),))
     )
@@ -99,7 +99,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     expected, found = spec.expect.hostname, state.host.hostname
     if expected is None or found is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    if not same_host(expected, found):
+    if not hostname_matches(expected, found):
         yield Finding(
             "hostname-differs",
             Severity.WARNING,
@@ -110,18 +110,18 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         )
 
 
-def same_host(expected: str, found: str) -> bool:
+def hostname_matches(expected: str, found: str) -> bool:
     """``box`` and ``box.example.org`` are one; ``box.a`` and ``box.b`` are not."""
     one, other = expected.strip().lower(), found.strip().lower()
     return one == other or (("." in one) != ("." in other) and one.split(".")[0] == other.split(".")[0])
 
 
-def across(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
+def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
     """``same-gpu`` and ``tunnel-duplicate``: nodes that are one machine, under several names."""
     specs = {spec.name: spec for spec, _ in pairs}
     states = {state.name: state for _, state in pairs}
     told: set[str] = set()
-    for names in duplicates([spec for spec, _ in pairs]):
+    for names in find_duplicates([spec for spec, _ in pairs]):
         told.update(names)
         yield Finding(
             "tunnel-duplicate",
@@ -131,10 +131,10 @@ def across(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
             f"delete {_and(names[1:])} from mesh.yaml, or let `gpumesh audit --write` switch the rest off",
             nodes=tuple(names),
         )
-    for machine in machines([state for _, state in pairs]):
+    for machine in find_machines([state for _, state in pairs]):
         if machine.proof is None or told.issuperset(machine.nodes):
             continue
-        keep = the_one_to_keep(machine.nodes, specs, states)
+        keep = choose_node_to_keep(machine.nodes, specs, states)
         yield Finding(
             "same-gpu",
             Severity.WARNING,
@@ -149,24 +149,24 @@ def across(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
 def _how_known(machine: Machine) -> str:
     match machine.proof:
         case Proof.GPU:
-            return f"one GPU, that is certain: nvidia-smi shows {machine.mark} to each"
+            return f"one GPU, that is certain: nvidia-smi shows {machine.shared_mark} to each"
         case Proof.HOST_KEY:
-            return f"most likely one machine: the same SSH host key, {machine.mark}"
+            return f"most likely one machine: the same SSH host key, {machine.shared_mark}"
         case _:
             return "most likely one machine: one model store, the same in every model's time to the nanosecond"
 
 
-def the_one_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
+def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
     """Of several ways to one GPU: one that serves, that sees the GPU, and that has no tunnel between."""
 
     def worth(name: str) -> tuple[bool, bool, bool]:
         state = states[name]
-        return state.backend.state is BackendPhase.UP, bool(uuids(state)), specs[name].ssh is None
+        return state.backend.state is BackendPhase.UP, bool(hardware_uuids(state)), specs[name].ssh is None
 
     return max(names, key=worth)  # of equals the first
 
 
-def duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
+def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
     """By mesh.yaml alone: the same address, user and candidates."""
     ways: dict[object, list[str]] = {}
     for spec in specs:
@@ -185,12 +185,12 @@ def duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
 # -- what tells machines apart ---------------------------------------------------------------------------------------
 
 
-def uuids(node: NodeState) -> set[str]:
+def hardware_uuids(node: NodeState) -> set[str]:
     """Those that name one piece of hardware in the world; what a probe made up for an unknown one does not."""
     return {gpu.uuid for gpu in node.gpus or () if gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12}
 
 
-def store_mark(catalog: Iterable[ModelInfo]) -> str | None:
+def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
     """A fingerprint of a model store; ``None`` for one that looks like others by chance."""
     models = tuple(catalog)
     stamps = sorted((model.name, model.modified_at) for model in models if model.modified_at)
@@ -202,11 +202,11 @@ def store_mark(catalog: Iterable[ModelInfo]) -> str | None:
 def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
     match proof:
         case Proof.GPU:
-            return uuids(node)
+            return hardware_uuids(node)
         case Proof.HOST_KEY:
             return node.tunnel.host_keys if node.tunnel.state is TunnelPhase.UP else ()
         case _:
-            return filter(None, (store_mark(node.backend.catalog),))
+            return filter(None, (store_fingerprint(node.backend.catalog),))
 
 
 def _alike(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
@@ -222,7 +222,9 @@ def _pairs(alike: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
 
 
 def _may_be_one(one: NodeState, other: NodeState, proof: Proof) -> bool:
-    return (proof is Proof.GPU or not (uuids(one) and uuids(other))) and not _different_servers(one, other)
+    return (proof is Proof.GPU or not (hardware_uuids(one) and hardware_uuids(other))) and not _different_servers(
+        one, other
+    )
 
 
 def _different_servers(one: NodeState, other: NodeState) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec
 
@@ -20,13 +20,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if not missing:
         return
     if spec.backend.kind is BackendKind.OLLAMA:
-        hint = "on the host: " + "; ".join(command("ollama pull {MODEL}", MODEL=name) for name in missing)
+        hint = "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in missing)
     else:
         hint = "start the server with this model, or under this name (`--alias`, `--served-model-name`)"
     yield Finding("model-missing", Severity.WARNING, spec.name, f"expected, but not there: {', '.join(missing)}", hint)
 
 
-def across(states: Sequence[NodeState]) -> Iterator[Finding]:
+def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
     """One name, several digests: the same prompt gets another answer depending on the node."""
     first: dict[str, tuple[str, str]] = {}
     differing: set[str] = set()

@@ -20,7 +20,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
         return
     node = spec.name
-    used = in_use(state)
+    used = route_in_use(state)
     ours = [route for route in state.routes if not route.offered]
     dead = [route for route in ours if route.state is BackendPhase.DOWN]
     if dead and used is not None:
@@ -73,7 +73,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         )
 
 
-def in_use(state: NodeState) -> RouteState | None:
+def route_in_use(state: NodeState) -> RouteState | None:
     return next((route for route in state.routes if route.url == state.backend.url and not route.offered), None)
 
 

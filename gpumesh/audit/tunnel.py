@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
@@ -46,5 +46,5 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 def _by_hand(spec: NodeSpec) -> str:
     if spec.ssh is None:
         url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
-        return command("curl {URL}", URL=url)
-    return command("ssh -p {PORT} {HOST}", PORT=str(spec.ssh.port), HOST=f"{spec.ssh.user}@{spec.ssh.host}")
+        return paste_command("curl {URL}", URL=url)
+    return paste_command("ssh -p {PORT} {HOST}", PORT=str(spec.ssh.port), HOST=f"{spec.ssh.user}@{spec.ssh.host}")

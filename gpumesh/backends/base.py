@@ -45,7 +45,7 @@ class HttpCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Counters:
+class ServerCounters:
     """The server's own figures for one answer; durations in ms; ``None`` where it did not say."""
 
     prompt_tokens: int | None = None
@@ -73,12 +73,12 @@ class Counters:
 
 def token_count(value: Any) -> int | None:
     """A number of tokens as a server gives it; ``None`` for what cannot be one."""
-    return safe_json.up_to(value, MOST_TOKENS)
+    return safe_json.as_bounded_count(value, MOST_TOKENS)
 
 
 def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
     """A duration as a server gives it, ``per_ms`` of its units being a millisecond; ``None`` for what cannot be one."""
-    read = safe_json.number(value)
+    read = safe_json.as_number(value)
     return read / per_ms if read is not None and read / per_ms <= LONGEST_MS else None
 
 
@@ -90,7 +90,7 @@ class Chunk:
     thinking: str = ""
     done: bool = False
     done_reason: str | None = None
-    counters: Counters | None = None
+    counters: ServerCounters | None = None
 
 
 class FrameReader(Protocol):
@@ -121,18 +121,18 @@ class Inventory:
 class Dialect(Protocol):
     """One kind of server. Pure; see ollama.py and openai.py, and DIALECTS in dialects.py."""
 
-    def chat(self, request: ChatRequest) -> HttpCall: ...
+    def build_chat_call(self, request: ChatRequest) -> HttpCall: ...
 
-    def reader(self, *, stream: bool) -> FrameReader: ...
+    def create_reader(self, *, stream: bool) -> FrameReader: ...
 
     def error_text(self, status: int, body: bytes) -> str:
         """The server's own words for an error response, made safe to print, at most a line."""
         ...
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
-        """What to GET to learn the inventory, by name; ``inventory`` takes the answers by the same names."""
+        """What to GET to learn the inventory, by name; ``read_inventory`` takes the answers by the same names."""
         ...
 
-    def inventory(self, answers: Mapping[str, tuple[int, bytes] | None]) -> Inventory:
+    def read_inventory(self, answers: Mapping[str, tuple[int, bytes] | None]) -> Inventory:
         """Raises ProbeError (finding ``wrong-server``) when the answers are not of this kind of server."""
         ...

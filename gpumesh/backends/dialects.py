@@ -8,17 +8,17 @@ from functools import lru_cache
 from typing import Any
 
 from gpumesh.backends import ollama, openai, safe_json
-from gpumesh.backends.base import Counters, Dialect
-from gpumesh.backends.ollama import Ollama
-from gpumesh.backends.openai import OpenAI
+from gpumesh.backends.base import Dialect, ServerCounters
+from gpumesh.backends.ollama import OllamaDialect
+from gpumesh.backends.openai import OpenAIDialect
 from gpumesh.topology import BackendKind, Target
 
-DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: Ollama(), BackendKind.OPENAI: OpenAI()}
+DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: OllamaDialect(), BackendKind.OPENAI: OpenAIDialect()}
 
 LAST_LINES = 16  # of an answer, among which its figures stand
 
 
-def counters_of(body: bytes) -> Counters | None:
+def find_counters(body: bytes) -> ServerCounters | None:
     """The server's figures from a whole answer or from one frame of any dialect; ``None`` if it holds none."""
     document = safe_json.parse_object(body)
     if document is None:
@@ -30,15 +30,15 @@ def counters_of(body: bytes) -> Counters | None:
         else:
             return None
     if "eval_count" in document or "total_duration" in document:
-        return ollama.counters(document)
-    return openai.counters(document) or _nested(document)
+        return ollama.parse_counters(document)
+    return openai.parse_counters(document) or _nested(document)
 
 
-def _nested(document: Mapping[str, Any]) -> Counters | None:
+def _nested(document: Mapping[str, Any]) -> ServerCounters | None:
     """``response.completed`` of the responses API, ``message_start`` of Anthropic's."""
     for key in ("response", "message"):
         inner = document.get(key)
-        if isinstance(inner, dict) and (found := openai.counters(inner)) is not None:
+        if isinstance(inner, dict) and (found := openai.parse_counters(inner)) is not None:
             return found
     return None
 

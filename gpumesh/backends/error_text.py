@@ -16,22 +16,22 @@ def error_text(status: int, body: bytes) -> str:
     said = _said(safe_json.parse(body[: 1 << 20]))
     if said is None and not body.strip():
         return f"HTTP {status} without a word"
-    if said is None and is_page(body):
-        return f"HTTP {status} and {page_name(body)}"
+    if said is None and is_web_page(body):
+        return f"HTTP {status} and {describe_web_page(body)}"
     return printable(said if said is not None else body) or f"HTTP {status}"
 
 
-def is_page(body: bytes) -> bool:
+def is_web_page(body: bytes) -> bool:
     return body[:512].lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
 
 
-def page_name(body: bytes) -> str:
+def describe_web_page(body: bytes) -> str:
     """A web page by its title: ``a web page, "Open WebUI"``."""
     title = _TITLE.search(body[: 64 << 10])
     return f'a web page, "{printable(title[1], 60)}"' if title else "a web page"
 
 
-def error_in(document: dict[str, Any]) -> str | None:
+def find_error_message(document: dict[str, Any]) -> str | None:
     """The words of an error object under status 200, or ``None`` if it is none."""
     if document.get("error") in (None, ""):
         return None
@@ -54,7 +54,7 @@ def _said(document: Any, depth: int = 0) -> str | None:
     return None
 
 
-def short(value: Any) -> str | None:
+def printable_label(value: Any) -> str | None:
     """A server's word for something, made safe to print; ``None`` for what is no text, or nothing of it is left."""
-    said = safe_json.text(value)
+    said = safe_json.as_text(value)
     return printable(said, 100) or None if said is not None else None

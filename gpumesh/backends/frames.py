@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumesh.backends.base import Chunk, Counters
+from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
 
 # The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. What is larger holds up all
@@ -15,7 +15,7 @@ EVENT_LINES = 1 << 10  # of one server-sent event; those of the dialects have tw
 BODY_LIMIT = 64 << 20
 
 
-class Lines:
+class LineSplitter:
     """Bytes in, whole lines out, without their ends (LF or CRLF)."""
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
@@ -30,17 +30,17 @@ class Lines:
             self._begun.clear()
         self._begun += rest
         if len(self._begun) > self._limit or (lines and len(lines[0]) > self._limit):
-            raise not_this_server(f"a line of more than {self._limit >> 20} MiB")
+            raise wrong_dialect_error(f"a line of more than {self._limit >> 20} MiB")
         return [line.removesuffix(b"\r") for line in lines]
 
-    def rest(self) -> bytes:
+    def take_rest(self) -> bytes:
         """The line that the body ended in, if it ended in one."""
         line = bytes(self._begun)
         self._begun.clear()
         return line.removesuffix(b"\r")
 
 
-class Events:
+class EventSplitter:
     """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2); their names are of no use here.
 
     ``error:`` lines, as older llama-servers write them in mid-stream, hold the bare error: they are given as data of
@@ -48,16 +48,16 @@ class Events:
     """
 
     def __init__(self) -> None:
-        self._lines = Lines()
+        self._lines = LineSplitter()
         self._data: list[bytes] = []
         self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         return self._events(self._lines.feed(data))
 
-    def rest(self) -> list[bytes]:
+    def take_rest(self) -> list[bytes]:
         """At the end of the body, which may lack the last blank line."""
-        return self._events([self._lines.rest(), b""])
+        return self._events([self._lines.take_rest(), b""])
 
     def _events(self, lines: Sequence[bytes]) -> list[bytes]:
         found: list[bytes] = []
@@ -73,11 +73,11 @@ class Events:
                 self._data.append(value if field == b"data" else b'{"error":' + value + b"}")
                 self._size += len(value)
                 if self._size > LINE_LIMIT or len(self._data) > EVENT_LINES:
-                    raise not_this_server(f"an event of more than {LINE_LIMIT >> 20} MiB, or {EVENT_LINES} lines")
+                    raise wrong_dialect_error(f"an event of more than {LINE_LIMIT >> 20} MiB, or {EVENT_LINES} lines")
         return found
 
 
-class Reader:
+class BaseFrameReader:
     """What the readers of all dialects share: chunks that came before an error are given before it is raised."""
 
     def __init__(self) -> None:
@@ -115,9 +115,9 @@ class Reader:
         raise NotImplementedError
 
 
-def final(text: str = "", thinking: str = "", *, reason: str | None, counters: Counters | None) -> Chunk:
+def final_chunk(text: str = "", thinking: str = "", *, reason: str | None, counters: ServerCounters | None) -> Chunk:
     return Chunk(text, thinking, done=True, done_reason=reason, counters=counters)
 
 
-def not_this_server(what: str) -> ProbeError:
-    return ProbeError(f"the answer is not of this kind of server: {what}", finding="wrong-server")
+def wrong_dialect_error(what: str) -> ProbeError:
+    return ProbeError(f"the answer is not of this kind of server: {what}", finding_code="wrong-server")

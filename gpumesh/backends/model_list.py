@@ -16,11 +16,11 @@ from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
 # More are not read: they would be read every two seconds, and 10,000 take 100 ms, in which nobody else has a turn.
-MOST_MODELS = 4_000
+MAX_MODELS = 4_000
 LONGEST_NAME = 200
-LONGEST_CONTEXT = 1 << 31
+MAX_CONTEXT_TOKENS = 1 << 31
 # Models in memory at once that are read: each is a row, a label of /metrics and part of a node's reason.
-MOST_LOADED = 256
+MAX_LOADED_MODELS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Listing:
     """Entries by name, as the server orders them; of several with one name the first. ``unusable`` counts those that
     cannot be asked for."""
 
-    named: Mapping[str, Mapping[str, Any]]
+    entries: Mapping[str, Mapping[str, Any]]
     unusable: int = 0
 
-    def first(self, count: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        return islice(self.named.items(), count)
+    def first_entries(self, count: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return islice(self.entries.items(), count)
 
 
 def clean_name(value: str | None) -> str | None:
@@ -42,14 +42,14 @@ def clean_name(value: str | None) -> str | None:
     return printable(value, LONGEST_NAME) or None
 
 
-def read(entries: Any, *names: str, key: Callable[[str], str] = str) -> Listing:
+def read_listing(entries: Any, *names: str, key: Callable[[str], str] = str) -> Listing:
     """The objects of a list, by the first of the keys ``names`` that holds a text; ``key`` gives the same for names
     that mean one model. Anything that is no list is an empty one."""
     named: dict[str, Mapping[str, Any]] = {}
     seen: set[str] = set()
     unusable = 0
-    for entry in safe_json.objects(entries):
-        said = next((text for each in names if (text := safe_json.text(entry.get(each)))), None)
+    for entry in safe_json.as_objects(entries):
+        said = next((text for each in names if (text := safe_json.as_text(entry.get(each)))), None)
         name = clean_name(said)
         unusable += name is None or name != said
         if name is not None and (same := key(name)) not in seen:
@@ -58,7 +58,7 @@ def read(entries: Any, *names: str, key: Callable[[str], str] = str) -> Listing:
     return Listing(named, unusable)
 
 
-def without_case(name: str) -> str:
+def full_name(name: str) -> str:
     """Ollama's rule: case does not count, and a name without a tag means ``:latest``."""
     lower = name.lower()
     return lower if ":" in lower.rpartition("/")[2] else f"{lower}:latest"

@@ -10,28 +10,28 @@ from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
-    Counters,
     HttpCall,
     Inventory,
     Message,
+    ServerCounters,
     duration_ms,
     token_count,
 )
-from gpumesh.backends.error_text import error_in, error_text, is_page, page_name, short
-from gpumesh.backends.frames import Lines, Reader, final, not_this_server
+from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
+from gpumesh.backends.frames import BaseFrameReader, LineSplitter, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
 
-JSON = (("Content-Type", "application/json"),)
+JSON_HEADERS = (("Content-Type", "application/json"),)
 _MISSING = object()
-Answers = Mapping[str, tuple[int, bytes] | None]
+ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
 
 
-class Ollama:
+class OllamaDialect:
     """Implements ``base.Dialect``."""
 
-    def chat(self, request: ChatRequest) -> HttpCall:
+    def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
             "model": request.model,
             "messages": [_message(message) for message in request.messages],
@@ -41,10 +41,10 @@ class Ollama:
             body["options"] = dict(request.options)
         if request.think is not None:
             body["think"] = request.think
-        return HttpCall("POST", "/api/chat", safe_json.compact(body), JSON)
+        return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
 
-    def reader(self, *, stream: bool) -> NativeReader:  # noqa: ARG002  # an answer in one piece is a stream of one line
-        return NativeReader()
+    def create_reader(self, *, stream: bool) -> OllamaFrameReader:  # noqa: ARG002  # an answer in one piece is a stream of one line
+        return OllamaFrameReader()
 
     def error_text(self, status: int, body: bytes) -> str:
         if status == 403 and not body.strip():
@@ -54,23 +54,23 @@ class Ollama:
     def probe_calls(self) -> Mapping[str, HttpCall]:
         return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
 
-    def inventory(self, answers: Answers) -> Inventory:
+    def read_inventory(self, answers: ProbeAnswers) -> Inventory:
         """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused``,
         ``key-refused``, ``answer-broken`` or ``models-too-many``. ``ps`` may be missing: older servers do not have
         it."""
         version = self._required(answers.get("version"), "/api/version", "version", (str, NoneType))
         tags = self._required(answers.get("tags"), "/api/tags", "models", (list, NoneType))
-        too_many = unusable_answers.too_many(tags["models"])
+        too_many = unusable_answers.long_list_error(tags["models"])
         if too_many is not None:
             raise too_many
         ps = answers.get("ps")
         loaded = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
-        models = model_list.read(tags["models"], "name", "model", key=model_list.without_case)
-        resident = model_list.read((loaded or {}).get("models"), "name", "model", key=model_list.without_case)
+        models = model_list.read_listing(tags["models"], "name", "model", key=model_list.full_name)
+        resident = model_list.read_listing((loaded or {}).get("models"), "name", "model", key=model_list.full_name)
         return Inventory(
-            version=printable(safe_json.text(version.get("version")) or "", 40) or None,
-            catalog=tuple(_model(name, item) for name, item in models.named.items()),
-            loaded=tuple(_loaded(name, item) for name, item in resident.first(model_list.MOST_LOADED)),
+            version=printable(safe_json.as_text(version.get("version")) or "", 40) or None,
+            catalog=tuple(_model(name, item) for name, item in models.entries.items()),
+            loaded=tuple(_loaded(name, item) for name, item in resident.first_entries(model_list.MAX_LOADED_MODELS)),
             unusable=models.unusable,
         )
 
@@ -78,36 +78,36 @@ class Ollama:
         self, answer: tuple[int, bytes] | None, path: str, key: str, kinds: tuple[type, ...]
     ) -> dict[str, Any]:
         if answer is None:
-            raise ProbeError(f"no answer to {path}", finding="backend-down")
+            raise ProbeError(f"no answer to {path}", finding_code="backend-down")
         status, body = answer
         if status == 403 and not body.strip():
             raise ProbeError(
                 "Ollama refuses our Host header (403 without a word)",
-                finding="host-refused",
+                finding_code="host-refused",
                 hint="name the server as its own host does, http://127.0.0.1:PORT, or set OLLAMA_HOST=0.0.0.0 there",
             )
-        unusable_answers.check(status, body)
+        unusable_answers.raise_for_status(status, body)
         document = safe_json.parse_report(body)
         if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
             return document
-        raise (unusable_answers.half_json(body, path) if status == 200 else None) or wrong_server(
+        raise (unusable_answers.broken_json_error(body, path) if status == 200 else None) or wrong_server_error(
             status, body, document, path
         )
 
 
-class NativeReader(Reader):
+class OllamaFrameReader(BaseFrameReader):
     """Frames of ``/api/chat`` and ``/api/generate``, streamed or whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines = Lines()
+        self._lines = LineSplitter()
 
     def _take(self, data: bytes, chunks: list[Chunk]) -> None:
         for line in self._lines.feed(data):
             self._frame(line, chunks)
 
     def _end(self, chunks: list[Chunk]) -> None:
-        rest = self._lines.rest()
+        rest = self._lines.take_rest()
         if safe_json.parse_object(rest) is not None:  # half a line is what a cut leaves behind
             self._frame(rest, chunks)
 
@@ -116,29 +116,29 @@ class NativeReader(Reader):
             return
         frame = safe_json.parse_object(line)
         if frame is None:
-            raise not_this_server(f"{printable(line, 60)!r} is no frame")
-        error = error_in(frame)
+            raise wrong_dialect_error(f"{printable(line, 60)!r} is no frame")
+        error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
         message = frame.get("message")
         source = message if isinstance(message, dict) else frame
-        text = safe_json.text(source.get("content" if source is message else "response")) or ""
-        thinking = safe_json.text(source.get("thinking")) or ""
+        text = safe_json.as_text(source.get("content" if source is message else "response")) or ""
+        thinking = safe_json.as_text(source.get("thinking")) or ""
         if frame.get("done") is True:
             self.done = True
-            reason = safe_json.text(frame.get("done_reason"))
-            chunks.append(final(text, thinking, reason=reason, counters=counters(frame)))
+            reason = safe_json.as_text(frame.get("done_reason"))
+            chunks.append(final_chunk(text, thinking, reason=reason, counters=parse_counters(frame)))
         elif text or thinking:
             chunks.append(Chunk(text, thinking))
 
 
-def counters(frame: Mapping[str, Any]) -> Counters:
+def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
     """Of a final frame; its durations are nanoseconds, each may be absent."""
 
     def ms(key: str) -> float | None:
         return duration_ms(frame.get(key), per_ms=1e6)
 
-    return Counters(
+    return ServerCounters(
         prompt_tokens=token_count(frame.get("prompt_eval_count")),
         tokens=token_count(frame.get("eval_count")),
         total_ms=ms("total_duration"),
@@ -148,11 +148,11 @@ def counters(frame: Mapping[str, Any]) -> Counters:
     )
 
 
-def wrong_server(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
+def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
     """A port that answers, but not as Ollama: says as what, where that can be told."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
-    if is_page(body):
-        what = page_name(body)
+    if is_web_page(body):
+        what = describe_web_page(body)
     elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
         what = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
         hint = "set `backend.kind: openai` for it, or " + hint
@@ -160,7 +160,9 @@ def wrong_server(status: int, body: bytes, document: dict[str, Any] | None, path
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
         if path == "/api/tags":  # /api/version was asked before, and was right
             hint = "a proxy before it passes only some paths on: let it pass all of /api/, or go around it"
-    return ProbeError(f"the port answers, but not as Ollama: {path} gave {what}", finding="wrong-server", hint=hint)
+    return ProbeError(
+        f"the port answers, but not as Ollama: {path} gave {what}", finding_code="wrong-server", hint=hint
+    )
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -175,20 +177,20 @@ def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     details = details if isinstance(details, dict) else {}
     return ModelInfo(
         name=name,
-        digest=short(item.get("digest")),
-        size_mib=safe_json.mib(item.get("size")),
-        modified_at=short(item.get("modified_at")),
-        parameter_size=short(details.get("parameter_size")),
-        quantization=short(details.get("quantization_level")),
-        family=short(details.get("family")),
+        digest=printable_label(item.get("digest")),
+        size_mib=safe_json.as_mib(item.get("size")),
+        modified_at=printable_label(item.get("modified_at")),
+        parameter_size=printable_label(details.get("parameter_size")),
+        quantization=printable_label(details.get("quantization_level")),
+        family=printable_label(details.get("family")),
     )
 
 
 def _loaded(name: str, item: Mapping[str, Any]) -> LoadedModel:
     return LoadedModel(
         name=name,
-        size_vram_mib=safe_json.mib(item.get("size_vram")),
-        size_mib=safe_json.mib(item.get("size")),
-        expires_at=safe_json.instant(item.get("expires_at")),
-        context_length=safe_json.up_to(item.get("context_length"), model_list.LONGEST_CONTEXT),
+        size_vram_mib=safe_json.as_mib(item.get("size_vram")),
+        size_mib=safe_json.as_mib(item.get("size")),
+        expires_at=safe_json.as_datetime(item.get("expires_at")),
+        context_length=safe_json.as_bounded_count(item.get("context_length"), model_list.MAX_CONTEXT_TOKENS),
     )

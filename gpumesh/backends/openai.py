@@ -9,16 +9,16 @@ from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
-    Counters,
     HttpCall,
     Inventory,
     Message,
+    ServerCounters,
     duration_ms,
     token_count,
 )
-from gpumesh.backends.error_text import error_in, error_text, is_page, page_name, short
-from gpumesh.backends.frames import BODY_LIMIT, Events, Reader, final, not_this_server
-from gpumesh.backends.ollama import JSON, Answers
+from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
+from gpumesh.backends.frames import BODY_LIMIT, BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
+from gpumesh.backends.ollama import JSON_HEADERS, ProbeAnswers
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
@@ -44,10 +44,10 @@ MOST_PARAMETERS = 10**15
 _IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 
 
-class OpenAI:
+class OpenAIDialect:
     """Implements ``base.Dialect``."""
 
-    def chat(self, request: ChatRequest) -> HttpCall:
+    def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
             "model": request.model,
             "messages": [_message(message) for message in request.messages],
@@ -56,16 +56,16 @@ class OpenAI:
         if request.stream:
             body["stream_options"] = {"include_usage": True}
         for name, value in request.options.items():
-            if name in _OPTIONS and not (name == "num_predict" and (safe_json.whole(value) or 0) < 1):
+            if name in _OPTIONS and not (name == "num_predict" and (safe_json.as_count(value) or 0) < 1):
                 body[_OPTIONS[name]] = value
         if isinstance(request.think, str):
             body["reasoning_effort"] = request.think
         elif request.think is not None:
             body["chat_template_kwargs"] = {"enable_thinking": request.think}
-        return HttpCall("POST", "/v1/chat/completions", safe_json.compact(body), JSON)
+        return HttpCall("POST", "/v1/chat/completions", safe_json.dump_compact(body), JSON_HEADERS)
 
-    def reader(self, *, stream: bool) -> EventReader | WholeReader:
-        return EventReader() if stream else WholeReader()
+    def create_reader(self, *, stream: bool) -> OpenAIEventReader | OpenAIBodyReader:
+        return OpenAIEventReader() if stream else OpenAIBodyReader()
 
     def error_text(self, status: int, body: bytes) -> str:
         return error_text(status, body)
@@ -80,54 +80,56 @@ class OpenAI:
             "version": HttpCall("GET", "/version"),
         }
 
-    def inventory(self, answers: Answers) -> Inventory:
+    def read_inventory(self, answers: ProbeAnswers) -> Inventory:
         """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``key-refused``,
         ``answer-broken`` or ``models-too-many``."""
         answer = answers.get("models")
         if answer is None:
-            raise ProbeError("no answer to /v1/models", finding="backend-down")
+            raise ProbeError("no answer to /v1/models", finding_code="backend-down")
         status, body = answer
-        unusable_answers.check(status, body)  # llama-server: 503 "Loading model"
+        unusable_answers.raise_for_status(status, body)  # llama-server: 503 "Loading model"
         document = safe_json.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
-            half = unusable_answers.half_json(body, "/v1/models") if status == 200 else None
+            half = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
             raise half or _wrong_server(status, body)
-        too_many = unusable_answers.too_many(document["data"])
+        too_many = unusable_answers.long_list_error(document["data"])
         if too_many is not None:
             raise too_many
         health = answers.get("health")
         if health is not None and health[0] == 503:
-            raise unusable_answers.not_now(*health)
+            raise unusable_answers.unavailable_error(*health)
         props, version = _answered(answers.get("props")), _answered(answers.get("version"))
-        models = model_list.read(document["data"], "id")
+        models = model_list.read_listing(document["data"], "id")
         resident = [
-            (name, item) for name, item in models.named.items() if safe_json.text(item.get("owned_by")) in _RESIDENT
+            (name, item)
+            for name, item in models.entries.items()
+            if safe_json.as_text(item.get("owned_by")) in _RESIDENT
         ]
         context = _context(props)
         return Inventory(
-            version=short(props.get("build_info")) or short(version.get("version")),
-            catalog=tuple(_model(name, item) for name, item in models.named.items()),
-            loaded=tuple(_loaded(name, item, context) for name, item in resident[: model_list.MOST_LOADED]),
-            parallel=safe_json.up_to(props.get("total_slots"), MOST_SLOTS) or None,
+            version=printable_label(props.get("build_info")) or printable_label(version.get("version")),
+            catalog=tuple(_model(name, item) for name, item in models.entries.items()),
+            loaded=tuple(_loaded(name, item, context) for name, item in resident[: model_list.MAX_LOADED_MODELS]),
+            parallel=safe_json.as_bounded_count(props.get("total_slots"), MOST_SLOTS) or None,
             unusable=models.unusable,
         )
 
 
-class EventReader(Reader):
+class OpenAIEventReader(BaseFrameReader):
     """Chunks of a streamed chat or completion. The final one is given at ``[DONE]``: only then the usage is known."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events = Events()
+        self._events = EventSplitter()
         self._reason: str | None = None
-        self._counters: Counters | None = None
+        self._counters: ServerCounters | None = None
 
     def _take(self, data: bytes, chunks: list[Chunk]) -> None:
         for event in self._events.feed(data):
             self._event(event, chunks)
 
     def _end(self, chunks: list[Chunk]) -> None:
-        for event in self._events.rest():
+        for event in self._events.take_rest():
             if event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None:
                 self._event(event, chunks)
         if not self.done and self._reason is not None:
@@ -144,11 +146,11 @@ class EventReader(Reader):
             return
         frame = safe_json.parse_object(event)
         if frame is None:
-            raise not_this_server(f"{printable(event, 60)!r} is no event")
-        error = error_in(frame)
+            raise wrong_dialect_error(f"{printable(event, 60)!r} is no event")
+        error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
-        self._counters = counters(frame) or self._counters
+        self._counters = parse_counters(frame) or self._counters
         text, thinking, reason = _piece(frame, "delta")
         self._reason = reason or self._reason
         if text or thinking:
@@ -156,10 +158,10 @@ class EventReader(Reader):
 
     def _finish(self, chunks: list[Chunk]) -> None:
         self.done = True
-        chunks.append(final(reason=self._reason, counters=self._counters))
+        chunks.append(final_chunk(reason=self._reason, counters=self._counters))
 
 
-class WholeReader(Reader):
+class OpenAIBodyReader(BaseFrameReader):
     """An answer in one piece."""
 
     def __init__(self) -> None:
@@ -168,7 +170,7 @@ class WholeReader(Reader):
 
     def _take(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # all of it comes at the end
         if len(self._body) + len(data) > BODY_LIMIT:
-            raise not_this_server(f"more than {BODY_LIMIT >> 20} MiB")
+            raise wrong_dialect_error(f"more than {BODY_LIMIT >> 20} MiB")
         self._body += data
 
     def _end(self, chunks: list[Chunk]) -> None:
@@ -176,17 +178,17 @@ class WholeReader(Reader):
         frame = safe_json.parse_object(body)
         if frame is None:
             if body and not body.startswith(b"{"):
-                raise not_this_server(f"{printable(body, 60)!r} is no answer")
+                raise wrong_dialect_error(f"{printable(body, 60)!r} is no answer")
             return
-        error = error_in(frame)
+        error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server answered with an error: {error}")
         text, thinking, reason = _piece(frame, "message")
         self.done = True
-        chunks.append(final(text, thinking, reason=reason, counters=counters(frame)))
+        chunks.append(final_chunk(text, thinking, reason=reason, counters=parse_counters(frame)))
 
 
-def counters(frame: Mapping[str, Any]) -> Counters | None:
+def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
     """From OpenAI's ``usage`` and llama-server's ``timings`` (ms), which count what was computed here and now."""
     usage, timings = frame.get("usage"), frame.get("timings")
     usage = usage if isinstance(usage, dict) else {}
@@ -197,7 +199,7 @@ def counters(frame: Mapping[str, Any]) -> Counters | None:
     if prompt_tokens is None and timings:
         prompt_tokens = (token_count(timings.get("prompt_n")) or 0) + (token_count(timings.get("cache_n")) or 0)
     tokens = token_count(usage.get("completion_tokens", usage.get("output_tokens")))
-    return Counters(
+    return ServerCounters(
         prompt_tokens=prompt_tokens,
         tokens=tokens if tokens is not None else token_count(timings.get("predicted_n")),
         prompt_ms=duration_ms(timings.get("prompt_ms")),
@@ -207,24 +209,24 @@ def counters(frame: Mapping[str, Any]) -> Counters | None:
 
 def _piece(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
     """Text, thinking and the reason to finish of the first choice, of a chat or of a completion."""
-    choices = safe_json.objects(frame.get("choices"), 1)
+    choices = safe_json.as_objects(frame.get("choices"), 1)
     if not choices:
         return "", "", None
     inner = choices[0].get(key)
     source = inner if isinstance(inner, dict) else {}
-    text = safe_json.text(source.get("content")) or safe_json.text(choices[0].get("text")) or ""
-    thinking = safe_json.text(source.get("reasoning_content")) or safe_json.text(source.get("reasoning")) or ""
-    return text, thinking, safe_json.text(choices[0].get("finish_reason"))
+    text = safe_json.as_text(source.get("content")) or safe_json.as_text(choices[0].get("text")) or ""
+    thinking = safe_json.as_text(source.get("reasoning_content")) or safe_json.as_text(source.get("reasoning")) or ""
+    return text, thinking, safe_json.as_text(choices[0].get("finish_reason"))
 
 
 def _wrong_server(status: int, body: bytes) -> ProbeError:
     hint = "point `backend.port` or `backend.url` at the server's /v1, or set `backend.kind: ollama` if it is one"
-    if is_page(body):
-        what = page_name(body)
+    if is_web_page(body):
+        what = describe_web_page(body)
     else:
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
     message = f"the port answers, but not as an OpenAI-compatible server: /v1/models gave {what}"
-    return ProbeError(message, finding="wrong-server", hint=hint)
+    return ProbeError(message, finding_code="wrong-server", hint=hint)
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -245,20 +247,24 @@ def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
 
 def _context(props: Mapping[str, Any]) -> int | None:
     settings = props.get("default_generation_settings")
-    return safe_json.up_to(settings.get("n_ctx"), model_list.LONGEST_CONTEXT) if isinstance(settings, dict) else None
+    return (
+        safe_json.as_bounded_count(settings.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS)
+        if isinstance(settings, dict)
+        else None
+    )
 
 
 def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
     meta = item.get("meta")
     meta = meta if isinstance(meta, dict) else {}
-    parameters = safe_json.up_to(meta.get("n_params"), MOST_PARAMETERS)
+    parameters = safe_json.as_bounded_count(meta.get("n_params"), MOST_PARAMETERS)
     return ModelInfo(
         name=name,
-        size_mib=safe_json.mib(meta.get("size")),
+        size_mib=safe_json.as_mib(meta.get("size")),
         parameter_size=None if parameters is None else f"{parameters / 1e9:.1f}B",
     )
 
 
 def _loaded(name: str, item: Mapping[str, Any], context: int | None) -> LoadedModel:
-    length = safe_json.up_to(item.get("max_model_len"), model_list.LONGEST_CONTEXT)
+    length = safe_json.as_bounded_count(item.get("max_model_len"), model_list.MAX_CONTEXT_TOKENS)
     return LoadedModel(name=name, context_length=context or length)

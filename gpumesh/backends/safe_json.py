@@ -25,7 +25,7 @@ _DIGITS = 20  # of a 64-bit number with its sign; Python reads more only slowly,
 _FRACTION = re.compile(r"(\.\d{6})\d+")
 
 
-def compact(document: Mapping[str, Any]) -> bytes:
+def dump_compact(document: Mapping[str, Any]) -> bytes:
     """As JSON without blanks. A lone surrogate, which UTF-8 cannot hold, stays an escape."""
     try:
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
@@ -73,7 +73,7 @@ def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | No
     return document if isinstance(document, dict) else None
 
 
-def is_plain_object(data: bytes) -> bool:
+def is_strict_object(data: bytes) -> bool:
     """Whether every parser reads it as an object: JSON by the letter, in UTF-8, without half of a surrogate pair."""
     if too_many_values(data, ANSWER_VALUES):
         return False
@@ -106,7 +106,7 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
     return [document if isinstance(document, dict) else {} for document in documents]
 
 
-def cost(data: bytes, limit: int) -> int | None:
+def estimate_memory(data: bytes, limit: int) -> int | None:
     """How many bytes the document takes at most when it is built and written anew; ``None``: more than ``limit``, or
     more than ``parse`` reads.
 
@@ -117,11 +117,11 @@ def cost(data: bytes, limit: int) -> int | None:
     return size if size <= limit else None
 
 
-def text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def whole(value: Any) -> int | None:
+def as_count(value: Any) -> int | None:
     """A count or a size: a number from 0 up."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -130,33 +130,33 @@ def whole(value: Any) -> int | None:
     return int(value) if 0 <= value <= _LARGEST else None
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A duration: a finite number from 0 up."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
         return None
     return float(value)
 
 
-def up_to(value: Any, most: int) -> int | None:
+def as_bounded_count(value: Any, most: int) -> int | None:
     """A count that is believed: beyond ``most`` it says nothing."""
-    read = whole(value)
+    read = as_count(value)
     return read if read is not None and read <= most else None
 
 
-def mib(value: Any) -> int | None:
+def as_mib(value: Any) -> int | None:
     """Bytes as MiB, rounded."""
-    size = up_to(value, _LARGEST_MODEL)
+    size = as_bounded_count(value, _LARGEST_MODEL)
     return None if size is None else round(size / MIB)
 
 
-def objects(value: Any, limit: int = 10_000) -> tuple[dict[str, Any], ...]:
+def as_objects(value: Any, limit: int = 10_000) -> tuple[dict[str, Any], ...]:
     """The objects of a list; anything else in it is passed over."""
     if not isinstance(value, list):
         return ()
     return tuple(item for item in value[:limit] if isinstance(item, dict))
 
 
-def instant(value: Any) -> datetime | None:
+def as_datetime(value: Any) -> datetime | None:
     """RFC 3339 as Go writes it, with nanoseconds; Go's zero time means: none."""
     if not isinstance(value, str) or len(value) > 64:
         return None

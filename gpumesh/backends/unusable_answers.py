@@ -8,63 +8,63 @@ from gpumesh.backends import error_text, model_list, safe_json
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 
-MOST_MODELS = model_list.MOST_MODELS
+MAX_MODELS = model_list.MAX_MODELS
 
 
-def check(status: int, body: bytes) -> None:
+def raise_for_status(status: int, body: bytes) -> None:
     """Raises ProbeError for a status that refuses us or puts us off. What others mean depends on the kind of server."""
     if status in (401, 403):
-        raise refused(status, body)
+        raise key_refused_error(status, body)
     if status == 429 or status >= 500:
-        raise not_now(status, body)
+        raise unavailable_error(status, body)
 
 
-def refused(status: int, body: bytes) -> ProbeError:
+def key_refused_error(status: int, body: bytes) -> ProbeError:
     """401, and 403 with words."""
     said = error_text.error_text(status, body)
     hint = "set `backend.api_key_env` to the variable that holds its key"
-    if error_text.is_page(body):
+    if error_text.is_web_page(body):
         hint = f"a proxy stands before it: point `backend.port` or `backend.url` at the server itself, or {hint}"
-    return ProbeError(f"the server refuses us: {said}", finding="key-refused", hint=hint)
+    return ProbeError(f"the server refuses us: {said}", finding_code="key-refused", hint=hint)
 
 
-def not_now(status: int, body: bytes) -> ProbeError:
+def unavailable_error(status: int, body: bytes) -> ProbeError:
     """429 and 5xx."""
     said = error_text.error_text(status, body)
     if status == 429:
         hint = "it has too much to do, or a limit of requests: raise that, if it stays so; it is asked again by itself"
-    elif error_text.is_page(body) or status in (502, 504):
+    elif error_text.is_web_page(body) or status in (502, 504):
         hint = "a proxy answers, and the server behind it does not: start that, or point `backend.url` at it directly"
     elif status == 503 and "loading" in said.lower():
         hint = "wait until it has loaded its model; it is asked again by itself"
     else:
         hint = "see the server's log on its host (`journalctl -u ollama`, `docker logs`), and restart it"
-    return ProbeError(f"the server says {said}", finding="backend-down", hint=hint)
+    return ProbeError(f"the server says {said}", finding_code="backend-down", hint=hint)
 
 
-def half_json(body: bytes, path: str) -> ProbeError | None:
+def broken_json_error(body: bytes, path: str) -> ProbeError | None:
     """For what begins as a JSON object and is none, or is too much of one."""
     if not body.lstrip().startswith(b"{"):
         return None
     if safe_json.too_many_values(body):
-        return more_models(f"{path} gave more than {safe_json.REPORT_VALUES} values")
+        return too_many_models_error(f"{path} gave more than {safe_json.REPORT_VALUES} values")
     if safe_json.parse_report(body) is not None:
         return None
-    return broken(f"{path} gave what is no whole JSON: {printable(body, 60)!r}")
+    return broken_answer_error(f"{path} gave what is no whole JSON: {printable(body, 60)!r}")
 
 
-def broken(message: str) -> ProbeError:
+def broken_answer_error(message: str) -> ProbeError:
     hint = "see the server's log on its host, and restart it; or a proxy on the way cuts long answers: go around it"
-    return ProbeError(message, finding="answer-broken", hint=hint)
+    return ProbeError(message, finding_code="answer-broken", hint=hint)
 
 
-def too_many(models: Any) -> ProbeError | None:
+def long_list_error(models: Any) -> ProbeError | None:
     """For a list that is longer than is read: rather no node than one whose last models are said to be missing."""
-    if not isinstance(models, list) or len(models) <= MOST_MODELS:
+    if not isinstance(models, list) or len(models) <= MAX_MODELS:
         return None
-    return more_models(f"it lists {len(models)} models")
+    return too_many_models_error(f"it lists {len(models)} models")
 
 
-def more_models(message: str) -> ProbeError:
+def too_many_models_error(message: str) -> ProbeError:
     hint = "remove what nobody uses (`ollama rm`), or let a server of its own offer those that you need"
-    return ProbeError(f"{message}; {MOST_MODELS} are read at most", finding="models-too-many", hint=hint)
+    return ProbeError(f"{message}; {MAX_MODELS} are read at most", finding_code="models-too-many", hint=hint)

@@ -21,9 +21,9 @@ class Priority(StrEnum):
 class Demand:
     """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
 
-    ``place`` is false for what costs no inference (``show``, ``pull`` …): it neither waits for a place nor takes one.
-    ``id`` is what the client calls this request, for ``status``.
-    ``affinity`` names what makes a reload when it differs (model and num_ctx …); ``session`` a prefix worth keeping.
+    ``needs_slot`` is false for what costs no inference (``show``, ``pull`` …): it neither waits for a place nor takes
+    one. ``id`` is what the client calls this request, for ``status``. ``affinity`` names what makes a reload when it
+    differs (model and num_ctx …); ``session`` a prefix worth keeping.
     """
 
     model: str | None
@@ -34,7 +34,7 @@ class Demand:
     affinity: str | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
-    place: bool = True
+    needs_slot: bool = True
     id: str | None = None
 
 

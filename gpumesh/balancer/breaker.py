@@ -11,7 +11,7 @@ from enum import StrEnum
 
 THRESHOLD = 3  # failures in a row that open it
 FIRST_OPEN_S = 1.0
-LONGEST_OPEN_S = 30.0
+MAX_OPEN_S = 30.0
 
 
 class BreakerPhase(StrEnum):
@@ -22,12 +22,13 @@ class BreakerPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """``open_until`` is on the caller's monotonic clock, in seconds. ``trial`` while the one half-open try is out."""
+    """``open_until`` is on the caller's monotonic clock, in seconds. ``trial_in_flight`` while the one half-open try is
+    out."""
 
     failures: int = 0
     open_until: float | None = None
     open_s: float = FIRST_OPEN_S
-    trial: bool = False
+    trial_in_flight: bool = False
 
     def phase(self, now: float) -> BreakerPhase:
         if self.open_until is None:
@@ -36,34 +37,34 @@ class Breaker:
 
     def allows(self, now: float) -> bool:
         phase = self.phase(now)
-        return phase is BreakerPhase.CLOSED or (phase is BreakerPhase.HALF_OPEN and not self.trial)
+        return phase is BreakerPhase.CLOSED or (phase is BreakerPhase.HALF_OPEN and not self.trial_in_flight)
 
-    def started(self, now: float) -> Breaker:
+    def record_start(self, now: float) -> Breaker:
         """A request was sent to the node."""
-        return replace(self, trial=True) if self.phase(now) is BreakerPhase.HALF_OPEN else self
+        return replace(self, trial_in_flight=True) if self.phase(now) is BreakerPhase.HALF_OPEN else self
 
-    def succeeded(self) -> Breaker:
+    def record_success(self) -> Breaker:
         return Breaker()
 
-    def failed(self, now: float) -> Breaker:
+    def record_failure(self, now: float) -> Breaker:
         """A request failed by the node's fault."""
         failures = self.failures + 1
         if self.phase(now) is BreakerPhase.HALF_OPEN:
-            longer = min(self.open_s * 2, LONGEST_OPEN_S)
+            longer = min(self.open_s * 2, MAX_OPEN_S)
             return Breaker(failures, now + longer, longer)
         if failures >= THRESHOLD and self.open_until is None:
             return Breaker(failures, now + self.open_s, self.open_s)
         return replace(self, failures=failures)
 
-    def pardoned(self, now: float) -> Breaker:
+    def forgive_failure(self, now: float) -> Breaker:
         """One of the failures was not the node's fault after all: another node failed at the same request."""
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
         if failures < THRESHOLD:
             return Breaker(failures)
-        return replace(self, failures=failures, open_until=min(self.open_until, now), trial=False)
+        return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
-    def undecided(self) -> Breaker:
+    def cancel_trial(self) -> Breaker:
         """A request ended without telling anything about the node (the client left)."""
-        return replace(self, trial=False)
+        return replace(self, trial_in_flight=False)

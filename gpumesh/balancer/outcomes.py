@@ -12,8 +12,9 @@ from random import Random
 
 
 class Outcome(StrEnum):
-    """How one attempt ended. ``TIMED_OUT``: silent in mid-answer; ``CUT``: the answer stopped short; ``BROKEN``: it
-    said in mid-answer that it failed; ``UNFIT``: it cannot go on with an answer that another node began."""
+    """How one attempt ended. ``TIMED_OUT``: silent in mid-answer; ``CUT``: the answer stopped short; ``STREAM_ERROR``:
+    it said in mid-answer that it failed; ``CANNOT_CONTINUE``: it cannot go on with an answer that another node
+    began."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -24,66 +25,66 @@ class Outcome(StrEnum):
     UNREACHABLE = "unreachable"
     TIMED_OUT = "timed-out"
     CUT = "cut"
-    BROKEN = "broken"
-    UNFIT = "unfit"
+    STREAM_ERROR = "broken"
+    CANNOT_CONTINUE = "unfit"
     DEADLINE = "deadline"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """``move_on``: try another node, if no byte was sent. ``fault``: counts against the node's breaker.
+class OutcomeRule:
+    """``fail_over``: try another node, if no byte was sent. ``counts_against_node``: counts against the node's breaker.
 
-    ``suspect``: the node's tunnel should be checked at once.
+    ``check_tunnel``: the node's tunnel should be checked at once.
     """
 
-    move_on: bool
-    fault: bool
-    suspect: bool = False
+    fail_over: bool
+    counts_against_node: bool
+    check_tunnel: bool = False
 
 
 _VERDICTS = {
-    Outcome.SERVED: Verdict(move_on=False, fault=False),
-    Outcome.CLIENT_GONE: Verdict(move_on=False, fault=False),
-    Outcome.CLIENT_ERROR: Verdict(move_on=False, fault=False),
-    Outcome.MODEL_NOT_FOUND: Verdict(move_on=True, fault=False),
-    Outcome.BUSY: Verdict(move_on=True, fault=False),
-    Outcome.SERVER_ERROR: Verdict(move_on=True, fault=True),
-    Outcome.UNREACHABLE: Verdict(move_on=True, fault=True, suspect=True),
-    Outcome.TIMED_OUT: Verdict(move_on=True, fault=True, suspect=True),
-    Outcome.CUT: Verdict(move_on=True, fault=True, suspect=True),
-    Outcome.BROKEN: Verdict(move_on=True, fault=True),
-    Outcome.UNFIT: Verdict(move_on=True, fault=False),
+    Outcome.SERVED: OutcomeRule(fail_over=False, counts_against_node=False),
+    Outcome.CLIENT_GONE: OutcomeRule(fail_over=False, counts_against_node=False),
+    Outcome.CLIENT_ERROR: OutcomeRule(fail_over=False, counts_against_node=False),
+    Outcome.MODEL_NOT_FOUND: OutcomeRule(fail_over=True, counts_against_node=False),
+    Outcome.BUSY: OutcomeRule(fail_over=True, counts_against_node=False),
+    Outcome.SERVER_ERROR: OutcomeRule(fail_over=True, counts_against_node=True),
+    Outcome.UNREACHABLE: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
+    Outcome.TIMED_OUT: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
+    Outcome.CUT: OutcomeRule(fail_over=True, counts_against_node=True, check_tunnel=True),
+    Outcome.STREAM_ERROR: OutcomeRule(fail_over=True, counts_against_node=True),
+    Outcome.CANNOT_CONTINUE: OutcomeRule(fail_over=True, counts_against_node=False),
     # The client's own deadline passed: a slow model is no broken node.
-    Outcome.DEADLINE: Verdict(move_on=False, fault=False),
+    Outcome.DEADLINE: OutcomeRule(fail_over=False, counts_against_node=False),
 }
 
 
 # When every node failed: those whose way was lost or who were busy are asked again, after a pause that grows.
 MAX_ROUNDS = 5
-_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN, Outcome.BUSY})
+_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
 
 # A request at which so many servers failed by themselves is not given to another: it may be what makes them fail.
-MOST_SERVERS_FAILED = 2
+MAX_SERVER_FAILURES = 2
 # The status by which a server says that it failed at this very request; 502 to 504 are said of it, by who is before it.
-SERVER_FAILED = 500
+SERVER_ERROR_STATUS = 500
 
 
-def worth_another_round(outcome: Outcome) -> bool:
+def is_retryable(outcome: Outcome) -> bool:
     """Whether the same node may do better in a moment; a server's error is taken at its word."""
     return outcome in _AGAIN
 
 
-def pause_s(rounds: int, rng: Random) -> float:
+def retry_delay_s(rounds: int, rng: Random) -> float:
     """Before round ``rounds + 1``: 0.1, 0.2, 0.4 … s with a jitter of half of it."""
     return float(0.1 * 2 ** (rounds - 1) * rng.uniform(0.75, 1.25))
 
 
-def judge(outcome: Outcome) -> Verdict:
+def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
     return _VERDICTS[outcome]
 
 
-def of_status(status: int, *, model_asked: bool) -> Outcome:
+def classify_status(status: int, *, model_asked: bool) -> Outcome:
     """What an HTTP status says about an attempt. Ollama answers 404 only for a model (facts/ollama-api.md);
     it says 503 when its queue is full, but a dying or starting server says it too, so 503 is the node's."""
     if status < 400:

@@ -10,7 +10,7 @@ from random import Random
 from typing import TypeGuard
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name, full_names, group_loads, group_of
+from gpumesh.balancer.select import full_name, full_names, gpu_group, group_loads
 from gpumesh.topology import PolicyKind
 
 Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]
@@ -51,7 +51,7 @@ def power_of_two(candidates: Sequence[Candidate], demand: Demand, turn: int, rng
 
 
 def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: Random) -> tuple[str, ...]:
-    """By the predicted time to finish; see ``predicted_s``."""
+    """By the predicted time to finish; see ``predict_duration_s``."""
     loads = group_loads(candidates)
     model = full_name(demand.model) if demand.model is not None else None
     known = [rate for candidate in candidates if (rate := _rate(candidate, model)) is not None]
@@ -60,14 +60,19 @@ def adaptive(candidates: Sequence[Candidate], demand: Demand, turn: int, _rng: R
     ranked = sorted(
         _rotated(candidates, turn),
         key=lambda candidate: (
-            round(predicted_s(candidate, demand, ahead=loads[group_of(candidate)], unknown_rate=optimistic), 2),
+            round(
+                predict_duration_s(
+                    candidate, demand, queued_ahead=loads[gpu_group(candidate)], unknown_rate=optimistic
+                ),
+                2,
+            ),
             _pressure(candidate, loads),
         ),
     )
     return tuple(candidate.name for candidate in ranked)
 
 
-def predicted_s(candidate: Candidate, demand: Demand, *, ahead: int, unknown_rate: float) -> float:
+def predict_duration_s(candidate: Candidate, demand: Demand, *, queued_ahead: int, unknown_rate: float) -> float:
     """Seconds until this demand would be done on this node.
 
     round trip + waiting for those ahead that leave no free place + loading the model if it is not in memory + reading
@@ -79,10 +84,10 @@ def predicted_s(candidate: Candidate, demand: Demand, *, ahead: int, unknown_rat
     # nvidia-smi's utilisation is the share of time in which any kernel ran: at 1.0 a rival takes about half.
     rate *= (1.0 - 0.5 * min(max(candidate.foreign_load or 0.0, 0.0), 1.0)) * candidate.weight
     tokens = min(demand.max_tokens or DEFAULT_TOKENS, MOST_TOKENS)
-    slots = candidate.limit or max(ahead + 1, 1)
-    beside = min(ahead, slots - 1)
+    slots = candidate.limit or max(queued_ahead + 1, 1)
+    beside = min(queued_ahead, slots - 1)
     service = tokens / rate * (1.0 + NEIGHBOUR_SHARE * beside)
-    waiting = max(ahead - slots + 1, 0) / slots * service
+    waiting = max(queued_ahead - slots + 1, 0) / slots * service
     loaded = model is None or not candidate.models or model in full_names(candidate.loaded)
     loading = 0.0 if loaded else candidate.load_s.get(model or "", DEFAULT_LOAD_S)
     cached = demand.session is not None and demand.session in candidate.sessions
@@ -109,7 +114,7 @@ def _rotated(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
 
 
 def _pressure(candidate: Candidate, loads: Mapping[str, int]) -> float:
-    return loads[group_of(candidate)] / ((candidate.limit or 1) * candidate.weight)
+    return loads[gpu_group(candidate)] / ((candidate.limit or 1) * candidate.weight)
 
 
 POLICIES: Mapping[PolicyKind, Policy] = {

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 from gpumesh.topology import BackendKind
 
 SHOWN_MODELS = 50  # in a sentence for people
@@ -50,13 +50,13 @@ def full_names(models: AbstractSet[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """``now``: those with a free place. ``later``: those that would serve, once they have one. Both in no order."""
+    """``free``: those with a free place. ``busy``: those that would serve, once they have one. Both in no order."""
 
-    now: tuple[Candidate, ...]
-    later: tuple[Candidate, ...]
+    free: tuple[Candidate, ...]
+    busy: tuple[Candidate, ...]
 
 
-def select(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
+def select_candidates(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> Selection:
     """Splits the nodes that can answer this demand into those with a free place and those without."""
     loads = group_loads(candidates)
     now: list[Candidate] = []
@@ -64,7 +64,7 @@ def select(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collecti
     for candidate in candidates:
         if not _can_serve(candidate, demand) or candidate.name in exclude:
             continue
-        place_free = not demand.place or candidate.limit is None or loads[group_of(candidate)] < candidate.limit
+        place_free = not demand.needs_slot or candidate.limit is None or loads[gpu_group(candidate)] < candidate.limit
         (now if place_free else later).append(candidate)
     return Selection(tuple(now), tuple(later))
 
@@ -78,7 +78,7 @@ def _can_serve(candidate: Candidate, demand: Demand) -> bool:
     )
 
 
-def group_of(candidate: Candidate) -> str:
+def gpu_group(candidate: Candidate) -> str:
     """Which GPU this node uses, as a name: its own, unless other nodes share it."""
     return candidate.group or candidate.name
 
@@ -87,7 +87,7 @@ def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
     """What is in flight or waits on each GPU, whichever of its nodes it went through."""
     loads: dict[str, int] = {}
     for candidate in candidates:
-        loads[group_of(candidate)] = loads.get(group_of(candidate), 0) + candidate.in_flight + candidate.queued
+        loads[gpu_group(candidate)] = loads.get(gpu_group(candidate), 0) + candidate.in_flight + candidate.queued
     return loads
 
 
@@ -101,8 +101,8 @@ def _some_models(candidates: Sequence[Candidate]) -> list[str]:
     return list(islice(turns, MOST_MODELS))
 
 
-def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
-    """The true reason why ``select`` found nobody, as the error to raise."""
+def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
+    """The true reason why ``select_candidates`` found nobody, as the error to raise."""
     if demand.node is not None and all(candidate.name != demand.node for candidate in candidates):
         names = ", ".join(sorted(candidate.name for candidate in candidates)) or "none"
         return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {names}")
@@ -120,7 +120,7 @@ def why_none(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collec
         stores = [candidate.name for candidate in usable if candidate.kind is BackendKind.OLLAMA]
         if stores:
             hint += f"; it could be pulled to {', '.join(stores)}: "
-            hint += command("gpumesh models pull {MODEL}", MODEL=demand.model)
+            hint += paste_command("gpumesh models pull {MODEL}", MODEL=demand.model)
         return ModelMissing(demand.model, available=tuple(available), hint=hint)
     if not any(candidate.kind in demand.kinds for candidate in usable):
         kinds = ", ".join(sorted(demand.kinds))

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gpumesh.bench.result import BenchResult
-from gpumesh.bench.stats import Spread
+from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult
 
 # A rate of a whole stage has no spread of its own: less than this between two runs is taken for noise.
-NOISE = 0.05
+NOISE_RATIO = 0.05
 # And of medians, however sure they are, a difference that nobody would notice.
-LEAST = 0.01
+MIN_MEDIAN_CHANGE = 0.01
 
 
-class Verdict(StrEnum):
+class DifferenceVerdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     SAME = "same"
@@ -34,7 +34,7 @@ class Difference:
     a: float | None
     b: float | None
     ratio: float | None
-    verdict: Verdict
+    verdict: DifferenceVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Comparison:
     only_b: tuple[str, ...]
 
 
-_SPREADS: tuple[tuple[str, str, bool, Callable[[StageResult], Spread]], ...] = (
+_SPREADS: tuple[tuple[str, str, bool, Callable[[StageResult], SampleSummary]], ...] = (
     ("ttft p50", "ms", False, lambda stage: stage.latency.ttft),
     ("tpot p50", "ms", False, lambda stage: stage.latency.tpot),
     ("end-to-end p50", "ms", False, lambda stage: stage.latency.end_to_end),
@@ -97,36 +97,42 @@ def _differences(name: str, a: StageResult, b: StageResult) -> Iterator[Differen
             yield _difference(name, figure, unit, (one, other), _verdict(one, other, more_is_better=more_is_better))
     if a.failed + a.cut + b.failed + b.cut:
         one, other = (a.failed + a.cut) / max(a.requests, 1), (b.failed + b.cut) / max(b.requests, 1)
-        verdict = Verdict.SAME if one == other else Verdict.WORSE if other > one else Verdict.BETTER
+        verdict = (
+            DifferenceVerdict.SAME
+            if one == other
+            else DifferenceVerdict.WORSE
+            if other > one
+            else DifferenceVerdict.BETTER
+        )
         yield _difference(name, "failed share", "", (one, other), verdict)
 
 
 def _difference(
-    stage: str, figure: str, unit: str, values: tuple[float | None, float | None], verdict: Verdict
+    stage: str, figure: str, unit: str, values: tuple[float | None, float | None], verdict: DifferenceVerdict
 ) -> Difference:
     a, b = values
     return Difference(stage, figure, unit, a, b, b / a if a and b is not None else None, verdict)
 
 
-def _verdict_of_spreads(a: Spread, b: Spread, *, more_is_better: bool) -> Verdict:
+def _verdict_of_spreads(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) -> DifferenceVerdict:
     """Medians differ when their 95 % confidence intervals do not touch: careful rather than keen."""
     if a.p50_low is None or a.p50_high is None or b.p50_low is None or b.p50_high is None:
-        return Verdict.UNKNOWN
-    if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < LEAST:
-        return Verdict.SAME
+        return DifferenceVerdict.UNKNOWN
+    if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < MIN_MEDIAN_CHANGE:
+        return DifferenceVerdict.SAME
     if b.p50_low > a.p50_high:
-        return Verdict.BETTER if more_is_better else Verdict.WORSE
+        return DifferenceVerdict.BETTER if more_is_better else DifferenceVerdict.WORSE
     if b.p50_high < a.p50_low:
-        return Verdict.WORSE if more_is_better else Verdict.BETTER
-    return Verdict.SAME
+        return DifferenceVerdict.WORSE if more_is_better else DifferenceVerdict.BETTER
+    return DifferenceVerdict.SAME
 
 
-def _verdict(a: float | None, b: float | None, *, more_is_better: bool) -> Verdict:
+def _verdict(a: float | None, b: float | None, *, more_is_better: bool) -> DifferenceVerdict:
     if a is None or b is None or a <= 0:
-        return Verdict.UNKNOWN
-    if abs(b / a - 1.0) < NOISE:
-        return Verdict.SAME
-    return Verdict.BETTER if (b > a) == more_is_better else Verdict.WORSE
+        return DifferenceVerdict.UNKNOWN
+    if abs(b / a - 1.0) < NOISE_RATIO:
+        return DifferenceVerdict.SAME
+    return DifferenceVerdict.BETTER if (b > a) == more_is_better else DifferenceVerdict.WORSE
 
 
 def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:

@@ -20,7 +20,7 @@ SAMPLE_S = 0.5
 # time: what is sampled sooner after a stage's beginning may still be of what was before.
 LAG_S = 2.5
 # Fewer moments than this tell nothing of a mean.
-ENOUGH = 3
+MIN_SAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,19 @@ class GpuUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class GpuSample:
     at_s: float
     state: MeshState
 
 
-def gpu_use(samples: Sequence[Sample], nodes: frozenset[str] | None = None) -> GpuUse | None:
+def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -> GpuUse | None:
     """Pure. The GPUs of these nodes (all, if ``None``), each once by its UUID; ``None`` when too little is known.
 
     The first ``LAG_S`` tell of what was before and are left out. Power is weighted by the time until the next sample;
     energy is that mean times the time between the first sample of all and the last.
     """
     settled = [sample for sample in samples if sample.at_s - samples[0].at_s >= LAG_S]
-    if len(settled) < ENOUGH:
+    if len(settled) < MIN_SAMPLES:
         return None
     moments = [(sample.at_s, _gpus(sample.state, nodes)) for sample in settled]
     seen = {uuid for _, gpus in moments for uuid in gpus}
@@ -84,18 +84,18 @@ def _total(values: Sequence[float | None], expected: int) -> float | None:
 
 
 @asynccontextmanager
-async def metered(
+async def sample_gpus(
     status: Callable[[], Awaitable[MeshState]],
     *,
     interval_s: float = SAMPLE_S,
     clock: Callable[[], float] = time.perf_counter,
-) -> AsyncGenerator[list[Sample]]:
+) -> AsyncGenerator[list[GpuSample]]:
     """Samples while its context is open, at its beginning and its end too; the list may be read after it."""
-    samples: list[Sample] = []
+    samples: list[GpuSample] = []
 
     async def take() -> None:
         state = await status()
-        samples.append(Sample(clock(), state))
+        samples.append(GpuSample(clock(), state))
 
     async def keep_taking() -> None:
         while True:

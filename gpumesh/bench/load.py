@@ -1,8 +1,8 @@
 """Sends a stage's requests and writes down what came of each: a closed loop keeps so many in flight, an open loop
 sends at the intended moments whether or not the answers come.
 
-The load goes through ``Send``: a mesh in this process, a running one, or one server (``routes``). Cancelling a stage
-ends its requests, and so the generation on the hosts.
+The load goes through ``SendPrompt``: a mesh in this process, a running one, or one server (``routes``). Cancelling a
+stage ends its requests, and so the generation on the hosts.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from gpumesh.backends.base import ChatRequest, Chunk, Counters
-from gpumesh.bench.scenarios import Planned, Stage
+from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
+from gpumesh.bench.scenarios import PlannedRequest, Stage
 from gpumesh.bench.stats import percentile
 from gpumesh.errors import GPUMeshError, StreamCut
 
-GAUGE_S = 0.02
+LAG_SAMPLE_S = 0.02
 # Past these the figures say more about this machine than about the mesh.
-BUSY_CLIENT = 0.85
+BUSY_CLIENT_CPU = 0.85
 LATE_CLIENT_MS = 5.0
 
 
-class Answering(Protocol):
+class AnswerStream(Protocol):
     """One answer as it comes; ``node`` and ``attempts`` are known once its first piece is there."""
 
     @property
@@ -38,10 +38,10 @@ class Answering(Protocol):
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
 
 
-class Send(Protocol):
+class SendPrompt(Protocol):
     """Sends one prompt to a given node, or lets the mesh choose. Raises GPUMeshError; leaving it early cancels it."""
 
-    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]: ...
+    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]: ...
 
 
 class Disturbance(Protocol):
@@ -52,7 +52,7 @@ class Disturbance(Protocol):
     async def end(self) -> None: ...
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     SERVED = "served"
     FAILED = "failed"
     CUT = "cut"
@@ -60,7 +60,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RequestRecord:
     """What came of one request. Moments are seconds from the stage's start; ``arrivals_s`` has one for each piece.
 
     ``tokens`` are the server's own count, or the number of pieces where it gave none (``counted_pieces``).
@@ -68,7 +68,7 @@ class Record:
 
     stage: str
     index: int
-    outcome: Outcome
+    outcome: RequestOutcome
     intended_s: float
     sent_s: float
     ended_s: float
@@ -79,7 +79,7 @@ class Record:
     tokens: int | None = None
     counted_pieces: bool = False
     prompt_tokens: int | None = None
-    counters: Counters | None = None
+    counters: ServerCounters | None = None
     done_reason: str | None = None
     error_code: str | None = None
     error: str | None = None
@@ -91,7 +91,7 @@ class Record:
 
     @property
     def end_to_end_ms(self) -> float | None:
-        return (self.ended_s - self.intended_s) * 1000.0 if self.outcome is Outcome.SERVED else None
+        return (self.ended_s - self.intended_s) * 1000.0 if self.outcome is RequestOutcome.SERVED else None
 
     @property
     def last_token_ms(self) -> float | None:
@@ -116,7 +116,7 @@ class StageRun:
     """A stage as it was run. ``disturbed_s`` is when the disturbance began and ended, with what it did."""
 
     stage: Stage
-    records: tuple[Record, ...]
+    records: tuple[RequestRecord, ...]
     duration_s: float
     client: ClientLoad
     disturbed_s: tuple[float, float] | None = None
@@ -128,7 +128,7 @@ def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: i
     ordered = sorted(lags_ms)
     often = percentile(ordered, 0.9) if ordered else 0.0
     bound = None
-    if cpu >= BUSY_CLIENT:
+    if cpu >= BUSY_CLIENT_CPU:
         bound = f"this process used {cpu:.0%} of a core: the load generator may be what limits"
     elif often >= LATE_CLIENT_MS:
         bound = f"this process often ran {often:.0f} ms late: something else uses this machine's cores"
@@ -143,28 +143,28 @@ class _Run:
 
     stage: Stage
     clock: Callable[[], float]
-    on_record: Callable[[Record], None]
+    on_record: Callable[[RequestRecord], None]
     start: float = 0.0
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestRecord] = field(default_factory=list)
     late_sends: int = 0
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> float:
         return self.clock() - self.start
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RequestRecord) -> None:
         self.records.append(record)
         self.progress.set()
         self.on_record(record)
 
 
 async def run_stage(
-    send: Send,
+    send: SendPrompt,
     stage: Stage,
     *,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    on_record: Callable[[Record], None] = lambda _: None,
+    on_record: Callable[[RequestRecord], None] = lambda _: None,
     disturbance: Disturbance | None = None,
 ) -> StageRun:
     """Sends all of a stage's requests and waits for their ends. A request that fails is a record, not an error."""
@@ -202,11 +202,11 @@ async def run_stage(
 
 
 async def run_interleaved(
-    routes: Sequence[tuple[str, Send]],
+    routes: Sequence[tuple[str, SendPrompt]],
     stage: Stage,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    on_record: Callable[[Record], None] = lambda _: None,
+    on_record: Callable[[RequestRecord], None] = lambda _: None,
 ) -> StageRun:
     """One request at a time, over one route after the other, so that what drifts meanwhile meets all routes alike.
 
@@ -231,8 +231,8 @@ async def run_interleaved(
     return StageRun(stage, tuple(run.records), duration, client)
 
 
-async def _closed_loop(send: Send, run: _Run, concurrency: int) -> None:
-    waiting: Iterator[tuple[int, Planned]] = iter(enumerate(run.stage.requests))
+async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
+    waiting: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
 
     async def worker() -> None:
         for index, planned in waiting:
@@ -243,7 +243,7 @@ async def _closed_loop(send: Send, run: _Run, concurrency: int) -> None:
             group.create_task(worker())
 
 
-async def _open_loop(send: Send, run: _Run, sleep: Callable[[float], Awaitable[None]]) -> None:
+async def _open_loop(send: SendPrompt, run: _Run, sleep: Callable[[float], Awaitable[None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for index, planned in sorted(enumerate(run.stage.requests), key=lambda pair: pair[1].at_s or 0.0):
             wait = (planned.at_s or 0.0) - run.now()
@@ -252,13 +252,13 @@ async def _open_loop(send: Send, run: _Run, sleep: Callable[[float], Awaitable[N
             group.create_task(_one(send, run, index, planned))
 
 
-async def _one(send: Send, run: _Run, index: int, planned: Planned, *, route: str | None = None) -> None:
+async def _one(send: SendPrompt, run: _Run, index: int, planned: PlannedRequest, *, route: str | None = None) -> None:
     sent = run.now()
     intended = sent if planned.at_s is None else planned.at_s
     if (sent - intended) * 1000.0 > LATE_CLIENT_MS:
         run.late_sends += 1
     arrivals: list[float] = []
-    counters: Counters | None = None
+    counters: ServerCounters | None = None
     done_reason: str | None = None
     node, attempts = planned.node, 0
     error: GPUMeshError | None = None
@@ -274,11 +274,11 @@ async def _one(send: Send, run: _Run, index: int, planned: Planned, *, route: st
         error = raised
         node = raised.node or node
     tokens = counters.tokens if counters is not None else None
-    outcome = Outcome.SERVED
+    outcome = RequestOutcome.SERVED
     if error is not None:
-        outcome = Outcome.CUT if arrivals or isinstance(error, StreamCut) else Outcome.FAILED
+        outcome = RequestOutcome.CUT if arrivals or isinstance(error, StreamCut) else RequestOutcome.FAILED
     run.add(
-        Record(
+        RequestRecord(
             stage=run.stage.name,
             index=index,
             outcome=outcome,
@@ -304,8 +304,8 @@ async def _gauge(lags: list[float], clock: Callable[[], float]) -> None:
     """How late the event loop comes back from a short sleep: what every measured latency may be wrong by."""
     while True:
         before = clock()
-        await asyncio.sleep(GAUGE_S)
-        lags.append(max((clock() - before - GAUGE_S) * 1000.0, 0.0))
+        await asyncio.sleep(LAG_SAMPLE_S)
+        lags.append(max((clock() - before - LAG_SAMPLE_S) * 1000.0, 0.0))
 
 
 async def _disturb(run: _Run, disturbance: Disturbance, told: list[str], moments: list[float]) -> None:

@@ -10,10 +10,10 @@ from html import escape
 
 from gpumesh.bench import svg
 from gpumesh.bench.compare import stage_label
-from gpumesh.bench.load import Record
+from gpumesh.bench.load import RequestRecord
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario
-from gpumesh.bench.stats import Spread
+from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult
 from gpumesh.printable import printable
 
@@ -46,7 +46,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 """
 
 
-def report_html(result: BenchResult, records: Sequence[Record] = ()) -> str:
+def report_html(result: BenchResult, records: Sequence[RequestRecord] = ()) -> str:
     """The page. ``records`` add a plot of every request over time."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
@@ -114,20 +114,20 @@ def _throughput(stages: Sequence[StageResult]) -> str:
                 "open loop" if stage.concurrency is None else str(stage.concurrency),
                 str(stage.requests),
                 str(stage.failed + stage.cut),
-                svg.number(stage.duration_s),
-                svg.number(stage.rates.output_tokens_per_s),
-                svg.number(stage.rates.total_tokens_per_s),
-                svg.number(stage.rates.requests_per_s),
-                svg.number(stage.rates.goodput_per_s),
-                svg.number(stage.rates.server.p50),
+                svg.format_number(stage.duration_s),
+                svg.format_number(stage.rates.output_tokens_per_s),
+                svg.format_number(stage.rates.total_tokens_per_s),
+                svg.format_number(stage.rates.requests_per_s),
+                svg.format_number(stage.rates.goodput_per_s),
+                svg.format_number(stage.rates.server.p50),
             ]
             for stage in stages
         ),
     )
 
 
-def _percentiles(spread: Spread) -> list[str]:
-    return [svg.number(spread.p50), svg.number(spread.p90), svg.number(spread.p99)]
+def _percentiles(spread: SampleSummary) -> list[str]:
+    return [svg.format_number(spread.p50), svg.format_number(spread.p90), svg.format_number(spread.p99)]
 
 
 def _latency(stages: Sequence[StageResult]) -> str:
@@ -147,8 +147,8 @@ def _latency(stages: Sequence[StageResult]) -> str:
                         label,
                         f"{spread.n:,}",
                         *_percentiles(spread),
-                        svg.number(spread.mean),
-                        svg.number(spread.max),
+                        svg.format_number(spread.mean),
+                        svg.format_number(spread.max),
                     ]
 
     return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows())
@@ -161,17 +161,17 @@ def _plots(result: BenchResult) -> list[str]:
     names = [printable(stage_label(stage)) for stage in stages]
     if result.scenario is Scenario.OVERHEAD:  # answers of one token: their rate says nothing
         spreads = [stage.latency.outside_server for stage in stages]
-        return [svg.ranges("Outside the server: the way there and back", _ranges(names, spreads), "ms")]
+        return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, spreads), "ms")]
     throughput = [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)]
     throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
-        svg.bars("Output tokens per second", throughput, "tok/s"),
-        svg.ranges("Time to first token", _ranges(names, [s.latency.ttft for s in stages]), "ms"),
-        svg.ranges("End-to-end", _ranges(names, [s.latency.end_to_end for s in stages]), "ms"),
+        svg.draw_bars("Output tokens per second", throughput, "tok/s"),
+        svg.draw_ranges("Time to first token", _ranges(names, [s.latency.ttft for s in stages]), "ms"),
+        svg.draw_ranges("End-to-end", _ranges(names, [s.latency.end_to_end for s in stages]), "ms"),
     ]
 
 
-def _ranges(names: Sequence[str], spreads: Sequence[Spread]) -> list[svg.Range]:
+def _ranges(names: Sequence[str], spreads: Sequence[SampleSummary]) -> list[svg.Range]:
     return [
         svg.Range(name, (("p50", spread.p50), ("p90", spread.p90), ("p99", spread.p99)))
         for name, spread in zip(names, spreads, strict=True)
@@ -185,22 +185,22 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
 
     throughput = over_concurrency(stage.rates.output_tokens_per_s for stage in stages)
     ttft = [
-        svg.Series("p50", over_concurrency(stage.latency.ttft.p50 for stage in stages)),
-        svg.Series("p90", over_concurrency(stage.latency.ttft.p90 for stage in stages)),
+        svg.PlotSeries("p50", over_concurrency(stage.latency.ttft.p50 for stage in stages)),
+        svg.PlotSeries("p90", over_concurrency(stage.latency.ttft.p90 for stage in stages)),
     ]
     return [
-        svg.plot(
+        svg.draw_points(
             "Output tokens per second over concurrency",
-            [svg.Series("tokens", throughput)],
+            [svg.PlotSeries("tokens", throughput)],
             "in flight",
             "tok/s",
             lines=True,
         ),
-        svg.plot("Time to first token over concurrency", ttft, "in flight", "ms", lines=True),
+        svg.draw_points("Time to first token over concurrency", ttft, "in flight", "ms", lines=True),
     ]
 
 
-def _timeline(records: Sequence[Record]) -> str:
+def _timeline(records: Sequence[RequestRecord]) -> str:
     """Every request of the last stage: when it was sent, and how long it took; a series for each node."""
     last = records[-1].stage if records else None
     by_node: dict[str, list[tuple[float, float]]] = {}
@@ -209,18 +209,18 @@ def _timeline(records: Sequence[Record]) -> str:
     for record in chosen[::step]:
         name = printable(record.node or "unknown")
         by_node.setdefault(name, []).append((record.sent_s, record.end_to_end_ms or 0.0))
-    series = [svg.Series(name, tuple(points)) for name, points in sorted(by_node.items())]
+    series = [svg.PlotSeries(name, tuple(points)) for name, points in sorted(by_node.items())]
     title = f"End-to-end of each request of stage {printable(last or '')}, by node"
-    return svg.plot(title, series, "s", "ms", lines=False)
+    return svg.draw_points(title, series, "s", "ms", lines=False)
 
 
 def _scaling(result: BenchResult) -> str:
     scaling = result.scaling
     if scaling is None:
         return ""
-    rows = [[_safe(name), svg.number(value)] for name, value in scaling.nodes]
-    rows.append(["sum of the nodes alone", svg.number(scaling.sum_tokens_per_s)])
-    rows.append(["mesh", svg.number(scaling.mesh_tokens_per_s)])
+    rows = [[_safe(name), svg.format_number(value)] for name, value in scaling.nodes]
+    rows.append(["sum of the nodes alone", svg.format_number(scaling.sum_tokens_per_s)])
+    rows.append(["mesh", svg.format_number(scaling.mesh_tokens_per_s)])
     rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
     told = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
     return f'<h2>Scaling</h2><p class="sub">{told}</p>' + _table(["", "output tok/s"], rows)
@@ -232,9 +232,9 @@ def _routes(result: BenchResult) -> str:
         (
             [
                 _safe(f"{cost.node} via {cost.route}"),
-                svg.number(cost.end_to_end_p50_ms),
-                svg.number(cost.outside_server_p50_ms),
-                svg.number(cost.added_p50_ms),
+                svg.format_number(cost.end_to_end_p50_ms),
+                svg.format_number(cost.outside_server_p50_ms),
+                svg.format_number(cost.added_p50_ms),
             ]
             for cost in result.routes
         ),
@@ -254,8 +254,8 @@ def _phases(stages: Sequence[StageResult]) -> str:
                     str(phase.failed),
                     str(phase.retried),
                     *_percentiles(phase.end_to_end),
-                    svg.number(phase.longest_gap_ms),
-                    svg.number(phase.output_tokens_per_s),
+                    svg.format_number(phase.longest_gap_ms),
+                    svg.format_number(phase.output_tokens_per_s),
                 ]
                 for phase in stage.phases
             )
@@ -272,7 +272,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
             str(share.served),
             f"{share.share:.0%}",
             f"{share.output_tokens:,}",
-            svg.number(share.server_tokens_per_s),
+            svg.format_number(share.server_tokens_per_s),
         ]
         for stage in stages
         if stage.node is None
@@ -287,10 +287,10 @@ def _gpus(stages: Sequence[StageResult]) -> str:
         [
             _safe(stage_label(stage)),
             str(stage.gpu.gpus),
-            svg.number(stage.gpu.utilization_pct),
-            svg.number(stage.gpu.power_w),
-            svg.number(stage.gpu.energy_j),
-            svg.number(stage.tokens_per_joule),
+            svg.format_number(stage.gpu.utilization_pct),
+            svg.format_number(stage.gpu.power_w),
+            svg.format_number(stage.gpu.energy_j),
+            svg.format_number(stage.tokens_per_joule),
         ]
         for stage in stages
         if stage.gpu is not None
@@ -323,7 +323,7 @@ def _about(result: BenchResult) -> str:
     ]
     for node in environment.nodes:
         gpus = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
-        trip = f", round trip {svg.number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
+        trip = f", round trip {svg.format_number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
         simulated = ", simulated" if node.simulated else ""
         facts.append((node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{trip}{simulated}"))
     rows = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(said)}</dd>\n" for name, said in facts)

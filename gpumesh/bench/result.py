@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gpumesh import __version__, atomic_file
-from gpumesh.bench.load import Record
-from gpumesh.bench.scenarios import Scenario, Settings
+from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.scenarios import BenchSettings, Scenario
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import RouteCost, Scaling, StageResult, request_tpot_ms
 from gpumesh.errors import UsageError
@@ -27,9 +27,9 @@ from gpumesh.state import MeshState, NodeState
 from gpumesh.wire import from_json, to_json
 
 BENCH_SCHEMA = "gpumesh.bench/1"
-RESULT, REQUESTS, REPORT = "result.json", "requests.jsonl", "report.html"
+RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
 # A result of a long sweep is some 100 KB; what is much larger is not one of ours.
-RESULT_BYTES = 64 << 20
+MAX_RESULT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Environment:
 class BenchResult:
     at: datetime
     scenario: Scenario
-    settings: Settings
+    settings: BenchSettings
     objective: Objective
     environment: Environment
     stages: tuple[StageResult, ...]
@@ -82,7 +82,7 @@ class BenchResult:
         return sum(stage.failed + stage.cut for stage in self.stages)
 
 
-def environment(state: MeshState, *, embedded: bool) -> Environment:
+def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
     return Environment(
         gpumesh=__version__,
         python=platform.python_version(),
@@ -125,7 +125,7 @@ def result_from_json(document: object) -> BenchResult:
         raise ValueError(str(error)) from error
 
 
-def record_json(record: Record) -> dict[str, Any]:
+def record_json(record: RequestRecord) -> dict[str, Any]:
     """A line of ``requests.jsonl``. Prompts and answers are not kept, only their sizes and times."""
     return {
         "stage": record.stage,
@@ -156,11 +156,11 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def check_folder(folder: Path, *, force: bool = False) -> None:
+def check_result_folder(folder: Path, *, force: bool = False) -> None:
     """Before measuring for minutes: raises UsageError when the results could not be written there."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
-    taken = [name for name in (RESULT, REQUESTS, REPORT) if (folder / name).exists()]
+    taken = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
     if taken and not force:
         raise UsageError(
             f"{folder} holds a result already ({', '.join(taken)})", hint="choose another with --out, or add --force"
@@ -175,16 +175,16 @@ def check_folder(folder: Path, *, force: bool = False) -> None:
         ) from None
 
 
-def write(folder: Path, result: BenchResult, records: Sequence[Record], *, force: bool = False) -> None:
+def write_result(folder: Path, result: BenchResult, records: Sequence[RequestRecord], *, force: bool = False) -> None:
     """All three files; ``result.json`` last, so that where it stands the others do too. Raises UsageError."""
     from gpumesh.bench.report import report_html
 
-    check_folder(folder, force=force)
+    check_result_folder(folder, force=force)
     lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
     try:
-        _put(folder / REQUESTS, lines)
-        _put(folder / REPORT, report_html(result, records))
-        _put(folder / RESULT, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
+        _put(folder / REQUESTS_FILE, lines)
+        _put(folder / REPORT_FILE, report_html(result, records))
+        _put(folder / RESULT_FILE, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UsageError(
             f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
@@ -195,11 +195,11 @@ def _put(path: Path, text: str) -> None:
     atomic_file.replace(path, text, mode=0o644, sync=False)
 
 
-def read(path: Path) -> BenchResult:
+def read_result(path: Path) -> BenchResult:
     """From a result's folder or its ``result.json``. Raises UsageError for what is neither."""
-    file = path / RESULT if path.is_dir() else path
+    file = path / RESULT_FILE if path.is_dir() else path
     try:
-        if file.stat().st_size > RESULT_BYTES:
+        if file.stat().st_size > MAX_RESULT_BYTES:
             raise UsageError(f"{file} is too large to be a result")
         document = json.loads(file.read_bytes())
         return result_from_json(document)
@@ -211,7 +211,7 @@ def read(path: Path) -> BenchResult:
         raise UsageError(f"{file} is not a result of `gpumesh bench`: {error}") from None
 
 
-def newest(folder: Path) -> Path | None:
+def find_newest_result(folder: Path) -> Path | None:
     """The folder of the latest result below ``folder``."""
-    found = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT}")]
+    found = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT_FILE}")]
     return max(found)[1] if found else None

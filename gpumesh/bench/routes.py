@@ -12,17 +12,17 @@ import aiohttp
 
 from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.load import Answering
-from gpumesh.config.locate import UNIX
+from gpumesh.bench.load import AnswerStream
+from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
-from gpumesh.tunnels.local_system.unix_sockets import split_url
+from gpumesh.tunnels.local_system.unix_sockets import split_unix_url
 
-ERROR_BYTES = 1 << 16
+MAX_ERROR_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class ApiKeys:
     """What opens the gateway and the servers of nodes that want a key; these ways do not go through the mesh, which
     knows them."""
 
@@ -50,12 +50,12 @@ class HttpRoute:
         self._api_key = api_key
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
-    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]:
+    def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
         return self._send(request, node)
 
     @asynccontextmanager
-    async def _send(self, request: ChatRequest, node: str | None) -> AsyncGenerator[Answering]:
-        call = self._dialect.chat(request)
+    async def _send(self, request: ChatRequest, node: str | None) -> AsyncGenerator[AnswerStream]:
+        call = self._dialect.build_chat_call(request)
         try:
             async with self._http.request(
                 call.method,
@@ -66,7 +66,7 @@ class HttpRoute:
                 allow_redirects=False,
             ) as response:
                 if response.status != 200:
-                    body = await response.content.read(ERROR_BYTES)
+                    body = await response.content.read(MAX_ERROR_BYTES)
                     words = self._dialect.error_text(response.status, body)
                     raise BackendStatus(words, status=response.status, body=body, node=node)
                 yield _HttpAnswer(self._chunks(response, stream=request.stream), node)
@@ -84,7 +84,7 @@ class HttpRoute:
         return headers
 
     async def _chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
-        reader = self._dialect.reader(stream=stream)
+        reader = self._dialect.create_reader(stream=stream)
         async for data in response.content.iter_any():
             for chunk in reader.feed(data):
                 yield chunk
@@ -107,8 +107,10 @@ async def http_route(
     url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
 ) -> AsyncGenerator[HttpRoute]:
     """To a base URL as a node's or the gateway's state has it, that of a Unix socket too."""
-    unix = split_url(url)
-    path, base = (url.removeprefix(UNIX), "") if url.startswith(UNIX) else (None, url) if unix is None else unix
+    unix = split_unix_url(url)
+    path, base = (
+        (url.removeprefix(UNIX_PREFIX), "") if url.startswith(UNIX_PREFIX) else (None, url) if unix is None else unix
+    )
     async with http_session(path) as http:
         base_url = base if path is None else f"http://localhost{base}"
         yield HttpRoute(http, base_url, kind, through_gateway=through_gateway, api_key=api_key)

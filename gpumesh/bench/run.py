@@ -10,13 +10,21 @@ from random import Random
 from typing import Protocol
 
 from gpumesh.bench import scenarios
-from gpumesh.bench.gpu_meter import gpu_use, metered
-from gpumesh.bench.load import Disturbance, Outcome, Record, Send, StageRun, run_interleaved, run_stage
-from gpumesh.bench.result import BenchResult, environment
-from gpumesh.bench.routes import Keys, http_route
-from gpumesh.bench.scenarios import NodeFacts, Plan, Scenario, Settings, Stage, StageKind
+from gpumesh.bench.gpu_meter import gpu_use, sample_gpus
+from gpumesh.bench.load import (
+    Disturbance,
+    RequestOutcome,
+    RequestRecord,
+    SendPrompt,
+    StageRun,
+    run_interleaved,
+    run_stage,
+)
+from gpumesh.bench.result import BenchResult, describe_environment
+from gpumesh.bench.routes import ApiKeys, http_route
+from gpumesh.bench.scenarios import BenchSettings, NodeFacts, Plan, Scenario, Stage, StageKind
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize
+from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize_stage
 from gpumesh.bench.traces import TracedRequest
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState
@@ -25,12 +33,12 @@ from gpumesh.topology import BackendKind
 MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"
 
 
-class Target(Protocol):
+class BenchTarget(Protocol):
     """The mesh that is measured. ``send`` as in ``load``; ``drain`` and ``resume`` serve the failover scenario."""
 
     embedded: bool
 
-    def send(self) -> Send: ...
+    def send(self) -> SendPrompt: ...
 
     async def status(self) -> MeshState: ...
 
@@ -39,26 +47,26 @@ class Target(Protocol):
     async def resume(self, node: str) -> None: ...
 
 
-class Progress(Protocol):
+class ProgressReporter(Protocol):
     """Told what happens meanwhile, for a person who waits."""
 
-    def planned(self, plan: Plan) -> None: ...
+    def set_plan(self, plan: Plan) -> None: ...
 
-    def stage(self, stage: Stage) -> None: ...
+    def start_stage(self, stage: Stage) -> None: ...
 
-    def record(self, record: Record) -> None: ...
+    def add_record(self, record: RequestRecord) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class BenchOutput:
     result: BenchResult
-    records: tuple[Record, ...]
+    records: tuple[RequestRecord, ...]
 
 
-class Drained:
+class DrainDisturbance:
     """The default disturbance: drains the busiest node, which is safe on hosts that somebody needs."""
 
-    def __init__(self, target: Target, nodes: Sequence[str]) -> None:
+    def __init__(self, target: BenchTarget, nodes: Sequence[str]) -> None:
         self._target = target
         self._nodes = nodes
         self._drained: str | None = None
@@ -92,66 +100,70 @@ def has_model(models: Sequence[str], model: str) -> bool:
     return model in models or (":" not in model and f"{model}:latest" in models)
 
 
-async def run(
-    target: Target,
+async def run_benchmark(
+    target: BenchTarget,
     scenario: Scenario,
-    settings: Settings,
+    settings: BenchSettings,
     *,
-    progress: Progress,
+    progress: ProgressReporter,
     rng: Random,
     objective: Objective | None = None,
     trace: Sequence[TracedRequest] = (),
     disturbance: Disturbance | None = None,
-    only: str | None = None,
-    keys: Keys | None = None,
+    only_node: str | None = None,
+    keys: ApiKeys | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
-) -> Finished:
+) -> BenchOutput:
     """Raises NoNodeError when no node can serve the model, UsageError when the scenario cannot be run here.
 
-    ``only`` measures one node as if it were the mesh. Warm-up requests are written down, but not part of any figure.
+    ``only_node`` measures one node as if it were the mesh. Warm-up requests are written down, but not part of any
+    figure.
     """
     objective = objective or Objective()
     at = now()
     state = await target.status()
-    found = [node for node in usable_nodes(state, settings.model) if only in (None, node.name)]
+    found = [node for node in usable_nodes(state, settings.model) if only_node in (None, node.name)]
     if not found:
-        raise _nobody(state, settings.model, only)
+        raise _nobody(state, settings.model, only_node)
     facts = [NodeFacts(node.name, node.load.limit) for node in found]
-    plan = scenarios.plan(scenario, settings, facts, rng=rng, trace=trace, routes=_routes(state))
-    if only is not None:
-        plan = _pinned(plan, only)
-    progress.planned(plan)
+    plan = scenarios.plan_stages(scenario, settings, facts, rng=rng, trace=trace, routes=_routes(state))
+    if only_node is not None:
+        plan = _pinned(plan, only_node)
+    progress.set_plan(plan)
     if disturbance is None and scenario is Scenario.FAILOVER:
-        disturbance = Drained(target, [node.name for node in found])
+        disturbance = DrainDisturbance(target, [node.name for node in found])
     stages: list[StageResult] = []
-    records: list[Record] = []
+    records: list[RequestRecord] = []
     notes: list[str] = _notes(found, state.findings)
-    if only is None:
+    if only_node is None:
         left_out = (node for node in state.nodes if node not in found)
         notes.extend(f"{node.name} is not measured: {_why_not(node)}" for node in left_out)
     for stage in plan.stages:
-        progress.stage(stage)
-        async with metered(target.status) as samples:
+        progress.start_stage(stage)
+        async with sample_gpus(target.status) as samples:
             if scenario is Scenario.OVERHEAD and stage.kind is StageKind.NODE:
-                done = await _over_routes(target, stage, state, progress, keys or Keys())
+                done = await _over_routes(target, stage, state, progress, keys or ApiKeys())
             else:
                 done = await run_stage(
-                    target.send(), stage, on_record=progress.record, disturbance=disturbance if stage.disturb else None
+                    target.send(),
+                    stage,
+                    on_record=progress.add_record,
+                    disturbance=disturbance if stage.disturb else None,
                 )
         records.extend(done.records)
         if stage.kind is StageKind.WARM_UP:
             notes.extend(_warm_up_notes(done))
             continue
         nodes = frozenset([stage.node]) if stage.node else frozenset(node.name for node in found)
-        stages.extend(summarize(done, objective, gpu_use(samples, nodes)))
+        stages.extend(summarize_stage(done, objective, gpu_use(samples, nodes)))
     notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
-    return Finished(
+    return BenchOutput(
         BenchResult(
             at=at,
             scenario=scenario,
             settings=settings,
             objective=objective,
-            environment=environment(await target.status(), embedded=target.embedded),
+            environment=describe_environment(await target.status(), embedded=target.embedded),
             stages=tuple(stages),
             scaling=scaling(stages) if scenario in (Scenario.SCALE, Scenario.QUICK) else None,
             routes=route_costs(stages),
@@ -194,7 +206,7 @@ def _warm_up_notes(done: StageRun) -> list[str]:
     return [
         f"{record.node}: the warm-up request failed: {record.error}"
         for record in done.records
-        if record.outcome is not Outcome.SERVED
+        if record.outcome is not RequestOutcome.SERVED
     ]
 
 
@@ -203,11 +215,13 @@ def _routes(state: MeshState) -> int:
     return 3 if state.gateway.url is not None else 2
 
 
-async def _over_routes(target: Target, stage: Stage, state: MeshState, progress: Progress, keys: Keys) -> StageRun:
+async def _over_routes(
+    target: BenchTarget, stage: Stage, state: MeshState, progress: ProgressReporter, keys: ApiKeys
+) -> StageRun:
     """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
-        routes: list[tuple[str, Send]] = []
+        routes: list[tuple[str, SendPrompt]] = []
         assert node.backend.url is not None, "a node that is up has the route that it is up on"
         kind = BackendKind(node.backend.kind)
         tunnel = http_route(node.backend.url, kind, api_key=keys.nodes.get(node.name))
@@ -216,4 +230,4 @@ async def _over_routes(target: Target, stage: Stage, state: MeshState, progress:
         if state.gateway.url is not None:
             gateway = http_route(state.gateway.url, kind, through_gateway=True, api_key=keys.gateway)
             routes.append((GATEWAY, await stack.enter_async_context(gateway)))
-        return await run_interleaved(routes, stage, on_record=progress.record)
+        return await run_interleaved(routes, stage, on_record=progress.add_record)

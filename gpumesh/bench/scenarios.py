@@ -55,7 +55,7 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class BenchSettings:
     """``requests``: for each stage. ``concurrency``: the levels of ``sweep``, the first of which the others use.
 
     ``speed`` divides the gaps between a trace's requests; ``max_context`` bounds what is replayed of its lengths.
@@ -73,7 +73,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRequest:
     """One request to be. ``at_s`` is when it is to be sent in an open loop, from the stage's start."""
 
     chat: ChatRequest
@@ -90,7 +90,7 @@ class Stage:
 
     name: str
     kind: StageKind
-    requests: tuple[Planned, ...]
+    requests: tuple[PlannedRequest, ...]
     node: str | None = None
     concurrency: int | None = None
     disturb: bool = False
@@ -103,7 +103,7 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Plan:
     scenario: Scenario
-    settings: Settings
+    settings: BenchSettings
     stages: tuple[Stage, ...]
 
     @property
@@ -111,16 +111,16 @@ class Plan:
         return sum(len(stage.requests) for stage in self.stages)
 
 
-class Prompts:
+class PromptFactory:
     """Makes chat requests that no cache has seen. ``rng`` makes the nonce of each, the settings' seed the rest."""
 
-    def __init__(self, settings: Settings, rng: Random) -> None:
+    def __init__(self, settings: BenchSettings, rng: Random) -> None:
         self._settings = settings
         self._rng = rng
         self._words = Random(settings.seed)
         self._run = f"{rng.getrandbits(64):016x}"
 
-    def fresh(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
+    def make_prompt(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
         """A prompt with a nonce of its own at its very start."""
         nonce = f"{self._rng.getrandbits(64):016x}"
         length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
@@ -128,12 +128,12 @@ class Prompts:
         said = " ".join(self._words.choices(_WORDS, k=words))
         return self._request(f"[{nonce}] Tell a long story with these words in it: {said}.", tokens)
 
-    def traced(self, traced: TracedRequest) -> ChatRequest:
+    def make_traced_prompt(self, traced: TracedRequest) -> ChatRequest:
         """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*:
         what the trace shares is shared here, and what an earlier run left in a cache is of no use."""
         prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
         if not traced.blocks:
-            return self.fresh(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
+            return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
         needed = -(-prompt_tokens // REPLAY_BLOCK_TOKENS)
         parts = [f"[{self._run}]"]
         left = prompt_tokens
@@ -153,9 +153,9 @@ class Prompts:
         return ChatRequest(settings.model, (Message("user", prompt),), options, stream=True, think=settings.think)
 
 
-def plan(
+def plan_stages(
     scenario: Scenario,
-    settings: Settings,
+    settings: BenchSettings,
     nodes: Sequence[NodeFacts],
     *,
     rng: Random,
@@ -169,8 +169,10 @@ def plan(
     _check(settings)
     if not nodes:
         raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
-    prompts = Prompts(settings, rng)
-    warm = _stage("warm-up", StageKind.WARM_UP, [Planned(prompts.fresh(tokens=1), node.name) for node in nodes], 1)
+    prompts = PromptFactory(settings, rng)
+    warm = _stage(
+        "warm-up", StageKind.WARM_UP, [PlannedRequest(prompts.make_prompt(tokens=1), node.name) for node in nodes], 1
+    )
     body = {
         Scenario.QUICK: _quick,
         Scenario.SWEEP: _sweep,
@@ -186,7 +188,7 @@ def plan(
     return Plan(scenario, settings, (warm, *stages))
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: BenchSettings) -> None:
     for name, value, least in (
         ("-n", settings.requests if settings.requests is not None else 1, 1),
         ("--tokens", settings.tokens, 1),
@@ -204,7 +206,7 @@ def _check(settings: Settings) -> None:
 def _stage(
     name: str,
     kind: StageKind,
-    requests: Sequence[Planned],
+    requests: Sequence[PlannedRequest],
     concurrency: int | None,
     *,
     node: str | None = None,
@@ -213,17 +215,17 @@ def _stage(
     return Stage(name, kind, tuple(requests), node=node, concurrency=concurrency, disturb=disturb)
 
 
-def _alone(prompts: Prompts, node: NodeFacts, count: int, concurrency: int) -> Stage:
-    requests = [Planned(prompts.fresh(), node.name) for _ in range(count)]
+def _alone(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
+    requests = [PlannedRequest(prompts.make_prompt(), node.name) for _ in range(count)]
     return _stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
 
 
-def _mesh(name: str, prompts: Prompts, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
-    requests = [Planned(prompts.fresh()) for _ in range(count)]
+def _mesh(name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
+    requests = [PlannedRequest(prompts.make_prompt()) for _ in range(count)]
     return _stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
 
 
-def _quick(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+def _quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """Each node alone, one request at a time, then all of them together with one in flight for each."""
     count = settings.requests or 10
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
@@ -231,14 +233,14 @@ def _quick(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> 
     return [*stages, _mesh("mesh", prompts, count * len(nodes), level)]
 
 
-def _sweep(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+def _sweep(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """The mesh at rising concurrency: where throughput stops to grow, and what latency costs there."""
     del nodes  # the mesh chooses
     levels = settings.concurrency or (1, 2, 4, 8)
     return [_mesh(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels]
 
 
-def _scale(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+def _scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """Each node alone at its own full load, then the mesh at the sum: efficiency is mesh ÷ sum of its nodes."""
     stages = []
     total = 0
@@ -250,14 +252,14 @@ def _scale(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> 
     return [*stages, _mesh("mesh", prompts, count, total)]
 
 
-def _overhead(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts], routes: int) -> list[Stage]:
+def _overhead(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts], routes: int) -> list[Stage]:
     """Answers of one token, one at a time: what is left is the way there and back. ``requests`` over each route."""
     count = (settings.requests or 50) * routes
     return [
         _stage(
             node.name,
             StageKind.NODE,
-            [Planned(prompts.fresh(tokens=1, prompt_tokens=1), node.name) for _ in range(count)],
+            [PlannedRequest(prompts.make_prompt(tokens=1, prompt_tokens=1), node.name) for _ in range(count)],
             1,
             node=node.name,
         )
@@ -265,7 +267,7 @@ def _overhead(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts], 
     ]
 
 
-def _failover(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) -> list[Stage]:
+def _failover(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """A steady load, in the middle of which one node is taken away and given back."""
     if len(nodes) < 2:
         raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
@@ -273,11 +275,13 @@ def _failover(settings: Settings, prompts: Prompts, nodes: Sequence[NodeFacts]) 
     return [_mesh("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
 
 
-def _replay(settings: Settings, prompts: Prompts, trace: Sequence[TracedRequest]) -> list[Stage]:
+def _replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequence[TracedRequest]) -> list[Stage]:
     """A public trace, sent when its requests came, whether or not the mesh keeps up."""
     if not trace:
         raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
     chosen = trace[: settings.requests] if settings.requests else trace
     start = chosen[0].at_s
-    requests = [Planned(prompts.traced(one), at_s=(one.at_s - start) / settings.speed) for one in chosen]
+    requests = [
+        PlannedRequest(prompts.make_traced_prompt(one), at_s=(one.at_s - start) / settings.speed) for one in chosen
+    ]
     return [_stage("replay", StageKind.TRACE, requests, None)]

@@ -35,8 +35,9 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """A sample in short. ``p50``, ``p90``, ``p99`` are ``None`` where the sample is too small (``allowed``).
+class SampleSummary:
+    """A sample in short. ``p50``, ``p90``, ``p99`` are ``None`` where the sample is too small
+    (``supports_percentile``).
 
     ``p50_low`` and ``p50_high``: the 95 % confidence interval of the median (``median_interval``).
     """
@@ -52,7 +53,7 @@ class Spread:
     p50_high: float | None = None
 
 
-def allowed(n: int, share: float) -> bool:
+def supports_percentile(n: int, share: float) -> bool:
     """Whether a sample of ``n`` can hold this percentile: at least one value must lie beyond it.
 
     p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer, the "p99" would be the maximum under another name.
@@ -94,21 +95,21 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
     return ordered[rank - 1], ordered[n - rank]
 
 
-def spread(values: Iterable[float | None]) -> Spread:
+def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
     """Unknown values are left out, and not counted in ``n``."""
     ordered = sorted(value for value in values if value is not None and math.isfinite(value))
     n = len(ordered)
     if n == 0:
-        return Spread(0)
+        return SampleSummary(0)
     interval = median_interval(ordered)
-    return Spread(
+    return SampleSummary(
         n=n,
         mean=math.fsum(ordered) / n,
         min=ordered[0],
         max=ordered[-1],
-        p50=percentile(ordered, 0.5) if allowed(n, 0.5) else None,
-        p90=percentile(ordered, 0.9) if allowed(n, 0.9) else None,
-        p99=percentile(ordered, 0.99) if allowed(n, 0.99) else None,
+        p50=percentile(ordered, 0.5) if supports_percentile(n, 0.5) else None,
+        p90=percentile(ordered, 0.9) if supports_percentile(n, 0.9) else None,
+        p99=percentile(ordered, 0.99) if supports_percentile(n, 0.99) else None,
         p50_low=interval[0] if interval else None,
         p50_high=interval[1] if interval else None,
     )

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import ClientLoad, Outcome, Record, StageRun
+from gpumesh.bench.load import ClientLoad, RequestOutcome, RequestRecord, StageRun
 from gpumesh.bench.scenarios import Stage, StageKind
-from gpumesh.bench.stats import Objective, Spread, gaps_ms, rate, ratio, spread, tpot_ms
+from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, summarize_sample, tpot_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
     """All in ms. ``server_load`` is the time that the server says it spent loading the model."""
 
-    ttft: Spread
-    tpot: Spread
-    itl: Spread
-    end_to_end: Spread
-    server_load: Spread
-    outside_server: Spread
+    ttft: SampleSummary
+    tpot: SampleSummary
+    itl: SampleSummary
+    end_to_end: SampleSummary
+    server_load: SampleSummary
+    outside_server: SampleSummary
     """End-to-end less the server's own total: the way there and back, and every queue before the server."""
 
 
@@ -33,8 +33,8 @@ class Rates:
     ``loaded_tokens_per_s`` is the output of a closed loop until it had no request left to send: while every place was
     taken, without the end at which the faster nodes have nothing more to do."""
 
-    server: Spread
-    wall: Spread
+    server: SampleSummary
+    wall: SampleSummary
     output_tokens_per_s: float | None = None
     total_tokens_per_s: float | None = None
     requests_per_s: float | None = None
@@ -66,13 +66,13 @@ class Phase:
     requests: int
     failed: int
     retried: int
-    end_to_end: Spread
+    end_to_end: SampleSummary
     output_tokens_per_s: float | None = None
     longest_gap_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailureCount:
     """Requests that failed for the same reason."""
 
     code: str
@@ -101,7 +101,7 @@ class StageResult:
     rates: Rates
     client: ClientLoad
     nodes: tuple[NodeShare, ...] = ()
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[FailureCount, ...] = ()
     gpu: GpuUse | None = None
     tokens_per_joule: float | None = None
     phases: tuple[Phase, ...] = ()
@@ -131,16 +131,16 @@ class RouteCost:
     added_p50_ms: float | None
 
 
-def summarize(run: StageRun, objective: Objective, gpu: GpuUse | None = None) -> list[StageResult]:
+def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = None) -> list[StageResult]:
     """A stage's result; one for each route where it used several."""
     routes = list(dict.fromkeys(record.route for record in run.records)) or [None]
     return [_one(run, [r for r in run.records if r.route == route], route, objective, gpu) for route in routes]
 
 
 def _one(
-    run: StageRun, records: Sequence[Record], route: str | None, objective: Objective, gpu: GpuUse | None
+    run: StageRun, records: Sequence[RequestRecord], route: str | None, objective: Objective, gpu: GpuUse | None
 ) -> StageResult:
-    served = [record for record in records if record.outcome is Outcome.SERVED]
+    served = [record for record in records if record.outcome is RequestOutcome.SERVED]
     output = sum(record.tokens or 0 for record in records)
     prompt = sum(record.prompt_tokens or 0 for record in records)
     # A stage of several routes took turns: each one's time is that of its own requests.
@@ -155,8 +155,8 @@ def _one(
         duration_s=seconds,
         requests=len(records),
         served=len(served),
-        failed=sum(record.outcome is Outcome.FAILED for record in records),
-        cut=sum(record.outcome is Outcome.CUT for record in records),
+        failed=sum(record.outcome is RequestOutcome.FAILED for record in records),
+        cut=sum(record.outcome is RequestOutcome.CUT for record in records),
         retried=sum(record.attempts > 1 for record in served),
         prompt_tokens=prompt,
         output_tokens=output,
@@ -177,34 +177,34 @@ def _one(
     )
 
 
-def request_tpot_ms(record: Record) -> float | None:
+def request_tpot_ms(record: RequestRecord) -> float | None:
     """To the last token, not to the final frame that carries no text."""
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
-def _latency(served: Sequence[Record]) -> Latency:
+def _latency(served: Sequence[RequestRecord]) -> Latency:
     return Latency(
-        ttft=spread(record.ttft_ms for record in served),
-        tpot=spread(request_tpot_ms(record) for record in served),
-        itl=spread(gap for record in served for gap in gaps_ms(record.arrivals_s)),
-        end_to_end=spread(record.end_to_end_ms for record in served),
-        server_load=spread(record.counters.load_ms if record.counters else None for record in served),
-        outside_server=spread(_outside(record) for record in served),
+        ttft=summarize_sample(record.ttft_ms for record in served),
+        tpot=summarize_sample(request_tpot_ms(record) for record in served),
+        itl=summarize_sample(gap for record in served for gap in gaps_ms(record.arrivals_s)),
+        end_to_end=summarize_sample(record.end_to_end_ms for record in served),
+        server_load=summarize_sample(record.counters.load_ms if record.counters else None for record in served),
+        outside_server=summarize_sample(_outside(record) for record in served),
     )
 
 
-def _outside(record: Record) -> float | None:
+def _outside(record: RequestRecord) -> float | None:
     total = record.counters.total_ms if record.counters else None
     return None if total is None else (record.ended_s - record.sent_s) * 1000.0 - total
 
 
 def _rates(
-    served: Sequence[Record], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
+    served: Sequence[RequestRecord], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
 ) -> Rates:
     good = sum(_good(record, objective) for record in served)
     return Rates(
-        server=spread(record.counters.tokens_per_s if record.counters else None for record in served),
-        wall=spread(_wall_rate(record) for record in served),
+        server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
+        wall=summarize_sample(_wall_rate(record) for record in served),
         output_tokens_per_s=rate(output, seconds),
         total_tokens_per_s=rate(output + prompt, seconds),
         requests_per_s=rate(len(served), seconds),
@@ -213,26 +213,26 @@ def _rates(
     )
 
 
-def _loaded_rate(stage: Stage, records: Sequence[Record]) -> float | None:
+def _loaded_rate(stage: Stage, records: Sequence[RequestRecord]) -> float | None:
     if stage.concurrency is None or len(records) <= stage.concurrency:
         return None
     last = max(record.sent_s for record in records)
     return rate(_came(records, 0.0, last), last)
 
 
-def _good(record: Record, objective: Objective) -> bool:
+def _good(record: RequestRecord, objective: Objective) -> bool:
     """An answer of one token has no time between tokens that could be too long."""
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
     return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
 
 
-def _wall_rate(record: Record) -> float | None:
+def _wall_rate(record: RequestRecord) -> float | None:
     tpot = request_tpot_ms(record)
     return 1000.0 / tpot if tpot else None
 
 
-def _shares(served: Sequence[Record]) -> tuple[NodeShare, ...]:
-    by_node: dict[str, list[Record]] = {}
+def _shares(served: Sequence[RequestRecord]) -> tuple[NodeShare, ...]:
+    by_node: dict[str, list[RequestRecord]] = {}
     for record in served:
         if record.node is not None:
             by_node.setdefault(record.node, []).append(record)
@@ -242,23 +242,23 @@ def _shares(served: Sequence[Record]) -> tuple[NodeShare, ...]:
             len(records),
             len(records) / len(served),
             sum(record.tokens or 0 for record in records),
-            spread(record.counters.tokens_per_s if record.counters else None for record in records).mean,
+            summarize_sample(record.counters.tokens_per_s if record.counters else None for record in records).mean,
         )
         for node, records in sorted(by_node.items())
     )
 
 
-def _failures(records: Iterable[Record]) -> tuple[Failure, ...]:
+def _failures(records: Iterable[RequestRecord]) -> tuple[FailureCount, ...]:
     counts: dict[tuple[str, str], int] = {}
     for record in records:
         if record.error_code is not None:
             key = (record.error_code, record.error or "")
             counts[key] = counts.get(key, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return tuple(Failure(code, message, count) for (code, message), count in ordered[:10])
+    return tuple(FailureCount(code, message, count) for (code, message), count in ordered[:10])
 
 
-def _phases(run: StageRun, records: Sequence[Record]) -> tuple[Phase, ...]:
+def _phases(run: StageRun, records: Sequence[RequestRecord]) -> tuple[Phase, ...]:
     if run.disturbed_s is None:
         return ()
     begin, end = run.disturbed_s
@@ -271,19 +271,19 @@ def _phases(run: StageRun, records: Sequence[Record]) -> tuple[Phase, ...]:
     )
 
 
-def _phase(name: str, records: Sequence[Record], tokens: float, seconds: float) -> Phase:
+def _phase(name: str, records: Sequence[RequestRecord], tokens: float, seconds: float) -> Phase:
     return Phase(
         name,
         len(records),
-        sum(record.outcome is not Outcome.SERVED for record in records),
+        sum(record.outcome is not RequestOutcome.SERVED for record in records),
         sum(record.attempts > 1 for record in records),
-        spread(record.end_to_end_ms for record in records),
+        summarize_sample(record.end_to_end_ms for record in records),
         rate(tokens, seconds),
         max((gap for record in records for gap in gaps_ms(record.arrivals_s)), default=None),
     )
 
 
-def _came(records: Sequence[Record], low: float, high: float) -> float:
+def _came(records: Sequence[RequestRecord], low: float, high: float) -> float:
     """The tokens that came in this time; a piece of an answer counts for its share of the answer's tokens."""
     return math.fsum(
         (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)

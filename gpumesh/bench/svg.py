@@ -15,7 +15,7 @@ from typing import TypeGuard
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34
 LEGEND, LEGEND_STEP = 20, 130
-SERIES = 6
+SERIES_COLOURS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class PlotSeries:
     label: str
     points: tuple[tuple[float, float], ...]
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three significant digits, as in the tables; a dash for unknown."""
     if not _finite(value):
         return "–"  # noqa: RUF001  # a dash, as tables have it
@@ -69,7 +69,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * index for index in range(first, last + 1)]
 
 
-def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
+def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
     known = [row.value for row in rows if _finite(row.value)]
     if not known:
         return ""
@@ -85,13 +85,13 @@ def bars(title: str, rows: Sequence[Bar], unit: str) -> str:
         x = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
         parts.append(
             f'<rect class="s0" x="{LEFT}" y="{y + 5}" width="{max(x - LEFT, 0.5):.1f}" height="18" rx="2">'
-            f"<title>{escape(row.label)}: {number(row.value)} {escape(unit)}</title></rect>"
+            f"<title>{escape(row.label)}: {format_number(row.value)} {escape(unit)}</title></rect>"
         )
-        parts.append(_text(x + 5, y + 18, number(row.value), "value"))
+        parts.append(_text(x + 5, y + 18, format_number(row.value), "value"))
     return _figure(title, parts, height)
 
 
-def ranges(title: str, rows: Sequence[Range], unit: str) -> str:
+def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     """From the first known mark to the last, a line; each mark a point with its name on hover."""
     known = [value for row in rows for _, value in row.marks if _finite(value)]
     if not known:
@@ -112,17 +112,18 @@ def ranges(title: str, rows: Sequence[Range], unit: str) -> str:
         parts.append(f'<line class="span" x1="{places[0][2]:.1f}" x2="{places[-1][2]:.1f}" y1="{y}" y2="{y}"/>')
         for order, (name, value, x) in enumerate(places):
             parts.append(
-                f'<circle class="s{names.index(name) % SERIES}" cx="{x:.1f}" cy="{y}" r="{5 if order == 0 else 4}">'
-                f"<title>{escape(row.label)}: {escape(name)} {number(value)} {escape(unit)}</title></circle>"
+                f'<circle class="s{names.index(name) % SERIES_COLOURS}" cx="{x:.1f}" cy="{y}"'
+                f' r="{5 if order == 0 else 4}">'
+                f"<title>{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}</title></circle>"
             )
         name, value, x = places[-1]
-        parts.append(_text(x + 8, y + 4, f"{name} {number(value)}", "value"))
+        parts.append(_text(x + 8, y + 4, f"{name} {format_number(value)}", "value"))
     return _figure(title, parts, height)
 
 
-def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, lines: bool) -> str:
+def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: str, *, lines: bool) -> str:
     """Points over two axes that start at 0, joined if ``lines``; with a legend where there are several series."""
-    shown = [Series(one.label, tuple(p for p in one.points if all(map(math.isfinite, p)))) for one in series]
+    shown = [PlotSeries(one.label, tuple(p for p in one.points if all(map(math.isfinite, p)))) for one in series]
     points = [point for one in shown for point in one.points]
     if not points:
         return ""
@@ -142,12 +143,12 @@ def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, line
     parts.append(_text(8, TOP + legend + 4, y_unit, "axis"))
     for index, one in enumerate(shown):
         places = [(_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in one.points]
-        style = f"s{index % SERIES}"
+        style = f"s{index % SERIES_COLOURS}"
         if lines and len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline class="line {style}" points="{path}"/>')
         for (x, y), (raw_x, raw_y) in zip(places, one.points, strict=True):
-            said = escape(f"{one.label}: {number(raw_y)} {y_unit} at {number(raw_x)} {x_unit}")
+            said = escape(f"{one.label}: {format_number(raw_y)} {y_unit} at {format_number(raw_x)} {x_unit}")
             radius = 4 if lines else 2.5
             parts.append(
                 f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
@@ -158,11 +159,12 @@ def plot(title: str, series: Sequence[Series], x_unit: str, y_unit: str, *, line
 
 
 def _legend(names: Sequence[str]) -> list[str]:
-    """As many as fit beside each other; colours repeat after ``SERIES``, and so would the names tell no more."""
+    """As many as fit beside each other; colours repeat after ``SERIES_COLOURS``, and so would the names tell no
+    more."""
     parts = []
     for index, name in enumerate(names[: (WIDTH - LEFT) // LEGEND_STEP]):
         x = LEFT + LEGEND_STEP * index
-        parts.append(f'<circle class="s{index % SERIES}" cx="{x}" cy="{TOP}" r="4"/>')
+        parts.append(f'<circle class="s{index % SERIES_COLOURS}" cx="{x}" cy="{TOP}" r="4"/>')
         parts.append(_text(x + 9, TOP + 4, _short(name, 16), "axis"))
     return parts
 

@@ -25,7 +25,7 @@ class TracedRequest:
     blocks: tuple[int, ...] = ()
 
 
-def parse(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[TracedRequest]:
+def parse_trace(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[TracedRequest]:
     """The trace's requests in order of time, of either format, ``limit`` at most.
 
     Raises UsageError, with file and line, for what is neither.
@@ -46,15 +46,15 @@ def parse(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[
     return found
 
 
-Numbered = Iterator[tuple[int, str]]
+NumberedLines = Iterator[tuple[int, str]]
 
 
-def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Numbered:
+def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> NumberedLines:
     yield first
     yield from rest
 
 
-def _azure(lines: Numbered, file: str) -> Iterator[TracedRequest]:
+def _azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
     _, header = next(lines)
     names = next(csv.reader([header]))
     try:
@@ -85,7 +85,7 @@ def _timestamp(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def _mooncake(lines: Numbered, file: str) -> Iterator[TracedRequest]:
+def _mooncake(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
     for number, line in lines:
         if not line.strip():
             continue

@@ -2,7 +2,7 @@
 
 What is completed is text that a shell takes in: Typer's script for zsh evaluates it, bash inserts it as it is. So two
 gates stand here. ``_names`` lets through only names that no shell and no program reads anything into; each list of
-names goes through it. And ``guard_shells`` lets nothing else out of Typer, whichever parameter it comes from.
+names goes through it. And ``sanitize_completions`` lets nothing else out of Typer, whichever parameter it comes from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpumesh.quoting import is_plain
 # it completes only the text behind a colon, or from an @ on: the parts are put together again before they are asked
 # about, and the text before is not said twice. Where COMP_WORDBREAKS has no colon (npm's completion takes it away), a
 # word is whole already, and is replaced as a whole. For bash 3.2 as well (macOS).
-BASH = """
+BASH_SCRIPT = """
 %(complete_func)s() {
     local IFS=$'\\n' word words=() last=-1 breaks=${COMP_WORDBREAKS//[^:@]/} ready
     for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
@@ -49,7 +49,7 @@ complete -o default -F %(complete_func)s %(prog_name)s
 # Typer's own evaluates what the program prints, and completes no name with a colon. This one asks for lines of a value,
 # a tab and its help, as fish does, and hands them on as they are. zsh calls the file itself as a function, when it lies
 # in $fpath; elsewhere it is read once, and registers its function.
-ZSH = """
+ZSH_SCRIPT = """
 #compdef %(prog_name)s
 
 %(complete_func)s() {
@@ -76,16 +76,16 @@ fi
 """
 
 
-def use_own_scripts() -> None:
+def install_completion_scripts() -> None:
     """Lets ``--install-completion`` and ``--show-completion`` give the scripts above."""
     from typer import _completion_shared as shared
 
     # Private to Typer: a version that has it no more gives its own scripts, which stop at a colon.
     scripts = getattr(shared, "_completion_scripts", {})
-    scripts["bash"], scripts["zsh"] = BASH, ZSH
+    scripts["bash"], scripts["zsh"] = BASH_SCRIPT, ZSH_SCRIPT
 
 
-def guard_shells() -> None:
+def sanitize_completions() -> None:
     """Lets nothing but plain words out to a shell, whoever proposes them. Names of files are left to the shell, which
     quotes them: Typer would only give back what stands on the line already."""
     try:
@@ -114,40 +114,40 @@ def _names(names: Iterable[object], incomplete: str) -> list[str]:
     return [name for name in names if isinstance(name, str) and name.startswith(incomplete) and is_plain(name)]
 
 
-def nodes(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
     """The nodes of mesh.yaml. Nothing that it names is run for this, nor is ssh asked what an alias means."""
     with contextlib.suppress(GPUMeshError, OSError):
         from gpumesh import config
         from gpumesh.config import environment, reader
 
-        path = config.find(_chosen(ctx))
+        path = config.find_config(_chosen(ctx))
         text = reader.read_text(path, path.name)
         topology = config.parse(text, file=path.name, env=environment.variables(), home=environment.home(), source=path)
         return _names((node.name for node in topology.nodes), incomplete)
     return []
 
 
-def models(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     """The models that a running mesh knows of. What their hosts call them is hostile until ``_names`` has seen it."""
     names: set[str] = set()
     with contextlib.suppress(GPUMeshError, OSError, KeyError, TypeError):
         from gpumesh import config
         from gpumesh.daemon import paths
-        from gpumesh.daemon.quick_status import glance
+        from gpumesh.daemon.quick_status import fetch_status
 
-        state = glance(paths.for_config(config.find(_chosen(ctx))).socket, timeout_s=0.5)
+        state = fetch_status(paths.for_config(config.find_config(_chosen(ctx))).socket, timeout_s=0.5)
         for node in state["nodes"] if state is not None else ():
             names.update(_names(node["backend"]["models"], incomplete))
     return sorted(names)
 
 
-def priorities(incomplete: str) -> list[str]:
+def complete_priorities(incomplete: str) -> list[str]:
     from gpumesh.balancer.base import Priority
 
     return [priority for priority in Priority if priority.startswith(incomplete)]
 
 
-def scenarios(incomplete: str) -> list[str]:
+def complete_scenarios(incomplete: str) -> list[str]:
     """Those of `bench run`."""
     from gpumesh.bench.scenarios import Scenario
 

@@ -28,7 +28,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more."
 
 
 @dataclass(slots=True)
-class Settings:
+class GlobalOptions:
     """Typer makes one for each run (``ctx.obj``)."""
 
     config: Path | None = None
@@ -39,7 +39,7 @@ class Settings:
         """The mesh.yaml in use. Raises ConfigError when there is none."""
         from gpumesh import config
 
-        return config.find(self.config)
+        return config.find_config(self.config)
 
     def paths(self) -> MeshPaths:
         """Those of the mesh.yaml in use, and of one that is gone while its mesh runs: that can still be stopped."""
@@ -49,7 +49,7 @@ class Settings:
         try:
             return paths.for_config(self.config_file())
         except UsageError:
-            for place in config.places(self.config):
+            for place in config.search_paths(self.config):
                 left = paths.for_config(place)
                 if left.lock.exists():
                     return left
@@ -62,14 +62,14 @@ class Settings:
         return config.load(self.config_file())
 
 
-def settings(ctx: typer.Context) -> Settings:
+def global_options(ctx: typer.Context) -> GlobalOptions:
     """Those of this run."""
     found = ctx.find_root().obj
-    assert isinstance(found, Settings), "the root callback makes it"
+    assert isinstance(found, GlobalOptions), "the root callback makes it"
     return found
 
 
-def late_options() -> list[Any]:
+def repeat_global_options() -> list[Any]:
     """``--config``, ``--quiet`` and ``--verbose`` as options of a single command, which set the same Settings."""
     from typer.main import get_command as build_command
 
@@ -95,12 +95,12 @@ def _keep(ctx: Any, parameter: Any, value: Any) -> Any:
     return value
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
+def run_async(main: Coroutine[Any, Any, T]) -> T:
     """An asynchronous command to its end. Ctrl-C cancels it, which ends what runs on the hosts, and exits with 130."""
     try:
         from gpumesh.daemon.process import event_loop
 
-        return event_loop.run(main, fast=False)
+        return event_loop.run(main, use_uvloop=False)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
@@ -108,7 +108,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerator[Session]:
+async def open_session(chosen: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
     """The running mesh of this configuration, else one in this process for as long as the context is open.
 
     Raises MeshNotRunning when there is none and ``embed`` is off.
@@ -121,7 +121,7 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
     watch = LockWatch.open(paths)
     if watch is not None:
         with watch:
-            running = not watch.sweep(paths)
+            running = not watch.remove_if_stale(paths)
         if running and await _answers(paths.socket):
             yield RemoteSession(paths.socket)
             return
@@ -131,7 +131,7 @@ async def open_session(chosen: Settings, *, embed: bool = True) -> AsyncGenerato
     from gpumesh.daemon.local_session import LocalSession
     from gpumesh.mesh.mesh import Mesh
 
-    leftovers.sweep()
+    leftovers.remove_leftovers()
     async with Mesh(chosen.topology()) as mesh:
         yield LocalSession(mesh)
 

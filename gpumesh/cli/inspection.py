@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpumesh import audit
-from gpumesh.daemon.async_generators import closing
+from gpumesh.daemon.async_generators import closing_iterator
 from gpumesh.errors import ConnectTimeout, GPUMeshError, SecretMissing
 from gpumesh.state import MeshState, NodeState, TunnelPhase
 from gpumesh.topology import NodeSpec, Topology
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 # All of it stays within the 10 s that a command may take when a node is ill: those that are well are looked at while
 # the ill ones are still being waited for.
-EARLY_S = 3.0
-REPORT_S = 7.0
+EARLY_REPORT_S = 3.0
+REPORT_DEADLINE_S = 7.0
 ROUTES_S = 2.5
-LATE_S = 1.0
-DISK_LIMIT = 1 << 16
+LATE_ROUTES_S = 1.0
+MAX_DISK_OUTPUT_BYTES = 1 << 16
 
 
-async def look(session: Session, topology: Topology) -> MeshState:
+async def inspect_mesh(session: Session, topology: Topology) -> MeshState:
     """The mesh's state with routes and disks filled in, and the findings by this mesh.yaml."""
     from gpumesh.probes.http_client import http_client
 
@@ -35,13 +35,13 @@ async def look(session: Session, topology: Topology) -> MeshState:
     began = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     async with http_client(timeout=ROUTES_S) as client:
-        state = await session.first_report(EARLY_S)
+        state = await session.wait_first_report(EARLY_REPORT_S)
         closer = await _each(session, client, specs, state.nodes, ROUTES_S)
-        state = await session.first_report(max(began + REPORT_S - loop.time(), 0.1))
+        state = await session.wait_first_report(max(began + REPORT_DEADLINE_S - loop.time(), 0.1))
         late = [node for node in state.nodes if node.name not in closer]
-        closer |= await _each(session, client, specs, late, LATE_S)
+        closer |= await _each(session, client, specs, late, LATE_ROUTES_S)
     nodes = tuple(_settled(_with(node, closer.get(node.name))) for node in state.nodes)
-    return replace(state, nodes=nodes, findings=audit.findings(topology, nodes))
+    return replace(state, nodes=nodes, findings=audit.collect_findings(topology, nodes))
 
 
 def _with(node: NodeState, closer: NodeState | None) -> NodeState:
@@ -59,7 +59,7 @@ def _settled(node: NodeState) -> NodeState:
     tunnel = node.tunnel
     if tunnel.state is not TunnelPhase.CONNECTING or tunnel.last_error is not None:
         return node
-    message = f"no connection within {REPORT_S:g} s"
+    message = f"no connection within {REPORT_DEADLINE_S:g} s"
     return replace(node, tunnel=replace(tunnel, last_error=message, error_code=ConnectTimeout.code))
 
 
@@ -83,7 +83,7 @@ async def _one(
 
     variable = spec.backend.api_key_env
     try:
-        key = None if variable is None else config.secret(variable, node=spec.name)
+        key = None if variable is None else config.read_secret(variable, node=spec.name)
     except SecretMissing:
         return node  # that is a finding of its own
     routes, free = await asyncio.gather(
@@ -93,14 +93,14 @@ async def _one(
 
 
 async def _free_mib(session: Session, node: NodeState, timeout_s: float) -> int | None:
-    from gpumesh.probes.disk_space import COMMAND, read_free_mib
+    from gpumesh.probes.disk_space import FREE_SPACE_COMMAND, read_free_mib
 
     said = bytearray()
     try:
-        async with asyncio.timeout(timeout_s), closing(session.exec(node.name, COMMAND)) as chunks:
+        async with asyncio.timeout(timeout_s), closing_iterator(session.exec(node.name, FREE_SPACE_COMMAND)) as chunks:
             async for chunk in chunks:
                 said += chunk.data
-                if len(said) > DISK_LIMIT:
+                if len(said) > MAX_DISK_OUTPUT_BYTES:
                     return None
     except (GPUMeshError, TimeoutError):
         return None  # a host that runs no commands keeps that to itself

@@ -33,7 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "A whole mesh of simulated GPU hosts on this machine."),
 }
 
-Command = TyperCommand | TyperGroup
+AnyCommand = TyperCommand | TyperGroup
 
 
 class _Lazy(MutableMapping[str, Any]):
@@ -98,7 +98,7 @@ class _WhenGiven:
         return self._parameter.get_runtime_param().coerce(value, param=param, ctx=ctx)
 
 
-def quick(command: Any) -> Any:
+def defer_parameters(command: Any) -> Any:
     """The command, without the cost of parameters that are not given; the one for help is made when it is parsed."""
     for parameter in command.params:
         _quick(parameter)
@@ -128,7 +128,7 @@ def _plain_name(argument: Any) -> None:
 
 def _with_globals(command: Any) -> Any:
     """The options of `gpumesh` itself may also stand behind the command's name: `gpumesh status -c mesh.yaml`."""
-    from gpumesh.cli.context import late_options
+    from gpumesh.cli.context import repeat_global_options
 
     for sub in getattr(command, "commands", {}).values():
         _with_globals(sub)
@@ -136,11 +136,11 @@ def _with_globals(command: Any) -> Any:
         _plain_name(parameter)
     if not getattr(command, "commands", None):
         taken = {name for parameter in command.params for name in parameter.opts}
-        for option in late_options():
+        for option in repeat_global_options():
             option.opts = [name for name in option.opts if name not in taken]
             if option.opts:
                 command.params.append(option)
-    return quick(command)
+    return defer_parameters(command)
 
 
 def new_app(**settings: Any) -> typer.Typer:

@@ -11,6 +11,6 @@ def main() -> None:
     try:
         from gpumesh.cli import root
 
-        root.run()
+        root.run_app()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,14 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from gpumesh.backends.base import Message
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import UsageError
 
-KEYS = ("prompt", "messages", "model", "system", "options", "node")
+PROMPT_KEYS = ("prompt", "messages", "model", "system", "options", "node")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptEntry:
     """``text`` is what the result repeats; the others override what the command line says for all."""
 
     text: str
@@ -26,7 +26,7 @@ class Prompt:
     node: str | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def ask(self, common: Ask, system: str | None) -> Ask:
+    def make_ask(self, common: PromptRequest, system: str | None) -> PromptRequest:
         """This prompt, with all that it does not say itself from ``common``."""
         messages = self.messages or (Message("user", self.text),)
         said = self.system if self.system is not None else system
@@ -41,14 +41,14 @@ class Prompt:
         )
 
 
-def read_prompts(text: str, *, name: str) -> list[Prompt]:
+def read_prompts(text: str, *, name: str) -> list[PromptEntry]:
     """The prompts of a file. It is JSON lines when it is called so or when its first line is a JSON object; else each
     line that is not blank is a prompt. Raises UsageError."""
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UsageError(f"{name} has no prompts", hint="one prompt a line, or JSON lines with a key `prompt`")
     if not name.endswith((".jsonl", ".ndjson")) and not _is_object(lines[0][1]):
-        return [Prompt(line.rstrip("\r")) for _, line in lines]
+        return [PromptEntry(line.rstrip("\r")) for _, line in lines]
     return [_from_object(line, f"{name}:{number}") for number, line in lines]
 
 
@@ -59,7 +59,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _from_object(line: str, where: str) -> Prompt:
+def _from_object(line: str, where: str) -> PromptEntry:
     try:
         entry = json.loads(line)
     except RecursionError as error:
@@ -70,12 +70,12 @@ def _from_object(line: str, where: str) -> Prompt:
             hint="all lines of this file are read as JSON; one that is only a prompt has to stand in double quotes",
         ) from error
     if isinstance(entry, str):
-        return Prompt(entry)
+        return PromptEntry(entry)
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: expected an object with a key `prompt`, or a string")
-    unknown = [key for key in entry if key not in KEYS]
+    unknown = [key for key in entry if key not in PROMPT_KEYS]
     if unknown:
-        raise UsageError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(KEYS)}")
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(PROMPT_KEYS)}")
     for key in ("prompt", "model", "system", "node"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UsageError(f"{where}: {key} is not a string")
@@ -86,7 +86,7 @@ def _from_object(line: str, where: str) -> Prompt:
     if bool(messages) == (entry.get("prompt") is not None):
         raise UsageError(f"{where}: needs either prompt or messages")
     text = entry["prompt"] if not messages else messages[-1].content
-    return Prompt(text, messages, entry.get("model"), entry.get("system"), entry.get("node"), options)
+    return PromptEntry(text, messages, entry.get("model"), entry.get("system"), entry.get("node"), options)
 
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:

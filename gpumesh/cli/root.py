@@ -14,8 +14,8 @@ from typer.main import get_command
 
 from gpumesh import __version__
 from gpumesh.cli import completion
-from gpumesh.cli.context import ConfigOption, QuietOption, Settings, VerboseOption
-from gpumesh.cli.lazy import LazyGroup, quick
+from gpumesh.cli.context import ConfigOption, GlobalOptions, QuietOption, VerboseOption
+from gpumesh.cli.lazy import LazyGroup, defer_parameters
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
 
 EPILOG = """\b
@@ -58,17 +58,17 @@ def root(
 ) -> None:
     """Your GPUs behind SSH as one fast endpoint."""
     del version  # its callback has ended the program if it was asked for
-    ctx.obj = Settings(config, quiet, verbose)
+    ctx.obj = GlobalOptions(config, quiet, verbose)
 
 
-def run() -> None:
+def run_app() -> None:
     """Never returns; never shows a traceback for what is a person's or a host's doing."""
     _prepare_streams()
-    completion.use_own_scripts()
-    completion.guard_shells()
+    completion.install_completion_scripts()
+    completion.sanitize_completions()
     try:
         try:
-            quick(get_command(app))(prog_name="gpumesh")
+            defer_parameters(get_command(app))(prog_name="gpumesh")
         finally:
             sys.stdout.flush()  # what cannot be written is told below, and not by Python at its end
     except BaseExceptionGroup as group:

@@ -49,7 +49,7 @@ def short_gpu(name: str) -> str:
     return " ".join(words) or name
 
 
-def gib(mib: int | None) -> str:
+def format_gib(mib: int | None) -> str:
     """``5.5``: GiB with one decimal below 100."""
     if mib is None:
         return "?"
@@ -60,7 +60,7 @@ def gib(mib: int | None) -> str:
 _LEVELS = "▁▂▃▄▅▆▇█"
 
 
-def spark(values: Sequence[float | None], most: float) -> str:
+def sparkline(values: Sequence[float | None], most: float) -> str:
     """One sign for each value, from 0 (the lowest) to ``most`` (the highest); a blank where nothing was known."""
     top = len(_LEVELS) - 1
     return "".join(
@@ -68,7 +68,7 @@ def spark(values: Sequence[float | None], most: float) -> str:
     )
 
 
-def milliseconds(value: float | None) -> str:
+def format_milliseconds(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     if value >= 10_000:
@@ -78,7 +78,7 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``45s``, ``4m``, ``3h``, ``2d``: the largest unit that fits."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
@@ -86,9 +86,9 @@ def duration(seconds: float) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
-def time_left(until: datetime | None, now: datetime) -> str | None:
+def format_time_left(until: datetime | None, now: datetime) -> str | None:
     """How long a model stays in memory. A century means for ever: Ollama's ``keep_alive: -1``."""
     if until is None:
         return None
     seconds = (until - now).total_seconds()
-    return "∞" if seconds > 86400 * 365 else duration(seconds)
+    return "∞" if seconds > 86400 * 365 else format_duration(seconds)

@@ -10,8 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpumesh.config.credentials import secret, withhold
-from gpumesh.config.locate import find, is_loopback, listen_address, listen_on, places, refuse_open
+from gpumesh.config.credentials import read_secret, withhold_variables
+from gpumesh.config.locate import (
+    find_config,
+    is_loopback,
+    parse_listen_address,
+    parse_listen_option,
+    require_key_beyond_loopback,
+    search_paths,
+)
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
@@ -20,18 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check",
-    "effective",
-    "find",
+    "dump_effective",
+    "find_config",
     "is_loopback",
-    "listen_address",
-    "listen_on",
     "load",
     "parse",
-    "places",
-    "refuse_open",
+    "parse_listen_address",
+    "parse_listen_option",
+    "read_secret",
+    "require_key_beyond_loopback",
     "schema",
-    "secret",
-    "withhold",
+    "search_paths",
+    "withhold_variables",
 ]
 
 
@@ -39,7 +46,7 @@ def load(path: Path | None = None) -> Topology:
     """Finds, reads and checks mesh.yaml. Raises UsageError when there is none, ConfigError with all that is wrong."""
     from gpumesh.config import reader
 
-    return reader.load(find(path))
+    return reader.load(find_config(path))
 
 
 def parse(
@@ -68,11 +75,11 @@ def check(topology: Topology) -> list[Finding]:
     return advice.check(topology)
 
 
-def effective(topology: Topology) -> str:
+def dump_effective(topology: Topology) -> str:
     """The topology as YAML, every default written out; anything secret that got into it is masked."""
     from gpumesh.config import show
 
-    return show.effective(topology)
+    return show.dump_effective(topology)
 
 
 def schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpumesh.config import credentials, environment, locate, providers
 from gpumesh.config.ssh import key_files, ssh_config
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
 
@@ -57,25 +57,25 @@ def _node(node: NodeSpec) -> Iterator[Finding]:
 
 
 def _variable(variable: str, key: str, node: str | None) -> Iterator[Finding]:
-    if not credentials.is_set(variable):
+    if not credentials.is_secret_set(variable):
         message = f"{key} names the variable {variable}, which is not set here"
         yield Finding("secret-missing", Severity.ERROR, node, message, f"export {variable}=… before `gpumesh up`")
 
 
 def _alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
     try:
-        answer = ssh_config.resolve(alias, home=environment.home())
+        answer = ssh_config.resolve_alias(alias, home=environment.home())
     except ValueError as error:
         yield Finding("alias-unreadable", Severity.ERROR, node, str(error))
         return
-    if not answer.found:
+    if not answer.configured:
         message = f"nothing is configured for {alias!r} in ~/.ssh/config: it is taken for the host's name"
         yield Finding("alias-unknown", Severity.WARNING, node, message, "check `ssh.alias` for a misspelling")
-    if answer.needs and ssh.transport is TransportKind.OPENSSH:
-        message = f"{alias!r} uses {_words(answer.needs)}, so the system's ssh carries this node"
+    if answer.openssh_features and ssh.transport is TransportKind.OPENSSH:
+        message = f"{alias!r} uses {_words(answer.openssh_features)}, so the system's ssh carries this node"
         yield Finding("alias-needs-openssh", Severity.INFO, node, message)
-    elif answer.needs:
-        message = f"{alias!r} uses {_words(answer.needs)}, which transport sshtunnel does not know"
+    elif answer.openssh_features:
+        message = f"{alias!r} uses {_words(answer.openssh_features)}, which transport sshtunnel does not know"
         yield Finding(
             "alias-needs-openssh", Severity.WARNING, node, message, "write `transport: openssh` under its ssh"
         )
@@ -97,14 +97,14 @@ def _credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
 def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
     try:
         mode = path.stat().st_mode
-        kind = key_files.kind(path)
+        kind = key_files.detect_key_kind(path)
     except OSError as error:
         message = f"the key file {path} cannot be read: {error.strerror}"
         yield Finding("key-unreadable", Severity.ERROR, node, message, "check `ssh.identity_file`")
         return
     if stat.S_IMODE(mode) & 0o077:
         message = f"the key file {path} can be read by other users of this machine, and ssh refuses such keys"
-        yield Finding("key-open", Severity.WARNING, node, message, command("chmod 600 {FILE}", FILE=str(path)))
+        yield Finding("key-open", Severity.WARNING, node, message, paste_command("chmod 600 {FILE}", FILE=str(path)))
     if kind is key_files.KeyKind.PUBLIC:
         message = f"{path} is a public key: `identity_file` is the private one beside it"
         yield Finding("key-unreadable", Severity.ERROR, node, message)
@@ -116,16 +116,16 @@ def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
-    proxy = providers.terminals_only(ssh.host)
+    proxy = providers.describe_terminal_proxy(ssh.host)
     if proxy is not None:
-        yield Finding("transport-unsupported", Severity.ERROR, node, proxy, providers.EXPOSED_TCP)
+        yield Finding("transport-unsupported", Severity.ERROR, node, proxy, providers.EXPOSED_TCP_HINT)
     if ssh.transport is TransportKind.OPENSSH and shutil.which("ssh") is None:
         message = "transport openssh needs the program ssh, which is not installed here"
         yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
     strict = ssh.host_key_policy is HostKeyPolicy.STRICT
     if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
-        hint = f"{command('gpumesh trust {NODE}', NODE=node)} shows and records it"
+        hint = f"{paste_command('gpumesh trust {NODE}', NODE=node)} shows and records it"
         if ssh.proxy_jump:
             hint += ", and first those of the jump hosts"
         yield Finding("host-key-unknown", Severity.WARNING, node, message, hint)

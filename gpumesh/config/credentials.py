@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile(
 )
 
 
-def secret(variable: str, *, node: str | None = None) -> str:
+def read_secret(variable: str, *, node: str | None = None) -> str:
     """The secret in ``variable``. Raises SecretMissing, naming the variable, when it is not set or empty."""
     value = os.environ.get(variable, "")
     if not value:
@@ -32,17 +32,17 @@ def secret(variable: str, *, node: str | None = None) -> str:
     return value
 
 
-def is_set(variable: str) -> bool:
-    """Whether ``secret`` would find something; does not tell what."""
+def is_secret_set(variable: str) -> bool:
+    """Whether ``read_secret`` would find something; does not tell what."""
     return bool(os.environ.get(variable))
 
 
-def withhold(variables: Iterable[str]) -> None:
+def withhold_variables(variables: Iterable[str]) -> None:
     """From now on no program that this process starts is given these variables (``environment.child``)."""
     _withheld.update(variables)
 
 
-def withheld() -> frozenset[str]:
+def withheld_variables() -> frozenset[str]:
     return frozenset(_withheld)
 
 
@@ -51,7 +51,7 @@ def names_secret(variable: str) -> bool:
     return _SECRET_NAME.search(variable) is not None
 
 
-def mask(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """``text`` without the value of any variable that by its name holds a secret."""
     values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 6}
     for value in sorted(values, key=len, reverse=True):

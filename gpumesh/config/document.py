@@ -29,7 +29,7 @@ _LOADER: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class Position:
     """A place in the text; both count from 1."""
 
     line: int
@@ -37,37 +37,37 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class ScalarValue:
     """A scalar; ``None`` is YAML's null."""
 
     text: str | None
-    spot: Spot
+    position: Position
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    items: tuple[Value, ...]
-    spot: Spot
+class ListValue:
+    values: tuple[Value, ...]
+    position: Position
     size: int
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class MappingValue:
     """``entries``: for each key, where it stands and its value."""
 
-    entries: dict[str, tuple[Spot, Value]]
-    spot: Spot
+    entries: dict[str, tuple[Position, Value]]
+    position: Position
     size: int
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class BrokenValue:
     """Something is wrong here, and was said already."""
 
-    spot: Spot
+    position: Position
 
 
-Value: TypeAlias = Text | Items | Table | Broken
+Value: TypeAlias = ScalarValue | ListValue | MappingValue | BrokenValue
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
@@ -76,11 +76,11 @@ class Fault:
     """Something wrong at a place. ``path`` is empty where the text is not even YAML."""
 
     message: str
-    spot: Spot | None = None
+    position: Position | None = None
     path: KeyPath = ()
 
 
-def written(path: KeyPath) -> str:
+def format_path(path: KeyPath) -> str:
     """``nodes[2].ssh.port``; a key that no terminal should be shown as it is, or that has no end, in quotes and cut."""
     parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_key(part)}" for part in path)
     return parts.removeprefix(".")
@@ -91,15 +91,15 @@ def _key(part: str) -> str:
     return cut if cut.isprintable() else repr(cut)
 
 
-def follow(tree: Value, path: KeyPath) -> tuple[int, Spot, Value]:
+def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
     """Goes down ``path`` as far as it exists: how many steps, where the last key stands, and what is there."""
-    spot, value = tree.spot, tree
+    spot, value = tree.position, tree
     for steps, part in enumerate(path):
-        if isinstance(value, Table) and isinstance(part, str) and part in value.entries:
+        if isinstance(value, MappingValue) and isinstance(part, str) and part in value.entries:
             spot, value = value.entries[part]
-        elif isinstance(value, Items) and isinstance(part, int) and part < len(value.items):
-            value = value.items[part]
-            spot = value.spot
+        elif isinstance(value, ListValue) and isinstance(part, int) and part < len(value.values):
+            value = value.values[part]
+            spot = value.position
         else:
             return steps, spot, value
     return len(path), spot, value
@@ -109,13 +109,13 @@ class _Stop(Exception):
     """Leaves the recursion after a fault past which reading on makes no sense."""
 
 
-def read(text: str) -> tuple[Value | None, list[Fault]]:
+def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
     """The tree and what is wrong with it as YAML. The tree is ``None`` for an empty file or one that is not YAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
     if match := _UNPRINTABLE.search(text):
-        return None, [Fault(f"the character {_name(match[0])} may not stand in YAML", spot_at(text, match.start()))]
+        return None, [Fault(f"the character {_name(match[0])} may not stand in YAML", position_at(text, match.start()))]
     composer = _Composer(yaml.parse(text, Loader=_LOADER))
     try:
         return composer.document(), composer.faults
@@ -125,14 +125,14 @@ def read(text: str) -> tuple[Value | None, list[Fault]]:
         # What came before it (a key given twice) stands; the first fault in the grammar hides what comes after.
         grammar = _grammar(error)
         tabs = _tabs(text)
-        if not any(tab.spot.line == grammar.spot.line for tab in tabs if tab.spot and grammar.spot):
+        if not any(tab.position.line == grammar.position.line for tab in tabs if tab.position and grammar.position):
             tabs.append(grammar)
         return None, composer.faults + tabs
 
 
-def spot_at(text: str, index: int) -> Spot:
+def position_at(text: str, index: int) -> Position:
     before = text[:index].replace("\r\n", "\n").replace("\r", "\n")
-    return Spot(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+    return Position(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
 
 
 def _name(character: str) -> str:
@@ -144,7 +144,7 @@ def _grammar(error: yaml.YAMLError) -> Fault:
         return Fault("is not YAML")
     mark = error.problem_mark or error.context_mark
     message = " ".join(part for part in (error.context, error.problem) if part)
-    spot = Spot(mark.line + 1, mark.column + 1) if mark is not None else None
+    spot = Position(mark.line + 1, mark.column + 1) if mark is not None else None
     return Fault(f"this is not YAML: {message or 'it cannot be read'}", spot)
 
 
@@ -152,7 +152,7 @@ def _tabs(text: str) -> list[Fault]:
     """The lines indented with a tab: the commonest reason that a file is not YAML, and the least visible."""
     message = "a tab indents this line: YAML allows only spaces there"
     indents = ((number, _TAB_INDENT.match(line)) for number, line in enumerate(text.splitlines(), 1))
-    return [Fault(message, Spot(number, match.end())) for number, match in indents if match]
+    return [Fault(message, Position(number, match.end())) for number, match in indents if match]
 
 
 @dataclass(slots=True)
@@ -190,7 +190,7 @@ class _Composer:
             self.anchors[anchor] = result
         return result
 
-    def new(self, event: yaml.Event, spot: Spot, path: KeyPath) -> Value:
+    def new(self, event: yaml.Event, spot: Position, path: KeyPath) -> Value:
         self.count(1, spot, path)
         result: Value
         if isinstance(event, yaml.ScalarEvent):
@@ -202,41 +202,41 @@ class _Composer:
         tag = getattr(event, "tag", None)
         if tag not in (None, "!") and tag not in _CORE_TAGS:
             self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", spot, path))
-            return Broken(spot)
+            return BrokenValue(spot)
         return result
 
-    def alias(self, name: str, spot: Spot, path: KeyPath) -> Value:
+    def alias(self, name: str, spot: Position, path: KeyPath) -> Value:
         known = self.anchors.get(name)
         if known is None:
             where = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
             self.faults.append(Fault(f"the alias *{name[:60]} {where}", spot, path))
-            return Broken(spot)
+            return BrokenValue(spot)
         self.count(_size(known), spot, path)
         return known
 
-    def count(self, more: int, spot: Spot, path: KeyPath) -> None:
+    def count(self, more: int, spot: Position, path: KeyPath) -> None:
         self.values += more
         if self.values > MAX_VALUES:
             self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", spot, path))
             raise _Stop
 
-    def scalar(self, event: yaml.ScalarEvent, spot: Spot, path: KeyPath) -> Value:
+    def scalar(self, event: yaml.ScalarEvent, spot: Position, path: KeyPath) -> Value:
         if _is_plain(event) and event.value in _NULLS:
-            return Text(None, spot)
+            return ScalarValue(None, spot)
         # An escape in double quotes can make what the file itself may not hold.
         if match := _UNPRINTABLE.search(event.value):
             self.faults.append(Fault(f"the character {_name(match[0])} has no place in a setting", spot, path))
-            return Broken(spot)
-        return Text(event.value, spot)
+            return BrokenValue(spot)
+        return ScalarValue(event.value, spot)
 
-    def items(self, spot: Spot, path: KeyPath) -> Items:
+    def items(self, spot: Position, path: KeyPath) -> ListValue:
         found: list[Value] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             found.append(self.value(event, (*path, len(found))))
-        return Items(tuple(found), spot, 1 + sum(map(_size, found)))
+        return ListValue(tuple(found), spot, 1 + sum(map(_size, found)))
 
-    def table(self, spot: Spot, path: KeyPath) -> Table:
-        entries: dict[str, tuple[Spot, Value]] = {}
+    def table(self, spot: Position, path: KeyPath) -> MappingValue:
+        entries: dict[str, tuple[Position, Value]] = {}
         merged: list[Value] = []
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key_spot = _spot(event)
@@ -245,35 +245,35 @@ class _Composer:
             if key is None:
                 continue
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
-                merged.extend(value.items if isinstance(value, Items) else [value])
+                merged.extend(value.values if isinstance(value, ListValue) else [value])
             elif key in entries:
                 message = f"this key is given twice; it stands on line {entries[key][0].line} already"
                 self.faults.append(Fault(message, key_spot, (*path, key)))
             else:
                 entries[key] = (key_spot, value)
         for other in merged:
-            if isinstance(other, Table):
+            if isinstance(other, MappingValue):
                 entries = {**other.entries, **entries}
-            elif not isinstance(other, Broken):
-                self.faults.append(Fault("<< takes an alias of a mapping", other.spot, path))
-        return Table(entries, spot, 1 + sum(_size(value) for _, value in entries.values()))
+            elif not isinstance(other, BrokenValue):
+                self.faults.append(Fault("<< takes an alias of a mapping", other.position, path))
+        return MappingValue(entries, spot, 1 + sum(_size(value) for _, value in entries.values()))
 
     def key(self, event: yaml.Event, path: KeyPath) -> str | None:
         value = self.value(event, path)
-        if isinstance(value, Text) and value.text:
+        if isinstance(value, ScalarValue) and value.text:
             return value.text
-        if not isinstance(value, Broken):
-            self.faults.append(Fault("a key must be a word", value.spot, path))
+        if not isinstance(value, BrokenValue):
+            self.faults.append(Fault("a key must be a word", value.position, path))
         return None
 
 
 def _size(value: Value) -> int:
-    return value.size if isinstance(value, (Items, Table)) else 1
+    return value.size if isinstance(value, (ListValue, MappingValue)) else 1
 
 
-def _spot(event: yaml.Event) -> Spot:
+def _spot(event: yaml.Event) -> Position:
     mark = event.start_mark
-    return Spot(mark.line + 1, mark.column + 1) if mark is not None else Spot(1, 1)
+    return Position(mark.line + 1, mark.column + 1) if mark is not None else Position(1, 1)
 
 
 def _is_plain(event: yaml.ScalarEvent) -> bool:

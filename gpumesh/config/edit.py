@@ -41,7 +41,7 @@ class CannotEdit(GPUMeshError):
     default_hint = "change it by hand"
 
 
-def edited(text: str, edits: Sequence[Edit]) -> str:
+def apply_edits(text: str, edits: Sequence[Edit]) -> str:
     """Raises CannotEdit. ``text`` must be a mesh.yaml that can be read."""
     for edit in edits:
         text = _one(text, edit)
@@ -50,12 +50,12 @@ def edited(text: str, edits: Sequence[Edit]) -> str:
 
 def read(path: Path) -> str:
     """The file's text. Raises ConfigError."""
-    return reader.read_text(path, locate.shown(path))
+    return reader.read_text(path, locate.display_path(path))
 
 
-def check(path: Path, text: str) -> Topology:
+def parse_edited(path: Path, text: str) -> Topology:
     """What ``text`` would mean if it stood in the file. Raises ConfigError."""
-    return reader.from_text(text, path)
+    return reader.parse_file_text(text, path)
 
 
 def write(path: Path, old: str, new: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpumesh.config import credentials
 from gpumesh.errors import GPUMeshError
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 
 _APP = "gpumesh"
 
@@ -30,14 +30,14 @@ def variables() -> dict[str, str]:
     return {"LOGNAME": user(), **os.environ}
 
 
-def child(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
+def child_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The environment for a program we start: ours without the secrets that mesh.yaml names, and with ``changes``
     (``None`` takes a variable away).
 
     What one user's process has in its environment stands in /proc for all others of the same user, in crash reports,
     and in whatever that process starts in turn. Nothing that we start needs our secrets from there.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in credentials.withheld()}
+    kept = {name: value for name, value in os.environ.items() if name not in credentials.withheld_variables()}
     inherited: dict[str, str | None] = {**kept, **(changes or {})}
     return {name: value for name, value in inherited.items() if value is not None}
 
@@ -51,7 +51,7 @@ def force_color() -> bool:
     return get("FORCE_COLOR") is not None or get("CLICOLOR_FORCE") not in (None, "0")
 
 
-def ci() -> bool:
+def is_ci() -> bool:
     """Whether a build service runs us: nobody is there to answer a question."""
     return (get("CI") or "").lower() not in ("", "0", "false")
 
@@ -99,7 +99,7 @@ def home() -> Path:
         raise GPUMeshError("cannot tell your home folder", hint="set HOME") from error
 
 
-def config_folder() -> Path:
+def config_dir() -> Path:
     """The platform's folder for our configuration; may not exist."""
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP
@@ -194,7 +194,7 @@ def _make_private(folder: Path) -> Path:
     if problem is not None:
         raise GPUMeshError(
             f"{folder} {problem}, so gpumesh does not use it",
-            hint=f"look at what it is ({command('ls -ld {FOLDER}', FOLDER=str(folder))}) and remove it, or set"
+            hint=f"look at what it is ({paste_command('ls -ld {FOLDER}', FOLDER=str(folder))}) and remove it, or set"
             " XDG_RUNTIME_DIR to a folder of yours",
         )
     return folder

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpumesh.config.credentials import names_secret
-from gpumesh.config.document import Fault, Items, KeyPath, Table, Text, Value
+from gpumesh.config.document import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value
 
 MAX_EXPANDED = 8192
 
@@ -25,33 +25,33 @@ class Unusable:
 UNUSABLE = Unusable()
 
 
-def plain(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tuple[Any, list[Fault]]:
+def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tuple[Any, list[Fault]]:
     """Dictionaries, lists, strings and ``None``; ``UNUSABLE`` where something is wrong, with the reason."""
-    if isinstance(value, Text):
+    if isinstance(value, ScalarValue):
         if value.text is None or "${" not in value.text:
             return value.text, []
         try:
-            return variables(value.text, env), []
+            return expand_variables(value.text, env), []
         except ValueError as error:
-            return UNUSABLE, [Fault(str(error), value.spot, path)]
+            return UNUSABLE, [Fault(str(error), value.position, path)]
     faults: list[Fault] = []
-    if isinstance(value, Items):
+    if isinstance(value, ListValue):
         items = []
-        for index, item in enumerate(value.items):
-            result, more = plain(item, env, (*path, index))
+        for index, item in enumerate(value.values):
+            result, more = expand_tree(item, env, (*path, index))
             items.append(result)
             faults += more
         return items, faults
-    if isinstance(value, Table):
+    if isinstance(value, MappingValue):
         entries = {}
         for key, (_, item) in value.entries.items():
-            entries[key], more = plain(item, env, (*path, key))
+            entries[key], more = expand_tree(item, env, (*path, key))
             faults += more
         return entries, faults
     return UNUSABLE, []
 
 
-def variables(text: str, env: Mapping[str, str]) -> str:
+def expand_variables(text: str, env: Mapping[str, str]) -> str:
     """``${VAR}``, ``${VAR:-used when VAR is not set or empty}``; ``$${`` is a literal ``${``.
 
     Raises ValueError, which never holds a variable's value.

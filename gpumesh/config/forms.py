@@ -24,33 +24,33 @@ _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 _IN_A_SHELL = re.compile(r"""['"`;&<>|(){}]|\\$""")
 _USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
 _SCHEME_PORTS = {"http": 80, "https": 443}
-NAME_FORM = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-DURATION_FORM = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
 class SensitiveError(ValueError):
     """The value may be or hold a secret, and is not to be shown. The text completes a sentence beginning "this"."""
 
 
-def name(text: str) -> str:
-    if not re.fullmatch(NAME_FORM, text):
+def parse_name(text: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, text):
         raise ValueError("is not a name: use letters, digits, dots, hyphens and underscores, 63 at most")
     return text
 
 
-def line(text: str) -> str:
+def parse_line(text: str) -> str:
     if not text.strip() or len(text) > 512 or not text.isprintable():
         raise ValueError("must be one line of 1 to 512 characters")
     return text
 
 
-def whole(text: str) -> int:
+def parse_integer(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):
         raise ValueError("is not a whole number")
     return int(text)
 
 
-def weight(text: str) -> float:
+def parse_weight(text: str) -> float:
     if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", text.strip()):
         raise ValueError("is not a number")
     number = float(text)
@@ -59,7 +59,7 @@ def weight(text: str) -> float:
     return number
 
 
-def limited(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
+def check_range(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
     if not least <= number <= most:
         if least == most:
             raise ValueError(f"is not {write(least)}, which is all that is known here")
@@ -67,7 +67,7 @@ def limited(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
     return number
 
 
-def duration(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Seconds."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
@@ -78,15 +78,15 @@ def duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The form a person would write; ``duration`` reads it back as the same number."""
-    whole = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
+    """The form a person would write; ``parse_duration`` reads it back as the same number."""
+    whole_units = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
     fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
-    forms = [*whole[:-1], fractions[0], whole[-1]] if seconds > 1 else whole
+    forms = [*whole_units[:-1], fractions[0], whole_units[-1]] if seconds > 1 else whole_units
     readable = (form for form in (*forms, *fractions) if _DURATION.fullmatch(form))  # 1e-06s is not
-    return next(form for form in readable if duration(form) == seconds or form == fractions[-1])
+    return next(form for form in readable if parse_duration(form) == seconds or form == fractions[-1])
 
 
-def host(text: str) -> str:
+def parse_host(text: str) -> str:
     """A name or an address; an IPv6 address with or without its brackets, returned without."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if ":" in bare:
@@ -108,7 +108,7 @@ def host(text: str) -> str:
     return bare
 
 
-def user(text: str) -> str:
+def parse_user(text: str) -> str:
     """As OpenSSH's own ``valid_ruser``: a leading hyphen could be taken for an option, and the shell of a
     ``ProxyCommand`` that names the user would act on quotes, brackets and the like."""
     if not _USER.fullmatch(text) or _IN_A_SHELL.search(text):
@@ -116,33 +116,33 @@ def user(text: str) -> str:
     return text
 
 
-def jump(text: str) -> str:
+def parse_jump(text: str) -> str:
     """``[user@]host[:port]``, as ``ssh -J`` takes it."""
-    name, at, rest = text.strip().rpartition("@")
+    user, at, rest = text.strip().rpartition("@")
     if at:
-        user(name)
+        parse_user(user)
     if match := re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(\d{1,5}))?", rest):
-        host(match[1])
+        parse_host(match[1])
         if match[2] is not None and not 1 <= int(match[2]) <= 65535:
             raise ValueError("has a port that is not between 1 and 65535")
         return text.strip()
     raise ValueError("is not [user@]host[:port]")
 
 
-def alias(text: str) -> str:
+def parse_alias(text: str) -> str:
     """A ``Host`` of ``~/.ssh/config``. It is given to ssh as an argument, so it must not look like an option."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:@+-]{0,252}", text):
         raise ValueError("is not the name of a Host in ~/.ssh/config")
     return text
 
 
-def variable(text: str) -> str:
+def parse_variable_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text):
         raise SensitiveError("must be the name of an environment variable, not the secret itself")
     return text
 
 
-def path(text: str) -> str:
+def parse_path(text: str) -> str:
     if not text or "\x00" in text or "\n" in text:
         raise ValueError("is not a path")
     if text.startswith("~") and not text.startswith("~/") and text != "~":
@@ -150,22 +150,22 @@ def path(text: str) -> str:
     return text
 
 
-def command(text: str) -> tuple[str, ...]:
+def parse_command(text: str) -> tuple[str, ...]:
     """Words as a POSIX shell would split them; no shell runs it."""
     try:
         words = tuple(shlex.split(text))
     except ValueError:
         raise ValueError("has a quote that is not closed") from None
-    return argv(words)
+    return check_argv(words)
 
 
-def argv(words: Sequence[str]) -> tuple[str, ...]:
+def check_argv(words: Sequence[str]) -> tuple[str, ...]:
     if not words or not words[0]:
         raise ValueError("names no program")
     return tuple(words)
 
 
-def url(text: str) -> Target:
+def parse_url(text: str) -> Target:
     """``http://host[:port][/path]``. A ``/v1`` at the end is dropped: gpumesh adds the API's path itself."""
     try:
         parts = urlsplit(text)
@@ -183,11 +183,11 @@ def url(text: str) -> Target:
     trimmed = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     if not _PATH.fullmatch(trimmed):
         raise ValueError("has a path with characters that must be percent-encoded")
-    name = host(parts.hostname or "")
+    name = parse_host(parts.hostname or "")
     return Target(name, port or _SCHEME_PORTS[parts.scheme], parts.scheme, trimmed)
 
 
-def redis_url(text: str) -> str:
+def parse_redis_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         _ = parts.port
@@ -202,7 +202,7 @@ def redis_url(text: str) -> str:
     return text
 
 
-def origin(text: str) -> str:
+def parse_origin(text: str) -> str:
     """A browser's Origin: scheme, host, port; or ``*`` for every page."""
     if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+", text):
         return text

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from gpumesh.config import environment, untrusted_file
 from gpumesh.errors import UsageError
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 
 FILE_NAME = "mesh.yaml"
 DEFAULT_HOST = "127.0.0.1"
-UNIX = "unix:"
+UNIX_PREFIX = "unix:"
 # sun_path holds 108 bytes on Linux and 104 on macOS and the BSDs, its closing NUL included.
 SOCKET_PATH_LIMIT = 103
 
 _HOST_PORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:\[\]]*):)?(?P<port>\d{1,6})")
 
 
-def find(explicit: Path | None = None) -> Path:
+def find_config(explicit: Path | None = None) -> Path:
     """The mesh.yaml to use, resolved: ``explicit``, else ``$GPUMESH_CONFIG``, else ``./mesh.yaml``, else the
     platform's folder. Raises UsageError when there is none, when the one that was named is not a file, or when the one
     in the current folder may be somebody else's."""
@@ -31,7 +31,7 @@ def find(explicit: Path | None = None) -> Path:
     if variable is not None:
         return _named(Path(variable), " (named by $GPUMESH_CONFIG)")
     here = Path(FILE_NAME)
-    platform = environment.config_folder() / FILE_NAME
+    platform = environment.config_dir() / FILE_NAME
     if _exists(here):
         found = _named(here, "")
         _refuse_strangers(here)
@@ -44,15 +44,15 @@ def find(explicit: Path | None = None) -> Path:
     raise UsageError(f"there is no {FILE_NAME}: neither here nor at {platform}", hint=hint)
 
 
-def places(explicit: Path | None = None) -> tuple[Path, ...]:
-    """Where ``find`` looks, whether there is a file or not: first the one that it would take."""
+def search_paths(explicit: Path | None = None) -> tuple[Path, ...]:
+    """Where ``find_config`` looks, whether there is a file or not: first the one that it would take."""
     named = explicit or environment.get("GPUMESH_CONFIG")
     if named is not None:
         return (Path(named),)
-    return Path(FILE_NAME), environment.config_folder() / FILE_NAME
+    return Path(FILE_NAME), environment.config_dir() / FILE_NAME
 
 
-class Listen(NamedTuple):
+class ListenAddresses(NamedTuple):
     """Where the gateway listens: ``host`` and ``port``, the Unix socket at ``socket``, or both."""
 
     host: str | None
@@ -60,27 +60,27 @@ class Listen(NamedTuple):
     socket: Path | None
 
 
-def listen_on(text: str, *, api_key_env: str | None) -> Listen:
+def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresses:
     """``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
-    UsageError as ``listen_address`` does."""
-    address, comma, path = text.partition(f",{UNIX}")
-    if not comma and text.startswith(UNIX):
-        address, path = "", text.removeprefix(UNIX)
+    UsageError as ``parse_listen_address`` does."""
+    address, comma, path = text.partition(f",{UNIX_PREFIX}")
+    if not comma and text.startswith(UNIX_PREFIX):
+        address, path = "", text.removeprefix(UNIX_PREFIX)
     elif not comma:
-        return Listen(*listen_address(text, api_key_env=api_key_env), None)
+        return ListenAddresses(*parse_listen_address(text, api_key_env=api_key_env), None)
     try:
         socket = Path(socket_path(path)).expanduser().absolute()
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"{text[:80]!r} {error}") from error
     if not address:
-        return Listen(None, 0, socket)
-    return Listen(*listen_address(address, api_key_env=api_key_env), socket)
+        return ListenAddresses(None, 0, socket)
+    return ListenAddresses(*parse_listen_address(address, api_key_env=api_key_env), socket)
 
 
-def listen_place(text: str) -> tuple[str, int] | str:
+def parse_listen_entry(text: str) -> tuple[str, int] | str:
     """One address of ``gateway.listen``: host and port, or the path of a Unix socket. Raises ValueError as
-    ``split_listen`` does."""
-    return socket_path(text.removeprefix(UNIX)) if text.startswith(UNIX) else split_listen(text)
+    ``split_host_port`` does."""
+    return socket_path(text.removeprefix(UNIX_PREFIX)) if text.startswith(UNIX_PREFIX) else split_host_port(text)
 
 
 def socket_path(text: str) -> str:
@@ -94,28 +94,28 @@ def socket_path(text: str) -> str:
     return text
 
 
-def listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
+def parse_listen_address(text: str, *, api_key_env: str | None) -> tuple[str, int]:
     """``HOST:PORT`` or ``PORT`` for the gateway. Raises UsageError when it is not one, or when it would be open to
     other machines with no key to keep them out."""
     try:
-        host, port = split_listen(text)
+        host, port = split_host_port(text)
     except ValueError as error:
         raise UsageError(f"{text[:80]!r} {error}") from error
-    refuse_open(host, api_key_env=api_key_env)
+    require_key_beyond_loopback(host, api_key_env=api_key_env)
     return host, port
 
 
-def refuse_open(host: str, *, api_key_env: str | None) -> None:
+def require_key_beyond_loopback(host: str, *, api_key_env: str | None) -> None:
     """Raises UsageError for an address that other machines can reach, with no key to keep them out."""
     if api_key_env is None and not is_loopback(host):
-        raise UsageError(f"listening on {host} {OPEN_TO_ALL}", hint=OPEN_HINT)
+        raise UsageError(f"listening on {host} {OPEN_LISTEN_MESSAGE}", hint=OPEN_LISTEN_HINT)
 
 
-OPEN_TO_ALL = "lets other machines use your GPUs, and no API key is asked for"
-OPEN_HINT = "name the variable that holds the key in gateway.api_key_env, or listen on 127.0.0.1"
+OPEN_LISTEN_MESSAGE = "lets other machines use your GPUs, and no API key is asked for"
+OPEN_LISTEN_HINT = "name the variable that holds the key in gateway.api_key_env, or listen on 127.0.0.1"
 
 
-def split_listen(text: str) -> tuple[str, int]:
+def split_host_port(text: str) -> tuple[str, int]:
     """Raises ValueError whose text completes a sentence that begins with the value."""
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None:
@@ -149,7 +149,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as a person would name it: relative when it lies below the current folder."""
     try:
         return str(path.relative_to(Path.cwd()))
@@ -168,14 +168,14 @@ def _exists(path: Path) -> bool:
 def _refuse_strangers(here: Path) -> None:
     """Raises UsageError for a file that nobody named and that another user may have written."""
     try:
-        reason = untrusted_file.why_not_ours(here)
+        reason = untrusted_file.untrusted_reason(here)
     except OSError as error:
         raise UsageError(f"cannot use {here}: {error.strerror}") from error
     if reason is not None:
         raise UsageError(
             f"the {here} in this folder {reason}, so it is not used without being named",
             hint="look at what it does, and if you want that, name it: "
-            + command("gpumesh --config {FILE} …", FILE=f"./{here}"),
+            + paste_command("gpumesh --config {FILE} …", FILE=f"./{here}"),
         )
 
 
@@ -184,7 +184,7 @@ def _named(path: Path, whence: str) -> Path:
     try:
         if path.is_dir():
             inner = path / FILE_NAME
-            hint = f"did you mean {shown(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
+            hint = f"did you mean {display_path(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
             raise UsageError(f"{name} is a folder, not a {FILE_NAME}", hint=hint)
         if not path.exists():
             hint = "it is a link that leads nowhere" if path.is_symlink() else "`gpumesh init` writes one"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from gpumesh.config.document import Fault, Items, KeyPath, Table, Text, Value, follow
+from gpumesh.config.document import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
 from gpumesh.config.forms import SensitiveError
 from gpumesh.config.model import MeshFile, Section
 
@@ -61,12 +61,12 @@ _OTHER_WORDS = {
 _SENTENCE_LIMIT = 60
 
 
-def faults(error: ValidationError, tree: Value) -> Iterator[Fault]:
+def translate_errors(error: ValidationError, tree: Value) -> Iterator[Fault]:
     for each in error.errors(include_url=False):
         yield _fault(each["type"], each["loc"], each.get("ctx", {}), each["msg"], tree)
 
 
-def shown(text: str) -> str:
+def quote_value(text: str) -> str:
     """A value in a sentence: quoted, on one line, not too long."""
     return repr(text if len(text) <= _SENTENCE_LIMIT else text[: _SENTENCE_LIMIT - 1] + "…")
 
@@ -77,45 +77,45 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
     return by_form[close[0]] if close else None
 
 
-def one_of(text: str, choices: list[str]) -> str:
+def not_one_of(text: str, choices: list[str]) -> str:
     guess = did_you_mean(text, choices)
-    return f"{shown(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
+    return f"{quote_value(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
 
 
 def _fault(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
     if kind == "extra_forbidden":
-        _, spot, _ = follow(tree, path)
+        _, spot, _ = follow_path(tree, path)
         return Fault(_unknown(path), spot, path)
-    steps, spot, value = follow(tree, path)
+    steps, spot, value = follow_path(tree, path)
     if kind == "missing":
-        return Fault("is missing", value.spot, path)
+        return Fault("is missing", value.position, path)
     # pydantic may name items of what stands as one value in the file.
     path = path[:steps]
     if kind == "value_error":
         reason = context["error"]
         subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
-        return Fault(f"{subject} {reason}", value.spot, path)
-    if kind == "enum" and isinstance(value, Text) and value.text is not None:
-        return Fault(one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.spot, path)
+        return Fault(f"{subject} {reason}", value.position, path)
+    if kind == "enum" and isinstance(value, ScalarValue) and value.text is not None:
+        return Fault(not_one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.position, path)
     if kind == "bool_parsing":
-        return Fault(f"{_subject(value)} is neither true nor false", value.spot, path)
+        return Fault(f"{_subject(value)} is neither true nor false", value.position, path)
     if kind in _EXPECTED:
         form = _FORMS.get(str(path[-1])) if path and kind == "model_type" else None
         such = f"; such as `{form}`" if form is not None else ""
-        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}{such}", value.spot, path)
-    return Fault(f"{_subject(value)}: {message}", value.spot, path)
+        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}{such}", value.position, path)
+    return Fault(f"{_subject(value)}: {message}", value.position, path)
 
 
 def _subject(value: Value) -> str:
-    return shown(value.text) if isinstance(value, Text) and value.text is not None else "this"
+    return quote_value(value.text) if isinstance(value, ScalarValue) and value.text is not None else "this"
 
 
 def _kind(value: Value) -> str:
-    if isinstance(value, Text):
-        return "nothing" if value.text is None else f"the text {shown(value.text)}"
-    if isinstance(value, Items):
+    if isinstance(value, ScalarValue):
+        return "nothing" if value.text is None else f"the text {quote_value(value.text)}"
+    if isinstance(value, ListValue):
         return "a list"
-    return "keys with values" if isinstance(value, Table) else "this"
+    return "keys with values" if isinstance(value, MappingValue) else "this"
 
 
 def _form(word: str) -> str:
@@ -131,7 +131,7 @@ def _unknown(path: KeyPath) -> str:
         if key not in known:
             key = next((other for other in ("password_env", "api_key_env") if other in known), "a key ending in _env")
         return f"a secret may not stand in the file: put it into a variable, and the variable's name under {key}"
-    message = f"unknown key {shown(word)}"
+    message = f"unknown key {quote_value(word)}"
     guess = _OTHER_WORDS.get(form)
     if guess not in known:
         guess = did_you_mean(word, known)

@@ -38,12 +38,12 @@ def _jumps(value: Any) -> Any:
 
 def _command(value: Any) -> Any:
     if isinstance(value, str):
-        return forms.command(value)
-    return forms.argv(value) if value == [] else value
+        return forms.parse_command(value)
+    return forms.check_argv(value) if value == [] else value
 
 
 def _whole(least: int, most: int) -> BeforeValidator:
-    return _read(lambda text: forms.limited(forms.whole(text), least, most, str))
+    return _read(lambda text: forms.check_range(forms.parse_integer(text), least, most, str))
 
 
 def _whole_schema(least: int, most: int) -> WithJsonSchema:
@@ -52,7 +52,7 @@ def _whole_schema(least: int, most: int) -> WithJsonSchema:
 
 def _between(least: float, most: float) -> BeforeValidator:
     """Seconds, from text such as ``500ms``."""
-    return _read(lambda text: forms.limited(forms.duration(text), least, most, forms.format_duration))
+    return _read(lambda text: forms.check_range(forms.parse_duration(text), least, most, forms.format_duration))
 
 
 def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
@@ -61,36 +61,40 @@ def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
 
 _TEXT = {"type": "string"}
 
-Name = Annotated[str, _read(forms.name), WithJsonSchema({**_TEXT, "pattern": forms.NAME_FORM})]
-Line = Annotated[str, _read(forms.line)]
+Name = Annotated[str, _read(forms.parse_name), WithJsonSchema({**_TEXT, "pattern": forms.NAME_PATTERN})]
+Line = Annotated[str, _read(forms.parse_line)]
 Port = Annotated[int, _whole(1, 65535), _whole_schema(1, 65535)]
-Host = Annotated[str, _read(forms.host)]
-User = Annotated[str, _read(forms.user)]
-Alias = Annotated[str, _read(forms.alias)]
-Variable = Annotated[str, _read(forms.variable), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})]
-FilePath = Annotated[str, _read(forms.path)]
+Host = Annotated[str, _read(forms.parse_host)]
+User = Annotated[str, _read(forms.parse_user)]
+Alias = Annotated[str, _read(forms.parse_alias)]
+Variable = Annotated[
+    str, _read(forms.parse_variable_name), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})
+]
+FilePath = Annotated[str, _read(forms.parse_path)]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_many), _list_schema(_TEXT)]
-Jump = Annotated[str, _read(forms.jump)]
+Jump = Annotated[str, _read(forms.parse_jump)]
 Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_jumps), _list_schema(_TEXT)]
-Words = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+LineList = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
 Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
 _LISTEN_SCHEMA = {**_TEXT, "examples": ["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"]}
-ListenPlace = Annotated[tuple[str, int] | str, _read(locate.listen_place)]
+ListenPlace = Annotated[tuple[str, int] | str, _read(locate.parse_listen_entry)]
 Listen = Annotated[
     tuple[ListenPlace, ...], BeforeValidator(_many), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
 ]
 _URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
-Url = Annotated[Target, _read(forms.url), WithJsonSchema(_URL_SCHEMA)]
+Url = Annotated[Target, _read(forms.parse_url), WithJsonSchema(_URL_SCHEMA)]
 Urls = Annotated[
     tuple[Url, ...],
     BeforeValidator(_many),
     WithJsonSchema({"type": "array", "items": _URL_SCHEMA, "minItems": 1, "maxItems": 16}),
 ]
-_DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": forms.DURATION_FORM, "examples": ["5s"]})
+_DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": forms.DURATION_PATTERN, "examples": ["5s"]})
 Interval = Annotated[float, _between(0.1, 300), _DURATION_SCHEMA]
 LongWait = Annotated[float, _between(0.1, 86400), _DURATION_SCHEMA]
-RedisUrl = Annotated[str, _read(forms.redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})]
-Origin = Annotated[str, _read(forms.origin)]
+RedisUrl = Annotated[
+    str, _read(forms.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
+]
+Origin = Annotated[str, _read(forms.parse_origin)]
 Origins = Annotated[tuple[Origin, ...], BeforeValidator(_many), _list_schema(_TEXT)]
 
 
@@ -168,7 +172,7 @@ class Expect(Section):
         default=None, description="Memory of one GPU in MiB."
     )
     driver: Line | None = Field(default=None, description="The driver's version, or how it begins.")
-    models: Words | None = Field(default=None, description="Models that must be there.")
+    models: LineList | None = Field(default=None, description="Models that must be there.")
 
 
 class AddressFrom(Section):
@@ -186,7 +190,7 @@ class NodeDefaults(Section):
     expect: Expect | None = None
     weight: (
         Annotated[
-            float, _read(forms.weight), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000})
+            float, _read(forms.parse_weight), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000})
         ]
         | None
     ) = Field(default=None, description="Share of the work relative to other nodes; 1 if not given.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-EXPOSED_TCP = "use the pod's `SSH over exposed TCP`, like: ssh root@213.173.108.12 -p 17445"
+EXPOSED_TCP_HINT = "use the pod's `SSH over exposed TCP`, like: ssh root@213.173.108.12 -p 17445"
 
 
-def terminals_only(host: str) -> str | None:
+def describe_terminal_proxy(host: str) -> str | None:
     """What ``host`` is, if it is a provider's proxy that gives people a terminal and forwards no ports; else ``None``.
 
     RunPod shows two ways to each pod, and ``ssh PODID-HASH@ssh.runpod.io`` comes first.

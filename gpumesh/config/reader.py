@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from gpumesh.config import credentials, document, environment, locate, messages, rules
-from gpumesh.config.document import Fault, KeyPath, Table, Value
-from gpumesh.config.expand import UNUSABLE, plain
+from gpumesh.config.document import Fault, KeyPath, MappingValue, Value
+from gpumesh.config.expand import UNUSABLE, expand_tree
 from gpumesh.config.model import MeshFile
-from gpumesh.config.specs import Builder, ResolveAlias
+from gpumesh.config.specs import ResolveAlias, TopologyBuilder
 from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
@@ -27,22 +27,22 @@ _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 def load(path: Path) -> Topology:
     """Raises ConfigError."""
-    return from_text(read_text(path, locate.shown(path)), path)
+    return parse_file_text(read_text(path, locate.display_path(path)), path)
 
 
-def from_text(text: str, path: Path) -> Topology:
+def parse_file_text(text: str, path: Path) -> Topology:
     """As if ``text`` stood in the file. Raises ConfigError."""
     home = environment.home()
     keys = tuple(key for name in _USUAL_KEYS if (key := home / ".ssh" / name).is_file())
     return parse(
         text,
-        file=locate.shown(path),
+        file=locate.display_path(path),
         env=environment.variables(),
         home=home,
         source=path,
-        resolve_alias=lambda alias: ssh_config.resolve(alias, home=home),
+        resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=home),
         identities=keys,
-        secrets_named=credentials.withhold,
+        withhold_secrets=credentials.withhold_variables,
     )
 
 
@@ -67,7 +67,7 @@ def read_text(path: Path, file: str) -> str:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             problem = Problem("is UTF-16: save it as UTF-8", file)
         else:
-            spot = document.spot_at(data[: error.start].decode("utf-8"), len(data))
+            spot = document.position_at(data[: error.start].decode("utf-8"), len(data))
             problem = Problem(f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8", file, *_place(spot))
         raise ConfigError((problem,)) from error
 
@@ -88,38 +88,38 @@ def parse(
     source: Path | None = None,
     resolve_alias: ResolveAlias | None = None,
     identities: tuple[Path, ...] = (),
-    secrets_named: Callable[[Collection[str]], None] = lambda _: None,
+    withhold_secrets: Callable[[Collection[str]], None] = lambda _: None,
 ) -> Topology:
-    """Pure, as far as ``resolve_alias`` is, and ``secrets_named``, which is told before it what variables the file
+    """Pure, as far as ``resolve_alias`` is, and ``withhold_secrets``, which is told before it what variables the file
     names for secrets. Raises ConfigError."""
-    tree, faults = document.read(text)
-    if tree is None or (isinstance(tree, document.Text) and tree.text is None):
+    tree, faults = document.parse_yaml(text)
+    if tree is None or (isinstance(tree, document.ScalarValue) and tree.text is None):
         hint = None
         if not faults:
             faults = [Fault("is empty")]
             hint = "`gpumesh init` writes one; the shortest has a list `nodes` with one `name` and how to reach it"
         raise _error(faults, file, None, hint)
-    if not isinstance(tree, Table):
-        faults.append(Fault("keys with values are expected at the top, such as `nodes:`", tree.spot))
+    if not isinstance(tree, MappingValue):
+        faults.append(Fault("keys with values are expected at the top, such as `nodes:`", tree.position))
         raise _error(faults, file, tree)
-    values, more = plain(tree, env)
+    values, more = expand_tree(tree, env)
     faults += more
     # A broken rule is told instead of what pydantic would say of the same key.
-    broken = [Fault(message, None, path) for path, message in rules.broken(values)]
+    broken = [Fault(message, None, path) for path, message in rules.find_broken_rules(values)]
     told = {fault.path for fault in faults}
     faults += [fault for fault in broken if fault.path not in told]
     checked = _form(values, tree, faults)
     if checked is None or faults:
         raise _error(faults, file, tree)
-    secrets_named(_variables(values))
-    builder = Builder(
+    withhold_secrets(_variables(values))
+    builder = TopologyBuilder(
         user=env.get("LOGNAME") or env.get("USER") or "root",
         home=home,
         base=source.parent if source is not None else Path(file).parent,
         resolve_alias=resolve_alias,
         identities=identities,
     )
-    topology = builder.topology(checked, source)
+    topology = builder.build_topology(checked, source)
     if builder.faults:
         raise _error(builder.faults, file, tree)
     return topology
@@ -131,7 +131,7 @@ def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
         return MeshFile.model_validate(values)
     except ValidationError as error:
         told = {fault.path for fault in faults}
-        for fault in messages.faults(error, tree):
+        for fault in messages.translate_errors(error, tree):
             if fault.path not in told and not _unusable(values, fault.path):
                 faults.append(fault)
         return None
@@ -164,10 +164,10 @@ def _unusable(values: Any, path: KeyPath) -> bool:
 def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:
     problems = []
     for fault in faults:
-        spot = fault.spot
+        spot = fault.position
         if spot is None and fault.path and tree is not None:
-            _, spot, _ = document.follow(tree, fault.path)
-        problems.append(Problem(fault.message, file, *_place(spot), document.written(fault.path)))
+            _, spot, _ = document.follow_path(tree, fault.path)
+        problems.append(Problem(fault.message, file, *_place(spot), document.format_path(fault.path)))
     problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
     if len(problems) > MAX_PROBLEMS:
         left = len(problems) - MAX_PROBLEMS
@@ -175,5 +175,5 @@ def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None 
     return ConfigError(tuple(problems), hint=hint)
 
 
-def _place(spot: document.Spot | None) -> tuple[int | None, int | None]:
+def _place(spot: document.Position | None) -> tuple[int | None, int | None]:
     return (spot.line, spot.column) if spot is not None else (None, None)

@@ -9,15 +9,15 @@ from typing import Any
 
 from gpumesh.config import locate
 from gpumesh.config.document import KeyPath
-from gpumesh.config.forms import NAME_FORM
-from gpumesh.config.messages import shown
+from gpumesh.config.forms import NAME_PATTERN
+from gpumesh.config.messages import quote_value
 
 _WHERE = ("port", "url", "urls")
 
-Broken = tuple[KeyPath, str]
+BrokenRule = tuple[KeyPath, str]
 
 
-def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
+def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """Each broken rule, by the key it is about."""
     yield from _gateway(document)
     yield from _tunnels(document)
@@ -27,7 +27,7 @@ def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
         yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
     nodes = document.get("nodes")
     if isinstance(nodes, Mapping):
-        example = next((name for name in nodes if re.fullmatch(NAME_FORM, name)), "iceland")
+        example = next((name for name in nodes if re.fullmatch(NAME_PATTERN, name)), "iceland")
         yield ("nodes",), f"nodes are a list: write `- name: {example}`"
     if not isinstance(nodes, list):
         return
@@ -37,13 +37,13 @@ def broken(document: Mapping[str, Any]) -> Iterator[Broken]:
         name = node.get("name")
         if isinstance(name, str):
             if name in first:
-                yield ("nodes", index, "name"), f"{shown(name)} is the name of nodes[{first[name]}] already"
+                yield ("nodes", index, "name"), f"{quote_value(name)} is the name of nodes[{first[name]}] already"
             first.setdefault(name, index)
         if node:
             yield from _node(node, defaults, ("nodes", index))
 
 
-def _gateway(document: Mapping[str, Any]) -> Iterator[Broken]:
+def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     gateway = _table(document.get("gateway"))
     listen = gateway.get("listen")
     if listen == []:
@@ -52,25 +52,28 @@ def _gateway(document: Mapping[str, Any]) -> Iterator[Broken]:
     for index, text in enumerate(listen if isinstance(listen, list) else [listen]):
         path: KeyPath = ("gateway", "listen", index) if isinstance(listen, list) else ("gateway", "listen")
         try:
-            place = locate.listen_place(text) if isinstance(text, str) else None
+            place = locate.parse_listen_entry(text) if isinstance(text, str) else None
         except ValueError:
             continue  # said by its form
         if place is None:
             continue
         if type(place) in seen:
-            yield path, f"{shown(seen[type(place)])} stands here already: give one HOST:PORT, one unix:PATH, or both"
+            yield (
+                path,
+                f"{quote_value(seen[type(place)])} stands here already: give one HOST:PORT, one unix:PATH, or both",
+            )
         seen.setdefault(type(place), text)
         if isinstance(place, tuple) and gateway.get("api_key_env") is None and not locate.is_loopback(place[0]):
-            yield path, f"listening on {place[0]} {locate.OPEN_TO_ALL}; {locate.OPEN_HINT}"
+            yield path, f"listening on {place[0]} {locate.OPEN_LISTEN_MESSAGE}; {locate.OPEN_LISTEN_HINT}"
 
 
-def _tunnels(document: Mapping[str, Any]) -> Iterator[Broken]:
+def _tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     tunnels = _table(document.get("tunnels"))
     if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
         yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
-def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:
+def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
     given = [key for key in backend if key in _WHERE and backend[key] is not None]
     if len(given) > 1:
         yield (*path, given[1]), f"{given[0]} stands here already: give one of port, url and urls"
@@ -78,7 +81,7 @@ def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:
         yield (*path, "urls"), "names no URL"
 
 
-def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[Broken]:
+def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
     backend = _table(node.get("backend"))
     yield from _one_where(backend, (*path, "backend"))
     shared = _table(defaults.get("backend"))

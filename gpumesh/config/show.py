@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from gpumesh.config import forms, locate
-from gpumesh.config.credentials import mask
+from gpumesh.config.credentials import mask_secrets
 from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
 
 
-def effective(topology: Topology) -> str:
+def dump_effective(topology: Topology) -> str:
     """YAML. Specs hold no secrets; should one have got in all the same, it is masked."""
     document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway(topology.gateway)}
     document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
@@ -37,7 +37,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
     if spec.host is not None:
         listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
     if spec.socket is not None:
-        listen.append(f"{locate.UNIX}{spec.socket}")
+        listen.append(f"{locate.UNIX_PREFIX}{spec.socket}")
     return _said(
         {
             "listen": listen[0] if len(listen) == 1 else listen,
@@ -124,7 +124,7 @@ def _said(entries: dict[str, Any]) -> dict[str, Any]:
 def _masked(value: Any) -> Any:
     if isinstance(value, str):
         # What would be taken for a variable when read back.
-        return mask(value).replace("${", "$${")
+        return mask_secrets(value).replace("${", "$${")
     if isinstance(value, list):
         return [_masked(item) for item in value]
     if isinstance(value, dict):

@@ -24,9 +24,9 @@ from gpumesh.config.model import (
     Ssh,
     Tunnels,
 )
-from gpumesh.config.ssh.ssh_config import AliasAnswer
+from gpumesh.config.ssh.ssh_config import AliasSettings
 from gpumesh.topology import (
-    USUAL_TUNNELS,
+    DEFAULT_TUNNELS,
     AddressCommand,
     BackendKind,
     BackendSpec,
@@ -45,7 +45,7 @@ from gpumesh.topology import (
 
 S = TypeVar("S", bound=Section)
 
-ResolveAlias = Callable[[str], AliasAnswer]
+ResolveAlias = Callable[[str], AliasSettings]
 DEFAULT_NAME = "mesh"
 OLLAMA = Target("127.0.0.1", 11434)
 # For their defaults, which topology.py alone gives.
@@ -54,7 +54,7 @@ _USUAL_ADDRESS = AddressCommand(())
 
 
 @dataclass(slots=True)
-class Builder:
+class TopologyBuilder:
     """``base`` is where relative paths start. ``identities``: keys that ssh would try by itself."""
 
     user: str
@@ -64,7 +64,7 @@ class Builder:
     identities: tuple[Path, ...] = ()
     faults: list[Fault] = field(default_factory=list)
 
-    def topology(self, file: MeshFile, source: Path | None) -> Topology:
+    def build_topology(self, file: MeshFile, source: Path | None) -> Topology:
         """With ``faults`` added to, it is not to be used."""
         defaults = file.defaults or NodeDefaults()
         nodes = tuple(self._node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
@@ -121,16 +121,16 @@ class Builder:
             address_from=None if address is None else self._address(address),
         )
 
-    def _alias(self, alias: str, path: KeyPath) -> AliasAnswer | None:
+    def _alias(self, alias: str, path: KeyPath) -> AliasSettings | None:
         if self.resolve_alias is None:
-            return AliasAnswer(host=alias)
+            return AliasSettings(host=alias)
         try:
             return self.resolve_alias(alias)
         except ValueError as error:
             self.faults.append(Fault(str(error), None, path))
             return None
 
-    def _configured(self, answer: AliasAnswer, path: KeyPath) -> Ssh:
+    def _configured(self, answer: AliasSettings, path: KeyPath) -> Ssh:
         """An alias's answer in mesh.yaml's words, held to the same forms."""
         said = {
             "host": answer.host,
@@ -148,10 +148,10 @@ class Builder:
                 self.faults.append(Fault(f"in ~/.ssh/config its {each['loc'][0]} {reason}", None, path))
             return Ssh()
 
-    def _transport(self, said: Ssh, answer: AliasAnswer | None, path: KeyPath) -> TransportKind:
+    def _transport(self, said: Ssh, answer: AliasSettings | None, path: KeyPath) -> TransportKind:
         """Without a word of the user's, the one that does what the alias asks. A ProxyCommand is a way around a wall:
         passing it by in silence would reach another machine or none."""
-        needs = answer.needs if answer is not None else ()
+        needs = answer.openssh_features if answer is not None else ()
         if said.transport is None:
             return TransportKind.OPENSSH if needs else TransportKind.SSHTUNNEL
         if said.transport is TransportKind.SSHTUNNEL and "ProxyCommand" in needs:
@@ -204,7 +204,7 @@ class Builder:
 
 
 def _tunnels(tunnels: Tunnels) -> TunnelsSpec:
-    usual = USUAL_TUNNELS
+    usual = DEFAULT_TUNNELS
     return TunnelsSpec(_first(tunnels.share, None, usual.share), _first(tunnels.listen, None, usual.listen))
 
 

@@ -17,7 +17,7 @@ from gpumesh.config import environment
 MOST_LINKS = 40  # as the kernel has it
 
 
-def why_not_ours(path: Path) -> str | None:
+def untrusted_reason(path: Path) -> str | None:
     """What completes a sentence that begins with the file's name; ``None``: only root and we could have written it.
 
     Links count, and what they lead to, and the folder of each. Raises OSError.

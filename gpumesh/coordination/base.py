@@ -13,10 +13,10 @@ class Coordination(Protocol):
     def problem(self) -> str | None:
         """Why this gateway is alone although it should not be; ``None`` when all is as it should be."""
 
-    def publish(self, loads: Mapping[str, int]) -> None:
+    def publish_loads(self, loads: Mapping[str, int]) -> None:
         """What this gateway has in flight now, by key; keys without load may be left out. Cheap."""
 
-    def elsewhere(self, key: str) -> int:
+    def other_gateways_load(self, key: str) -> int:
         """What all other gateways together have in flight there, as far as is known."""
 
     async def run(self) -> None:

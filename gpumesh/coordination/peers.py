@@ -12,12 +12,12 @@ MAX_PEERS = 256
 MAX_NAME = 64
 
 
-def encode(gateway: str, loads: Mapping[str, int], *, leaving: bool = False) -> bytes:
+def encode_loads(gateway: str, loads: Mapping[str, int], *, leaving: bool = False) -> bytes:
     told = {key: count for key, count in loads.items() if count > 0}
     return json.dumps({"v": VERSION, "gateway": gateway, "loads": told, "leaving": leaving}).encode()
 
 
-def decode(data: bytes) -> tuple[str, dict[str, int], bool]:
+def decode_loads(data: bytes) -> tuple[str, dict[str, int], bool]:
     """Who said it, the loads, and whether it leaves. Raises ValueError for what is no message of this version."""
     if len(data) > MAX_BYTES:
         raise ValueError("too long")
@@ -45,10 +45,10 @@ class Peers:
         self._own = own
         self._said: dict[str, tuple[dict[str, int], float]] = {}
 
-    def hear(self, data: bytes, now: float) -> bool:
+    def receive(self, data: bytes, now: float) -> bool:
         """Whether anything has changed by it. What cannot be read is passed over: another version's, or not ours."""
         try:
-            gateway, loads, leaving = decode(data)
+            gateway, loads, leaving = decode_loads(data)
         except ValueError:
             return False
         if gateway == self._own:
@@ -61,8 +61,8 @@ class Peers:
         self._said[gateway] = (loads, now)
         return before is None or before[0] != loads
 
-    def total(self, key: str, now: float) -> int:
+    def total_load(self, key: str, now: float) -> int:
         return sum(loads.get(key, 0) for loads, at in self._said.values() if now - at <= STALE_S)
 
-    def forget(self) -> None:
+    def forget_all(self) -> None:
         self._said.clear()

@@ -17,38 +17,38 @@ from pathlib import Path
 from gpumesh import config
 from gpumesh.daemon import messages, paths
 from gpumesh.daemon.lock import MeshLock
-from gpumesh.daemon.mesh_process import Stop, UpOptions, applied, hosted
+from gpumesh.daemon.mesh_process import Shutdown, UpOptions, apply_options, run_mesh
 from gpumesh.daemon.process import event_loop
-from gpumesh.daemon.signals import on_signals
+from gpumesh.daemon.signals import handle_signals
 from gpumesh.errors import ExitCode, GPUMeshError
 
 log = logging.getLogger(__name__)
 
 
-class Readiness:
+class ReadyPipe:
     """The parent's pipe. It may be gone: then nobody waits."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
-    def tell(self, message: messages.Reply) -> None:
+    def send(self, message: messages.ControlReply) -> None:
         if self._descriptor is None:
             return
         with suppress(OSError):
-            os.write(self._descriptor, messages.encode(message))
+            os.write(self._descriptor, messages.encode_message(message))
         os.close(self._descriptor)
         self._descriptor = None
 
 
-async def serve(config_file: Path, options: UpOptions, ready: Readiness) -> None:
+async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None:
     """Until SIGTERM, SIGINT or ``Down``."""
-    topology = applied(config.load(config_file), options)
+    topology = apply_options(config.load(config_file), options)
     where = paths.for_config(config_file)
-    lock = MeshLock.take(where)  # held until this process ends: that is what `down` waits for
-    stop = Stop()
-    on_signals(stop, (signal.SIGTERM, signal.SIGINT))
-    async with hosted(topology, where, gateway=options.gateway, stop=stop, lock=lock):
-        ready.tell(messages.End())
+    lock = MeshLock.acquire(where)  # held until this process ends: that is what `down` waits for
+    stop = Shutdown()
+    handle_signals(stop, (signal.SIGTERM, signal.SIGINT))
+    async with run_mesh(topology, where, gateway=options.gateway, shutdown=stop, lock=lock):
+        ready.send(messages.End())
         await stop.wait()
 
 
@@ -64,21 +64,21 @@ def main() -> int:
     # The terminal that started it may close; what is written to it then must not end the mesh.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(arguments.ready_fd, False)
-    ready = Readiness(arguments.ready_fd)
+    ready = ReadyPipe(arguments.ready_fd)
     try:
         event_loop.run(serve(arguments.config, options, ready))
     except GPUMeshError as error:
-        ready.tell(messages.to_error(error))
+        ready.send(messages.message_from_error(error))
         return int(error.exit_code)
     except asyncio.CancelledError:  # by a third signal
         return int(ExitCode.INTERRUPTED)
     except BaseExceptionGroup as group:
         # The mesh's task groups wrap what ended them; the parent can show one reason, the log has all.
         log.critical("the mesh ended", exc_info=group)
-        ready.tell(messages.Error("failed", f"the mesh ended: {_reason(group)}", "`gpumesh logs` has the details"))
+        ready.send(messages.Error("failed", f"the mesh ended: {_reason(group)}", "`gpumesh logs` has the details"))
         return int(ExitCode.FAILED)
     except Exception as error:
-        ready.tell(messages.Error("failed", f"the mesh could not start: {_reason(error)}", ""))
+        ready.send(messages.Error("failed", f"the mesh could not start: {_reason(error)}", ""))
         raise  # the trace goes where the parent has our stderr kept
     return int(ExitCode.OK)
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+async def closing_iterator(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     """As ``contextlib.aclosing``, for iterators whose type promises no ``aclose``: what they began ends here, not when
     the garbage is collected."""
     try:

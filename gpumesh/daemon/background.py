@@ -26,15 +26,15 @@ CLOSE_S = 10.0  # for closing tunnels and ending workers, after what was in flig
 POLL_S = 0.02
 
 
-def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> int:
+def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: float = READY_S) -> int:
     """Starts the background process and returns its pid once its gateway and its control socket listen.
 
     Raises what the process says is wrong (a ConfigError's text, MeshAlreadyRunning, a port that is taken), or
-    GPUMeshError when it ends or says nothing for ``ready_s``; then nothing is left running.
+    GPUMeshError when it ends or says nothing for ``ready_timeout_s``; then nothing is left running.
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", 0) as ready, paths.errors.open("wb") as errors:
+    with os.fdopen(reader, "rb", 0) as ready, paths.stderr_log.open("wb") as errors:
         try:
             process = subprocess.Popen(
                 _command(paths.config, options, writer),
@@ -47,11 +47,11 @@ def spawn(paths: MeshPaths, options: UpOptions, *, ready_s: float = READY_S) -> 
         finally:
             os.close(writer)
         try:
-            told = _line(ready.fileno(), ready_s)
+            told = _line(ready.fileno(), ready_timeout_s)
             if isinstance(told, messages.Error):
-                raise messages.from_error(told)
+                raise messages.error_from_message(told)
             if told is None:
-                raise _no_answer(process, paths, ready_s)
+                raise _no_answer(process, paths, ready_timeout_s)
         except BaseException:
             _end(process)
             raise
@@ -69,7 +69,7 @@ def _command(config: Path, options: UpOptions, ready: int) -> list[str]:
     return command + [f"--node={name}" for name in options.nodes]
 
 
-def _line(descriptor: int, timeout_s: float) -> messages.Reply | None:
+def _line(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
     """The one message on the pipe; ``None`` when it ends without one or the time is over."""
     deadline = time.monotonic() + timeout_s
     data = b""
@@ -87,7 +87,7 @@ def _no_answer(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: fl
         process.wait(0.5)
     if process.returncode is None:
         return GPUMeshError(f"the background mesh said nothing for {timeout_s:.0f} s", hint=f"its log is {paths.log}")
-    lines = paths.errors.read_text("utf-8", "replace").strip().splitlines()
+    lines = paths.stderr_log.read_text("utf-8", "replace").strip().splitlines()
     last = f": {lines[-1]}" if lines else ""
     return GPUMeshError(
         f"the background mesh ended at once, with status {process.returncode}{last}",
@@ -104,7 +104,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-async def take_down(
+async def stop_background(
     paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_S
 ) -> bool:
     """Drains and stops the mesh, and returns when its process is gone and nothing of it is left. True: in order;
@@ -116,8 +116,8 @@ async def take_down(
     if watch is None:
         raise MeshNotRunning("no mesh is running for this configuration", hint="")
     with watch:
-        if watch.sweep(paths):
-            leftovers.sweep()
+        if watch.remove_if_stale(paths):
+            leftovers.remove_leftovers()
             raise MeshNotRunning("no mesh is running any more; what it left behind is removed", hint="")
         pid = watch.pid
         try:
@@ -131,10 +131,10 @@ async def take_down(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             await _gone(watch)
-            watch.sweep(paths)
-            leftovers.sweep()
+            watch.remove_if_stale(paths)
+            leftovers.remove_leftovers()
             return False
-        watch.sweep(paths)
+        watch.remove_if_stale(paths)
         return True
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from gpumesh.daemon import messages
-from gpumesh.daemon.async_generators import closing
-from gpumesh.daemon.messages import LINE_LIMIT, Reply, Request
+from gpumesh.daemon.async_generators import closing_iterator
+from gpumesh.daemon.messages import LINE_LIMIT, ControlReply, ControlRequest
 from gpumesh.daemon.session import Session
 from gpumesh.errors import GPUMeshError
 
@@ -32,12 +32,12 @@ class ControlServer:
     """
 
     def __init__(
-        self, session: Session, path: Path, *, stop: Callable[[float], None], request_s: float = REQUEST_S
+        self, session: Session, path: Path, *, on_stop: Callable[[float], None], request_timeout_s: float = REQUEST_S
     ) -> None:
         self._session = session
         self._path = path
-        self._stop = stop
-        self._request_s = request_s
+        self._stop = on_stop
+        self._request_s = request_timeout_s
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._connections: set[asyncio.Task[None]] = set()
@@ -53,7 +53,7 @@ class ControlServer:
         self._inode = self._path.stat().st_ino
         return server
 
-    async def keep(self) -> None:
+    async def restore_socket(self) -> None:
         """Listens anew if its socket was taken away (``MeshLock.keep`` says by whom); what is connected goes on.
 
         Raises OSError.
@@ -127,13 +127,13 @@ class ControlServer:
         except (ValueError, RecursionError) as error:
             await _send(writer, messages.Error("usage", str(error), exit_code=2))
             return
-        last: Reply = messages.End()
+        last: ControlReply = messages.End()
         try:
             async with aclosing(self._replies(request)) as replies:
                 async for reply in replies:
                     await _send(writer, reply)
         except GPUMeshError as error:
-            last = messages.to_error(error)
+            last = messages.message_from_error(error)
         except ConnectionError:
             raise
         except Exception as error:  # a bug in one request must not end the mesh: say so there, and keep the trace
@@ -143,15 +143,15 @@ class ControlServer:
             )
         await _send(writer, last)
 
-    async def _replies(self, request: Request) -> AsyncGenerator[Reply]:
+    async def _replies(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
         session = self._session
         match request:
             case messages.GetStatus():
                 yield messages.State(await session.status())
             case messages.FirstReport(timeout_s):
-                yield messages.State(await session.first_report(timeout_s))
+                yield messages.State(await session.wait_first_report(timeout_s))
             case messages.Watch(interval_s):
-                async with closing(session.watch(interval_s)) as states:
+                async with closing_iterator(session.watch(interval_s)) as states:
                     async for state in states:
                         yield messages.State(state)
             case messages.Chat(ask):
@@ -162,7 +162,7 @@ class ControlServer:
                             yield (route := now)
                         yield messages.Piece(chunk)
             case messages.Exec(node, argv):
-                async with closing(session.exec(node, argv)) as chunks:
+                async with closing_iterator(session.exec(node, argv)) as chunks:
                     async for piece in chunks:
                         data = base64.b64encode(piece.data).decode("ascii")
                         yield messages.Output(piece.stream.value, data, piece.ended, piece.exit_status)
@@ -176,11 +176,11 @@ class ControlServer:
                 yield messages.Past(await session.history())
             case messages.Down(drain_s):
                 self._stop(drain_s)
-                async with closing(session.watch(0.2)) as states:
+                async with closing_iterator(session.watch(0.2)) as states:
                     async for state in states:
                         yield messages.State(state)
 
 
-async def _send(writer: asyncio.StreamWriter, reply: Reply) -> None:
-    writer.write(messages.encode(reply))
+async def _send(writer: asyncio.StreamWriter, reply: ControlReply) -> None:
+    writer.write(messages.encode_message(reply))
     await writer.drain()

@@ -1,4 +1,4 @@
-"""The mesh's log: what changed, as structured lines. Pure but for ``JsonLines``, which writes them.
+"""The mesh's log: what changed, as structured lines. Pure but for ``JsonLinesFormatter``, which writes them.
 
 One JSON object a line: ``at``, ``level``, ``event``, ``node``, ``message``, and what belongs to the event. Prompts and
 answers never stand in it.
@@ -27,14 +27,14 @@ _BAD = (Health.DOWN, Health.DEGRADED)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class LogEvent:
     level: int
     event: str
     node: str | None
     message: str
 
 
-def changes(old: MeshState | None, new: MeshState) -> Iterator[Event]:
+def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
     """What a person would want to know that happened between two snapshots."""
     before = {node.name: node for node in old.nodes} if old is not None else {}
     for node in new.nodes:
@@ -42,19 +42,19 @@ def changes(old: MeshState | None, new: MeshState) -> Iterator[Event]:
     known = {_key(finding) for finding in old.findings} if old is not None else set()
     for finding in new.findings:
         if _key(finding) not in known:
-            yield Event(logging.WARNING, f"finding {finding.code}", finding.node, finding.message)
+            yield LogEvent(logging.WARNING, f"finding {finding.code}", finding.node, finding.message)
 
 
 def _key(finding: Finding) -> tuple[str, str | None]:
     return (finding.code, finding.node)
 
 
-def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[Event]:
+def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
     was, now = (old.tunnel if old is not None else None), new.tunnel
     if (was is None or was.state is not now.state) and not _only_another_try(was, now):
         reason = f": {now.last_error}" if now.last_error and now.state is not TunnelPhase.UP else ""
         bad = now.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
-        yield Event(
+        yield LogEvent(
             logging.WARNING if bad else logging.INFO, f"tunnel {now.state}", new.name, f"tunnel {now.state}{reason}"
         )
     backend_was = old.backend.state if old is not None else BackendPhase.UNKNOWN
@@ -62,11 +62,11 @@ def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[Event]:
         detail = new.backend.last_error or new.backend.url or ""
         bad = new.backend.state is BackendPhase.DOWN
         text = f"{new.backend.kind} {new.backend.state}" + (f": {detail}" if detail else "")
-        yield Event(logging.WARNING if bad else logging.INFO, f"backend {new.backend.state}", new.name, text)
+        yield LogEvent(logging.WARNING if bad else logging.INFO, f"backend {new.backend.state}", new.name, text)
     health_was = old.health if old is not None else Health.UNKNOWN
     if health_was is not new.health:
         text = f"{health_was} -> {new.health}" + (f": {new.reason}" if new.reason else "")
-        yield Event(logging.WARNING if new.health in _BAD else logging.INFO, f"health {new.health}", new.name, text)
+        yield LogEvent(logging.WARNING if new.health in _BAD else logging.INFO, f"health {new.health}", new.name, text)
 
 
 def _only_another_try(was: TunnelState | None, now: TunnelState) -> bool:
@@ -79,7 +79,7 @@ def _only_another_try(was: TunnelState | None, now: TunnelState) -> bool:
     return trying and now.state is not TunnelPhase.UP and was is not None and was.last_error == now.last_error
 
 
-class JsonLines(logging.Formatter):
+class JsonLinesFormatter(logging.Formatter):
     """Records as JSON objects, one a line; a trace goes into ``trace``."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -109,13 +109,13 @@ class _Private(logging.handlers.RotatingFileHandler):
         return cast("TextIOWrapper", opened)
 
 
-def write_to(path: Path) -> logging.Handler:
+def start_log(path: Path) -> logging.Handler:
     """All that gpumesh logs in this process goes to this file from now on, rotated; for this user's eyes alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = _Private(
         path, maxBytes=ROTATE_BYTES, backupCount=ROTATED_FILES, encoding="utf-8", errors="backslashreplace"
     )
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLinesFormatter())
     logger = logging.getLogger("gpumesh")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -124,13 +124,13 @@ def write_to(path: Path) -> logging.Handler:
     return handler
 
 
-def stop_writing(handler: logging.Handler) -> None:
+def stop_log(handler: logging.Handler) -> None:
     logging.getLogger("gpumesh").removeHandler(handler)
     logging.getLogger("asyncio").removeHandler(handler)
     logging.getLogger("gpumesh").propagate = True
     handler.close()
 
 
-def emit(event: Event) -> None:
+def log_event(event: LogEvent) -> None:
     extra = {"event": event.event, "node": event.node}
     logging.getLogger("gpumesh.journal").log(event.level, "%s", event.message, extra=extra)

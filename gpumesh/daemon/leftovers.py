@@ -18,10 +18,10 @@ from gpumesh.tunnels.local_system import socket_folders
 _MESH = re.compile(r"[0-9a-f]{16}")  # as paths.for_config makes them
 
 
-def sweep() -> None:
+def remove_leftovers() -> None:
     """Raises nothing: what cannot be told or removed stays."""
     for runtime in environment.runtime_dirs():
-        socket_folders.sweep(runtime)
+        socket_folders.remove_stale_folders(runtime)
         with contextlib.suppress(OSError, GPUMeshError):
             with os.scandir(runtime) as entries:
                 meshes = [Path(entry.path) for entry in entries if _MESH.fullmatch(entry.name)]
@@ -38,4 +38,4 @@ def _sweep_mesh(folder: Path) -> None:
             folder.rmdir()  # whoever makes one comes back if it is gone; one with something in it stays
             return
         with watch:
-            watch.sweep(paths)
+            watch.remove_if_stale(paths)

@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from gpumesh.backends.base import ChatRequest
-from gpumesh.daemon.async_generators import closing
-from gpumesh.daemon.default_model import choose_model
-from gpumesh.daemon.session import Ask, ChatStream
+from gpumesh.daemon.async_generators import closing_iterator
+from gpumesh.daemon.session import ChatStream, PromptRequest
 from gpumesh.errors import MeshNotRunning, TunnelDown, UsageError, tunnel_error_from_code
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.models.default_model import choose_model
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
 
@@ -31,27 +31,27 @@ class LocalSession:
         self.recorder = Recorder()
         self._stopping = False
 
-    def refuse_new(self) -> None:
+    def refuse_new_prompts(self) -> None:
         """The mesh stops: prompts that come now are told so, those that run may end."""
         self._stopping = True
 
     async def status(self) -> MeshState:
         return self.mesh.snapshot()
 
-    async def first_report(self, timeout_s: float) -> MeshState:
-        return await self.mesh.first_report(timeout_s)
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
+        return await self.mesh.wait_first_report(timeout_s)
 
     async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
-        async with closing(self.mesh.changes()) as changes:
+        async with closing_iterator(self.mesh.watch_changes()) as changes:
             async for _ in changes:
                 yield self.mesh.snapshot()
                 await asyncio.sleep(interval_s)
 
-    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
         return self._chat(ask)
 
     @asynccontextmanager
-    async def _chat(self, ask: Ask) -> AsyncGenerator[ChatStream]:
+    async def _chat(self, ask: PromptRequest) -> AsyncGenerator[ChatStream]:
         if self._stopping:
             raise MeshNotRunning("the mesh is stopping and takes no new prompts")
         self._check(ask.node)
@@ -66,12 +66,12 @@ class LocalSession:
         if default is not None:
             return default
         await self.mesh.wait_usable(None, timeout_s=USABLE_S, node=node)
-        return choose_model(await self.mesh.first_report(MODELS_S), node)
+        return choose_model(await self.mesh.wait_first_report(MODELS_S), node)
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
         self._check(node)
         tunnel = await self._tunnel_up(node)
-        async with closing(tunnel.exec_stream(argv)) as chunks:
+        async with closing_iterator(tunnel.exec_stream(argv)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -81,10 +81,13 @@ class LocalSession:
         tunnel = self.mesh.tunnel(node)
         new = tunnel.state.state in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
         if not new:
-            tunnel.nudge()
+            tunnel.retry_now()
         tried = False
         try:
-            async with asyncio.timeout(USABLE_S if new else AGAIN_S), closing(self.mesh.changes()) as changes:
+            async with (
+                asyncio.timeout(USABLE_S if new else AGAIN_S),
+                closing_iterator(self.mesh.watch_changes()) as changes,
+            ):
                 async for _ in changes:
                     phase = tunnel.state.state
                     if phase is TunnelPhase.UP:
@@ -109,7 +112,7 @@ class LocalSession:
 
     async def reconnect(self, node: str) -> None:
         self._check(node)
-        self.mesh.tunnel(node).nudge()
+        self.mesh.tunnel(node).retry_now()
 
     async def history(self) -> History:
         return self.recorder.history()

@@ -19,16 +19,16 @@ INSTANTS, INSTANT_S = 5, 0.01
 
 
 class MeshLock:
-    """Held from ``take`` to ``release`` or to the end of the process."""
+    """Held from ``acquire`` to ``release`` or to the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, paths: MeshPaths) -> Self:
+    def acquire(cls, paths: MeshPaths) -> Self:
         """Raises MeshAlreadyRunning, naming the pid, when another process has it."""
         while True:
-            paths.make()
+            paths.create_folder()
             try:
                 descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
@@ -50,19 +50,19 @@ class MeshLock:
                 raise
             os.close(descriptor)  # the file was unlinked by its last owner before we had the lock: make a new one
 
-    def keep(self, paths: MeshPaths) -> None:
+    def restore_file(self, paths: MeshPaths) -> None:
         """Seen to now and then: a system clears /tmp of what is old, and takes a runtime folder away at logout.
 
         Makes the file anew where it is gone. Raises MeshAlreadyRunning when another mesh has taken its place since,
         and GPUMeshError where it cannot be made (now).
         """
-        if self.is_at(paths):
+        if self.still_owns(paths):
             os.utime(self._descriptor)
             return
         # The old one stays open, and locked: a `down` may be waiting for it.
-        self._descriptor = type(self).take(paths)._descriptor
+        self._descriptor = type(self).acquire(paths)._descriptor
 
-    def is_at(self, paths: MeshPaths) -> bool:
+    def still_owns(self, paths: MeshPaths) -> bool:
         return _is_at(self._descriptor, paths.lock)
 
     def release(self) -> None:
@@ -97,12 +97,12 @@ class LockWatch:
     def pid(self) -> int | None:
         return _pid_in(self._descriptor)
 
-    def sweep(self, paths: MeshPaths) -> bool:
+    def remove_if_stale(self, paths: MeshPaths) -> bool:
         """If its owner is gone, removes what it left behind. True when nobody holds the lock."""
         if not _try_lock(self._descriptor):
             return False
         if _is_at(self._descriptor, paths.lock):
-            paths.remove()
+            paths.remove_files()
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return True
 

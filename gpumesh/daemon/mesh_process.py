@@ -17,7 +17,7 @@ from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.local_session import LocalSession
 from gpumesh.daemon.lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.daemon.process.open_files import many_open_files
+from gpumesh.daemon.process.open_files import raise_file_limit
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, UsageError
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
@@ -40,43 +40,43 @@ class UpOptions:
     listen: str | None = None
 
 
-class Stop:
+class Shutdown:
     """Asked for once or more, by a signal or over the control socket; the first says how long draining may take.
 
-    ``hurried``: draining is to end now. ``interrupted``: by a person who pressed Ctrl-C twice.
+    ``forced``: draining is to end now. ``interrupted``: by a person who pressed Ctrl-C twice.
     """
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
-        self.hurried = asyncio.Event()
+        self.forced = asyncio.Event()
         self.interrupted = False
         self.drain_s = DRAIN_S
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._asked.is_set()
 
-    def ask(self, drain_s: float = DRAIN_S) -> None:
+    def request(self, drain_s: float = DRAIN_S) -> None:
         if not self._asked.is_set():
             self.drain_s = max(drain_s, 0.0)
             self._asked.set()
 
-    def end_within(self, drain_s: float) -> None:
-        """As ``ask``; where that was asked already, this may make it sooner."""
+    def request_within(self, drain_s: float) -> None:
+        """As ``request``; where that was asked already, this may make it sooner."""
         if self._asked.is_set():
-            asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.hurry)
+            asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.force)
         else:
-            self.ask(drain_s)
+            self.request(drain_s)
 
-    def hurry(self) -> None:
-        self.ask(0.0)
-        self.hurried.set()
+    def force(self) -> None:
+        self.request(0.0)
+        self.forced.set()
 
     async def wait(self) -> None:
         await self._asked.wait()
 
 
-def applied(topology: Topology, options: UpOptions) -> Topology:
+def apply_options(topology: Topology, options: UpOptions) -> Topology:
     """The topology as `up`'s arguments narrow it. Raises UsageError."""
     names = [node.name for node in topology.nodes]
     for name in options.nodes:
@@ -85,20 +85,20 @@ def applied(topology: Topology, options: UpOptions) -> Topology:
     if options.nodes:
         topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
     if options.listen is not None:
-        listen = config.listen_on(options.listen, api_key_env=topology.gateway.api_key_env)
+        listen = config.parse_listen_option(options.listen, api_key_env=topology.gateway.api_key_env)
         topology = replace(topology, gateway=replace(topology.gateway, **listen._asdict()))
     return topology
 
 
 @asynccontextmanager
-async def hosted(
+async def run_mesh(
     topology: Topology,
     paths: MeshPaths,
     *,
     gateway: bool,
-    stop: Stop,
+    shutdown: Shutdown,
     lock: MeshLock | None = None,
-    keep_every_s: float = KEEP_EVERY_S,
+    check_every_s: float = KEEP_EVERY_S,
 ) -> AsyncGenerator[LocalSession]:
     """Runs the mesh for as long as the context is open; leaving it drains (``stop.drain_s`` at most) and closes.
 
@@ -110,12 +110,12 @@ async def hosted(
     from gpumesh.mesh.mesh import Mesh
 
     async with AsyncExitStack() as stack:
-        stack.enter_context(many_open_files())
+        stack.enter_context(raise_file_limit())
         stack.callback(_remove, paths, lock)
-        handler = event_log.write_to(paths.log)
-        stack.callback(event_log.stop_writing, handler)
+        handler = event_log.start_log(paths.log)
+        stack.callback(event_log.stop_log, handler)
         stack.push(_say_why)
-        leftovers.sweep()
+        leftovers.remove_leftovers()
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology))
@@ -124,33 +124,33 @@ async def hosted(
         stack.push_async_callback(_ended, writing)
         recording = asyncio.create_task(_keep_history(session), name="history")
         stack.push_async_callback(_ended, recording)
-        control = await stack.enter_async_context(ControlServer(session, paths.socket, stop=stop.end_within))
+        control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
-            keeping = asyncio.create_task(_keep_reachable(control, lock, paths, stop, keep_every_s), name="keeper")
+            keeping = asyncio.create_task(_keep_reachable(control, lock, paths, shutdown, check_every_s), name="keeper")
             stack.push_async_callback(_ended, keeping)
         async with AsyncExitStack() as serving:
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                gate = Gateway(mesh, access_log=access_log, hurried=stop.hurried)
+                gate = Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
                 server = await serving.enter_async_context(gate)
-                log.info("the gateway serves at %s", server.where, extra={"event": "gateway"})
+                log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
             # What is loaded by now stays. Each full collection would look through it: 10 ms in which no token moves.
             gc.collect()
             gc.freeze()
             serving.callback(gc.unfreeze)
             yield session
-            session.refuse_new()
-            log.info("draining, %.0f s at most", stop.drain_s, extra={"event": "drain"})
+            session.refuse_new_prompts()
+            log.info("draining, %.0f s at most", shutdown.drain_s, extra={"event": "drain"})
             if gateway:
-                server.drain_s = stop.drain_s
+                server.drain_s = shutdown.drain_s
             began = asyncio.get_running_loop().time()
         spent_s = asyncio.get_running_loop().time() - began
-        await drained(session, max(stop.drain_s - spent_s, 0.0), stop.hurried)
+        await wait_drained(session, max(shutdown.drain_s - spent_s, 0.0), shutdown.forced)
 
 
 def _remove(paths: MeshPaths, lock: MeshLock | None) -> None:
-    if lock is None or lock.is_at(paths):  # else they are another mesh's by now
-        paths.remove()
+    if lock is None or lock.still_owns(paths):  # else they are another mesh's by now
+        paths.remove_files()
 
 
 def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
@@ -161,13 +161,13 @@ def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _tr
         log.critical("the mesh ends, by a fault of gpumesh's own", exc_info=error, extra={"event": "failed"})
 
 
-async def drained(session: LocalSession, timeout_s: float, hurried: asyncio.Event) -> None:
+async def wait_drained(session: LocalSession, timeout_s: float, hurried: asyncio.Event) -> None:
     """Returns when nothing is in flight or waits any more, or the time is over, or ``hurried`` is set."""
 
     async def ended() -> None:
         async with aclosing(session.watch(0.05)) as states:
             async for state in states:
-                if not in_flight(state):
+                if not count_in_flight(state):
                     return
 
     either = [asyncio.ensure_future(ended()), asyncio.ensure_future(hurried.wait())]
@@ -177,11 +177,11 @@ async def drained(session: LocalSession, timeout_s: float, hurried: asyncio.Even
         for one in either:
             one.cancel()
         await asyncio.gather(*either, return_exceptions=True)
-    if left := in_flight(session.mesh.snapshot()):
+    if left := count_in_flight(session.mesh.snapshot()):
         log.warning("what did not end in time is cut; requests: %d", left)
 
 
-def in_flight(state: MeshState) -> int:
+def count_in_flight(state: MeshState) -> int:
     return state.gateway.in_flight + state.gateway.queued
 
 
@@ -189,8 +189,8 @@ async def _write_journal(session: LocalSession) -> None:
     last: MeshState | None = None
     async with aclosing(session.watch(JOURNAL_EVERY_S)) as states:
         async for state in states:
-            for event in event_log.changes(last, state):
-                event_log.emit(event)
+            for event in event_log.compare_states(last, state):
+                event_log.log_event(event)
             last = state
 
 
@@ -200,18 +200,20 @@ async def _keep_history(session: LocalSession) -> None:
         session.recorder.add(await session.status())
 
 
-async def _keep_reachable(control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Stop, every_s: float) -> None:
+async def _keep_reachable(
+    control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Shutdown, every_s: float
+) -> None:
     """A mesh that nobody could ask or stop any more would hold its ports for ever."""
     told = False
     while True:
         await asyncio.sleep(every_s)
         try:
-            lock.keep(paths)
-            await control.keep()
+            lock.restore_file(paths)
+            await control.restore_socket()
         except MeshAlreadyRunning as error:
             said = error.message
             log.error("this mesh ends: its lock was taken away, and now %s", said, extra={"event": "failed"})  # noqa: TRY400
-            stop.ask()
+            stop.request()
             return
         except (GPUMeshError, OSError) as error:
             if not told:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumesh.backends.base import Chunk
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
@@ -47,7 +47,7 @@ class FirstReport:
 class Chat:
     """-> Route and Piece, the Route again whenever it changed."""
 
-    ask: Ask
+    ask: PromptRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Down:
     drain_s: float
 
 
-Request = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | Down
+ControlRequest = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | Down
 
 # -- replies ---------------------------------------------------------------------------------------------------------
 
@@ -144,29 +144,31 @@ class Error:
     detail: Mapping[str, Any] | None = None
 
 
-Reply = State | Past | Route | Piece | Output | End | Error
+ControlReply = State | Past | Route | Piece | Output | End | Error
 
-_REQUESTS: Mapping[str, type[Request]] = {
+_REQUESTS: Mapping[str, type[ControlRequest]] = {
     kind.__name__: kind
     for kind in (GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, Down)
 }
-_REPLIES: Mapping[str, type[Reply]] = {kind.__name__: kind for kind in (State, Past, Route, Piece, Output, End, Error)}
+_REPLIES: Mapping[str, type[ControlReply]] = {
+    kind.__name__: kind for kind in (State, Past, Route, Piece, Output, End, Error)
+}
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode_message(message: ControlRequest | ControlReply) -> bytes:
     """One line, with its end."""
     return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode() + b"\n"
 
 
-def decode_request(line: bytes) -> Request:
+def decode_request(line: bytes) -> ControlRequest:
     """Raises ``ValueError``."""
-    request: Request = _decode(line, _REQUESTS)
+    request: ControlRequest = _decode(line, _REQUESTS)
     return request
 
 
-def decode_reply(line: bytes) -> Reply:
+def decode_reply(line: bytes) -> ControlReply:
     """Raises ``ValueError``."""
-    reply: Reply = _decode(line, _REPLIES)
+    reply: ControlReply = _decode(line, _REPLIES)
     return reply
 
 
@@ -192,7 +194,7 @@ class RemoteError(GPUMeshError):
             self.exit_code = ExitCode.FAILED  # type: ignore[misc]
 
 
-def to_error(error: GPUMeshError) -> Error:
+def message_from_error(error: GPUMeshError) -> Error:
     detail: dict[str, Any] | None = None
     if isinstance(error, QueueFull):
         detail = {"retry_after_s": error.retry_after_s}
@@ -201,7 +203,7 @@ def to_error(error: GPUMeshError) -> Error:
     return Error(error.code, error.message, error.hint, error.node, int(error.exit_code), detail)
 
 
-def from_error(told: Error) -> GPUMeshError:
+def error_from_message(told: Error) -> GPUMeshError:
     """The error as its own type where someone may act on that type."""
     detail = told.detail or {}
     if told.code == QueueFull.code and isinstance(detail.get("retry_after_s"), (int, float)):

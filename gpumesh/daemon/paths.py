@@ -18,7 +18,7 @@ from gpumesh.errors import GPUMeshError
 
 @dataclass(frozen=True, slots=True)
 class MeshPaths:
-    """All for one mesh.yaml. Nothing is created before ``make``."""
+    """All for one mesh.yaml. Nothing is created before ``create_folder``."""
 
     config: Path
     folder: Path
@@ -38,11 +38,11 @@ class MeshPaths:
         return self.log.with_suffix(".access.jsonl")
 
     @property
-    def errors(self) -> Path:
+    def stderr_log(self) -> Path:
         """What a background Python says that cannot even start; empty otherwise."""
         return self.log.with_suffix(".stderr")
 
-    def make(self) -> None:
+    def create_folder(self) -> None:
         """The runtime folder, for this user alone. Raises GPUMeshError where that cannot be had."""
         if len(str(self.socket).encode()) > SOCKET_PATH_LIMIT:
             raise GPUMeshError(
@@ -58,7 +58,7 @@ class MeshPaths:
                 hint="set XDG_RUNTIME_DIR to a folder of your own",
             ) from error
 
-    def remove(self) -> None:
+    def remove_files(self) -> None:
         """Takes away what the mesh left, the lock last. Only for whoever holds the lock."""
         with suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
@@ -70,8 +70,8 @@ class MeshPaths:
         with suppress(OSError):
             self.folder.rmdir()
         with suppress(OSError):
-            if self.errors.stat().st_size == 0:
-                self.errors.unlink()
+            if self.stderr_log.stat().st_size == 0:
+                self.stderr_log.unlink()
 
 
 def for_config(config: Path) -> MeshPaths:

@@ -13,7 +13,7 @@ from gpumesh.errors import GPUMeshError
 REPLY_LIMIT = 1 << 26
 
 
-def glance(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
+def fetch_status(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
     """What the mesh behind this socket says of itself, as JSON (a MeshState's fields); ``None``: none is running.
 
     Raises GPUMeshError when one is there and does not answer in time or not as a mesh would.
@@ -24,7 +24,7 @@ def glance(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None:
     return state
 
 
-def past(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | None:
+def fetch_history(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | None:
     """The last minute of the mesh behind this socket (a History's fields); ``None`` when it cannot be had."""
     try:
         history = _ask(path, "GetHistory", "history", timeout_s)

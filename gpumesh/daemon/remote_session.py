@@ -11,12 +11,12 @@ from pathlib import Path
 
 from gpumesh.backends.base import Chunk
 from gpumesh.daemon import messages
-from gpumesh.daemon.messages import LINE_LIMIT, Reply, Request
-from gpumesh.daemon.session import Ask, ChatStream
+from gpumesh.daemon.messages import LINE_LIMIT, ControlReply, ControlRequest
+from gpumesh.daemon.session import ChatStream, PromptRequest
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
-from gpumesh.tunnels.base import ExecChunk, Stream
+from gpumesh.tunnels.base import ExecChunk, OutputStream
 
 
 class RemoteSession:
@@ -28,7 +28,7 @@ class RemoteSession:
     async def status(self) -> MeshState:
         return await self._state(messages.GetStatus())
 
-    async def first_report(self, timeout_s: float) -> MeshState:
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
         return await self._state(messages.FirstReport(timeout_s))
 
     async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
@@ -37,11 +37,11 @@ class RemoteSession:
                 if isinstance(reply, messages.State):
                     yield reply.state
 
-    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
         return self._chat(ask)
 
     @asynccontextmanager
-    async def _chat(self, ask: Ask) -> AsyncIterator[ChatStream]:
+    async def _chat(self, ask: PromptRequest) -> AsyncIterator[ChatStream]:
         async with aclosing(self._ask(messages.Chat(ask))) as replies:
             yield _RemoteChat(replies)
 
@@ -75,7 +75,7 @@ class RemoteSession:
                 if isinstance(reply, messages.State):
                     yield reply.state
 
-    async def _state(self, request: Request) -> MeshState:
+    async def _state(self, request: ControlRequest) -> MeshState:
         state: MeshState | None = None
         async with aclosing(self._ask(request)) as replies:
             async for reply in replies:
@@ -85,12 +85,12 @@ class RemoteSession:
             raise GPUMeshError("the running mesh ended without telling its state")
         return state
 
-    async def _done(self, request: Request) -> None:
+    async def _done(self, request: ControlRequest) -> None:
         async with aclosing(self._ask(request)) as replies:
             async for _ in replies:
                 pass
 
-    async def _ask(self, request: Request, *, until_closed: bool = False) -> AsyncGenerator[Reply]:
+    async def _ask(self, request: ControlRequest, *, until_closed: bool = False) -> AsyncGenerator[ControlReply]:
         """Raises MeshNotRunning when nobody listens, the told error for ``Error``, and a GPUMeshError when the mesh
         ends in the middle of an answer (which is what is waited for with ``until_closed``)."""
         try:
@@ -102,7 +102,7 @@ class RemoteSession:
                 raise MeshNotRunning("no mesh is running for this configuration") from error
             raise GPUMeshError(f"cannot reach the running mesh at {self._socket}: {error.strerror}") from error
         try:
-            writer.write(messages.encode(request))
+            writer.write(messages.encode_message(request))
             await writer.drain()
             while line := await reader.readline():
                 try:
@@ -112,7 +112,7 @@ class RemoteSession:
                 if isinstance(reply, messages.End):
                     return
                 if isinstance(reply, messages.Error):
-                    raise messages.from_error(reply)
+                    raise messages.error_from_message(reply)
                 yield reply
             closed: OSError | None = None
         except OSError as error:
@@ -128,7 +128,7 @@ class RemoteSession:
 
 
 class _RemoteChat:
-    def __init__(self, replies: AsyncIterator[Reply]) -> None:
+    def __init__(self, replies: AsyncIterator[ControlReply]) -> None:
         self._replies = replies
         self.node: str | None = None
         self.attempts = 0
@@ -146,4 +146,4 @@ def _exec_chunk(output: messages.Output) -> ExecChunk:
         data = base64.b64decode(output.data, validate=True)
     except binascii.Error as error:
         raise GPUMeshError("the running mesh said what this gpumesh cannot read") from error
-    return ExecChunk(Stream(output.stream), data, output.ended, output.exit_status)
+    return ExecChunk(OutputStream(output.stream), data, output.ended, output.exit_status)

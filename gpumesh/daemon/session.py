@@ -16,7 +16,7 @@ from gpumesh.tunnels.base import ExecChunk
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PromptRequest:
     """One prompt, and how it is to be served. ``model`` ``None``: the default model, or the only one there is.
 
     ``options`` are Ollama's names. ``timeout_s`` counts from now to the last token; ``None``: the gateway's own.
@@ -54,11 +54,11 @@ class Session(Protocol):
         """The state now, and again after changes, at most once in ``interval_s``."""
         ...
 
-    async def first_report(self, timeout_s: float) -> MeshState:
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
         """When every node has been probed once or has failed, or the time is over: the state then."""
         ...
 
-    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]: ...
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]: ...
 
     def exec(self, node: str, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
         """Runs a command on the node's host; the last chunk has ``ended``. Closing the iterator ends the command."""

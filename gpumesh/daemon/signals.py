@@ -8,13 +8,13 @@ import os
 import signal
 from collections.abc import Iterable
 
-from gpumesh.daemon.mesh_process import Stop
+from gpumesh.daemon.mesh_process import Shutdown
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_S = 0.5  # for a cancelled mesh to leave nothing behind; then it is ended as it is
 
 
-def on_signals(stop: Stop, numbers: Iterable[signal.Signals] = ALL) -> None:
+def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = ALL) -> None:
     """Of the running loop. The current task is what the third cancels.
 
     SIGHUP is only ever the first: when a window is closed, both the terminal and the shell send it.
@@ -24,13 +24,13 @@ def on_signals(stop: Stop, numbers: Iterable[signal.Signals] = ALL) -> None:
     loop = asyncio.get_running_loop()
 
     def handle(number: signal.Signals) -> None:
-        if not stop.asked:
-            stop.ask()
+        if not stop.requested:
+            stop.request()
         elif number == signal.SIGHUP:
             return
-        elif not stop.hurried.is_set():
+        elif not stop.forced.is_set():
             stop.interrupted = True
-            stop.hurry()
+            stop.force()
         else:
             task.cancel()
             loop.call_later(END_S, os._exit, 128 + number)

@@ -16,33 +16,33 @@ from typing import Self
 
 from gpumesh import config
 from gpumesh.balancer.base import Demand
-from gpumesh.config.locate import UNIX
+from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, NoNodeError
 from gpumesh.gateway import error_shapes, proxy
-from gpumesh.gateway.fleet_routes import Fleet
-from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
+from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_embedding_request
+from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.exchange import Handler, Request, Stream
-from gpumesh.gateway.http.listening import Listening
-from gpumesh.gateway.http.replies import Pairs, Reply, json_reply
+from gpumesh.gateway.http.exchange import Handler, Request, StreamingResponse
+from gpumesh.gateway.http.listener import HttpListener
+from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.http.server import Server
-from gpumesh.gateway.json_members import read_members, read_small, rewritten
+from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
 from gpumesh.gateway.model_requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
     BadRequest,
     Route,
+    find_client_api,
     read_demand,
     read_model,
     read_node,
     read_timeout,
-    shape_of,
 )
-from gpumesh.gateway.model_store_routes import Stores
+from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.access_log import AccessLog
-from gpumesh.gateway.observe.metrics import Metrics
-from gpumesh.gateway.observe.record import Fate, Record, fate_of
-from gpumesh.gateway.web_page import Page
+from gpumesh.gateway.observe.metrics import RequestMetrics
+from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord, request_outcome
+from gpumesh.gateway.web_page import UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 DRAIN_S = 10.0
 CUT_S = 0.5  # for handlers to end, and their last words to go out, once draining is over
 ONE_NODE_S = 30.0  # for what any one node answers by itself
-STOPPED = "the gateway was stopped"
+STOPPED_MESSAGE = "the gateway was stopped"
 UI = "/ui"
 LOST = 499  # nginx's word for a client that left before it was answered
 
@@ -78,33 +78,33 @@ class Gateway:
         drain_s: float = DRAIN_S,
         bounds: Bounds | None = None,
         access_log: AccessLog | None = None,
-        hurried: asyncio.Event | None = None,
+        stop_now: asyncio.Event | None = None,
     ) -> None:
         spec = mesh.topology.gateway
         self.mesh = mesh
-        self.metrics = Metrics()
+        self.metrics = RequestMetrics()
         self._spec = spec
         self._host = spec.host if host is None else host
         self._port = spec.port if port is None else port
         self.drain_s = drain_s
-        self._bounds = bounds or Bounds(bodies_bytes=spec.body_memory_mib << 20)
+        self._bounds = bounds or Bounds(total_body_bytes=spec.body_memory_mib << 20)
         self._access_log = access_log
         if self._host is not None:
-            config.refuse_open(self._host, api_key_env=spec.api_key_env)
-        key = None if spec.api_key_env is None else config.secret(spec.api_key_env).encode()
+            config.require_key_beyond_loopback(self._host, api_key_env=spec.api_key_env)
+        key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env).encode()
         self._access = _access(self._host, key)
         self._guard = Guard(key, frozenset(spec.cors_origins), _names(self._host, spec.socket))
-        self._active: dict[Record, asyncio.Task[None] | None] = {}
+        self._active: dict[RequestRecord, asyncio.Task[None] | None] = {}
         self._stopped = False
-        self._hurried = hurried or asyncio.Event()
+        self._hurried = stop_now or asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._server = Server(self._handle, self._bounds)
-        self._listening = Listening(self._host, self._port, spec.socket)
-        self._fleet = Fleet(mesh, self.metrics, self._server)
-        self._page = Page(mesh, writable=key is not None)
+        self._listening = HttpListener(self._host, self._port, spec.socket)
+        self._fleet = FleetRoutes(mesh, self.metrics, self._server)
+        self._page = UiPage(mesh, writable=key is not None)
         self._recording: asyncio.Task[None] | None = None
-        self._routes = _table(self._fleet, Stores(mesh), self._page, self._one_node)
+        self._routes = _table(self._fleet, ModelStoreRoutes(mesh), self._page, self._one_node)
         self.url = ""
 
     # -- lifetime ------------------------------------------------------------------------------------------------
@@ -118,19 +118,21 @@ class Gateway:
                 self._host,
                 extra={"event": "plain-http"},
             )
-        self._recording = asyncio.create_task(self._page.record(), name="page's hour")
+        self._recording = asyncio.create_task(self._page.keep_history(), name="page's hour")
         self._announce(GatewayPhase.SERVING)
         return self
 
     @property
-    def where(self) -> str:
+    def listen_description(self) -> str:
         """For a log: all addresses, and who on this machine can use them."""
         socket = self._listening.unix_socket
-        also = f" and {UNIX}{socket}" if socket is not None and self._host is not None else ""
+        also = f" and {UNIX_PREFIX}{socket}" if socket is not None and self._host is not None else ""
         return f"{self.url}{also} (local access: {self._access})"
 
     def _announce(self, phase: GatewayPhase) -> None:
-        self.mesh.announce(GatewayState(self.url, phase, socket=self._listening.unix_socket, access=self._access))
+        self.mesh.set_gateway_state(
+            GatewayState(self.url, phase, socket=self._listening.unix_socket, access=self._access)
+        )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,7 +153,7 @@ class Gateway:
             await self._server.close(CUT_S if self._hurried.is_set() else None)
             if self._access_log is not None:
                 self._access_log.close()
-            self.mesh.announce(GatewayState())
+            self.mesh.set_gateway_state(GatewayState())
 
     async def _idle_or_hurried(self, timeout_s: float) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, self._hurried)]
@@ -167,7 +169,7 @@ class Gateway:
         for gently in (True, False):  # an answer that looks for another node just now does not hear that it is over
             for record, task in list(self._active.items()):
                 if gently and record.answer is not None:
-                    record.answer.expire(STOPPED)
+                    record.answer.expire(STOPPED_MESSAGE)
                 elif task is not None:
                     task.cancel()
             with suppress(TimeoutError):
@@ -176,61 +178,63 @@ class Gateway:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def _handle(self, request: Request) -> Reply | Stream:
+    async def _handle(self, request: Request) -> Response | StreamingResponse:
         record = request.record
         record.path = request.path
         self._active[record] = asyncio.current_task()
         self._idle.clear()
-        reply: Reply | Stream | None = None
+        reply: Response | StreamingResponse | None = None
         try:
             reply = await self._answer(request, record)
             return reply
         finally:
             del self._active[record]
-            request.begun_stream = None
+            request.unfinished_stream = None
             if not self._active:
                 self._idle.set()
             self._ended(request, record, reply)
 
-    def _ended(self, request: Request, record: Record, reply: Reply | Stream | None) -> None:
-        record.ended = record.clock()
-        record.sent = len(reply.body) if isinstance(reply, Reply) else request.sent
+    def _ended(self, request: Request, record: RequestRecord, reply: Response | StreamingResponse | None) -> None:
+        record.ended_at = record.clock()
+        record.sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
         if reply is None:  # cancelled, or its connection broke: the client is gone
-            record.fate = Fate.CANCELLED
+            record.outcome = RequestOutcome.CANCELLED
             record.status = LOST
         else:
             record.status = reply.status
-            if record.fate is None:
-                record.fate = Fate.SERVED if record.answer is None else fate_of(record.answer.outcome)
+            if record.outcome is None:
+                record.outcome = (
+                    RequestOutcome.SERVED if record.answer is None else request_outcome(record.answer.outcome)
+                )
         self.metrics.add(record)
         if self._access_log is not None:
-            self._access_log.add(record, client=request.remote, request_id=request.id)
+            self._access_log.add(record, client=request.client_address, request_id=request.id)
 
-    async def _answer(self, request: Request, record: Record) -> Reply | Stream:
+    async def _answer(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         try:
             self._admit(request, record.path)
             return await self._route(request, record)
         except GPUMeshError as error:
-            record.fate = Fate.REFUSED if error_shapes.status_of(error) < 500 else Fate.FAILED
+            record.outcome = RequestOutcome.REFUSED if error_shapes.error_status(error) < 500 else RequestOutcome.FAILED
             return _error_reply(record.path, error)
         except ConnectionError:
             raise
         except asyncio.CancelledError:
-            task, begun = asyncio.current_task(), request.begun_stream
-            if not self._stopped or (request.begun and begun is None) or task is None:
+            task, begun = asyncio.current_task(), request.unfinished_stream
+            if not self._stopped or (request.answer_started and begun is None) or task is None:
                 raise
             task.uncancel()
-            record.fate = Fate.FAILED
+            record.outcome = RequestOutcome.FAILED
             if begun is None:
-                return _error_reply(record.path, NoNodeError(STOPPED, hint="try again in a moment"))
-            frame = None if record.answer is None else record.answer.error_frame(STOPPED)
-            begun.write(frame or error_shapes.frame(shape_of(record.path), 503, STOPPED))
-            begun.end()
+                return _error_reply(record.path, NoNodeError(STOPPED_MESSAGE, hint="try again in a moment"))
+            frame = None if record.answer is None else record.answer.error_frame(STOPPED_MESSAGE)
+            begun.write(frame or error_shapes.error_frame(find_client_api(record.path), 503, STOPPED_MESSAGE))
+            begun.finish()
             return begun
         except Exception:  # a bug here must cost one client an error, in its dialect, and leave a trace in the log
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
-            record.fate = Fate.FAILED
-            if request.begun:
+            record.outcome = RequestOutcome.FAILED
+            if request.answer_started:
                 raise ConnectionError("a part of an answer has been sent already") from None
             return _error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
@@ -240,13 +244,13 @@ class Gateway:
         if not self._guard.host_allowed(host):
             words = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(words, status=403)
-        if shown_or_run(request.headers, page=path == UI):
+        if is_embedding_request(request.headers, is_own_page=path == UI):
             words = (
                 "a browser may ask for this by fetch() only, not show, embed or run it; the page for people is at /ui"
             )
             raise BadRequest(words, status=403)
         if origin is None:
-            if path != UI and asked_blindly(request.headers):
+            if path != UI and is_blind_cross_site_request(request.headers):
                 raise BadRequest("a page of another site may ask here by CORS only", status=403)
         elif not self._guard.origin_allowed(origin, host=host, backend_ports=self.mesh.local_ports()):
             raise BadRequest("this Origin is not in gateway.cors_origins of mesh.yaml", status=403)
@@ -256,9 +260,9 @@ class Gateway:
             return  # a preflight carries no key; who asks whether we are well, or for the empty page, needs none
         if not self._guard.key_allowed(request.headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
-        request.accept(self._spec.api_key_env)
+        request.register_key(self._spec.api_key_env)
 
-    async def _route(self, request: Request, record: Record) -> Reply | Stream:
+    async def _route(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         path = record.path
         route = MODEL_ROUTES.get(path)
         if route is not None:
@@ -283,26 +287,26 @@ class Gateway:
                 return await handler(request)
         return _not_allowed(request, path, [method for methods, _ in entries for method in methods])
 
-    async def _one_model(self, request: Request, record: Record, route: Route) -> Reply | Stream:
+    async def _one_model(self, request: Request, record: RequestRecord, route: Route) -> Response | StreamingResponse:
         demand, body = await self._read(request, route)
         record.demand = demand
         timeout_s = read_timeout(request.headers, self._spec.timeout_s)
-        call = proxy.call_of(request, body)
-        return await proxy.forward(
+        call = proxy.build_call(request, body)
+        return await proxy.forward_request(
             self.mesh,
             request,
             demand,
             call,
-            route.shape,
+            route.api,
             timeout_s=timeout_s,
-            answered=record.answered,
-            document=not route.place,
+            on_answer=record.note_answer,
+            require_json=not route.needs_slot,
         )
 
     async def _read(self, request: Request, route: Route) -> tuple[Demand, bytes]:
         """What a request asks for, and its body as it is sent on: with its model by the name that all servers know."""
-        body = await request.body()
-        members = read_small(body) or await read_members(body, request)
+        body = await request.read_body()
+        members = read_small_members(body) or await read_members(body, request)
         named = read_model(route, members)
         demand = read_demand(
             route,
@@ -315,40 +319,42 @@ class Gateway:
         )
         if named is None:
             assert demand.model is not None, "it is the default one"
-            body = await rewritten(body, members, request, model=demand.model)
-        elif not members.common:
-            body = await rewritten(body, members, request)
+            body = await rewrite_body(body, members, request, model=demand.model)
+        elif not members.has_common_spelling:
+            body = await rewrite_body(body, members, request)
         return demand, body
 
-    async def _one_node(self, request: Request) -> Reply | Stream:
+    async def _one_node(self, request: Request) -> Response | StreamingResponse:
         """What any one node answers by itself; about a model, a node that has it."""
         record, path = request.record, request.path
         model = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else None
         node = read_node(request.headers, self.mesh.topology)
         kinds = OLLAMA_ONLY if model is None else MODEL_ROUTES["/v1/chat/completions"].kinds
-        record.demand = Demand(model, kinds, node, place=False)
-        call = proxy.call_of(request, await request.body())
-        shape = shape_of(path)
-        return await proxy.forward(
+        record.demand = Demand(model, kinds, node, needs_slot=False)
+        call = proxy.build_call(request, await request.read_body())
+        shape = find_client_api(path)
+        return await proxy.forward_request(
             self.mesh,
             request,
             record.demand,
             call,
             shape,
             timeout_s=ONE_NODE_S,
-            answered=record.answered,
-            document=request.method == "GET",
+            on_answer=record.note_answer,
+            require_json=request.method == "GET",
         )
 
 
-def _table(fleet: Fleet, stores: Stores, page: Page, one_node: Handler) -> dict[str, tuple[Entry, ...]]:
+def _table(
+    fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage, one_node: Handler
+) -> dict[str, tuple[Entry, ...]]:
     return {
         "/": ((_GET, fleet.root),),
         "/healthz": ((_GET, fleet.healthz),),
         "/metrics": ((_GET, fleet.metrics),),
         "/mesh/status": ((_GET, fleet.status),),
         "/mesh/events": ((_GET, page.events),),
-        "/mesh/nodes/{node}/{action}": ((_POST, page.act),),
+        "/mesh/nodes/{node}/{action}": ((_POST, page.change_node),),
         UI: ((_GET, page.html),),
         "/api/version": ((_GET, fleet.version),),
         "/api/tags": ((_GET, fleet.tags),),
@@ -379,22 +385,22 @@ def _names(host: str | None, path: Path | None) -> frozenset[str]:
     return frozenset({*(() if host is None else (host.lower(),)), *(() if path is None else ("unix",))})
 
 
-def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Reply:
+def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Response:
     """405; or what a preflight asks for, its headers being those of every answer to that origin."""
     allow = (("Allow", ", ".join(sorted(methods))),)
     if request.method == "OPTIONS" and request.cors is not None:
-        return Reply(status=204, headers=allow)
-    request.record.fate = Fate.REFUSED
+        return Response(status=204, headers=allow)
+    request.record.outcome = RequestOutcome.REFUSED
     return _error_reply(path, BadRequest("method not allowed", status=405), headers=allow)
 
 
-def _error_reply(path: str, error: GPUMeshError, *, headers: Pairs = ()) -> Reply:
-    status = error_shapes.status_of(error)
+def _error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) -> Response:
+    status = error_shapes.error_status(error)
     wait = error_shapes.retry_after_s(error)
     if wait is not None:
         headers = (*headers, ("Retry-After", str(wait)))
-    return json_reply(
-        error_shapes.body(shape_of(path), status, error_shapes.words_of(error)),
+    return json_response(
+        error_shapes.error_body(find_client_api(path), status, error_shapes.client_message(error)),
         status=status,
         headers=headers,
         close=status in (408, 413, 417),  # the rest of that body is nothing that could be understood

@@ -15,14 +15,14 @@ from gpumesh.errors import (
     QueueFull,
     UsageError,
 )
-from gpumesh.gateway.model_requests import BadRequest, Shape
+from gpumesh.gateway.model_requests import BadRequest, ClientApi
 from gpumesh.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
 
 
-def status_of(error: GPUMeshError) -> int:
+def error_status(error: GPUMeshError) -> int:
     match error:
         case BadRequest():
             return error.status
@@ -48,7 +48,7 @@ def retry_after_s(error: GPUMeshError) -> int | None:
     return None
 
 
-def words_of(error: GPUMeshError) -> str:
+def client_message(error: GPUMeshError) -> str:
     """Message and hint on one line; a model that is missing in Ollama's own words first, which clients look for."""
     if isinstance(error, ModelMissing):
         return f"model '{printable(error.model)}' not found: {error.message}" + (
@@ -57,29 +57,29 @@ def words_of(error: GPUMeshError) -> str:
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
-def body(shape: Shape, status: int, message: str) -> bytes:
+def error_body(shape: ClientApi, status: int, message: str) -> bytes:
     """The whole body of an error response."""
     match shape:
-        case Shape.NATIVE:
+        case ClientApi.OLLAMA:
             document: dict[str, object] = {"error": message}
-        case Shape.OPENAI:
+        case ClientApi.OPENAI:
             kind = _kind(_OPENAI_TYPES, status)
             document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-        case Shape.ANTHROPIC:
+        case ClientApi.ANTHROPIC:
             kind = _kind(_ANTHROPIC_TYPES, status)
             document = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(document).encode()
 
 
-def is_shaped(shape: Shape, document: Mapping[str, Any] | None) -> bool:
+def is_error_body(shape: ClientApi, document: Mapping[str, Any] | None) -> bool:
     """Whether the body of an error response is as clients of this dialect expect it."""
     error = None if document is None else document.get("error")
     match shape:
-        case Shape.NATIVE:
+        case ClientApi.OLLAMA:
             return isinstance(error, str)
-        case Shape.OPENAI:
+        case ClientApi.OPENAI:
             return isinstance(error, dict) and isinstance(error.get("message"), str)
-        case Shape.ANTHROPIC:
+        case ClientApi.ANTHROPIC:
             return isinstance(error, dict) and document is not None and document.get("type") == "error"
 
 
@@ -87,13 +87,13 @@ def _kind(types: Mapping[int, str], status: int) -> str:
     return types.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
 
 
-def frame(shape: Shape, status: int, message: str) -> bytes:
+def error_frame(shape: ClientApi, status: int, message: str) -> bytes:
     """An error inside a stream that has begun: the client must see that this is no end."""
-    told = body(shape, status, message)
+    told = error_body(shape, status, message)
     match shape:
-        case Shape.NATIVE:
+        case ClientApi.OLLAMA:
             return told + b"\n"
-        case Shape.OPENAI:
+        case ClientApi.OPENAI:
             return b"data: " + told + b"\n\n"
-        case Shape.ANTHROPIC:
+        case ClientApi.ANTHROPIC:
             return b"event: error\ndata: " + told + b"\n\n"

@@ -13,49 +13,51 @@ from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import merged_lists
 from gpumesh.gateway.http.exchange import Request
-from gpumesh.gateway.http.replies import Reply, json_reply
+from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.model_requests import OLLAMA_ONLY
 from gpumesh.gateway.observe import exposition, gauges
-from gpumesh.gateway.observe.metrics import Metrics
+from gpumesh.gateway.observe.metrics import RequestMetrics
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import BackendPhase
 from gpumesh.topology import BackendKind
-from gpumesh.versions import oldest
+from gpumesh.versions import oldest_version
 from gpumesh.wire import status_json
 
 LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged list
 LIST_BYTES = 8 << 20  # as is one whose list is longer: the probes do not read it either
 
 
-class Fleet:
-    def __init__(self, mesh: Mesh, metrics: Metrics, server: Server) -> None:
+class FleetRoutes:
+    def __init__(self, mesh: Mesh, metrics: RequestMetrics, server: Server) -> None:
         self._mesh = mesh
         self._metrics = metrics
         self._server = server
 
-    async def root(self, _request: Request) -> Reply:
-        return Reply(b"Ollama is running", content_type="text/plain; charset=utf-8")
+    async def root(self, _request: Request) -> Response:
+        return Response(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
-    async def healthz(self, _request: Request) -> Reply:
+    async def healthz(self, _request: Request) -> Response:
         """200 while any node can serve: for those who ask whether to send requests here."""
-        usable = self._mesh.usable()
+        usable = self._mesh.usable_nodes()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
 
-    async def status(self, _request: Request) -> Reply:
+    async def status(self, _request: Request) -> Response:
         return _json(status_json(self._mesh.snapshot()))
 
-    async def metrics(self, _request: Request) -> Reply:
+    async def metrics(self, _request: Request) -> Response:
         families = [
-            *gauges.of_state(self._mesh.snapshot(), self._mesh.attempts),
-            *gauges.of_server(self._server.connections, self._server.turned_away, self._server.made_room),
+            *gauges.mesh_families(self._mesh.snapshot(), self._mesh.attempt_outcomes),
+            *gauges.server_families(
+                self._server.connection_count, self._server.refused_connections, self._server.evicted_connections
+            ),
             *self._metrics.families(),
-            *gauges.process(),
+            *gauges.process_families(),
         ]
-        return Reply(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
+        return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
-    async def version(self, _request: Request) -> Reply:
+    async def version(self, _request: Request) -> Response:
         """The oldest version of all nodes: what a client may rely on, whichever node answers."""
         versions = [
             node.backend.version
@@ -64,29 +66,33 @@ class Fleet:
             and node.backend.state is BackendPhase.UP
             and node.backend.version is not None
         ]
-        return _json({"version": oldest(versions) or __version__})
+        return _json({"version": oldest_version(versions) or __version__})
 
-    async def tags(self, _request: Request) -> Reply:
-        union = merged_lists.Union(merged_lists.TAGS, latest=merged_lists.latest(datetime.now(UTC)))
+    async def tags(self, _request: Request) -> Response:
+        union = merged_lists.MergedList(
+            merged_lists.TAGS_FORMAT, latest_time=merged_lists.latest_plausible_time(datetime.now(UTC))
+        )
         return await self._merged(union, "/api/tags", OLLAMA_ONLY)
 
-    async def ps(self, _request: Request) -> Reply:
-        return await self._merged(merged_lists.Union(merged_lists.LOADED), "/api/ps", OLLAMA_ONLY)
+    async def ps(self, _request: Request) -> Response:
+        return await self._merged(merged_lists.MergedList(merged_lists.LOADED_FORMAT), "/api/ps", OLLAMA_ONLY)
 
-    async def openai_models(self, _request: Request) -> Reply:
-        return await self._merged(merged_lists.Union(merged_lists.OPENAI), "/v1/models", frozenset(BackendKind))
+    async def openai_models(self, _request: Request) -> Response:
+        return await self._merged(
+            merged_lists.MergedList(merged_lists.OPENAI_FORMAT), "/v1/models", frozenset(BackendKind)
+        )
 
-    async def _merged(self, union: merged_lists.Union, path: str, kinds: frozenset[BackendKind]) -> Reply:
+    async def _merged(self, union: merged_lists.MergedList, path: str, kinds: frozenset[BackendKind]) -> Response:
         for body in await self._ask_all(path, kinds):
-            for _ in union.add(body):
+            for _ in union.add_body(body):
                 await asyncio.sleep(0)  # a list of thousands must not hold up the streams of all others
-        return json_reply(union.document())
+        return json_response(union.render())
 
     async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
         """The bodies of those that answered in time."""
 
         async def ask(node: str) -> bytes | None:
-            demand = Demand(model=None, kinds=kinds, node=node, place=False)
+            demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
             calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
@@ -94,9 +100,9 @@ class Fleet:
             except GPUMeshError:
                 return None  # its absence from the list is what a client can be told
 
-        bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable(kinds)))
+        bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable_nodes(kinds)))
         return [body for body in bodies if body is not None]
 
 
-def _json(document: object, *, status: int = 200) -> Reply:
-    return json_reply(json.dumps(document).encode(), status=status)
+def _json(document: object, *, status: int = 200) -> Response:
+    return json_response(json.dumps(document).encode(), status=status)

@@ -59,9 +59,9 @@ _OF_OLLAMA = """
     source destination insecure username password verbose from files adapters draft_files quantize quantization
     draft_quantize license parameters renderer parser requires info remote_host
 """
-KNOWN = frozenset(_OF_OLLAMA.split())
+KNOWN_MEMBERS = frozenset(_OF_OLLAMA.split())
 
-Value = bytes | memoryview | msgspec.Raw
+RawValue = bytes | memoryview | msgspec.Raw
 T = TypeVar("T")
 
 
@@ -79,26 +79,26 @@ _decode_text_or_null = msgspec.json.Decoder(str | None).decode
 
 
 class Members:
-    """``known``: the value of each member that Ollama knows, as it is written. ``common``: all of these are spelled as
-    every server knows them. Raises BadRequest for one that stands twice."""
+    """``known``: the value of each member that Ollama knows, as it is written. ``has_common_spelling``: all of these
+    are spelled as every server knows them. Raises BadRequest for one that stands twice."""
 
-    __slots__ = ("_keys", "_pairs", "common", "known")
+    __slots__ = ("_keys", "_pairs", "has_common_spelling", "known")
 
-    def __init__(self, pairs: Iterable[tuple[str, Value]], keys: Sequence[Value] | None = None) -> None:
+    def __init__(self, pairs: Iterable[tuple[str, RawValue]], keys: Sequence[RawValue] | None = None) -> None:
         """Names and values; ``keys`` are the names as they are written, where they are at hand."""
         self._pairs = pairs
         self._keys = keys
-        self.known: dict[str, Value] = {}
-        self.common = True
+        self.known: dict[str, RawValue] = {}
+        self.has_common_spelling = True
         for name, value in pairs:
             folded = name.lower()
-            if folded not in KNOWN and (folded.isascii() or (folded := fold(name)) not in KNOWN):
+            if folded not in KNOWN_MEMBERS and (folded.isascii() or (folded := fold_name(name)) not in KNOWN_MEMBERS):
                 continue
             if folded in self.known:
                 raise BadRequest(f"the request body has `{folded}` twice")
             self.known[folded] = value
             if folded != name:
-                self.common = False
+                self.has_common_spelling = False
 
     def text(self, name: str) -> str | None:
         """``None``: it is not there, or null. Raises BadRequest for anything but text."""
@@ -112,61 +112,61 @@ class Members:
         except (msgspec.MsgspecError, ValueError) as error:  # half of a surrogate pair and no UTF-8 among them
             raise BadRequest(f"{name} is required, as a string") from error
 
-    def pieces(self, **texts: str) -> list[Value]:
+    def render_pieces(self, **texts: str) -> list[RawValue]:
         """The object anew, with these texts in place of what it had, every known member in its common spelling."""
-        out: list[Value] = []
+        out: list[RawValue] = []
         for name, text in texts.items():
             out += (b",", json.dumps(name).encode(), b":", json.dumps(text).encode())
         for position, (name, value) in enumerate(self._pairs):
-            folded = fold(name)
+            folded = fold_name(name)
             if folded in texts:
                 continue
-            if folded in KNOWN:
-                key: Value = json.dumps(folded).encode()
+            if folded in KNOWN_MEMBERS:
+                key: RawValue = json.dumps(folded).encode()
             else:
                 key = json.dumps(str(name)).encode() if self._keys is None else self._keys[position]
             out += (b",", key, b":", value)
         return [b"{", *out[1:], b"}"]
 
 
-def fold(name: str) -> str:
+def fold_name(name: str) -> str:
     """A name as Go compares it: without case, two signs of which have a third form (``encoding/json``, foldName)."""
     folded = name.lower()
     return folded if folded.isascii() else folded.replace("\u017f", "s")
 
 
-class Holder(Protocol):
+class BodyOwner(Protocol):
     """The request whose body it is."""
 
-    async def work(self, work: Generator[None, None, T]) -> T:
+    async def run_sliced(self, work: Generator[None, None, T]) -> T:
         """The result of something that takes long, done in pieces."""
 
-    def must_hold(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         """So many bytes more are held for it. Raises QueueFull where there is no room."""
 
-    def let_go(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         """So many of them are held no longer."""
 
 
-async def read_members(body: bytes, request: Holder) -> Members:
+async def read_members(body: bytes, request: BodyOwner) -> Members:
     """Raises BadRequest for what is no JSON object, or what servers would read differently."""
-    members = read_small(body)
-    return await request.work(read_in_pieces(body)) if members is None else members
+    members = read_small_members(body)
+    return await request.run_sliced(scan_members(body)) if members is None else members
 
 
-async def rewritten(body: bytes, members: Members, request: Holder, **texts: str) -> bytes:
+async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **texts: str) -> bytes:
     """The body with these texts among its members; nobody may keep the old one. Raises QueueFull where there is no
     room for both."""
-    pieces = members.pieces(**texts)
+    pieces = members.render_pieces(**texts)
     if len(body) <= COPIED:
         return b"".join(pieces)
-    request.must_hold(len(body))
-    anew = await request.work(assemble(pieces))
-    request.let_go(len(body))
+    request.reserve_memory(len(body))
+    anew = await request.run_sliced(join_pieces(pieces))
+    request.release_memory(len(body))
     return anew
 
 
-def read_small(body: bytes) -> Members | None:
+def read_small_members(body: bytes) -> Members | None:
     """``None``: it has to be read in pieces. Raises BadRequest."""
     if not body:
         raise BadRequest("missing request body")
@@ -183,7 +183,7 @@ def read_small(body: bytes) -> Members | None:
     return Members(found.items())
 
 
-def read_in_pieces(body: bytes) -> Generator[None, None, Members]:
+def scan_members(body: bytes) -> Generator[None, None, Members]:
     """Yields after each piece of work. Raises BadRequest."""
     pairs, keys = yield from _Scanner(body).members()
     if len(body) <= WHOLE_BYTES:
@@ -191,7 +191,7 @@ def read_in_pieces(body: bytes) -> Generator[None, None, Members]:
     return Members(pairs, keys)
 
 
-def assemble(pieces: Iterable[Value]) -> Generator[None, None, bytes]:
+def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
     """One body of these, in pieces of work."""
     out = BytesIO()
     for piece in pieces:
@@ -249,10 +249,10 @@ class _Scanner:
         self._size = len(body)
         self._at = 0
 
-    def members(self) -> Generator[None, None, tuple[list[tuple[str, Value]], list[Value]]]:
+    def members(self) -> Generator[None, None, tuple[list[tuple[str, RawValue]], list[RawValue]]]:
         body, view = self._body, memoryview(self._body)
-        pairs: list[tuple[str, Value]] = []
-        keys: list[Value] = []
+        pairs: list[tuple[str, RawValue]] = []
+        keys: list[RawValue] = []
         yield from self._blanks()
         if self._at == self._size:
             raise BadRequest("missing request body")

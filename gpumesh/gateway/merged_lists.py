@@ -38,7 +38,7 @@ Moment = tuple[datetime, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ListFormat:
     """What a list looks like: the ``key`` of its entries, and under which of ``names`` an entry has its own. ``when``
     is the key of a time by which the later one of two entries stands; without one the first stands."""
 
@@ -50,26 +50,26 @@ class Form:
     head: Mapping[str, str] = field(default_factory=dict)
 
 
-class Union:
-    """The entries of many nodes' lists. ``latest``: what claims to be of a later time has no time."""
+class MergedList:
+    """The entries of many nodes' lists. ``latest_plausible_time``: what claims to be of a later time has no time."""
 
-    def __init__(self, form: Form, *, latest: datetime | None = None) -> None:
+    def __init__(self, form: ListFormat, *, latest_time: datetime | None = None) -> None:
         self._form = form
-        self._latest = latest
+        self._latest = latest_time
         self._found: dict[str, tuple[Moment, Entry]] = {}
 
-    def add(self, body: bytes) -> Iterator[None]:
+    def add_body(self, body: bytes) -> Iterator[None]:
         """Reads one node's list, in steps between which others may have their turn. What is no list, or one that is too
         long, is passed over, as it is by the probes."""
         form = self._form
         document = safe_json.parse_report(body)
         listed = None if document is None else document.get(form.key)
-        if not isinstance(listed, list) or len(listed) > model_list.MOST_MODELS:
+        if not isinstance(listed, list) or len(listed) > model_list.MAX_MODELS:
             return
         yield
         # Ollama compares names without case, and knows a tag that is left out; to others a name is a name.
         same = full_name if form.when is not None else str
-        for number, (name, entry) in enumerate(model_list.read(listed, *form.names).named.items()):
+        for number, (name, entry) in enumerate(model_list.read_listing(listed, *form.names).entries.items()):
             made = _read(name, entry, form)
             when = self._moment(made)
             key = same(name)
@@ -81,13 +81,13 @@ class Union:
     def _moment(self, entry: Entry) -> Moment:
         """Within a microsecond the text decides, whose nanoseconds a moment does not hold."""
         text = entry.get(self._form.when or "")
-        moment = safe_json.instant(text) or _EARLIEST
+        moment = safe_json.as_datetime(text) or _EARLIEST
         if self._latest is not None and moment > self._latest:
             del entry[self._form.when or ""]
             return _EARLIEST, ""
         return moment, text or ""
 
-    def document(self) -> bytes:
+    def render(self) -> bytes:
         found = list(self._found.values())
         if self._form.newest_first:
             found.sort(key=lambda pair: pair[0], reverse=True)
@@ -95,34 +95,34 @@ class Union:
         return json.dumps(document, allow_nan=False).encode()
 
 
-def tags(bodies: Iterable[bytes], *, now: datetime | None = None) -> bytes:
+def merge_tags(bodies: Iterable[bytes], *, now: datetime | None = None) -> bytes:
     """The union of ``/api/tags`` by name, newest first as Ollama lists them; of two entries the newer one stands."""
-    return _union(Union(TAGS, latest=latest(now)), bodies)
+    return _union(MergedList(TAGS_FORMAT, latest_time=latest_plausible_time(now)), bodies)
 
 
-def loaded(bodies: Iterable[bytes]) -> bytes:
+def merge_loaded(bodies: Iterable[bytes]) -> bytes:
     """The union of ``/api/ps``; a model in the memory of several nodes is listed once, as it lasts longest."""
-    return _union(Union(LOADED), bodies)
+    return _union(MergedList(LOADED_FORMAT), bodies)
 
 
-def openai_models(bodies: Iterable[bytes]) -> bytes:
+def merge_openai_models(bodies: Iterable[bytes]) -> bytes:
     """The union of ``/v1/models``, in the order of first mention."""
-    return _union(Union(OPENAI), bodies)
+    return _union(MergedList(OPENAI_FORMAT), bodies)
 
 
-def latest(now: datetime | None) -> datetime | None:
+def latest_plausible_time(now: datetime | None) -> datetime | None:
     """Clocks differ; but a model that was changed after this is one of a node that knows no time."""
     return None if now is None else now + CLOCKS_DIFFER
 
 
-def _union(union: Union, bodies: Iterable[bytes]) -> bytes:
+def _union(union: MergedList, bodies: Iterable[bytes]) -> bytes:
     for body in bodies:
-        for _ in union.add(body):
+        for _ in union.add_body(body):
             pass
-    return union.document()
+    return union.render()
 
 
-def _read(name: str, entry: Mapping[str, Any], form: Form) -> Entry:
+def _read(name: str, entry: Mapping[str, Any], form: ListFormat) -> Entry:
     made: Entry = dict.fromkeys(form.names, name)  # also where the node gave one of them only
     budget = [MOST_VALUES]
     for key, value in entry.items():
@@ -148,12 +148,12 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def _count(value: Any) -> int | None:
-    return safe_json.whole(value)
+    return safe_json.as_count(value)
 
 
 def _time(value: Any) -> str | None:
     """As it came, if every parser reads it; what only Python's reads is written anew."""
-    moment = safe_json.instant(value)
+    moment = safe_json.as_datetime(value)
     if moment is None:
         return _ZERO if value == _ZERO else None
     return value if _TIME.fullmatch(value) else moment.isoformat().replace("+00:00", "Z")
@@ -194,9 +194,9 @@ _OLLAMA: Mapping[str, Reader] = {
 }
 _OPENAI: Mapping[str, Reader] = {"object": _object, "created": _count, "owned_by": _text}
 
-TAGS = Form("models", ("name", "model"), _OLLAMA, "modified_at", newest_first=True)
-LOADED = Form("models", ("name", "model"), _OLLAMA, "expires_at")
-OPENAI = Form("data", ("id",), _OPENAI, head={"object": "list"})
+TAGS_FORMAT = ListFormat("models", ("name", "model"), _OLLAMA, "modified_at", newest_first=True)
+LOADED_FORMAT = ListFormat("models", ("name", "model"), _OLLAMA, "expires_at")
+OPENAI_FORMAT = ListFormat("data", ("id",), _OPENAI, head={"object": "list"})
 
 
 # -- the others ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
-MOST = 1000  # layers, and different words, that one node brings up: what is beyond is not told
-WORDS = 200
+MAX_LINES_PER_NODE = 1000  # layers, and different words, that one node brings up: what is beyond is not told
+MAX_STATUS_CHARS = 200
 
 
 @dataclass(slots=True)
@@ -43,46 +43,49 @@ class _Words:
     told: bool = False
 
 
-class Progress:
-    """``feed`` takes a node's lines in the order in which they came, ``take`` gives what is new for the client."""
+class MergedProgress:
+    """``feed_line`` takes a node's lines in the order in which they came, ``take_lines`` gives what is new for the
+    client."""
 
     def __init__(self, nodes: Iterable[str]) -> None:
         self._nodes = {name: _Node() for name in nodes}
         self._layers: dict[str, _Layer] = {}
         self._words: dict[str, _Words] = {}
 
-    def feed(self, node: str, entry: Mapping[str, Any]) -> None:
+    def feed_line(self, node: str, entry: Mapping[str, Any]) -> None:
         one = self._nodes[node]
         error = entry.get("error")
         if error:
-            one.failure = printable(error if isinstance(error, str) else "an error without words", WORDS)
+            one.failure = printable(error if isinstance(error, str) else "an error without words", MAX_STATUS_CHARS)
             return
-        status = safe_json.text(entry.get("status"))
+        status = safe_json.as_text(entry.get("status"))
         if status is None:
             return
         if status == "success":
             one.done = True
             return
-        status = printable(status, WORDS)
-        digest, total = safe_json.text(entry.get("digest")), safe_json.whole(entry.get("total"))
+        status = printable(status, MAX_STATUS_CHARS)
+        digest, total = safe_json.as_text(entry.get("digest")), safe_json.as_count(entry.get("total"))
         if digest is not None and total:
-            self._layer(one, printable(digest, WORDS), status, total, safe_json.whole(entry.get("completed")) or 0)
-        elif len(one.said) < MOST:
+            self._layer(
+                one, printable(digest, MAX_STATUS_CHARS), status, total, safe_json.as_count(entry.get("completed")) or 0
+            )
+        elif len(one.said) < MAX_LINES_PER_NODE:
             one.said[status] = None
             self._words.setdefault(status, _Words(first=not one.layers))
 
     def _layer(self, one: _Node, digest: str, status: str, total: int, completed: int) -> None:
         if digest not in self._layers:
-            if one.new_layers >= MOST:
+            if one.new_layers >= MAX_LINES_PER_NODE:
                 return
             one.new_layers += 1
             self._layers[digest] = _Layer(status, total)
         one.layers[digest] = max(one.layers.get(digest, 0), min(completed, self._layers[digest].total))
 
-    def fail(self, node: str, words: str) -> None:
+    def mark_failed(self, node: str, words: str) -> None:
         self._nodes[node].failure = words
 
-    def note(self, words: str) -> None:
+    def add_note(self, words: str) -> None:
         """A line of our own."""
         self._words.setdefault(words, _Words(first=True))
 
@@ -94,7 +97,7 @@ class Progress:
     def done(self) -> tuple[str, ...]:
         return tuple(name for name, node in self._nodes.items() if node.done)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take_lines(self) -> list[dict[str, Any]]:
         live = [node for node in self._nodes.values() if node.failure is None]
         lines = [self._tell(status) for status, words in self._words.items() if words.first and not words.told]
         for digest, layer in self._layers.items():

@@ -15,32 +15,32 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.topology import BackendKind, Topology
 
 if TYPE_CHECKING:
-    from gpumesh.gateway.json_members import Members, Value
+    from gpumesh.gateway.json_members import Members, RawValue
 
 OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
 NUMBER_BYTES = 32
 OLLAMA_ONLY = frozenset({BackendKind.OLLAMA})
-EITHER = frozenset(BackendKind)
+ALL_KINDS = frozenset(BackendKind)
 
 
-class Shape(StrEnum):
+class ClientApi(StrEnum):
     """Whose error shapes and stream frames a route uses."""
 
-    NATIVE = "native"
+    OLLAMA = "native"
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``place``: it costs inference, so it takes a place on its node. ``named_by``: the members that may name the
-    model; the first that does (server/routes.go of Ollama)."""
+    """``needs_slot``: it costs inference, so it takes a place on its node. ``model_keys``: the members that may name
+    the model; the first that does (server/routes.go of Ollama)."""
 
     methods: frozenset[str]
-    shape: Shape = Shape.NATIVE
+    api: ClientApi = ClientApi.OLLAMA
     kinds: frozenset[BackendKind] = OLLAMA_ONLY
-    place: bool = True
-    named_by: tuple[str, ...] = ("model",)
+    needs_slot: bool = True
+    model_keys: tuple[str, ...] = ("model",)
 
 
 _POST = frozenset({"POST"})
@@ -51,13 +51,13 @@ MODEL_ROUTES: Mapping[str, Route] = {
     "/api/generate": Route(_POST),
     "/api/embed": Route(_POST),
     "/api/embeddings": Route(_POST),
-    "/api/show": Route(_POST, place=False, named_by=("model", "name")),
-    "/v1/chat/completions": Route(_POST, Shape.OPENAI, EITHER),
-    "/v1/completions": Route(_POST, Shape.OPENAI, EITHER),
-    "/v1/embeddings": Route(_POST, Shape.OPENAI, EITHER),
-    "/v1/responses": Route(_POST, Shape.OPENAI, EITHER),
-    "/v1/messages": Route(_POST, Shape.ANTHROPIC, EITHER),
-    "/v1/audio/transcriptions": Route(_POST, Shape.OPENAI, EITHER),
+    "/api/show": Route(_POST, needs_slot=False, model_keys=("model", "name")),
+    "/v1/chat/completions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/completions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/embeddings": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/responses": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/messages": Route(_POST, ClientApi.ANTHROPIC, ALL_KINDS),
+    "/v1/audio/transcriptions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
 }
 
 
@@ -71,11 +71,11 @@ class BadRequest(GPUMeshError):
         self.status = status
 
 
-def shape_of(path: str) -> Shape:
+def find_client_api(path: str) -> ClientApi:
     route = MODEL_ROUTES.get(path)
     if route is not None:
-        return route.shape
-    return Shape.OPENAI if path.startswith("/v1/") else Shape.NATIVE
+        return route.api
+    return ClientApi.OPENAI if path.startswith("/v1/") else ClientApi.OLLAMA
 
 
 def read_demand(
@@ -97,7 +97,7 @@ def read_demand(
         raise BadRequest("model is required")
     given = members.known.get("options")
     options = _NO_OPTIONS if given is None else _options(given)
-    context = safe_json.whole(options.num_ctx)
+    context = safe_json.as_count(options.num_ctx)
     return Demand(
         model=model,
         kinds=route.kinds,
@@ -107,14 +107,14 @@ def read_demand(
         affinity=f"{model}/{context}" if context is not None else None,
         prompt_tokens=size // 4 if size > 2000 else None,
         max_tokens=_max_tokens(members, options),
-        place=route.place,
+        needs_slot=route.needs_slot,
         id=request_id,
     )
 
 
 def read_model(route: Route, members: Members) -> str | None:
     """What the client itself says which model it wants. Raises BadRequest."""
-    for name in route.named_by:
+    for name in route.model_keys:
         model = members.text(name)
         if model:
             return model
@@ -132,7 +132,7 @@ _NO_OPTIONS = _Options()
 _decode_options = msgspec.json.Decoder(_Options).decode
 
 
-def _options(value: Value) -> _Options:
+def _options(value: RawValue) -> _Options:
     """Nothing is known of what cannot be read: a server will say what is wrong with it."""
     try:
         return _NO_OPTIONS if len(value) > OPTIONS_BYTES else _decode_options(value)

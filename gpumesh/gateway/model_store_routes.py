@@ -28,17 +28,17 @@ from typing import Any, TypeVar
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.backends.frames import Lines
+from gpumesh.backends.frames import LineSplitter
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import has_model, why_none
+from gpumesh.balancer.select import has_model, no_node_error
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.http.exchange import Request, Stream
-from gpumesh.gateway.http.replies import Pairs, Reply, json_reply
-from gpumesh.gateway.json_members import read_members, rewritten
-from gpumesh.gateway.merged_progress import Progress
-from gpumesh.gateway.model_requests import OLLAMA_ONLY, BadRequest, Shape, read_node, read_timeout
-from gpumesh.gateway.proxy import call_of
+from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
+from gpumesh.gateway.json_members import read_members, rewrite_body
+from gpumesh.gateway.merged_progress import MergedProgress
+from gpumesh.gateway.model_requests import OLLAMA_ONLY, BadRequest, ClientApi, read_node, read_timeout
+from gpumesh.gateway.proxy import build_call
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 86400.0  # a pull takes as long as it takes
 BLOB_CHECK_S = 30.0
-TRIES = 5  # of one node's pull; Ollama goes on where it was cut
+MAX_TRIES = 5  # of one node's pull; Ollama goes on where it was cut
 PAUSE_S = 1.0
 LINE_BYTES = 1 << 20
 LINES_AT_ONCE = 100
@@ -60,7 +60,7 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class NodeResult:
     """One node's answer; ``body`` in its own words, or in ours if it gave none."""
 
     node: str
@@ -68,7 +68,7 @@ class Result:
     body: bytes
 
     @property
-    def words(self) -> str:
+    def error_text(self) -> str:
         return DIALECTS[BackendKind.OLLAMA].error_text(self.status, self.body)
 
 
@@ -79,10 +79,10 @@ class _Holders:
 
     having: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
-    unsure: list[Result] = field(default_factory=list)
+    unsure: list[NodeResult] = field(default_factory=list)
 
 
-class Stores:
+class ModelStoreRoutes:
     def __init__(self, mesh: Mesh, *, pause_s: float = PAUSE_S) -> None:
         self._mesh = mesh
         self._pause_s = pause_s
@@ -97,7 +97,7 @@ class Stores:
         """The named node, or all that can be used. Raises NoNodeError."""
         nodes = [one.name for one in self._candidates() if one.usable and named in (None, one.name)]
         if not nodes:
-            raise why_none(self._mesh.candidates(), Demand(None, OLLAMA_ONLY, named))
+            raise no_node_error(self._mesh.candidates(), Demand(None, OLLAMA_ONLY, named))
         return nodes
 
     def _holding(self, model: str, named: str | None) -> list[str]:
@@ -105,24 +105,24 @@ class Stores:
         usable = {one.name: one for one in self._candidates() if one.usable}
         nodes = [name for name in self._all(named) if has_model(usable[name], model)]
         if not nodes:
-            raise why_none(self._mesh.candidates(), Demand(model, OLLAMA_ONLY, named))
+            raise no_node_error(self._mesh.candidates(), Demand(model, OLLAMA_ONLY, named))
         return nodes
 
     # -- routes --------------------------------------------------------------------------------------------------
 
-    async def pull(self, request: Request) -> Reply | Stream:
+    async def pull(self, request: Request) -> Response | StreamingResponse:
         named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         _model(document, "model", "name")
         nodes = self._all(named)
         away = [one.name for one in self._candidates() if not one.usable] if named is None else []
         return await self._follow(request, document, nodes, "pulled", away=away)
 
-    async def push(self, request: Request) -> Reply | Stream:
+    async def push(self, request: Request) -> Response | StreamingResponse:
         named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         nodes = self._holding(_model(document, "model", "name"), named)
         return await self._follow(request, document, nodes[:1], "pushed")
 
-    async def create(self, request: Request) -> Reply | Stream:
+    async def create(self, request: Request) -> Response | StreamingResponse:
         named, (document, _) = read_node(request.headers, self._mesh.topology), await _document(request)
         _model(document, "model", "name")
         nodes = self._all(named)
@@ -135,58 +135,58 @@ class Stores:
             nodes = [name for name in nodes if has_model(usable[name], base)] or nodes
         return await self._follow(request, document, nodes, "created")
 
-    async def copy(self, request: Request) -> Reply:
+    async def copy(self, request: Request) -> Response:
         named, (document, body) = read_node(request.headers, self._mesh.topology), await _document(request)
         nodes = self._holding(_model(document, "source"), named)
-        return await self._settle(nodes, await self._each(nodes, call_of(request, body), request), "copied")
+        return await self._settle(nodes, await self._each(nodes, build_call(request, body), request), "copied")
 
-    async def delete(self, request: Request) -> Reply:
+    async def delete(self, request: Request) -> Response:
         named, (document, body) = read_node(request.headers, self._mesh.topology), await _document(request)
         model = _model(document, "model", "name")
         nodes = self._holding(model, named)
         away = [
-            Result(one.name, 503, b'{"error":"it cannot be reached now"}')
+            NodeResult(one.name, 503, b'{"error":"it cannot be reached now"}')
             for one in self._candidates()
             if not one.usable and named is None and one.models is not None and has_model(one, model)
         ]
-        results = await self._each(nodes, call_of(request, body), request)
+        results = await self._each(nodes, build_call(request, body), request)
         return await self._settle(nodes, [*results, *away], "deleted")
 
-    async def has_blob(self, request: Request) -> Reply:
+    async def has_blob(self, request: Request) -> Response:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
         holders = await self._holders(nodes, _blob_path(request))
         if len(holders.unsure) == len(nodes):
-            raise BackendError(holders.unsure[0].words, node=holders.unsure[0].node)
-        return Reply(status=404 if holders.lacking else 200, headers=_by(holders.having))
+            raise BackendError(holders.unsure[0].error_text, node=holders.unsure[0].node)
+        return Response(status=404 if holders.lacking else 200, headers=_by(holders.having))
 
-    async def add_blob(self, request: Request) -> Reply:
+    async def add_blob(self, request: Request) -> Response:
         nodes = self._all(read_node(request.headers, self._mesh.topology))
         holders = await self._holders(nodes, _blob_path(request))
         if not holders.lacking and not holders.unsure:
-            return Reply(status=200, headers=_by(nodes))
+            return Response(status=200, headers=_by(nodes))
         results = await self._pass_on(request, holders.lacking) if holders.lacking else []
         results += holders.unsure
         if all(one.status < 300 for one in results):
-            return Reply(status=201, headers=_by(nodes))
+            return Response(status=201, headers=_by(nodes))
         return _told(results, "stored")
 
     # -- one request to several nodes ----------------------------------------------------------------------------
 
-    async def _each(self, nodes: Iterable[str], call: HttpCall, request: Request) -> list[Result]:
+    async def _each(self, nodes: Iterable[str], call: HttpCall, request: Request) -> list[NodeResult]:
         timeout_s = read_timeout(request.headers, TIMEOUT_S)
         return list(await asyncio.gather(*(self._ask(node, call, timeout_s) for node in nodes)))
 
-    async def _ask(self, node: str, call: HttpCall, timeout_s: float) -> Result:
-        demand = Demand(None, OLLAMA_ONLY, node, place=False)
+    async def _ask(self, node: str, call: HttpCall, timeout_s: float) -> NodeResult:
+        demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
         calls = {BackendKind.OLLAMA: call}
-        return await _result(node, lambda: self._mesh.send(demand, calls, timeout_s=timeout_s, once=True))
+        return await _result(node, lambda: self._mesh.send(demand, calls, timeout_s=timeout_s, at_most_once=True))
 
-    async def _settle(self, nodes: Sequence[str], results: Sequence[Result], verb: str) -> Reply:
+    async def _settle(self, nodes: Sequence[str], results: Sequence[NodeResult], verb: str) -> Response:
         """Done where it could be; a node that had lost the model meanwhile does not matter."""
         await self._mesh.refresh(nodes)
         done = [one for one in results if one.status < 300]
         if done and all(one.status < 300 or one.status == 404 for one in results):
-            return Reply(status=done[0].status, headers=_by([one.node for one in done]))  # Ollama's have no body
+            return Response(status=done[0].status, headers=_by([one.node for one in done]))  # Ollama's have no body
         return _told(results, verb)
 
     async def _holders(self, nodes: Iterable[str], path: str) -> _Holders:
@@ -198,8 +198,10 @@ class Stores:
             elif one.status == 404:
                 holders.lacking.append(one.node)
             else:
-                message = f"{one.node} did not say whether it has the blob: {one.words}"
-                holders.unsure.append(Result(one.node, 502, error_shapes.body(Shape.NATIVE, 502, message)))
+                message = f"{one.node} did not say whether it has the blob: {one.error_text}"
+                holders.unsure.append(
+                    NodeResult(one.node, 502, error_shapes.error_body(ClientApi.OLLAMA, 502, message))
+                )
         return holders
 
     async def _with_blobs(self, nodes: Collection[str], digests: Iterable[str]) -> list[str]:
@@ -210,13 +212,13 @@ class Stores:
             lacking.difference_update((await self._holders(left, f"/api/blobs/{digest}")).having)
         return [node for node in nodes if node not in lacking]
 
-    async def _pass_on(self, request: Request, nodes: Sequence[str]) -> list[Result]:
+    async def _pass_on(self, request: Request, nodes: Sequence[str]) -> list[NodeResult]:
         """The body to all of them as it comes; the slowest sets the pace, one that fails drops out."""
         path = _blob_path(request)
         lanes = {node: _Lane() for node in nodes}
         timeout_s = read_timeout(request.headers, TIMEOUT_S)
 
-        async def send(node: str) -> Result:
+        async def send(node: str) -> NodeResult:
             try:
                 return await _result(node, lambda: self._mesh.upload(node, path, lanes[node], timeout_s=timeout_s))
             finally:
@@ -224,7 +226,7 @@ class Stores:
 
         tasks = [asyncio.create_task(send(node), name=f"blob to {node}") for node in nodes]
         try:
-            async for piece in request.pieces():
+            async for piece in request.read_body_pieces():
                 for lane in lanes.values():
                     await lane.put(piece)
                 if all(task.done() for task in tasks):
@@ -245,27 +247,27 @@ class Stores:
         verb: str,
         *,
         away: Sequence[str] = (),
-    ) -> Reply | Stream:
+    ) -> Response | StreamingResponse:
         """Starts it on all nodes and tells the client of all as of one."""
         timeout_s = read_timeout(request.headers, TIMEOUT_S)
-        call = HttpCall("POST", request.path, safe_json.compact({**document, "stream": True}), _JSON)
-        work = _Work(Progress(nodes))
+        call = HttpCall("POST", request.path, safe_json.dump_compact({**document, "stream": True}), _JSON)
+        work = _Work(MergedProgress(nodes))
         for name in away:
-            work.progress.note(f"{name} cannot be used now and is left out")
+            work.progress.add_note(f"{name} cannot be used now and is left out")
         tasks = [asyncio.create_task(self._one(node, call, work, timeout_s), name=f"{verb} {node}") for node in nodes]
         for task in tasks:
             task.add_done_callback(lambda _: work.changed.set())
-        stream: Stream | None = None
+        stream: StreamingResponse | None = None
         try:
             over = False
             while not over:
                 await work.changed.wait()
                 work.changed.clear()
                 over = all(task.done() for task in tasks)
-                lines = work.progress.take()
+                lines = work.progress.take_lines()
                 if lines and document.get("stream") is not False:
                     stream = stream or _begun(request, nodes)
-                    stream.write(b"".join(safe_json.compact(line) + b"\n" for line in lines))
+                    stream.write(b"".join(safe_json.dump_compact(line) + b"\n" for line in lines))
                     await stream.drain()
             for task in tasks:
                 task.result()
@@ -276,17 +278,17 @@ class Stores:
 
     async def _one(self, node: str, call: HttpCall, work: _Work, timeout_s: float) -> None:
         """One node's part; a pull is begun anew when the way to it was lost, nothing else is."""
-        demand = Demand(None, OLLAMA_ONLY, node, place=False)
+        demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
         words = ""
         calls = {BackendKind.OLLAMA: call}
-        for tried in range(TRIES if call.path == "/api/pull" else 1):
+        for tried in range(MAX_TRIES if call.path == "/api/pull" else 1):
             if tried:
                 await asyncio.sleep(self._pause_s * 2 ** (tried - 1))
             try:
-                answer = await self._mesh.send(demand, calls, timeout_s=timeout_s, once=True)
+                answer = await self._mesh.send(demand, calls, timeout_s=timeout_s, at_most_once=True)
                 if answer.status >= 400:
-                    work.refused[node] = Result(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
-                    work.fail(node, work.refused[node].words)
+                    work.refused[node] = NodeResult(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
+                    work.fail(node, work.refused[node].error_text)
                     return
                 await work.read(node, answer)
             except BackendError as error:
@@ -304,17 +306,17 @@ class Stores:
 class _Work:
     """What several nodes' tasks tell the one that writes to the client."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: MergedProgress) -> None:
         self.progress = progress
         self.changed = asyncio.Event()
-        self.refused: dict[str, Result] = {}
+        self.refused: dict[str, NodeResult] = {}
         self.changed.set()
 
     def over(self, node: str) -> bool:
         return node in self.progress.done or node in self.progress.failures
 
     def fail(self, node: str, words: str) -> None:
-        self.progress.fail(node, words)
+        self.progress.mark_failed(node, words)
         self.changed.set()
 
     async def read(self, node: str, answer: Answer) -> None:
@@ -322,7 +324,7 @@ class _Work:
             async for line in _lines(answer):
                 entry = safe_json.parse_object(line)
                 if entry is not None:
-                    self.progress.feed(node, entry)
+                    self.progress.feed_line(node, entry)
                     self.changed.set()
         finally:
             await answer.aclose()
@@ -365,17 +367,17 @@ class _Lane:
         await self._moved.wait()
 
 
-async def _result(node: str, ask: Callable[[], Awaitable[Answer]]) -> Result:
+async def _result(node: str, ask: Callable[[], Awaitable[Answer]]) -> NodeResult:
     try:
         answer = await ask()
-        return Result(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
+        return NodeResult(node, answer.status, await answer.read_at_most(ANSWER_BYTES) or b"")
     except GPUMeshError as error:
-        status = error_shapes.status_of(error)
-        return Result(node, status, error_shapes.body(Shape.NATIVE, status, error.message))
+        status = error_shapes.error_status(error)
+        return NodeResult(node, status, error_shapes.error_body(ClientApi.OLLAMA, status, error.message))
 
 
 async def _lines(answer: Answer) -> AsyncIterator[bytes]:
-    lines = Lines(LINE_BYTES)
+    lines = LineSplitter(LINE_BYTES)
     async for piece in answer:
         try:
             whole = lines.feed(piece)
@@ -385,45 +387,45 @@ async def _lines(answer: Answer) -> AsyncIterator[bytes]:
             yield line
             if number % LINES_AT_ONCE == 0:
                 await asyncio.sleep(0)  # a piece may hold thousands
-    yield lines.rest()
+    yield lines.take_rest()
 
 
-def _begun(request: Request, nodes: Sequence[str]) -> Stream:
-    return request.stream((("Content-Type", NDJSON), *_by(nodes)))
+def _begun(request: Request, nodes: Sequence[str]) -> StreamingResponse:
+    return request.start_stream((("Content-Type", NDJSON), *_by(nodes)))
 
 
 def _ended(
-    request: Request, stream: Stream | None, work: _Work, nodes: Sequence[str], verb: str, *, streamed: bool
-) -> Reply | Stream:
+    request: Request, stream: StreamingResponse | None, work: _Work, nodes: Sequence[str], verb: str, *, streamed: bool
+) -> Response | StreamingResponse:
     failures = work.progress.failures
     status, last = 200, {"status": "success"}
     if failures:
         same = len(failures) == len(nodes) and len(set(failures.values())) == 1
         refused = next(iter(work.refused.values()), None)
         if same and refused is not None and stream is None:
-            body = error_shapes.body(Shape.NATIVE, refused.status, refused.words)
-            return json_reply(body, status=refused.status, headers=_by(nodes))
+            body = error_shapes.error_body(ClientApi.OLLAMA, refused.status, refused.error_text)
+            return json_response(body, status=refused.status, headers=_by(nodes))
         status = 500 if same else 502
         last = {"error": next(iter(failures.values())) if same else _partly(verb, work.progress.done, failures)}
-    line = safe_json.compact(last)
+    line = safe_json.dump_compact(last)
     if stream is None and (failures or not streamed):
-        return json_reply(line, status=status, headers=_by(nodes))
+        return json_response(line, status=status, headers=_by(nodes))
     stream = stream or _begun(request, nodes)
     stream.write(line + b"\n")
-    stream.end()
+    stream.finish()
     return stream
 
 
-def _told(results: Sequence[Result], verb: str) -> Reply:
+def _told(results: Sequence[NodeResult], verb: str) -> Response:
     """What did not work everywhere; if all nodes said the same, in their own words, though not in their bytes."""
     first = results[0]
     names = _by([one.node for one in results])
-    if all((one.status, one.words) == (first.status, first.words) for one in results):
-        body = error_shapes.body(Shape.NATIVE, first.status, first.words)
-        return json_reply(body, status=first.status, headers=names)
-    failures = {one.node: one.words for one in results if one.status >= 300}
+    if all((one.status, one.error_text) == (first.status, first.error_text) for one in results):
+        body = error_shapes.error_body(ClientApi.OLLAMA, first.status, first.error_text)
+        return json_response(body, status=first.status, headers=names)
+    failures = {one.node: one.error_text for one in results if one.status >= 300}
     words = _partly(verb, [one.node for one in results if one.status < 300], failures)
-    return json_reply(error_shapes.body(Shape.NATIVE, 502, words), status=502, headers=names)
+    return json_response(error_shapes.error_body(ClientApi.OLLAMA, 502, words), status=502, headers=names)
 
 
 def _partly(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
@@ -431,7 +433,7 @@ def _partly(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
     return f"{verb} on {', '.join(done) or 'no node'}; not on {told}"
 
 
-def _by(nodes: Iterable[str]) -> Pairs:
+def _by(nodes: Iterable[str]) -> HeaderPairs:
     return (("X-GPUMesh-Node", ", ".join(nodes)),)
 
 
@@ -444,14 +446,14 @@ def _blob_path(request: Request) -> str:
 
 async def _document(request: Request) -> tuple[dict[str, Any], bytes]:
     """The body, each member by Ollama's name for it, as a document and as it is sent on. Raises BadRequest."""
-    body = await request.body()
+    body = await request.read_body()
     members = await read_members(body, request)
-    if not members.common:
-        body = await rewritten(body, members, request)
-    cost = safe_json.cost(body, DOCUMENT_COST)
+    if not members.has_common_spelling:
+        body = await rewrite_body(body, members, request)
+    cost = safe_json.estimate_memory(body, DOCUMENT_COST)
     if cost is None:
         raise BadRequest("the request body is too large", status=413)
-    request.must_hold(cost)
+    request.reserve_memory(cost)
     document = safe_json.parse_object(body)
     if document is None:
         raise BadRequest("the request body is not JSON")

@@ -16,9 +16,9 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.select import has_model
 from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.http.exchange import Request, Stream
-from gpumesh.gateway.http.replies import Pairs, Reply, json_reply
-from gpumesh.gateway.model_requests import BadRequest, Shape
+from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
+from gpumesh.gateway.model_requests import BadRequest, ClientApi
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
@@ -55,7 +55,7 @@ _NOT_FORWARDED = frozenset(
 )
 
 
-def call_of(request: Request, body: bytes) -> HttpCall:
+def build_call(request: Request, body: bytes) -> HttpCall:
     """The client's request as it is sent on: the same path, query and body; headers without what is the hop's own."""
     headers = tuple(
         (name, value)
@@ -66,27 +66,33 @@ def call_of(request: Request, body: bytes) -> HttpCall:
     return HttpCall(request.method, request.target, body, headers)
 
 
-async def forward(
+async def forward_request(
     mesh: Mesh,
     request: Request,
     demand: Demand,
     call: HttpCall,
-    shape: Shape,
+    shape: ClientApi,
     *,
     timeout_s: float,
-    answered: Callable[[Answer], None],
-    document: bool = False,
-) -> Reply | Stream:
-    """``answered`` is told of the answer when its first bytes are there, for the books. ``document``: it is an object
-    that any node could give as well; one that a client could not read is asked of another node.
+    on_answer: Callable[[Answer], None],
+    require_json: bool = False,
+) -> Response | StreamingResponse:
+    """``on_answer`` is told of the answer when its first bytes are there, for the books. ``require_json``: it is an
+    object that any node could give as well; one that a client could not read is asked of another node.
 
     Raises GPUMeshError only while nothing was sent to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
-    answer = await mesh.send(demand, calls, timeout_s=timeout_s, resume=read_resume(request.headers), hold=request.hold)
-    if document and not _readable(answer):
+    answer = await mesh.send(
+        demand,
+        calls,
+        timeout_s=timeout_s,
+        resume=read_resume(request.headers),
+        try_reserve_memory=request.try_reserve_memory,
+    )
+    if require_json and not _readable(answer):
         answer = await _of_another(mesh, demand, calls, answer, timeout_s)
-    answered(answer)
+    on_answer(answer)
     try:
         return await _pass_on(request, answer, shape)
     finally:
@@ -94,7 +100,7 @@ async def forward(
 
 
 def _readable(answer: Answer) -> bool:
-    return answer.body is not None and (answer.status != 200 or safe_json.is_plain_object(answer.body))
+    return answer.body is not None and (answer.status != 200 or safe_json.is_strict_object(answer.body))
 
 
 async def _of_another(
@@ -117,35 +123,37 @@ async def _of_another(
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)
 
 
-async def _pass_on(request: Request, answer: Answer, shape: Shape) -> Reply | Stream:
+async def _pass_on(request: Request, answer: Answer, shape: ClientApi) -> Response | StreamingResponse:
     if answer.body is not None:
         problem = answer.error_message
         if (
             problem is None
             and answer.status >= 500
-            and not error_shapes.is_shaped(shape, safe_json.parse_object(answer.body))
+            and not error_shapes.is_error_body(shape, safe_json.parse_object(answer.body))
         ):
             return _reshaped(answer, answer.body, shape)
-        body = answer.body if problem is None else error_shapes.body(shape, answer.status, problem)
-        return Reply(body, status=answer.status, headers=_headers(answer))
-    stream = request.stream(_headers(answer), status=answer.status)
+        body = answer.body if problem is None else error_shapes.error_body(shape, answer.status, problem)
+        return Response(body, status=answer.status, headers=_headers(answer))
+    stream = request.start_stream(_headers(answer), status=answer.status)
     try:
         async for data in answer:
             stream.write(data)
-            if stream.full:
-                await stream.drain(answer.is_wanted)
+            if stream.backpressured:
+                await stream.drain(answer.slot_is_wanted)
     except GPUMeshError as error:
-        words = error_shapes.words_of(error)
-        stream.write(answer.error_frame(words) or error_shapes.frame(shape, error_shapes.status_of(error), words))
-    stream.end()
+        words = error_shapes.client_message(error)
+        stream.write(
+            answer.error_frame(words) or error_shapes.error_frame(shape, error_shapes.error_status(error), words)
+        )
+    stream.finish()
     return stream
 
 
-def _reshaped(answer: Answer, body: bytes, shape: Shape) -> Reply:
+def _reshaped(answer: Answer, body: bytes, shape: ClientApi) -> Response:
     """A server's failure that is not said in the client's dialect: its server knows another, or said it as an event."""
     words = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
     headers = tuple(pair for pair in _headers(answer) if pair[0].lower() != "content-type")
-    return json_reply(error_shapes.body(shape, answer.status, words), status=answer.status, headers=headers)
+    return json_response(error_shapes.error_body(shape, answer.status, words), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:
@@ -158,7 +166,7 @@ def read_resume(headers: Mapping[str, str]) -> bool:
     raise BadRequest(f"X-GPUMesh-Resume is on or off, not {asked!r}")
 
 
-def _headers(answer: Answer) -> Pairs:
+def _headers(answer: Answer) -> HeaderPairs:
     return (
         *answer.headers,
         ("X-GPUMesh-Node", answer.node),

@@ -16,8 +16,8 @@ from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
-from gpumesh.gateway.http.exchange import Request, Stream
-from gpumesh.gateway.http.replies import Reply, json_reply
+from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.model_requests import BadRequest
 from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
@@ -33,7 +33,7 @@ _ACTIONS = ("drain", "resume", "reconnect")
 _PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
 
 
-class Page:
+class UiPage:
     """``writable``: an API key is set, so that whoever gets here has shown it."""
 
     def __init__(self, mesh: Mesh, *, writable: bool) -> None:
@@ -46,7 +46,7 @@ class Page:
         self._policy = _policy(html)
         self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
 
-    async def record(self) -> None:
+    async def keep_history(self) -> None:
         """Keeps the last hour, until cancelled."""
         while True:
             self._recorder.add(self._mesh.snapshot())
@@ -56,19 +56,21 @@ class Page:
         """Ends the streams: a page that is open must not hold up the end of the mesh."""
         self._closing.set()
 
-    async def html(self, _request: Request) -> Reply:
+    async def html(self, _request: Request) -> Response:
         content_type = "text/html; charset=utf-8"
-        return Reply(self._html, content_type=content_type, headers=self._headers, policy=self._policy)
+        return Response(
+            self._html, content_type=content_type, headers=self._headers, content_security_policy=self._policy
+        )
 
-    async def events(self, request: Request) -> Stream:
-        stream = request.stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
+    async def events(self, request: Request) -> StreamingResponse:
+        stream = request.start_stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
         async with aclosing(self._told()) as events:
             async for event in events:
                 stream.write(event)
                 await stream.drain()
                 if request.method == "HEAD":  # it has its whole answer
                     break
-        stream.end()
+        stream.finish()
         return stream
 
     async def _told(self) -> AsyncGenerator[bytes]:
@@ -76,7 +78,7 @@ class Page:
         now = self._mesh.snapshot()
         yield _event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
         closing = asyncio.ensure_future(self._closing.wait())
-        changes = self._mesh.changes()
+        changes = self._mesh.watch_changes()
         step: asyncio.Future[None] | None = None
         try:
             while not closing.done():
@@ -99,7 +101,7 @@ class Page:
             if isinstance(changes, AsyncGenerator):
                 await changes.aclose()
 
-    async def act(self, request: Request) -> Reply:
+    async def change_node(self, request: Request) -> Response:
         """POST /mesh/nodes/NAME/drain, …/resume, …/reconnect."""
         found = _PATH.fullmatch(request.path)
         if found is None or found[2] not in _ACTIONS:
@@ -116,8 +118,8 @@ class Page:
         elif action == "resume":
             self._mesh.resume(name)
         else:
-            self._mesh.tunnel(name).nudge()
-        return json_reply(json.dumps({"node": name, "done": action}).encode())
+            self._mesh.tunnel(name).retry_now()
+        return json_response(json.dumps({"node": name, "done": action}).encode())
 
 
 def _event(name: str, document: Any) -> bytes:

@@ -11,7 +11,7 @@ from gpumesh.lab import text
 from gpumesh.lab.profile import HostProfile, ModelProfile
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """The request gets an error status and these words, in its dialect."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -21,7 +21,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class GenerationRequest:
     """A request for an answer. ``messages`` for chats; ``prompt`` for raw prompts; one of them is set."""
 
     model: ModelProfile
@@ -43,7 +43,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class PlannedAnswer:
     """All that will be said, token by token: first thinking, then text; a tool call counts as its JSON's tokens."""
 
     prompt: str
@@ -57,64 +57,68 @@ class Script:
         return len(self.thinking) + len(self.tokens)
 
 
-def rendered(work: Work) -> str:
+def render_request(work: GenerationRequest) -> str:
     if work.messages is not None:
-        return text.render(work.messages, continues=work.model.continues)
+        return text.render_messages(work.messages, continues=work.model.continues)
     return work.prompt or ""
 
 
-def script(work: Work, profile: HostProfile) -> Script:
+def plan_answer(work: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
     """What the model will say. Raises Refused where Ollama would, before anything is generated."""
-    prompt = rendered(work)
+    prompt = render_request(work)
     options = work.options
     seed = options.get("seed")
     limit = options.get("num_predict")
     bound = limit if isinstance(limit, int) and limit >= 0 else None
     stop = options.get("stop") or ()
-    said = text.answer(
+    said = text.generate_text(
         prompt,
         model=work.model.name,
         seed=seed if isinstance(seed, int) else 0,
         num_predict=bound,
-        length=profile.answer_tokens,
+        length_range=profile.answer_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(str(mark) for mark in stop),
     )
     tool = _tool_call(work, said.tokens)
     if tool is not None:
-        tokens = text.pieces(json.dumps({"name": tool.name, "arguments": dict(tool.arguments)}, ensure_ascii=False))
+        tokens = text.split_tokens(
+            json.dumps({"name": tool.name, "arguments": dict(tool.arguments)}, ensure_ascii=False)
+        )
         said = _bounded(tokens, bound)
         tool = tool if said.done_reason == "stop" else None
     elif work.format:
         words = [token.strip() for token in said.tokens] or ["nothing"]
-        value = {"answer": " ".join(words[:12])} if work.format == "json" else text.instance(work.format, words)
-        said = _bounded(text.pieces(json.dumps(value, ensure_ascii=False)), bound)
+        value = (
+            {"answer": " ".join(words[:12])} if work.format == "json" else text.make_schema_example(work.format, words)
+        )
+        said = _bounded(text.split_tokens(json.dumps(value, ensure_ascii=False)), bound)
     thinking: tuple[str, ...] = ()
     if _thinks(work) and not prompt.endswith("</think>"):
-        thinking = text.answer(f"{prompt}<think>", model=work.model.name, num_predict=12).tokens
-    return Script(prompt, thinking, said.tokens, tool, said.done_reason)
+        thinking = text.generate_text(f"{prompt}<think>", model=work.model.name, num_predict=12).tokens
+    return PlannedAnswer(prompt, thinking, said.tokens, tool, said.done_reason)
 
 
-def _thinks(work: Work) -> bool:
+def _thinks(work: GenerationRequest) -> bool:
     """On by default where the model can; asked of another model it is an error."""
     if work.think and not work.model.thinking:
-        raise Refused(400, f'"{work.name}" does not support thinking')
+        raise ApiError(400, f'"{work.name}" does not support thinking')
     continued = bool(work.messages and work.messages[-1].get("role") == "assistant")
     return work.model.thinking and work.think is not False and work.messages is not None and not continued
 
 
-def _tool_call(work: Work, words: tuple[str, ...]) -> ToolCall | None:
+def _tool_call(work: GenerationRequest, words: tuple[str, ...]) -> ToolCall | None:
     """The first of the tools is called whenever the user has the last word."""
     if not work.tools or not work.messages or work.messages[-1].get("role") != "user":
         return None
     if not work.model.tools:
-        raise Refused(400, f"registry.ollama.ai/library/{work.name} does not support tools")
+        raise ApiError(400, f"registry.ollama.ai/library/{work.name} does not support tools")
     function = work.tools[0].get("function") or work.tools[0]
     schema = function.get("parameters") or function.get("input_schema") or {}
-    value = text.instance(schema, [word.strip() for word in words])
+    value = text.make_schema_example(schema, [word.strip() for word in words])
     return ToolCall(str(function.get("name", "tool")), value if isinstance(value, dict) else {})
 
 
-def _bounded(tokens: tuple[str, ...], bound: int | None) -> text.Answer:
+def _bounded(tokens: tuple[str, ...], bound: int | None) -> text.GeneratedText:
     if bound is not None and len(tokens) > bound:
-        return text.Answer(tokens[:bound], "length")
-    return text.Answer(tokens, "stop")
+        return text.GeneratedText(tokens[:bound], "length")
+    return text.GeneratedText(tokens, "stop")

@@ -16,7 +16,7 @@ from typing import cast
 
 import paramiko
 
-PIECE = 1 << 16
+READ_SIZE = 1 << 16
 HIGH_WATER = 1 << 18
 RETRY_S = 0.003
 
@@ -59,13 +59,13 @@ class ChannelIo:
             self._loop.remove_reader(self._fd)
 
     def write(self, data: bytes, *, error: bool = False) -> bool:
-        """Sends, or keeps what cannot be sent yet. False: hold on until ``drained``."""
+        """Sends, or keeps what cannot be sent yet. False: hold on until ``wait_drained``."""
         if not self.closed:
             (self._errors if error else self._out).extend(data)
             self._flush()
         return len(self._out) + len(self._errors) < HIGH_WATER
 
-    async def drained(self) -> None:
+    async def wait_drained(self) -> None:
         """Until little is left to send. Raises ``ConnectionError`` when the channel is gone."""
         while not self.closed and len(self._out) + len(self._errors) >= HIGH_WATER // 2:
             self._drained.clear()
@@ -73,7 +73,7 @@ class ChannelIo:
         if self.closed:
             raise ConnectionResetError("the client closed the channel")
 
-    async def flushed(self) -> None:
+    async def wait_flushed(self) -> None:
         """Until all is sent, or the channel is gone."""
         while (self._out or self._errors) and not self.closed:
             self._drained.clear()
@@ -97,7 +97,7 @@ class ChannelIo:
 
     def _readable(self) -> None:
         try:
-            data = self._channel.recv(PIECE)
+            data = self._channel.recv(READ_SIZE)
         except TimeoutError:  # a wake-up for nothing
             return
         except OSError:
@@ -116,9 +116,9 @@ class ChannelIo:
                 if not self._poll.poll(0):
                     raise TimeoutError
                 if self._errors:
-                    del self._errors[: self._channel.send_stderr(bytes(self._errors[:PIECE]))]
+                    del self._errors[: self._channel.send_stderr(bytes(self._errors[:READ_SIZE]))]
                 else:
-                    del self._out[: self._channel.send(bytes(self._out[:PIECE]))]
+                    del self._out[: self._channel.send(bytes(self._out[:READ_SIZE]))]
         except TimeoutError:
             self._retry = self._loop.call_later(RETRY_S, self._flush)
         except (OSError, EOFError, paramiko.SSHException):
@@ -135,10 +135,10 @@ class ChannelIo:
                 self._channel.shutdown_write()
 
 
-class Forward(asyncio.Protocol):
+class ForwardedChannel(asyncio.Protocol):
     """A direct-tcpip channel and the local connection behind it, each half closed as the other side closes it."""
 
-    def __init__(self, channel: paramiko.Channel, on_end: Callable[[Forward], None]) -> None:
+    def __init__(self, channel: paramiko.Channel, on_end: Callable[[ForwardedChannel], None]) -> None:
         self._io = ChannelIo(channel, self._from_client)
         self._io.pause()
         self._on_end = on_end
@@ -161,7 +161,7 @@ class Forward(asyncio.Protocol):
 
     async def _wait_drained(self) -> None:
         with contextlib.suppress(ConnectionError):
-            await self._io.drained()
+            await self._io.wait_drained()
         self._drain = None
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
@@ -218,6 +218,6 @@ class Forward(asyncio.Protocol):
             self._finishing = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        await self._io.flushed()
+        await self._io.wait_flushed()
         self._finishing = None
         self.close()

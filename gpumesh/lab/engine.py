@@ -25,7 +25,7 @@ IDLE_MIB = 4
 """Of a 4090's memory, with nothing running."""
 
 
-STORED = datetime(2026, 9, 1, tzinfo=UTC)
+STORED_AT = datetime(2026, 9, 1, tzinfo=UTC)
 """When hosts stored their models, less what follows from their names: a restart does not change it."""
 
 
@@ -41,7 +41,7 @@ class Timings:
     eval_ns: int = 0
 
 
-class Meter:
+class UsageAverage:
     """How busy something was lately, 0 to 1: an average that forgets with the time constant ``tau_s``."""
 
     def __init__(self, tau_s: float, clock: Callable[[], float]) -> None:
@@ -51,7 +51,7 @@ class Meter:
         self._value = 0.0
         self._target = 0.0
 
-    def set(self, target: float) -> None:
+    def set_target(self, target: float) -> None:
         self.value()
         self._target = target
 
@@ -72,7 +72,7 @@ class Pacer:
         self._start = start
         self.sent = 0
 
-    async def due(self) -> int:
+    async def wait_due(self) -> int:
         """Waits for the next token; returns how many are due by then (at most the total), ``sent`` being the same."""
         if not math.isinf(self._rate):
             wait = self._start + (self.sent + 1) / self._rate - self._clock()
@@ -87,10 +87,10 @@ class Pacer:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """A model in memory. ``key`` holds the options that force a reload when they differ."""
+    """A model in memory. ``reload_options`` holds the options that force a reload when they differ."""
 
     model: ModelProfile
-    key: tuple[object, ...]
+    reload_options: tuple[object, ...]
     slots: asyncio.Semaphore
     expires_at: float
     """On the engine's clock; ``inf`` is for ever."""
@@ -102,7 +102,7 @@ class Runner:
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class SlotLease:
     """A slot that is held. ``load_s`` is what this request waited for a load, ``queued_s`` for the slot."""
 
     runner: Runner
@@ -129,7 +129,7 @@ class Engine:
         self.faults = Faults()
         self.clock = clock
         self.store: dict[str, tuple[ModelProfile, datetime]] = {
-            model.name: (model, STORED - timedelta(days=number, microseconds=hash_us(profile.hostname, model.name)))
+            model.name: (model, STORED_AT - timedelta(days=number, microseconds=hash_us(profile.hostname, model.name)))
             for number, model in enumerate(profile.models)
         }
         self.runners: dict[str, Runner] = {}
@@ -138,19 +138,21 @@ class Engine:
         self.max_running = 0
         self._scheduler = asyncio.Lock()
         self._released = asyncio.Event()
-        self._busy = Meter(0.3, clock)
-        self._warmth = Meter(15.0, clock)
+        self._busy = UsageAverage(0.3, clock)
+        self._warmth = UsageAverage(15.0, clock)
         for model in profile.models:
             if model.resident:
-                self.runners[model.name] = self._new_runner(model, (None,) * len(RELOADS))
+                self.runners[model.name] = self._new_runner(model, (None,) * len(RELOAD_OPTIONS))
 
-    def find(self, name: str) -> ModelProfile | None:
+    def find_model(self, name: str) -> ModelProfile | None:
         """By name, ``:latest`` being understood."""
         entry = self.store.get(name) or self.store.get(f"{name}:latest")
         return entry[0] if entry else None
 
     @asynccontextmanager
-    async def lease(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> AsyncIterator[Lease]:
+    async def lease_slot(
+        self, model: ModelProfile, options: dict[str, object], keep_alive: object
+    ) -> AsyncIterator[SlotLease]:
         """A slot of the model, loaded first if it must be. First come, first served; given back on every path."""
         asked = self.clock()
         runner = await self._runner(model, options)
@@ -161,7 +163,7 @@ class Engine:
             held = True
             self._count(+1)
             slow = self.faults.slow
-            yield Lease(
+            yield SlotLease(
                 runner,
                 _rate(self.profile.tokens_per_s) * model.speed / slow,
                 _rate(self.profile.prefill_tokens_per_s) * model.speed / slow,
@@ -176,14 +178,14 @@ class Engine:
 
     async def preload(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> None:
         """An empty prompt: the model is loaded and kept, or with ``keep_alive`` 0 unloaded."""
-        if seconds_of(keep_alive, self.profile.keep_alive_s) == 0:
+        if parse_keep_alive(keep_alive, self.profile.keep_alive_s) == 0:
             if (runner := self.runners.get(model.name)) is not None:
                 runner.expires_at = self.clock()
-                self.expire()
+                self.expire_runners()
             return
         self._release(await self._runner(model, options), keep_alive)
 
-    async def prefill(self, lease: Lease, prompt: str) -> tuple[int, float]:
+    async def prefill(self, lease: SlotLease, prompt: str) -> tuple[int, float]:
         """Waits as long as the prompt takes, less what the cache holds; the prompt's tokens and the seconds."""
         tokens = count_tokens(prompt)
         if math.isinf(lease.prefill_rate):
@@ -193,11 +195,11 @@ class Engine:
         await asyncio.sleep(seconds)
         return tokens, seconds
 
-    def loaded(self) -> list[Runner]:
-        self.expire()
+    def list_runners(self) -> list[Runner]:
+        self.expire_runners()
         return list(self.runners.values())
 
-    def expire(self) -> None:
+    def expire_runners(self) -> None:
         """Models whose time has passed leave memory, unless they are in use."""
         now = self.clock()
         for name, runner in list(self.runners.items()):
@@ -208,7 +210,7 @@ class Engine:
         return 0 if self.faults.on_cpu else model.vram_mib
 
     def gpu_load(self) -> GpuLoad:
-        self.expire()
+        self.expire_runners()
         foreign = self.faults.foreign_load
         return GpuLoad(
             busy=max(self._busy.value(), foreign),
@@ -224,13 +226,13 @@ class Engine:
 
     async def _runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
         """One at a time: a load blocks whatever comes after it, as in Ollama. The runner's ``users`` is raised."""
-        key = tuple(options.get(name) for name in RELOADS)
+        key = tuple(options.get(name) for name in RELOAD_OPTIONS)
         if key[0] == default_context(model):
             key = (None, *key[1:])
         async with self._scheduler:
-            self.expire()
+            self.expire_runners()
             runner = self.runners.get(model.name)
-            if runner is None or runner.key != key:
+            if runner is None or runner.reload_options != key:
                 while (old := self.runners.get(model.name)) is not None and old.users:
                     await self._wait_released()
                 self.runners.pop(model.name, None)
@@ -266,15 +268,15 @@ class Engine:
 
     def _release(self, runner: Runner, keep_alive: object) -> None:
         runner.users -= 1
-        runner.expires_at = self.clock() + seconds_of(keep_alive, self.profile.keep_alive_s)
-        self.expire()
+        runner.expires_at = self.clock() + parse_keep_alive(keep_alive, self.profile.keep_alive_s)
+        self.expire_runners()
         self._released.set()
 
     def _count(self, change: int) -> None:
         self.running += change
         self.max_running = max(self.max_running, self.running)
-        self._busy.set(1.0 if self.running else 0.0)
-        self._warmth.set(1.0 if self.running else 0.0)
+        self._busy.set_target(1.0 if self.running else 0.0)
+        self._warmth.set_target(1.0 if self.running else 0.0)
 
     def _cached(self, runner: Runner, prompt: str) -> int:
         """How many of the prompt's tokens the runner has seen as the start of a recent one."""
@@ -288,14 +290,14 @@ class Engine:
         return count_tokens(prompt[:best])
 
 
-RELOADS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
 """Options that need another runner when they differ from the loaded one's."""
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)")
 
 
-def seconds_of(keep_alive: object, default: float) -> float:
+def parse_keep_alive(keep_alive: object, default: float) -> float:
     """A number is seconds, a string a Go duration; negative is for ever. Raises ``ValueError`` for what is neither."""
     if keep_alive is None:
         return default

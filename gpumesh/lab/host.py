@@ -19,10 +19,10 @@ from typing import Any, Self
 
 import paramiko
 
-from gpumesh.lab.keys import read_key
-from gpumesh.lab.ollama import StandIn
-from gpumesh.lab.profile import Counters, Faults, HostProfile
-from gpumesh.lab.shell import Shell
+from gpumesh.lab.keys import parse_private_key
+from gpumesh.lab.ollama import SimOllama
+from gpumesh.lab.profile import Faults, HostProfile, SimCounters
+from gpumesh.lab.shell import SimShell
 from gpumesh.lab.ssh import SimSshServer
 from gpumesh.wire import from_json, to_json
 
@@ -30,7 +30,7 @@ LINE_LIMIT = 64 << 20  # the log of ten thousand requests in one line
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class HostStart:
     """What a host's process is told first. ``host_key`` is private; ``authorized`` are lines of authorized_keys.
 
     Ports of 0 are chosen; a host that is started again is given those that it had.
@@ -46,9 +46,9 @@ class Start:
 class SimHost:
     """An async context manager; the ports hold from its start to its end."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: HostStart) -> None:
         self.profile = start.profile
-        self.backend = StandIn(start.profile, port=start.backend_port)
+        self.backend = SimOllama(start.profile, port=start.backend_port)
         self.ssh: SimSshServer | None = None
         self._start = start
         self._stack = AsyncExitStack()
@@ -57,11 +57,11 @@ class SimHost:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.backend)
             if self.profile.ssh:
-                shell = Shell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults)
+                shell = SimShell(self.profile, self.backend.engine.gpu_load, lambda: self.backend.faults)
                 server = SimSshServer(
                     shell,
-                    host_keys=[read_key(self._start.host_key)],
-                    authorized_keys=[public_key(line) for line in self._start.authorized],
+                    host_keys=[parse_private_key(self._start.host_key)],
+                    authorized_keys=[parse_public_key(line) for line in self._start.authorized],
                     ports={self.profile.backend_port: self.backend.port},
                     port=self._start.ssh_port,
                     faults=lambda: self.backend.faults,
@@ -82,7 +82,7 @@ class SimHost:
         return self.backend.port
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> SimCounters:
         return self.backend.counters
 
     async def set_faults(self, faults: Faults) -> None:
@@ -95,7 +95,7 @@ class SimHost:
             await self.ssh.drop_connections()
 
 
-def public_key(line: str) -> paramiko.PKey:
+def parse_public_key(line: str) -> paramiko.PKey:
     """A line of authorized_keys. Raises ``ValueError`` for what is none."""
     kind, _, rest = line.strip().partition(" ")
     try:
@@ -128,13 +128,13 @@ def _say(reply: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-async def serve() -> None:
+async def serve_host() -> None:
     """Until standard input ends."""
     lines = await _lines()
     first = await lines.readline()
     if not first:
         return
-    async with SimHost(from_json(Start, json.loads(first))) as host:
+    async with SimHost(from_json(HostStart, json.loads(first))) as host:
         _say({"ssh_port": host.ssh_port, "backend_port": host.backend_port})
         while line := await lines.readline():
             try:
@@ -151,9 +151,9 @@ def main(_arguments: Sequence[str] = ()) -> None:
         try:
             import uvloop
 
-            uvloop.run(serve())
+            uvloop.run(serve_host())
         except ImportError:  # not on this platform
-            asyncio.run(serve())
+            asyncio.run(serve_host())
 
 
 if __name__ == "__main__":

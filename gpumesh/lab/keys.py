@@ -8,7 +8,7 @@ import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-HOST = "127.0.0.1"
+LOOPBACK_HOST = "127.0.0.1"
 
 
 def new_key(kind: str = "ed25519") -> str:
@@ -25,21 +25,21 @@ def new_key(kind: str = "ed25519") -> str:
     ).decode()
 
 
-def read_key(text: str) -> paramiko.PKey:
+def parse_private_key(text: str) -> paramiko.PKey:
     """A private key in OpenSSH's format. Raises ``paramiko.SSHException`` for anything else."""
     if b"ssh-rsa" in _public_part(text):
         return paramiko.RSAKey.from_private_key(io.StringIO(text))
     return paramiko.Ed25519Key.from_private_key(io.StringIO(text))
 
 
-def public_line(text: str) -> str:
+def public_key_line(text: str) -> str:
     """The public half of a private key, as it stands in ``authorized_keys``."""
     return _public_part(text).decode()
 
 
-def known_hosts_line(host_key: str, port: int, host: str = HOST) -> str:
+def known_hosts_line(host_key: str, port: int, host: str = LOOPBACK_HOST) -> str:
     name = host if port == 22 else f"[{host}]:{port}"
-    return f"{name} {public_line(host_key)}"
+    return f"{name} {public_key_line(host_key)}"
 
 
 def _public_part(text: str) -> bytes:

@@ -25,8 +25,8 @@ from typing import Any, Self
 from gpumesh.config import environment
 from gpumesh.errors import GPUMeshError
 from gpumesh.lab import keys
-from gpumesh.lab.host import LINE_LIMIT, Start
-from gpumesh.lab.profile import Counters, Faults, HostProfile
+from gpumesh.lab.host import LINE_LIMIT, HostStart
+from gpumesh.lab.profile import Faults, HostProfile, SimCounters
 from gpumesh.wire import from_json, to_json
 
 START_S = 30.0  # Python and paramiko have to load, on a machine that may be busy
@@ -72,20 +72,20 @@ class LabHost:
     @property
     def backend_url(self) -> str:
         """Straight to the stand-in, past the SSH server: what `ssh -L` would have to lead to."""
-        return f"http://{keys.HOST}:{self.backend_port}"
+        return f"http://{keys.LOOPBACK_HOST}:{self.backend_port}"
 
     @property
     def known_hosts_line(self) -> str:
         assert self.ssh_port is not None, "a host without SSH has no host key"
         return keys.known_hosts_line(self._host_key, self.ssh_port)
 
-    def node(self, **changes: Any) -> dict[str, Any]:
+    def node_entry(self, **changes: Any) -> dict[str, Any]:
         """Its entry in mesh.yaml; user, key and known_hosts come from ``defaults``."""
         entry: dict[str, Any] = {"name": self.name}
         if self.ssh_port is None:
             entry["backend"] = {"kind": "ollama", "url": self.backend_url}
         else:
-            entry["ssh"] = {"host": keys.HOST, "port": self.ssh_port}
+            entry["ssh"] = {"host": keys.LOOPBACK_HOST, "port": self.ssh_port}
             entry["backend"] = {"kind": "ollama", "port": self.profile.backend_port}
         return {**entry, **changes}
 
@@ -108,10 +108,10 @@ class LabHost:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 limit=LINE_LIMIT,
-                env=environment.child(),
+                env=environment.child_environment(),
                 start_new_session=True,  # a Ctrl-C in the terminal is for who started it, not for the host
             )
-        start = Start(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)
+        start = HostStart(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)
         reply = await self._ask(to_json(start))
         self.ssh_port, self.backend_port = reply["ssh_port"], reply["backend_port"]
 
@@ -130,8 +130,8 @@ class LabHost:
         """Cuts its SSH connections; its port stays open."""
         await self._ask({"ask": "drop-connections"})
 
-    async def counters(self) -> Counters:
-        return from_json(Counters, (await self._ask({"ask": "counters"}))["counters"])
+    async def counters(self) -> SimCounters:
+        return from_json(SimCounters, (await self._ask({"ask": "counters"}))["counters"])
 
     def _signal(self, number: signal.Signals) -> None:
         if self.pid is None:
@@ -193,7 +193,7 @@ class Lab:
         self.identity.touch(mode=0o600)
         self.identity.write_text(key)
         self._hosts = {
-            profile.name: LabHost(profile, folder, authorized=[keys.public_line(key)]) for profile in profiles
+            profile.name: LabHost(profile, folder, authorized=[keys.public_key_line(key)]) for profile in profiles
         }
         self._stack = AsyncExitStack()
 
@@ -235,7 +235,7 @@ class Lab:
         ssh = {"user": user, "identity_file": str(self.identity), "known_hosts": str(self.known_hosts), "agent": False}
         lines = ["# A mesh of simulated hosts, made by gpumesh's lab.", "version: 1", "name: lab"]
         lines += [f"gateway: {json.dumps(served)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]
-        for node in nodes if nodes is not None else [host.node() for host in self._hosts.values()]:
+        for node in nodes if nodes is not None else [host.node_entry() for host in self._hosts.values()]:
             for number, (key, value) in enumerate(node.items()):
                 lines.append(f"  {'-' if number == 0 else ' '} {key}: {json.dumps(value)}")
         path.write_text("\n".join(lines) + "\n")

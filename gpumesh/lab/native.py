@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from gpumesh.lab import text
-from gpumesh.lab.answers import Refused, Script, ToolCall, rendered
-from gpumesh.lab.engine import Timings, seconds_of
+from gpumesh.lab.answers import ApiError, PlannedAnswer, ToolCall, render_request
+from gpumesh.lab.engine import Timings, parse_keep_alive
 from gpumesh.lab.profile import ModelProfile
-from gpumesh.lab.replies import dump, read_json, reply
+from gpumesh.lab.replies import dump_json, json_response, read_json
 
 if TYPE_CHECKING:
-    from gpumesh.lab.ollama import StandIn
+    from gpumesh.lab.ollama import SimOllama
 
 MIB = 1 << 20
 NDJSON = "application/x-ndjson"
 
 
-def add_routes(app: web.Application, server: StandIn) -> None:
+def add_routes(app: web.Application, server: SimOllama) -> None:
     routes = _Native(server)
     add = app.router
     add.add_get("/", routes.root)  # aiohttp adds HEAD to each GET
@@ -56,23 +56,23 @@ class NativeFrames:
         self._chat = chat
         self._raw = raw
         # The part that all lines share is encoded once: these lines are most of what a stream costs.
-        self._head = f'{{"model":{dump(name)},"created_at":'
+        self._head = f'{{"model":{dump_json(name)},"created_at":'
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         if self._chat:
-            middle = f'"message":{dump(_message(content, thinking, tool))}'
+            middle = f'"message":{dump_json(_message(content, thinking, tool))}'
         else:
-            middle = f'"response":{dump(content)}' + (f',"thinking":{dump(thinking)}' if thinking else "")
-        return f'{self._head}"{now_text()}",{middle},"done":false}}\n'.encode()
+            middle = f'"response":{dump_json(content)}' + (f',"thinking":{dump_json(thinking)}' if thinking else "")
+        return f'{self._head}"{format_now()}",{middle},"done":false}}\n'.encode()
 
-    def final(self, reason: str, timings: Timings) -> bytes:
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
         said: dict[str, Any] = {"message": _message("", "", None)} if self._chat else {"response": ""}
-        return (dump(self._document(said, reason, timings)) + "\n").encode()
+        return (dump_json(self._document(said, reason, timings)) + "\n").encode()
 
-    def error(self, message: str) -> bytes:
-        return (dump({"error": message}) + "\n").encode()
+    def encode_error(self, message: str) -> bytes:
+        return (dump_json({"error": message}) + "\n").encode()
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         content = "" if said.tool else "".join(said.tokens)
         thinking = "".join(said.thinking)
         if self._chat:
@@ -81,7 +81,7 @@ class NativeFrames:
         return self._document(document, said.done_reason, timings)
 
     def _document(self, said: Mapping[str, Any], reason: str, timings: Timings) -> dict[str, Any]:
-        document = {"model": self._name, "created_at": now_text(), **said, "done": True, "done_reason": reason}
+        document = {"model": self._name, "created_at": format_now(), **said, "done": True, "done_reason": reason}
         if not self._chat and not self._raw:
             document["context"] = [number % 32000 for number in range(min(timings.prompt_tokens + timings.tokens, 64))]
         figures = {
@@ -96,7 +96,7 @@ class NativeFrames:
 
 
 class _Native:
-    def __init__(self, server: StandIn) -> None:
+    def __init__(self, server: SimOllama) -> None:
         self._server = server
         self._engine = server.engine
 
@@ -104,19 +104,19 @@ class _Native:
         return web.Response(text="Ollama is running")
 
     async def version(self, _request: web.Request) -> web.Response:
-        return reply({"version": self._server.profile.version})
+        return json_response({"version": self._server.profile.version})
 
     async def status(self, _request: web.Request) -> web.Response:
-        return reply({"status": "ok", "simulated": True})
+        return json_response({"status": "ok", "simulated": True})
 
     async def tags(self, _request: web.Request) -> web.Response:
         entries = sorted(self._engine.store.items(), key=lambda entry: entry[1][1], reverse=True)
-        return reply({"models": [_tag(name, model, stored) for name, (model, stored) in entries]})
+        return json_response({"models": [_tag(name, model, stored) for name, (model, stored) in entries]})
 
     async def ps(self, _request: web.Request) -> web.Response:
         now = self._engine.clock()
         models = []
-        for runner in self._engine.loaded():
+        for runner in self._engine.list_runners():
             left = runner.expires_at - now
             far = math.isinf(left)
             expires = (
@@ -130,12 +130,12 @@ class _Native:
                     "size": model.vram_mib * MIB,
                     "digest": model.digest,
                     "details": _details(model),
-                    "expires_at": stamp(expires),
+                    "expires_at": format_timestamp(expires),
                     "size_vram": self._engine.vram_mib(model) * MIB,
                     "context_length": runner.context_length,
                 }
             )
-        return reply({"models": models})
+        return json_response({"models": models})
 
     async def show(self, request: web.Request) -> web.Response:
         body = await read_json(request)
@@ -146,7 +146,7 @@ class _Native:
             f"{model.family}.context_length": model.context_length,
             f"{model.family}.embedding_length": 768 if model.embedding else 3584,
         }
-        return reply(
+        return json_response(
             {
                 "modelfile": f"# a simulated model\nFROM {model.name}\n",
                 "parameters": "",
@@ -154,7 +154,7 @@ class _Native:
                 "details": _details(model),
                 "model_info": info,
                 "capabilities": capabilities(model),
-                "modified_at": stamp(stored),
+                "modified_at": format_timestamp(stored),
             }
         )
 
@@ -162,67 +162,75 @@ class _Native:
         body = await read_json(request)
         raw = body.get("raw") is True
         prompt = str(body.get("prompt") or "")
-        work = self._server.work(body)
+        work = self._server.read_generation_request(body)
         if work.model.embedding:
-            raise Refused(400, f'"{work.name}" does not support generate')
+            raise ApiError(400, f'"{work.name}" does not support generate')
         if not prompt and not body.get("suffix"):
             return await self._preload(body, {"response": ""})
         messages = None if raw else [{"role": "user", "content": prompt}]
         if messages is not None and body.get("system"):
             messages.insert(0, {"role": "system", "content": str(body["system"])})
-        work = self._server.work(body, **_common(body), messages=messages, prompt=prompt if raw else None)
+        work = self._server.read_generation_request(
+            body, **_common(body), messages=messages, prompt=prompt if raw else None
+        )
         if body.get("_debug_render_only") is True:
-            return reply({"model": work.name, "created_at": now_text(), **_debug(rendered(work)), "response": ""})
+            return json_response(
+                {"model": work.name, "created_at": format_now(), **_debug(render_request(work)), "response": ""}
+            )
         frames = NativeFrames(work.name, chat=False, raw=raw)
-        return await self._server.deliver(request, work, frames, stream=body.get("stream") is not False)
+        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is not False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         messages = body.get("messages") or []
         if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-            raise Refused(400, "json: cannot unmarshal messages into Go struct field ChatRequest.messages")
-        work = self._server.work(body, **_common(body), messages=messages, tools=body.get("tools") or ())
+            raise ApiError(400, "json: cannot unmarshal messages into Go struct field ChatRequest.messages")
+        work = self._server.read_generation_request(
+            body, **_common(body), messages=messages, tools=body.get("tools") or ()
+        )
         if work.model.embedding:
-            raise Refused(400, f'"{work.name}" does not support chat')
+            raise ApiError(400, f'"{work.name}" does not support chat')
         if not messages:
             return await self._preload(body, {"message": _message("", "", None)})
         if body.get("_debug_render_only") is True:
-            return reply({"model": work.name, "created_at": now_text(), **_debug(rendered(work))})
+            return json_response({"model": work.name, "created_at": format_now(), **_debug(render_request(work))})
         frames = NativeFrames(work.name, chat=True)
-        return await self._server.deliver(request, work, frames, stream=body.get("stream") is not False)
+        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is not False)
 
     async def _preload(self, body: Mapping[str, Any], said: Mapping[str, Any]) -> web.Response:
-        work = self._server.work(body, **_common(body))
+        work = self._server.read_generation_request(body, **_common(body))
         await self._engine.preload(work.model, work.options, work.keep_alive)
-        unload = seconds_of(work.keep_alive, 1.0) == 0
+        unload = parse_keep_alive(work.keep_alive, 1.0) == 0
         reason = "unload" if unload else "load"
-        return reply({"model": work.name, "created_at": now_text(), **said, "done": True, "done_reason": reason})
+        return json_response(
+            {"model": work.name, "created_at": format_now(), **said, "done": True, "done_reason": reason}
+        )
 
     async def embed(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         given = body.get("input", "")
         texts = [given] if isinstance(given, str) else [str(one) for one in given or []]
-        return reply(await self.embeddings_of(body, [one for one in texts if one or len(texts) > 1]))
+        return json_response(await self.embeddings_of(body, [one for one in texts if one or len(texts) > 1]))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         answer = await self.embeddings_of(body, [str(body.get("prompt") or "")])
-        return reply({"embedding": answer["embeddings"][0]})
+        return json_response({"embedding": answer["embeddings"][0]})
 
     async def embeddings_of(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
         """Also what /v1/embeddings is made from."""
         name = body.get("model")
-        if isinstance(name, str) and name and self._engine.find(name) is None:
-            raise Refused(404, f'model "{name}" not found, try pulling it first')
-        work = self._server.work(body, **_common(body))
+        if isinstance(name, str) and name and self._engine.find_model(name) is None:
+            raise ApiError(404, f'model "{name}" not found, try pulling it first')
+        work = self._server.read_generation_request(body, **_common(body))
         asked = self._engine.clock()
         count = 0
-        async with self._engine.lease(work.model, work.options, work.keep_alive) as lease:
+        async with self._engine.lease_slot(work.model, work.options, work.keep_alive) as lease:
             for one in texts:
                 count += (await self._engine.prefill(lease, one))[0]
         return {
             "model": work.name,
-            "embeddings": [text.vector(one) for one in texts],
+            "embeddings": [text.make_embedding(one) for one in texts],
             "total_duration": int((self._engine.clock() - asked) * 1e9),
             "load_duration": int(lease.load_s * 1e9),
             "prompt_eval_count": count,
@@ -234,7 +242,7 @@ class _Native:
         body = await read_json(request)
         name = str(body.get("model") or body.get("name") or "")
         if not name:
-            raise Refused(400, "model is required")
+            raise ApiError(400, "model is required")
         return await _progress(request, body, self._pulling(name if ":" in name else f"{name}:latest"))
 
     async def _pulling(self, name: str) -> AsyncIterator[dict[str, Any]]:
@@ -242,7 +250,7 @@ class _Native:
         if "missing" in name:
             yield {"error": "pull model manifest: file does not exist"}
             return
-        model = self._engine.find(name) or ModelProfile(name)
+        model = self._engine.find_model(name) or ModelProfile(name)
         total, steps = model.size_mib * MIB, 20
         for step in range(steps + 1):
             status = f"pulling {model.digest[:12]}"
@@ -262,7 +270,7 @@ class _Native:
         body = await read_json(request)
         name = str(body.get("model") or body.get("name") or "")
         if not name:
-            raise Refused(400, "model is required")
+            raise ApiError(400, "model is required")
         base, _ = self._stored(body.get("from"))
         self._copy(base, name)
         return await _progress(request, body, _steps("using existing layer", "writing manifest", "success"))
@@ -285,22 +293,22 @@ class _Native:
     async def add_blob(self, request: web.Request) -> web.Response:
         digest = request.match_info["digest"]
         if f"sha256:{hashlib.sha256(await request.read()).hexdigest()}" != digest:
-            raise Refused(400, "digest mismatch")
+            raise ApiError(400, "digest mismatch")
         self._server.blobs.add(digest)
         return web.Response(status=201)
 
     def _copy(self, base: ModelProfile, name: str) -> None:
         if not name:
-            raise Refused(400, "destination is required")
+            raise ApiError(400, "destination is required")
         full = name if ":" in name else f"{name}:latest"
         self._engine.store[full] = (replace(base, name=full), datetime.now(UTC))
 
     def _stored(self, name: Any) -> tuple[ModelProfile, datetime]:
         if not isinstance(name, str) or not name:
-            raise Refused(400, "model is required")
-        model = self._engine.find(name)
+            raise ApiError(400, "model is required")
+        model = self._engine.find_model(name)
         if model is None:
-            raise Refused(404, f"model '{name}' not found")
+            raise ApiError(404, f"model '{name}' not found")
         return self._engine.store[model.name]
 
 
@@ -310,12 +318,12 @@ def capabilities(model: ModelProfile) -> list[str]:
     return ["completion"] + ["tools"] * model.tools + ["thinking"] * model.thinking
 
 
-def stamp(at: datetime) -> str:
+def format_timestamp(at: datetime) -> str:
     """RFC 3339 with the nanoseconds that Go writes; ours end where microseconds do, plus a fixed tail."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "417Z"
 
 
-def now_text() -> str:
+def format_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
@@ -323,9 +331,9 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
     """Raises Refused for a keep_alive that Go could not read."""
     options = body.get("options") or {}
     try:
-        seconds_of(body.get("keep_alive"), 0.0)
+        parse_keep_alive(body.get("keep_alive"), 0.0)
     except ValueError as error:
-        raise Refused(400, str(error)) from error
+        raise ApiError(400, str(error)) from error
     return {
         "options": dict(options) if isinstance(options, dict) else {},
         "keep_alive": body.get("keep_alive"),
@@ -362,7 +370,7 @@ def _tag(name: str, model: ModelProfile, stored: datetime) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": stamp(stored),
+        "modified_at": format_timestamp(stored),
         "size": model.size_mib * MIB,
         "digest": model.digest,
         "details": _details(model),
@@ -381,11 +389,11 @@ async def _progress(
     """Lines as they come; or with ``stream`` false the last one alone, an error then having a status."""
     if body.get("stream") is False:
         last = [step async for step in steps][-1]
-        return reply(last, status=500 if "error" in last else 200)
+        return json_response(last, status=500 if "error" in last else 200)
     response = web.StreamResponse(headers={"Content-Type": NDJSON})
     response.enable_chunked_encoding()
     await response.prepare(request)
     async for step in steps:
-        await response.write((dump(step) + "\n").encode())
+        await response.write((dump_json(step) + "\n").encode())
     await response.write_eof()
     return response

@@ -31,7 +31,7 @@ _OLD = frozenset({"utilization.memory", "clocks_event_reasons.active", "power.dr
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class GpuSnapshot:
     """One GPU at one moment. ``processes`` are (pid, name, MiB)."""
 
     gpu: GpuProfile
@@ -42,9 +42,9 @@ class Card:
     processes: tuple[tuple[int, str, int], ...] = ()
 
 
-def cards(profile: HostProfile, load: GpuLoad) -> tuple[Card, ...]:
+def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ...]:
     """How the host's load falls on its GPUs: each model goes to the emptiest, and those with models work."""
-    result = [Card(gpu, profile.driver, IDLE_MIB, 0.0, load.warmth) for gpu in profile.gpus]
+    result = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, 0.0, load.warmth) for gpu in profile.gpus]
     for number, (_, mib) in enumerate(load.models):
         if result and mib:
             at = min(range(len(result)), key=lambda index: result[index].used_mib)
@@ -55,14 +55,14 @@ def cards(profile: HostProfile, load: GpuLoad) -> tuple[Card, ...]:
     return tuple(card if card.processes else replace(card, warmth=0.0) for card in result)
 
 
-def run(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode) -> tuple[int, bytes]:
+def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode) -> tuple[int, bytes]:
     """``nvidia-smi argv…``: exit status and output. Errors go to stdout, as the real one's do."""
     if mode in _FAILURES:
         status, text = _FAILURES[mode]
         return status, text.encode()
     if mode is SmiMode.GARBAGE:
         return 0, bytes(range(256)) * 2048
-    selected = _selected(argv, cards(profile, load))
+    selected = _selected(argv, make_snapshots(profile, load))
     if selected is None:
         return 6, b"No devices were found\n"
     if mode is SmiMode.GPU_LOST and any(card.gpu.index == profile.gpus[0].index for card in selected):
@@ -71,7 +71,7 @@ def run(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode)
         selected = [replace(card, gpu=replace(card.gpu, name=_ESCAPES)) for card in selected]
     layout = frozenset(_option(argv, "--format", "").split(","))
     for prefix, fields, rows in (
-        ("--query-gpu", FIELDS, [(card,) for card in selected]),
+        ("--query-gpu", GPU_FIELDS, [(card,) for card in selected]),
         ("--query-compute-apps", APP_FIELDS, [(card, process) for card in selected for process in card.processes]),
     ):
         wanted = _option(argv, prefix, None)
@@ -89,10 +89,10 @@ def run(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode)
     return 0, _table(selected).encode()
 
 
-Cell = tuple[str, str]
+FieldValue = tuple[str, str]
 """A value and its unit."""
 
-FIELDS: dict[str, Callable[[Card], Cell]] = {
+GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "index": lambda card: (str(card.gpu.index), ""),
     "uuid": lambda card: (card.gpu.uuid, ""),
     "pci.bus_id": lambda card: (card.gpu.pci_bus_id, ""),
@@ -131,7 +131,7 @@ FIELDS: dict[str, Callable[[Card], Cell]] = {
 }
 _ALIASES = {"gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id", "gpu_name": "name", "clocks.current.sm": "clocks.sm"}
 
-APP_FIELDS: dict[str, Callable[[Card, tuple[int, str, int]], Cell]] = {
+APP_FIELDS: dict[str, Callable[[GpuSnapshot, tuple[int, str, int]], FieldValue]] = {
     "gpu_uuid": lambda card, _: (card.gpu.uuid, ""),
     "gpu_name": lambda card, _: (card.gpu.name, ""),
     "gpu_bus_id": lambda card, _: (card.gpu.pci_bus_id, ""),
@@ -142,19 +142,19 @@ APP_FIELDS: dict[str, Callable[[Card, tuple[int, str, int]], Cell]] = {
 }
 
 
-def _power(card: Card) -> float:
+def _power(card: GpuSnapshot) -> float:
     return card.gpu.idle_power_w + card.busy * 0.78 * (card.gpu.power_limit_w - card.gpu.idle_power_w)
 
 
 def _query(
     wanted: Sequence[str],
-    fields: dict[str, Callable[..., Cell]],
+    fields: dict[str, Callable[..., FieldValue]],
     rows: Sequence[tuple[object, ...]],
     layout: frozenset[str],
     mode: SmiMode,
 ) -> tuple[int, bytes]:
     names = [name.strip() for name in wanted]
-    getters: list[Callable[..., Cell]] = []
+    getters: list[Callable[..., FieldValue]] = []
     for name in names:
         getter = fields.get(name) or fields.get(_ALIASES.get(name, ""))
         if getter is None or (mode is SmiMode.OLD and name in _OLD):
@@ -184,7 +184,7 @@ def _query(
 _UNKNOWNS = ("[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "", "ERR!")
 
 
-def _unknown(name: str, cell: Cell, at: int) -> Cell:
+def _unknown(name: str, cell: FieldValue, at: int) -> FieldValue:
     return cell if name in ("index", "uuid", "gpu_uuid", "name", "pid") else (_UNKNOWNS[at % len(_UNKNOWNS)], "")
 
 
@@ -197,7 +197,7 @@ def _option(argv: Sequence[str], name: str, default: str | None) -> str:
     return default  # type: ignore[return-value]
 
 
-def _selected(argv: Sequence[str], every: Sequence[Card]) -> list[Card] | None:
+def _selected(argv: Sequence[str], every: Sequence[GpuSnapshot]) -> list[GpuSnapshot] | None:
     wanted = next((found for name in ("-i", "--id") if (found := _option(argv, name, ""))), "")
     if not wanted:
         return list(every) or None
@@ -205,7 +205,7 @@ def _selected(argv: Sequence[str], every: Sequence[Card]) -> list[Card] | None:
     return [card for card in every if {str(card.gpu.index), card.gpu.uuid, card.gpu.pci_bus_id} & set(chosen)] or None
 
 
-def _table(every: Sequence[Card]) -> str:
+def _table(every: Sequence[GpuSnapshot]) -> str:
     """The plain table that a person sees."""
     driver = every[0].driver
     line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+\n"
@@ -219,7 +219,7 @@ def _table(every: Sequence[Card]) -> str:
         line,
     ]
     for card in every:
-        value = {name: FIELDS[name](card)[0] for name in FIELDS}
+        value = {name: GPU_FIELDS[name](card)[0] for name in GPU_FIELDS}
         busy = value["utilization.gpu"]
         usage = f"{round(float(value['power.draw']))}W / {round(card.gpu.power_limit_w)}W"
         memory = f"{card.used_mib}MiB / {card.gpu.memory_mib}MiB"

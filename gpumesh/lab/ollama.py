@@ -20,34 +20,35 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from gpumesh.lab.answers import Refused, Script, ToolCall, Work, script
+from gpumesh.lab.answers import ApiError, GenerationRequest, PlannedAnswer, ToolCall, plan_answer
 from gpumesh.lab.engine import Engine, Pacer, Timings
-from gpumesh.lab.profile import Counters, Faults, HostProfile, RequestLog
-from gpumesh.lab.replies import abort, dump, error_response
+from gpumesh.lab.profile import Faults, HostProfile, LoggedRequest, SimCounters
+from gpumesh.lab.replies import abort_connection, dump_json, error_response
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_BODY = 64 << 20
 
 
-class Frames(Protocol):
-    """One API's way to write an answer. ``piece`` and ``final`` give what goes on the wire when streaming."""
+class AnswerFrames(Protocol):
+    """One API's way to write an answer. ``encode_piece`` and ``encode_final`` give what goes on the wire when
+    streaming."""
 
     content_type: str
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes: ...
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes: ...
 
-    def final(self, reason: str, timings: Timings) -> bytes: ...
+    def encode_final(self, reason: str, timings: Timings) -> bytes: ...
 
-    def error(self, message: str) -> bytes:
+    def encode_error(self, message: str) -> bytes:
         """A failure in mid-stream."""
         ...
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         """The answer as one JSON document."""
         ...
 
 
-class StandIn:
+class SimOllama:
     """One Ollama. An async context manager; ``url`` and ``port`` hold from its start to its end.
 
     ``port`` 0 takes a free one. A ``sock`` that is given is used as it is and stays the caller's.
@@ -66,7 +67,7 @@ class StandIn:
         self._gate = asyncio.Lock()
         self._lifted = asyncio.Event()
         self._log: deque[_Entry] = deque(maxlen=10_000)
-        self._count = Counters()
+        self._count = SimCounters()
         self._http = 0
         self.blobs: set[str] = set()
 
@@ -117,7 +118,7 @@ class StandIn:
                 await self._listen()
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> SimCounters:
         return replace(
             self._count,
             running=self.engine.running,
@@ -129,11 +130,13 @@ class StandIn:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    async def deliver(self, request: web.Request, work: Work, frames: Frames, *, stream: bool) -> web.StreamResponse:
+    async def write_answer(
+        self, request: web.Request, work: GenerationRequest, frames: AnswerFrames, *, stream: bool
+    ) -> web.StreamResponse:
         """Generates the answer and writes it, counting it in exactly one of finished, cancelled and failed."""
         asked = self.engine.clock()
-        said = script(work, self.profile)
-        entry = _Entry(RequestLog(request.path, work.model.name, asked, said.prompt[-400:]))
+        said = plan_answer(work, self.profile)
+        entry = _Entry(LoggedRequest(request.path, work.model.name, asked, said.prompt[-400:]))
         self._log.append(entry)
         count = self._count
         self._count = replace(
@@ -144,7 +147,7 @@ class StandIn:
         )
         outcome = "failed"
         try:
-            async with self.engine.lease(work.model, work.options, work.keep_alive) as lease:
+            async with self.engine.lease_slot(work.model, work.options, work.keep_alive) as lease:
                 tokens, prefill_s = await self.engine.prefill(lease, said.prompt)
                 entry.log = replace(entry.log, prompt_tokens=tokens, queued_s=lease.queued_s, load_s=lease.load_s)
                 pacer = Pacer(said.total, lease.rate, self.engine.clock, self.engine.clock())
@@ -194,7 +197,7 @@ class StandIn:
                 return kind
             if sent >= writer.said.total:
                 return None
-            due = await pacer.due()
+            due = await pacer.wait_due()
             if at is not None and due > at:
                 due = max(at, sent)
                 pacer.sent = due
@@ -218,12 +221,12 @@ class StandIn:
             return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
         if fault == "end_after_tokens":
             return await writer.stop()
-        return await abort(request, writer.response)
+        return await abort_connection(request, writer.response)
 
     # -- every request -----------------------------------------------------------------------------------------------
 
     @web.middleware
-    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
         self._http += 1
         if not self._allowed(request.headers.get("Host", ""), request.headers.get("Origin")):
             return web.Response(status=403)
@@ -235,10 +238,10 @@ class StandIn:
             elif faults.status:
                 return error_response(request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault"))
             else:
-                return await abort(request, None)
+                return await abort_connection(request, None)
         try:
             return await handler(request)
-        except Refused as refused:
+        except ApiError as refused:
             return error_response(request.path, refused.status, refused.message)
         except web.HTTPMethodNotAllowed as error:
             return web.Response(status=405, text="405 method not allowed", headers={"Allow": error.headers["Allow"]})
@@ -258,15 +261,15 @@ class StandIn:
         name = urlsplit(f"//{host}").hostname or ""
         return _local(name, self.profile.hostname) and (origin is None or _origin(origin))
 
-    def work(self, body: Mapping[str, Any], **more: Any) -> Work:
+    def read_generation_request(self, body: Mapping[str, Any], **more: Any) -> GenerationRequest:
         """The parts that all APIs have in common. Raises Refused when there is no such model."""
         name = body.get("model")
         if not isinstance(name, str) or not name:
-            raise Refused(400, "model is required")
-        model = self.engine.find(name)
+            raise ApiError(400, "model is required")
+        model = self.engine.find_model(name)
         if model is None:
-            raise Refused(404, f"model '{name}' not found")
-        return Work(model, name, **more)
+            raise ApiError(404, f"model '{name}' not found")
+        return GenerationRequest(model, name, **more)
 
     async def _listen(self) -> None:
         assert self._runner is not None
@@ -291,7 +294,7 @@ class StandIn:
 class _Entry:
     """A request in the log; ``broken`` once a fault has hit it."""
 
-    def __init__(self, log: RequestLog) -> None:
+    def __init__(self, log: LoggedRequest) -> None:
         self.log = log
         self.broken = False
 
@@ -299,7 +302,7 @@ class _Entry:
 class _Writer:
     """An answer on its way: headers go with the first token; a whole answer goes at its end."""
 
-    def __init__(self, request: web.Request, frames: Frames, said: Script, *, stream: bool) -> None:
+    def __init__(self, request: web.Request, frames: AnswerFrames, said: PlannedAnswer, *, stream: bool) -> None:
         self.request = request
         self.said = said
         self.response: web.StreamResponse | None = None
@@ -310,28 +313,31 @@ class _Writer:
         if not self._stream:
             return
         said, frames, thinking = self.said, self._frames, len(self.said.thinking)
-        parts = [frames.piece("", token, None) for token in said.thinking[start:end]]
+        parts = [frames.encode_piece("", token, None) for token in said.thinking[start:end]]
         if said.tool is None:
             parts += (
-                [frames.piece(token, "", None) for token in said.tokens[max(0, start - thinking) : end - thinking]]
+                [
+                    frames.encode_piece(token, "", None)
+                    for token in said.tokens[max(0, start - thinking) : end - thinking]
+                ]
                 if (end > thinking)
                 else []
             )
         elif end == said.total:
-            parts.append(frames.piece("", "", said.tool))
+            parts.append(frames.encode_piece("", "", said.tool))
         if parts:
             await self._send(b"".join(parts))
 
     async def end(self, timings: Timings) -> web.StreamResponse:
         if not self._stream:
-            return web.json_response(self._frames.whole(self.said, timings), dumps=dump)
-        await self._send(self._frames.final(self.said.done_reason, timings))
+            return web.json_response(self._frames.build_document(self.said, timings), dumps=dump_json)
+        await self._send(self._frames.encode_final(self.said.done_reason, timings))
         return await self.stop()
 
     async def fail(self, message: str) -> web.StreamResponse:
         if self.response is None:
             return error_response(self.request.path, 500, message)
-        await self._send(self._frames.error(message))
+        await self._send(self._frames.encode_error(message))
         return await self.stop()
 
     async def stop(self) -> web.StreamResponse:

@@ -165,7 +165,7 @@ class HostProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestLog:
+class LoggedRequest:
     """One request for an answer, as the stand-in saw it. ``outcome``: finished, cancelled (the client went), failed
     (a fault), or running. ``at_s`` is the host's monotonic clock."""
 
@@ -181,7 +181,7 @@ class RequestLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Counters:
+class SimCounters:
     """What a stand-in has done so far, requests for answers only. ``in_flight`` includes those that wait for a slot;
     ``running`` hold one. ``requests`` are the latest, oldest first. ``http`` counts every request of any kind."""
 
@@ -196,28 +196,28 @@ class Counters:
     tokens: int = 0
     loads: int = 0
     http: int = 0
-    requests: tuple[RequestLog, ...] = ()
+    requests: tuple[LoggedRequest, ...] = ()
 
 
-def gpu(host: str, index: int = 0, **changes: Any) -> GpuProfile:
+def make_gpu(host: str, index: int = 0, **changes: Any) -> GpuProfile:
     """A GPU whose UUID follows from its host's name and its index."""
     return GpuProfile(index, f"GPU-{uuid.uuid5(_NAMESPACE, f'{host}/{index}')}", **changes)
 
 
-def host(name: str, *, gpus: int = 1, **changes: Any) -> HostProfile:
+def make_host(name: str, *, gpus: int = 1, **changes: Any) -> HostProfile:
     """A host with 4090s, as the defaults have it, with ``changes``."""
     hostname = f"sim-{name}-{uuid.uuid5(_NAMESPACE, name).hex[:6]}"
-    cards = tuple(gpu(name, index) for index in range(gpus))
+    cards = tuple(make_gpu(name, index) for index in range(gpus))
     return HostProfile(name, hostname, cards, **changes)
 
 
-def default(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
+def make_hosts(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
     """``count`` hosts with a 4090 each: unequal in rate, and in what they store beside the model that all have."""
     names = ("reykjavik", "tromso", "oslo", "bergen", "turku", "umea", "lulea", "aarhus")
     rates = (100.0, 80.0, 120.0, 60.0)
     extra = ((LLAMA_8B,), (), (LLAMA_8B, EMBEDDER), (QWEN_14B,))
     return tuple(
-        host(
+        make_host(
             names[number] if number < len(names) else f"host{number + 1}",
             models=(QWEN_7B, *extra[number % len(extra)]),
             tokens_per_s=rates[number % len(rates)],
@@ -227,7 +227,7 @@ def default(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
     )
 
 
-def fast(name: str = "fast", **changes: Any) -> HostProfile:
+def make_instant_host(name: str = "fast", **changes: Any) -> HostProfile:
     """A host that takes no time of its own: for measuring what stands before it."""
     timeless: dict[str, Any] = {
         "tokens_per_s": None,
@@ -236,4 +236,4 @@ def fast(name: str = "fast", **changes: Any) -> HostProfile:
         "slots": 1024,
         "prefix_cache": False,
     }
-    return host(name, **{**timeless, **changes})
+    return make_host(name, **{**timeless, **changes})

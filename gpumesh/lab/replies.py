@@ -9,10 +9,10 @@ from typing import Any
 
 from aiohttp import web
 
-from gpumesh.lab.answers import Refused
+from gpumesh.lab.answers import ApiError
 
 
-def dump(value: Any) -> str:
+def dump_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -20,17 +20,17 @@ async def read_json(request: web.Request) -> dict[str, Any]:
     """The body, whatever its declared type. Raises Refused."""
     data = await request.read()
     if not data:
-        raise Refused(400, "missing request body")
+        raise ApiError(400, "missing request body")
     try:
         body = json.loads(data)
     except ValueError as error:
-        raise Refused(400, f"invalid character in request body: {error}") from error
+        raise ApiError(400, f"invalid character in request body: {error}") from error
     if not isinstance(body, dict):
-        raise Refused(400, "json: cannot unmarshal request body into an object")
+        raise ApiError(400, "json: cannot unmarshal request body into an object")
     return body
 
 
-async def abort(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
+async def abort_connection(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
     """Resets the connection; what was written before has been sent."""
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
@@ -50,8 +50,8 @@ def error_response(path: str, status: int, message: str) -> web.Response:
     elif path.startswith("/v1/"):
         kind = {404: "not_found_error", 400: "invalid_request_error"}.get(status, "api_error")
         document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return web.json_response(document, status=status, dumps=dump)
+    return web.json_response(document, status=status, dumps=dump_json)
 
 
-def reply(document: Any, status: int = 200) -> web.Response:
-    return web.json_response(document, status=status, dumps=dump)
+def json_response(document: Any, status: int = 200) -> web.Response:
+    return web.json_response(document, status=status, dumps=dump_json)

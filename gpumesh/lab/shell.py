@@ -17,7 +17,7 @@ from typing import Protocol
 from gpumesh.lab import nvidia_smi
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
-from gpumesh.tunnels.remote_command import watched
+from gpumesh.tunnels.remote_command import unwrap_killable
 
 MAX_COMMAND = 1 << 16
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
@@ -31,7 +31,7 @@ _TOKEN = re.compile(
 )
 
 
-class Terminal(Protocol):
+class StandardStreams(Protocol):
     """A command's standard streams."""
 
     async def read(self) -> bytes:
@@ -42,14 +42,14 @@ class Terminal(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Shell:
+class SimShell:
     """One host's. ``load`` and ``faults`` are asked anew for each command."""
 
     profile: HostProfile
     load: Callable[[], GpuLoad]
     faults: Callable[[], Faults]
 
-    async def run(self, text: str, terminal: Terminal, depth: int = 0) -> int:
+    async def run(self, text: str, terminal: StandardStreams, depth: int = 0) -> int:
         """The exit status of the last command, as ``sh -c text`` gives it."""
         if len(text) > MAX_COMMAND or depth > 8:
             await terminal.write(b"sh: Argument list too long\n", error=True)
@@ -72,11 +72,11 @@ class Shell:
             status = await self._command(bare, merged, depth) if bare else 0
         return status
 
-    async def _command(self, argv: list[str], terminal: Terminal, depth: int) -> int:
+    async def _command(self, argv: list[str], terminal: StandardStreams, depth: int) -> int:
         name, *rest = argv
         name = name.rsplit("/", 1)[-1]
         if name in ("sh", "bash", "dash") and len(rest) >= 2 and rest[0] in ("-c", "-lc"):
-            inner = watched(rest[1])
+            inner = unwrap_killable(rest[1])
             if inner is not None:
                 return await self._until_input_ends(inner, terminal, depth + 1)
             return await self.run(rest[1], terminal, depth + 1)
@@ -94,7 +94,7 @@ class Shell:
             return 127
         return await command(self, rest, terminal)
 
-    async def _until_input_ends(self, command: str, terminal: Terminal, depth: int) -> int:
+    async def _until_input_ends(self, command: str, terminal: StandardStreams, depth: int) -> int:
         """What tunnels/remote_command.py's script does on a real host."""
 
         async def read_to_the_end() -> None:
@@ -111,13 +111,13 @@ class Shell:
                 task.cancel()
             await asyncio.gather(running, input_ends, return_exceptions=True)
 
-    async def _nvidia_smi(self, argv: list[str], terminal: Terminal) -> int:
+    async def _nvidia_smi(self, argv: list[str], terminal: StandardStreams) -> int:
         faults = self.faults()
         if faults.nvidia_smi is SmiMode.HANG:
             await asyncio.Event().wait()
         if faults.nvidia_smi_delay_s > 0:
             await asyncio.sleep(faults.nvidia_smi_delay_s)
-        status, output = nvidia_smi.run(argv, self.profile, self.load(), faults.nvidia_smi)
+        status, output = nvidia_smi.run_nvidia_smi(argv, self.profile, self.load(), faults.nvidia_smi)
         await terminal.write(output, error=status == 127)
         return status
 
@@ -125,7 +125,7 @@ class Shell:
 class _NoInput:
     """``</dev/null``."""
 
-    def __init__(self, terminal: Terminal) -> None:
+    def __init__(self, terminal: StandardStreams) -> None:
         self._terminal = terminal
 
     async def read(self) -> bytes:
@@ -138,7 +138,7 @@ class _NoInput:
 class _Merged:
     """``2>&1``."""
 
-    def __init__(self, terminal: Terminal) -> None:
+    def __init__(self, terminal: StandardStreams) -> None:
         self._terminal = terminal
 
     async def read(self) -> bytes:
@@ -181,35 +181,35 @@ def _split(text: str) -> list[tuple[str, list[str]]]:
     return [(joint, words) for joint, words in commands if words]
 
 
-Command = Callable[[Shell, list[str], Terminal], Awaitable[int]]
+ShellCommand = Callable[[SimShell, list[str], StandardStreams], Awaitable[int]]
 
 
-async def _hostname(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _hostname(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del argv
     await terminal.write(f"{shell.profile.hostname}\n".encode())
     return 0
 
 
-async def _uname(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _uname(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     every = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
     await terminal.write(f"{every if '-a' in argv else 'Linux'}\n".encode())
     return 0
 
 
-async def _whoami(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _whoami(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del argv
     await terminal.write(f"{shell.profile.user}\n".encode())
     return 0
 
 
-async def _echo(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _echo(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del shell
     newline = argv[:1] != ["-n"]
     await terminal.write((" ".join(argv if newline else argv[1:]) + "\n" * newline).encode(errors="replace"))
     return 0
 
 
-async def _cat(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _cat(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     """Of standard input; there are no files."""
     del shell
     if argv and argv != ["-"]:
@@ -220,7 +220,7 @@ async def _cat(shell: Shell, argv: list[str], terminal: Terminal) -> int:
     return 0
 
 
-async def _sleep(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _sleep(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del shell
     if argv == ["infinity"]:
         await asyncio.Event().wait()
@@ -232,7 +232,7 @@ async def _sleep(shell: Shell, argv: list[str], terminal: Terminal) -> int:
     return 0
 
 
-async def _seq(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _seq(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     """``seq N``: output of a known size."""
     del shell
     if len(argv) != 1 or not argv[0].isdigit():
@@ -245,7 +245,7 @@ async def _seq(shell: Shell, argv: list[str], terminal: Terminal) -> int:
     return 0
 
 
-async def _test(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _test(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     """Only comparisons of texts; nothing exists."""
     del shell, terminal
     words = argv[:-1] if argv[-1:] == ["]"] else argv
@@ -254,17 +254,17 @@ async def _test(shell: Shell, argv: list[str], terminal: Terminal) -> int:
     return int(not (len(words) == 1 and words[0]))
 
 
-async def _true(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _true(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del shell, argv, terminal
     return 0
 
 
-async def _false(shell: Shell, argv: list[str], terminal: Terminal) -> int:
+async def _false(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
     del shell, argv, terminal
     return 1
 
 
-_KNOWN: dict[str, Command] = {
+_KNOWN: dict[str, ShellCommand] = {
     "hostname": _hostname,
     "uname": _uname,
     "whoami": _whoami,

@@ -26,9 +26,9 @@ from paramiko.common import (
     cMSG_CHANNEL_SUCCESS,
 )
 
-from gpumesh.lab.channels import ChannelIo, Forward
+from gpumesh.lab.channels import ChannelIo, ForwardedChannel
 from gpumesh.lab.profile import Faults
-from gpumesh.lab.shell import Shell
+from gpumesh.lab.shell import SimShell
 
 BANNER = "SSH-2.0-OpenSSH_9.6_gpumesh_lab"
 CONNECT_TIMEOUT_S = 5.0
@@ -44,7 +44,7 @@ class SimSshServer:
 
     def __init__(
         self,
-        shell: Shell,
+        shell: SimShell,
         *,
         host_keys: Sequence[paramiko.PKey],
         authorized_keys: Sequence[paramiko.PKey] = (),
@@ -141,7 +141,7 @@ class _Connection:
         self._targets: dict[int, socket.socket] = {}
         self._channels: dict[int, paramiko.Channel] = {}
         self._waiting: dict[int, tuple[paramiko.Channel, str]] = {}
-        self._forwards: set[Forward] = set()
+        self._forwards: set[ForwardedChannel] = set()
         self._commands: set[asyncio.Task[None]] = set()
         self._closed = False
         sock.setblocking(True)
@@ -225,7 +225,7 @@ class _Connection:
 
     async def _connect(self, channel: paramiko.Channel, sock: socket.socket) -> None:
         sock.setblocking(False)
-        forward = Forward(channel, self._forwards.discard)
+        forward = ForwardedChannel(channel, self._forwards.discard)
         self._forwards.add(forward)
         try:
             await self._loop.create_connection(lambda: forward, sock=sock)
@@ -279,7 +279,7 @@ class _ChannelTerminal:
 
     async def write(self, data: bytes, *, error: bool = False) -> None:
         if not self._io.write(data, error=error):
-            await self._io.drained()
+            await self._io.wait_drained()
 
     async def gone(self) -> None:
         """Until the client closes the channel. paramiko tells of it only to who reads, and a command may not."""
@@ -287,7 +287,7 @@ class _ChannelTerminal:
             await asyncio.sleep(0.05)
 
     async def finish(self, status: int) -> None:
-        await self._io.flushed()
+        await self._io.wait_flushed()
         if not self._io.closed:
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self._channel.send_exit_status(status)

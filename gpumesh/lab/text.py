@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-WORDS = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
+VOCABULARY = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
     "the a of and to in is that it for on with as was by at from this which be are or an not can all has one more "
     "their will each when there other about time two these may then first any like new only some could over such our "
     "after also many must before here through back years where much way well down should because long own under while "
@@ -25,33 +25,33 @@ WORDS = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
     "🙂 🚀 👩\u200d🚀 ½ → “quoted” it's 42 3.14 100% x=1 `code` {json} <tag> C:\\temp"
 ).split(" ")
 
-ASSISTANT = "<|im_start|>assistant\n"
+ASSISTANT_MARK = "<|im_start|>assistant\n"
 _EXTRA = 0x9E3779B1
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedText:
     """An answer as its tokens, in order; ``done_reason`` is ``stop`` or ``length``."""
 
     tokens: tuple[str, ...]
     done_reason: str
 
 
-def render(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
+def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
     """The prompt as a ChatML template writes it; a last message of the assistant is left open if ``continues``."""
     parts: list[str] = []
     for number, message in enumerate(messages):
-        role, content = str(message.get("role", "user")), text_of(message.get("content"))
+        role, content = str(message.get("role", "user")), content_text(message.get("content"))
         if message.get("tool_calls"):
             content += json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
         parts.append(f"<|im_start|>{role}\n{content}")
         if role == "assistant" and number == len(messages) - 1 and continues:
             return "".join(parts)
         parts.append("<|im_end|>\n")
-    return "".join(parts) + ASSISTANT
+    return "".join(parts) + ASSISTANT_MARK
 
 
-def text_of(content: Any) -> str:
+def content_text(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts as the OpenAI and Anthropic APIs have it."""
     if isinstance(content, str):
         return content
@@ -66,22 +66,22 @@ def count_tokens(text: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def answer(
+def generate_text(
     prompt: str,
     *,
     model: str,
     seed: int = 0,
     num_predict: int | None = None,
-    length: tuple[int, int] = (48, 160),
+    length_range: tuple[int, int] = (48, 160),
     stop: tuple[str, ...] = (),
-) -> Answer:
+) -> GeneratedText:
     """What ``model`` says after the rendered ``prompt``.
 
-    After a template's mark of the assistant's turn, the natural length is drawn once from ``length``; a raw prompt
-    without one ends at random words, with the same mean.
+    After a template's mark of the assistant's turn, the natural length is drawn once from ``length_range``; a raw
+    prompt without one ends at random words, with the same mean.
     """
-    start = prompt.rfind(ASSISTANT) + len(ASSISTANT) if ASSISTANT in prompt else None
-    low, high = length
+    start = prompt.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK) if ASSISTANT_MARK in prompt else None
+    low, high = length_range
     basis = zlib.crc32(f"{model}\n{seed}\n".encode())
     cut = max(prompt.rfind(" "), prompt.rfind("\n"), -1) + 1
     partial = prompt[cut:]
@@ -118,10 +118,10 @@ def answer(
         state = zlib.crc32((word + " ").encode(), state)
         space = " "
         left = None if left is None else left - 1
-    return stopped(Answer(tuple(tokens[:bound]), reason), stop)
+    return cut_at_stop(GeneratedText(tuple(tokens[:bound]), reason), stop)
 
 
-def stopped(whole: Answer, stop: Sequence[str]) -> Answer:
+def cut_at_stop(whole: GeneratedText, stop: Sequence[str]) -> GeneratedText:
     """The answer up to the first of the stop sequences, which is left out."""
     text = "".join(whole.tokens)
     places = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
@@ -133,15 +133,15 @@ def stopped(whole: Answer, stop: Sequence[str]) -> Answer:
             break
         tokens.append(token[:room])
         room -= len(token)
-    return Answer(tuple(tokens), "stop")
+    return GeneratedText(tuple(tokens), "stop")
 
 
-def pieces(text: str, size: int = 4) -> tuple[str, ...]:
+def split_tokens(text: str, size: int = 4) -> tuple[str, ...]:
     """A fixed text cut into tokens of about four characters, as JSON and tool calls are."""
     return tuple(text[start : start + size] for start in range(0, len(text), size))
 
 
-def instance(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
+def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
     """Some value that fits a JSON schema, as far as plain schemas go."""
     if not isinstance(schema, Mapping) or depth > 16:
         return " ".join(words[:4])
@@ -151,15 +151,15 @@ def instance(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
         return schema["enum"][0]
     for key in ("anyOf", "oneOf", "allOf"):
         if schema.get(key):
-            return instance(schema[key][0], words, depth + 1)
+            return make_schema_example(schema[key][0], words, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     if isinstance(kind, list):
         kind = next((one for one in kind if one != "null"), "null")
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: instance(inner, words, depth + 1) for name, inner in properties.items()}
+        return {name: make_schema_example(inner, words, depth + 1) for name, inner in properties.items()}
     if kind == "array":
-        return [instance(schema.get("items", {}), words, depth + 1)] * max(1, int(schema.get("minItems", 1)))
+        return [make_schema_example(schema.get("items", {}), words, depth + 1)] * max(1, int(schema.get("minItems", 1)))
     plain: dict[str, Any] = {
         "integer": int(schema.get("minimum", 42)),
         "number": float(schema.get("minimum", 0.5)),
@@ -169,7 +169,7 @@ def instance(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
     return plain.get(str(kind), " ".join(words[:4]))
 
 
-def vector(text: str, size: int = 768) -> list[float]:
+def make_embedding(text: str, size: int = 768) -> list[float]:
     """An embedding: deterministic, of length 1."""
     state = zlib.crc32(text.encode(errors="replace"))
     values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]
@@ -185,4 +185,4 @@ def _mix(state: int) -> int:
 
 
 def _word(state: int) -> str:
-    return WORDS[_mix(state) % len(WORDS)]
+    return VOCABULARY[_mix(state) % len(VOCABULARY)]

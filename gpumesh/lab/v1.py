@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from gpumesh.lab import text
-from gpumesh.lab.answers import Refused, Script, ToolCall
+from gpumesh.lab.answers import ApiError, PlannedAnswer, ToolCall
 from gpumesh.lab.engine import Timings
-from gpumesh.lab.replies import dump, read_json, reply
+from gpumesh.lab.replies import dump_json, json_response, read_json
 
 if TYPE_CHECKING:
-    from gpumesh.lab.ollama import StandIn
+    from gpumesh.lab.ollama import SimOllama
 
 SSE = "text/event-stream"
 _numbers = count(1)
 
 
-def add_routes(app: web.Application, server: StandIn) -> None:
+def add_routes(app: web.Application, server: SimOllama) -> None:
     routes = _V1(server)
     add = app.router
     add.add_post("/v1/chat/completions", routes.chat)
@@ -34,8 +34,8 @@ def add_routes(app: web.Application, server: StandIn) -> None:
     add.add_post("/v1/messages", routes.messages)
 
 
-def event(document: Any, name: str | None = None) -> bytes:
-    return ((f"event: {name}\n" if name else "") + f"data: {dump(document)}\n\n").encode()
+def encode_event(document: Any, name: str | None = None) -> bytes:
+    return ((f"event: {name}\n" if name else "") + f"data: {dump_json(document)}\n\n").encode()
 
 
 class ChatFrames:
@@ -54,27 +54,29 @@ class ChatFrames:
             "system_fingerprint": "fp_ollama_lab",
         }
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         delta: dict[str, Any] = {"role": "assistant", "content": content}
         if thinking:
             delta["reasoning"] = thinking
         if tool is not None:
             self._called = True
             delta["tool_calls"] = [_openai_call(tool)]
-        return event(self._chunk(delta, None))
+        return encode_event(self._chunk(delta, None))
 
-    def final(self, reason: str, timings: Timings) -> bytes:
-        parts = [event(self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called else reason))]
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
+        parts = [
+            encode_event(self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called else reason))
+        ]
         if self._usage:
-            parts.append(event({**self._base, "choices": [], "usage": _usage(timings)}))
+            parts.append(encode_event({**self._base, "choices": [], "usage": _usage(timings)}))
         return b"".join([*parts, b"data: [DONE]\n\n"])
 
-    def error(self, message: str) -> bytes:
+    def encode_error(self, message: str) -> bytes:
         # The text of an error in mid-stream is lost here, and no [DONE] follows: so it is in Ollama.
         del message
-        return event(self._chunk({"role": "assistant", "content": ""}, None))
+        return encode_event(self._chunk({"role": "assistant", "content": ""}, None))
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "" if said.tool else "".join(said.tokens)}
         if said.thinking:
             message["reasoning"] = "".join(said.thinking)
@@ -103,19 +105,19 @@ class CompletionFrames:
             "system_fingerprint": "fp_ollama_lab",
         }
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         del thinking, tool  # raw prompts have neither
-        return event(self._chunk(content, None))
+        return encode_event(self._chunk(content, None))
 
-    def final(self, reason: str, timings: Timings) -> bytes:
-        usage = event({**self._base, "choices": [], "usage": _usage(timings)}) if self._usage else b""
-        return event(self._chunk("", reason)) + usage + b"data: [DONE]\n\n"
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
+        usage = encode_event({**self._base, "choices": [], "usage": _usage(timings)}) if self._usage else b""
+        return encode_event(self._chunk("", reason)) + usage + b"data: [DONE]\n\n"
 
-    def error(self, message: str) -> bytes:
+    def encode_error(self, message: str) -> bytes:
         del message
-        return event(self._chunk("", None))
+        return encode_event(self._chunk("", None))
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         return {**self._chunk("".join(said.tokens), said.done_reason), "usage": _usage(timings)}
 
     def _chunk(self, content: str, reason: str | None) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class ResponseFrames:
         self._tool: ToolCall | None = None
         self._begun = False
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         self._tool = tool or self._tool
         start = self._begin()
         if not content or thinking:
@@ -144,7 +146,7 @@ class ResponseFrames:
         self._text.append(content)
         return start + self._event("response.output_text.delta", **self._place(), delta=content)
 
-    def final(self, reason: str, timings: Timings) -> bytes:
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
         said = "".join(self._text)
         item = self._message(said, "completed")
         return (
@@ -155,10 +157,10 @@ class ResponseFrames:
             + self._event("response.completed", response=self._response(self._output(said), reason, timings))
         )
 
-    def error(self, message: str) -> bytes:
+    def encode_error(self, message: str) -> bytes:
         return self._event("error", code="server_error", message=message, param=None)
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         self._tool = said.tool
         return self._response(self._output("".join(said.tokens)), said.done_reason, timings)
 
@@ -180,7 +182,7 @@ class ResponseFrames:
 
     def _event(self, kind: str, **more: Any) -> bytes:
         self._sequence += 1
-        return event({"type": kind, "sequence_number": self._sequence - 1, **more}, kind)
+        return encode_event({"type": kind, "sequence_number": self._sequence - 1, **more}, kind)
 
     def _message(self, said: str | None, status: str) -> dict[str, Any]:
         content = [] if said is None else [{"type": "output_text", "text": said, "annotations": []}]
@@ -189,7 +191,7 @@ class ResponseFrames:
     def _output(self, said: str) -> list[dict[str, Any]]:
         if self._tool is None:
             return [self._message(said, "completed")]
-        arguments = dump(dict(self._tool.arguments))
+        arguments = dump_json(dict(self._tool.arguments))
         return [
             {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": self._tool.name}
             | {"arguments": arguments}
@@ -229,18 +231,18 @@ class MessagesFrames:
         self._kind: str | None = None
         self._called = False
 
-    def piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         if tool is not None:
             self._called = True
             start = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
-            delta = {"type": "input_json_delta", "partial_json": dump(dict(tool.arguments))}
+            delta = {"type": "input_json_delta", "partial_json": dump_json(dict(tool.arguments))}
             return self._open("tool_use", start) + self._delta(delta)
         if thinking:
             start = {"type": "thinking", "thinking": ""}
             return self._open("thinking", start) + self._delta({"type": "thinking_delta", "thinking": thinking})
         return self._open("text", {"type": "text", "text": ""}) + self._delta({"type": "text_delta", "text": content})
 
-    def final(self, reason: str, timings: Timings) -> bytes:
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
         delta = {"stop_reason": _anthropic_reason(reason, called=self._called), "stop_sequence": None}
         usage = {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens}
         opened = b"" if self._kind else self._open("text", {"type": "text", "text": ""})
@@ -251,10 +253,10 @@ class MessagesFrames:
             + self._event("message_stop")
         )
 
-    def error(self, message: str) -> bytes:
+    def encode_error(self, message: str) -> bytes:
         return self._event("error", error={"type": "api_error", "message": message})
 
-    def whole(self, said: Script, timings: Timings) -> dict[str, Any]:
+    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
         if said.thinking:
             content.append({"type": "thinking", "thinking": "".join(said.thinking)})
@@ -288,19 +290,19 @@ class MessagesFrames:
         return self._event("content_block_delta", index=self._block, delta=delta)
 
     def _event(self, kind: str, **more: Any) -> bytes:
-        return event({"type": kind, **more}, kind)
+        return encode_event({"type": kind, **more}, kind)
 
 
 class _V1:
-    def __init__(self, server: StandIn) -> None:
+    def __init__(self, server: SimOllama) -> None:
         self._server = server
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
-            raise Refused(400, "[] is too short - 'messages'")
-        work = self._server.work(
+            raise ApiError(400, "[] is too short - 'messages'")
+        work = self._server.read_generation_request(
             body,
             messages=[_openai_message(one) for one in messages],
             options=_options(body),
@@ -309,15 +311,15 @@ class _V1:
             think=_effort(body.get("reasoning_effort")),
         )
         frames = ChatFrames(work.name, usage=_wants_usage(body))
-        return await self._server.deliver(request, work, frames, stream=body.get("stream") is True)
+        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is True)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         # As Ollama has it: the prompt goes through the model's template, as with /api/generate.
         messages = [{"role": "user", "content": str(body.get("prompt") or "")}]
-        work = self._server.work(body, messages=messages, options=_options(body), think=False)
+        work = self._server.read_generation_request(body, messages=messages, options=_options(body), think=False)
         frames = CompletionFrames(work.name, usage=_wants_usage(body))
-        return await self._server.deliver(request, work, frames, stream=body.get("stream") is True)
+        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is True)
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
@@ -326,49 +328,57 @@ class _V1:
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": str(body["instructions"])})
         if not all(isinstance(one, dict) for one in messages):
-            raise Refused(400, "input must be a string or a list of items")
+            raise ApiError(400, "input must be a string or a list of items")
         options = _options({**body, "max_tokens": body.get("max_output_tokens")})
-        work = self._server.work(body, messages=messages, options=options, tools=body.get("tools") or ())
-        return await self._server.deliver(request, work, ResponseFrames(work.name), stream=body.get("stream") is True)
+        work = self._server.read_generation_request(
+            body, messages=messages, options=options, tools=body.get("tools") or ()
+        )
+        return await self._server.write_answer(
+            request, work, ResponseFrames(work.name), stream=body.get("stream") is True
+        )
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-            raise Refused(400, "messages is required")
+            raise ApiError(400, "messages is required")
         if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
-            raise Refused(400, "max_tokens is required and must be positive")
+            raise ApiError(400, "max_tokens is required and must be positive")
         if body.get("system"):
-            messages = [{"role": "system", "content": text.text_of(body["system"])}, *messages]
+            messages = [{"role": "system", "content": text.content_text(body["system"])}, *messages]
         thinking = body.get("thinking")
         think = isinstance(thinking, dict) and thinking.get("type") == "enabled"
         tools = body.get("tools") or ()
         options = _options({**body, "stop": body.get("stop_sequences")})
-        work = self._server.work(body, messages=messages, options=options, tools=tools, think=think)
-        return await self._server.deliver(request, work, MessagesFrames(work.name), stream=body.get("stream") is True)
+        work = self._server.read_generation_request(body, messages=messages, options=options, tools=tools, think=think)
+        return await self._server.write_answer(
+            request, work, MessagesFrames(work.name), stream=body.get("stream") is True
+        )
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         given = body.get("input")
         texts = [given] if isinstance(given, str) else [str(one) for one in given or []]
         if not texts:
-            raise Refused(400, "invalid input")
-        work = self._server.work(body)
-        async with self._server.engine.lease(work.model, {}, None) as lease:
+            raise ApiError(400, "invalid input")
+        work = self._server.read_generation_request(body)
+        async with self._server.engine.lease_slot(work.model, {}, None) as lease:
             tokens = sum([(await self._server.engine.prefill(lease, one))[0] for one in texts])
-        data = [{"object": "embedding", "embedding": text.vector(one), "index": at} for at, one in enumerate(texts)]
+        data = [
+            {"object": "embedding", "embedding": text.make_embedding(one), "index": at} for at, one in enumerate(texts)
+        ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return reply({"object": "list", "data": data, "model": work.name, "usage": usage})
+        return json_response({"object": "list", "data": data, "model": work.name, "usage": usage})
 
     async def models(self, _request: web.Request) -> web.Response:
-        return reply({"object": "list", "data": [self._entry(name) for name in self._server.engine.store]})
+        return json_response({"object": "list", "data": [self._entry(name) for name in self._server.engine.store]})
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
-        model = self._server.engine.find(name)
+        model = self._server.engine.find_model(name)
         if model is None:
-            raise Refused(404, f"model '{name}' not found")
-        return reply(self._entry(model.name))
+            raise ApiError(404, f"model '{name}' not found")
+        return json_response(self._entry(model.name))
 
     def _entry(self, name: str) -> dict[str, Any]:
         stored = self._server.engine.store[name][1]
@@ -382,7 +392,7 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _openai_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise Refused(400, "invalid message")
+        raise ApiError(400, "invalid message")
     return message
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
-from gpumesh.backends.base import ChatRequest, Chunk, Counters, FrameReader, HttpCall
+from gpumesh.backends.base import ChatRequest, Chunk, FrameReader, HttpCall, ServerCounters
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import BackendStatus, ModelMissing
@@ -15,7 +15,7 @@ from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
 
-class Send(Protocol):
+class SendRequest(Protocol):
     def __call__(
         self, demand: Demand, calls: Mapping[BackendKind, HttpCall], *, timeout_s: float, resume: bool
     ) -> Awaitable[Answer]: ...
@@ -24,7 +24,9 @@ class Send(Protocol):
 class ChatStream:
     """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last."""
 
-    def __init__(self, send: Send, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool) -> None:
+    def __init__(
+        self, send: SendRequest, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool
+    ) -> None:
         self._send = send
         self._request = request
         self._demand = demand
@@ -34,7 +36,7 @@ class ChatStream:
         self._reader: FrameReader | None = None
         self._chunks: deque[Chunk] = deque()
         self._ended = False
-        self.counters: Counters | None = None
+        self.counters: ServerCounters | None = None
 
     @property
     def node(self) -> str | None:
@@ -92,7 +94,7 @@ class ChatStream:
                 self.counters = chunk.counters
 
     async def _start(self) -> None:
-        calls = {kind: dialect.chat(self._request) for kind, dialect in DIALECTS.items()}
+        calls = {kind: dialect.build_chat_call(self._request) for kind, dialect in DIALECTS.items()}
         answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
         dialect = DIALECTS[answer.kind]
         if answer.status >= 400:
@@ -101,5 +103,5 @@ class ChatStream:
             if answer.status == 404:
                 raise ModelMissing(self._request.model, hint=f"{answer.node} says: {words}")
             raise BackendStatus(words, status=answer.status, body=body, node=answer.node)
-        self._reader = dialect.reader(stream=self._request.stream)
+        self._reader = dialect.create_reader(stream=self._request.stream)
         self._answer = answer

@@ -15,7 +15,7 @@ from random import Random
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
-from gpumesh.balancer.select import group_of, has_model, select, why_none
+from gpumesh.balancer.select import gpu_group, has_model, no_node_error, select_candidates
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.nodes.node import Lease, Node
 from gpumesh.state import WaitingState
@@ -65,37 +65,39 @@ class Dispatcher:
             WaitingState(
                 position,
                 waiting.priority.value,
-                waiting.item.demand.model,
-                waiting.item.demand.node,
-                round(now - waiting.since, 3),
-                waiting.item.demand.id,
+                waiting.payload.demand.model,
+                waiting.payload.demand.node,
+                round(now - waiting.queued_at, 3),
+                waiting.payload.demand.id,
             )
             for position, waiting in enumerate(islice(self._queue, limit))
         )
 
     def queued_for(self, node: str) -> int:
         """Those that wait for this node and no other."""
-        return sum(waiting.item.demand.node == node for waiting in self._queue)
+        return sum(waiting.payload.demand.node == node for waiting in self._queue)
 
-    def is_wanted(self, node: str) -> bool:
+    def slot_is_wanted(self, node: str) -> bool:
         """Whether a request waits that a slot on this node, or on one that shares its GPU, would be given to."""
         candidates = self._candidates()
-        groups = {group_of(candidate) for candidate in candidates if candidate.name == node}
+        groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
         asked: set[tuple[Demand, frozenset[str]]] = set()
         for waiting in self._queue:
-            waiter = waiting.item
+            waiter = waiting.payload
             key = (_key(waiter.demand), waiter.exclude)
             if waiter.granted.done() or key in asked:
                 continue
             asked.add(key)
-            if any(group_of(one) in groups for one in select(candidates, key[0], exclude=waiter.exclude).later):
+            if any(
+                gpu_group(one) in groups for one in select_candidates(candidates, key[0], exclude=waiter.exclude).busy
+            ):
                 return True
         return False
 
     def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
         """Whether any other node takes such work, now or when it has a free place."""
-        found = select(self._candidates(), demand, exclude=exclude)
-        return bool(found.now or found.later)
+        found = select_candidates(self._candidates(), demand, exclude=exclude)
+        return bool(found.free or found.busy)
 
     def worth_waiting(self, demand: Demand) -> bool:
         """Whether a node that could take such work a moment ago may be able to in a moment."""
@@ -119,19 +121,19 @@ class Dispatcher:
         """
         # Whoever waits already goes first, unless no place that is free now is of use to them.
         if len(self._queue):
-            self.pump()
+            self.grant_waiting()
         candidates = self._candidates()
         lease = self._grant(demand, exclude, candidates)
         if lease is not None:
             return lease
         waiter = _Waiter(demand, exclude, asyncio.get_running_loop().create_future())
         if not self._may_wait(waiter, candidates):
-            raise why_none(candidates, demand, exclude=exclude)
-        if self._queue.full and since is None:
+            raise no_node_error(candidates, demand, exclude=exclude)
+        if self._queue.is_full and since is None:
             raise QueueFull(f"{len(self._queue)} requests wait already", retry_after_s=max(self._recent_wait_s, 1.0))
         return await self._wait(waiter, timeout_s, since)
 
-    def last_resort(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
+    def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
         """For a request that nobody else can take any more: a free place on a node that works, but failed so often
         lately that it is given no new requests. Better than the error that the client would get."""
         now = self._clock()
@@ -160,16 +162,16 @@ class Dispatcher:
         """The waiter left in the very moment in which it was granted a place."""
         granted = waiter.granted
         if granted.done() and not granted.cancelled() and granted.exception() is None:
-            granted.result().undo()
+            granted.result().discard()
 
-    def pump(self) -> None:
+    def grant_waiting(self) -> None:
         """Grants what can be granted now, in the order of the queue. Called when a place is freed or a node changes."""
         if not len(self._queue):
             return
         candidates = self._candidates()
         full: set[Demand] = set()
         for waiting in self._queue:
-            waiter = waiting.item
+            waiter = waiting.payload
             if waiter.granted.done():
                 continue
             key = _key(waiter.demand)
@@ -182,10 +184,10 @@ class Dispatcher:
             elif self._may_wait(waiter, candidates):
                 full.add(key)
             else:
-                waiter.granted.set_exception(why_none(candidates, waiter.demand, exclude=waiter.exclude))
+                waiter.granted.set_exception(no_node_error(candidates, waiter.demand, exclude=waiter.exclude))
 
     def _grant(self, demand: Demand, exclude: frozenset[str], candidates: list[Candidate]) -> Lease | None:
-        now = select(candidates, demand, exclude=exclude).now
+        now = select_candidates(candidates, demand, exclude=exclude).free
         if not now:
             return None
         if len(now) == 1:
@@ -197,7 +199,7 @@ class Dispatcher:
 
     def _may_wait(self, waiter: _Waiter, candidates: list[Candidate]) -> bool:
         demand = waiter.demand
-        if select(candidates, demand, exclude=waiter.exclude).later:
+        if select_candidates(candidates, demand, exclude=waiter.exclude).busy:
             waiter.hopeless_since = None
             return True
         if not self._coming(candidates, demand, waiter.exclude):
@@ -211,7 +213,7 @@ class Dispatcher:
 
     def _coming(self, candidates: list[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
         return any(
-            self._nodes[candidate.name].coming
+            self._nodes[candidate.name].may_recover
             and candidate.name not in exclude
             and candidate.kind in demand.kinds
             and demand.node in (None, candidate.name)
@@ -222,7 +224,7 @@ class Dispatcher:
     def _look_again(self) -> None:
         """What no event announces: a breaker's pause that ends, a grace that runs out."""
         self._timer = None
-        self.pump()
+        self.grant_waiting()
 
     def close(self) -> None:
         if self._timer is not None:

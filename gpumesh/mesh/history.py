@@ -17,12 +17,12 @@ from gpumesh.state import GpuState, MeshState, NodeState
 
 STEP_S = 5.0
 STEPS = 12
-MOST_GPUS = 64  # of one node
-MOST_SERIES = 512  # of GPUs that are gone, and others
+MAX_GPUS = 64  # of one node
+MAX_SERIES = 512  # of GPUs that are gone, and others
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class HistorySeries:
     """One value for each step, the oldest first; ``None`` where nothing was known."""
 
     key: str
@@ -35,12 +35,12 @@ class History:
     requests ``in_flight`` and ``queued``. The last step is the one that still runs."""
 
     step_s: float = STEP_S
-    gpus: tuple[Series, ...] = ()
-    nodes: tuple[Series, ...] = ()
-    memory: tuple[Series, ...] = ()
-    mesh: tuple[Series, ...] = ()
+    gpus: tuple[HistorySeries, ...] = ()
+    nodes: tuple[HistorySeries, ...] = ()
+    memory: tuple[HistorySeries, ...] = ()
+    mesh: tuple[HistorySeries, ...] = ()
 
-    def of_gpu(self, uuid: str) -> tuple[float | None, ...]:
+    def gpu_utilization(self, uuid: str) -> tuple[float | None, ...]:
         return next((series.values for series in self.gpus if series.key == uuid), ())
 
 
@@ -61,7 +61,7 @@ class _Step:
         """Its GPUs, as many different ones in a step as a host has: one that shows others each time fills no memory."""
         uuids = self.gpus.setdefault(node.name, set())
         for gpu in node.gpus or ():
-            if gpu.uuid in uuids or len(uuids) < MOST_GPUS:
+            if gpu.uuid in uuids or len(uuids) < MAX_GPUS:
                 uuids.add(gpu.uuid)
                 yield gpu
 
@@ -126,11 +126,11 @@ def _count(into: _Values, seen: Iterable[tuple[str, float | None]]) -> None:
             into[key] = (total + value, count + 1)
 
 
-def _series(steps: list[_Values | None]) -> tuple[Series, ...]:
+def _series(steps: list[_Values | None]) -> tuple[HistorySeries, ...]:
     # All that were there just now, and of what was there before as many as can be looked at, the latest first.
     there = [step for step in reversed(steps) if step is not None]
     now = dict.fromkeys(key for step in there[:2] for key in step)
-    keys = now | dict.fromkeys(islice((key for step in there[2:] for key in step if key not in now), MOST_SERIES))
+    keys = now | dict.fromkeys(islice((key for step in there[2:] for key in step if key not in now), MAX_SERIES))
     order = dict.fromkeys(key for step in steps if step is not None for key in step if key in keys)
 
     def value(step: _Values | None, key: str) -> float | None:
@@ -139,4 +139,4 @@ def _series(steps: list[_Values | None]) -> tuple[Series, ...]:
         total, count = step[key]
         return round(total / count, 1)
 
-    return tuple(Series(key, tuple(value(step, key) for step in steps)) for key in order)
+    return tuple(HistorySeries(key, tuple(value(step, key) for step in steps)) for key in order)

@@ -25,20 +25,20 @@ from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.balancer.select import select, why_none
-from gpumesh.coordination.alone import Alone
+from gpumesh.balancer.select import no_node_error, select_candidates
 from gpumesh.coordination.base import Coordination
+from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
-from gpumesh.mesh.change_events import Changes
+from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
-from gpumesh.mesh.requests.sending import Means, Sending
+from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.probes.http_client import http_client
-from gpumesh.state import Finding, GatewayState, MeshState, Severity, total
+from gpumesh.state import Finding, GatewayState, MeshState, Severity, compute_totals
 from gpumesh.topology import BackendKind, NodeSpec, RedisSpec, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.direct.this_machine import ThisMachine
@@ -49,7 +49,7 @@ SHOWN_WAITING = 100
 
 
 @dataclass(slots=True)
-class Books:
+class RequestCounters:
     """Every request that was accepted ends in exactly one of the other three."""
 
     accepted: int = 0
@@ -75,22 +75,22 @@ class Mesh:
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: Random | None = None,
-        ask: Prompter | None = None,
+        prompter: Prompter | None = None,
     ) -> None:
         self.topology = topology
-        config.withhold(topology.secret_variables)
-        self.books = Books()
+        config.withhold_variables(topology.secret_variables)
+        self.request_counters = RequestCounters()
         self.gateway = GatewayState()
         self._clock = clock
         self._rng = rng or Random()
-        self._ask = ask
-        self._changes = Changes()
+        self._ask = prompter
+        self._changes = ChangeNotifier()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._here = ThisMachine()
         self._upstream = Upstream()
         self._coordination = self._coordinated(topology.redis)
-        shared = None if isinstance(self._coordination, Alone) else self._coordination.elsewhere
+        shared = None if isinstance(self._coordination, SingleGateway) else self._coordination.other_gateways_load
         self._http = http_client()
         self._nodes = {
             spec.name: Node(
@@ -98,16 +98,16 @@ class Mesh:
                 clock=clock,
                 http=self._http,
                 changes=self._changes,
-                freed=self._freed,
-                identified=self._regroup,
-                elsewhere=shared,
+                on_slot_freed=self._freed,
+                on_gpus_identified=self._regroup,
+                other_gateways_load=shared,
             )
             for spec in topology.nodes
         }
         self._dispatcher = Dispatcher(
             self._nodes, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
         )
-        self._means = Means(self._upstream, self._dispatcher, clock, self._rng, self._why_none)
+        self._means = SendContext(self._upstream, self._dispatcher, clock, self._rng, self._why_none)
 
     @classmethod
     def from_file(cls, path: str | Path | None = None) -> Mesh:
@@ -123,7 +123,7 @@ class Mesh:
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._stop)
-            if not isinstance(self._coordination, Alone):
+            if not isinstance(self._coordination, SingleGateway):
                 self._tasks.append(group.create_task(self._coordination.run(), name="other gateways"))
                 self._tasks.append(group.create_task(self._tell_others(), name="telling other gateways"))
             for node in self._nodes.values():
@@ -149,34 +149,34 @@ class Mesh:
             rng=self._rng,
             workers=workers,
             on_change=node.on_tunnel,
-            ask=self._ask,
-            here=self._here,
-            tunnels=self.topology.tunnels,
-            mesh=self.topology.name,
+            prompter=self._ask,
+            this_machine=self._here,
+            tunnels_spec=self.topology.tunnels,
+            mesh_name=self.topology.name,
         )
 
     def _coordinated(self, spec: RedisSpec | None) -> Coordination:
         if spec is None:
-            return Alone()
-        from gpumesh.coordination.redis import SharedLoads  # a client that most meshes do not need
+            return SingleGateway()
+        from gpumesh.coordination.redis_coordination import RedisCoordination  # a client that most meshes do not need
 
         variable = spec.password_env
-        return SharedLoads(
+        return RedisCoordination(
             spec.url,
-            password=lambda: None if variable is None else config.secret(variable),
+            password=lambda: None if variable is None else config.read_secret(variable),
             on_change=self._others_changed,
             clock=self._clock,
         )
 
     async def _tell_others(self) -> None:
-        async for _ in self.changes():
+        async for _ in self.watch_changes():
             loads: dict[str, int] = {}
             for node in self._nodes.values():
-                loads[node.key] = loads.get(node.key, 0) + node.in_flight
-            self._coordination.publish(loads)
+                loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
+            self._coordination.publish_loads(loads)
 
     def _others_changed(self) -> None:
-        self._dispatcher.pump()
+        self._dispatcher.grant_waiting()
         self._changes.notify()
 
     def _stop(self) -> None:
@@ -185,7 +185,7 @@ class Mesh:
             task.cancel()
 
     def _freed(self) -> None:
-        self._dispatcher.pump()
+        self._dispatcher.grant_waiting()
 
     def _regroup(self) -> None:
         """Nodes that share a GPU are balanced as one from the moment at which that is known."""
@@ -193,7 +193,7 @@ class Mesh:
         first: set[str] = set()
         for node in self._nodes.values():
             node.group = groups.get(node.name, node.name)
-            node.speaks = node.group not in first
+            node.counts_for_group = node.group not in first
             first.add(node.group)
 
     # -- what is seen --------------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ class Mesh:
                 socket=self.gateway.socket,
                 access=self.gateway.access,
             ),
-            totals=total(states),
+            totals=compute_totals(states),
             nodes=states,
-            findings=(*audit.findings(self.topology, states), *self._alone()),
+            findings=(*audit.collect_findings(self.topology, states), *self._alone()),
         )
 
     def _alone(self) -> Iterator[Finding]:
@@ -229,18 +229,18 @@ class Mesh:
     @property
     def in_flight(self) -> int:
         """Requests that were accepted and have not ended, those that wait for a place left out."""
-        return max(self.books.in_flight - self._dispatcher.queued, 0)
+        return max(self.request_counters.in_flight - self._dispatcher.queued, 0)
 
-    def changes(self) -> AsyncIterator[None]:
+    def watch_changes(self) -> AsyncIterator[None]:
         """Yields at once and then after each change; what happened in between is coalesced."""
         return self._changes.watch()
 
-    def announce(self, gateway: GatewayState) -> None:
+    def set_gateway_state(self, gateway: GatewayState) -> None:
         """What the gateway over this mesh says about itself, for ``snapshot``."""
         self.gateway = gateway
         self._changes.notify()
 
-    async def first_report(self, timeout_s: float) -> MeshState:
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
         """The state once every node was probed or found out of reach, or the deadline passed."""
         waits = [node.wait_reported() for node in self._nodes.values()]
         try:
@@ -261,12 +261,12 @@ class Mesh:
         until = loop.time() + timeout_s
         try:
             async with asyncio.timeout_at(until) as limit:
-                async for _ in self.changes():
+                async for _ in self.watch_changes():
                     now = self._clock()
                     candidates = [entry.candidate(now) for entry in self._nodes.values()]
-                    found = select(candidates, demand)
-                    if found.now or found.later:
-                        return (found.now or found.later)[0].name
+                    found = select_candidates(candidates, demand)
+                    if found.free or found.busy:
+                        return (found.free or found.busy)[0].name
                     if not all(entry.reported for entry in self._nodes.values() if demand.node in (None, entry.name)):
                         continue
                     if not self._dispatcher.worth_waiting(demand):
@@ -282,7 +282,7 @@ class Mesh:
         now = self._clock()
         return tuple(node.candidate(now) for node in self._nodes.values())
 
-    def usable(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
+    def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
         """The names of the nodes of these kinds that take work now, or would when they have a free place."""
         return tuple(entry.name for entry in self.candidates() if entry.usable and entry.kind in kinds)
 
@@ -301,7 +301,7 @@ class Mesh:
 
     def _why_none(self, demand: Demand) -> GPUMeshError:
         now = self._clock()
-        error = why_none([node.candidate(now) for node in self._nodes.values()], demand)
+        error = no_node_error([node.candidate(now) for node in self._nodes.values()], demand)
         if type(error) is not NoNodeError:
             return error
         states = [node.state(0) for node in self._nodes.values() if demand.node in (None, node.name)]
@@ -317,23 +317,31 @@ class Mesh:
         *,
         timeout_s: float,
         resume: bool = True,
-        once: bool = False,
-        hold: Callable[[int], bool] = lambda _: True,
+        at_most_once: bool = False,
+        try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> Answer:
         """Sends a request to the best node, to others while nodes fail it, until one answers; an answer that is cut
-        while it streams is continued by another node, unless ``resume`` is false. ``once``: it changes something, and
-        is never given to a server again that may have begun to work on it.
+        while it streams is continued by another node, unless ``resume`` is false. ``at_most_once``: it changes
+        something, and is never given to a server again that may have begun to work on it.
 
-        ``hold`` says whether so many bytes more may be held until the answer ends: to continue it takes some.
-        ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that every
-        node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
+        ``try_reserve_memory`` says whether so many bytes more may be held until the answer ends: to continue it takes
+        some. ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that
+        every node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
         """
-        sending = Sending(self._means, demand, calls, timeout_s=timeout_s, resume=resume, once=once, hold=hold)
-        if not demand.place:
-            return await sending.answer()
-        self.books.accepted += 1
+        sending = RequestDelivery(
+            self._means,
+            demand,
+            calls,
+            timeout_s=timeout_s,
+            resume=resume,
+            at_most_once=at_most_once,
+            try_reserve_memory=try_reserve_memory,
+        )
+        if not demand.needs_slot:
+            return await sending.deliver()
+        self.request_counters.accepted += 1
         try:
-            answer = await sending.answer()
+            answer = await sending.deliver()
         except asyncio.CancelledError:
             self._ended(Outcome.CLIENT_GONE)
             raise
@@ -343,22 +351,24 @@ class Mesh:
         if isinstance(answer, WholeAnswer):
             self._ended(Outcome.SERVED if answer.status < 500 else Outcome.SERVER_ERROR)
         else:
-            answer.on_end = self._ended
+            answer.on_outcome = self._ended
         return answer
 
     def _ended(self, outcome: Outcome) -> None:
         if outcome in (Outcome.SERVED, Outcome.CLIENT_ERROR):
-            self.books.served += 1
+            self.request_counters.served += 1
         elif outcome is Outcome.CLIENT_GONE:
-            self.books.cancelled += 1
+            self.request_counters.cancelled += 1
         else:
-            self.books.failed += 1
+            self.request_counters.failed += 1
         self._changes.notify()
 
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
         """Posts a body that can be read only once to this node. Raises what ``send`` raises, and BackendUnreachable."""
         began = self._clock()
-        lease = await self._dispatcher.acquire(Demand(None, node=self._known(node), place=False), timeout_s=timeout_s)
+        lease = await self._dispatcher.acquire(
+            Demand(None, node=self._known(node), needs_slot=False), timeout_s=timeout_s
+        )
         return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - began))
 
     def chat(
@@ -398,9 +408,9 @@ class Mesh:
         return tunnel
 
     @property
-    def attempts(self) -> dict[str, Mapping[Outcome, int]]:
+    def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
         """For each node, how the tries that took a place there ended."""
-        return {node.name: node.attempts for node in self._nodes.values()}
+        return {node.name: node.attempt_outcomes for node in self._nodes.values()}
 
     def drain(self, node: str) -> None:
         """No new work to this node; what runs there ends by itself."""
@@ -423,4 +433,4 @@ class Mesh:
         return name
 
 
-__all__ = ["Books", "DeadlineExceeded", "Mesh"]
+__all__ = ["DeadlineExceeded", "Mesh", "RequestCounters"]

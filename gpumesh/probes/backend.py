@@ -43,7 +43,7 @@ class BackendReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class TimedInventory:
     inventory: Inventory
     latency_ms: float
 
@@ -63,7 +63,7 @@ async def probe_backend(
     must have ``trust_env`` off: a proxy from the environment has no business between us and a tunnel.
     """
     if not urls:
-        return _down(spec, ProbeError("there is no way to it now", finding="backend-down"), node)
+        return _down(spec, ProbeError("there is no way to it now", finding_code="backend-down"), node)
     targets = spec.targets if len(spec.targets) == len(urls) else (None,) * len(urls)
     tasks = [
         asyncio.ensure_future(ask_server(client, spec.kind, url, target, api_key=api_key, timeout_s=timeout_s))
@@ -102,9 +102,9 @@ def _left_out(inventory: Inventory, node: str) -> tuple[Finding, ...]:
     return (Finding("model-unusable", Severity.WARNING, node, message, hint),)
 
 
-async def _first_in_order(tasks: Sequence[asyncio.Future[Answered]]) -> int | None:
+async def _first_in_order(tasks: Sequence[asyncio.Future[TimedInventory]]) -> int | None:
     """The place of the first success, as soon as no earlier one can come, or after a grace for those that hang."""
-    pending: set[asyncio.Future[Answered]] = set(tasks)
+    pending: set[asyncio.Future[TimedInventory]] = set(tasks)
     timeout: float | None = None
     while True:
         best = next((place for place, task in enumerate(tasks) if task.done() and task.exception() is None), None)
@@ -122,7 +122,7 @@ async def _first_in_order(tasks: Sequence[asyncio.Future[Answered]]) -> int | No
                 return best
 
 
-def _failure(task: asyncio.Future[Answered]) -> ProbeError:
+def _failure(task: asyncio.Future[TimedInventory]) -> ProbeError:
     error = task.exception()
     if isinstance(error, ProbeError):
         return error
@@ -132,19 +132,19 @@ def _failure(task: asyncio.Future[Answered]) -> ProbeError:
     # A bug of ours, in reading what nobody foresaw that a server could say. It costs this node, not the mesh, and
     # leaves its trace in the log.
     log.error("a server's answer to a probe could not be read", exc_info=error, extra={"event": "probe-failed"})
-    return unusable_answers.broken(f"what it says cannot be read ({type(error).__name__})")
+    return unusable_answers.broken_answer_error(f"what it says cannot be read ({type(error).__name__})")
 
 
 def _worst(errors: Sequence[ProbeError]) -> ProbeError:
     """The most telling of the candidates' failures: who answered wrongly says more than who was silent."""
-    return next((error for error in errors if error.finding != "backend-down"), errors[0])
+    return next((error for error in errors if error.finding_code != "backend-down"), errors[0])
 
 
 def _down(spec: BackendSpec, error: ProbeError, node: str) -> BackendReport:
     state = BackendState(
-        kind=spec.kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding
+        kind=spec.kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code
     )
-    return BackendReport(state, (Finding(error.finding, Severity.ERROR, node, error.message, error.hint),))
+    return BackendReport(state, (Finding(error.finding_code, Severity.ERROR, node, error.message, error.hint),))
 
 
 async def ask_server(
@@ -155,7 +155,7 @@ async def ask_server(
     *,
     api_key: str | None,
     timeout_s: float,
-) -> Answered:
+) -> TimedInventory:
     """What a server of this kind says of itself at ``url``; ``target`` is the same place as its host knows it.
 
     Raises ProbeError, and nothing else on the server's account.
@@ -163,7 +163,7 @@ async def ask_server(
     dialect = DIALECTS[kind]
     calls = dialect.probe_calls()
     place = url if target is None else target.url
-    headers, names = addressed(target, api_key)
+    headers, names = build_request_options(target, api_key)
     began = time.perf_counter()
     took_ms: list[float] = []
 
@@ -178,7 +178,7 @@ async def ask_server(
             return error if name in required else None
         except TimeoutError:
             message = f"it did not answer within {limit_s:g} s"
-            return ProbeError(message, finding="backend-down", hint=_SILENT) if name in required else None
+            return ProbeError(message, finding_code="backend-down", hint=_SILENT) if name in required else None
         took_ms.append((time.perf_counter() - began) * 1000.0)
         return answer
 
@@ -189,13 +189,13 @@ async def ask_server(
             if isinstance(result, ProbeError):
                 raise result
             answers[name] = result
-        return Answered(dialect.inventory(answers), min(took_ms))
+        return TimedInventory(dialect.read_inventory(answers), min(took_ms))
     except ProbeError as error:
-        hint = _OTHER_KEY if error.finding == "key-refused" and api_key is not None else error.hint
-        raise ProbeError(f"{place}: {error.message}", finding=error.finding, hint=hint) from error
+        hint = _OTHER_KEY if error.finding_code == "key-refused" and api_key is not None else error.hint
+        raise ProbeError(f"{place}: {error.message}", finding_code=error.finding_code, hint=hint) from error
 
 
-def addressed(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
+def build_request_options(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
     """The headers and httpx's extensions of a request to a server that is called ``target`` where it runs."""
     headers = {"Accept-Encoding": "identity"}
     if target is not None:
@@ -229,18 +229,20 @@ async def get_bounded(
             await response.aclose()
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         if response is not None:
-            raise unusable_answers.broken(f"it stopped in the middle of its answer: {_words(error)}") from error
+            raise unusable_answers.broken_answer_error(
+                f"it stopped in the middle of its answer: {_words(error)}"
+            ) from error
         raise await _no_answer(url, error) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_words(error)}"
-        raise ProbeError(message, finding="backend-down", hint=_SILENT) from error
+        raise ProbeError(message, finding_code="backend-down", hint=_SILENT) from error
     except ValueError as error:  # as httpx raises it for a Location with a host name that is none
-        raise unusable_answers.broken(f"its answer cannot be read: {_words(error)}") from error
+        raise unusable_answers.broken_answer_error(f"its answer cannot be read: {_words(error)}") from error
     location = response.headers.get("Location")
     if response.is_redirect and location is not None:
         raise _redirected(url, response.status_code, location)
     if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
-        raise wrong_server.other_scheme(url)  # as Go's server, nginx and Apache say it
+        raise wrong_server.wrong_scheme_error(url)  # as Go's server, nginx and Apache say it
     return response.status_code, body
 
 
@@ -252,8 +254,8 @@ async def _body(response: httpx.Response) -> bytes:
         if len(body) > BODY_LIMIT:
             message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
             if any(key in body[:200] for key in _LIST):
-                raise unusable_answers.more_models(f"{message} of models")
-            raise ProbeError(message, finding="wrong-server", hint=wrong_server.ANOTHER)
+                raise unusable_answers.too_many_models_error(f"{message} of models")
+            raise ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
     return bytes(body)
 
 
@@ -261,20 +263,20 @@ async def _no_answer(url: str, error: httpx.TransportError) -> ProbeError:
     """Not a word of HTTP came."""
     broken_tls = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
     if broken_tls is not None:
-        return await wrong_server.tls_failure(url, broken_tls)
+        return await wrong_server.explain_tls_failure(url, broken_tls)
     if not isinstance(error, httpx.ConnectError):
         # What is no HTTP and has no blank line (the banner of an SSH server) was read and passed over.
-        found = await wrong_server.stranger(url)
+        found = await wrong_server.identify_wrong_server(url)
         if found is not None:
             return found
     if isinstance(error, httpx.RemoteProtocolError):
         if "disconnected" not in str(error) and "closed connection" not in str(error):
             message = f"the port answers, but not with HTTP: {_words(error)}"
-            return ProbeError(message, finding="wrong-server", hint=wrong_server.ANOTHER)
-        return ProbeError("it closed the connection without an answer", finding="backend-down", hint=_CLOSED)
+            return ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
+        return ProbeError("it closed the connection without an answer", finding_code="backend-down", hint=_CLOSED)
     # At the end of a tunnel that has nobody behind it a connection is reset, sooner or later.
     message = f"it gave no answer: {_words(error)}"
-    return ProbeError(message, finding="backend-down", hint=_NOBODY)
+    return ProbeError(message, finding_code="backend-down", hint=_NOBODY)
 
 
 def _redirected(url: str, status: int, location: str) -> ProbeError:
@@ -283,7 +285,7 @@ def _redirected(url: str, status: int, location: str) -> ProbeError:
     if here.scheme == "http" and there.lower().startswith("https://"):
         hint = f"if it only wants HTTPS, write https:// in `backend.url`; else {hint}"
     message = f"it sends us elsewhere: HTTP {status}, to {printable(there, 100)}"
-    return ProbeError(message, finding="redirected", hint=hint)
+    return ProbeError(message, finding_code="redirected", hint=hint)
 
 
 def _words(error: Exception) -> str:

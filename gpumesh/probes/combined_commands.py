@@ -17,61 +17,61 @@ from typing import Protocol
 
 from gpumesh.tunnels.base import ExecResult
 
-MARK = "@gpumesh@"
-PLACES = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
+OUTPUT_MARKER = "@gpumesh@"
+EXTRA_SEARCH_PATH = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
 _ENDS = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
 
-Command = tuple[str, ...]
+Argv = tuple[str, ...]
 
 
-class Exec(Protocol):
+class RunCommand(Protocol):
     """``Tunnel.exec`` fits. Raises TunnelDown and ExecError."""
 
     def __call__(self, argv: Sequence[str], *, timeout_s: float) -> Awaitable[ExecResult]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class CommandOutput:
     """What a command said, stderr included. ``exit_status`` is ``None`` when it ended by a signal."""
 
     exit_status: int | None
     output: bytes
 
 
-def script(commands: Sequence[Command]) -> str:
-    """The shell text that runs ``commands`` one after the other; ``read_script`` takes its output apart."""
-    parts = [f"PATH=$PATH:{PLACES}", "LC_ALL=C", "export PATH LC_ALL"]
+def build_script(commands: Sequence[Argv]) -> str:
+    """The shell text that runs ``commands`` one after the other; ``split_script_output`` takes its output apart."""
+    parts = [f"PATH=$PATH:{EXTRA_SEARCH_PATH}", "LC_ALL=C", "export PATH LC_ALL"]
     for command in commands:
-        parts += [f"{shlex.join(command)} 2>&1", f'echo "{MARK} $?"']
+        parts += [f"{shlex.join(command)} 2>&1", f'echo "{OUTPUT_MARKER} $?"']
     return "; ".join(parts)
 
 
-def read_script(output: bytes, count: int) -> list[Said]:
+def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
     """The answers in order, at most ``count``; fewer when the output was cut or another shell ran it."""
-    said: list[Said] = []
+    said: list[CommandOutput] = []
     start = 0
     for end in _ENDS.finditer(output):
         if len(said) == count:
             break
-        said.append(Said(int(end[1]), output[start : end.start()]))
+        said.append(CommandOutput(int(end[1]), output[start : end.start()]))
         start = end.end()
     return said
 
 
-async def ask(exec_: Exec, commands: Sequence[Command], *, timeout_s: float) -> list[Said]:
+async def run_commands(exec_: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
     """One answer for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
         # Our own deadline comes first: so a TimeoutError is one of the command, an ExecError one of the connection.
         patient = timeout_s + 1.0
-        result = await exec_(("sh", "-c", script(commands)), timeout_s=patient)
-        answers = read_script(result.stdout, len(commands))
+        result = await exec_(("sh", "-c", build_script(commands)), timeout_s=patient)
+        answers = split_script_output(result.stdout, len(commands))
         if len(answers) == len(commands):
             return answers
         if answers:  # it was a shell, and what it said was cut or is no text
-            answers += [Said(result.exit_status, b"")] * (len(commands) - len(answers))
+            answers += [CommandOutput(result.exit_status, b"")] * (len(commands) - len(answers))
             return answers
         alone = []
         for command in commands:
             result = await exec_(command, timeout_s=patient)
-            alone.append(Said(result.exit_status, result.stdout + result.stderr))
+            alone.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
         return alone

@@ -9,7 +9,7 @@ SCRIPT = (
     'for d in "$OLLAMA_MODELS" /usr/share/ollama/.ollama/models "$HOME/.ollama/models" "$HOME/.ollama"; '
     'do [ -n "$d" ] && [ -d "$d" ] && LC_ALL=C exec df -Pk "$d"; done'
 )
-COMMAND = ("sh", "-c", SCRIPT)
+FREE_SPACE_COMMAND = ("sh", "-c", SCRIPT)
 _ROW = re.compile(rb"\s([0-9]{1,15})\s+[0-9]{1,15}\s+(-?[0-9]{1,15})\s+[0-9]{1,3}%\s")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpumesh.audit.backend import on_cpu
-from gpumesh.audit.gpus import count_differs
+from gpumesh.audit.backend import describe_cpu_models
+from gpumesh.audit.gpus import describe_gpu_count
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
@@ -13,7 +13,7 @@ from gpumesh.topology import NodeSpec
 _ABOUT_EXPECTED = ("gpus", "gpu", "vram_mib")
 
 
-def judge(
+def assess_health(
     tunnel: TunnelState, gpu: GpuReport | None, backend: BackendReport | None, spec: NodeSpec, draining: bool
 ) -> tuple[Health, str | None]:
     """``healthy`` has no reason; all else has one sentence."""
@@ -25,7 +25,7 @@ def judge(
         return Health.UNKNOWN, "its server has not been asked yet"
     if backend.state.state is not BackendPhase.UP:
         return Health.DOWN, backend.state.last_error or "its server does not answer"
-    slow = on_cpu(backend.state.loaded)
+    slow = describe_cpu_models(backend.state.loaded)
     if slow is not None:
         return Health.DEGRADED, slow
     if gpu is not None:
@@ -34,7 +34,7 @@ def judge(
             if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
                 return Health.DEGRADED, finding.message
         if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
-            return Health.DEGRADED, count_differs(len(gpu.gpus), spec.expect.gpus)
+            return Health.DEGRADED, describe_gpu_count(len(gpu.gpus), spec.expect.gpus)
     missing = missing_models(spec, backend)
     if missing:
         return Health.DEGRADED, f"expected, but not there: {', '.join(missing)}"

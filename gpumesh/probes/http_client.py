@@ -12,7 +12,7 @@ import httpcore
 import httpx
 
 from gpumesh.probes.paced_network import PacedNetwork
-from gpumesh.tunnels.local_system.unix_sockets import SUFFIX, split_url
+from gpumesh.tunnels.local_system.unix_sockets import SUFFIX, split_unix_url
 
 TIMEOUT_S = 10.0
 KEEPALIVE_S = 5.0  # as httpx has it
@@ -43,11 +43,11 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-def unix_place(url: httpx.URL) -> tuple[str, str] | None:
-    """As ``split_url``, of a URL that httpx has read: it leaves the colon after the host out."""
+def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
+    """As ``split_unix_url``, of a URL that httpx has read: it leaves the colon after the host out."""
     if url.host != "unix" or url.port is not None:
         return None
-    unix = split_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
+    unix = split_unix_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
     return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else a host that is called unix
 
 
@@ -82,7 +82,7 @@ class _Transport(httpx.AsyncBaseTransport):
         self._pools: dict[tuple[str, str, int | None], httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        unix = unix_place(request.url)
+        unix = parse_unix_url(request.url)
         if unix is not None:
             request.url = httpx.URL(f"{request.url.scheme}://localhost{unix[1]}")
             if request.headers.get("Host") == "unix":  # what httpx made of the URL

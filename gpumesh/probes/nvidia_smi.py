@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import Command, Exec, Said, ask
-from gpumesh.probes.smi_failures import INFOROM, Failure, failure
+from gpumesh.probes.combined_commands import Argv, CommandOutput, RunCommand, run_commands
+from gpumesh.probes.smi_failures import INFOROM, SmiFailure, classify_failure
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS, GpuTable, read_gpus, read_processes
 from gpumesh.state import Finding, GpuState, Severity
 
 log = logging.getLogger(__name__)
 
 FORMAT = "--format=csv,noheader,nounits"
-HOSTNAME: Command = ("hostname",)
-PROCESSES: Command = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
+HOSTNAME: Argv = ("hostname",)
+PROCESSES: Argv = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
 # One lost GPU fails the call for all; the others are then asked one by one, this many at most.
-ASKED_ALONE = 16
+MAX_GPUS_ASKED_SINGLY = 16
 # Reasons that cost speed and that somebody can do something about.
 HOT = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
 _HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
@@ -39,7 +39,7 @@ class GpuReport:
     findings: tuple[Finding, ...] = ()
 
 
-async def probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None = None) -> GpuReport:
+async def probe_gpus(exec_: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
     """Never raises on the host's account. Without persistence mode a first call takes 1 to 3 s: give it 10 s."""
     try:
         return await _probe_gpus(exec_, timeout_s=timeout_s, node=node)
@@ -52,20 +52,22 @@ async def probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None = None) 
         return GpuReport(error=message, findings=(Finding("gpu-unreadable", Severity.ERROR, node, message, hint),))
 
 
-async def _probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None) -> GpuReport:
+async def _probe_gpus(exec_: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     try:
-        host, smi, apps = await ask(exec_, (HOSTNAME, query(FIELDS), PROCESSES), timeout_s=timeout_s)
+        host, smi, apps = await run_commands(
+            exec_, (HOSTNAME, build_query_command(FIELDS), PROCESSES), timeout_s=timeout_s
+        )
         if host.exit_status != 0 and host.output.strip() and host.output == smi.output:
             return _no_commands(host, node)
         hostname = read_hostname(host)
-        wrong = failure(smi)
+        wrong = classify_failure(smi)
         fields: Sequence[str] = FIELDS
         if wrong is not None and wrong.code == "nvidia-smi-old":
             fields = OLD_FIELDS
-            (smi,) = await ask(exec_, (query(fields),), timeout_s=deadline - loop.time())
-            wrong = failure(smi)
+            (smi,) = await run_commands(exec_, (build_query_command(fields),), timeout_s=deadline - loop.time())
+            wrong = classify_failure(smi)
         if wrong is not None and wrong.code == "gpu-lost":
             left_s = deadline - loop.time()
             return await _others(exec_, wrong, fields, apps, hostname=hostname, node=node, timeout_s=left_s)
@@ -78,26 +80,31 @@ async def _probe_gpus(exec_: Exec, *, timeout_s: float, node: str | None) -> Gpu
             error=error.message,
             findings=(Finding("gpu-unknown", Severity.INFO, node, error.message, error.hint),),
         )
-    return report(smi, apps, hostname=hostname, fields=fields, node=node)
+    return build_gpu_report(smi, apps, hostname=hostname, fields=fields, node=node)
 
 
-def query(fields: Sequence[str], *, gpu: int | None = None) -> Command:
-    command: Command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", FORMAT)
+def build_query_command(fields: Sequence[str], *, gpu: int | None = None) -> Argv:
+    command: Argv = ("nvidia-smi", f"--query-gpu={','.join(fields)}", FORMAT)
     return command if gpu is None else (*command, "-i", str(gpu))
 
 
-def report(
-    smi: Said, apps: Said, *, hostname: str | None = None, fields: Sequence[str] = FIELDS, node: str | None = None
+def build_gpu_report(
+    smi: CommandOutput,
+    apps: CommandOutput,
+    *,
+    hostname: str | None = None,
+    fields: Sequence[str] = FIELDS,
+    node: str | None = None,
 ) -> GpuReport:
-    """The answers to ``query(fields)`` and ``PROCESSES`` as a report. Pure."""
-    wrong = failure(smi)
+    """The answers to ``build_query_command(fields)`` and ``PROCESSES`` as a report. Pure."""
+    wrong = classify_failure(smi)
     if wrong is not None:
         found = (_finding(wrong, node),)
         error = None if wrong.code == "gpu-missing" else wrong.message  # no GPU is an answer, too
         return GpuReport(hostname=hostname, error=error, findings=found)
     table = read_gpus(smi.output, fields, hostname=hostname)
     if not table.gpus:
-        what = f"{table.unread!r}" if table.unread else "nothing"
+        what = f"{table.unread_line!r}" if table.unread_line else "nothing"
         message = f"nvidia-smi said {what} instead of a table"
         hint = "run `nvidia-smi` on the host; is it a wrapper script?"
         found = (Finding("gpu-unreadable", Severity.ERROR, node, message, hint),)
@@ -116,17 +123,17 @@ def report(
     return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=tuple(findings))
 
 
-def read_hostname(said: Said) -> str | None:
+def read_hostname(said: CommandOutput) -> str | None:
     lines = said.output.strip().splitlines() or [b""]
     name = printable(lines[-1], 253)  # before it: what a login shell prints to greet
     return name if said.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
 
 
 async def _others(
-    exec_: Exec,
-    lost: Failure,
+    exec_: RunCommand,
+    lost: SmiFailure,
     fields: Sequence[str],
-    apps: Said,
+    apps: CommandOutput,
     *,
     hostname: str | None,
     node: str | None,
@@ -134,11 +141,11 @@ async def _others(
 ) -> GpuReport:
     """Each GPU by itself, since a lost one fails the call for all."""
     try:
-        commands = [query(fields, gpu=index) for index in range(ASKED_ALONE)]
-        answers = await ask(exec_, commands, timeout_s=timeout_s)
+        commands = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
+        answers = await run_commands(exec_, commands, timeout_s=timeout_s)
     except (TimeoutError, ExecError, TunnelDown):
         return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
-    rows = [said.output for said in answers if failure(said) is None]
+    rows = [said.output for said in answers if classify_failure(said) is None]
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
     if not table.gpus:
         return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
@@ -146,7 +153,7 @@ async def _others(
     return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=findings)
 
 
-def _with_processes(table: GpuTable, apps: Said) -> tuple[GpuState, ...]:
+def _with_processes(table: GpuTable, apps: CommandOutput) -> tuple[GpuState, ...]:
     processes = read_processes(apps.output) if apps.exit_status == 0 else {}
     return tuple(replace(gpu, processes=processes.get(gpu.uuid, ())) for gpu in table.gpus)
 
@@ -160,8 +167,8 @@ def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
             which = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
             findings.append(Finding(code, severity, node, f"{which}: {what}", hint))
 
-    faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty]
-    fields = sorted({field for gpu in faulty for field in table.faulty[gpu.uuid]})
+    faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty_fields]
+    fields = sorted({field for gpu in faulty for field in table.faulty_fields[gpu.uuid]})
     add(
         "gpu-faulty",
         Severity.ERROR,
@@ -188,14 +195,14 @@ def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
     return findings
 
 
-def _no_commands(said: Said, node: str | None) -> GpuReport:
+def _no_commands(said: CommandOutput, node: str | None) -> GpuReport:
     """The same words to every command are not nvidia-smi's."""
     message = f"the host runs no commands: to each it says {printable(said.output, 200)!r}"
     hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
     return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))
 
 
-def _finding(wrong: Failure, node: str | None) -> Finding:
+def _finding(wrong: SmiFailure, node: str | None) -> Finding:
     return Finding(wrong.code, wrong.severity, node, wrong.message, wrong.hint)
 
 

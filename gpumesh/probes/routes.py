@@ -17,11 +17,11 @@ from statistics import median
 
 import httpx
 
-from gpumesh.audit.identity import store_mark
+from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
-from gpumesh.probes.backend import Answered, addressed, ask_server, get_bounded
+from gpumesh.probes.backend import TimedInventory, ask_server, build_request_options, get_bounded
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.direct.tunnel import is_loopback
@@ -33,7 +33,7 @@ DIRECT = "direct"
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class BackendRoute:
     """``target`` is the server as its own host knows it, ``url`` where it is asked from here."""
 
     target: Target
@@ -42,19 +42,21 @@ class Way:
     offered: bool = False
 
 
-def ways(spec: NodeSpec, state: NodeState) -> tuple[Way, ...]:
+def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute, ...]:
     """The candidates of mesh.yaml that have a URL now, then the host's own address without SSH, where that is known to
     be reached without a jump and to be the one in mesh.yaml."""
     urls = {route.target: route for route in state.routes if not route.offered}
     found = [
-        Way(target, urls[target.url].url, urls[target.url].via) for target in spec.backend.targets if target.url in urls
+        BackendRoute(target, urls[target.url].url, urls[target.url].via)
+        for target in spec.backend.targets
+        if target.url in urls
     ]
     ssh = spec.ssh
     if ssh is not None and ssh.host and not ssh.proxy_jump and ssh.address_from is None:
         for target in spec.backend.targets:
             if is_loopback(target.host):
                 there = replace(target, host=ssh.host)
-                found.append(Way(target, there.url.rstrip("/"), DIRECT, offered=True))
+                found.append(BackendRoute(target, there.url.rstrip("/"), DIRECT, offered=True))
     return tuple(found)
 
 
@@ -64,7 +66,7 @@ async def probe_routes(
     """Never raises on a server's account. Of the ways that are not in mesh.yaml only those are told that lead to the
     server in use. The client must have ``trust_env`` off."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    all_ways = ways(spec, state)
+    all_ways = list_backend_routes(spec, state)
     answers = await asyncio.gather(
         *(_ask(client, spec.backend.kind, way, None if way.offered else api_key, timeout_s) for way in all_ways)
     )
@@ -76,11 +78,11 @@ async def probe_routes(
             continue
         key = None if way.offered else api_key
         latency_ms = None
-        if isinstance(answer, Answered):
+        if isinstance(answer, TimedInventory):
             left_s = deadline - asyncio.get_running_loop().time()
             latency_ms = await _latency(client, spec.backend.kind, way, key, left_s) or answer.latency_ms
         route = _route(way, spec.backend.kind, answer, latency_ms)
-        if isinstance(answer, ProbeError) and answer.finding == "wrong-server":
+        if isinstance(answer, ProbeError) and answer.finding_code == "wrong-server":
             route = replace(route, kind=await _other_kind(client, spec.backend.kind, way, key, timeout_s))
         if way.offered:
             route = replace(route, exposed=await _is_public(way.url))
@@ -89,8 +91,8 @@ async def probe_routes(
 
 
 async def _ask(
-    client: httpx.AsyncClient, kind: BackendKind, way: Way, api_key: str | None, timeout_s: float
-) -> Answered | ProbeError:
+    client: httpx.AsyncClient, kind: BackendKind, way: BackendRoute, api_key: str | None, timeout_s: float
+) -> TimedInventory | ProbeError:
     # Without a tunnel the server is asked by the name by which anybody would ask it.
     target = None if way.offered else way.target
     try:
@@ -100,11 +102,11 @@ async def _ask(
 
 
 async def _latency(
-    client: httpx.AsyncClient, kind: BackendKind, way: Way, api_key: str | None, timeout_s: float
+    client: httpx.AsyncClient, kind: BackendKind, way: BackendRoute, api_key: str | None, timeout_s: float
 ) -> float | None:
     """The middle one of some round trips on a warm connection, in ms; ``None`` when none came back in time."""
     call = DIALECTS[kind].probe_calls()[ECHO[kind]]
-    headers, names = addressed(None if way.offered else way.target, api_key)
+    headers, names = build_request_options(None if way.offered else way.target, api_key)
     took: list[float] = []
     try:
         async with asyncio.timeout(max(timeout_s, 0.0)):
@@ -118,46 +120,48 @@ async def _latency(
 
 
 async def _other_kind(
-    client: httpx.AsyncClient, kind: BackendKind, way: Way, api_key: str | None, timeout_s: float
+    client: httpx.AsyncClient, kind: BackendKind, way: BackendRoute, api_key: str | None, timeout_s: float
 ) -> str | None:
     """What the server turns out to be, if it is of a kind that mesh.yaml could name."""
     for other in BackendKind:
-        if other is not kind and isinstance(await _ask(client, other, way, api_key, timeout_s), Answered):
+        if other is not kind and isinstance(await _ask(client, other, way, api_key, timeout_s), TimedInventory):
             return other.value
     return None
 
 
-def _route(way: Way, kind: BackendKind, answer: Answered | ProbeError, latency_ms: float | None) -> RouteState:
+def _route(
+    way: BackendRoute, kind: BackendKind, answer: TimedInventory | ProbeError, latency_ms: float | None
+) -> RouteState:
     # An offered way is another place than the target: it is told by its own URL.
     route = RouteState(way.url if way.offered else way.target.url, way.url, way.via, offered=way.offered)
     if isinstance(answer, ProbeError):
-        return replace(route, state=BackendPhase.DOWN, error=printable(answer.message), error_code=answer.finding)
+        return replace(route, state=BackendPhase.DOWN, error=printable(answer.message), error_code=answer.finding_code)
     return replace(
         route,
         state=BackendPhase.UP,
         latency_ms=latency_ms,
-        store=store_mark(answer.inventory.catalog),
+        store=store_fingerprint(answer.inventory.catalog),
         kind=kind.value,
     )
 
 
-def _in_use(way: Way, state: NodeState) -> bool:
+def _in_use(way: BackendRoute, state: NodeState) -> bool:
     return not way.offered and way.url == state.backend.url
 
 
-def _same(answer: Answered | ProbeError, used: Answered | ProbeError | None, way: Way) -> bool:
+def _same(answer: TimedInventory | ProbeError, used: TimedInventory | ProbeError | None, way: BackendRoute) -> bool:
     """Whether an offered way leads to the server in use. Where the store cannot tell, the host's address and the same
     models do, unless that address is this machine's."""
-    if not isinstance(answer, Answered) or not isinstance(used, Answered):
+    if not isinstance(answer, TimedInventory) or not isinstance(used, TimedInventory):
         return False
-    mine, theirs = store_mark(used.inventory.catalog), store_mark(answer.inventory.catalog)
+    mine, theirs = store_fingerprint(used.inventory.catalog), store_fingerprint(answer.inventory.catalog)
     if mine is not None or theirs is not None:
         return mine == theirs
     same_models = _names(answer) == _names(used)
     return same_models and not is_loopback(httpx.URL(way.url).host)
 
 
-def _names(answer: Answered) -> Sequence[str]:
+def _names(answer: TimedInventory) -> Sequence[str]:
     return sorted(model.name for model in answer.inventory.catalog)
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import Said
+from gpumesh.probes.combined_commands import CommandOutput
 from gpumesh.state import Severity
 
 OK = 0
@@ -30,17 +30,17 @@ _HIDDEN = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """``whole``: it concerns the host's whole driver, not one GPU among others."""
+class SmiFailure:
+    """``affects_whole_host``: it concerns the host's whole driver, not one GPU among others."""
 
     code: str
     message: str
     hint: str
     severity: Severity = Severity.ERROR
-    whole: bool = True
+    affects_whole_host: bool = True
 
 
-def failure(said: Said) -> Failure | None:
+def classify_failure(said: CommandOutput) -> SmiFailure | None:
     """Why this is no table; ``None`` when it is one (its last lines may still hold a warning: exit status 14)."""
     text = printable(said.output, 2000)
     lower = text.lower()
@@ -48,30 +48,30 @@ def failure(said: Said) -> Failure | None:
     if status in (OK, INFOROM) and not _HIDDEN.search(text):
         return None
     if "is not a valid field" in lower:
-        return Failure(
+        return SmiFailure(
             "nvidia-smi-old", f"nvidia-smi does not know a field: {_short(text)}", "update the NVIDIA driver"
         )
     if "version mismatch" in lower or status == MISMATCH:
-        return Failure(
+        return SmiFailure(
             "driver-mismatch",
             f"the driver's kernel module and library are of different versions: {_short(text)}",
             "reboot the host, or unload and load the nvidia kernel modules: the driver was updated under it",
         )
     if "failed to initialize nvml" in lower and "unknown error" in lower:
-        return Failure(
+        return SmiFailure(
             "gpu-cgroup-lost",
             "the container lost its access to the GPU (NVML: Unknown Error)",
             "restart the container; `systemctl daemon-reload` on its host takes the devices away from running ones",
         )
     if _LOST.search(text) or status == GPU_LOST:
-        return Failure(
+        return SmiFailure(
             "gpu-lost",
             f"a GPU has fallen off the bus: {_short(text)}",
             "reboot the host; if it comes back lost, check the card's power cable, seat and temperature",
-            whole=False,
+            affects_whole_host=False,
         )
     if "no devices were found" in lower or status == NO_DEVICES:
-        return Failure(
+        return SmiFailure(
             "gpu-missing",
             "the driver is there, but finds no GPU",
             "check `lspci | grep -i nvidia` on the host; a container needs `--gpus all`",
@@ -81,7 +81,7 @@ def failure(said: Said) -> Failure | None:
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:
         return _broken(text)
     if status in (NOT_FOUND, NOT_EXECUTABLE) or "not found" in lower or "no such file" in lower or "not recog" in lower:
-        return Failure(
+        return SmiFailure(
             "nvidia-smi-missing",
             "nvidia-smi is not installed there, or not on any usual path",
             "install the NVIDIA driver's utilities, or use a container image that has them; the server works without",
@@ -89,11 +89,11 @@ def failure(said: Said) -> Failure | None:
         )
     ended = "was ended by a signal" if status is None else f"ended with status {status}"
     words = f": {_short(text)}" if text else ""
-    return Failure("driver-broken", f"nvidia-smi {ended}{words}", "run `nvidia-smi` on the host to see why")
+    return SmiFailure("driver-broken", f"nvidia-smi {ended}{words}", "run `nvidia-smi` on the host to see why")
 
 
-def _broken(text: str) -> Failure:
-    return Failure(
+def _broken(text: str) -> SmiFailure:
+    return SmiFailure(
         "driver-broken",
         f"the NVIDIA driver does not answer: {_short(text)}",
         "run `nvidia-smi` on the host; load the driver (`modprobe nvidia`) or install one that fits the running kernel",

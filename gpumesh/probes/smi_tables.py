@@ -85,13 +85,13 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True)
 class GpuTable:
-    """``faulty``: for each GPU's uuid the fields that it answers with ERR! or Unknown Error. ``unread``: the first
-    line that is no row, if there is one."""
+    """``faulty_fields``: for each GPU's uuid the fields that it answers with ERR! or Unknown Error. ``unread_line``:
+    the first line that is no row, if there is one."""
 
     gpus: tuple[GpuState, ...]
     driver: str | None
-    faulty: Mapping[str, tuple[str, ...]]
-    unread: str | None = None
+    faulty_fields: Mapping[str, tuple[str, ...]]
+    unread_line: str | None = None
 
 
 def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | None = None) -> GpuTable:

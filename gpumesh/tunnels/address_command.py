@@ -81,7 +81,7 @@ async def ask_address(command: AddressCommand, *, default_port: int, node: str) 
     The command and all it started are ended on every path.
     """
     name = command.command[0]
-    by_hand = quoting.command("{COMMAND}", COMMAND=name)
+    by_hand = quoting.paste_command("{COMMAND}", COMMAND=name)
     hint = f"run {by_hand} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
         async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):

@@ -24,7 +24,7 @@ class ExecResult:
     truncated: bool = False
 
 
-class Stream(StrEnum):
+class OutputStream(StrEnum):
     STDOUT = "stdout"
     STDERR = "stderr"
 
@@ -33,7 +33,7 @@ class Stream(StrEnum):
 class ExecChunk:
     """A piece of a running command's output; the last one has ``exit_status`` set or ``ended`` true."""
 
-    stream: Stream
+    stream: OutputStream
     data: bytes
     ended: bool = False
     exit_status: int | None = None
@@ -70,9 +70,9 @@ class Tunnel(Protocol):
         """Returns when the tunnel is up. Raises the last TunnelError as soon as it is known that a person must act."""
 
     async def exec(
-        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, question: bool = False
+        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, shareable: bool = False
     ) -> ExecResult:
-        """Runs a command on the host over the same connection, quoted for a POSIX shell. A ``question`` changes
+        """Runs a command on the host over the same connection, quoted for a POSIX shell. A ``shareable`` changes
         nothing there: what another node of the same machine was answered a moment ago will do.
 
         Raises TunnelDown when the tunnel is not up and ExecError on time-out or when the host gives no session.
@@ -84,5 +84,5 @@ class Tunnel(Protocol):
     def suspect(self, reason: str) -> None:
         """A request through the tunnel failed: check it at once rather than at the next keepalive."""
 
-    def nudge(self) -> None:
+    def retry_now(self) -> None:
         """Try again at once if waiting in backoff or failed (a person asked, the network changed)."""

@@ -11,10 +11,10 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Event = threading.Event
+ThreadEvent = threading.Event
 """For a thread that waits for what another one hears (heartbeat.py)."""
 
-Lock = threading.Lock
+ThreadLock = threading.Lock
 """For state that the transport's thread and the selector's thread share (channels.py)."""
 
 
@@ -31,21 +31,21 @@ class Deadline:
         return max(0.0, self._ends - self._clock())
 
     @property
-    def passed(self) -> bool:
+    def expired(self) -> bool:
         return self.remaining_s <= 0.0
 
     @contextmanager
-    def on_hold(self, at_most_s: float) -> Iterator[None]:
-        """The time inside does not count, up to ``at_most_s``."""
+    def paused(self, max_pause_s: float) -> Iterator[None]:
+        """The time inside does not count, up to ``max_pause_s``."""
         began = self._clock()
-        self._ends += at_most_s
+        self._ends += max_pause_s
         try:
             yield
         finally:
-            self._ends -= max(0.0, at_most_s - (self._clock() - began))
+            self._ends -= max(0.0, max_pause_s - (self._clock() - began))
 
 
-async def call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs ``function`` in a thread of its own and returns its result.
 
     No pool: a call that hangs must never keep another waiting. When the caller is cancelled (``asyncio.timeout``) the

@@ -28,30 +28,30 @@ READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
 BACKLOG = 1024
-CHUNK = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 RETRY_S = 0.005
 ACCEPTS_AT_ONCE = 64
 
 Handler = Callable[[int], None]
 
 
-class Dial(Protocol):
+class Dialer(Protocol):
     """Takes over ``local``, a non-blocking accepted socket, and closes it in the end. Called in the selector's thread,
     so it must not block."""
 
     def __call__(self, forwarder: Forwarder, local: socket.socket) -> None: ...
 
 
-class Door(Protocol):
+class PeerFilter(Protocol):
     """Decides, in the selector's thread, whose connections are served (peer_users.py)."""
 
-    def admits(self, connection: socket.socket, peer: Any) -> bool:
+    def allows(self, connection: socket.socket, peer: Any) -> bool:
         """``peer`` is the address that ``accept`` gave."""
 
     def close(self) -> None: ...
 
 
-class Link(Protocol):
+class Relay(Protocol):
     """A connection being forwarded."""
 
     def abort(self) -> None:
@@ -62,11 +62,11 @@ class Forwarder:
     """The selector thread and what it watches. ``listen`` before ``start``; ``post`` is for any thread; the methods
     under "in the selector's thread" are for dials and links."""
 
-    def __init__(self, on_end: Callable[[], None] | None = None, *, door: Door | None = None) -> None:
+    def __init__(self, on_end: Callable[[], None] | None = None, *, peer_filter: PeerFilter | None = None) -> None:
         """``on_end`` is called in the selector's thread when its loop has ended, for whatever reason. Connections that
-        ``door`` does not admit are reset; without one all are served."""
+        ``peer_filter`` does not admit are reset; without one all are served."""
         self._on_end = on_end
-        self._door = door
+        self._door = peer_filter
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
@@ -75,8 +75,8 @@ class Forwarder:
         self._posted: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
-        self._listeners: list[tuple[socket.socket, Dial]] = []
-        self._links: set[Link] = set()
+        self._listeners: list[tuple[socket.socket, Dialer]] = []
+        self._links: set[Relay] = set()
         self._stopping = False
         self._running = False
         self._turn = threading.Lock()  # between beginning and ending
@@ -87,7 +87,7 @@ class Forwarder:
         """How many connections are being forwarded now."""
         return len(self._links)
 
-    def listen(self, listener: socket.socket, dial: Dial) -> None:
+    def listen(self, listener: socket.socket, dial: Dialer) -> None:
         """Connections to ``listener`` go to ``dial``. The listener stays the caller's: it is never closed here."""
         listener.setblocking(False)
         self._listeners.append((listener, dial))
@@ -147,15 +147,15 @@ class Forwarder:
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._sequence), callback))
 
-    def add(self, link: Link) -> None:
+    def add_relay(self, link: Relay) -> None:
         self._links.add(link)
 
-    def discard(self, link: Link) -> None:
+    def discard_relay(self, link: Relay) -> None:
         self._links.discard(link)
 
     # -- internals ---------------------------------------------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket, dial: Dial) -> None:
+    def _accept(self, listener: socket.socket, dial: Dialer) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 local, peer = listener.accept()
@@ -170,7 +170,7 @@ class Forwarder:
                 local.setblocking(False)
                 if local.family in (socket.AF_INET, socket.AF_INET6):
                     local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._door is None or self._door.admits(local, peer):
+                if self._door is None or self._door.allows(local, peer):
                     dial(self, local)
                 else:
                     close_with_reset(local)
@@ -226,7 +226,7 @@ def reset_on_close(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def relay_to_unix(path: str) -> Dial:
+def relay_to_unix(path: str) -> Dialer:
     """Each connection goes to the Unix socket at ``path``, where an ``ssh`` forwards. Refused there: reset here."""
 
     def dial(forwarder: Forwarder, local: socket.socket) -> None:
@@ -237,7 +237,7 @@ def relay_to_unix(path: str) -> Dial:
 
 class UnixRelay:
     """Bytes both ways between two sockets. One side is read only when what it sent before has been written to the
-    other: so a slow reader stops the sender, and at most ``CHUNK`` is held in each direction."""
+    other: so a slow reader stops the sender, and at most ``CHUNK_BYTES`` is held in each direction."""
 
     def __init__(self, forwarder: Forwarder, local: socket.socket, path: str) -> None:
         self._forwarder = forwarder
@@ -249,7 +249,7 @@ class UnixRelay:
         self._ended = [False, False]  # that socket has sent its last byte
         self._events = [0, 0]
         self._closed = False
-        forwarder.add(self)
+        forwarder.add_relay(self)
         self._connect(tries=400)
 
     def abort(self) -> None:
@@ -278,7 +278,7 @@ class UnixRelay:
             if mask & WRITE:
                 self._write(side, self._pending[side])
             if mask & READ and not self._pending[1 - side]:
-                data = self._sockets[side].recv(CHUNK)
+                data = self._sockets[side].recv(CHUNK_BYTES)
                 if data:
                     self._write(1 - side, data)
                 else:
@@ -335,4 +335,4 @@ class UnixRelay:
             close_with_reset(local)
         else:
             local.close()
-        self._forwarder.discard(self)
+        self._forwarder.discard_relay(self)

@@ -18,9 +18,9 @@ from typing import Any, cast
 import paramiko
 from paramiko.common import MSG_REQUEST_FAILURE, MSG_REQUEST_SUCCESS, cMSG_GLOBAL_REQUEST
 
-from gpumesh.tunnels.blocking import Event
+from gpumesh.tunnels.blocking import ThreadEvent
 
-AGAIN_S = 0.5
+RESEND_S = 0.5
 LOOK_S = 0.1  # how often it is looked whether the transport has ended
 
 
@@ -29,26 +29,26 @@ class Heartbeat:
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self._transport = cast(Any, transport)  # what is used is not in its types
-        self._unanswered: deque[Event] = deque()
+        self._unanswered: deque[ThreadEvent] = deque()
         for kind in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
             self._transport._handler_table[kind] = self._answered
 
-    def round_trip_ms(self) -> float | None:
+    def measure_round_trip_ms(self) -> float | None:
         """Waits for the host's answer to a request that every SSH server answers, if only by refusing it. ``None``:
         the transport has ended. Raises what paramiko raises when it cannot be sent."""
         began = time.monotonic()
         answered = self._ask()
-        again_at = began + AGAIN_S
+        again_at = began + RESEND_S
         while not answered.wait(LOOK_S):
             if not self._transport.active:
                 return None
             if time.monotonic() >= again_at:
                 self._ask()
-                again_at += AGAIN_S
+                again_at += RESEND_S
         return (time.monotonic() - began) * 1000
 
-    def _ask(self) -> Event:
-        answered = Event()
+    def _ask(self) -> ThreadEvent:
+        answered = ThreadEvent()
         message = paramiko.Message()
         message.add_byte(cMSG_GLOBAL_REQUEST)
         message.add_string("keepalive@openssh.com")

@@ -1,8 +1,8 @@
 """Which host keys are trusted: known_hosts files, read and written as OpenSSH does (sshd(8), SSH_KNOWN_HOSTS).
 
 Trust is kept by node as well as by address: a pod comes back on another port, and a port comes back with another pod.
-So ``record`` writes two names, the address and ``gpumesh-node-NAME``; and a node's own entry, where there is one,
-decides alone.
+So ``record_host_key`` writes two names, the address and ``gpumesh-node-NAME``; and a node's own entry, where there is
+one, decides alone.
 
 Deciding is pure (``KnownHosts.judge``); reading and writing are apart.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from gpumesh import atomic_file
 from gpumesh.errors import HostKeyChanged, HostKeyRevoked, HostKeyUnknown, TunnelError
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 from gpumesh.topology import HostKeyPolicy
 
 SIZE_LIMIT = 16 << 20
@@ -33,9 +33,9 @@ SIZE_LIMIT = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class HostKey:
-    """A host's public key. ``kind`` is its SSH name (``ssh-ed25519``), ``blob`` its wire form."""
+    """A host's public key. ``key_type`` is its SSH name (``ssh-ed25519``), ``blob`` its wire form."""
 
-    kind: str
+    key_type: str
     blob: bytes
 
     @property
@@ -44,12 +44,12 @@ class HostKey:
         return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
 
     @property
-    def line(self) -> str:
+    def public_key_text(self) -> str:
         """The two fields of a known_hosts line."""
-        return f"{self.kind} {base64.b64encode(self.blob).decode()}"
+        return f"{self.key_type} {base64.b64encode(self.blob).decode()}"
 
 
-class Verdict(StrEnum):
+class HostKeyStatus(StrEnum):
     KNOWN = "known"
     UNKNOWN = "unknown"
     CHANGED = "changed"
@@ -57,19 +57,19 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """``expected``: the keys on record where this one is ``CHANGED``. ``own``: it is on record for the node itself, not
-    for its address alone. ``by_authority``: only a certificate authority vouches for this host, and whoever judges
-    cannot check certificates (paramiko)."""
+class HostKeyCheck:
+    """``expected``: the keys on record where this one is ``CHANGED``. ``recorded_for_node``: it is on record for the
+    node itself, not for its address alone. ``certificate_only``: only a certificate authority vouches for this host,
+    and whoever judges cannot check certificates (paramiko)."""
 
-    verdict: Verdict
+    status: HostKeyStatus
     expected: tuple[HostKey, ...] = ()
-    own: bool = False
-    by_authority: bool = False
+    recorded_for_node: bool = False
+    certificate_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KnownHostsEntry:
     """One line. ``marker`` is ``""``, ``@revoked`` or ``@cert-authority``."""
 
     marker: str
@@ -91,61 +91,61 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class KnownHosts:
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[KnownHostsEntry, ...] = ()
 
     @property
     def hashed(self) -> bool:
         """Whether names are hashed in this file (OpenSSH's ``HashKnownHosts``)."""
         return any(entry.hosts.startswith("|1|") for entry in self.entries)
 
-    def judge(self, key: HostKey, *, node: str, host: str, port: int) -> Judgement:
+    def check_key(self, key: HostKey, *, node: str, host: str, port: int) -> HostKeyCheck:
         """Whether ``key`` is the one on record for this node, or else for this address."""
-        alias, address = node_name(node), address_name(host, port)
+        alias, address = host_key_alias(node), known_hosts_address(host, port)
         for entry in self.entries:
             revoked = entry.marker == "@revoked" and entry.key.blob == key.blob
             if revoked and (entry.matches(alias) or entry.matches(address)):
-                return Judgement(Verdict.REVOKED)
+                return HostKeyCheck(HostKeyStatus.REVOKED)
         by_authority = False
         for name in (alias, address):
             matching = [entry for entry in self.entries if entry.matches(name)]
             known = tuple(entry.key for entry in matching if not entry.marker)
             if any(one.blob == key.blob for one in known):
-                return Judgement(Verdict.KNOWN, own=name == alias)
+                return HostKeyCheck(HostKeyStatus.KNOWN, recorded_for_node=name == alias)
             if known:
-                return Judgement(Verdict.CHANGED, known)
+                return HostKeyCheck(HostKeyStatus.CHANGED, known)
             by_authority |= any(entry.marker == "@cert-authority" for entry in matching)
-        return Judgement(Verdict.UNKNOWN, by_authority=by_authority)
+        return HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=by_authority)
 
     def keys(self, *, node: str, host: str, port: int) -> tuple[HostKey, ...]:
         """The keys on record: the node's own, or else those of its address."""
-        for name in (node_name(node), address_name(host, port)):
+        for name in (host_key_alias(node), known_hosts_address(host, port)):
             keys = [entry.key for entry in self.entries if not entry.marker and entry.matches(name)]
             if keys:
                 return tuple(dict.fromkeys(keys))
         return ()
 
-    def kinds(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
+    def key_types(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
         """The kinds of key on record: to be asked of the host first, or it would offer one that nobody knows."""
-        return tuple(dict.fromkeys(key.kind for key in self.keys(node=node, host=host, port=port)))
+        return tuple(dict.fromkeys(key.key_type for key in self.keys(node=node, host=host, port=port)))
 
 
-def place(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """An address as people write it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def address_name(host: str, port: int) -> str:
+def known_hosts_address(host: str, port: int) -> str:
     """As known_hosts names an address: the port only if it is not 22."""
     return host.lower() if port == 22 else f"[{host.lower()}]:{port}"
 
 
-def node_name(node: str) -> str:
+def host_key_alias(node: str) -> str:
     """A node as a name in known_hosts; it cannot be a pattern, whatever the node is called."""
     safe = re.sub(r"[^a-z0-9._-]", lambda found: f"%{ord(found.group()):x}", node.lower())
     return f"gpumesh-node-{safe}"
 
 
-def parse(text: str) -> KnownHosts:
+def parse_known_hosts(text: str) -> KnownHosts:
     """What OpenSSH would make of a known_hosts file: lines that it cannot read are passed over."""
     return KnownHosts(tuple(entry for line in _lines(text) if (entry := _parse_line(line)) is not None))
 
@@ -155,7 +155,7 @@ def _lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def _parse_line(line: str) -> Entry | None:
+def _parse_line(line: str) -> KnownHostsEntry | None:
     fields = line.split()
     if not fields or fields[0].startswith("#"):
         return None
@@ -170,7 +170,7 @@ def _parse_line(line: str) -> Entry | None:
         blob = base64.b64decode(fields[2], validate=True)
     except (binascii.Error, ValueError):
         return None
-    return Entry(marker, fields[0], HostKey(fields[1], blob))
+    return KnownHostsEntry(marker, fields[0], HostKey(fields[1], blob))
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
@@ -197,9 +197,9 @@ def _hashed(name: str) -> str:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> KnownHosts:
+def read_known_hosts(path: Path) -> KnownHosts:
     """A file that does not exist holds nothing. Raises ``TunnelError`` when it cannot be read."""
-    return parse(_text(path.expanduser()))
+    return parse_known_hosts(_text(path.expanduser()))
 
 
 def _text(path: Path) -> str:
@@ -217,7 +217,7 @@ def _text(path: Path) -> str:
     return raw.decode("utf-8", "surrogateescape")  # whatever it is, it is written back unchanged
 
 
-def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
+def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
     """Trusts ``key`` for this node and this address; other keys on record for either name are dropped. A jump host is
     no node: its ``node`` is "", and it is kept by its address alone.
 
@@ -225,7 +225,7 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
     crash nor a second writer loses a line. Raises ``TunnelError`` when that fails.
     """
     path = path.expanduser()
-    names = (*((node_name(node),) if node else ()), address_name(host, port))
+    names = (*((host_key_alias(node),) if node else ()), known_hosts_address(host, port))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A link stays a link: what it points to is replaced.
@@ -233,7 +233,7 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            refuse_other_files(target)
+            ensure_known_hosts_file(target)
             atomic_file.replace(target, "".join(_recorded(_text(target), key, names)), errors="surrogateescape")
         finally:
             os.close(folder)
@@ -243,7 +243,7 @@ def record(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None
         ) from error
 
 
-def refuse_other_files(path: Path) -> None:
+def ensure_known_hosts_file(path: Path) -> None:
     """Before something is written there: a stranger's mesh.yaml may name a start-up file of the shell. Raises
     ``TunnelError`` for a file that has more than comments, and no host's key."""
     lines = [line for line in _lines(_text(path.expanduser())) if line.strip() and not line.lstrip().startswith("#")]
@@ -252,7 +252,7 @@ def refuse_other_files(path: Path) -> None:
 
 
 def _recorded(text: str, key: HostKey, names: tuple[str, ...]) -> Iterable[str]:
-    hashed = parse(text).hashed
+    hashed = parse_known_hosts(text).hashed
     for line in _lines(text):
         entry = _parse_line(line)
         if entry is None or entry.marker:
@@ -265,48 +265,48 @@ def _recorded(text: str, key: HostKey, names: tuple[str, ...]) -> Iterable[str]:
         # A line may name other hosts too (``a,b ssh-ed25519 …``): they keep it. A pattern stays, a hash has one name.
         others = [host for host in entry.hosts.split(",") if host.lower() not in [name.lower() for name in stale]]
         if others and not entry.hosts.startswith("|1|"):
-            yield f"{','.join(others)} {entry.key.line}\n"
+            yield f"{','.join(others)} {entry.key.public_key_text}\n"
     for name in names:
-        yield f"{_hashed(name) if hashed else name} {key.line}\n"
+        yield f"{_hashed(name) if hashed else name} {key.public_key_text}\n"
 
 
 # -- the policy ------------------------------------------------------------------------------------------------------
 
 
-def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, policy: HostKeyPolicy) -> None:
+def verify_host_key(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, policy: HostKeyPolicy) -> None:
     """Returns when ``key`` may be trusted; with ``accept-new`` an unknown one is recorded. Raises ``HostKeyUnknown``,
     ``HostKeyChanged`` or ``HostKeyRevoked``."""
-    judgement = read(known_hosts).judge(key, node=node, host=host, port=port)
-    where = place(host, port)
-    shown = f"{key.kind} {key.fingerprint}"
-    trust = command("gpumesh trust {NODE}", NODE=node or "NODE")  # of a jump host: of any node behind it
-    match judgement.verdict:
-        case Verdict.KNOWN:
+    judgement = read_known_hosts(known_hosts).check_key(key, node=node, host=host, port=port)
+    where = format_address(host, port)
+    shown = f"{key.key_type} {key.fingerprint}"
+    trust = paste_command("gpumesh trust {NODE}", NODE=node or "NODE")  # of a jump host: of any node behind it
+    match judgement.status:
+        case HostKeyStatus.KNOWN:
             return
-        case Verdict.UNKNOWN if judgement.by_authority:
+        case HostKeyStatus.UNKNOWN if judgement.certificate_only:
             raise HostKeyUnknown(
                 f"{where} is vouched for by a certificate authority in {known_hosts}, which transport sshtunnel cannot"
                 f" check (it showed {shown})",
                 hint=f"set `transport: openssh` for the node, or record this key alone: {trust}",
                 node=node,
             )
-        case Verdict.UNKNOWN if policy is HostKeyPolicy.ACCEPT_NEW:
-            record(known_hosts, key, node=node, host=host, port=port)
-        case Verdict.UNKNOWN:
+        case HostKeyStatus.UNKNOWN if policy is HostKeyPolicy.ACCEPT_NEW:
+            record_host_key(known_hosts, key, node=node, host=host, port=port)
+        case HostKeyStatus.UNKNOWN:
             raise HostKeyUnknown(
                 f"the host key of {where} is not in {known_hosts}: {shown}",
                 hint=f"{trust} shows it and records it",
                 node=node,
             )
-        case Verdict.CHANGED:
-            expected = ", ".join(f"{one.kind} {one.fingerprint}" for one in judgement.expected[:3])
+        case HostKeyStatus.CHANGED:
+            expected = ", ".join(f"{one.key_type} {one.fingerprint}" for one in judgement.expected[:3])
             raise HostKeyChanged(
                 f"the host key of {where} is {shown}, but {known_hosts} has {expected}",
                 hint="expected after a pod was reset; on a machine of yours it may be an attack:"
                 f" {trust} records the new key knowingly",
                 node=node,
             )
-        case Verdict.REVOKED:
+        case HostKeyStatus.REVOKED:
             raise HostKeyRevoked(
                 f"the host key of {where}, {shown}, is marked @revoked in {known_hosts}",
                 hint="whoever marked it knows why; nothing connects to it while it stands there",
@@ -314,7 +314,7 @@ def admit(key: HostKey, *, node: str, host: str, port: int, known_hosts: Path, p
             )
 
 
-def offered_as(kinds: Sequence[str]) -> tuple[str, ...]:
+def host_key_algorithms(kinds: Sequence[str]) -> tuple[str, ...]:
     """A key's kind as the names under which a host may offer it: RSA has three hashes."""
     names: list[str] = []
     for kind in kinds:

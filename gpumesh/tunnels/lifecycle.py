@@ -26,22 +26,23 @@ from gpumesh.state import TunnelPhase
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class RetryTiming:
     """How patient a tunnel is, in seconds.
 
-    ``first_s`` doubles up to ``longest_s``; ``failed_s`` is the slow interval of ``failed``; a connection that lasted
-    ``stable_s`` is forgiven its past; for ``eager_s`` after a wake no interval is longer than ``eager_longest_s``.
-    ``settle_s`` is the least time between two attempts that changes of the network can bring about.
+    ``initial_backoff_s`` doubles up to ``max_backoff_s``; ``failed_retry_s`` is the slow interval of ``failed``; a
+    connection that lasted ``stable_s`` is forgiven its past; for ``eager_period_s`` after a wake no interval is longer
+    than ``eager_max_backoff_s``. ``network_settle_s`` is the least time between two attempts that changes of the
+    network can bring about.
     """
 
-    first_s: float = 0.5
-    longest_s: float = 30.0
-    failed_s: float = 60.0
+    initial_backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+    failed_retry_s: float = 60.0
     stable_s: float = 10.0
-    again_s: float = 0.1
-    eager_s: float = 45.0
-    eager_longest_s: float = 2.0
-    settle_s: float = 1.0
+    immediate_retry_s: float = 0.1
+    eager_period_s: float = 45.0
+    eager_max_backoff_s: float = 2.0
+    network_settle_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Cause:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenRequested:
     """The tunnel is wanted."""
 
 
@@ -68,7 +69,7 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class Broke:
+class ConnectionFailed:
     """The attempt failed, or the connection that was up is gone."""
 
     cause: Cause
@@ -80,7 +81,7 @@ class RetryDue:
 
 
 @dataclass(frozen=True, slots=True)
-class Nudged:
+class RetryRequested:
     """A person asked to try now."""
 
 
@@ -100,11 +101,21 @@ class NetworkChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
+class CloseRequested:
     """The tunnel is not wanted any more."""
 
 
-Event = Opened | Connected | Broke | RetryDue | Nudged | Suspected | Woke | NetworkChanged | Closed
+LifecycleEvent = (
+    OpenRequested
+    | Connected
+    | ConnectionFailed
+    | RetryDue
+    | RetryRequested
+    | Suspected
+    | Woke
+    | NetworkChanged
+    | CloseRequested
+)
 
 
 class Decision(StrEnum):
@@ -148,28 +159,28 @@ class Lifecycle:
 
 
 def step(
-    life: Lifecycle, event: Event, *, now: float, jitter: float, timing: Timing | None = None
+    life: Lifecycle, event: LifecycleEvent, *, now: float, jitter: float, timing: RetryTiming | None = None
 ) -> tuple[Lifecycle, Decision]:
     """The next state and what to do about it. An event that does not fit the phase (a late one) changes nothing."""
-    timing = timing or Timing()
+    timing = timing or RetryTiming()
     if life.phase is TunnelPhase.CLOSED:
         return life, Decision.STOP
     match event:
-        case Closed():
+        case CloseRequested():
             return replace(life, phase=TunnelPhase.CLOSED, since=now, retry_at=None), Decision.STOP
-        case Opened() if life.phase is TunnelPhase.IDLE:
+        case OpenRequested() if life.phase is TunnelPhase.IDLE:
             return _connect(life, now), Decision.CONNECT
         case Connected() if life.phase is TunnelPhase.CONNECTING:
             return replace(life, phase=TunnelPhase.UP, since=now, connects=life.connects + 1), Decision.NOTHING
-        case Broke(cause) if life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP):
+        case ConnectionFailed(cause) if life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP):
             return _broke(life, cause, now, jitter, timing), Decision.WAIT
         case RetryDue() if life.waiting:
             if life.retry_at is not None and now < life.retry_at:
                 return life, Decision.WAIT
             return _connect(life, now), Decision.CONNECT
-        case Nudged() if life.waiting:
+        case RetryRequested() if life.waiting:
             return _connect(replace(life, failures=0), now), Decision.CONNECT
-        case Nudged() | Suspected() if life.phase is TunnelPhase.UP:
+        case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
             return life, Decision.CHECK
         case Woke() | NetworkChanged():
             return _surroundings_changed(life, event, now, timing)
@@ -180,34 +191,34 @@ def _connect(life: Lifecycle, now: float) -> Lifecycle:
     return replace(life, phase=TunnelPhase.CONNECTING, since=now, tried_at=now, retry_at=None)
 
 
-def _broke(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Timing) -> Lifecycle:
+def _broke(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
     if cause.needs_person:
-        delay = timing.failed_s * (0.9 + 0.2 * jitter)
+        delay = timing.failed_retry_s * (0.9 + 0.2 * jitter)
         phase, failures = TunnelPhase.FAILED, life.failures + 1
     else:
         stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
         phase, failures = TunnelPhase.BACKOFF, 0 if stable else life.failures + 1
         eager = life.eager_until is not None and now < life.eager_until
-        delay = _delay(failures, jitter, timing.eager_longest_s if eager else timing.longest_s, timing)
+        delay = _delay(failures, jitter, timing.eager_max_backoff_s if eager else timing.max_backoff_s, timing)
     return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay)
 
 
-def _delay(failures: int, jitter: float, longest: float, timing: Timing) -> float:
+def _delay(failures: int, jitter: float, longest: float, timing: RetryTiming) -> float:
     """Half to one and a half of the doubled interval, within the bounds, so that many nodes that were lost together
     do not come back together."""
     if failures == 0:
-        return timing.again_s * jitter
+        return timing.immediate_retry_s * jitter
     # The exponent is bounded: 2.0 ** 2000 would overflow after a long outage.
-    interval = timing.first_s * 2.0 ** min(failures - 1, 32)
-    return min(longest, max(timing.first_s, min(interval, longest) * (0.5 + jitter)))
+    interval = timing.initial_backoff_s * 2.0 ** min(failures - 1, 32)
+    return min(longest, max(timing.initial_backoff_s, min(interval, longest) * (0.5 + jitter)))
 
 
 def _surroundings_changed(
-    life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: Timing
+    life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: RetryTiming
 ) -> tuple[Lifecycle, Decision]:
     if life.phase is TunnelPhase.IDLE:
         return life, Decision.NOTHING
-    life = replace(life, eager_until=now + timing.eager_s)
+    life = replace(life, eager_until=now + timing.eager_period_s)
     if life.phase is TunnelPhase.UP:
         return life, Decision.CHECK
     life = replace(life, failures=0)
@@ -215,7 +226,7 @@ def _surroundings_changed(
         if isinstance(event, Woke):
             return _connect(life, now), Decision.RECONNECT
         return life, Decision.NOTHING
-    settled = (life.tried_at or 0.0) + timing.settle_s
+    settled = (life.tried_at or 0.0) + timing.network_settle_s
     if isinstance(event, NetworkChanged) and life.tried_at is not None and now < settled:
         # Changes come in bursts (link, address, route): the first began an attempt, the rest must not each begin one.
         return replace(life, retry_at=min(life.retry_at or settled, settled)), Decision.WAIT

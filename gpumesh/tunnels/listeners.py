@@ -16,9 +16,9 @@ from pathlib import Path
 
 from gpumesh.errors import GPUMeshError
 from gpumesh.state import LocalAccess
-from gpumesh.topology import USUAL_TUNNELS, Target, TunnelListen, TunnelsSpec
-from gpumesh.tunnels.local_system.peer_users import can_tell
-from gpumesh.tunnels.local_system.unix_sockets import UnixListener, tunnel_listener, url_of
+from gpumesh.topology import DEFAULT_TUNNELS, Target, TunnelListen, TunnelsSpec
+from gpumesh.tunnels.local_system.peer_users import can_identify_peers
+from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener, unix_url
 
 BACKLOG = 1024
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
@@ -30,7 +30,7 @@ class Listeners:
     ``close`` ends it. Raises OSError, and GPUMeshError where no Unix socket can be had."""
 
     def __init__(
-        self, targets: Sequence[Target], spec: TunnelsSpec = USUAL_TUNNELS, *, mesh: str = "mesh", node: str = ""
+        self, targets: Sequence[Target], spec: TunnelsSpec = DEFAULT_TUNNELS, *, mesh_name: str = "mesh", node: str = ""
     ) -> None:
         self._targets = tuple(targets)
         self._resetting: asyncio.AbstractEventLoop | None = None
@@ -39,7 +39,7 @@ class Listeners:
         try:
             for number in range(len(self._targets)):
                 if spec.listen is TunnelListen.UNIX:
-                    self._unix.append(tunnel_listener(mesh, node, number, BACKLOG))
+                    self._unix.append(open_tunnel_listener(mesh_name, node, number, BACKLOG))
                     self.sockets.append(self._unix[-1].sock)
                 else:
                     self.sockets.append(_listen())
@@ -58,7 +58,7 @@ class Listeners:
             return LocalAccess.OWN_USER
         if spec.share:
             return LocalAccess.ANY_USER
-        return LocalAccess.OWN_USER if can_tell(self.sockets[0]) else LocalAccess.UNCHECKED
+        return LocalAccess.OWN_USER if can_identify_peers(self.sockets[0]) else LocalAccess.UNCHECKED
 
     @property
     def urls(self) -> Mapping[Target, str]:
@@ -67,17 +67,17 @@ class Listeners:
     def _url(self, number: int, target: Target) -> str:
         prefix = target.path.rstrip("/")
         if self._unix:
-            return url_of(self.paths[number], scheme=target.scheme, prefix=prefix)
+            return unix_url(self.paths[number], scheme=target.scheme, prefix=prefix)
         return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
 
-    def turn_away(self) -> None:
+    def reset_clients(self) -> None:
         """From now on every client, waiting or new, is reset at once: fast failure is what a balancer wants."""
         if self._resetting is None:
             self._resetting = asyncio.get_running_loop()
             for listener in self.sockets:
                 self._resetting.add_reader(listener, _reset_waiting, listener)
 
-    def let_wait(self) -> None:
+    def hold_clients(self) -> None:
         """From now on clients wait in the backlog until a worker accepts them."""
         if self._resetting is not None:
             for listener in self.sockets:
@@ -85,7 +85,7 @@ class Listeners:
             self._resetting = None
 
     def close(self) -> None:
-        self.let_wait()
+        self.hold_clients()
         for unix in self._unix:
             unix.close()
         for listener in self.sockets:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import shlex
 
-ANSWER = b"gpumesh"
-SHELL_TEST = f"exec sh -c 'echo {ANSWER.decode()}'"
-"""Prints ``ANSWER`` where the login shell can start a POSIX shell, whatever it is itself (csh, fish)."""
+SHELL_TEST_OUTPUT = b"gpumesh"
+SHELL_TEST = f"exec sh -c 'echo {SHELL_TEST_OUTPUT.decode()}'"
+"""Prints ``SHELL_TEST_OUTPUT`` where the login shell can start a POSIX shell, whatever it is itself (csh, fish)."""
 
 # In a process group of its own, where the host has ``setsid``; else its children are looked for.
 _BEFORE = "exec 3<&0; g=$(command -v setsid); (exec $g "
@@ -25,13 +25,13 @@ _AFTER = (
 _WATCHED = re.compile(re.escape(_BEFORE) + "(.*)" + re.escape(_AFTER), re.DOTALL)
 
 
-def killable(command: str) -> str:
+def wrap_killable(command: str) -> str:
     """``command`` (words quoted for a POSIX shell, no more) so that it ends with its session's input. Its exit status
     is passed on; a signal that ends it shows as 128 and its number."""
     return f"exec sh -c {shlex.quote(_BEFORE + command + _AFTER)}"
 
 
-def watched(script: str) -> str | None:
-    """The command inside the script that ``killable`` gives to ``sh -c``; ``None`` for any other script."""
+def unwrap_killable(script: str) -> str | None:
+    """The command inside the script that ``wrap_killable`` gives to ``sh -c``; ``None`` for any other script."""
     match = _WATCHED.fullmatch(script)
     return match[1] if match else None

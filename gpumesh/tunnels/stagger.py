@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 
 
-def turns(name: str, every_s: float) -> Iterator[float]:
+def stagger_intervals(name: str, every_s: float) -> Iterator[float]:
     """The waits between a node's turns, without end: the first 0.5 to 1.5 times ``every_s``, all others ``every_s``."""
     yield every_s * (0.5 + zlib.crc32(name.encode()) / 2**32)
     while True:

@@ -23,7 +23,7 @@ from gpumesh.cancellation import raise_if_cancelled
 from gpumesh.config import providers
 from gpumesh.errors import GPUMeshError, TransportUnsupported, TunnelDown, TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase, TunnelState
-from gpumesh.topology import USUAL_TUNNELS, NodeSpec, SshSpec, Target, TransportKind, TunnelsSpec
+from gpumesh.topology import DEFAULT_TUNNELS, NodeSpec, SshSpec, Target, TransportKind, TunnelsSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.address_command import ask_address
 from gpumesh.tunnels.base import ExecChunk, ExecResult, Tunnel
@@ -31,17 +31,17 @@ from gpumesh.tunnels.base import Prompter as Prompter  # noqa: PLC0414 - who ope
 from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from gpumesh.tunnels.lifecycle import (
-    Broke,
     Cause,
-    Closed,
+    CloseRequested,
     Connected,
+    ConnectionFailed,
     Decision,
-    Event,
     Lifecycle,
+    LifecycleEvent,
     NetworkChanged,
-    Nudged,
-    Opened,
+    OpenRequested,
     RetryDue,
+    RetryRequested,
     Suspected,
     Woke,
     step,
@@ -49,16 +49,16 @@ from gpumesh.tunnels.lifecycle import (
 from gpumesh.tunnels.listeners import Listeners
 from gpumesh.tunnels.local_system.network_watch import watch_network, watch_sleep
 from gpumesh.tunnels.local_system.socket_folders import private_folder
-from gpumesh.tunnels.transport import Setup, Up
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers.protocol import ForwardFailed, PeerRefused
-from gpumesh.tunnels.workers.worker_link import Conversation, cause_of, error_of
+from gpumesh.tunnels.workers.worker_link import WorkerLink, cause_from_error, error_from_cause
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
 NOTICE_S = 4.5  # a dead peer is noticed within this, if the keepalive interval leaves room for it
 LEAST_PATIENCE_S = 1.5  # for an answer: a lost packet or two must not end a connection that lives
-GRACE_S = 8.0  # how long clients of a local port wait for a tunnel that is away
+CLIENT_WAIT_S = 8.0  # how long clients of a local port wait for a tunnel that is away
 CLOSE_S = 2.0
 LOST_CLOSE_S = 0.5  # for the worker of a lost connection to reset its clients: killed, it would seem to end them
 RTT_WEIGHT = 0.3  # of the newest round trip in what is shown
@@ -71,19 +71,19 @@ def open_tunnel(
     rng: random.Random | None = None,
     workers: WorkerPool,
     on_change: Callable[[TunnelState], None],
-    ask: Prompter | None = None,
-    here: ThisMachine | None = None,
-    tunnels: TunnelsSpec = USUAL_TUNNELS,
-    mesh: str = "mesh",
+    prompter: Prompter | None = None,
+    this_machine: ThisMachine | None = None,
+    tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
+    mesh_name: str = "mesh",
 ) -> Tunnel:
-    """The tunnel of a node, with its local ports bound. Its caller runs ``run`` in a task, or uses ``running``.
+    """The tunnel of a node, with its local ports bound. Its caller runs ``run`` in a task, or uses ``run_tunnel``.
 
     ``clock`` gives monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
-    ``here`` is shared by all that need not be told twice what this machine says. ``mesh`` names Unix sockets.
-    Raises OSError and GPUMeshError when there are no local ends to be had.
+    ``this_machine`` is shared by all that need not be told twice what this machine says. ``mesh_name`` names Unix
+    sockets. Raises OSError and GPUMeshError when there are no local ends to be had.
     """
     if spec.ssh is None:
-        return DirectTunnel(spec, clock=clock, on_change=on_change, here=here)
+        return DirectTunnel(spec, clock=clock, on_change=on_change, this_machine=this_machine)
     return SshTunnel(
         spec,
         spec.ssh,
@@ -91,14 +91,14 @@ def open_tunnel(
         rng=rng or random.Random(),
         workers=workers,
         on_change=on_change,
-        ask=ask,
-        tunnels=tunnels,
-        mesh=mesh,
+        prompter=prompter,
+        tunnels_spec=tunnels_spec,
+        mesh_name=mesh_name,
     )
 
 
 @contextlib.asynccontextmanager
-async def running(tunnel: Tunnel) -> AsyncIterator[Tunnel]:
+async def run_tunnel(tunnel: Tunnel) -> AsyncIterator[Tunnel]:
     """``async with running(open_tunnel(…)) as tunnel``: runs it inside, and has closed it after."""
     # Not a TaskGroup: what the block raises should reach its caller as it is, not in a group.
     task = asyncio.create_task(tunnel.run())
@@ -122,10 +122,10 @@ class SshTunnel:
         rng: random.Random,
         workers: WorkerPool,
         on_change: Callable[[TunnelState], None],
-        ask: Prompter | None,
-        grace_s: float = GRACE_S,
-        tunnels: TunnelsSpec = USUAL_TUNNELS,
-        mesh: str = "mesh",
+        prompter: Prompter | None,
+        client_wait_s: float = CLIENT_WAIT_S,
+        tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
+        mesh_name: str = "mesh",
     ) -> None:
         self._node = spec.name
         self._ssh = ssh
@@ -134,14 +134,14 @@ class SshTunnel:
         self._rng = rng
         self._workers = workers
         self._on_change = on_change
-        self._ask = ask
-        self._grace_s = grace_s
-        self._listeners = Listeners(self._targets, tunnels, mesh=mesh, node=spec.name)
+        self._ask = prompter
+        self._grace_s = client_wait_s
+        self._listeners = Listeners(self._targets, tunnels_spec, mesh_name=mesh_name, node=spec.name)
         self._life = Lifecycle()
         self._since: datetime | None = None
         self._rtt_ms: float | None = None
         self._forbidden: set[Target] = set()
-        self._talk: Conversation | None = None
+        self._talk: WorkerLink | None = None
         self._restart: asyncio.Event = asyncio.Event()
         self._go = asyncio.Event()
         self._check = asyncio.Event()
@@ -182,7 +182,7 @@ class SshTunnel:
     async def wait_up(self) -> None:
         while self._life.phase is not TunnelPhase.UP:
             if self._life.phase is TunnelPhase.FAILED and self._life.cause is not None:
-                raise error_of(self._life.cause, self._node)
+                raise error_from_cause(self._life.cause, self._node)
             if self._life.phase is TunnelPhase.CLOSED:
                 raise TunnelDown(f"the tunnel of {self._node} is closed", node=self._node)
             await self._changed.wait()
@@ -193,26 +193,26 @@ class SshTunnel:
         *,
         timeout_s: float,
         limit_bytes: int = 1 << 20,
-        question: bool = False,  # noqa: ARG002 - each host is its own
+        shareable: bool = False,  # noqa: ARG002 - each host is its own
     ) -> ExecResult:
-        return await self._up_now().run(shlex.join(argv), timeout_s=timeout_s, limit_bytes=limit_bytes)
+        return await self._up_now().run_command(shlex.join(argv), timeout_s=timeout_s, limit_bytes=limit_bytes)
 
     async def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
-        async with contextlib.aclosing(self._up_now().stream(shlex.join(argv))) as chunks:
+        async with contextlib.aclosing(self._up_now().stream_command(shlex.join(argv))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     def suspect(self, reason: str) -> None:  # noqa: ARG002 - whoever suspects has said it in its own log
         self._feed(Suspected())
 
-    def nudge(self) -> None:
-        self._feed(Nudged())
+    def retry_now(self) -> None:
+        self._feed(RetryRequested())
 
     def close(self) -> None:
         """Gives the local ports back. ``run`` does so by itself when it ends."""
         self._listeners.close()
 
-    def _up_now(self) -> Conversation:
+    def _up_now(self) -> WorkerLink:
         if self._talk is None or self._life.phase is not TunnelPhase.UP:
             why = f": {self._life.cause.message}" if self._life.cause else ""
             raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{why}", node=self._node)
@@ -220,7 +220,7 @@ class SshTunnel:
 
     # -- the state machine, driven -----------------------------------------------------------------------------------
 
-    def _feed(self, event: Event) -> None:
+    def _feed(self, event: LifecycleEvent) -> None:
         before = self._life
         self._life, decision = step(before, event, now=self._clock(), jitter=self._rng.random())
         match decision:
@@ -248,13 +248,13 @@ class SshTunnel:
         phase = self._life.phase
         if phase is TunnelPhase.UP:
             self._stop_patience()
-            self._listeners.let_wait()
+            self._listeners.hold_clients()
         elif phase is TunnelPhase.FAILED:
             self._stop_patience()
-            self._listeners.turn_away()
+            self._listeners.reset_clients()
         elif before in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
             loop = asyncio.get_running_loop()
-            self._patience_ends = loop.call_later(self._grace_s, self._listeners.turn_away)
+            self._patience_ends = loop.call_later(self._grace_s, self._listeners.reset_clients)
 
     def _stop_patience(self) -> None:
         if self._patience_ends is not None:
@@ -266,10 +266,10 @@ class SshTunnel:
             async with asyncio.TaskGroup() as group:
                 group.create_task(watch_sleep(lambda: self._feed(Woke())))
                 group.create_task(watch_network(lambda: self._feed(NetworkChanged())))
-                self._feed(Opened())
+                self._feed(OpenRequested())
                 await self._live()
         finally:
-            self._feed(Closed())
+            self._feed(CloseRequested())
             self._stop_patience()
             self._listeners.close()
 
@@ -278,7 +278,7 @@ class SshTunnel:
             self._restart.clear()
             cause = await self._hold_one_connection()
             if cause is not None:
-                self._feed(Broke(cause))
+                self._feed(ConnectionFailed(cause))
             while self._life.waiting:
                 await self._wait_for_retry()
 
@@ -300,15 +300,15 @@ class SshTunnel:
                 setup = await self._setup(stack)
                 worker = await self._workers.spawn(setup, self._listeners.sockets)
             except TunnelError as error:
-                return cause_of(error)
+                return cause_from_error(error)
             except (GPUMeshError, OSError) as error:  # no folder for sockets, out of processes or descriptors
                 return Cause("tunnel", f"the tunnel of {self._node} cannot be started: {error}")
             async with worker:
-                talk = Conversation(
+                talk = WorkerLink(
                     self._node,
                     worker,
-                    ask=self._ask,
-                    on_up=self._is_up,
+                    prompter=self._ask,
+                    on_connected=self._is_up,
                     on_forward_failed=self._forward_failed,
                     on_peer_refused=self._peer_refused,
                 )
@@ -321,19 +321,19 @@ class SshTunnel:
                 finally:
                     self._talk = None
                     try:
-                        if talk.up.is_set():  # else there are no clients, and nothing on the host
+                        if talk.connected.is_set():  # else there are no clients, and nothing on the host
                             await talk.close(patience_s)
                     finally:
                         worker.kill()
                 return cause
 
-    async def _attend(self, talk: Conversation) -> Cause | None:
+    async def _attend(self, talk: WorkerLink) -> Cause | None:
         self._talk = talk
         self._forbidden.clear()
         cause: Cause | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(talk.listen(group))
+                group.create_task(talk.receive_messages(group))
                 group.create_task(self._watch(talk))
                 cause = await self._over(talk, group)
                 # Ends the group's tasks, questions to a person among them, without a cancellation from outside.
@@ -341,36 +341,36 @@ class SshTunnel:
         except* _Over:
             pass
         finally:
-            talk.end(Cause("tunnel-lost", "the tunnel is closing"))
+            talk.finish(Cause("tunnel-lost", "the tunnel is closing"))
         raise_if_cancelled()
         return cause
 
-    async def _over(self, talk: Conversation, group: asyncio.TaskGroup) -> Cause | None:
+    async def _over(self, talk: WorkerLink, group: asyncio.TaskGroup) -> Cause | None:
         restart = group.create_task(self._restart.wait())
-        either: list[asyncio.Future[Any]] = [talk.ended, restart]
+        either: list[asyncio.Future[Any]] = [talk.end_cause, restart]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        return talk.ended.result() if talk.ended.done() else None
+        return talk.end_cause.result() if talk.end_cause.done() else None
 
-    async def _setup(self, stack: contextlib.ExitStack) -> Setup:
+    async def _setup(self, stack: contextlib.ExitStack) -> ConnectRequest:
         """Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot do it), and
         GPUMeshError when there is no folder for sockets."""
         ssh = self._ssh
         if ssh.address_from is not None:
             host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=self._node)
             ssh = replace(ssh, host=host, port=port)
-        proxy = providers.terminals_only(ssh.host)
+        proxy = providers.describe_terminal_proxy(ssh.host)
         if proxy is not None:
-            raise TransportUnsupported(proxy, hint=providers.EXPOSED_TCP, node=self._node)
+            raise TransportUnsupported(proxy, hint=providers.EXPOSED_TCP_HINT, node=self._node)
         self._reached = ssh
         secrets = [
-            (name, config.secret(variable, node=self._node))
+            (name, config.read_secret(variable, node=self._node))
             for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
             if variable is not None
         ]
         control_dir: str | None = None
         if ssh.transport is TransportKind.OPENSSH:
             control_dir = str(stack.enter_context(private_folder()))
-        return Setup(
+        return ConnectRequest(
             node=self._node,
             ssh=ssh,
             targets=self._targets,
@@ -380,7 +380,7 @@ class SshTunnel:
             share=self._listeners.access is not LocalAccess.OWN_USER,
         )
 
-    def _is_up(self, up: Up) -> None:
+    def _is_up(self, up: ConnectionInfo) -> None:
         self._rtt_ms = up.rtt_ms
         self._host_keys = self._keys_on_record()
         self._check.clear()
@@ -390,7 +390,7 @@ class SshTunnel:
         """Whichever transport was used: a host that was let in has shown one of these."""
         ssh = self._reached
         try:
-            keys = hostkeys.read(ssh.known_hosts).keys(node=self._node, host=ssh.host, port=ssh.port)
+            keys = hostkeys.read_known_hosts(ssh.known_hosts).keys(node=self._node, host=ssh.host, port=ssh.port)
         except TunnelError:  # who the host is remains unknown; that it was let in is settled
             return ()
         return tuple(key.fingerprint for key in keys)
@@ -403,7 +403,7 @@ class SshTunnel:
         if self._forbidden >= set(self._targets):
             hint = "allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen for the port"
             cause = Cause("forwarding-forbidden", failed.message, hint, needs_person=True)
-            self._talk.end(cause)
+            self._talk.finish(cause)
 
     def _peer_refused(self, refused: PeerRefused) -> None:
         """At most once a minute for each user; see peer_users.py."""
@@ -417,7 +417,7 @@ class SshTunnel:
             extra={"event": "local-user-refused", "node": self._node},
         )
 
-    async def _watch(self, talk: Conversation) -> None:
+    async def _watch(self, talk: WorkerLink) -> None:
         """Ends the conversation when connecting takes too long, or when the host does not answer any more."""
         await self._connect_in_time(talk)
         interval_s = self._ssh.keepalive_s
@@ -432,13 +432,13 @@ class SshTunnel:
             rtt_ms = await talk.ping(patience_s)
             if rtt_ms is None:
                 message = f"{self._node} has not answered for {patience_s:.1f} s"
-                talk.end(Cause("tunnel-lost", message, "the host, its network or yours is away; it is tried again"))
+                talk.finish(Cause("tunnel-lost", message, "the host, its network or yours is away; it is tried again"))
                 return
             smooth_ms = rtt_ms if smooth_ms is None else smooth_ms + RTT_WEIGHT * (rtt_ms - smooth_ms)
             self._rtt_ms = round(smooth_ms, 3)
             self._announce()
 
-    async def _connect_in_time(self, talk: Conversation) -> None:
+    async def _connect_in_time(self, talk: WorkerLink) -> None:
         """The worker keeps ``connect_timeout_s`` for each step; this is for a worker that does not. While a person is
         being asked something the time does not count."""
         limit_s = self._ssh.connect_timeout_s * (2 + len(self._ssh.proxy_jump)) + 10.0
@@ -446,12 +446,12 @@ class SshTunnel:
         while spent_s < limit_s:
             try:
                 async with asyncio.timeout(1.0):
-                    await talk.up.wait()
+                    await talk.connected.wait()
                     return
             except TimeoutError:
-                spent_s += 0.0 if talk.asking else 1.0
-        talk.end(Cause("connect-timeout", f"no connection to {self._node} within {limit_s:.0f} s"))
-        await talk.up.wait()  # never: ``_attend`` ends this task
+                spent_s += 0.0 if talk.open_prompts else 1.0
+        talk.finish(Cause("connect-timeout", f"no connection to {self._node} within {limit_s:.0f} s"))
+        await talk.connected.wait()  # never: ``_attend`` ends this task
 
 
 class _Over(Exception):

@@ -1,5 +1,6 @@
-"""What a transport is to the worker's process: each has a ``connect`` of the kind ``Connect``, which takes a ``Setup``
-and returns a ``Connection``. ``transports.py`` has the transports. Everything here runs on the worker's event loop."""
+"""What a transport is to the worker's process: each has a ``connect`` of the kind ``ConnectFunction``, which takes a
+``ConnectRequest`` and returns a ``HostConnection``. ``transports.py`` has the transports. Everything here runs on the
+worker's event loop."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from typing import Protocol
 
 from gpumesh.errors import TunnelError
 from gpumesh.topology import SshSpec, Target
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 
 ANSWER_TIMEOUT_S = 120.0  # for a person who is asked for a password or a passphrase
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ConnectRequest:
     """``secrets``: ``password`` and ``passphrase``, each only if the spec names a variable. ``interactive``: the
     supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
     ``share``: connections of all users of this machine are served, not only those of our own and of root; so it is
@@ -32,22 +33,22 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Up:
+class ConnectionInfo:
     rtt_ms: float | None
     server: str
     cipher: str | None = None
 
 
-class Events(Protocol):
+class ConnectionEvents(Protocol):
     """The way back to the supervisor, while a connection is made and after."""
 
-    async def ask(self, text: str, *, echo: bool) -> str | None:
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:
         """Has a person answer; ``None`` when there is none, or they declined. ``text`` is safe to print."""
 
-    def forward_failed(self, target: Target, code: str, message: str) -> None:
+    def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
 
-    def peer_refused(self, port: int, uid: int) -> None:
+    def report_peer_refused(self, port: int, uid: int) -> None:
         """A connection to a local port was reset, because another user of this machine made it."""
 
 
@@ -58,7 +59,7 @@ class RemoteCommand(Protocol):
     def exit_status(self) -> int | None:
         """Known after ``read`` has returned ``None``; ``None`` then: the host did not say."""
 
-    async def read(self) -> tuple[Stream, bytes] | None:
+    async def read(self) -> tuple[OutputStream, bytes] | None:
         """The next piece of output (at most 32 KiB), hostile as it is; ``None`` when the command has ended.
 
         Not reading stops the host from sending."""
@@ -67,16 +68,16 @@ class RemoteCommand(Protocol):
         """Ends the command on the host, as far as the host lets us, and closes its channel. May be called twice."""
 
 
-class Connection(Protocol):
+class HostConnection(Protocol):
     """An authenticated connection that forwards: from ``connect`` on, clients of the listeners are being served."""
 
     @property
-    def up(self) -> Up: ...
+    def info(self) -> ConnectionInfo: ...
 
     async def ping(self, timeout_s: float) -> float | None:
         """The round trip in ms of a request that the host answers; ``None``: no answer within ``timeout_s``."""
 
-    async def run(self, command: str) -> RemoteCommand:
+    async def start_command(self, command: str) -> RemoteCommand:
         """Starts ``command``, words that are quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
         session."""
 
@@ -87,8 +88,10 @@ class Connection(Protocol):
         """Ends everything in order: forwarded connections, commands, the connection; within 2 s."""
 
 
-class Connect(Protocol):
+class ConnectFunction(Protocol):
     """Raises ``TunnelError`` with the true reason. The caller sets no deadline: ``setup.ssh.connect_timeout_s`` is kept
     in here, not counting the time that a person takes to answer. Cancelling it leaves nothing behind."""
 
-    async def __call__(self, setup: Setup, listeners: Sequence[socket.socket], events: Events) -> Connection: ...
+    async def __call__(
+        self, setup: ConnectRequest, listeners: Sequence[socket.socket], events: ConnectionEvents
+    ) -> HostConnection: ...

@@ -11,10 +11,10 @@ from gpumesh.topology import SshSpec, TransportKind
 
 if TYPE_CHECKING:
     from gpumesh.tunnels.hostkeys import HostKey
-    from gpumesh.tunnels.transport import Connect
+    from gpumesh.tunnels.transport import ConnectFunction
 
 
-def connect_of(transport: TransportKind) -> Connect:
+def load_connect(transport: TransportKind) -> ConnectFunction:
     """The function that makes a connection of this transport."""
     if transport is TransportKind.OPENSSH:
         from gpumesh.tunnels.openssh import connection as openssh_connection

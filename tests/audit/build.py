@@ -8,8 +8,8 @@ from typing import Any
 
 from gpumesh import audit
 from gpumesh.errors import TunnelError
-from gpumesh.probes.combined_commands import Said
-from gpumesh.probes.nvidia_smi import report
+from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.nvidia_smi import build_gpu_report
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -81,7 +81,7 @@ def backend(**changes: Any) -> BackendState:
     return replace(state().backend, **changes)
 
 
-def asked(*routes: RouteState) -> NodeState:
+def state_with_routes(*routes: RouteState) -> NodeState:
     """After `audit` has asked each way; the first of them is in use."""
     return state(backend=backend(url=routes[0].url), routes=routes)
 
@@ -91,12 +91,12 @@ def route(target: str, **changes: Any) -> RouteState:
     return replace(made, **changes)
 
 
-def blind(made: NodeState) -> NodeState:
+def without_gpus(made: NodeState) -> NodeState:
     """The same, where nvidia-smi cannot be asked."""
     return replace(made, gpus=None, host=HostState())
 
 
-def broken(error: TunnelError, *, phase: TunnelPhase | None = None) -> NodeState:
+def state_with_error(error: TunnelError, *, phase: TunnelPhase | None = None) -> NodeState:
     """A node whose tunnel failed so."""
     failed = phase or (TunnelPhase.FAILED if error.needs_person else TunnelPhase.BACKOFF)
     tunnel = TunnelState(
@@ -105,17 +105,20 @@ def broken(error: TunnelError, *, phase: TunnelPhase | None = None) -> NodeState
     return NodeState("iceland", Health.DOWN, error.message, tunnel, BackendState("ollama"))
 
 
-def smi(text: str = "", status: int = 0, *, apps: str = "", **changes: Any) -> NodeState:
+def state_with_smi_output(text: str = "", status: int = 0, *, apps: str = "", **changes: Any) -> NodeState:
     """A node whose nvidia-smi says that."""
-    told = report(
-        Said(status, (text or row()).encode()), Said(0, apps.encode()), hostname="af4a84245990", node="iceland"
+    told = build_gpu_report(
+        CommandOutput(status, (text or row()).encode()),
+        CommandOutput(0, apps.encode()),
+        hostname="af4a84245990",
+        node="iceland",
     )
     host = HostState(told.hostname, told.driver)
     made = state(gpus=None if told.error is not None else told.gpus, noticed=told.findings, host=host)
     return replace(made, **changes)
 
 
-def noticed(*findings: Finding, **changes: Any) -> NodeState:
+def state_with_findings(*findings: Finding, **changes: Any) -> NodeState:
     return state(noticed=findings, **changes)
 
 
@@ -123,10 +126,10 @@ def topology(*specs: NodeSpec) -> Topology:
     return Topology("home", specs)
 
 
-def found(specs: NodeSpec | Sequence[NodeSpec], *states: NodeState) -> tuple[Finding, ...]:
+def audit_findings(specs: NodeSpec | Sequence[NodeSpec], *states: NodeState) -> tuple[Finding, ...]:
     every = (specs,) if isinstance(specs, NodeSpec) else tuple(specs)
-    return audit.findings(topology(*every), states)
+    return audit.collect_findings(topology(*every), states)
 
 
-def openai(made: NodeSpec) -> NodeSpec:
+def with_openai_kind(made: NodeSpec) -> NodeSpec:
     return replace(made, backend=replace(made.backend, kind=BackendKind.OPENAI))

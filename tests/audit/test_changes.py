@@ -8,17 +8,29 @@ from typing import Any
 import pytest
 
 from gpumesh import audit, errors
-from gpumesh.audit.changes import Change, applied, changes, left_over
+from gpumesh.audit.changes import Change, apply_changes, plan_changes, unsettled_findings
 from gpumesh.state import BackendPhase, BackendState, Finding, HostState, NodeState, Severity
 from gpumesh.topology import BackendKind, ExpectSpec, NodeSpec
-from tests.audit.build import GPU, OTHER, backend, blind, broken, direct, route, smi, spec, state, topology
+from tests.audit.build import (
+    GPU,
+    OTHER,
+    backend,
+    direct,
+    route,
+    spec,
+    state,
+    state_with_error,
+    state_with_smi_output,
+    topology,
+    without_gpus,
+)
 from tests.probes.shell_host import OTHER_UUID, row
 
 
 def proposed(*pairs: tuple[NodeSpec, NodeState]) -> tuple[Change, ...]:
     made = topology(*(one for one, _ in pairs))
     states = [replace(each, name=one.name) for one, each in pairs]
-    return changes(made, states, audit.findings(made, states))
+    return plan_changes(made, states, audit.collect_findings(made, states))
 
 
 def values(*pairs: tuple[NodeSpec, NodeState]) -> dict[str, Any]:
@@ -26,7 +38,7 @@ def values(*pairs: tuple[NodeSpec, NodeState]) -> dict[str, Any]:
 
 
 WELL = (direct("well"), state(gpus=(replace(GPU, uuid="GPU-00000000-1"),), backend=backend(catalog=())))
-REFUSED = broken(errors.ConnectRefused("nothing listens on x"))
+REFUSED = state_with_error(errors.ConnectRefused("nothing listens on x"))
 
 
 def test_what_is_right_is_left() -> None:
@@ -38,14 +50,16 @@ def test_what_is_right_is_left() -> None:
     [
         (state(host=HostState("box", "550.1")), {"hostname": "box"}),
         (state(gpus=(GPU, OTHER)), {"gpus": 2}),
-        (smi(row(driver_version="560.35")), {"driver": "560.35"}),
+        (state_with_smi_output(row(driver_version="560.35")), {"driver": "560.35"}),
         (state(gpus=(replace(GPU, memory_total_mib=9856),)), {"vram_mib": 9856}),
         (
-            smi(row(name="NVIDIA H100 80GB HBM3", memory_total="81559", driver_version="590.48")),
+            state_with_smi_output(row(name="NVIDIA H100 80GB HBM3", memory_total="81559", driver_version="590.48")),
             {"gpu": "NVIDIA H100 80GB HBM3", "vram_mib": 81559, "driver": "590.48"},
         ),
         (
-            smi(row(name="X 1", memory_total="1") + "\n" + row(index="1", uuid=OTHER_UUID, name="Y", memory_total="2")),
+            state_with_smi_output(
+                row(name="X 1", memory_total="1") + "\n" + row(index="1", uuid=OTHER_UUID, name="Y", memory_total="2")
+            ),
             {"gpus": 2},
         ),
     ],
@@ -56,23 +70,25 @@ def test_what_the_file_says_wrongly_of_the_hardware(found: NodeState, corrected:
 
 
 def test_corrected_it_is_clean() -> None:
-    found = smi(row(name="NVIDIA H100 80GB HBM3", memory_total="81559"), host=HostState("box", "590.48"))
+    found = state_with_smi_output(
+        row(name="NVIDIA H100 80GB HBM3", memory_total="81559"), host=HostState("box", "590.48")
+    )
     made = topology(spec())
-    first = audit.findings(made, [found])
+    first = audit.collect_findings(made, [found])
     assert len(first) == 3
-    done = changes(made, [found], first)
-    assert left_over(first, done) == ()
-    assert audit.findings(applied(made, done), [found]) == ()
+    done = plan_changes(made, [found], first)
+    assert unsettled_findings(first, done) == ()
+    assert audit.collect_findings(apply_changes(made, done), [found]) == ()
 
 
 @pytest.mark.parametrize(
     "found",
     [
-        smi("No devices were found", 6),
-        smi("Unable to determine the device handle", 15),
-        smi("NVIDIA-SMI has failed", 9),
-        smi("not found", 127),
-        smi(row(fan_speed="ERR!")),
+        state_with_smi_output("No devices were found", 6),
+        state_with_smi_output("Unable to determine the device handle", 15),
+        state_with_smi_output("NVIDIA-SMI has failed", 9),
+        state_with_smi_output("not found", 127),
+        state_with_smi_output(row(fan_speed="ERR!")),
         state(gpus=()),
         state(backend=backend(models=())),
         state(backend=backend(version="0.1.0")),
@@ -82,14 +98,14 @@ def test_corrected_it_is_clean() -> None:
 )
 def test_what_is_a_hosts_fault_is_not_written_away(found: NodeState) -> None:
     made = topology(spec())
-    findings = audit.findings(made, [found])
+    findings = audit.collect_findings(made, [found])
     assert findings
-    assert changes(made, [found], findings) == ()
-    assert left_over(findings, ()) == findings
+    assert plan_changes(made, [found], findings) == ()
+    assert unsettled_findings(findings, ()) == findings
 
 
 def test_a_lost_gpu_is_still_expected() -> None:
-    found = smi(row() + "\nGPU is lost", 15, gpus=(GPU,))
+    found = state_with_smi_output(row() + "\nGPU is lost", 15, gpus=(GPU,))
     assert proposed((spec(expect=ExpectSpec(gpus=2)), found)) == ()
 
 
@@ -107,7 +123,7 @@ def test_a_lost_gpu_is_still_expected() -> None:
     ],
 )
 def test_nobody_there(error: errors.TunnelError) -> None:
-    (change,) = proposed(WELL, (spec(), broken(error)))
+    (change,) = proposed(WELL, (spec(), state_with_error(error)))
     assert (change.node, change.path, change.value) == ("iceland", ("enabled",), False)
     assert change.why == f"not found: {error.message}"
 
@@ -124,7 +140,7 @@ def test_nobody_there(error: errors.TunnelError) -> None:
     ],
 )
 def test_somebody_there(error: errors.TunnelError) -> None:
-    assert proposed(WELL, (spec(), broken(error))) == ()
+    assert proposed(WELL, (spec(), state_with_error(error))) == ()
 
 
 def test_nothing_is_switched_off_when_nobody_can_be_reached() -> None:
@@ -134,14 +150,14 @@ def test_nothing_is_switched_off_when_nobody_can_be_reached() -> None:
 
 def test_a_direct_node_without_its_server() -> None:
     (change,) = proposed(WELL, (direct("vengeance", "http://127.0.0.1:1"), REFUSED))
-    assert (change.node, change.value, change.answers) == ("vengeance", False, frozenset({"backend-down"}))
+    assert (change.node, change.value, change.settled_codes) == ("vengeance", False, frozenset({"backend-down"}))
 
 
 # -- nodes that are another one once more ----------------------------------------------------------------------------
 
 
 def test_the_same_gpu_twice() -> None:
-    (change,) = proposed((spec(), state()), (direct(), blind(state())))
+    (change,) = proposed((spec(), state()), (direct(), without_gpus(state())))
     assert (change.node, change.path, change.value, change.why) == (
         "local",
         ("enabled",),
@@ -165,14 +181,14 @@ def test_all_of_it_settles_its_findings() -> None:
     made = topology(spec(), direct(), direct("gone", "http://127.0.0.1:1"))
     states = [
         state(host=HostState("box", "550.1")),
-        replace(blind(state()), name="local"),
+        replace(without_gpus(state()), name="local"),
         replace(REFUSED, name="gone"),
     ]
-    findings = audit.findings(made, states)
+    findings = audit.collect_findings(made, states)
     assert {one.code for one in findings} == {"hostname-differs", "same-gpu", "backend-down"}
-    done = changes(made, states, findings)
-    assert left_over(findings, done) == ()
-    assert audit.findings(applied(made, done), states) == ()
+    done = plan_changes(made, states, findings)
+    assert unsettled_findings(findings, done) == ()
+    assert audit.collect_findings(apply_changes(made, done), states) == ()
 
 
 # -- another kind of server ------------------------------------------------------------------------------------------
@@ -197,7 +213,7 @@ def test_a_server_of_the_other_kind() -> None:
 
 def test_applied_to_the_specs() -> None:
     made = topology(spec(), direct())
-    done = applied(
+    done = apply_changes(
         made,
         [
             Change("iceland", ("backend", "kind"), "openai", frozenset()),
@@ -208,4 +224,4 @@ def test_applied_to_the_specs() -> None:
     assert (done.nodes[0].backend.kind, done.nodes[0].expect.gpus) == (BackendKind.OPENAI, 3)
     assert [one.enabled for one in done.nodes] == [True, False]
     with pytest.raises(ValueError, match="no such change"):
-        applied(made, [Change("local", ("name",), "x", frozenset())])
+        apply_changes(made, [Change("local", ("name",), "x", frozenset())])

@@ -34,17 +34,17 @@ from tests.audit.build import (
     MODEL,
     OTHER,
     UUID_B,
-    asked,
+    audit_findings,
     backend,
-    blind,
-    broken,
     direct,
-    found,
-    noticed,
     route,
-    smi,
     spec,
     state,
+    state_with_error,
+    state_with_findings,
+    state_with_routes,
+    state_with_smi_output,
+    without_gpus,
 )
 from tests.probes.shell_host import row
 
@@ -76,8 +76,8 @@ def two(first: NodeState, second: NodeState, code: str, message: str, hint: str,
 
 def probed(error: ProbeError, like: NodeState | None = None) -> NodeState:
     """As probes/backend.py tells a server that does not serve."""
-    told = Finding(error.finding, ERROR, "iceland", error.message, error.hint)
-    down = BackendState("ollama", BackendPhase.DOWN, last_error=error.message, error_code=error.finding)
+    told = Finding(error.finding_code, ERROR, "iceland", error.message, error.hint)
+    down = BackendState("ollama", BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code)
     return replace(like or state(), backend=down, noticed=(told,))
 
 
@@ -103,81 +103,137 @@ FEWER = GpuState(0, GPU.uuid, GPU.name, 24564)
 FAULTS = {
     # -- reaching the host
     "host off": one(
-        broken(errors.ConnectTimeout("no answer within 8 s")), "node-unreachable", ERROR, "8 s", "firewall"
+        state_with_error(errors.ConnectTimeout("no answer within 8 s")), "node-unreachable", ERROR, "8 s", "firewall"
     ),
-    "port changed": one(broken(errors.ConnectRefused("refused")), "node-unreachable", ERROR, "refused", "`ssh.port`"),
-    "name unknown": one(broken(errors.HostUnresolved("unknown")), "node-unreachable", ERROR, "unknown", "`ssh.host`"),
-    "network down": one(broken(errors.HostUnreachable("no route")), "node-unreachable", ERROR, "route", "network"),
-    "a web server on the SSH port": one(broken(errors.NotSsh("HTTP")), "node-unreachable", ERROR, "HTTP", "`ssh.port`"),
-    "connection lost": one(broken(errors.TunnelLost("reset")), "node-unreachable", ERROR, "reset", "ssh -p 13323"),
+    "port changed": one(
+        state_with_error(errors.ConnectRefused("refused")), "node-unreachable", ERROR, "refused", "`ssh.port`"
+    ),
+    "name unknown": one(
+        state_with_error(errors.HostUnresolved("unknown")), "node-unreachable", ERROR, "unknown", "`ssh.host`"
+    ),
+    "network down": one(
+        state_with_error(errors.HostUnreachable("no route")), "node-unreachable", ERROR, "route", "network"
+    ),
+    "a web server on the SSH port": one(
+        state_with_error(errors.NotSsh("HTTP")), "node-unreachable", ERROR, "HTTP", "`ssh.port`"
+    ),
+    "connection lost": one(
+        state_with_error(errors.TunnelLost("reset")), "node-unreachable", ERROR, "reset", "ssh -p 13323"
+    ),
     "key refused": one(
-        broken(errors.AuthRefused("refused", hint="put it into authorized_keys")),
+        state_with_error(errors.AuthRefused("refused", hint="put it into authorized_keys")),
         "auth-refused",
         ERROR,
         "",
         "authorized",
     ),
-    "host key changed": one(broken(OLD_KEY), "host-key-changed", ERROR, "host key", "gpumesh trust iceland"),
+    "host key changed": one(state_with_error(OLD_KEY), "host-key-changed", ERROR, "host key", "gpumesh trust iceland"),
     "host key unknown": one(
-        broken(errors.HostKeyUnknown("not known", hint="`gpumesh trust`")), "host-key-unknown", ERROR, "", "trust"
+        state_with_error(errors.HostKeyUnknown("not known", hint="`gpumesh trust`")),
+        "host-key-unknown",
+        ERROR,
+        "",
+        "trust",
     ),
     "host key revoked": one(
-        broken(errors.HostKeyRevoked("revoked", hint="whoever marked it")), "host-key-revoked", ERROR, "", "marked"
+        state_with_error(errors.HostKeyRevoked("revoked", hint="whoever marked it")),
+        "host-key-revoked",
+        ERROR,
+        "",
+        "marked",
     ),
     "key file missing": one(
-        broken(errors.KeyUnreadable("no such file", hint="`ssh.identity_file`")),
+        state_with_error(errors.KeyUnreadable("no such file", hint="`ssh.identity_file`")),
         "key-unreadable",
         ERROR,
         "",
         "identity",
     ),
     "password not set": one(
-        broken(errors.SecretMissing("$PW is not set", hint="export PW")), "secret-missing", ERROR, "$PW", "export"
+        state_with_error(errors.SecretMissing("$PW is not set", hint="export PW")),
+        "secret-missing",
+        ERROR,
+        "$PW",
+        "export",
     ),
     "forwarding forbidden": one(
-        broken(errors.ForwardingForbidden("no", hint="AllowTcpForwarding")), "forwarding-forbidden", ERROR, "", "Allow"
+        state_with_error(errors.ForwardingForbidden("no", hint="AllowTcpForwarding")),
+        "forwarding-forbidden",
+        ERROR,
+        "",
+        "Allow",
     ),
     "a proxy of terminals": one(
-        broken(errors.TransportUnsupported("no", hint="exposed TCP")), "transport-unsupported", ERROR, "", "exposed TCP"
+        state_with_error(errors.TransportUnsupported("no", hint="exposed TCP")),
+        "transport-unsupported",
+        ERROR,
+        "",
+        "exposed TCP",
     ),
     # -- the GPU, as nvidia-smi tells it
-    "no driver": one(smi(NO_DRIVER, 9), "driver-broken", ERROR, "communicate", "modprobe nvidia"),
+    "no driver": one(state_with_smi_output(NO_DRIVER, 9), "driver-broken", ERROR, "communicate", "modprobe nvidia"),
     "no driver, and so on the CPU": one(
-        smi(NO_DRIVER, 9, backend=ON_CPU), "driver-broken", ERROR, "communicate", "modprobe nvidia"
+        state_with_smi_output(NO_DRIVER, 9, backend=ON_CPU), "driver-broken", ERROR, "communicate", "modprobe nvidia"
     ),
     "driver updated under it": one(
-        smi("Failed to initialize NVML: Driver/library version mismatch", 18), "driver-mismatch", ERROR, "", "reboot"
+        state_with_smi_output("Failed to initialize NVML: Driver/library version mismatch", 18),
+        "driver-mismatch",
+        ERROR,
+        "",
+        "reboot",
     ),
     "container without its cgroup": one(
-        smi("Failed to initialize NVML: Unknown Error", 255), "gpu-cgroup-lost", ERROR, "NVML", "restart the container"
+        state_with_smi_output("Failed to initialize NVML: Unknown Error", 255),
+        "gpu-cgroup-lost",
+        ERROR,
+        "NVML",
+        "restart the container",
     ),
-    "no devices": one(smi("No devices were found", 6), "gpu-missing", ERROR, "finds no GPU", "--gpus all"),
+    "no devices": one(
+        state_with_smi_output("No devices were found", 6), "gpu-missing", ERROR, "finds no GPU", "--gpus all"
+    ),
     "no devices, and so on the CPU": one(
-        smi("No devices were found", 6, backend=ON_CPU), "gpu-missing", ERROR, "finds no GPU", "--gpus all"
+        state_with_smi_output("No devices were found", 6, backend=ON_CPU),
+        "gpu-missing",
+        ERROR,
+        "finds no GPU",
+        "--gpus all",
     ),
     "GPU lost": one(
-        smi("Unable to determine the device handle for GPU 0000:02:00.0", 15), "gpu-lost", ERROR, "", "power"
+        state_with_smi_output("Unable to determine the device handle for GPU 0000:02:00.0", 15),
+        "gpu-lost",
+        ERROR,
+        "",
+        "power",
     ),
     "one GPU of two lost": one(
-        smi(row() + "\nGPU is lost", 15, gpus=(GPU,)),
+        state_with_smi_output(row() + "\nGPU is lost", 15, gpus=(GPU,)),
         "gpu-lost",
         ERROR,
         "fallen off the bus",
         "power cable",
         spec(expect=ExpectSpec(gpus=2)),
     ),
-    "infoROM": one(smi(row(), 14), "gpu-inforom", WARNING, "infoROM", "looked at"),
-    "ERR! in the table": one(smi(row(fan_speed="ERR!")), "gpu-faulty", ERROR, "fan.speed", "Xid"),
-    "too hot": one(smi(row(clocks_throttle_reasons_active="0x40")), "gpu-throttled", WARNING, "hw-thermal", "fans"),
-    "persistence off": one(
-        smi(row(persistence_mode="Disabled")), "persistence-off", INFO, "seconds", "nvidia-smi -pm 1"
+    "infoROM": one(state_with_smi_output(row(), 14), "gpu-inforom", WARNING, "infoROM", "looked at"),
+    "ERR! in the table": one(state_with_smi_output(row(fan_speed="ERR!")), "gpu-faulty", ERROR, "fan.speed", "Xid"),
+    "too hot": one(
+        state_with_smi_output(row(clocks_throttle_reasons_active="0x40")),
+        "gpu-throttled",
+        WARNING,
+        "hw-thermal",
+        "fans",
     ),
-    "a greeting instead of a table": one(smi("Welcome!"), "gpu-unreadable", ERROR, "Welcome!", "wrapper"),
+    "persistence off": one(
+        state_with_smi_output(row(persistence_mode="Disabled")), "persistence-off", INFO, "seconds", "nvidia-smi -pm 1"
+    ),
+    "a greeting instead of a table": one(
+        state_with_smi_output("Welcome!"), "gpu-unreadable", ERROR, "Welcome!", "wrapper"
+    ),
     "nvidia-smi missing": one(
-        smi("sh: nvidia-smi: not found", 127), "nvidia-smi-missing", WARNING, "usual path", "image"
+        state_with_smi_output("sh: nvidia-smi: not found", 127), "nvidia-smi-missing", WARNING, "usual path", "image"
     ),
     "nvidia-smi missing, and nobody wants a GPU": one(
-        smi("sh: nvidia-smi: not found", 127),
+        state_with_smi_output("sh: nvidia-smi: not found", 127),
         "nvidia-smi-missing",
         INFO,
         "usual path",
@@ -185,13 +241,19 @@ FAULTS = {
         spec(expect=ExpectSpec()),
     ),
     "nvidia-smi too old": one(
-        smi(f'Field "{FIELDS[1]}" is not a valid field to query.', 2), "nvidia-smi-old", ERROR, "uuid", "update"
+        state_with_smi_output(f'Field "{FIELDS[1]}" is not a valid field to query.', 2),
+        "nvidia-smi-old",
+        ERROR,
+        "uuid",
+        "update",
     ),
     "nvidia-smi hangs": one(
-        noticed(*HUNG.findings, gpus=None, backend=ON_CPU), "driver-hung", ERROR, "did not answer", "reboot"
+        state_with_findings(*HUNG.findings, gpus=None, backend=ON_CPU), "driver-hung", ERROR, "did not answer", "reboot"
     ),
     "a host without sessions": one(
-        noticed(Finding("gpu-unknown", INFO, None, "no session", "exposed TCP"), gpus=None, host=HostState()),
+        state_with_findings(
+            Finding("gpu-unknown", INFO, None, "no session", "exposed TCP"), gpus=None, host=HostState()
+        ),
         "gpu-unknown",
         INFO,
         "no session",
@@ -209,14 +271,26 @@ FAULTS = {
     "more GPUs": one(state(gpus=(GPU, OTHER)), "gpu-count", INFO, "2 GPUs are there", "expect.gpus"),
     "no GPU at all": one(state(gpus=()), "gpu-missing", ERROR, "RTX 4090 was expected", "--gpus all"),
     "another GPU": one(
-        smi(row(name="NVIDIA GeForce RTX 3090", memory_total="24576")), "gpu-differs", WARNING, "RTX 3090", "expect.gpu"
+        state_with_smi_output(row(name="NVIDIA GeForce RTX 3090", memory_total="24576")),
+        "gpu-differs",
+        WARNING,
+        "RTX 3090",
+        "expect.gpu",
     ),
     "another GPU, and so other memory": one(
-        smi(row(name="NVIDIA GeForce RTX 3080", memory_total="10240")), "gpu-differs", WARNING, "3080", "expect.gpu"
+        state_with_smi_output(row(name="NVIDIA GeForce RTX 3080", memory_total="10240")),
+        "gpu-differs",
+        WARNING,
+        "3080",
+        "expect.gpu",
     ),
     "a slice of it": one(state(gpus=(MIG,)), "vram-differs", WARNING, "9856 MiB", "MIG"),
     "driver updated": one(
-        smi(row(driver_version="560.35.03")), "driver-differs", INFO, "560.35.03, expected was 550", "expect.driver"
+        state_with_smi_output(row(driver_version="560.35.03")),
+        "driver-differs",
+        INFO,
+        "560.35.03, expected was 550",
+        "expect.driver",
     ),
     # -- who it is
     "another host": one(state(host=HostState("box", "550.1")), "hostname-differs", WARNING, "box", "expect.hostname"),
@@ -231,7 +305,7 @@ FAULTS = {
     "two ways to one GPU": two(state(), state(), "same-gpu", f"certain: nvidia-smi shows {GPU.uuid}", "keep local"),
     "two ways to one host, by its key": two(
         state(tunnel=replace(state().tunnel, host_keys=(KEY,))),
-        blind(
+        without_gpus(
             state(
                 tunnel=TunnelState("sshtunnel", TunnelPhase.UP, host_keys=("SHA256:other", KEY)),
                 backend=backend(catalog=()),
@@ -243,18 +317,18 @@ FAULTS = {
         replace(spec("vpn", expect=ExpectSpec()), ssh=replace(spec().ssh, host="10.0.0.7")),  # type: ignore[type-var]
     ),
     "two ways to one store": two(
-        state(), blind(state()), "same-gpu", "most likely one machine: one model store", "keep iceland"
+        state(), without_gpus(state()), "same-gpu", "most likely one machine: one model store", "keep iceland"
     ),
     "two ways to one store, without a GPU to ask for": two(
         state(),
-        replace(blind(state()), noticed=(Finding("gpu-unknown", INFO, None, "no ssh", "give it one"),)),
+        replace(without_gpus(state()), noticed=(Finding("gpu-unknown", INFO, None, "no ssh", "give it one"),)),
         "same-gpu",
         "most likely",
         "keep iceland",
     ),
     # -- the server
     "server down": one(
-        probed(ProbeError("nothing listens", finding="backend-down", hint="start the server on the host")),
+        probed(ProbeError("nothing listens", finding_code="backend-down", hint="start the server on the host")),
         "backend-down",
         ERROR,
         "nothing listens",
@@ -268,34 +342,38 @@ FAULTS = {
         "backend.port",
     ),
     "a web page on the port": one(
-        probed(ProbeError('a web page, "nginx"', finding="wrong-server", hint="point `backend.port` at it")),
+        probed(ProbeError('a web page, "nginx"', finding_code="wrong-server", hint="point `backend.port` at it")),
         "wrong-server",
         ERROR,
         "nginx",
         "backend.port",
     ),
     "HTTP to a port that speaks HTTPS": one(
-        probed(wrong_server.other_scheme("http://127.0.0.1:80")), "wrong-scheme", ERROR, "speaks HTTPS", "https://"
+        probed(wrong_server.wrong_scheme_error("http://127.0.0.1:80")),
+        "wrong-scheme",
+        ERROR,
+        "speaks HTTPS",
+        "https://",
     ),
     "a certificate of nobody": one(
-        probed(ProbeError("self-signed", finding="tls-refused", hint="a known authority")),
+        probed(ProbeError("self-signed", finding_code="tls-refused", hint="a known authority")),
         "tls-refused",
         ERROR,
         "self-signed",
         "authority",
     ),
     "a login page before it": one(
-        probed(ProbeError("HTTP 302, to /login", finding="redirected", hint="the server itself")),
+        probed(ProbeError("HTTP 302, to /login", finding_code="redirected", hint="the server itself")),
         "redirected",
         ERROR,
         "302",
         "itself",
     ),
     "half a list of models": one(
-        probed(unusable_answers.broken("half")), "answer-broken", ERROR, "half", "log on its host"
+        probed(unusable_answers.broken_answer_error("half")), "answer-broken", ERROR, "half", "log on its host"
     ),
     "100,000 models": one(
-        probed(unusable_answers.more_models("more than 8 MiB")), "models-too-many", ERROR, "8 MiB", "remove"
+        probed(unusable_answers.too_many_models_error("more than 8 MiB")), "models-too-many", ERROR, "8 MiB", "remove"
     ),
     "redirected, as a mesh tells it that noticed no more": one(
         state(backend=BackendState("ollama", BackendPhase.DOWN, last_error="302", error_code="redirected")),
@@ -305,21 +383,21 @@ FAULTS = {
         "the inference server itself",
     ),
     "Host refused": one(
-        probed(ProbeError("403", finding="host-refused", hint="OLLAMA_HOST=0.0.0.0")),
+        probed(ProbeError("403", finding_code="host-refused", hint="OLLAMA_HOST=0.0.0.0")),
         "host-refused",
         ERROR,
         "403",
         "OLLAMA",
     ),
     "wants a key": one(
-        probed(ProbeError("401", finding="key-refused", hint="`backend.api_key_env`")),
+        probed(ProbeError("401", finding_code="key-refused", hint="`backend.api_key_env`")),
         "key-refused",
         ERROR,
         "",
         "api_key",
     ),
     "nothing listens on a direct node's port": one(
-        broken(errors.ConnectRefused("nothing listens on 127.0.0.1:11434", hint="is it running?")),
+        state_with_error(errors.ConnectRefused("nothing listens on 127.0.0.1:11434", hint="is it running?")),
         "backend-down",
         ERROR,
         "nothing listens",
@@ -344,7 +422,7 @@ FAULTS = {
     ),
     # -- the ways to the server
     "a candidate is dead": one(
-        asked(
+        state_with_routes(
             route("http://a:1"),
             route("http://b:1", state=BackendPhase.DOWN, error="http://b:1: nobody", latency_ms=None),
         ),
@@ -354,28 +432,32 @@ FAULTS = {
         "backend.urls",
     ),
     "candidates are different servers": one(
-        asked(route("http://a:1"), route("http://b:1", store="store:2", latency_ms=1.0)),
+        state_with_routes(route("http://a:1"), route("http://b:1", store="store:2", latency_ms=1.0)),
         "routes-differ",
         WARNING,
         "http://b:1",
         "a node of each",
     ),
     "a later candidate is faster": one(
-        asked(route("http://a:1"), route("http://b:1", latency_ms=4.0)),
+        state_with_routes(route("http://a:1"), route("http://b:1", latency_ms=4.0)),
         "route-slower",
         INFO,
         "40.0 ms",
         "http://b:1 first",
     ),
     "the tunnel is slower than the network": one(
-        asked(route("http://a:1", via="sshtunnel"), route("http://10.0.0.7:80", latency_ms=1.0, offered=True)),
+        state_with_routes(
+            route("http://a:1", via="sshtunnel"), route("http://10.0.0.7:80", latency_ms=1.0, offered=True)
+        ),
         "route-slower",
         INFO,
         "1.0 ms",
         "no `ssh`",
     ),
     "open to the internet": one(
-        asked(route("http://a:1"), route("http://203.0.113.7:80", latency_ms=39.0, offered=True, exposed=True)),
+        state_with_routes(
+            route("http://a:1"), route("http://203.0.113.7:80", latency_ms=39.0, offered=True, exposed=True)
+        ),
         "backend-exposed",
         WARNING,
         "whole internet",
@@ -387,7 +469,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_fault_is_one_finding(name: str) -> None:
     fault = FAULTS[name]
-    (finding,) = found(fault.specs, *fault.states)
+    (finding,) = audit_findings(fault.specs, *fault.states)
     assert (finding.code, finding.severity) == (fault.code, fault.severity)
     assert finding.code in CATALOG
     assert fault.message in finding.message
@@ -404,17 +486,17 @@ def test_there_are_enough_of_them() -> None:
 
 
 def test_what_is_as_expected_gives_none() -> None:
-    assert found(spec(), state()) == ()
-    assert found(spec(), smi()) == ()
+    assert audit_findings(spec(), state()) == ()
+    assert audit_findings(spec(), state_with_smi_output()) == ()
 
 
 def test_several_faults_are_several_findings_the_worst_first() -> None:
-    ill = smi(
+    ill = state_with_smi_output(
         row(name="NVIDIA GeForce RTX 3090", persistence_mode="Disabled", fan_speed="ERR!"),
         host=HostState("box", "550.54.15"),
         backend=backend(version="0.1.0", models=()),
     )
-    assert [(one.severity, one.code) for one in found(spec(), ill)] == [
+    assert [(one.severity, one.code) for one in audit_findings(spec(), ill)] == [
         (ERROR, "gpu-faulty"),
         (WARNING, "hostname-differs"),
         (WARNING, "gpu-differs"),
@@ -426,13 +508,16 @@ def test_several_faults_are_several_findings_the_worst_first() -> None:
 
 def test_nodes_that_are_off_or_not_there_are_passed_over() -> None:
     off = replace(spec(), enabled=False)
-    assert found(off, broken(errors.ConnectRefused("refused"))) == ()
-    assert found((spec(), spec("new")), state()) == ()
-    assert found(spec(), state(), state("a node of an older file")) == ()
+    assert audit_findings(off, state_with_error(errors.ConnectRefused("refused"))) == ()
+    assert audit_findings((spec(), spec("new")), state()) == ()
+    assert audit_findings(spec(), state(), state("a node of an older file")) == ()
 
 
 def test_a_model_that_is_missing_everywhere_is_missing_on_each() -> None:
     lacks = backend(models=("x",), catalog=(replace(MODEL, name="x", modified_at=None),))
     ill = [replace(state(name), backend=lacks, gpus=(replace(GPU, uuid=f"GPU-0000000{name}"),)) for name in ("a", "b")]
     specs = [replace(spec(name), ssh=replace(spec().ssh, host=name)) for name in ("a", "b")]  # type: ignore[type-var]
-    assert [(one.code, one.node) for one in found(specs, *ill)] == [("model-missing", "a"), ("model-missing", "b")]
+    assert [(one.code, one.node) for one in audit_findings(specs, *ill)] == [
+        ("model-missing", "a"),
+        ("model-missing", "b"),
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.lab import keys, profile
-from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.lab.profile import HostProfile
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, Topology
@@ -22,7 +22,7 @@ PLACES = 2
 
 
 def quick(name: str) -> HostProfile:
-    return profile.host(name, tokens_per_s=400.0, load_s=0.0, answer_tokens=(20, 20), slots=2 * PLACES)
+    return profile.make_host(name, tokens_per_s=400.0, load_s=0.0, answer_tokens=(20, 20), slots=2 * PLACES)
 
 
 @asynccontextmanager
@@ -36,14 +36,14 @@ async def hosts(folder: Path, *profiles: HostProfile) -> AsyncIterator[tuple[lis
     try:
         for each in profiles:
             host_key = keys.new_key()
-            host = SimHost(Start(each, host_key, (keys.public_line(visitor),)))
+            host = SimHost(HostStart(each, host_key, (keys.public_key_line(visitor),)))
             started.append(await host.__aenter__())
             assert host.ssh_port is not None
             lines.append(keys.known_hosts_line(host_key, host.ssh_port))
         (folder / "known_hosts").write_text("\n".join(lines) + "\n")
         yield (
             started,
-            SshSpec(keys.HOST, identity_files=(identity,), known_hosts=folder / "known_hosts", agent=False),
+            SshSpec(keys.LOOPBACK_HOST, identity_files=(identity,), known_hosts=folder / "known_hosts", agent=False),
         )
     finally:
         for host in started:
@@ -71,7 +71,7 @@ async def test_two_ways_to_one_server_share_its_places(tmp_path: Path) -> None:
             NodeSpec("local", BackendSpec(targets=(url,), max_parallel=PLACES)),
         )
         async with Mesh(Topology("home", specs)) as mesh:
-            state = await mesh.first_report(PATIENCE_S)
+            state = await mesh.wait_first_report(PATIENCE_S)
             assert [finding.code for finding in state.findings if finding.nodes] == ["same-gpu"]
             assert (state.totals.gpus, state.totals.vram_total_mib) == (1, 24564)
             async with asyncio.timeout(PATIENCE_S):
@@ -85,7 +85,7 @@ async def test_two_hosts_have_places_of_their_own(tmp_path: Path) -> None:
     async with hosts(tmp_path, quick("iceland"), quick("norway")) as (started, ssh):
         specs = tuple(behind(each.profile.name, each, ssh) for each in started)
         async with Mesh(Topology("home", specs)) as mesh:
-            state = await mesh.first_report(PATIENCE_S)
+            state = await mesh.wait_first_report(PATIENCE_S)
             assert state.findings == ()
             assert state.totals.gpus == 2
             assert all(node.tunnel.host_keys for node in state.nodes)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.audit import Machine, Proof, gpu_groups, machines, marks
-from gpumesh.audit.identity import duplicates, same_host, store_mark, the_one_to_keep
+from gpumesh.audit import Machine, Proof, find_machines, gpu_groups, identifying_marks
+from gpumesh.audit.identity import choose_node_to_keep, find_duplicates, hostname_matches, store_fingerprint
 from gpumesh.state import (
     BackendPhase,
     BackendState,
@@ -22,7 +22,7 @@ from gpumesh.state import (
     TunnelState,
 )
 from gpumesh.topology import AddressCommand, NodeSpec, SshSpec
-from tests.audit.build import GPU, KEY, MODEL, OTHER, backend, blind, direct, spec, state
+from tests.audit.build import GPU, KEY, MODEL, OTHER, backend, direct, spec, state, without_gpus
 
 
 def node(
@@ -43,7 +43,7 @@ def node(
 
 
 def grouped(*nodes: NodeState) -> list[tuple[str, ...]]:
-    return [machine.nodes for machine in machines(nodes)]
+    return [machine.nodes for machine in find_machines(nodes)]
 
 
 FINE = "2026-08-01T12:00:00.123456789Z"
@@ -52,23 +52,28 @@ LATER = "2026-08-02T12:00:00.987654321Z"
 
 def test_nodes_that_have_nothing_in_common_are_apart() -> None:
     nodes = (node("1", GPU, keys=("a",), stored=FINE), node("2", OTHER, keys=("b",), stored=LATER), node("3"))
-    assert machines(nodes) == (Machine(("1",), (GPU,)), Machine(("2",), (OTHER,)), Machine(("3",), ()))
+    assert find_machines(nodes) == (Machine(("1",), (GPU,)), Machine(("2",), (OTHER,)), Machine(("3",), ()))
     assert gpu_groups(nodes) == {"1": "1", "2": "2", "3": "3"}
 
 
 def test_a_common_gpu_is_certain() -> None:
-    (machine,) = machines([node("1", GPU), node("2", GPU, port=None)])
-    assert (machine.nodes, machine.proof, machine.mark, machine.certain) == (("1", "2"), Proof.GPU, GPU.uuid, True)
+    (machine,) = find_machines([node("1", GPU), node("2", GPU, port=None)])
+    assert (machine.nodes, machine.proof, machine.shared_mark, machine.certain) == (
+        ("1", "2"),
+        Proof.GPU,
+        GPU.uuid,
+        True,
+    )
     assert machine.gpus == (GPU,), "counted once"
 
 
 def test_a_common_key_is_likely() -> None:
-    (machine,) = machines([node("1", keys=("x", KEY)), node("2", GPU, keys=(KEY,))])
-    assert (machine.proof, machine.mark, machine.certain) == (Proof.HOST_KEY, KEY, False)
+    (machine,) = find_machines([node("1", keys=("x", KEY)), node("2", GPU, keys=(KEY,))])
+    assert (machine.proof, machine.shared_mark, machine.certain) == (Proof.HOST_KEY, KEY, False)
 
 
 def test_a_common_store_is_likely() -> None:
-    (machine,) = machines([node("1", stored=FINE, port=None), node("2", GPU, stored=FINE)])
+    (machine,) = find_machines([node("1", stored=FINE, port=None), node("2", GPU, stored=FINE)])
     assert (machine.proof, machine.certain) == (Proof.STORE, False)
 
 
@@ -81,9 +86,9 @@ def test_gpus_have_the_last_word() -> None:
 
 
 def test_the_weakest_link_is_told() -> None:
-    (machine,) = machines([node("1", GPU), node("2", GPU, keys=(KEY,)), node("3", keys=(KEY,))])
+    (machine,) = find_machines([node("1", GPU), node("2", GPU, keys=(KEY,)), node("3", keys=(KEY,))])
     assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.HOST_KEY)
-    (machine,) = machines([node("1", stored=FINE), node("2", keys=(KEY,), stored=FINE), node("3", keys=(KEY,))])
+    (machine,) = find_machines([node("1", stored=FINE), node("2", keys=(KEY,), stored=FINE), node("3", keys=(KEY,))])
     assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.STORE)
 
 
@@ -142,16 +147,16 @@ def model(name: str, stored: str | None) -> ModelInfo:
     ],
 )
 def test_a_store_that_could_be_anybodys(catalog: tuple[ModelInfo, ...]) -> None:
-    assert store_mark(catalog) is None
+    assert store_fingerprint(catalog) is None
 
 
 def test_a_store_is_known_by_all_of_its_models() -> None:
-    one = store_mark((model("a", FINE), model("b", LATER)))
+    one = store_fingerprint((model("a", FINE), model("b", LATER)))
     assert one is not None
-    assert store_mark((model("b", LATER), model("a", FINE))) == one
+    assert store_fingerprint((model("b", LATER), model("a", FINE))) == one
     others = [(model("a", FINE),), (model("a", FINE), model("b", FINE)), (model("a", FINE), model("c", LATER))]
-    assert one not in {store_mark(other) for other in others}
-    assert store_mark((model("a\ud800", FINE),)) is not None
+    assert one not in {store_fingerprint(other) for other in others}
+    assert store_fingerprint((model("a\ud800", FINE),)) is not None
 
 
 # -- marks -----------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def test_a_store_is_known_by_all_of_its_models() -> None:
 
 def test_marks_change_with_whatever_makes_a_difference() -> None:
     plain = node("1", GPU, keys=(KEY,), stored=FINE)
-    assert marks(plain) == marks(replace(plain, reason="busy", load=state().load))
+    assert identifying_marks(plain) == identifying_marks(replace(plain, reason="busy", load=state().load))
     others = [
         node("1", GPU, OTHER, keys=(KEY,), stored=FINE),
         node("1", GPU, keys=("other",), stored=FINE),
@@ -168,7 +173,7 @@ def test_marks_change_with_whatever_makes_a_difference() -> None:
         node("1", keys=(KEY,), stored=FINE),
         replace(plain, tunnel=replace(plain.tunnel, state=TunnelPhase.BACKOFF)),
     ]
-    assert len({marks(other) for other in (plain, *others)}) == len(others) + 1
+    assert len({identifying_marks(other) for other in (plain, *others)}) == len(others) + 1
 
 
 NODES = st.lists(
@@ -187,7 +192,7 @@ NODES = st.lists(
 
 @given(NODES)
 def test_each_node_is_in_one_machine_and_groups_agree(nodes: list[NodeState]) -> None:
-    found = machines(nodes)
+    found = find_machines(nodes)
     names = [name for machine in found for name in machine.nodes]
     assert sorted(names) == sorted(one.name for one in nodes)
     assert [machine.nodes[0] for machine in found] == sorted(
@@ -202,7 +207,7 @@ def test_each_node_is_in_one_machine_and_groups_agree(nodes: list[NodeState]) ->
 
 
 def ways(*specs: NodeSpec) -> list[list[str]]:
-    return list(duplicates(specs))
+    return list(find_duplicates(specs))
 
 
 def behind(name: str, host: str = "203.0.113.7", **changes: Any) -> NodeSpec:
@@ -231,12 +236,12 @@ def test_which_one_to_keep() -> None:
     specs = {"a": spec("a"), "b": spec("b"), "c": direct("c")}
 
     def keep(**states: NodeState) -> str:
-        return the_one_to_keep(tuple(states), specs, states)
+        return choose_node_to_keep(tuple(states), specs, states)
 
     assert keep(a=state(), b=state()) == "a"
     assert keep(a=state(), c=state()) == "c", "no tunnel between"
-    assert keep(a=state(), c=blind(state())) == "a", "it sees the GPU"
-    assert keep(a=down, c=blind(state())) == "c", "it serves"
+    assert keep(a=state(), c=without_gpus(state())) == "a", "it sees the GPU"
+    assert keep(a=down, c=without_gpus(state())) == "c", "it serves"
 
 
 @pytest.mark.parametrize(
@@ -252,4 +257,4 @@ def test_which_one_to_keep() -> None:
     ],
 )
 def test_names_of_hosts(one: str, other: str, same: bool) -> None:
-    assert same_host(one, other) is same
+    assert hostname_matches(one, other) is same

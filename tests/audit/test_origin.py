@@ -11,16 +11,16 @@ import yaml
 
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab, LabHost
-from tests.cli.meshes import command
+from tests.cli.meshes import isolated_command
 from tests.parts import needs
-from tests.real.command import Ended, Gpumesh
+from tests.real.command import CommandResult, Gpumesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
 def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
-    with command(tmp_path) as made:
+    with isolated_command(tmp_path) as made:
         yield made
 
 
@@ -54,14 +54,14 @@ nodes:
 """
 
 
-def said(ended: Ended) -> str:
+def said(ended: CommandResult) -> str:
     return " ".join(ended.out.split())
 
 
 async def test_where_is_my_second_4090(gpumesh: Gpumesh, tmp_path: Path) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
-    async with Lab([profile.host("iceland")], folder) as lab:
+    async with Lab([profile.make_host("iceland")], folder) as lab:
         iceland = lab.host("iceland")
         text = scene(lab, iceland, "af4a84245990")
         gpumesh.config.write_text(text)
@@ -118,9 +118,9 @@ async def test_what_nvidia_smi_sees_is_certain(gpumesh: Gpumesh, tmp_path: Path)
     """Two addresses of one host: an old port that still works, say. Neither name nor store is needed to know it."""
     folder = tmp_path / "lab"
     folder.mkdir()
-    async with Lab([profile.host("iceland")], folder) as lab:
+    async with Lab([profile.make_host("iceland")], folder) as lab:
         iceland = lab.host("iceland")
-        first = iceland.node()
+        first = iceland.node_entry()
         known = lab.known_hosts.read_text()
         lab.known_hosts.write_text(known + known.replace("127.0.0.1", "localhost"))
         second = {**first, "name": "vengeance", "ssh": {**first["ssh"], "host": "localhost"}}
@@ -137,10 +137,10 @@ async def test_what_nvidia_smi_sees_is_certain(gpumesh: Gpumesh, tmp_path: Path)
 async def test_where_nvidia_smi_is_missing_the_host_key_tells(gpumesh: Gpumesh, tmp_path: Path, transport: str) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
-    async with Lab([profile.host("iceland", models=())], folder) as lab:
+    async with Lab([profile.make_host("iceland", models=())], folder) as lab:
         iceland = lab.host("iceland")
         await iceland.set_faults(profile.Faults(nvidia_smi=profile.SmiMode.MISSING))
-        first = iceland.node()
+        first = iceland.node_entry()
         first["ssh"]["transport"] = transport
         known = lab.known_hosts.read_text()
         lab.known_hosts.write_text(known + known.replace("127.0.0.1", "localhost"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.lab import profile
-from gpumesh.lab.answers import Script, Work, rendered, script
+from gpumesh.lab.answers import GenerationRequest, PlannedAnswer, plan_answer, render_request
 from gpumesh.lab.engine import Timings
 from gpumesh.lab.native import NativeFrames
 from gpumesh.lab.profile import ModelProfile
@@ -16,7 +16,7 @@ from gpumesh.lab.v1 import ChatFrames
 EVAL_NS = 10_000_000
 
 
-class Server:
+class ModelServer:
     """``continues``: whether the model's template continues a last message of the assistant. ``renders``: whether the
     server is new enough to show a rendered prompt. ``calls`` are those that it was sent."""
 
@@ -24,7 +24,7 @@ class Server:
         self, *, continues: bool = True, thinking: bool = False, renders: bool = True, tokens: int = 8
     ) -> None:
         self.model = ModelProfile("m:latest", continues=continues, thinking=thinking)
-        self.host = profile.host("test", answer_tokens=(tokens, tokens))
+        self.host = profile.make_host("test", answer_tokens=(tokens, tokens))
         self.renders = renders
         self.calls: list[HttpCall] = []
 
@@ -33,7 +33,7 @@ class Server:
         self.calls.append(call)
         body = json.loads(call.body)
         work = self._work(call.path, body)
-        said = script(work, self.host)
+        said = plan_answer(work, self.host)
         frames = self._frames(call.path, body)
         timings = Timings(
             total_ns=said.total * EVAL_NS,
@@ -41,15 +41,15 @@ class Server:
             tokens=said.total,
             eval_ns=said.total * EVAL_NS,
         )
-        parts = [frames.piece("", token, None) for token in said.thinking]
-        parts += [frames.piece(token, "", None) for token in said.tokens]
-        return [*parts, frames.final(said.done_reason, timings)]
+        parts = [frames.encode_piece("", token, None) for token in said.thinking]
+        parts += [frames.encode_piece(token, "", None) for token in said.tokens]
+        return [*parts, frames.encode_final(said.done_reason, timings)]
 
     def stream(self, call: HttpCall) -> bytes:
         return b"".join(self.frames(call))
 
-    def script(self, call: HttpCall) -> Script:
-        return script(self._work(call.path, json.loads(call.body)), self.host)
+    def script(self, call: HttpCall) -> PlannedAnswer:
+        return plan_answer(self._work(call.path, json.loads(call.body)), self.host)
 
     def render(self, call: HttpCall) -> tuple[int, bytes]:
         """Status and body of the answer to ``Continuation.render_call``."""
@@ -58,10 +58,10 @@ class Server:
         assert body["_debug_render_only"] is True
         if not self.renders:
             return 200, b'{"model":"m","message":{"role":"assistant","content":"x"},"done":true,"done_reason":"length"}'
-        template = rendered(self._work(call.path, body))
+        template = render_request(self._work(call.path, body))
         return 200, json.dumps({"model": "m", "_debug_info": {"rendered_template": template}}).encode()
 
-    def _work(self, path: str, body: dict[str, Any]) -> Work:
+    def _work(self, path: str, body: dict[str, Any]) -> GenerationRequest:
         options = dict(body.get("options") or {})
         prompt = None
         messages = body.get("messages")
@@ -73,7 +73,7 @@ class Server:
         elif path == "/api/generate":
             system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
             messages = [*system, {"role": "user", "content": body["prompt"]}]
-        return Work(self.model, body["model"], messages=messages, prompt=prompt, options=options)
+        return GenerationRequest(self.model, body["model"], messages=messages, prompt=prompt, options=options)
 
     def _frames(self, path: str, body: dict[str, Any]) -> NativeFrames | ChatFrames:
         if path == "/v1/chat/completions":

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.base import Counters
-from gpumesh.backends.dialects import DIALECTS, counters_of, host_header
+from gpumesh.backends.base import ServerCounters
+from gpumesh.backends.dialects import DIALECTS, find_counters, host_header
 from gpumesh.topology import BackendKind, Target
 
 
@@ -27,16 +27,17 @@ def sse(*documents: Any) -> bytes:
 @pytest.mark.parametrize(
     ("body", "found"),
     [
-        (json.dumps(NATIVE).encode(), Counters(tokens=5, eval_ms=1.0)),
-        (json.dumps({"total_duration": 3_000_000}).encode(), Counters(total_ms=3.0)),
+        (json.dumps(NATIVE).encode(), ServerCounters(tokens=5, eval_ms=1.0)),
+        (json.dumps({"total_duration": 3_000_000}).encode(), ServerCounters(total_ms=3.0)),
         (json.dumps({"message": {"content": "x"}}).encode() + b"\n" + json.dumps(NATIVE).encode() + b"\n",
-         Counters(tokens=5, eval_ms=1.0)),
-        (json.dumps(USAGE).encode(), Counters(2, 5)),
-        (sse({"choices": []}, USAGE) + b"data: [DONE]\n\n", Counters(2, 5)),
+         ServerCounters(tokens=5, eval_ms=1.0)),
+        (json.dumps(USAGE).encode(), ServerCounters(2, 5)),
+        (sse({"choices": []}, USAGE) + b"data: [DONE]\n\n", ServerCounters(2, 5)),
         (sse({"type": "response.completed", "response": {"usage": {"input_tokens": 2, "output_tokens": 5}}}),
-         Counters(2, 5)),
-        (sse({"type": "message_start", "message": {"usage": {"input_tokens": 2, "output_tokens": 5}}}), Counters(2, 5)),
-        (sse({"type": "message_delta", "usage": {"output_tokens": 5}}), Counters(tokens=5)),
+         ServerCounters(2, 5)),
+        (sse({"type": "message_start", "message": {"usage": {"input_tokens": 2, "output_tokens": 5}}}),
+         ServerCounters(2, 5)),
+        (sse({"type": "message_delta", "usage": {"output_tokens": 5}}), ServerCounters(tokens=5)),
         (b'{"choices":[]}', None),
         (b"", None),
         (b"nonsense\nmore", None),
@@ -44,13 +45,13 @@ def sse(*documents: Any) -> bytes:
         (b'{"response": 5, "message": "x"}', None),
     ],
 )  # fmt: skip
-def test_counters_of_any_answer(body: bytes, found: Counters | None) -> None:
-    assert counters_of(body) == found
+def test_counters_of_any_answer(body: bytes, found: ServerCounters | None) -> None:
+    assert find_counters(body) == found
 
 
 @given(st.binary(max_size=300))
 def test_no_body_crashes(body: bytes) -> None:
-    counters_of(body)
+    find_counters(body)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_long_words_are_cut_to_a_line() -> None:
     ],
 )
 def test_an_error_under_status_200(frame: dict[str, Any], said: str | None) -> None:
-    assert error_text.error_in(frame) == said
+    assert error_text.find_error_message(frame) == said
 
 
 @given(st.binary(max_size=300), st.integers(100, 599))
@@ -81,4 +81,4 @@ DEEP: Any = st.recursive(
 def test_any_shape_gives_a_line(document: Any) -> None:
     assert error_text.error_text(400, json.dumps(document).encode()).isprintable()
     if isinstance(document, dict):
-        assert (error_text.error_in(document) or "").isprintable()
+        assert (error_text.find_error_message(document) or "").isprintable()

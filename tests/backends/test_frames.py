@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT, Events, Lines
+from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT, EventSplitter, LineSplitter
 from gpumesh.errors import ProbeError
 
 CUTS = st.lists(st.integers(0, 400), max_size=8)
@@ -23,16 +23,16 @@ def pieces(data: bytes, places: list[int]) -> list[bytes]:
 
 
 def lines_of(data: bytes, places: list[int]) -> list[bytes]:
-    reader = Lines()
+    reader = LineSplitter()
     found = [line for piece in pieces(data, places) for line in reader.feed(piece)]
-    rest = reader.rest()
+    rest = reader.take_rest()
     return [*found, rest] if rest else found
 
 
 def events_of(data: bytes, places: list[int]) -> list[bytes]:
-    reader = Events()
+    reader = EventSplitter()
     found = [event for piece in pieces(data, places) for event in reader.feed(piece)]
-    return [*found, *reader.rest()]
+    return [*found, *reader.take_rest()]
 
 
 @pytest.mark.parametrize(
@@ -87,21 +87,21 @@ def feed_mib(take: Callable[[bytes], object], piece: bytes) -> None:
 @pytest.mark.parametrize(
     ("take", "piece"),
     [
-        (Lines().feed, b"x" * (1 << 20)),
-        (Events().feed, b"x" * (1 << 20)),
-        (Events().feed, b"data: " + b"x" * (1 << 20) + b"\n"),
+        (LineSplitter().feed, b"x" * (1 << 20)),
+        (EventSplitter().feed, b"x" * (1 << 20)),
+        (EventSplitter().feed, b"data: " + b"x" * (1 << 20) + b"\n"),
     ],
     ids=["a line", "an event's line", "an event of many lines"],
 )
 def test_what_has_no_end_does_not_fill_memory(take: Callable[[bytes], object], piece: bytes) -> None:
     with pytest.raises(ProbeError, match="8 MiB") as caught:
         feed_mib(take, piece)
-    assert caught.value.finding == "wrong-server"
+    assert caught.value.finding_code == "wrong-server"
 
 
 def test_many_short_pieces_cost_no_more_than_their_length() -> None:
     """Not one copy of the whole line for each piece of it."""
-    reader = Lines()
+    reader = LineSplitter()
     for _ in range(200_000):
         reader.feed(b"x")
     (line,) = reader.feed(b"\n")
@@ -111,15 +111,15 @@ def test_many_short_pieces_cost_no_more_than_their_length() -> None:
 @settings(max_examples=20)
 @given(st.integers(1, 50))
 def test_a_line_at_the_bound_passes(size: int) -> None:
-    reader = Lines(limit=size)
+    reader = LineSplitter(limit=size)
     assert reader.feed(b"x" * size + b"\n") == [b"x" * size]
     with pytest.raises(ProbeError):
-        Lines(limit=size).feed(b"x" * (size + 1))
+        LineSplitter(limit=size).feed(b"x" * (size + 1))
 
 
 def test_a_line_in_small_pieces_costs_no_more_than_its_length() -> None:
     """Of time and of memory: each byte is copied a few times, however many pieces came before it."""
-    lines, piece, count = Lines(), b"x" * 500, (LINE_LIMIT - 1) // 500
+    lines, piece, count = LineSplitter(), b"x" * 500, (LINE_LIMIT - 1) // 500
     tracemalloc.start()
     try:
         began = time.thread_time()
@@ -134,5 +134,5 @@ def test_a_line_in_small_pieces_costs_no_more_than_its_length() -> None:
 
 def test_an_event_of_many_lines_is_refused() -> None:
     with pytest.raises(ProbeError, match="event of more than"):
-        Events().feed(b"data:\n" * (EVENT_LINES + 2))
-    assert Events().feed(b"data:1\n" * EVENT_LINES + b"\n") == [b"\n".join([b"1"] * EVENT_LINES)]
+        EventSplitter().feed(b"data:\n" * (EVENT_LINES + 2))
+    assert EventSplitter().feed(b"data:1\n" * EVENT_LINES + b"\n") == [b"\n".join([b"1"] * EVENT_LINES)]

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.base import ChatRequest, Chunk, Counters, Message
-from gpumesh.backends.ollama import NativeReader, Ollama, counters
+from gpumesh.backends.base import ChatRequest, Chunk, Message, ServerCounters
+from gpumesh.backends.ollama import OllamaDialect, OllamaFrameReader, parse_counters
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from tests.backends.test_frames import pieces
 
-OLLAMA = Ollama()
+OLLAMA = OllamaDialect()
 FINAL = {
     "model": "qwen2.5:7b",
     "created_at": "2026-11-24T04:10:00.123456789Z",
@@ -43,7 +43,7 @@ ANSWER = chat("Hé", thinking="hm") + chat("") + chat("llo 日本") + line(**FIN
 
 
 def read(data: bytes, places: Sequence[int] = ()) -> list[Chunk]:
-    reader = NativeReader()
+    reader = OllamaFrameReader()
     chunks = [chunk for piece in pieces(data, list(places)) for chunk in reader.feed(piece)]
     return [*chunks, *reader.close()]
 
@@ -53,7 +53,7 @@ def read(data: bytes, places: Sequence[int] = ()) -> list[Chunk]:
 
 def test_a_chat_as_it_is_sent() -> None:
     messages = (Message("system", "Be brief."), Message("user", "What is this? é", images=("aGk=",)))
-    call = OLLAMA.chat(ChatRequest("qwen2.5:7b", messages, {"temperature": 0, "num_ctx": 8192}, think=False))
+    call = OLLAMA.build_chat_call(ChatRequest("qwen2.5:7b", messages, {"temperature": 0, "num_ctx": 8192}, think=False))
     assert (call.method, call.path) == ("POST", "/api/chat")
     assert json.loads(call.body) == {
         "model": "qwen2.5:7b",
@@ -68,13 +68,13 @@ def test_a_chat_as_it_is_sent() -> None:
 
 
 def test_what_is_not_said_is_not_sent() -> None:
-    body = json.loads(OLLAMA.chat(ChatRequest("m", (Message("user", "x"),), stream=False)).body)
+    body = json.loads(OLLAMA.build_chat_call(ChatRequest("m", (Message("user", "x"),), stream=False)).body)
     assert body == {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": False}
 
 
 @pytest.mark.parametrize("think", [True, False, "low", "high"])
 def test_think_is_sent_as_it_is(think: bool | str) -> None:
-    assert json.loads(OLLAMA.chat(ChatRequest("m", (), think=think)).body)["think"] == think
+    assert json.loads(OLLAMA.build_chat_call(ChatRequest("m", (), think=think)).body)["think"] == think
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_think_is_sent_as_it_is(think: bool | str) -> None:
 def test_an_answer_cut_at_every_byte() -> None:
     whole = read(ANSWER)
     assert whole[:-1] == [Chunk("Hé", "hm"), Chunk("llo 日本")]
-    assert whole[-1] == Chunk(done=True, done_reason="stop", counters=counters(FINAL))
+    assert whole[-1] == Chunk(done=True, done_reason="stop", counters=parse_counters(FINAL))
     for place in range(len(ANSWER) + 1):
         assert read(ANSWER, [place]) == whole
     assert read(ANSWER, range(len(ANSWER))) == whole, "byte by byte"
@@ -92,7 +92,7 @@ def test_an_answer_cut_at_every_byte() -> None:
 def test_an_answer_that_stops_at_any_byte_is_cut_and_never_complete() -> None:
     """Half of a frame gives no chunk; only when all of the final one is there is it an answer."""
     for place in range(len(ANSWER) - 1):
-        reader = NativeReader()
+        reader = OllamaFrameReader()
         chunks = list(reader.feed(ANSWER[:place]))
         assert not any(chunk.done for chunk in chunks)
         with pytest.raises(StreamCut):
@@ -117,7 +117,7 @@ def test_frames_of_both_routes(frame: bytes, text: str) -> None:
 
 def test_an_answer_in_one_piece() -> None:
     (chunk,) = read(line(**{**FINAL, "message": {"role": "assistant", "content": "whole"}}).rstrip())
-    assert (chunk.text, chunk.done, chunk.counters) == ("whole", True, counters(FINAL))
+    assert (chunk.text, chunk.done, chunk.counters) == ("whole", True, parse_counters(FINAL))
 
 
 def test_what_comes_after_the_final_frame_is_passed_over() -> None:
@@ -125,7 +125,7 @@ def test_what_comes_after_the_final_frame_is_passed_over() -> None:
 
 
 def test_an_error_in_mid_answer_comes_after_what_was_said() -> None:
-    reader = NativeReader()
+    reader = OllamaFrameReader()
     data = chat("some") + line(error="model runner has unexpectedly stopped, \x1b[31mred") + chat("more")
     assert reader.feed(data) == [Chunk("some")]
     with pytest.raises(BackendError, match="unexpectedly stopped, red"):
@@ -137,8 +137,8 @@ def test_an_error_in_mid_answer_comes_after_what_was_said() -> None:
 @pytest.mark.parametrize("data", [b"<html>\n", b"[1]\n", b"5\n", b"data: {}\n"])
 def test_what_is_no_frame(data: bytes) -> None:
     with pytest.raises(ProbeError) as caught:
-        NativeReader().feed(data)
-    assert caught.value.finding == "wrong-server"
+        OllamaFrameReader().feed(data)
+    assert caught.value.finding_code == "wrong-server"
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))
@@ -167,25 +167,25 @@ def test_no_frame_crashes_the_reader(frame: dict[str, Any]) -> None:
 
 
 def test_counters_are_in_milliseconds() -> None:
-    found = counters(FINAL)
-    assert found == Counters(26, 298, 5000.0, 1000.0, 500.0, 3000.0)
+    found = parse_counters(FINAL)
+    assert found == ServerCounters(26, 298, 5000.0, 1000.0, 500.0, 3000.0)
     assert found.tokens_per_s == pytest.approx(99.333, abs=0.001)
     assert found.waited_ms == 500.0
 
 
 @pytest.mark.parametrize("absent", ["total_duration", "load_duration", "prompt_eval_duration", "eval_duration"])
 def test_each_counter_may_be_absent(absent: str) -> None:
-    found = counters({key: value for key, value in FINAL.items() if key != absent})
+    found = parse_counters({key: value for key, value in FINAL.items() if key != absent})
     assert found.prompt_tokens == 26
     assert (found.waited_ms is None) == (absent in ("total_duration", "eval_duration"))
     assert (found.tokens_per_s is None) == (absent == "eval_duration")
 
 
 def test_counters_that_lie_are_unknown_and_never_negative() -> None:
-    found = counters({"eval_count": -5, "eval_duration": "x", "total_duration": 1e400, "prompt_eval_count": True})
-    assert found == Counters()
-    assert counters({"total_duration": 5, "eval_duration": 10}).waited_ms == 0.0
-    assert counters({"eval_count": 5, "eval_duration": 0}).tokens_per_s is None
+    found = parse_counters({"eval_count": -5, "eval_duration": "x", "total_duration": 1e400, "prompt_eval_count": True})
+    assert found == ServerCounters()
+    assert parse_counters({"total_duration": 5, "eval_duration": 10}).waited_ms == 0.0
+    assert parse_counters({"eval_count": 5, "eval_duration": 0}).tokens_per_s is None
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_inventory() -> None:
         "tags": "/api/tags",
         "ps": "/api/ps",
     }
-    found = OLLAMA.inventory(answers())
+    found = OLLAMA.read_inventory(answers())
     first, second = found.catalog
     assert (found.version, first.name, second.name) == ("0.12.6", "qwen2.5:7b", "only-model:latest")
     assert first.modified_at == "2026-08-01T12:00:00.123456789+02:00", "its nanoseconds are a fingerprint"
@@ -269,12 +269,12 @@ def test_inventory() -> None:
 
 @pytest.mark.parametrize("ps", [None, (404, b""), (200, b"nonsense"), (200, []), (500, b"x")])
 def test_inventory_without_ps(ps: tuple[int, Any] | None) -> None:
-    assert OLLAMA.inventory(answers(ps=ps)).loaded == ()
+    assert OLLAMA.read_inventory(answers(ps=ps)).loaded == ()
 
 
 @pytest.mark.parametrize("models", [None, [], [None, 5, {"name": 5}, {"name": "\x1b[2J"}], [{"details": "x"}]])
 def test_a_list_of_models_that_is_none_is_empty(models: Any) -> None:
-    assert OLLAMA.inventory(answers(tags=(200, {"models": models}))).catalog == ()
+    assert OLLAMA.read_inventory(answers(tags=(200, {"models": models}))).catalog == ()
 
 
 @pytest.mark.parametrize(
@@ -299,15 +299,15 @@ def test_a_list_of_models_that_is_none_is_empty(models: Any) -> None:
 )
 def test_answers_that_are_not_ollamas(changes: dict[str, Any], finding: str) -> None:
     with pytest.raises(ProbeError) as caught:
-        OLLAMA.inventory(answers(**changes))
-    assert caught.value.finding == finding
+        OLLAMA.read_inventory(answers(**changes))
+    assert caught.value.finding_code == finding
     assert str(caught.value).isprintable()
 
 
 @given(st.binary(max_size=100), st.sampled_from((200, 403, 404, 500)))
 def test_no_answer_crashes_the_inventory(body: bytes, status: int) -> None:
     try:
-        OLLAMA.inventory({"version": (status, body), "tags": (status, body), "ps": (status, body)})
+        OLLAMA.read_inventory({"version": (status, body), "tags": (status, body), "ps": (status, body)})
     except ProbeError as error:
         assert str(error).isprintable()
 
@@ -330,7 +330,7 @@ def test_no_answer_crashes_the_inventory(body: bytes, status: int) -> None:
     ],
 )
 def test_figures_that_no_hardware_reaches_are_none(figures: dict[str, Any]) -> None:
-    read = counters({**figures, "total_duration": figures["eval_duration"], "load_duration": 1e308})
+    read = parse_counters({**figures, "total_duration": figures["eval_duration"], "load_duration": 1e308})
     assert read.tokens_per_s is None
     assert read.load_ms is None
     assert read.waited_ms is None or math.isfinite(read.waited_ms)

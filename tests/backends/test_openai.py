@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.backends import openai
-from gpumesh.backends.base import ChatRequest, Chunk, Counters, Message
+from gpumesh.backends.base import ChatRequest, Chunk, Message, ServerCounters
 from gpumesh.backends.frames import BODY_LIMIT
-from gpumesh.backends.openai import EventReader, OpenAI, WholeReader
+from gpumesh.backends.openai import OpenAIBodyReader, OpenAIDialect, OpenAIEventReader
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from tests.backends.test_frames import pieces
 
-OPENAI = OpenAI()
+OPENAI = OpenAIDialect()
 USAGE = {"prompt_tokens": 26, "completion_tokens": 298, "total_tokens": 324}
 TIMINGS = {"prompt_n": 20, "cache_n": 6, "prompt_ms": 500.0, "predicted_n": 298, "predicted_ms": 3000.0}
 DONE = b"data: [DONE]\n\n"
@@ -42,13 +42,13 @@ ANSWER = (
 
 
 def read(data: bytes, places: Sequence[int] = ()) -> list[Chunk]:
-    reader = EventReader()
+    reader = OpenAIEventReader()
     chunks = [chunk for piece in pieces(data, list(places)) for chunk in reader.feed(piece)]
     return [*chunks, *reader.close()]
 
 
 def read_whole(data: bytes) -> Chunk:
-    reader = WholeReader()
+    reader = OpenAIBodyReader()
     for piece in pieces(data, [5, 9]):
         assert reader.feed(piece) == []
     (chunk,) = reader.close()
@@ -61,7 +61,7 @@ def read_whole(data: bytes) -> Chunk:
 def test_a_chat_as_it_is_sent() -> None:
     messages = (Message("user", "What is this?", images=("iVBORw0KGgo=", "/9j/4AAQ")),)
     options = {"temperature": 0.5, "num_predict": 64, "num_ctx": 8192, "seed": 7, "stop": ["x"]}
-    call = OPENAI.chat(ChatRequest("m", messages, options))
+    call = OPENAI.build_chat_call(ChatRequest("m", messages, options))
     assert (call.method, call.path) == ("POST", "/v1/chat/completions")
     assert json.loads(call.body) == {
         "model": "m",
@@ -87,7 +87,7 @@ def test_a_chat_as_it_is_sent() -> None:
 @pytest.mark.parametrize("unbounded", [-1, -2, 0, "x"])
 def test_no_bound_is_not_sent_as_one(unbounded: Any) -> None:
     """Ollama's -1 means: until it is done; OpenAI's servers refuse it."""
-    body = json.loads(OPENAI.chat(ChatRequest("m", (), {"num_predict": unbounded})).body)
+    body = json.loads(OPENAI.build_chat_call(ChatRequest("m", (), {"num_predict": unbounded})).body)
     assert "max_tokens" not in body
 
 
@@ -100,11 +100,11 @@ def test_no_bound_is_not_sent_as_one(unbounded: Any) -> None:
     ],
 )
 def test_thinking(think: bool | str, key: str, value: Any) -> None:
-    assert json.loads(OPENAI.chat(ChatRequest("m", (), think=think)).body)[key] == value
+    assert json.loads(OPENAI.build_chat_call(ChatRequest("m", (), think=think)).body)[key] == value
 
 
 def test_usage_is_asked_for_in_streams_only() -> None:
-    assert "stream_options" not in json.loads(OPENAI.chat(ChatRequest("m", (), stream=False)).body)
+    assert "stream_options" not in json.loads(OPENAI.build_chat_call(ChatRequest("m", (), stream=False)).body)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_an_answer_cut_at_every_byte() -> None:
         Chunk(thinking="hm"),
         Chunk("Hé"),
         Chunk("llo 日本"),
-        Chunk(done=True, done_reason="stop", counters=Counters(26, 298)),
+        Chunk(done=True, done_reason="stop", counters=ServerCounters(26, 298)),
     ]
     for place in range(len(ANSWER) + 1):
         assert read(ANSWER, [place]) == whole
@@ -127,20 +127,20 @@ def test_an_answer_that_stops_before_its_reason_is_cut() -> None:
     """After the reason all of the text has come: some servers close without [DONE]."""
     text_is_complete = ANSWER.index(b'"stop"')
     for place in range(len(ANSWER)):
-        reader = EventReader()
+        reader = OpenAIEventReader()
         reader.feed(ANSWER[:place])
         if place <= text_is_complete:
             with pytest.raises(StreamCut):
                 reader.close()
-    reader = EventReader()
+    reader = OpenAIEventReader()
     reader.feed(ANSWER.removesuffix(DONE))
     (last,) = reader.close()
-    assert (last.done, last.done_reason, last.counters) == (True, "stop", Counters(26, 298))
+    assert (last.done, last.done_reason, last.counters) == (True, "stop", ServerCounters(26, 298))
 
 
 def test_done_without_anything_finished_is_cut() -> None:
     """Ollama's /v1 after its runner died: an empty delta, perhaps [DONE]; the error's text is lost."""
-    reader = EventReader()
+    reader = OpenAIEventReader()
     assert reader.feed(delta(content="some") + delta(content="") + DONE) == [Chunk("some")]
     with pytest.raises(StreamCut):
         reader.close()
@@ -155,7 +155,7 @@ def test_done_without_anything_finished_is_cut() -> None:
     ],
 )
 def test_an_error_in_mid_answer_comes_after_what_was_said(data: bytes) -> None:
-    reader = EventReader()
+    reader = OpenAIEventReader()
     assert reader.feed(delta(content="some") + data + delta(content="more")) == [Chunk("some")]
     with pytest.raises(BackendError, match="out of memory"):
         reader.feed(b"")
@@ -166,8 +166,8 @@ def test_an_error_in_mid_answer_comes_after_what_was_said(data: bytes) -> None:
 @pytest.mark.parametrize("data", [b"data: nonsense\n\n", b"data: [1]\n\n"])
 def test_what_is_no_event(data: bytes) -> None:
     with pytest.raises(ProbeError) as caught:
-        EventReader().feed(data)
-    assert caught.value.finding == "wrong-server"
+        OpenAIEventReader().feed(data)
+    assert caught.value.finding_code == "wrong-server"
 
 
 def test_a_completion_is_read_as_well() -> None:
@@ -221,7 +221,7 @@ def test_no_frame_crashes_the_readers(frame: dict[str, Any]) -> None:
 def test_an_answer_in_one_piece() -> None:
     frame = {"choices": [{"message": {"content": "Hé", "reasoning": "hm"}, "finish_reason": "stop"}], "usage": USAGE}
     chunk = read_whole(json.dumps(frame).encode())
-    assert chunk == Chunk("Hé", "hm", done=True, done_reason="stop", counters=Counters(26, 298))
+    assert chunk == Chunk("Hé", "hm", done=True, done_reason="stop", counters=ServerCounters(26, 298))
 
 
 @pytest.mark.parametrize("data", [b"", b'{"choices":[{"message":{"content":"He'])
@@ -238,13 +238,13 @@ def test_an_answer_that_is_none() -> None:
 
 
 def test_an_endless_answer_does_not_fill_memory() -> None:
-    reader = WholeReader()
+    reader = OpenAIBodyReader()
     piece = b"x" * (1 << 22)
     with pytest.raises(ProbeError, match="64 MiB"):
         _feed(reader, piece)
 
 
-def _feed(reader: WholeReader, piece: bytes) -> None:
+def _feed(reader: OpenAIBodyReader, piece: bytes) -> None:
     for _ in range(BODY_LIMIT // len(piece) + 1):
         reader.feed(piece)
 
@@ -257,15 +257,15 @@ def _feed(reader: WholeReader, piece: bytes) -> None:
     [
         ({}, None),
         ({"usage": None, "timings": 5}, None),
-        ({"usage": USAGE}, Counters(26, 298)),
-        ({"usage": {"input_tokens": 3, "output_tokens": 4}}, Counters(3, 4)),
-        ({"timings": TIMINGS}, Counters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
-        ({"usage": USAGE, "timings": TIMINGS}, Counters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
-        ({"usage": {"prompt_tokens": -1, "completion_tokens": "x"}}, Counters()),
+        ({"usage": USAGE}, ServerCounters(26, 298)),
+        ({"usage": {"input_tokens": 3, "output_tokens": 4}}, ServerCounters(3, 4)),
+        ({"timings": TIMINGS}, ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
+        ({"usage": USAGE, "timings": TIMINGS}, ServerCounters(26, 298, prompt_ms=500.0, eval_ms=3000.0)),
+        ({"usage": {"prompt_tokens": -1, "completion_tokens": "x"}}, ServerCounters()),
     ],
 )
-def test_counters(frame: dict[str, Any], found: Counters | None) -> None:
-    assert openai.counters(frame) == found
+def test_counters(frame: dict[str, Any], found: ServerCounters | None) -> None:
+    assert openai.parse_counters(frame) == found
 
 
 # -- inventory -------------------------------------------------------------------------------------------------------
@@ -278,13 +278,13 @@ def answers(models: Any, status: int = 200, **more: tuple[int, Any]) -> dict[str
 
 
 def test_what_only_lists_is_not_loaded() -> None:
-    found = OPENAI.inventory(answers({"data": [{"id": "a", "owned_by": "library"}, {"id": "b"}, {"id": 5}, None]}))
+    found = OPENAI.read_inventory(answers({"data": [{"id": "a", "owned_by": "library"}, {"id": "b"}, {"id": 5}, None]}))
     assert ([model.name for model in found.catalog], found.loaded, found.parallel) == (["a", "b"], (), None)
 
 
 def test_vllm() -> None:
     model = {"id": "m", "owned_by": "vllm", "max_model_len": 32768}
-    found = OPENAI.inventory(answers({"data": [model]}, version=(200, {"version": "0.9.1"})))
+    found = OPENAI.read_inventory(answers({"data": [model]}, version=(200, {"version": "0.9.1"})))
     assert (found.version, found.loaded[0].context_length) == ("0.9.1", 32768)
 
 
@@ -306,14 +306,14 @@ def test_vllm() -> None:
 )
 def test_answers_that_are_none(given: dict[str, tuple[int, bytes] | None], finding: str) -> None:
     with pytest.raises(ProbeError) as caught:
-        OPENAI.inventory(given)
-    assert caught.value.finding == finding
+        OPENAI.read_inventory(given)
+    assert caught.value.finding_code == finding
     assert str(caught.value).isprintable()
 
 
 @given(st.binary(max_size=100), st.sampled_from((200, 401, 404, 500)))
 def test_no_answer_crashes_the_inventory(body: bytes, status: int) -> None:
     try:
-        OPENAI.inventory(dict.fromkeys(OPENAI.probe_calls(), (status, body)))
+        OPENAI.read_inventory(dict.fromkeys(OPENAI.probe_calls(), (status, body)))
     except ProbeError as error:
         assert str(error).isprintable()

@@ -35,18 +35,18 @@ def test_an_object_is_an_object() -> None:
     [(0, 0), (5, 5), (5.9, 5), (-1, None), (True, None), ("5", None), (None, None), (1 << 70, None), ([], None)],
 )
 def test_whole(value: Any, whole: int | None) -> None:
-    assert safe_json.whole(value) == whole
+    assert safe_json.as_count(value) == whole
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, True, "1", None, -0.1])
 def test_what_is_no_number(value: Any) -> None:
-    assert safe_json.number(value) is None
-    assert safe_json.whole(value) is None or value == 1e300
-    assert safe_json.mib(value) is None
+    assert safe_json.as_number(value) is None
+    assert safe_json.as_count(value) is None or value == 1e300
+    assert safe_json.as_mib(value) is None
 
 
 def test_mib_is_rounded() -> None:
-    assert (safe_json.mib(5_368_709_120), safe_json.mib(1_500_000), safe_json.mib(0)) == (5120, 1, 0)
+    assert (safe_json.as_mib(5_368_709_120), safe_json.as_mib(1_500_000), safe_json.as_mib(0)) == (5120, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,29 +66,29 @@ def test_mib_is_rounded() -> None:
     ],
 )
 def test_instants_as_go_writes_them(text: Any, instant: datetime | None) -> None:
-    assert safe_json.instant(text) == instant
+    assert safe_json.as_datetime(text) == instant
 
 
 def test_objects_of_a_list() -> None:
-    assert safe_json.objects([{"a": 1}, 5, None, {"b": 2}]) == ({"a": 1}, {"b": 2})
-    assert safe_json.objects({"a": 1}) == ()
-    assert len(safe_json.objects([{}] * 20_000)) == 10_000
+    assert safe_json.as_objects([{"a": 1}, 5, None, {"b": 2}]) == ({"a": 1}, {"b": 2})
+    assert safe_json.as_objects({"a": 1}) == ()
+    assert len(safe_json.as_objects([{}] * 20_000)) == 10_000
 
 
 def test_compact_keeps_letters_and_lone_surrogates() -> None:
-    assert safe_json.compact({"a": "é日"}) == '{"a":"é日"}'.encode()
-    assert json.loads(safe_json.compact({"a": "\ud800"})) == {"a": "\ud800"}
+    assert safe_json.dump_compact({"a": "é日"}) == '{"a":"é日"}'.encode()
+    assert json.loads(safe_json.dump_compact({"a": "\ud800"})) == {"a": "\ud800"}
 
 
 @given(ANYTHING)
 def test_no_value_raises(value: Any) -> None:
     for read in (
-        safe_json.text,
-        safe_json.whole,
-        safe_json.number,
-        safe_json.mib,
-        safe_json.objects,
-        safe_json.instant,
+        safe_json.as_text,
+        safe_json.as_count,
+        safe_json.as_number,
+        safe_json.as_mib,
+        safe_json.as_objects,
+        safe_json.as_datetime,
     ):
         read(value)
 
@@ -101,7 +101,7 @@ def test_no_bytes_raise(data: bytes) -> None:
 
 @given(st.text(max_size=40))
 def test_no_text_raises_as_an_instant(text: str) -> None:
-    found = safe_json.instant(text)
+    found = safe_json.as_datetime(text)
     assert found is None or found.tzinfo is UTC
 
 
@@ -117,8 +117,8 @@ def test_a_document_of_far_more_values_than_an_answer_has_is_not_taken_apart() -
 
 def test_what_is_not_taken_apart_has_no_cost() -> None:
     for document in (b"[" + b",".join([b"1"] * (safe_json.ANSWER_VALUES + 1)) + b"]", b'"' + b"a" * (16 << 20) + b'"'):
-        assert safe_json.cost(document, 1 << 30) is None
-    assert safe_json.cost(b"[" + b",".join([b"1"] * 290_000) + b"]", 1 << 30) is not None
+        assert safe_json.estimate_memory(document, 1 << 30) is None
+    assert safe_json.estimate_memory(b"[" + b",".join([b"1"] * 290_000) + b"]", 1 << 30) is not None
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1" * 5000, "-" + "1" * 30, "1e999"])
@@ -126,7 +126,7 @@ def test_a_number_that_is_none_costs_a_report_no_more_than_itself(number: str) -
     document = safe_json.parse_report(b'{"size":%b,"name":"m"}' % number.encode())
     assert document is not None
     assert document["name"] == "m"
-    assert safe_json.whole(document["size"]) is None
+    assert safe_json.as_count(document["size"]) is None
 
 
 def test_a_report_is_an_object_in_utf_8() -> None:
@@ -150,5 +150,5 @@ def test_a_document_of_too_many_values_is_not_read() -> None:
 
 @pytest.mark.parametrize("value", [-1, 11, 10**400, math.inf, math.nan, "5", True, None])
 def test_up_to(value: Any) -> None:
-    assert safe_json.up_to(value, 10) is None
-    assert safe_json.up_to(10, 10) == 10
+    assert safe_json.as_bounded_count(value, 10) is None
+    assert safe_json.as_bounded_count(10, 10) == 10

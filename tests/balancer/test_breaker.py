@@ -1,20 +1,20 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.balancer.breaker import FIRST_OPEN_S, LONGEST_OPEN_S, THRESHOLD, Breaker, BreakerPhase
+from gpumesh.balancer.breaker import FIRST_OPEN_S, MAX_OPEN_S, THRESHOLD, Breaker, BreakerPhase
 
 
 def opened(at: float = 0.0) -> Breaker:
     breaker = Breaker()
     for _ in range(THRESHOLD):
-        breaker = breaker.failed(at)
+        breaker = breaker.record_failure(at)
     return breaker
 
 
 def test_it_opens_after_failures_in_a_row_only() -> None:
     breaker = Breaker()
     for _ in range(10):
-        breaker = breaker.failed(0.0).failed(0.0).succeeded()
+        breaker = breaker.record_failure(0.0).record_failure(0.0).record_success()
     assert breaker.phase(0.0) is BreakerPhase.CLOSED
     assert opened().phase(0.0) is BreakerPhase.OPEN
     assert not opened().allows(0.5)
@@ -24,10 +24,10 @@ def test_half_open_lets_one_trial_through_at_a_time() -> None:
     breaker = opened()
     now = FIRST_OPEN_S
     assert breaker.allows(now)
-    breaker = breaker.started(now)
+    breaker = breaker.record_start(now)
     assert not breaker.allows(now)
-    assert breaker.undecided().allows(now), "the client left: the next may try"
-    assert breaker.succeeded().phase(now) is BreakerPhase.CLOSED
+    assert breaker.cancel_trial().allows(now), "the client left: the next may try"
+    assert breaker.record_success().phase(now) is BreakerPhase.CLOSED
 
 
 def test_each_failed_trial_waits_longer_up_to_a_bound() -> None:
@@ -35,11 +35,11 @@ def test_each_failed_trial_waits_longer_up_to_a_bound() -> None:
     for _ in range(8):
         assert breaker.open_until is not None
         now = breaker.open_until
-        breaker = breaker.started(now).failed(now)
+        breaker = breaker.record_start(now).record_failure(now)
         assert breaker.open_until is not None
         pauses.append(breaker.open_until - now)
     assert pauses[:3] == [2.0, 4.0, 8.0]
-    assert max(pauses) == LONGEST_OPEN_S
+    assert max(pauses) == MAX_OPEN_S
 
 
 @given(st.lists(st.tuples(st.sampled_from(["start", "ok", "fail", "undecided"]), st.floats(0, 40))))
@@ -49,20 +49,20 @@ def test_it_never_stays_shut_for_ever(steps: list[tuple[str, float]]) -> None:
         now += later
         match step:
             case "start":
-                breaker = breaker.started(now)
+                breaker = breaker.record_start(now)
             case "ok":
-                breaker = breaker.succeeded()
+                breaker = breaker.record_success()
             case "fail":
-                breaker = breaker.failed(now)
+                breaker = breaker.record_failure(now)
             case "undecided":
-                breaker = breaker.undecided()
-    assert breaker.undecided().allows(now + LONGEST_OPEN_S)
+                breaker = breaker.cancel_trial()
+    assert breaker.cancel_trial().allows(now + MAX_OPEN_S)
 
 
 def test_a_failure_that_is_pardoned_leaves_it_as_it_was() -> None:
-    assert Breaker().failed(0.0).pardoned(0.0) == Breaker()
-    assert opened().pardoned(0.1).phase(0.1) is BreakerPhase.CLOSED
-    trial = opened().started(FIRST_OPEN_S).failed(FIRST_OPEN_S).pardoned(FIRST_OPEN_S)
+    assert Breaker().record_failure(0.0).forgive_failure(0.0) == Breaker()
+    assert opened().forgive_failure(0.1).phase(0.1) is BreakerPhase.CLOSED
+    trial = opened().record_start(FIRST_OPEN_S).record_failure(FIRST_OPEN_S).forgive_failure(FIRST_OPEN_S)
     assert trial.phase(FIRST_OPEN_S) is BreakerPhase.HALF_OPEN, "the trial told nothing: another may be made"
     assert trial.allows(FIRST_OPEN_S)
-    assert Breaker().pardoned(0.0) == Breaker()
+    assert Breaker().forgive_failure(0.0) == Breaker()

@@ -2,7 +2,14 @@ import random
 
 import pytest
 
-from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, of_status, pause_s, worth_another_round
+from gpumesh.balancer.outcomes import (
+    MAX_ROUNDS,
+    Outcome,
+    classify_status,
+    is_retryable,
+    retry_delay_s,
+    rule_for_outcome,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,31 +32,31 @@ from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome, judge, of_status, pau
     ],
 )
 def test_what_a_status_means(status: int, outcome: Outcome) -> None:
-    assert of_status(status, model_asked=True) is outcome
+    assert classify_status(status, model_asked=True) is outcome
 
 
 def test_404_without_a_model_is_the_clients() -> None:
-    assert of_status(404, model_asked=False) is Outcome.CLIENT_ERROR
+    assert classify_status(404, model_asked=False) is Outcome.CLIENT_ERROR
 
 
 def test_every_outcome_is_judged_and_only_the_nodes_own_faults_count_against_it() -> None:
-    faults = {outcome for outcome in Outcome if judge(outcome).fault}
-    assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN}
+    faults = {outcome for outcome in Outcome if rule_for_outcome(outcome).counts_against_node}
+    assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR}
     for outcome in Outcome:
-        assert judge(outcome).move_on or not judge(outcome).fault
+        assert rule_for_outcome(outcome).fail_over or not rule_for_outcome(outcome).counts_against_node
 
 
 def test_only_what_a_moment_may_mend_is_asked_again() -> None:
-    again = {outcome for outcome in Outcome if worth_another_round(outcome)}
-    assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.BROKEN, Outcome.BUSY}
-    assert all(judge(outcome).move_on for outcome in again)
+    again = {outcome for outcome in Outcome if is_retryable(outcome)}
+    assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY}
+    assert all(rule_for_outcome(outcome).fail_over for outcome in again)
 
 
 def test_the_tunnel_is_looked_at_only_where_the_way_to_the_node_may_be_what_failed() -> None:
-    suspects = {outcome for outcome in Outcome if judge(outcome).suspect}
+    suspects = {outcome for outcome in Outcome if rule_for_outcome(outcome).check_tunnel}
     assert suspects == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT}
 
 
 def test_pauses_grow_and_stay_short_of_a_persons_patience() -> None:
     rng = random.Random(3)
-    assert sum(pause_s(number, rng) for number in range(1, MAX_ROUNDS)) < 2.0
+    assert sum(retry_delay_s(number, rng) for number in range(1, MAX_ROUNDS)) < 2.0

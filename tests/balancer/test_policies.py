@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.policies import POLICIES, predicted_s
+from gpumesh.balancer.policies import POLICIES, predict_duration_s
 from gpumesh.topology import BackendKind, PolicyKind
 
 RNG = random.Random(7)
@@ -85,9 +85,9 @@ def test_adaptive_leaves_a_warm_but_busy_node_for_a_cold_idle_one_when_loading_i
 def test_a_prediction_is_the_sum_of_its_parts() -> None:
     plain = node("a", tokens_per_s={"m:latest": 100.0}, rtt_ms=50.0)
     demand = Demand("m", max_tokens=200)
-    assert predicted_s(plain, demand, ahead=0, unknown_rate=1.0) == pytest.approx(0.05 + 2.0)
+    assert predict_duration_s(plain, demand, queued_ahead=0, unknown_rate=1.0) == pytest.approx(0.05 + 2.0)
     busy = node("a", tokens_per_s={"m:latest": 100.0}, rtt_ms=50.0, limit=1)
-    assert predicted_s(busy, demand, ahead=1, unknown_rate=1.0) == pytest.approx(0.05 + 4.0)
+    assert predict_duration_s(busy, demand, queued_ahead=1, unknown_rate=1.0) == pytest.approx(0.05 + 4.0)
 
 
 def test_adaptive_spreads_streams_over_nodes_with_many_places_by_their_speed() -> None:

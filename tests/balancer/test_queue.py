@@ -11,14 +11,14 @@ def test_priorities_first_then_arrival() -> None:
     for name, priority in [("b1", Priority.BATCH), ("n1", Priority.NORMAL), ("i1", Priority.INTERACTIVE)]:
         queue.add(name, priority, 0.0)
     queue.add("n2", Priority.NORMAL, 0.0)
-    assert [waiting.item for waiting in queue] == ["i1", "n1", "n2", "b1"]
+    assert [waiting.payload for waiting in queue] == ["i1", "n1", "n2", "b1"]
 
 
 def test_nothing_starves_whoever_waited_its_head_start_goes_before_newcomers() -> None:
     queue: WaitQueue[str] = WaitQueue(10)
     queue.add("old batch", Priority.BATCH, 0.0)
     queue.add("new", Priority.INTERACTIVE, HEAD_START_S[Priority.BATCH] + 0.1)
-    assert [waiting.item for waiting in queue] == ["old batch", "new"]
+    assert [waiting.payload for waiting in queue] == ["old batch", "new"]
 
 
 def test_it_is_bounded_and_a_place_is_free_again_after_a_cancel() -> None:

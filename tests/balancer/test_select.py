@@ -1,7 +1,7 @@
 import pytest
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name, group_loads, has_model, same_model, select, why_none
+from gpumesh.balancer.select import full_name, group_loads, has_model, no_node_error, same_model, select_candidates
 from gpumesh.errors import ModelMissing, NoNodeError
 from gpumesh.topology import BackendKind
 
@@ -34,9 +34,9 @@ def test_only_nodes_that_are_up_speak_the_api_and_have_the_model() -> None:
         node("openai", kind=BackendKind.OPENAI),
         node("unlisted", models=None),
     ]
-    found = select(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
-    assert {candidate.name for candidate in found.now} == {"good", "unlisted"}
-    assert found.later == ()
+    found = select_candidates(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
+    assert {candidate.name for candidate in found.free} == {"good", "unlisted"}
+    assert found.busy == ()
 
 
 def test_a_node_at_its_limit_comes_later_and_its_gpu_counts_for_all_ways_to_it() -> None:
@@ -46,18 +46,18 @@ def test_a_node_at_its_limit_comes_later_and_its_gpu_counts_for_all_ways_to_it()
         node("c", in_flight=1, limit=2),
     ]
     assert group_loads(nodes) == {"gpu1": 2, "c": 1}
-    found = select(nodes, Demand("m"))
-    assert [candidate.name for candidate in found.now] == ["c"]
-    assert {candidate.name for candidate in found.later} == {"a", "b"}
+    found = select_candidates(nodes, Demand("m"))
+    assert [candidate.name for candidate in found.free] == ["c"]
+    assert {candidate.name for candidate in found.busy} == {"a", "b"}
 
 
 def test_what_costs_no_inference_needs_no_place() -> None:
     full = [node("a", in_flight=5, limit=1)]
-    assert select(full, Demand("m", place=False)).now == tuple(full)
+    assert select_candidates(full, Demand("m", needs_slot=False)).free == tuple(full)
 
 
 def test_a_node_that_failed_this_request_is_left_out() -> None:
-    assert select([node("a")], Demand("m"), exclude={"a"}).now == ()
+    assert select_candidates([node("a")], Demand("m"), exclude={"a"}).free == ()
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_a_node_that_failed_this_request_is_left_out() -> None:
     ],
 )
 def test_the_reason_why_nobody_can_is_the_true_one(demand: Demand, kind: type[Exception], words: str) -> None:
-    error = why_none([node("a"), node("down", usable=False)], demand)
+    error = no_node_error([node("a"), node("down", usable=False)], demand)
     assert type(error) is kind
     assert words in error.message
 
 
 def test_a_missing_model_names_what_there_is_and_who_would_have_it() -> None:
     nodes = [node("a"), node("away", usable=False, models=frozenset({"big:70b"}))]
-    error = why_none(nodes, Demand("big:70b"))
+    error = no_node_error(nodes, Demand("big:70b"))
     assert isinstance(error, ModelMissing)
     assert error.hint is not None
     assert "away" in error.hint

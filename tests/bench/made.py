@@ -5,12 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from gpumesh.backends.base import ChatRequest, Counters, Message
-from gpumesh.bench.load import ClientLoad, Outcome, Record, StageRun
+from gpumesh.backends.base import ChatRequest, Message, ServerCounters
+from gpumesh.bench.load import ClientLoad, RequestOutcome, RequestRecord, StageRun
 from gpumesh.bench.result import BenchResult, Environment, NodeEnvironment
-from gpumesh.bench.scenarios import Planned, Scenario, Settings, Stage, StageKind
+from gpumesh.bench.scenarios import BenchSettings, PlannedRequest, Scenario, Stage, StageKind
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize
+from gpumesh.bench.summary import StageResult, route_costs, scaling, summarize_stage
 
 MODEL = "qwen2.5:7b"
 IDLE = ClientLoad(cpu=0.1, lag_p99_ms=0.4)
@@ -26,17 +26,19 @@ def record(
     tokens: int = 11,
     server_ms: float | None = None,
     **changes: Any,
-) -> Record:
+) -> RequestRecord:
     """An answer whose first piece comes after ``ttft_ms`` and whose others follow each ``gap_ms``; its last frame with
     the last of them. ``server_ms``: the server's own total; then it has counters, with ``gap_ms`` a token."""
     arrivals = tuple(sent_s + (ttft_ms + gap_ms * number) / 1000.0 for number in range(tokens))
     counters = None
     if server_ms is not None:
-        counters = Counters(prompt_tokens=7, tokens=tokens, total_ms=server_ms, load_ms=0.0, eval_ms=gap_ms * tokens)
+        counters = ServerCounters(
+            prompt_tokens=7, tokens=tokens, total_ms=server_ms, load_ms=0.0, eval_ms=gap_ms * tokens
+        )
     usual: dict[str, Any] = {
         "stage": "mesh",
         "index": index,
-        "outcome": Outcome.SERVED,
+        "outcome": RequestOutcome.SERVED,
         "intended_s": sent_s,
         "sent_s": sent_s,
         "ended_s": arrivals[-1] if arrivals else sent_s,
@@ -48,15 +50,15 @@ def record(
         "counters": counters,
         "done_reason": "length",
     }
-    return Record(**{**usual, **changes})
+    return RequestRecord(**{**usual, **changes})
 
 
-def failed(index: int = 0, *, sent_s: float = 0.0, error: str = "no answer", **changes: Any) -> Record:
+def failed_record(index: int = 0, *, sent_s: float = 0.0, error: str = "no answer", **changes: Any) -> RequestRecord:
     """One that never began."""
     usual: dict[str, Any] = {
         "stage": "mesh",
         "index": index,
-        "outcome": Outcome.FAILED,
+        "outcome": RequestOutcome.FAILED,
         "intended_s": sent_s,
         "sent_s": sent_s,
         "ended_s": sent_s + 0.5,
@@ -65,22 +67,24 @@ def failed(index: int = 0, *, sent_s: float = 0.0, error: str = "no answer", **c
         "error_code": "backend-unreachable",
         "error": error,
     }
-    return Record(**{**usual, **changes})
+    return RequestRecord(**{**usual, **changes})
 
 
 def stage(name: str = "mesh", *, count: int = 1, concurrency: int | None = 1, **changes: Any) -> Stage:
     return Stage(
-        name, changes.pop("kind", StageKind.MESH), (Planned(CHAT),) * count, concurrency=concurrency, **changes
+        name, changes.pop("kind", StageKind.MESH), (PlannedRequest(CHAT),) * count, concurrency=concurrency, **changes
     )
 
 
-def ran(*records: Record, duration_s: float | None = None, of: Stage | None = None, **changes: Any) -> StageRun:
+def make_stage_run(
+    *records: RequestRecord, duration_s: float | None = None, of: Stage | None = None, **changes: Any
+) -> StageRun:
     duration = max((one.ended_s for one in records), default=0.0) if duration_s is None else duration_s
     return StageRun(of or stage(count=len(records)), records, duration, changes.pop("client", IDLE), **changes)
 
 
-def summarized(run: StageRun, objective: Objective | None = None) -> StageResult:
-    (only,) = summarize(run, objective or Objective())
+def summarize_only(run: StageRun, objective: Objective | None = None) -> StageResult:
+    (only,) = summarize_stage(run, objective or Objective())
     return only
 
 
@@ -108,7 +112,7 @@ def result(*stages: StageResult, scenario: Scenario = Scenario.QUICK, **changes:
     usual: dict[str, Any] = {
         "at": datetime(2026, 11, 24, 4, 10, tzinfo=UTC),
         "scenario": scenario,
-        "settings": Settings(MODEL, concurrency=(1, 2)),
+        "settings": BenchSettings(MODEL, concurrency=(1, 2)),
         "objective": Objective(),
         "environment": environment,
         "stages": stages,

@@ -6,63 +6,63 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.bench.compare import Difference, Verdict, compare, stage_label
+from gpumesh.bench.compare import Difference, DifferenceVerdict, compare, stage_label
 from gpumesh.bench.load import ClientLoad
 from gpumesh.bench.result import BenchResult
-from gpumesh.bench.scenarios import Scenario, Settings
+from gpumesh.bench.scenarios import BenchSettings, Scenario
 from gpumesh.bench.summary import StageResult
-from tests.bench.made import MODEL, failed, ran, record, result, stage, summarized
+from tests.bench.made import MODEL, failed_record, make_stage_run, record, result, stage, summarize_only
 
 
 def measured(name: str = "mesh", *, ttft_ms: float = 100.0, gap_ms: float = 10.0, count: int = 20) -> StageResult:
     """``count`` answers, one after the other; each a little different, so that medians have an interval."""
     records = [record(n, ttft_ms=ttft_ms + n % 5, gap_ms=gap_ms, server_ms=ttft_ms) for n in range(count)]
-    return summarized(ran(*records, of=stage(name), duration_s=count * (ttft_ms + 11 * gap_ms) / 1000.0))
+    return summarize_only(make_stage_run(*records, of=stage(name), duration_s=count * (ttft_ms + 11 * gap_ms) / 1000.0))
 
 
-def verdicts(a: BenchResult, b: BenchResult) -> dict[str, Verdict]:
+def verdicts(a: BenchResult, b: BenchResult) -> dict[str, DifferenceVerdict]:
     return {one.figure: one.verdict for one in compare(a, b).differences}
 
 
 def test_better_and_worse_each_in_its_own_direction() -> None:
     slow, quick = result(measured(ttft_ms=100.0, gap_ms=10.0)), result(measured(ttft_ms=50.0, gap_ms=5.0))
-    assert set(verdicts(slow, quick).values()) == {Verdict.BETTER}
-    assert set(verdicts(quick, slow).values()) == {Verdict.WORSE}
-    assert set(verdicts(slow, slow).values()) == {Verdict.SAME}
+    assert set(verdicts(slow, quick).values()) == {DifferenceVerdict.BETTER}
+    assert set(verdicts(quick, slow).values()) == {DifferenceVerdict.WORSE}
+    assert set(verdicts(slow, slow).values()) == {DifferenceVerdict.SAME}
 
 
 def test_a_difference_has_both_values_and_their_ratio() -> None:
     found = compare(result(measured(gap_ms=10.0)), result(measured(gap_ms=20.0))).differences
     tpot = next(one for one in found if one.figure == "tpot p50")
-    assert (tpot.stage, tpot.unit, tpot.verdict) == ("mesh", "ms", Verdict.WORSE)
+    assert (tpot.stage, tpot.unit, tpot.verdict) == ("mesh", "ms", DifferenceVerdict.WORSE)
     assert [tpot.a, tpot.b, tpot.ratio] == pytest.approx([10.0, 20.0, 2.0])
 
 
 def test_few_values_tell_nothing() -> None:
     few = verdicts(result(measured(count=5)), result(measured(count=5, ttft_ms=500.0)))
-    assert few["ttft p50"] is Verdict.UNKNOWN
-    assert few["output tokens/s"] is Verdict.WORSE, "a rate of the whole stage is known"
+    assert few["ttft p50"] is DifferenceVerdict.UNKNOWN
+    assert few["output tokens/s"] is DifferenceVerdict.WORSE, "a rate of the whole stage is known"
 
 
 def test_medians_whose_intervals_touch_are_the_same() -> None:
     """Their own spread is 4 ms: a median 2 ms higher is no difference."""
-    assert verdicts(result(measured()), result(measured(ttft_ms=102.0)))["ttft p50"] is Verdict.SAME
+    assert verdicts(result(measured()), result(measured(ttft_ms=102.0)))["ttft p50"] is DifferenceVerdict.SAME
 
 
 def test_what_nobody_would_notice_is_no_difference_however_sure() -> None:
     exact, nearly = result(measured(gap_ms=10.0)), result(measured(gap_ms=10.05))
-    assert verdicts(exact, nearly)["tpot p50"] is Verdict.SAME
-    assert verdicts(exact, result(measured(gap_ms=10.2)))["tpot p50"] is Verdict.WORSE
+    assert verdicts(exact, nearly)["tpot p50"] is DifferenceVerdict.SAME
+    assert verdicts(exact, result(measured(gap_ms=10.2)))["tpot p50"] is DifferenceVerdict.WORSE
 
 
 def test_failures_are_compared_by_their_share() -> None:
-    fine = result(summarized(ran(*(record(n) for n in range(8)))))
-    broken = result(summarized(ran(*(record(n) for n in range(6)), failed(6), failed(7))))
+    fine = result(summarize_only(make_stage_run(*(record(n) for n in range(8)))))
+    broken = result(summarize_only(make_stage_run(*(record(n) for n in range(6)), failed_record(6), failed_record(7))))
     assert "failed share" not in verdicts(fine, fine)
     share = next(one for one in compare(fine, broken).differences if one.figure == "failed share")
-    assert share == Difference("mesh", "failed share", "", 0.0, 0.25, None, Verdict.WORSE)
-    assert verdicts(broken, fine)["failed share"] is Verdict.BETTER
-    assert verdicts(broken, broken)["failed share"] is Verdict.SAME
+    assert share == Difference("mesh", "failed share", "", 0.0, 0.25, None, DifferenceVerdict.WORSE)
+    assert verdicts(broken, fine)["failed share"] is DifferenceVerdict.BETTER
+    assert verdicts(broken, broken)["failed share"] is DifferenceVerdict.SAME
 
 
 def test_stages_without_a_counterpart() -> None:
@@ -81,7 +81,9 @@ def test_routes_are_stages_of_their_own() -> None:
 def test_what_else_is_different_is_said() -> None:
     plain = result(measured())
     assert compare(plain, plain).caveats == ()
-    other = replace(plain, scenario=Scenario.SCALE, settings=Settings(MODEL, tokens=128, think=True, prompt_tokens=99))
+    other = replace(
+        plain, scenario=Scenario.SCALE, settings=BenchSettings(MODEL, tokens=128, think=True, prompt_tokens=99)
+    )
     assert compare(plain, other).caveats == (
         "the scenarios differ: quick and scale",
         "not the same tokens: 64 and 128",

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from gpumesh.bench.gpu_meter import LAG_S, GpuUse, Sample, gpu_use, metered
+from gpumesh.bench.gpu_meter import LAG_S, GpuSample, GpuUse, gpu_use, sample_gpus
 from gpumesh.state import (
     BackendState,
     GatewayState,
@@ -17,7 +17,7 @@ from gpumesh.state import (
     MeshState,
     NodeState,
     TunnelState,
-    total,
+    compute_totals,
 )
 
 
@@ -33,11 +33,11 @@ def node(name: str, *gpus: GpuState) -> NodeState:
 
 def mesh(*nodes: NodeState) -> MeshState:
     at = datetime(2026, 11, 24, tzinfo=UTC)
-    return MeshState("home", at, GatewayState(), total(nodes), nodes, ())
+    return MeshState("home", at, GatewayState(), compute_totals(nodes), nodes, ())
 
 
-def samples(*states: tuple[float, MeshState]) -> list[Sample]:
-    return [Sample(at_s, state) for at_s, state in states]
+def samples(*states: tuple[float, MeshState]) -> list[GpuSample]:
+    return [GpuSample(at_s, state) for at_s, state in states]
 
 
 IDLE = mesh(node("alpha", gpu(power=20.0, busy=0, used=500)))
@@ -60,7 +60,7 @@ def test_power_is_weighted_by_time_and_energy_is_that_of_the_whole_stage() -> No
 def test_a_short_stage_tells_nothing_of_its_gpus() -> None:
     short = samples((0.0, IDLE), (1.0, IDLE), (LAG_S - 0.01, IDLE), (LAG_S, IDLE), (LAG_S + 0.5, IDLE))
     assert gpu_use(short) is None
-    assert gpu_use([*short, Sample(LAG_S + 1.0, IDLE)]) is not None
+    assert gpu_use([*short, GpuSample(LAG_S + 1.0, IDLE)]) is not None
     assert gpu_use([]) is None
 
 
@@ -114,7 +114,7 @@ async def test_sampling_goes_on_while_the_stage_runs() -> None:
         now += 1.0
         return now
 
-    async with asyncio.timeout(20), metered(status, interval_s=0.001, clock=clock) as taken:
+    async with asyncio.timeout(20), sample_gpus(status, interval_s=0.001, clock=clock) as taken:
         for _ in range(5):
             await asked.get()
     assert len(taken) >= 6, "at the end once more"
@@ -129,6 +129,6 @@ async def test_a_stage_that_fails_ends_the_sampling() -> None:
         return IDLE
 
     with pytest.raises(ExceptionGroup) as caught:
-        async with metered(status, interval_s=0.001):
+        async with sample_gpus(status, interval_s=0.001):
             raise ZeroDivisionError
     assert caught.group_contains(ZeroDivisionError)

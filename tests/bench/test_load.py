@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from gpumesh.backends.base import ChatRequest, Chunk, Counters
+from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
 from gpumesh.bench.load import (
-    Outcome,
-    Record,
+    RequestOutcome,
+    RequestRecord,
     StageRun,
     judge_client,
     run_interleaved,
     run_stage,
 )
-from gpumesh.bench.scenarios import Planned, Stage, StageKind
+from gpumesh.bench.scenarios import PlannedRequest, Stage, StageKind
 from gpumesh.errors import BackendUnreachable, StreamCut
 from tests.bench.made import CHAT, stage
 
@@ -71,7 +71,7 @@ class Server:
             yield Chunk(text=f"word{piece}")
             if number in self.cut:
                 raise StreamCut("the answer stopped short", node="alpha")
-        counters = Counters(prompt_tokens=5, tokens=9, total_ms=3.0, eval_ms=2.0) if self.counted else None
+        counters = ServerCounters(prompt_tokens=5, tokens=9, total_ms=3.0, eval_ms=2.0) if self.counted else None
         yield Chunk(done=True, done_reason="length", counters=counters)
 
 
@@ -82,13 +82,19 @@ async def turns() -> None:
 
 
 async def test_a_request_from_its_sending_to_its_end() -> None:
-    seen: list[Record] = []
+    seen: list[RequestRecord] = []
     server = Server()
     done = await run_stage(server, stage(count=1), on_record=seen.append)
     assert isinstance(done, StageRun)
     (only,) = done.records
     assert seen == [only]
-    assert (only.stage, only.index, only.outcome, only.node, only.attempts) == ("mesh", 0, Outcome.SERVED, "alpha", 2)
+    assert (only.stage, only.index, only.outcome, only.node, only.attempts) == (
+        "mesh",
+        0,
+        RequestOutcome.SERVED,
+        "alpha",
+        2,
+    )
     assert 0 <= only.intended_s == only.sent_s < only.arrivals_s[0] < only.arrivals_s[-1] <= only.ended_s
     assert len(only.arrivals_s) == PIECES, "the frame without text is no arrival"
     assert (only.tokens, only.counted_pieces, only.prompt_tokens, only.done_reason) == (9, False, 5, "length")
@@ -125,7 +131,12 @@ async def test_more_places_than_requests() -> None:
 
 async def test_what_fails_is_a_record_and_the_others_go_on() -> None:
     done = await run_stage(Server(fail=frozenset({1}), cut=frozenset({2})), stage(count=4))
-    assert [one.outcome for one in done.records] == [Outcome.SERVED, Outcome.FAILED, Outcome.CUT, Outcome.SERVED]
+    assert [one.outcome for one in done.records] == [
+        RequestOutcome.SERVED,
+        RequestOutcome.FAILED,
+        RequestOutcome.CUT,
+        RequestOutcome.SERVED,
+    ]
     failed, cut = done.records[1:3]
     assert (failed.error_code, failed.error, failed.node, failed.tokens) == (
         BackendUnreachable.code,
@@ -162,7 +173,7 @@ class Time:
 
 
 def open_stage(*moments: float) -> Stage:
-    return Stage("replay", StageKind.TRACE, tuple(Planned(CHAT, at_s=at) for at in moments), concurrency=None)
+    return Stage("replay", StageKind.TRACE, tuple(PlannedRequest(CHAT, at_s=at) for at in moments), concurrency=None)
 
 
 async def test_an_open_loop_sends_at_the_moments_that_were_meant() -> None:
@@ -244,7 +255,7 @@ class Away:
 
 
 async def test_a_node_is_away_for_the_middle_third() -> None:
-    seen: list[Record] = []
+    seen: list[RequestRecord] = []
     away = Away(lambda: len(seen))
     done = await run_stage(Server(), stage(count=9, disturb=True), on_record=seen.append, disturbance=away)
     assert away.begun is not None

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import Record
+from gpumesh.bench.load import RequestRecord
 from gpumesh.bench.report import MAX_POINTS, report_html
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario, StageKind
 from gpumesh.bench.stats import Objective
-from gpumesh.bench.summary import StageResult, summarize
-from tests.bench.made import failed, ran, record, result, stage, summarized
+from gpumesh.bench.summary import StageResult, summarize_stage
+from tests.bench.made import failed_record, make_stage_run, record, result, stage, summarize_only
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x1b]0;owned\x07\u202e"
 
@@ -52,7 +52,7 @@ class Page(HTMLParser):
             self.words.append(data.strip())
 
 
-def page(made: BenchResult, records: tuple[Record, ...] = ()) -> Page:
+def page(made: BenchResult, records: tuple[RequestRecord, ...] = ()) -> Page:
     text = report_html(made, records)
     parsed = Page(text)
     assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", text), "it needs nothing else"
@@ -63,7 +63,7 @@ def page(made: BenchResult, records: tuple[Record, ...] = ()) -> Page:
 
 def measured(name: str = "mesh", **changes: Any) -> StageResult:
     records = [record(number, server_ms=180.0) for number in range(12)]
-    return replace(summarized(ran(*records, of=stage(name), duration_s=3.0)), **changes)
+    return replace(summarize_only(make_stage_run(*records, of=stage(name), duration_s=3.0)), **changes)
 
 
 def test_a_page_that_forbids_itself_to_load_or_run_anything() -> None:
@@ -101,17 +101,21 @@ def test_each_scenario_has_its_page(scenario: Scenario) -> None:
 
 def test_rooms_that_only_some_have() -> None:
     nodes = [
-        summarized(ran(record(stage=name), of=stage(name, kind=StageKind.NODE, node=name)))
+        summarize_only(make_stage_run(record(stage=name), of=stage(name, kind=StageKind.NODE, node=name)))
         for name in ("iceland", "moon")
     ]
-    (mesh,) = summarize(ran(record(), failed(1)), Objective(), GpuUse(2, 9, 80.0, 600.0, 1200.0, 16000))
+    (mesh,) = summarize_stage(
+        make_stage_run(record(), failed_record(1)), Objective(), GpuUse(2, 9, 80.0, 600.0, 1200.0, 16000)
+    )
     parsed = page(result(*nodes, mesh))
     assert parsed.headings[3:] == ["Scaling", "Who served what", "GPUs", "What failed", "Conditions"]
     assert "no answer" in parsed.words
 
 
 def test_failover_shows_its_parts() -> None:
-    one = summarized(ran(record(), record(1, sent_s=1.0), disturbed_s=(0.5, 1.0), disturbance="iceland drained"))
+    one = summarize_only(
+        make_stage_run(record(), record(1, sent_s=1.0), disturbed_s=(0.5, 1.0), disturbance="iceland drained")
+    )
     parsed = page(result(one, scenario=Scenario.FAILOVER))
     assert "iceland drained" in parsed.headings
     assert "longest gap ms" in parsed.words
@@ -124,7 +128,9 @@ def test_overhead_begins_with_what_the_way_costs() -> None:
         record(number, stage="iceland", route=route, tokens=1, server_ms=95.0, ttft_ms=ms)
         for number, (route, ms) in enumerate([("tunnel", 96.0), ("mesh", 97.5)] * 2)
     ]
-    parsed = page(result(*summarize(ran(*routes, of=of), Objective()), scenario=Scenario.OVERHEAD), tuple(routes))
+    parsed = page(
+        result(*summarize_stage(make_stage_run(*routes, of=of), Objective()), scenario=Scenario.OVERHEAD), tuple(routes)
+    )
     assert parsed.headings[1] == "What the way costs"
     assert "1.50" in parsed.words
     assert "Outside the server: the way there and back" in parsed.words
@@ -145,8 +151,10 @@ def test_a_long_run_does_not_make_a_slow_page() -> None:
 
 
 def test_what_hosts_say_stays_text() -> None:
-    bad = failed(1, error=HOSTILE, node=HOSTILE)
-    one = summarized(ran(record(node=HOSTILE), bad, of=stage(HOSTILE), disturbed_s=(0.1, 0.2), disturbance=HOSTILE))
+    bad = failed_record(1, error=HOSTILE, node=HOSTILE)
+    one = summarize_only(
+        make_stage_run(record(node=HOSTILE), bad, of=stage(HOSTILE), disturbed_s=(0.1, 0.2), disturbance=HOSTILE)
+    )
     made = result(one, notes=(HOSTILE,))
     (node,) = made.environment.nodes
     hostile = replace(node, name=HOSTILE, gpus=(HOSTILE,), version=HOSTILE, backend=HOSTILE, transport=HOSTILE)

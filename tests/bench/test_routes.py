@@ -10,10 +10,10 @@ from gpumesh.backends.base import ChatRequest, Chunk, Message
 from gpumesh.bench.routes import HttpRoute, http_session
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import BackendKind
-from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole
+from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
 
 CHAT = ChatRequest("qwen2.5:7b", (Message("user", "Hello"),), {"num_predict": 5, "temperature": 0}, think=False)
 
@@ -36,7 +36,7 @@ async def asked(
 
 @pytest.mark.parametrize("kind", BackendKind)
 async def test_an_answer_of_either_kind_of_server(kind: BackendKind) -> None:
-    async with StandIn(profile.fast()) as server:
+    async with SimOllama(profile.make_instant_host()) as server:
         pieces = await asked(server.url, kind=kind)
     assert sum(bool(piece.text) for piece in pieces) == 5
     assert pieces[-1].done
@@ -45,14 +45,14 @@ async def test_an_answer_of_either_kind_of_server(kind: BackendKind) -> None:
 
 
 async def test_a_refusal_has_the_servers_own_words() -> None:
-    async with StandIn(profile.fast(models=())) as server:
+    async with SimOllama(profile.make_instant_host(models=())) as server:
         with pytest.raises(BackendStatus, match=r"qwen2\.5:7b") as caught:
             await asked(server.url)
     assert (caught.value.status, caught.value.node) == (404, "alpha")
 
 
 async def test_an_answer_that_stops_short() -> None:
-    async with StandIn(profile.fast()) as server:
+    async with SimOllama(profile.make_instant_host()) as server:
         await server.set_faults(Faults(cut_after_tokens=2))
         with pytest.raises(StreamCut):
             await asked(server.url)
@@ -74,7 +74,7 @@ async def test_nobody_and_silence() -> None:
     assert caught.value.node == "alpha"
 
     async def say_nothing(exchange: Exchange) -> None:
-        await exchange.client_gone()
+        await exchange.wait_client_gone()
 
     async with serve(say_nothing) as server:
         with pytest.raises(BackendUnreachable, match="no answer"):
@@ -83,7 +83,7 @@ async def test_nobody_and_silence() -> None:
 
 async def test_a_redirect_is_not_followed() -> None:
     async def elsewhere(exchange: Exchange) -> None:
-        await exchange.send(whole(b"", status="307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/"))
+        await exchange.send(whole_response(b"", status="307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/"))
 
     async with serve(elsewhere) as server:
         with pytest.raises(BackendStatus):
@@ -92,7 +92,7 @@ async def test_a_redirect_is_not_followed() -> None:
 
 async def test_what_the_gateway_is_told() -> None:
     async def refuse(exchange: Exchange) -> None:
-        await exchange.send(whole(b'{"error": "no"}', status="400 Bad Request"))
+        await exchange.send(whole_response(b'{"error": "no"}', status="400 Bad Request"))
 
     async def heads(*, gateway: bool, node: str | None) -> str:
         async with serve(refuse) as server:

@@ -14,21 +14,30 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest
 from gpumesh.bench import run as bench
-from gpumesh.bench.load import Answering, Record, Send
-from gpumesh.bench.routes import Keys
-from gpumesh.bench.run import Finished, has_model, usable_nodes
-from gpumesh.bench.scenarios import Plan, Scenario, Settings, Stage, StageKind
+from gpumesh.bench.load import AnswerStream, RequestRecord, SendPrompt
+from gpumesh.bench.routes import ApiKeys
+from gpumesh.bench.run import BenchOutput, has_model, usable_nodes
+from gpumesh.bench.scenarios import BenchSettings, Plan, Scenario, Stage, StageKind
 from gpumesh.bench.summary import StageResult
 from gpumesh.bench.traces import TracedRequest
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.gateway.app import Gateway
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.state import BackendPhase, BackendState, GatewayState, Health, MeshState, NodeState, TunnelState, total
-from tests.mesh.meshes import MODEL, Running, host, meshed, node, running
+from gpumesh.state import (
+    BackendPhase,
+    BackendState,
+    GatewayState,
+    Health,
+    MeshState,
+    NodeState,
+    TunnelState,
+    compute_totals,
+)
+from tests.mesh.meshes import MODEL, RunningMesh, host, mesh_of_hosts, mesh_of_nodes, node
 
-SOON = Settings(MODEL, requests=3, tokens=4)
+SOON = BenchSettings(MODEL, requests=3, tokens=4)
 
 
 @dataclass
@@ -40,8 +49,8 @@ class Target:
     drained: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
 
-    def send(self) -> Send:
-        def send(request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]:
+    def send(self) -> SendPrompt:
+        def send(request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
             return self.mesh.chat(request, node=node)
 
         return send
@@ -64,33 +73,35 @@ class Heard:
 
     plans: list[Plan] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestRecord] = field(default_factory=list)
 
-    def planned(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         self.plans.append(plan)
 
-    def stage(self, stage: Stage) -> None:
+    def start_stage(self, stage: Stage) -> None:
         self.stages.append(stage.name)
 
-    def record(self, record: Record) -> None:
+    def add_record(self, record: RequestRecord) -> None:
         self.records.append(record)
 
 
 @asynccontextmanager
-async def two(**gateway: Any) -> AsyncIterator[Running]:
-    async with running(host("alpha"), host("beta", tokens_per_s=500.0), port=0, **gateway) as made:
+async def two(**gateway: Any) -> AsyncIterator[RunningMesh]:
+    async with mesh_of_hosts(host("alpha"), host("beta", tokens_per_s=500.0), port=0, **gateway) as made:
         yield made
 
 
 async def ran(
-    made: Running, scenario: Scenario, settings: Settings = SOON, *, heard: Heard | None = None, **options: Any
-) -> Finished:
+    made: RunningMesh, scenario: Scenario, settings: BenchSettings = SOON, *, heard: Heard | None = None, **options: Any
+) -> BenchOutput:
     target = options.pop("target", None) or Target(made.mesh)
     async with asyncio.timeout(50):
-        return await bench.run(target, scenario, settings, progress=heard or Heard(), rng=Random(1), **options)
+        return await bench.run_benchmark(
+            target, scenario, settings, progress=heard or Heard(), rng=Random(1), **options
+        )
 
 
-def named(done: Finished, name: str) -> StageResult:
+def named(done: BenchOutput, name: str) -> StageResult:
     (found,) = [stage for stage in done.result.stages if stage.name == name]
     return found
 
@@ -99,7 +110,7 @@ async def test_quick_measures_each_node_and_all() -> None:
     heard = Heard()
     async with two() as made:
         done = await ran(made, Scenario.QUICK, heard=heard)
-        assert made.settled()
+        assert made.wait_settled()
         counted = {name: host.counters.finished for name, host in made.hosts.items()}
     assert heard.stages == ["warm-up", "alpha", "beta", "mesh"]
     assert heard.plans[0].total == len(heard.records) == len(done.records) == 2 + 3 + 3 + 6
@@ -122,20 +133,20 @@ async def test_quick_measures_each_node_and_all() -> None:
 @pytest.mark.slow
 async def test_rates_are_those_that_were_set() -> None:
     async with two() as made:
-        done = await ran(made, Scenario.QUICK, Settings(MODEL, requests=3, tokens=100))
+        done = await ran(made, Scenario.QUICK, BenchSettings(MODEL, requests=3, tokens=100))
     assert named(done, "alpha").rates.server.p50 == pytest.approx(1000.0, rel=0.03)
     assert named(done, "beta").rates.server.p50 == pytest.approx(500.0, rel=0.03)
 
 
 async def test_sweep_and_scale() -> None:
     async with two() as made:
-        swept = await ran(made, Scenario.SWEEP, Settings(MODEL, requests=2, tokens=2, concurrency=(1, 3)))
+        swept = await ran(made, Scenario.SWEEP, BenchSettings(MODEL, requests=2, tokens=2, concurrency=(1, 3)))
         assert [(stage.name, stage.concurrency, stage.served) for stage in swept.result.stages] == [
             ("c=1", 1, 10),
             ("c=3", 3, 10),
         ]
         assert swept.result.scaling is None
-        scaled = await ran(made, Scenario.SCALE, Settings(MODEL, requests=4, tokens=2, concurrency=(2,)))
+        scaled = await ran(made, Scenario.SCALE, BenchSettings(MODEL, requests=4, tokens=2, concurrency=(2,)))
     assert [(stage.name, stage.concurrency, stage.served) for stage in scaled.result.stages] == [
         ("alpha", 2, 6),
         ("beta", 2, 6),
@@ -170,14 +181,14 @@ async def test_a_gateway_that_wants_a_key_gets_it(monkeypatch: pytest.MonkeyPatc
     async with two(api_key_env="MESH_KEY") as made, Gateway(made.mesh):
         refused = await ran(made, Scenario.OVERHEAD)
         assert [stage.failed for stage in refused.result.stages] == [0, 0, 3] * 2
-        opened = await ran(made, Scenario.OVERHEAD, keys=Keys(gateway="open sesame"))
+        opened = await ran(made, Scenario.OVERHEAD, keys=ApiKeys(gateway="open sesame"))
     assert opened.result.failed == 0
 
 
 async def test_failover_drains_a_node_and_gives_it_back() -> None:
     async with two() as made:
         target = Target(made.mesh)
-        done = await ran(made, Scenario.FAILOVER, Settings(MODEL, requests=30, tokens=8), target=target)
+        done = await ran(made, Scenario.FAILOVER, BenchSettings(MODEL, requests=30, tokens=8), target=target)
         assert [one.health for one in made.mesh.snapshot().nodes] == [Health.HEALTHY, Health.HEALTHY]
     assert len(target.drained) == 1
     assert target.resumed == target.drained
@@ -191,7 +202,7 @@ async def test_failover_drains_a_node_and_gives_it_back() -> None:
 async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests() -> None:
     async with two() as made:
         target = Target(made.mesh)
-        slow = Settings(MODEL, requests=200, tokens=20)
+        slow = BenchSettings(MODEL, requests=200, tokens=20)
         running = asyncio.create_task(ran(made, Scenario.FAILOVER, slow, target=target))
         while not target.drained:
             await asyncio.sleep(0.005)
@@ -200,14 +211,14 @@ async def test_a_run_that_is_cancelled_gives_the_node_back_and_ends_its_requests
             await running
         assert target.resumed == target.drained
         async with asyncio.timeout(20):
-            while not made.settled():
+            while not made.wait_settled():
                 await asyncio.sleep(0.005)
 
 
 async def test_replay_keeps_the_traces_times() -> None:
     trace = [TracedRequest(at / 20, 20 + at, 1 + at % 3) for at in range(8)]
     async with two() as made:
-        done = await ran(made, Scenario.REPLAY, Settings(MODEL, speed=2.0), trace=trace)
+        done = await ran(made, Scenario.REPLAY, BenchSettings(MODEL, speed=2.0), trace=trace)
     (stage,) = done.result.stages
     assert (stage.kind, stage.concurrency, stage.served) == (StageKind.TRACE, None, 8)
     records = [record for record in done.records if record.stage == "replay"]
@@ -218,7 +229,7 @@ async def test_replay_keeps_the_traces_times() -> None:
 
 async def test_one_node_as_if_it_were_the_mesh() -> None:
     async with two() as made:
-        done = await ran(made, Scenario.SWEEP, Settings(MODEL, tokens=2, concurrency=(2,)), only="beta")
+        done = await ran(made, Scenario.SWEEP, BenchSettings(MODEL, tokens=2, concurrency=(2,)), only="beta")
         assert {record.node for record in done.records} == {"beta"}
         assert made.hosts["alpha"].counters.started == 0
         with pytest.raises(UsageError, match="there is no node 'gamma'"):
@@ -239,11 +250,11 @@ async def test_a_node_that_fails_is_in_the_result() -> None:
 
 
 async def test_nobody_who_could() -> None:
-    async with two() as made, StandIn(host("gamma")) as other:
+    async with two() as made, SimOllama(host("gamma")) as other:
         with pytest.raises(NoNodeError, match="no node can serve 'llama3'"):
-            await ran(made, Scenario.QUICK, Settings("llama3"))
-        async with meshed(node("gamma", other.url), node("gone", "http://127.0.0.1:9")) as half:
-            done = await ran(half, Scenario.QUICK, Settings(MODEL, requests=1, tokens=1))
+            await ran(made, Scenario.QUICK, BenchSettings("llama3"))
+        async with mesh_of_nodes(node("gamma", other.url), node("gone", "http://127.0.0.1:9")) as half:
+            done = await ran(half, Scenario.QUICK, BenchSettings(MODEL, requests=1, tokens=1))
             assert [stage.name for stage in done.result.stages] == ["gamma", "mesh"]
             assert any(note.startswith("gone is not measured: ") for note in done.result.notes)
             assert done.result.scaling is None, "one node has nothing to scale with"
@@ -273,5 +284,5 @@ def test_who_can_be_measured() -> None:
         one("down", Health.DOWN, BackendPhase.DOWN, ("m:latest",)),
         one("draining", Health.DRAINING, BackendPhase.UP, ("m:latest",)),
     )
-    state = MeshState("home", datetime(2026, 11, 24, tzinfo=UTC), GatewayState(), total(nodes), nodes, ())
+    state = MeshState("home", datetime(2026, 11, 24, tzinfo=UTC), GatewayState(), compute_totals(nodes), nodes, ())
     assert [found.name for found in usable_nodes(state, "m")] == ["fine", "slow", "silent"]

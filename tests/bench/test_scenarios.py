@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from gpumesh.bench.scenarios import (
+    BenchSettings,
     NodeFacts,
     Plan,
-    Prompts,
+    PromptFactory,
     Scenario,
-    Settings,
     Stage,
     StageKind,
-    plan,
+    plan_stages,
 )
 from gpumesh.bench.traces import TracedRequest
 from gpumesh.errors import UsageError
@@ -28,9 +28,9 @@ TRACE = (
 )
 
 
-def planned(scenario: Scenario, settings: Settings | None = None, **options: Any) -> Plan:
+def planned(scenario: Scenario, settings: BenchSettings | None = None, **options: Any) -> Plan:
     nodes = options.pop("nodes", NODES)
-    return plan(scenario, settings or Settings("m"), nodes, rng=Random(7), **options)
+    return plan_stages(scenario, settings or BenchSettings("m"), nodes, rng=Random(7), **options)
 
 
 def shape(stage: Stage) -> tuple[str, StageKind, int, int | None]:
@@ -59,7 +59,7 @@ def test_quick_is_each_node_alone_and_then_all() -> None:
     assert {one.node for one in made.stages[1].requests} == {"alpha"}
     assert {one.node for one in made.stages[3].requests} == {None}, "the mesh chooses"
     assert made.total == 42
-    fewer = planned(Scenario.QUICK, Settings("m", requests=3, concurrency=(5,)))
+    fewer = planned(Scenario.QUICK, BenchSettings("m", requests=3, concurrency=(5,)))
     assert [shape(stage)[2:] for stage in fewer.stages[1:]] == [(3, 1), (3, 1), (6, 5)]
 
 
@@ -70,7 +70,7 @@ def test_sweep_has_a_stage_for_each_level_with_enough_requests() -> None:
         ("c=4", StageKind.MESH, 12, 4),
         ("c=8", StageKind.MESH, 24, 8),
     ]
-    chosen = planned(Scenario.SWEEP, Settings("m", requests=100, concurrency=(3, 64)))
+    chosen = planned(Scenario.SWEEP, BenchSettings("m", requests=100, concurrency=(3, 64)))
     assert [shape(stage)[2:] for stage in chosen.stages[1:]] == [(100, 3), (192, 64)]
 
 
@@ -80,7 +80,7 @@ def test_scale_loads_each_node_as_it_can_and_the_mesh_with_the_sum() -> None:
         ("beta", StageKind.NODE, 12, 4),
         ("mesh", StageKind.MESH, 22, 5),
     ]
-    chosen = planned(Scenario.SCALE, Settings("m", concurrency=(3,)))
+    chosen = planned(Scenario.SCALE, BenchSettings("m", concurrency=(3,)))
     assert [stage.concurrency for stage in chosen.stages[1:]] == [3, 3, 6]
 
 
@@ -104,11 +104,11 @@ def test_failover_takes_a_node_away_from_a_steady_load() -> None:
 
 
 def test_replay_sends_when_the_trace_did() -> None:
-    (stage,) = planned(Scenario.REPLAY, Settings("m", speed=2.0), trace=TRACE).stages[1:]
+    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", speed=2.0), trace=TRACE).stages[1:]
     assert stage.open_loop
     assert [one.at_s for one in stage.requests] == [0.0, 0.25, 2.0]
     assert [one.chat.options["num_predict"] for one in stage.requests] == [5, 7, 9]
-    (short,) = planned(Scenario.REPLAY, Settings("m", requests=2), trace=TRACE).stages[1:]
+    (short,) = planned(Scenario.REPLAY, BenchSettings("m", requests=2), trace=TRACE).stages[1:]
     assert len(short.requests) == 2
     with pytest.raises(UsageError, match="needs a trace"):
         planned(Scenario.REPLAY)
@@ -123,19 +123,19 @@ def test_replay_shares_what_the_trace_shares_and_nothing_else() -> None:
     assert words["first"] == pytest.approx(600 / 1.3, rel=0.05)
     assert words["second"] == pytest.approx(1100 / 1.3, rel=0.05)
     assert first.split()[400:] != second.split()[400 : words["first"]], "their second blocks differ"
-    (again,) = plan(Scenario.REPLAY, Settings("m"), NODES, rng=Random(8), trace=TRACE).stages[1:]
+    (again,) = plan_stages(Scenario.REPLAY, BenchSettings("m"), NODES, rng=Random(8), trace=TRACE).stages[1:]
     assert prompt(again, 0) != first, "what an earlier run left in a cache is of no use"
     assert prompt(again, 0).split()[1:] == first.split()[1:], "but it is the same load"
 
 
 def test_what_is_replayed_fits_the_context() -> None:
-    (stage,) = planned(Scenario.REPLAY, Settings("m", max_context=2048), trace=TRACE).stages[1:]
+    (stage,) = planned(Scenario.REPLAY, BenchSettings("m", max_context=2048), trace=TRACE).stages[1:]
     assert len(prompt(stage, 2).split()) == pytest.approx(2048 / 1.3, rel=0.05)
 
 
 def test_each_prompt_begins_with_a_nonce_of_its_own() -> None:
-    prompts = Prompts(Settings("m", prompt_tokens=100, tokens=9, think=True, seed=3), Random(1))
-    first, second = prompts.fresh(), prompts.fresh()
+    prompts = PromptFactory(BenchSettings("m", prompt_tokens=100, tokens=9, think=True, seed=3), Random(1))
+    first, second = prompts.make_prompt(), prompts.make_prompt()
     said = [one.messages[0].content for one in (first, second)]
     assert said[0][:10] != said[1][:10], "no prefix cache can help"
     assert (first.model, first.think, first.stream) == ("m", True, True)
@@ -144,25 +144,27 @@ def test_each_prompt_begins_with_a_nonce_of_its_own() -> None:
 
 
 def test_the_same_seed_makes_the_same_load_but_for_the_nonce() -> None:
-    one, two = (Prompts(Settings("m", seed=5), Random(number)).fresh().messages[0].content for number in (1, 2))
+    one, two = (
+        PromptFactory(BenchSettings("m", seed=5), Random(number)).make_prompt().messages[0].content for number in (1, 2)
+    )
     assert one != two
     assert one.partition("]")[2] == two.partition("]")[2]
-    other = Prompts(Settings("m", seed=6), Random(1)).fresh().messages[0].content
+    other = PromptFactory(BenchSettings("m", seed=6), Random(1)).make_prompt().messages[0].content
     assert other.partition("]")[2] != one.partition("]")[2]
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (Settings("m", requests=0), "-n must be at least 1, not 0"),
-        (Settings("m", tokens=0), "--tokens"),
-        (Settings("m", prompt_tokens=0), "--prompt-tokens"),
-        (Settings("m", prompt_tokens=200_001), "--prompt-tokens can be 200000 at most"),
-        (Settings("m", concurrency=(4, 0)), "-c"),
-        (Settings("m", speed=0.0), "--speed"),
+        (BenchSettings("m", requests=0), "-n must be at least 1, not 0"),
+        (BenchSettings("m", tokens=0), "--tokens"),
+        (BenchSettings("m", prompt_tokens=0), "--prompt-tokens"),
+        (BenchSettings("m", prompt_tokens=200_001), "--prompt-tokens can be 200000 at most"),
+        (BenchSettings("m", concurrency=(4, 0)), "-c"),
+        (BenchSettings("m", speed=0.0), "--speed"),
     ],
 )
-def test_what_cannot_be_run_is_told(settings: Settings, told: str) -> None:
+def test_what_cannot_be_run_is_told(settings: BenchSettings, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         planned(Scenario.QUICK, settings)
 

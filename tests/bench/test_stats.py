@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.bench.stats import (
-    Spread,
-    allowed,
+    SampleSummary,
     gaps_ms,
     median_interval,
     percentile,
     rate,
     ratio,
-    spread,
+    summarize_sample,
+    supports_percentile,
     tpot_ms,
 )
 
@@ -54,7 +54,7 @@ def test_percentiles_by_hand() -> None:
     ],
 )
 def test_a_percentile_needs_a_value_beyond_it(n: int, share: float, may: bool) -> None:
-    assert allowed(n, share) is may
+    assert supports_percentile(n, share) is may
 
 
 def lower_tail(n: int, rank: int) -> float:
@@ -89,15 +89,17 @@ def test_a_large_sample_does_not_underflow() -> None:
 
 def test_a_spread_by_hand() -> None:
     values = [4.0, None, 1.0, math.nan, 3.0, math.inf, 2.0]
-    assert spread(values) == Spread(n=4, mean=2.5, min=1.0, max=4.0, p50=2.0)
-    assert spread([]) == Spread(0)
-    assert spread([None]) == Spread(0)
-    assert spread([5.0]) == Spread(n=1, mean=5.0, min=5.0, max=5.0), "one value has no median of a distribution"
+    assert summarize_sample(values) == SampleSummary(n=4, mean=2.5, min=1.0, max=4.0, p50=2.0)
+    assert summarize_sample([]) == SampleSummary(0)
+    assert summarize_sample([None]) == SampleSummary(0)
+    assert summarize_sample([5.0]) == SampleSummary(n=1, mean=5.0, min=5.0, max=5.0), (
+        "one value has no median of a distribution"
+    )
 
 
 @given(SAMPLES)
 def test_a_spread_says_only_what_its_sample_allows(values: list[float]) -> None:
-    made = spread(values)
+    made = summarize_sample(values)
     ordered = sorted(values)
     assert made.n == len(values)
     assert (made.min, made.max) == (ordered[0], ordered[-1])

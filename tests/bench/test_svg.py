@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.bench.svg import LEFT, RIGHT, WIDTH, Bar, Range, Series, bars, number, plot, ranges, tick_label, ticks
+from gpumesh.bench.svg import (
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Bar,
+    PlotSeries,
+    Range,
+    draw_bars,
+    draw_points,
+    draw_ranges,
+    format_number,
+    tick_label,
+    ticks,
+)
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 
@@ -56,7 +69,7 @@ def circles(svg: ElementTree.Element) -> list[ElementTree.Element]:
     ],
 )
 def test_three_digits(value: float | None, said: str) -> None:
-    assert number(value) == said
+    assert format_number(value) == said
 
 
 def test_ticks_are_round_and_hold_the_values() -> None:
@@ -78,14 +91,14 @@ def test_ticks_are_few(high: float) -> None:
 
 
 def test_bars() -> None:
-    svg = drawn(bars("Tokens", [Bar("alpha", 100.0), Bar("beta", 50.0), Bar("gamma", None)], "tok/s"))
+    svg = drawn(draw_bars("Tokens", [Bar("alpha", 100.0), Bar("beta", 50.0), Bar("gamma", None)], "tok/s"))
     first, second = svg.iter(f"{NAMESPACE}rect")
     assert float(first.attrib["width"]) == pytest.approx(WIDTH - LEFT - RIGHT)
     assert float(second.attrib["width"]) == pytest.approx(float(first.attrib["width"]) / 2)
     said = texts(svg)
     assert {"alpha", "beta", "gamma", "100", "50.0", "unknown", "tok/s"} <= set(said)
-    assert bars("Tokens", [Bar("alpha", None), Bar("beta", math.nan)], "tok/s") == "", "nothing to draw"
-    assert bars("Tokens", [], "tok/s") == ""
+    assert draw_bars("Tokens", [Bar("alpha", None), Bar("beta", math.nan)], "tok/s") == "", "nothing to draw"
+    assert draw_bars("Tokens", [], "tok/s") == ""
 
 
 def test_ranges() -> None:
@@ -94,19 +107,19 @@ def test_ranges() -> None:
         Range("beta", (("p50", 20.0), ("p90", None), ("p99", None))),
         Range("gamma", (("p50", None), ("p90", None), ("p99", None))),
     ]
-    svg = drawn(ranges("Latency", rows, "ms"))
+    svg = drawn(draw_ranges("Latency", rows, "ms"))
     marks = circles(svg)
     assert [one[0].text for one in marks] == ["alpha: p50 10.0 ms", "alpha: p90 40.0 ms", "beta: p50 20.0 ms"]
     assert [one.attrib["class"] for one in marks] == ["s0", "s1", "s0"]
     said = texts(svg)
     assert said[:2] == ["p50", "p90"], "the legend names what is there, and no more"
     assert {"p90 40.0", "p50 20.0", "unknown", "ms"} <= set(said)
-    assert ranges("Latency", rows[2:], "ms") == ""
+    assert draw_ranges("Latency", rows[2:], "ms") == ""
 
 
 def test_lines_and_points() -> None:
-    series = [Series("p50", ((1.0, 10.0), (2.0, 20.0))), Series("p90", ((1.0, 30.0), (2.0, math.inf)))]
-    svg = drawn(plot("Over concurrency", series, "in flight", "ms", lines=True))
+    series = [PlotSeries("p50", ((1.0, 10.0), (2.0, 20.0))), PlotSeries("p90", ((1.0, 30.0), (2.0, math.inf)))]
+    svg = drawn(draw_points("Over concurrency", series, "in flight", "ms", lines=True))
     (line,) = svg.iter(f"{NAMESPACE}polyline")
     assert line.attrib["class"] == "line s0", "one point makes no line"
     assert [one[0].text for one in circles(svg)] == [
@@ -115,15 +128,15 @@ def test_lines_and_points() -> None:
         "p90: 30.0 ms at 1.00 in flight",
     ]
     assert texts(svg)[-2:] == ["p50", "p90"]
-    alone = drawn(plot("Alone", series[:1], "s", "ms", lines=False))
+    alone = drawn(draw_points("Alone", series[:1], "s", "ms", lines=False))
     assert list(alone.iter(f"{NAMESPACE}polyline")) == []
     assert "p50" not in texts(alone), "one series needs no legend"
-    assert plot("Nothing", [Series("p50", ())], "s", "ms", lines=True) == ""
+    assert draw_points("Nothing", [PlotSeries("p50", ())], "s", "ms", lines=True) == ""
 
 
 def test_many_series_have_no_legend_outside_the_picture() -> None:
-    series = [Series(f"node{number}", ((1.0, float(number)),)) for number in range(12)]
-    svg = drawn(plot("Many", series, "s", "ms", lines=False))
+    series = [PlotSeries(f"node{number}", ((1.0, float(number)),)) for number in range(12)]
+    svg = drawn(draw_points("Many", series, "s", "ms", lines=False))
     assert len(circles(svg)) == 12
 
 
@@ -133,13 +146,13 @@ HOSTILE = "</svg><script>alert(1)</script>\"'&<img onerror=x>"
 @given(st.text(max_size=40))
 def test_whatever_a_host_calls_itself(name: str) -> None:
     safe = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", name)  # what `printable` leaves
-    drawn(bars(safe, [Bar(safe, 1.0)], safe))
-    drawn(ranges(safe, [Range(safe, ((safe, 1.0),))], safe))
-    drawn(plot(safe, [Series(safe, ((1.0, 1.0),)), Series(safe, ((2.0, 1.0),))], safe, safe, lines=True))
+    drawn(draw_bars(safe, [Bar(safe, 1.0)], safe))
+    drawn(draw_ranges(safe, [Range(safe, ((safe, 1.0),))], safe))
+    drawn(draw_points(safe, [PlotSeries(safe, ((1.0, 1.0),)), PlotSeries(safe, ((2.0, 1.0),))], safe, safe, lines=True))
 
 
 def test_markup_stays_text() -> None:
-    svg = drawn(bars(HOSTILE, [Bar(HOSTILE, 1.0)], HOSTILE))
+    svg = drawn(draw_bars(HOSTILE, [Bar(HOSTILE, 1.0)], HOSTILE))
     assert {element.tag.removeprefix(NAMESPACE) for element in svg.iter()} == {"svg", "line", "text", "rect", "title"}
     assert svg.attrib["aria-label"] == HOSTILE
     (label,) = [text for text in texts(svg) if text.endswith("…")]

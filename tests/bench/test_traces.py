@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.bench.traces import TracedRequest, parse
+from gpumesh.bench.traces import TracedRequest, parse_trace
 from gpumesh.errors import UsageError
 
 AZURE = """\
@@ -25,7 +25,7 @@ BESIDE = Path(__file__).parents[2].parent / "shared" / "traces"
 
 
 def read(text: str, **options: int) -> list[TracedRequest]:
-    return parse(text.splitlines(keepends=True), file="trace", **options)
+    return parse_trace(text.splitlines(keepends=True), file="trace", **options)
 
 
 def test_azures_csv() -> None:
@@ -87,7 +87,7 @@ def test_what_is_no_trace_is_told_with_its_line(text: str, told: str) -> None:
 @pytest.mark.parametrize(("name", "count"), [("azure_conv_2023.csv", 19366), ("mooncake_synthetic.jsonl", 3993)])
 def test_the_public_traces(name: str, count: int) -> None:
     with (BESIDE / name).open(encoding="utf-8") as lines:
-        requests = parse(lines, file=name)
+        requests = parse_trace(lines, file=name)
     assert len(requests) == count
     assert [one.at_s for one in requests] == sorted(one.at_s for one in requests)
     assert requests[0].at_s == 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumesh.lab import keys, profile
-from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.lab.profile import HostProfile
 from tests.real.command import Gpumesh
 
@@ -20,7 +20,7 @@ MODEL = "qwen2.5:7b"
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedMesh:
     """``gpumesh`` is the command; ``hosts`` are what it may reach."""
 
     gpumesh: Gpumesh
@@ -34,7 +34,7 @@ class Simulated:
             return {"name": name, "backend": {"url": f"http://127.0.0.1:{host.backend_port}"}, **changes}
         return {
             "name": name,
-            "ssh": {"host": keys.HOST, "port": host.ssh_port},
+            "ssh": {"host": keys.LOOPBACK_HOST, "port": host.ssh_port},
             "backend": {"port": host.profile.backend_port},
             **changes,
         }
@@ -53,7 +53,7 @@ class Simulated:
 
 
 @contextlib.contextmanager
-def command(folder: Path) -> Iterator[Gpumesh]:
+def isolated_command(folder: Path) -> Iterator[Gpumesh]:
     """The command with nothing of this machine's user; its mesh.yaml is still to be written. Nothing may be left."""
     home = folder / "home"
     home.mkdir()
@@ -69,7 +69,7 @@ def command(folder: Path) -> Iterator[Gpumesh]:
 
 
 @contextlib.asynccontextmanager
-async def simulated(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncIterator[Simulated]:
+async def simulated_mesh(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncIterator[SimulatedMesh]:
     """The hosts, and a mesh.yaml of all of them."""
     folder = gpumesh.config.parent
     identity, known_hosts = folder / "id_ed25519", folder / "known_hosts"
@@ -81,18 +81,18 @@ async def simulated(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncIterator[S
     async with contextlib.AsyncExitStack() as stack:
         for each in profiles:
             host_key = keys.new_key()
-            host = SimHost(Start(each, host_key, (keys.public_line(visitor),)))
+            host = SimHost(HostStart(each, host_key, (keys.public_key_line(visitor),)))
             hosts[each.name] = await stack.enter_async_context(host)
             if host.ssh_port is not None:
                 lines.append(keys.known_hosts_line(host_key, host.ssh_port))
         known_hosts.write_text("".join(f"{line}\n" for line in lines))
         ssh = {"user": "root", "identity_file": str(identity), "known_hosts": str(known_hosts), "agent": False}
-        made = Simulated(gpumesh, hosts, ssh)
+        made = SimulatedMesh(gpumesh, hosts, ssh)
         made.write()
         yield made
 
 
-def quick(name: str, **changes: Any) -> HostProfile:
+def quick_host(name: str, **changes: Any) -> HostProfile:
     """A host that answers soon and says little, so that tests are short."""
     usual: dict[str, Any] = {"tokens_per_s": 400.0, "load_s": 0.0, "answer_tokens": (6, 12), "slots": 2, "pull_s": 0.05}
-    return profile.host(name, **{**usual, **changes})
+    return profile.make_host(name, **{**usual, **changes})

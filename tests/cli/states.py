@@ -23,7 +23,7 @@ from gpumesh.state import (
     Severity,
     TunnelPhase,
     TunnelState,
-    total,
+    compute_totals,
 )
 
 AT = datetime(2026, 11, 24, 4, 10, tzinfo=UTC)
@@ -97,7 +97,7 @@ def mesh(*nodes: NodeState, findings: tuple[Finding, ...] = ()) -> MeshState:
         mesh="home",
         at=AT,
         gateway=GatewayState("http://127.0.0.1:11430", GatewayPhase.SERVING, in_flight=1),
-        totals=total(nodes),
+        totals=compute_totals(nodes),
         nodes=nodes,
         findings=findings,
     )

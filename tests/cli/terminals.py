@@ -34,18 +34,18 @@ class Terminal:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def said(self) -> str:
+    def plain_text(self) -> str:
         """Without colours and movements."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.written)
 
-    def received(self, data: bytes) -> None:
+    def add_output(self, data: bytes) -> None:
         self.written += data.decode("utf-8", "replace")
         self._changed.set()
 
-    async def until(self, text: str, *, after: int = 0) -> int:
+    async def wait_for_text(self, text: str, *, after: int = 0) -> int:
         """Returns when ``text`` was written past the place ``after``: the place behind it."""
         async with asyncio.timeout(LIMIT_S):
-            while (place := self.said.find(text, after)) < 0:
+            while (place := self.plain_text.find(text, after)) < 0:
                 self._changed.clear()
                 await self._changed.wait()
         return place + len(text)
@@ -60,13 +60,13 @@ class Terminal:
     def modes(self) -> list[Any]:
         return termios.tcgetattr(self.controller)
 
-    async def ended(self) -> int:
+    async def wait_exit(self) -> int:
         async with asyncio.timeout(LIMIT_S):
             code = await self.process.wait()
         await asyncio.sleep(0)  # what it wrote last is read
         return code
 
-    async def ended_within(self, seconds: float) -> bool:
+    async def exits_within(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
                 await self.process.wait()
@@ -74,7 +74,7 @@ class Terminal:
             return False
         return True
 
-    def as_before(self) -> bool:
+    def is_restored(self) -> bool:
         """Whether modes and screen are as they were."""
         screen = self.written.rfind(LEAVE_SCREEN) >= self.written.rfind(ENTER_SCREEN)
         return self.modes() == self.modes_before and screen and self.written.count("\x1b[?25h") > 0
@@ -116,7 +116,7 @@ async def terminal(
 
         def read() -> None:
             try:
-                made.received(os.read(controller, 65536))
+                made.add_output(os.read(controller, 65536))
             except OSError:  # EIO: nobody has the terminal open any more
                 loop.remove_reader(controller)
 

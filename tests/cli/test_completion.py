@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.lab.profile import QWEN_7B
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import GPUMESH, Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -40,16 +40,18 @@ async def completed(gpumesh: Gpumesh, words: str, **environment: str) -> list[st
 
 
 @pytest.fixture
-async def two_tags(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def two_tags(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     """A running mesh with two models of one family."""
     models = (QWEN_7B, replace(QWEN_7B, name="qwen2.5:14b"))
-    async with simulated(gpumesh, quick("alpha", ssh=False, models=models), quick("beta", ssh=False)) as made:
+    async with simulated_mesh(
+        gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
+    ) as made:
         await gpumesh("up", "-d")
         yield made
         await gpumesh("down")
 
 
-async def test_names_of_nodes_and_models(direct: Simulated) -> None:
+async def test_names_of_nodes_and_models(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     assert await completed(gpumesh, "gpumesh drain ") == ["alpha", "beta"]
     assert await completed(gpumesh, "gpumesh drain b") == ["beta"]
@@ -76,7 +78,7 @@ async def test_names_of_nodes_and_models(direct: Simulated) -> None:
         (["drain", ""], ["alpha", "beta"]),
     ],
 )
-async def test_bash_breaks_words_at_colons(two_tags: Simulated, words: list[str], proposals: list[str]) -> None:
+async def test_bash_breaks_words_at_colons(two_tags: SimulatedMesh, words: list[str], proposals: list[str]) -> None:
     """As bash itself has it: the function that was installed, and ``COMP_WORDS`` broken at each colon."""
     script = """
         eval "$(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION=1 "$1" --show-completion bash)"
@@ -104,7 +106,7 @@ async def test_commands_and_options(gpumesh: Gpumesh) -> None:
     assert await completed(gpumesh, "gpumesh bench run --scenario s") == ["sweep", "scale"]
 
 
-async def test_a_named_file_is_read(direct: Simulated) -> None:
+async def test_a_named_file_is_read(direct: SimulatedMesh) -> None:
     other = direct.gpumesh.home / "other.yaml"
     direct.gpumesh.config.rename(other)
     assert await completed(direct.gpumesh, "gpumesh -c other.yaml drain ") == ["alpha", "beta"]
@@ -119,7 +121,7 @@ async def test_nothing_to_complete_is_no_error(gpumesh: Gpumesh, text: str | Non
     assert await completed(gpumesh, "gpumesh run -m ") == []
 
 
-async def test_nothing_that_mesh_yaml_names_is_run(direct: Simulated) -> None:
+async def test_nothing_that_mesh_yaml_names_is_run(direct: SimulatedMesh) -> None:
     """Not even ssh, which is asked for an alias elsewhere: a ``Match exec`` of ~/.ssh/config may run anything."""
     gpumesh = direct.gpumesh
     ran = gpumesh.home / "ran"
@@ -134,7 +136,7 @@ async def test_nothing_that_mesh_yaml_names_is_run(direct: Simulated) -> None:
     assert not ran.exists()
 
 
-async def test_a_mesh_that_hangs_does_not_hang_the_shell(direct: Simulated) -> None:
+async def test_a_mesh_that_hangs_does_not_hang_the_shell(direct: SimulatedMesh) -> None:
     await direct.gpumesh("up", "-d")
     (pid,) = direct.gpumesh.processes()
     os.kill(pid, signal.SIGSTOP)

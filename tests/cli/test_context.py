@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from gpumesh.cli.context import Settings, late_options, open_session, run
+from gpumesh.cli.context import GlobalOptions, open_session, repeat_global_options, run_async
 from gpumesh.daemon.local_session import LocalSession
 from gpumesh.daemon.remote_session import RemoteSession
 from gpumesh.errors import MeshNotRunning, UsageError
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 from tests.real.command import Gpumesh
 from tests.tunnels import polling
 
@@ -38,9 +38,9 @@ def test_a_result_and_an_interruption() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.Event().wait()
 
-    assert run(good()) == 5
+    assert run_async(good()) == 5
     with pytest.raises(typer.Exit) as caught:
-        run(interrupted())
+        run_async(interrupted())
     assert caught.value.exit_code == 130
 
 
@@ -66,34 +66,34 @@ def test_an_interruption_before_anything_has_begun() -> None:
 
 
 def test_the_options_that_may_stand_behind_a_command() -> None:
-    assert [option.name for option in late_options()] == ["config", "quiet", "verbose"]
-    assert not any(option.expose_value for option in late_options())
+    assert [option.name for option in repeat_global_options()] == ["config", "quiet", "verbose"]
+    assert not any(option.expose_value for option in repeat_global_options())
 
 
 def test_no_mesh_yaml_at_all(tmp_path: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"there is no mesh\.yaml"):
-        Settings().config_file()
+        GlobalOptions().config_file()
     with pytest.raises(UsageError, match="does not exist"):
-        Settings(tmp_path / "nowhere.yaml").paths()
+        GlobalOptions(tmp_path / "nowhere.yaml").paths()
 
 
 @slow
-async def test_the_running_mesh_else_one_of_its_own(direct: Simulated, surroundings: None) -> None:
-    chosen = Settings(direct.gpumesh.config)
+async def test_the_running_mesh_else_one_of_its_own(direct: SimulatedMesh, surroundings: None) -> None:
+    chosen = GlobalOptions(direct.gpumesh.config)
     with pytest.raises(MeshNotRunning, match="no mesh is running"):
         async with open_session(chosen, embed=False):
             pass
     async with open_session(chosen) as session:
         assert isinstance(session, LocalSession)
-        assert len((await session.first_report(20)).nodes) == 2
+        assert len((await session.wait_first_report(20)).nodes) == 2
     await direct.gpumesh("up", "-d")
     for embed in (True, False):
         async with open_session(chosen, embed=embed) as session:
             assert isinstance(session, RemoteSession)
     pids = direct.gpumesh.processes()
     direct.gpumesh.kill_all()
-    await polling.until(lambda: not any(map(polling.alive, pids)), "the mesh is gone")
+    await polling.wait_until(lambda: not any(map(polling.alive, pids)), "the mesh is gone")
     async with open_session(chosen) as session:
         assert isinstance(session, LocalSession), "what a killed mesh left is no obstacle"
     assert direct.gpumesh.sockets() == []

@@ -12,9 +12,9 @@ from gpumesh import config
 from gpumesh.config import environment
 from gpumesh.lab.profile import QWEN_7B
 from gpumesh.printable import printable
-from tests.cli.meshes import Simulated, quick, simulated
-from tests.hostile import NAMES, safe_to_paste
-from tests.real.command import Ended, Gpumesh
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
+from tests.hostile import NAMES, check_safe_to_paste
+from tests.real.command import CommandResult, Gpumesh
 
 pytestmark = [pytest.mark.slow]
 
@@ -24,21 +24,21 @@ GPU = "zed\x1b]0;x\x07 '${GPUMESH_CONFIG}' `touch ran`"
 
 
 @pytest.fixture
-async def hostile(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def hostile(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     models = tuple(replace(QWEN_7B, name=name) for name in (*NAMES, "qwen2.5:7b"))
-    host = quick("alpha", models=models)
+    host = quick_host("alpha", models=models)
     host = replace(host, hostname=EXPANDED, gpus=tuple(replace(gpu, name=GPU) for gpu in host.gpus))
-    async with simulated(gpumesh, host) as made:
+    async with simulated_mesh(gpumesh, host) as made:
         yield made
 
 
-def safe(ended: Ended, mesh: Simulated) -> None:
+def safe(ended: CommandResult, mesh: SimulatedMesh) -> None:
     for text in (ended.out, ended.err):
         assert re.fullmatch(r"[^\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*", text), repr(text)
     assert not (mesh.gpumesh.home / "ran").exists()
 
 
-async def test_what_it_says_is_shown_and_written_as_text(hostile: Simulated) -> None:
+async def test_what_it_says_is_shown_and_written_as_text(hostile: SimulatedMesh) -> None:
     gpumesh = hostile.gpumesh
     for arguments in (
         ("status",),
@@ -54,10 +54,10 @@ async def test_what_it_says_is_shown_and_written_as_text(hostile: Simulated) -> 
     hint = next(line for line in ended.err.splitlines() if "models pull" in line)
     folder = gpumesh.home / "pasted"
     folder.mkdir()
-    safe_to_paste(hint[hint.rindex("pulled to") :], CALLED + "x", folder)
+    check_safe_to_paste(hint[hint.rindex("pulled to") :], CALLED + "x", folder)
 
 
-async def test_mesh_yaml_has_what_it_says_as_it_is(hostile: Simulated) -> None:
+async def test_mesh_yaml_has_what_it_says_as_it_is(hostile: SimulatedMesh) -> None:
     gpumesh = hostile.gpumesh
     wrong = {"hostname": "old", "gpu": "old"}
     hostile.write([hostile.node("alpha", expect=wrong)])

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpumesh import audit
-from gpumesh.audit.changes import changes
+from gpumesh.audit.changes import plan_changes
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.bench.result import environment
+from gpumesh.bench.result import describe_environment
 from gpumesh.cli.commands.models import _table
 from gpumesh.cli.text import json_text
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
-from gpumesh.cli.views.status_table import Look, print_status
+from gpumesh.cli.views.status_table import ViewOptions, print_status
 from gpumesh.cli.views.tables import print_findings
 from gpumesh.errors import ProbeError
 from gpumesh.gateway.observe import exposition, gauges
@@ -31,14 +31,14 @@ from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.models import inventory as models_inventory
 from gpumesh.mesh.models import memory_fit
 from gpumesh.probes.backend import BackendReport, _down, _left_out
-from gpumesh.probes.combined_commands import Said
-from gpumesh.probes.health import judge
-from gpumesh.probes.nvidia_smi import report
+from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.health import assess_health
+from gpumesh.probes.nvidia_smi import build_gpu_report
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS
-from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, total
+from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, compute_totals
 from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Topology
 from gpumesh.wire import status_from_json, status_json
-from tests.absurd import gpu_tables, json_bytes, many, ollama_answers, openai_answers
+from tests.absurd import gpu_tables, json_bytes, make_model_entries, ollama_answers, openai_answers
 from tests.cli.states import AT, gpu, healthy, mesh
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
@@ -73,7 +73,7 @@ def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, proces
     dialect, spec = DIALECTS[kind], BackendSpec(kind)
     given = {name: answers.get(call.path) for name, call in dialect.probe_calls().items()}
     try:
-        inventory = dialect.inventory(
+        inventory = dialect.read_inventory(
             {name: None if document is None else (200, json_bytes(document)) for name, document in given.items()}
         )
         state = BackendState(
@@ -88,9 +88,9 @@ def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, proces
         backend = BackendReport(state, _left_out(inventory, "hostile"), "http://127.0.0.1:1", inventory)
     except ProbeError as error:
         backend = _down(spec, error, "hostile")
-    gpus = report(Said(0, table), Said(0, processes), hostname="box", node="hostile")
+    gpus = build_gpu_report(CommandOutput(0, table), CommandOutput(0, processes), hostname="box", node="hostile")
     tunnel = TunnelState("sshtunnel", TunnelPhase.UP, since=AT, rtt_ms=1.0, local_port=1)
-    health, reason = judge(tunnel, gpus, backend, NodeSpec("hostile", spec, expect=EXPECT), False)
+    health, reason = assess_health(tunnel, gpus, backend, NodeSpec("hostile", spec, expect=EXPECT), False)
     return NodeState(
         "hostile",
         health,
@@ -112,15 +112,15 @@ def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, proces
 @example((BackendKind.OLLAMA, NO_MODELS, row(driver_version="${HOME}`id`", name="\x1b[31m[bold]red"), b""))
 @example((BackendKind.OLLAMA, NO_MODELS, b"\n".join([row()] * 3 + [row(uuid=HONEST.gpus[0].uuid)]), b""))  # type: ignore[index]
 @example((BackendKind.OLLAMA, NO_MODELS, row(), b"GPU-00000000-1111, 999999999999, \x1b]0;x\x07, 9" * 3))
-@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/ps": {"models": many(9_000)}}, row(), b""))
-@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/tags": {"models": many(9_999)}}, row(), b""))
+@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/ps": {"models": make_model_entries(9_000)}}, row(), b""))
+@example((BackendKind.OLLAMA, {**NO_MODELS, "/api/tags": {"models": make_model_entries(9_999)}}, row(), b""))
 def test_all_views_hold(capsys: Any, reported: Reports) -> None:
     hostile = observed(*reported)
     nodes = (hostile, HONEST)
     specs = (NodeSpec("hostile", BackendSpec(reported[0]), expect=EXPECT), NodeSpec("honest", BackendSpec()))
     topology = Topology("home", specs)
-    findings = audit.findings(topology, nodes)
-    state = replace(mesh(*nodes, findings=findings), totals=total(nodes))
+    findings = audit.collect_findings(topology, nodes)
+    state = replace(mesh(*nodes, findings=findings), totals=compute_totals(nodes))
     # documents
     text = json.dumps(status_json(state), ensure_ascii=False, allow_nan=False)
     assert len(text.encode()) < MOST_BYTES
@@ -128,26 +128,26 @@ def test_all_views_hold(capsys: Any, reported: Reports) -> None:
     jsonschema.validate(document, SCHEMA)
     assert status_from_json(document).node("honest") == HONEST
     json_text(document).encode()
-    page = exposition.render(gauges.of_state(state, {}))
+    page = exposition.render(gauges.mesh_families(state, {}))
     families = {family.name: family.samples for family in text_string_to_metric_families(page)}
     assert any(sample.labels["node"] == "honest" for sample in families["gpumesh_gpu_memory_total_bytes"])
     assert sum(map(len, families.values())) < 2000
     # what follows from it
-    made = changes(topology, nodes, findings)
+    made = plan_changes(topology, nodes, findings)
     assert all(change.node == "hostile" for change in made if change.path != ("enabled",))
     recorder = Recorder()
     for step in range(30):
         recorder.add(replace(state, at=AT + timedelta(seconds=step)))
     json.dumps(status_json(state) | {"history": str(recorder.history())}, allow_nan=False)
-    environment(state, embedded=True)
-    memory_fit.words(memory_fit.fits(state))
+    describe_environment(state, embedded=True)
+    memory_fit.format_fits(memory_fit.find_largest_fits(state))
     # what people see
-    for look in (Look(verbose=True), Look(height=12)):
+    for look in (ViewOptions(verbose=True), ViewOptions(height=12)):
         print_status(state, look)
     print_findings(findings)
-    print_comparison(list(audit_rows.rows(topology, nodes, findings)))
-    print_drawing(audit_rows.drawing(topology, nodes))
-    rows = models_inventory.rows(state)
+    print_comparison(list(audit_rows.compare_nodes(topology, nodes, findings)))
+    print_drawing(audit_rows.draw_topology(topology, nodes))
+    rows = models_inventory.list_model_rows(state)
     assert {row.name for row in rows if "honest" in row.nodes} == set(NAMES)
     _table(rows[:200])
     shown = capsys.readouterr().out

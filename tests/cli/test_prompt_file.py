@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.backends.base import Message
-from gpumesh.cli.prompt_file import Prompt, read_options, read_prompts
-from gpumesh.daemon.session import Ask
+from gpumesh.cli.prompt_file import PromptEntry, read_options, read_prompts
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import UsageError
 
 
@@ -29,16 +29,16 @@ def test_what_an_object_may_say() -> None:
     (prompt,) = read_prompts(
         '{"prompt": "p", "model": "m", "system": "s", "node": "n", "options": {"seed": 1}}', name="x"
     )
-    ask = prompt.ask(Ask((), model="other", node="other", options={"seed": 2, "top_k": 3}), "not this")
+    ask = prompt.make_ask(PromptRequest((), model="other", node="other", options={"seed": 2, "top_k": 3}), "not this")
     assert ask.messages == (Message("system", "s"), Message("user", "p"))
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 1, "top_k": 3})
 
 
 def test_what_it_does_not_say_is_what_the_command_line_says() -> None:
-    ask = Prompt("p").ask(Ask((), model="m", node="n", options={"seed": 2}), "s")
+    ask = PromptEntry("p").make_ask(PromptRequest((), model="m", node="n", options={"seed": 2}), "s")
     assert ask.messages == (Message("system", "s"), Message("user", "p"))
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 2})
-    assert Prompt("p").ask(Ask(()), None).messages == (Message("user", "p"),)
+    assert PromptEntry("p").make_ask(PromptRequest(()), None).messages == (Message("user", "p"),)
 
 
 def test_messages_with_images() -> None:

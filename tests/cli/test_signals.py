@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow]
 
@@ -31,9 +31,9 @@ STOPPED = "the gateway was stopped"
 
 
 @pytest.fixture
-async def endless(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
-    host = quick("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000), slots=6)
-    async with simulated(gpumesh, host) as made:
+async def endless(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
+    host = quick_host("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000), slots=6)
+    async with simulated_mesh(gpumesh, host) as made:
         made.write([made.node("alpha", backend={"url": made.node("alpha")["backend"]["url"], "max_parallel": 6})])
         yield made
 
@@ -81,7 +81,7 @@ class Clients:
             )
 
         self.streams = {path: asyncio.create_task(stream(path)) for path in STREAMS}
-        await until(lambda: self._begun == len(STREAMS), "all streams have begun")
+        await wait_until(lambda: self._begun == len(STREAMS), "all streams have begun")
         self.whole = {"/api/chat": ask("/api/chat"), "/v1/messages": ask("/v1/messages")}
         await load(gpumesh, in_flight=6, queued=0)
         self.whole["/v1/chat/completions"] = ask("/v1/chat/completions")
@@ -125,7 +125,9 @@ async def url_of(gpumesh: Gpumesh) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_the_second_tells_every_client_why_it_gets_no_more(endless: Simulated, number: signal.Signals) -> None:
+async def test_the_second_tells_every_client_why_it_gets_no_more(
+    endless: SimulatedMesh, number: signal.Signals
+) -> None:
     gpumesh = endless.gpumesh
     async with AsyncExitStack() as stack:
         process = await stack.enter_async_context(gpumesh.started("up"))
@@ -140,12 +142,12 @@ async def test_the_second_tells_every_client_why_it_gets_no_more(endless: Simula
         async with asyncio.timeout(20):
             assert await process.wait() == 130
         assert time.monotonic() - began < 8.0, "and not for the ten seconds that draining may take"
-    await until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generations have stopped")
+    await wait_until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generations have stopped")
     assert gpumesh.sockets() == []
 
 
 @pytest.mark.parametrize("way", ["down", "SIGTERM"])
-async def test_in_the_background_too(endless: Simulated, way: str) -> None:
+async def test_in_the_background_too(endless: SimulatedMesh, way: str) -> None:
     gpumesh = endless.gpumesh
     await gpumesh("up", "-d")
     (pid,) = gpumesh.processes()
@@ -165,11 +167,11 @@ async def test_in_the_background_too(endless: Simulated, way: str) -> None:
             await ended
             async with asyncio.timeout(20):
                 assert await first.wait() == 0
-        await until(lambda: not gpumesh.processes(), "it has ended")
+        await wait_until(lambda: not gpumesh.processes(), "it has ended")
     assert gpumesh.sockets() == []
 
 
-async def test_the_third_ends_it_at_once(endless: Simulated) -> None:
+async def test_the_third_ends_it_at_once(endless: SimulatedMesh) -> None:
     gpumesh = endless.gpumesh
     async with AsyncExitStack() as stack:
         process = await stack.enter_async_context(gpumesh.started("up"))
@@ -185,12 +187,12 @@ async def test_the_third_ends_it_at_once(endless: Simulated) -> None:
         async with asyncio.timeout(20):
             assert await process.wait() in (130, 143)
         await asyncio.gather(*clients.streams.values(), *clients.whole.values(), return_exceptions=True)
-    await until(lambda: not gpumesh.processes(), "nothing of it is left")
+    await wait_until(lambda: not gpumesh.processes(), "nothing of it is left")
 
 
 async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh: Gpumesh) -> None:
-    host = quick("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(30, 30))
-    async with simulated(gpumesh, host), gpumesh.started("up") as process:
+    host = quick_host("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(30, 30))
+    async with simulated_mesh(gpumesh, host), gpumesh.started("up") as process:
         url = await url_of(gpumesh)
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             body = {"model": MODEL, "messages": MESSAGES}
@@ -207,7 +209,7 @@ async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
-async def test_run_ends_what_it_began(endless: Simulated, number: signal.Signals, many: bool) -> None:
+async def test_run_ends_what_it_began(endless: SimulatedMesh, number: signal.Signals, many: bool) -> None:
     """In a mesh of its own: the generation on the host stops, and the part of an answer that was there is a line."""
     gpumesh = endless.gpumesh
     arguments = ("run", "-f", "-") if many else ("run", "go on")
@@ -216,7 +218,7 @@ async def test_run_ends_what_it_began(endless: Simulated, number: signal.Signals
             assert process.stdin is not None
             process.stdin.write(b"go on\nand on\n")
             process.stdin.close()
-        await until(lambda: endless.hosts["alpha"].counters.in_flight >= 1 + many, "it is under way")
+        await wait_until(lambda: endless.hosts["alpha"].counters.in_flight >= 1 + many, "it is under way")
         process.send_signal(number)
         async with asyncio.timeout(20):
             assert await process.wait() == 128 + number
@@ -225,4 +227,4 @@ async def test_run_ends_what_it_began(endless: Simulated, number: signal.Signals
             out, err = await process.stdout.read(), await process.stderr.read()
     assert b"Traceback" not in err
     assert not out or out.endswith(b"\n")
-    await until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generation has stopped")
+    await wait_until(lambda: endless.hosts["alpha"].counters.in_flight == 0, "the generation has stopped")

@@ -35,7 +35,7 @@ def test_json_is_still_json_and_safe_to_show() -> None:
     ("value", "shown"), [(None, "?"), (0, "0.0"), (5632, "5.5"), (24564, "24.0"), (102_400, "100"), (102_350, "100")]
 )
 def test_gib(value: int | None, shown: str) -> None:
-    assert text.gib(value) == shown
+    assert text.format_gib(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_gib(value: int | None, shown: str) -> None:
     [(None, text.UNKNOWN), (0.21, "0.2 ms"), (41.2, "41 ms"), (999.9, "1000 ms"), (1500, "1.5 s"), (75_000, "75 s")],
 )
 def test_milliseconds(value: float | None, shown: str) -> None:
-    assert text.milliseconds(value) == shown
+    assert text.format_milliseconds(value) == shown
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(-3, "0s"), (45.4, "45s"), (240, "4m"), (7200, "2h"), (172_800, "2d"), (59.9, "60s")]
 )
 def test_duration(seconds: float, shown: str) -> None:
-    assert text.duration(seconds) == shown
+    assert text.format_duration(seconds) == shown
 
 
 def test_time_left() -> None:
-    assert text.time_left(None, AT) is None
-    assert text.time_left(AT + timedelta(minutes=4), AT) == "4m"
-    assert text.time_left(AT - timedelta(minutes=4), AT) == "0s"
-    assert text.time_left(AT + timedelta(days=36_500), AT) == "∞"
+    assert text.format_time_left(None, AT) is None
+    assert text.format_time_left(AT + timedelta(minutes=4), AT) == "4m"
+    assert text.format_time_left(AT - timedelta(minutes=4), AT) == "0s"
+    assert text.format_time_left(AT + timedelta(days=36_500), AT) == "∞"
 
 
 def test_short_gpu() -> None:
@@ -73,5 +73,5 @@ def test_shorten() -> None:
 
 
 def test_a_sparkline_tells_nothing_from_zero_and_little_from_nothing() -> None:
-    assert text.spark((None, 0, 0.4, 50, 100, 130), 100) == " ▁▂▅██"
-    assert text.spark((), 100) == ""
+    assert text.sparkline((None, 0, 0.4, 50, 100, 130), 100) == " ▁▂▅██"
+    assert text.sparkline((), 100) == ""

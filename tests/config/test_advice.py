@@ -81,11 +81,11 @@ def test_a_key_on_a_token_is_known_by_its_public_part(ssh: SshSpec, tmp_path: Pa
     blob = base64.encodebytes(b"openssh-key-v1\0....sk-ssh-ed25519@openssh.com....")
     armour = b"-----BEGIN OPENSSH PRIVATE KEY-----\n%s-----END OPENSSH PRIVATE KEY-----\n"
     token = write_key(tmp_path / "token", armour % blob)
-    assert key_files.kind(token) is key_files.KeyKind.FIDO
+    assert key_files.detect_key_kind(token) is key_files.KeyKind.FIDO
     assert codes(replace(ssh, identity_files=(token,))) == ["transport-unsupported"]
     assert codes(replace(ssh, identity_files=(token,), transport=TransportKind.OPENSSH)) == []
-    assert key_files.kind(write_key(tmp_path / "broken", armour % b"!!!\n")) is key_files.KeyKind.PRIVATE
-    assert key_files.kind(write_key(tmp_path / "empty", b"")) is key_files.KeyKind.PRIVATE
+    assert key_files.detect_key_kind(write_key(tmp_path / "broken", armour % b"!!!\n")) is key_files.KeyKind.PRIVATE
+    assert key_files.detect_key_kind(write_key(tmp_path / "empty", b"")) is key_files.KeyKind.PRIVATE
 
 
 def test_hosts(ssh: SshSpec, tmp_path: Path) -> None:

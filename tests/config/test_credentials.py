@@ -9,17 +9,17 @@ from gpumesh.errors import SecretMissing
 
 def test_a_secret_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_PASSWORD", "hunter2")
-    assert config.secret("GPU_PASSWORD") == "hunter2"
+    assert config.read_secret("GPU_PASSWORD") == "hunter2"
 
 
 def test_a_variable_that_is_not_set_or_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPU_PASSWORD", raising=False)
     with pytest.raises(SecretMissing, match="GPU_PASSWORD is not set") as caught:
-        config.secret("GPU_PASSWORD", node="iceland")
+        config.read_secret("GPU_PASSWORD", node="iceland")
     assert caught.value.node == "iceland"
     monkeypatch.setenv("GPU_PASSWORD", "")
     with pytest.raises(SecretMissing, match="GPU_PASSWORD is empty"):
-        config.secret("GPU_PASSWORD")
+        config.read_secret("GPU_PASSWORD")
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_names_that_do_not(name: str) -> None:
 def test_what_a_secret_variable_holds_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X_TOKEN", "s3cret-s3cret")
     monkeypatch.setenv("Y_TOKEN", "ab")
-    assert credentials.mask("curl -H s3cret-s3cret ab") == "curl -H ******** ab"
+    assert credentials.mask_secrets("curl -H s3cret-s3cret ab") == "curl -H ******** ab"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gpumesh.config import document
-from gpumesh.config.document import Items, Table, Text
+from gpumesh.config.document import ListValue, MappingValue, ScalarValue
 
 
 @pytest.fixture(params=["CSafeLoader", "SafeLoader"], autouse=True)
@@ -18,27 +18,31 @@ def _each_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def faults(text: str) -> list[str]:
-    return [f"{fault.spot.line}:{fault.spot.column} {fault.message}" for fault in document.read(text)[1] if fault.spot]
+    return [
+        f"{fault.position.line}:{fault.position.column} {fault.message}"
+        for fault in document.parse_yaml(text)[1]
+        if fault.position
+    ]
 
 
 def test_scalars_stay_text() -> None:
-    tree, found = document.read("a: no\nb: 22:30\nc: 12e5\nd: 0123\ne: 2026-11-24\nf:\ng: ~\nh: '~'\n")
+    tree, found = document.parse_yaml("a: no\nb: 22:30\nc: 12e5\nd: 0123\ne: 2026-11-24\nf:\ng: ~\nh: '~'\n")
     assert found == []
-    assert isinstance(tree, Table)
-    values = {key: value.text for key, (_, value) in tree.entries.items() if isinstance(value, Text)}
+    assert isinstance(tree, MappingValue)
+    values = {key: value.text for key, (_, value) in tree.entries.items() if isinstance(value, ScalarValue)}
     expected = {"a": "no", "b": "22:30", "c": "12e5", "d": "0123", "e": "2026-11-24", "f": None, "g": None, "h": "~"}
     assert values == expected
 
 
 def test_every_value_knows_its_place() -> None:
-    tree, _ = document.read("nodes:\n  - name: a\n    ssh: {port: 22}\n")
+    tree, _ = document.parse_yaml("nodes:\n  - name: a\n    ssh: {port: 22}\n")
     assert tree is not None
-    steps, key, value = document.follow(tree, ("nodes", 0, "ssh", "port"))
+    steps, key, value = document.follow_path(tree, ("nodes", 0, "ssh", "port"))
     assert (steps, key.line, key.column) == (4, 3, 11)
-    assert (value.spot.line, value.spot.column) == (3, 17)
-    steps, _, value = document.follow(tree, ("nodes", 0, "ssh", "host", 3))
+    assert (value.position.line, value.position.column) == (3, 17)
+    steps, _, value = document.follow_path(tree, ("nodes", 0, "ssh", "host", 3))
     assert steps == 3
-    assert value.spot.line == 3
+    assert value.position.line == 3
 
 
 def test_a_key_given_twice_is_told_with_the_place_of_the_first() -> None:
@@ -46,12 +50,12 @@ def test_a_key_given_twice_is_told_with_the_place_of_the_first() -> None:
 
 
 def test_merge_keys_fill_in_what_is_not_given() -> None:
-    tree, found = document.read("x: &x {a: 1, b: 2}\ny: &y {b: 3, c: 4}\nz: {<<: [*x, *y], a: 5}\n")
+    tree, found = document.parse_yaml("x: &x {a: 1, b: 2}\ny: &y {b: 3, c: 4}\nz: {<<: [*x, *y], a: 5}\n")
     assert found == []
-    assert isinstance(tree, Table)
+    assert isinstance(tree, MappingValue)
     merged = tree.entries["z"][1]
-    assert isinstance(merged, Table)
-    texts = {key: value.text for key, (_, value) in merged.entries.items() if isinstance(value, Text)}
+    assert isinstance(merged, MappingValue)
+    texts = {key: value.text for key, (_, value) in merged.entries.items() if isinstance(value, ScalarValue)}
     assert texts == {"a": "5", "b": "2", "c": "4"}
 
 
@@ -71,7 +75,7 @@ def test_every_tab_is_named_and_a_fault_elsewhere_too() -> None:
 
 
 def test_a_tab_in_quotes_does_no_harm() -> None:
-    assert document.read("a: 'b\tc'\n")[1] == []
+    assert document.parse_yaml("a: 'b\tc'\n")[1] == []
 
 
 @pytest.mark.parametrize(
@@ -115,31 +119,31 @@ def test_the_same_through_merges() -> None:
 
 
 def test_a_file_that_is_too_large_is_not_read() -> None:
-    tree, found = document.read("# " + "x" * document.MAX_CHARACTERS)
+    tree, found = document.parse_yaml("# " + "x" * document.MAX_CHARACTERS)
     assert tree is None
     assert "is larger than" in found[0].message
 
 
 def test_a_byte_order_mark_does_no_harm() -> None:
-    tree, found = document.read("\ufeffa: 1")
-    assert isinstance(tree, Table)
+    tree, found = document.parse_yaml("\ufeffa: 1")
+    assert isinstance(tree, MappingValue)
     assert list(tree.entries) == ["a"]
     assert found == []
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n...\n", "\n\n"])
 def test_nothing(text: str) -> None:
-    tree, found = document.read(text)
+    tree, found = document.parse_yaml(text)
     assert found == []
-    assert tree is None or (isinstance(tree, Text) and tree.text is None)
+    assert tree is None or (isinstance(tree, ScalarValue) and tree.text is None)
 
 
 def test_lists_are_lists() -> None:
-    tree, _ = document.read("- a\n- b\n")
-    assert isinstance(tree, Items)
+    tree, _ = document.parse_yaml("- a\n- b\n")
+    assert isinstance(tree, ListValue)
     assert tree.size == 3
 
 
 def test_paths_are_written_as_a_person_would() -> None:
-    assert document.written(("nodes", 2, "ssh", "port")) == "nodes[2].ssh.port"
-    assert document.written(()) == ""
+    assert document.format_path(("nodes", 2, "ssh", "port")) == "nodes[2].ssh.port"
+    assert document.format_path(()) == ""

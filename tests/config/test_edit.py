@@ -24,7 +24,7 @@ GPUS_OF_B = Edit(1, ("expect", "gpus"), 3)
 
 def changed(text: str, *edits: Edit) -> list[str]:
     """The lines that went and came."""
-    lines = difflib.unified_diff(text.splitlines(), edit.edited(text, edits).splitlines(), lineterm="", n=0)
+    lines = difflib.unified_diff(text.splitlines(), edit.apply_edits(text, edits).splitlines(), lineterm="", n=0)
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
@@ -139,7 +139,7 @@ CASES: dict[str, tuple[str, Edit, list[str]]] = {
 def test_only_what_was_meant_changes(name: str) -> None:
     text, one, lines = CASES[name]
     assert changed(text, one) == lines
-    found = yaml.safe_load(edit.edited(text, [one]))["nodes"][one.node]
+    found = yaml.safe_load(edit.apply_edits(text, [one]))["nodes"][one.node]
     for key in one.path:
         found = found[key]
     assert found == one.value
@@ -148,8 +148,8 @@ def test_only_what_was_meant_changes(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_line_ends_stay_as_they_are(name: str) -> None:
     text, one, _ = CASES[name]
-    windows = edit.edited(text.replace("\n", "\r\n"), [one])
-    assert windows.replace("\r\n", "\n") == edit.edited(text, [one])
+    windows = edit.apply_edits(text.replace("\n", "\r\n"), [one])
+    assert windows.replace("\r\n", "\n") == edit.apply_edits(text, [one])
     assert "\n" not in windows.replace("\r\n", "")
 
 
@@ -169,7 +169,7 @@ def test_line_ends_stay_as_they_are(name: str) -> None:
 )
 def test_what_cannot_be_set_alone_is_refused(text: str, one: Edit) -> None:
     with pytest.raises(CannotEdit) as caught:
-        edit.edited(text, [one])
+        edit.apply_edits(text, [one])
     assert caught.value.hint == "change it by hand"
 
 
@@ -185,7 +185,7 @@ VALUES = st.one_of(
 
 @given(VALUES, st.sampled_from(["    expect: {gpu: x}\n", "    expect:\n      gpu: x\n", "    weight: 1\n", ""]))
 def test_any_value_is_read_back_by_every_reader(value: str | int | bool, rest: str) -> None:
-    text = edit.edited("nodes:\n  - name: a\n" + rest, [Edit(0, ("expect", "gpu"), value)])
+    text = edit.apply_edits("nodes:\n  - name: a\n" + rest, [Edit(0, ("expect", "gpu"), value)])
     found = yaml.safe_load(text)["nodes"][0]["expect"]["gpu"]
     expected = value.replace("${", "$${") if isinstance(value, str) else value
     assert found == expected
@@ -202,13 +202,15 @@ def test_the_files_that_people_start_from(path: Path) -> None:
     for number in range(len(nodes)):
         lines = changed(text, Edit(number, ("enabled",), False, "why"), Edit(number, ("expect", "gpus"), 7))
         assert len(lines) <= 4
-        after = yaml.safe_load(edit.edited(text, [Edit(number, ("expect", "gpus"), 7)]))["nodes"]
+        after = yaml.safe_load(edit.apply_edits(text, [Edit(number, ("expect", "gpus"), 7)]))["nodes"]
         assert after[number]["expect"].pop("gpus") == 7
         assert [node.get("name") for node in after] == [node.get("name") for node in nodes]
 
 
 def test_several_edits_follow_each_other() -> None:
-    text = edit.edited("nodes:\n- name: a\n  ssh: {host: h}\n- name: b\n  ssh: {host: h}\n", [OFF, GPUS, GPUS_OF_B])
+    text = edit.apply_edits(
+        "nodes:\n- name: a\n  ssh: {host: h}\n- name: b\n  ssh: {host: h}\n", [OFF, GPUS, GPUS_OF_B]
+    )
     assert text == (
         "nodes:\n- name: a\n  ssh: {host: h}\n  enabled: false # the same GPU as iceland\n  expect: { gpus: 2 }\n"
         "- name: b\n  ssh: {host: h}\n  expect: { gpus: 3 }\n"
@@ -265,6 +267,6 @@ def test_nothing_is_half_written(file: Path, monkeypatch: pytest.MonkeyPatch, st
 
 
 def test_what_the_new_text_would_mean(file: Path) -> None:
-    assert edit.check(file, "nodes: [{name: b, backend: {url: 'http://127.0.0.1:1'}}]\n").nodes[0].name == "b"
+    assert edit.parse_edited(file, "nodes: [{name: b, backend: {url: 'http://127.0.0.1:1'}}]\n").nodes[0].name == "b"
     with pytest.raises(ConfigError):
-        edit.check(file, "nodes:\n- nmae: b\n")
+        edit.parse_edited(file, "nodes:\n- nmae: b\n")

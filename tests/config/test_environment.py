@@ -108,7 +108,7 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert environment.no_color() is on
     for value, on in (("", False), ("true", True), ("0", False), ("false", False)):
         monkeypatch.setenv("CI", value)
-        assert environment.ci() is on
+        assert environment.is_ci() is on
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
     assert environment.shell() == "fish"
     monkeypatch.delenv("SHELL")
@@ -120,7 +120,7 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_environment_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "1")
     monkeypatch.setenv("GONE", "1")
-    child = environment.child({"GONE": None, "NEW": "2"})
+    child = environment.child_environment({"GONE": None, "NEW": "2"})
     assert (child["KEPT"], child["NEW"], "GONE" in child) == ("1", "2", False)
     assert os.environ["GONE"] == "1"
 
@@ -139,11 +139,11 @@ def test_a_program_is_given_the_environment_without_what_mesh_yaml_names_for_sec
 ) -> None:
     monkeypatch.setenv("GM_TEST_PASSWORD", "x")
     monkeypatch.setenv("GM_TEST_PROVIDER_API_KEY", "y")
-    assert environment.child()["GM_TEST_PASSWORD"] == "x"
-    credentials.withhold({"GM_TEST_PASSWORD"})
-    assert "GM_TEST_PASSWORD" not in environment.child()
-    assert environment.child()["GM_TEST_PROVIDER_API_KEY"] == "y", "nobody but who needs it has named it"
-    assert environment.child({"GM_TEST_PASSWORD": "z"})["GM_TEST_PASSWORD"] == "z", "said on purpose"
+    assert environment.child_environment()["GM_TEST_PASSWORD"] == "x"
+    credentials.withhold_variables({"GM_TEST_PASSWORD"})
+    assert "GM_TEST_PASSWORD" not in environment.child_environment()
+    assert environment.child_environment()["GM_TEST_PROVIDER_API_KEY"] == "y", "nobody but who needs it has named it"
+    assert environment.child_environment({"GM_TEST_PASSWORD": "z"})["GM_TEST_PASSWORD"] == "z", "said on purpose"
 
 
 STARTS = {"create_subprocess_exec", "create_subprocess_shell", "Popen", "run", "call", "check_call", "check_output"}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.config import document
-from gpumesh.config.expand import MAX_EXPANDED, UNUSABLE, plain, variables
+from gpumesh.config.expand import MAX_EXPANDED, UNUSABLE, expand_tree, expand_variables
 
 ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY": "hunter2"}
 
@@ -24,7 +24,7 @@ ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY"
     ],
 )
 def test_variables(text: str, value: str) -> None:
-    assert variables(text, ENV) == value
+    assert expand_variables(text, ENV) == value
 
 
 @pytest.mark.parametrize(
@@ -40,22 +40,22 @@ def test_variables(text: str, value: str) -> None:
 )
 def test_what_cannot_be_expanded(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        variables(text, ENV)
+        expand_variables(text, ENV)
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_tree_with_its_faults_in_their_places() -> None:
-    tree, faults = document.read("a: ['${HOST}', '${NOPE}', ~]\nb: {c: '${POD_API_KEY}', d: 5}\n")
+    tree, faults = document.parse_yaml("a: ['${HOST}', '${NOPE}', ~]\nb: {c: '${POD_API_KEY}', d: 5}\n")
     assert tree is not None
     assert faults == []
-    value, faults = plain(tree, ENV)
+    value, faults = expand_tree(tree, ENV)
     assert value == {"a": ["iceland", UNUSABLE, None], "b": {"c": UNUSABLE, "d": "5"}}
     assert [fault.path for fault in faults] == [("a", 1), ("b", "c")]
-    assert [fault.spot.line for fault in faults if fault.spot is not None] == [1, 2]
+    assert [fault.position.line for fault in faults if fault.position is not None] == [1, 2]
 
 
 def test_what_was_broken_already_is_not_told_twice() -> None:
-    tree, faults = document.read("a: *nobody\n")
+    tree, faults = document.parse_yaml("a: *nobody\n")
     assert tree is not None
     assert len(faults) == 1
-    assert plain(tree, ENV) == ({"a": UNUSABLE}, [])
+    assert expand_tree(tree, ENV) == ({"a": UNUSABLE}, [])

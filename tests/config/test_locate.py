@@ -24,63 +24,63 @@ def test_the_order_in_which_places_are_looked_at(here: Path, monkeypatch: pytest
     platform = here.parent / "xdg" / "gpumesh" / "mesh.yaml"
     platform.parent.mkdir(parents=True)
     platform.write_text("platform")
-    assert config.find() == platform
+    assert config.find_config() == platform
     (here / "mesh.yaml").write_text("here")
-    assert config.find() == here / "mesh.yaml"
+    assert config.find_config() == here / "mesh.yaml"
     (here / "named.yaml").write_text("named")
     monkeypatch.setenv("GPUMESH_CONFIG", "named.yaml")
-    assert config.find() == here / "named.yaml"
+    assert config.find_config() == here / "named.yaml"
     (here / "explicit.yaml").write_text("explicit")
-    assert config.find(Path("explicit.yaml")) == here / "explicit.yaml"
+    assert config.find_config(Path("explicit.yaml")) == here / "explicit.yaml"
 
 
 def test_a_link_is_followed_so_that_one_file_has_one_name(here: Path) -> None:
     (here / "mesh.yaml").write_text("x")
     (here / "link.yaml").symlink_to("mesh.yaml")
-    assert config.find(Path("link.yaml")) == here / "mesh.yaml"
+    assert config.find_config(Path("link.yaml")) == here / "mesh.yaml"
 
 
 @pytest.mark.usefixtures("here")
 def test_none_anywhere() -> None:
     with pytest.raises(UsageError, match=r"there is no mesh\.yaml") as caught:
-        config.find()
+        config.find_config()
     assert "gpumesh init" in (caught.value.hint or "")
 
 
 def test_a_mesh_yml_is_noticed(here: Path) -> None:
     (here / "mesh.yml").write_text("x")
     with pytest.raises(UsageError) as caught:
-        config.find()
+        config.find_config()
     assert "rename it to mesh.yaml" in (caught.value.hint or "")
 
 
 def test_what_is_named_must_be_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is a folder") as caught:
-        config.find(here)
+        config.find_config(here)
     assert "name the mesh.yaml itself" in (caught.value.hint or "")
     (here / "mesh.yaml").write_text("x")
     with pytest.raises(UsageError) as caught:
-        config.find(here)
+        config.find_config(here)
     assert caught.value.hint == "did you mean mesh.yaml?"
     with pytest.raises(UsageError, match=r"none\.yaml does not exist"):
-        config.find(Path("none.yaml"))
+        config.find_config(Path("none.yaml"))
     with pytest.raises(UsageError, match=r"'a\\x00b'"):
-        config.find(Path("a\0b"))
+        config.find_config(Path("a\0b"))
     with pytest.raises(UsageError, match="cannot use"):
-        config.find(Path("x" * 5000))
+        config.find_config(Path("x" * 5000))
     monkeypatch.setenv("GPUMESH_CONFIG", "gone.yaml")
     with pytest.raises(UsageError, match=r"named by \$GPUMESH_CONFIG"):
-        config.find()
+        config.find_config()
 
 
 def test_links_that_lead_nowhere_or_in_circles(here: Path) -> None:
     (here / "mesh.yaml").symlink_to("gone.yaml")
     with pytest.raises(UsageError) as caught:
-        config.find()
+        config.find_config()
     assert caught.value.hint == "it is a link that leads nowhere"
     (here / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(UsageError):
-        config.find(Path("loop.yaml"))
+        config.find_config(Path("loop.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_links_that_lead_nowhere_or_in_circles(here: Path) -> None:
     ],
 )
 def test_addresses_to_listen_on(text: str, address: tuple[str, int]) -> None:
-    assert config.listen_address(text, api_key_env=None) == address
+    assert config.parse_listen_address(text, api_key_env=None) == address
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_addresses_to_listen_on(text: str, address: tuple[str, int]) -> None:
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageError):
-        config.listen_address(text, api_key_env="KEY")
+        config.parse_listen_address(text, api_key_env="KEY")
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_what_is_no_address(text: str) -> None:
     ],
 )
 def test_a_port_a_socket_or_both(text: str, listen: tuple[object, ...]) -> None:
-    assert config.listen_on(text, api_key_env=None) == listen
+    assert config.parse_listen_option(text, api_key_env=None) == listen
 
 
 def test_a_socket_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config.listen_on("unix:x.sock", api_key_env=None).socket == tmp_path / "x.sock"
+    assert config.parse_listen_option("unix:x.sock", api_key_env=None).socket == tmp_path / "x.sock"
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_a_socket_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_what_is_no_socket(text: str) -> None:
     with pytest.raises(UsageError):
-        config.listen_on(text, api_key_env=None)
+        config.parse_listen_option(text, api_key_env=None)
 
 
 @pytest.mark.parametrize("text", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "box:1", "[fe80::1]:1"])
 def test_beyond_this_machine_only_with_a_key(text: str) -> None:
     with pytest.raises(UsageError, match="no API key is asked for"):
-        config.listen_address(text, api_key_env=None)
-    assert config.listen_address(text, api_key_env="KEY")[1] == 1
+        config.parse_listen_address(text, api_key_env=None)
+    assert config.parse_listen_address(text, api_key_env="KEY")[1] == 1
 
 
 def test_loopback() -> None:

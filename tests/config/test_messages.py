@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.config.messages import did_you_mean, keys_at, one_of, shown
+from gpumesh.config.messages import did_you_mean, keys_at, not_one_of, quote_value
 from gpumesh.errors import ConfigError
 from tests.config.build import topology
 
@@ -59,9 +59,9 @@ def test_a_secret_in_the_file_is_not_repeated(key: str) -> None:
 def test_guesses() -> None:
     assert did_you_mean("HOST-KEY-POLICY", ["host_key_policy", "port"]) == "host_key_policy"
     assert did_you_mean("zzz", ["port"]) is None
-    assert one_of("x", ["a", "b"]) == "'x' is not one of a, b"
-    assert len(shown("x" * 1000)) < 70
-    assert shown("\x1b") == "'\\x1b'"
+    assert not_one_of("x", ["a", "b"]) == "'x' is not one of a, b"
+    assert len(quote_value("x" * 1000)) < 70
+    assert quote_value("\x1b") == "'\\x1b'"
 
 
 def test_keys_by_their_path() -> None:

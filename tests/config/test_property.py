@@ -101,7 +101,7 @@ def test_any_document(value: Any) -> None:
 def test_what_looks_like_a_mesh(value: Any) -> None:
     mesh = read(yaml.safe_dump(value))
     if mesh is not None:
-        again = read(config.effective(mesh))
+        again = read(config.dump_effective(mesh))
         assert again is not None
         assert again == mesh
 
@@ -119,20 +119,20 @@ def test_a_good_file_cut_or_changed_anywhere(data: st.DataObject) -> None:
 
 @given(st.integers(1, 10**9).map(lambda microseconds: microseconds / 1e6) | st.floats(0.001, 86400))
 def test_durations_are_written_as_they_are_read(seconds: float) -> None:
-    assert abs(forms.duration(forms.format_duration(seconds)) - seconds) < 1e-6
+    assert abs(forms.parse_duration(forms.format_duration(seconds)) - seconds) < 1e-6
 
 
 @given(st.text(max_size=40))
 def test_every_form_gives_a_value_or_a_sentence(text: str) -> None:
     for form in (
-        forms.host,
-        forms.user,
-        forms.jump,
-        forms.alias,
-        forms.path,
-        forms.command,
-        forms.url,
-        forms.redis_url,
+        forms.parse_host,
+        forms.parse_user,
+        forms.parse_jump,
+        forms.parse_alias,
+        forms.parse_path,
+        forms.parse_command,
+        forms.parse_url,
+        forms.parse_redis_url,
     ):
         try:
             form(text)

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from gpumesh.config.rules import broken
+from gpumesh.config.rules import find_broken_rules
 
 SSH = {"host": "h"}
 DIRECT = {"name": "a", "backend": {"url": "http://h:1"}}
 
 
 def told(document: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(".".join(map(str, path)), message) for path, message in broken(document)]
+    return [(".".join(map(str, path)), message) for path, message in find_broken_rules(document)]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_a_key_keeps_others_out() -> None:
 def test_anything_may_be_of_the_wrong_form(odd: Any) -> None:
     """That is told elsewhere."""
     for key in ("nodes", "gateway", "tunnels", "defaults", "redis"):
-        list(broken({"nodes": [DIRECT], key: odd}))
-    list(broken({"nodes": [DIRECT], "gateway": {"listen": odd}, "tunnels": {"listen": "unix", "share": odd}}))
+        list(find_broken_rules({"nodes": [DIRECT], key: odd}))
+    list(
+        find_broken_rules({"nodes": [DIRECT], "gateway": {"listen": odd}, "tunnels": {"listen": "unix", "share": odd}})
+    )
     for key in ("name", "ssh", "backend", "address_from"):
-        list(broken({"nodes": [{**DIRECT, key: odd}]}))
+        list(find_broken_rules({"nodes": [{**DIRECT, key: odd}]}))

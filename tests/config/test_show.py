@@ -33,7 +33,7 @@ def test_what_is_in_effect_can_be_read_back(tmp_path: Path) -> None:
     mesh = Topology(
         mesh.name, (NodeSpec("a", mesh.nodes[0].backend, labels={"on": "no"}), mesh.nodes[1]), source=mesh.source
     )
-    text = config.effective(mesh)
+    text = config.dump_effective(mesh)
     assert config.parse(text, file="x", env={}, home=HOME, source=mesh.source) == mesh
 
 
@@ -41,7 +41,7 @@ def test_secrets_that_got_in_are_masked(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("POD_API_KEY", "hunter2-hunter2")
     spec = SshSpec("h", address_from=AddressCommand(("curl", "-H", "Bearer hunter2-hunter2")))
     mesh = Topology("m", (NodeSpec("a", BackendSpec(), spec),), redis=RedisSpec("redis://:hunter3@h/0"))
-    text = config.effective(mesh)
+    text = config.dump_effective(mesh)
     assert "hunter" not in text
     assert text.count("********") == 2
 

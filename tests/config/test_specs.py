@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config.ssh.ssh_config import AliasAnswer
+from gpumesh.config.ssh.ssh_config import AliasSettings
 from gpumesh.topology import (
     AddressCommand,
     BackendKind,
@@ -48,7 +48,7 @@ def test_where_the_gateway_listens(listen: str, host: str | None, port: int, soc
 
 def parse_again(mesh: Topology) -> Topology:
     """What `config show` prints, read back."""
-    return config.parse(config.effective(mesh), file="shown", env={}, home=HOME)
+    return config.parse(config.dump_effective(mesh), file="shown", env={}, home=HOME)
 
 
 def test_who_may_use_the_tunnels() -> None:
@@ -270,7 +270,7 @@ def test_variables_that_cannot_be_expanded(text: str, said: str) -> None:
 
 # -- aliases ---------------------------------------------------------------------------------------------------------
 
-ANSWER = AliasAnswer("10.0.0.9", 2200, "ops", ("~/.ssh/ops", "/k"), "~/kh", ("b:1", "c"), ())
+ANSWER = AliasSettings("10.0.0.9", 2200, "ops", ("~/.ssh/ops", "/k"), "~/kh", ("b:1", "c"), ())
 
 
 def test_an_alias_fills_in_what_the_node_does_not_say_and_holds_before_the_defaults() -> None:
@@ -290,14 +290,14 @@ def test_the_node_s_own_words_hold_before_its_alias() -> None:
 
 def test_what_the_alias_is_silent_on_comes_from_the_defaults() -> None:
     text = "defaults: {ssh: {user: root}}\nnodes:\n- {name: a, ssh: {alias: gpu1}}\n"
-    spec = topology(text, resolve_alias=lambda alias: AliasAnswer("10.0.0.9")).nodes[0].ssh
+    spec = topology(text, resolve_alias=lambda alias: AliasSettings("10.0.0.9")).nodes[0].ssh
     assert spec is not None
     assert (spec.user, spec.port) == ("root", 22)
 
 
 def test_an_alias_that_needs_ssh_itself_gets_it_unless_told_otherwise() -> None:
-    def proxied(alias: str) -> AliasAnswer:
-        return AliasAnswer("h", needs=("ProxyCommand",))
+    def proxied(alias: str) -> AliasSettings:
+        return AliasSettings("h", openssh_features=("ProxyCommand",))
 
     assert ssh("{alias: a}", resolve_alias=proxied).transport is TransportKind.OPENSSH
     told = problem("nodes:\n- {name: a, ssh: {alias: a, transport: sshtunnel}}\n", resolve_alias=proxied)
@@ -306,7 +306,8 @@ def test_an_alias_that_needs_ssh_itself_gets_it_unless_told_otherwise() -> None:
 
 def test_what_ssh_says_is_held_to_the_same_forms() -> None:
     told = problem(
-        "nodes:\n- {name: a, ssh: {alias: a}}\n", resolve_alias=lambda alias: AliasAnswer("h", user="-oProxyCommand=x")
+        "nodes:\n- {name: a, ssh: {alias: a}}\n",
+        resolve_alias=lambda alias: AliasSettings("h", user="-oProxyCommand=x"),
     )
     assert "nodes[0].ssh.alias: in ~/.ssh/config its user is not a user's name" in told
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config.untrusted_file import why_not_ours
+from gpumesh.config.untrusted_file import untrusted_reason
 from gpumesh.errors import UsageError
 
 STRANGER, VICTIM = 54321, 12345
@@ -35,13 +35,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def refused(match: str) -> UsageError:
     with pytest.raises(UsageError, match=match) as caught:
-        config.find()
+        config.find_config()
     assert "--config ./mesh.yaml" in (caught.value.hint or "")
     return caught.value
 
 
 def test_ones_own_is_used(here: Path) -> None:
-    assert config.find() == here / "mesh.yaml"
+    assert config.find_config() == here / "mesh.yaml"
 
 
 @root
@@ -49,9 +49,9 @@ def test_a_strangers_file_is_refused_unless_it_is_named(here: Path, monkeypatch:
     os.chown(here / "mesh.yaml", STRANGER, STRANGER)
     error = refused(f"belongs to another user .*uid {STRANGER}")
     assert error.exit_code == 2
-    assert config.find(Path("./mesh.yaml")) == here / "mesh.yaml"
+    assert config.find_config(Path("./mesh.yaml")) == here / "mesh.yaml"
     monkeypatch.setenv("GPUMESH_CONFIG", "mesh.yaml")
-    assert config.find() == here / "mesh.yaml"
+    assert config.find_config() == here / "mesh.yaml"
 
 
 @root
@@ -88,7 +88,7 @@ def test_a_folder_that_all_may_write_to_unless_it_is_as_tmp_is(here: Path) -> No
     here.chmod(0o777)
     refused("lies in a folder that every user of this machine may write to")
     here.chmod(0o1777)
-    assert config.find() == here / "mesh.yaml"
+    assert config.find_config() == here / "mesh.yaml"
 
 
 @root
@@ -98,7 +98,7 @@ def test_links_count_with_all_that_they_lead_to(here: Path) -> None:
     file.rename(elsewhere / "real.yaml")
     (elsewhere / "link.yaml").symlink_to("real.yaml")
     file.symlink_to("../elsewhere/link.yaml")
-    assert config.find() == elsewhere / "real.yaml"
+    assert config.find_config() == elsewhere / "real.yaml"
     os.chown(elsewhere / "real.yaml", STRANGER, STRANGER)
     refused("leads to .*real.yaml, which belongs to another user")
     os.chown(elsewhere / "real.yaml", 0, 0)
@@ -118,7 +118,7 @@ def test_who_became_root_by_sudo_is_still_its_user(here: Path, monkeypatch: pyte
     os.chown(here / "mesh.yaml", VICTIM, VICTIM)
     refused("another user")
     monkeypatch.setenv("SUDO_UID", str(VICTIM))
-    assert config.find() == here / "mesh.yaml"
+    assert config.find_config() == here / "mesh.yaml"
     monkeypatch.setenv("SUDO_UID", "\u0661\u0662")
     refused("another user")
 
@@ -180,6 +180,6 @@ def test_the_group_that_a_system_makes_for_each_user_is_that_user(here: Path, mo
     os.chown(here / "mesh.yaml", own[0].pw_uid, own[0].pw_gid)
     (here / "mesh.yaml").chmod(0o664)
     monkeypatch.setenv("SUDO_UID", str(own[0].pw_uid))
-    assert why_not_ours(Path("mesh.yaml")) is None
+    assert untrusted_reason(Path("mesh.yaml")) is None
     os.chown(here / "mesh.yaml", own[0].pw_uid, 0)
-    assert why_not_ours(Path("mesh.yaml")) is not None
+    assert untrusted_reason(Path("mesh.yaml")) is not None

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gpumesh.coordination.redis import SharedLoads
+from gpumesh.coordination.redis_coordination import RedisCoordination
 
 OK_FIRST = 3  # until it has subscribed, so that what follows is a message
 ANSWERS = (
@@ -43,13 +43,13 @@ async def test_it_costs_no_more_than_the_others_loads(answer: bytes, well: int) 
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    loads = SharedLoads(f"redis://127.0.0.1:{port}/0", password=lambda: None, on_change=changed)
+    loads = RedisCoordination(f"redis://127.0.0.1:{port}/0", password=lambda: None, on_change=changed)
     running = asyncio.create_task(loads.run())
     problem = asyncio.create_task(told.wait())
     try:
         await asyncio.wait((running, problem), timeout=5.0, return_when=asyncio.FIRST_COMPLETED)
         assert not running.done()
-        assert loads.elsewhere("GPU-1") == 0
+        assert loads.other_gateways_load("GPU-1") == 0
     finally:
         for task in (running, problem):
             task.cancel()

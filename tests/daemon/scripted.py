@@ -7,17 +7,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
-from gpumesh.backends.base import Chunk, Counters
-from gpumesh.daemon.session import Ask, ChatStream
+from gpumesh.backends.base import Chunk, ServerCounters
+from gpumesh.daemon.session import ChatStream, PromptRequest
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
-from gpumesh.mesh.history import History, Series
+from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.state import MeshState
-from gpumesh.tunnels.base import ExecChunk, Stream
+from gpumesh.tunnels.base import ExecChunk, OutputStream
 from tests.cli.states import typical
 
 
 class ScriptedChat:
-    def __init__(self, ask: Ask, ended: asyncio.Event) -> None:
+    def __init__(self, ask: PromptRequest, ended: asyncio.Event) -> None:
         self.node: str | None = None
         self.attempts = 0
         self._ask = ask
@@ -31,7 +31,7 @@ class ScriptedChat:
                 if word == "hang":
                     await asyncio.Event().wait()
             self.attempts = 2
-            yield Chunk(done=True, done_reason="stop", counters=Counters(tokens=2, eval_ms=20.0))
+            yield Chunk(done=True, done_reason="stop", counters=ServerCounters(tokens=2, eval_ms=20.0))
         finally:
             self._ended.set()
 
@@ -41,7 +41,7 @@ class ScriptedSession:
 
     def __init__(self) -> None:
         self.state = typical()
-        self.asks: list[Ask] = []
+        self.asks: list[PromptRequest] = []
         self.drained: list[str] = []
         self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
@@ -50,7 +50,7 @@ class ScriptedSession:
     async def status(self) -> MeshState:
         return self.state
 
-    async def first_report(self, timeout_s: float) -> MeshState:
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
         return replace(self.state, mesh=f"after {timeout_s}")
 
     async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
@@ -58,11 +58,11 @@ class ScriptedSession:
             yield replace(self.state, mesh=name)
         await asyncio.Event().wait()
 
-    def chat(self, ask: Ask) -> AbstractAsyncContextManager[ChatStream]:
+    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
         return self._chat(ask)
 
     @asynccontextmanager
-    async def _chat(self, ask: Ask) -> AsyncGenerator[ChatStream]:
+    async def _chat(self, ask: PromptRequest) -> AsyncGenerator[ChatStream]:
         self.asks.append(ask)
         if ask.model == "missing":
             raise ModelMissing("missing", available=("a", "b"), hint="pull it")
@@ -74,10 +74,10 @@ class ScriptedSession:
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
         try:
-            yield ExecChunk(Stream.STDOUT, " ".join(argv).encode() + b"\x00\xff\n")
+            yield ExecChunk(OutputStream.STDOUT, " ".join(argv).encode() + b"\x00\xff\n")
             if argv[0] == "hang":
                 await asyncio.Event().wait()
-            yield ExecChunk(Stream.STDERR, b"", ended=True, exit_status=7)
+            yield ExecChunk(OutputStream.STDERR, b"", ended=True, exit_status=7)
         finally:
             self.exec_ended.set()
 
@@ -93,4 +93,6 @@ class ScriptedSession:
         self.reconnected.append(node)
 
     async def history(self) -> History:
-        return History(gpus=(Series("GPU-1", (None, 12.5, 100.0)),), nodes=(Series("iceland", (0.0, 71.5)),))
+        return History(
+            gpus=(HistorySeries("GPU-1", (None, 12.5, 100.0)),), nodes=(HistorySeries("iceland", (0.0, 71.5)),)
+        )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from gpumesh.daemon.async_generators import closing
+from gpumesh.daemon.async_generators import closing_iterator
 
 
 class Items:
@@ -31,7 +31,7 @@ async def test_a_generator_ends_with_the_block_and_not_some_day() -> None:
         finally:
             ended.append(True)
 
-    async with closing(items()) as found:
+    async with closing_iterator(items()) as found:
         async for item in found:
             assert item == 1
             break
@@ -40,5 +40,5 @@ async def test_a_generator_ends_with_the_block_and_not_some_day() -> None:
 
 
 async def test_what_cannot_be_closed() -> None:
-    async with closing(Items()) as found:
+    async with closing_iterator(Items()) as found:
         assert [item async for item in found] == [1, 0]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
-from tests.cli.meshes import command, quick, simulated
+from gpumesh.lab.ollama import SimOllama
+from tests.cli.meshes import isolated_command, quick_host, simulated_mesh
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 
@@ -40,7 +40,7 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
 
     with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as runtime:  # short: it holds a Unix socket
         environment["XDG_RUNTIME_DIR"] = runtime
-        async with StandIn(profile.fast("one")) as server:
+        async with SimOllama(profile.make_instant_host("one")) as server:
             mesh = {"gateway": {"listen": "127.0.0.1:0"}, "nodes": [{"name": "one", "backend": {"url": server.url}}]}
             (tmp_path / "mesh.yaml").write_text(json.dumps(mesh))
             code, out = await gpumesh("up", "-d")
@@ -55,8 +55,8 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
 
 @pytest.mark.slow
 async def test_a_mesh_whose_socket_is_gone_is_stopped_in_order(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False)):
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")
             (socket,) = gpumesh.runtime.rglob("control.sock")
             socket.unlink()
@@ -66,8 +66,8 @@ async def test_a_mesh_whose_socket_is_gone_is_stopped_in_order(tmp_path: Path) -
 
 @pytest.mark.slow
 async def test_a_mesh_whose_mesh_yaml_is_gone_can_be_looked_at_and_stopped(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False)):
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")
             gpumesh.config.unlink()
             assert (await gpumesh("status", "--json")).json()["gateway"]["state"] == "serving"

@@ -13,12 +13,12 @@ import pytest
 from gpumesh.backends.base import Message
 from gpumesh.daemon import messages
 from gpumesh.daemon.control import ControlServer
-from gpumesh.daemon.quick_status import glance
+from gpumesh.daemon.quick_status import fetch_status
 from gpumesh.daemon.remote_session import RemoteSession
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, MeshNotRunning, ModelMissing, QueueFull
 from gpumesh.state import MeshState
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 from gpumesh.wire import from_json
 from tests.daemon.scripted import ScriptedSession
 
@@ -31,7 +31,7 @@ class Running:
         self.session = ScriptedSession()
         self.stopped = asyncio.Event()
         self.drain_s = 0.0
-        self.server = ControlServer(self.session, path, stop=self._stop)
+        self.server = ControlServer(self.session, path, on_stop=self._stop)
         self.remote = RemoteSession(path)
 
     def _stop(self, drain_s: float) -> None:
@@ -46,8 +46,8 @@ async def running(tmp_path: Path) -> AsyncGenerator[Running]:
         yield made
 
 
-def ask(text: str, model: str | None = None) -> Ask:
-    return Ask((Message("user", text),), model=model, options={"temperature": 0.5}, think=False)
+def ask(text: str, model: str | None = None) -> PromptRequest:
+    return PromptRequest((Message("user", text),), model=model, options={"temperature": 0.5}, think=False)
 
 
 async def test_the_socket_is_for_its_user_alone_and_goes_with_the_server(tmp_path: Path) -> None:
@@ -59,11 +59,11 @@ async def test_the_socket_is_for_its_user_alone_and_goes_with_the_server(tmp_pat
 
 async def test_status_is_the_same_on_both_sides(running: Running) -> None:
     assert await running.remote.status() == running.session.state
-    assert (await running.remote.first_report(1.5)).mesh == "after 1.5"
+    assert (await running.remote.wait_first_report(1.5)).mesh == "after 1.5"
 
 
 async def test_a_glance_without_an_event_loop(running: Running) -> None:
-    seen = await asyncio.to_thread(glance, running.path)
+    seen = await asyncio.to_thread(fetch_status, running.path)
     assert seen is not None
     assert from_json(MeshState, seen) == running.session.state
 
@@ -91,7 +91,7 @@ async def test_leaving_a_chat_ends_it_in_the_mesh(running: Running) -> None:
 
 async def test_a_client_that_dies_in_a_chat_ends_it(running: Running) -> None:
     _, writer = await asyncio.open_unix_connection(running.path)
-    writer.write(messages.encode(messages.Chat(ask("hang on"))))
+    writer.write(messages.encode_message(messages.Chat(ask("hang on"))))
     await writer.drain()
     while not running.session.asks:
         await asyncio.sleep(0)
@@ -102,7 +102,7 @@ async def test_a_client_that_dies_in_a_chat_ends_it(running: Running) -> None:
 async def test_exec_carries_any_bytes_and_the_exit_status(running: Running) -> None:
     chunks = [chunk async for chunk in running.remote.exec("iceland", ["echo", "x"])]
     assert chunks[0].data == b"echo x\x00\xff\n"
-    assert chunks[-1].stream is Stream.STDERR
+    assert chunks[-1].stream is OutputStream.STDERR
     assert (chunks[-1].ended, chunks[-1].exit_status) == (True, 7)
 
 
@@ -198,7 +198,7 @@ async def test_a_connection_that_says_nothing_does_not_keep_the_server_from_clos
 
 async def test_nobody_listens(tmp_path: Path) -> None:
     missing = tmp_path / "control.sock"
-    assert glance(missing) is None
+    assert fetch_status(missing) is None
     with pytest.raises(MeshNotRunning):
         await RemoteSession(missing).status()
 
@@ -212,7 +212,10 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 async def test_who_connects_and_says_nothing_is_let_go(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
-    async with ControlServer(ScriptedSession(), path, stop=lambda _: None, request_s=0.05), asyncio.timeout(20):
+    async with (
+        ControlServer(ScriptedSession(), path, on_stop=lambda _: None, request_timeout_s=0.05),
+        asyncio.timeout(20),
+    ):
         reader, writer = await asyncio.open_unix_connection(path)
         assert await reader.read() == b""
         writer.close()
@@ -246,7 +249,7 @@ async def test_a_socket_that_was_taken_away_is_put_back(running: Running, taken:
             running.path.symlink_to("/dev/null")
         with pytest.raises(MeshNotRunning):
             await running.remote.status()
-        await running.server.keep()
+        await running.server.restore_socket()
         assert await running.remote.status() == running.session.state
         assert stat.S_IMODE(running.path.stat().st_mode) == 0o600
         await anext(watching)  # who was connected still is
@@ -254,5 +257,5 @@ async def test_a_socket_that_was_taken_away_is_put_back(running: Running, taken:
 
 async def test_a_socket_that_is_there_stays(running: Running) -> None:
     before = running.path.stat().st_ino
-    await running.server.keep()
+    await running.server.restore_socket()
     assert running.path.stat().st_ino == before

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.daemon import event_log
-from gpumesh.daemon.event_log import changes
+from gpumesh.daemon.event_log import compare_states
 from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, Severity, TunnelPhase, TunnelState
 from tests.cli.states import down, healthy, mesh
 
@@ -20,7 +20,7 @@ def told(*states: MeshState) -> list[str]:
     said = []
     last: MeshState | None = None
     for state in states:
-        said += [f"{event.node}: {event.message}" for event in changes(last, state)]
+        said += [f"{event.node}: {event.message}" for event in compare_states(last, state)]
         last = state
     return said
 
@@ -94,15 +94,15 @@ def test_a_node_that_is_new() -> None:
     [(healthy("a"), logging.INFO), (down("a"), logging.WARNING)],
 )
 def test_levels(node: NodeState, level: int) -> None:
-    assert max(event.level for event in changes(None, mesh(node))) == level
+    assert max(event.level for event in compare_states(None, mesh(node))) == level
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "state" / "log.jsonl"
-    handler = event_log.write_to(file)
+    handler = event_log.start_log(file)
     yield file
-    event_log.stop_writing(handler)
+    event_log.stop_log(handler)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -110,7 +110,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_lines_are_json_and_private(path: Path) -> None:
-    event_log.emit(event_log.Event(logging.WARNING, "health down", "a", "it said\n\x1b[31mno \ud800"))
+    event_log.log_event(event_log.LogEvent(logging.WARNING, "health down", "a", "it said\n\x1b[31mno \ud800"))
     logging.getLogger("gpumesh.x").info("something %d", 5, extra={"event": "start"})
     first, second = lines(path)
     assert (first["level"], first["event"], first["node"]) == ("warning", "health down", "a")
@@ -132,12 +132,12 @@ def test_a_trace_is_one_line_too(path: Path) -> None:
 
 def test_it_is_rotated_and_stays_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_log, "ROTATE_BYTES", 2000)
-    handler = event_log.write_to(tmp_path / "logs" / "log.jsonl")
+    handler = event_log.start_log(tmp_path / "logs" / "log.jsonl")
     try:
         for number in range(200):
             logging.getLogger("gpumesh.x").info("line %d", number)
     finally:
-        event_log.stop_writing(handler)
+        event_log.stop_log(handler)
     files = sorted((tmp_path / "logs").iterdir())
     assert [file.name for file in files] == ["log.jsonl", "log.jsonl.1", "log.jsonl.2", "log.jsonl.3"]
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
@@ -145,6 +145,6 @@ def test_it_is_rotated_and_stays_private(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_after_the_end_nothing_is_written(path: Path) -> None:
     handler = next(each for each in logging.getLogger("gpumesh").handlers if isinstance(each, logging.FileHandler))
-    event_log.stop_writing(handler)
+    event_log.stop_log(handler)
     logging.getLogger("gpumesh.x").error("late")
     assert path.read_text() == ""

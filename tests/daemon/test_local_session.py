@@ -11,51 +11,51 @@ import pytest
 from gpumesh import config
 from gpumesh.backends.base import Message
 from gpumesh.daemon.local_session import LocalSession
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import AuthRefused, ConnectRefused, MeshNotRunning, UsageError
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import Health, TunnelPhase
-from gpumesh.tunnels.base import Stream
-from tests.cli.meshes import Simulated, command, quick, simulated
+from gpumesh.tunnels.base import OutputStream
+from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
 
-ASK = Ask((Message("user", "hello"),), options={"num_predict": 2})
+ASK = PromptRequest((Message("user", "hello"),), options={"num_predict": 2})
 
 
 @asynccontextmanager
-async def session_of(made: Simulated) -> AsyncIterator[LocalSession]:
+async def session_of(made: SimulatedMesh) -> AsyncIterator[LocalSession]:
     async with asyncio.timeout(50), Mesh(config.load(made.gpumesh.config)) as mesh:
         yield LocalSession(mesh)
 
 
 @pytest.fixture
-async def direct(tmp_path: Path) -> AsyncIterator[Simulated]:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False), quick("beta", ssh=False)) as made:
+async def direct(tmp_path: Path) -> AsyncIterator[SimulatedMesh]:
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False), quick_host("beta", ssh=False)) as made:
             yield made
 
 
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Simulated]:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha")) as made:
+async def one(tmp_path: Path) -> AsyncIterator[SimulatedMesh]:
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha")) as made:
             yield made
 
 
-async def said(session: LocalSession, ask: Ask) -> str:
+async def said(session: LocalSession, ask: PromptRequest) -> str:
     async with session.chat(ask) as stream:
         return "".join([chunk.text async for chunk in stream])
 
 
-async def test_a_prompt_waits_for_the_first_node_that_can_take_it(direct: Simulated) -> None:
+async def test_a_prompt_waits_for_the_first_node_that_can_take_it(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
         assert await said(session, ASK)
-        assert await said(session, Ask(ASK.messages, node="beta", options=ASK.options))
+        assert await said(session, PromptRequest(ASK.messages, node="beta", options=ASK.options))
         with pytest.raises(UsageError, match="no node 'gamma'"):
-            await said(session, Ask(ASK.messages, node="gamma"))
+            await said(session, PromptRequest(ASK.messages, node="gamma"))
 
 
-async def test_a_prompt_waits_for_a_node_that_is_only_just_away(one: Simulated) -> None:
+async def test_a_prompt_waits_for_a_node_that_is_only_just_away(one: SimulatedMesh) -> None:
     async with session_of(one) as session:
         assert await said(session, ASK)
         await one.hosts["alpha"].drop_connections()
@@ -66,31 +66,31 @@ async def test_a_prompt_waits_for_a_node_that_is_only_just_away(one: Simulated) 
 
 
 async def test_without_a_default_the_only_chat_model_is_meant(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(
             gpumesh,
-            quick("alpha", ssh=False, models=(EMBEDDER, QWEN_7B)),
-            quick("beta", ssh=False, models=(QWEN_7B, LLAMA_8B)),
+            quick_host("alpha", ssh=False, models=(EMBEDDER, QWEN_7B)),
+            quick_host("beta", ssh=False, models=(QWEN_7B, LLAMA_8B)),
         ) as made:
             made.write(default_model=None)
             async with session_of(made) as session:
-                assert await said(session, Ask(ASK.messages, node="alpha", options=ASK.options))
+                assert await said(session, PromptRequest(ASK.messages, node="alpha", options=ASK.options))
                 with pytest.raises(UsageError, match="which model"):
                     await said(session, ASK)
 
 
-async def test_a_mesh_that_stops_takes_no_new_prompts(direct: Simulated) -> None:
+async def test_a_mesh_that_stops_takes_no_new_prompts(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
         async with session.chat(ASK) as stream:
-            session.refuse_new()
+            session.refuse_new_prompts()
             assert [chunk async for chunk in stream]
         with pytest.raises(MeshNotRunning, match="is stopping"):
             await said(session, ASK)
 
 
-async def test_drain_resume_and_watch(direct: Simulated) -> None:
+async def test_drain_resume_and_watch(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
-        await session.first_report(20)
+        await session.wait_first_report(20)
         await session.drain("alpha")
         assert (await session.status()).node("alpha").health is Health.DRAINING
         await session.resume("alpha")
@@ -105,23 +105,23 @@ async def test_drain_resume_and_watch(direct: Simulated) -> None:
                 await act("gamma")
 
 
-async def test_the_last_minute_is_what_somebody_has_kept(direct: Simulated) -> None:
+async def test_the_last_minute_is_what_somebody_has_kept(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
         assert (await session.history()).nodes == ()
-        session.recorder.add(await session.first_report(20))
+        session.recorder.add(await session.wait_first_report(20))
         assert await said(session, ASK)
         session.recorder.add(await session.status())
         assert [series.key for series in (await session.history()).nodes][:1]
 
 
-async def test_exec_opens_no_shell_of_its_own(one: Simulated) -> None:
+async def test_exec_opens_no_shell_of_its_own(one: SimulatedMesh) -> None:
     async with session_of(one) as session:
         chunks = [chunk async for chunk in session.exec("alpha", ("hostname",))]
-        assert b"".join(chunk.data for chunk in chunks if chunk.stream is Stream.STDOUT).strip()
+        assert b"".join(chunk.data for chunk in chunks if chunk.stream is OutputStream.STDOUT).strip()
         assert (chunks[-1].ended, chunks[-1].exit_status) == (True, 0)
 
 
-async def test_exec_on_a_host_that_refuses_says_why_at_once(one: Simulated) -> None:
+async def test_exec_on_a_host_that_refuses_says_why_at_once(one: SimulatedMesh) -> None:
     await one.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
     async with session_of(one) as session:
         for _ in range(2):  # while it opens for the first time, and when it has failed already
@@ -135,7 +135,7 @@ async def test_exec_on_a_host_that_refuses_says_why_at_once(one: Simulated) -> N
         assert [chunk async for chunk in session.exec("alpha", ("hostname",))], "a waiting tunnel tries at once"
 
 
-async def test_exec_where_nobody_listens(one: Simulated) -> None:
+async def test_exec_where_nobody_listens(one: SimulatedMesh) -> None:
     node = one.node("alpha")
     node["ssh"]["port"] = 9
     one.write([node])
@@ -144,10 +144,10 @@ async def test_exec_where_nobody_listens(one: Simulated) -> None:
             _ = [chunk async for chunk in session.exec("alpha", ("hostname",))]
 
 
-async def test_reconnect_tries_at_once(one: Simulated) -> None:
+async def test_reconnect_tries_at_once(one: SimulatedMesh) -> None:
     await one.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
     async with session_of(one) as session:
-        state = await session.first_report(20)
+        state = await session.wait_first_report(20)
         assert state.node("alpha").tunnel.state is TunnelPhase.FAILED
         await one.hosts["alpha"].set_faults(Faults())
         await session.reconnect("alpha")

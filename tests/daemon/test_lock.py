@@ -38,7 +38,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_the_folder_is_private(paths: MeshPaths) -> None:
-    lock = MeshLock.take(paths)
+    lock = MeshLock.acquire(paths)
     assert stat.S_IMODE(paths.folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(paths.lock.stat().st_mode) == 0o600
     lock.release()
@@ -48,11 +48,11 @@ def test_only_one_holds_it_and_the_other_learns_who(paths: MeshPaths) -> None:
     process = holder(paths)
     try:
         with pytest.raises(MeshAlreadyRunning, match=rf"pid {process.pid}"):
-            MeshLock.take(paths)
+            MeshLock.acquire(paths)
         with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
             assert watch.held
             assert watch.pid == process.pid
-            assert not watch.sweep(paths)
+            assert not watch.remove_if_stale(paths)
             assert paths.lock.exists()
     finally:
         end(process)
@@ -64,14 +64,14 @@ def test_what_a_killed_process_left_is_swept(paths: MeshPaths) -> None:
     end(process)
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
         assert not watch.held
-        assert watch.sweep(paths)
+        assert watch.remove_if_stale(paths)
     assert not paths.folder.exists()
     assert LockWatch.open(paths) is None
 
 
 def test_a_stale_lock_file_is_taken_over(paths: MeshPaths) -> None:
     end(holder(paths))
-    lock = MeshLock.take(paths)
+    lock = MeshLock.acquire(paths)
     assert paths.lock.read_text() == f"{os.getpid()}\n"
     lock.release()
 
@@ -79,9 +79,9 @@ def test_a_stale_lock_file_is_taken_over(paths: MeshPaths) -> None:
 def test_sweeping_late_does_not_take_away_a_newer_mesh(paths: MeshPaths) -> None:
     end(holder(paths))
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
-        paths.remove()
-        lock = MeshLock.take(paths)
-        assert watch.sweep(paths)
+        paths.remove_files()
+        lock = MeshLock.acquire(paths)
+        assert watch.remove_if_stale(paths)
         assert paths.lock.exists()
         lock.release()
 
@@ -89,7 +89,7 @@ def test_sweeping_late_does_not_take_away_a_newer_mesh(paths: MeshPaths) -> None
 def test_who_waits_for_the_lock_waits_for_the_process(paths: MeshPaths) -> None:
     process = holder(paths)
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
-        paths.remove()
+        paths.remove_files()
         assert watch.held
         end(process)
         assert not watch.held
@@ -98,23 +98,23 @@ def test_who_waits_for_the_lock_waits_for_the_process(paths: MeshPaths) -> None:
 def test_a_socket_path_that_is_too_long_is_told(tmp_path: Path) -> None:
     paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / ("x" * 100), tmp_path / "log")
     with pytest.raises(GPUMeshError, match="longer than a Unix socket"):
-        MeshLock.take(paths)
+        MeshLock.acquire(paths)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
-        MeshLock.take(MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run" / "0123", tmp_path / "log"))
+        MeshLock.acquire(MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run" / "0123", tmp_path / "log"))
 
 
 def test_a_lock_that_was_taken_away_is_put_back(paths: MeshPaths) -> None:
-    lock = MeshLock.take(paths)
+    lock = MeshLock.acquire(paths)
     os.utime(paths.lock, (1, 1))
-    lock.keep(paths)
+    lock.restore_file(paths)
     assert paths.lock.stat().st_mtime > 1, "what is old is cleared out of /tmp"
     paths.lock.unlink()
     paths.folder.rmdir()
-    lock.keep(paths)
+    lock.restore_file(paths)
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
         assert watch.held
         assert watch.pid == os.getpid()
@@ -122,12 +122,12 @@ def test_a_lock_that_was_taken_away_is_put_back(paths: MeshPaths) -> None:
 
 
 def test_a_lock_that_another_mesh_has_by_now(paths: MeshPaths) -> None:
-    lock = MeshLock.take(paths)
+    lock = MeshLock.acquire(paths)
     paths.lock.unlink()
     process = holder(paths)
     try:
         with pytest.raises(MeshAlreadyRunning, match=rf"pid {process.pid}"):
-            lock.keep(paths)
+            lock.restore_file(paths)
     finally:
         end(process)
         lock.release()
@@ -135,6 +135,6 @@ def test_a_lock_that_another_mesh_has_by_now(paths: MeshPaths) -> None:
 
 def test_a_lock_file_that_is_none(paths: MeshPaths) -> None:
     paths.lock.mkdir(parents=True)
-    for ask in (MeshLock.take, LockWatch.open):
+    for ask in (MeshLock.acquire, LockWatch.open):
         with pytest.raises(GPUMeshError, match="cannot use the lock file"):
             ask(paths)

@@ -13,7 +13,7 @@ import pytest
 
 from gpumesh.daemon import messages
 from gpumesh.errors import UsageError
-from tests.cli.meshes import Simulated, command, quick, simulated
+from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -26,7 +26,7 @@ class Background:
         self.process = process
         self._reader = reader
 
-    async def told(self) -> messages.Reply:
+    async def told(self) -> messages.ControlReply:
         async with asyncio.timeout(30):
             data = await asyncio.to_thread(self._read)
         return messages.decode_reply(data)
@@ -50,8 +50,8 @@ async def started(gpumesh: Gpumesh, *arguments: str) -> Background:
 
 
 async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False)) as made:
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)) as made:
             background = await started(gpumesh)
             assert await background.told() == messages.End()
             assert (await gpumesh("run", "x", "-o", "num_predict=1")).out.strip()
@@ -61,7 +61,7 @@ async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None
             async with asyncio.timeout(20):
                 assert await background.process.wait() == 0
             assert gpumesh.sockets() == []
-            assert isinstance(made, Simulated)
+            assert isinstance(made, SimulatedMesh)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None
 async def test_it_tells_why_it_cannot(
     tmp_path: Path, text: str | None, arguments: list[str], code: int, said: str
 ) -> None:
-    with command(tmp_path) as gpumesh:
+    with isolated_command(tmp_path) as gpumesh:
         good = {
             "gateway": {"listen": "127.0.0.1:0"},
             "nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}],
@@ -85,7 +85,7 @@ async def test_it_tells_why_it_cannot(
         told = await background.told()
         assert isinstance(told, messages.Error)
         assert said in told.message
-        assert messages.from_error(told).exit_code == UsageError.exit_code
+        assert messages.error_from_message(told).exit_code == UsageError.exit_code
         async with asyncio.timeout(20):
             assert await background.process.wait() == code
         assert background.process.stderr is not None
@@ -93,8 +93,8 @@ async def test_it_tells_why_it_cannot(
 
 
 async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False)):
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             background = await started(gpumesh)
             os.close(background._reader)
             async with asyncio.timeout(30):
@@ -106,8 +106,8 @@ async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None
 
 
 async def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
-    with command(tmp_path) as gpumesh:
-        async with simulated(gpumesh, quick("alpha", ssh=False)):
+    with isolated_command(tmp_path) as gpumesh:
+        async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")
             (log,) = gpumesh.home.rglob("*.jsonl")
             await gpumesh("down")

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from gpumesh.backends.base import Chunk, Counters, Message
+from gpumesh.backends.base import Chunk, Message, ServerCounters
 from gpumesh.balancer.base import Priority
 from gpumesh.daemon import messages
-from gpumesh.daemon.messages import Reply, Request
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.messages import ControlReply, ControlRequest
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, NoNodeError, QueueFull, StreamCut, UsageError
-from gpumesh.mesh.history import History, Series
+from gpumesh.mesh.history import History, HistorySeries
 from tests.cli.states import typical
 
-ASK = Ask(
+ASK = PromptRequest(
     (Message("system", "s"), Message("user", "ü\n\ud800", ("QUJD",))),
     model="m",
     node="n",
@@ -22,7 +22,7 @@ ASK = Ask(
     think="high",
     timeout_s=3.0,
 )
-REQUESTS: list[Request] = [
+REQUESTS: list[ControlRequest] = [
     messages.GetStatus(),
     messages.GetHistory(),
     messages.Watch(0.5),
@@ -34,11 +34,11 @@ REQUESTS: list[Request] = [
     messages.Reconnect("n"),
     messages.Down(10.0),
 ]
-REPLIES: list[Reply] = [
+REPLIES: list[ControlReply] = [
     messages.State(typical()),
-    messages.Past(History(gpus=(Series("GPU-1", (None, 5.5)),))),
+    messages.Past(History(gpus=(HistorySeries("GPU-1", (None, 5.5)),))),
     messages.Route("n", 2),
-    messages.Piece(Chunk(text="x", done=True, counters=Counters(tokens=2, eval_ms=20.0))),
+    messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
     messages.Output("stdout", "QUJD", ended=True, exit_status=7),
     messages.End(),
     messages.Error("usage", "m", "h", "n", 2, {"a": 1}),
@@ -46,15 +46,15 @@ REPLIES: list[Reply] = [
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda each: type(each).__name__)
-def test_requests_there_and_back_in_one_line(request_: Request) -> None:
-    line = messages.encode(request_)
+def test_requests_there_and_back_in_one_line(request_: ControlRequest) -> None:
+    line = messages.encode_message(request_)
     assert line.count(b"\n") == 1
     assert messages.decode_request(line) == request_
 
 
 @pytest.mark.parametrize("reply", REPLIES, ids=lambda each: type(each).__name__)
-def test_replies_there_and_back_in_one_line(reply: Reply) -> None:
-    line = messages.encode(reply)
+def test_replies_there_and_back_in_one_line(reply: ControlReply) -> None:
+    line = messages.encode_message(reply)
     assert line.count(b"\n") == 1
     assert messages.decode_reply(line) == reply
 
@@ -65,7 +65,7 @@ def test_every_kind_is_here() -> None:
 
 
 def test_a_field_of_a_newer_version_is_passed_over_and_a_kind_is_not() -> None:
-    document = {**json.loads(messages.encode(messages.Drain("n"))), "gently": True}
+    document = {**json.loads(messages.encode_message(messages.Drain("n"))), "gently": True}
     assert messages.decode_request(json.dumps(document).encode()) == messages.Drain("n")
     for line in (b'{"kind": "Dance"}', b'{"kind": "End"}', b"5", b"{}", b'{"kind": []}', b'{"kind": "Drain"}', b"x"):
         with pytest.raises(ValueError, match=r".") as caught:
@@ -85,9 +85,9 @@ def test_a_field_of_a_newer_version_is_passed_over_and_a_kind_is_not() -> None:
     ],
 )
 def test_an_error_keeps_what_people_and_callers_act_on(error: GPUMeshError) -> None:
-    told = messages.decode_reply(messages.encode(messages.to_error(error)))
+    told = messages.decode_reply(messages.encode_message(messages.message_from_error(error)))
     assert isinstance(told, messages.Error)
-    back = messages.from_error(told)
+    back = messages.error_from_message(told)
     assert (back.message, back.hint, back.node) == (error.message, error.hint, error.node)
     assert (back.code, back.exit_code) == (error.code, error.exit_code)
     if isinstance(error, (QueueFull, ModelMissing, StreamCut)):
@@ -100,5 +100,5 @@ def test_an_error_keeps_what_people_and_callers_act_on(error: GPUMeshError) -> N
 
 def test_an_error_that_says_odd_things() -> None:
     odd = messages.Error("queue-full", "m", exit_code=77, detail={"retry_after_s": "soon"})
-    back = messages.from_error(odd)
+    back = messages.error_from_message(odd)
     assert (type(back), back.exit_code) == (messages.RemoteError, ExitCode.FAILED)

@@ -38,36 +38,36 @@ def test_one_mesh_yaml_has_one_place_however_it_is_named(
 
 def test_made_private_and_taken_away(tmp_path: Path) -> None:
     paths = for_config(tmp_path / "mesh.yaml")
-    paths.make()
-    paths.make()
+    paths.create_folder()
+    paths.create_folder()
     assert stat.S_IMODE(paths.folder.stat().st_mode) == 0o700
     paths.socket.touch()
     paths.lock.touch()
-    paths.errors.parent.mkdir(parents=True)
-    paths.errors.touch()
-    paths.remove()
-    paths.remove()
+    paths.stderr_log.parent.mkdir(parents=True)
+    paths.stderr_log.touch()
+    paths.remove_files()
+    paths.remove_files()
     assert not paths.folder.exists()
-    assert not paths.errors.exists()
+    assert not paths.stderr_log.exists()
 
 
 def test_what_python_said_at_its_end_is_kept(tmp_path: Path) -> None:
     paths = for_config(tmp_path / "mesh.yaml")
-    paths.make()
-    paths.errors.parent.mkdir(parents=True)
-    paths.errors.write_text("Fatal Python error")
-    paths.remove()
-    assert paths.errors.read_text() == "Fatal Python error"
+    paths.create_folder()
+    paths.stderr_log.parent.mkdir(parents=True)
+    paths.stderr_log.write_text("Fatal Python error")
+    paths.remove_files()
+    assert paths.stderr_log.read_text() == "Fatal Python error"
 
 
 def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
     paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / ("x" * SOCKET_PATH_LIMIT), tmp_path / "log")
     with pytest.raises(GPUMeshError, match="longer than a Unix socket's may be") as caught:
-        paths.make()
+        paths.create_folder()
     assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
-        MeshPaths(tmp_path / "mesh.yaml", tmp_path / "file" / "x", tmp_path / "log").make()
+        MeshPaths(tmp_path / "mesh.yaml", tmp_path / "file" / "x", tmp_path / "log").create_folder()

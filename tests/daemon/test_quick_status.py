@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.daemon.quick_status import glance, past
+from gpumesh.daemon.quick_status import fetch_history, fetch_status
 from gpumesh.errors import GPUMeshError
 
 
@@ -44,21 +44,21 @@ def answering(path: Path, reply: bytes | None) -> Iterator[list[bytes]]:
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:
-    assert glance(tmp_path / "nothing") is None
+    assert fetch_status(tmp_path / "nothing") is None
     stale = tmp_path / "stale"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(stale))
-    assert glance(stale) is None
-    assert past(stale) is None
-    assert glance(tmp_path / ("x" * 200)) is None, "no mesh can listen at so long a path"
+    assert fetch_status(stale) is None
+    assert fetch_history(stale) is None
+    assert fetch_status(tmp_path / ("x" * 200)) is None, "no mesh can listen at so long a path"
 
 
 def test_what_is_asked_and_answered(tmp_path: Path) -> None:
     with answering(tmp_path / "s", b'{"kind": "State", "state": {"mesh": "x"}}\n') as asked:
-        assert glance(tmp_path / "s") == {"mesh": "x"}
+        assert fetch_status(tmp_path / "s") == {"mesh": "x"}
     assert asked == [b'{"kind": "GetStatus"}\n']
     with answering(tmp_path / "h", b'{"kind": "Past", "history": {"step_s": 5.0}}\n') as asked:
-        assert past(tmp_path / "h") == {"step_s": 5.0}
+        assert fetch_history(tmp_path / "h") == {"step_s": 5.0}
     assert asked == [b'{"kind": "GetHistory"}\n']
 
 
@@ -74,24 +74,24 @@ def test_what_is_asked_and_answered(tmp_path: Path) -> None:
 )
 def test_what_is_no_answer(tmp_path: Path, reply: bytes, said: str) -> None:
     with answering(tmp_path / "s", reply), pytest.raises(GPUMeshError, match=said):
-        glance(tmp_path / "s")
+        fetch_status(tmp_path / "s")
 
 
 @pytest.mark.parametrize("reply", [b"", b"nonsense\n", b'{"kind": "Error", "message": "no such kind"}\n', b"[1]\n"])
 def test_a_mesh_without_a_past_is_no_error(tmp_path: Path, reply: bytes) -> None:
     """One of an older version does not know the question."""
     with answering(tmp_path / "s", reply):
-        assert past(tmp_path / "s") is None
+        assert fetch_history(tmp_path / "s") is None
 
 
 def test_it_ends_in_this_moment(tmp_path: Path) -> None:
     with answering(tmp_path / "s", b""):
-        assert glance(tmp_path / "s") is None
+        assert fetch_status(tmp_path / "s") is None
 
 
 def test_one_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     with answering(tmp_path / "s", None), pytest.raises(GPUMeshError, match="did not answer within") as caught:
-        glance(tmp_path / "s", timeout_s=0.1)
+        fetch_status(tmp_path / "s", timeout_s=0.1)
     assert "`gpumesh down` stops it" in str(caught.value.hint)
 
 

@@ -14,12 +14,12 @@ from gpumesh.backends.base import Message
 from gpumesh.daemon import messages
 from gpumesh.daemon.control import ControlServer
 from gpumesh.daemon.remote_session import RemoteSession
-from gpumesh.daemon.session import Ask
+from gpumesh.daemon.session import PromptRequest
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.mesh.history import History
 from tests.daemon.scripted import ScriptedSession
 
-ASK = Ask((Message("user", "hello"),))
+ASK = PromptRequest((Message("user", "hello"),))
 
 
 @asynccontextmanager
@@ -40,7 +40,7 @@ async def saying(path: Path, reply: bytes) -> AsyncIterator[RemoteSession]:
 
 async def test_history_and_reconnect(tmp_path: Path) -> None:
     session = ScriptedSession()
-    async with ControlServer(session, tmp_path / "s", stop=lambda _: None), asyncio.timeout(20):
+    async with ControlServer(session, tmp_path / "s", on_stop=lambda _: None), asyncio.timeout(20):
         remote = RemoteSession(tmp_path / "s")
         assert await remote.history() == await session.history()
         await remote.reconnect("iceland")
@@ -70,14 +70,14 @@ async def test_what_cannot_be_read(tmp_path: Path, reply: bytes) -> None:
 
 
 async def test_output_that_is_not_what_it_should_be(tmp_path: Path) -> None:
-    line = messages.encode(messages.Output("stdout", "not base64!"))
+    line = messages.encode_message(messages.Output("stdout", "not base64!"))
     async with saying(tmp_path / "s", line) as remote:
         with pytest.raises(GPUMeshError, match="cannot read"):
             _ = [chunk async for chunk in remote.exec("n", ("true",))]
 
 
 async def test_an_end_without_a_state(tmp_path: Path) -> None:
-    async with saying(tmp_path / "s", messages.encode(messages.End())) as remote:
+    async with saying(tmp_path / "s", messages.encode_message(messages.End())) as remote:
         with pytest.raises(GPUMeshError, match="without telling its state"):
             await remote.status()
         assert await remote.history() == History()

@@ -79,31 +79,31 @@ _LENGTHS = (
 )
 
 
-def one(data: bytes) -> Parts:
+def single_part(data: bytes) -> Parts:
     return (Part(data),)
 
 
 def splice(data: bytes, rng: Random) -> Parts:
     """Junk in the place of a few bytes."""
     at = rng.randrange(len(data) + 1)
-    return one(data[:at] + rng.choice(JUNK) + data[at + rng.choice((0, 0, 1, 2, 8)) :])
+    return single_part(data[:at] + rng.choice(JUNK) + data[at + rng.choice((0, 0, 1, 2, 8)) :])
 
 
 def flip(data: bytes, rng: Random) -> Parts:
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5)) if found else 0):
         found[rng.randrange(len(found))] = rng.randrange(256)
-    return one(bytes(found))
+    return single_part(bytes(found))
 
 
 def cut(data: bytes, rng: Random) -> Parts:
-    return one(data[: rng.randrange(len(data) + 1)])
+    return single_part(data[: rng.randrange(len(data) + 1)])
 
 
 def repeat_byte(data: bytes, rng: Random) -> Parts:
     """One byte, up to a million times, in its place."""
     if not data:
-        return one(data)
+        return single_part(data)
     at = rng.randrange(len(data))
     return Part(data[:at]), Part(data[at : at + 1], rng.choice(_LONG)), Part(data[at + 1 :])
 
@@ -111,7 +111,7 @@ def repeat_byte(data: bytes, rng: Random) -> Parts:
 def repeat_line(data: bytes, rng: Random) -> Parts:
     lines = data.splitlines(keepends=True)
     if not lines:
-        return one(data)
+        return single_part(data)
     at = rng.randrange(len(lines))
     times = min(rng.choice(_LONG), (8 << 20) // len(lines[at]))
     return Part(b"".join(lines[:at])), Part(lines[at], max(times, 2)), Part(b"".join(lines[at + 1 :]))
@@ -127,7 +127,7 @@ def repeat_piece(data: bytes, rng: Random) -> Parts:
 def exchange_lines(data: bytes, rng: Random) -> Parts:
     lines = data.splitlines(keepends=True)
     rng.shuffle(lines)
-    return one(b"".join(lines))
+    return single_part(b"".join(lines))
 
 
 def one_byte_writes(data: bytes, rng: Random) -> Parts:
@@ -144,10 +144,10 @@ def json_value(data: bytes, rng: Random) -> Parts:
     if not found:
         return splice(data, rng)
     place = rng.choice(found)
-    return one(data[: place.start()] + rng.choice(ABSURD) + data[place.end() :])
+    return single_part(data[: place.start()] + rng.choice(ABSURD) + data[place.end() :])
 
 
-def deep(data: bytes, rng: Random) -> Parts:
+def nest_deeply(data: bytes, rng: Random) -> Parts:
     """A value nested as deeply as anybody would try."""
     found = list(_JSON_VALUE.finditer(data))
     at, end = (place.start(), place.end()) if found and (place := rng.choice(found)) else (len(data), len(data))
@@ -166,7 +166,7 @@ def widen(data: bytes, rng: Random) -> Parts:
 
 GENERAL: tuple[Mutator, ...] = (
     *(splice, splice, flip, cut, repeat_byte, repeat_line, repeat_piece, exchange_lines, one_byte_writes),
-    *(json_value, json_value, json_value, deep, widen),
+    *(json_value, json_value, json_value, nest_deeply, widen),
 )
 
 
@@ -201,7 +201,7 @@ def lengths(data: bytes, rng: Random) -> Parts:
     if rng.random() < 0.5:
         head = re.sub(rb"\r\nContent-Length:[^\r]*", b"", head, flags=re.IGNORECASE)
     rng.shuffle(lines)
-    return one(b"\r\n".join((head, *lines)) + end + body)
+    return single_part(b"\r\n".join((head, *lines)) + end + body)
 
 
 def chunks(data: bytes, rng: Random) -> Parts:
@@ -243,8 +243,8 @@ def line_ends(data: bytes, rng: Random) -> Parts:
     end = rng.choice((b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\0\r\n"))
     head, blank, body = data.partition(b"\r\n\r\n")
     if rng.random() < 0.5:
-        return one(head.replace(b"\r\n", end) + blank + body)
-    return one(head.replace(b"\r\n", end, 1) + rng.choice((blank, end * 2)) + body)
+        return single_part(head.replace(b"\r\n", end) + blank + body)
+    return single_part(head.replace(b"\r\n", end, 1) + rng.choice((blank, end * 2)) + body)
 
 
 def header_values(data: bytes, rng: Random) -> Parts:
@@ -252,7 +252,7 @@ def header_values(data: bytes, rng: Random) -> Parts:
     if not found:
         return splice(data, rng)
     place = rng.choice(found)
-    return one(data[: place.start(2)] + rng.choice(JUNK) + data[place.end(2) :])
+    return single_part(data[: place.start(2)] + rng.choice(JUNK) + data[place.end(2) :])
 
 
 def packed(data: bytes, rng: Random) -> Parts:
@@ -267,7 +267,9 @@ def packed(data: bytes, rng: Random) -> Parts:
     if rng.random() < 0.3:
         zipped = zipped[: rng.randrange(len(zipped))] + rng.choice((b"", b"\0", zipped))
     coding = rng.choice((b"gzip", b"gzip", b"deflate", b"br", b"gzip, gzip", b"x-gzip", b"identity, gzip"))
-    return one(head + b"\r\nContent-Encoding: %b\r\nContent-Length: %d\r\n\r\n" % (coding, len(zipped)) + zipped)
+    return single_part(
+        head + b"\r\nContent-Encoding: %b\r\nContent-Length: %d\r\n\r\n" % (coding, len(zipped)) + zipped
+    )
 
 
 def pipelined(data: bytes, rng: Random) -> Parts:

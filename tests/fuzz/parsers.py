@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gpumesh.audit.identity import store_mark
+from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends import safe_json
 from gpumesh.backends.continuation.continuation import Continuation
-from gpumesh.backends.dialects import DIALECTS, counters_of
+from gpumesh.backends.dialects import DIALECTS, find_counters
 from gpumesh.coordination.peers import Peers
-from gpumesh.coordination.peers import decode as decode_peer
+from gpumesh.coordination.peers import decode_loads as decode_peer
 from gpumesh.daemon import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merged_lists
-from gpumesh.gateway.json_members import read_in_pieces, read_small
-from gpumesh.gateway.merged_progress import Progress
+from gpumesh.gateway.json_members import read_small_members, scan_members
+from gpumesh.gateway.merged_progress import MergedProgress
 from gpumesh.gateway.model_requests import MODEL_ROUTES, BadRequest, read_demand, read_model
 from gpumesh.printable import printable
-from gpumesh.probes.combined_commands import read_script
+from gpumesh.probes.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.probes.smi_tables import read_gpus, read_processes
@@ -51,7 +51,7 @@ MEMORY_MIB, MEMORY_PER_BYTE = 32.0, 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FuzzTarget:
     """``feed`` takes the bytes in the pieces in which they came. ``raises``: what it documents."""
 
     feed: Callable[[Sequence[bytes]], object]
@@ -132,7 +132,7 @@ def _inventory(kind: BackendKind, name: str) -> Callable[[Sequence[bytes]], obje
         for status in (200, 404, 500, 503):
             answers = {key: (200, good[key]) for key in DIALECTS[kind].probe_calls() if key in good}
             try:
-                store_mark(DIALECTS[kind].inventory({**answers, name: (status, body)}).catalog)
+                store_fingerprint(DIALECTS[kind].read_inventory({**answers, name: (status, body)}).catalog)
             except ProbeError as error:
                 assert printable(error.message, 1000) == error.message
             DIALECTS[kind].error_text(status, body)
@@ -187,7 +187,7 @@ REQUESTS = (
 
 def _reader(kind: BackendKind, *, stream: bool) -> Callable[[Sequence[bytes]], object]:
     def feed(pieces: Sequence[bytes]) -> None:
-        reader = DIALECTS[kind].reader(stream=stream)
+        reader = DIALECTS[kind].create_reader(stream=stream)
         for piece in pieces:
             reader.feed(piece)
         reader.close()
@@ -206,10 +206,10 @@ def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
         for _ in range(2):
             for piece in pieces:
                 answer.feed(piece)
-            answer.end_of_body()
-            if answer.finished or answer.on_cut() is not None:
+            answer.finish_body()
+            if answer.finished or answer.handle_cut() is not None:
                 break
-            answer.rendered("other", 200, b"".join(pieces))
+            answer.apply_rendered_prompt("other", 200, b"".join(pieces))
             answer.next_call("other", BackendKind.OLLAMA)
         assert isinstance(answer.text, str)
 
@@ -217,21 +217,21 @@ def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
 
 
 def _progress(pieces: Sequence[bytes]) -> None:
-    progress = Progress(["a", "b"])
+    progress = MergedProgress(["a", "b"])
     for line in b"".join(pieces).split(b"\n")[:2000]:
         entry = safe_json.parse_object(line)
         if entry is not None:
-            progress.feed("a", entry)
-            json.dumps(progress.take()).encode()
+            progress.feed_line("a", entry)
+            json.dumps(progress.take_lines()).encode()
 
 
 def _merged(pieces: Sequence[bytes]) -> None:
     """What comes out is JSON that a strict reader takes, whatever one node says; the other's is in it."""
     body = b"".join(pieces)
     for function, good, key in (
-        (merged_lists.tags, TAGS, "models"),
-        (merged_lists.loaded, PS, "models"),
-        (merged_lists.openai_models, MODELS, "data"),
+        (merged_lists.merge_tags, TAGS, "models"),
+        (merged_lists.merge_loaded, PS, "models"),
+        (merged_lists.merge_openai_models, MODELS, "data"),
     ):
         document = json.loads(function([body, good]), parse_constant=_no_constant)
         names = {entry.get("name", entry.get("id")) for entry in document[key]}
@@ -257,8 +257,8 @@ def _ssh_errors(pieces: Sequence[bytes]) -> None:
     """As via_openssh does: its last lines, made printable."""
     lines = [printable(line) for line in b"".join(pieces).split(b"\n")[-40:]]
     for was_up in (False, True):
-        openssh_errors.explain(lines, "10.0.0.1:22", was_up=was_up)
-    openssh_errors.NO_SESSION.search("\n".join(lines))
+        openssh_errors.error_from_stderr(lines, "10.0.0.1:22", was_up=was_up)
+    openssh_errors.NO_SESSION_PATTERN.search("\n".join(lines))
 
 
 # -- requests, other processes ---------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def _ssh_errors(pieces: Sequence[bytes]) -> None:
 
 def _request(pieces: Sequence[bytes]) -> None:
     body = b"".join(pieces)
-    members = read_small(body) or _result_of(read_in_pieces(body))
+    members = read_small_members(body) or _result_of(scan_members(body))
     for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
         route = MODEL_ROUTES[path]
         read_demand(route, {}, members, size=len(body), model=read_model(route, members))
@@ -284,8 +284,8 @@ def _result_of(work: Generator[None, None, T]) -> T:
 def _peer(pieces: Sequence[bytes]) -> None:
     data = b"".join(pieces)
     peers = Peers("me")
-    peers.hear(data, 0.0)
-    peers.total("GPU-1/qwen2.5:7b", 1.0)
+    peers.receive(data, 0.0)
+    peers.total_load("GPU-1/qwen2.5:7b", 1.0)
     decode_peer(data)
 
 
@@ -302,54 +302,54 @@ _STATUS = (
 )
 
 
-TARGETS: dict[str, Target] = {
-    "gpus": Target(_whole(read_gpus), (_GPU, _GPU + _GPU.replace(b"0, GPU-8", b"1, GPU-9"))),
-    "gpu-processes": Target(_whole(read_processes), (_PROCESS, _PROCESS * 3)),
-    "remote-script": Target(_whole(lambda data: read_script(data, 3)), _SMI_OUTPUTS),
-    "nvidia-smi": Target(_probe_gpus, _SMI_OUTPUTS),
-    "disk": Target(_whole(read_free_mib), (_df(b"/dev/sda1 1000 400 600 40% /\n"), _df(b""))),
-    "ollama-version": Target(_inventory(BackendKind.OLLAMA, "version"), (VERSION,)),
-    "ollama-tags": Target(_inventory(BackendKind.OLLAMA, "tags"), (TAGS,)),
-    "ollama-ps": Target(_inventory(BackendKind.OLLAMA, "ps"), (PS,)),
-    "openai-models": Target(_inventory(BackendKind.OPENAI, "models"), (MODELS, _LLAMA)),
-    "openai-props": Target(_inventory(BackendKind.OPENAI, "props"), (_PROPS,)),
-    "ollama-stream": Target(
+TARGETS: dict[str, FuzzTarget] = {
+    "gpus": FuzzTarget(_whole(read_gpus), (_GPU, _GPU + _GPU.replace(b"0, GPU-8", b"1, GPU-9"))),
+    "gpu-processes": FuzzTarget(_whole(read_processes), (_PROCESS, _PROCESS * 3)),
+    "remote-script": FuzzTarget(_whole(lambda data: split_script_output(data, 3)), _SMI_OUTPUTS),
+    "nvidia-smi": FuzzTarget(_probe_gpus, _SMI_OUTPUTS),
+    "disk": FuzzTarget(_whole(read_free_mib), (_df(b"/dev/sda1 1000 400 600 40% /\n"), _df(b""))),
+    "ollama-version": FuzzTarget(_inventory(BackendKind.OLLAMA, "version"), (VERSION,)),
+    "ollama-tags": FuzzTarget(_inventory(BackendKind.OLLAMA, "tags"), (TAGS,)),
+    "ollama-ps": FuzzTarget(_inventory(BackendKind.OLLAMA, "ps"), (PS,)),
+    "openai-models": FuzzTarget(_inventory(BackendKind.OPENAI, "models"), (MODELS, _LLAMA)),
+    "openai-props": FuzzTarget(_inventory(BackendKind.OPENAI, "props"), (_PROPS,)),
+    "ollama-stream": FuzzTarget(
         _reader(BackendKind.OLLAMA, stream=True),
         (_NATIVE, _GENERATE, _ERRORS[0]),
         (BackendError, ProbeError, StreamCut),
     ),
-    "openai-stream": Target(
+    "openai-stream": FuzzTarget(
         _reader(BackendKind.OPENAI, stream=True), (_EVENTS, _ERRORS[1]), (BackendError, ProbeError, StreamCut)
     ),
-    "openai-whole": Target(
+    "openai-whole": FuzzTarget(
         _reader(BackendKind.OPENAI, stream=False), (_WHOLE_CHAT,), (BackendError, ProbeError, StreamCut)
     ),
-    **{f"continued:{path}": Target(_continuation(path), seeds) for path, seeds in STREAMS.items()},
-    "counters": Target(_whole(counters_of), (_NATIVE, _EVENTS, _WHOLE_CHAT)),
-    "progress": Target(
+    **{f"continued:{path}": FuzzTarget(_continuation(path), seeds) for path, seeds in STREAMS.items()},
+    "counters": FuzzTarget(_whole(find_counters), (_NATIVE, _EVENTS, _WHOLE_CHAT)),
+    "progress": FuzzTarget(
         _progress,
         (
             b'{"status":"pulling manifest"}\n{"status":"pulling 845d","digest":"845d","total":100,"completed":5}\n'
             b'{"status":"success"}\n',
         ),
     ),
-    "merged": Target(_merged, (TAGS, PS, MODELS)),
-    "ssh-errors": Target(_ssh_errors, _SSH_ERRORS),
-    "address": Target(
+    "merged": FuzzTarget(_merged, (TAGS, PS, MODELS)),
+    "ssh-errors": FuzzTarget(_ssh_errors, _SSH_ERRORS),
+    "address": FuzzTarget(
         _text(lambda text: parse_address(text, default_port=22)),
         (b"10.0.0.1 13323\n", b"[2001:db8::1]:22", b'{"host":"pod.example","port":"22"}'),
         (ValueError,),
     ),
-    "request-body": Target(_request, REQUESTS, (BadRequest,)),
-    "peer-message": Target(
+    "request-body": FuzzTarget(_request, REQUESTS, (BadRequest,)),
+    "peer-message": FuzzTarget(
         _peer, (b'{"v":1,"gateway":"a","loads":{"GPU-1/qwen2.5:7b":2},"leaving":false}',), (ValueError,)
     ),
-    "control-request": Target(
+    "control-request": FuzzTarget(
         _whole(messages.decode_request),
         (b'{"kind":"Exec","node":"a","argv":["nvidia-smi"]}\n', b'{"kind":"Down","drain_s":5.0}\n'),
         (ValueError, RecursionError),
     ),
-    "control-reply": Target(
+    "control-reply": FuzzTarget(
         _whole(messages.decode_reply),
         (
             b'{"kind":"Error","code":"queue-full","message":"m","hint":null,"node":null,"exit_code":1,"detail":{"a":1}}\n',
@@ -357,12 +357,12 @@ TARGETS: dict[str, Target] = {
         ),
         (ValueError, RecursionError),
     ),
-    "worker-message": Target(
-        _whole(protocol.decode),
+    "worker-message": FuzzTarget(
+        _whole(protocol.decode_message),
         (b'{"kind":"Output","number":1,"stream":"stdout","data":"aGk="}\n', b'{"kind":"Pong","number":1}\n'),
         (ValueError,),
     ),
-    "status": Target(_status, (_STATUS,), (ValueError,)),
+    "status": FuzzTarget(_status, (_STATUS,), (ValueError,)),
 }
 
 

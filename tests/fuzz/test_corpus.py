@@ -107,7 +107,7 @@ def test_a_parser_that_is_too_slow_or_raises_is_found(monkeypatch: pytest.Monkey
         int(b"".join(pieces))
 
     for name, function in (("slow", slow), ("greedy", greedy), ("raises", raises)):
-        monkeypatch.setitem(parsers.TARGETS, name, parsers.Target(function, ()))
+        monkeypatch.setitem(parsers.TARGETS, name, parsers.FuzzTarget(function, ()))
     with pytest.raises(AssertionError, match="CPU time"):
         parsers.run(Case("slow", (Part(b"a"),)))
     with pytest.raises(AssertionError, match="MiB for"):

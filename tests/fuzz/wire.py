@@ -88,7 +88,7 @@ def request_seeds(model: str) -> tuple[bytes, ...]:
 # -- a client --------------------------------------------------------------------------------------------------------
 
 
-async def send(port: int, case: Case) -> bytes:
+async def send_case(port: int, case: Case) -> bytes:
     """All that comes back on a connection of its own; it is closed when nothing more comes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     got = bytearray()
@@ -121,7 +121,7 @@ async def send(port: int, case: Case) -> bytes:
     return bytes(got)
 
 
-async def ask(
+async def send_request(
     port: int, path: str, body: bytes | None = None, *, more: bytes = b"", timeout_s: float = 20.0
 ) -> tuple[int, bytes]:
     """Status and body. Raises AssertionError where the gateway gives no whole answer in time."""
@@ -146,14 +146,14 @@ async def ask(
 # -- a server --------------------------------------------------------------------------------------------------------
 
 
-async def end(writer: asyncio.StreamWriter) -> None:
+async def close_writer(writer: asyncio.StreamWriter) -> None:
     """When all has gone out."""
     writer.close()
     await writer.wait_closed()
 
 
 @dataclass
-class Hostile:
+class HostileNode:
     """One node's server. It answers well, but for ``bodies`` (of a GET, by path) and for prompts that name a number of
     ``answers``."""
 
@@ -161,7 +161,7 @@ class Hostile:
     port: int = 0
     answers: dict[int, Case] = field(default_factory=dict)
     bodies: dict[str, bytes] = field(default_factory=dict)
-    asked: int = 0
+    request_count: int = 0
 
     @property
     def url(self) -> str:
@@ -171,7 +171,7 @@ class Hostile:
         with contextlib.suppress(asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
             while await self._one(reader, writer):
                 pass
-        await end(writer)
+        await close_writer(writer)
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -185,7 +185,7 @@ class Hostile:
             writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n" if not found else whole(found))
             await writer.drain()
             return True
-        self.asked += 1
+        self.request_count += 1
         number = NUMBER.search(body)
         case = None if number is None else self.answers.get(int(number[1]))
         if case is None:
@@ -198,11 +198,11 @@ class Hostile:
         return False
 
 
-Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+ConnectionHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def serving(speak: Speak) -> AsyncIterator[int]:
+async def serving(speak: ConnectionHandler) -> AsyncIterator[int]:
     """A server that speaks so on each connection; its port. Nothing of it is left behind."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -231,8 +231,8 @@ async def serving(speak: Speak) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def hostile(model: str = MODEL) -> AsyncIterator[Hostile]:
-    node = Hostile(model)
+async def hostile_node(model: str = MODEL) -> AsyncIterator[HostileNode]:
+    node = HostileNode(model)
     async with serving(node.serve) as node.port:
         yield node
 
@@ -245,7 +245,7 @@ async def chat(
     prompt = "hi" if number is None else f"case {number}"
     body = {"model": model, "prompt": prompt, "messages": [{"role": "user", "content": prompt}], "stream": stream}
     more = b"" if node is None else b"X-GPUMesh-Node: %b\r\n" % node.encode()
-    status, answer = await ask(port, path, json.dumps(body).encode(), more=more + b"X-GPUMesh-Timeout: 1\r\n")
+    status, answer = await send_request(port, path, json.dumps(body).encode(), more=more + b"X-GPUMesh-Timeout: 1\r\n")
     assert status != 500 or b"failed inside" not in answer, f"500: {answer[:300]!r}"
     return status
 
@@ -277,7 +277,7 @@ async def check_routes(port: int, honest: Sequence[str]) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     for path in (*MERGED, *SHOWN):
-        status, body = await ask(port, path)
+        status, body = await send_request(port, path)
         assert status == 200, f"{path} answers {status}: {body[:200]!r}"
         if path == "/metrics":
             list(text_string_to_metric_families(body.decode()))
@@ -292,7 +292,7 @@ async def check_routes(port: int, honest: Sequence[str]) -> None:
 async def upstream(case: Case) -> None:
     """The hot path's client asks a server that says this. Raises what it does not document, and AssertionError for CPU
     time (the server's own, which is here too, is within it) or memory that is out of proportion."""
-    async with hostile() as server, Upstream() as client:
+    async with hostile_node() as server, Upstream() as client:
         server.answers[1] = case
         before_mib = parsers.peak_mib(reset=True)
         began = time.process_time()
@@ -317,7 +317,7 @@ async def greet(case: Case, *, timeout_s: float = 2.0) -> None:
         for piece in case.writes():
             writer.write(piece)
             await writer.drain()
-        await end(writer)
+        await close_writer(writer)
 
     async with serving(speak) as port, http_client() as client:
         for kind in DIALECTS:

@@ -16,7 +16,7 @@ from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.observe.access_log import AccessLog
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, QWEN_7B, HostProfile
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
@@ -31,20 +31,20 @@ QUICK: dict[str, Any] = {
 }
 
 
-def quick(name: str, **changes: Any) -> HostProfile:
-    return profile.host(name, **{**QUICK, **changes})
+def quick_host(name: str, **changes: Any) -> HostProfile:
+    return profile.make_host(name, **{**QUICK, **changes})
 
 
 # Unequal in what they have: ``a`` embeds and thinks, ``b`` has the llama, both have MODEL.
-A = quick("a", models=(QWEN_7B, EMBEDDER, QWEN3_8B))
-B = quick("b", models=(QWEN_7B, LLAMA_8B))
+A = quick_host("a", models=(QWEN_7B, EMBEDDER, QWEN3_8B))
+B = quick_host("b", models=(QWEN_7B, LLAMA_8B))
 
 
 @dataclass
-class Running:
+class RunningGateway:
     mesh: Mesh
     gateway: Gateway
-    hosts: Mapping[str, StandIn]
+    hosts: Mapping[str, SimOllama]
     client: httpx.AsyncClient
 
     @property
@@ -59,7 +59,7 @@ class Running:
         body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": False, **more}
         return await self.client.post("/api/chat", json=body, headers=headers)
 
-    def running(self) -> int:
+    def count_running(self) -> int:
         """How many answers the hosts are working on."""
         return sum(host.counters.running for host in self.hosts.values())
 
@@ -72,34 +72,34 @@ def node(name: str, url: str, *, kind: BackendKind = BackendKind.OLLAMA, max_par
 
 
 @asynccontextmanager
-async def serving(
+async def serve_nodes(
     nodes: tuple[NodeSpec, ...],
-    hosts: Mapping[str, StandIn] | None = None,
+    hosts: Mapping[str, SimOllama] | None = None,
     *,
     spec: GatewaySpec | None = None,
     bounds: Bounds | None = None,
     access_log: AccessLog | None = None,
     drain_s: float = 10.0,
-) -> AsyncIterator[Running]:
+) -> AsyncIterator[RunningGateway]:
     topology = Topology("test", nodes, replace(spec or GatewaySpec(), port=0))
     async with (
         Mesh(topology) as mesh,
         Gateway(mesh, bounds=bounds, access_log=access_log, drain_s=drain_s) as gateway,
         httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client,
     ):
-        await mesh.first_report(10.0)
-        yield Running(mesh, gateway, hosts or {}, client)
+        await mesh.wait_first_report(10.0)
+        yield RunningGateway(mesh, gateway, hosts or {}, client)
 
 
 @asynccontextmanager
-async def running(
+async def serve_hosts(
     *profiles: HostProfile, max_parallel: int | None = None, kind: BackendKind = BackendKind.OLLAMA, **more: Any
-) -> AsyncIterator[Running]:
-    """``more`` as for ``serving``. Without profiles: A and B."""
+) -> AsyncIterator[RunningGateway]:
+    """``more`` as for ``serve_nodes``. Without profiles: A and B."""
     async with AsyncExitStack() as stack:
-        hosts = {one.name: await stack.enter_async_context(StandIn(one)) for one in profiles or (A, B)}
+        hosts = {one.name: await stack.enter_async_context(SimOllama(one)) for one in profiles or (A, B)}
         nodes = tuple(node(name, host.url, kind=kind, max_parallel=max_parallel) for name, host in hosts.items())
-        yield await stack.enter_async_context(serving(nodes, hosts, **more))
+        yield await stack.enter_async_context(serve_nodes(nodes, hosts, **more))
 
 
 def lines(text: str) -> list[Any]:
@@ -125,7 +125,7 @@ def metric(text: str, name: str, **labels: str) -> float:
     )
 
 
-async def raw(port: int, data: bytes, *, wait_s: float = 10.0) -> bytes:
+async def send_raw(port: int, data: bytes, *, wait_s: float = 10.0) -> bytes:
     """All that comes back on a connection of its own, until the other side closes it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

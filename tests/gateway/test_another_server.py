@@ -18,10 +18,10 @@ import pytest
 
 from gpumesh.balancer.breaker import THRESHOLD, Breaker
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.model_requests import shape_of
-from tests.gateway.fleet import Running, node, serving
-from tests.mesh.meshes import MODEL, ollama
-from tests.mesh.servers import Exchange, serve, whole
+from gpumesh.gateway.model_requests import find_client_api
+from tests.gateway.fleet import RunningGateway, node, serve_nodes
+from tests.mesh.meshes import MODEL, ollama_script
+from tests.mesh.servers import Exchange, serve, whole_response
 
 WORDS = "model runner has unexpectedly stopped"
 MESSAGES = [{"role": "user", "content": "why?"}]
@@ -46,7 +46,7 @@ class Fleet:
 
     says: dict[str, str]
     asked: Counter[str] = field(default_factory=Counter)
-    running: Running | None = None
+    running: RunningGateway | None = None
 
     @property
     def client(self) -> Any:
@@ -66,20 +66,22 @@ async def fleet(**says: str) -> AsyncIterator[Fleet]:
         async def answer(exchange: Exchange) -> None:
             made.asked[name] += 1
             if made.says[name] == "500":
-                await exchange.send(whole(json.dumps({"error": WORDS}).encode(), status="500 Internal Server Error"))
+                await exchange.send(
+                    whole_response(json.dumps({"error": WORDS}).encode(), status="500 Internal Server Error")
+                )
             elif made.says[name] == "dies":
                 exchange.close()
             else:
-                await exchange.send(whole(b'{"done":true}'))
+                await exchange.send(whole_response(b'{"done":true}'))
 
-        return ollama(answer)
+        return ollama_script(answer)
 
     async with AsyncExitStack() as stack:
         nodes = []
         for place, name in enumerate(says):
             server = await stack.enter_async_context(serve(of(name)))
             nodes.append(replace(node(name, server.url, max_parallel=8), weight=0.001**place))
-        made.running = await stack.enter_async_context(serving(tuple(nodes)))
+        made.running = await stack.enter_async_context(serve_nodes(tuple(nodes)))
         yield made
 
 
@@ -102,7 +104,7 @@ async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None
             assert response.status_code == 500
             assert response.headers["X-GPUMesh-Attempts"] == "2"
             assert WORDS in response.text
-            assert error_shapes.is_shaped(shape_of(path), response.json()), "in the dialect of the route"
+            assert error_shapes.is_error_body(find_client_api(path), response.json()), "in the dialect of the route"
             assert servers.asked.total() == len(servers.asked) == 2
 
 
@@ -169,16 +171,16 @@ async def test_what_a_proxy_says_of_its_server_is_no_sign_of_the_request() -> No
         def of(name: str, status: str) -> Any:
             async def answer(exchange: Exchange) -> None:
                 asked[name] += 1
-                await exchange.send(whole(b'{"done":true}', status=status))
+                await exchange.send(whole_response(b'{"done":true}', status=status))
 
-            return ollama(answer)
+            return ollama_script(answer)
 
         for place, (name, status) in enumerate(
             (("a", "502 Bad Gateway"), ("b", "503 Busy"), ("c", "502 Bad Gateway"), ("d", "200 OK"))
         ):
             server = await stack.enter_async_context(serve(of(name, status)))
             nodes.append(replace(node(name, server.url, max_parallel=8), weight=0.001**place))
-        running = await stack.enter_async_context(serving(tuple(nodes)))
+        running = await stack.enter_async_context(serve_nodes(tuple(nodes)))
         response = await running.client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES, "stream": False})
         assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (200, "4")
 
@@ -248,7 +250,7 @@ async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: boo
     async with AsyncExitStack() as stack:
         servers = {name: await stack.enter_async_context(mortal()) for name in "abc"}
         nodes = tuple(node(name, f"http://127.0.0.1:{port}", max_parallel=8) for name, (port, _) in servers.items())
-        running = await stack.enter_async_context(serving(nodes))
+        running = await stack.enter_async_context(serve_nodes(nodes))
         body = {"model": MODEL, "messages": MESSAGES, "stream": stream}
         response = await running.client.post("/api/chat", json=body)
         assert response.status_code == 503
@@ -266,11 +268,11 @@ async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: boo
 async def test_a_page_of_a_proxy_becomes_an_error_of_the_dialect(path: str) -> None:
     async def answer(exchange: Exchange) -> None:
         page = b"<html><script>alert(1)</script><title>502 Bad Gateway</title></html>"
-        await exchange.send(whole(page, status="502 Bad Gateway", kind="text/html"))
+        await exchange.send(whole_response(page, status="502 Bad Gateway", kind="text/html"))
 
-    async with serve(ollama(answer)) as server, serving((node("a", server.url, max_parallel=8),)) as running:
+    async with serve(ollama_script(answer)) as server, serve_nodes((node("a", server.url, max_parallel=8),)) as running:
         body = {"model": MODEL, "stream": False, **ROUTES[path]}
         response = await running.client.post(path, json=body)
         assert (response.status_code, response.headers["Content-Type"]) == (502, "application/json")
-        assert error_shapes.is_shaped(shape_of(path), response.json())
+        assert error_shapes.is_error_body(find_client_api(path), response.json())
         assert "<" not in response.text

@@ -19,9 +19,20 @@ from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase
 from gpumesh.topology import BackendKind, GatewaySpec, PolicyKind, Topology
-from tests.gateway.fleet import MODEL, A, Running, events, lines, node, quick, raw, running, serving
-from tests.mesh.servers import Exchange, serve, whole
-from tests.tunnels.polling import until
+from tests.gateway.fleet import (
+    MODEL,
+    A,
+    RunningGateway,
+    events,
+    lines,
+    node,
+    quick_host,
+    send_raw,
+    serve_hosts,
+    serve_nodes,
+)
+from tests.mesh.servers import Exchange, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -29,15 +40,15 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "The 
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Running]:
-    async with running() as made:
+async def fleet() -> AsyncIterator[RunningGateway]:
+    async with serve_hosts() as made:
         yield made
 
 
 # -- native routes -------------------------------------------------------------------------------------------------
 
 
-async def test_the_root_says_what_ollama_says(fleet: Running) -> None:
+async def test_the_root_says_what_ollama_says(fleet: RunningGateway) -> None:
     answer = await fleet.client.get("/")
     assert (answer.status_code, answer.text) == (200, "Ollama is running")
     assert answer.headers["Server"] == "gpumesh"
@@ -52,7 +63,7 @@ async def test_the_root_says_what_ollama_says(fleet: Running) -> None:
         ("/api/generate", {"model": MODEL, "prompt": "hello"}, "response"),
     ],
 )
-async def test_native_answers(fleet: Running, path: str, body: dict[str, Any], key: str) -> None:
+async def test_native_answers(fleet: RunningGateway, path: str, body: dict[str, Any], key: str) -> None:
     """Streamed by default; the same text in one piece when asked for."""
     streamed = await fleet.client.post(path, json=body)
     assert streamed.headers["Content-Type"] == "application/x-ndjson"
@@ -73,7 +84,7 @@ async def test_native_answers(fleet: Running, path: str, body: dict[str, Any], k
         assert float(one.headers["X-GPUMesh-Queue-Ms"]) >= 0.0
 
 
-async def test_tools_format_and_thinking(fleet: Running) -> None:
+async def test_tools_format_and_thinking(fleet: RunningGateway) -> None:
     called = (await fleet.chat(tools=[TOOL])).json()
     assert called["message"]["tool_calls"][0]["function"]["name"] == "weather"
     made = (await fleet.chat(format=SCHEMA)).json()
@@ -84,13 +95,13 @@ async def test_tools_format_and_thinking(fleet: Running) -> None:
     assert any(line["message"].get("thinking") for line in lines(streamed.text) if "message" in line)
 
 
-async def test_images_travel_in_the_body(fleet: Running) -> None:
+async def test_images_travel_in_the_body(fleet: RunningGateway) -> None:
     message = {"role": "user", "content": "what is this?", "images": ["iVBOR" + "A" * 3_000_000]}
     answer = await fleet.chat(messages=[message])
     assert answer.status_code == 200
 
 
-async def test_loading_and_unloading(fleet: Running) -> None:
+async def test_loading_and_unloading(fleet: RunningGateway) -> None:
     loaded = await fleet.client.post("/api/generate", json={"model": MODEL, "keep_alive": "5m"})
     assert lines(loaded.text)[-1]["done_reason"] == "load"
     listed = (await fleet.client.get("/api/ps")).json()["models"]
@@ -103,7 +114,7 @@ async def test_loading_and_unloading(fleet: Running) -> None:
     assert (await fleet.client.get("/api/ps")).json() == {"models": []}
 
 
-async def test_embeddings(fleet: Running) -> None:
+async def test_embeddings(fleet: RunningGateway) -> None:
     embedder = "nomic-embed-text"
     many = await fleet.client.post("/api/embed", json={"model": embedder, "input": ["one", "two"]})
     assert len(many.json()["embeddings"]) == 2
@@ -112,7 +123,7 @@ async def test_embeddings(fleet: Running) -> None:
     assert {answer.headers["X-GPUMesh-Node"] for answer in (many, one)} == {"a"}, "only it has the model"
 
 
-async def test_show_is_asked_of_a_node_that_has_the_model(fleet: Running) -> None:
+async def test_show_is_asked_of_a_node_that_has_the_model(fleet: RunningGateway) -> None:
     for name in ("llama3.1:8b", "LLAMA3.1:8b"):
         asked = {"model": name.lower()}
         shown = await fleet.client.post("/api/show", json=asked)
@@ -121,7 +132,7 @@ async def test_show_is_asked_of_a_node_that_has_the_model(fleet: Running) -> Non
     assert (await fleet.client.post("/api/show", json={"name": MODEL})).status_code == 200
 
 
-async def test_what_a_server_says_of_itself_comes_from_one_of_them(fleet: Running) -> None:
+async def test_what_a_server_says_of_itself_comes_from_one_of_them(fleet: RunningGateway) -> None:
     answer = await fleet.client.get("/api/status")
     assert answer.status_code == 200
     assert answer.headers["X-GPUMesh-Node"] in ("a", "b")
@@ -149,7 +160,7 @@ ENDS = {
 @pytest.mark.parametrize("path", V1)
 async def test_v1_answers(path: str, kind: BackendKind) -> None:
     """In one piece unless a stream is asked for; from servers of either kind."""
-    async with running(kind=kind) as fleet:
+    async with serve_hosts(kind=kind) as fleet:
         whole_answer = await fleet.client.post(path, json=V1[path])
         assert whole_answer.status_code == 200
         assert whole_answer.headers["Content-Type"].startswith("application/json")
@@ -162,7 +173,7 @@ async def test_v1_answers(path: str, kind: BackendKind) -> None:
             assert one.headers["X-GPUMesh-Node"] in ("a", "b")
 
 
-async def test_v1_embeddings_and_one_model(fleet: Running) -> None:
+async def test_v1_embeddings_and_one_model(fleet: RunningGateway) -> None:
     made = await fleet.client.post("/v1/embeddings", json={"model": "nomic-embed-text", "input": "one"})
     assert len(made.json()["data"]) == 1
     one = await fleet.client.get("/v1/models/llama3.1:8b")
@@ -174,7 +185,7 @@ async def test_v1_embeddings_and_one_model(fleet: Running) -> None:
 
 
 async def test_native_routes_need_an_ollama() -> None:
-    async with running(kind=BackendKind.OPENAI) as fleet:
+    async with serve_hosts(kind=BackendKind.OPENAI) as fleet:
         answer = await fleet.chat()
         assert answer.status_code == 503
         assert "speaks this API" in answer.json()["error"]
@@ -195,7 +206,7 @@ async def test_native_routes_need_an_ollama() -> None:
         ("/v1/messages", "nobody:1b"),
     ],
 )
-async def test_a_model_that_nobody_has(fleet: Running, path: str, model: str) -> None:
+async def test_a_model_that_nobody_has(fleet: RunningGateway, path: str, model: str) -> None:
     answer = await fleet.client.post(path, json={**CHAT, "model": model, "max_tokens": 5})
     assert answer.status_code == 404
     error = answer.json()["error"]
@@ -228,7 +239,7 @@ async def test_a_model_that_nobody_has(fleet: Running, path: str, model: str) ->
     ],
 )
 async def test_the_clients_own_mistakes(
-    fleet: Running, method: str, path: str, body: bytes, status: int, words: str
+    fleet: RunningGateway, method: str, path: str, body: bytes, status: int, words: str
 ) -> None:
     answer = await fleet.client.request(method, path, content=body)
     assert answer.status_code == status
@@ -247,19 +258,19 @@ async def test_the_clients_own_mistakes(
         ("GET", "/api/blobs/sha256:1", "HEAD, POST"),
     ],
 )
-async def test_a_wrong_method_is_told_the_right_ones(fleet: Running, method: str, path: str, allow: str) -> None:
+async def test_a_wrong_method_is_told_the_right_ones(fleet: RunningGateway, method: str, path: str, allow: str) -> None:
     answer = await fleet.client.request(method, path)
     assert (answer.status_code, answer.headers["Allow"]) == (405, allow)
 
 
-async def test_a_servers_own_words_reach_the_client(fleet: Running) -> None:
+async def test_a_servers_own_words_reach_the_client(fleet: RunningGateway) -> None:
     refused = await fleet.chat(think=True)
     assert refused.status_code == 400
     assert refused.json() == {"error": f'"{MODEL}" does not support thinking'}
     assert refused.headers["X-GPUMesh-Attempts"] == "1", "the client's mistake is no reason to ask others"
 
 
-async def test_when_every_node_fails_it_is_told_in_the_servers_words(fleet: Running) -> None:
+async def test_when_every_node_fails_it_is_told_in_the_servers_words(fleet: RunningGateway) -> None:
     for host in fleet.hosts.values():
         await host.set_faults(Faults(status=500, paths=("/api/chat", "/v1/chat")))
     native = await fleet.chat()
@@ -272,7 +283,7 @@ async def test_when_every_node_fails_it_is_told_in_the_servers_words(fleet: Runn
 # -- what the request's head says ------------------------------------------------------------------------------------
 
 
-async def test_a_node_can_be_named(fleet: Running) -> None:
+async def test_a_node_can_be_named(fleet: RunningGateway) -> None:
     for name in ("a", "b"):
         answer = await fleet.chat(headers={"X-GPUMesh-Node": name})
         assert answer.headers["X-GPUMesh-Node"] == name
@@ -283,7 +294,7 @@ async def test_a_node_can_be_named(fleet: Running) -> None:
     assert missing.status_code == 404
 
 
-async def test_a_request_has_the_name_that_its_client_gave_it(fleet: Running) -> None:
+async def test_a_request_has_the_name_that_its_client_gave_it(fleet: RunningGateway) -> None:
     assert (await fleet.chat(headers={"X-Request-Id": "r-1"})).headers["X-Request-Id"] == "r-1"
     assert "X-Request-Id" not in (await fleet.chat()).headers
     assert len((await fleet.chat(headers={"X-Request-Id": "x" * 500})).headers["X-Request-Id"]) == 128
@@ -292,12 +303,12 @@ async def test_a_request_has_the_name_that_its_client_gave_it(fleet: Running) ->
 @pytest.mark.parametrize(
     "headers", [{"X-GPUMesh-Priority": "urgent"}, {"X-GPUMesh-Timeout": "soon"}, {"X-GPUMesh-Timeout": "-1"}]
 )
-async def test_nonsense_in_our_own_headers_is_refused(fleet: Running, headers: dict[str, str]) -> None:
+async def test_nonsense_in_our_own_headers_is_refused(fleet: RunningGateway, headers: dict[str, str]) -> None:
     assert (await fleet.chat(headers=headers)).status_code == 400
 
 
 async def test_the_default_model_is_what_the_server_is_asked_for() -> None:
-    async with running(spec=GatewaySpec(default_model=MODEL)) as fleet:
+    async with serve_hosts(spec=GatewaySpec(default_model=MODEL)) as fleet:
         answer = await fleet.client.post("/api/chat", json={"messages": CHAT["messages"], "stream": False})
         assert answer.status_code == 200
         assert answer.json()["model"] == MODEL
@@ -317,10 +328,10 @@ class Recorder:
         }
         for start, body in answers.items():
             if exchange.head.startswith(start):
-                await exchange.send(whole(body))
+                await exchange.send(whole_response(body))
                 return
         self.seen.append(exchange)
-        await exchange.send(whole(b'{"done": true}'))
+        await exchange.send(whole_response(b'{"done": true}'))
 
     @property
     def head(self) -> dict[str, str]:
@@ -330,7 +341,7 @@ class Recorder:
 
 async def test_what_a_backend_gets_is_what_the_client_sent() -> None:
     recorder = Recorder()
-    async with serve(recorder) as backend, serving((node("a", backend.url),)) as fleet:
+    async with serve(recorder) as backend, serve_nodes((node("a", backend.url),)) as fleet:
         body = b'{"model":"%s",  "future_field": {"x": [1, 2.50]},"stream":false}' % MODEL.encode()
         headers = {
             "Content-Type": "application/json; charset=utf-8",
@@ -361,7 +372,7 @@ async def test_a_packed_body_is_unpacked() -> None:
     import gzip
 
     recorder = Recorder()
-    async with serve(recorder) as backend, serving((node("a", backend.url),)) as fleet:
+    async with serve(recorder) as backend, serve_nodes((node("a", backend.url),)) as fleet:
         body = json.dumps({**CHAT, "stream": False}).encode()
         packed = {"Content-Encoding": "gzip"}
         assert (await fleet.client.post("/api/chat", content=gzip.compress(body), headers=packed)).status_code == 200
@@ -374,7 +385,7 @@ async def test_a_packed_body_is_unpacked() -> None:
 async def test_a_bomb_in_a_packed_body_is_refused() -> None:
     import gzip
 
-    async with running(A, bounds=Bounds(body_bytes=1 << 20)) as fleet:
+    async with serve_hosts(A, bounds=Bounds(max_body_bytes=1 << 20)) as fleet:
         bomb = gzip.compress(b" " * (50 << 20))
         assert len(bomb) < 1 << 20
         answer = await fleet.client.post("/api/chat", content=bomb, headers={"Content-Encoding": "gzip"})
@@ -385,7 +396,7 @@ async def test_a_bomb_in_a_packed_body_is_refused() -> None:
 
 
 async def test_a_failed_attempt_shows_in_the_head_only() -> None:
-    async with running(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as fleet:
+    async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as fleet:
         await fleet.hosts["a"].set_faults(Faults(disconnect=True, paths=("/api/chat",)))
         answers = [await fleet.chat() for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200] * 4
@@ -393,18 +404,18 @@ async def test_a_failed_attempt_shows_in_the_head_only() -> None:
         assert any(answer.headers["X-GPUMesh-Attempts"] == "2" for answer in answers)
 
 
-SLOW = quick("slow", tokens_per_s=20.0, answer_tokens=(2000, 2000))
+SLOW = quick_host("slow", tokens_per_s=20.0, answer_tokens=(2000, 2000))
 
 
 async def test_who_waits_is_seen_with_its_place_in_the_queue() -> None:
-    async with running(SLOW, max_parallel=1) as fleet, asyncio.TaskGroup() as tasks:
+    async with serve_hosts(SLOW, max_parallel=1) as fleet, asyncio.TaskGroup() as tasks:
         first = tasks.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "the first runs")
+        await wait_until(lambda: fleet.count_running() == 1, "the first runs")
         waiting = []
         for name, priority in (("r-batch", "batch"), ("r-normal", "normal"), ("r-now", "interactive")):
             headers = {"X-Request-Id": name, "X-GPUMesh-Priority": priority}
             waiting.append(tasks.create_task(fleet.chat(headers=headers)))
-            await until(lambda: fleet.mesh.snapshot().gateway.queued == len(waiting), "it waits")
+            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == len(waiting), "it waits")
         gateway = (await fleet.client.get("/mesh/status")).json()["gateway"]
         assert (gateway["in_flight"], gateway["queued"]) == (1, 3)
         assert [entry["id"] for entry in gateway["waiting"]] == ["r-now", "r-normal", "r-batch"]
@@ -416,27 +427,27 @@ async def test_who_waits_is_seen_with_its_place_in_the_queue() -> None:
 
 
 async def test_a_client_that_leaves_leaves_the_queue_and_stops_the_generation() -> None:
-    async with running(SLOW, max_parallel=1) as fleet:
+    async with serve_hosts(SLOW, max_parallel=1) as fleet:
         first = asyncio.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "the first runs")
+        await wait_until(lambda: fleet.count_running() == 1, "the first runs")
         second = asyncio.create_task(fleet.chat())
-        await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
         second.cancel()
-        await until(lambda: fleet.mesh.snapshot().gateway.queued == 0, "it has left the queue")
-        assert fleet.running() == 1
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 0, "it has left the queue")
+        assert fleet.count_running() == 1
         first.cancel()
-        await until(lambda: fleet.running() == 0, "the host has stopped")
-        await until(lambda: fleet.mesh.books.in_flight == 0, "the books are closed")
-        books = fleet.mesh.books
+        await wait_until(lambda: fleet.count_running() == 0, "the host has stopped")
+        await wait_until(lambda: fleet.mesh.request_counters.in_flight == 0, "the books are closed")
+        books = fleet.mesh.request_counters
         assert (books.accepted, books.cancelled, books.failed) == (2, 2, 0)
 
 
 async def test_past_the_bound_of_the_queue_clients_are_told_when_to_come_back() -> None:
-    async with running(SLOW, max_parallel=1, spec=GatewaySpec(max_queue=1)) as fleet, asyncio.TaskGroup() as tasks:
+    async with serve_hosts(SLOW, max_parallel=1, spec=GatewaySpec(max_queue=1)) as fleet, asyncio.TaskGroup() as tasks:
         first = tasks.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "the first runs")
+        await wait_until(lambda: fleet.count_running() == 1, "the first runs")
         second = tasks.create_task(fleet.chat())
-        await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
         refused = await fleet.chat()
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
@@ -450,9 +461,9 @@ async def test_past_the_bound_of_the_queue_clients_are_told_when_to_come_back() 
 
 
 async def test_a_deadline_holds_while_a_request_waits() -> None:
-    async with running(SLOW, max_parallel=1) as fleet, asyncio.TaskGroup() as tasks:
+    async with serve_hosts(SLOW, max_parallel=1) as fleet, asyncio.TaskGroup() as tasks:
         first = tasks.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "the first runs")
+        await wait_until(lambda: fleet.count_running() == 1, "the first runs")
         late = await fleet.chat(headers={"X-GPUMesh-Timeout": "0.2"})
         assert late.status_code == 504
         assert "no place became free" in late.json()["error"]
@@ -462,16 +473,16 @@ async def test_a_deadline_holds_while_a_request_waits() -> None:
 
 
 async def test_a_deadline_holds_while_a_node_works() -> None:
-    async with running(SLOW) as fleet:
+    async with serve_hosts(SLOW) as fleet:
         late = await fleet.chat(headers={"X-GPUMesh-Timeout": "0.3"})
         assert late.status_code == 504
-        await until(lambda: fleet.running() == 0, "the host has stopped")
+        await wait_until(lambda: fleet.count_running() == 0, "the host has stopped")
 
 
 @pytest.mark.slow
 async def test_a_drained_node_ends_what_it_has_and_gets_nothing_new() -> None:
-    hosts = (replace(SLOW, name="a"), quick("b"))
-    async with running(*hosts, max_parallel=4) as fleet:
+    hosts = (replace(SLOW, name="a"), quick_host("b"))
+    async with serve_hosts(*hosts, max_parallel=4) as fleet:
         body = {**CHAT, "options": {"num_predict": 15}}
         async with fleet.client.stream("POST", "/api/chat", json=body, headers={"X-GPUMesh-Node": "a"}) as begun:
             pieces = begun.aiter_lines()
@@ -494,15 +505,15 @@ async def test_a_drained_node_ends_what_it_has_and_gets_nothing_new() -> None:
 
 @pytest.mark.slow
 async def test_closing_finishes_what_is_in_flight_and_takes_nothing_new() -> None:
-    profile = quick("a", tokens_per_s=50.0, answer_tokens=(25, 25), slots=4)
-    async with running(profile, max_parallel=2) as fleet, AsyncExitStack() as ends:
+    profile = quick_host("a", tokens_per_s=50.0, answer_tokens=(25, 25), slots=4)
+    async with serve_hosts(profile, max_parallel=2) as fleet, AsyncExitStack() as ends:
         gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0))
         async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client:
             await client.get("/")  # a kept connection, which must not hold up the end
             answers = [asyncio.create_task(client.post("/api/chat", json=CHAT)) for _ in range(3)]
-            await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "two are in flight, one waits")
+            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "two are in flight, one waits")
             closing = asyncio.create_task(ends.aclose())
-            await until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
+            await wait_until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
             with pytest.raises(httpx.TransportError):
                 await client.get("/healthz")
             done = [await answer for answer in answers]
@@ -514,7 +525,7 @@ async def test_closing_finishes_what_is_in_flight_and_takes_nothing_new() -> Non
 async def test_closing_waits_no_longer_than_it_may_and_says_why_it_cuts() -> None:
     """In a stream that has begun, and with a status where nothing was sent."""
     async with AsyncExitStack() as stack:
-        fleet = await stack.enter_async_context(running(SLOW, max_parallel=1))
+        fleet = await stack.enter_async_context(serve_hosts(SLOW, max_parallel=1))
         client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
         ends = AsyncExitStack()
         gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=0.1))
@@ -522,7 +533,7 @@ async def test_closing_waits_no_longer_than_it_may_and_says_why_it_cuts() -> Non
         told = begun.aiter_lines()
         await anext(told)
         waiting = asyncio.create_task(client.post(f"{gateway.url}/v1/chat/completions", json=CHAT))
-        await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
         loop = asyncio.get_running_loop()
         asked = loop.time()
         await ends.aclose()
@@ -532,29 +543,29 @@ async def test_closing_waits_no_longer_than_it_may_and_says_why_it_cuts() -> Non
         refused = await waiting
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
         assert refused.json()["error"]["message"].startswith("the gateway was stopped")
-        await until(lambda: fleet.running() == 0, "the host has stopped")
-        books = fleet.mesh.books
+        await wait_until(lambda: fleet.count_running() == 0, "the host has stopped")
+        books = fleet.mesh.request_counters
         assert (books.accepted, books.in_flight) == (2, 0)
 
 
 async def test_progress_that_is_cut_ends_with_an_error_too() -> None:
     """It is no generated stream, which would hear of its deadline; and it is told at once when it is hurried."""
     async with AsyncExitStack() as stack:
-        fleet = await stack.enter_async_context(running(quick("a", pull_s=60.0)))
+        fleet = await stack.enter_async_context(serve_hosts(quick_host("a", pull_s=60.0)))
         client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
         ends, hurried = AsyncExitStack(), asyncio.Event()
-        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, hurried=hurried))
+        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, stop_now=hurried))
         pull = client.stream("POST", f"{gateway.url}/api/pull", json={"model": "llama3.2:1b"})
         told = (await stack.enter_async_context(pull)).aiter_lines()
         await anext(told)
         closing = asyncio.create_task(ends.aclose())
-        await until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
+        await wait_until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
         hurried.set()
         assert json.loads([line async for line in told][-1]) == {"error": "the gateway was stopped"}
         await closing
 
 
-async def test_an_address_that_is_taken_says_so(fleet: Running) -> None:
+async def test_an_address_that_is_taken_says_so(fleet: RunningGateway) -> None:
     with pytest.raises(MeshAlreadyRunning, match="cannot listen on 127"):
         async with Gateway(fleet.mesh, port=fleet.port):
             pass
@@ -571,7 +582,7 @@ async def test_beyond_loopback_with_a_key_there_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
-    async with running(A, spec=GatewaySpec(host="0.0.0.0", api_key_env="GATEWAY_KEY")) as fleet:
+    async with serve_hosts(A, spec=GatewaySpec(host="0.0.0.0", api_key_env="GATEWAY_KEY")) as fleet:
         assert "without encryption" in caplog.text
         client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{fleet.port}", trust_env=False)
         async with client:
@@ -585,7 +596,7 @@ async def test_beyond_loopback_with_a_key_there_is_a_warning(
 
 
 async def test_a_bug_inside_costs_one_answer_and_leaves_a_trace(
-    fleet: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fleet: RunningGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(kinds: object) -> None:
         raise RuntimeError("a bug with a secret in it")
@@ -605,7 +616,7 @@ PAGE = "https://chat.example.org"
 
 
 async def test_a_page_on_the_list_may_read_answers_streams_too() -> None:
-    async with running(A, spec=GatewaySpec(cors_origins=(PAGE,))) as fleet:
+    async with serve_hosts(A, spec=GatewaySpec(cors_origins=(PAGE,))) as fleet:
         asks = {
             "Origin": PAGE,
             "Access-Control-Request-Method": "POST",
@@ -625,14 +636,14 @@ async def test_a_page_on_the_list_may_read_answers_streams_too() -> None:
 
 async def test_a_preflight_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
-    async with running(A, spec=GatewaySpec(cors_origins=(PAGE,), api_key_env="GATEWAY_KEY")) as fleet:
+    async with serve_hosts(A, spec=GatewaySpec(cors_origins=(PAGE,), api_key_env="GATEWAY_KEY")) as fleet:
         asks = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
         assert (await fleet.client.options("/api/chat", headers=asks)).status_code == 204
         assert (await fleet.client.post("/api/chat", json=CHAT, headers={"Origin": PAGE})).status_code == 401
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "http://[", "::"])
-async def test_other_pages_may_not_even_ask(fleet: Running, origin: str) -> None:
+async def test_other_pages_may_not_even_ask(fleet: RunningGateway, origin: str) -> None:
     asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     for answer in (
         await fleet.client.options("/api/chat", headers=asks),
@@ -645,8 +656,8 @@ async def test_other_pages_may_not_even_ask(fleet: Running, origin: str) -> None
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:11430", "", "8.8.8.8"])
-async def test_a_name_that_was_rebound_to_this_machine_gets_nothing(fleet: Running, host: str) -> None:
-    answer = await raw(fleet.port, f"GET /api/tags HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+async def test_a_name_that_was_rebound_to_this_machine_gets_nothing(fleet: RunningGateway, host: str) -> None:
+    answer = await send_raw(fleet.port, f"GET /api/tags HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 403 ")
     assert MODEL.encode() not in answer
 
@@ -654,7 +665,7 @@ async def test_a_name_that_was_rebound_to_this_machine_gets_nothing(fleet: Runni
 # -- nothing of one client in another's ------------------------------------------------------------------------------
 
 
-async def test_nothing_that_a_client_sends_shows_up_elsewhere(fleet: Running) -> None:
+async def test_nothing_that_a_client_sends_shows_up_elsewhere(fleet: RunningGateway) -> None:
     mark = "zyzzyva"
     for host in fleet.hosts.values():
         await host.set_faults(Faults(status=500, paths=("/api/generate",)))
@@ -664,7 +675,7 @@ async def test_nothing_that_a_client_sends_shows_up_elsewhere(fleet: Running) ->
     await fleet.chat(mark, headers={"X-GPUMesh-Session": mark})
     await fleet.client.post("/api/generate", json={"model": MODEL, "prompt": mark})
     await fleet.client.get(f"/{mark}", headers={"User-Agent": mark})
-    await raw(fleet.port, f"{mark} {mark} {mark}\r\n\r\n".encode())
+    await send_raw(fleet.port, f"{mark} {mark} {mark}\r\n\r\n".encode())
     seen = [
         await fleet.client.post("/api/generate", json={"model": MODEL, "prompt": "mine"}),
         await fleet.chat(model="other:1b"),

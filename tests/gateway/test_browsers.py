@@ -15,9 +15,9 @@ import pytest
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import MODEL, Running, node, raw, running, serving
-from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, RunningGateway, node, send_raw, serve_hosts, serve_nodes
+from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 PAGE = b"<!doctype html><title>owned</title><script>owned = 1</script>"
 FOR_BROWSERS = {
@@ -68,7 +68,7 @@ class Host:
     """An Ollama to the probes; whatever else it is asked it answers as it was told, and counts."""
 
     def __init__(self) -> None:
-        self.answer = whole(b"{}")
+        self.answer = whole_response(b"{}")
         self.asked = 0
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -79,18 +79,18 @@ class Host:
         }
         method, path, _ = exchange.head.split(b" ", 2)
         if method == b"GET" and path in known:
-            await exchange.send(whole(json.dumps(known[path]).encode()))
+            await exchange.send(whole_response(json.dumps(known[path]).encode()))
             return
         self.asked += 1
         await exchange.send(self.answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else self.answer)
 
     def says(self, body: bytes, kind: str, *, status: str = "200 OK", headers: bytes = b"") -> None:
-        self.answer = whole(body, status=status, kind=kind).replace(b"\r\n", b"\r\n" + headers, 1)
+        self.answer = whole_response(body, status=status, kind=kind).replace(b"\r\n", b"\r\n" + headers, 1)
 
 
 @asynccontextmanager
-async def over(host: Host, **more: Any) -> AsyncIterator[Running]:
-    async with serve(host) as server, serving((node("evil", server.url),), **more) as fleet:
+async def over(host: Host, **more: Any) -> AsyncIterator[RunningGateway]:
+    async with serve(host) as server, serve_nodes((node("evil", server.url),), **more) as fleet:
         yield fleet
 
 
@@ -100,12 +100,12 @@ async def host() -> Host:
 
 
 @pytest.fixture
-async def fleet(host: Host) -> AsyncIterator[Running]:
+async def fleet(host: Host) -> AsyncIterator[RunningGateway]:
     async with over(host) as made:
         yield made
 
 
-async def ask(fleet: Running, method: str, path: str, body: Any = CHAT, **more: Any) -> httpx.Response:
+async def ask(fleet: RunningGateway, method: str, path: str, body: Any = CHAT, **more: Any) -> httpx.Response:
     return await fleet.client.request(method, path, json=body if method in ("POST", "DELETE") else None, **more)
 
 
@@ -122,7 +122,7 @@ def checked(response: httpx.Response, *, more: frozenset[str] = frozenset()) -> 
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-async def test_a_hosts_page_never_leaves_the_gateway(fleet: Running, host: Host, method: str, path: str) -> None:
+async def test_a_hosts_page_never_leaves_the_gateway(fleet: RunningGateway, host: Host, method: str, path: str) -> None:
     for kind in ("text/html", "text/plain;text/html"):
         host.says(PAGE, kind, headers=EVIL_HEADERS)
         answer = await ask(fleet, method, path)
@@ -137,7 +137,7 @@ async def test_a_hosts_page_never_leaves_the_gateway(fleet: Running, host: Host,
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
 async def test_of_a_hosts_headers_those_that_clients_read_are_handed_on(
-    fleet: Running, host: Host, method: str, path: str
+    fleet: RunningGateway, host: Host, method: str, path: str
 ) -> None:
     host.says(b'{"done":true}', "Application/JSON; charset=UTF-8", headers=EVIL_HEADERS + KEPT_HEADERS)
     answer = await ask(fleet, method, path)
@@ -150,7 +150,7 @@ async def test_of_a_hosts_headers_those_that_clients_read_are_handed_on(
 
 
 @pytest.mark.parametrize("status", ["200 OK", "201 Created", "302 Found", "401 Unauthorized", "500 Oh", "999 Odd"])
-async def test_what_changes_stores_hands_on_words_only(fleet: Running, host: Host, status: str) -> None:
+async def test_what_changes_stores_hands_on_words_only(fleet: RunningGateway, host: Host, status: str) -> None:
     said = [(PAGE, "text/html"), (b'{"error":"<b>no</b>"}', "application/json")]
     if status.startswith("2"):  # else a pull would be begun anew until it succeeds
         said.append((b'{"status":"<b>x</b>"}\n{"status":"success"}\n', "application/x-ndjson"))
@@ -169,7 +169,7 @@ async def test_what_changes_stores_hands_on_words_only(fleet: Running, host: Hos
                     json.loads(line)  # a document of ours, whatever it quotes
 
 
-async def test_a_redirect_is_no_answer(fleet: Running, host: Host) -> None:
+async def test_a_redirect_is_no_answer(fleet: RunningGateway, host: Host) -> None:
     for status in ("301 Moved", "302 Found", "307 Temporary", "304 Not Modified", "799 Odd", "999 Odd"):
         host.says(b"", "text/html", status=status, headers=EVIL_HEADERS)
         answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
@@ -177,7 +177,7 @@ async def test_a_redirect_is_no_answer(fleet: Running, host: Host) -> None:
         checked(answer)
 
 
-async def test_an_errors_page_is_told_in_the_clients_dialect(fleet: Running, host: Host) -> None:
+async def test_an_errors_page_is_told_in_the_clients_dialect(fleet: RunningGateway, host: Host) -> None:
     host.says(b"<html><title>413 Too Large</title>", "text/html", status="413 Too Large", headers=EVIL_HEADERS)
     answer = await ask(fleet, "POST", "/v1/messages")
     assert answer.status_code == 413
@@ -192,7 +192,7 @@ async def test_an_errors_page_is_told_in_the_clients_dialect(fleet: Running, hos
     assert "WWW-Authenticate" not in challenged.headers, "a browser would ask its user for a password"
 
 
-async def test_a_stream_has_the_same_head(fleet: Running, host: Host) -> None:
+async def test_a_stream_has_the_same_head(fleet: RunningGateway, host: Host) -> None:
     head = chunked_head().replace(b"\r\n", b"\r\n" + EVIL_HEADERS, 1)
     trailers = b"0\r\nSet-Cookie: late=1\r\nX-GPUMesh-Node: late\r\n\r\n"
     host.answer = head + chunk(b'{"message":{"content":"x"},"done":true}\n') + trailers
@@ -204,7 +204,7 @@ async def test_a_stream_has_the_same_head(fleet: Running, host: Host) -> None:
     assert (await ask(fleet, "POST", "/api/chat", {**CHAT, "stream": True})).status_code == 502
 
 
-async def test_a_body_without_a_type_is_nothing_that_a_browser_shows(fleet: Running, host: Host) -> None:
+async def test_a_body_without_a_type_is_nothing_that_a_browser_shows(fleet: RunningGateway, host: Host) -> None:
     host.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PAGE) + PAGE
     answer = await ask(fleet, "POST", "/api/chat")
     assert checked(answer)["Content-Type"] == "application/octet-stream"
@@ -217,7 +217,11 @@ async def test_another_node_answers_in_place_of_a_page(host: Host) -> None:
     host.says(PAGE, "text/html")
     good = Host()
     good.says(b'{"done":true}', "application/json")
-    async with serve(host) as one, serve(good) as other, serving((node("a", one.url), node("b", other.url))) as fleet:
+    async with (
+        serve(host) as one,
+        serve(good) as other,
+        serve_nodes((node("a", one.url), node("b", other.url))) as fleet,
+    ):
         answers = [await ask(fleet, "POST", "/api/chat") for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 6
         assert {answer.headers["X-GPUMesh-Node"] for answer in answers} == {"b"}
@@ -225,7 +229,7 @@ async def test_another_node_answers_in_place_of_a_page(host: Host) -> None:
 
 
 async def test_a_packed_body_is_not_asked_for_nor_taken(host: Host) -> None:
-    async with serve(host) as server, serving((node("evil", server.url),)) as fleet:
+    async with serve(host) as server, serve_nodes((node("evil", server.url),)) as fleet:
         host.says(b"\x1f\x8b\x08", "application/json", headers=b"Content-Encoding: gzip\r\n")
         answer = await ask(fleet, "POST", "/api/chat")
         assert answer.status_code == 502
@@ -236,7 +240,7 @@ async def test_a_packed_body_is_not_asked_for_nor_taken(host: Host) -> None:
 # -- what the gateway says by itself ---------------------------------------------------------------------------------
 
 
-async def test_every_answer_of_our_own_has_it_too(fleet: Running) -> None:
+async def test_every_answer_of_our_own_has_it_too(fleet: RunningGateway) -> None:
     for method, path in OWN:
         answer = await fleet.client.request(method, path)
         checked(answer, more=frozenset({"allow", "retry-after", "cache-control"}))
@@ -256,8 +260,8 @@ async def test_every_answer_of_our_own_has_it_too(fleet: Running) -> None:
         (b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n{}", 413),
     ],
 )
-async def test_so_has_what_is_no_request(fleet: Running, sent: bytes, status: int) -> None:
-    said = await raw(fleet.port, sent)
+async def test_so_has_what_is_no_request(fleet: RunningGateway, sent: bytes, status: int) -> None:
+    said = await send_raw(fleet.port, sent)
     first, *lines = said.partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
     assert first.split()[1] == str(status)
     assert lines.count("x-content-type-options: nosniff") == 1
@@ -265,19 +269,19 @@ async def test_so_has_what_is_no_request(fleet: Running, sent: bytes, status: in
 
 
 async def test_so_has_what_is_one_connection_too_many(host: Host) -> None:
-    async with over(host, bounds=Bounds(connections=1)) as fleet:
+    async with over(host, bounds=Bounds(max_connections=1)) as fleet:
         _, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(
             b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
         )  # an idle one would go
-        await until(lambda: len(fleet.gateway._active) == 1, "its request is under way")
-        said = await raw(fleet.port, b"")
+        await wait_until(lambda: len(fleet.gateway._active) == 1, "its request is under way")
+        said = await send_raw(fleet.port, b"")
         assert said.startswith(b"HTTP/1.1 503 ")
         assert b"\r\nX-Content-Type-Options: nosniff\r\n" in said
         writer.close()
 
 
-async def test_the_page_has_a_policy_of_its_own_and_no_frame_shows_it(fleet: Running) -> None:
+async def test_the_page_has_a_policy_of_its_own_and_no_frame_shows_it(fleet: RunningGateway) -> None:
     page = await fleet.client.get("/ui", headers={"Sec-Fetch-Dest": "document", "Sec-Fetch-Site": "cross-site"})
     assert page.status_code == 200, "also by a link from somewhere else"
     (policy,) = page.headers.get_list("Content-Security-Policy")
@@ -296,7 +300,7 @@ DESTINATIONS = (
 )
 
 
-async def test_nothing_is_shown_embedded_or_run(fleet: Running, host: Host) -> None:
+async def test_nothing_is_shown_embedded_or_run(fleet: RunningGateway, host: Host) -> None:
     routes = [*PASSED_ON, *OWN, *((method, path) for method, path, _ in STORES)]
     for destination in DESTINATIONS.split():
         headers = {"Sec-Fetch-Dest": destination, "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}
@@ -313,7 +317,7 @@ async def test_nothing_is_shown_embedded_or_run(fleet: Running, host: Host) -> N
     assert host.asked == 0
 
 
-async def test_no_script_becomes_a_service_worker(fleet: Running) -> None:
+async def test_no_script_becomes_a_service_worker(fleet: RunningGateway) -> None:
     for path in ("/ui", f"/v1/models/{MODEL}", "/", "/mesh/status"):
         assert (await fleet.client.get(path, headers={"Service-Worker": "script"})).status_code == 403
 
@@ -348,7 +352,7 @@ async def test_who_asks_from_a_page(host: Host, headers: dict[str, str], status:
 
 
 async def test_a_page_behind_a_nodes_own_port_is_not_of_this_machine(host: Host) -> None:
-    async with serve(host) as server, serving((node("evil", server.url),)) as fleet:
+    async with serve(host) as server, serve_nodes((node("evil", server.url),)) as fleet:
         for name in ("127.0.0.1", "localhost", "[::1]"):
             theirs = {"Origin": f"http://{name}:{server.port}"}
             refused = await ask(fleet, "POST", "/api/chat", headers=theirs)
@@ -359,20 +363,22 @@ async def test_a_page_behind_a_nodes_own_port_is_not_of_this_machine(host: Host)
         assert (await fleet.client.get("/mesh/status", headers={"Origin": fleet.gateway.url})).status_code == 200
 
 
-async def test_a_websocket_is_not_opened(fleet: Running, host: Host) -> None:
+async def test_a_websocket_is_not_opened(fleet: RunningGateway, host: Host) -> None:
     host.answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x02hi"
     asked = (
         f"GET /v1/models/{MODEL} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nX-GPUMesh-Timeout: 5\r\n"
     )
     for origin, status in ((b"Origin: http://evil.example\r\n", b"403"), (b"", b"50")):
-        said = await raw(fleet.port, asked.encode() + origin + b"\r\n" + b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        said = await send_raw(
+            fleet.port, asked.encode() + origin + b"\r\n" + b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
+        )
         assert said.startswith(b"HTTP/1.1 " + status)
 
 
 async def test_with_a_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROWSER_TEST_KEY", "sesame")
-    async with running(spec=GatewaySpec(api_key_env="BROWSER_TEST_KEY")) as fleet:
+    async with serve_hosts(spec=GatewaySpec(api_key_env="BROWSER_TEST_KEY")) as fleet:
         key = {"Authorization": "Bearer sesame"}
         assert (await fleet.client.get("/mesh/status", headers=key)).status_code == 200
         checked(await fleet.client.get("/mesh/status"))

@@ -14,9 +14,9 @@ import uvloop
 
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import MODEL, A, Running, metric, node, raw, running, serving
-from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, A, RunningGateway, metric, node, send_raw, serve_hosts, serve_nodes
+from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 KEY = "k-crowded"
@@ -34,8 +34,8 @@ def chat(prompt: str, *, stream: bool) -> bytes:
     return json.dumps({"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": stream}).encode()
 
 
-def connections(fleet: Running) -> int:
-    return fleet.gateway._server.connections
+def connections(fleet: RunningGateway) -> int:
+    return fleet.gateway._server.connection_count
 
 
 @asynccontextmanager
@@ -57,10 +57,10 @@ async def crowd(port: int, count: int, said: bytes) -> AsyncIterator[list[asynci
 )
 def test_idle_connections_lock_nobody_out(run: Run, said: bytes) -> None:
     async def main() -> None:
-        async with running(A, bounds=Bounds(connections=16)) as fleet, crowd(fleet.port, 40, said) as crowded:
-            await until(lambda: connections(fleet) == 16, "all are taken")
+        async with serve_hosts(A, bounds=Bounds(max_connections=16)) as fleet, crowd(fleet.port, 40, said) as crowded:
+            await wait_until(lambda: connections(fleet) == 16, "all are taken")
             for _ in range(3):
-                assert b"Ollama is running" in await raw(
+                assert b"Ollama is running" in await send_raw(
                     fleet.port, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
                 )
             assert (await fleet.chat()).status_code == 200
@@ -84,14 +84,17 @@ def test_who_is_being_served_makes_no_room(run: Run) -> None:
                 await probed(exchange)
                 return
             await release.wait()
-            await exchange.send(whole(b'{"done":true}'))
+            await exchange.send(whole_response(b'{"done":true}'))
 
-        async with serve(slow) as scripted, serving((node("a", scripted.url),), bounds=Bounds(connections=4)) as fleet:
+        async with (
+            serve(slow) as scripted,
+            serve_nodes((node("a", scripted.url),), bounds=Bounds(max_connections=4)) as fleet,
+        ):
             served, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
             writer.write(post(chat("hi", stream=False), "Connection: close"))
-            await until(lambda: fleet.mesh.books.in_flight == 1, "it is being served")
+            await wait_until(lambda: fleet.mesh.request_counters.in_flight == 1, "it is being served")
             async with crowd(fleet.port, 20, b""):
-                await until(lambda: connections(fleet) == 4, "all are taken")
+                await wait_until(lambda: connections(fleet) == 4, "all are taken")
                 release.set()
                 assert (await asyncio.wait_for(served.read(), 10)).endswith(b'{"done":true}')
             writer.close()
@@ -103,13 +106,13 @@ async def test_strangers_go_before_clients_with_a_key(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CROWDED_KEY", KEY)
     spec = GatewaySpec(api_key_env="CROWDED_KEY")
     authorized = GET.replace(b"\r\n\r\n", f"\r\nx-api-key: {KEY}\r\n\r\n".encode())
-    async with running(A, spec=spec, bounds=Bounds(connections=8)) as fleet:
+    async with serve_hosts(A, spec=spec, bounds=Bounds(max_connections=8)) as fleet:
         known, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(authorized)
         await known.readuntil(b"Ollama is running")
         healthy = GET.replace(b"GET /", b"GET /healthz")
         async with crowd(fleet.port, 40, healthy):  # whoever asks that needs no key
-            await until(lambda: connections(fleet) == 8, "all are taken")
+            await wait_until(lambda: connections(fleet) == 8, "all are taken")
             writer.write(authorized)
             await asyncio.wait_for(known.readuntil(b"Ollama is running"), 10)
         writer.close()
@@ -124,15 +127,15 @@ async def test_one_key_cannot_hold_all(monkeypatch: pytest.MonkeyPatch) -> None:
             await probed(exchange)
             return
         await release.wait()
-        await exchange.send(whole(b'{"done":true}'))
+        await exchange.send(whole_response(b'{"done":true}'))
 
     spec = GatewaySpec(api_key_env="CROWDED_KEY")
     async with (
         serve(slow) as scripted,
-        serving((node("a", scripted.url, max_parallel=100),), spec=spec, bounds=Bounds(connections=8)) as fleet,
+        serve_nodes((node("a", scripted.url, max_parallel=100),), spec=spec, bounds=Bounds(max_connections=8)) as fleet,
         crowd(fleet.port, 6, post(chat("hi", stream=False), f"x-api-key: {KEY}")) as waiting,
     ):
-        await until(lambda: fleet.mesh.books.in_flight == 6, "they are being served")
+        await wait_until(lambda: fleet.mesh.request_counters.in_flight == 6, "they are being served")
         refused = await fleet.chat(headers={"x-api-key": KEY})
         assert refused.status_code == 503
         assert "with this key" in refused.json()["error"]
@@ -153,7 +156,7 @@ DONE = b'{"done":true,"done_reason":"stop"}\n'
 async def probed(exchange: Exchange) -> None:
     kind = exchange.head.split()[1].rpartition(b"/")[2].decode()
     known = {"version": "0.12.6"} if kind == "version" else {"models": [{"name": MODEL}]}
-    await exchange.send(whole(json.dumps(known).encode()))
+    await exchange.send(whole_response(json.dumps(known).encode()))
 
 
 async def much_or_little(exchange: Exchange) -> None:
@@ -179,17 +182,19 @@ async def small_window(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamW
 @both
 def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
     async def main() -> None:
-        bounds = Bounds(stalled_s=0.3)
+        bounds = Bounds(stall_timeout_s=0.3)
         async with (
             serve(much_or_little) as scripted,
-            serving((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
+            serve_nodes((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
         ):
             reader, writer = await small_window(fleet.port)
             writer.write(post(chat("much", stream=True), "Connection: close"))
-            await until(lambda: any(one.full for one in fleet.gateway._server._connections), "it takes no more")
+            await wait_until(
+                lambda: any(one.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+            )
             async with asyncio.timeout(20):
                 assert (await fleet.chat("little", stream=True)).status_code == 200
-            assert fleet.mesh.books.cancelled == 1
+            assert fleet.mesh.request_counters.cancelled == 1
             told = b""
             while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
                 told = (told + piece)[-1000:]
@@ -201,12 +206,14 @@ def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
 
 
 async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = Bounds(stalled_s=0.05)
-    async with serve(much_or_little) as scripted, serving((node("a", scripted.url),), bounds=bounds) as fleet:
+    bounds = Bounds(stall_timeout_s=0.05)
+    async with serve(much_or_little) as scripted, serve_nodes((node("a", scripted.url),), bounds=bounds) as fleet:
         reader, writer = await small_window(fleet.port)
         writer.write(post(chat("much", stream=True), "Connection: close"))
-        await until(lambda: any(one.full for one in fleet.gateway._server._connections), "it takes no more")
-        is_wanted, asked = fleet.mesh._dispatcher.is_wanted, 0
+        await wait_until(
+            lambda: any(one.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+        )
+        is_wanted, asked = fleet.mesh._dispatcher.slot_is_wanted, 0
 
         def counted(name: str) -> bool:
             nonlocal asked
@@ -214,8 +221,8 @@ async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: 
             return is_wanted(name)
 
         monkeypatch.setattr(fleet.mesh._dispatcher, "is_wanted", counted)
-        await until(lambda: asked >= 3, "it has taken nothing for three times as long as it may")
-        assert fleet.mesh.books.in_flight == 1
+        await wait_until(lambda: asked >= 3, "it has taken nothing for three times as long as it may")
+        assert fleet.mesh.request_counters.in_flight == 1
         told = b""
         while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
             told = (told + piece)[-1000:]
@@ -225,21 +232,21 @@ async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: 
 
 @pytest.mark.slow
 async def test_who_reads_slowly_but_steadily_is_not_disturbed_by_those_that_wait() -> None:
-    bounds = Bounds(stalled_s=0.5)
+    bounds = Bounds(stall_timeout_s=0.5)
     async with (
         serve(much_or_little) as scripted,
-        serving((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
+        serve_nodes((node("a", scripted.url, max_parallel=1),), bounds=bounds) as fleet,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port, limit=1 << 16)
         writer.write(post(chat("much", stream=True), "Connection: close"))
         await reader.readuntil(b"\r\n\r\n")
         waiting = asyncio.create_task(fleet.chat("little", stream=True))
-        await until(lambda: fleet.mesh._dispatcher.queued == 1, "another waits")
+        await wait_until(lambda: fleet.mesh._dispatcher.queued == 1, "another waits")
         told, began = b"", asyncio.get_running_loop().time()
         while piece := await asyncio.wait_for(reader.read(1 << 17), 20):
             told = (told + piece)[-1000:]
             await asyncio.sleep(0.01)  # a slow reader is what is tested
-        assert asyncio.get_running_loop().time() - began > 2 * bounds.stalled_s
+        assert asyncio.get_running_loop().time() - began > 2 * bounds.stall_timeout_s
         assert DONE in told
         assert (await waiting).status_code == 200
         writer.close()

@@ -12,7 +12,7 @@ from gpumesh.errors import (
     UsageError,
 )
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.model_requests import BadRequest, Shape
+from gpumesh.gateway.model_requests import BadRequest, ClientApi
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,16 @@ from gpumesh.gateway.model_requests import BadRequest, Shape
     ],
 )
 def test_each_error_has_its_status(error: GPUMeshError, status: int, wait: int | None) -> None:
-    assert error_shapes.status_of(error) == status
+    assert error_shapes.error_status(error) == status
     assert error_shapes.retry_after_s(error) == wait
 
 
 def test_shapes() -> None:
-    assert json.loads(error_shapes.body(Shape.NATIVE, 404, "gone")) == {"error": "gone"}
-    assert json.loads(error_shapes.body(Shape.OPENAI, 404, "gone")) == {
+    assert json.loads(error_shapes.error_body(ClientApi.OLLAMA, 404, "gone")) == {"error": "gone"}
+    assert json.loads(error_shapes.error_body(ClientApi.OPENAI, 404, "gone")) == {
         "error": {"message": "gone", "type": "not_found_error", "param": None, "code": None}
     }
-    assert json.loads(error_shapes.body(Shape.ANTHROPIC, 503, "busy")) == {
+    assert json.loads(error_shapes.error_body(ClientApi.ANTHROPIC, 503, "busy")) == {
         "type": "error",
         "error": {"type": "overloaded_error", "message": "busy"},
     }
@@ -59,17 +59,17 @@ def test_shapes() -> None:
     ],
 )
 def test_kinds_of_errors(status: int, openai: str, anthropic: str) -> None:
-    assert json.loads(error_shapes.body(Shape.OPENAI, status, "x"))["error"]["type"] == openai
-    assert json.loads(error_shapes.body(Shape.ANTHROPIC, status, "x"))["error"]["type"] == anthropic
+    assert json.loads(error_shapes.error_body(ClientApi.OPENAI, status, "x"))["error"]["type"] == openai
+    assert json.loads(error_shapes.error_body(ClientApi.ANTHROPIC, status, "x"))["error"]["type"] == anthropic
 
 
 def test_frames_are_of_their_stream() -> None:
-    assert error_shapes.frame(Shape.NATIVE, 502, "cut") == b'{"error": "cut"}\n'
-    assert error_shapes.frame(Shape.OPENAI, 502, "cut").startswith(b'data: {"error"')
-    assert error_shapes.frame(Shape.ANTHROPIC, 502, "cut").startswith(b"event: error\ndata: {")
+    assert error_shapes.error_frame(ClientApi.OLLAMA, 502, "cut") == b'{"error": "cut"}\n'
+    assert error_shapes.error_frame(ClientApi.OPENAI, 502, "cut").startswith(b'data: {"error"')
+    assert error_shapes.error_frame(ClientApi.ANTHROPIC, 502, "cut").startswith(b"event: error\ndata: {")
 
 
 def test_a_missing_model_is_told_in_ollamas_words_with_what_to_do() -> None:
-    words = error_shapes.words_of(ModelMissing("m:7b", hint="there are: a, b"))
+    words = error_shapes.client_message(ModelMissing("m:7b", hint="there are: a, b"))
     assert words.startswith("model 'm:7b' not found")
     assert "there are: a, b" in words

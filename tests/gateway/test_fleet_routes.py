@@ -12,17 +12,17 @@ from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN3_8B, Faults
 from gpumesh.state import STATUS_SCHEMA
 from gpumesh.topology import GatewaySpec, PolicyKind
 from gpumesh.wire import status_from_json
-from tests.gateway.fleet import MODEL, A, Running, lines, metric, quick, running
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, A, RunningGateway, lines, metric, quick_host, serve_hosts
+from tests.tunnels.polling import wait_until
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Running]:
-    async with running() as made:
+async def fleet() -> AsyncIterator[RunningGateway]:
+    async with serve_hosts() as made:
         yield made
 
 
-async def names(fleet: Running, path: str, key: str = "name") -> set[str]:
+async def names(fleet: RunningGateway, path: str, key: str = "name") -> set[str]:
     document = (await fleet.client.get(path)).json()
     return {entry[key] for entry in document["models" if "models" in document else "data"]}
 
@@ -30,7 +30,7 @@ async def names(fleet: Running, path: str, key: str = "name") -> set[str]:
 ALL = {MODEL, EMBEDDER.name, LLAMA_8B.name, QWEN3_8B.name}
 
 
-async def test_lists_are_the_union(fleet: Running) -> None:
+async def test_lists_are_the_union(fleet: RunningGateway) -> None:
     assert await names(fleet, "/api/tags") == ALL
     assert await names(fleet, "/v1/models", "id") == ALL
     assert await names(fleet, "/api/ps") == set()
@@ -42,7 +42,7 @@ async def test_lists_are_the_union(fleet: Running) -> None:
 
 
 async def test_a_node_that_is_slow_is_missing_from_a_list_and_does_not_hold_it_up(
-    fleet: Running, monkeypatch: pytest.MonkeyPatch
+    fleet: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpumesh.gateway.fleet_routes.LIST_TIMEOUT_S", 0.3)
     await fleet.hosts["b"].set_faults(Faults(hang=True, paths=("/api/tags",)))
@@ -50,18 +50,22 @@ async def test_a_node_that_is_slow_is_missing_from_a_list_and_does_not_hold_it_u
 
 
 async def test_the_version_is_one_that_every_node_has() -> None:
-    hosts = (quick("new", version="0.33.0"), quick("old", version="0.9.10-rc1"), quick("mid", version="0.12.6"))
-    async with running(*hosts) as fleet:
+    hosts = (
+        quick_host("new", version="0.33.0"),
+        quick_host("old", version="0.9.10-rc1"),
+        quick_host("mid", version="0.12.6"),
+    )
+    async with serve_hosts(*hosts) as fleet:
         assert (await fleet.client.get("/api/version")).json() == {"version": "0.9.10-rc1"}
 
 
 @pytest.mark.slow
-async def test_health_follows_the_nodes(fleet: Running) -> None:
+async def test_health_follows_the_nodes(fleet: RunningGateway) -> None:
     well = await fleet.client.get("/healthz")
     assert (well.status_code, well.json()) == (200, {"status": "ok", "nodes_usable": 2})
     for host in fleet.hosts.values():
         await host.set_faults(Faults(refuse=True))
-    await until(lambda: not fleet.mesh.usable(), "both are known to be away")
+    await wait_until(lambda: not fleet.mesh.usable_nodes(), "both are known to be away")
     ill = await fleet.client.get("/healthz")
     assert (ill.status_code, ill.json()["nodes_usable"]) == (503, 0)
     assert (await fleet.client.get("/api/tags")).json() == {"models": []}
@@ -70,7 +74,7 @@ async def test_health_follows_the_nodes(fleet: Running) -> None:
     assert refused.headers["Retry-After"] == "2"
 
 
-async def test_the_status_is_the_meshs(fleet: Running) -> None:
+async def test_the_status_is_the_meshs(fleet: RunningGateway) -> None:
     document = (await fleet.client.get("/mesh/status")).json()
     assert document["schema"] == STATUS_SCHEMA
     state = status_from_json(document)
@@ -79,7 +83,7 @@ async def test_the_status_is_the_meshs(fleet: Running) -> None:
 
 
 async def test_metrics_tell_what_happened() -> None:
-    async with running(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as fleet:
+    async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as fleet:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 9}}
         for _ in range(3):
             await fleet.client.post("/api/chat", json=body)
@@ -112,7 +116,7 @@ async def test_metrics_tell_what_happened() -> None:
 async def test_a_continuation_is_counted() -> None:
     cut = Faults(cut_after_tokens=3, paths=("/api/chat",), times=1)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-    async with running() as fleet:
+    async with serve_hosts() as fleet:
         for host in fleet.hosts.values():
             await host.set_faults(cut)
         answer = await fleet.client.post("/api/chat", json=body)
@@ -124,18 +128,18 @@ async def test_a_continuation_is_counted() -> None:
 
 
 async def test_a_client_that_left_is_counted() -> None:
-    async with running(quick("a", tokens_per_s=5.0)) as fleet:
+    async with serve_hosts(quick_host("a", tokens_per_s=5.0)) as fleet:
         leaving = asyncio.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "it runs")
+        await wait_until(lambda: fleet.count_running() == 1, "it runs")
         leaving.cancel()
-        await until(lambda: fleet.mesh.books.cancelled == 1, "it is known to have left")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "it is known to have left")
         text = (await fleet.client.get("/metrics")).text
         assert metric(text, "gpumesh_requests_total", outcome="cancelled", code="499") == 1
         assert metric(text, "gpumesh_attempts_total", node="a", outcome="client-gone") == 1
 
 
 async def test_names_that_nobody_has_add_nothing() -> None:
-    async with running(A) as fleet:
+    async with serve_hosts(A) as fleet:
         await fleet.chat(model="made-up:1b")
         before = len((await fleet.client.get("/metrics")).text.splitlines())
         for number in range(50):

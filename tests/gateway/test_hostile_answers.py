@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import uvloop
 
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.state import Health
-from tests.gateway.fleet import MODEL, Running, node, quick, serving
+from tests.gateway.fleet import MODEL, RunningGateway, node, quick_host, serve_nodes
 from tests.hostile_peers import (
-    NEVER_WHOLE,
-    SMALL_PARTS,
+    COMPLETE_ANSWERS,
+    SMALL_PIECE_ANSWERS,
     STALL_S,
-    WHOLE,
+    UNFINISHED_ANSWERS,
     HostileServer,
-    endless,
-    largest_turn,
-    ollama_until_asked,
+    ollama_with_attack,
+    repeat_bytes,
+    track_longest_loop_turn,
 )
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 MEMORY_MIB = 64
 ATTACK_BYTES = 6 << 20
@@ -34,10 +34,10 @@ both = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio",
 
 
 @asynccontextmanager
-async def beside_an_honest_node(hostile: HostileServer, *, at_once: int = 4) -> AsyncIterator[Running]:
-    async with StandIn(quick("honest", tokens_per_s=100.0)) as honest:
+async def beside_an_honest_node(hostile: HostileServer, *, at_once: int = 4) -> AsyncIterator[RunningGateway]:
+    async with SimOllama(quick_host("honest", tokens_per_s=100.0)) as honest:
         nodes = (node("honest", honest.url, max_parallel=4), node("hostile", hostile.url, max_parallel=at_once))
-        async with serving(nodes, {"honest": honest}) as fleet:
+        async with serve_nodes(nodes, {"honest": honest}) as fleet:
             yield fleet
 
 
@@ -45,7 +45,7 @@ def most_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-async def stream(fleet: Running, node_name: str, tokens: int, path: str = "/api/chat") -> tuple[int, bytes]:
+async def stream(fleet: RunningGateway, node_name: str, tokens: int, path: str = "/api/chat") -> tuple[int, bytes]:
     """Status and the last bytes of an answer."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     body |= {"options": {"num_predict": tokens}, "max_tokens": tokens}
@@ -56,14 +56,14 @@ async def stream(fleet: Running, node_name: str, tokens: int, path: str = "/api/
         return answer.status_code, last
 
 
-@pytest.mark.parametrize("part", NEVER_WHOLE)
+@pytest.mark.parametrize("part", UNFINISHED_ANSWERS)
 async def test_what_never_gets_whole_stops_nobody_else(part: str) -> None:
-    start, unit = NEVER_WHOLE[part]
-    with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit))) as hostile:
+    start, unit = UNFINISHED_ANSWERS[part]
+    with HostileServer(ollama_with_attack(MODEL, lambda: repeat_bytes(start, unit))) as hostile:
         async with beside_an_honest_node(hostile) as fleet:
             before = most_memory_mib()
             honest = asyncio.create_task(stream(fleet, "honest", 60))
-            async with largest_turn() as turn:
+            async with track_longest_loop_turn() as turn:
                 status, last = await stream(fleet, "hostile", 1)
                 assert status in (502, 503) or b"error" in last
                 for _ in range(3):  # to whatever node they go first, the honest one answers them
@@ -78,17 +78,17 @@ async def test_what_never_gets_whole_stops_nobody_else(part: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("part", SMALL_PARTS)
+@pytest.mark.parametrize("part", SMALL_PIECE_ANSWERS)
 def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
-    start, unit = SMALL_PARTS[part]
+    start, unit = SMALL_PIECE_ANSWERS[part]
     path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
 
     async def check() -> None:
-        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+        with HostileServer(ollama_with_attack(MODEL, lambda: repeat_bytes(start, unit, most=ATTACK_BYTES))) as hostile:
             async with beside_an_honest_node(hostile) as fleet:
                 before = most_memory_mib()
                 honest = asyncio.create_task(stream(fleet, "honest", 60))
-                async with largest_turn() as turn:
+                async with track_longest_loop_turn() as turn:
                     attacked = asyncio.create_task(stream(fleet, "hostile", 1, path))
                     assert b'"done":true' in (await honest)[1]
                     attacked.cancel()
@@ -103,15 +103,15 @@ def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
 @both
 @pytest.mark.parametrize("part", ["chunks of two bytes", "frames of tools", "events of tools"])
 def test_many_such_answers_at_once_do_not_either(part: str, run: Run) -> None:
-    start, unit = SMALL_PARTS[part]
+    start, unit = SMALL_PIECE_ANSWERS[part]
     path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
 
     async def check() -> None:
-        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+        with HostileServer(ollama_with_attack(MODEL, lambda: repeat_bytes(start, unit, most=ATTACK_BYTES))) as hostile:
             async with beside_an_honest_node(hostile, at_once=32) as fleet:
                 before = most_memory_mib()
                 honest = asyncio.create_task(stream(fleet, "honest", 60))
-                async with largest_turn() as turn:
+                async with track_longest_loop_turn() as turn:
                     attacked = [asyncio.create_task(stream(fleet, "hostile", 1, path)) for _ in range(32)]
                     assert b'"done":true' in (await honest)[1]
                     for task in attacked:
@@ -124,12 +124,12 @@ def test_many_such_answers_at_once_do_not_either(part: str, run: Run) -> None:
     run(check())
 
 
-@pytest.mark.parametrize("part", WHOLE)
+@pytest.mark.parametrize("part", COMPLETE_ANSWERS)
 async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> None:
-    with HostileServer(ollama_until_asked(MODEL, lambda: iter([WHOLE[part]]))) as hostile:
+    with HostileServer(ollama_with_attack(MODEL, lambda: iter([COMPLETE_ANSWERS[part]]))) as hostile:
         async with beside_an_honest_node(hostile) as fleet:
             before = most_memory_mib()
-            async with largest_turn() as turn:
+            async with track_longest_loop_turn() as turn:
                 answer = await fleet.chat(headers={"X-GPUMesh-Node": "hostile"})
                 assert answer.status_code in (200, 500)
                 assert turn() < STALL_S
@@ -139,20 +139,22 @@ async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> 
 @both
 @pytest.mark.parametrize("part", ["empty lines", "small frames", "small nonsense", "a line without an end"])
 def test_the_progress_of_a_pull_stops_nobody_else(part: str, run: Run) -> None:
-    start, unit = SMALL_PARTS[part]
+    start, unit = SMALL_PIECE_ANSWERS[part]
 
     async def check() -> None:
-        with HostileServer(ollama_until_asked(MODEL, lambda: endless(start, unit, most=ATTACK_BYTES))) as hostile:
+        with HostileServer(ollama_with_attack(MODEL, lambda: repeat_bytes(start, unit, most=ATTACK_BYTES))) as hostile:
             async with beside_an_honest_node(hostile) as fleet:
                 before = most_memory_mib()
                 honest = asyncio.create_task(stream(fleet, "honest", 60))
-                async with largest_turn() as turn:
+                async with track_longest_loop_turn() as turn:
                     pull = fleet.client.post(
                         "/api/pull", json={"model": "some:7b"}, headers={"X-GPUMesh-Node": "hostile"}
                     )
                     attacked = asyncio.ensure_future(pull)
                     assert b'"done":true' in (await honest)[1]
-                    await until(lambda: "/api/pull" in hostile.paths and hostile.sent > 1 << 20, "it is being asked")
+                    await wait_until(
+                        lambda: "/api/pull" in hostile.paths and hostile.sent > 1 << 20, "it is being asked"
+                    )
                     attacked.cancel()
                     await asyncio.gather(attacked, return_exceptions=True)
                     assert turn() < STALL_S

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import uvloop
 
-from tests.gateway.fleet import MODEL, Running, quick, running
-from tests.hostile_peers import STALL_S, HostileClients, endless, largest_turn
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, RunningGateway, quick_host, serve_hosts
+from tests.hostile_peers import STALL_S, HostileClients, repeat_bytes, track_longest_loop_turn
+from tests.tunnels.polling import wait_until
 
 POST = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -41,7 +41,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 both = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 
 
-async def honest_stream(fleet: Running) -> bool:
+async def honest_stream(fleet: RunningGateway) -> bool:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 60}}
     return b'"done":true' in (await fleet.client.post("/api/chat", json=body)).content
 
@@ -49,11 +49,11 @@ async def honest_stream(fleet: Running) -> bool:
 @pytest.mark.parametrize("part", NEVER_WHOLE)
 async def test_what_never_gets_whole_is_refused_and_stops_nobody_else(part: str) -> None:
     start, unit = NEVER_WHOLE[part]
-    async with running(quick("a", tokens_per_s=100.0)) as fleet:
+    async with serve_hosts(quick_host("a", tokens_per_s=100.0)) as fleet:
         honest = asyncio.create_task(honest_stream(fleet))
-        async with largest_turn() as turn:
-            with HostileClients(fleet.port, lambda: endless(start, unit, most=4 << 20)) as clients:
-                await until(lambda: clients.ended, "each connection ends")
+        async with track_longest_loop_turn() as turn:
+            with HostileClients(fleet.port, lambda: repeat_bytes(start, unit, most=4 << 20)) as clients:
+                await wait_until(lambda: clients.all_ended, "each connection ends")
             assert await honest
             assert turn() < STALL_S
         assert [answer[:10] for answer in clients.answers] == [b"HTTP/1.1 4"]
@@ -66,9 +66,9 @@ def test_many_small_parts_stop_nobody_else(part: str, count: int, run: Run) -> N
     start, unit = SMALL_PARTS[part]
 
     async def check() -> None:
-        async with running(quick("a", tokens_per_s=100.0)) as fleet:
-            async with largest_turn() as turn:
-                with HostileClients(fleet.port, lambda: endless(start, unit, most=2 << 20), count) as clients:
+        async with serve_hosts(quick_host("a", tokens_per_s=100.0)) as fleet:
+            async with track_longest_loop_turn() as turn:
+                with HostileClients(fleet.port, lambda: repeat_bytes(start, unit, most=2 << 20), count) as clients:
                     assert await honest_stream(fleet)
                     assert turn() < STALL_S
                     assert clients.sent > 100 << 10

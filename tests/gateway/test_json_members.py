@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand
 from gpumesh.gateway import json_members
-from gpumesh.gateway.json_members import KNOWN, MAX_MEMBERS, WHOLE_BYTES, Members, assemble, fold
+from gpumesh.gateway.json_members import KNOWN_MEMBERS, MAX_MEMBERS, WHOLE_BYTES, Members, fold_name, join_pieces
 from gpumesh.gateway.model_requests import MODEL_ROUTES, BadRequest, read_demand, read_model
 
 T = TypeVar("T")
@@ -169,16 +169,16 @@ def ended(work: Generator[None, None, T]) -> T:
 
 
 def small(body: bytes) -> Members:
-    return json_members.read_small(body) or ended(json_members.read_in_pieces(body))
+    return json_members.read_small_members(body) or ended(json_members.scan_members(body))
 
 
 def in_pieces(body: bytes) -> Members:
-    return ended(json_members.read_in_pieces(body))
+    return ended(json_members.scan_members(body))
 
 
 def padded(body: bytes) -> Members:
     """As a body is read that is too large to be read at once."""
-    return ended(json_members.read_in_pieces(body + b" " * WHOLE_BYTES if body.strip() else body))
+    return ended(json_members.scan_members(body + b" " * WHOLE_BYTES if body.strip() else body))
 
 
 each_reader = pytest.mark.parametrize("read", [small, in_pieces, padded])
@@ -259,8 +259,8 @@ def test_the_members_are_those_of_the_document(made: tuple[bytes, list[tuple[str
     expected: dict[str, Any] = {}
     twice = False
     for name, value in pairs:
-        folded = fold(name)
-        if folded in KNOWN:
+        folded = fold_name(name)
+        if folded in KNOWN_MEMBERS:
             twice |= folded in expected
             expected[folded] = value
     for read in (small, in_pieces, padded):
@@ -270,7 +270,9 @@ def test_the_members_are_those_of_the_document(made: tuple[bytes, list[tuple[str
             continue
         found = read(body)
         assert {name: json.loads(bytes(value)) for name, value in found.known.items()} == expected
-        assert found.common == all(name == fold(name) for name, _ in pairs if fold(name) in KNOWN)
+        assert found.has_common_spelling == all(
+            name == fold_name(name) for name, _ in pairs if fold_name(name) in KNOWN_MEMBERS
+        )
         model, options = expected.get("model"), expected.get("options")
         if isinstance(model, str) and model.strip():
             demand = demand_of(found)
@@ -292,12 +294,12 @@ def test_a_body_that_is_written_anew_reads_the_same_to_every_server(
             found = read(body)
         except BadRequest:
             continue
-        anew = ended(assemble(found.pieces(model=model)))
-        assert anew == b"".join(found.pieces(model=model))
-        expected = {fold(name) if fold(name) in KNOWN else name: value for name, value in pairs}
+        anew = ended(join_pieces(found.render_pieces(model=model)))
+        assert anew == b"".join(found.render_pieces(model=model))
+        expected = {fold_name(name) if fold_name(name) in KNOWN_MEMBERS else name: value for name, value in pairs}
         assert json.loads(anew) == {**expected, "model": model}  # the last of two, as Python reads it
         assert small(anew).text("model") == model
-        assert small(anew).common
+        assert small(anew).has_common_spelling
 
 
 @given(st.binary(max_size=300) | st.text(alphabet='{}[]",:\\ 1aemdlo', max_size=300).map(str.encode))
@@ -360,7 +362,7 @@ LARGE = {
 @pytest.mark.parametrize("made", LARGE.values(), ids=LARGE.keys())
 def test_a_large_body_is_read_in_short_pieces(made: Callable[[int], bytes]) -> None:
     body = made(4 * MIB)
-    longest, work = 0.0, json_members.read_in_pieces(body)
+    longest, work = 0.0, json_members.scan_members(body)
     model = None
     while model is None:
         began = time.process_time()

@@ -24,14 +24,16 @@ from hypothesis import strategies as st
 
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.model_requests import MODEL_ROUTES
-from tests.gateway.fleet import MODEL, Running, node, serving
-from tests.mesh.servers import Exchange, serve, whole
+from tests.gateway.fleet import MODEL, RunningGateway, node, serve_nodes
+from tests.mesh.servers import Exchange, serve, whole_response
 
 REQUESTS = int(os.environ.get("GPUMESH_MALFORMED", "400"))
 TOGETHER = 25
 KEPT = 4 * TOGETHER  # idle connections to the backends, which are kept: both ends of them, and a task of the server
 HANGS_S = 20.0
-BOUNDS = Bounds(head_s=0.3, body_s=0.3, linger_s=0.1, keepalive_s=0.5, write_s=5.0, body_bytes=100_000)
+BOUNDS = Bounds(
+    head_timeout_s=0.3, body_timeout_s=0.3, linger_s=0.1, keepalive_s=0.5, write_timeout_s=5.0, max_body_bytes=100_000
+)
 
 # -- a gateway in a thread of its own, so that hypothesis may drive the clients --------------------------------------
 
@@ -47,13 +49,13 @@ async def answers_anything(exchange: Exchange) -> None:
         b"/api/tags": {"models": [{"name": MODEL}]},
         b"/api/ps": {"models": []},
     }
-    await exchange.send(whole(json.dumps(known.get(path, {"done": True, "status": "success"})).encode()))
+    await exchange.send(whole_response(json.dumps(known.get(path, {"done": True, "status": "success"})).encode()))
 
 
 @dataclass
 class Served:
     loop: asyncio.AbstractEventLoop
-    fleet: Running
+    fleet: RunningGateway
     over: asyncio.Event
 
     def call(self, function: Any) -> Any:
@@ -72,7 +74,7 @@ def gateway() -> Iterator[Served]:
     async def main() -> None:
         async with serve(answers_anything) as backend:
             nodes = (node("a", backend.url), node("b", backend.url))
-            async with serving(nodes, bounds=BOUNDS, drain_s=1.0) as fleet:
+            async with serve_nodes(nodes, bounds=BOUNDS, drain_s=1.0) as fleet:
                 over = asyncio.Event()
                 ready.set_result(Served(asyncio.get_running_loop(), fleet, over))
                 await over.wait()
@@ -301,7 +303,7 @@ def test_malformed_requests() -> None:
             return len(asyncio.all_tasks())
 
         def connections() -> int:
-            return served.fleet.gateway._server.connections
+            return served.fleet.gateway._server.connection_count
 
         asyncio.run(answer_to(port, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"))
         before = (served.call(tasks), files())
@@ -330,7 +332,7 @@ def test_malformed_requests() -> None:
             async with asyncio.timeout(20):
                 while (
                     served.call(connections)
-                    or served.call(lambda: served.fleet.mesh.books.in_flight)
+                    or served.call(lambda: served.fleet.mesh.request_counters.in_flight)
                     or served.call(tasks) > before[0] + KEPT
                     or files() > before[1] + KEPT
                 ):
@@ -339,7 +341,7 @@ def test_malformed_requests() -> None:
         asyncio.run(settled())
         last = asyncio.run(answer_to(port, b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"))
         assert last.endswith(b"Ollama is running")
-        books = served.call(lambda: served.fleet.mesh.books)
+        books = served.call(lambda: served.fleet.mesh.request_counters)
     print(f"{seen.requests} requests, answers by status: {dict(sorted(seen.statuses.items()))}, {seen.silent} silent")
     assert seen.requests >= REQUESTS * 0.9
     assert books.accepted == books.served + books.failed + books.cancelled

@@ -10,7 +10,7 @@ from gpumesh.gateway import merged_lists
 def test_tags_are_the_union_and_the_newest_of_one_name_stands() -> None:
     a = json.dumps({"models": [{"name": "m:1", "modified_at": "2026-01-01", "size": 1}, {"name": "x"}]}).encode()
     b = json.dumps({"models": [{"name": "M:1", "modified_at": "2026-02-01", "size": 2}]}).encode()
-    merged = json.loads(merged_lists.tags([a, b]))
+    merged = json.loads(merged_lists.merge_tags([a, b]))
     assert [entry["name"] for entry in merged["models"]] == ["M:1", "x"]
     assert merged["models"][0]["size"] == 2
 
@@ -19,14 +19,14 @@ def test_a_model_in_two_memories_is_listed_once() -> None:
     bodies = [
         json.dumps({"models": [{"name": "m", "expires_at": f"2026-0{month}-01"}]}).encode() for month in (1, 3, 2)
     ]
-    assert json.loads(merged_lists.loaded(bodies)) == {
+    assert json.loads(merged_lists.merge_loaded(bodies)) == {
         "models": [{"name": "m", "model": "m", "expires_at": "2026-03-01T00:00:00Z"}]
     }
 
 
 def test_openai_models() -> None:
     bodies = [json.dumps({"data": [{"id": "a"}, {"id": "b"}]}).encode(), json.dumps({"data": [{"id": "a"}]}).encode()]
-    assert [entry["id"] for entry in json.loads(merged_lists.openai_models(bodies))["data"]] == ["a", "b"]
+    assert [entry["id"] for entry in json.loads(merged_lists.merge_openai_models(bodies))["data"]] == ["a", "b"]
 
 
 json_values = st.recursive(
@@ -40,7 +40,11 @@ json_values = st.recursive(
 
 @given(st.lists(st.binary(max_size=20) | json_values.map(lambda value: json.dumps(value).encode()), max_size=4))
 def test_nonsense_from_a_node_is_passed_over(bodies: list[bytes]) -> None:
-    for merged in (merged_lists.tags(bodies), merged_lists.loaded(bodies), merged_lists.openai_models(bodies)):
+    for merged in (
+        merged_lists.merge_tags(bodies),
+        merged_lists.merge_loaded(bodies),
+        merged_lists.merge_openai_models(bodies),
+    ):
         assert isinstance(json.loads(merged), dict)
 
 
@@ -49,6 +53,6 @@ def test_a_list_of_far_more_than_a_server_has_is_left_out() -> None:
     many = b'{"models":[' + b",".join([b'{"name":"x"}'] * 1_000_000) + b"]}"
     lists = b'{"models":[' + b",".join([b"[]"] * 4_000_000) + b"]}"
     text = b'{"models":[{"name":"' + b"x" * (30 << 20) + b'"}]}'
-    told = json.loads(merged_lists.tags([many, lists, text, b'{"models":[{"name":"honest"}]}']))
+    told = json.loads(merged_lists.merge_tags([many, lists, text, b'{"models":[{"name":"honest"}]}']))
     assert [entry["name"] for entry in told["models"]] == ["honest"]
     assert time.thread_time() - began < 0.8, "looked through, and not taken apart"

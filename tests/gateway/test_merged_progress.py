@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.gateway.merged_progress import MOST, Progress
+from gpumesh.gateway.merged_progress import MAX_LINES_PER_NODE, MergedProgress
 
 
 def layer(completed: int, *, total: int = 100, digest: str = "sha256:1") -> dict[str, Any]:
@@ -17,57 +17,57 @@ def said(status: str) -> dict[str, Any]:
 
 
 def test_one_nodes_progress_is_its_own() -> None:
-    progress = Progress(["a"])
+    progress = MergedProgress(["a"])
     told = []
     for entry in (said("pulling manifest"), layer(0), layer(50), layer(100), said("writing manifest"), said("success")):
-        progress.feed("a", entry)
-        told += progress.take()
+        progress.feed_line("a", entry)
+        told += progress.take_lines()
     assert told == [said("pulling manifest"), layer(0), layer(50), layer(100), said("writing manifest")]
     assert progress.done == ("a",)
 
 
 def test_a_layer_is_as_far_as_the_nodes_are_on_average() -> None:
-    progress = Progress(["a", "b"])
-    progress.feed("a", layer(100))
-    assert progress.take() == [layer(50)]
-    progress.feed("b", layer(20))
-    assert progress.take() == [layer(60)]
-    progress.feed("b", layer(20))
-    assert progress.take() == [], "nothing new"
+    progress = MergedProgress(["a", "b"])
+    progress.feed_line("a", layer(100))
+    assert progress.take_lines() == [layer(50)]
+    progress.feed_line("b", layer(20))
+    assert progress.take_lines() == [layer(60)]
+    progress.feed_line("b", layer(20))
+    assert progress.take_lines() == [], "nothing new"
 
 
 def test_the_total_is_said_once_and_for_all() -> None:
-    progress = Progress(["a", "b"])
-    progress.feed("a", layer(10, total=100))
-    progress.feed("b", layer(500, total=1000))
-    assert progress.take() == [layer(55)]
+    progress = MergedProgress(["a", "b"])
+    progress.feed_line("a", layer(10, total=100))
+    progress.feed_line("b", layer(500, total=1000))
+    assert progress.take_lines() == [layer(55)]
 
 
 def test_what_comes_after_the_layers_waits_for_the_last() -> None:
-    progress = Progress(["a", "b"])
+    progress = MergedProgress(["a", "b"])
     for entry in (said("pulling manifest"), layer(100), said("verifying")):
-        progress.feed("a", entry)
-    assert progress.take() == [said("pulling manifest"), layer(50)]
-    progress.feed("b", layer(100))
-    progress.feed("b", said("verifying"))
-    assert progress.take() == [layer(100), said("verifying")]
+        progress.feed_line("a", entry)
+    assert progress.take_lines() == [said("pulling manifest"), layer(50)]
+    progress.feed_line("b", layer(100))
+    progress.feed_line("b", said("verifying"))
+    assert progress.take_lines() == [layer(100), said("verifying")]
 
 
 def test_a_node_that_failed_holds_up_nobody() -> None:
-    progress = Progress(["a", "b"])
-    progress.feed("a", layer(100))
-    progress.feed("a", said("verifying"))
-    progress.feed("b", layer(10))
-    progress.feed("b", {"error": "disk full \x1b[31m"})
-    assert progress.take() == [layer(100), said("verifying")]
+    progress = MergedProgress(["a", "b"])
+    progress.feed_line("a", layer(100))
+    progress.feed_line("a", said("verifying"))
+    progress.feed_line("b", layer(10))
+    progress.feed_line("b", {"error": "disk full \x1b[31m"})
+    assert progress.take_lines() == [layer(100), said("verifying")]
     assert progress.failures == {"b": "disk full"}
 
 
 def test_a_note_of_our_own() -> None:
-    progress = Progress(["a"])
-    progress.note("c is left out")
-    assert progress.take() == [said("c is left out")]
-    assert progress.take() == []
+    progress = MergedProgress(["a"])
+    progress.add_note("c is left out")
+    assert progress.take_lines() == [said("c is left out")]
+    assert progress.take_lines() == []
 
 
 entries = st.fixed_dictionaries(
@@ -84,11 +84,11 @@ entries = st.fixed_dictionaries(
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), entries), max_size=60))
 def test_whatever_nodes_say_bars_only_grow_and_nothing_is_told_twice(steps: list[tuple[str, dict[str, Any]]]) -> None:
-    progress = Progress(["a", "b", "c"])
+    progress = MergedProgress(["a", "b", "c"])
     told: list[dict[str, Any]] = []
     for node, entry in steps:
-        progress.feed(node, entry)
-        told += progress.take()
+        progress.feed_line(node, entry)
+        told += progress.take_lines()
     plain = [line["status"] for line in told if "digest" not in line]
     assert len(plain) == len(set(plain))
     assert "success" not in plain
@@ -100,8 +100,8 @@ def test_whatever_nodes_say_bars_only_grow_and_nothing_is_told_twice(steps: list
 
 
 def test_a_node_that_never_ends_naming_layers_fills_no_memory() -> None:
-    progress = Progress(["a"])
-    for number in range(MOST * 3):
-        progress.feed("a", layer(1, digest=f"sha256:{number}"))
-        progress.feed("a", said(f"words {number}"))
-    assert len(progress.take()) <= 2 * MOST
+    progress = MergedProgress(["a"])
+    for number in range(MAX_LINES_PER_NODE * 3):
+        progress.feed_line("a", layer(1, digest=f"sha256:{number}"))
+        progress.feed_line("a", said(f"words {number}"))
+    assert len(progress.take_lines()) <= 2 * MAX_LINES_PER_NODE

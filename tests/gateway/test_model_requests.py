@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.gateway.json_members import Members, read_in_pieces, read_small
+from gpumesh.gateway.json_members import Members, read_small_members, scan_members
 from gpumesh.gateway.model_requests import (
-    EITHER,
+    ALL_KINDS,
     MODEL_ROUTES,
     OLLAMA_ONLY,
     BadRequest,
+    ClientApi,
     Route,
-    Shape,
+    find_client_api,
     read_demand,
     read_model,
     read_node,
     read_priority,
     read_timeout,
-    shape_of,
 )
 from gpumesh.topology import BackendSpec, NodeSpec, Topology
 
@@ -51,7 +51,7 @@ def demand_of(
 
 
 def members_of(given: bytes) -> Members:
-    return read_small(given) or ended(read_in_pieces(given))
+    return read_small_members(given) or ended(scan_members(given))
 
 
 def ended(work: Generator[None, None, T]) -> T:
@@ -82,7 +82,7 @@ def test_what_a_native_request_asks_for() -> None:
 
 def test_openai_routes_go_to_either_kind() -> None:
     demand = demand_of(MODEL_ROUTES["/v1/chat/completions"], body(model="m", max_completion_tokens=9))
-    assert demand.kinds == EITHER
+    assert demand.kinds == ALL_KINDS
     assert demand.max_tokens == 9
 
 
@@ -91,7 +91,7 @@ def test_the_default_model_fills_in_and_show_may_say_name() -> None:
     assert read_model(CHAT, members_of(body(messages=[]))) is None
     shown = demand_of(MODEL_ROUTES["/api/show"], body(name="n"))
     assert shown.model == "n"
-    assert not shown.place
+    assert not shown.needs_slot
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,6 @@ def test_timeouts_and_priorities() -> None:
 
 
 def test_shapes_follow_the_path() -> None:
-    assert shape_of("/api/whatever") is Shape.NATIVE
-    assert shape_of("/v1/whatever") is Shape.OPENAI
-    assert shape_of("/v1/messages") is Shape.ANTHROPIC
+    assert find_client_api("/api/whatever") is ClientApi.OLLAMA
+    assert find_client_api("/v1/whatever") is ClientApi.OPENAI
+    assert find_client_api("/v1/messages") is ClientApi.ANTHROPIC

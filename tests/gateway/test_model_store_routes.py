@@ -11,36 +11,36 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from gpumesh.gateway.model_store_routes import LANE_PIECES, _Lane
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import BackendKind
-from tests.gateway.fleet import MODEL, A, Running, lines, node, quick, running, serving
-from tests.mesh.servers import Exchange, Script, serve, whole
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, A, RunningGateway, lines, node, quick_host, serve_hosts, serve_nodes
+from tests.mesh.servers import Exchange, Script, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 NEW = "new:1b"
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Running]:
-    async with running() as made:
+async def fleet() -> AsyncIterator[RunningGateway]:
+    async with serve_hosts() as made:
         yield made
 
 
-def having(fleet: Running, model: str) -> set[str]:
+def having(fleet: RunningGateway, model: str) -> set[str]:
     return {name for name, host in fleet.hosts.items() if model in host.engine.store}
 
 
-async def away(fleet: Running, name: str) -> None:
+async def away(fleet: RunningGateway, name: str) -> None:
     """The node's server is gone, and the mesh knows it."""
     await fleet.hosts[name].set_faults(Faults(refuse=True))
-    await until(lambda: name not in fleet.mesh.usable(), f"{name} is known to be away")
+    await wait_until(lambda: name not in fleet.mesh.usable_nodes(), f"{name} is known to be away")
 
 
 # -- pull ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_pull_goes_to_all_and_reads_as_one(fleet: Running) -> None:
+async def test_a_pull_goes_to_all_and_reads_as_one(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": NEW})
     assert answer.headers["Content-Type"] == "application/x-ndjson"
     assert answer.headers["X-GPUMesh-Node"] == "a, b"
@@ -59,7 +59,7 @@ async def test_a_pull_goes_to_all_and_reads_as_one(fleet: Running) -> None:
     assert having(fleet, NEW) == {"a", "b"}
 
 
-async def test_what_was_pulled_can_be_used_at_once(fleet: Running) -> None:
+async def test_what_was_pulled_can_be_used_at_once(fleet: RunningGateway) -> None:
     """Not when the next probe has come round."""
     for number in range(5):
         name = f"new{number}:1b"
@@ -70,21 +70,21 @@ async def test_what_was_pulled_can_be_used_at_once(fleet: Running) -> None:
         assert (await fleet.chat(model=name)).status_code == 200
 
 
-async def test_a_pull_to_one_node(fleet: Running) -> None:
+async def test_a_pull_to_one_node(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": NEW}, headers={"X-GPUMesh-Node": "b"})
     assert lines(answer.text)[-1] == {"status": "success"}
     assert answer.headers["X-GPUMesh-Node"] == "b"
     assert having(fleet, NEW) == {"b"}
 
 
-async def test_a_pull_in_one_piece(fleet: Running) -> None:
+async def test_a_pull_in_one_piece(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"name": NEW, "stream": False})
     assert answer.json() == {"status": "success"}
     assert having(fleet, NEW) == {"a", "b"}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_model_that_the_library_has_not(fleet: Running, stream: bool) -> None:
+async def test_a_model_that_the_library_has_not(fleet: RunningGateway, stream: bool) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": "missing:1b", "stream": stream})
     error = {"error": "pull model manifest: file does not exist"}
     if stream:
@@ -93,7 +93,7 @@ async def test_a_model_that_the_library_has_not(fleet: Running, stream: bool) ->
         assert (answer.status_code, answer.json()) == (500, error)
 
 
-async def test_a_node_that_fails_is_named_and_the_others_have_it(fleet: Running) -> None:
+async def test_a_node_that_fails_is_named_and_the_others_have_it(fleet: RunningGateway) -> None:
     await fleet.hosts["b"].set_faults(Faults(status=500, paths=("/api/pull",)))
     last = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)[-1]
     assert last["error"].startswith("pulled on a; not on b: model runner")
@@ -104,7 +104,7 @@ async def test_a_node_that_fails_is_named_and_the_others_have_it(fleet: Running)
 
 
 @pytest.mark.slow
-async def test_when_all_refuse_it_is_in_their_own_words(fleet: Running) -> None:
+async def test_when_all_refuse_it_is_in_their_own_words(fleet: RunningGateway) -> None:
     for host in fleet.hosts.values():
         await host.set_faults(Faults(status=429, paths=("/api/pull",)))
     answer = await fleet.client.post("/api/pull", json={"model": NEW})
@@ -112,7 +112,7 @@ async def test_when_all_refuse_it_is_in_their_own_words(fleet: Running) -> None:
 
 
 @pytest.mark.slow
-async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: Running) -> None:
+async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: RunningGateway) -> None:
     await away(fleet, "b")
     told = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)
     assert {"status": "b cannot be used now and is left out"} in told
@@ -123,7 +123,7 @@ async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: Running) -> Non
 
 @pytest.mark.slow
 async def test_a_pull_goes_on_when_the_way_was_lost_and_came_back() -> None:
-    async with running(A, quick("b", pull_s=1.0)) as fleet:
+    async with serve_hosts(A, quick_host("b", pull_s=1.0)) as fleet:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
             told = []
             async for line in pulling.aiter_lines():
@@ -138,15 +138,17 @@ async def test_a_pull_goes_on_when_the_way_was_lost_and_came_back() -> None:
 
 
 async def test_a_client_that_leaves_stops_the_pull() -> None:
-    async with running(quick("a", pull_s=60.0)) as fleet:
+    async with serve_hosts(quick_host("a", pull_s=60.0)) as fleet:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
             await anext(pulling.aiter_lines())
-        await until(lambda: not [task for task in asyncio.all_tasks() if "pulled" in task.get_name()], "all tasks end")
+        await wait_until(
+            lambda: not [task for task in asyncio.all_tasks() if "pulled" in task.get_name()], "all tasks end"
+        )
         assert having(fleet, NEW) == set()
 
 
 async def test_without_an_ollama_there_is_no_store() -> None:
-    async with running(kind=BackendKind.OPENAI) as fleet:
+    async with serve_hosts(kind=BackendKind.OPENAI) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
         assert answer.status_code == 503
         assert "speaks this API" in answer.json()["error"]
@@ -155,7 +157,7 @@ async def test_without_an_ollama_there_is_no_store() -> None:
 # -- delete and copy -------------------------------------------------------------------------------------------------
 
 
-async def test_delete_is_from_every_node_that_has_it(fleet: Running) -> None:
+async def test_delete_is_from_every_node_that_has_it(fleet: RunningGateway) -> None:
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["X-GPUMesh-Node"] == "a, b"
@@ -166,21 +168,21 @@ async def test_delete_is_from_every_node_that_has_it(fleet: Running) -> None:
     assert again.json()["error"].startswith(f"model '{MODEL}' not found")
 
 
-async def test_delete_from_one_node(fleet: Running) -> None:
+async def test_delete_from_one_node(fleet: RunningGateway) -> None:
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL}, headers={"X-GPUMesh-Node": "a"})
     assert answer.status_code == 200
     assert having(fleet, MODEL) == {"b"}
     assert (await fleet.chat()).headers["X-GPUMesh-Node"] == "b"
 
 
-async def test_a_model_that_went_meanwhile_is_no_error(fleet: Running) -> None:
+async def test_a_model_that_went_meanwhile_is_no_error(fleet: RunningGateway) -> None:
     del fleet.hosts["b"].engine.store[MODEL]
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "a")
 
 
 @pytest.mark.slow
-async def test_delete_tells_of_a_node_that_is_away_and_has_it_still(fleet: Running) -> None:
+async def test_delete_tells_of_a_node_that_is_away_and_has_it_still(fleet: RunningGateway) -> None:
     await away(fleet, "b")
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert answer.status_code == 502
@@ -190,7 +192,7 @@ async def test_delete_tells_of_a_node_that_is_away_and_has_it_still(fleet: Runni
     assert only.status_code == 200, "b never had it"
 
 
-async def test_a_copy_is_made_where_the_source_is(fleet: Running) -> None:
+async def test_a_copy_is_made_where_the_source_is(fleet: RunningGateway) -> None:
     for source, where in ((MODEL, {"a", "b"}), ("llama3.1:8b", {"b"})):
         answer = await fleet.client.post("/api/copy", json={"source": source, "destination": f"my-{source}"})
         assert answer.status_code == 200
@@ -205,7 +207,7 @@ async def test_a_copy_is_made_where_the_source_is(fleet: Running) -> None:
 # -- create, push and blobs --------------------------------------------------------------------------------------------
 
 
-async def test_create_is_where_its_base_is(fleet: Running) -> None:
+async def test_create_is_where_its_base_is(fleet: RunningGateway) -> None:
     for base, where in ((MODEL, {"a", "b"}), ("llama3.1:8b", {"b"})):
         body = {"model": f"made-{base}", "from": base, "system": "You are brief."}
         answer = await fleet.client.post("/api/create", json=body)
@@ -215,7 +217,7 @@ async def test_create_is_where_its_base_is(fleet: Running) -> None:
     assert (nowhere.status_code, nowhere.json()) == (404, {"error": "model 'nobody:1b' not found"})
 
 
-async def test_push_is_from_one_node_that_has_it(fleet: Running) -> None:
+async def test_push_is_from_one_node_that_has_it(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/push", json={"model": "llama3.1:8b"})
     assert answer.headers["X-GPUMesh-Node"] == "b"
     assert answer.status_code == 404, "the stand-in has no such route"
@@ -226,7 +228,7 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-async def test_a_blob_is_there_when_it_is_everywhere(fleet: Running) -> None:
+async def test_a_blob_is_there_when_it_is_everywhere(fleet: RunningGateway) -> None:
     data = b"weights" * 50_000
     path = f"/api/blobs/{digest_of(data)}"
     assert (await fleet.client.head(path)).status_code == 404
@@ -242,7 +244,7 @@ async def test_a_blob_is_there_when_it_is_everywhere(fleet: Running) -> None:
     assert (await fleet.client.post(path, content=data)).status_code == 200, "nothing to do"
 
 
-async def test_a_large_blob_streams_through(fleet: Running) -> None:
+async def test_a_large_blob_streams_through(fleet: RunningGateway) -> None:
     piece = b"x" * 65536
     count = 200
     path = f"/api/blobs/{digest_of(piece * count)}"
@@ -255,7 +257,7 @@ async def test_a_large_blob_streams_through(fleet: Running) -> None:
     assert (await fleet.client.head(path)).status_code == 200
 
 
-async def test_a_blob_that_is_not_what_it_says(fleet: Running) -> None:
+async def test_a_blob_that_is_not_what_it_says(fleet: RunningGateway) -> None:
     answer = await fleet.client.post(f"/api/blobs/{digest_of(b'other')}", content=b"this")
     assert (answer.status_code, answer.json()) == (400, {"error": "digest mismatch"})
     assert (await fleet.client.post("/api/blobs/md5:123", content=b"this")).status_code == 400
@@ -272,30 +274,30 @@ async def test_a_node_that_drops_out_does_not_hold_up_the_others() -> None:
         else:
             kind = exchange.head.split()[1].rpartition(b"/")[2].decode()
             await exchange.send(
-                whole(json.dumps({"version": "0.12.6"} if kind == "version" else {"models": []}).encode())
+                whole_response(json.dumps({"version": "0.12.6"} if kind == "version" else {"models": []}).encode())
             )
 
     data = b"y" * 3_000_000
     path = f"/api/blobs/{digest_of(data)}"
     async with AsyncExitStack() as stack:
-        host = await stack.enter_async_context(StandIn(A))
+        host = await stack.enter_async_context(SimOllama(A))
         other = await stack.enter_async_context(serve(breaks_off))
         nodes = (node("a", host.url), node("b", other.url))
-        fleet = await stack.enter_async_context(serving(nodes, {"a": host}))
+        fleet = await stack.enter_async_context(serve_nodes(nodes, {"a": host}))
         answer = await fleet.client.post(path, content=data)
         assert answer.status_code == 502
         assert answer.json()["error"].startswith("stored on a; not on b: the upload broke off")
         assert digest_of(data) in host.blobs
 
 
-async def test_a_node_that_cannot_say_whether_it_has_a_blob(fleet: Running) -> None:
+async def test_a_node_that_cannot_say_whether_it_has_a_blob(fleet: RunningGateway) -> None:
     await fleet.hosts["b"].set_faults(Faults(status=500, paths=("/api/blobs",)))
     answer = await fleet.client.post(f"/api/blobs/{digest_of(b'x')}", content=b"x")
     assert answer.status_code == 502
     assert "b did not say" in answer.json()["error"]
 
 
-async def test_create_from_files_goes_where_the_blobs_are(fleet: Running) -> None:
+async def test_create_from_files_goes_where_the_blobs_are(fleet: RunningGateway) -> None:
     data = b"weights"
     fleet.hosts["b"].blobs.add(digest_of(data))
     body = {"model": "filed:1b", "from": MODEL, "files": {"model.gguf": digest_of(data)}}
@@ -330,7 +332,7 @@ def nonsense(body: bytes, *, blobs: bytes = b"418 I'm a teapot") -> Script:
         method, path = exchange.head.split(b" ")[:2]
         if path in (b"/api/version", b"/api/tags", b"/api/ps"):
             models = [] if path == b"/api/ps" else [{"name": MODEL}]
-            await exchange.send(whole(json.dumps({"version": "0.12.6", "models": models}).encode()))
+            await exchange.send(whole_response(json.dumps({"version": "0.12.6", "models": models}).encode()))
         elif method == b"HEAD":
             await exchange.send(b"HTTP/1.1 " + blobs + b"\r\nContent-Length: 0\r\n\r\n")
         else:
@@ -340,10 +342,10 @@ def nonsense(body: bytes, *, blobs: bytes = b"418 I'm a teapot") -> Script:
 
 
 @asynccontextmanager
-async def with_nonsense(body: bytes) -> AsyncIterator[Running]:
-    async with StandIn(A) as host, serve(nonsense(body)) as other:
+async def with_nonsense(body: bytes) -> AsyncIterator[RunningGateway]:
+    async with SimOllama(A) as host, serve(nonsense(body)) as other:
         nodes = (node("a", host.url), node("b", other.url))
-        async with serving(nodes, {"a": host}) as fleet:
+        async with serve_nodes(nodes, {"a": host}) as fleet:
             yield fleet
 
 
@@ -353,16 +355,20 @@ NDJSON = "application/x-ndjson"
 @pytest.mark.parametrize(
     "body",
     [
-        whole(b"null\n[]\n5\nNaN\n{\n" + b"[" * 100_000, kind=NDJSON),
-        whole(b'{"status":5}\n{"status":"\\ud800","total":NaN}\n{"status":"success"}\n', kind=NDJSON),
-        whole(b'{"status":"x","digest":"d","total":1e999,"completed":-5}\n{"error":{"a":["\\ud800"]}}', kind=NDJSON),
-        whole(b"".join(b'{"status":"%d","digest":"%d","total":%d}\n' % (n, n, 10**30 + n) for n in range(5000))),
-        whole(b"<html>", status="418 I'm a teapot", kind="text/html"),
-        whole(b'{"error":NaN,"x":"\\ud800"}', status="400 Bad"),
+        whole_response(b"null\n[]\n5\nNaN\n{\n" + b"[" * 100_000, kind=NDJSON),
+        whole_response(b'{"status":5}\n{"status":"\\ud800","total":NaN}\n{"status":"success"}\n', kind=NDJSON),
+        whole_response(
+            b'{"status":"x","digest":"d","total":1e999,"completed":-5}\n{"error":{"a":["\\ud800"]}}', kind=NDJSON
+        ),
+        whole_response(
+            b"".join(b'{"status":"%d","digest":"%d","total":%d}\n' % (n, n, 10**30 + n) for n in range(5000))
+        ),
+        whole_response(b"<html>", status="418 I'm a teapot", kind="text/html"),
+        whole_response(b'{"error":NaN,"x":"\\ud800"}', status="400 Bad"),
     ],
 )
 async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpumesh.gateway.model_store_routes.TRIES", 2)
+    monkeypatch.setattr("gpumesh.gateway.model_store_routes.MAX_TRIES", 2)
     async with with_nonsense(body) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
         assert having(fleet, NEW) == {"a"}
@@ -375,10 +381,10 @@ async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "body",
     [
-        whole(b"not found", status="404 Not Found", kind="text/plain"),
-        whole(b'{"error":"\\ud800","x":NaN,"y":[[[[[[[[1]]]]]]]]}', status="404 Not Found"),
-        whole(b"\xff" * 3_000_000, status="599 What"),
-        whole(b"[" * 100_000),
+        whole_response(b"not found", status="404 Not Found", kind="text/plain"),
+        whole_response(b'{"error":"\\ud800","x":NaN,"y":[[[[[[[[1]]]]]]]]}', status="404 Not Found"),
+        whole_response(b"\xff" * 3_000_000, status="599 What"),
+        whole_response(b"[" * 100_000),
     ],
 )
 async def test_what_is_answered_of_nonsense_is_json(body: bytes) -> None:
@@ -397,7 +403,7 @@ async def test_what_is_answered_of_nonsense_is_json(body: bytes) -> None:
 async def test_a_blob_beside_nonsense() -> None:
     data = b"weights"
     path = f"/api/blobs/{digest_of(data)}"
-    async with with_nonsense(whole(b"{}")) as fleet:
+    async with with_nonsense(whole_response(b"{}")) as fleet:
         lacks = await fleet.client.head(path)
         assert (lacks.status_code, lacks.headers["X-GPUMesh-Node"]) == (404, "")
         told = await fleet.client.post(path, content=data)

@@ -20,15 +20,15 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpumesh import versions
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import LLAMA_8B, QWEN_7B
 from gpumesh.topology import BackendKind
 from gpumesh.wire import status_from_json
-from tests.absurd import DEEPER, Raw, json_bytes, many, ollama_answers, openai_answers
-from tests.gateway.fleet import Running, node, quick, serving
-from tests.mesh.servers import Exchange, serve, whole
+from tests.absurd import DEEPER, Raw, json_bytes, make_model_entries, ollama_answers, openai_answers
+from tests.gateway.fleet import RunningGateway, node, quick_host, serve_nodes
+from tests.mesh.servers import Exchange, serve, whole_response
 
-HONEST = quick("honest", models=(QWEN_7B, LLAMA_8B), version="0.12.6")
+HONEST = quick_host("honest", models=(QWEN_7B, LLAMA_8B), version="0.12.6")
 NAMES = {QWEN_7B.name, LLAMA_8B.name}
 SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
 QUICKLY_S = 5.0  # generous: two cores, shared
@@ -54,7 +54,7 @@ class Hostile:
         if method == b"HEAD":
             await exchange.send(b"HTTP/1.1 418 I'm a teapot\r\nContent-Length: 0\r\n\r\n")
         else:
-            await exchange.send(whole(body))
+            await exchange.send(whole_response(body))
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Fleet:
     """Runs on one event loop as long as the module's tests do: an example costs some requests, and no start."""
 
     runner: asyncio.Runner
-    running: Running
+    running: RunningGateway
     hostile: Hostile
 
     def check(self, answers: Mapping[str, Any]) -> None:
@@ -80,11 +80,11 @@ def fleet_of(kind: BackendKind) -> Iterator[Fleet]:
     with asyncio.Runner() as runner:
         stack, hostile = AsyncExitStack(), Hostile()
 
-        async def start() -> Running:
-            host = await stack.enter_async_context(StandIn(HONEST))
+        async def start() -> RunningGateway:
+            host = await stack.enter_async_context(SimOllama(HONEST))
             server = await stack.enter_async_context(serve(hostile))
             nodes = (node("hostile", server.url, kind=kind), node("honest", host.url))
-            return await stack.enter_async_context(serving(nodes, {"honest": host}))
+            return await stack.enter_async_context(serve_nodes(nodes, {"honest": host}))
 
         fleet = Fleet(runner, runner.run(start()), hostile)
         try:
@@ -150,11 +150,11 @@ def as_ollamas_client(entries: list[dict[str, Any]]) -> None:
         assert all(isinstance(family, str) for family in families)
 
 
-async def everything_holds(fleet: Running) -> None:
+async def everything_holds(fleet: RunningGateway) -> None:
     client = fleet.client
     version = strict(await client.get("/api/version"))["version"]
     theirs = fleet.mesh.snapshot().node("hostile").backend.version
-    assert version == versions.oldest(filter(None, (theirs, HONEST.version)))
+    assert version == versions.oldest_version(filter(None, (theirs, HONEST.version)))
     tags = strict(await client.get("/api/tags"))["models"]
     as_ollamas_client(tags)
     assert {name.lower() for name in NAMES} <= {entry["name"].lower() for entry in tags}
@@ -234,8 +234,16 @@ def test_a_version_that_is_none_is_not_the_oldest(ollama: Fleet, version: str) -
 @example(tagged(name="m", id="m", size=Raw("1" * 5000), size_vram=10**400))
 @example(tagged(name="x" * 1_000_000, id="x" * 1_000_000))
 @example(tagged(name="m", id="m", unknown=DEEPER))
-@example({**VERSION, "/api/tags": {"models": many(9_000)}, "/api/ps": {"models": many(9_000)}})
-@example({**VERSION, "/api/tags": {"models": many(100_000)}, "/v1/models": {"data": many(100_000)}})
+@example(
+    {**VERSION, "/api/tags": {"models": make_model_entries(9_000)}, "/api/ps": {"models": make_model_entries(9_000)}}
+)
+@example(
+    {
+        **VERSION,
+        "/api/tags": {"models": make_model_entries(100_000)},
+        "/v1/models": {"data": make_model_entries(100_000)},
+    }
+)
 @example({**VERSION, "/api/tags": {"models": Raw("[" + "[]," * 1_000_000 + "[]]")}})
 def test_an_ollama(ollama: Fleet, answers: Mapping[str, Any]) -> None:
     ollama.check(answers)
@@ -259,9 +267,9 @@ async def test_a_document_that_no_client_reads_is_asked_of_another_node(body: by
     model = QWEN_7B.name
     lists = {"/api/version": b'{"version":"0.12.6"}', "/api/tags": json_bytes({"models": [{"name": model}]})}
     asked = {"/api/show": body, f"/v1/models/{model}": body}
-    async with StandIn(HONEST) as host, serve(Hostile(lists | asked)) as server:
+    async with SimOllama(HONEST) as host, serve(Hostile(lists | asked)) as server:
         nodes = (node("hostile", server.url), node("honest", host.url))
-        async with serving(nodes, {"honest": host}) as fleet:
+        async with serve_nodes(nodes, {"honest": host}) as fleet:
             for _ in range(4):  # whichever is asked first
                 show = await fleet.client.post("/api/show", json={"model": model})
                 assert strict(show)["details"]
@@ -275,10 +283,10 @@ async def test_a_list_without_an_end_is_missing_and_costs_no_memory() -> None:
     async def endless(exchange: Exchange) -> None:
         path = exchange.head.split(b" ")[1]
         if len(server.requests) <= 3:  # the first probe
-            await exchange.send(whole(b'{"version":"0.12.6","models":[]}'))
+            await exchange.send(whole_response(b'{"version":"0.12.6","models":[]}'))
             return
         if path != b"/api/tags":
-            await exchange.send(whole(b"{}"))
+            await exchange.send(whole_response(b"{}"))
             return
         await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n")
         while not exchange.writer.is_closing():
@@ -286,9 +294,9 @@ async def test_a_list_without_an_end_is_missing_and_costs_no_memory() -> None:
             sent.append(1 << 20)
 
     sent: list[int] = []
-    async with StandIn(HONEST) as host, serve(endless) as server:
+    async with SimOllama(HONEST) as host, serve(endless) as server:
         nodes = (node("hostile", server.url), node("honest", host.url))
-        async with serving(nodes, {"honest": host}) as fleet:
+        async with serve_nodes(nodes, {"honest": host}) as fleet:
             tags = strict(await fleet.client.get("/api/tags"))["models"]
             assert {entry["name"] for entry in tags} == NAMES
     assert sum(sent) < 64 << 20
@@ -308,9 +316,9 @@ async def test_what_a_server_says_of_its_own_speed_is_believed_within_reason(fig
     model = QWEN_7B.name
     frame = {"message": {"role": "assistant", "content": "hi"}, "done": True, "done_reason": "stop", **figures}
     lists = {"/api/version": b'{"version":"0.12.6"}', "/api/tags": json_bytes({"models": [{"name": model}]})}
-    async with StandIn(HONEST) as host, serve(Hostile({**lists, "/api/chat": json_bytes(frame)})) as server:
+    async with SimOllama(HONEST) as host, serve(Hostile({**lists, "/api/chat": json_bytes(frame)})) as server:
         nodes = (node("hostile", server.url), node("honest", host.url))
-        async with serving(nodes, {"honest": host}) as fleet:
+        async with serve_nodes(nodes, {"honest": host}) as fleet:
             for _ in range(5):
                 assert (await fleet.chat(model=model, headers={"X-GPUMesh-Node": "hostile"})).status_code == 200
             for _ in range(5):

@@ -19,10 +19,10 @@ from gpumesh.gateway.proxy import read_resume
 from gpumesh.lab.profile import QWEN_7B, Faults, HostProfile
 from gpumesh.mesh.requests import silence_watch
 from gpumesh.topology import NodeSpec
-from tests.gateway.fleet import MODEL, Running, events, lines, node, quick, running, serving
-from tests.mesh.meshes import ollama
+from tests.gateway.fleet import MODEL, RunningGateway, events, lines, node, quick_host, serve_hosts, serve_nodes
+from tests.mesh.meshes import ollama_script
 from tests.mesh.servers import Exchange, chunk, chunked_head, serve
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Wie groß? 日本"}]}
 BODIES: dict[str, dict[str, Any]] = {
@@ -40,17 +40,17 @@ FAULTS = {
 
 def host(name: str, *, continues: bool = True, **changes: Any) -> HostProfile:
     model = replace(QWEN_7B, continues=continues, resident=True)
-    return quick(name, models=(model,), **{"slots": 16, "answer_tokens": (40, 40), **changes})
+    return quick_host(name, models=(model,), **{"slots": 16, "answer_tokens": (40, 40), **changes})
 
 
 @asynccontextmanager
-async def preferring_a(*, continues: bool = True, **changes: Any) -> AsyncIterator[Running]:
+async def preferring_a(*, continues: bool = True, **changes: Any) -> AsyncIterator[RunningGateway]:
     """A gateway over ``a`` and ``b``, of which ``a`` is asked first."""
-    async with running(host("a", continues=continues, **changes), host("b", continues=continues)) as fleet:
+    async with serve_hosts(host("a", continues=continues, **changes), host("b", continues=continues)) as fleet:
         nodes: list[NodeSpec] = []
         for name, weight in (("a", 1.0), ("b", 0.01)):
             nodes.append(replace(node(name, fleet.hosts[name].url, max_parallel=16), weight=weight))
-        async with serving(tuple(nodes), fleet.hosts) as made:
+        async with serve_nodes(tuple(nodes), fleet.hosts) as made:
             yield made
 
 
@@ -72,8 +72,8 @@ def read(path: str, response: httpx.Response) -> str:
     "fault", [pytest.param(name, marks=[pytest.mark.slow] if name == "stall" else []) for name in FAULTS]
 )
 async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence_watch, "LEAST_S", 1.0)  # more than what a busy machine may hold up a token
-    monkeypatch.setattr(silence_watch, "TIMES", 1.0)
+    monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 1.0)  # more than what a busy machine may hold up a token
+    monkeypatch.setattr(silence_watch, "PAUSE_FACTOR", 1.0)
     async with preferring_a(continues=continues) as fleet:
         for path, body in BODIES.items():
             want = read(path, await fleet.client.post(path, json=body))
@@ -84,9 +84,9 @@ async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, mo
             assert response.headers["X-GPUMesh-Node"] == "a"  # who began it: the head was sent before the cut
             assert read(path, response) == want
             assert '"gpumesh":{"continued":1,"tokens_before":9}' in response.text
-        books = fleet.mesh.books
+        books = fleet.mesh.request_counters
         assert (books.accepted, books.served, books.failed, books.cancelled) == (6, 6, 0, 0)
-        await until(lambda: fleet.running() == 0, "no host works on")
+        await wait_until(lambda: fleet.count_running() == 0, "no host works on")
 
 
 async def test_cut_while_many_stream_at_once_all_are_whole() -> None:
@@ -95,7 +95,7 @@ async def test_cut_while_many_stream_at_once_all_are_whole() -> None:
         bodies = [{**CHAT, "options": {"seed": seed}} for seed in range(16)]
         want = [read(path, await fleet.client.post(path, json=body)) for body in bodies[:4]]
         asking = [asyncio.create_task(fleet.client.post(path, json=body)) for body in bodies]
-        await until(lambda: fleet.hosts["a"].counters.tokens > 300, "they are under way")
+        await wait_until(lambda: fleet.hosts["a"].counters.tokens > 300, "they are under way")
         await fleet.hosts["a"].set_faults(Faults(refuse=True))
         texts = [read(path, response) for response in await asyncio.gather(*asking)]
         assert texts[:4] == want
@@ -118,7 +118,7 @@ async def test_forbidden_by_the_client_a_cut_answer_ends_with_an_error_in_its_di
             words = last["error"]
             assert [piece["done"] for piece in pieces] == [False] * 3
         assert "asked for no continuation" in words
-        assert fleet.mesh.books.failed == 1
+        assert fleet.mesh.request_counters.failed == 1
 
 
 @pytest.mark.parametrize(
@@ -168,32 +168,32 @@ def request(path: str, body: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize("moment", ["reading the prompt", "in the queue", "in mid-answer"])
 async def test_a_client_that_leaves_stops_the_generation(moment: str) -> None:
     slow: dict[str, Any] = {"prefill_tokens_per_s": 0.5} if moment == "reading the prompt" else {"tokens_per_s": 20.0}
-    async with running(host("a", **slow), max_parallel=1) as fleet:
+    async with serve_hosts(host("a", **slow), max_parallel=1) as fleet:
         a = fleet.hosts["a"]
         first = None
         if moment == "in the queue":
             first = asyncio.create_task(fleet.client.post("/api/chat", json=CHAT))
-            await until(lambda: a.counters.running == 1, "the place is taken")
+            await wait_until(lambda: a.counters.running == 1, "the place is taken")
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(request("/api/chat", CHAT))
         if moment == "in mid-answer":
             await reader.readuntil(b'"done":false')
         elif first is None:
-            await until(lambda: a.counters.running == 1, "it is with the host")
+            await wait_until(lambda: a.counters.running == 1, "it is with the host")
         else:
-            await until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "it waits")
+            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "it waits")
         writer.transport.abort()
         left = time.monotonic()
         if first is None:
-            await until(lambda: a.counters.cancelled == 1 and a.counters.running == 0, "the host stops")
+            await wait_until(lambda: a.counters.cancelled == 1 and a.counters.running == 0, "the host stops")
         else:
-            await until(lambda: fleet.mesh.snapshot().gateway.queued == 0, "it left the queue")
+            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 0, "it left the queue")
             assert a.counters.started == 1
         assert time.monotonic() - left < 5.0  # benchmarks have the true figure: this machine may be busy
-        await until(lambda: fleet.mesh.books.cancelled == 1, "the books say so")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "the books say so")
         if first is not None:
             assert (await first).status_code == 200
-        books = fleet.mesh.books
+        books = fleet.mesh.request_counters
         assert books.accepted == books.served + books.failed + books.cancelled
 
 
@@ -204,10 +204,10 @@ async def test_a_client_that_leaves_while_its_answer_is_continued() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(request("/api/chat", CHAT))
         await reader.readuntil(b'"done":false')
-        await until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 1, "b was asked to go on")
+        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 1, "b was asked to go on")
         writer.transport.abort()
-        await until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 0, "b's place is free again")
-        await until(lambda: fleet.mesh.books.cancelled == 1, "the books say so")
+        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 0, "b's place is free again")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "the books say so")
 
 
 @pytest.mark.slow
@@ -222,13 +222,13 @@ async def test_a_slow_reader_does_not_fill_memory() -> None:
             await exchange.send(chunk(line))
             sent += len(line)
 
-    async with serve(ollama(flood)) as server, serving((node("a", server.url),)) as fleet:
+    async with serve(ollama_script(flood)) as server, serve_nodes((node("a", server.url),)) as fleet:
         with socket.create_connection(("127.0.0.1", fleet.port)) as client:
             client.sendall(request("/api/chat", {**CHAT, "model": "m"}))
             seen = -1
-            await until(lambda: sent > 0, "it has begun")
+            await wait_until(lambda: sent > 0, "it has begun")
             while sent != seen:  # until it stands still
                 seen = sent
                 await asyncio.sleep(0.3)
             assert sent < 48 << 20  # of 240 MB: what the kernel's buffers of two connections take
-        await until(lambda: fleet.mesh.books.cancelled == 1, "its leaving is noticed")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "its leaving is noticed")

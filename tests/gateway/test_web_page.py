@@ -15,25 +15,25 @@ import pytest
 
 from gpumesh.state import Health
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import Running, raw, running
+from tests.gateway.fleet import RunningGateway, send_raw, serve_hosts
 
 KEY = {"Authorization": "Bearer sesame"}
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Running]:
-    async with running() as made:
+async def fleet() -> AsyncIterator[RunningGateway]:
+    async with serve_hosts() as made:
         yield made
 
 
 @pytest.fixture
-async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
     monkeypatch.setenv("PAGE_TEST_KEY", "sesame")
-    async with running(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as made:
+    async with serve_hosts(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as made:
         yield made
 
 
-async def told(fleet: Running, wanted: str, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:
+async def told(fleet: RunningGateway, wanted: str, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:
     """The documents of the events of one name."""
     async with fleet.client.stream("GET", "/mesh/events", headers=headers) as response:
         assert response.headers["Content-Type"] == "text/event-stream"
@@ -45,14 +45,14 @@ async def told(fleet: Running, wanted: str, headers: dict[str, str] | None = Non
                 yield json.loads(line.removeprefix("data: "))
 
 
-async def first(fleet: Running, wanted: str, headers: dict[str, str] | None = None) -> Any:
+async def first(fleet: RunningGateway, wanted: str, headers: dict[str, str] | None = None) -> Any:
     async with asyncio.timeout(20):
         async for document in told(fleet, wanted, headers):
             return document
     raise AssertionError(f"no event {wanted}")
 
 
-async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: Running) -> None:
+async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: RunningGateway) -> None:
     page = await fleet.client.get("/ui")
     assert page.headers["Content-Type"].startswith("text/html")
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"']+", page.text) == []
@@ -64,7 +64,7 @@ async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: Ru
     assert "innerHTML" not in script, "what hosts say is set as text only"
 
 
-async def test_the_stream_tells_the_status_and_each_change(fleet: Running) -> None:
+async def test_the_stream_tells_the_status_and_each_change(fleet: RunningGateway) -> None:
     assert await first(fleet, "hello") == {"writable": False}
     history = (await first(fleet, "history"))["history"]
     assert history["step_s"] == 15.0
@@ -79,7 +79,7 @@ async def test_the_stream_tells_the_status_and_each_change(fleet: Running) -> No
                 return
 
 
-async def test_without_a_key_in_mesh_yaml_nothing_can_be_changed(fleet: Running) -> None:
+async def test_without_a_key_in_mesh_yaml_nothing_can_be_changed(fleet: RunningGateway) -> None:
     for action in ("drain", "resume", "reconnect"):
         answer = await fleet.client.post(f"/mesh/nodes/a/{action}")
         assert answer.status_code == 403
@@ -87,14 +87,14 @@ async def test_without_a_key_in_mesh_yaml_nothing_can_be_changed(fleet: Running)
     assert fleet.mesh.snapshot().node("a").health is Health.HEALTHY
 
 
-async def test_with_a_key_the_page_is_given_to_all_and_its_data_to_who_has_it(locked: Running) -> None:
+async def test_with_a_key_the_page_is_given_to_all_and_its_data_to_who_has_it(locked: RunningGateway) -> None:
     assert (await locked.client.get("/ui")).status_code == 200
     assert (await locked.client.get("/mesh/events")).status_code == 401
     assert (await locked.client.post("/mesh/nodes/a/drain")).status_code == 401
     assert await first(locked, "hello", KEY) == {"writable": True}
 
 
-async def test_with_its_key_a_node_is_drained_and_resumed(locked: Running) -> None:
+async def test_with_its_key_a_node_is_drained_and_resumed(locked: RunningGateway) -> None:
     async def act(action: str, node: str = "a") -> httpx.Response:
         return await locked.client.post(f"/mesh/nodes/{node}/{action}", headers=KEY)
 
@@ -121,7 +121,7 @@ async def test_an_open_page_does_not_hold_up_the_end() -> None:
                 if line == "event: status":
                     told_once.set()
 
-    async with running() as fleet:
+    async with serve_hosts() as fleet:
         reading = asyncio.create_task(read(fleet.gateway.url))
         await told_once.wait()
         began = loop.time()
@@ -129,7 +129,7 @@ async def test_an_open_page_does_not_hold_up_the_end() -> None:
     assert loop.time() - began < fleet.gateway.drain_s / 2
 
 
-async def test_who_asks_for_the_streams_head_alone_has_it(fleet: Running) -> None:
+async def test_who_asks_for_the_streams_head_alone_has_it(fleet: RunningGateway) -> None:
     asked = "{} /mesh/events HTTP/1.1\r\nHost: localhost\r\nConnection: {}\r\n\r\n"
-    told = await raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
+    told = await send_raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
     assert told.count(b"Content-Type: text/event-stream\r\n") == told.count(b"\r\n\r\n") == 2

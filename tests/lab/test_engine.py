@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.engine import Engine, Meter, Pacer, seconds_of
+from gpumesh.lab.engine import Engine, Pacer, UsageAverage, parse_keep_alive
 from gpumesh.lab.profile import QWEN_7B, QWEN_14B
 
-FAST = profile.host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=None, slots=2)
+FAST = profile.make_host("fast", models=(QWEN_7B, QWEN_14B), load_s=0.0, prefill_tokens_per_s=None, slots=2)
 
 
 async def hold(engine: Engine, entered: asyncio.Event, leave: asyncio.Event, model: str = "qwen2.5:7b") -> None:
-    found = engine.find(model)
+    found = engine.find_model(model)
     assert found is not None
-    async with engine.lease(found, {}, None):
+    async with engine.lease_slot(found, {}, None):
         entered.set()
         await leave.wait()
 
@@ -43,35 +43,35 @@ async def test_other_options_make_a_reload_and_the_default_context_does_not() ->
         {"num_ctx": 8192},
     ]
     for options in asked:
-        async with engine.lease(QWEN_7B, options, None):
+        async with engine.lease_slot(QWEN_7B, options, None):
             pass
     assert engine.loads == 2
-    assert engine.loaded()[0].context_length == 8192
+    assert engine.list_runners()[0].context_length == 8192
 
 
 async def test_a_model_leaves_memory_when_its_time_is_over() -> None:
     now = 0.0
     engine = Engine(FAST, clock=lambda: now)
-    async with engine.lease(QWEN_7B, {}, 10):
+    async with engine.lease_slot(QWEN_7B, {}, 10):
         pass
     now = 9.0
-    assert len(engine.loaded()) == 1
+    assert len(engine.list_runners()) == 1
     now = 10.0
-    assert engine.loaded() == []
+    assert engine.list_runners() == []
     assert engine.gpu_load().models == ()
 
 
 async def test_models_that_do_not_fit_together_take_turns() -> None:
-    small = profile.host("small", models=(QWEN_7B, QWEN_14B), load_s=0.0)
-    engine = Engine(replace(small, gpus=(profile.gpu("small", memory_mib=12000),)))
+    small = profile.make_host("small", models=(QWEN_7B, QWEN_14B), load_s=0.0)
+    engine = Engine(replace(small, gpus=(profile.make_gpu("small", memory_mib=12000),)))
     for model in (QWEN_7B, QWEN_14B, QWEN_7B):
-        async with engine.lease(model, {}, -1):
-            assert [runner.model.name for runner in engine.loaded()] == [model.name]
+        async with engine.lease_slot(model, {}, -1):
+            assert [runner.model.name for runner in engine.list_runners()] == [model.name]
     assert engine.loads == 3
 
 
 async def test_a_load_that_is_cancelled_leaves_nothing() -> None:
-    engine = Engine(profile.host("slow", load_s=3600.0))
+    engine = Engine(profile.make_host("slow", load_s=3600.0))
     task = asyncio.create_task(hold(engine, asyncio.Event(), asyncio.Event()))
     while not engine.runners:
         await asyncio.sleep(0)
@@ -81,9 +81,9 @@ async def test_a_load_that_is_cancelled_leaves_nothing() -> None:
 
 
 async def test_a_prompt_seen_before_costs_only_what_is_new() -> None:
-    engine = Engine(profile.host("cache", load_s=0.0, prefill_tokens_per_s=1e6))
+    engine = Engine(profile.make_host("cache", load_s=0.0, prefill_tokens_per_s=1e6))
     prompt = "word " * 1000
-    async with engine.lease(QWEN_7B, {}, None) as lease:
+    async with engine.lease_slot(QWEN_7B, {}, None) as lease:
         tokens, first_s = await engine.prefill(lease, prompt)
         _, second_s = await engine.prefill(lease, prompt + "and more")
     assert tokens == 1000
@@ -92,11 +92,11 @@ async def test_a_prompt_seen_before_costs_only_what_is_new() -> None:
 
 def test_the_meter_forgets() -> None:
     now = 0.0
-    meter = Meter(1.0, lambda: now)
-    meter.set(1.0)
+    meter = UsageAverage(1.0, lambda: now)
+    meter.set_target(1.0)
     now = 10.0
     assert meter.value() == pytest.approx(1.0, abs=1e-3)
-    meter.set(0.0)
+    meter.set_target(0.0)
     now = 11.0
     assert meter.value() == pytest.approx(math.exp(-1.0), abs=1e-3)
 
@@ -105,9 +105,9 @@ async def test_a_pacer_that_is_late_catches_up_and_never_passes_its_total() -> N
     now = 0.0
     pacer = Pacer(5, 100.0, lambda: now, 0.0)
     now = 0.035
-    assert await pacer.due() == 3
+    assert await pacer.wait_due() == 3
     now = 1.0
-    assert await pacer.due() == 5
+    assert await pacer.wait_due() == 5
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ async def test_a_pacer_that_is_late_catches_up_and_never_passes_its_total() -> N
     [(None, 300.0), (10, 10.0), ("5m", 300.0), ("1h30m", 5400.0), (-1, math.inf), ("-1s", math.inf), ("0", 0.0)],
 )
 def test_keep_alive(keep_alive: object, seconds: float) -> None:
-    assert seconds_of(keep_alive, 300.0) == seconds
+    assert parse_keep_alive(keep_alive, 300.0) == seconds
 
 
 def test_a_keep_alive_that_is_no_duration_is_refused() -> None:
     with pytest.raises(ValueError, match="invalid duration"):
-        seconds_of("soon", 300.0)
+        parse_keep_alive("soon", 300.0)

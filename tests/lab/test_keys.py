@@ -1,15 +1,18 @@
 import pytest
 
 from gpumesh.lab import keys
-from gpumesh.lab.host import public_key
+from gpumesh.lab.host import parse_public_key
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
 def test_a_new_key_can_be_read_back_and_is_no_other(kind: str) -> None:
     private = keys.new_key(kind)
-    assert keys.public_line(private) != keys.public_line(keys.new_key(kind))
-    assert public_key(keys.public_line(private)).asbytes() == keys.read_key(private).asbytes()
-    assert public_key(keys.public_line(private) + " a comment").asbytes() == keys.read_key(private).asbytes()
+    assert keys.public_key_line(private) != keys.public_key_line(keys.new_key(kind))
+    assert parse_public_key(keys.public_key_line(private)).asbytes() == keys.parse_private_key(private).asbytes()
+    assert (
+        parse_public_key(keys.public_key_line(private) + " a comment").asbytes()
+        == keys.parse_private_key(private).asbytes()
+    )
 
 
 def test_a_kind_that_is_not_known_is_refused() -> None:
@@ -20,7 +23,7 @@ def test_a_kind_that_is_not_known_is_refused() -> None:
 @pytest.mark.parametrize("line", ["", "ssh-ed25519", "ssh-ed25519 ???", "ssh-strange AAAA"])
 def test_what_is_no_public_key_is_said(line: str) -> None:
     with pytest.raises(ValueError, match="not a public key"):
-        public_key(line)
+        parse_public_key(line)
 
 
 def test_known_hosts_names_the_port_unless_it_is_22() -> None:

@@ -13,11 +13,15 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.lab.profile import Faults
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 
 pytestmark = pytest.mark.slow
 
-HOSTS = (profile.fast("one"), profile.fast("two"), profile.fast("direct", ssh=False))
+HOSTS = (
+    profile.make_instant_host("one"),
+    profile.make_instant_host("two"),
+    profile.make_instant_host("direct", ssh=False),
+)
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ async def version(lab: Lab, name: str) -> str:
 
 async def test_a_killed_host_comes_back_at_the_same_address(lab: Lab) -> None:
     host = lab.host("one")
-    before, pid = host.node(), host.pid
+    before, pid = host.node_entry(), host.pid
     await host.kill()
     assert host.pid is None
     with pytest.raises(httpx.ConnectError):
@@ -42,7 +46,7 @@ async def test_a_killed_host_comes_back_at_the_same_address(lab: Lab) -> None:
         await host.counters()
     await host.restart()
     assert host.pid != pid
-    assert host.node() == before
+    assert host.node_entry() == before
     assert await version(lab, "one") == "0.12.6-lab"
 
 
@@ -87,9 +91,11 @@ async def test_nothing_is_left_when_it_closes_not_even_of_a_frozen_host(tmp_path
 
 
 async def test_a_host_that_cannot_start_is_named_and_the_others_are_ended(tmp_path: Path) -> None:
-    async with Lab((profile.fast("taken", ssh=False),), tmp_path) as other:
+    async with Lab((profile.make_instant_host("taken", ssh=False),), tmp_path) as other:
         (tmp_path / "second").mkdir()
-        lab = Lab((profile.fast("fine"), profile.fast("taken", ssh=False)), tmp_path / "second")
+        lab = Lab(
+            (profile.make_instant_host("fine"), profile.make_instant_host("taken", ssh=False)), tmp_path / "second"
+        )
         lab.host("taken").backend_port = other.host("taken").backend_port
         with pytest.raises(GPUMeshError, match=r"taken does not run: .*[Aa]ddress already in use"):
             await lab.__aenter__()
@@ -117,7 +123,7 @@ async def test_a_host_ends_with_its_parent_however_that_ends(tmp_path: Path) -> 
     assert alive(pid)
     parent.kill()
     await parent.wait()
-    await until(lambda: not alive(pid), "the host ended")
+    await wait_until(lambda: not alive(pid), "the host ended")
 
 
 def test_its_file_is_yaml_that_a_person_can_read(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from gpumesh.lab import nvidia_smi, profile
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import HostProfile, SmiMode
 
-ONE = profile.host("one")
-TWO = profile.host("two", gpus=2)
+ONE = profile.make_host("one")
+TWO = profile.make_host("two", gpus=2)
 IDLE = GpuLoad()
 BUSY = GpuLoad(busy=1.0, warmth=1.0, models=(("qwen2.5:7b", 5280),))
 
 
 def ask(*argv: str, host: HostProfile = ONE, load: GpuLoad = IDLE, mode: SmiMode = SmiMode.OK) -> tuple[int, str]:
-    status, output = nvidia_smi.run(argv, host, load, mode)
+    status, output = nvidia_smi.run_nvidia_smi(argv, host, load, mode)
     return status, output.decode(errors="replace")
 
 

@@ -9,23 +9,23 @@ import httpx
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import EMBEDDER, QWEN3_8B, QWEN_7B, Faults, ModelProfile
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 CHATML = ModelProfile("chatml:7b", continues=False)
-HOST = profile.fast("one", models=(QWEN_7B, QWEN3_8B, EMBEDDER, CHATML))
+HOST = profile.make_instant_host("one", models=(QWEN_7B, QWEN3_8B, EMBEDDER, CHATML))
 ASK = {"model": "qwen2.5:7b", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[StandIn]:
-    async with StandIn(HOST) as standin:
+async def server() -> AsyncIterator[SimOllama]:
+    async with SimOllama(HOST) as standin:
         yield standin
 
 
 @pytest.fixture
-async def http(server: StandIn) -> AsyncIterator[httpx.AsyncClient]:
+async def http(server: SimOllama) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as client:
         yield client
 
@@ -160,23 +160,23 @@ async def test_the_store_changes(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_client_that_leaves_frees_its_slot() -> None:
-    async with StandIn(profile.host("slow", tokens_per_s=20.0, load_s=0.0)) as server:
+    async with SimOllama(profile.make_host("slow", tokens_per_s=20.0, load_s=0.0)) as server:
         async with (
             httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as http,
             http.stream("POST", "/api/chat", json=ASK) as response,
         ):
             await anext(response.aiter_bytes())
             assert server.engine.running == 1
-        await until(lambda: server.counters.cancelled == 1, "the answer is cancelled")
+        await wait_until(lambda: server.counters.cancelled == 1, "the answer is cancelled")
         assert server.engine.running == 0
 
 
-async def faulty(server: StandIn, http: httpx.AsyncClient, faults: Faults) -> httpx.Response:
+async def faulty(server: SimOllama, http: httpx.AsyncClient, faults: Faults) -> httpx.Response:
     await server.set_faults(faults)
     return await http.post("/api/chat", json=ASK)
 
 
-async def test_faults_before_the_first_byte(server: StandIn, http: httpx.AsyncClient) -> None:
+async def test_faults_before_the_first_byte(server: SimOllama, http: httpx.AsyncClient) -> None:
     response = await faulty(server, http, Faults(status=503, times=1))
     assert (response.status_code, "server busy" in response.json()["error"]) == (503, True)
     assert (await http.post("/api/chat", json=ASK)).status_code == 200  # once only
@@ -188,7 +188,7 @@ async def test_faults_before_the_first_byte(server: StandIn, http: httpx.AsyncCl
     assert (await faulty(server, http, Faults())).status_code == 200
 
 
-async def test_faults_in_mid_stream(server: StandIn, http: httpx.AsyncClient) -> None:
+async def test_faults_in_mid_stream(server: SimOllama, http: httpx.AsyncClient) -> None:
     ended = frames(await faulty(server, http, Faults(end_after_tokens=3)))
     assert [frame["done"] for frame in ended] == [False] * 3
     *_, last = frames(await faulty(server, http, Faults(error_line_after_tokens=3)))
@@ -197,7 +197,7 @@ async def test_faults_in_mid_stream(server: StandIn, http: httpx.AsyncClient) ->
         await faulty(server, http, Faults(cut_after_tokens=3))
 
 
-async def test_each_request_is_counted_once(server: StandIn, http: httpx.AsyncClient) -> None:
+async def test_each_request_is_counted_once(server: SimOllama, http: httpx.AsyncClient) -> None:
     await asyncio.gather(*(http.post("/api/chat", json=ASK) for _ in range(10)))
     counters = server.counters
     assert (counters.started, counters.finished, counters.in_flight) == (10, 10, 0)
@@ -206,19 +206,19 @@ async def test_each_request_is_counted_once(server: StandIn, http: httpx.AsyncCl
 
 async def test_the_rate_is_the_set_one_in_its_own_counters() -> None:
     async with (
-        StandIn(profile.host("timed", tokens_per_s=500.0, load_s=0.0)) as server,
+        SimOllama(profile.make_host("timed", tokens_per_s=500.0, load_s=0.0)) as server,
         httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as http,
     ):
         last = frames(await http.post("/api/chat", json=ASK))[-1]
     assert last["eval_count"] / last["eval_duration"] * 1e9 == pytest.approx(500.0, rel=0.001)
 
 
-async def test_a_stall_and_a_hang_last_as_long_as_the_fault(server: StandIn, http: httpx.AsyncClient) -> None:
+async def test_a_stall_and_a_hang_last_as_long_as_the_fault(server: SimOllama, http: httpx.AsyncClient) -> None:
     right = (await http.post("/api/chat", json=ASK)).text.count("\n")
     for faults in (Faults(stall_after_tokens=3), Faults(hang=True, paths=("/api/chat",))):
         await server.set_faults(faults)
         asking = asyncio.create_task(http.post("/api/chat", json=ASK))
-        await until(lambda: server.counters.http >= 2, "it was asked")
+        await wait_until(lambda: server.counters.http >= 2, "it was asked")
         assert (await http.get("/api/version")).status_code == 200
         assert not asking.done()
         await server.set_faults(Faults())

@@ -10,11 +10,11 @@ import pytest
 from gpumesh.lab import profile
 from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, SmiMode
-from gpumesh.lab.shell import Shell
+from gpumesh.lab.shell import SimShell
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.tunnels.base import ExecResult
 
-HOST = profile.host("one", gpus=2)
+HOST = profile.make_host("one", gpus=2)
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Terminal:
             self.out += data
 
 
-def shell(faults: Faults | None = None) -> Shell:
-    return Shell(HOST, lambda: GpuLoad(busy=0.5, models=(("m", 5000),)), lambda: faults or Faults())
+def shell(faults: Faults | None = None) -> SimShell:
+    return SimShell(HOST, lambda: GpuLoad(busy=0.5, models=(("m", 5000),)), lambda: faults or Faults())
 
 
 async def run(text: str, *given: bytes, faults: Faults | None = None) -> tuple[int, str, str]:

@@ -11,10 +11,10 @@ import paramiko
 import pytest
 
 from gpumesh.lab import keys, profile
-from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.lab.profile import Faults
 from tests.parts import needs
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 GET = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -58,8 +58,8 @@ async def visitor(tmp_path: Path) -> AsyncIterator[Visitor]:
         (tmp_path / name).touch(0o600)
         (tmp_path / name).write_text(key)
         if name != "stranger":
-            authorized.append(keys.public_line(key))
-    async with SimHost(Start(profile.host("one", load_s=0.0), host_key, tuple(authorized))) as host:
+            authorized.append(keys.public_key_line(key))
+    async with SimHost(HostStart(profile.make_host("one", load_s=0.0), host_key, tuple(authorized))) as host:
         assert host.ssh_port is not None
         (tmp_path / "known_hosts").write_text(keys.known_hosts_line(host_key, host.ssh_port) + "\n")
         yield Visitor(host, tmp_path)
@@ -124,7 +124,7 @@ async def test_no_session_and_dropped_connections(visitor: Visitor) -> None:
         assert visitor.host.ssh.connections == 1
         await visitor.host.drop_connections()
         assert await asyncio.wait_for(process.wait(), 20) == 255
-    await until(lambda: visitor.host.ssh is not None and visitor.host.ssh.connections == 0, "the connection ended")
+    await wait_until(lambda: visitor.host.ssh is not None and visitor.host.ssh.connections == 0, "the connection ended")
     await visitor.host.set_faults(Faults(ssh_no_session=True))
     assert (await visitor.run("root@127.0.0.1", "hostname"))[0] == 255
 
@@ -136,7 +136,7 @@ async def test_a_command_ends_with_its_client(visitor: Visitor) -> None:
     async with visitor.started("root@127.0.0.1", "echo begun; sleep infinity") as process:
         assert process.stdout is not None
         await asyncio.wait_for(process.stdout.readline(), 20)
-    await until(lambda: asyncio.all_tasks() <= before, "the command's task ended")
+    await wait_until(lambda: asyncio.all_tasks() <= before, "the command's task ended")
 
 
 def test_what_is_used_of_paramikos_inside_is_still_there() -> None:

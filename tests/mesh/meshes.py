@@ -13,12 +13,12 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import HostProfile, ModelProfile
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind, BackendSpec, GatewaySpec, NodeSpec, Target, Topology
-from tests.mesh.servers import Exchange, whole
+from tests.mesh.servers import Exchange, whole_response
 
 MODEL = "m:latest"
 JSON = (("Content-Type", "application/json"),)
@@ -33,7 +33,7 @@ QUICK: dict[str, Any] = {
 
 def host(name: str, *, continues: bool = True, thinking: bool = False, **changes: Any) -> HostProfile:
     model = ModelProfile(MODEL, continues=continues, thinking=thinking, resident=True)
-    return profile.host(name, **{"models": (model,), **QUICK, **changes})
+    return profile.make_host(name, **{"models": (model,), **QUICK, **changes})
 
 
 def node(
@@ -47,19 +47,19 @@ def node(
 
 
 @dataclass
-class Running:
+class RunningMesh:
     mesh: Mesh
-    hosts: dict[str, StandIn]
+    hosts: dict[str, SimOllama]
 
     def attempts(self, name: str) -> dict[Outcome, int]:
-        return {outcome: count for outcome, count in self.mesh.attempts[name].items() if count}
+        return {outcome: count for outcome, count in self.mesh.attempt_outcomes[name].items() if count}
 
     def in_flight(self) -> int:
         return sum(node.load.in_flight for node in self.mesh.snapshot().nodes)
 
-    def settled(self) -> bool:
+    def wait_settled(self) -> bool:
         """The books balance and nothing is held: neither a place here nor one on a host."""
-        books = self.mesh.books
+        books = self.mesh.request_counters
         return (
             books.accepted == books.served + books.failed + books.cancelled
             and self.in_flight() == 0
@@ -68,24 +68,28 @@ class Running:
 
 
 @asynccontextmanager
-async def meshed(*nodes: NodeSpec, hosts: dict[str, StandIn] | None = None, **gateway: Any) -> AsyncIterator[Running]:
+async def mesh_of_nodes(
+    *nodes: NodeSpec, hosts: dict[str, SimOllama] | None = None, **gateway: Any
+) -> AsyncIterator[RunningMesh]:
     async with Mesh(Topology("test", nodes, GatewaySpec(**gateway))) as mesh:
-        await mesh.first_report(10.0)
-        yield Running(mesh, hosts or {})
+        await mesh.wait_first_report(10.0)
+        yield RunningMesh(mesh, hosts or {})
 
 
 @asynccontextmanager
-async def running(*profiles: HostProfile, max_parallel: int | None = 64, **gateway: Any) -> AsyncIterator[Running]:
+async def mesh_of_hosts(
+    *profiles: HostProfile, max_parallel: int | None = 64, **gateway: Any
+) -> AsyncIterator[RunningMesh]:
     async with AsyncExitStack() as stack:
-        hosts = {one.name: await stack.enter_async_context(StandIn(one)) for one in profiles}
+        hosts = {one.name: await stack.enter_async_context(SimOllama(one)) for one in profiles}
         nodes = [
             node(name, host.url, weight=0.01**place, max_parallel=max_parallel)
             for place, (name, host) in enumerate(hosts.items())
         ]
-        yield await stack.enter_async_context(meshed(*nodes, hosts=hosts, **gateway))
+        yield await stack.enter_async_context(mesh_of_nodes(*nodes, hosts=hosts, **gateway))
 
 
-def ollama(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
+def ollama_script(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
     """A script for ``servers.serve``: an Ollama with MODEL in memory, as far as probes go; the rest is ``answer``'s."""
     replies = {
         b"GET /api/version": b'{"version":"0.12.6"}',
@@ -96,7 +100,7 @@ def ollama(answer: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange]
     async def script(exchange: Exchange) -> None:
         reply = replies.get(exchange.head.partition(b" HTTP/")[0])
         if reply is not None:
-            await exchange.send(whole(reply))
+            await exchange.send(whole_response(reply))
         else:
             await answer(exchange)
 
@@ -111,7 +115,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def call_of(path: str = "/api/chat", **more: Any) -> HttpCall:
+def make_call(path: str = "/api/chat", **more: Any) -> HttpCall:
     return HttpCall("POST", path, json.dumps({**BODIES.get(path, CHAT), **more}).encode(), JSON)
 
 
@@ -141,6 +145,6 @@ def text_of(data: bytes) -> str:
     return "".join(said)
 
 
-def whole_streams(data: bytes) -> int:
+def count_final_frames(data: bytes) -> int:
     """How many final frames there are."""
     return data.count(b'"done":true') + data.count(b"data: [DONE]")

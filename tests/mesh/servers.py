@@ -19,7 +19,7 @@ class Exchange:
     head: bytes
     body: bytes
     number: int
-    over: bool = False
+    closed: bool = False
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -28,19 +28,19 @@ class Exchange:
     def reset(self) -> None:
         """RST rather than FIN."""
         self.writer.transport.abort()
-        self.over = True
+        self.closed = True
 
     def close(self) -> None:
         self.writer.close()
-        self.over = True
+        self.closed = True
 
-    async def client_gone(self) -> None:
+    async def wait_client_gone(self) -> None:
         """Returns when the client has closed its side."""
         await self.reader.read(1)
 
 
 @dataclass
-class Scripted:
+class ScriptedServer:
     url: str
     port: int
     connections: int = 0
@@ -48,7 +48,7 @@ class Scripted:
 
 
 @asynccontextmanager
-async def serve(script: Script) -> AsyncIterator[Scripted]:
+async def serve(script: Script) -> AsyncIterator[ScriptedServer]:
     writers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -68,7 +68,7 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
                 exchange = Exchange(reader, writer, head, await reader.readexactly(length), number)
                 scripted.requests.append(exchange)
                 await script(exchange)
-                if exchange.over:
+                if exchange.closed:
                     break
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass  # the client left, or ``serve`` ends: nobody else cancels it
@@ -77,7 +77,7 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
 
     server = await asyncio.start_server(accepted, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    scripted = Scripted(f"http://127.0.0.1:{port}", port)
+    scripted = ScriptedServer(f"http://127.0.0.1:{port}", port)
     try:
         yield scripted
     finally:
@@ -94,7 +94,7 @@ async def serve(script: Script) -> AsyncIterator[Scripted]:
                 raise failure  # what the script asserted
 
 
-def says(*pieces: bytes, close: bool = False, reset: bool = False) -> Script:
+def answer_with(*pieces: bytes, close: bool = False, reset: bool = False) -> Script:
     """The same to every request."""
 
     async def script(exchange: Exchange) -> None:
@@ -108,7 +108,7 @@ def says(*pieces: bytes, close: bool = False, reset: bool = False) -> Script:
     return script
 
 
-def whole(body: bytes, *, status: str = "200 OK", kind: str = "application/json") -> bytes:
+def whole_response(body: bytes, *, status: str = "200 OK", kind: str = "application/json") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 

@@ -9,8 +9,8 @@ from gpumesh.errors import BackendStatus, ModelMissing, StreamCut
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.topology import BackendKind
-from tests.mesh.meshes import host, meshed, node, running
-from tests.tunnels.polling import until
+from tests.mesh.meshes import host, mesh_of_hosts, mesh_of_nodes, node
+from tests.tunnels.polling import wait_until
 
 
 async def text_of(stream: ChatStream) -> str:
@@ -18,7 +18,7 @@ async def text_of(stream: ChatStream) -> str:
 
 
 async def test_chunks_come_with_the_node_and_the_counters_known() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         stream = mesh.mesh.chat("m", "Wie groß?")
         assert (stream.node, stream.attempts, stream.queue_ms) == (None, 0, 0.0)
         chunks = [chunk async for chunk in stream]
@@ -33,12 +33,12 @@ async def test_chunks_come_with_the_node_and_the_counters_known() -> None:
 @pytest.mark.parametrize("kind", BackendKind)
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_every_kind_of_server(kind: BackendKind, stream: bool) -> None:
-    async with running(host("a")) as lab:
+    async with mesh_of_hosts(host("a")) as lab:
         request = ChatRequest(
             "m:latest", (Message("system", "Be brief."), Message("user", "Hi")), {"seed": 3}, stream=stream
         )
         want = await text_of(lab.mesh.chat(request))
-        async with meshed(node("x", lab.hosts["a"].url, kind=kind)) as mesh:
+        async with mesh_of_nodes(node("x", lab.hosts["a"].url, kind=kind)) as mesh:
             answer = mesh.mesh.chat(request)
             assert await text_of(answer) == want
             assert answer.counters is not None
@@ -47,12 +47,12 @@ async def test_every_kind_of_server(kind: BackendKind, stream: bool) -> None:
 
 @pytest.mark.parametrize("kind", BackendKind)
 async def test_a_cut_one_reads_as_if_it_never_was(kind: BackendKind) -> None:
-    async with running(host("a"), host("b")) as lab:
+    async with mesh_of_hosts(host("a"), host("b")) as lab:
         specs = (
             node("a", lab.hosts["a"].url, weight=100.0, kind=kind),
             node("b", lab.hosts["b"].url, weight=1.0, kind=kind),
         )
-        async with meshed(*specs) as mesh:
+        async with mesh_of_nodes(*specs) as mesh:
             want = await text_of(mesh.mesh.chat("m:latest", "Wie groß?"))
             await lab.hosts["a"].set_faults(Faults(cut_after_tokens=11))
             stream = mesh.mesh.chat("m:latest", "Wie groß?", node=None)
@@ -63,26 +63,26 @@ async def test_a_cut_one_reads_as_if_it_never_was(kind: BackendKind) -> None:
 
 
 async def test_one_that_may_not_be_continued_ends_with_an_error_after_all_that_came() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         stream = mesh.mesh.chat("m", "Wie groß?", resume=False)
         said = [await anext(stream) for _ in range(4)]
         assert all(chunk.text for chunk in said)
         with pytest.raises(StreamCut):
             await anext(stream)
-        assert mesh.settled()
+        assert mesh.wait_settled()
 
 
 async def test_leaving_it_early_stops_the_generation() -> None:
-    async with running(host("a", tokens_per_s=50.0)) as mesh:
+    async with mesh_of_hosts(host("a", tokens_per_s=50.0)) as mesh:
         async with mesh.mesh.chat("m", "Wie groß?") as stream:
             await anext(stream)
-        await until(lambda: mesh.hosts["a"].counters.cancelled == 1, "the host stops")
-        assert mesh.mesh.books.cancelled == 1
+        await wait_until(lambda: mesh.hosts["a"].counters.cancelled == 1, "the host stops")
+        assert mesh.mesh.request_counters.cancelled == 1
 
 
 async def test_what_the_server_refuses_is_told_in_its_words() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         request = ChatRequest("m", (Message("user", "x"),), think=True)
         with pytest.raises(BackendStatus, match="does not support thinking") as refused:
             await text_of(mesh.mesh.chat(request))
@@ -90,7 +90,7 @@ async def test_what_the_server_refuses_is_told_in_its_words() -> None:
 
 
 async def test_a_model_that_is_listed_and_gone() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         mesh.hosts["a"].engine.store.clear()
         with pytest.raises(ModelMissing) as missing:
             await text_of(mesh.mesh.chat("m", "x"))
@@ -98,7 +98,7 @@ async def test_a_model_that_is_listed_and_gone() -> None:
 
 
 async def test_closing_one_that_never_began_is_harmless() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         stream = mesh.mesh.chat("m", "x")
         await stream.aclose()
-        assert mesh.mesh.books.accepted == 0
+        assert mesh.mesh.request_counters.accepted == 0

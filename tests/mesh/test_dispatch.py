@@ -16,16 +16,16 @@ from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.balancer.queue import HEAD_START_S
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
-from gpumesh.mesh.change_events import Changes
+from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.node import Lease, Node
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.mesh.meshes import MODEL, host, node
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 DEMAND = Demand(model=MODEL)
 
@@ -36,14 +36,14 @@ class Desk:
 
     now: float = 1000.0
     nodes: dict[str, Node] = field(default_factory=dict)
-    hosts: dict[str, StandIn] = field(default_factory=dict)
+    hosts: dict[str, SimOllama] = field(default_factory=dict)
     dispatcher: Dispatcher = field(init=False)
 
     def clock(self) -> float:
         return self.now
 
     def freed(self) -> None:
-        self.dispatcher.pump()
+        self.dispatcher.grant_waiting()
 
     async def acquire(self, demand: Demand = DEMAND, **more: Any) -> Lease:
         return await self.dispatcher.acquire(demand, **{"timeout_s": 20.0, **more})
@@ -52,7 +52,7 @@ class Desk:
         """A request that is in the queue on return."""
         queued = self.dispatcher.queued
         task = asyncio.create_task(self.acquire(demand, **more))
-        await until(lambda: self.dispatcher.queued > queued, "it waits")
+        await wait_until(lambda: self.dispatcher.queued > queued, "it waits")
         return task
 
     def in_flight(self) -> int:
@@ -68,11 +68,16 @@ async def desk(
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
         tasks = []
         for name in names:
-            server = await stack.enter_async_context(StandIn(host(name)))
+            server = await stack.enter_async_context(SimOllama(host(name)))
             spec = node(name, server.url, max_parallel=max_parallel)
             made.hosts[name] = server
             made.nodes[name] = Node(
-                spec, clock=made.clock, http=http, changes=Changes(), freed=made.freed, identified=lambda: None
+                spec,
+                clock=made.clock,
+                http=http,
+                changes=ChangeNotifier(),
+                on_slot_freed=made.freed,
+                on_gpus_identified=lambda: None,
             )
         made.dispatcher = Dispatcher(
             made.nodes, policy, clock=made.clock, rng=Random(7), max_queue=max_queue, grace_s=5.0
@@ -81,7 +86,7 @@ async def desk(
             tunnel = DirectTunnel(one.spec, on_change=one.on_tunnel)
             tasks.append(asyncio.create_task(one.run(tunnel), name=name))
         try:
-            await until(lambda: all(one.reachable for one in made.nodes.values()), "all nodes are up")
+            await wait_until(lambda: all(one.reachable for one in made.nodes.values()), "all nodes are up")
             yield made
         finally:
             made.dispatcher.close()
@@ -219,11 +224,11 @@ async def test_whom_only_one_node_can_serve_holds_up_nobody_else() -> None:
 async def test_what_costs_no_inference_neither_takes_nor_awaits_a_place() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        aside = await made.acquire(Demand(model=MODEL, place=False))
+        aside = await made.acquire(Demand(model=MODEL, needs_slot=False))
         assert made.in_flight() == 1
         aside.release(Outcome.SERVED)
         holder.release(Outcome.SERVED)
-        assert made.nodes["a"].attempts == {Outcome.SERVED: 1}
+        assert made.nodes["a"].attempt_outcomes == {Outcome.SERVED: 1}
 
 
 async def test_excluded_nodes_are_not_used_and_could_serve_tells_of_others() -> None:
@@ -257,7 +262,7 @@ async def test_a_node_that_is_away_for_a_moment_is_waited_for() -> None:
     async with desk("a") as made:
         await made.hosts["a"].set_faults(Faults(refuse=True))
         made.nodes["a"].tunnel.suspect("test")  # type: ignore[union-attr]
-        await until(lambda: not made.nodes["a"].reachable, "it is away")
+        await wait_until(lambda: not made.nodes["a"].reachable, "it is away")
         waits = await made.waits()
         await made.hosts["a"].set_faults(Faults())
         lease = await waits
@@ -269,7 +274,7 @@ async def test_a_node_that_stays_away_is_not_waited_for_beyond_the_grace() -> No
     async with desk("a") as made:
         await made.hosts["a"].set_faults(Faults(refuse=True))
         made.nodes["a"].tunnel.suspect("test")  # type: ignore[union-attr]
-        await until(lambda: not made.nodes["a"].reachable, "it is away")
+        await wait_until(lambda: not made.nodes["a"].reachable, "it is away")
         waits = await made.waits()
         made.now += 6.0
         with pytest.raises(NoNodeError):
@@ -282,13 +287,13 @@ async def test_only_a_node_that_was_there_is_worth_waiting_for() -> None:
             node("c", "http://127.0.0.1:9"),
             clock=made.clock,
             http=httpx.AsyncClient(trust_env=False),
-            changes=Changes(),
-            freed=made.freed,
-            identified=lambda: None,
+            changes=ChangeNotifier(),
+            on_slot_freed=made.freed,
+            on_gpus_identified=lambda: None,
         )
         only_c = Demand(model=MODEL, node="c")
         never.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING, last_error="no SSH greeting"))
-        assert never.coming
+        assert never.may_recover
         assert not made.dispatcher.worth_waiting(only_c), "it has been tried, and was never up"
         made.nodes["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
         assert made.dispatcher.worth_waiting(Demand(model=MODEL, node="a"))
@@ -328,7 +333,7 @@ async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_onc
             finally:
                 lease.release(rng.choice([Outcome.SERVED, Outcome.CLIENT_GONE]))
                 lease.release(Outcome.CUT)  # a second release is none
-                lease.undo()
+                lease.discard()
 
         tasks = [asyncio.create_task(one()) for _ in range(60)]
         while not all(task.done() for task in tasks):
@@ -341,32 +346,32 @@ async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_onc
         assert 0 < most <= 4
         assert made.in_flight() == 0
         assert made.dispatcher.queued == 0
-        assert Outcome.CUT not in made.nodes["a"].attempts
+        assert Outcome.CUT not in made.nodes["a"].attempt_outcomes
         again = [await made.acquire() for _ in range(4)]
         assert made.in_flight() == 4
         for lease in again:
-            lease.undo()
+            lease.discard()
 
 
 async def test_a_slot_is_wanted_while_a_request_waits_that_it_would_be_given_to() -> None:
     async with desk("a", "b", max_parallel=1) as made:
         leases = [await made.acquire(Demand(MODEL, node=name)) for name in ("a", "b")]
-        assert not made.dispatcher.is_wanted("a")
+        assert not made.dispatcher.slot_is_wanted("a")
         only_b = await made.waits(Demand(MODEL, node="b"))
-        assert not made.dispatcher.is_wanted("a")
-        assert made.dispatcher.is_wanted("b")
+        assert not made.dispatcher.slot_is_wanted("a")
+        assert made.dispatcher.slot_is_wanted("b")
         not_a = await made.waits(exclude=frozenset({"a"}))
-        assert not made.dispatcher.is_wanted("a")
+        assert not made.dispatcher.slot_is_wanted("a")
         either = await made.waits()
-        assert made.dispatcher.is_wanted("a")
+        assert made.dispatcher.slot_is_wanted("a")
         made.nodes["a"].group = made.nodes["b"].group = "one GPU"
         either.cancel()
         await asyncio.gather(either, return_exceptions=True)
-        assert made.dispatcher.is_wanted("a"), "what waits for the other node waits for the same GPU"
+        assert made.dispatcher.slot_is_wanted("a"), "what waits for the other node waits for the same GPU"
         for waiting in (only_b, not_a):
             waiting.cancel()
         await asyncio.gather(only_b, not_a, return_exceptions=True)
-        assert not made.dispatcher.is_wanted("b")
+        assert not made.dispatcher.slot_is_wanted("b")
         for lease in leases:
             lease.release(Outcome.SERVED)
 

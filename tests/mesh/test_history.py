@@ -1,7 +1,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from gpumesh.mesh.history import MOST_GPUS, MOST_SERIES, STEP_S, STEPS, History, Recorder
+from gpumesh.mesh.history import MAX_GPUS, MAX_SERIES, STEP_S, STEPS, History, Recorder
 from gpumesh.state import (
     BackendState,
     GatewayState,
@@ -10,7 +10,7 @@ from gpumesh.state import (
     MeshState,
     NodeState,
     TunnelState,
-    total,
+    compute_totals,
 )
 from gpumesh.wire import from_json, to_json
 
@@ -22,7 +22,7 @@ def state(after_s: float, busy: int | None, rate: float | None = 10.0, in_flight
     backend = BackendState("ollama", tokens_per_s=rate)
     node = NodeState("one", Health.HEALTHY, None, TunnelState("direct"), backend, gpus=(gpu,))
     gateway = GatewayState(in_flight=in_flight)
-    return MeshState("m", START + timedelta(seconds=after_s), gateway, total((node,)), (node,))
+    return MeshState("m", START + timedelta(seconds=after_s), gateway, compute_totals((node,)), (node,))
 
 
 def test_a_step_is_the_mean_of_what_was_seen_in_it() -> None:
@@ -30,8 +30,8 @@ def test_a_step_is_the_mean_of_what_was_seen_in_it() -> None:
     for after_s, busy in ((0.0, 10), (1.0, 20), (STEP_S, 90)):
         recorder.add(state(after_s, busy, in_flight=2))
     history = recorder.history()
-    assert history.of_gpu("GPU-1")[-2:] == (15.0, 90.0)
-    assert len(history.of_gpu("GPU-1")) == STEPS
+    assert history.gpu_utilization("GPU-1")[-2:] == (15.0, 90.0)
+    assert len(history.gpu_utilization("GPU-1")) == STEPS
     assert {series.key: series.values[-1] for series in history.mesh} == {"in_flight": 2.0, "queued": 0.0}
     assert history.memory[0].values[-1] == 1000.0
 
@@ -40,7 +40,7 @@ def test_what_was_not_known_and_when_nobody_looked_is_none() -> None:
     recorder = Recorder()
     recorder.add(state(0.0, None, rate=None))
     recorder.add(state(3 * STEP_S, 50))
-    assert recorder.history().of_gpu("GPU-1")[-4:] == (None, None, None, 50.0)
+    assert recorder.history().gpu_utilization("GPU-1")[-4:] == (None, None, None, 50.0)
     assert recorder.history().nodes[0].values[-4:] == (None, None, None, 10.0)
 
 
@@ -48,7 +48,7 @@ def test_only_the_last_steps_are_kept() -> None:
     recorder = Recorder(steps=3)
     for step in range(10):
         recorder.add(state(step * STEP_S, step))
-    assert recorder.history().of_gpu("GPU-1") == (7.0, 8.0, 9.0)
+    assert recorder.history().gpu_utilization("GPU-1") == (7.0, 8.0, 9.0)
 
 
 def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
@@ -58,14 +58,14 @@ def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
     sent = from_json(History, to_json(first.history()))
     second = Recorder(sent, at=state(3 * STEP_S, 0).at)
     second.add(state(4 * STEP_S, 70))
-    assert second.history().of_gpu("GPU-1")[-5:] == (0.0, 10.0, 20.0, 30.0, 70.0)
+    assert second.history().gpu_utilization("GPU-1")[-5:] == (0.0, 10.0, 20.0, 30.0, 70.0)
     other = Recorder(replace(sent, step_s=1.0), at=START)
     assert other.history() == History(), "steps of another length do not fit"
 
 
 def test_nothing_seen_is_an_empty_history() -> None:
     assert Recorder().history() == History()
-    assert History().of_gpu("GPU-1") == ()
+    assert History().gpu_utilization("GPU-1") == ()
 
 
 def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_nobody() -> None:
@@ -77,5 +77,5 @@ def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_nobody
         at = START + timedelta(seconds=2.5 * look)
         recorder.add(replace(state(0.0, 50), at=at, nodes=(hostile, honest)))
     history = recorder.history()
-    assert history.of_gpu("GPU-1") == (50.0,) * 240
-    assert len(history.gpus) <= MOST_SERIES + 2 * MOST_GPUS + 2
+    assert history.gpu_utilization("GPU-1") == (50.0,) * 240
+    assert len(history.gpus) <= MAX_SERIES + 2 * MAX_GPUS + 2

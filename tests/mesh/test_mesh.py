@@ -20,42 +20,42 @@ from gpumesh.mesh.nodes import node as node_module
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.state import GatewayPhase, GatewayState, Health
 from gpumesh.topology import BackendKind, NodeSpec, Topology
-from tests.mesh.meshes import BODIES, MODEL, call_of, frames, host, meshed, node, running, send, text_of
-from tests.tunnels.polling import until
+from tests.mesh.meshes import BODIES, MODEL, frames, host, make_call, mesh_of_hosts, mesh_of_nodes, node, send, text_of
+from tests.tunnels.polling import wait_until
 
 TAGS = dict.fromkeys(BackendKind, HttpCall("GET", "/api/tags"))
 
 
 def named(name: str) -> HttpCall:
-    return call_of(messages=[{"role": "user", "content": name}])
+    return make_call(messages=[{"role": "user", "content": name}])
 
 
 # -- what is seen ----------------------------------------------------------------------------------------------------
 
 
 async def test_the_first_report_knows_every_node() -> None:
-    async with running(host("a"), host("b")) as lab:
+    async with mesh_of_hosts(host("a"), host("b")) as lab:
         specs = (node("a", lab.hosts["a"].url), node("gone", "http://127.0.0.1:9"))
         async with Mesh(Topology("home", specs)) as mesh:
-            state = await mesh.first_report(10.0)
+            state = await mesh.wait_first_report(10.0)
             assert state.mesh == "home"
             health = {one.name: one.health for one in state.nodes}
             assert health["a"] in (Health.HEALTHY, Health.DEGRADED)
             assert health["gone"] is Health.DOWN
             assert state.totals.nodes == 2
-            assert mesh.usable() == ("a",)
-            assert mesh.usable(frozenset({BackendKind.OPENAI})) == ()
+            assert mesh.usable_nodes() == ("a",)
+            assert mesh.usable_nodes(frozenset({BackendKind.OPENAI})) == ()
             assert [one.name for one in mesh.candidates()] == ["a", "gone"]
 
 
 async def test_a_report_that_is_not_in_by_the_deadline_says_what_is_known() -> None:
     async with Mesh(Topology("home", (node("gone", "http://127.0.0.1:9"),))) as mesh:
-        state = await mesh.first_report(0.0)
+        state = await mesh.wait_first_report(0.0)
         assert [one.name for one in state.nodes] == ["gone"]
 
 
 async def test_usable_is_awaited_and_never_is_told_as_soon_as_it_is_known() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         assert await mesh.mesh.wait_usable("m", timeout_s=5.0) == "a"
         with pytest.raises(ModelMissing):
             await mesh.mesh.wait_usable("other", timeout_s=60.0)
@@ -67,10 +67,10 @@ async def test_usable_is_awaited_and_never_is_told_as_soon_as_it_is_known() -> N
 
 
 async def test_requests_in_flight_and_in_the_queue_are_told_apart() -> None:
-    async with running(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
-        answer = await send(mesh.mesh, call_of())
-        waits = asyncio.create_task(send(mesh.mesh, call_of()))
-        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
+    async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
+        answer = await send(mesh.mesh, make_call())
+        waits = asyncio.create_task(send(mesh.mesh, make_call()))
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
         shown = mesh.mesh.snapshot()
         assert (shown.gateway.in_flight, shown.gateway.queued) == (1, 1)
         assert shown.gateway.waiting[0].model == "m"
@@ -80,33 +80,33 @@ async def test_requests_in_flight_and_in_the_queue_are_told_apart() -> None:
 
 
 async def test_the_gateway_is_shown_as_it_says() -> None:
-    async with running(host("a")) as mesh:
-        changes = mesh.mesh.changes()
+    async with mesh_of_hosts(host("a")) as mesh:
+        changes = mesh.mesh.watch_changes()
         await anext(changes)
-        mesh.mesh.announce(GatewayState("http://127.0.0.1:1", GatewayPhase.SERVING))
+        mesh.mesh.set_gateway_state(GatewayState("http://127.0.0.1:1", GatewayPhase.SERVING))
         await anext(changes)
         assert mesh.mesh.snapshot().gateway.url == "http://127.0.0.1:1"
 
 
 async def test_a_drained_node_gets_nothing_new_and_what_runs_there_ends() -> None:
-    async with running(host("a", tokens_per_s=100.0), host("b")) as mesh:
-        on_a = await send(mesh.mesh, call_of())
+    async with mesh_of_hosts(host("a", tokens_per_s=100.0), host("b")) as mesh:
+        on_a = await send(mesh.mesh, make_call())
         mesh.mesh.drain("a")
         assert mesh.mesh.snapshot().nodes[0].health is Health.DRAINING
         for _ in range(3):
-            answer = await send(mesh.mesh, call_of())
+            answer = await send(mesh.mesh, make_call())
             await answer.read()
             assert answer.node == "b"
         assert on_a.node == "a"
         assert text_of(await on_a.read())
         mesh.mesh.resume("a")
-        answer = await send(mesh.mesh, call_of())
+        answer = await send(mesh.mesh, make_call())
         assert answer.node == "a"
         await answer.aclose()
 
 
 async def test_a_model_that_was_added_is_known_after_a_refresh() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         mesh.hosts["a"].engine.store["new:1b"] = (
             ModelProfile("new:1b"),
             next(stored for _, stored in mesh.hosts["a"].engine.store.values()),
@@ -116,7 +116,7 @@ async def test_a_model_that_was_added_is_known_after_a_refresh() -> None:
 
 
 async def test_names_that_mesh_yaml_does_not_have() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         for ask in (mesh.mesh.drain, mesh.mesh.resume, mesh.mesh.tunnel):
             with pytest.raises(UsageError, match="there is no node"):
                 ask("x")
@@ -125,17 +125,17 @@ async def test_names_that_mesh_yaml_does_not_have() -> None:
 
 
 async def test_a_disabled_node_is_shown_and_never_used() -> None:
-    async with running(host("a")) as lab:
+    async with mesh_of_hosts(host("a")) as lab:
         disabled = node("off", lab.hosts["a"].url)
         disabled = NodeSpec(disabled.name, disabled.backend, enabled=False)
-        async with meshed(disabled, node("a", lab.hosts["a"].url)) as mesh:
-            assert mesh.mesh.usable() == ("a",)
+        async with mesh_of_nodes(disabled, node("a", lab.hosts["a"].url)) as mesh:
+            assert mesh.mesh.usable_nodes() == ("a",)
             with pytest.raises(UsageError, match=r"disabled in mesh\.yaml"):
                 mesh.mesh.tunnel("off")
 
 
 async def test_commands_run_only_where_the_server_is() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         # The stand-in runs in this very process, which is "here"; a name in mesh.yaml that leads nowhere is not.
         result = await mesh.mesh.exec("a", ["echo", "hello"], timeout_s=10.0)
         assert result.stdout == b"hello\n"
@@ -155,15 +155,15 @@ def test_from_file_tells_all_problems(tmp_path: Path) -> None:
 
 
 async def test_what_costs_no_inference_is_in_no_book() -> None:
-    async with running(host("a")) as mesh:
-        answer = await mesh.mesh.send(Demand(None, place=False), TAGS, timeout_s=5.0)
+    async with mesh_of_hosts(host("a")) as mesh:
+        answer = await mesh.mesh.send(Demand(None, needs_slot=False), TAGS, timeout_s=5.0)
         assert MODEL.encode() in await answer.read()
-        assert mesh.mesh.books.accepted == 0
+        assert mesh.mesh.request_counters.accepted == 0
         assert mesh.mesh.snapshot().nodes[0].load.served == 0
 
 
 async def test_priorities_decide_who_is_next() -> None:
-    async with running(host("a", slots=1, tokens_per_s=200.0), max_parallel=1) as mesh:
+    async with mesh_of_hosts(host("a", slots=1, tokens_per_s=200.0), max_parallel=1) as mesh:
         holder = await send(mesh.mesh, named("holder"))
         served: list[str] = []
 
@@ -178,7 +178,7 @@ async def test_priorities_decide_who_is_next() -> None:
                 [("batch", Priority.BATCH), ("normal", Priority.NORMAL), ("interactive", Priority.INTERACTIVE)]
             ):
                 tasks.create_task(ask(name, priority))
-                await until(lambda: mesh.mesh.snapshot().gateway.queued == number + 1, f"{name} waits")  # noqa: B023
+                await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == number + 1, f"{name} waits")  # noqa: B023
             await holder.aclose()
         assert served == ["interactive", "normal", "batch"]
 
@@ -198,14 +198,14 @@ async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int)
         Faults(status=429, paths=tuple(BODIES), times=3),
     ]
     ends: Counter[str] = Counter()
-    async with running(
+    async with mesh_of_hosts(
         host("a"), host("b", continues=False), host("c"), max_parallel=3, max_queue=20, timeout_s=20.0
     ) as mesh:
         want: dict[str, str] = {}
 
         async def one(path: str) -> None:
             try:
-                answer = await send(mesh.mesh, call_of(path), resume=rng.random() < 0.8)
+                answer = await send(mesh.mesh, make_call(path), resume=rng.random() < 0.8)
                 try:
                     data = await answer.read()
                 finally:
@@ -221,7 +221,7 @@ async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int)
                 ends["told"] += 1
 
         for path in BODIES:
-            want[path] = text_of(await (await send(mesh.mesh, call_of(path))).read())
+            want[path] = text_of(await (await send(mesh.mesh, make_call(path))).read())
         tasks: set[asyncio.Task[None]] = set()
         for _ in range(150):
             tasks.add(asyncio.create_task(one(rng.choice(list(BODIES)))))
@@ -235,8 +235,8 @@ async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         wrong = [result for result in results if isinstance(result, BaseException)]
         assert all(isinstance(result, asyncio.CancelledError) for result in wrong), wrong
-        await until(mesh.settled, "every place is given back")
-        books = mesh.mesh.books
+        await wait_until(mesh.wait_settled, "every place is given back")
+        books = mesh.mesh.request_counters
         assert books.cancelled <= len(wrong)
         assert books.accepted >= books.cancelled + ends.total()
         assert ends["served"] > 30
@@ -245,15 +245,15 @@ async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int)
 
 
 async def test_a_request_that_is_cancelled_before_it_has_a_place_is_cancelled_in_the_books() -> None:
-    async with running(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
-        holder = await send(mesh.mesh, call_of())
-        waits = asyncio.create_task(send(mesh.mesh, call_of()))
-        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "it waits")
+    async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
+        holder = await send(mesh.mesh, make_call())
+        waits = asyncio.create_task(send(mesh.mesh, make_call()))
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "it waits")
         waits.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waits
         await holder.aclose()
-        books = mesh.mesh.books
+        books = mesh.mesh.request_counters
         assert (books.accepted, books.cancelled, books.in_flight) == (2, 2, 0)
         assert mesh.attempts("a") == {Outcome.CLIENT_GONE: 1}
 
@@ -273,26 +273,26 @@ async def test_who_waits_for_a_server_that_hangs_is_served_elsewhere(stream: boo
     """It closes no connection, and its tunnel lives: that it answers no probe is what tells."""
 
     async def ask() -> Answer:
-        answer = await send(mesh.mesh, call_of(stream=stream))
+        answer = await send(mesh.mesh, make_call(stream=stream))
         await answer.read()
         return answer
 
-    async with running(host("a"), host("b"), max_parallel=1) as mesh:
+    async with mesh_of_hosts(host("a"), host("b"), max_parallel=1) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True))
         async with asyncio.timeout(20):
             answers = await asyncio.gather(ask(), ask())
         assert [answer.node for answer in answers] == ["b", "b"]
         assert sorted(answer.attempts for answer in answers) == [1, 2]
-        assert mesh.mesh.books.served == 2
+        assert mesh.mesh.request_counters.served == 2
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_who_waits_for_the_only_server_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may only be slow; and nobody else would be faster."""
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True))
-        waiting = asyncio.create_task(send(mesh.mesh, call_of(stream=False)))
-        await until(lambda: mesh.mesh.snapshot().nodes[0].health is Health.DOWN, "it is known to hang")
+        waiting = asyncio.create_task(send(mesh.mesh, make_call(stream=False)))
+        await wait_until(lambda: mesh.mesh.snapshot().nodes[0].health is Health.DOWN, "it is known to hang")
         monkeypatch.setattr(node_module, "BACKEND_TIMEOUT_S", 5.0)
         assert not waiting.done()
         await mesh.hosts["a"].set_faults(Faults())

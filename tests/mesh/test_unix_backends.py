@@ -14,9 +14,9 @@ import pytest
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.probes.http_client import http_client, unix_place
-from gpumesh.probes.wrong_server import other_scheme, stranger
-from gpumesh.tunnels.local_system.unix_sockets import url_of
+from gpumesh.probes.http_client import http_client, parse_unix_url
+from gpumesh.probes.wrong_server import identify_wrong_server, wrong_scheme_error
+from gpumesh.tunnels.local_system.unix_sockets import unix_url
 
 CALL = HttpCall("POST", "/api/show?x=a:b", b"{}")
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -55,7 +55,7 @@ async def serving(path: Path, answer: bytes = WHOLE, *, greets: bool = False) ->
 
 @pytest.mark.parametrize("prefix", ["", "/behind"])
 async def test_the_hot_paths_client(path: Path, prefix: str) -> None:
-    url = url_of(path, prefix=prefix)
+    url = unix_url(path, prefix=prefix)
     async with asyncio.timeout(20), serving(path) as heads, Upstream() as upstream:
         for headers in ([], [("Host", "127.0.0.1:11434")]):
             response = await upstream.request(url, CALL, headers, node="n", server_name=None)
@@ -69,15 +69,15 @@ async def test_the_hot_paths_client(path: Path, prefix: str) -> None:
 async def test_nobody_is_there(path: Path) -> None:
     async with asyncio.timeout(20), Upstream() as upstream:
         with pytest.raises(BackendUnreachable, match="no connection"):
-            await upstream.request(url_of(path), CALL, [], node="n", server_name=None)
+            await upstream.request(unix_url(path), CALL, [], node="n", server_name=None)
     async with http_client() as client:
         with pytest.raises(httpx.HTTPError):
-            await client.get(url_of(path) + "/")
+            await client.get(unix_url(path) + "/")
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind"])
 async def test_the_probes_client(path: Path, prefix: str) -> None:
-    url = url_of(path, prefix=prefix)
+    url = unix_url(path, prefix=prefix)
     async with asyncio.timeout(20), serving(path) as heads, http_client() as client:
         assert (await client.get(url + CALL.path)).text == "ok"
         assert (await client.get(url + CALL.path, headers={"Host": "127.0.0.1:11434"})).text == "ok"
@@ -89,14 +89,14 @@ async def test_the_probes_client(path: Path, prefix: str) -> None:
 
 async def test_who_is_no_inference_server(path: Path) -> None:
     async with asyncio.timeout(20), serving(path, b"SSH-2.0-OpenSSH_9.2\r\n", greets=True):
-        found = await stranger(url_of(path))
+        found = await identify_wrong_server(unix_url(path))
         assert found is not None
         assert "an SSH server" in found.message
-    assert "https://127.0.0.1:PORT" in (other_scheme(url_of(path)).hint or "")
+    assert "https://127.0.0.1:PORT" in (wrong_scheme_error(unix_url(path)).hint or "")
 
 
 @pytest.mark.parametrize(
     "url", ["http://unix/v1/models/a:b", "http://unix:8080/x.sock:/", "http://127.0.0.1:1/x.sock:/"]
 )
 def test_a_host_that_is_called_unix_is_a_host(url: str) -> None:
-    assert unix_place(httpx.URL(url)) is None
+    assert parse_unix_url(httpx.URL(url)) is None

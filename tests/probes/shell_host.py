@@ -62,7 +62,7 @@ def old_row(**changes: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SmiAnswer:
     """What nvidia-smi says and how it ends, for arguments among which ``when`` stands."""
 
     text: str | bytes = ""
@@ -90,7 +90,7 @@ class ShellHost:
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
 
-    def nvidia_smi(self, *answers: Answer) -> None:
+    def nvidia_smi(self, *answers: SmiAnswer) -> None:
         """The first answer that fits is given."""
         lines = ['case " $* " in']
         for number, answer in enumerate(answers):

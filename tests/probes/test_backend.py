@@ -16,13 +16,22 @@ import pytest
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.backends.base import Inventory
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.backends.ollama import Answers, Ollama
+from gpumesh.backends.ollama import OllamaDialect, ProbeAnswers
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.probes.backend import BODY_LIMIT, BackendReport, probe_backend
 from gpumesh.state import BackendPhase, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
-from tests.mesh.servers import LAST_CHUNK, Exchange, Scripted, chunk, chunked_head, says, serve, whole
+from tests.mesh.servers import (
+    LAST_CHUNK,
+    Exchange,
+    ScriptedServer,
+    answer_with,
+    chunk,
+    chunked_head,
+    serve,
+    whole_response,
+)
 
 PATIENCE_S = 20.0
 OLLAMA = BackendSpec(targets=(Target("127.0.0.1", 11434),))
@@ -58,7 +67,7 @@ def header(exchange: Exchange, name: str) -> str | None:
 
 
 def json_of(document: Any) -> bytes:
-    return whole(json.dumps(document).encode())
+    return whole_response(json.dumps(document).encode())
 
 
 # -- servers that are right ------------------------------------------------------------------------------------------
@@ -66,7 +75,7 @@ def json_of(document: Any) -> bytes:
 
 async def test_what_ollama_says_of_itself(client: httpx.AsyncClient) -> None:
     models = (profile.QWEN_7B, profile.EMBEDDER)
-    async with StandIn(profile.host("iceland", models=models)) as server:
+    async with SimOllama(profile.make_host("iceland", models=models)) as server:
         report = await asked(client, server.url)
     state = report.state
     assert (state.kind, state.state, state.url, state.last_error) == ("ollama", BackendPhase.UP, server.url, None)
@@ -105,12 +114,12 @@ async def test_what_is_not_needed_may_hang_or_be_missing(client: httpx.AsyncClie
         if path_of(exchange) == "/v1/models":
             await exchange.send(json_of({"data": [{"id": "m"}]}))
         elif path_of(exchange) == "/health":
-            await exchange.client_gone()
-            exchange.over = True
+            await exchange.wait_client_gone()
+            exchange.closed = True
         elif path_of(exchange) == "/props":
             exchange.reset()
         else:
-            await exchange.send(whole(b"not found", status="404 Not Found"))
+            await exchange.send(whole_response(b"not found", status="404 Not Found"))
 
     async with serve(script) as server:
         report = await asked(client, server.url, spec=OPENAI)
@@ -135,7 +144,7 @@ async def test_the_key_goes_along(client: httpx.AsyncClient) -> None:
     async def script(exchange: Exchange) -> None:
         right = header(exchange, "Authorization") == "Bearer secret"
         await exchange.send(
-            json_of({"version": "1", "models": []}) if right else whole(b"{}", status="401 Unauthorized")
+            json_of({"version": "1", "models": []}) if right else whole_response(b"{}", status="401 Unauthorized")
         )
 
     async with serve(script) as server:
@@ -150,7 +159,7 @@ FREE = "http://127.0.0.1:1"  # nothing listens there
 
 
 async def test_the_first_in_order_that_answers_is_used(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+    async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         assert (await asked(client, one.url, two.url)).url == one.url
         assert (await asked(client, two.url, one.url)).url == two.url
         assert (await asked(client, FREE, two.url)).url == two.url
@@ -159,7 +168,7 @@ async def test_the_first_in_order_that_answers_is_used(client: httpx.AsyncClient
 
 
 async def test_a_candidate_that_hangs_is_not_waited_for_for_long(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+    async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         await one.set_faults(profile.Faults(hang=True))
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -194,7 +203,7 @@ async def test_a_connection_that_is_reset_has_nobody_behind_it(client: httpx.Asy
 
 async def test_who_answers_wrongly_says_more_than_who_is_silent(client: httpx.AsyncClient) -> None:
     async def script(exchange: Exchange) -> None:
-        await exchange.send(whole(b"<html><title>Open WebUI</title></html>", kind="text/html"))
+        await exchange.send(whole_response(b"<html><title>Open WebUI</title></html>", kind="text/html"))
 
     async with serve(script) as server:
         (finding,) = (await asked(client, FREE, server.url)).findings
@@ -210,20 +219,20 @@ async def test_no_way_at_all(client: httpx.AsyncClient) -> None:
 # -- servers that are wrong ------------------------------------------------------------------------------------------
 
 
-page = says(whole(b"<!DOCTYPE html><title>nginx \x1b[31m</title>", kind="text/html"))
-openai_server = says(
-    whole(b'{"error": {"message": "not found", "type": "invalid_request_error"}}', status="404 Not Found")
+page = answer_with(whole_response(b"<!DOCTYPE html><title>nginx \x1b[31m</title>", kind="text/html"))
+openai_server = answer_with(
+    whole_response(b'{"error": {"message": "not found", "type": "invalid_request_error"}}', status="404 Not Found")
 )
-other_json = says(json_of({"hello": "world"}))
-a_list = says(json_of([1, 2, 3]))
-refused_host = says(whole(b"", status="403 Forbidden"))
-wants_a_key = says(whole(b'{"error":"unauthorized"}', status="401 Unauthorized"))
-loading = says(whole(b'{"error":{"message":"Loading model"}}', status="503 Service Unavailable"))
-fails = says(whole(b"\x1b[2Joops", status="500 Internal Server Error"))
-busy = says(whole(b"", status="429 Too Many Requests"))
-closes = says(close=True)
-resets = says(reset=True)
-cut_short = says(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"version"', close=True)
+other_json = answer_with(json_of({"hello": "world"}))
+a_list = answer_with(json_of([1, 2, 3]))
+refused_host = answer_with(whole_response(b"", status="403 Forbidden"))
+wants_a_key = answer_with(whole_response(b'{"error":"unauthorized"}', status="401 Unauthorized"))
+loading = answer_with(whole_response(b'{"error":{"message":"Loading model"}}', status="503 Service Unavailable"))
+fails = answer_with(whole_response(b"\x1b[2Joops", status="500 Internal Server Error"))
+busy = answer_with(whole_response(b"", status="429 Too Many Requests"))
+closes = answer_with(close=True)
+resets = answer_with(reset=True)
+cut_short = answer_with(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"version"', close=True)
 
 
 async def endless(exchange: Exchange) -> None:
@@ -234,19 +243,21 @@ async def endless(exchange: Exchange) -> None:
     await exchange.send(LAST_CHUNK)
 
 
-ssh_server = says(b"SSH-2.0-OpenSSH_9.6\r\nInvalid SSH identification string.\r\n", close=True)
-database = says(b"-ERR wrong number of arguments for 'get' command\r\n\r\n", close=True)
-redirects = says(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
-wants_https = says(b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n")
-plain_to_https = says(  # as Go's own server says it
-    whole(b"Client sent an HTTP request to an HTTPS server.\n", status="400 Bad Request", kind="text/plain")
+ssh_server = answer_with(b"SSH-2.0-OpenSSH_9.6\r\nInvalid SSH identification string.\r\n", close=True)
+database = answer_with(b"-ERR wrong number of arguments for 'get' command\r\n\r\n", close=True)
+redirects = answer_with(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+wants_https = answer_with(
+    b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
 )
-forbidden_page = says(whole(b"<html><title>403 Forbidden</title></html>", status="403 Forbidden"))
-bad_gateway = says(whole(b"<html><title>502 Bad Gateway</title></html>", status="502 Bad Gateway"))
-nothing_there = says(whole(b"404 page not found", status="404 Not Found", kind="text/plain"))
-redis = says(b"-DENIED Redis is running in protected mode\r\n", close=True)
-mail_server = says(b"220 mail ESMTP\r\n", close=True)
-noise = says(bytes(range(256)), close=True)
+plain_to_https = answer_with(  # as Go's own server says it
+    whole_response(b"Client sent an HTTP request to an HTTPS server.\n", status="400 Bad Request", kind="text/plain")
+)
+forbidden_page = answer_with(whole_response(b"<html><title>403 Forbidden</title></html>", status="403 Forbidden"))
+bad_gateway = answer_with(whole_response(b"<html><title>502 Bad Gateway</title></html>", status="502 Bad Gateway"))
+nothing_there = answer_with(whole_response(b"404 page not found", status="404 Not Found", kind="text/plain"))
+redis = answer_with(b"-DENIED Redis is running in protected mode\r\n", close=True)
+mail_server = answer_with(b"220 mail ESMTP\r\n", close=True)
+noise = answer_with(bytes(range(256)), close=True)
 
 
 def ollama(tags: Callable[[Exchange], Awaitable[None]]) -> Callable[[Exchange], Awaitable[None]]:
@@ -272,14 +283,14 @@ async def a_hundred_thousand(exchange: Exchange) -> None:
     await exchange.send(json_of({"models": [MODEL | {"name": f"m{number}"} for number in range(100_000)]}))
 
 
-half = says(whole(b'{"models":[{"name":"qwen2.5:7b","si'))
-half_sent = says(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"models":[', reset=True)
-no_list = says(json_of({"models": "none"}))
+half = answer_with(whole_response(b'{"models":[{"name":"qwen2.5:7b","si'))
+half_sent = answer_with(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"models":[', reset=True)
+no_list = answer_with(json_of({"models": "none"}))
 
 
 async def silent(exchange: Exchange) -> None:
-    await exchange.client_gone()
-    exchange.over = True
+    await exchange.wait_client_gone()
+    exchange.closed = True
 
 
 @dataclass(frozen=True)
@@ -359,7 +370,7 @@ async def test_a_server_that_is_silent(client: httpx.AsyncClient) -> None:
 
 async def test_an_ollama_where_an_openai_server_should_be(client: httpx.AsyncClient) -> None:
     """Ollama speaks /v1 as well, so that is right; what has no /v1 is not."""
-    async with StandIn(profile.host("one")) as server:
+    async with SimOllama(profile.make_host("one")) as server:
         assert (await asked(client, server.url, spec=OPENAI)).state.models == ("qwen2.5:7b",)
     async with serve(page) as other:
         (finding,) = (await asked(client, other.url, spec=OPENAI)).findings
@@ -386,11 +397,11 @@ async def test_a_probe_that_is_cancelled_leaves_no_connection(client: httpx.Asyn
 
     async def script(exchange: Exchange) -> None:
         came.set()
-        await exchange.client_gone()
-        exchange.over = True
+        await exchange.wait_client_gone()
+        exchange.closed = True
         gone.set()
 
-    server: Scripted
+    server: ScriptedServer
     async with serve(script) as server:
         task = asyncio.create_task(asked(client, server.url))
         async with asyncio.timeout(PATIENCE_S):
@@ -405,7 +416,7 @@ async def test_a_probe_that_is_cancelled_leaves_no_connection(client: httpx.Asyn
 async def test_a_redirect_to_a_name_that_is_none_is_the_servers_fault(client: httpx.AsyncClient, location: str) -> None:
     """It raised in the probe, and the probe's end was that of the whole mesh."""
     answer = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 2\r\n\r\n{{}}".encode()
-    async with serve(says(answer)) as server:
+    async with serve(answer_with(answer)) as server:
         report = await asked(client, server.url)
     assert report.state.state is BackendPhase.DOWN
     assert [finding.code for finding in report.findings] != []
@@ -413,14 +424,14 @@ async def test_a_redirect_to_a_name_that_is_none_is_the_servers_fault(client: ht
 
 @pytest.mark.parametrize("owner", [["vllm"], {}, None, 5, True])
 async def test_an_owner_that_is_no_text(client: httpx.AsyncClient, owner: Any) -> None:
-    async with serve(says(json_of({"data": [{"id": "m", "owned_by": owner}]}))) as server:
+    async with serve(answer_with(json_of({"data": [{"id": "m", "owned_by": owner}]}))) as server:
         report = await asked(client, server.url, spec=OPENAI)
     assert (report.state.models, report.state.loaded) == (("m",), ())
 
 
 async def test_what_cannot_be_asked_for_is_left_out_and_told(client: httpx.AsyncClient) -> None:
     models = [{"name": "x" * 1_000_000}, {"name": "m"}, {"name": "\ud800"}, {"name": ["n"]}, {"name": "M:latest"}]
-    async with serve(says(json_of({"version": "0.12.6", "models": models}))) as server:
+    async with serve(answer_with(json_of({"version": "0.12.6", "models": models}))) as server:
         report = await asked(client, server.url)
     assert report.state.models == ("m",)
     (finding,) = report.findings
@@ -432,12 +443,12 @@ async def test_what_cannot_be_asked_for_is_left_out_and_told(client: httpx.Async
 async def test_what_nobody_foresaw_costs_its_node_and_leaves_a_trace(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Fails(Ollama):
-        def inventory(self, answers: Answers) -> Inventory:
+    class Fails(OllamaDialect):
+        def inventory(self, answers: ProbeAnswers) -> Inventory:
             raise TypeError("unhashable type: 'list'")
 
     monkeypatch.setitem(DIALECTS, BackendKind.OLLAMA, Fails())
-    async with serve(says(json_of({"version": "0.12.6", "models": []}))) as server:
+    async with serve(answer_with(json_of({"version": "0.12.6", "models": []}))) as server:
         report = await asked(client, server.url)
     assert (report.state.state, report.state.error_code) == (BackendPhase.DOWN, "answer-broken")
     assert "unhashable" in caplog.text

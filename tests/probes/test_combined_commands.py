@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.errors import ExecError
-from gpumesh.probes.combined_commands import MARK, Command, Said, ask, read_script, script
+from gpumesh.probes.combined_commands import (
+    OUTPUT_MARKER,
+    Argv,
+    CommandOutput,
+    build_script,
+    run_commands,
+    split_script_output,
+)
 from gpumesh.tunnels.base import ExecResult
 from tests.probes.shell_host import ShellHost
 
@@ -19,11 +26,11 @@ PATIENCE_S = 20.0
 async def test_each_command_has_its_own_answer_and_status(host: ShellHost) -> None:
     host.command("loud", "echo out; echo err >&2; exit 3")
     host.command("silent", "exit 0")
-    commands: list[Command] = [("loud",), ("silent",), ("hostname",), ("no-such-command", "x")]
-    loud, silent, name, missing = await ask(host.exec, commands, timeout_s=PATIENCE_S)
-    assert loud == Said(3, b"out\nerr"), "errors go wherever they go: stderr counts as well"
-    assert silent == Said(0, b"")
-    assert name == Said(0, b"af4a84245990")
+    commands: list[Argv] = [("loud",), ("silent",), ("hostname",), ("no-such-command", "x")]
+    loud, silent, name, missing = await run_commands(host.exec, commands, timeout_s=PATIENCE_S)
+    assert loud == CommandOutput(3, b"out\nerr"), "errors go wherever they go: stderr counts as well"
+    assert silent == CommandOutput(0, b"")
+    assert name == CommandOutput(0, b"af4a84245990")
     assert missing.exit_status == 127
     assert len(host.calls) == 1
 
@@ -31,27 +38,27 @@ async def test_each_command_has_its_own_answer_and_status(host: ShellHost) -> No
 async def test_words_reach_the_command_as_they_are(host: ShellHost) -> None:
     hostile = "a b; echo $(id) `id` \"'\\ *"
     host.command("show", 'printf "%s" "$1"')
-    (said,) = await ask(host.exec, [("show", hostile)], timeout_s=PATIENCE_S)
+    (said,) = await run_commands(host.exec, [("show", hostile)], timeout_s=PATIENCE_S)
     assert said.output == hostile.encode()
 
 
 async def test_output_without_a_line_end_is_kept_apart(host: ShellHost) -> None:
     host.command("bare", "printf abc")
-    first, second = await ask(host.exec, [("bare",), ("bare",)], timeout_s=PATIENCE_S)
-    assert (first, second) == (Said(0, b"abc"), Said(0, b"abc"))
+    first, second = await run_commands(host.exec, [("bare",), ("bare",)], timeout_s=PATIENCE_S)
+    assert (first, second) == (CommandOutput(0, b"abc"), CommandOutput(0, b"abc"))
 
 
 async def test_output_that_holds_the_mark_cannot_shift_the_answers(host: ShellHost) -> None:
     """A host may lie about itself, never about who is asked: the first answer is cut short, and that is all."""
-    host.command("liar", f"echo '{MARK} 0'; echo lies; exit 1")
-    answers = await ask(host.exec, [("liar",), ("hostname",)], timeout_s=PATIENCE_S)
+    host.command("liar", f"echo '{OUTPUT_MARKER} 0'; echo lies; exit 1")
+    answers = await run_commands(host.exec, [("liar",), ("hostname",)], timeout_s=PATIENCE_S)
     assert len(answers) == 2
-    assert answers[0] == Said(0, b"")
+    assert answers[0] == CommandOutput(0, b"")
 
 
 def test_the_text_is_one_line() -> None:
     """sshd hands it to the user's shell, and csh takes no line break inside quotes."""
-    assert "\n" not in script([("hostname",), ("nvidia-smi", "--x=y")])
+    assert "\n" not in build_script([("hostname",), ("nvidia-smi", "--x=y")])
 
 
 async def test_a_host_without_a_posix_shell_is_asked_command_by_command() -> None:
@@ -63,23 +70,23 @@ async def test_a_host_without_a_posix_shell_is_asked_command_by_command() -> Non
             return ExecResult(1, b"", b"'sh' is not recognized as an internal or external command\r\n")
         return ExecResult(0, b"BOX\r\n", b"")
 
-    answers = await ask(windows, [("hostname",), ("nvidia-smi", "-L")], timeout_s=PATIENCE_S)
-    assert answers == [Said(0, b"BOX\r\n")] * 2
+    answers = await run_commands(windows, [("hostname",), ("nvidia-smi", "-L")], timeout_s=PATIENCE_S)
+    assert answers == [CommandOutput(0, b"BOX\r\n")] * 2
     assert asked[1:] == [("hostname",), ("nvidia-smi", "-L")]
 
 
 async def test_output_that_was_cut_leaves_the_rest_unknown() -> None:
     async def cut(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
-        return ExecResult(None, f"box\n{MARK} 0\n0, GPU-8f2".encode(), b"", truncated=True)
+        return ExecResult(None, f"box\n{OUTPUT_MARKER} 0\n0, GPU-8f2".encode(), b"", truncated=True)
 
-    answers = await ask(cut, [("hostname",), ("nvidia-smi",), ("x",)], timeout_s=PATIENCE_S)
-    assert answers == [Said(0, b"box"), Said(None, b""), Said(None, b"")]
+    answers = await run_commands(cut, [("hostname",), ("nvidia-smi",), ("x",)], timeout_s=PATIENCE_S)
+    assert answers == [CommandOutput(0, b"box"), CommandOutput(None, b""), CommandOutput(None, b"")]
 
 
 async def test_its_deadline_is_ours_and_not_the_connections(host: ShellHost) -> None:
     host.command("forever", "exec sleep 600")
     with pytest.raises(TimeoutError):
-        await ask(host.exec, [("forever",)], timeout_s=0.2)
+        await run_commands(host.exec, [("forever",)], timeout_s=0.2)
 
 
 async def test_a_connection_that_fails_is_said_as_it_is() -> None:
@@ -87,7 +94,7 @@ async def test_a_connection_that_fails_is_said_as_it_is() -> None:
         raise ExecError("the host gives no session")
 
     with pytest.raises(ExecError, match="no session"):
-        await ask(fails, [("hostname",)], timeout_s=PATIENCE_S)
+        await run_commands(fails, [("hostname",)], timeout_s=PATIENCE_S)
 
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), max_size=30)
@@ -97,12 +104,12 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), 
 @given(st.lists(st.tuples(TEXT, st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
 def test_what_a_shell_says_is_read_back(answers: list[tuple[str, int]], returns: bool) -> None:
     end = "\r\n" if returns else "\n"
-    said = "".join(f"{text}{end}{MARK} {status}{end}" for text, status in answers).encode()
-    read = read_script(said, len(answers))
+    said = "".join(f"{text}{end}{OUTPUT_MARKER} {status}{end}" for text, status in answers).encode()
+    read = split_script_output(said, len(answers))
     assert [one.exit_status for one in read] == [status for _, status in answers]
     assert [one.output.removesuffix(b"\r") for one in read] == [text.encode() for text, _ in answers]
 
 
 @given(st.binary(max_size=300), st.integers(0, 5))
 def test_any_output_gives_at_most_the_answers_asked_for(output: bytes, count: int) -> None:
-    assert len(read_script(output, count)) <= count
+    assert len(split_script_output(output, count)) <= count

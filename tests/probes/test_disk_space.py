@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.probes.disk_space import COMMAND, read_free_mib
+from gpumesh.probes.disk_space import FREE_SPACE_COMMAND, read_free_mib
 from tests.probes.shell_host import ShellHost
 
 HEAD = "Filesystem     1024-blocks      Used Available Capacity Mounted on\n"
@@ -30,17 +30,17 @@ def test_what_df_says(rows: str, free: int | None) -> None:
 
 async def test_it_asks_where_the_models_are(host: ShellHost) -> None:
     host.command("df", f'echo "{HEAD.strip()}"; echo "disk 9999999 1 2097152 1% $2"')
-    nothing = await host.exec(COMMAND, timeout_s=20.0)
+    nothing = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     assert read_free_mib(nothing.stdout) is None, "no store, nothing to say"
     (host.folder / ".ollama" / "models").mkdir(parents=True)
-    said = await host.exec(COMMAND, timeout_s=20.0)
+    said = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     assert read_free_mib(said.stdout) == 2048
     assert said.stdout.decode().endswith(f"{host.folder}/.ollama/models\n")
 
 
 async def test_the_real_df(host: ShellHost) -> None:
     (host.folder / ".ollama").mkdir()
-    said = await host.exec(COMMAND, timeout_s=20.0)
+    said = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     free = read_free_mib(said.stdout)
     assert free is not None
     assert 0 < free < 1 << 40
@@ -50,7 +50,7 @@ async def test_a_variable_of_the_hosts_own_comes_first(host: ShellHost, tmp_path
     elsewhere = tmp_path / "my models; echo no"
     elsewhere.mkdir()
     host.command("df", f'echo "{HEAD.strip()}"; echo "disk 9 1 4096 1% $2"')
-    said = await host.exec(("env", f"OLLAMA_MODELS={elsewhere}", *COMMAND), timeout_s=20.0)
+    said = await host.exec(("env", f"OLLAMA_MODELS={elsewhere}", *FREE_SPACE_COMMAND), timeout_s=20.0)
     assert said.stdout.decode().endswith(f"1% {elsewhere}\n")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from gpumesh.probes.backend import BackendReport
-from gpumesh.probes.health import judge, missing_models
+from gpumesh.probes.health import assess_health, missing_models
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import (
     BackendPhase,
@@ -98,7 +98,7 @@ CASES = {
 def test_health_and_its_reason(name: str) -> None:
     case = CASES[name]
     spec = NodeSpec("iceland", BackendSpec(), expect=case.expect)
-    assert judge(case.tunnel, case.gpu, case.backend, spec, case.draining) == (case.health, case.reason)
+    assert assess_health(case.tunnel, case.gpu, case.backend, spec, case.draining) == (case.health, case.reason)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +130,4 @@ def test_names_of_models(wanted: str, there: str, missing: tuple[str, ...]) -> N
 )
 def test_what_is_on_the_gpu_or_unknown_is_no_fault(model: LoadedModel) -> None:
     spec = NodeSpec("iceland", BackendSpec())
-    assert judge(UP, None, backend(loaded=(model,)), spec, draining=False) == (Health.HEALTHY, None)
+    assert assess_health(UP, None, backend(loaded=(model,)), spec, draining=False) == (Health.HEALTHY, None)

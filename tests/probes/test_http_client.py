@@ -14,7 +14,7 @@ import pytest
 
 from gpumesh.daemon.process import event_loop
 from gpumesh.probes.http_client import http_client
-from tests.mesh.servers import Exchange, says, serve
+from tests.mesh.servers import Exchange, answer_with, serve
 
 
 @contextlib.contextmanager
@@ -109,5 +109,5 @@ async def test_no_server_is_told_what_another_one_wanted_to_be_told_again() -> N
 )
 async def test_a_redirect_to_nowhere_is_an_answer_like_any_other(location: bytes) -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 2\r\n\r\n{}"
-    async with http_client() as client, serve(says(answer)) as server:
+    async with http_client() as client, serve(answer_with(answer)) as server:
         assert (await client.get(server.url)).status_code == 302

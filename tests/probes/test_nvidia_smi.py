@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from gpumesh.errors import ExecError, TunnelDown
-from gpumesh.probes.combined_commands import PLACES
-from gpumesh.probes.nvidia_smi import ASKED_ALONE, GpuReport, probe_gpus
+from gpumesh.probes.combined_commands import EXTRA_SEARCH_PATH
+from gpumesh.probes.nvidia_smi import MAX_GPUS_ASKED_SINGLY, GpuReport, probe_gpus
 from gpumesh.state import Severity
 from gpumesh.tunnels.base import ExecResult
 from tests.probes.shell_host import (
@@ -20,8 +20,8 @@ from tests.probes.shell_host import (
     MIG,
     OTHER_UUID,
     UUID,
-    Answer,
     ShellHost,
+    SmiAnswer,
     old_row,
     row,
 )
@@ -190,7 +190,7 @@ async def asked(host: ShellHost, timeout_s: float = PATIENCE_S) -> GpuReport:
 @pytest.mark.parametrize("name", FAULTS)
 async def test_each_fault_is_one_finding_of_its_own(host: ShellHost, name: str) -> None:
     fault = FAULTS[name]
-    host.nvidia_smi(Answer("", when=APPS), Answer(fault.text, fault.status))
+    host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer(fault.text, fault.status))
     report = await asked(host)
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.node) == (fault.code, fault.severity, "iceland")
@@ -207,7 +207,7 @@ def test_the_table_has_enough_faults() -> None:
 
 
 async def test_a_good_card_gives_no_finding(host: ShellHost) -> None:
-    host.nvidia_smi(Answer(f"{UUID}, 4711, /usr/bin/ollama runner, 5120\n", when=APPS), Answer(row() + "\n"))
+    host.nvidia_smi(SmiAnswer(f"{UUID}, 4711, /usr/bin/ollama runner, 5120\n", when=APPS), SmiAnswer(row() + "\n"))
     report = await asked(host)
     (gpu,) = report.gpus
     assert report == GpuReport(report.gpus, driver="550.54.15", hostname="af4a84245990")
@@ -223,7 +223,7 @@ async def test_a_good_card_gives_no_finding(host: ShellHost) -> None:
 
 
 async def test_busy_card_and_mig_parent(host: ShellHost) -> None:
-    host.nvidia_smi(Answer("", when=APPS), Answer(f"{BUSY}\n{MIG.replace('0, GPU', '1, GPU', 1)}\n"))
+    host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer(f"{BUSY}\n{MIG.replace('0, GPU', '1, GPU', 1)}\n"))
     report = await asked(host)
     busy, mig = report.gpus
     assert (busy.utilization_pct, busy.power_w, busy.pstate, busy.throttle) == (7, 84.24, "P2", "none")
@@ -234,9 +234,9 @@ async def test_busy_card_and_mig_parent(host: ShellHost) -> None:
 
 async def test_a_driver_that_lacks_a_field_is_asked_for_what_all_know(host: ShellHost) -> None:
     host.nvidia_smi(
-        Answer("", when=APPS),
-        Answer('Field "fan.speed" is not a valid field to query.\n\n', 2, when="fan.speed"),
-        Answer(old_row() + "\n"),
+        SmiAnswer("", when=APPS),
+        SmiAnswer('Field "fan.speed" is not a valid field to query.\n\n', 2, when="fan.speed"),
+        SmiAnswer(old_row() + "\n"),
     )
     report = await asked(host)
     (gpu,) = report.gpus
@@ -247,12 +247,12 @@ async def test_a_driver_that_lacks_a_field_is_asked_for_what_all_know(host: Shel
 async def test_one_lost_gpu_does_not_hide_the_others(host: ShellHost) -> None:
     lost = f"Unable to determine the device handle for GPU 0000:02:00.0: {LOST}\n"
     host.nvidia_smi(
-        Answer(f"{OTHER_UUID}, 77, python3, 100\n", when=APPS),
-        Answer(row() + "\n", when="-i 0 "),
-        Answer(lost, 15, when="-i 1 "),
-        Answer(row(index="2", uuid=OTHER_UUID, pci_bus_id="00000000:03:00.0") + "\n", when="-i 2 "),
-        Answer("No devices were found\n", 6, when="-i "),
-        Answer(lost, 15),
+        SmiAnswer(f"{OTHER_UUID}, 77, python3, 100\n", when=APPS),
+        SmiAnswer(row() + "\n", when="-i 0 "),
+        SmiAnswer(lost, 15, when="-i 1 "),
+        SmiAnswer(row(index="2", uuid=OTHER_UUID, pci_bus_id="00000000:03:00.0") + "\n", when="-i 2 "),
+        SmiAnswer("No devices were found\n", 6, when="-i "),
+        SmiAnswer(lost, 15),
     )
     report = await asked(host)
     assert [gpu.uuid for gpu in report.gpus] == [UUID, OTHER_UUID]
@@ -260,11 +260,11 @@ async def test_one_lost_gpu_does_not_hide_the_others(host: ShellHost) -> None:
     assert report.error is None
     assert [finding.code for finding in report.findings] == ["gpu-lost"]
     assert len(host.calls) == 2
-    assert host.calls[1][2].count(" -i ") == ASKED_ALONE
+    assert host.calls[1][2].count(" -i ") == MAX_GPUS_ASKED_SINGLY
 
 
 async def test_not_on_the_path(host: ShellHost) -> None:
-    if shutil.which("nvidia-smi", path=PLACES):
+    if shutil.which("nvidia-smi", path=EXTRA_SEARCH_PATH):
         pytest.skip("there is a real one on this machine")
     report = await asked(host)
     assert [finding.code for finding in report.findings] == ["nvidia-smi-missing"]
@@ -303,7 +303,7 @@ async def test_a_tunnel_that_is_down_is_no_second_finding() -> None:
 async def test_names_from_a_host_are_harmless(host: ShellHost) -> None:
     host.command("hostname", r"printf '\033]0;owned\007box\n'")
     hostile = row(name="\x1b[2J\x1b[31mNVIDIA\x1b]0;owned\x07 GeForce RTX 4090\x9b5m\u202e")
-    host.nvidia_smi(Answer(f"{UUID}, 1, \x1b[31mrm -rf\x1b[0m, 5\n", when=APPS), Answer(hostile))
+    host.nvidia_smi(SmiAnswer(f"{UUID}, 1, \x1b[31mrm -rf\x1b[0m, 5\n", when=APPS), SmiAnswer(hostile))
     report = await asked(host)
     (gpu,) = report.gpus
     assert gpu.name == "NVIDIA GeForce RTX 4090"
@@ -323,7 +323,7 @@ async def test_names_from_a_host_are_harmless(host: ShellHost) -> None:
 )
 async def test_a_hostname_is_a_name_or_unknown(host: ShellHost, said: str, name: str | None) -> None:
     host.command("hostname", f"echo '{said}'")
-    host.nvidia_smi(Answer(row()))
+    host.nvidia_smi(SmiAnswer(row()))
     assert (await asked(host)).hostname == name
 
 
@@ -333,7 +333,7 @@ async def test_several_faults_of_several_gpus_are_one_finding_of_a_kind(host: Sh
         row(**off),
         row(**off, index="1", uuid=OTHER_UUID, clocks_throttle_reasons_active="0x20", fan_speed="ERR!"),
     )
-    host.nvidia_smi(Answer("", when=APPS), Answer("\n".join(rows)))
+    host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer("\n".join(rows)))
     report = await asked(host)
     assert [finding.code for finding in report.findings] == ["gpu-faulty", "gpu-throttled", "persistence-off"]
     assert report.findings[2].message.startswith("GPUs 0, 1: ")

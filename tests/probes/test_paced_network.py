@@ -11,7 +11,16 @@ import pytest
 from gpumesh.errors import ProbeError
 from gpumesh.probes.backend import BODY_LIMIT, get_bounded
 from gpumesh.probes.http_client import http_client
-from tests.hostile_peers import CHUNKED, HEAD, NEVER_WHOLE, STALL_S, HostileServer, endless, json_answer, largest_turn
+from tests.hostile_peers import (
+    CHUNKED,
+    HEAD,
+    STALL_S,
+    UNFINISHED_ANSWERS,
+    HostileServer,
+    json_answer,
+    repeat_bytes,
+    track_longest_loop_turn,
+)
 
 SMALL_PARTS = {
     "chunks of one byte": (CHUNKED, b"1\r\nx\r\n"),
@@ -26,13 +35,13 @@ async def warmed(client: httpx.AsyncClient) -> None:
         assert (await client.get(server.url)).json() == {}
 
 
-@pytest.mark.parametrize("part", [*NEVER_WHOLE, *SMALL_PARTS])
+@pytest.mark.parametrize("part", [*UNFINISHED_ANSWERS, *SMALL_PARTS])
 async def test_whatever_a_server_sends_others_have_their_turn(part: str) -> None:
-    start, unit = {**NEVER_WHOLE, **SMALL_PARTS}[part]
-    with HostileServer(lambda _: endless(start, unit)) as server:
+    start, unit = {**UNFINISHED_ANSWERS, **SMALL_PARTS}[part]
+    with HostileServer(lambda _: repeat_bytes(start, unit)) as server:
         async with http_client() as client:
             await warmed(client)
-            async with largest_turn() as turn:
+            async with track_longest_loop_turn() as turn:
                 with pytest.raises((ProbeError, TimeoutError)):
                     async with asyncio.timeout(1.5):
                         await get_bounded(client, server.url + "/api/tags", {}, {})
@@ -42,7 +51,7 @@ async def test_whatever_a_server_sends_others_have_their_turn(part: str) -> None
 
 async def test_a_body_has_a_bound_whatever_its_head_says() -> None:
     start = HEAD + b"Content-Length: 1000000000000000000\r\n\r\n"
-    with HostileServer(lambda _: endless(start, b"x")) as server:
+    with HostileServer(lambda _: repeat_bytes(start, b"x")) as server:
         async with http_client() as client:
             with pytest.raises(ProbeError, match="more than 8 MiB"):
                 await get_bounded(client, server.url + "/api/tags", {}, {})

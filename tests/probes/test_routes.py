@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.probes import routes
-from gpumesh.probes.routes import probe_routes, ways
+from gpumesh.probes.routes import list_backend_routes, probe_routes
 from gpumesh.state import BackendPhase, BackendState, Health, NodeState, RouteState, TunnelPhase, TunnelState
 from gpumesh.topology import AddressCommand, BackendKind, BackendSpec, NodeSpec, SshSpec, Target
-from tests.mesh.servers import Exchange, Scripted, serve, whole
+from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
 
 PATIENCE_S = 20.0
 SSH = SshSpec("127.0.0.1", 22)
@@ -55,7 +55,7 @@ async def asked(client: httpx.AsyncClient, node: tuple[NodeSpec, NodeState], **m
 
 def test_candidates_first_then_the_hosts_own_address() -> None:
     spec, state = behind("http://127.0.0.1:40001", "http://127.0.0.1:40002", ssh=SshSpec("203.0.113.7", 13323))
-    assert [(way.target.port, way.url, way.via, way.offered) for way in ways(spec, state)] == [
+    assert [(way.target.port, way.url, way.via, way.offered) for way in list_backend_routes(spec, state)] == [
         (1, "http://127.0.0.1:40001", "sshtunnel", False),
         (2, "http://127.0.0.1:40002", "sshtunnel", False),
         (1, "http://203.0.113.7:1", "direct", True),
@@ -74,25 +74,25 @@ def test_candidates_first_then_the_hosts_own_address() -> None:
 )
 def test_no_address_is_guessed(ssh: SshSpec | None) -> None:
     spec, state = behind("http://127.0.0.1:40001", ssh=ssh)
-    assert [way.offered for way in ways(spec, state)] == [False]
+    assert [way.offered for way in list_backend_routes(spec, state)] == [False]
 
 
 def test_a_server_on_another_machine_of_the_hosts_network_is_not_asked_for_here() -> None:
     spec, state = behind("http://127.0.0.1:40001")
     there = replace(spec, backend=BackendSpec(targets=(Target("10.0.0.7", 80),)))
-    assert [way.offered for way in ways(there, replace(state, routes=()))] == []
+    assert [way.offered for way in list_backend_routes(there, replace(state, routes=()))] == []
 
 
 def test_what_has_no_url_now_is_no_way() -> None:
     spec, state = behind("http://127.0.0.1:40001", ssh=None)
-    assert ways(spec, replace(state, routes=())) == ()
+    assert list_backend_routes(spec, replace(state, routes=())) == ()
 
 
 # -- what they lead to -----------------------------------------------------------------------------------------------
 
 
 async def test_each_candidate_is_told_by_itself(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+    async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         found = await asked(client, behind(one.url, two.url, "http://127.0.0.1:1", ssh=None))
     first, second, dead = found
     assert [route.state for route in found] == [BackendPhase.UP, BackendPhase.UP, BackendPhase.DOWN]
@@ -107,13 +107,13 @@ async def test_each_candidate_is_told_by_itself(client: httpx.AsyncClient) -> No
 
 
 async def test_two_ways_to_one_server_have_one_store(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one:
+    async with SimOllama(profile.make_host("one")) as one:
         first, second = await asked(client, behind(one.url, one.url, ssh=None))
     assert first.store == second.store is not None
 
 
 async def test_the_way_without_ssh_is_told_when_it_leads_to_the_same_server(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one:
+    async with SimOllama(profile.make_host("one")) as one:
         _, direct = await asked(client, behind(one.url, ports=(one.port,)))
     assert (direct.via, direct.offered, direct.exposed) == ("direct", True, False)
     assert (direct.target, direct.url) == (one.url, one.url), "it is another place than the target on the host"
@@ -121,13 +121,13 @@ async def test_the_way_without_ssh_is_told_when_it_leads_to_the_same_server(clie
 
 
 async def test_another_server_at_that_address_is_not_the_nodes(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+    async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         (only,) = await asked(client, behind(one.url, ports=(two.port,)))
     assert not only.offered
 
 
 async def test_nobody_at_that_address_is_nothing_to_tell(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one:
+    async with SimOllama(profile.make_host("one")) as one:
         (only,) = await asked(client, behind(one.url, ports=(1,)))
     assert only.state is BackendPhase.UP
 
@@ -136,7 +136,7 @@ async def test_without_a_store_this_machines_own_server_is_not_taken_for_the_hos
     """Two llama-servers with one model: that the host's address is this machine's says nothing."""
 
     async def script(exchange: Exchange) -> None:
-        await exchange.send(whole(json.dumps({"data": [{"id": "tiny"}]}).encode()))
+        await exchange.send(whole_response(json.dumps({"data": [{"id": "tiny"}]}).encode()))
 
     async with serve(script) as server:
         (only,) = await asked(client, behind(server.url, ports=(server.port,), kind=BackendKind.OPENAI))
@@ -149,7 +149,7 @@ async def test_no_key_goes_the_way_that_nobody_chose(client: httpx.AsyncClient) 
     async def script(exchange: Exchange, name: str) -> None:
         keys[name].add(b"authorization" in exchange.head.lower())
         body = {"version": "1", "models": [{"name": "m", "modified_at": "2026-01-01T00:00:00.123456789Z"}]}
-        await exchange.send(whole(json.dumps(body).encode()))
+        await exchange.send(whole_response(json.dumps(body).encode()))
 
     async with (
         serve(lambda exchange: script(exchange, "chosen")) as chosen,
@@ -163,9 +163,9 @@ async def test_no_key_goes_the_way_that_nobody_chose(client: httpx.AsyncClient) 
 async def test_a_server_of_another_kind_is_recognised(client: httpx.AsyncClient) -> None:
     async def script(exchange: Exchange) -> None:
         if exchange.head.startswith(b"GET /v1/models"):
-            await exchange.send(whole(json.dumps({"object": "list", "data": [{"id": "tiny"}]}).encode()))
+            await exchange.send(whole_response(json.dumps({"object": "list", "data": [{"id": "tiny"}]}).encode()))
         else:
-            await exchange.send(whole(b'{"error":{"message":"not found"}}', status="404 Not Found"))
+            await exchange.send(whole_response(b'{"error":{"message":"not found"}}', status="404 Not Found"))
 
     async with serve(script) as server:
         spec, state = behind(server.url, ssh=None)
@@ -174,7 +174,7 @@ async def test_a_server_of_another_kind_is_recognised(client: httpx.AsyncClient)
 
 
 async def test_a_way_that_hangs_costs_no_more_than_its_time(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.host("one")) as one, StandIn(profile.host("two")) as two:
+    async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         await two.set_faults(profile.Faults(hang=True))
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -192,9 +192,9 @@ async def test_the_time_is_the_middle_one_of_several(client: httpx.AsyncClient) 
 
     async def script(exchange: Exchange) -> None:
         await asyncio.sleep(next(delays))
-        await exchange.send(whole(json.dumps({"version": "1", "models": []}).encode()))
+        await exchange.send(whole_response(json.dumps({"version": "1", "models": []}).encode()))
 
-    server: Scripted
+    server: ScriptedServer
     async with serve(script) as server:
         (only,) = await asked(client, behind(server.url, ssh=None))
     assert only.latency_ms is not None

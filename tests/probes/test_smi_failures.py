@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.audit.catalog import CATALOG
-from gpumesh.probes.combined_commands import Said
-from gpumesh.probes.smi_failures import INFOROM, NOT_EXECUTABLE, NOT_FOUND, OK, failure
+from gpumesh.probes.combined_commands import CommandOutput
+from gpumesh.probes.smi_failures import INFOROM, NOT_EXECUTABLE, NOT_FOUND, OK, classify_failure
 from tests.probes.shell_host import row
 
 STATUSES = st.sampled_from((None, 0, 1, 2, 6, 9, 12, 14, 15, 18, 126, 127, 137, 255))
@@ -31,32 +31,32 @@ WORDS = st.sampled_from(
 
 @pytest.mark.parametrize("status", [OK, INFOROM])
 def test_a_table_is_no_failure(status: int) -> None:
-    assert failure(Said(status, row().encode())) is None
+    assert classify_failure(CommandOutput(status, row().encode())) is None
 
 
 @pytest.mark.parametrize("status", [NOT_FOUND, NOT_EXECUTABLE])
 def test_a_missing_tool_is_a_remark_more_than_an_error(status: int) -> None:
-    found = failure(Said(status, b""))
+    found = classify_failure(CommandOutput(status, b""))
     assert found is not None
     assert (found.code, found.severity) == ("nvidia-smi-missing", "warning")
 
 
 def test_ended_by_a_signal() -> None:
-    found = failure(Said(None, b""))
+    found = classify_failure(CommandOutput(None, b""))
     assert found is not None
     assert (found.code, found.message) == ("driver-broken", "nvidia-smi was ended by a signal")
 
 
 def test_only_a_lost_gpu_leaves_others_to_be_asked() -> None:
     texts = (b"GPU is lost", b"No devices were found", b"Failed to initialize NVML: Unknown Error", b"")
-    found = [failure(Said(1, text)) for text in texts]
-    assert [one.whole for one in found if one] == [False, True, True, True]
+    found = [classify_failure(CommandOutput(1, text)) for text in texts]
+    assert [one.affects_whole_host for one in found if one] == [False, True, True, True]
 
 
 @settings(deadline=None)
 @given(STATUSES, st.binary(max_size=300) | st.lists(WORDS, max_size=8).map(lambda words: "".join(words).encode()))
 def test_any_failure_has_a_code_that_is_explained(status: int | None, output: bytes) -> None:
-    found = failure(Said(status, output))
+    found = classify_failure(CommandOutput(status, output))
     if status not in (OK, INFOROM):
         assert found is not None, "a status that is no success is never taken for a table"
     if found is not None:

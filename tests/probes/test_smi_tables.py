@@ -119,7 +119,7 @@ def test_a_name_with_commas() -> None:
 def test_warnings_between_rows_are_passed_over() -> None:
     table = read_gpus(f"WARNING: something\n{row()}\n\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n".encode())
     assert len(table.gpus) == 1
-    assert table.unread == "WARNING: something"
+    assert table.unread_line == "WARNING: something"
 
 
 def test_carriage_returns_and_missing_line_end() -> None:
@@ -142,7 +142,7 @@ def test_a_gpu_that_is_told_twice_counts_once() -> None:
 
 def test_faulty_fields_are_named() -> None:
     table = read_gpus(row(fan_speed="ERR!", power_draw="[Unknown Error]", name="ERR! 4090").encode())
-    assert dict(table.faulty) == {UUID: ("power.draw", "fan.speed")}
+    assert dict(table.faulty_fields) == {UUID: ("power.draw", "fan.speed")}
 
 
 def test_the_driver_is_read_from_any_row() -> None:
@@ -154,7 +154,7 @@ def test_the_driver_is_read_from_any_row() -> None:
 def test_a_line_that_is_no_row(text: str) -> None:
     table = read_gpus(text.encode())
     assert table.gpus == ()
-    assert table.unread
+    assert table.unread_line
 
 
 def test_too_many_gpus_are_bounded() -> None:
@@ -199,7 +199,7 @@ def harmless(table: GpuTable) -> None:
         assert gpu.index >= 0
         for amount in (gpu.memory_total_mib, gpu.memory_used_mib, gpu.utilization_pct, gpu.power_w, gpu.fan_pct):
             assert amount is None or amount >= 0
-    assert (table.unread or "").isprintable()
+    assert (table.unread_line or "").isprintable()
 
 
 @settings(deadline=None)

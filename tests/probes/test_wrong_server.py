@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from gpumesh.audit.catalog import CATALOG
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.probes.backend import probe_backend
 from gpumesh.probes.http_client import http_client
 from gpumesh.state import Finding
@@ -98,7 +98,7 @@ async def test_plain_http_to_a_port_that_speaks_tls(client: httpx.AsyncClient, c
 
 
 async def test_https_to_a_port_that_speaks_plain_http(client: httpx.AsyncClient) -> None:
-    async with StandIn(profile.fast()) as server:
+    async with SimOllama(profile.make_instant_host()) as server:
         finding = await finding_of(client, server.url.replace("http:", "https:"))
     assert finding.code == "wrong-scheme"
     assert "speaks plain HTTP" in finding.message

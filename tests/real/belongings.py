@@ -10,7 +10,7 @@ from tests.tunnels.polling import children
 
 
 @dataclass(frozen=True)
-class Belongings:
+class ProcessResources:
     """Open file descriptors, threads, child processes and KiB of memory."""
 
     fds: int
@@ -19,7 +19,7 @@ class Belongings:
     rss_kib: int
 
     @classmethod
-    def of(cls, pid: int) -> Belongings:
+    def of(cls, pid: int) -> ProcessResources:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         fds = len(os.listdir(f"/proc/{pid}/fd"))
         return cls(fds, int(status["Threads"]), len(children(pid)), int(status["VmRSS"].split()[0]))
@@ -30,7 +30,7 @@ class Belongings:
         return self.fds, self.threads, self.children
 
 
-def title(pid: int) -> str:
+def command_line(pid: int) -> str:
     """Its arguments as ``ps`` shows them; empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -40,7 +40,7 @@ def title(pid: int) -> str:
 
 def zygotes(pid: int) -> list[int]:
     """Those that fork the tunnels' processes of the mesh that runs in ``pid``."""
-    return [child for child in children(pid) if title(child).startswith("gpumesh tunnels")]
+    return [child for child in children(pid) if command_line(child).startswith("gpumesh tunnels")]
 
 
 def workers(pid: int) -> list[int]:

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 LIMIT_S = 45.0  # for a hung command, so that a test ends; what a command may take is asserted by the tests
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     code: int | None
     out: str
     err: str
@@ -58,13 +58,13 @@ class Gpumesh:
         own = {"HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.runtime), "GPUMESH_CONFIG": str(self.config)}
         return {**kept, "USER": "tester", "TERM": "xterm-256color", **own, **changes}
 
-    async def __call__(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> Ended:
+    async def __call__(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> CommandResult:
         """Runs it to its end. Its exit code must be ``code``, unless that is ``None``; a traceback is never right."""
         async with self.started(*arguments, stdin=stdin) as process:
             began = time.monotonic()
             async with asyncio.timeout(LIMIT_S):
                 out, err = await process.communicate(None if stdin is None else stdin.encode())
-        ended = Ended(process.returncode, out.decode(), err.decode(), time.monotonic() - began)
+        ended = CommandResult(process.returncode, out.decode(), err.decode(), time.monotonic() - began)
         assert "Traceback" not in ended.err, f"{ended}\n{self.logs()}"
         assert code is None or ended.code == code, f"{ended}\n{self.logs()}"
         return ended
@@ -125,10 +125,10 @@ class Gpumesh:
                 process.kill()
                 await process.wait()
 
-    async def on_terminal(self, *arguments: str) -> str:
+    async def run_on_terminal(self, *arguments: str) -> str:
         """What it writes to a terminal, stdout and stderr together, to its end."""
         async with self.terminal(*arguments) as terminal:
-            await terminal.ended()
+            await terminal.wait_exit()
         return terminal.text
 
     # -- what is there and what is left ------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ class Terminal:
         """``b"\x03"`` is Ctrl-C: the terminal sends SIGINT to all that run on it."""
         os.write(self.controller, keys)
 
-    async def shows(self, text: str) -> None:
-        await until(lambda: text in self.text, f"{text!r} on the terminal")
+    async def wait_for_text(self, text: str) -> None:
+        await wait_until(lambda: text in self.text, f"{text!r} on the terminal")
 
-    async def ended(self) -> int:
+    async def wait_exit(self) -> int:
         """Its exit status, when it and all that it left on the terminal have ended."""
         async with asyncio.timeout(LIMIT_S):
             status = await self.process.wait()

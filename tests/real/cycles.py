@@ -16,11 +16,11 @@ from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels.base import Tunnel
-from gpumesh.tunnels.supervisor import open_tunnel, running
+from gpumesh.tunnels.supervisor import open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.real import belongings
-from tests.real.belongings import Belongings
-from tests.tunnels.polling import until
+from tests.real.belongings import ProcessResources
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, serving
 
 CONNECTIONS = 4  # through the tunnel, at the moment of each kill
@@ -31,8 +31,8 @@ SETTLE_S = 5.0
 class Snapshot:
     """Of the mesh's process and of the zygote that forks its tunnels' processes."""
 
-    mesh: Belongings
-    zygote: Belongings
+    mesh: ProcessResources
+    zygote: ProcessResources
 
     @property
     def countable(self) -> tuple[int, ...]:
@@ -40,9 +40,9 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Cycles:
-    """``before`` is after the warm-up. ``ports``: the local ports that the tunnel had; ``left``: files in the runtime
-    folder when all was over."""
+class CycleReport:
+    """``before`` is after the warm-up. ``ports``: the local ports that the tunnel had; ``leftover_files``: files in the
+    runtime folder when all was over."""
 
     transport: str
     count: int
@@ -51,18 +51,18 @@ class Cycles:
     after: Snapshot
     ports: frozenset[int]
     reconnects: int
-    left: tuple[str, ...]
+    leftover_files: tuple[str, ...]
 
 
 async def churn(
     folder: Path, runtime: Path, transport: TransportKind, *, cycles: int, warm_up: int, progress: Callable[[int], None]
-) -> Cycles:
+) -> CycleReport:
     """``runtime``: what XDG_RUNTIME_DIR is. Raises AssertionError when a cycle does not do what it should."""
     async with Sshd(folder / "sshd", {"LogLevel": "ERROR"}) as sshd, serving(_echo) as target, WorkerPool() as workers:
         spec = NodeSpec(
             "churned", BackendSpec(targets=(Target("127.0.0.1", target),)), ssh=sshd.spec(transport=transport)
         )
-        async with running(open_tunnel(spec, workers=workers, on_change=lambda _: None)) as tunnel:
+        async with run_tunnel(open_tunnel(spec, workers=workers, on_change=lambda _: None)) as tunnel:
             for _ in range(warm_up):
                 await _cycle(tunnel, sshd)
                 gc.collect()
@@ -81,7 +81,7 @@ async def churn(
             after = await _settled(before)
             reconnects = tunnel.state.reconnects - reconnects
     left = tuple(str(path.relative_to(runtime)) for path in runtime.rglob("*") if not path.is_dir())
-    return Cycles(transport.value, cycles, seconds, before, after, frozenset(ports), reconnects, left)
+    return CycleReport(transport.value, cycles, seconds, before, after, frozenset(ports), reconnects, left)
 
 
 async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
@@ -97,7 +97,7 @@ async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
     command = asyncio.create_task(_endless(tunnel))
     await asyncio.sleep(0)
     sshd.kill_sessions()
-    await until(lambda: tunnel.state.state is not TunnelPhase.UP, "the kill noticed")
+    await wait_until(lambda: tunnel.state.state is not TunnelPhase.UP, "the kill noticed")
     async with asyncio.timeout(SETTLE_S):
         for reader, writer in streams:
             with contextlib.suppress(ConnectionError):
@@ -107,7 +107,7 @@ async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
                 await writer.wait_closed()
         await command
     # A host that flaps like this is backed off from, up to 30 s each time; a person who says "now" is obeyed.
-    tunnel.nudge()
+    tunnel.retry_now()
     return port
 
 
@@ -138,7 +138,7 @@ async def _settled(wanted: Snapshot | None) -> Snapshot:
 def _snapshot() -> Snapshot:
     gc.collect()
     (zygote,) = belongings.zygotes(os.getpid())
-    return Snapshot(Belongings.of(os.getpid()), Belongings.of(zygote))
+    return Snapshot(ProcessResources.of(os.getpid()), ProcessResources.of(zygote))
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

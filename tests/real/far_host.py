@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpumesh.lab import profile
-from gpumesh.lab.host import Start
+from gpumesh.lab.host import HostStart
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels import hostkeys, transports
 from gpumesh.wire import to_json
@@ -26,9 +26,9 @@ START_S = 30.0
 ESTABLISHED = "01"  # as /proc/net/tcp has it
 
 
-def lively(name: str) -> profile.HostProfile:
+def lively_host(name: str) -> profile.HostProfile:
     """A host that answers within half a second, to many at once."""
-    return profile.host(
+    return profile.make_host(
         name,
         tokens_per_s=150.0,
         prefill_tokens_per_s=None,
@@ -74,7 +74,7 @@ class FarHost:
         """Records its key for these nodes, as `gpumesh trust` does."""
         for node in nodes:
             key = await transports.fetch_host_key(node, self.sshd.spec())
-            hostkeys.record(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
+            hostkeys.record_host_key(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
 
     # -- its Ollama --------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class FarHost:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        start = Start(lively("far"), host_key="", authorized=(), backend_port=OLLAMA)
+        start = HostStart(lively_host("far"), host_key="", authorized=(), backend_port=OLLAMA)
         process.stdin.write(json.dumps(to_json(start)).encode() + b"\n")
         async with asyncio.timeout(START_S):
             reply = await process.stdout.readline()

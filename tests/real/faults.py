@@ -19,9 +19,9 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import AddressCommand, BackendSpec, GatewaySpec, NodeSpec, Target, Topology, TransportKind
 from tests.real import belongings
-from tests.real.far_host import MODEL, FarHost, lively
-from tests.real.load import Load, Seen, Watch
-from tests.tunnels.polling import until
+from tests.real.far_host import MODEL, FarHost, lively_host
+from tests.real.load import Load, NodeObservation, NodeWatch
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import keygen
 
 VICTIMS = tuple(kind.value for kind in TransportKind)
@@ -41,7 +41,7 @@ class NoticedBy(StrEnum):
 
 
 @dataclass(frozen=True)
-class Line:
+class NetworkLine:
     """The way to the host is long and loses packets, each way; and there is no other host to go to."""
 
     round_trip_s: float
@@ -49,179 +49,184 @@ class Line:
 
 
 @dataclass
-class Stage:
+class FaultSetup:
     """A host whose node is there once for each transport (``VICTIMS``), and another host, which stays well; a mesh and
     a gateway over all of them; clients at work."""
 
     folder: Path
     host: FarHost
     mesh: Mesh
-    watch: Watch
+    watch: NodeWatch
     load: Load
     holding: list[asyncio.StreamWriter] = field(default_factory=list)
 
     def nudge(self) -> None:
         for node in VICTIMS:
-            self.mesh.tunnel(node).nudge()
+            self.mesh.tunnel(node).retry_now()
 
 
-Act = Callable[[Stage], Awaitable[None]]
+FaultAction = Callable[[FaultSetup], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Fault:
-    """``becomes``: the error code that the tunnel shows before it is over. ``lift`` ends it, and recovery counts from
-    there; without one the host is well again at once, and recovery counts from ``strike``. ``tidy`` comes last."""
+class InjectedFault:
+    """``error_code``: the error code that the tunnel shows before it is over. ``lift`` ends it, and recovery counts
+    from there; without one the host is well again at once, and recovery counts from ``strike``. ``cleanup`` comes
+    last."""
 
     name: str
-    strike: Act
-    lift: Act | None = None
-    becomes: str = "tunnel-lost"
+    strike: FaultAction
+    lift: FaultAction | None = None
+    error_code: str = "tunnel-lost"
     noticed_by: NoticedBy = NoticedBy.TUNNEL
     goal_s: float = 1.0
     lasts_s: float = 0.0
-    tidy: Act | None = None
-    line: Line | None = None
+    cleanup: FaultAction | None = None
+    line: NetworkLine | None = None
 
 
 # -- how each comes and goes -----------------------------------------------------------------------------------------
 
 
-async def nothing(stage: Stage) -> None:
+async def do_nothing(stage: FaultSetup) -> None:
     """It is there from the start."""
 
 
-async def kill_sessions(stage: Stage) -> None:
+async def kill_sessions(stage: FaultSetup) -> None:
     await stage.host.kill_sessions()
 
 
-async def kill_listener(stage: Stage) -> None:
+async def kill_listener(stage: FaultSetup) -> None:
     await stage.host.kill_listener()
 
 
-async def kill_sshd(stage: Stage) -> None:
+async def kill_sshd(stage: FaultSetup) -> None:
     await stage.host.kill_listener()
     await stage.host.kill_sessions()
 
 
-async def start_sshd(stage: Stage) -> None:
+async def start_sshd(stage: FaultSetup) -> None:
     await stage.host.sshd.start()
 
 
-async def freeze_sessions(stage: Stage) -> None:
+async def freeze_sessions(stage: FaultSetup) -> None:
     stage.host.signal(stage.host.sessions(), signal.SIGSTOP)
 
 
-async def thaw_sessions(stage: Stage) -> None:
+async def thaw_sessions(stage: FaultSetup) -> None:
     stage.host.signal(stage.host.sessions(), signal.SIGCONT)
 
 
-async def freeze_sshd(stage: Stage) -> None:
+async def freeze_sshd(stage: FaultSetup) -> None:
     stage.host.signal({stage.host.listener}, signal.SIGSTOP)
     await freeze_sessions(stage)
 
 
-async def thaw_sshd(stage: Stage) -> None:
+async def thaw_sshd(stage: FaultSetup) -> None:
     stage.host.signal({stage.host.listener}, signal.SIGCONT)
     await thaw_sessions(stage)
 
 
-async def reset(stage: Stage) -> None:
+async def reset(stage: FaultSetup) -> None:
     await stage.host.net.reset(stage.host.sshd.port)
 
 
-async def swallow(stage: Stage) -> None:
+async def swallow(stage: FaultSetup) -> None:
     await stage.host.net.swallow()
 
 
-async def heal(stage: Stage) -> None:
+async def heal(stage: FaultSetup) -> None:
     await stage.host.net.heal()
 
 
-async def pull_out(stage: Stage) -> None:
+async def pull_out(stage: FaultSetup) -> None:
     await stage.host.net.pull_out()
 
 
-async def plug_in(stage: Stage) -> None:
+async def plug_in(stage: FaultSetup) -> None:
     await stage.host.net.plug_in()
 
 
-async def move_port(stage: Stage) -> None:
+async def move_port(stage: FaultSetup) -> None:
     stage.host.sshd.port += 1
-    tell_address(stage.folder, stage.host.sshd.address, stage.host.sshd.port)
+    publish_address(stage.folder, stage.host.sshd.address, stage.host.sshd.port)
     await stage.host.restart_sshd()
 
 
-async def change_key(stage: Stage) -> None:
+async def change_key(stage: FaultSetup) -> None:
     sshd = stage.host.sshd
     sshd.host_key = keygen(sshd.folder / "another_host_key")
     await stage.host.restart_sshd()
 
 
-async def trust(stage: Stage) -> None:
+async def trust(stage: FaultSetup) -> None:
     await stage.host.trust(*VICTIMS)
     stage.nudge()
 
 
-async def exhaust_logins(stage: Stage) -> None:
+async def exhaust_logins(stage: FaultSetup) -> None:
     """As many connections that never log in as sshd takes; then those that had logged in are cut."""
     logged_in = stage.host.sessions()
     connected = stage.host.connections()
     for _ in range(LOGINS):
         _, writer = await asyncio.open_connection(stage.host.sshd.address, stage.host.sshd.port)
         stage.holding.append(writer)
-    await until(lambda: stage.host.connections() >= connected + LOGINS, "sshd's places for logins all taken")
+    await wait_until(lambda: stage.host.connections() >= connected + LOGINS, "sshd's places for logins all taken")
     stage.host.signal(logged_in, signal.SIGKILL)
 
 
-async def free_logins(stage: Stage) -> None:
+async def free_logins(stage: FaultSetup) -> None:
     while stage.holding:
         stage.holding.pop().close()
 
 
-async def forbid_forwarding(stage: Stage) -> None:
+async def forbid_forwarding(stage: FaultSetup) -> None:
     await stage.host.restart_sshd(AllowTcpForwarding="no")
 
 
-async def allow_forwarding(stage: Stage) -> None:
+async def allow_forwarding(stage: FaultSetup) -> None:
     await stage.host.restart_sshd(AllowTcpForwarding="yes")
     stage.nudge()
 
 
-async def stop_ollama(stage: Stage) -> None:
+async def stop_ollama(stage: FaultSetup) -> None:
     await stage.host.stop_ollama()
 
 
-async def start_ollama(stage: Stage) -> None:
+async def start_ollama(stage: FaultSetup) -> None:
     await stage.host.start_ollama()
 
 
-async def kill_workers(stage: Stage) -> None:
+async def kill_workers(stage: FaultSetup) -> None:
     stage.host.signal(belongings.workers(os.getpid()), signal.SIGKILL)
 
 
-async def kill_zygote(stage: Stage) -> None:
+async def kill_zygote(stage: FaultSetup) -> None:
     stage.host.signal(belongings.zygotes(os.getpid()), signal.SIGKILL)
 
 
 FAULTS = (
-    Fault("sshd's session killed (kill -9)", kill_sessions),
-    Fault("sshd's listener killed (kill -9)", kill_listener, start_sshd, noticed_by=NoticedBy.NOBODY, lasts_s=5.0),
-    Fault("sshd killed, listener and sessions", kill_sshd, start_sshd, becomes="connect-refused"),
-    Fault("sshd's session frozen (SIGSTOP)", freeze_sessions, goal_s=5.0, tidy=thaw_sessions),
-    Fault("the host hangs (all of sshd frozen)", freeze_sshd, thaw_sshd, goal_s=5.0),
-    Fault("connection reset (RST)", reset),
-    Fault("black hole, both ways", swallow, heal, goal_s=5.0),
-    Fault("outage", swallow, heal, goal_s=5.0, lasts_s=6.0),
-    Fault("200 ms, 5 % of packets lost", nothing, noticed_by=NoticedBy.NOBODY, lasts_s=15.0, line=Line(0.2, 50)),
-    Fault("cable pulled, and plugged in again", pull_out, plug_in, goal_s=5.0),
-    Fault("port moved (a pod restarted)", move_port),
-    Fault("host key changed", change_key, trust, becomes="host-key-changed"),
-    Fault("MaxStartups reached", exhaust_logins, free_logins, becomes="connect-refused"),
-    Fault("AllowTcpForwarding no", forbid_forwarding, allow_forwarding, becomes="forwarding-forbidden"),
-    Fault("Ollama killed and started again", stop_ollama, start_ollama, noticed_by=NoticedBy.BACKEND),
-    Fault("our tunnel processes killed (kill -9)", kill_workers),
-    Fault("the process that starts them killed, too", kill_zygote),
+    InjectedFault("sshd's session killed (kill -9)", kill_sessions),
+    InjectedFault(
+        "sshd's listener killed (kill -9)", kill_listener, start_sshd, noticed_by=NoticedBy.NOBODY, lasts_s=5.0
+    ),
+    InjectedFault("sshd killed, listener and sessions", kill_sshd, start_sshd, error_code="connect-refused"),
+    InjectedFault("sshd's session frozen (SIGSTOP)", freeze_sessions, goal_s=5.0, cleanup=thaw_sessions),
+    InjectedFault("the host hangs (all of sshd frozen)", freeze_sshd, thaw_sshd, goal_s=5.0),
+    InjectedFault("connection reset (RST)", reset),
+    InjectedFault("black hole, both ways", swallow, heal, goal_s=5.0),
+    InjectedFault("outage", swallow, heal, goal_s=5.0, lasts_s=6.0),
+    InjectedFault(
+        "200 ms, 5 % of packets lost", do_nothing, noticed_by=NoticedBy.NOBODY, lasts_s=15.0, line=NetworkLine(0.2, 50)
+    ),
+    InjectedFault("cable pulled, and plugged in again", pull_out, plug_in, goal_s=5.0),
+    InjectedFault("port moved (a pod restarted)", move_port),
+    InjectedFault("host key changed", change_key, trust, error_code="host-key-changed"),
+    InjectedFault("MaxStartups reached", exhaust_logins, free_logins, error_code="connect-refused"),
+    InjectedFault("AllowTcpForwarding no", forbid_forwarding, allow_forwarding, error_code="forwarding-forbidden"),
+    InjectedFault("Ollama killed and started again", stop_ollama, start_ollama, noticed_by=NoticedBy.BACKEND),
+    InjectedFault("our tunnel processes killed (kill -9)", kill_workers),
+    InjectedFault("the process that starts them killed, too", kill_zygote),
 )
 
 
@@ -229,7 +234,7 @@ FAULTS = (
 
 
 @dataclass(frozen=True)
-class Result:
+class FaultResult:
     """Of one fault on one node. ``noticed_s``: until the mesh gave it no more requests. ``recovered_s``: from the
     fault's end until it got requests again. ``None``: never, which is right where nobody should notice."""
 
@@ -244,13 +249,13 @@ class Result:
     slowest_s: float
 
 
-def tell_address(folder: Path, host: str, port: int) -> None:
+def publish_address(folder: Path, host: str, port: int) -> None:
     """What ``address_from`` prints from now on."""
     (folder / "address").write_text(f"{host} {port}\n")
 
 
 @contextlib.asynccontextmanager
-async def staged(folder: Path, *, line: Line | None = None, clients: int = 8) -> AsyncIterator[Stage]:
+async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients: int = 8) -> AsyncIterator[FaultSetup]:
     """When both transports are up and the clients have had their first answers."""
     async with contextlib.AsyncExitStack() as stack:
         host = FarHost(folder)
@@ -261,23 +266,23 @@ async def staged(folder: Path, *, line: Line | None = None, clients: int = 8) ->
         if line is not None:
             far = host.net.long_line(round_trip_s=line.round_trip_s, lost_of_1000=line.lost_of_1000)
             address = await stack.enter_async_context(far)
-        tell_address(folder, address, host.sshd.port)
+        publish_address(folder, address, host.sshd.port)
         where = AddressCommand(("cat", str(folder / "address")))
         nodes = [host.node(kind.value, kind, address_from=where) for kind in TransportKind]
         if line is None:
-            steady = await stack.enter_async_context(LabHost(lively(STEADY), folder, authorized=()))
+            steady = await stack.enter_async_context(LabHost(lively_host(STEADY), folder, authorized=()))
             nodes.append(NodeSpec(STEADY, BackendSpec(targets=(Target("127.0.0.1", steady.backend_port),))))
         topology = Topology("chaos", tuple(nodes), GatewaySpec(port=0, default_model=MODEL))
         mesh = await stack.enter_async_context(Mesh(topology))
         gateway = await stack.enter_async_context(Gateway(mesh, drain_s=1.0))
-        await until(lambda: len(mesh.usable()) == len(nodes), "all nodes usable")
-        watch = await stack.enter_async_context(Watch(mesh, list(VICTIMS)).running())
+        await wait_until(lambda: len(mesh.usable_nodes()) == len(nodes), "all nodes usable")
+        watch = await stack.enter_async_context(NodeWatch(mesh, list(VICTIMS)).running())
         load = await stack.enter_async_context(Load(gateway.url, MODEL).running(clients))
-        await load.some_more(2 * clients)
-        yield Stage(folder, host, mesh, watch, load)
+        await load.wait_for_answers(2 * clients)
+        yield FaultSetup(folder, host, mesh, watch, load)
 
 
-async def play(stage: Stage, fault: Fault) -> list[Result]:
+async def run_fault(stage: FaultSetup, fault: InjectedFault) -> list[FaultResult]:
     """The fault, from before it to after it, with requests all the time. Raises ``TimeoutError`` when something that
     must come does not come within ``BOUND_S``."""
     before = {node: stage.watch.now(node) for node in VICTIMS}
@@ -292,11 +297,11 @@ async def play(stage: Stage, fault: Fault) -> list[Result]:
         await fault.lift(stage)
         lifted = time.monotonic()
     recovered = {node: await _recovered(stage, node, noticed[node], lifted) for node in VICTIMS}
-    if fault.tidy is not None:
-        await fault.tidy(stage)
-    await stage.load.some_more(20)
+    if fault.cleanup is not None:
+        await fault.cleanup(stage)
+    await stage.load.wait_for_answers(20)
     return [
-        Result(
+        FaultResult(
             fault=fault.name,
             transport=node,
             noticed_s=_between(began, noticed[node]),
@@ -311,13 +316,13 @@ async def play(stage: Stage, fault: Fault) -> list[Result]:
     ]
 
 
-async def _noticed(stage: Stage, fault: Fault, node: str, began: float) -> Seen | None:
+async def _noticed(stage: FaultSetup, fault: InjectedFault, node: str, began: float) -> NodeObservation | None:
     """The first sign of it, once the node shows its true reason."""
 
-    def is_the_reason(seen: Seen) -> bool:
-        return seen.code == fault.becomes
+    def is_the_reason(seen: NodeObservation) -> bool:
+        return seen.code == fault.error_code
 
-    def is_down(seen: Seen) -> bool:
+    def is_down(seen: NodeObservation) -> bool:
         return seen.phase is not TunnelPhase.UP
 
     if fault.noticed_by is NoticedBy.NOBODY:
@@ -329,7 +334,9 @@ async def _noticed(stage: Stage, fault: Fault, node: str, began: float) -> Seen 
     return stage.watch.first(node, began, is_down)
 
 
-async def _recovered(stage: Stage, node: str, noticed: Seen | None, lifted: float) -> Seen | None:
+async def _recovered(
+    stage: FaultSetup, node: str, noticed: NodeObservation | None, lifted: float
+) -> NodeObservation | None:
     if noticed is None:
         return None
     since = max(noticed.at, lifted)
@@ -338,5 +345,5 @@ async def _recovered(stage: Stage, node: str, noticed: Seen | None, lifted: floa
     )
 
 
-def _between(moment: float, seen: Seen | None) -> float | None:
+def _between(moment: float, seen: NodeObservation | None) -> float | None:
     return None if seen is None else seen.at - moment

@@ -78,8 +78,8 @@ class RealHost:
     def __post_init__(self) -> None:
         programs = self.folder / "bin"
         programs.mkdir(parents=True)
-        self.gpu_says("ok")
-        self.gpu_is_named(GPU)
+        self.set_smi_mode("ok")
+        self.set_gpu_name(GPU)
         script = programs / "nvidia-smi"
         script.write_text(
             _NVIDIA_SMI.format(
@@ -95,11 +95,11 @@ class RealHost:
     def uuid(self) -> str:
         return f"GPU-00000000-0000-4000-8000-{self.name.encode().hex()[:12]:0>12}"
 
-    def gpu_says(self, mode: str) -> None:
+    def set_smi_mode(self, mode: str) -> None:
         """``ok``, or ``hang``: nvidia-smi never answers."""
         (self.folder / "mode").write_text(mode)
 
-    def gpu_is_named(self, name: str) -> None:
+    def set_gpu_name(self, name: str) -> None:
         (self.folder / "name").write_text(name)
 
     def node(self, **changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from gpumesh.daemon.async_generators import closing
+from gpumesh.daemon.async_generators import closing_iterator
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 
@@ -53,7 +53,7 @@ class Load:
             try:
                 async with http.post(f"{self.url}/api/chat", json=body) as answer:
                     text = await answer.text()
-                    wrong = what_is_wrong(answer.status, text)
+                    wrong = find_problem(answer.status, text)
             except (aiohttp.ClientError, TimeoutError) as error:
                 wrong = f"{type(error).__name__}: {error}"
             self.answers += 1
@@ -61,14 +61,14 @@ class Load:
             if wrong is not None:
                 self.failures.append(f"{'stream' if stream else 'whole'}: {wrong}")
 
-    async def some_more(self, count: int) -> None:
+    async def wait_for_answers(self, count: int) -> None:
         """Returns when so many more requests have been answered."""
         wanted = self.answers + count
         while self.answers < wanted:
             await asyncio.sleep(0.02)
 
 
-def what_is_wrong(status: int, text: str) -> str | None:
+def find_problem(status: int, text: str) -> str | None:
     """``None`` for an answer that is complete."""
     if status != 200:
         return f"{status} {text[:200]}"
@@ -82,7 +82,7 @@ def what_is_wrong(status: int, text: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Seen:
+class NodeObservation:
     """A node at a moment (monotonic, s). ``usable``: the balancer gives it requests."""
 
     at: float
@@ -93,15 +93,15 @@ class Seen:
     port: int | None
 
 
-class Watch:
+class NodeWatch:
     """Notes each change of some nodes of a mesh."""
 
     def __init__(self, mesh: Mesh, nodes: list[str]) -> None:
         self._mesh = mesh
-        self.seen: dict[str, list[Seen]] = {node: [self._look(node)] for node in nodes}
+        self.seen: dict[str, list[NodeObservation]] = {node: [self._look(node)] for node in nodes}
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Watch]:
+    async def running(self) -> AsyncIterator[NodeWatch]:
         task = asyncio.create_task(self._note())
         try:
             yield self
@@ -111,26 +111,30 @@ class Watch:
                 await task
 
     async def _note(self) -> None:
-        async with closing(self._mesh.changes()) as changes:
+        async with closing_iterator(self._mesh.watch_changes()) as changes:
             async for _ in changes:
                 for node, seen in self.seen.items():
                     now = self._look(node)
                     if (now.phase, now.code, now.usable) != (seen[-1].phase, seen[-1].code, seen[-1].usable):
                         seen.append(now)
 
-    def _look(self, node: str) -> Seen:
+    def _look(self, node: str) -> NodeObservation:
         state = self._mesh.tunnel(node).state
-        usable = node in self._mesh.usable()
-        return Seen(time.monotonic(), state.state, state.error_code, usable, state.reconnects, state.local_port)
+        usable = node in self._mesh.usable_nodes()
+        return NodeObservation(
+            time.monotonic(), state.state, state.error_code, usable, state.reconnects, state.local_port
+        )
 
-    def now(self, node: str) -> Seen:
+    def now(self, node: str) -> NodeObservation:
         return self._look(node)
 
-    def first(self, node: str, since: float, condition: Callable[[Seen], bool]) -> Seen | None:
+    def first(self, node: str, since: float, condition: Callable[[NodeObservation], bool]) -> NodeObservation | None:
         """The first note after ``since`` for which ``condition`` holds."""
         return next((one for one in self.seen[node] if one.at >= since and condition(one)), None)
 
-    async def wait(self, node: str, since: float, condition: Callable[[Seen], bool], *, within_s: float) -> Seen:
+    async def wait(
+        self, node: str, since: float, condition: Callable[[NodeObservation], bool], *, within_s: float
+    ) -> NodeObservation:
         """As ``first``, when there is one. Raises ``TimeoutError`` with what was seen instead."""
         ends = time.monotonic() + within_s
         while (found := self.first(node, since, condition)) is None:

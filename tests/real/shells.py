@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from tests.real.command import GPUMESH, Gpumesh, Terminal, take_terminal
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 # What each reads when it starts; its prompt shows how many lines have run.
 _SET_UP = {
@@ -27,7 +27,7 @@ printf '%s' "$1" >"$HOME/count"
 
 
 @dataclass
-class Shell:
+class InteractiveShell:
     """``await shell.complete("run -m qw")`` gives the words that the shell makes of the line, after TAB and Enter."""
 
     gpumesh: Gpumesh
@@ -50,11 +50,11 @@ class Shell:
         await self._prompted()
 
     async def _prompted(self) -> None:
-        await until(lambda: f"ready{self.count}> " in self.terminal.text, "the prompt")
+        await wait_until(lambda: f"ready{self.count}> " in self.terminal.text, "the prompt")
 
 
 @contextlib.asynccontextmanager
-async def shell(gpumesh: Gpumesh, kind: str) -> AsyncIterator[Shell]:
+async def shell(gpumesh: Gpumesh, kind: str) -> AsyncIterator[InteractiveShell]:
     home = gpumesh.home
     (home / "bin").mkdir()
     (home / "bin/show").write_text(_SHOW)
@@ -78,10 +78,10 @@ async def shell(gpumesh: Gpumesh, kind: str) -> AsyncIterator[Shell]:
         raise
     finally:
         os.close(its_end)
-    made = Shell(gpumesh, Terminal(process, controller))
+    made = InteractiveShell(gpumesh, Terminal(process, controller))
     asyncio.get_running_loop().add_reader(controller, made.terminal.read)
     try:
-        await until(lambda: "ready0> " in made.terminal.text, f"{kind}'s prompt")
+        await wait_until(lambda: "ready0> " in made.terminal.text, f"{kind}'s prompt")
         yield made
     finally:
         asyncio.get_running_loop().remove_reader(controller)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from gpumesh.errors import ExitCode
-from tests.cli.meshes import command
+from tests.cli.meshes import isolated_command
 from tests.parts import needs
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels.sshd import Sshd
@@ -50,7 +50,7 @@ class Aliased:
 
 @pytest.fixture
 async def aliased(tmp_path: Path) -> AsyncIterator[Aliased]:
-    with command(tmp_path) as gpumesh:
+    with isolated_command(tmp_path) as gpumesh:
         async with Sshd(tmp_path / "host") as host, Sshd(tmp_path / "jump") as jump:
             jump.authorized_keys.write_text(host.authorized_keys.read_text())
             used = tmp_path / "used"

@@ -20,9 +20,9 @@ import pytest
 from gpumesh.state import TunnelPhase
 from tests.parts import needs
 from tests.real import belongings
-from tests.real.belongings import Belongings
-from tests.real.faults import FAULTS, VICTIMS, Fault, Line, NoticedBy, Stage, play, staged
-from tests.tunnels.polling import alive, children, until
+from tests.real.belongings import ProcessResources
+from tests.real.faults import FAULTS, VICTIMS, FaultSetup, InjectedFault, NetworkLine, NoticedBy, fault_setup, run_fault
+from tests.tunnels.polling import alive, children, wait_until
 
 pytestmark = [
     pytest.mark.real,
@@ -38,30 +38,32 @@ RECOVER_S = 30.0
 
 def held() -> tuple[int, int, list[str]]:
     """What this process has: descriptors, child processes, and threads, but for those of asyncio's own pool."""
-    mine = Belongings.of(os.getpid())
+    mine = ProcessResources.of(os.getpid())
     names = sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_"))
     return mine.fds, mine.children, names
 
 
 @contextlib.asynccontextmanager
-async def leaving_nothing(folder: Path, runtime: Path, *, line: Line | None = None) -> AsyncIterator[Stage]:
+async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | None = None) -> AsyncIterator[FaultSetup]:
     """A stage; when it is taken down, nothing is left of the mesh: no process, thread, descriptor or file."""
     before = held()
-    async with staged(folder, line=line) as stage:
+    async with fault_setup(folder, line=line) as stage:
         yield stage
         ours = {pid for zygote in belongings.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
-    await until(lambda: held() == before, f"{before} again")
+    await wait_until(lambda: held() == before, f"{before} again")
     assert not [pid for pid in ours if alive(pid)]
     assert [path for path in runtime.rglob("*") if not path.is_dir()] == []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-async def test_a_fault_is_noticed_and_mended_and_no_client_sees_it(fault: Fault, tmp_path: Path, runtime: Path) -> None:
+async def test_a_fault_is_noticed_and_mended_and_no_client_sees_it(
+    fault: InjectedFault, tmp_path: Path, runtime: Path
+) -> None:
     async with leaving_nothing(tmp_path, runtime, line=fault.line) as stage:
-        results = await play(stage, fault)
+        results = await run_fault(stage, fault)
         # Whatever was there of the old connections is gone, here and at the host.
-        await until(lambda: len(belongings.workers(os.getpid())) == len(VICTIMS), "no stale process here")
-        await until(lambda: stage.host.connections() == len(VICTIMS), "no stale connection at the host")
+        await wait_until(lambda: len(belongings.workers(os.getpid())) == len(VICTIMS), "no stale process here")
+        await wait_until(lambda: stage.host.connections() == len(VICTIMS), "no stale connection at the host")
     for result in results:
         assert result.failures == (), result
         assert result.answers >= 20, result
@@ -79,11 +81,11 @@ async def test_a_fault_is_noticed_and_mended_and_no_client_sees_it(fault: Fault,
 
 async def test_a_changed_host_key_is_not_accepted_by_trying_again(tmp_path: Path, runtime: Path) -> None:
     """It is failed, and says which command accepts the key."""
-    fault = next(fault for fault in FAULTS if fault.becomes == "host-key-changed")
+    fault = next(fault for fault in FAULTS if fault.error_code == "host-key-changed")
     async with leaving_nothing(tmp_path, runtime) as stage:
         await fault.strike(stage)
         for node in VICTIMS:
-            await stage.watch.wait(node, 0.0, lambda seen: seen.code == fault.becomes, within_s=NOTICE_S)
+            await stage.watch.wait(node, 0.0, lambda seen: seen.code == fault.error_code, within_s=NOTICE_S)
         again = time.monotonic()
         stage.nudge()
         for node in VICTIMS:
@@ -91,6 +93,6 @@ async def test_a_changed_host_key_is_not_accepted_by_trying_again(tmp_path: Path
             failed = await stage.watch.wait(
                 node, again, lambda seen: seen.phase is TunnelPhase.FAILED, within_s=NOTICE_S
             )
-            assert failed.code == fault.becomes
+            assert failed.code == fault.error_code
             assert "gpumesh trust" in (stage.mesh.tunnel(node).state.hint or "")
             assert stage.watch.first(node, again, lambda seen: seen.phase is TunnelPhase.UP) is None

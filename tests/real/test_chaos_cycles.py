@@ -28,4 +28,4 @@ async def test_killed_and_recovered_25_times(tmp_path: Path, runtime: Path, tran
     assert len(result.ports) == 1, "the local port stays"
     assert result.after.mesh.countable == result.before.mesh.countable
     assert result.after.zygote.countable == result.before.zygote.countable
-    assert result.left == ()
+    assert result.leftover_files == ()

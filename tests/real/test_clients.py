@@ -16,7 +16,7 @@ import pytest
 
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import GatewaySpec, PolicyKind
-from tests.gateway.fleet import MODEL, Running, running
+from tests.gateway.fleet import MODEL, RunningGateway, serve_hosts
 
 pytestmark = pytest.mark.real
 
@@ -32,9 +32,9 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Running]:
+async def fleet() -> AsyncIterator[RunningGateway]:
     # In turn, so that both nodes are met.
-    async with running(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as made:
+    async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as made:
         yield made
 
 
@@ -51,7 +51,7 @@ def weather(city: str) -> str:
 
 
 @pytest.fixture
-async def ollama_client(fleet: Running) -> AsyncIterator[ollama.AsyncClient]:
+async def ollama_client(fleet: RunningGateway) -> AsyncIterator[ollama.AsyncClient]:
     async with ollama.AsyncClient(host=fleet.gateway.url) as client:
         yield client
 
@@ -90,7 +90,7 @@ async def test_ollama_embeds_and_lists(ollama_client: ollama.AsyncClient) -> Non
     assert [model.model for model in (await ollama_client.ps()).models] == ["nomic-embed-text:latest"]
 
 
-async def test_ollama_changes_stores(fleet: Running, ollama_client: ollama.AsyncClient) -> None:
+async def test_ollama_changes_stores(fleet: RunningGateway, ollama_client: ollama.AsyncClient) -> None:
     steps = [step async for step in await ollama_client.pull("new:1b", stream=True)]
     assert steps[-1].status == "success"
     assert any(step.total and step.completed == step.total for step in steps)
@@ -105,14 +105,16 @@ async def test_ollama_changes_stores(fleet: Running, ollama_client: ollama.Async
     assert gone.value.status_code == 404
 
 
-async def test_ollama_sends_a_model_file(fleet: Running, ollama_client: ollama.AsyncClient, tmp_path: Path) -> None:
+async def test_ollama_sends_a_model_file(
+    fleet: RunningGateway, ollama_client: ollama.AsyncClient, tmp_path: Path
+) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(os.urandom(1 << 20))
     digest = await ollama_client.create_blob(file)
     assert all(digest in host.blobs for host in fleet.hosts.values())
 
 
-async def test_ollama_is_told_what_is_wrong(fleet: Running, ollama_client: ollama.AsyncClient) -> None:
+async def test_ollama_is_told_what_is_wrong(fleet: RunningGateway, ollama_client: ollama.AsyncClient) -> None:
     with pytest.raises(ollama.ResponseError, match="model 'nobody:1b' not found") as missing:
         await ollama_client.chat("nobody:1b", messages=SAID)
     assert missing.value.status_code == 404
@@ -135,7 +137,7 @@ ASKED: Any = SAID
 
 
 @pytest.fixture
-async def openai_client(fleet: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+async def openai_client(fleet: RunningGateway) -> AsyncIterator[openai.AsyncOpenAI]:
     url = f"{fleet.gateway.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
@@ -182,7 +184,7 @@ async def test_openai_embeds_and_lists(openai_client: openai.AsyncOpenAI) -> Non
     assert (await openai_client.models.retrieve("llama3.1:8b")).id == "llama3.1:8b"
 
 
-async def test_openai_is_told_what_is_wrong(fleet: Running, openai_client: openai.AsyncOpenAI) -> None:
+async def test_openai_is_told_what_is_wrong(fleet: RunningGateway, openai_client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nobody:1b"):
         await openai_client.chat.completions.create(model="nobody:1b", messages=ASKED)
     with pytest.raises(openai.NotFoundError):
@@ -199,7 +201,7 @@ async def test_openai_is_told_what_is_wrong(fleet: Running, openai_client: opena
 
 
 @pytest.fixture
-async def anthropic_client(fleet: Running) -> AsyncIterator[anthropic.AsyncAnthropic]:
+async def anthropic_client(fleet: RunningGateway) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with anthropic.AsyncAnthropic(base_url=fleet.gateway.url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -238,7 +240,7 @@ async def test_anthropic_is_told_what_is_wrong(anthropic_client: anthropic.Async
 
 async def test_each_client_sends_its_key_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
-    async with running(spec=GatewaySpec(api_key_env="GATEWAY_KEY")) as fleet:
+    async with serve_hosts(spec=GatewaySpec(api_key_env="GATEWAY_KEY")) as fleet:
         url = fleet.gateway.url
 
         async def ask_all(key: str) -> AsyncIterator[type[Exception] | None]:

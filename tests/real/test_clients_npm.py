@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.fleet import MODEL, running
+from tests.gateway.fleet import MODEL, serve_hosts
 from tests.parts import REASON, needs, program
 from tests.real.test_clients import run
 
@@ -36,7 +36,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_npm_ollama(script: Path) -> None:
     node = program("node")
     assert node is not None
-    async with running() as fleet:
+    async with serve_hosts() as fleet:
         out = await run(node, script, fleet.gateway.url, MODEL, "nomic-embed-text", env={})
         seen = json.loads(out)
         assert seen["chat"]["message"]["content"]

@@ -26,8 +26,8 @@ from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import MODEL, Running, node, serving
-from tests.mesh.servers import Exchange, Scripted, serve, whole
+from tests.gateway.fleet import MODEL, RunningGateway, node, serve_nodes
+from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
 from tests.parts import needs, program
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, needs("chromium"), pytest.mark.timeout(180)]
@@ -57,11 +57,11 @@ def script(collector: str) -> str:
 class Attack:
     """``page`` is a browser's tab at the attacker's site; ``loot`` what the host's script could tell."""
 
-    fleet: Running
+    fleet: RunningGateway
     browser: Any
     context: Any
     page: Any
-    site: Scripted
+    site: ScriptedServer
     loot: list[str]
     kind: list[str]
     asked: list[str]
@@ -87,7 +87,7 @@ async def attacked(**gateway: Any) -> AsyncIterator[Attack]:
         target = exchange.head.split(b" ", 2)[1].decode()
         if target.startswith("/loot?"):
             loot.append(unquote(target.removeprefix("/loot?")))
-        await exchange.send(whole(b"<!doctype html><title>evil</title>", kind="text/html"))
+        await exchange.send(whole_response(b"<!doctype html><title>evil</title>", kind="text/html"))
 
     async def host(exchange: Exchange) -> None:
         known: dict[bytes, Any] = {
@@ -97,7 +97,7 @@ async def attacked(**gateway: Any) -> AsyncIterator[Attack]:
         }
         path = exchange.head.split(b" ", 2)[1]
         if path in known:
-            await exchange.send(whole(json.dumps(known[path]).encode()))
+            await exchange.send(whole_response(json.dumps(known[path]).encode()))
             return
         asked.append(path.decode())
         code = script(collector.url)
@@ -108,14 +108,14 @@ async def attacked(**gateway: Any) -> AsyncIterator[Attack]:
         else:
             body = f"<!doctype html><script>{code}</script>"
         headers = b"Service-Worker-Allowed: /\r\nAccess-Control-Allow-Origin: *\r\nSet-Cookie: owned=1\r\n"
-        answer = whole(body.encode(), kind=kind[0]).replace(b"\r\n", b"\r\n" + headers, 1)
+        answer = whole_response(body.encode(), kind=kind[0]).replace(b"\r\n", b"\r\n" + headers, 1)
         await exchange.send(answer if kind[0] else answer.replace(b"Content-Type: \r\n", b""))
 
     async with AsyncExitStack() as stack:
         collector = await stack.enter_async_context(serve(site))
         server = await stack.enter_async_context(serve(host))
         fleet = await stack.enter_async_context(
-            serving((node("evil", server.url),), spec=GatewaySpec(**gateway), drain_s=1.0)
+            serve_nodes((node("evil", server.url),), spec=GatewaySpec(**gateway), drain_s=1.0)
         )
         browsers = await stack.enter_async_context(async_playwright())
         browser = await browsers.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
@@ -325,10 +325,10 @@ async def test_the_page_for_people_works_beside_it(attack: Attack) -> None:
 
 
 async def test_the_ends_of_tunnels_are_such_ports(tmp_path: Path) -> None:
-    async with Lab((profile.fast("one"),), tmp_path) as lab:
+    async with Lab((profile.make_instant_host("one"),), tmp_path) as lab:
         file = lab.write_config(tmp_path / "mesh.yaml")
         async with Mesh(config.load(file)) as mesh, Gateway(mesh, port=0) as gateway:
-            await mesh.first_report(20.0)
+            await mesh.wait_first_report(20.0)
             port = mesh.snapshot().node("one").tunnel.local_port
             assert port is not None
             async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:

@@ -22,7 +22,7 @@ from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab, LabHost
 from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.mesh import Mesh
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, pytest.mark.timeout(600)]
 
@@ -37,7 +37,7 @@ MOMENTS = (0.0, 0.02, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 def hosts() -> list[profile.HostProfile]:
     return [
-        profile.host(
+        profile.make_host(
             name,
             models=(ModelProfile("m:latest", continues=continues, resident=True),),
             tokens_per_s=RATE,
@@ -115,11 +115,14 @@ class Stage:
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     async with Lab(hosts(), tmp_path) as lab:
-        nodes = [host.node(backend={**host.node()["backend"], "max_parallel": STREAMS}) for host in lab.hosts.values()]
+        nodes = [
+            host.node_entry(backend={**host.node_entry()["backend"], "max_parallel": STREAMS})
+            for host in lab.hosts.values()
+        ]
         spread = {"policy": "least-loaded"}
         topology = config.load(lab.write_config(tmp_path / "mesh.yaml", nodes=nodes, gateway=spread))
         async with Mesh(topology) as mesh, Gateway(mesh) as gateway:
-            await until(lambda: len(mesh.usable()) == 3, "all three hosts are usable")
+            await wait_until(lambda: len(mesh.usable_nodes()) == 3, "all three hosts are usable")
             timeout = aiohttp.ClientTimeout(total=120.0)
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
@@ -159,7 +162,7 @@ async def test_no_stream_is_cut_and_no_text_is_lost_or_repeated(death: str, stag
         before = streams.continued
         asking = streams.all()
         try:
-            await until(lambda: streams.tokens >= moment * STREAMS * TOKENS, f"{moment:.0%} have come")  # noqa: B023
+            await wait_until(lambda: streams.tokens >= moment * STREAMS * TOKENS, f"{moment:.0%} have come")  # noqa: B023
             await how.strike(victim)
             got = await asking
         finally:
@@ -169,9 +172,9 @@ async def test_no_stream_is_cut_and_no_text_is_lost_or_repeated(death: str, stag
         assert wrong == [], f"at {moment:.0%}"
         if 0.1 < moment < 0.9:
             assert streams.continued > before, f"at {moment:.0%} no stream was on the victim"
-        stage.mesh.tunnel(VICTIM).nudge()  # one that dies so often is otherwise left alone for longer each time
-        await until(lambda: len(stage.mesh.usable()) == 3, "the victim is back")
-    books = stage.mesh.books
+        stage.mesh.tunnel(VICTIM).retry_now()  # one that dies so often is otherwise left alone for longer each time
+        await wait_until(lambda: len(stage.mesh.usable_nodes()) == 3, "the victim is back")
+    books = stage.mesh.request_counters
     assert (books.served, books.failed, books.cancelled) == (books.accepted, 0, 0)
     assert books.accepted == STREAMS * (1 + len(MOMENTS))
-    await until(lambda: all(node.load.in_flight == 0 for node in stage.mesh.snapshot().nodes), "no place is held")
+    await wait_until(lambda: all(node.load.in_flight == 0 for node in stage.mesh.snapshot().nodes), "no place is held")

@@ -22,7 +22,7 @@ from gpumesh.topology import TransportKind
 from tests.parts import needs
 from tests.real.belongings import workers, zygotes
 from tests.real.command import Gpumesh, write_config
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "ssh")]
@@ -89,7 +89,7 @@ async def up(gpumesh: Gpumesh) -> None:
 async def kill(gpumesh: Gpumesh, pid: int, *, but: set[int] = frozenset()) -> None:  # type: ignore[assignment]
     """It, and waits for all that ended with it; ``but`` are another's."""
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: not {one for one in gpumesh.processes() if alive(one)} - but, "all of it has ended")
+    await wait_until(lambda: not {one for one in gpumesh.processes() if alive(one)} - but, "all of it has ended")
 
 
 async def test_the_next_mesh_takes_away_what_a_killed_one_left_and_no_more(gpumesh: Gpumesh, sshd: Sshd) -> None:
@@ -134,7 +134,7 @@ async def test_killed_while_it_connects(gpumesh: Gpumesh, sshd: Sshd, command: l
         way = node(sshd, "a", TransportKind.OPENSSH, port=port, password_env="USER", connect_timeout="60s")
         killed = mesh(gpumesh, "killed", way)
         async with killed.started("up") as process:
-            await until(lambda: any(path.name == "ask" for path in gpumesh.sockets()), "it connects")
+            await wait_until(lambda: any(path.name == "ask" for path in gpumesh.sockets()), "it connects")
             await kill(killed, process.pid)
             await process.wait()
         assert folders(gpumesh)
@@ -178,6 +178,6 @@ async def anew(gpumesh: Gpumesh, pids: list[int]) -> None:
     before = folders(gpumesh)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    await until(lambda: len(folders(gpumesh) - before) == 2, "new connections have new folders")
-    await until(lambda: len(folders(gpumesh)) == 3, "the old ones are gone")
+    await wait_until(lambda: len(folders(gpumesh) - before) == 2, "new connections have new folders")
+    await wait_until(lambda: len(folders(gpumesh)) == 3, "the old ones are gone")
     await up(gpumesh)

@@ -14,12 +14,12 @@ import jsonschema
 import pytest
 
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from tests.parts import needs
 from tests.real.command import Gpumesh, write_config
 from tests.real.conftest import Backends
 from tests.real.hosts import DRIVER, GPU, UTILIZATION_PCT, VRAM_MIB, LlamaServer, RealHost, hosts
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "llama-server")]
 
@@ -89,7 +89,7 @@ async def test_up_status_run_down(
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", port)
     for host in two_hosts:
-        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+        await wait_until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
     assert "no mesh is running" in (await gpumesh("down", code=1)).err
 
 
@@ -141,7 +141,7 @@ async def test_run_streams_and_its_end_stops_the_generation(
             assert status["gateway"]["in_flight"] == 0
             assert status["nodes"][0]["load"]["in_flight"] == 0
             await alone("down")
-        await until(lambda: not alone.processes(), "all ended")
+        await wait_until(lambda: not alone.processes(), "all ended")
 
 
 async def test_up_in_the_foreground_ends_with_ctrl_c_and_leaves_nothing(
@@ -150,14 +150,14 @@ async def test_up_in_the_foreground_ends_with_ctrl_c_and_leaves_nothing(
     """On a terminal, whose Ctrl-C reaches all processes on it at once: a live table, then nothing."""
     async with gpumesh.terminal("up") as terminal:
         for host in two_hosts:
-            await terminal.shows(host.name)
-        await terminal.shows("4090")
+            await terminal.wait_for_text(host.name)
+        await terminal.wait_for_text("4090")
         again = await gpumesh("up", code=1)
         assert "already" in again.err
         answer = (await gpumesh("run", "--json", "-o", "num_predict=5", "Hello")).json()
         assert answer["error"] is None, "the other commands use it while it runs"
         terminal.press(b"\x03")
-        assert await terminal.ended() == 0
+        assert await terminal.wait_exit() == 0
     assert "Traceback" not in terminal.text
     await nothing_left(gpumesh, two_hosts)
 
@@ -188,9 +188,9 @@ async def test_a_mesh_that_is_killed_leaves_no_workers_and_is_no_obstacle(
     await gpumesh("up", "-d")
     assert len(gpumesh.processes()) > 1, "a process for each tunnel"
     os.kill(gpumesh.leader(), signal.SIGKILL)
-    await until(lambda: not gpumesh.processes(), "its workers ended with it")
+    await wait_until(lambda: not gpumesh.processes(), "its workers ended with it")
     for host in two_hosts:
-        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+        await wait_until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
     check_nodes(valid((await gpumesh("status", "--json")).json()), two_hosts, backends.model)
     await gpumesh("up", "-d")
     check_nodes(valid((await gpumesh("status", "--json")).json()), two_hosts, backends.model)
@@ -199,10 +199,10 @@ async def test_a_mesh_that_is_killed_leaves_no_workers_and_is_no_obstacle(
 
 
 async def nothing_left(gpumesh: Gpumesh, two_hosts: list[RealHost]) -> None:
-    await until(lambda: not gpumesh.processes(), "all its processes ended")
+    await wait_until(lambda: not gpumesh.processes(), "all its processes ended")
     assert gpumesh.sockets() == []
     for host in two_hosts:
-        await until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
+        await wait_until(lambda host=host: not host.sshd.children(), "sshd's sessions ended")  # type: ignore[misc]
 
 
 HOSTILE = "NVIDIA\x1b]0;owned\x07 \x1b[2J\x1b[1;1H\x1b[31mGeForce\u009b5m RTX\u202e 4090\x1b[?1049h"
@@ -210,20 +210,20 @@ OURS = re.compile(r"\x1b\[[0-9;]*m")  # colours, which are all that a table is w
 
 
 async def test_a_gpus_name_does_nothing_to_the_terminal(gpumesh: Gpumesh, two_hosts: list[RealHost]) -> None:
-    two_hosts[0].gpu_is_named(HOSTILE)
+    two_hosts[0].set_gpu_name(HOSTILE)
     for arguments in (["status"], ["status", "--verbose"], ["audit"], ["models", "list"]):
-        written = await gpumesh.on_terminal(*arguments)
+        written = await gpumesh.run_on_terminal(*arguments)
         rest = OURS.sub("", written)
         bad = [character for character in rest if not character.isprintable() and character not in "\r\n"]
         assert bad == [], arguments
-    written = await gpumesh.on_terminal("exec", "alpha", "--", "nvidia-smi", "--query-gpu=name")
+    written = await gpumesh.run_on_terminal("exec", "alpha", "--", "nvidia-smi", "--query-gpu=name")
     assert "GeForce" in written
     assert "\x1b" not in OURS.sub("", written)
     async with gpumesh.terminal("up") as terminal:
-        await terminal.shows("4090")
-        await terminal.shows("beta")
+        await terminal.wait_for_text("4090")
+        await terminal.wait_for_text("beta")
         terminal.press(b"\x03")
-        await terminal.ended()
+        await terminal.wait_exit()
     for sequence in ("\x1b]0;owned", "\x1b[2J\x1b[1;1H\x1b[31mG", "\u009b", "\u202e", "\x07"):
         assert sequence not in terminal.text
     (gpu,) = (await gpumesh("status", "--json")).json()["nodes"][0]["gpus"]
@@ -235,8 +235,8 @@ async def test_bench_agrees_with_the_set_rate(alone: Gpumesh, tmp_path: Path) ->
     """Through a real sshd, from a stand-in whose rate is exact: within 3 %."""
     rates = (100.0, 60.0)
     async with (
-        StandIn(profile.host("one", tokens_per_s=rates[0], load_s=0.0)) as one,
-        StandIn(profile.host("two", tokens_per_s=rates[1], load_s=0.0)) as two,
+        SimOllama(profile.make_host("one", tokens_per_s=rates[0], load_s=0.0)) as one,
+        SimOllama(profile.make_host("two", tokens_per_s=rates[1], load_s=0.0)) as two,
         hosts(tmp_path, [{"kind": "ollama", "port": one.port}, {"kind": "ollama", "port": two.port}]) as made,
     ):
         write_config(alone.config, [host.node() for host in made], model="qwen2.5:7b")

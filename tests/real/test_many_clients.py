@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from gpumesh.lab.ollama import StandIn
-from tests.gateway.fleet import MODEL, metric, quick
+from gpumesh.lab.ollama import SimOllama
+from tests.gateway.fleet import MODEL, metric, quick_host
 from tests.real.command import Gpumesh, write_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -23,7 +23,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "str
 
 async def test_hundreds_of_idle_connections_lock_nobody_out(alone: Gpumesh) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with StandIn(quick("a")) as host, AsyncExitStack() as stack:
+    async with SimOllama(quick_host("a")) as host, AsyncExitStack() as stack:
         write_config(alone.config, [{"name": "a", "backend": {"url": host.url}}], model=MODEL)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(USUAL, hard), hard))
         try:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from tests.parts import needs
-from tests.real.command import Ended, Gpumesh, write_config
+from tests.real.command import CommandResult, Gpumesh, write_config
 from tests.real.conftest import Backends
 from tests.real.hosts import LlamaServer, RealHost
 from tests.real.test_main_job import valid
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import keygen, serving
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240), needs("sshd", "llama-server")]
@@ -61,7 +61,7 @@ async def hung_in_connect(host: RealHost, model: Path) -> Nodes:
 
 @contextlib.asynccontextmanager
 async def hung_nvidia_smi(host: RealHost, model: Path) -> Nodes:
-    host.gpu_says("hang")
+    host.set_smi_mode("hang")
     yield host.node()
 
 
@@ -106,7 +106,7 @@ ILLNESSES = {
 }
 
 
-async def quick(gpumesh: Gpumesh, *arguments: str, code: int | None = 0) -> Ended:
+async def quick(gpumesh: Gpumesh, *arguments: str, code: int | None = 0) -> CommandResult:
     ended = await gpumesh(*arguments, code=code)
     # The command waits for seven seconds at most and works for one. Where many others want the cores, the second is
     # what grows: up to three for each core change nothing.
@@ -210,4 +210,4 @@ async def test_a_host_that_dies_under_load_costs_nothing(
         while not await healthy():
             await asyncio.sleep(0.2)
     await gpumesh("down")
-    await until(lambda: not gpumesh.processes(), "all ended")
+    await wait_until(lambda: not gpumesh.processes(), "all ended")

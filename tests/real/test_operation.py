@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from gpumesh.lab.ollama import StandIn
-from tests.gateway.fleet import MODEL, quick
+from gpumesh.lab.ollama import SimOllama
+from tests.gateway.fleet import MODEL, quick_host
 from tests.real.command import Gpumesh, write_config
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -25,7 +25,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 class Up:
     gpumesh: Gpumesh
     client: httpx.AsyncClient
-    hosts: dict[str, StandIn]
+    hosts: dict[str, SimOllama]
 
     async def chats(self, count: int) -> set[str]:
         """The nodes that answered."""
@@ -36,8 +36,8 @@ class Up:
 
 @pytest.fixture
 async def up(alone: Gpumesh) -> AsyncIterator[Up]:
-    profiles = [quick(name, tokens_per_s=60.0, answer_tokens=(4, 4), slots=4) for name in ("a", "b")]
-    async with StandIn(profiles[0]) as a, StandIn(profiles[1]) as b:
+    profiles = [quick_host(name, tokens_per_s=60.0, answer_tokens=(4, 4), slots=4) for name in ("a", "b")]
+    async with SimOllama(profiles[0]) as a, SimOllama(profiles[1]) as b:
         hosts = {"a": a, "b": b}
         nodes = [{"name": name, "backend": {"url": host.url, "max_parallel": 4}} for name, host in hosts.items()]
         write_config(alone.config, nodes, model=MODEL)
@@ -50,7 +50,7 @@ async def up(alone: Gpumesh) -> AsyncIterator[Up]:
 
 async def test_drain_and_resume(up: Up) -> None:
     long = {**CHAT, "options": {"num_predict": 100}, "messages": [{"role": "user", "content": "a long one"}]}
-    up.hosts["a"].profile = quick("a", tokens_per_s=60.0, answer_tokens=(100, 100))
+    up.hosts["a"].profile = quick_host("a", tokens_per_s=60.0, answer_tokens=(100, 100))
     async with up.client.stream("POST", "/api/chat", json=long, headers={"X-GPUMesh-Node": "a"}) as begun:
         pieces = begun.aiter_lines()
         await anext(pieces)
@@ -72,13 +72,13 @@ async def test_drain_and_resume(up: Up) -> None:
 
 async def test_down_lets_what_is_in_flight_end(up: Up) -> None:
     for host in up.hosts.values():
-        host.profile = quick("x", tokens_per_s=60.0, answer_tokens=(120, 120))
+        host.profile = quick_host("x", tokens_per_s=60.0, answer_tokens=(120, 120))
     streams = [asyncio.create_task(up.client.post("/api/chat", json=CHAT)) for _ in range(4)]
-    await until(lambda: sum(host.counters.running for host in up.hosts.values()) == 4, "all run")
+    await wait_until(lambda: sum(host.counters.running for host in up.hosts.values()) == 4, "all run")
     await up.gpumesh("down")
     answers = [await stream for stream in streams]
     assert [json.loads(answer.text.splitlines()[-1])["done"] for answer in answers] == [True] * 4
-    await until(lambda: not up.gpumesh.processes(), "the mesh has ended")
+    await wait_until(lambda: not up.gpumesh.processes(), "the mesh has ended")
     with pytest.raises(httpx.ConnectError):
         await up.client.get("/healthz")
 

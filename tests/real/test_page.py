@@ -20,7 +20,10 @@ from tests.parts import needs, program
 pytestmark = [pytest.mark.real, pytest.mark.slow, needs("chromium"), pytest.mark.timeout(120)]
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>4090"
-HOSTS = (profile.fast("one"), replace(profile.fast("two"), gpus=(profile.gpu("two", name=HOSTILE),)))
+HOSTS = (
+    profile.make_instant_host("one"),
+    replace(profile.make_instant_host("two"), gpus=(profile.make_gpu("two", name=HOSTILE),)),
+)
 PATIENCE_MS = 20_000.0
 
 
@@ -43,7 +46,7 @@ async def opened(folder: Path, **gateway: Any) -> AsyncIterator[Open]:
         file = lab.write_config(folder / "mesh.yaml", gateway=gateway)
         async with Mesh(config.load(file)) as mesh, AsyncExitStack() as serving, async_playwright() as browsers:
             served = await serving.enter_async_context(Gateway(mesh))
-            await mesh.first_report(20.0)
+            await mesh.wait_first_report(20.0)
             browser = await browsers.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
             try:
                 page = await browser.new_page()

@@ -13,7 +13,7 @@ import pytest
 from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.gateway.app import Gateway
 from gpumesh.topology import BackendKind
-from tests.mesh.meshes import meshed, node
+from tests.mesh.meshes import mesh_of_nodes, node
 from tests.parts import needs
 from tests.real.hosts import LlamaServer
 
@@ -63,7 +63,11 @@ async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.
             node("one", one.url, weight=100.0, kind=BackendKind.OPENAI, max_parallel=2),
             node("other", other.url, kind=BackendKind.OPENAI, max_parallel=2),
         )
-        async with meshed(*specs) as mesh, Gateway(mesh.mesh, port=0) as gateway, aiohttp.ClientSession() as http:
+        async with (
+            mesh_of_nodes(*specs) as mesh,
+            Gateway(mesh.mesh, port=0) as gateway,
+            aiohttp.ClientSession() as http,
+        ):
             want, figures = await read(http, other.url)
             assert len(want) == TOKENS
             got, last = await read(http, gateway.url, kill=one)
@@ -71,7 +75,7 @@ async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.
             assert last["usage"]["completion_tokens"] == figures["usage"]["completion_tokens"]
             assert last["gpumesh"]["continued"] == 1
             assert last["gpumesh"]["tokens_before"] >= TOKENS // 3
-            assert mesh.mesh.books.served == 1
+            assert mesh.mesh.request_counters.served == 1
             messages = tuple(Message(str(one["role"]), str(one["content"])) for one in ASKED["messages"])
             request = ChatRequest("tiny", messages, {"temperature": 0, "num_predict": TOKENS})
             assert "".join([chunk.text async for chunk in mesh.mesh.chat(request)]) == want

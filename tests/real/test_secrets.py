@@ -25,12 +25,12 @@ import pytest
 
 from gpumesh.errors import ExitCode
 from gpumesh.lab import keys
-from gpumesh.lab.host import SimHost, Start
+from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.topology import TransportKind
-from tests.cli.meshes import MODEL, quick
+from tests.cli.meshes import MODEL, quick_host
 from tests.parts import needs
-from tests.real.command import GPUMESH, Ended, Gpumesh
-from tests.tunnels.polling import until
+from tests.real.command import GPUMESH, CommandResult, Gpumesh
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "ssh")]
@@ -107,7 +107,7 @@ class Planted(Gpumesh):
     def environment(self, **changes: str) -> dict[str, str]:
         return {**super().environment(), **SECRETS, **changes}
 
-    async def __call__(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> Ended:
+    async def __call__(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> CommandResult:
         ended = await super().__call__(*arguments, stdin=stdin, code=code)
         self.said.append(f"$ gpumesh {' '.join(arguments)}\n{ended}")
         return ended
@@ -174,8 +174,8 @@ class Hosts:
 @pytest.fixture
 async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
     host_key = keys.new_key()
-    profile = quick("sim", password=SECRETS["HOST_PASSWORD"], slots=8)
-    async with SimHost(Start(profile, host_key, ())) as by_password, Sshd(tmp_path / "sshd") as by_key:
+    profile = quick_host("sim", password=SECRETS["HOST_PASSWORD"], slots=8)
+    async with SimHost(HostStart(profile, host_key, ())) as by_password, Sshd(tmp_path / "sshd") as by_key:
         locked = keygen(tmp_path / "locked", passphrase=SECRETS["KEY_PASSPHRASE"])
         by_key.authorized_keys.write_text(locked.with_suffix(".pub").read_text())
         assert by_password.ssh_port is not None
@@ -342,7 +342,7 @@ async def test_an_unset_variable_is_named(planted: Planted, hosts: Hosts) -> Non
     ended = await planted("exec", "a", "--", "true", code=None)
     assert ended.code not in (0, None)
     assert "NEVER_SET_BY_ANYBODY" in ended.err
-    await until(lambda: not planted.processes(), "all its processes ended")
+    await wait_until(lambda: not planted.processes(), "all its processes ended")
 
 
 class Environments:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.lab.profile import QWEN_7B
-from tests.cli.meshes import Simulated, command, quick, simulated
+from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
 from tests.parts import needs
 from tests.real.command import Gpumesh
 from tests.real.shells import SHELLS, shell
@@ -39,21 +39,23 @@ EXPANDED = ("zm x", "zn'x", "zo${HOME}", "zp*", "zq\\x", "zr\u00e9x", "~root", "
 
 @pytest.fixture
 def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
-    with command(tmp_path) as made:
+    with isolated_command(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
-async def mesh(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def mesh(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     models = tuple(replace(QWEN_7B, name=name) for name in (*HONEST, *HOSTILE, *EXPANDED))
-    async with simulated(gpumesh, quick("alpha", ssh=False, models=models), quick("beta", ssh=False)) as made:
+    async with simulated_mesh(
+        gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
+    ) as made:
         await gpumesh("up", "-d")
         yield made
         await gpumesh("down")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
-async def test_what_a_host_calls_its_models_never_runs(mesh: Simulated, kind: str) -> None:
+async def test_what_a_host_calls_its_models_never_runs(mesh: SimulatedMesh, kind: str) -> None:
     async with shell(mesh.gpumesh, kind) as shown:
         for name in HOSTILE:
             typed = name[:2]
@@ -65,7 +67,7 @@ async def test_what_a_host_calls_its_models_never_runs(mesh: Simulated, kind: st
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
-async def test_honest_names_complete(mesh: Simulated, kind: str) -> None:
+async def test_honest_names_complete(mesh: SimulatedMesh, kind: str) -> None:
     (mesh.gpumesh.home / "other mesh.yaml").touch()
     async with shell(mesh.gpumesh, kind) as shown:
         if kind == "bash":
@@ -84,7 +86,7 @@ async def test_honest_names_complete(mesh: Simulated, kind: str) -> None:
 
 
 @needs("zsh")
-async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: Simulated) -> None:
+async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: SimulatedMesh) -> None:
     """Typer's own evaluates what the program prints."""
     from typer import _completion_shared as shared
 
@@ -105,7 +107,7 @@ async def test_a_script_that_was_installed_long_ago_runs_nothing(mesh: Simulated
 
 
 @pytest.mark.parametrize("protocol", ["bash", "zsh", "fish", "powershell"])
-async def test_nothing_else_leaves_for_a_shell(mesh: Simulated, protocol: str) -> None:
+async def test_nothing_else_leaves_for_a_shell(mesh: SimulatedMesh, protocol: str) -> None:
     """What a completion that was installed long ago gets to see, in each shell's form."""
     gpumesh = mesh.gpumesh
     for line in ("gpumesh run -m ", "gpumesh models load ", "gpumesh run -m -", "gpumesh models load -- -"):

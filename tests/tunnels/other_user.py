@@ -41,7 +41,7 @@ else:
 """
 
 
-async def knock(place: int | str, *, uid: int = NOBODY, way: str = "ipv4") -> str:
+async def connect_as(place: int | str, *, uid: int = NOBODY, way: str = "ipv4") -> str:
     """``answer hello`` from an echo, ``reset``, or the name of another error.
 
     ``way``: ipv4, ipv6, mapped, unix, goes (sends and is gone), before (connects as who runs the tests, and is the

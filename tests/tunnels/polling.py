@@ -11,7 +11,7 @@ from pathlib import Path
 DEADLINE_S = 20.0
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Returns when ``condition`` holds; fails with ``what`` after ``DEADLINE_S``."""
     loop = asyncio.get_running_loop()
     ends = loop.time() + DEADLINE_S

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpumesh.state import TunnelPhase, TunnelState
-from gpumesh.topology import USUAL_TUNNELS, BackendSpec, NodeSpec, SshSpec, Target, TunnelsSpec
-from gpumesh.tunnels.supervisor import GRACE_S, Prompter, SshTunnel, running
+from gpumesh.topology import DEFAULT_TUNNELS, BackendSpec, NodeSpec, SshSpec, Target, TunnelsSpec
+from gpumesh.tunnels.supervisor import CLIENT_WAIT_S, Prompter, SshTunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
 
 @dataclass
-class Watched:
+class WatchedTunnel:
     """``states`` holds every state that it told of."""
 
     tunnel: SshTunnel
@@ -37,7 +37,7 @@ class Watched:
     def ports(self) -> list[int]:
         return [int(url.rpartition(":")[2]) for url in self.tunnel.urls.values()]
 
-    def has_been(self, *phases: TunnelPhase) -> bool:
+    def has_passed(self, *phases: TunnelPhase) -> bool:
         """Whether it went through these, in this order, others between them or not."""
         remaining = iter(self.phases)
         return all(phase in remaining for phase in phases)
@@ -53,15 +53,15 @@ def watched(
     ssh: SshSpec,
     *ports: int,
     ask: Prompter | None = None,
-    grace_s: float = GRACE_S,
-    tunnels: TunnelsSpec = USUAL_TUNNELS,
-) -> Watched:
+    grace_s: float = CLIENT_WAIT_S,
+    tunnels: TunnelsSpec = DEFAULT_TUNNELS,
+) -> WatchedTunnel:
     states: list[TunnelState] = []
     tunnel = SshTunnel(
         node(ssh, *ports), ssh, clock=time.monotonic, rng=random.Random(0), workers=pool, on_change=states.append,
-        ask=ask, grace_s=grace_s, tunnels=tunnels, mesh="home",
+        prompter=ask, client_wait_s=grace_s, tunnels_spec=tunnels, mesh_name="home",
     )  # fmt: skip
-    return Watched(tunnel, states)
+    return WatchedTunnel(tunnel, states)
 
 
 @contextlib.asynccontextmanager
@@ -70,11 +70,11 @@ async def supervised(
     ssh: SshSpec,
     *ports: int,
     ask: Prompter | None = None,
-    grace_s: float = GRACE_S,
-    tunnels: TunnelsSpec = USUAL_TUNNELS,
-) -> AsyncIterator[Watched]:
+    grace_s: float = CLIENT_WAIT_S,
+    tunnels: TunnelsSpec = DEFAULT_TUNNELS,
+) -> AsyncIterator[WatchedTunnel]:
     one = watched(pool, ssh, *ports, ask=ask, grace_s=grace_s, tunnels=tunnels)
-    async with running(one.tunnel):
+    async with run_tunnel(one.tunnel):
         yield one
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpumesh.errors import HostUnresolved
 from gpumesh.topology import AddressCommand
 from gpumesh.tunnels.address_command import ask_address, parse_address
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ async def test_what_it_started_is_ended(tmp_path: Path, cancelled: bool) -> None
     pids = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait"
     asking = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
-    await until(pids.exists, "the command's start")
+    await wait_until(pids.exists, "the command's start")
     started = [int(pid) for pid in pids.read_text().split()]
     assert all(alive(pid) for pid in started)
     if cancelled:
         asking.cancel()
     with pytest.raises((HostUnresolved, asyncio.CancelledError)):
         await asking
-    await until(lambda: not any(alive(pid) for pid in started), f"the end of {started}")
+    await wait_until(lambda: not any(alive(pid) for pid in started), f"the end of {started}")

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from gpumesh.tunnels.blocking import Deadline, call
+from gpumesh.tunnels.blocking import Deadline, run_in_thread
 
 
 class Clock:
@@ -21,26 +21,26 @@ def test_a_deadline_passes() -> None:
     deadline = Deadline(5.0, clock)
     assert deadline.remaining_s == 5.0
     clock.now += 4.0
-    assert (deadline.remaining_s, deadline.passed) == (1.0, False)
+    assert (deadline.remaining_s, deadline.expired) == (1.0, False)
     clock.now += 4.0
-    assert (deadline.remaining_s, deadline.passed) == (0.0, True)
+    assert (deadline.remaining_s, deadline.expired) == (0.0, True)
 
 
 def test_a_persons_time_does_not_count_up_to_a_bound() -> None:
     clock = Clock()
     deadline = Deadline(5.0, clock)
     clock.now += 1.0
-    with deadline.on_hold(60.0):
-        assert not deadline.passed
+    with deadline.paused(60.0):
+        assert not deadline.expired
         clock.now += 20.0
-        assert not deadline.passed
+        assert not deadline.expired
     assert deadline.remaining_s == 4.0
-    with deadline.on_hold(60.0):
+    with deadline.paused(60.0):
         clock.now += 61.0
     assert deadline.remaining_s == 3.0
 
     def fail() -> None:
-        with deadline.on_hold(60.0):
+        with deadline.paused(60.0):
             clock.now += 7.0
             raise KeyError
 
@@ -50,15 +50,15 @@ def test_a_persons_time_does_not_count_up_to_a_bound() -> None:
 
 
 async def test_a_call_gives_its_result_or_its_error() -> None:
-    assert await call(divmod, 7, 2) == (3, 1)
+    assert await run_in_thread(divmod, 7, 2) == (3, 1)
 
     def quit_all() -> None:
         raise SystemExit(3)
 
     with pytest.raises(ZeroDivisionError):
-        await call(divmod, 7, 0)
+        await run_in_thread(divmod, 7, 0)
     with pytest.raises(SystemExit):
-        await call(quit_all)
+        await run_in_thread(quit_all)
 
 
 async def test_a_call_that_hangs_keeps_nobody_waiting() -> None:
@@ -71,10 +71,10 @@ async def test_a_call_that_hangs_keeps_nobody_waiting() -> None:
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await call(hang)
+            await run_in_thread(hang)
     # Not from a pool: however many hang, another is not held up.
-    hanging = [asyncio.create_task(call(hang)) for _ in range(100)]
-    assert await asyncio.wait_for(call(divmod, 7, 2), 20) == (3, 1)
+    hanging = [asyncio.create_task(run_in_thread(hang)) for _ in range(100)]
+    assert await asyncio.wait_for(run_in_thread(divmod, 7, 2), 20) == (3, 1)
     go.set()
     async with asyncio.timeout(20):
         await left.wait()
@@ -85,7 +85,7 @@ def test_a_call_that_outlives_its_loop_ends_in_silence() -> None:
     go = threading.Event()
 
     async def leave() -> None:
-        task = asyncio.create_task(call(go.wait, 30))
+        task = asyncio.create_task(run_in_thread(go.wait, 30))
         await asyncio.sleep(0)
         task.cancel()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.forwarder import CHUNK, Forwarder, UnixRelay, close_with_reset, relay_to_unix
-from tests.tunnels.polling import until
+from gpumesh.tunnels.forwarder import CHUNK_BYTES, Forwarder, UnixRelay, close_with_reset, relay_to_unix
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import listener
 from tests.tunnels.traffic import echo, exchange
 
@@ -73,7 +73,7 @@ async def test_bytes_go_both_ways_and_nothing_is_left(local: socket.socket, tmp_
         big = bytes(range(256)) * 20_000
         answers = await asyncio.gather(*(exchange(port_of(local), big[number:]) for number in range(10)))
         assert answers == [big[number:] for number in range(10)]
-        await until(lambda: forwarder.connections == 0, "no connection left")
+        await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
 async def test_each_direction_ends_by_itself(local: socket.socket, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ async def test_each_direction_ends_by_itself(local: socket.socket, tmp_path: Pat
                 sock.shutdown(socket.SHUT_WR)
                 assert await heard == b"still here"
         assert said == b"all I have to say"
-        await until(lambda: forwarder.connections == 0, "no connection left")
+        await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
 async def test_a_client_that_does_not_read_stops_the_sender(local: socket.socket, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ async def test_a_client_that_does_not_read_stops_the_sender(local: socket.socket
             assert sent < total // 2  # what the kernel's buffers hold; we hold one CHUNK
             (link,) = forwarder._links
             assert isinstance(link, UnixRelay)
-            assert sum(len(one) for one in link._pending) <= 2 * CHUNK
+            assert sum(len(one) for one in link._pending) <= 2 * CHUNK_BYTES
             received = 0
             async with asyncio.timeout(30):
                 while piece := await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
@@ -194,7 +194,7 @@ async def _standstill(count: Callable[[], int], still_s: float = 0.3) -> None:
             last, since = count(), loop.time()
         return loop.time() - since > still_s
 
-    await until(stands, "a standstill")
+    await wait_until(stands, "a standstill")
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ async def test_nothing_listens_there(local: socket.socket, tmp_path: Path) -> No
     async with forwarding(local, tmp_path / "nobody") as forwarder:
         with pytest.raises(ConnectionResetError):
             await exchange(port_of(local), b"x")
-        await until(lambda: forwarder.connections == 0, "it is forgotten")  # by the selector's thread
+        await wait_until(lambda: forwarder.connections == 0, "it is forgotten")  # by the selector's thread
 
 
 async def test_a_host_that_cuts_is_a_reset(local: socket.socket, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ async def test_a_thousand_connections_at_once(local: socket.socket, tmp_path: Pa
                 await all_there.wait()
             assert forwarder.connections == count
             assert await asyncio.gather(*asked) == [b"%04d" % number for number in range(count)]
-            await until(lambda: forwarder.connections == 0, "no connection left")
+            await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
 async def test_a_full_queue_at_the_host_is_waited_for(local: socket.socket, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ async def test_out_of_descriptors(local: socket.socket, tmp_path: Path, left: in
             if left == 0:
                 assert served == len(clients)
         assert await exchange(port_of(local), b"alive") == b"alive"
-        await until(lambda: forwarder.connections == 0, "no connection left")
+        await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
 @contextlib.contextmanager

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.heartbeat import AGAIN_S
-from gpumesh.tunnels.openssh.connection import Master
+from gpumesh.tunnels.heartbeat import RESEND_S
+from gpumesh.tunnels.openssh.connection import OpensshMaster
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import connected
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd
 
-FROZEN_S = 2.5 * AGAIN_S
+FROZEN_S = 2.5 * RESEND_S
 
 
 @pytest.mark.real
@@ -30,7 +30,7 @@ async def test_it_asks_again_while_no_answer_comes_and_each_answer_is_that_of_it
         waited_ms = await connection.ping(30.0)
         assert waited_ms is not None
         assert waited_ms >= FROZEN_S * 900  # the first question's answer, not that of one asked later
-        await until(lambda: sshd.log().count("keepalive@openssh.com") >= asked_before + 3, "three questions")
+        await wait_until(lambda: sshd.log().count("keepalive@openssh.com") >= asked_before + 3, "three questions")
         # Whatever answers are still under way, none of them is taken for this question's.
         for _ in range(3):
             sshd.kill_sessions(signal.SIGSTOP)
@@ -51,11 +51,11 @@ sys.stdin.read()
 @pytest.mark.slow
 async def test_an_echo_is_asked_for_again_while_none_comes(tmp_path: Path) -> None:
     """A program in place of ``ssh``; the first two lines are lost on the way."""
-    master = await Master.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
+    master = await OpensshMaster.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
     try:
-        waited_ms = await master.echo(30.0)
+        waited_ms = await master.measure_round_trip_ms(30.0)
         assert waited_ms is not None
-        assert waited_ms >= 2 * AGAIN_S * 900
-        assert await master.echo(0.1) is None
+        assert waited_ms >= 2 * RESEND_S * 900
+        assert await master.measure_round_trip_ms(0.1) is None
     finally:
         await master.close()

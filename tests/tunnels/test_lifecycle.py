@@ -10,38 +10,48 @@ from hypothesis import strategies as st
 
 from gpumesh.state import TunnelPhase
 from gpumesh.tunnels.lifecycle import (
-    Broke,
     Cause,
-    Closed,
+    CloseRequested,
     Connected,
+    ConnectionFailed,
     Decision,
-    Event,
     Lifecycle,
+    LifecycleEvent,
     NetworkChanged,
-    Nudged,
-    Opened,
+    OpenRequested,
     RetryDue,
+    RetryRequested,
+    RetryTiming,
     Suspected,
-    Timing,
     Woke,
     step,
 )
 
 REFUSED = Cause("connect-refused", "nothing listens on 192.0.2.1:22")
 KEY = Cause("auth-refused", "the host accepts none of our keys", hint="add the key", needs_person=True)
-TIMING = Timing()
+TIMING = RetryTiming()
 
-events: st.SearchStrategy[Event] = st.sampled_from(
-    [Connected(), Broke(REFUSED), Broke(KEY), RetryDue(), Nudged(), Suspected(), Woke(), NetworkChanged(), Opened()]
+events: st.SearchStrategy[LifecycleEvent] = st.sampled_from(
+    [
+        Connected(),
+        ConnectionFailed(REFUSED),
+        ConnectionFailed(KEY),
+        RetryDue(),
+        RetryRequested(),
+        Suspected(),
+        Woke(),
+        NetworkChanged(),
+        OpenRequested(),
+    ]
 )
 jitters = st.floats(0.0, 1.0, exclude_max=True)
 # (event, seconds since the one before, jitter)
 histories = st.lists(st.tuples(events, st.floats(0.0, 120.0), jitters), max_size=60)
 
 
-def play(history: list[tuple[Event, float, float]]) -> tuple[Lifecycle, float]:
+def play(history: list[tuple[LifecycleEvent, float, float]]) -> tuple[Lifecycle, float]:
     life, now = Lifecycle(), 1000.0
-    life, decision = step(life, Opened(), now=now, jitter=0.0)
+    life, decision = step(life, OpenRequested(), now=now, jitter=0.0)
     assert decision is Decision.CONNECT
     for event, wait, jitter in history:
         now += wait
@@ -50,18 +60,18 @@ def play(history: list[tuple[Event, float, float]]) -> tuple[Lifecycle, float]:
 
 
 @given(histories)
-def test_it_never_gives_up(history: list[tuple[Event, float, float]]) -> None:
+def test_it_never_gives_up(history: list[tuple[LifecycleEvent, float, float]]) -> None:
     life, now = play(history)
     if life.waiting:
         assert life.retry_at is not None
-        assert life.retry_at - now <= TIMING.failed_s * 1.1
+        assert life.retry_at - now <= TIMING.failed_retry_s * 1.1
         life, decision = step(life, RetryDue(), now=life.retry_at, jitter=0.5)
         assert decision is Decision.CONNECT
     assert life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP)
 
 
 @given(histories)
-def test_what_it_shows_is_consistent(history: list[tuple[Event, float, float]]) -> None:
+def test_what_it_shows_is_consistent(history: list[tuple[LifecycleEvent, float, float]]) -> None:
     life, now = play(history)
     assert (life.retry_at is not None) == life.waiting
     assert life.since <= now
@@ -70,8 +80,10 @@ def test_what_it_shows_is_consistent(history: list[tuple[Event, float, float]]) 
     assert life.reconnects == max(0, life.connects - 1)
 
 
-@given(histories, st.sampled_from([Broke(REFUSED), Broke(KEY)]), jitters)
-def test_delays_are_within_their_bounds(history: list[tuple[Event, float, float]], broke: Broke, jitter: float) -> None:
+@given(histories, st.sampled_from([ConnectionFailed(REFUSED), ConnectionFailed(KEY)]), jitters)
+def test_delays_are_within_their_bounds(
+    history: list[tuple[LifecycleEvent, float, float]], broke: ConnectionFailed, jitter: float
+) -> None:
     life, now = play(history)
     if life.phase not in (TunnelPhase.CONNECTING, TunnelPhase.UP):
         return
@@ -80,17 +92,19 @@ def test_delays_are_within_their_bounds(history: list[tuple[Event, float, float]
     assert after.retry_at is not None
     delay = after.retry_at - now
     if broke.cause.needs_person:
-        assert TIMING.failed_s * 0.89 <= delay <= TIMING.failed_s * 1.11
+        assert TIMING.failed_retry_s * 0.89 <= delay <= TIMING.failed_retry_s * 1.11
     elif after.failures == 0:
-        assert 0.0 <= delay <= TIMING.again_s + 1e-6
+        assert 0.0 <= delay <= TIMING.immediate_retry_s + 1e-6
     else:
-        assert TIMING.first_s - 1e-6 <= delay <= TIMING.longest_s + 1e-6
+        assert TIMING.initial_backoff_s - 1e-6 <= delay <= TIMING.max_backoff_s + 1e-6
 
 
 @given(histories, st.lists(st.tuples(events, st.floats(0, 10), jitters)))
-def test_closed_is_final(history: list[tuple[Event, float, float]], late: list[tuple[Event, float, float]]) -> None:
+def test_closed_is_final(
+    history: list[tuple[LifecycleEvent, float, float]], late: list[tuple[LifecycleEvent, float, float]]
+) -> None:
     life, now = play(history)
-    life, decision = step(life, Closed(), now=now, jitter=0.0)
+    life, decision = step(life, CloseRequested(), now=now, jitter=0.0)
     assert decision is Decision.STOP
     for event, wait, jitter in late:
         now += wait
@@ -99,8 +113,10 @@ def test_closed_is_final(history: list[tuple[Event, float, float]], late: list[t
         assert decision is Decision.STOP
 
 
-@given(histories, st.sampled_from([Woke(), Nudged()]))
-def test_a_wake_or_a_person_is_answered_at_once(history: list[tuple[Event, float, float]], event: Event) -> None:
+@given(histories, st.sampled_from([Woke(), RetryRequested()]))
+def test_a_wake_or_a_person_is_answered_at_once(
+    history: list[tuple[LifecycleEvent, float, float]], event: LifecycleEvent
+) -> None:
     life, now = play(history)
     after, decision = step(life, event, now=now, jitter=0.5)
     if life.phase is TunnelPhase.UP:
@@ -114,14 +130,14 @@ def test_a_wake_or_a_person_is_answered_at_once(history: list[tuple[Event, float
 
 @given(st.lists(st.floats(0.0, 0.01), min_size=2, max_size=30), jitters)
 def test_a_burst_of_network_changes_is_one_attempt(gaps: list[float], jitter: float) -> None:
-    life, now = play([(Broke(KEY), 0.0, 0.0)])
+    life, now = play([(ConnectionFailed(KEY), 0.0, 0.0)])
     now += 5.0
     connects = 0
     for gap in gaps:
         now += gap
         life, decision = step(life, NetworkChanged(), now=now, jitter=jitter)
         connects += decision is Decision.CONNECT
-        life, _ = step(life, Broke(REFUSED), now=now, jitter=jitter)  # each attempt fails at once
+        life, _ = step(life, ConnectionFailed(REFUSED), now=now, jitter=jitter)  # each attempt fails at once
     assert connects == 1
 
 
@@ -129,7 +145,7 @@ def test_intervals_double_to_the_longest_and_stay_there() -> None:
     life, now = play([])
     delays = []
     for _ in range(5000):
-        life, _ = step(life, Broke(REFUSED), now=now, jitter=0.5)
+        life, _ = step(life, ConnectionFailed(REFUSED), now=now, jitter=0.5)
         assert life.retry_at is not None
         delays.append(life.retry_at - now)
         now = life.retry_at
@@ -139,41 +155,47 @@ def test_intervals_double_to_the_longest_and_stay_there() -> None:
 
 
 def test_a_stable_connection_that_breaks_is_tried_again_at_once() -> None:
-    life, now = play([(Broke(REFUSED), 0, 0), (RetryDue(), 1, 0), (Broke(REFUSED), 0, 0), (RetryDue(), 9, 0)])
+    life, now = play(
+        [(ConnectionFailed(REFUSED), 0, 0), (RetryDue(), 1, 0), (ConnectionFailed(REFUSED), 0, 0), (RetryDue(), 9, 0)]
+    )
     assert life.failures == 2
     life, _ = step(life, Connected(), now=now, jitter=0)
-    flapping, _ = step(life, Broke(REFUSED), now=now + TIMING.stable_s - 0.1, jitter=0.0)
-    stable, _ = step(life, Broke(REFUSED), now=now + TIMING.stable_s, jitter=0.9)
+    flapping, _ = step(life, ConnectionFailed(REFUSED), now=now + TIMING.stable_s - 0.1, jitter=0.0)
+    stable, _ = step(life, ConnectionFailed(REFUSED), now=now + TIMING.stable_s, jitter=0.9)
     assert flapping.failures == 3
     assert stable.failures == 0
     assert stable.retry_at is not None
-    assert stable.retry_at - (now + TIMING.stable_s) <= TIMING.again_s + 1e-6
+    assert stable.retry_at - (now + TIMING.stable_s) <= TIMING.immediate_retry_s + 1e-6
 
 
 def test_after_a_wake_it_stays_eager_for_a_while() -> None:
-    life, now = play([(Broke(REFUSED), 0, 0.5)] + [(RetryDue(), 60, 0.5), (Broke(REFUSED), 0, 0.5)] * 10)
+    life, now = play(
+        [(ConnectionFailed(REFUSED), 0, 0.5)] + [(RetryDue(), 60, 0.5), (ConnectionFailed(REFUSED), 0, 0.5)] * 10
+    )
     life, _ = step(life, Woke(), now=now, jitter=0.5)
     woke_at = now
-    while now < woke_at + TIMING.eager_s - TIMING.eager_longest_s:
-        life, _ = step(life, Broke(REFUSED), now=now, jitter=0.99)
+    while now < woke_at + TIMING.eager_period_s - TIMING.eager_max_backoff_s:
+        life, _ = step(life, ConnectionFailed(REFUSED), now=now, jitter=0.99)
         assert life.retry_at is not None
-        assert life.retry_at - now <= TIMING.eager_longest_s + 1e-6
+        assert life.retry_at - now <= TIMING.eager_max_backoff_s + 1e-6
         now = life.retry_at
         life, _ = step(life, RetryDue(), now=now, jitter=0.5)
-    life, _ = step(replace(life, failures=9), Broke(REFUSED), now=woke_at + TIMING.eager_s, jitter=0.5)
+    life, _ = step(
+        replace(life, failures=9), ConnectionFailed(REFUSED), now=woke_at + TIMING.eager_period_s, jitter=0.5
+    )
     assert life.retry_at is not None
-    assert life.retry_at - (woke_at + TIMING.eager_s) == pytest.approx(TIMING.longest_s)
+    assert life.retry_at - (woke_at + TIMING.eager_period_s) == pytest.approx(TIMING.max_backoff_s)
 
 
 def test_the_cause_is_kept_while_up() -> None:
-    life, _ = play([(Broke(REFUSED), 0, 0), (RetryDue(), 2, 0), (Connected(), 1, 0)])
+    life, _ = play([(ConnectionFailed(REFUSED), 0, 0), (RetryDue(), 2, 0), (Connected(), 1, 0)])
     assert life.phase is TunnelPhase.UP
     assert life.cause == REFUSED
     assert life.reconnects == 0
 
 
 def test_a_late_event_changes_nothing() -> None:
-    life, now = play([(Broke(REFUSED), 0, 0.5)])
-    for late in (Connected(), Broke(KEY), Suspected(), Opened()):
+    life, now = play([(ConnectionFailed(REFUSED), 0, 0.5)])
+    for late in (Connected(), ConnectionFailed(KEY), Suspected(), OpenRequested()):
         assert step(life, late, now=now, jitter=0.5) == (life, Decision.NOTHING)
     assert step(life, RetryDue(), now=now, jitter=0.5) == (life, Decision.WAIT)

@@ -8,7 +8,7 @@ import pytest
 
 from gpumesh.topology import Target
 from gpumesh.tunnels.listeners import Listeners
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.supervised import descriptors
 from tests.tunnels.traffic import exchange
 
@@ -33,21 +33,21 @@ async def test_clients_wait_are_turned_away_and_wait_again() -> None:
     waiting = [asyncio.create_task(exchange(port, b"x" * 100_000)) for port in listeners.ports for _ in range(100)]
     await asyncio.sleep(0.05)  # nothing is to happen in it
     assert not any(one.done() for one in waiting)
-    listeners.turn_away()
-    listeners.turn_away()
+    listeners.reset_clients()
+    listeners.reset_clients()
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, ConnectionResetError)
     with pytest.raises(ConnectionResetError):
         await exchange(listeners.ports[0], b"new")
-    listeners.let_wait()
-    listeners.let_wait()
+    listeners.hold_clients()
+    listeners.hold_clients()
     one = asyncio.create_task(exchange(listeners.ports[1], b"x"))
     peer, _ = await asyncio.wait_for(loop.sock_accept(listeners.sockets[1]), 20)  # as a worker would
     with peer:
         await loop.sock_sendall(peer, await loop.sock_recv(peer, 10))
         assert await loop.sock_recv(peer, 10) == b""
     assert await one == b"x"
-    listeners.turn_away()
+    listeners.reset_clients()
     listeners.close()  # and watches nothing any more
     assert all(listener.fileno() == -1 for listener in listeners.sockets)
 
@@ -63,7 +63,7 @@ async def test_turning_away_survives_a_lack_of_descriptors() -> None:
             highest = probe.fileno()
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
         try:
-            listeners.turn_away()
+            listeners.reset_clients()
             await asyncio.sleep(0.05)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -83,4 +83,4 @@ async def test_what_cannot_be_bound_leaves_nothing() -> None:
             Listeners([Target("127.0.0.1", port) for port in range(1, 20)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    await until(lambda: descriptors() == before, "all closed")
+    await wait_until(lambda: descriptors() == before, "all closed")

@@ -19,15 +19,15 @@ from gpumesh.topology import Target, TransportKind, TunnelListen, TunnelsSpec
 from gpumesh.tunnels import listeners
 from gpumesh.tunnels.inprocess import channels
 from gpumesh.tunnels.local_system import peer_users
-from gpumesh.tunnels.transport import Setup
-from gpumesh.tunnels.transports import connect_of
+from gpumesh.tunnels.transport import ConnectRequest
+from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import Told, connected
-from tests.tunnels.other_user import ANOTHER, NOBODY, knock
-from tests.tunnels.polling import until
+from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, listener, serving
-from tests.tunnels.supervised import Watched, descriptors, supervised, watched
+from tests.tunnels.supervised import WatchedTunnel, descriptors, supervised, watched
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [
@@ -86,13 +86,13 @@ async def test_a_port_serves_its_own_user_and_resets_others(
         (local,) = one.ports
         assert one.tunnel.state.local_access is LocalAccess.OWN_USER
         assert await exchange(local, b"hello") == b"hello"
-        assert await knock(local, uid=0) == "answer hello"
+        assert await connect_as(local, uid=0) == "answer hello"
         before = backend.connections
         with caplog.at_level(logging.WARNING, "gpumesh"):
             for way in ("ipv4", "mapped"):
                 for uid in (NOBODY, ANOTHER):
-                    assert await knock(local, uid=uid, way=way) == "reset"
-            await until(lambda: len(caplog.messages) >= 2, "both are told of")
+                    assert await connect_as(local, uid=uid, way=way) == "reset"
+            await wait_until(lambda: len(caplog.messages) >= 2, "both are told of")
         assert backend.connections == before
         nobody, another = caplog.messages  # once for each, though each tried twice
         assert f"nobody (uid {NOBODY}) tried to connect to port {local}, the local end of iceland's tunnel" in nobody
@@ -110,7 +110,7 @@ async def test_shared_ports_serve_everybody(sshd: Sshd, pool: WorkerPool, transp
     ):
         await one.tunnel.wait_up()
         assert one.tunnel.state.local_access is LocalAccess.ANY_USER
-        assert await knock(one.ports[0], uid=ANOTHER) == "answer hello"
+        assert await connect_as(one.ports[0], uid=ANOTHER) == "answer hello"
 
 
 @needs("root")
@@ -122,8 +122,8 @@ async def test_who_waits_while_the_tunnel_is_away_is_looked_at_when_it_is_back(
     async with serving(backend) as port:
         one = watched(pool, sshd.spec(transport=transport), port)
         (local,) = one.ports
-        early = [asyncio.create_task(knock(local, uid=uid)) for uid in (0, ANOTHER)]
-        gone = await knock(local, uid=ANOTHER, way="goes")  # in the queue, with uid 0 for the kernel by now
+        early = [asyncio.create_task(connect_as(local, uid=uid)) for uid in (0, ANOTHER)]
+        gone = await connect_as(local, uid=ANOTHER, way="goes")  # in the queue, with uid 0 for the kernel by now
         assert gone == ""
         running = asyncio.create_task(one.tunnel.run())
         try:
@@ -147,14 +147,14 @@ async def test_who_sends_and_is_gone_reaches_nothing(sshd: Sshd, pool: WorkerPoo
         (local,) = one.ports
         assert await exchange(local, b"hello") == b"hello"
         before = backend.connections
-        await asyncio.gather(*(knock(local, uid=ANOTHER, way="goes") for _ in range(20)))
+        await asyncio.gather(*(connect_as(local, uid=ANOTHER, way="goes") for _ in range(20)))
         assert await exchange(local, b"hello") == b"hello"
         assert backend.connections == before + 1
 
 
 @needs("root")
 async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "unsupported", lambda _: "for this test")
+    monkeypatch.setattr(channels, "find_missing_feature", lambda _: "for this test")
     told = Told()
     backend = Counted()
     async with serving(backend) as port, connected(sshd.spec(), port, told=told) as (connection, (local,)):
@@ -162,8 +162,8 @@ async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, mo
         assert not connection._gateway.fast
         assert await exchange(local, b"hello") == b"hello"
         before = backend.connections
-        assert await knock(local, uid=ANOTHER) == "reset"
-        assert await knock(local, uid=0) == "answer hello"
+        assert await connect_as(local, uid=ANOTHER) == "reset"
+        assert await connect_as(local, uid=0) == "answer hello"
         assert told.peers == [(local, ANOTHER)]
         assert backend.connections == before + 1
 
@@ -172,14 +172,16 @@ async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, mo
 async def test_a_worker_that_cannot_tell_does_not_serve(
     sshd: Sshd, transport: TransportKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(peer_users, "lookup_for", lambda _: None)
+    monkeypatch.setattr(peer_users, "open_socket_lookup", lambda _: None)
     before = descriptors()
     with listener() as local:
-        setup = Setup("n", sshd.spec(transport=transport), (Target("127.0.0.1", 1),), control_dir=str(tmp_path))
+        setup = ConnectRequest(
+            "n", sshd.spec(transport=transport), (Target("127.0.0.1", 1),), control_dir=str(tmp_path)
+        )
         with pytest.raises(TunnelError, match="cannot be told"):
-            await connect_of(transport)(setup, [local], Told())
-    await until(lambda: not sshd.children(), "the end of the session")
-    await until(lambda: descriptors() == before, "nothing is left open")
+            await load_connect(transport)(setup, [local], Told())
+    await wait_until(lambda: not sshd.children(), "the end of the session")
+    await wait_until(lambda: descriptors() == before, "nothing is left open")
 
 
 @needs("root")
@@ -198,9 +200,9 @@ async def test_the_sockets_of_ssh_itself_are_closed_to_others(
             sockets = [path for path in inner.rglob("*") if path.is_socket()]
             assert len(sockets) == 2
             for path in sockets:
-                assert await knock(str(path), uid=ANOTHER, way="unix") == "PermissionError"
+                assert await connect_as(str(path), uid=ANOTHER, way="unix") == "PermissionError"
                 path.parent.chmod(0o711)
-                assert await knock(str(path), uid=ANOTHER, way="unix") == "PermissionError"
+                assert await connect_as(str(path), uid=ANOTHER, way="unix") == "PermissionError"
                 path.parent.chmod(0o700)
 
 
@@ -214,7 +216,7 @@ def test_where_the_system_does_not_tell_it_is_said(monkeypatch: pytest.MonkeyPat
 # -- Unix sockets ----------------------------------------------------------------------------------------------------
 
 
-def sock_of(one: Watched) -> str:
+def sock_of(one: WatchedTunnel) -> str:
     path = one.tunnel.state.local_socket
     assert path is not None
     return path
@@ -239,10 +241,10 @@ async def test_a_unix_socket_in_place_of_a_port(
         writer.write(b"hello")
         assert await asyncio.wait_for(reader.readexactly(5), 20) == b"hello"
         sshd.kill_sessions()
-        await until(lambda: one.tunnel.state.reconnects == 1 and one.phase is TunnelPhase.UP, "it is back")
+        await wait_until(lambda: one.tunnel.state.reconnects == 1 and one.phase is TunnelPhase.UP, "it is back")
         assert await asyncio.wait_for(reader.read(), 20) == b""  # a Unix socket has no reset to send
         writer.close()
-        assert await knock(str(path), uid=0, way="unix") == "answer hello"
+        assert await connect_as(str(path), uid=0, way="unix") == "answer hello"
     assert not list(path.parent.iterdir())
 
 
@@ -256,24 +258,24 @@ async def test_a_unix_socket_lets_no_other_user_in(
         async with serving(echo) as port, supervised(pool, sshd.spec(), port, tunnels=UNIX) as one:
             await one.tunnel.wait_up()
             path = sock_of(one)
-            assert await knock(path, uid=ANOTHER, way="unix") == "PermissionError"
+            assert await connect_as(path, uid=ANOTHER, way="unix") == "PermissionError"
             Path(path).parent.chmod(0o711)
-            assert await knock(path, uid=ANOTHER, way="unix") == "PermissionError"
+            assert await connect_as(path, uid=ANOTHER, way="unix") == "PermissionError"
 
 
 async def test_clients_of_a_unix_socket_wait_and_are_turned_away(sshd: Sshd, pool: WorkerPool) -> None:
     """As those of a port: they wait while the tunnel is away for a moment, and are let go when it is for longer."""
     async with serving(echo) as port:
         one = watched(pool, sshd.spec(), port, tunnels=UNIX, grace_s=0.2)
-        waiting = asyncio.create_task(knock(sock_of(one), uid=0, way="unix"))
+        waiting = asyncio.create_task(connect_as(sock_of(one), uid=0, way="unix"))
         await sshd.stop()
         running = asyncio.create_task(one.tunnel.run())
         try:
             assert await waiting in ("reset", "answer")
             await sshd.start()
-            one.tunnel.nudge()
+            one.tunnel.retry_now()
             await one.tunnel.wait_up()
-            assert await knock(sock_of(one), uid=0, way="unix") == "answer hello"
+            assert await connect_as(sock_of(one), uid=0, way="unix") == "answer hello"
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

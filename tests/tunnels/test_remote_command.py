@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.tunnels.remote_command import ANSWER, SHELL_TEST, killable, watched
-from tests.tunnels.polling import alive, until
+from gpumesh.tunnels.remote_command import SHELL_TEST, SHELL_TEST_OUTPUT, unwrap_killable, wrap_killable
+from tests.tunnels.polling import alive, wait_until
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
 
@@ -44,7 +44,7 @@ def add_setsid(folder: Path) -> None:
 
 async def start(folder: Path, command: str) -> Process:
     return await asyncio.create_subprocess_exec(
-        folder / "sh", "-c", killable(command), stdin=PIPE, stdout=PIPE, stderr=PIPE, env={"PATH": str(folder)}
+        folder / "sh", "-c", wrap_killable(command), stdin=PIPE, stdout=PIPE, stderr=PIPE, env={"PATH": str(folder)}
     )
 
 
@@ -79,7 +79,7 @@ async def test_the_end_of_input_ends_the_command_and_what_it_started(shell: Path
         assert len(pids) == 2
         assert all(alive(pid) for pid in pids)
         process.stdin.close()
-        await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+        await wait_until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
         assert await process.stdout.read() == b""  # nobody holds it any more
         assert await process.wait() == 137
 
@@ -92,7 +92,7 @@ async def test_a_grandchild_ends_too_where_there_is_a_setsid(shell: Path) -> Non
     async with asyncio.timeout(20):
         pid = int(await process.stdout.readline())
         process.stdin.close()
-        await until(lambda: not alive(pid), "the end of the grandchild")
+        await wait_until(lambda: not alive(pid), "the end of the grandchild")
         await process.wait()
 
 
@@ -104,7 +104,7 @@ async def test_streams_may_be_one_socket(shell: Path) -> None:
         with theirs:
             fd = theirs.fileno()
             process = await asyncio.create_subprocess_exec(
-                shell / "sh", "-c", killable("echo over"), stdin=fd, stdout=fd, env={"PATH": str(shell)}
+                shell / "sh", "-c", wrap_killable("echo over"), stdin=fd, stdout=fd, env={"PATH": str(shell)}
             )
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -134,19 +134,19 @@ async def test_the_shell_test(shell: Path) -> None:
         shell / "sh", "-c", SHELL_TEST, stdin=DEVNULL, stdout=PIPE, env={"PATH": str(shell)}
     )
     out, _ = await process.communicate()
-    assert out == ANSWER + b"\n"
+    assert out == SHELL_TEST_OUTPUT + b"\n"
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), min_size=1))
 def test_the_command_can_be_read_back(argv: list[str]) -> None:
-    words = shlex.split(killable(shlex.join(argv)))
+    words = shlex.split(wrap_killable(shlex.join(argv)))
     assert words[:3] == ["exec", "sh", "-c"]
     assert len(words) == 4
-    inner = watched(words[3])
+    inner = unwrap_killable(words[3])
     assert inner is not None
     assert shlex.split(inner) == argv
 
 
 @pytest.mark.parametrize("script", ["", "nvidia-smi", "exec 3<&0; rm -rf x", os.linesep])
 def test_other_scripts_are_not_taken_for_it(script: str) -> None:
-    assert watched(script) is None
+    assert unwrap_killable(script) is None

@@ -2,19 +2,19 @@ from __future__ import annotations
 
 from itertools import islice
 
-from gpumesh.tunnels.stagger import turns
+from gpumesh.tunnels.stagger import stagger_intervals
 
 
 def test_a_hundred_nodes_take_turns() -> None:
     """No tenth of the time between has more than a fifth of them."""
-    second = [next(turns(f"node-{number:03d}", 2.0)) for number in range(100)]
+    second = [next(stagger_intervals(f"node-{number:03d}", 2.0)) for number in range(100)]
     tenths = [int((wait - 1.0) / 0.2) for wait in second]
     assert set(tenths) == set(range(10))
     assert max(tenths.count(tenth) for tenth in range(10)) <= 20
 
 
 def test_then_all_wait_alike() -> None:
-    first, *others = islice(turns("iceland", 2.0), 5)
+    first, *others = islice(stagger_intervals("iceland", 2.0), 5)
     assert 1.0 <= first < 3.0
     assert others == [2.0] * 4
-    assert next(turns("iceland", 2.0)) == first, "the same node, the same turn"
+    assert next(stagger_intervals("iceland", 2.0)) == first, "the same node, the same turn"

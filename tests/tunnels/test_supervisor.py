@@ -18,15 +18,15 @@ import pytest
 from gpumesh.errors import AuthRefused, ExecError, TunnelDown, TunnelError
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import AddressCommand, BackendSpec, NodeSpec, Target, TransportKind
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from gpumesh.tunnels.lifecycle import Woke
-from gpumesh.tunnels.supervisor import SshTunnel, open_tunnel, running
+from gpumesh.tunnels.supervisor import SshTunnel, open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.parts import needs
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd, keygen, serving
-from tests.tunnels.supervised import Watched, descendants, descriptors, node, supervised, watched
+from tests.tunnels.supervised import WatchedTunnel, descendants, descriptors, node, supervised, watched
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
@@ -65,12 +65,12 @@ async def backend() -> AsyncIterator[int]:
         yield port
 
 
-async def until_phase(one: Watched, phase: TunnelPhase) -> None:
-    await until(lambda: one.phase is phase, f"{phase}; it is {one.tunnel.state}")
+async def until_phase(one: WatchedTunnel, phase: TunnelPhase) -> None:
+    await wait_until(lambda: one.phase is phase, f"{phase}; it is {one.tunnel.state}")
 
 
-async def until_reconnected(one: Watched, times: int) -> None:
-    await until(lambda: one.tunnel.state.reconnects == times and one.phase is UP, f"reconnect {times}")
+async def until_reconnected(one: WatchedTunnel, times: int) -> None:
+    await wait_until(lambda: one.tunnel.state.reconnects == times and one.phase is UP, f"reconnect {times}")
 
 
 # -- opening and closing ---------------------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ async def test_opens_forwards_runs_commands_and_leaves_nothing(
     assert one.phases == [CONNECTING, UP, CLOSED]
     with pytest.raises(ConnectionRefusedError):
         await exchange(port, b"closed")
-    await until(lambda: not sshd.children(), "the end of sshd's session")
+    await wait_until(lambda: not sshd.children(), "the end of sshd's session")
     assert pool.zygote_pid is not None
-    await until(lambda: not descendants(pool.zygote_pid or 0), "the end of the worker")
+    await wait_until(lambda: not descendants(pool.zygote_pid or 0), "the end of the worker")
     assert list(runtime.glob("gpumesh/*")) == []
     with pytest.raises(TunnelDown):
         await tunnel.wait_up()
@@ -120,7 +120,7 @@ async def test_what_the_block_raises_is_what_comes_out_of_running(sshd: Sshd, po
     one = watched(pool, sshd.spec(), 1)
 
     async def fail() -> None:
-        async with running(one.tunnel):
+        async with run_tunnel(one.tunnel):
             await one.tunnel.wait_up()
             raise KeyError
 
@@ -145,7 +145,7 @@ async def test_a_killed_session_reconnects_at_once_behind_the_same_port(
             await until_reconnected(one, times)
             assert await exchange(ports[0], b"%d" % times) == b"%d" % times
         assert one.ports == ports
-        assert one.has_been(UP, BACKOFF, CONNECTING, UP)
+        assert one.has_passed(UP, BACKOFF, CONNECTING, UP)
         state = one.tunnel.state
         assert "broke" in (state.last_error or "")  # why it reconnected
         assert state.error_code is None  # but there is no error now
@@ -159,14 +159,14 @@ async def test_an_sshd_that_is_away_is_waited_for(
     async with supervised(pool, sshd.spec(transport=transport, keepalive_s=LONG_S), backend, grace_s=60.0) as one:
         await one.tunnel.wait_up()
         await sshd.stop()
-        await until(lambda: one.tunnel.state.error_code == "connect-refused", "its absence noticed")
+        await wait_until(lambda: one.tunnel.state.error_code == "connect-refused", "its absence noticed")
         waiting = asyncio.create_task(exchange(one.ports[0], b"patient"))
         state = one.tunnel.state
         assert state.state in (BACKOFF, CONNECTING)
         assert str(sshd.port) in (state.last_error or "")
         assert state.hint
         assert state.rtt_ms is None
-        await until(lambda: one.phase is BACKOFF, "its backoff")
+        await wait_until(lambda: one.phase is BACKOFF, "its backoff")
         assert one.tunnel.state.retry_in_s is not None
         with pytest.raises(TunnelDown, match="nothing listens"):
             await one.tunnel.exec(["true"], timeout_s=5)
@@ -187,7 +187,7 @@ async def test_a_frozen_host_is_noticed_when_a_request_through_it_failed(
         frozen = sshd.children()
         sshd.kill_sessions(signal.SIGSTOP)
         one.tunnel.suspect("a request failed")
-        await until(lambda: one.has_been(UP, BACKOFF), "the loss noticed")
+        await wait_until(lambda: one.has_passed(UP, BACKOFF), "the loss noticed")
         assert one.tunnel.state.last_error is not None
         await until_reconnected(one, 1)
         assert await exchange(one.ports[0], b"y") == b"y"
@@ -200,11 +200,11 @@ async def test_suspecting_a_tunnel_that_lives_does_no_harm(sshd: Sshd, pool: Wor
     async with supervised(pool, sshd.spec(keepalive_s=LONG_S), backend) as one:
         await one.tunnel.wait_up()
         # Each question that is answered is told of, with the round trip.
-        await until(lambda: len(one.states) >= 3, "the first round trip")
+        await wait_until(lambda: len(one.states) >= 3, "the first round trip")
         before = len(one.states)
         for _ in range(100):
             one.tunnel.suspect("a request failed")
-        await until(lambda: len(one.states) > before, "the answer")
+        await wait_until(lambda: len(one.states) > before, "the answer")
         assert one.phases == [CONNECTING, UP]
 
 
@@ -243,7 +243,7 @@ async def test_a_worker_that_dies_or_hangs_is_replaced(
         one.tunnel.suspect("a request timed out")
         await until_reconnected(one, 2)
         assert await exchange(one.ports[0], b"x") == b"x"
-        await until(lambda: not alive(first) and not alive(second), "the end of both")
+        await wait_until(lambda: not alive(first) and not alive(second), "the end of both")
         os.kill(pool.zygote_pid, signal.SIGKILL)
         await until_reconnected(one, 3)
         assert await exchange(one.ports[0], b"y") == b"y"
@@ -253,12 +253,12 @@ async def test_clients_are_turned_away_when_it_stays_away(sshd: Sshd, pool: Work
     async with supervised(pool, sshd.spec(keepalive_s=LONG_S), backend, grace_s=0.2) as one:
         await one.tunnel.wait_up()
         await sshd.stop()
-        await until(lambda: one.phase is not UP, "its absence noticed")
+        await wait_until(lambda: one.phase is not UP, "its absence noticed")
         for _ in range(2):  # one that waits, and one that comes when there is no waiting any more
             with pytest.raises(ConnectionResetError):
                 await exchange(one.ports[0], b"x")
         await sshd.start()
-        one.tunnel.nudge()
+        one.tunnel.retry_now()
         await until_phase(one, UP)
         assert await exchange(one.ports[0], b"back") == b"back"
 
@@ -318,7 +318,7 @@ async def test_a_refused_key_is_failed_until_it_is_nudged(
         with pytest.raises(ConnectionResetError):  # at once: this may last for days
             await exchange(one.ports[0], b"x")
         sshd.authorized_keys.write_text(right)
-        one.tunnel.nudge()
+        one.tunnel.retry_now()
         await until_phase(one, UP)
         assert await exchange(one.ports[0], b"x") == b"x"
         assert one.phases == [CONNECTING, FAILED, CONNECTING, UP]
@@ -433,10 +433,10 @@ async def test_the_address_is_asked_for_again_when_a_connect_failed(
         keepalive_s=LONG_S,
     )  # fmt: skip
     async with supervised(pool, ssh, backend, grace_s=60.0) as one:
-        await until(lambda: one.tunnel.state.error_code == "host-unresolved", "the empty answer told")
+        await wait_until(lambda: one.tunnel.state.error_code == "host-unresolved", "the empty answer told")
         assert "address_from" in (one.tunnel.state.last_error or "")
         answer.write_text(f"127.0.0.1 {dead}\n")
-        await until(lambda: one.tunnel.state.error_code == "connect-refused", "the dead address told")
+        await wait_until(lambda: one.tunnel.state.error_code == "connect-refused", "the dead address told")
         answer.write_text(f'{{"host": "127.0.0.1", "port": {sshd.port}}}')
         await until_phase(one, UP)
         ports = one.ports
@@ -448,7 +448,7 @@ async def test_the_address_is_asked_for_again_when_a_connect_failed(
         sshd.port = 0
         await sshd.start()
         answer.write_text(f"127.0.0.1:{sshd.port}")
-        await until(lambda: one.tunnel.state.reconnects == 1, "it is found at its new port")
+        await wait_until(lambda: one.tunnel.state.reconnects == 1, "it is found at its new port")
         assert await exchange(ports[0], b"moved") == b"moved"
         assert len(asked.read_text().split()) > count
         assert FAILED not in one.phases
@@ -466,15 +466,15 @@ async def test_streamed_output_comes_while_the_command_runs(
         pid = 0
         async with contextlib.aclosing(one.tunnel.exec_stream(["sh", "-c", "echo $$; sleep 600"])) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                if chunk.stream is Stream.STDOUT:
+                if chunk.stream is OutputStream.STDOUT:
                     pid = int(chunk.data)
                     break
             assert alive(pid)
-        await until(lambda: not alive(pid), "the command's end, when nobody reads on")
+        await wait_until(lambda: not alive(pid), "the command's end, when nobody reads on")
         chunks_of_all = [
             chunk
             async for chunk in one.tunnel.exec_stream(["sh", "-c", "echo a; exit 4"])
-            if chunk.stream is Stream.STDOUT
+            if chunk.stream is OutputStream.STDOUT
         ]
         assert b"".join(chunk.data for chunk in chunks_of_all) == b"a\n"
         assert [(chunk.ended, chunk.exit_status) for chunk in chunks_of_all][-1] == (True, 4)
@@ -510,7 +510,7 @@ async def test_cancelling_at_any_moment_leaves_nothing(
     asker = replace(ssh, address_from=AddressCommand((sys.executable, "-c", f"print('127.0.0.1', {sshd.port})")))
     before = descriptors()
     async with WorkerPool() as pool:
-        await pool.warm()
+        await pool.prestart()
         for attempt in range(24):
             one = watched(pool, asker if attempt % 3 == 0 else ssh, backend)
             task = asyncio.create_task(one.tunnel.run())
@@ -524,8 +524,8 @@ async def test_cancelling_at_any_moment_leaves_nothing(
             assert one.phase is CLOSED
         zygote = pool.zygote_pid
         assert zygote is not None
-        await until(lambda: not descendants(zygote), "the end of all workers")
-        await until(lambda: not sshd.children(), "the end of all sessions")
+        await wait_until(lambda: not descendants(zygote), "the end of all workers")
+        await wait_until(lambda: not sshd.children(), "the end of all sessions")
         assert list(runtime.glob("gpumesh/*")) == []
-    await until(lambda: descriptors() == before, f"all descriptors closed: {set(descriptors()) - set(before)}")
+    await wait_until(lambda: descriptors() == before, f"all descriptors closed: {set(descriptors()) - set(before)}")
     assert set(descendants(os.getpid())) == {sshd.process.pid if sshd.process else 0}

@@ -15,14 +15,14 @@ import pytest
 
 from gpumesh.errors import ExecError
 from gpumesh.topology import SshSpec, Target, TransportKind
-from gpumesh.tunnels.base import Stream
-from gpumesh.tunnels.inprocess.connection import SshConnection
+from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.inprocess.connection import ParamikoConnection
 from gpumesh.tunnels.openssh.connection import OpensshConnection
-from gpumesh.tunnels.transport import Connect, Connection, RemoteCommand, Setup
-from gpumesh.tunnels.transports import connect_of
+from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest, HostConnection, RemoteCommand
+from gpumesh.tunnels.transports import load_connect
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import Told
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.supervised import descendants, descriptors
 from tests.tunnels.traffic import echo, exchange
@@ -31,8 +31,8 @@ pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 
 
 @pytest.fixture(params=list(TransportKind))
-def connect(request: pytest.FixtureRequest) -> Connect:
-    return connect_of(request.param)
+def connect(request: pytest.FixtureRequest) -> ConnectFunction:
+    return load_connect(request.param)
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def connected(
-    connect: Connect, ssh: SshSpec, folder: Path, *ports: int
-) -> AsyncIterator[tuple[Connection, list[int]]]:
+    connect: ConnectFunction, ssh: SshSpec, folder: Path, *ports: int
+) -> AsyncIterator[tuple[HostConnection, list[int]]]:
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener()) for _ in ports]
         targets = tuple(Target("127.0.0.1", port) for port in ports)
-        connection = await connect(Setup("iceland", ssh, targets, control_dir=str(folder)), listeners, Told())
+        connection = await connect(ConnectRequest("iceland", ssh, targets, control_dir=str(folder)), listeners, Told())
         try:
             yield connection, [one.getsockname()[1] for one in listeners]
         finally:
@@ -65,7 +65,7 @@ async def connected(
 async def first_line(running: RemoteCommand) -> bytes:
     piece = await asyncio.wait_for(running.read(), 20)
     assert piece is not None
-    assert piece[0] is Stream.STDOUT
+    assert piece[0] is OutputStream.STDOUT
     return piece[1]
 
 
@@ -75,27 +75,31 @@ async def to_the_end(running: RemoteCommand) -> None:
             pass
 
 
-async def test_a_command_is_read_in_pieces_to_its_end_and_beyond(connect: Connect, sshd: Sshd, folder: Path) -> None:
+async def test_a_command_is_read_in_pieces_to_its_end_and_beyond(
+    connect: ConnectFunction, sshd: Sshd, folder: Path
+) -> None:
     async with connected(connect, sshd.spec(), folder) as (connection, _):
-        running = await connection.run("sh -c 'head -c 200000 /dev/zero; echo err >&2; exit 9'")
-        said = {Stream.STDOUT: 0, Stream.STDERR: 0}
+        running = await connection.start_command("sh -c 'head -c 200000 /dev/zero; echo err >&2; exit 9'")
+        said = {OutputStream.STDOUT: 0, OutputStream.STDERR: 0}
         async with asyncio.timeout(20):
             while piece := await running.read():
                 assert 0 < len(piece[1]) <= 32 * 1024
                 said[piece[0]] += len(piece[1])
             assert await running.read() is None
-        assert (said[Stream.STDOUT], said[Stream.STDERR], running.exit_status) == (200_000, 4, 9)
+        assert (said[OutputStream.STDOUT], said[OutputStream.STDERR], running.exit_status) == (200_000, 4, 9)
         await running.kill()
         await running.kill()
         assert running.exit_status == 9
 
 
-async def test_who_does_not_read_stops_the_host(connect: Connect, sshd: Sshd, folder: Path, tmp_path: Path) -> None:
+async def test_who_does_not_read_stops_the_host(
+    connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path
+) -> None:
     """An endless output waits on the host, not in our memory."""
     count = tmp_path / "count"
     script = f"i=0; while [ $i -lt 4000 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {count}; done"
     async with connected(connect, sshd.spec(), folder) as (connection, _):
-        running = await connection.run(f"sh -c '{script}'")
+        running = await connection.start_command(f"sh -c '{script}'")
         await running.read()
 
         async def written() -> int:
@@ -115,9 +119,9 @@ async def test_who_does_not_read_stops_the_host(connect: Connect, sshd: Sshd, fo
         await running.kill()
 
 
-async def test_after_the_end_nothing_more_is_to_be_had(connect: Connect, sshd: Sshd, folder: Path) -> None:
+async def test_after_the_end_nothing_more_is_to_be_had(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
     async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
-        running = await connection.run("sh -c 'echo go; exec sleep 600'")
+        running = await connection.start_command("sh -c 'echo go; exec sleep 600'")
         assert await first_line(running) == b"go\n"
         lost = asyncio.create_task(connection.wait_lost())
         await asyncio.sleep(0)
@@ -131,12 +135,12 @@ async def test_after_the_end_nothing_more_is_to_be_had(connect: Connect, sshd: S
         await running.kill()
         assert await connection.ping(5.0) is None
         with pytest.raises(ExecError):
-            await to_the_end(await connection.run("true"))
+            await to_the_end(await connection.start_command("true"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
-    connect: Connect, sshd: Sshd, folder: Path
+    connect: ConnectFunction, sshd: Sshd, folder: Path
 ) -> None:
     """Clients of a port behind which nothing moves any more would wait for ever."""
     async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
@@ -144,19 +148,19 @@ async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
         if isinstance(connection, OpensshConnection):
             forwarder = connection._forwarder
         else:
-            assert isinstance(connection, SshConnection)
+            assert isinstance(connection, ParamikoConnection)
             assert connection._gateway is not None
             forwarder = connection._gateway._server_list[0]._forwarder
         forwarder.post([].pop)  # an error of ours
         assert (await asyncio.wait_for(waiting, 20)).code == "tunnel-lost"
 
 
-async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd, folder: Path) -> None:
+async def test_closing_leaves_nothing_here_or_there(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
     before = descriptors()
     for _ in range(3):
         async with serving(echo) as port, connected(connect, sshd.spec(), folder, port) as (connection, (local,)):
             assert await exchange(local, b"x") == b"x"
-            running = await connection.run("sleep 600")
+            running = await connection.start_command("sleep 600")
             reader, writer = await asyncio.open_connection("127.0.0.1", local)
             writer.write(b"half")
             assert await reader.readexactly(4) == b"half"
@@ -164,16 +168,16 @@ async def test_closing_leaves_nothing_here_or_there(connect: Connect, sshd: Sshd
         with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(reader.read(), 20)
         writer.close()
-        await until(lambda: not sshd.children(), "the end of the session")
+        await wait_until(lambda: not sshd.children(), "the end of the session")
         for path in folder.iterdir():  # the supervisor's folder, which goes with its connection
             path.unlink()
-    await until(lambda: descriptors() == before, f"{before} as before, not {descriptors()}")
+    await wait_until(lambda: descriptors() == before, f"{before} as before, not {descriptors()}")
     assert sshd.process is not None
     assert descendants(os.getpid()) == [sshd.process.pid]
 
 
 @pytest.mark.exclusive
-async def test_small_answers_are_not_held_back(connect: Connect, sshd: Sshd, folder: Path) -> None:
+async def test_small_answers_are_not_held_back(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
     """The cure of facts/tunnel-latency.md: without it each of these takes 40 ms and more, on any machine."""
 
     async def in_two_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -8,23 +8,23 @@ from typing import Any
 
 from gpumesh.backends import error_text, safe_json
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.form import (
+from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat, raw_prompt_call
+from gpumesh.backends.continuation.stream_format import (
     SENTINEL,
-    Document,
+    ContinuationCall,
     Frame,
-    Rest,
-    Said,
-    Sofar,
-    began_by_client,
-    note,
-    positive,
-    said_by,
-    strings,
-    with_answer,
+    JsonObject,
+    PartialAnswer,
+    TextPieces,
+    append_answer,
+    client_began_answer,
+    collect_texts,
+    continuation_note,
+    find_strings,
+    positive_count,
 )
-from gpumesh.backends.continuation.ollama_streams import Native, raw_call
 from gpumesh.backends.frames import EVENT_LINES
-from gpumesh.backends.ollama import JSON
+from gpumesh.backends.ollama import JSON_HEADERS
 from gpumesh.topology import BackendKind
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
@@ -36,22 +36,24 @@ _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 _DONE = b"data: [DONE]\n\n"
 
 
-class Events:
+class EventStreamFormat:
     """A stream that is passed on but not continued: cut, it ends with an error in its own shape."""
 
-    mark = b"\n\n"
-    end = re.compile(rb"\n\r?\n")  # begins with a sign that is looked for fast; a \r before it belongs to the line
-    keeps = False
+    frame_separator = b"\n\n"
+    frame_end_pattern = re.compile(
+        rb"\n\r?\n"
+    )  # begins with a sign that is looked for fast; a \r before it belongs to the line
+    supports_continuation = False
 
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def plain(self, frames: bytes) -> bool:
+    def is_text_only(self, frames: bytes) -> bool:
         if frames.startswith(b"error:") or b"\nerror:" in frames or b"[DONE]" in frames[-16:]:
             return False
         return _MARKS.search(frames) is None
 
-    def end_of_last(self, frames: bytearray, start: int) -> int:
+    def find_last_frame_end(self, frames: bytearray, start: int) -> int:
         plain, after_cr = frames.rfind(b"\n\n", start), frames.rfind(b"\n\r\n", start)
         return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
 
@@ -62,65 +64,70 @@ class Events:
         if not data:
             return Frame()
         if data == b"[DONE]":
-            return Frame(complete=True, last=True)
+            return Frame(text_complete=True, ends_stream=True)
         document = safe_json.parse_object(data)
         if document is None:
             return Frame(error="an event that is no JSON")
         kind = document.get("type")
         last = kind in ("message_stop", "response.completed", "response.incomplete", "response.failed")
-        error = error_text.error_in(document) if kind in (None, "error") else None
-        return Frame(document, text=" ", complete=last, last=last, error=error)
+        error = error_text.find_error_message(document) if kind in (None, "error") else None
+        return Frame(document, text=" ", text_complete=last, ends_stream=last, error=error)
 
-    def said(self, frames: bytes) -> Said:  # noqa: ARG002 - nothing of it is needed again
-        return Said()
+    def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - nothing of it is needed again
+        return TextPieces()
 
-    def refusal(self, request: Document) -> str | None:  # noqa: ARG002
+    def continuation_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return f"an answer of {self._path.partition('?')[0]} cannot be continued"
 
-    def budget(self, request: Document) -> int | None:  # noqa: ARG002
+    def budget(self, request: JsonObject) -> int | None:  # noqa: ARG002
         return None
 
-    def templated(self, request: Document) -> bool:  # noqa: ARG002
+    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
         return False
 
-    def render_call(self, request: Document, thinking: str) -> HttpCall | None:  # noqa: ARG002
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002
         return None
 
-    def raw_refusal(self, request: Document) -> str | None:
-        return self.refusal(request)
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
+        return self.continuation_refusal(request)
 
-    def raw(self, request: Document, sofar: Sofar, prompt: str) -> Rest:  # noqa: ARG002
-        return self.rest(request, sofar, BackendKind.OLLAMA)
+    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
+        return self.continue_assistant_message(request, sofar, BackendKind.OLLAMA)
 
-    def rest_refusal(self, request: Document, kind: BackendKind) -> str | None:  # noqa: ARG002
-        return self.refusal(request)
+    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:  # noqa: ARG002
+        return self.continuation_refusal(request)
 
-    def rest(self, request: Document, sofar: Sofar, kind: BackendKind) -> Rest:  # noqa: ARG002
-        return Rest(HttpCall("POST", self._path, safe_json.compact(request), JSON), self)
+    def continue_assistant_message(
+        self,
+        request: JsonObject,
+        sofar: PartialAnswer,  # noqa: ARG002
+        kind: BackendKind,  # noqa: ARG002
+    ) -> ContinuationCall:
+        return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(request), JSON_HEADERS), self)
 
-    def translate(self, frame: Frame, sofar: Sofar) -> bytes:  # noqa: ARG002
+    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
         if frame.document is None:
-            return _DONE if frame.last else b""
-        return b"data: " + safe_json.compact(frame.document) + b"\n\n"
+            return _DONE if frame.ends_stream else b""
+        return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"
 
-    def close(self, reason: str, sofar: Sofar) -> bytes:  # noqa: ARG002
+    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
         return _DONE
 
-    def error(self, message: str) -> bytes:
+    def error_frame(self, message: str) -> bytes:
         if self._path.startswith("/v1/messages"):
-            body: Document = {"type": "error", "error": {"type": "api_error", "message": message}}
-            return b"event: error\ndata: " + safe_json.compact(body) + b"\n\n"
+            body: JsonObject = {"type": "error", "error": {"type": "api_error", "message": message}}
+            return b"event: error\ndata: " + safe_json.dump_compact(body) + b"\n\n"
         if self._path.startswith("/v1/responses"):
             body = {"type": "error", "code": "server_error", "message": message, "param": None}
-            return b"event: error\ndata: " + safe_json.compact(body) + b"\n\n"
+            return b"event: error\ndata: " + safe_json.dump_compact(body) + b"\n\n"
         body = {"error": {"message": message, "type": "api_error", "param": None, "code": "stream_cut"}}
-        return b"data: " + safe_json.compact(body) + b"\n\n"
+        return b"data: " + safe_json.dump_compact(body) + b"\n\n"
 
 
-class OpenAIChat(Events):
+class OpenAIChatFormat(EventStreamFormat):
     """``/v1/chat/completions``."""
 
-    keeps = True
+    supports_continuation = True
 
     def read(self, frame: bytes) -> Frame:
         read = super().read(frame)
@@ -131,57 +138,59 @@ class OpenAIChat(Events):
             read,
             text=text,
             thinking=thinking,
-            tools=bool(delta.get("tool_calls") or delta.get("function_call")),
-            complete=isinstance(choice.get("finish_reason"), str),
+            calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
+            text_complete=isinstance(choice.get("finish_reason"), str),
         )
 
-    def said(self, frames: bytes) -> Said:
-        if b'"reasoning' not in frames and (found := strings(_TEXTS, frames)) is not None:
+    def extract_texts(self, frames: bytes) -> TextPieces:
+        if b'"reasoning' not in frames and (found := find_strings(_TEXTS, frames)) is not None:
             return found
-        events = frames.split(b"\n\n") if b"\r" not in frames else self.end.split(frames)
+        events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
         data = [
             event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
             for event in events
             if event
         ]
-        return said_by(_said(document)[:2] for document in safe_json.parse_objects([piece for piece in data if piece]))
+        return collect_texts(
+            _said(document)[:2] for document in safe_json.parse_objects([piece for piece in data if piece])
+        )
 
-    def refusal(self, request: Document) -> str | None:
+    def continuation_refusal(self, request: JsonObject) -> str | None:
         for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
             if request.get(key):
                 return f"an answer with `{key}` cannot be continued"
         shape = request.get("response_format")
         if isinstance(shape, dict) and shape.get("type") not in (None, "text"):
             return "an answer with `response_format` cannot be continued"
-        if (safe_json.whole(request.get("n")) or 1) > 1:
+        if (safe_json.as_count(request.get("n")) or 1) > 1:
             return "several answers at once cannot be continued"
         if not isinstance(request.get("messages"), list):
             return "an answer to this kind of prompt cannot be continued"
         return None
 
-    def budget(self, request: Document) -> int | None:
-        bounds = [positive(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
+    def budget(self, request: JsonObject) -> int | None:
+        bounds = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
         return min((bound for bound in bounds if bound is not None), default=None)
 
-    def templated(self, request: Document) -> bool:  # noqa: ARG002
+    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
         return True
 
-    def render_call(self, request: Document, thinking: str) -> HttpCall | None:
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
         messages = _as_native(request["messages"], exact=False)
         if messages is None:
             return None
-        body = _native_body(request) | {"messages": with_answer(messages, SENTINEL, "thinking", thinking)}
+        body = _native_body(request) | {"messages": append_answer(messages, SENTINEL, "thinking", thinking)}
         body |= {"_debug_render_only": True, "stream": False, "options": _native_options(request) | {"num_predict": 1}}
-        return HttpCall("POST", "/api/chat", safe_json.compact(body), JSON)
+        return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
 
-    def raw_refusal(self, request: Document) -> str | None:
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         if _as_native(request["messages"], exact=True) is None:
             return "its template closes the turn, and not all of these messages can be told as text"
-        if began_by_client(request["messages"]):
+        if client_began_answer(request["messages"]):
             return "its template closes the turn that the client began"
         return None
 
-    def raw(self, request: Document, sofar: Sofar, prompt: str) -> Rest:
+    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
         """Only Ollama's own API takes a prompt as it is."""
         options, budget = _native_options(request), self.budget(request)
         if budget is not None:
@@ -189,19 +198,21 @@ class OpenAIChat(Events):
         asked = request.get("stream_options")
         usage = isinstance(asked, dict) and asked.get("include_usage") is True
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return Rest(raw_call(body, prompt + sofar.text, options), NativeAsOpenAI(usage=usage))
+        return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, options), OllamaAsOpenAIFormat(usage=usage))
 
-    def rest_refusal(self, request: Document, kind: BackendKind) -> str | None:
-        began = began_by_client(request["messages"]) and not request.get("continue_final_message")
+    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:
+        began = client_began_answer(request["messages"]) and not request.get("continue_final_message")
         if kind is BackendKind.OPENAI and began:
             return "the client began the turn, and servers differ in what that means"
         return None
 
-    def rest(self, request: Document, sofar: Sofar, kind: BackendKind) -> Rest:
+    def continue_assistant_message(
+        self, request: JsonObject, sofar: PartialAnswer, kind: BackendKind
+    ) -> ContinuationCall:
         body = dict(request)
-        body["messages"] = with_answer(list(request["messages"]), sofar.text, "reasoning_content", sofar.thinking)
+        body["messages"] = append_answer(list(request["messages"]), sofar.text, "reasoning_content", sofar.thinking)
         for key in ("max_completion_tokens", "max_tokens"):
-            bound = positive(request.get(key))
+            bound = positive_count(request.get(key))
             if bound is not None:
                 body[key] = max(bound - sofar.tokens, 1)
         if kind is BackendKind.OPENAI:
@@ -210,47 +221,47 @@ class OpenAIChat(Events):
             given = request.get("chat_template_kwargs")
             template = {**(given if isinstance(given, dict) else {}), "enable_thinking": False}
             body |= {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": template}
-        return Rest(HttpCall("POST", self._path, safe_json.compact(body), JSON), self)
+        return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
 
-    def translate(self, frame: Frame, sofar: Sofar) -> bytes:
+    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
         if frame.document is None:
-            return _DONE if frame.last else b""
+            return _DONE if frame.ends_stream else b""
         has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
-        if not (frame.text or frame.thinking or frame.complete or has_figures) and sofar.head is not None:
+        if not (frame.text or frame.thinking or frame.text_complete or has_figures) and sofar.first_frame is not None:
             return b""  # the opening delta with its role: the client has had one
         document = {**frame.document, **_head(sofar)}
         if has_figures:
             document |= _figures(document, sofar)
-        if has_figures or frame.complete:
-            document["gpumesh"] = note(sofar)
+        if has_figures or frame.text_complete:
+            document["gpumesh"] = continuation_note(sofar)
         return _event(document)
 
-    def close(self, reason: str, sofar: Sofar) -> bytes:
+    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
         if not reason:  # the client has had the finish frame
             return _DONE
-        return _event(_chunk(sofar, {}, reason) | {"gpumesh": note(sofar)}) + _DONE
+        return _event(_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)}) + _DONE
 
 
-class NativeAsOpenAI(Native):
+class OllamaAsOpenAIFormat(OllamaStreamFormat):
     """Frames of ``/api/generate`` that continue an answer of ``/v1/chat/completions``."""
 
     def __init__(self, *, usage: bool) -> None:
         super().__init__(generate=True)
         self._usage = usage
 
-    def translate(self, frame: Frame, sofar: Sofar) -> bytes:
+    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
         out = _event(_chunk(sofar, {"content": frame.text}, None)) if frame.text else b""
-        if not frame.last or frame.document is None:
+        if not frame.ends_stream or frame.document is None:
             return out
         reason = "length" if frame.document.get("done_reason") == "length" else "stop"
-        out += _event(_chunk(sofar, {}, reason) | {"gpumesh": note(sofar)})
+        out += _event(_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)})
         if self._usage:
             counts = {
-                "prompt_tokens": safe_json.whole(frame.document.get("prompt_eval_count")) or 0,
-                "completion_tokens": safe_json.whole(frame.document.get("eval_count")) or 0,
+                "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
+                "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
             }
             figures = _figures({"usage": counts}, sofar)
-            out += _event({**_chunk(sofar, {}, None), "choices": [], **figures, "gpumesh": note(sofar)})
+            out += _event({**_chunk(sofar, {}, None), "choices": [], **figures, "gpumesh": continuation_note(sofar)})
         return out + _DONE
 
 
@@ -265,11 +276,11 @@ def event_data(frame: bytes) -> bytes:
     return b"\n".join(parts).strip()
 
 
-def _event(document: Document) -> bytes:
-    return b"data: " + safe_json.compact(document) + b"\n\n"
+def _event(document: JsonObject) -> bytes:
+    return b"data: " + safe_json.dump_compact(document) + b"\n\n"
 
 
-def _said(document: Document) -> tuple[str, str, Document, Document]:
+def _said(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
     """Text, thinking, and the choice and the delta that they stand in."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -278,27 +289,27 @@ def _said(document: Document) -> tuple[str, str, Document, Document]:
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return "", "", choice, {}
-    thinking = safe_json.text(delta.get("reasoning_content")) or safe_json.text(delta.get("reasoning")) or ""
-    return safe_json.text(delta.get("content")) or "", thinking, choice, delta
+    thinking = safe_json.as_text(delta.get("reasoning_content")) or safe_json.as_text(delta.get("reasoning")) or ""
+    return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
 
 
-def _head(sofar: Sofar) -> dict[str, Any]:
+def _head(sofar: PartialAnswer) -> dict[str, Any]:
     """What names the answer, the same in each of its chunks."""
-    head = sofar.head or {}
+    head = sofar.first_frame or {}
     return {key: head[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in head}
 
 
-def _chunk(sofar: Sofar, delta: Document, reason: str | None) -> dict[str, Any]:
+def _chunk(sofar: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
     return {**_head(sofar), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
-def _native_body(request: Document) -> dict[str, Any]:
+def _native_body(request: JsonObject) -> dict[str, Any]:
     body = {key: request[key] for key in ("model", "keep_alive") if key in request}
     effort = request.get("reasoning_effort")
     return body | {"think": False if effort == "none" else effort} if isinstance(effort, str) else body
 
 
-def _native_options(request: Document) -> dict[str, Any]:
+def _native_options(request: JsonObject) -> dict[str, Any]:
     """As Ollama's own ``/v1`` makes options of a request; its defaults differ from those of ``/api``."""
     options = {"temperature": 1.0, "top_p": 1.0}
     for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stop"):
@@ -317,7 +328,7 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
         if not isinstance(message, dict) or (exact and message.keys() - {"role", "content"}):
             return None
         content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.objects(content)
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else safe_json.as_objects(content)
         for part in parts:
             if part.get("type") == "text" and isinstance(part.get("text"), str):
                 out.append({"role": message.get("role"), "content": part["text"]})
@@ -326,18 +337,18 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     return out
 
 
-def _figures(document: Document, sofar: Sofar) -> dict[str, Any]:
+def _figures(document: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
     """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
     out: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):
-        prompt = max((safe_json.whole(usage.get("prompt_tokens")) or 0) - sofar.tokens, 0)
-        tokens = (safe_json.whole(usage.get("completion_tokens")) or 0) + sofar.tokens
+        prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - sofar.tokens, 0)
+        tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + sofar.tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
         out["usage"] = {**usage, **counts}
     if isinstance(timings, dict):
-        tokens = (safe_json.whole(timings.get("predicted_n")) or 0) + sofar.tokens
-        took_ms = (safe_json.number(timings.get("predicted_ms")) or 0.0) + sofar.spent_ms
+        tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + sofar.tokens
+        took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + sofar.spent_ms
         out["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
         if tokens and took_ms:
             rates = {"predicted_per_token_ms": took_ms / tokens, "predicted_per_second": 1000.0 * tokens / took_ms}

@@ -7,21 +7,21 @@ from typing import Any
 
 from gpumesh.backends import error_text, safe_json
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.form import (
+from gpumesh.backends.continuation.stream_format import (
     SENTINEL,
-    Document,
+    ContinuationCall,
     Frame,
-    Rest,
-    Said,
-    Sofar,
-    began_by_client,
-    note,
-    positive,
-    said_by,
-    strings,
-    with_answer,
+    JsonObject,
+    PartialAnswer,
+    TextPieces,
+    append_answer,
+    client_began_answer,
+    collect_texts,
+    continuation_note,
+    find_strings,
+    positive_count,
 )
-from gpumesh.backends.ollama import JSON
+from gpumesh.backends.ollama import JSON_HEADERS
 from gpumesh.topology import BackendKind
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
@@ -29,20 +29,20 @@ _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
 _TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
-class Native:
+class OllamaStreamFormat:
     """``/api/chat``, and ``/api/generate`` when ``generate``."""
 
-    mark = b"\n"
-    end = re.compile(rb"\n")
-    keeps = True
+    frame_separator = b"\n"
+    frame_end_pattern = re.compile(rb"\n")
+    supports_continuation = True
 
     def __init__(self, *, generate: bool) -> None:
         self._generate = generate
 
-    def plain(self, frames: bytes) -> bool:
+    def is_text_only(self, frames: bytes) -> bool:
         return _MARKS.search(frames) is None
 
-    def end_of_last(self, frames: bytearray, start: int) -> int:
+    def find_last_frame_end(self, frames: bytearray, start: int) -> int:
         return frames.rfind(b"\n", start) + 1
 
     def read(self, frame: bytes) -> Frame:
@@ -57,19 +57,19 @@ class Native:
             document,
             text=text,
             thinking=thinking,
-            tools=bool(source.get("tool_calls")),
-            complete=done,
-            last=done,
-            error=error_text.error_in(document),
+            calls_tools=bool(source.get("tool_calls")),
+            text_complete=done,
+            ends_stream=done,
+            error=error_text.find_error_message(document),
         )
 
-    def said(self, frames: bytes) -> Said:
-        if b'"thinking"' not in frames and (found := strings(_TEXTS, frames)) is not None:
+    def extract_texts(self, frames: bytes) -> TextPieces:
+        if b'"thinking"' not in frames and (found := find_strings(_TEXTS, frames)) is not None:
             return found
         lines = [line for line in frames.split(b"\n") if line.strip()]
-        return said_by(_said(document)[:2] for document in safe_json.parse_objects(lines))
+        return collect_texts(_said(document)[:2] for document in safe_json.parse_objects(lines))
 
-    def refusal(self, request: Document) -> str | None:
+    def continuation_refusal(self, request: JsonObject) -> str | None:
         for key in ("tools", "format", "suffix", "context", "template", "logprobs"):
             if request.get(key):
                 return f"an answer with `{key}` cannot be continued"
@@ -80,45 +80,50 @@ class Native:
             return "an answer to this kind of prompt cannot be continued"
         return None
 
-    def budget(self, request: Document) -> int | None:
-        return positive(_options(request).get("num_predict"))
+    def budget(self, request: JsonObject) -> int | None:
+        return positive_count(_options(request).get("num_predict"))
 
-    def templated(self, request: Document) -> bool:
+    def uses_template(self, request: JsonObject) -> bool:
         return not (self._generate and request.get("raw"))
 
-    def render_call(self, request: Document, thinking: str) -> HttpCall | None:
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
         # Images change no template: without them the question is small.
         body = self._as_chat(_without_images(request), SENTINEL, thinking)
         body |= {"_debug_render_only": True, "stream": False}
         # A server that does not know the word generates: one token costs little.
         return _chat(body, _options(request) | {"num_predict": 1})
 
-    def raw_refusal(self, request: Document) -> str | None:
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         if _has_images(request):
             return "its template closes the turn, and images cannot be told as text"
-        if not self._generate and began_by_client(request.get("messages")):
+        if not self._generate and client_began_answer(request.get("messages")):
             return "its template closes the turn that the client began"
         return None
 
-    def raw(self, request: Document, sofar: Sofar, prompt: str) -> Rest:
+    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return Rest(raw_call(body, prompt + sofar.text, self._bounded(request, sofar)), self)
+        return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, self._bounded(request, sofar)), self)
 
-    def rest_refusal(self, request: Document, kind: BackendKind) -> str | None:  # noqa: ARG002
+    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:  # noqa: ARG002
         return None
 
-    def rest(self, request: Document, sofar: Sofar, kind: BackendKind) -> Rest:  # noqa: ARG002 - Ollama's alone
+    def continue_assistant_message(
+        self,
+        request: JsonObject,
+        sofar: PartialAnswer,
+        kind: BackendKind,  # noqa: ARG002
+    ) -> ContinuationCall:
         options = self._bounded(request, sofar)
-        if not self.templated(request):
+        if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}
-            return Rest(raw_call(body, str(request.get("prompt")) + sofar.text, options), self)
-        return Rest(_chat(self._as_chat(request, sofar.text, sofar.thinking), options), self)
+            return ContinuationCall(raw_prompt_call(body, str(request.get("prompt")) + sofar.text, options), self)
+        return ContinuationCall(_chat(self._as_chat(request, sofar.text, sofar.thinking), options), self)
 
-    def _bounded(self, request: Document, sofar: Sofar) -> dict[str, Any]:
+    def _bounded(self, request: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
         budget, options = self.budget(request), _options(request)
         return options if budget is None else options | {"num_predict": budget - sofar.tokens}
 
-    def _as_chat(self, request: Document, text: str, thinking: str) -> dict[str, Any]:
+    def _as_chat(self, request: JsonObject, text: str, thinking: str) -> dict[str, Any]:
         """A chat whose last message is the answer so far. A generate's prompt is one to the server as well: its
         handler makes the same messages of it."""
         body = {key: value for key, value in request.items() if key not in ("prompt", "system", "images", "raw")}
@@ -131,67 +136,78 @@ class Native:
             if request.get("images"):
                 user["images"] = request["images"]
             messages.append(user)
-        body["messages"] = with_answer(messages, text, "thinking", thinking)
+        body["messages"] = append_answer(messages, text, "thinking", thinking)
         return body
 
-    def translate(self, frame: Frame, sofar: Sofar) -> bytes:
+    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
         if frame.document is None:
             return b""
         known = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
         out: dict[str, Any] = {key: known.pop(key) for key in ("model", "created_at") if key in known}
-        if sofar.head is not None and "model" in sofar.head:
-            out["model"] = sofar.head["model"]
+        if sofar.first_frame is not None and "model" in sofar.first_frame:
+            out["model"] = sofar.first_frame["model"]
         piece: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
         if frame.thinking:
             piece["thinking"] = frame.thinking
         out |= piece if self._generate else {"message": {"role": "assistant", **piece}}
         out |= known
-        if frame.last:
+        if frame.ends_stream:
             out |= _figures(known, sofar)
-        return safe_json.compact(out) + b"\n"
+        return safe_json.dump_compact(out) + b"\n"
 
-    def close(self, reason: str, sofar: Sofar) -> bytes:
+    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
         document = {"done": True, "done_reason": reason, "eval_count": 0}
-        if sofar.head is not None:
-            document |= {key: sofar.head[key] for key in ("model", "created_at") if key in sofar.head}
-        return self.translate(Frame(document, last=True), sofar)
+        if sofar.first_frame is not None:
+            document |= {key: sofar.first_frame[key] for key in ("model", "created_at") if key in sofar.first_frame}
+        return self.translate(Frame(document, ends_stream=True), sofar)
 
-    def error(self, message: str) -> bytes:
-        return safe_json.compact({"error": message}) + b"\n"
+    def error_frame(self, message: str) -> bytes:
+        return safe_json.dump_compact({"error": message}) + b"\n"
 
 
-def raw_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) -> HttpCall:
+def raw_prompt_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) -> HttpCall:
     """A prompt that no template touches."""
     whole = body | {"prompt": prompt, "raw": True, "stream": True}
     return HttpCall(
-        "POST", "/api/generate", safe_json.compact(whole | {"options": options} if options else whole), JSON
+        "POST",
+        "/api/generate",
+        safe_json.dump_compact(whole | {"options": options} if options else whole),
+        JSON_HEADERS,
     )
 
 
-def _said(document: Document) -> tuple[str, str, Document]:
+def _said(document: JsonObject) -> tuple[str, str, JsonObject]:
     """Text, thinking, and the object that they stand in."""
     message = document.get("message")
     if isinstance(message, dict):
-        return safe_json.text(message.get("content")) or "", safe_json.text(message.get("thinking")) or "", message
-    return safe_json.text(document.get("response")) or "", safe_json.text(document.get("thinking")) or "", document
+        return (
+            safe_json.as_text(message.get("content")) or "",
+            safe_json.as_text(message.get("thinking")) or "",
+            message,
+        )
+    return (
+        safe_json.as_text(document.get("response")) or "",
+        safe_json.as_text(document.get("thinking")) or "",
+        document,
+    )
 
 
 def _chat(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:
     if options:
         body["options"] = options
-    return HttpCall("POST", "/api/chat", safe_json.compact(body), JSON)
+    return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
 
 
-def _options(request: Document) -> dict[str, Any]:
+def _options(request: JsonObject) -> dict[str, Any]:
     options = request.get("options")
     return dict(options) if isinstance(options, dict) else {}
 
 
-def _has_images(request: Document) -> bool:
+def _has_images(request: JsonObject) -> bool:
     return bool(request.get("images")) or any(message.get("images") for message in _messages(request))
 
 
-def _without_images(request: Document) -> Document:
+def _without_images(request: JsonObject) -> JsonObject:
     if not _has_images(request):
         return request
     bare = {key: value for key, value in request.items() if key != "images"}
@@ -202,16 +218,16 @@ def _without_images(request: Document) -> Document:
     return bare
 
 
-def _messages(request: Document) -> tuple[dict[str, Any], ...]:
-    return safe_json.objects(request.get("messages"))
+def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
+    return safe_json.as_objects(request.get("messages"))
 
 
-def _figures(figures: Document, sofar: Sofar) -> dict[str, Any]:
+def _figures(figures: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
     """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
-    out: dict[str, Any] = {"eval_count": (safe_json.whole(figures.get("eval_count")) or 0) + sofar.tokens}
-    prompt = safe_json.whole(figures.get("prompt_eval_count"))
+    out: dict[str, Any] = {"eval_count": (safe_json.as_count(figures.get("eval_count")) or 0) + sofar.tokens}
+    prompt = safe_json.as_count(figures.get("prompt_eval_count"))
     if prompt is not None:
         out["prompt_eval_count"] = max(prompt - sofar.tokens, 0)
-    out["eval_duration"] = (safe_json.whole(figures.get("eval_duration")) or 0) + round(sofar.spent_ms * 1e6)
-    out["total_duration"] = max(round(sofar.elapsed_ms * 1e6), safe_json.whole(figures.get("total_duration")) or 0)
-    return out | {"gpumesh": note(sofar)}
+    out["eval_duration"] = (safe_json.as_count(figures.get("eval_duration")) or 0) + round(sofar.spent_ms * 1e6)
+    out["total_duration"] = max(round(sofar.elapsed_ms * 1e6), safe_json.as_count(figures.get("total_duration")) or 0)
+    return out | {"gpumesh": continuation_note(sofar)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line, clean_text, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
@@ -50,20 +50,20 @@ def audit(
 
     if yes and not write:
         raise UsageError("--yes belongs to --write")
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     path = chosen.config_file()
     text = edit.read(path)
-    topology = edit.check(path, text)
-    state, remote = run(_look(chosen, topology))
-    plan = correction(path, text, topology, state) if write else None
+    topology = edit.parse_edited(path, text)
+    state, remote = run_async(_look(chosen, topology))
+    plan = propose_correction(path, text, topology, state) if write else None
     if as_json:
         written = plan is not None and yes and plan.write()
-        typer.echo(json_text(document(topology, state, plan, written=written), indent=2))
-        findings: Sequence[Finding] = plan.left if plan is not None and written else state.findings
+        typer.echo(json_text(audit_document(topology, state, plan, written=written), indent=2))
+        findings: Sequence[Finding] = plan.remaining_findings if plan is not None and written else state.findings
     else:
-        audit_screen.print_comparison(list(audit_rows.rows(topology, state.nodes, state.findings)))
+        audit_screen.print_comparison(list(audit_rows.compare_nodes(topology, state.nodes, state.findings)))
         typer.echo("")
-        audit_screen.print_drawing(audit_rows.drawing(topology, state.nodes))
+        audit_screen.print_drawing(audit_rows.draw_topology(topology, state.nodes))
         if not state.findings:
             typer.echo("\nall is as mesh.yaml says")
         findings = state.findings if plan is None else _offer(plan, yes=yes, remote=remote, quiet=chosen.quiet)
@@ -71,13 +71,13 @@ def audit(
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-async def _look(chosen: Settings, topology: Topology) -> tuple[MeshState, bool]:
+async def _look(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
     """The state, and whether it is that of a mesh that runs in the background."""
-    from gpumesh.cli.inspection import look
+    from gpumesh.cli.inspection import inspect_mesh
     from gpumesh.daemon.remote_session import RemoteSession
 
     async with open_session(chosen) as session:
-        return await look(session, topology), isinstance(session, RemoteSession)
+        return await inspect_mesh(session, topology), isinstance(session, RemoteSession)
 
 
 # -- --write ---------------------------------------------------------------------------------------------------------
@@ -85,33 +85,35 @@ async def _look(chosen: Settings, topology: Topology) -> tuple[MeshState, bool]:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """``new`` is ``old`` when nothing is to be changed. ``left``: findings that mesh.yaml is not to blame for, or that
-    only a person can put right there."""
+    """``new_text`` is ``old_text`` when nothing is to be changed. ``remaining_findings``: findings that mesh.yaml is
+    not to blame for, or that only a person can put right there."""
 
     path: Path
-    old: str
-    new: str
-    made: tuple[Change, ...]
-    left: tuple[Finding, ...]
-    by_hand: tuple[str, ...] = ()
+    old_text: str
+    new_text: str
+    changes: tuple[Change, ...]
+    remaining_findings: tuple[Finding, ...]
+    manual_steps: tuple[str, ...] = ()
 
     @property
     def diff(self) -> str:
         name = self.path.name
-        lines = difflib.unified_diff(self.old.splitlines(), self.new.splitlines(), name, f"{name} (corrected)", n=2)
+        lines = difflib.unified_diff(
+            self.old_text.splitlines(), self.new_text.splitlines(), name, f"{name} (corrected)", n=2
+        )
         return "\n".join(line.rstrip("\n") for line in lines)
 
     def write(self) -> bool:
         """Whether there was anything to write. Raises GPUMeshError."""
         from gpumesh.config import edit
 
-        if self.new == self.old:
+        if self.new_text == self.old_text:
             return False
-        edit.write(self.path, self.old, self.new)
+        edit.write(self.path, self.old_text, self.new_text)
         return True
 
 
-def correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
+def propose_correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
     """Tries each change by itself, and checks that the file then means what it should and nothing else."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
@@ -120,19 +122,19 @@ def correction(path: Path, text: str, topology: Topology, state: MeshState) -> C
     new = text
     made: list[Change] = []
     by_hand: list[str] = []
-    for change in changes.changes(topology, state.nodes, state.findings):
+    for change in changes.plan_changes(topology, state.nodes, state.findings):
         comment = None if change.why is None else f"gpumesh audit, {state.at:%Y-%m-%d}: {change.why}"
         step = edit.Edit(places[change.node], change.path, change.value, comment)
         try:
-            tried = edit.edited(new, [step])
-            if edit.check(path, tried) != changes.applied(topology, [*made, change]):
+            tried = edit.apply_edits(new, [step])
+            if edit.parse_edited(path, tried) != changes.apply_changes(topology, [*made, change]):
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:
             by_hand.append(f"{error.message}: it should be {change.value!r}")
             continue
         new = tried
         made.append(change)
-    left = changes.left_over(state.findings, made)
+    left = changes.unsettled_findings(state.findings, made)
     return Correction(path, text, new, tuple(made), left, tuple(by_hand))
 
 
@@ -141,11 +143,15 @@ def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequenc
     from gpumesh.cli.views import tables
 
     typer.echo("")
-    for line in plan.by_hand:
+    for line in plan.manual_steps:
         typer.echo(clean_text(f"by hand: {line}"), err=True)
-    if plan.new == plan.old:
-        typer.echo("mesh.yaml is as it should be" if not plan.left else "nothing in mesh.yaml would put this right")
-        return plan.left
+    if plan.new_text == plan.old_text:
+        typer.echo(
+            "mesh.yaml is as it should be"
+            if not plan.remaining_findings
+            else "nothing in mesh.yaml would put this right"
+        )
+        return plan.remaining_findings
     typer.echo(clean_text(plan.diff))
     if not yes:
         if not sys.stdin.isatty():
@@ -156,21 +162,21 @@ def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequenc
         typer.echo(clean_line(f"written: {plan.path}"), err=True)
         if remote:
             typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
-    if plan.left:
+    if plan.remaining_findings:
         typer.echo("\nleft to you:")
-        tables.print_findings(plan.left)
-    return plan.left
+        tables.print_findings(plan.remaining_findings)
+    return plan.remaining_findings
 
 
 # -- --json ----------------------------------------------------------------------------------------------------------
 
 
-def document(
+def audit_document(
     topology: Topology, state: MeshState, plan: Correction | None = None, *, written: bool = False
 ) -> dict[str, object]:
     """``gpumesh.audit/1``."""
-    from gpumesh.audit import machines
-    from gpumesh.cli.views.audit_rows import rows
+    from gpumesh.audit import find_machines
+    from gpumesh.cli.views.audit_rows import compare_nodes
     from gpumesh.wire import to_json
 
     enabled = {spec.name for spec in topology.nodes if spec.enabled}
@@ -183,7 +189,7 @@ def document(
             {"name": node.name, "health": node.health, "reason": node.reason, "routes": node.routes}
             for node in state.nodes
         ],
-        "comparison": list(rows(topology, state.nodes, state.findings)),
+        "comparison": list(compare_nodes(topology, state.nodes, state.findings)),
         "machines": [
             {
                 "nodes": machine.nodes,
@@ -191,14 +197,14 @@ def document(
                 "certain": machine.certain,
                 "proof": machine.proof,
             }
-            for machine in machines([node for node in state.nodes if node.name in enabled])
+            for machine in find_machines([node for node in state.nodes if node.name in enabled])
         ],
     }
     if plan is not None:
         changed = [
             {"node": change.node, "path": ".".join(change.path), "value": change.value, "why": change.why}
-            for change in plan.made
+            for change in plan.changes
         ]
-        said |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.left}
+        said |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.remaining_findings}
     result: dict[str, object] = to_json(said)
     return result

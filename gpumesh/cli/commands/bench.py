@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import Settings, open_session, settings
-from gpumesh.cli.context import run as run_async
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line, json_text
 from gpumesh.errors import ExitCode, UsageError
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
     from gpumesh.backends.base import ChatRequest
     from gpumesh.bench import scenarios
-    from gpumesh.bench.load import Answering, Record, Send
+    from gpumesh.bench.load import AnswerStream, RequestRecord, SendPrompt
     from gpumesh.bench.result import BenchResult
-    from gpumesh.bench.routes import Keys
-    from gpumesh.bench.run import Finished
+    from gpumesh.bench.routes import ApiKeys
+    from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
     from gpumesh.bench.traces import TracedRequest
     from gpumesh.daemon.session import Session
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from gpumesh.topology import Topology
 
 # Every node is measured, so that all are waited for: a connect's own deadline and a probe.
-REPORT_S = 7.0
+FIRST_REPORT_TIMEOUT_S = 7.0
 
 app = new_app(no_args_is_help=True, help="Measure latency and throughput, per node and for the mesh.")
 
@@ -47,14 +46,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="As JSON (schema gpumes
 def run(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.models)
+        str | None, typer.Option("--model", "-m", help="Which model.", autocompletion=completion.complete_models)
     ] = None,
     scenario: Annotated[
         str,
         typer.Option(
             help="quick, sweep, scale, overhead, failover or replay.",
             metavar="NAME",
-            autocompletion=completion.scenarios,
+            autocompletion=completion.complete_scenarios,
         ),
     ] = "quick",
     requests: Annotated[int | None, typer.Option("-n", metavar="N", help="Requests in each stage.")] = None,
@@ -62,7 +61,8 @@ def run(
         str | None, typer.Option("--concurrency", "-c", metavar="N[,N…]", help="Requests in flight; sweep: the levels.")
     ] = None,
     node: Annotated[
-        str | None, typer.Option(metavar="NODE", help="Measure this node only.", autocompletion=completion.nodes)
+        str | None,
+        typer.Option(metavar="NODE", help="Measure this node only.", autocompletion=completion.complete_nodes),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts, about.")] = 32,
@@ -87,18 +87,18 @@ def run(
       gpumesh bench run --scenario sweep -c 1,2,4,8,16 -m qwen2.5:7b --out sweep-1
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
     """
-    from gpumesh.bench.result import check_folder, result_json, write
+    from gpumesh.bench.result import check_result_folder, result_json, write_result
     from gpumesh.bench.stats import Objective
 
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     wanted = _scenario(scenario)
     traced = _trace(trace, requests)
     levels = _levels(concurrency)
     folder = out or _new_folder(wanted)
-    check_folder(folder, force=force)
+    check_result_folder(folder, force=force)
 
-    def configured(name: str) -> scenarios.Settings:
-        from gpumesh.bench.scenarios import Settings as BenchSettings
+    def configured(name: str) -> scenarios.BenchSettings:
+        from gpumesh.bench.scenarios import BenchSettings
 
         return BenchSettings(name, requests, levels, tokens, prompt_tokens, think, seed, speed)
 
@@ -108,7 +108,7 @@ def run(
         )
     finally:
         _drop_if_empty(folder)
-    write(folder, done.result, done.records, force=force)
+    write_result(folder, done.result, done.records, force=force)
     if as_json:
         typer.echo(json_text(result_json(done.result), indent=2))
     else:
@@ -129,16 +129,16 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a result again."""
-    from gpumesh.bench.result import newest, read, result_json
+    from gpumesh.bench.result import find_newest_result, read_result, result_json
 
-    folder = path or newest(_results())
+    folder = path or find_newest_result(_results())
     if folder is None:
         raise UsageError("nothing was measured yet", hint="`gpumesh bench run` does it")
-    result = read(folder)
+    result = read_result(folder)
     if as_json:
         typer.echo(json_text(result_json(result), indent=2))
         return
-    _show(result, notes=not settings(ctx).quiet)
+    _show(result, notes=not global_options(ctx).quiet)
 
 
 @app.command()
@@ -148,28 +148,33 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two results: what became better or worse, and what the samples cannot tell apart."""
-    from gpumesh.bench.compare import Verdict
+    from gpumesh.bench.compare import DifferenceVerdict
     from gpumesh.bench.compare import compare as compared
-    from gpumesh.bench.result import read
-    from gpumesh.bench.svg import number
+    from gpumesh.bench.result import read_result
+    from gpumesh.bench.svg import format_number
     from gpumesh.cli.views import tables
     from gpumesh.wire import to_json
 
-    found = compared(read(a), read(b))
+    found = compared(read_result(a), read_result(b))
     if as_json:
         typer.echo(json_text({"schema": "gpumesh.bench-compare/1", **to_json(found)}, indent=2))
         return
-    styles = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.SAME: "dim", Verdict.UNKNOWN: "dim"}
-    said = {Verdict.SAME: "no clear difference", Verdict.UNKNOWN: "too few to tell"}
+    styles = {
+        DifferenceVerdict.BETTER: "green",
+        DifferenceVerdict.WORSE: "red",
+        DifferenceVerdict.SAME: "dim",
+        DifferenceVerdict.UNKNOWN: "dim",
+    }
+    said = {DifferenceVerdict.SAME: "no clear difference", DifferenceVerdict.UNKNOWN: "too few to tell"}
     tables.print_table(
         ["stage", "figure", "A", "B", "B ÷ A", ""],
         [
             [
                 difference.stage,
                 f"{difference.figure} ({difference.unit})" if difference.unit else difference.figure,
-                number(difference.a),
-                number(difference.b),
-                number(difference.ratio),
+                format_number(difference.a),
+                format_number(difference.b),
+                format_number(difference.ratio),
                 tables.Cell(said.get(difference.verdict, difference.verdict.value), styles[difference.verdict]),
             ]
             for difference in found.differences
@@ -211,7 +216,7 @@ def _trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
 
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
-            return traces.parse(lines, file=str(file), limit=limit)
+            return traces.parse_trace(lines, file=str(file), limit=limit)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
 
@@ -241,26 +246,26 @@ def _drop_if_empty(folder: Path) -> None:
 
 
 async def _measure(
-    chosen: Settings,
+    chosen: GlobalOptions,
     scenario: scenarios.Scenario,
     model: str | None,
-    configured: Callable[[str], scenarios.Settings],
+    configured: Callable[[str], scenarios.BenchSettings],
     objective: Objective,
     *,
     trace: Sequence[TracedRequest],
     node: str | None,
-) -> Finished:
+) -> BenchOutput:
     from gpumesh.bench import run as bench
-    from gpumesh.daemon.default_model import choose_model
     from gpumesh.daemon.local_session import LocalSession
+    from gpumesh.mesh.models.default_model import choose_model
 
     default = model or chosen.topology().gateway.default_model
     async with open_session(chosen) as session:
-        state = await session.first_report(REPORT_S)
+        state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         name = default or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
         with ExitStack() as stack:
-            return await bench.run(
+            return await bench.run_benchmark(
                 target,
                 scenario,
                 configured(name),
@@ -268,25 +273,25 @@ async def _measure(
                 rng=Random(time.time_ns()),
                 objective=objective,
                 trace=trace,
-                only=node,
+                only_node=node,
                 keys=_keys(chosen.topology()),
             )
 
 
-def _keys(topology: Topology) -> Keys:
+def _keys(topology: Topology) -> ApiKeys:
     """Those whose variables are set. A server that gets none says so itself."""
     from gpumesh import config
-    from gpumesh.bench.routes import Keys
+    from gpumesh.bench.routes import ApiKeys
     from gpumesh.errors import SecretMissing
 
     def value(variable: str | None) -> str | None:
         try:
-            return None if variable is None else config.secret(variable)
+            return None if variable is None else config.read_secret(variable)
         except SecretMissing:
             return None
 
     found = {node.name: value(node.backend.api_key_env) for node in topology.nodes}
-    return Keys(value(topology.gateway.api_key_env), {name: key for name, key in found.items() if key is not None})
+    return ApiKeys(value(topology.gateway.api_key_env), {name: key for name, key in found.items() if key is not None})
 
 
 class _SessionTarget:
@@ -296,14 +301,14 @@ class _SessionTarget:
         self._session = session
         self.embedded = embedded
 
-    def send(self) -> Send:
+    def send(self) -> SendPrompt:
         return self._send
 
-    def _send(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[Answering]:
+    def _send(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
         from gpumesh.balancer.base import Priority
-        from gpumesh.daemon.session import Ask
+        from gpumesh.daemon.session import PromptRequest
 
-        ask = Ask(
+        ask = PromptRequest(
             request.messages,
             model=request.model,
             node=node,
@@ -335,16 +340,16 @@ class _Progress:
         self._done = 0
         self._failed = 0
 
-    def planned(self, plan: scenarios.Plan) -> None:
+    def set_plan(self, plan: scenarios.Plan) -> None:
         from gpumesh.cli.views import tables
 
-        self._tick = self._stack.enter_context(tables.progress(plan.total, "requests", quiet=self._quiet))
+        self._tick = self._stack.enter_context(tables.show_progress(plan.total, "requests", quiet=self._quiet))
 
-    def stage(self, stage: scenarios.Stage) -> None:
+    def start_stage(self, stage: scenarios.Stage) -> None:
         self._stage = stage.name
         self._tick(self._done, self._stage)
 
-    def record(self, record: Record) -> None:
+    def add_record(self, record: RequestRecord) -> None:
         self._done += 1
         self._failed += record.error_code is not None
         failed = f", {self._failed} failed" if self._failed else ""
@@ -356,13 +361,13 @@ class _Progress:
 
 def _show(result: BenchResult, *, notes: bool = True) -> None:
     from gpumesh.bench.compare import stage_label
-    from gpumesh.bench.svg import number
+    from gpumesh.bench.svg import format_number
     from gpumesh.cli.views import tables
 
     column = tables.Column
-    tables.print_fitted(
+    tables.print_fitted_table(
         [
-            column("STAGE", least=21),
+            column("STAGE", min_width=21),
             column("IN FLIGHT", 6, right=True),
             column("SERVED", 4, right=True),
             column("FAILED", 1, right=True),
@@ -381,14 +386,14 @@ def _show(result: BenchResult, *, notes: bool = True) -> None:
                 "open" if stage.concurrency is None else str(stage.concurrency),
                 str(stage.served),
                 tables.Cell(str(stage.failed + stage.cut), "red" if stage.failed + stage.cut else "dim"),
-                number(stage.latency.ttft.p50),
-                number(stage.latency.ttft.p90),
-                number(stage.latency.tpot.p50),
-                number(stage.latency.end_to_end.p50),
-                number(stage.latency.end_to_end.p90),
-                number(stage.rates.server.p50),
-                number(stage.rates.output_tokens_per_s),
-                number(stage.rates.requests_per_s),
+                format_number(stage.latency.ttft.p50),
+                format_number(stage.latency.ttft.p90),
+                format_number(stage.latency.tpot.p50),
+                format_number(stage.latency.end_to_end.p50),
+                format_number(stage.latency.end_to_end.p90),
+                format_number(stage.rates.server.p50),
+                format_number(stage.rates.output_tokens_per_s),
+                format_number(stage.rates.requests_per_s),
             ]
             for stage in result.stages
         ],
@@ -403,31 +408,34 @@ def _show(result: BenchResult, *, notes: bool = True) -> None:
 def _lines(result: BenchResult) -> list[str]:
     """What the table has no column for; its figures without a name are at p50."""
     from gpumesh.bench.compare import stage_label
-    from gpumesh.bench.svg import number
+    from gpumesh.bench.svg import format_number
 
     lines = []
     if result.scaling is not None:
         scaling = result.scaling
         lines.append(
-            f"scaling: mesh {number(scaling.mesh_tokens_per_s)} tok/s of {number(scaling.sum_tokens_per_s)} "
+            f"scaling: mesh {format_number(scaling.mesh_tokens_per_s)} tok/s"
+            f" of {format_number(scaling.sum_tokens_per_s)} "
             f"that its nodes give alone: {scaling.efficiency:.0%}"
         )
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
         barest, *others = costs
-        way = f"{number(barest.outside_server_p50_ms)} ms outside the server at p50 through the {barest.route}"
+        way = f"{format_number(barest.outside_server_p50_ms)} ms outside the server at p50 through the {barest.route}"
         lines.append(
-            "; ".join([f"{node}: {way}", *(f"{one.route} adds {number(one.added_p50_ms)} ms" for one in others)])
+            "; ".join([f"{node}: {way}", *(f"{one.route} adds {format_number(one.added_p50_ms)} ms" for one in others)])
         )
     for stage in result.stages:
         lines.extend(
             f"{phase.name}: {phase.requests} sent, {phase.failed} failed, {phase.retried} retried, "
-            f"end-to-end p50 {number(phase.end_to_end.p50)} ms, longest gap {number(phase.longest_gap_ms)} ms, "
-            f"{number(phase.output_tokens_per_s)} tok/s"
+            f"end-to-end p50 {format_number(phase.end_to_end.p50)} ms,"
+            f" longest gap {format_number(phase.longest_gap_ms)} ms, "
+            f"{format_number(phase.output_tokens_per_s)} tok/s"
             for phase in stage.phases
         )
         if stage.gpu is not None and stage.gpu.power_w is not None:
             lines.append(
-                f"{stage_label(stage)}: {number(stage.gpu.utilization_pct)} % GPU, {number(stage.gpu.power_w)} W, "
-                f"{number(stage.tokens_per_joule)} tokens/J"
+                f"{stage_label(stage)}: {format_number(stage.gpu.utilization_pct)} % GPU,"
+                f" {format_number(stage.gpu.power_w)} W, "
+                f"{format_number(stage.tokens_per_joule)} tokens/J"
             )
     return lines

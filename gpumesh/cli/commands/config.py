@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from gpumesh.cli.context import settings
+from gpumesh.cli.context import global_options
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import ExitCode
 
@@ -25,7 +25,7 @@ def check(ctx: typer.Context) -> None:
     from gpumesh.cli.text import clean_line
     from gpumesh.state import Severity
 
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     topology = chosen.topology()
     advice = configuration.check(topology)
     for finding in advice:
@@ -49,7 +49,7 @@ def show(ctx: typer.Context) -> None:
     """The configuration as it is in effect: defaults merged, variables expanded, secrets masked."""
     from gpumesh import config as configuration
 
-    typer.echo(configuration.effective(settings(ctx).topology()), nl=False)
+    typer.echo(configuration.dump_effective(global_options(ctx).topology()), nl=False)
 
 
 @app.command()

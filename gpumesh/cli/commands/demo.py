@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import Settings, settings
+from gpumesh.cli.context import GlobalOptions, global_options
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import ExitCode
 from gpumesh.quoting import shell_word
 from gpumesh.state import Health, MeshState
 
 if TYPE_CHECKING:
-    from gpumesh.cli.commands.run import Result
-    from gpumesh.cli.views.demo_story import Scene
+    from gpumesh.cli.commands.run import PromptResult
+    from gpumesh.cli.views.demo_story import DemoDisplay
     from gpumesh.daemon.local_session import LocalSession
-    from gpumesh.daemon.mesh_process import Stop
+    from gpumesh.daemon.mesh_process import Shutdown
     from gpumesh.lab.lab import Lab
 
 MODEL = "qwen2.5:7b"
-PROMPTS = 24
-BEFORE_KILL = 6  # answers that are in when a host dies; by then all hosts are busy
+PROMPT_COUNT = 24
+PROMPTS_BEFORE_KILL = 6  # answers that are in when a host dies; by then all hosts are busy
 ANSWER_TOKENS = (16, 48)  # short ones: a few slow hosts must answer all prompts while somebody watches
-REPORT_S = 15.0
-BACK_S = 12.0
+FIRST_REPORT_TIMEOUT_S = 15.0
+RECOVERY_TIMEOUT_S = 12.0
 REDRAW_S = 0.25
-NEXT = """
+NEXT_STEPS = """
 What to try next:
   gpumesh demo --keep                              leaves it running, to play with
   gpumesh init --from 'ssh root@HOST -p PORT'      writes a mesh.yaml for your own host
@@ -57,60 +57,60 @@ def demo(
     from gpumesh.daemon.process import event_loop
 
     try:
-        code = event_loop.run(_demo(settings(ctx), nodes, keep))
+        code = event_loop.run(_demo(global_options(ctx), nodes, keep))
     except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a third signal
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(int(code))
 
 
-async def _demo(chosen: Settings, count: int, keep: bool) -> ExitCode:
+async def _demo(chosen: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
-    from gpumesh.cli.views.demo_story import Scene
+    from gpumesh.cli.views.demo_story import DemoDisplay
     from gpumesh.daemon.lock import MeshLock
-    from gpumesh.daemon.mesh_process import Stop, hosted
+    from gpumesh.daemon.mesh_process import Shutdown, run_mesh
     from gpumesh.daemon.paths import for_config
-    from gpumesh.daemon.signals import on_signals
+    from gpumesh.daemon.signals import handle_signals
     from gpumesh.lab import profile
     from gpumesh.lab.lab import Lab
     from gpumesh.tunnels.local_system.socket_folders import private_folder
 
-    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.default(count)]
+    hosts = [replace(host, answer_tokens=ANSWER_TOKENS) for host in profile.make_hosts(count)]
     with private_folder() as folder:
         async with Lab(hosts, folder) as lab:
             file = lab.write_config(folder / "mesh.yaml", listen="127.0.0.1:0", default_model=MODEL)
             paths = for_config(file)
-            lock = MeshLock.take(paths)
+            lock = MeshLock.acquire(paths)
             try:
-                stop = Stop()
-                async with hosted(config.load(file), paths, gateway=True, stop=stop, lock=lock) as session:
-                    with Scene() as scene:
-                        scene.say(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
+                stop = Shutdown()
+                async with run_mesh(config.load(file), paths, gateway=True, shutdown=stop, lock=lock) as session:
+                    with DemoDisplay() as scene:
+                        scene.print_line(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
                         async with _drawn(scene, session):
                             code = await _story(scene, session, lab)
-                        scene.picture(await session.status())
+                        scene.print_table(await session.status())
                     if keep:
-                        on_signals(stop)
+                        handle_signals(stop)
                         await _stay(session, stop, file, chosen)
                     else:
-                        stop.ask(1.0)
+                        stop.request(1.0)
             finally:
                 lock.release()
                 paths.log.unlink(missing_ok=True)
     if not keep and not chosen.quiet:
-        typer.echo(NEXT.rstrip())
+        typer.echo(NEXT_STEPS.rstrip())
     return code
 
 
 @asynccontextmanager
-async def _drawn(scene: Scene, session: LocalSession) -> AsyncGenerator[None]:
+async def _drawn(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
     """Redraws the table as long as the context is open."""
-    from gpumesh.daemon.async_generators import closing
+    from gpumesh.daemon.async_generators import closing_iterator
 
     async def draw() -> None:
-        async with closing(session.watch(REDRAW_S)) as states:
+        async with closing_iterator(session.watch(REDRAW_S)) as states:
             async for state in states:
-                scene.update(state)
+                scene.update_table(state)
 
     drawing = asyncio.create_task(draw(), name="redraw")
     try:
@@ -120,84 +120,94 @@ async def _drawn(scene: Scene, session: LocalSession) -> AsyncGenerator[None]:
         await asyncio.gather(drawing, return_exceptions=True)
 
 
-async def _story(scene: Scene, session: LocalSession, lab: Lab) -> ExitCode:
+async def _story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
     began = time.monotonic()
-    state = await session.first_report(REPORT_S)
+    state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
     up = [node.name for node in state.nodes if node.health is Health.HEALTHY]
-    scene.say(f"→ {len(up)} tunnels are up after {time.monotonic() - began:.1f} s, and the GPUs behind them are seen.")
-    scene.picture(state)
+    scene.print_line(
+        f"→ {len(up)} tunnels are up after {time.monotonic() - began:.1f} s, and the GPUs behind them are seen."
+    )
+    scene.print_table(state)
     if len(up) < 2:
-        scene.say("Too few hosts came up on this machine to go on.", "red")
+        scene.print_line("Too few hosts came up on this machine to go on.", "red")
         return ExitCode.NO_NODE
     await _one_answer(scene, session)
     victim = up[0]
-    scene.say(f"→ Now {PROMPTS} prompts at once, and after {BEFORE_KILL} answers {victim} is killed (SIGKILL).")
+    scene.print_line(
+        f"→ Now {PROMPT_COUNT} prompts at once, and after {PROMPTS_BEFORE_KILL} answers {victim} is killed (SIGKILL)."
+    )
     results, spent_s = await _under_load(scene, session, lab, victim)
     code = _count(scene, results, spent_s, victim)
-    scene.picture(await session.status())
+    scene.print_table(await session.status())
     await lab.host(victim).restart()
     if await _healthy_again(session, victim):
-        scene.say(f"→ {victim} was started again, and is back in the mesh by itself.")
+        scene.print_line(f"→ {victim} was started again, and is back in the mesh by itself.")
     else:
-        scene.say(f"→ {victim} was started again; it is still coming back.", "yellow")
+        scene.print_line(f"→ {victim} was started again; it is still coming back.", "yellow")
     return code
 
 
-async def _one_answer(scene: Scene, session: LocalSession) -> None:
-    from gpumesh.cli.commands.run import answer
-    from gpumesh.cli.prompt_file import Prompt
+async def _one_answer(scene: DemoDisplay, session: LocalSession) -> None:
+    from gpumesh.cli.commands.run import send_prompt
+    from gpumesh.cli.prompt_file import PromptEntry
     from gpumesh.cli.text import shorten
-    from gpumesh.daemon.session import Ask
+    from gpumesh.daemon.session import PromptRequest
 
     question = "Why is the sky blue?"
-    result = await answer(session, Prompt(question).ask(Ask((), model=MODEL), None), 0, question)
+    result = await send_prompt(
+        session, PromptEntry(question).make_ask(PromptRequest((), model=MODEL), None), 0, question
+    )
     rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
-    scene.say(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
-    scene.say(f"    {shorten((result.response or '').strip(), 100)}", "dim")
+    scene.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
+    scene.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
 
 
-async def _under_load(scene: Scene, session: LocalSession, lab: Lab, victim: str) -> tuple[Sequence[Result], float]:
+async def _under_load(
+    scene: DemoDisplay, session: LocalSession, lab: Lab, victim: str
+) -> tuple[Sequence[PromptResult], float]:
     """All prompts at once, and the host's death as soon as some answers are in and it is at work itself."""
-    from gpumesh.cli.commands.run import settled
-    from gpumesh.cli.prompt_file import Prompt
-    from gpumesh.daemon.session import Ask
+    from gpumesh.cli.commands.run import send_with_retries
+    from gpumesh.cli.prompt_file import PromptEntry
+    from gpumesh.daemon.session import PromptRequest
 
     done = 0
     some_are_in = asyncio.Event()
 
-    async def one(index: int) -> Result:
+    async def one(index: int) -> PromptResult:
         nonlocal done
         text = f"Tell me something about the number {index}."
-        result = await settled(session, Prompt(text).ask(Ask((), model=MODEL), None), index, text)
+        result = await send_with_retries(
+            session, PromptEntry(text).make_ask(PromptRequest((), model=MODEL), None), index, text
+        )
         done += 1
-        if done >= BEFORE_KILL:
+        if done >= PROMPTS_BEFORE_KILL:
             some_are_in.set()
         return result
 
     async def kill() -> None:
         await some_are_in.wait()
         async for state in session.watch(0.02):
-            if state.node(victim).load.in_flight or done >= PROMPTS:
+            if state.node(victim).load.in_flight or done >= PROMPT_COUNT:
                 break
         await lab.host(victim).kill()
-        scene.say(f"✗ {victim} is dead, with {PROMPTS - done} prompts still to answer.", "red")
+        scene.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - done} prompts still to answer.", "red")
 
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index)) for index in range(PROMPTS)]
+        tasks = [group.create_task(one(index)) for index in range(PROMPT_COUNT)]
         group.create_task(kill())
     return [task.result() for task in tasks], time.monotonic() - began
 
 
-def _count(scene: Scene, results: Sequence[Result], spent_s: float, victim: str) -> ExitCode:
+def _count(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
     lost = [result for result in results if result.error is not None or not result.response]
     moved = sum(result.attempts > 1 for result in results)
     served = Counter(result.node or "?" for result in results if result.error is None)
     shares = ", ".join(f"{name} {count}" for name, count in sorted(served.items()))
     if lost:
-        scene.say(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
+        scene.print_line(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
         return ExitCode.FAILED
-    scene.say(
+    scene.print_line(
         f"→ {len(results)} of {len(results)} answered in {spent_s:.1f} s, 0 lost, {moved} moved away from {victim}"
         f" ({shares}).",
         "bold green",
@@ -206,10 +216,10 @@ def _count(scene: Scene, results: Sequence[Result], spent_s: float, victim: str)
 
 
 async def _healthy_again(session: LocalSession, name: str) -> bool:
-    from gpumesh.daemon.async_generators import closing
+    from gpumesh.daemon.async_generators import closing_iterator
 
     try:
-        async with asyncio.timeout(BACK_S), closing(session.watch(0.1)) as states:
+        async with asyncio.timeout(RECOVERY_TIMEOUT_S), closing_iterator(session.watch(0.1)) as states:
             async for state in states:
                 if state.node(name).health is Health.HEALTHY:
                     return True
@@ -218,9 +228,9 @@ async def _healthy_again(session: LocalSession, name: str) -> bool:
     return False
 
 
-async def _stay(session: LocalSession, stop: Stop, file: Path, chosen: Settings) -> None:
+async def _stay(session: LocalSession, stop: Shutdown, file: Path, chosen: GlobalOptions) -> None:
     """``--keep``: the live table on a terminal, else only waiting; Ctrl-C ends it."""
-    from gpumesh.cli.commands.up import show
+    from gpumesh.cli.commands.up import show_mesh
 
     state: MeshState = await session.status()
     below = (
@@ -232,4 +242,4 @@ async def _stay(session: LocalSession, stop: Stop, file: Path, chosen: Settings)
         f"  OLLAMA_HOST={shell_word(state.gateway.url or '')} ollama run {MODEL}",
         "",
     )
-    await show(session, stop, chosen, below=below)
+    await show_mesh(session, stop, chosen, notes=below)

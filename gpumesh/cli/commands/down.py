@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import run, settings
+from gpumesh.cli.context import global_options, run_async
 from gpumesh.cli.lazy import new_app
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def down(
     Requests that run may end first; after --wait seconds they are cut, with an error that says so. A second `down` may
     make that sooner. It returns when the process is gone.
     """
-    from gpumesh.daemon.background import take_down
+    from gpumesh.daemon.background import stop_background
 
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     waiting = 0
 
     def on_state(state: MeshState) -> None:
@@ -39,7 +39,7 @@ def down(
             typer.echo(f"waiting for {now} request{'' if now == 1 else 's'} to end", err=True)
         waiting = now
 
-    in_order = run(take_down(chosen.paths(), wait, on_state=on_state))
+    in_order = run_async(stop_background(chosen.paths(), wait, on_state=on_state))
     if not in_order:
         typer.echo("the mesh did not end by itself and was killed; `gpumesh logs` may say why", err=True)
         raise typer.Exit(1)

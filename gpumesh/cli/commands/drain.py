@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.context import global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 
 app = new_app()
@@ -16,7 +16,7 @@ app = new_app()
 @app.command()
 def drain(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.complete_nodes)],
 ) -> None:
     """Give nodes of the running mesh no new work; what runs there ends by itself. `gpumesh resume` takes it back.
 
@@ -24,11 +24,11 @@ def drain(
     Example:
       gpumesh drain iceland && gpumesh status -n iceland -w
     """
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
 
     async def main() -> None:
         async with open_session(chosen, embed=False) as session:
             for node in nodes:
                 await session.drain(node)
 
-    run(main())
+    run_async(main())

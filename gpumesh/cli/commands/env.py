@@ -9,16 +9,16 @@ from typing import Annotated
 
 import typer
 
-from gpumesh.cli.context import Settings, settings
+from gpumesh.cli.context import GlobalOptions, global_options
 from gpumesh.cli.lazy import new_app
-from gpumesh.config.locate import UNIX
+from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import MeshNotRunning, UsageError
-from gpumesh.quoting import command, powershell_word, shell_word, yaml_text
+from gpumesh.quoting import paste_command, powershell_word, shell_word, yaml_text
 
 app = new_app()
 
 
-class Shell(StrEnum):
+class ShellKind(StrEnum):
     SH = "sh"
     BASH = "bash"
     ZSH = "zsh"
@@ -29,7 +29,7 @@ class Shell(StrEnum):
 @app.command()
 def env(
     ctx: typer.Context,
-    shell: Annotated[Shell | None, typer.Option(help="Else the one of $SHELL.")] = None,
+    shell: Annotated[ShellKind | None, typer.Option(help="Else the one of $SHELL.")] = None,
 ) -> None:
     """Print the variables that point other programs at the mesh.
 
@@ -39,40 +39,40 @@ def env(
       gpumesh env --shell fish | source
       gpumesh env --shell powershell | Out-String | iex
     """
-    typer.echo(lines(variables(_gateway(settings(ctx))), shell or _shell()))
+    typer.echo(export_lines(client_variables(_gateway(global_options(ctx))), shell or _shell()))
 
 
-def variables(url: str) -> dict[str, str]:
+def client_variables(url: str) -> dict[str, str]:
     """By the names under which clients look for them. A client of OpenAI's or Anthropic's wants some key; the gateway
     asks for none on loopback, and one's own stays as it is when it is set."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
 
 
-def lines(wanted: Mapping[str, str], shell: Shell) -> str:
+def export_lines(wanted: Mapping[str, str], shell: ShellKind) -> str:
     match shell:
-        case Shell.FISH:
+        case ShellKind.FISH:
             return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in wanted.items())
-        case Shell.POWERSHELL:
+        case ShellKind.POWERSHELL:
             return "\n".join(f"$Env:{name} = {powershell_word(value)}" for name, value in wanted.items())
         case _:
             return "\n".join(f"export {name}={shell_word(value)}" for name, value in wanted.items())
 
 
-def _gateway(chosen: Settings) -> str:
+def _gateway(chosen: GlobalOptions) -> str:
     """The running mesh's own URL (its port may be any free one), else the one that mesh.yaml says."""
-    from gpumesh.daemon.quick_status import glance
+    from gpumesh.daemon.quick_status import fetch_status
 
-    state = glance(chosen.paths().socket)
+    state = fetch_status(chosen.paths().socket)
     if state is not None:
         url = state.get("gateway", {}).get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
-        if url.startswith(UNIX):
+        if url.startswith(UNIX_PREFIX):
             raise _unix_only(url)
         return url
     spec = chosen.topology().gateway
     if spec.host is None:
-        raise _unix_only(f"{UNIX}{spec.socket}")
+        raise _unix_only(f"{UNIX_PREFIX}{spec.socket}")
     if spec.port == 0:
         raise MeshNotRunning("no mesh is running, and mesh.yaml lets the gateway take any port")
     if not chosen.quiet:
@@ -82,16 +82,19 @@ def _gateway(chosen: Settings) -> str:
 
 
 def _unix_only(place: str) -> UsageError:
-    path = place.removeprefix(UNIX)
+    path = place.removeprefix(UNIX_PREFIX)
     return UsageError(
         f"the gateway listens on the Unix socket {path} alone, which these variables cannot name",
-        hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX + path)}]}}`, or take a program "
-        "that can use a socket: " + command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path),
+        hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX_PREFIX + path)}]}}`,"
+        " or take a program "
+        "that can use a socket: " + paste_command("curl --unix-socket {PATH} http://localhost/api/tags", PATH=path),
     )
 
 
-def _shell() -> Shell:
+def _shell() -> ShellKind:
     from gpumesh.config import environment
 
     name = Path(environment.shell() or "sh").name
-    return {"fish": Shell.FISH, "pwsh": Shell.POWERSHELL, "powershell": Shell.POWERSHELL}.get(name, Shell.SH)
+    return {"fish": ShellKind.FISH, "pwsh": ShellKind.POWERSHELL, "powershell": ShellKind.POWERSHELL}.get(
+        name, ShellKind.SH
+    )

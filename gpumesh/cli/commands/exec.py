@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import Settings, open_session, settings
-from gpumesh.cli.context import run as run_async
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError, UsageError
@@ -28,7 +27,8 @@ app = new_app()
 def exec_(
     ctx: typer.Context,
     words: Annotated[
-        list[str], typer.Argument(metavar="[NODE] -- CMD...", autocompletion=completion.nodes, show_default=False)
+        list[str],
+        typer.Argument(metavar="[NODE] -- CMD...", autocompletion=completion.complete_nodes, show_default=False),
     ],
     everywhere: Annotated[bool, typer.Option("--all", help="On all nodes; each line is prefixed by its node.")] = False,
 ) -> None:
@@ -43,7 +43,7 @@ def exec_(
       gpumesh exec --all -- df -h /
       gpumesh exec iceland -- sh -c 'du -sh ~/.ollama/models | sort'
     """
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     node, command = (None, words) if everywhere else (words[0], words[1:])
     command = command[1:] if command[:1] == ["--"] else command
     if not command:
@@ -53,19 +53,19 @@ def exec_(
         raise typer.Exit(status)
 
 
-async def _here(chosen: Settings, node: str, command: list[str]) -> int:
+async def _here(chosen: GlobalOptions, node: str, command: list[str]) -> int:
     """Output as it comes: bytes untouched into a pipe or file, made safe on a terminal."""
-    from gpumesh.daemon.async_generators import closing
-    from gpumesh.tunnels.base import Stream
+    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.tunnels.base import OutputStream
 
     safe = {
-        Stream.STDOUT: _Safe() if sys.stdout.isatty() else None,
-        Stream.STDERR: _Safe() if sys.stderr.isatty() else None,
+        OutputStream.STDOUT: _Safe() if sys.stdout.isatty() else None,
+        OutputStream.STDERR: _Safe() if sys.stderr.isatty() else None,
     }
     status: int | None = None
-    async with open_session(chosen) as session, closing(session.exec(node, command)) as chunks:
+    async with open_session(chosen) as session, closing_iterator(session.exec(node, command)) as chunks:
         async for chunk in chunks:
-            out = sys.stdout if chunk.stream is Stream.STDOUT else sys.stderr
+            out = sys.stdout if chunk.stream is OutputStream.STDOUT else sys.stderr
             cleaner = safe[chunk.stream]
             out.buffer.write(chunk.data if cleaner is None else cleaner.feed(chunk.data).encode("utf-8", "replace"))
             out.buffer.flush()
@@ -90,7 +90,7 @@ def _exit_code(status: int | None, node: str) -> int:
     return min(max(status, 0), 255)
 
 
-async def _everywhere(chosen: Settings, command: list[str]) -> int:
+async def _everywhere(chosen: GlobalOptions, command: list[str]) -> int:
     async with open_session(chosen) as session:
         nodes = [node.name for node in (await session.status()).nodes]
         width = max(map(len, nodes), default=0)
@@ -100,18 +100,18 @@ async def _everywhere(chosen: Settings, command: list[str]) -> int:
 
 async def _prefixed(session: Session, node: str, command: list[str], width: int) -> int:
     """Whole lines only, so that two nodes' output never mixes within one."""
-    from gpumesh.daemon.async_generators import closing
-    from gpumesh.tunnels.base import Stream
+    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.tunnels.base import OutputStream
 
-    rest = {Stream.STDOUT: b"", Stream.STDERR: b""}
+    rest = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}
 
-    def write(stream: Stream, line: bytes) -> None:
+    def write(stream: OutputStream, line: bytes) -> None:
         text = f"{node:<{width}}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
-        typer.echo(text.rstrip(), err=stream is Stream.STDERR)
+        typer.echo(text.rstrip(), err=stream is OutputStream.STDERR)
 
     try:
         status: int | None = None
-        async with closing(session.exec(node, command)) as chunks:
+        async with closing_iterator(session.exec(node, command)) as chunks:
             async for chunk in chunks:
                 *lines, rest[chunk.stream] = (rest[chunk.stream] + chunk.data).split(b"\n")
                 for line in lines:

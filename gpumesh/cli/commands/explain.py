@@ -12,12 +12,12 @@ import typer
 from gpumesh.cli.lazy import new_app
 from gpumesh.errors import UsageError
 
-READABLE = 100
+MAX_TEXT_WIDTH = 100
 
 app = new_app()
 
 
-def codes(incomplete: str) -> list[str]:
+def complete_codes(incomplete: str) -> list[str]:
     from gpumesh.audit.catalog import CATALOG
 
     return [code for code in CATALOG if code.startswith(incomplete)]
@@ -25,7 +25,9 @@ def codes(incomplete: str) -> list[str]:
 
 @app.command()
 def explain(
-    code: Annotated[str | None, typer.Argument(metavar="[CODE]", autocompletion=codes, show_default=False)] = None,
+    code: Annotated[
+        str | None, typer.Argument(metavar="[CODE]", autocompletion=complete_codes, show_default=False)
+    ] = None,
 ) -> None:
     """What a finding or an error code means, and what to do. Without a code: all of them, a line each."""
     from gpumesh.audit.catalog import CATALOG
@@ -52,5 +54,5 @@ def _wrapped(paragraph: str) -> str:
     """At the words' ends, as wide as a person reads well; left alone for a program that reads lines."""
     if not sys.stdout.isatty():
         return paragraph
-    width = max(min(shutil.get_terminal_size().columns, READABLE), 20)
+    width = max(min(shutil.get_terminal_size().columns, MAX_TEXT_WIDTH), 20)
     return textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from gpumesh.cli.context import Settings, run, settings
-from gpumesh.cli.init.node_drafts import Draft, document, drafts, summary
+from gpumesh.cli.context import GlobalOptions, global_options, run_async
+from gpumesh.cli.init.node_drafts import Draft, make_drafts, mesh_yaml_lines, summarize_draft
 from gpumesh.cli.init.provider_pods import Pod, read_pods
-from gpumesh.cli.init.ssh_command_line import SshLine, parse_ssh
+from gpumesh.cli.init.ssh_command_line import SshLine, parse_ssh_line
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError, UsageError
@@ -23,8 +23,8 @@ from gpumesh.quoting import shell_word
 from gpumesh.state import BackendPhase, TunnelPhase
 from gpumesh.topology import BackendKind, Topology
 
-REPORT_S = 12.0
-INPUT_BYTES = 16 << 20
+FIRST_REPORT_TIMEOUT_S = 12.0
+MAX_INPUT_BYTES = 16 << 20
 
 app = new_app()
 
@@ -63,42 +63,42 @@ def init(
       gpumesh init --from iceland='ssh root@203.0.113.7 -p 13323' --from-ssh-config workstation
       vastai show instances --raw | gpumesh init --from - --yes
     """
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     _check_output(output, force=force)
     lines, pods = _places(from_ or ())
     if not (from_ or from_ssh_config) and not yes and sys.stdin.isatty():
         lines = _ask_for_lines()
     for pod in pods:
-        if pod.why is not None:
-            typer.echo(clean_line(f"{pod.name} is left out: {pod.why}"), err=True)
-    made = drafts(lines, from_ssh_config or (), pods, identity=identity)
+        if pod.unreachable_reason is not None:
+            typer.echo(clean_line(f"{pod.name} is left out: {pod.unreachable_reason}"), err=True)
+    made = make_drafts(lines, from_ssh_config or (), pods, identity=identity)
     _trust_new(made, yes=yes)
     if not chosen.quiet:
         remote = sum(draft.ssh is not None for draft in made)
         places = f"{remote} host{'' if remote == 1 else 's'} and this machine" if remote else "this machine"
         typer.echo(f"looking at {places} …", err=True)
-    made = run(_looked_at(made))
-    found = [draft for draft in made if draft.ssh is not None or draft.serves]
+    made = run_async(_looked_at(made))
+    found = [draft for draft in made if draft.ssh is not None or draft.is_serving]
     if not found:
         raise UsageError(
             "there is no inference server on this machine, and no other place was named",
             hint="gpumesh init --from 'ssh root@HOST -p PORT'",
         )
-    _write(output, "\n".join(document(found)) + "\n", force=force)
+    _write(output, "\n".join(mesh_yaml_lines(found)) + "\n", force=force)
     _report(chosen, output, found)
-    if not all(draft.serves for draft in found):
+    if not all(draft.is_serving for draft in found):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-def _report(chosen: Settings, output: Path, found: Sequence[Draft]) -> None:
+def _report(chosen: GlobalOptions, output: Path, found: Sequence[Draft]) -> None:
     if not chosen.quiet:
         for draft in found:
-            typer.echo(summary(draft), err=True)
-            hint = None if draft.found is None or draft.serves else draft.found.tunnel.hint
+            typer.echo(summarize_draft(draft), err=True)
+            hint = None if draft.state is None or draft.is_serving else draft.state.tunnel.hint
             if hint:
                 typer.echo(clean_line(f"  hint: {hint}"), err=True)
     given = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
-    if any(draft.serves for draft in found):
+    if any(draft.is_serving for draft in found):
         typer.echo(clean_line(f"wrote {output}; try it: gpumesh run{given} 'Hello'"))
     else:  # nobody could answer yet
         typer.echo(clean_line(f"wrote {output}; when a server is there: gpumesh audit{given}"))
@@ -112,15 +112,15 @@ def _places(texts: Sequence[str]) -> tuple[list[SshLine], list[Pod]]:
     pods: list[Pod] = []
     for text in texts:
         if text != "-":
-            lines.append(parse_ssh(text))
+            lines.append(parse_ssh_line(text))
             continue
         if sys.stdin.isatty():
             typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
-        given = sys.stdin.buffer.read(INPUT_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").strip()
+        given = sys.stdin.buffer.read(MAX_INPUT_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").strip()
         if given.startswith(("{", "[")):
             pods += read_pods(given)
         else:
-            lines += [parse_ssh(line) for line in given.splitlines() if line.strip() and not line.startswith("#")]
+            lines += [parse_ssh_line(line) for line in given.splitlines() if line.strip() and not line.startswith("#")]
     return lines, pods
 
 
@@ -137,7 +137,7 @@ def _ask_for_lines() -> list[SshLine]:
         if not text.strip():
             return lines
         try:
-            lines.append(parse_ssh(text))
+            lines.append(parse_ssh_line(text))
         except UsageError as error:
             typer.echo(clean_line(error.message), err=True)
             if error.hint:
@@ -172,7 +172,7 @@ def _topology(made: Sequence[Draft]) -> Topology:
 
     with private_folder() as folder:
         file = folder / "mesh.yaml"
-        file.write_text("\n".join(document(made)) + "\n", encoding="utf-8")
+        file.write_text("\n".join(mesh_yaml_lines(made)) + "\n", encoding="utf-8")
         try:
             return config.load(file)
         except ConfigError as error:  # of a file that nobody has seen: only what is wrong is of use
@@ -182,20 +182,20 @@ def _topology(made: Sequence[Draft]) -> Topology:
 async def _looked_at(made: Sequence[Draft]) -> list[Draft]:
     """What is there, asked as Ollama first, and where that finds nothing as a server of OpenAI's kind."""
     first = await _probe(list(made))
-    again = [replace(draft, kind=BackendKind.OPENAI) for draft in first if not draft.serves and _reachable(draft)]
+    again = [replace(draft, kind=BackendKind.OPENAI) for draft in first if not draft.is_serving and _reachable(draft)]
     second = {draft.name: draft for draft in await _probe(again)} if again else {}
-    return [second[draft.name] if draft.name in second and second[draft.name].serves else draft for draft in first]
+    return [second[draft.name] if draft.name in second and second[draft.name].is_serving else draft for draft in first]
 
 
 def _reachable(draft: Draft) -> bool:
-    return draft.found is None or draft.found.tunnel.state is TunnelPhase.UP
+    return draft.state is None or draft.state.tunnel.state is TunnelPhase.UP
 
 
 async def _probe(made: Sequence[Draft]) -> list[Draft]:
     from gpumesh.mesh.mesh import Mesh
 
     async with Mesh(_topology(made)) as mesh:
-        state = await mesh.first_report(REPORT_S)
+        state = await mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         looked = []
         for draft in made:
             node = state.node(draft.name)
@@ -203,7 +203,7 @@ async def _probe(made: Sequence[Draft]) -> list[Draft]:
             if node.backend.state is BackendPhase.UP:
                 urls = mesh.tunnel(draft.name).urls
                 port = next((target.port for target, url in urls.items() if url == node.backend.url), None)
-            looked.append(replace(draft, found=node, ports=draft.ports if port is None else (port,)))
+            looked.append(replace(draft, state=node, ports=draft.ports if port is None else (port,)))
         return looked
 
 

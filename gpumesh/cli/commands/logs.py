@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from gpumesh.cli.context import settings
+from gpumesh.cli.context import global_options
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError
@@ -40,7 +40,7 @@ def logs(
       gpumesh logs -f
       gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
     """
-    paths = settings(ctx).paths()
+    paths = global_options(ctx).paths()
     # Made with the first request; `gpumesh run` hands its own to the mesh without the gateway.
     hint = "a line is written for each request that comes to the gateway" if access and paths.log.exists() else None
     path = paths.access_log if access else paths.log
@@ -60,10 +60,10 @@ def logs(
 
 
 def _show(line: str, as_json: bool) -> None:
-    typer.echo(clean_line(line, 1 << 16) if as_json else readable(line))
+    typer.echo(clean_line(line, 1 << 16) if as_json else format_log_line(line))
 
 
-def readable(line: str) -> str:
+def format_log_line(line: str) -> str:
     """A line of the log for people; one that is no JSON as it is."""
     try:
         entry = json.loads(line)

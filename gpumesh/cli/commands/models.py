@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import UNKNOWN, clean_line, duration, gib, json_text
+from gpumesh.cli.text import UNKNOWN, clean_line, format_duration, format_gib, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.mesh.models import inventory
     from gpumesh.state import MeshState
 
-REPORT_S = 7.0
-LISTED = 6  # names of nodes in one cell
+FIRST_REPORT_TIMEOUT_S = 7.0
+MAX_LISTED_NAMES = 6  # names of nodes in one cell
 
 NodesOption = Annotated[
     list[str] | None,
-    typer.Option("--node", "-n", metavar="NODE", help="On this node; repeatable.", autocompletion=completion.nodes),
+    typer.Option(
+        "--node", "-n", metavar="NODE", help="On this node; repeatable.", autocompletion=completion.complete_nodes
+    ),
 ]
-ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.models)]
+ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.complete_models)]
 AllOption = Annotated[bool, typer.Option("--all", "-a", help="On every node that is up.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -45,7 +47,7 @@ def models(ctx: typer.Context) -> None:
       gpumesh models sync --from iceland
     """
     if ctx.invoked_subcommand is None:
-        run(_list(settings(ctx), as_json=False))
+        run_async(_list(global_options(ctx), as_json=False))
 
 
 # -- list ------------------------------------------------------------------------------------------------------------
@@ -58,22 +60,22 @@ def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
     CONTEXT is the longest that a model was made for. A name that stands twice is not the same model everywhere: the
     nodes have it with different digests, as after a pull at another time.
     """
-    run(_list(settings(ctx), as_json=as_json))
+    run_async(_list(global_options(ctx), as_json=as_json))
 
 
-async def _list(chosen: Settings, *, as_json: bool) -> None:
+async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.model_store import opened
+    from gpumesh.mesh.models.model_store import open_model_stores
     from gpumesh.wire import to_json
 
-    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
-        state = await stores.look(await session.first_report(REPORT_S))
-        found = inventory.rows(state)
+    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+        state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
+        found = inventory.list_model_rows(state)
         # The same digest has the same context everywhere: one of its nodes is asked.
-        have = {node.name: node for node in inventory.stores(state)}
+        have = {node.name: node for node in inventory.list_store_nodes(state)}
         asked = [(have[names[0]], row.name) for row in found if (names := [n for n in row.nodes if n in have])]
         contexts = await stores.context_lengths(asked)
-    found = inventory.with_contexts(found, contexts)
+    found = inventory.add_context_lengths(found, contexts)
     if as_json:
         typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(found)}, indent=2))
     else:
@@ -82,21 +84,21 @@ async def _list(chosen: Settings, *, as_json: bool) -> None:
         for name in sorted({row.name for row in found if row.copies > 1}):
             typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
         for node in state.nodes:
-            if node not in inventory.up(state):
+            if node not in inventory.list_up_nodes(state):
                 said = clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}")
                 typer.echo(said, err=True)
 
 
-def _table(found: Sequence[inventory.Row]) -> None:
+def _table(found: Sequence[inventory.ModelRow]) -> None:
     from gpumesh.cli.views import tables
     from gpumesh.mesh.models import inventory
 
     cells = []
     for row in found:
-        size = UNKNOWN if row.size_mib is None else gib(row.size_mib)
+        size = UNKNOWN if row.size_mib is None else format_gib(row.size_mib)
         kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
         context = UNKNOWN if row.context_length is None else str(row.context_length)
-        digest = tables.Cell(inventory.short(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
+        digest = tables.Cell(inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
         loaded = _listed([_loaded(there) for there in row.loaded]) or UNKNOWN
         cells.append((row.name, size, kind, context, digest, _listed(row.nodes), loaded))
     columns = (
@@ -105,21 +107,21 @@ def _table(found: Sequence[inventory.Row]) -> None:
         tables.Column("KIND", 4),
         tables.Column("CONTEXT", 6, right=True),
         tables.Column("ID", 5),
-        tables.Column("NODES", 1, least=12),
-        tables.Column("IN MEMORY", 2, least=20),
+        tables.Column("NODES", 1, min_width=12),
+        tables.Column("IN MEMORY", 2, min_width=20),
     )
-    tables.print_fitted(columns, cells)
+    tables.print_fitted_table(columns, cells)
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" +{more}" if more > 0 else "")
+    more = len(names) - MAX_LISTED_NAMES
+    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{more}" if more > 0 else "")
 
 
-def _loaded(there: inventory.Loaded) -> str:
+def _loaded(there: inventory.LoadedCopy) -> str:
     if there.left_s is None:
         return there.node
-    return f"{there.node} {'∞' if there.left_s > 86400 * 365 else duration(there.left_s)}"
+    return f"{there.node} {'∞' if there.left_s > 86400 * 365 else format_duration(there.left_s)}"
 
 
 # -- what changes them -----------------------------------------------------------------------------------------------
@@ -133,22 +135,25 @@ def pull(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, e
     """
     from gpumesh.mesh.models import inventory
 
-    def plan(state: MeshState) -> list[inventory.Task]:
-        nodes = inventory.choose(state, node or (), everywhere=everywhere, holding=None)
-        return [inventory.Task(each, model) for model in models for each in nodes]
+    def plan(state: MeshState) -> list[inventory.ModelTask]:
+        nodes = inventory.choose_nodes(state, node or (), everywhere=everywhere, required_model=None)
+        return [inventory.ModelTask(each, model) for model in models for each in nodes]
 
-    run(_pull(settings(ctx), plan))
+    run_async(_pull(global_options(ctx), plan))
 
 
 @app.command()
 def sync(
     ctx: typer.Context,
     from_: Annotated[
-        str, typer.Option("--from", metavar="NODE", help="The node that has it right.", autocompletion=completion.nodes)
+        str,
+        typer.Option(
+            "--from", metavar="NODE", help="The node that has it right.", autocompletion=completion.complete_nodes
+        ),
     ],
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Only these models.", autocompletion=completion.models),
+        typer.Argument(metavar="MODEL", help="Only these models.", autocompletion=completion.complete_models),
     ] = None,
     node: NodesOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be pulled where.")] = False,
@@ -160,20 +165,20 @@ def sync(
     """
     from gpumesh.mesh.models import inventory
 
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
 
-    def plan(state: MeshState) -> list[inventory.Task]:
-        tasks = inventory.to_sync(state, from_, node or (), models or ())
+    def plan(state: MeshState) -> list[inventory.ModelTask]:
+        tasks = inventory.plan_sync(state, from_, node or (), models or ())
         if not tasks and not chosen.quiet:
             typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
         for task in tasks if dry_run else ():
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
         return [] if dry_run else tasks
 
-    def still(state: MeshState) -> list[inventory.Task]:
-        return inventory.to_sync(state, from_, node or (), models or ())
+    def still(state: MeshState) -> list[inventory.ModelTask]:
+        return inventory.plan_sync(state, from_, node or (), models or ())
 
-    for task in run(_pull(chosen, plan, still)):
+    for task in run_async(_pull(chosen, plan, still)):
         said = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
         typer.echo(clean_line(f"{said}; pull it on {from_} as well"), err=True)
 
@@ -181,7 +186,7 @@ def sync(
 @app.command()
 def rm(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Delete models from nodes' disks (--node, or --all that have it)."""
-    run(_each(settings(ctx), node, everywhere, "rm", models, "removed"))
+    run_async(_each(global_options(ctx), node, everywhere, "rm", models, "removed"))
 
 
 @app.command()
@@ -196,17 +201,17 @@ def load(
     ] = None,
 ) -> None:
     """Load models into GPU memory, so that the first prompt need not wait for it."""
-    run(_each(settings(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
+    run_async(_each(global_options(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
 
 
 @app.command()
 def unload(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Free the GPU memory that models take."""
-    run(_each(settings(ctx), node, everywhere, "unload", models, "unloaded"))
+    run_async(_each(global_options(ctx), node, everywhere, "unload", models, "unloaded"))
 
 
 async def _each(
-    chosen: Settings,
+    chosen: GlobalOptions,
     names: Sequence[str] | None,
     everywhere: bool,
     what: str,
@@ -217,43 +222,47 @@ async def _each(
 ) -> None:
     """Does it on all chosen nodes side by side; one's failure does not stop the others."""
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.model_store import opened
+    from gpumesh.mesh.models.model_store import open_model_stores
 
-    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
-        state = await stores.look(await session.first_report(REPORT_S))
+    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+        state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         tasks = [
-            inventory.Task(node, model)
+            inventory.ModelTask(node, model)
             for model in models
-            for node in inventory.choose(state, names or (), everywhere=everywhere, holding=model)
+            for node in inventory.choose_nodes(state, names or (), everywhere=everywhere, required_model=model)
         ]
 
-        async def one(task: inventory.Task) -> None:
+        async def one(task: inventory.ModelTask) -> None:
             node, model = task.node, task.model
             match what:
                 case "rm":
                     await stores.remove(node, model)
                 case "load":
-                    await stores.load(node, model, embeds=inventory.embeds(node, model), keep_alive=keep_alive)
+                    await stores.load(
+                        node, model, embedder=inventory.is_embedder_on(node, model), keep_alive=keep_alive
+                    )
                 case _:
-                    await stores.unload(node, model, embeds=inventory.embeds(node, model))
+                    await stores.unload(node, model, embedder=inventory.is_embedder_on(node, model))
 
         await _all(tasks, one, done)
 
 
-Plan = Callable[["MeshState"], list["inventory.Task"]]
+TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 
 
-async def _pull(chosen: Settings, plan: Plan, still: Plan | None = None) -> list[inventory.Task]:
+async def _pull(
+    chosen: GlobalOptions, plan: TaskPlanner, still: TaskPlanner | None = None
+) -> list[inventory.ModelTask]:
     """Returns what ``still`` says of these tasks when all are done."""
-    from gpumesh.cli.views.download_bars import downloads
-    from gpumesh.mesh.models.model_store import opened
+    from gpumesh.cli.views.download_bars import show_downloads
+    from gpumesh.mesh.models.model_store import open_model_stores
 
-    async with open_session(chosen) as session, opened(chosen.topology()) as stores:
-        tasks = plan(await stores.look(await session.first_report(REPORT_S)))
+    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+        tasks = plan(await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)))
         several = len({task.model for task in tasks}) > 1
-        with downloads(quiet=chosen.quiet) as shown:
+        with show_downloads(quiet=chosen.quiet) as shown:
 
-            async def one(task: inventory.Task) -> None:
+            async def one(task: inventory.ModelTask) -> None:
                 name = f"{task.node.name} {task.model}" if several else task.node.name
                 async with aclosing(stores.pull(task.node, task.model)) as steps:
                     async for step in steps:
@@ -262,16 +271,16 @@ async def _pull(chosen: Settings, plan: Plan, still: Plan | None = None) -> list
             await _all(tasks, one, "pulled", say=shown.write)
         if still is None or not tasks:
             return []
-        return [task for task in still(await stores.look(await session.status())) if _among(task, tasks)]
+        return [task for task in still(await stores.refresh_backends(await session.status())) if _among(task, tasks)]
 
 
-def _among(task: inventory.Task, tasks: Sequence[inventory.Task]) -> bool:
+def _among(task: inventory.ModelTask, tasks: Sequence[inventory.ModelTask]) -> bool:
     return any((task.node.name, task.model) == (other.node.name, other.model) for other in tasks)
 
 
 async def _all(
-    tasks: Sequence[inventory.Task],
-    one: Callable[[inventory.Task], Awaitable[None]],
+    tasks: Sequence[inventory.ModelTask],
+    one: Callable[[inventory.ModelTask], Awaitable[None]],
     done: str,
     *,
     say: Callable[[str], None] = typer.echo,

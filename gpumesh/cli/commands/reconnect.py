@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.context import global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 
 app = new_app()
@@ -16,17 +16,17 @@ app = new_app()
 @app.command()
 def reconnect(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.complete_nodes)],
 ) -> None:
     """Try nodes' tunnels again now: after a pod was started, a key was installed, a cable was plugged in.
 
     A tunnel that is up is checked, and what runs over it goes on; one that waits or has given up tries at once.
     """
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
 
     async def main() -> None:
         async with open_session(chosen, embed=False) as session:
             for node in nodes:
                 await session.reconnect(node)
 
-    run(main())
+    run_async(main())

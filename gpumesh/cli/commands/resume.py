@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import open_session, run, settings
+from gpumesh.cli.context import global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 
 app = new_app()
@@ -16,14 +16,14 @@ app = new_app()
 @app.command()
 def resume(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.complete_nodes)],
 ) -> None:
     """Give drained nodes of the running mesh work again."""
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
 
     async def main() -> None:
         async with open_session(chosen, embed=False) as session:
             for node in nodes:
                 await session.resume(node)
 
-    run(main())
+    run_async(main())

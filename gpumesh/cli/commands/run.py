@@ -13,25 +13,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import Settings, open_session, settings
-from gpumesh.cli.context import run as run_async
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_text, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, QueueFull, StreamCut, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.balancer.base import Priority
-    from gpumesh.daemon.session import Ask, Session
+    from gpumesh.daemon.session import PromptRequest, Session
 
-PER_NODE = 8  # prompts under way for each node: enough to keep one that runs several at a time busy
-AT_MOST = 256
-CUTS = 4
+PROMPTS_PER_NODE = 8  # prompts under way for each node: enough to keep one that runs several at a time busy
+MAX_CONCURRENT_PROMPTS = 256
+MAX_CUT_ANSWERS = 4
 
 app = new_app()
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class PromptResult:
     """What became of one prompt. ``ttft_ms`` and ``total_ms`` are as seen here, queueing and tunnel included;
     ``tokens`` and ``tokens_per_s`` are the server's own."""
 
@@ -56,7 +55,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help="Else the default model.", autocompletion=completion.models
+            "--model", "-m", metavar="MODEL", help="Else the default model.", autocompletion=completion.complete_models
         ),
     ] = None,
     file: Annotated[
@@ -64,14 +63,16 @@ def run(
     ] = None,
     node: Annotated[
         str | None,
-        typer.Option("--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.nodes),
+        typer.Option(
+            "--node", "-n", metavar="NODE", help="On this node only.", autocompletion=completion.complete_nodes
+        ),
     ] = None,
     priority: Annotated[
         str | None,
         typer.Option(
             metavar="P",
             help="interactive, normal or batch; batch with -f, else interactive.",
-            autocompletion=completion.priorities,
+            autocompletion=completion.complete_priorities,
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
@@ -102,12 +103,12 @@ def run(
       gpumesh run -f - < prompts.jsonl
     """
     from gpumesh.balancer.base import Priority
-    from gpumesh.cli.prompt_file import Prompt, read_options, read_prompts
-    from gpumesh.daemon.session import Ask
+    from gpumesh.cli.prompt_file import PromptEntry, read_options, read_prompts
+    from gpumesh.daemon.session import PromptRequest
 
     if file is not None and prompt is not None:
         raise UsageError("either a prompt or -f FILE, not both")
-    common = Ask(
+    common = PromptRequest(
         messages=(),
         model=model,
         node=node,
@@ -117,10 +118,10 @@ def run(
     )
     if priority is not None:
         common = replace(common, priority=_priority(priority))
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     if file is not None:
         prompts = read_prompts(_read(file), name="stdin" if file == "-" else file)
-        asks = [entry.ask(common, system) for entry in prompts]
+        asks = [entry.make_ask(common, system) for entry in prompts]
         failed = run_async(_many(chosen, asks, [entry.text for entry in prompts], concurrency))
         if failed:
             if not chosen.quiet:
@@ -131,7 +132,7 @@ def run(
     assert text is not None
     if not text.strip():
         raise UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
-    ask = Prompt(text).ask(common, system)
+    ask = PromptEntry(text).make_ask(common, system)
     run_async(_one(chosen, ask, text, as_json=as_json, stream=not no_stream and not as_json))
 
 
@@ -159,11 +160,11 @@ def _read(name: str) -> str:
 # -- one -------------------------------------------------------------------------------------------------------------
 
 
-async def _one(chosen: Settings, ask: Ask, text: str, *, as_json: bool, stream: bool) -> None:
+async def _one(chosen: GlobalOptions, ask: PromptRequest, text: str, *, as_json: bool, stream: bool) -> None:
     printer = _Printer()
     try:
         async with open_session(chosen) as session:
-            result = await answer(session, ask, 0, text, on_text=printer.feed if stream else None)
+            result = await send_prompt(session, ask, 0, text, on_text=printer.feed if stream else None)
     except BaseException:
         printer.end()  # what comes next, an error or the shell's prompt, does not belong to the answer
         raise
@@ -200,9 +201,9 @@ class _Printer:
                 sys.stdout.flush()
 
 
-async def answer(
-    session: Session, ask: Ask, index: int, text: str, *, on_text: Callable[[str], None] | None = None
-) -> Result:
+async def send_prompt(
+    session: Session, ask: PromptRequest, index: int, text: str, *, on_text: Callable[[str], None] | None = None
+) -> PromptResult:
     """Sends one prompt and reads its answer to the end. Raises GPUMeshError; cancelling it stops the generation."""
     began = time.perf_counter()
     first: float | None = None
@@ -218,7 +219,7 @@ async def answer(
                     on_text(chunk.text)
             counters = chunk.counters or counters
         node, attempts = stream.node, stream.attempts
-    return Result(
+    return PromptResult(
         index=index,
         prompt=text,
         response="".join(pieces),
@@ -238,7 +239,9 @@ def _rounded(rate: float | None) -> float | None:
 # -- many ------------------------------------------------------------------------------------------------------------
 
 
-async def _many(chosen: Settings, asks: Sequence[Ask], texts: Sequence[str], concurrency: int | None) -> int:
+async def _many(
+    chosen: GlobalOptions, asks: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
+) -> int:
     """Writes the results in order; returns how many failed."""
     from gpumesh.cli.views import tables
 
@@ -246,16 +249,16 @@ async def _many(chosen: Settings, asks: Sequence[Ask], texts: Sequence[str], con
     async with open_session(chosen) as session:
         places = asyncio.Semaphore(concurrency or await _window(session))
 
-        async def one(index: int) -> Result:
+        async def one(index: int) -> PromptResult:
             async with places:
-                return await settled(session, asks[index], index, texts[index])
+                return await send_with_retries(session, asks[index], index, texts[index])
 
-        with tables.progress(len(asks), "prompts", quiet=chosen.quiet) as tick:
+        with tables.show_progress(len(asks), "prompts", quiet=chosen.quiet) as tick:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(index)) for index in range(len(asks))]
                 done = 0
 
-                def count(_: asyncio.Task[Result]) -> None:
+                def count(_: asyncio.Task[PromptResult]) -> None:
                     nonlocal done
                     done += 1
                     tick(done, f"{failed} failed" if failed else "")
@@ -272,22 +275,22 @@ async def _many(chosen: Settings, asks: Sequence[Ask], texts: Sequence[str], con
 async def _window(session: Session) -> int:
     """How many prompts to have under way: a file must not wait for nodes that are away, nor flood the mesh's queue."""
     nodes = len((await session.status()).nodes)
-    return min(max(nodes, 1) * PER_NODE, AT_MOST)
+    return min(max(nodes, 1) * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)
 
 
-async def settled(session: Session, ask: Ask, index: int, text: str) -> Result:
+async def send_with_retries(session: Session, ask: PromptRequest, index: int, text: str) -> PromptResult:
     """One prompt of many: its failure is a result, too. A full queue is waited for, and an answer that was cut is asked
     for again: nothing of it has been shown yet."""
     began = time.perf_counter()
     earlier = 0
     while True:
         try:
-            result = await answer(session, ask, index, text)
+            result = await send_prompt(session, ask, index, text)
         except QueueFull as error:
             await asyncio.sleep(error.retry_after_s)
         except StreamCut as error:
             earlier += 1
-            if earlier >= CUTS:
+            if earlier >= MAX_CUT_ANSWERS:
                 return _failed(index, text, began, earlier, error)
         except UsageError:
             raise  # wrong for every prompt alike: say it once
@@ -297,8 +300,8 @@ async def settled(session: Session, ask: Ask, index: int, text: str) -> Result:
             return replace(result, attempts=result.attempts + earlier, total_ms=_ms(began))
 
 
-def _failed(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> Result:
-    return Result(index, text, None, error.node, attempts, total_ms=_ms(began), error=error.message)
+def _failed(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> PromptResult:
+    return PromptResult(index, text, None, error.node, attempts, total_ms=_ms(began), error=error.message)
 
 
 def _ms(began: float) -> float:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import Settings, open_session, run, settings
+from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import json_text
-from gpumesh.cli.views.node_selection import SortKey, ordered, select
+from gpumesh.cli.views.node_selection import SortKey, select_nodes, sort_nodes
 from gpumesh.config import environment
 from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, Severity
@@ -23,7 +23,7 @@ from gpumesh.state import Health, MeshState, Severity
 if TYPE_CHECKING:
     from gpumesh.mesh.history import History
 
-REPORT_S = 7.0
+FIRST_REPORT_TIMEOUT_S = 7.0
 
 app = new_app()
 
@@ -37,7 +37,11 @@ def status(
     node: Annotated[
         list[str] | None,
         typer.Option(
-            "--node", "-n", metavar="NODE", help="Only this node; repeatable, * and ?.", autocompletion=completion.nodes
+            "--node",
+            "-n",
+            metavar="NODE",
+            help="Only this node; repeatable, * and ?.",
+            autocompletion=completion.complete_nodes,
         ),
     ] = None,
     label: Annotated[
@@ -63,21 +67,26 @@ def status(
       gpumesh status --json | jq '.totals.vram_free_mib'
       gpumesh status --check --quiet || echo "look at the GPUs"
     """
-    chosen = settings(ctx)
+    chosen = global_options(ctx)
     order = _sort_key(sort)
     if watch:
         with _ended_in_order():
-            run(_watch(chosen, node or [], label or [], order, interval, as_json=as_json))
+            run_async(_watch(chosen, node or [], label or [], order, interval, as_json=as_json))
         return
-    state, past = _now(chosen, with_history=not as_json)
-    state = ordered(select(state, node or [], label or []), order)
+    state, history_document = _now(chosen, with_history=not as_json)
+    state = sort_nodes(select_nodes(state, node or [], label or []), order)
     if as_json:
         typer.echo(json_text(_document(state), indent=2))
     elif not (check and chosen.quiet):
-        from gpumesh.cli.views.status_table import Look, print_status
+        from gpumesh.cli.views.status_table import ViewOptions, print_status
 
-        print_status(state, Look(verbose=chosen.verbose) if past is None else Look(chosen.verbose, history=past))
-    if check and (code := check_code(state)):
+        print_status(
+            state,
+            ViewOptions(verbose=chosen.verbose)
+            if history_document is None
+            else ViewOptions(chosen.verbose, history=history_document),
+        )
+    if check and (code := health_exit_code(state)):
         raise typer.Exit(int(code))
 
 
@@ -90,7 +99,7 @@ def _sort_key(text: str) -> SortKey:
         raise UsageError(f"--sort {text!r} is none of: {', '.join(SortKey)}") from None
 
 
-def check_code(state: MeshState) -> ExitCode:
+def health_exit_code(state: MeshState) -> ExitCode:
     """Whether the mesh is as it should be: 0, 3 (works, but something is wrong), 4 (no node can serve)."""
     healths = [node.health for node in state.nodes]
     if not any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths):
@@ -101,43 +110,43 @@ def check_code(state: MeshState) -> ExitCode:
     return ExitCode.DEGRADED
 
 
-def _now(chosen: Settings, *, with_history: bool) -> tuple[MeshState, History | None]:
-    from gpumesh.daemon.quick_status import glance, past
+def _now(chosen: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History | None]:
+    from gpumesh.daemon.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
     socket = chosen.paths().socket
-    seen = glance(socket)
+    seen = fetch_status(socket)
     if seen is None:
-        return run(_probe(chosen)), None
-    kept = past(socket) if with_history else None
+        return run_async(_probe(chosen)), None
+    kept = fetch_history(socket) if with_history else None
     return from_json(MeshState, seen), None if kept is None else from_json(History, kept)
 
 
-async def _probe(chosen: Settings) -> MeshState:
+async def _probe(chosen: GlobalOptions) -> MeshState:
     async with open_session(chosen) as session:
         if not chosen.quiet and sys.stderr.isatty():
             typer.echo("no mesh is running: probing once …", err=True)
-        return await session.first_report(REPORT_S)
+        return await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
 
 
 async def _watch(
-    chosen: Settings, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
+    chosen: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
 ) -> None:
-    from gpumesh.cli.views.live_table import LiveTable, Wanted
-    from gpumesh.cli.views.status_table import Look, print_status
-    from gpumesh.daemon.async_generators import closing
+    from gpumesh.cli.views.live_table import LiveTable, ViewSelection
+    from gpumesh.cli.views.status_table import ViewOptions, print_status
+    from gpumesh.daemon.async_generators import closing_iterator
 
-    wanted = Wanted(names, labels, sort, chosen.verbose)
-    async with open_session(chosen) as session, closing(session.watch(interval)) as states:
+    wanted = ViewSelection(names, labels, sort, chosen.verbose)
+    async with open_session(chosen) as session, closing_iterator(session.watch(interval)) as states:
         if not as_json and sys.stdout.isatty() and not environment.dumb_terminal():
             await LiveTable(session, wanted, footer="Ctrl-C leaves").run(states)
             return
         async for state in states:
             if as_json:
-                typer.echo(json_text(_document(wanted.of(state))))
+                typer.echo(json_text(_document(wanted.apply(state))))
             else:
-                print_status(wanted.of(state), Look(verbose=chosen.verbose))
+                print_status(wanted.apply(state), ViewOptions(verbose=chosen.verbose))
             sys.stdout.flush()
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import run, settings
+from gpumesh.cli.context import global_options, run_async
 from gpumesh.cli.lazy import new_app
 from gpumesh.cli.text import clean_line
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.topology import NodeSpec, SshSpec, Topology
 
 if TYPE_CHECKING:
-    from gpumesh.tunnels.hostkeys import HostKey, Judgement
+    from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck
 
 app = new_app()
 
@@ -29,7 +29,7 @@ class NotConfirmed(GPUMeshError):
 @app.command()
 def trust(
     ctx: typer.Context,
-    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.nodes)],
+    nodes: Annotated[list[str], typer.Argument(metavar="NODE...", autocompletion=completion.complete_nodes)],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Record without asking.")] = False,
 ) -> None:
     """Show a host key's fingerprint, say whether it is new or has changed, and record it.
@@ -38,7 +38,7 @@ def trust(
     /etc/ssh/ssh_host_ed25519_key.pub` on the host. It is kept for the node's name as well as for its address, so that
     a node that moves is known again. Behind jump hosts, their keys come first.
     """
-    topology = settings(ctx).topology()
+    topology = global_options(ctx).topology()
     specs = [_ssh_node(topology, name) for name in nodes]
     failed = False
     for spec, ssh in specs:
@@ -71,8 +71,8 @@ def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
     from gpumesh.tunnels.inprocess import handshake
 
     if ssh.address_from is not None:
-        ssh = run(_located(spec, ssh))
-    *jumps, host = handshake.way(ssh)
+        ssh = run_async(_located(spec, ssh))
+    *jumps, host = handshake.list_hops(ssh)
     for jump in jumps:
         _confirm("", f"{spec.name} (jump host)", jump, _fetched("", jump), yes=yes, quiet=True)
     _confirm(spec.name, spec.name, host, _fetched(spec.name, host), yes=yes)
@@ -81,23 +81,25 @@ def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
 def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, quiet: bool = False) -> None:
     """``node`` is "" for a jump host. ``quiet``: what is known is not talked of."""
     from gpumesh.tunnels import hostkeys
-    from gpumesh.tunnels.hostkeys import Verdict
+    from gpumesh.tunnels.hostkeys import HostKeyStatus
 
-    judgement = hostkeys.read(ssh.known_hosts).judge(key, node=node, host=ssh.host, port=ssh.port)
-    where = hostkeys.address_name(ssh.host, ssh.port)
-    known = judgement.verdict is Verdict.KNOWN
+    judgement = hostkeys.read_known_hosts(ssh.known_hosts).check_key(key, node=node, host=ssh.host, port=ssh.port)
+    where = hostkeys.known_hosts_address(ssh.host, ssh.port)
+    known = judgement.status is HostKeyStatus.KNOWN
     if not (known and quiet):
-        word = {Verdict.UNKNOWN: "new", Verdict.CHANGED: "CHANGED"}.get(judgement.verdict, judgement.verdict.value)
-        said = (clean_line(part) for part in (shown, where, f"{key.kind} {key.fingerprint}", word))
+        word = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(
+            judgement.status, judgement.status.value
+        )
+        said = (clean_line(part) for part in (shown, where, f"{key.key_type} {key.fingerprint}", word))
         typer.echo("  ".join(said))
-    if judgement.verdict is Verdict.REVOKED:
+    if judgement.status is HostKeyStatus.REVOKED:
         raise GPUMeshError(
             f"the key of {where} is marked @revoked in {ssh.known_hosts}: it is not recorded",
             hint="whoever marked it knows why: do not connect to a host that shows it",
             node=node or None,
         )
     if not known:
-        for line in explained(judgement, ssh.known_hosts):
+        for line in explain_judgement(judgement, ssh.known_hosts):
             typer.echo(f"  {clean_line(line)}", err=True)
         if not yes:
             if not sys.stdin.isatty():
@@ -107,23 +109,23 @@ def _confirm(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, qu
                     f"{shown}: the key of {where} is not recorded, since you said that it is not the right one",
                     hint="ask the host's owner or your provider which key it has",
                 )
-    elif quiet or judgement.own:
+    elif quiet or judgement.recorded_for_node:
         return
-    hostkeys.record(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
+    hostkeys.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
     names = where if not node else f"{where} and for {node}, wherever it moves"
     typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
 
 
-def explained(judgement: Judgement, known_hosts: Path) -> list[str]:
+def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
     """What the verdict means and what to do, in sentences. Pure."""
     if judgement.expected:
-        on_record = [f"on record in {known_hosts}: {old.kind} {old.fingerprint}" for old in judgement.expected]
+        on_record = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
         return [
             *on_record,
             "The host shows another key than the one on record. That is so after a pod was reset or its machine"
             " replaced. On a machine that nobody touched, somebody may be in between: ask its owner before you go on.",
         ]
-    if judgement.by_authority:
+    if judgement.certificate_only:
         return [
             f"A certificate authority in {known_hosts} vouches for this host. `transport: openssh` checks its"
             " certificate, and then nothing has to be recorded. Recorded, this one key is trusted by itself."
@@ -150,10 +152,10 @@ def _fetched(node: str, ssh: SshSpec) -> HostKey:
     secrets: tuple[tuple[str, str], ...] = ()
     if ssh.proxy_jump:  # which are logged in to
         secrets = tuple(
-            (name, config.secret(variable, node=node or None))
+            (name, config.read_secret(variable, node=node or None))
             for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
             if variable is not None
         )
     else:
         ssh = replace(ssh, password_env=None, passphrase_env=None)
-    return run(transports.fetch_host_key(node, ssh, secrets=secrets, timeout_s=ssh.connect_timeout_s))
+    return run_async(transports.fetch_host_key(node, ssh, secrets=secrets, timeout_s=ssh.connect_timeout_s))

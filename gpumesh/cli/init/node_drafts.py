@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from gpumesh.cli.init.provider_pods import Pod
 from gpumesh.cli.init.ssh_command_line import SshLine
 from gpumesh.cli.text import clean_line
-from gpumesh.daemon.default_model import is_embedder
+from gpumesh.mesh.models.default_model import is_embedding_model
 from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, NodeState
 from gpumesh.topology import BackendKind
 
 # Where inference servers listen on a host: Ollama, then behind a provider's proxy, llama.cpp, vLLM, LM Studio.
-PORTS = (11434, 80, 8080, 8000, 1234)
+HOST_PORTS = (11434, 80, 8080, 8000, 1234)
 # And here, where one may stand at the end of a tunnel that somebody else holds open: each is a server of its own.
 LOCAL_PORTS = (11434, 11435, 8080, 8081, 8000, 1234)
-LOCAL = "local"
+LOCAL_NODE_NAME = "local"
 
-Values = Mapping[str, str | int]
+SshValues = Mapping[str, str | int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,18 @@ class Draft:
     ``note``: a comment that goes with it."""
 
     name: str
-    ssh: Values | None
+    ssh: SshValues | None
     kind: BackendKind = BackendKind.OLLAMA
-    ports: tuple[int, ...] = PORTS
-    found: NodeState | None = None
+    ports: tuple[int, ...] = HOST_PORTS
+    state: NodeState | None = None
     note: str | None = None
 
     @property
-    def serves(self) -> bool:
-        return self.found is not None and self.found.backend.state is BackendPhase.UP
+    def is_serving(self) -> bool:
+        return self.state is not None and self.state.backend.state is BackendPhase.UP
 
 
-def drafts(
+def make_drafts(
     lines: Sequence[SshLine], aliases: Sequence[str], pods: Sequence[Pod] = (), *, identity: str | None = None
 ) -> list[Draft]:
     """One for each place and one for each usual port of this machine, each with a name of its own. ``identity``: the
@@ -52,7 +52,7 @@ def drafts(
         for key, value in (("user", line.user), ("identity_file", line.identity), ("proxy_jump", line.jump)):
             if value is not None:
                 ssh[key] = value
-        made.append(Draft(line.name, ssh, ports=tuple(dict.fromkeys((*line.forwarded, *PORTS)))))
+        made.append(Draft(line.name, ssh, ports=tuple(dict.fromkeys((*line.forwarded_ports, *HOST_PORTS)))))
     made += [Draft(node_name(alias), {"alias": alias}) for alias in aliases]
     for pod in pods:
         if pod.host is not None:
@@ -61,7 +61,10 @@ def drafts(
             made.append(Draft(node_name(pod.name), values, note=note))
     if identity is not None:
         made = [replace(draft, ssh={**(draft.ssh or {}), **_missing(draft, identity)}) for draft in made]
-    made += [Draft(LOCAL if port == LOCAL_PORTS[0] else f"{LOCAL}-{port}", None, ports=(port,)) for port in LOCAL_PORTS]
+    made += [
+        Draft(LOCAL_NODE_NAME if port == LOCAL_PORTS[0] else f"{LOCAL_NODE_NAME}-{port}", None, ports=(port,))
+        for port in LOCAL_PORTS
+    ]
     taken: set[str] = set()
     for position, draft in enumerate(made):
         name, number = draft.name, 2
@@ -82,10 +85,10 @@ def node_name(text: str) -> str:
     return name or "node"
 
 
-def summary(draft: Draft) -> str:
+def summarize_draft(draft: Draft) -> str:
     """What was found, in a line for a person."""
-    node = draft.found
-    if node is None or not draft.serves:
+    node = draft.state
+    if node is None or not draft.is_serving:
         return clean_line(f"{draft.name}: {node.reason if node is not None and node.reason else 'no answer'}")
     backend = node.backend
     gpus = Counter(gpu.name for gpu in node.gpus or ())
@@ -98,18 +101,18 @@ def default_model(made: Sequence[Draft]) -> str | None:
     """The model to chat with that most nodes have; of equal ones the first by name."""
     names: Counter[str] = Counter()
     for draft in made:
-        if draft.found is None:
+        if draft.state is None:
             continue
-        families = {info.name: info.family for info in draft.found.backend.catalog}
-        models = _observed(draft.found.backend.models)
-        names.update(name for name in models if not is_embedder(name, families.get(name)))
+        families = {info.name: info.family for info in draft.state.backend.catalog}
+        models = _observed(draft.state.backend.models)
+        names.update(name for name in models if not is_embedding_model(name, families.get(name)))
     return min(names, key=lambda name: (-names[name], name), default=None)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def document(made: Sequence[Draft]) -> Iterator[str]:
+def mesh_yaml_lines(made: Sequence[Draft]) -> Iterator[str]:
     """The lines of mesh.yaml. Values are JSON strings: YAML reads them the same."""
     yield "# Your GPUs, and how to reach them. `gpumesh config check` looks it over; all keys: `gpumesh config schema`."
     yield "version: 1"
@@ -127,11 +130,11 @@ def document(made: Sequence[Draft]) -> Iterator[str]:
 
 
 def _node(draft: Draft) -> Iterator[str]:
-    node = draft.found
+    node = draft.state
     yield f"  - name: {_scalar(draft.name)}"
     if draft.note is not None:
         yield f"    # {clean_line(draft.note, 200)}"
-    if node is not None and not draft.serves:
+    if node is not None and not draft.is_serving:
         yield f"    # not seen when this was written: {clean_line(node.reason or 'no answer', 200)}"
     if draft.ssh is not None:
         yield f"    ssh: {_flow(draft.ssh)}"
@@ -143,7 +146,7 @@ def _node(draft: Draft) -> Iterator[str]:
         yield f"    backend: {{kind: {kind}, port: {draft.ports[0]}}}   # as the host sees it"
     else:
         yield f"    backend: {{kind: {kind}, url: {_scalar(f'http://127.0.0.1:{draft.ports[0]}')}}}"
-    if node is not None and draft.serves:
+    if node is not None and draft.is_serving:
         yield from _expect(node)
 
 
@@ -175,7 +178,7 @@ def _observed(texts: Iterable[str]) -> Iterator[str]:
     return filter(None, (clean_line(text, 300) for text in texts))
 
 
-def _flow(values: Values) -> str:
+def _flow(values: SshValues) -> str:
     return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in values.items()) + "}"
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from gpumesh.errors import UsageError
 
-SSH = "22"
+SSH_PORT_KEY = "22"
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """``why`` it cannot be reached now, if it cannot: then ``host`` is ``None``."""
+    """``unreachable_reason`` it cannot be reached now, if it cannot: then ``host`` is ``None``."""
 
     name: str
     provider: str
     host: str | None = None
     port: int = 22
-    why: str | None = None
+    unreachable_reason: str | None = None
 
 
 def read_pods(text: str) -> list[Pod]:
@@ -69,10 +69,12 @@ def _runpod(pod: Mapping[str, Any]) -> Pod:
     name = str(pod.get("name") or pod.get("id") or "pod")
     host, ports = pod.get("publicIp"), pod.get("portMappings")
     if not host or not ports:
-        return Pod(name, "RunPod", why=f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})")
-    port = _port(ports.get(SSH)) if isinstance(ports, dict) else None
+        return Pod(
+            name, "RunPod", unreachable_reason=f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})"
+        )
+    port = _port(ports.get(SSH_PORT_KEY)) if isinstance(ports, dict) else None
     if port is None:
-        return Pod(name, "RunPod", why="it does not expose port 22: add 22 to its TCP ports")
+        return Pod(name, "RunPod", unreachable_reason="it does not expose port 22: add 22 to its TCP ports")
     return Pod(name, "RunPod", str(host), port)
 
 
@@ -81,14 +83,18 @@ def _vast(instance: Mapping[str, Any]) -> Pod:
     runs Jupyter keeps the proxy's port for it, and sshd has the next one."""
     name = str(instance.get("label") or f"vast-{instance.get('id', 'instance')}")
     host, ports = str(instance.get("public_ipaddr") or "").strip(), instance.get("ports")
-    mapped = ports.get(f"{SSH}/tcp") if isinstance(ports, dict) else None
+    mapped = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
     if host and isinstance(mapped, list) and mapped and isinstance(mapped[0], dict):
         port = _port(mapped[0].get("HostPort"))
         if port is not None:
             return Pod(name, "vast.ai", host, port)
     proxy, port = instance.get("ssh_host"), _port(instance.get("ssh_port"))
     if not proxy or port is None:
-        return Pod(name, "vast.ai", why=f"it has no address yet (it is {instance.get('actual_status') or 'starting'})")
+        return Pod(
+            name,
+            "vast.ai",
+            unreachable_reason=f"it has no address yet (it is {instance.get('actual_status') or 'starting'})",
+        )
     return Pod(name, "vast.ai", str(proxy), port + ("jupyter" in str(instance.get("image_runtype") or "")))
 
 

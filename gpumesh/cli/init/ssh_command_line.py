@@ -18,31 +18,32 @@ _PORT_OPTIONS = {"port": "port", "user": "user", "identityfile": "identity", "pr
 
 @dataclass(frozen=True, slots=True)
 class SshLine:
-    """``forwarded``: the host's own ports to which the line's ``-L`` lead: what the person wants is probably there."""
+    """``forwarded_ports``: the host's own ports to which the line's ``-L`` lead: what the person wants is probably
+    there."""
 
     host: str
     port: int = 22
     user: str | None = None
     identity: str | None = None
     jump: str | None = None
-    forwarded: tuple[int, ...] = ()
-    called: str | None = None
+    forwarded_ports: tuple[int, ...] = ()
+    given_name: str | None = None
 
     @property
     def name(self) -> str:
         """A node's name for it: what it is called, else letters, digits and hyphens of its host."""
-        if self.called is not None:
-            return self.called
+        if self.given_name is not None:
+            return self.given_name
         name = re.sub(r"[^a-z0-9]+", "-", self.host.lower()).strip("-")
         return f"host-{name}" if not name or name[0].isdigit() else name
 
 
-def parse_ssh(line: str) -> SshLine:
+def parse_ssh_line(line: str) -> SshLine:
     """``ssh root@203.0.113.7 -p 13323 -i ~/.ssh/id`` and its like; the word ``ssh`` may be missing, a name for it may
     stand first (``iceland=ssh …``). A command at the end is passed over. Raises UsageError."""
     called = _NAMED.match(line)
     if called is not None:
-        return replace(parse_ssh(line[called.end() :]), called=called[1])
+        return replace(parse_ssh_line(line[called.end() :]), given_name=called[1])
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -62,7 +63,7 @@ def parse_ssh(line: str) -> SshLine:
         _option(word, rest, found, forwards, line)
     if place is None:
         raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
-    return replace(_line(place, found, line), forwarded=tuple(_remote_ports(forwards)))
+    return replace(_line(place, found, line), forwarded_ports=tuple(_remote_ports(forwards)))
 
 
 def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
@@ -105,9 +106,9 @@ def _line(place: str, found: dict[str, str], line: str) -> SshLine:
         raise UsageError(f"{line!r}: {port!r} is not a port")
     if not host:
         raise UsageError(f"{line!r} names no host")
-    proxy = providers.terminals_only(host)
+    proxy = providers.describe_terminal_proxy(host)
     if proxy is not None:
-        raise UsageError(proxy, hint=providers.EXPOSED_TCP)
+        raise UsageError(proxy, hint=providers.EXPOSED_TCP_HINT)
     return SshLine(
         host=host.strip("[]"),
         port=int(port),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gpumesh.audit import Machine, Proof, machines
-from gpumesh.audit.gpus import same_name, vram_as_expected
-from gpumesh.audit.identity import same_host
+from gpumesh.audit import Machine, Proof, find_machines
+from gpumesh.audit.gpus import gpu_name_matches, vram_matches
+from gpumesh.audit.identity import hostname_matches
 from gpumesh.audit.models import full_name
-from gpumesh.audit.routes import in_use
-from gpumesh.cli.text import UNKNOWN, gib, milliseconds, short_gpu
+from gpumesh.audit.routes import route_in_use
+from gpumesh.cli.text import UNKNOWN, format_gib, format_milliseconds, short_gpu
 from gpumesh.state import BackendPhase, Finding, GpuState, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec, Topology
 
@@ -20,7 +20,7 @@ ROUTE, SERVER = "route", "server"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """``severity`` is that of the finding whose code ``verdict`` then is; ``None`` where all is as it should be or
     nothing is known. ``todo`` is what to do."""
 
@@ -68,21 +68,23 @@ _OF_SERVER = frozenset(
 )
 
 
-def rows(topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]) -> Iterator[Row]:
+def compare_nodes(
+    topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
+) -> Iterator[ComparisonRow]:
     """For each node how it is reached, its server and what is expected of it; then whatever else was found."""
     known = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
-            yield Row(spec.name, ROUTE, way_of(spec), UNKNOWN, "switched off")
+            yield ComparisonRow(spec.name, ROUTE, describe_route(spec), UNKNOWN, "switched off")
             continue
         if spec.name not in known:
-            yield Row(spec.name, ROUTE, way_of(spec), UNKNOWN, "not in the running mesh")
+            yield ComparisonRow(spec.name, ROUTE, describe_route(spec), UNKNOWN, "not in the running mesh")
             continue
         yield from _of_node(spec, known[spec.name], [each for each in findings if _about(each) == spec.name])
     for finding in findings:
         if _about(finding) is None:
             where = ", ".join(finding.nodes) or topology.name
-            yield _told(Row(where, _family(finding.code), UNKNOWN, finding.message, ""), finding)
+            yield _told(ComparisonRow(where, _family(finding.code), UNKNOWN, finding.message, ""), finding)
 
 
 def _family(code: str) -> str:
@@ -94,7 +96,7 @@ def _about(finding: Finding) -> str | None:
     return None if finding.nodes else finding.node
 
 
-def _of_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[Row]:
+def _of_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
     up = state.tunnel.state is TunnelPhase.UP
     left = {finding.code: finding for finding in findings}
     made = [_route(spec, state)]
@@ -111,7 +113,7 @@ def _of_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> I
         found = said if row.what in (ROUTE, SERVER) else row.found
         yield _told(replace(row, found=found), finding)
     for finding in left.values():
-        yield _told(Row(spec.name, _family(finding.code), UNKNOWN, finding.message, ""), finding)
+        yield _told(ComparisonRow(spec.name, _family(finding.code), UNKNOWN, finding.message, ""), finding)
 
 
 def _place(code: str, up: bool) -> str | None:
@@ -120,53 +122,53 @@ def _place(code: str, up: bool) -> str | None:
     return SERVER if code in _OF_SERVER else None
 
 
-def _told(row: Row, finding: Finding) -> Row:
+def _told(row: ComparisonRow, finding: Finding) -> ComparisonRow:
     return replace(row, verdict=finding.code, severity=finding.severity, todo=finding.hint)
 
 
-def _route(spec: NodeSpec, state: NodeState) -> Row:
+def _route(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     tunnel = state.tunnel
     up = tunnel.state is TunnelPhase.UP
-    found = f"up, {milliseconds(tunnel.rtt_ms)}" if up and tunnel.rtt_ms is not None else str(tunnel.state)
+    found = f"up, {format_milliseconds(tunnel.rtt_ms)}" if up and tunnel.rtt_ms is not None else str(tunnel.state)
     verdict = AS_EXPECTED if up else state.reason or str(state.health)
-    return Row(spec.name, ROUTE, way_of(spec), found, verdict)
+    return ComparisonRow(spec.name, ROUTE, describe_route(spec), found, verdict)
 
 
-def _server(spec: NodeSpec, state: NodeState) -> Row:
+def _server(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     backend = state.backend
     expected = ", ".join(target.url for target in spec.backend.targets)
     if backend.state is not BackendPhase.UP:
-        return Row(spec.name, SERVER, expected, str(backend.state), NOT_KNOWN)
-    used = in_use(state)
+        return ComparisonRow(spec.name, SERVER, expected, str(backend.state), NOT_KNOWN)
+    used = route_in_use(state)
     found = f"{backend.kind} {backend.version or ''}".strip()
     if used is not None and len(spec.backend.targets) > 1:
         found += f" at {used.target}"
     if used is not None and used.latency_ms is not None:
-        found += f", {milliseconds(used.latency_ms)}"
-    return Row(spec.name, SERVER, expected, found, AS_EXPECTED)
+        found += f", {format_milliseconds(used.latency_ms)}"
+    return ComparisonRow(spec.name, SERVER, expected, found, AS_EXPECTED)
 
 
-def _expectations(spec: NodeSpec, state: NodeState) -> Iterator[Row]:
+def _expectations(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
     expect, gpus = spec.expect, state.gpus
 
-    def row(what: str, expected: str, found: str | None, same: bool) -> Row:
+    def row(what: str, expected: str, found: str | None, same: bool) -> ComparisonRow:
         verdict = NOT_KNOWN if found is None else AS_EXPECTED if same else "differs"
-        return Row(spec.name, what, expected, UNKNOWN if found is None else found or "none", verdict)
+        return ComparisonRow(spec.name, what, expected, UNKNOWN if found is None else found or "none", verdict)
 
     if expect.hostname is not None:
         found = state.host.hostname
-        yield row("hostname", expect.hostname, found, found is not None and same_host(expect.hostname, found))
+        yield row("hostname", expect.hostname, found, found is not None and hostname_matches(expect.hostname, found))
     if expect.gpus is not None:
         count = None if gpus is None else str(len(gpus))
         yield row("GPUs", str(expect.gpus), count, gpus is not None and len(gpus) == expect.gpus)
     if expect.gpu is not None:
-        same = gpus is not None and bool(gpus) and all(same_name(expect.gpu, gpu.name) for gpu in gpus)
+        same = gpus is not None and bool(gpus) and all(gpu_name_matches(expect.gpu, gpu.name) for gpu in gpus)
         yield row(
             "GPU", short_gpu(expect.gpu), None if gpus is None else _all(short_gpu(gpu.name) for gpu in gpus), same
         )
     if expect.vram_mib is not None:
         sizes = None if gpus is None else _all(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
-        yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_as_expected(expect.vram_mib, gpus or ()))
+        yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_matches(expect.vram_mib, gpus or ()))
     if expect.driver is not None:
         driver = state.host.driver
         yield row("driver", expect.driver, driver, driver is not None and f"{driver}.".startswith(f"{expect.driver}."))
@@ -183,7 +185,7 @@ def _all(found: Iterator[str]) -> str:
     return ", ".join(sorted(set(found)))
 
 
-def way_of(spec: NodeSpec) -> str:
+def describe_route(spec: NodeSpec) -> str:
     """How mesh.yaml says that a node is reached."""
     ssh = spec.ssh
     if ssh is None:
@@ -197,35 +199,37 @@ def way_of(spec: NodeSpec) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Twig:
+class RouteLine:
     """One line of the drawing below a machine. ``dim`` for what is not in use."""
 
     node: str
-    way: str
+    route: str
     remark: str = ""
     dim: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
+class MachineBranch:
     """A machine, or those nodes of which none is known. ``remark``: how it is known that its nodes are one."""
 
     title: str
-    twigs: tuple[Twig, ...]
+    lines: tuple[RouteLine, ...]
     remark: str = ""
-    there: bool = True
+    reached: bool = True
 
 
-def drawing(topology: Topology, states: Sequence[NodeState]) -> tuple[Branch, ...]:
+def draw_topology(topology: Topology, states: Sequence[NodeState]) -> tuple[MachineBranch, ...]:
     """Which node reaches which GPU by which way: machines first, then what is not reached."""
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     known = {state.name: state for state in states if state.name in specs}
     reached = [state for state in known.values() if state.tunnel.state is TunnelPhase.UP]
-    branches = [_machine(machine, specs, known) for machine in machines(reached)]
+    branches = [_machine(machine, specs, known) for machine in find_machines(reached)]
     away = [state for state in known.values() if state.tunnel.state is not TunnelPhase.UP]
     if away:
-        twigs = tuple(Twig(state.name, way_of(specs[state.name]), state.reason or "", dim=True) for state in away)
-        branches.append(Branch("not reached", twigs, there=False))
+        twigs = tuple(
+            RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True) for state in away
+        )
+        branches.append(MachineBranch("not reached", twigs, reached=False))
     return tuple(branches)
 
 
@@ -236,13 +240,13 @@ _HOW = {
 }
 
 
-def _machine(machine: Machine, specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> Branch:
+def _machine(machine: Machine, specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> MachineBranch:
     hosts = sorted({name for node in machine.nodes if (name := states[node].host.hostname) is not None})
     title = _gpus(machine.gpus, [states[node] for node in machine.nodes])
     if hosts:
         title += f" on {', '.join(hosts)}"
     twigs = [twig for node in machine.nodes for twig in _twigs(specs[node], states[node])]
-    return Branch(title, tuple(twigs), "" if machine.proof is None else _HOW[machine.proof])
+    return MachineBranch(title, tuple(twigs), "" if machine.proof is None else _HOW[machine.proof])
 
 
 def _gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
@@ -250,27 +254,27 @@ def _gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
         return "no GPU" if any(node.gpus is not None for node in nodes) else "GPU not known"
     kinds: dict[str, list[GpuState]] = {}
     for gpu in gpus:
-        size = "" if gpu.memory_total_mib is None else f", {gib(gpu.memory_total_mib)} GiB"
+        size = "" if gpu.memory_total_mib is None else f", {format_gib(gpu.memory_total_mib)} GiB"
         kinds.setdefault(f"{short_gpu(gpu.name)}{size}", []).append(gpu)
     said = [kind if len(alike) == 1 else f"{len(alike)} x {kind}" for kind, alike in kinds.items()]
     return f"{' + '.join(said)} ({gpus[0].uuid[:12]}…)" if len(gpus) == 1 else " + ".join(said)
 
 
-def _twigs(spec: NodeSpec, state: NodeState) -> Iterator[Twig]:
+def _twigs(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
     routes = state.routes
-    used = in_use(state)
+    used = route_in_use(state)
     first = spec.name
     for route in sorted(routes, key=lambda route: route is not used):
-        yield Twig(first, _way(spec, route), _remark(route, used, state), dim=route is not used)
+        yield RouteLine(first, _way(spec, route), _remark(route, used, state), dim=route is not used)
         first = ""
     if not routes:
-        yield Twig(spec.name, way_of(spec))
+        yield RouteLine(spec.name, describe_route(spec))
 
 
 def _way(spec: NodeSpec, route: RouteState) -> str:
     if spec.ssh is None or route.offered:
         return route.target + (" without SSH" if route.offered else "")
-    return f"{way_of(spec)} → {route.target}"
+    return f"{describe_route(spec)} → {route.target}"
 
 
 def _remark(route: RouteState, used: RouteState | None, state: NodeState) -> str:
@@ -278,9 +282,9 @@ def _remark(route: RouteState, used: RouteState | None, state: NodeState) -> str
     if route.state is BackendPhase.DOWN:
         said.append("does not serve")
     elif route is used:
-        said.append(milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms))
+        said.append(format_milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms))
     else:
         said.append("not in use")
         if route.latency_ms is not None:
-            said.append(milliseconds(route.latency_ms))
+            said.append(format_milliseconds(route.latency_ms))
     return ", ".join(said)

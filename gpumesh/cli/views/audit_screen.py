@@ -9,21 +9,21 @@ from rich.text import Text
 
 from gpumesh.cli.text import UNKNOWN, clean_line
 from gpumesh.cli.views import tables
-from gpumesh.cli.views.audit_rows import AS_EXPECTED, ROUTE, SERVER, Branch, Row
+from gpumesh.cli.views.audit_rows import AS_EXPECTED, ROUTE, SERVER, ComparisonRow, MachineBranch
 
-TABLE_FROM = 110
+MIN_TABLE_WIDTH = 110
 TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
 
 
-def print_comparison(rows: Sequence[Row]) -> None:
+def print_comparison(rows: Sequence[ComparisonRow]) -> None:
     out = tables.console()
-    tables.print_plain(out, _table(rows) if out.width >= TABLE_FROM else _list(rows))
+    tables.print_plain(out, _table(rows) if out.width >= MIN_TABLE_WIDTH else _list(rows))
 
 
-def print_drawing(branches: Sequence[Branch]) -> None:
+def print_drawing(branches: Sequence[MachineBranch]) -> None:
     out = tables.console()
     for branch in branches:
-        mark = Text("●", "green") if branch.there else Text("✗", "red")
+        mark = Text("●", "green") if branch.reached else Text("✗", "red")
         title = Text(clean_line(branch.title), "bold")
         if branch.remark:
             title.append(f"  {branch.remark}", "not bold yellow")
@@ -33,22 +33,22 @@ def print_drawing(branches: Sequence[Branch]) -> None:
         tables.print_plain(out, _below(branch))
 
 
-def _below(branch: Branch) -> Table:
+def _below(branch: MachineBranch) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    last = max((place for place, twig in enumerate(branch.twigs) if twig.node), default=0)
-    for place, twig in enumerate(branch.twigs):
+    last = max((place for place, twig in enumerate(branch.lines) if twig.node), default=0)
+    for place, twig in enumerate(branch.lines):
         sign = " " if place > last else "│" if not twig.node else "└" if place == last else "├"
-        way = Text(clean_line(twig.way), "dim" if twig.dim else "")
+        way = Text(clean_line(twig.route), "dim" if twig.dim else "")
         if twig.remark:
             way.append(f"  {clean_line(twig.remark, 200)}", "cyan" if not twig.dim else "dim")
         table.add_row(sign, Text(clean_line(twig.node, 24), "bold"), way)
     return table
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[ComparisonRow]) -> Table:
     table = tables.new_table()
     for title in TITLES:
         table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
@@ -64,7 +64,7 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _list(rows: Sequence[Row]) -> Table:
+def _list(rows: Sequence[ComparisonRow]) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -77,7 +77,7 @@ def _list(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _said(row: Row) -> Iterator[tuple[str, str]]:
+def _said(row: ComparisonRow) -> Iterator[tuple[str, str]]:
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
     yield f"{clean_line(row.what, 40)}: ", ""
     if row.expected == UNKNOWN:
@@ -98,13 +98,13 @@ def _said(row: Row) -> Iterator[tuple[str, str]]:
         yield f"\n→ {clean_line(row.todo, 400)}", "dim"
 
 
-def _mark(row: Row) -> Text:
+def _mark(row: ComparisonRow) -> Text:
     if row.severity is not None:
         return Text(*tables.SEVERITIES[row.severity])
     return Text("●", "green") if row.verdict == AS_EXPECTED else Text("?", "dim")
 
 
-def _style(row: Row) -> str:
+def _style(row: ComparisonRow) -> str:
     if row.severity is not None:
         return tables.SEVERITIES[row.severity][1]
     return "green" if row.verdict == AS_EXPECTED else "dim"

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from gpumesh.cli.text import clean_text
-from gpumesh.cli.views.status_table import Look, status_view
+from gpumesh.cli.views.status_table import ViewOptions, status_view
 from gpumesh.cli.views.tables import console, print_plain
 from gpumesh.state import MeshState
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
-class Scene:
-    """Without a terminal only what is told, and the table where ``picture`` asks for it."""
+class DemoDisplay:
+    """Without a terminal only what is told, and the table where ``print_table`` asks for it."""
 
     def __init__(self) -> None:
         self._out = console()
         self._live: Live | None = None
 
-    def __enter__(self) -> Scene:
+    def __enter__(self) -> DemoDisplay:
         from rich.live import Live
 
         if self._out.is_terminal:
@@ -36,20 +36,20 @@ class Scene:
             self._live.__exit__(None, None, None)
             self._live = None
 
-    def update(self, state: MeshState) -> None:
+    def update_table(self, state: MeshState) -> None:
         if self._live is not None:
             size = self._out.size
-            view = status_view(state, size.width, Look(height=max(size.height - 4, 8)))
+            view = status_view(state, size.width, ViewOptions(height=max(size.height - 4, 8)))
             self._live.update(Group(Text(""), view), refresh=True)
 
-    def picture(self, state: MeshState) -> None:
+    def print_table(self, state: MeshState) -> None:
         if self._live is None:
-            print_plain(self._out, status_view(state, self._out.width, Look()))
+            print_plain(self._out, status_view(state, self._out.width, ViewOptions()))
             self._out.file.flush()
         else:
-            self.update(state)
+            self.update_table(state)
 
-    def say(self, text: str, style: str = "") -> None:
+    def print_line(self, text: str, style: str = "") -> None:
         line = Text(clean_text(text), style=style)
         if self._live is not None:
             self._live.console.print(line)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 from gpumesh.cli.text import clean_line
-from gpumesh.cli.views.tables import console, write_beside
-from gpumesh.mesh.models.model_store import Step
+from gpumesh.cli.views.tables import console, write_above_bars
+from gpumesh.mesh.models.model_store import PullProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
-class Shown(Protocol):
-    def __call__(self, name: str, step: Step) -> None: ...
+class DownloadDisplay(Protocol):
+    def __call__(self, name: str, step: PullProgress) -> None: ...
 
     def write(self, line: str) -> None:
         """A result, to stdout."""
@@ -25,7 +25,7 @@ class Shown(Protocol):
 
 
 @contextmanager
-def downloads(*, quiet: bool) -> Iterator[Shown]:
+def show_downloads(*, quiet: bool) -> Iterator[DownloadDisplay]:
     """On stderr: stdout is for results."""
     out = console(stderr=True)
     if quiet:
@@ -43,7 +43,7 @@ def downloads(*, quiet: bool) -> Iterator[Shown]:
 
 
 class _Nothing:
-    def __call__(self, name: str, step: Step) -> None: ...
+    def __call__(self, name: str, step: PullProgress) -> None: ...
 
     def write(self, line: str) -> None:
         typer.echo(line)
@@ -54,16 +54,18 @@ class _Bars:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, name: str, step: Step) -> None:
+    def __call__(self, name: str, step: PullProgress) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(clean_line(name, 40), total=None, what="")
-        if step.whole is None:
-            self._bars.update(self._tasks[name], what=step.what)
+        if step.total_bytes is None:
+            self._bars.update(self._tasks[name], what=step.status)
         else:
-            self._bars.update(self._tasks[name], what=step.what, completed=step.done, total=step.whole)
+            self._bars.update(
+                self._tasks[name], what=step.status, completed=step.completed_bytes, total=step.total_bytes
+            )
 
     def write(self, line: str) -> None:
-        write_beside(self._bars, line)
+        write_above_bars(self._bars, line)
 
 
 class _Lines(_Nothing):
@@ -72,14 +74,14 @@ class _Lines(_Nothing):
     def __init__(self) -> None:
         self._last: dict[str, str] = {}
 
-    def __call__(self, name: str, step: Step) -> None:
-        said = in_tenths(step)
+    def __call__(self, name: str, step: PullProgress) -> None:
+        said = format_step(step)
         if self._last.get(name) != said:
             self._last[name] = said
             typer.echo(clean_line(f"{name}: {said}"), err=True)
 
 
-def in_tenths(step: Step) -> str:
-    if step.whole is None:
-        return step.what
-    return f"{step.what} {10 * int(10 * min((step.done or 0) / step.whole, 1.0))} %"
+def format_step(step: PullProgress) -> str:
+    if step.total_bytes is None:
+        return step.status
+    return f"{step.status} {10 * int(10 * min((step.completed_bytes or 0) / step.total_bytes, 1.0))} %"

@@ -10,25 +10,25 @@ from typing import Any
 from rich.text import Text
 
 from gpumesh.cli.text import clean_line, shorten
-from gpumesh.cli.views.node_selection import SortKey, ordered, select
-from gpumesh.cli.views.status_table import Look, status_view
-from gpumesh.cli.views.tables import console, lines
+from gpumesh.cli.views.node_selection import SortKey, select_nodes, sort_nodes
+from gpumesh.cli.views.status_table import ViewOptions, status_view
+from gpumesh.cli.views.tables import console, render_lines
 from gpumesh.cli.views.terminal import Screen
-from gpumesh.daemon.async_generators import closing
+from gpumesh.daemon.async_generators import closing_iterator
 from gpumesh.daemon.session import Session
 from gpumesh.errors import GPUMeshError
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import MeshState
 
-KEYS = "q quit  ↑↓ node  d drain  r resume  c reconnect  s sort  v processes"
-NOTE_S = 4.0
-LEAST_S = 0.05  # between two redraws, however fast a key repeats
-PAGE = 10
-LEAST_ROWS = 8  # of the table; what stands below it has the rest
+KEY_HELP = "q quit  ↑↓ node  d drain  r resume  c reconnect  s sort  v processes"
+NOTE_SHOWN_S = 4.0
+MIN_REDRAW_S = 0.05  # between two redraws, however fast a key repeats
+PAGE_ROWS = 10
+MIN_ROWS = 8  # of the table; what stands below it has the rest
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ViewSelection:
     """What is shown of the mesh."""
 
     names: Sequence[str] = ()
@@ -36,35 +36,35 @@ class Wanted:
     sort: SortKey = SortKey.CONFIG
     verbose: bool = False
 
-    def of(self, state: MeshState) -> MeshState:
+    def apply(self, state: MeshState) -> MeshState:
         """Raises UsageError when that is nothing."""
-        return ordered(select(state, self.names, self.labels), self.sort)
+        return sort_nodes(select_nodes(state, self.names, self.labels), self.sort)
 
 
 @dataclass(slots=True)
-class Choice:
-    """What the keys have chosen. Pure: ``press`` says what else is to be done, and to which node."""
+class KeySelection:
+    """What the keys have chosen. Pure: ``handle_key`` says what else is to be done, and to which node."""
 
-    wanted: Wanted
+    view: ViewSelection
     selected: str = ""
     note: str = ""
     nodes: Sequence[str] = field(default=())
 
-    def press(self, key: str) -> str | None:
+    def handle_key(self, key: str) -> str | None:
         """``quit``, ``drain``, ``resume`` or ``reconnect`` (of ``selected``), or ``None``."""
         self.note = ""
-        moves = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -PAGE, "page down": PAGE}
+        moves = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -PAGE_ROWS, "page down": PAGE_ROWS}
         if key in moves or key in ("home", "end"):
             self._move(moves.get(key, 0), key)
         elif key == "escape":
             self.selected = ""
         elif key == "s":
             order = list(SortKey)
-            sort = order[(order.index(self.wanted.sort) + 1) % len(order)]
-            self.wanted = replace(self.wanted, sort=sort)
+            sort = order[(order.index(self.view.sort) + 1) % len(order)]
+            self.view = replace(self.view, sort=sort)
             self.note = f"sorted by {sort}"
         elif key == "v":
-            self.wanted = replace(self.wanted, verbose=not self.wanted.verbose)
+            self.view = replace(self.view, verbose=not self.view.verbose)
         elif key in ("q", "Q"):
             return "quit"
         elif key in ("d", "r", "c"):
@@ -92,11 +92,11 @@ class Choice:
 class LiveTable:
     """``footer`` is shown while there are no keys to be read, ``below`` under the table where the screen has room."""
 
-    def __init__(self, session: Session, wanted: Wanted, *, footer: str, below: Sequence[str] = ()) -> None:
+    def __init__(self, session: Session, view: ViewSelection, *, footer: str, notes: Sequence[str] = ()) -> None:
         self._session = session
-        self._choice = Choice(wanted)
+        self._choice = KeySelection(view)
         self._footer = footer
-        self._below = below
+        self._below = notes
         self._out = console()
         self._state: MeshState | None = None
         self._recorder = Recorder()
@@ -119,7 +119,7 @@ class LiveTable:
                         screen.draw(self._lines(self._state, keys=screen.reads_keys))
                     if following.done():
                         break
-                    await asyncio.sleep(LEAST_S)
+                    await asyncio.sleep(MIN_REDRAW_S)
         finally:
             for task in (following, *self._doing):
                 task.cancel()
@@ -132,9 +132,9 @@ class LiveTable:
 
     async def _follow(self, states: AsyncIterator[MeshState]) -> None:
         earlier: History | None = await self._past()
-        async with closing(states):
+        async with closing_iterator(states):
             async for state in states:
-                self._choice.wanted.of(state)  # what is wrong with it is said at once
+                self._choice.view.apply(state)  # what is wrong with it is said at once
                 if earlier is not None:
                     self._recorder, earlier = Recorder(earlier, at=state.at), None
                 self._state = state
@@ -149,22 +149,22 @@ class LiveTable:
 
     def _lines(self, state: MeshState, *, keys: bool) -> list[str]:
         size = self._out.size
-        shown = self._choice.wanted.of(state)
+        shown = self._choice.view.apply(state)
         self._choice.nodes = [node.name for node in shown.nodes]
         selected = self._choice.selected or None
         # Folded, not shortened: a path that ends in "…" could not be copied.
-        below = [line for text in self._below for line in lines(self._out, Text(text, overflow="fold"))]
-        below = below[: max(size.height - 1 - LEAST_ROWS, 0)]
+        below = [line for text in self._below for line in render_lines(self._out, Text(text, overflow="fold"))]
+        below = below[: max(size.height - 1 - MIN_ROWS, 0)]
         rows = size.height - 1 - len(below)
-        look = Look(self._choice.wanted.verbose, rows, selected, self._recorder.history())
-        body = lines(self._out, status_view(shown, size.width, look))[:rows]
-        said = self._choice.note or (KEYS if keys else self._footer)
-        return [*body, *below, *lines(self._out, Text(shorten(said, size.width), style="dim", no_wrap=True))]
+        look = ViewOptions(self._choice.view.verbose, rows, selected, self._recorder.history())
+        body = render_lines(self._out, status_view(shown, size.width, look))[:rows]
+        said = self._choice.note or (KEY_HELP if keys else self._footer)
+        return [*body, *below, *render_lines(self._out, Text(shorten(said, size.width), style="dim", no_wrap=True))]
 
     # -- keys ----------------------------------------------------------------------------------------------------
 
     def _press(self, key: str) -> None:
-        what = self._choice.press(key)
+        what = self._choice.handle_key(key)
         node = self._choice.selected
         if what == "quit":
             self._quit = True
@@ -191,7 +191,7 @@ class LiveTable:
         """A note stays for a while."""
         if self._forget is not None:
             self._forget.cancel()
-        self._forget = asyncio.get_running_loop().call_later(NOTE_S, self._silent)
+        self._forget = asyncio.get_running_loop().call_later(NOTE_SHOWN_S, self._silent)
         self._wake.set()
 
     def _silent(self) -> None:

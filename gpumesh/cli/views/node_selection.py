@@ -8,7 +8,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from gpumesh.errors import UsageError
-from gpumesh.state import GpuState, Health, MeshState, NodeState, free_mib, total
+from gpumesh.state import GpuState, Health, MeshState, NodeState, compute_totals, free_mib
 
 
 class SortKey(StrEnum):
@@ -30,12 +30,12 @@ class SortKey(StrEnum):
 _WORST_FIRST = (Health.DOWN, Health.DEGRADED, Health.UNKNOWN, Health.DRAINING, Health.HEALTHY)
 
 
-def badness(node: NodeState) -> int:
+def health_rank(node: NodeState) -> int:
     """0 for the worst health."""
     return _WORST_FIRST.index(node.health)
 
 
-def select(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = ()) -> MeshState:
+def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = ()) -> MeshState:
     """Only the nodes with one of these names (``*`` and ``?`` as in a shell) and all of these labels (``key=value``,
     or ``key`` for any value), with totals and findings to match. Raises UsageError when that leaves none."""
     nodes = state.nodes
@@ -55,7 +55,7 @@ def select(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = 
     findings = tuple(
         finding for finding in state.findings if finding.node in kept or not kept.isdisjoint(finding.nodes)
     )
-    return replace(state, nodes=nodes, totals=total(nodes), findings=findings)
+    return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
 
 def _has(node: NodeState, label: str) -> bool:
@@ -68,7 +68,7 @@ def _known_labels(state: MeshState) -> str:
     return f"the labels are: {', '.join(known)}" if known else "no node in mesh.yaml has `labels`"
 
 
-def ordered(state: MeshState, key: SortKey) -> MeshState:
+def sort_nodes(state: MeshState, key: SortKey) -> MeshState:
     """Nodes of which the figure is not known come last; of equal ones those that mesh.yaml names first."""
     if key is SortKey.CONFIG:
         return state
@@ -102,7 +102,7 @@ def _used_part(gpu: GpuState) -> float | None:
 _Order = Callable[[NodeState], tuple[bool, float] | str | int]
 _ORDERS: dict[SortKey, _Order] = {
     SortKey.NAME: lambda node: node.name,
-    SortKey.HEALTH: badness,
+    SortKey.HEALTH: health_rank,
     SortKey.MEMORY: _most(_of_gpus(_used_part, max)),
     SortKey.FREE: _most(_of_gpus(free_mib, sum)),
     SortKey.UTIL: _most(_of_gpus(lambda gpu: gpu.utilization_pct, max)),

@@ -15,24 +15,24 @@ from rich.text import Text
 from gpumesh.cli.text import (
     UNKNOWN,
     clean_line,
-    duration,
-    gib,
-    milliseconds,
+    format_duration,
+    format_gib,
+    format_milliseconds,
+    format_time_left,
     short_gpu,
     shorten,
-    spark,
-    time_left,
+    sparkline,
 )
 from gpumesh.cli.views.local_access import access_lines
-from gpumesh.cli.views.node_selection import badness
+from gpumesh.cli.views.node_selection import health_rank
 from gpumesh.cli.views.tables import (
     SEVERITIES,
     Column,
     add_hint,
     console,
     finding_text,
-    fitted,
-    grid,
+    fit_table,
+    make_notes_table,
     new_table,
     print_plain,
 )
@@ -59,7 +59,7 @@ STYLES = {
     Health.UNKNOWN: "dim",
 }
 # Why a node's GPUs cannot be shown, in a few words; the finding below the table says it in full.
-NO_GPU = {
+NO_GPU_REASONS = {
     "driver-broken": "driver broken",
     "driver-mismatch": "driver mismatch",
     "driver-hung": "driver hangs",
@@ -71,14 +71,14 @@ NO_GPU = {
     "nvidia-smi-missing": "no nvidia-smi",
     "nvidia-smi-old": "driver too old",
 }
-LOST = "gpu-lost"
-NAMED = 4
-ROOMY, WHOLE = 150, ("NODE", "GPU")
+GPU_LOST_CODE = "gpu-lost"
+MAX_NAMED_NODES = 4
+WIDE_TERMINAL, FULL_WIDTH_TITLES = 150, ("NODE", "GPU")
 HOT_C = 83  # where a 4090 begins to slow down
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ViewOptions:
     """What of the state is shown, and how. ``height``: a screen that cannot scroll, so rows are left out: all but those
     around ``selected``, or without one the healthy ones first."""
 
@@ -101,28 +101,28 @@ class _Row:
     selected: bool = False
 
 
-def print_status(state: MeshState, look: Look | None = None) -> None:
+def print_status(state: MeshState, options: ViewOptions | None = None) -> None:
     out = console()
-    print_plain(out, status_view(state, out.width, look or Look()))
+    print_plain(out, status_view(state, out.width, options or ViewOptions()))
 
 
-def status_view(state: MeshState, width: int, look: Look) -> RenderableType:
+def status_view(state: MeshState, width: int, options: ViewOptions) -> RenderableType:
     """The whole of `status`."""
     notes = _notes(state) if width >= 20 else []
-    rows = [row for node in state.nodes for row in _rows(node, state, look)]
+    rows = [row for node in state.nodes for row in _rows(node, state, options)]
     left_out = 0
-    if look.height is not None:
-        notes, height = _first(notes, width, max(look.height - len(rows) - 5, look.height // 3, 2))
-        rows, left_out = _within(rows, max(look.height - height - 6, 1), look.selected)
+    if options.height is not None:
+        notes, height = _first(notes, width, max(options.height - len(rows) - 5, options.height // 3, 2))
+        rows, left_out = _within(rows, max(options.height - height - 6, 1), options.selected)
     parts: list[RenderableType] = [_head(state, width), _status_table(rows, width)]
     if left_out:
         parts.append(Text(f"… and {left_out} more rows", style="dim"))
     parts.append(_totals(state, width))
-    if look.verbose:
+    if options.verbose:
         parts.extend(_processes(state))
         parts.extend(Text(line, style="dim") for line in access_lines(state))
     if notes:
-        parts.append(grid(notes))
+        parts.append(make_notes_table(notes))
     return Group(*parts)
 
 
@@ -150,7 +150,7 @@ def _within(rows: list[_Row], room: int, selected: str | None) -> tuple[list[_Ro
         return rows, 0
     place = next((number for number, row in enumerate(rows) if row.node.name == selected), None)
     if place is None:
-        keep = {id(row) for row in sorted(rows, key=lambda row: badness(row.node))[:room]}
+        keep = {id(row) for row in sorted(rows, key=lambda row: health_rank(row.node))[:room]}
         return [row for row in rows if id(row) in keep], len(rows) - room
     start = min(max(place - room // 2, 0), len(rows) - room)
     return rows[start : start + room], len(rows) - room
@@ -168,17 +168,17 @@ def _head(state: MeshState, width: int) -> Text:
     return head
 
 
-def _rows(node: NodeState, state: MeshState, look: Look) -> Iterator[_Row]:
+def _rows(node: NodeState, state: MeshState, look: ViewOptions) -> Iterator[_Row]:
     chosen = node.name == look.selected
     codes = [finding.code for finding in state.findings if finding.node == node.name]
     if not node.gpus:
-        why = next((NO_GPU[code] for code in codes if code in NO_GPU), None)
+        why = next((NO_GPU_REASONS[code] for code in codes if code in NO_GPU_REASONS), None)
         yield _Row(node, None, True, state.at, why, selected=chosen)
         return
     for position, gpu in enumerate(node.gpus):
-        yield _Row(node, gpu, position == 0, state.at, None, look.history.of_gpu(gpu.uuid), chosen)
-    if LOST in codes:  # the others answer
-        yield _Row(node, None, False, state.at, NO_GPU[LOST], selected=chosen)
+        yield _Row(node, gpu, position == 0, state.at, None, look.history.gpu_utilization(gpu.uuid), chosen)
+    if GPU_LOST_CODE in codes:  # the others answer
+        yield _Row(node, None, False, state.at, NO_GPU_REASONS[GPU_LOST_CODE], selected=chosen)
 
 
 def _status_table(rows: Sequence[_Row], width: int) -> Table:
@@ -186,12 +186,12 @@ def _status_table(rows: Sequence[_Row], width: int) -> Table:
     columns = [
         # With room for more than the most telling columns those are not cut for the sake of the others.
         (
-            replace(column, least=None) if width >= ROOMY and column.title in WHOLE else column,
+            replace(column, min_width=None) if width >= WIDE_TERMINAL and column.title in FULL_WIDTH_TITLES else column,
             [draw(row, bar) for row in rows],
         )
         for column, draw in COLUMNS
     ]
-    return fitted(columns, width, styles=["reverse" if row.selected else "" for row in rows])
+    return fit_table(columns, width, styles=["reverse" if row.selected else "" for row in rows])
 
 
 def _of_node(cell: Callable[[NodeState, datetime], Text | str]) -> Callable[[_Row, int], Text]:
@@ -249,7 +249,7 @@ def _memory(row: _Row, bar: int) -> Text:
         return Text(UNKNOWN)
     used = gpu.memory_used_mib
     part = None if used is None or not gpu.memory_total_mib else used / gpu.memory_total_mib
-    return bar_text(part, bar, 0.10, 0.80).append(f" {gib(used):>4}/{gib(gpu.memory_total_mib)}")
+    return bar_text(part, bar, 0.10, 0.80).append(f" {format_gib(used):>4}/{format_gib(gpu.memory_total_mib)}")
 
 
 def _utilization(row: _Row, bar: int) -> Text:
@@ -262,7 +262,7 @@ def _utilization(row: _Row, bar: int) -> Text:
 def _recent(row: _Row, _bar: int) -> Text:
     if all(value is None for value in row.recent):
         return Text("")
-    return Text(spark(row.recent, 100), style="cyan")
+    return Text(sparkline(row.recent, 100), style="cyan")
 
 
 def _temperature(gpu: GpuState) -> Text | str:
@@ -293,7 +293,7 @@ def _loaded(model: LoadedModel, at: datetime) -> str:
     words = clean_line(model.name.rpartition("/")[2] or model.name, 40)  # without where it was pulled from
     if model.size_mib and model.size_vram_mib is not None and model.size_vram_mib < model.size_mib:
         words += f" ({100 - round(100 * model.size_vram_mib / model.size_mib)}% CPU)"
-    left = time_left(model.expires_at, at)
+    left = format_time_left(model.expires_at, at)
     return f"{words} {left}" if left is not None else words
 
 
@@ -311,7 +311,7 @@ def _rate(node: NodeState, _at: datetime) -> str:
 def _tunnel(tunnel: TunnelState, at: datetime) -> str:
     said = f"{clean_line(tunnel.transport, 12)} {tunnel.state}"
     if tunnel.state is TunnelPhase.UP and tunnel.since is not None:
-        said += f" {duration((at - tunnel.since).total_seconds())}"
+        said += f" {format_duration((at - tunnel.since).total_seconds())}"
     return said + (f" ↻{tunnel.reconnects}" if tunnel.reconnects else "")
 
 
@@ -323,18 +323,18 @@ def _backend(node: NodeState, _at: datetime) -> str:
 
 # In their order on the screen.
 COLUMNS: tuple[tuple[Column, Callable[[_Row, int], Text]], ...] = (
-    (Column("NODE", 0, least=14), _of_node(_name)),
+    (Column("NODE", 0, min_width=14), _of_node(_name)),
     (Column("HEALTH", 1), _of_node(lambda node, _: Text(str(node.health), style=STYLES[node.health]))),
-    (Column("GPU", 4, least=13), _gpu_name),
+    (Column("GPU", 4, min_width=13), _gpu_name),
     (Column("MEMORY GiB", 2), _memory),
     (Column("UTIL", 3), _utilization),
     (Column("LAST MIN", 11), _recent),
     (Column("TEMP", 7, right=True), _of_gpu(_temperature)),
     (Column("POWER", 10, right=True), _of_gpu(_power)),
-    (Column("LOADED", 8, least=22), _of_node(_models)),
+    (Column("LOADED", 8, min_width=22), _of_node(_models)),
     (Column("TOK/S", 6, right=True), _of_node(_rate)),
     (Column("BUSY", 5, right=True), _of_node(_in_flight)),
-    (Column("RTT", 9, right=True), _of_node(lambda node, _: milliseconds(node.tunnel.rtt_ms))),
+    (Column("RTT", 9, right=True), _of_node(lambda node, _: format_milliseconds(node.tunnel.rtt_ms))),
     (Column("TUNNEL", 12), _of_node(lambda node, at: _tunnel(node.tunnel, at))),
     (Column("BACKEND", 13), _of_node(_backend)),
     (Column("SERVED", 14, right=True), _of_node(lambda node, _: str(node.load.served))),
@@ -348,12 +348,12 @@ def _totals(state: MeshState, width: int) -> Text:
     if totals.gpus is not None:
         parts.append(f"{totals.gpus} GPU{'' if totals.gpus == 1 else 's'}")
     if totals.vram_total_mib is not None:
-        parts.append(f"{gib(totals.vram_free_mib)} of {gib(totals.vram_total_mib)} GiB free")
+        parts.append(f"{format_gib(totals.vram_free_mib)} of {format_gib(totals.vram_total_mib)} GiB free")
     parts.append(f"{totals.tokens_per_s:.0f} tok/s")
     parts.append(f"{state.gateway.in_flight} in flight")
     if state.gateway.queued:
         parts.append(f"{state.gateway.queued} queued")
-    if (room := memory_fit.words(memory_fit.fits(state))) is not None:
+    if (room := memory_fit.format_fits(memory_fit.find_largest_fits(state))) is not None:
         parts.append(room)
     said = parts[0]
     for part in parts[1:]:
@@ -374,7 +374,7 @@ def _notes(state: MeshState) -> list[_Note]:
             said.add((node.name, node.tunnel.error_code))
         text = Text.assemble((clean_line(node.name, 60), "bold"), f" {node.health}: {clean_line(node.reason, 400)}")
         if node.tunnel.retry_in_s is not None and node.tunnel.state is not TunnelPhase.UP:
-            text.append(f" (again in {duration(node.tunnel.retry_in_s)})", style="dim")
+            text.append(f" (again in {format_duration(node.tunnel.retry_in_s)})", style="dim")
         add_hint(text, _hint_for(node, state))
         notes.append((Text(MARKS[node.health], style=STYLES[node.health]), text))
     alike: dict[Finding, list[str]] = {}
@@ -393,8 +393,8 @@ def _notes(state: MeshState) -> list[_Note]:
 
 def _list_of(names: Sequence[str]) -> str:
     """What is the same for many nodes is said once, with as many of their names as can be read at a glance."""
-    few = [clean_line(name, 60) for name in names[:NAMED]]
-    return ", ".join(few) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    few = [clean_line(name, 60) for name in names[:MAX_NAMED_NODES]]
+    return ", ".join(few) + (f" and {len(names) - MAX_NAMED_NODES} more" if len(names) > MAX_NAMED_NODES else "")
 
 
 def _hint_for(node: NodeState, state: MeshState) -> str | None:

@@ -76,22 +76,22 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table that must fit. ``rank``: which go first when there is room for few, 0 always stays;
-    ``least``: how narrow it may become. One that says nothing goes, unless its rank is 2 or less."""
+    ``min_width``: how narrow it may become. One that says nothing goes, unless its rank is 2 or less."""
 
     title: str
     rank: int = 0
     right: bool = False
-    least: int | None = None
+    min_width: int | None = None
 
 
-def print_fitted(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
+def print_fitted_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell | str]]) -> None:
     """As many of the columns as there is room for."""
     out = console()
     cells = [[_text(cell) for cell in row] for row in rows]
-    print_plain(out, fitted([(column, [row[n] for row in cells]) for n, column in enumerate(columns)], out.width))
+    print_plain(out, fit_table([(column, [row[n] for row in cells]) for n, column in enumerate(columns)], out.width))
 
 
-def fitted(columns: Sequence[tuple[Column, Sequence[Text]]], width: int, *, styles: Sequence[str] = ()) -> Table:
+def fit_table(columns: Sequence[tuple[Column, Sequence[Text]]], width: int, *, styles: Sequence[str] = ()) -> Table:
     """A table of the columns for which there is room, the most important first, in their order. ``styles`` of rows."""
     chosen = _chosen(columns, width)
     table = new_table()
@@ -117,7 +117,7 @@ def _chosen(columns: Sequence[tuple[Column, Sequence[Text]]], width: int) -> dic
             continue
         wishes[place] = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
         gap = 2 if chosen else 0
-        least = wishes[place] if column.least is None else min(wishes[place], column.least)
+        least = wishes[place] if column.min_width is None else min(wishes[place], column.min_width)
         if gap + least > left and column.rank > 0:
             continue
         chosen[place] = min(least, max(left - gap, 1))
@@ -153,10 +153,10 @@ def new_table() -> Table:
 
 def print_plain(out: Console, view: RenderableType) -> None:
     """Without the blanks that rich pads lines with, and in plain signs where the stream cannot carry others."""
-    out.file.write("\n".join(lines(out, view)) + "\n")
+    out.file.write("\n".join(render_lines(out, view)) + "\n")
 
 
-def lines(out: Console, view: RenderableType) -> list[str]:
+def render_lines(out: Console, view: RenderableType) -> list[str]:
     """What ``out`` would show, colours included where it has them."""
     with out.capture() as captured:
         out.print(view)
@@ -180,10 +180,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
     if not findings:
         print_plain(out, Text("no findings", style="green"))
         return
-    print_plain(out, grid([(Text(*SEVERITIES[finding.severity]), finding_text(finding)) for finding in findings]))
+    print_plain(
+        out, make_notes_table([(Text(*SEVERITIES[finding.severity]), finding_text(finding)) for finding in findings])
+    )
 
 
-def grid(notes: Sequence[tuple[Text, Text]]) -> Table:
+def make_notes_table(notes: Sequence[tuple[Text, Text]]) -> Table:
     """A mark and what it marks, line by line."""
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
@@ -211,7 +213,7 @@ def add_hint(text: Text, hint: str | None) -> None:
 # -- progress --------------------------------------------------------------------------------------------------------
 
 
-class Ticker(Protocol):
+class ProgressDisplay(Protocol):
     def __call__(self, done: int, note: str = "") -> None: ...
 
     def write(self, line: str) -> None:
@@ -236,10 +238,10 @@ class _Bar(_NoBar):
         self._bar.update(self._task, completed=done, note=clean_line(note, 60))
 
     def write(self, line: str) -> None:
-        write_beside(self._bar, line)
+        write_above_bars(self._bar, line)
 
 
-def write_beside(bars: Progress, line: str) -> None:
+def write_above_bars(bars: Progress, line: str) -> None:
     """A result while bars are shown on stderr: to stdout, or above them where both are the same terminal."""
     if sys.stdout.isatty():
         bars.console.print(Text(line), soft_wrap=True)
@@ -248,7 +250,7 @@ def write_beside(bars: Progress, line: str) -> None:
 
 
 @contextmanager
-def progress(total: int, title: str, *, quiet: bool) -> Iterator[Ticker]:
+def show_progress(total: int, title: str, *, quiet: bool) -> Iterator[ProgressDisplay]:
     """A bar on stderr; on something that is no terminal nothing at all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -32,7 +32,7 @@ _SEQUENCES = {
 }
 
 
-def keys(data: bytes) -> Iterator[str]:
+def parse_keys(data: bytes) -> Iterator[str]:
     """What was pressed: ``up``, ``escape`` … or the character. Sequences that mean nothing here are passed over."""
     while data:
         known = next((sequence for sequence in _SEQUENCES if data.startswith(sequence)), None)
@@ -51,7 +51,7 @@ def keys(data: bytes) -> Iterator[str]:
             data = data[1:]
 
 
-def frame(old: Sequence[str], new: Sequence[str]) -> str:
+def diff_screen(old: Sequence[str], new: Sequence[str]) -> str:
     """What to write so that a screen that shows ``old`` shows ``new``: only the lines that differ. Empty: nothing."""
     parts = [
         f"\x1b[{number};1H\x1b[K{line}\x1b[0m"
@@ -96,7 +96,7 @@ class Screen:
 
     def draw(self, lines: Sequence[str]) -> None:
         """The lines from the top; no more than the screen is high."""
-        changed = frame(self._shown, lines)
+        changed = diff_screen(self._shown, lines)
         if changed:
             self._out.write(changed)
             self._out.flush()
@@ -143,7 +143,7 @@ class Screen:
             self._loop.remove_reader(sys.stdin.fileno())  # nobody is there any more; it would be ready for ever
             return
         assert self._on_key is not None
-        for key in keys(data):
+        for key in parse_keys(data):
             self._on_key(key)
 
     def _changed(self) -> None:

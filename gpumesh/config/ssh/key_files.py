@@ -17,7 +17,7 @@ class KeyKind(StrEnum):
     FIDO = "fido"
 
 
-def kind(path: Path) -> KeyKind:
+def detect_key_kind(path: Path) -> KeyKind:
     """``FIDO``: the secret is on a token (sk-ssh-ed25519, sk-ecdsa). Raises OSError.
 
     An OpenSSH key file carries the public key in the clear before the encrypted part (PROTOCOL.key).

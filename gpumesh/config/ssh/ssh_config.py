@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpumesh.config import environment, forms
 from gpumesh.config.ssh import ssh_files
-from gpumesh.quoting import command
+from gpumesh.quoting import paste_command
 
 TIMEOUT_S = 10.0
 _MAX_HOPS = 4
@@ -40,9 +40,9 @@ _NEEDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class AliasAnswer:
-    """``None`` and empty where nothing is configured. ``needs``: the features that only transport openssh has.
-    ``found``: whether anything at all is configured for it."""
+class AliasSettings:
+    """``None`` and empty where nothing is configured. ``openssh_features``: the features that only transport openssh
+    has. ``configured``: whether anything at all is configured for it."""
 
     host: str
     port: int | None = None
@@ -50,21 +50,21 @@ class AliasAnswer:
     identity_files: tuple[str, ...] = ()
     known_hosts: str | None = None
     proxy_jump: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    found: bool = True
+    openssh_features: tuple[str, ...] = ()
+    configured: bool = True
 
 
-def resolve(alias: str, *, home: Path) -> AliasAnswer:
+def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
     """Raises ValueError with a sentence when ssh cannot read its configuration, or does not answer in time."""
     return _with_hops(_resolve(alias, home), home, 0)
 
 
-def _with_hops(answer: AliasAnswer, home: Path, depth: int) -> AliasAnswer:
+def _with_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
     """The hosts of its ProxyJump are looked up as well: they may be aliases, with jumps of their own."""
     if depth >= _MAX_HOPS and answer.proxy_jump:
         raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
     hops: list[str] = []
-    needs = list(answer.needs)
+    needs = list(answer.openssh_features)
     for written in answer.proxy_jump:
         hop = written.strip().removeprefix("ssh://")
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is None:
@@ -74,16 +74,16 @@ def _with_hops(answer: AliasAnswer, home: Path, depth: int) -> AliasAnswer:
         host = f"[{inner.host}]" if ":" in inner.host else inner.host
         hops += inner.proxy_jump
         hops.append((f"{inner.user}@" if inner.user else "") + host + (f":{inner.port}" if inner.port else ""))
-        needs += [need for need in inner.needs if need not in needs]
+        needs += [need for need in inner.openssh_features if need not in needs]
         if inner.identity_files and inner.identity_files != answer.identity_files:
             needs.append(f"another key for {hop}")
-    return replace(answer, proxy_jump=tuple(hops), needs=tuple(needs))
+    return replace(answer, proxy_jump=tuple(hops), openssh_features=tuple(needs))
 
 
-def _resolve(alias: str, home: Path) -> AliasAnswer:
-    forms.alias(alias)
+def _resolve(alias: str, home: Path) -> AliasSettings:
+    forms.parse_alias(alias)
     if shutil.which("ssh") is None:
-        return _answer(alias, ssh_files.configured(alias, home), home)
+        return _answer(alias, ssh_files.read_host_options(alias, home), home)
     own = home / ".ssh" / "config"
     # ssh takes the home from passwd, not from HOME: where they differ, it is told the file.
     elsewhere = home != _passwd_home() and own.is_file()
@@ -96,11 +96,11 @@ def _resolve(alias: str, home: Path) -> AliasAnswer:
     if named is not None and named != environment.user() and all(key != "user" for key, _ in pairs):
         pairs.append(("user", named))
     # ssh has run the command of a Match exec by now, and its answer may be another at the next connection.
-    pairs += [pair for pair in ssh_files.configured(alias, home) if pair == ssh_files.MATCH_EXEC]
+    pairs += [pair for pair in ssh_files.read_host_options(alias, home) if pair == ssh_files.MATCH_EXEC]
     return _answer(alias, pairs, home)
 
 
-def _answer(alias: str, pairs: ssh_files.Pairs, home: Path) -> AliasAnswer:
+def _answer(alias: str, pairs: ssh_files.SshOptions, home: Path) -> AliasSettings:
     first: dict[str, str] = {}
     for key, value in pairs:
         first.setdefault(key, value)
@@ -114,15 +114,15 @@ def _answer(alias: str, pairs: ssh_files.Pairs, home: Path) -> AliasAnswer:
     jump = first.get("proxyjump", "none")
     known = first.get("userknownhostsfile", "none").split()
     port = first.get("port", "")
-    return AliasAnswer(
+    return AliasSettings(
         host=host,
         port=int(port) if port.isascii() and port.isdigit() else None,
         user=first.get("user"),
         identity_files=tuple(files),
         known_hosts=known[0] if known and known[0] not in ("none", "/dev/null") else None,
         proxy_jump=tuple(hop.strip() for hop in jump.split(",")) if jump.lower() != "none" else (),
-        needs=tuple(needs),
-        found=bool(pairs),
+        openssh_features=tuple(needs),
+        configured=bool(pairs),
     )
 
 
@@ -139,9 +139,9 @@ def _passwd_home() -> Path | None:
         return None
 
 
-def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
+def _ask_ssh(alias: str, options: list[str]) -> ssh_files.SshOptions:
     """``ssh -G`` connects to nobody. A ``Match exec`` runs the user's own command, as ``ssh`` itself would."""
-    by_hand = command("ssh -G {ALIAS}", ALIAS=alias)
+    by_hand = paste_command("ssh -G {ALIAS}", ALIAS=alias)
     # Files, not pipes: what a Match exec leaves running could hold a pipe open for ever.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
@@ -150,7 +150,7 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=environment.child(),
+                env=environment.child_environment(),
                 start_new_session=True,
             )
         except OSError as error:
@@ -171,4 +171,4 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.Pairs:
     if status != 0:
         lines = ["".join(c if c.isprintable() else "?" for c in line) for line in complaint.splitlines() if line]
         raise ValueError(f"{by_hand} failed: {(lines or ['it says nothing'])[0][:200]}")
-    return [ssh_files.pair(line) for line in printed.splitlines() if line.strip()]
+    return [ssh_files.parse_option_line(line) for line in printed.splitlines() if line.strip()]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-Pairs = list[tuple[str, str]]
+SshOptions = list[tuple[str, str]]
 
 # Stands for a Match exec that may concern the host: no directive of that name exists.
 MATCH_EXEC = ("match-exec", "yes")
@@ -22,10 +22,10 @@ _MAX_DEPTH = 16  # as ssh
 _MAX_LINES = 20_000
 
 
-def configured(alias: str, home: Path) -> Pairs:
+def read_host_options(alias: str, home: Path) -> SshOptions:
     """What ``~/.ssh/config``, and what it includes, sets for ``alias``, in order. Conditions that cannot be judged
     without running something do not hold. Unreadable files are passed over, as ssh does with what it includes."""
-    pairs: Pairs = []
+    pairs: SshOptions = []
     for number, found in enumerate(_walk(home / ".ssh" / "config", alias, home, True, 0)):
         if number >= _MAX_LINES:
             break
@@ -33,7 +33,7 @@ def configured(alias: str, home: Path) -> Pairs:
     return pairs
 
 
-def pair(line: str) -> tuple[str, str]:
+def parse_option_line(line: str) -> tuple[str, str]:
     """``Key value`` or ``Key=value``; keys are case-insensitive."""
     match = re.match(r"\s*([A-Za-z0-9]+)(?:\s*=\s*|\s+)?(.*)", line)
     return (match[1].lower(), match[2].strip()) if match else ("", "")
@@ -46,9 +46,9 @@ def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Itera
     except OSError:
         return
     for line in text.splitlines():
-        key, value = pair(line)
+        key, value = parse_option_line(line)
         if key == "host":
-            active = matches(alias, value.replace('"', "").split())
+            active = matches_patterns(alias, value.replace('"', "").split())
         elif key == "match":
             active, runs = _match(alias, value.split())
             if runs:
@@ -62,7 +62,7 @@ def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Itera
             yield key, value
 
 
-def matches(alias: str, patterns: Sequence[str]) -> bool:
+def matches_patterns(alias: str, patterns: Sequence[str]) -> bool:
     """ssh's pattern lists: ``*``, ``?``, and ``!`` for what must not match."""
     found = False
     for pattern in patterns:
@@ -85,7 +85,7 @@ def _match(alias: str, words: Sequence[str]) -> tuple[bool, bool]:
         if criterion == "all":
             continue
         if criterion in ("host", "originalhost") and remaining:
-            holds = holds and matches(alias, remaining.pop(0).split(",")) is not word.startswith("!")
+            holds = holds and matches_patterns(alias, remaining.pop(0).split(",")) is not word.startswith("!")
         elif criterion == "exec":
             runs = holds
             break

@@ -12,20 +12,20 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T], *, fast: bool = True) -> T:
+def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
     """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. SIGTERM and SIGHUP, unless they
     are ignored, cancel it and then exit as who died by them, so that nothing that ``main`` began is left by these
-    either. ``fast``: worth the time that uvloop takes to be imported.
+    either. ``use_uvloop``: worth the time that uvloop takes to be imported.
 
     Such a process also holds the bodies of many requests (large_memory.py).
 
     A SIGINT that comes while the loop is made comes when ``main`` has begun: half a loop cannot be closed.
     """
-    if fast:
+    if use_uvloop:
         from gpumesh.daemon.process.large_memory import map_large_blocks
 
         map_large_blocks()
-    with _held() as release, asyncio.Runner(loop_factory=_factory() if fast else None) as runner:
+    with _held() as release, asyncio.Runner(loop_factory=_factory() if use_uvloop else None) as runner:
         ended_by: list[int] = []
 
         async def begun() -> T:

@@ -14,7 +14,7 @@ WANTED = (65_536, 24_576, 10_240, 4_096)
 
 
 @contextlib.contextmanager
-def many_open_files() -> Iterator[int]:
+def raise_file_limit() -> Iterator[int]:
     """Raises the soft limit, for this process and for what it starts: the tunnels' processes and ``ssh`` hold a file
     for each forwarded connection. Put back at the end. Gives the limit that holds."""
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -27,7 +27,7 @@ def many_open_files() -> Iterator[int]:
 
 
 def _raise(before: int, hard: int) -> int:
-    for wanted in candidates(before, hard):
+    for wanted in candidate_limits(before, hard):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
@@ -36,7 +36,7 @@ def _raise(before: int, hard: int) -> int:
     return before
 
 
-def candidates(soft: int, hard: int) -> tuple[int, ...]:
+def candidate_limits(soft: int, hard: int) -> tuple[int, ...]:
     """Soft limits that are worth a try, the best first; none where the present one is as good. Pure."""
     if soft == resource.RLIM_INFINITY:
         return ()

@@ -19,15 +19,15 @@ from typing import Generic, TypeVar
 C = TypeVar("C")
 
 SHARE = 0.75
-UNIX = "unix"  # the address of a client of the gateway's Unix socket
+UNIX_CLIENT = "unix"  # the address of a client of the gateway's Unix socket
 FULL = "too many connections"
 _ALL, _NEW = ("all", ""), ("new", "")
 Group = tuple[str, str]
 
 
-def address_of(host: str | None) -> str | None:
+def normalize_address(host: str | None) -> str | None:
     """Whose address it is, for ``Admission.admit``. One customer of a provider has a whole /64 of IPv6."""
-    if host is None or host == UNIX:
+    if host is None or host == UNIX_CLIENT:
         return None
     try:
         address = ip_address(host.partition("%")[0])
@@ -50,13 +50,13 @@ class _Members(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Generic[C]):
-    """``instead_of``: the connection that is to be closed for it."""
+    """``evicted``: the connection that is to be closed for it."""
 
-    instead_of: C | None = None
+    evicted: C | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Denied:
     reason: str
 
 
@@ -64,7 +64,7 @@ class Admission(Generic[C]):
     """Each decision takes the same short time, however many connections there are."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.max_connections = most
         self._most_each = max(int(most * SHARE), 1)
         self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}
         self._groups_of: dict[C, tuple[Group, ...]] = {}
@@ -73,18 +73,18 @@ class Admission(Generic[C]):
     def count(self) -> int:
         return self._groups[_ALL].count
 
-    def admit(self, connection: C, address: str | None) -> Admitted[C] | Refused:
+    def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
         """``address`` is ``None`` for one of this machine's own. Whoever is to be closed is forgotten already."""
         groups: tuple[Group, ...] = (_ALL, _NEW)
-        room: Admitted[C] | Refused = Admitted()
+        room: Admitted[C] | Denied = Admitted()
         if address is not None:
             own = ("address", address)
             groups = (*groups, own)
             room = self._make_room(own, self._most_each, f"{FULL} from this address")
-        if room == Admitted() and self.count >= self.most:
+        if room == Admitted() and self.count >= self.max_connections:
             room = self._make_room(_NEW, 0, FULL)
-            if isinstance(room, Refused):
-                room = self._make_room(_ALL, self.most, FULL)
+            if isinstance(room, Denied):
+                room = self._make_room(_ALL, self.max_connections, FULL)
         if isinstance(room, Admitted):
             self._groups_of[connection] = groups
             for group in groups:
@@ -93,16 +93,16 @@ class Admission(Generic[C]):
                 members.idle[connection] = None
         return room
 
-    def _make_room(self, group: Group, most: int, reason: str) -> Admitted[C] | Refused:
+    def _make_room(self, group: Group, most: int, reason: str) -> Admitted[C] | Denied:
         members = self._groups.get(group)
         if members is None or members.count < most:
             return Admitted()
         for longest_idle in members.idle:
             self.forget(longest_idle)
             return Admitted(longest_idle)
-        return Refused(reason)
+        return Denied(reason)
 
-    def show_key(self, connection: C, key: str | None) -> Admitted[C] | Refused:
+    def register_key(self, connection: C, key: str | None) -> Admitted[C] | Denied:
         """A request was accepted, with this key; ``None`` where none is asked for. Refused, it keeps its connection."""
         groups = self._groups_of.get(connection)
         if groups is None or (key is None and _NEW not in groups):
@@ -110,10 +110,10 @@ class Admission(Generic[C]):
         own = None if key is None else ("key", key)
         if own in groups:
             return Admitted()
-        room: Admitted[C] | Refused = Admitted()
+        room: Admitted[C] | Denied = Admitted()
         if own is not None:
             room = self._make_room(own, self._most_each, f"{FULL} with this key")
-            if isinstance(room, Refused):
+            if isinstance(room, Denied):
                 return room
         before = tuple(group for group in groups if group == _NEW or group[0] == "key")
         kept = tuple(group for group in groups if group not in before)
@@ -125,11 +125,11 @@ class Admission(Generic[C]):
         self._groups_of[connection] = kept
         return room
 
-    def becomes_busy(self, connection: C) -> None:
+    def mark_busy(self, connection: C) -> None:
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle.pop(connection, None)
 
-    def becomes_idle(self, connection: C) -> None:
+    def mark_idle(self, connection: C) -> None:
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle[connection] = None
 

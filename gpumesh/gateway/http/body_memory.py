@@ -19,52 +19,52 @@ from gpumesh.errors import QueueFull
 
 T = TypeVar("T")
 
-SMALL = 1 << 20
+SMALL_BODY_BYTES = 1 << 20
 RETRY_AFTER_S = 5.0
 
 
 class BodyMemory:
-    """``total`` and ``held`` are bytes; ``coming``: the bodies that are being read, and since when; ``clock`` gives
-    seconds."""
+    """``total`` and ``held`` are bytes; ``reading_since``: the bodies that are being read, and since when; ``clock``
+    gives seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
         self.held = 0
-        self.for_large = total - total // 8
-        self.coming: dict[Share, float] = {}
+        self.large_body_bytes = total - total // 8
+        self.reading_since: dict[MemoryReservation, float] = {}
         self.clock = clock
         self._patience_s = patience_s
 
     def __repr__(self) -> str:
-        return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.coming)} coming>"
+        return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.reading_since)} coming>"
 
     @property
-    def largest(self) -> int:
+    def max_body_bytes(self) -> int:
         """Of one body: what is larger finds no room ever."""
-        return max(self.for_large, min(SMALL, self.total))
+        return max(self.large_body_bytes, min(SMALL_BODY_BYTES, self.total))
 
     def has_room(self, held: int, size: int) -> bool:
         """For ``size`` bytes more of a body of which ``held`` are here."""
-        return self.held + size <= (self.total if held + size <= SMALL else self.for_large)
+        return self.held + size <= (self.total if held + size <= SMALL_BODY_BYTES else self.large_body_bytes)
 
-    def make_room(self, share: Share, size: int) -> bool:
+    def revoke_slow_bodies(self, share: MemoryReservation, size: int) -> bool:
         """Takes it from those that have been coming for too long, as far as that helps."""
         since = self.clock() - self._patience_s
         while not self.has_room(share.size, size):
-            oldest = next(iter(self.coming), None)
-            if oldest is None or oldest is share or self.coming[oldest] > since:
+            oldest = next(iter(self.reading_since), None)
+            if oldest is None or oldest is share or self.reading_since[oldest] > since:
                 return False
-            oldest.lose()
+            oldest.revoke()
         return True
 
-    def full(self) -> QueueFull:
+    def build_full_error(self) -> QueueFull:
         return QueueFull(
             f"the bodies of other requests take up what gateway.body_memory_mib allows ({self.total >> 20} MiB)",
             retry_after_s=RETRY_AFTER_S,
         )
 
 
-class Share:
+class MemoryReservation:
     """What one request holds: ``size`` bytes. ``refused``: there was no room for all of it, and it holds none."""
 
     __slots__ = ("_memory", "_on_lost", "refused", "released", "size")
@@ -76,28 +76,28 @@ class Share:
         self.refused = False
         self.released = False
 
-    def take(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Whether there is room for so many bytes more; if not, or after its end, all that it held is free."""
         memory = self._memory
         if self.refused or self.released:
             return False
         held = self.size + size
         # As ``has_room`` has it; each request passes here.
-        if memory.held + size > (memory.total if held <= SMALL else memory.for_large):
-            if not memory.make_room(self, size):
-                self.lose()
+        if memory.held + size > (memory.total if held <= SMALL_BODY_BYTES else memory.large_body_bytes):
+            if not memory.revoke_slow_bodies(self, size):
+                self.revoke()
                 return False
             held = self.size + size
         self.size = held
         memory.held += size
         return True
 
-    def would_fit(self, whole: int) -> bool:
+    def can_reserve(self, whole: int) -> bool:
         """Whether there is room now for a body of that size; nothing is reserved by asking."""
         more = max(whole - self.size, 0)
-        return self._memory.has_room(self.size, more) or self._memory.make_room(self, more)
+        return self._memory.has_room(self.size, more) or self._memory.revoke_slow_bodies(self, more)
 
-    def try_take(self, size: int) -> bool:
+    def try_reserve(self, size: int) -> bool:
         """The same, but what it has is kept."""
         if self.refused or self.released or not self._memory.has_room(self.size, size):
             return False
@@ -105,26 +105,26 @@ class Share:
         self._memory.held += size
         return True
 
-    def give_back(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         """Of what it holds; nothing once that is free."""
         size = min(size, self.size)
         self.size -= size
         self._memory.held -= size
 
-    def coming(self, on_lost: Callable[[], None]) -> None:
-        """From now until ``came`` it may lose its room to others."""
+    def start_reading(self, on_lost: Callable[[], None]) -> None:
+        """From now until ``finish_reading`` it may lose its room to others."""
         self._on_lost = on_lost
-        self._memory.coming[self] = self._memory.clock()
+        self._memory.reading_since[self] = self._memory.clock()
 
-    def came(self) -> None:
+    def finish_reading(self) -> None:
         self._on_lost = None
-        self._memory.coming.pop(self, None)
+        self._memory.reading_since.pop(self, None)
 
-    def lose(self) -> None:
+    def revoke(self) -> None:
         self.refused = True
         on_lost = self._on_lost
-        self.came()
-        self.give_back(self.size)
+        self.finish_reading()
+        self.release_bytes(self.size)
         if on_lost is not None:
             on_lost()
 
@@ -132,12 +132,12 @@ class Share:
         """Its request has ended. Harmless when done twice."""
         self.released = True
         if self._on_lost is not None:
-            self.came()
+            self.finish_reading()
         self._memory.held -= self.size
         self.size = 0
 
 
-class LongWork:
+class SlicedWorkRunner:
     """Work that takes long is cut in pieces: of all that is under way, one piece is done in each round of the loop, in
     turn. So everybody else waits for one piece, however many there are."""
 

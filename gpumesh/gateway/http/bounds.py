@@ -8,7 +8,7 @@ from dataclasses import dataclass
 RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, sockets of other commands
 
 
-def connections_allowed() -> int:
+def compute_max_connections() -> int:
     """As many as the process may have open, when each has one to a node as well."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -18,17 +18,20 @@ def connections_allowed() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Seconds, bytes, and bytes/s. A body may take ``body_s``, and a second more for each ``body_rate`` bytes of it."""
+    """Seconds, bytes, and bytes/s. A body may take ``body_timeout_s``, and a second more for each ``min_bytes_per_s``
+    bytes of it."""
 
-    head_s: float = 30.0
-    head_bytes: int = 32 << 10
-    body_s: float = 30.0
-    body_rate: int = 4 << 10
-    body_bytes: int = 256 << 20  # images come inside of JSON
-    unpacked_bytes: int = 20 << 20  # of a compressed body: what Ollama itself takes (server/cloud_proxy.go)
-    bodies_bytes: int = 512 << 20  # of all requests together (body_memory.py)
+    head_timeout_s: float = 30.0
+    max_head_bytes: int = 32 << 10
+    body_timeout_s: float = 30.0
+    min_bytes_per_s: int = 4 << 10
+    max_body_bytes: int = 256 << 20  # images come inside of JSON
+    max_unpacked_bytes: int = 20 << 20  # of a compressed body: what Ollama itself takes (server/cloud_proxy.go)
+    total_body_bytes: int = 512 << 20  # of all requests together (body_memory.py)
     linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
-    write_s: float = 60.0  # a client that takes less than body_rate for so long is gone
-    stalled_s: float = 5.0  # a client that takes nothing of its stream for so long, while others wait for its node
+    write_timeout_s: float = 60.0  # a client that takes less than body_rate for so long is gone
+    stall_timeout_s: float = (
+        5.0  # a client that takes nothing of its stream for so long, while others wait for its node
+    )
     keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): it is they who close, and nothing races
-    connections: int | None = None  # None: connections_allowed()
+    max_connections: int | None = None  # None: connections_allowed()

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.http import replies
-from gpumesh.gateway.http.admission import UNIX
+from gpumesh.gateway.http import responses
+from gpumesh.gateway.http.admission import UNIX_CLIENT
 from gpumesh.gateway.http.exchange import Request
-from gpumesh.gateway.http.replies import Headers, Reply, json_reply
-from gpumesh.gateway.model_requests import Shape
-from gpumesh.mesh.requests.slice_queue import SLICE, SMALL_PIECES
+from gpumesh.gateway.http.responses import Headers, Response, json_response
+from gpumesh.gateway.model_requests import ClientApi
+from gpumesh.mesh.requests.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES
 
 if TYPE_CHECKING:
     from gpumesh.gateway.http.server import Server
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 MAX_FIELDS = 128  # of a head
 AHEAD = 16  # requests that a client may have sent before the first is answered, until it is no longer read
-BODY_BUFFER = 256 << 10  # bytes of bodies that wait for their handlers, until the client is no longer read
+MAX_BUFFERED_BODY_BYTES = 256 << 10  # bytes of bodies that wait for their handlers, until the client is no longer read
 HEADS = 2 << 10  # bytes outside of a body that are parsed at a time: they may be forty requests
 COPIED = 32 << 10  # bytes of a body up to which it is sent in one piece with its head
 LOOK_S = 0.05  # between two looks whether a client that is not read has left
@@ -54,19 +54,19 @@ class Refusal:
     """The answer to what is no request, in its turn. After it the connection ends."""
 
     status: int
-    words: str
+    message: str
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One client's connection."""
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.bounds = server.bounds
         self.memory = server.memory
-        self.long_work = server.long_work
-        self.full = False
-        self.remote: str | None = None
+        self.work_runner = server.work_runner
+        self.backpressured = False
+        self.client_address: str | None = None
         self._server = server
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -104,7 +104,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
         peer = transport.get_extra_info("peername")
         # A client of the Unix socket has no address: asyncio says "", where it does not know one None.
-        self.remote = peer[0] if isinstance(peer, tuple) else None if peer is None else UNIX
+        self.client_address = peer[0] if isinstance(peer, tuple) else None if peer is None else UNIX_CLIENT
         why_not = self._server.admit(self)
         if why_not is not None:
             self.write(_plain(Refusal(503, why_not), ("Retry-After", "1")))
@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
                 return
         if self._pieces:
             self._hand_over()
-        if self._framed > self.bounds.head_bytes:  # the parser keeps what is no whole field yet
+        if self._framed > self.bounds.max_head_bytes:  # the parser keeps what is no whole field yet
             self._malformed(_HeadTooLarge())
         elif self._in_head and self._head_timer is None:
             self._await_head()
@@ -172,10 +172,10 @@ class Connection(asyncio.Protocol):
         rest, at = self._rest, 0
         while at < len(rest) and not self._read_paused and not self._deaf:
             self._piece_count = 0
-            size = HEADS if self._incoming is None else SLICE
+            size = HEADS if self._incoming is None else SLICE_BYTES
             self._parse(rest[at : at + size])
             at += size
-            if self._piece_count > SMALL_PIECES and not self._deaf:
+            if self._piece_count > MAX_SMALL_PIECES and not self._deaf:
                 self._queued = True
                 self._pause_reading()
                 self._server.slices.add(self._parse_next)
@@ -185,15 +185,15 @@ class Connection(asyncio.Protocol):
         """Its turn has come; a handler that has more of the body than it takes reads on by itself."""
         if self._queued:
             self._queued = False
-            if self._incoming is None or self._incoming.buffered <= BODY_BUFFER:
-                self.read_on()
+            if self._incoming is None or self._incoming.buffered <= MAX_BUFFERED_BODY_BYTES:
+                self.continue_reading()
 
     def pause_writing(self) -> None:
-        self.full = True
+        self.backpressured = True
         self._watch_taking()
 
     def resume_writing(self) -> None:
-        self.full = False
+        self.backpressured = False
         if self._write_timer is not None and not self._over:
             self._write_timer.cancel()
             self._write_timer = None
@@ -212,7 +212,7 @@ class Connection(asyncio.Protocol):
             return
         self._url += url
         self._head_size += len(url)
-        if self._head_size > self.bounds.head_bytes:
+        if self._head_size > self.bounds.max_head_bytes:
             raise _HeadTooLarge
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         if self._in_head:  # else it is a trailer, which nobody here needs
             # The parser leaves the blanks behind a value, which are none of it.
             self._fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
-        if self._head_size > self.bounds.head_bytes or len(self._fields) > MAX_FIELDS:
+        if self._head_size > self.bounds.max_head_bytes or len(self._fields) > MAX_FIELDS:
             raise _HeadTooLarge
 
     def on_headers_complete(self) -> None:
@@ -253,10 +253,10 @@ class Connection(asyncio.Protocol):
             method,
             target,
             headers,
-            old=old,
+            is_http10=old,
             # HTTP/1.0 knows no chunks: where its body ends is a guess, after which nothing is safe to read.
-            keep=parser.should_keep_alive() and not (old and coding is not None),
-            record=self._server.record(method),
+            keep_alive=parser.should_keep_alive() and not (old and coding is not None),
+            record=self._server.start_record(method),
         )
         self._incoming = request
         self._enqueue(request)
@@ -276,7 +276,7 @@ class Connection(asyncio.Protocol):
         size = self._incoming.feed(data)
         if len(self._waiting) > 1:  # asked ahead: of all of them
             size = sum(one.buffered for one in self._waiting if isinstance(one, Request))
-        if size > BODY_BUFFER:
+        if size > MAX_BUFFERED_BODY_BYTES:
             self._pause_reading()
 
     def on_message_complete(self) -> None:
@@ -317,7 +317,7 @@ class Connection(asyncio.Protocol):
     def _await_head(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self._head_timer = self.loop.call_later(self.bounds.head_s, self._head_too_slow)
+        self._head_timer = self.loop.call_later(self.bounds.head_timeout_s, self._head_too_slow)
 
     def _head_too_slow(self) -> None:
         if self._read_paused:  # it is not its client that is slow: its time begins when it is read again
@@ -335,7 +335,7 @@ class Connection(asyncio.Protocol):
         self._waiting.append(one)
         if self._task is None:
             self._task = self.loop.create_task(self._work())
-            self._server.admission.becomes_busy(self)
+            self._server.admission.mark_busy(self)
         elif len(self._waiting) > AHEAD:
             self._pause_reading()
 
@@ -344,17 +344,17 @@ class Connection(asyncio.Protocol):
             while self._waiting and self._transport is not None:
                 one = self._waiting.popleft()
                 if self._read_paused:
-                    self.read_on()
+                    self.continue_reading()
                 if isinstance(one, Refusal):
                     self.write(_plain(one))
                     self._linger()
                     return
                 if not await self._serve(one):
                     return
-                if self.full:  # who reads no answer is not answered more
-                    await self.room()
+                if self.backpressured:  # who reads no answer is not answered more
+                    await self.wait_writable()
                 if self._read_paused:  # a handler may have answered without the body that filled the room
-                    self.read_on()
+                    self.continue_reading()
                 if self._waiting:  # who asks ahead does not keep the others waiting
                     await asyncio.sleep(0)
             if self._closing:
@@ -367,7 +367,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._task = None
             self._quiet_since = self.loop.time()
-            self._server.admission.becomes_idle(self)
+            self._server.admission.mark_idle(self)
 
     async def _serve(self, request: Request) -> bool:
         """Whether the connection goes on after it. Raises ConnectionError."""
@@ -380,39 +380,39 @@ class Connection(asyncio.Protocol):
             raise
         except Exception as error:  # a bug: it must cost one client an error and not all of them the server
             log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
-            reply = json_reply(_error(500, "the gateway failed inside"), status=500, close=True)
+            reply = json_response(_error(500, "the gateway failed inside"), status=500, close=True)
         finally:
             request.release()
-        if isinstance(reply, Reply):
-            if request.begun:
+        if isinstance(reply, Response):
+            if request.answer_started:
                 raise ConnectionError("a part of another answer has been sent already")
             self._send(request, reply)
-        elif not reply.ended:
+        elif not reply.finished:
             raise ConnectionError("the answer was not ended")
         if self._transport is None:
             return False
-        if not request.body_ended:
+        if not request.body_received:
             self._linger()
             return False
-        if not self.keeps(request):
+        if not self.keeps_alive(request):
             self._close()
             return False
         return True
 
-    def _send(self, request: Request, reply: Reply) -> None:
+    def _send(self, request: Request, reply: Response) -> None:
         if reply.close:
-            request.keep = False
+            request.keep_alive = False
         body = reply.body
-        head = replies.head(
+        head = responses.render_head(
             reply.status,
             request.answer_headers(reply.headers),
             length=len(body),
-            keep=self.keeps(request),
-            old=request.old,
-            policy=reply.policy,
+            keep_alive=self.keeps_alive(request),
+            is_http10=request.is_http10,
+            content_security_policy=reply.content_security_policy,
         )
-        request.begun = True
-        if replies.bodiless(request.method, reply.status):
+        request.answer_started = True
+        if responses.has_no_body(request.method, reply.status):
             self.write(head)
         elif len(body) < COPIED:
             self.write(head + body)
@@ -420,9 +420,9 @@ class Connection(asyncio.Protocol):
             self.write(head)
             self.write(body)
 
-    def keeps(self, request: Request) -> bool:
+    def keeps_alive(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
-        return request.keep and not self._closing and request.body_ended
+        return request.keep_alive and not self._closing and request.body_received
 
     def write(self, data: bytes) -> None:
         """Raises ConnectionResetError when the client is gone."""
@@ -431,8 +431,8 @@ class Connection(asyncio.Protocol):
         if data:
             self._transport.write(data)
 
-    async def room(self) -> None:
-        if self.full:
+    async def wait_writable(self) -> None:
+        if self.backpressured:
             if self._transport is None:
                 raise ConnectionResetError("the client is gone")
             self._room = self.loop.create_future()
@@ -441,7 +441,7 @@ class Connection(asyncio.Protocol):
             finally:
                 self._room = None
 
-    def read_on(self) -> None:
+    def continue_reading(self) -> None:
         """Unless something waits that has been read already."""
         if self._read_paused and not self._queued and not self._waiting and self._transport is not None:
             self._read_paused = False
@@ -469,29 +469,29 @@ class Connection(asyncio.Protocol):
             self._look_timer = self.loop.call_later(LOOK_S, self._look)
 
     @property
-    def unsent(self) -> int:
+    def unsent_bytes(self) -> int:
         """Bytes that have been written and that not even the kernel has taken."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     @property
-    def untaken(self) -> int | None:
+    def unacknowledged_bytes(self) -> int | None:
         if self._transport is None:
             return 0
         in_kernel = _in_kernel(self._transport)
-        return None if in_kernel is None else self.unsent + in_kernel
+        return None if in_kernel is None else self.unsent_bytes + in_kernel
 
     def _watch_taking(self) -> None:
-        if self._write_timer is None and self._transport is not None and self.unsent:
-            left = self.unsent + (_in_kernel(self._transport) or 0)
-            self._write_timer = self.loop.call_later(self.bounds.write_s, self._see_taken, left)
+        if self._write_timer is None and self._transport is not None and self.unsent_bytes:
+            left = self.unsent_bytes + (_in_kernel(self._transport) or 0)
+            self._write_timer = self.loop.call_later(self.bounds.write_timeout_s, self._see_taken, left)
 
     def _see_taken(self, before: int) -> None:
         """A large answer may take as long as it will, if it moves."""
         self._write_timer = None
-        if not self.unsent or self._transport is None:
+        if not self.unsent_bytes or self._transport is None:
             return
-        left = self.unsent + (_in_kernel(self._transport) or 0)
-        if before - left < self.bounds.body_rate * self.bounds.write_s:
+        left = self.unsent_bytes + (_in_kernel(self._transport) or 0)
+        if before - left < self.bounds.min_bytes_per_s * self.bounds.write_timeout_s:
             self.abort()
         else:
             self._watch_taking()
@@ -506,7 +506,7 @@ class Connection(asyncio.Protocol):
             return
         self._end()
         self._queued = False
-        self.read_on()
+        self.continue_reading()
         try:
             transport.write_eof()
         except OSError:  # it has gone in this very moment
@@ -516,7 +516,7 @@ class Connection(asyncio.Protocol):
         self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self._lingered)
 
     def _lingered(self) -> None:
-        if self.unsent:  # and it moves, or it would be gone
+        if self.unsent_bytes:  # and it moves, or it would be gone
             self._quiet_timer = self.loop.call_later(self.bounds.linger_s, self._lingered)
         else:
             self.abort()
@@ -556,13 +556,13 @@ class Connection(asyncio.Protocol):
     def _busy(self) -> bool:
         return self._task is not None or self._in_head
 
-    def accept(self, key: str | None) -> str | None:
+    def register_key(self, key: str | None) -> str | None:
         """A request of it is accepted; or why it must be refused."""
-        return self._server.accept(self, key)
+        return self._server.register_key(self, key)
 
-    def make_room(self) -> None:
+    def evict(self) -> None:
         """It is idle, and its place is another's now."""
-        if self._over or self.unsent:
+        if self._over or self.unsent_bytes:
             self.abort()  # it would stay until its client has taken the rest
         else:
             self._close()
@@ -573,7 +573,7 @@ class Connection(asyncio.Protocol):
         if not self._busy and not self._over:
             self._close()
 
-    async def ended(self) -> None:
+    async def wait_closed(self) -> None:
         """Waits until it is gone."""
         if self._transport is not None:
             self._lost = self._lost or self.loop.create_future()
@@ -627,11 +627,11 @@ def _in_kernel(transport: asyncio.Transport) -> int | None:
 
 def _error(status: int, words: str) -> bytes:
     """Whose dialect it would be is not known where there is no path: Ollama's."""
-    return error_shapes.body(Shape.NATIVE, status, words)
+    return error_shapes.error_body(ClientApi.OLLAMA, status, words)
 
 
 def _plain(refusal: Refusal, *more: tuple[str, str]) -> bytes:
     """An answer outside of any request."""
-    body = _error(refusal.status, refusal.words)
+    body = _error(refusal.status, refusal.message)
     headers = (("Content-Type", "application/json"), *more)
-    return replies.head(refusal.status, headers, length=len(body), keep=False, old=False) + body
+    return responses.render_head(refusal.status, headers, length=len(body), keep_alive=False, is_http10=False) + body

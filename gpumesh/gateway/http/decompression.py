@@ -18,7 +18,7 @@ RATIO = 100
 FREE_BYTES = 4 << 20  # that may come of anything
 
 
-class Unpacking:
+class Decompressor:
     """Raises BadRequest for an encoding that is none of these."""
 
     def __init__(self, encoding: str, limit: int) -> None:

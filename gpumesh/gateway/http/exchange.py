@@ -9,13 +9,13 @@ from typing import Protocol, TypeVar
 from urllib.parse import unquote
 
 from gpumesh.errors import GPUMeshError, QueueFull
-from gpumesh.gateway.http import replies
-from gpumesh.gateway.http.body_memory import BodyMemory, LongWork, Share
+from gpumesh.gateway.http import responses
+from gpumesh.gateway.http.body_memory import BodyMemory, MemoryReservation, SlicedWorkRunner
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.decompression import Unpacking
-from gpumesh.gateway.http.replies import Headers, Reply
+from gpumesh.gateway.http.decompression import Decompressor
+from gpumesh.gateway.http.responses import Headers, Response
 from gpumesh.gateway.model_requests import BadRequest
-from gpumesh.gateway.observe.record import Record
+from gpumesh.gateway.observe.record import RequestRecord
 
 T = TypeVar("T")
 
@@ -23,35 +23,35 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MAX_ID = 128  # of a client's X-Request-Id
 
 
-class Carrier(Protocol):
-    """The connection, as far as a request and its answer know it. ``full``: its client reads more slowly than it is
-    written to."""
+class ClientTransport(Protocol):
+    """The connection, as far as a request and its answer know it. ``backpressured``: its client reads more slowly than
+    it is written to."""
 
     loop: asyncio.AbstractEventLoop
     bounds: Bounds
     memory: BodyMemory
-    long_work: LongWork
-    full: bool
-    remote: str | None
+    work_runner: SlicedWorkRunner
+    backpressured: bool
+    client_address: str | None
 
     @property
-    def untaken(self) -> int | None:
+    def unacknowledged_bytes(self) -> int | None:
         """Bytes that were written and that the client's system has not acknowledged; ``None`` where that is not
         known."""
 
-    def keeps(self, request: Request) -> bool:
+    def keeps_alive(self, request: Request) -> bool:
         """Whether the connection stays after the answer to this request."""
 
     def write(self, data: bytes) -> None:
         """Raises ConnectionResetError when the client is gone."""
 
-    async def room(self) -> None:
+    async def wait_writable(self) -> None:
         """Returns when the client has taken most of what was written. Raises ConnectionResetError when it is gone."""
 
-    def read_on(self) -> None:
+    def continue_reading(self) -> None:
         """What waited has been taken: more may be read."""
 
-    def accept(self, key: str | None) -> str | None:
+    def register_key(self, key: str | None) -> str | None:
         """A request with this key is accepted; or why it must be refused."""
 
 
@@ -65,71 +65,71 @@ class ClientStalled(GPUMeshError):
 class Request:
     """A request, its record, and what its answer's head must say on its account.
 
-    ``target`` is path and query as they came, ``path`` decoded. ``begun``: a part of its answer may have been sent,
-    ``begun_stream`` by a stream that has not ended;
-    ``sent`` counts the bytes of its body, those of a stream with its framing.
+    ``target`` is path and query as they came, ``path`` decoded. ``answer_started``: a part of its answer may have been
+    sent, ``unfinished_stream`` by a stream that has not ended; ``sent_bytes`` counts the bytes of its body, those of a
+    stream with its framing.
     """
 
     __slots__ = (
         "_body",
         "_connection",
-        "begun",
-        "begun_stream",
+        "answer_started",
         "cors",
         "headers",
         "id",
-        "keep",
+        "is_http10",
+        "keep_alive",
         "method",
-        "old",
         "path",
         "record",
-        "sent",
+        "sent_bytes",
         "target",
+        "unfinished_stream",
     )
 
     def __init__(
         self,
-        connection: Carrier,
+        connection: ClientTransport,
         method: str,
         target: str,
         headers: Headers,
         *,
-        old: bool,
-        keep: bool,
-        record: Record,
+        is_http10: bool,
+        keep_alive: bool,
+        record: RequestRecord,
     ) -> None:
         self._connection = connection
-        self._body = Body(connection.memory)
+        self._body = RequestBody(connection.memory)
         self.method = method
         self.target = _own(target)
         self.path = _path(self.target)
         self.headers = headers
-        self.old = old
-        self.keep = keep
+        self.is_http10 = is_http10
+        self.keep_alive = keep_alive
         self.record = record
         self.cors: dict[str, str] | None = None
         self.id = _id(headers.get("X-Request-Id"))
-        self.begun = False
-        self.begun_stream: Stream | None = None
-        self.sent = 0
+        self.answer_started = False
+        self.unfinished_stream: StreamingResponse | None = None
+        self.sent_bytes = 0
 
     @property
-    def remote(self) -> str | None:
+    def client_address(self) -> str | None:
         """The client's address."""
-        return self._connection.remote
+        return self._connection.client_address
 
-    def accept(self, key: str | None) -> None:
+    def register_key(self, key: str | None) -> None:
         """It may be served, as far as who asks is concerned: the client's key counts its connections from now on.
         Raises QueueFull when those with this key are too many."""
-        refusal = self._connection.accept(key)
+        refusal = self._connection.register_key(key)
         if refusal is not None:
             raise QueueFull(refusal, retry_after_s=1.0)
 
-    async def body(self) -> bytes:
+    async def read_body(self) -> bytes:
         """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says; and QueueFull where
         there is no room for it."""
         memory, bounds = self._connection.memory, self._connection.bounds
-        limit = min(bounds.body_bytes, memory.largest)
+        limit = min(bounds.max_body_bytes, memory.max_body_bytes)
         encoding = self.headers.get("Content-Encoding", "")
         if self._body.whole and not encoding and not self._body.share.refused:  # by far the most common
             body = self._body.take()
@@ -140,70 +140,70 @@ class Request:
         if length:
             if len(length) > 18 or int(length) > limit:
                 raise _too_large()
-            if not self._body.share.would_fit(int(length)):
-                raise memory.full()
+            if not self._body.share.can_reserve(int(length)):
+                raise memory.build_full_error()
         unpacking = None
         if encoding and encoding.lower() != "identity":
-            unpacking = Unpacking(encoding.lower(), min(bounds.unpacked_bytes, limit))
+            unpacking = Decompressor(encoding.lower(), min(bounds.max_unpacked_bytes, limit))
         return await self._gather(limit, unpacking)
 
-    async def _gather(self, limit: int, unpacking: Unpacking | None) -> bytes:
+    async def _gather(self, limit: int, unpacking: Decompressor | None) -> bytes:
         body, share = BytesIO(), self._body.share  # whose bytes become ours without a copy
         async for piece in self._pieces():
             if unpacking is None:
                 body.write(piece)
             else:
-                for plain in await self.work(unpacking.feed(piece)):
-                    if not share.take(len(plain)):
-                        raise self._connection.memory.full()
+                for plain in await self.run_sliced(unpacking.feed(piece)):
+                    if not share.reserve(len(plain)):
+                        raise self._connection.memory.build_full_error()
                     body.write(plain)
-                share.give_back(len(piece))
+                share.release_bytes(len(piece))
             if body.tell() > limit:
                 raise _too_large()
         if unpacking is not None:
             unpacking.end()
         return body.getvalue()
 
-    async def work(self, work: Generator[None, None, T]) -> T:
-        """The result of something that takes long (``body_memory.LongWork``)."""
-        return await self._connection.long_work.run(work)
+    async def run_sliced(self, work: Generator[None, None, T]) -> T:
+        """The result of something that takes long (``body_memory.SlicedWorkRunner``)."""
+        return await self._connection.work_runner.run(work)
 
     @property
-    def hold(self) -> Callable[[int], bool]:
+    def try_reserve_memory(self) -> Callable[[int], bool]:
         """Says whether so many bytes more may be held for this request until it ends. Who keeps it keeps no request."""
-        return self._body.share.try_take
+        return self._body.share.try_reserve
 
-    def must_hold(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         """Raises QueueFull where there is no room."""
-        if not self.hold(size):
-            raise self._connection.memory.full()
+        if not self.try_reserve_memory(size):
+            raise self._connection.memory.build_full_error()
 
-    def let_go(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         """So many bytes of it are held no longer."""
-        self._body.share.give_back(size)
+        self._body.share.release_bytes(size)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def read_body_pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes, of any length; each piece is the caller's only until it asks for the next. Raises
         BadRequest: too slow, not as its head says; and QueueFull where there is no room for a piece."""
         async for piece in self._pieces():
             yield piece
-            self._body.share.give_back(len(piece))
+            self._body.share.release_bytes(len(piece))
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         """These stay counted as held."""
         body, bounds, loop = self._body, self._connection.bounds, self._connection.loop
         self._go_on()
         if not body.whole:
-            body.share.coming(body.wake)
+            body.share.start_reading(body.wake)
         waited_s, size = 0.0, 0  # for the client: how long a handler takes is not its fault
         while True:
             if body.share.refused:
-                raise self._connection.memory.full()
+                raise self._connection.memory.build_full_error()
             if body.complete:
-                body.share.came()
+                body.share.finish_reading()
             if body.pieces:
                 piece = body.take()
-                self._connection.read_on()
+                self._connection.continue_reading()
                 size += len(piece)
                 yield piece
             elif body.broken:
@@ -213,7 +213,7 @@ class Request:
             else:
                 began = loop.time()
                 try:
-                    async with asyncio.timeout(bounds.body_s + size / bounds.body_rate - waited_s):
+                    async with asyncio.timeout(bounds.body_timeout_s + size / bounds.min_bytes_per_s - waited_s):
                         await body.more(loop)
                 except TimeoutError:
                     raise BadRequest("the request body came too slowly", status=408) from None
@@ -226,7 +226,7 @@ class Request:
             return
         if expect.lower() != "100-continue":
             raise BadRequest("this expectation cannot be met", status=417)
-        if not self.old and not self.begun:
+        if not self.is_http10 and not self.answer_started:
             self._connection.write(CONTINUE)
 
     def answer_headers(self, headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
@@ -239,12 +239,12 @@ class Request:
         lower = {name.lower() for name in more}
         return [*((name, value) for name, value in headers if name.lower() not in lower), *more.items()]
 
-    def stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> Stream:
+    def start_stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> StreamingResponse:
         """An answer in pieces; its head goes out with the first of them."""
-        return Stream(self, self._connection, status, headers)
+        return StreamingResponse(self, self._connection, status, headers)
 
     @property
-    def body_ended(self) -> bool:
+    def body_received(self) -> bool:
         return self._body.whole
 
     @property
@@ -266,7 +266,7 @@ class Request:
         self._body.release()
 
 
-class Body:
+class RequestBody:
     """A request's body on its way from the parser to the handler. What finds no room in the memory is dropped."""
 
     __slots__ = ("_waiter", "broken", "buffered", "complete", "pieces", "share")
@@ -275,7 +275,7 @@ class Body:
         self.pieces: list[bytes] = []
         self.complete = False
         self.broken = False
-        self.share = Share(memory)
+        self.share = MemoryReservation(memory)
         self.buffered = 0
         self._waiter: asyncio.Future[None] | None = None
 
@@ -284,7 +284,7 @@ class Body:
         return self.complete and not self.broken
 
     def feed(self, data: bytes) -> int:
-        if self.share.take(len(data)):
+        if self.share.reserve(len(data)):
             self.pieces.append(data)
             self.buffered += len(data)
         else:
@@ -323,38 +323,42 @@ class Body:
             self._waiter.set_result(None)
 
 
-class Stream:
-    """An answer in pieces. ``write``, then ``drain`` where it is ``full``; ``end`` makes it whole: without that the
-    connection is cut, so that nobody takes a part for all."""
+class StreamingResponse:
+    """An answer in pieces. ``write``, then ``drain`` where it is ``backpressured``; ``finish`` makes it whole: without
+    that the connection is cut, so that nobody takes a part for all."""
 
-    __slots__ = ("_chunked", "_connection", "_head", "_request", "_silent", "ended", "status")
+    __slots__ = ("_chunked", "_connection", "_head", "_request", "_silent", "finished", "status")
 
-    def __init__(self, request: Request, connection: Carrier, status: int, headers: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self, request: Request, connection: ClientTransport, status: int, headers: Iterable[tuple[str, str]]
+    ) -> None:
         self.status = status
-        self.ended = False
+        self.finished = False
         self._request = request
         self._connection = connection
-        self._chunked = not request.old
-        self._silent = replies.bodiless(request.method, status)
+        self._chunked = not request.is_http10
+        self._silent = responses.has_no_body(request.method, status)
         # Of an old client's the end is the connection's; and what the head says stays true, whatever comes after it.
-        request.keep = keep = not request.old and connection.keeps(request)
-        self._head = replies.head(status, request.answer_headers(headers), length=None, keep=keep, old=request.old)
+        request.keep_alive = keep = not request.is_http10 and connection.keeps_alive(request)
+        self._head = responses.render_head(
+            status, request.answer_headers(headers), length=None, keep_alive=keep, is_http10=request.is_http10
+        )
 
     @property
-    def full(self) -> bool:
+    def backpressured(self) -> bool:
         """The client reads more slowly than it is written to."""
-        return self._connection.full
+        return self._connection.backpressured
 
     def write(self, data: bytes) -> None:
         """Raises ConnectionError when the client is gone."""
         out = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked and data else data
         if self._silent:
             out = b""
-        self._request.sent += len(out)
+        self._request.sent_bytes += len(out)
         if self._head:
             out, self._head = self._head + out, b""
-            self._request.begun = True
-            self._request.begun_stream = self
+            self._request.answer_started = True
+            self._request.unfinished_stream = self
         self._connection.write(out)
 
     async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
@@ -362,25 +366,25 @@ class Stream:
         ClientStalled when it has taken nothing for ``stalled_s`` and, as ``is_wanted`` tells, others wait for what it
         holds."""
         connection = self._connection
-        while connection.full:
-            before = connection.untaken
+        while connection.backpressured:
+            before = connection.unacknowledged_bytes
             try:
-                async with asyncio.timeout(connection.bounds.stalled_s):
-                    await connection.room()
+                async with asyncio.timeout(connection.bounds.stall_timeout_s):
+                    await connection.wait_writable()
             except TimeoutError:
-                if before is not None and before <= (connection.untaken or 0) and is_wanted():
-                    raise ClientStalled(connection.bounds.stalled_s) from None
+                if before is not None and before <= (connection.unacknowledged_bytes or 0) and is_wanted():
+                    raise ClientStalled(connection.bounds.stall_timeout_s) from None
 
-    def end(self) -> None:
-        self.ended = True
-        self._request.begun_stream = None
+    def finish(self) -> None:
+        self.finished = True
+        self._request.unfinished_stream = None
         if self._head:
             self.write(b"")
         if self._chunked and not self._silent:
             self._connection.write(b"0\r\n\r\n")
 
 
-Handler = Callable[[Request], Awaitable[Reply | Stream]]
+Handler = Callable[[Request], Awaitable[Response | StreamingResponse]]
 
 
 def _own(target: str) -> str:

@@ -7,80 +7,81 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from gpumesh.gateway.http.admission import Admission, Admitted, Refused, address_of
-from gpumesh.gateway.http.body_memory import BodyMemory, LongWork
-from gpumesh.gateway.http.bounds import Bounds, connections_allowed
-from gpumesh.gateway.http.connection import Connection
+from gpumesh.gateway.http.admission import Admission, Admitted, Denied, normalize_address
+from gpumesh.gateway.http.body_memory import BodyMemory, SlicedWorkRunner
+from gpumesh.gateway.http.bounds import Bounds, compute_max_connections
+from gpumesh.gateway.http.connection import ClientConnection
 from gpumesh.gateway.http.exchange import Handler
-from gpumesh.gateway.observe.record import Record
+from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.mesh.requests.slice_queue import SliceQueue
 
-AWAY = 64  # connections past the bound that may linger, so that their refusal is seen
+MAX_LINGERING = 64  # connections past the bound that may linger, so that their refusal is seen
 
 
 class Server:
-    """Makes a ``Connection`` for each client (``loop.create_server(server, …)``), all for one handler.
+    """Makes a ``ClientConnection`` for each client (``loop.create_server(server, …)``), all for one handler.
 
-    ``turned_away`` counts those past the bound, ``made_room`` the idle ones that were closed for others.
+    ``refused_connections`` counts those past the bound, ``evicted_connections`` the idle ones that were closed for
+    others.
     """
 
     def __init__(self, handler: Handler, bounds: Bounds, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.handler = handler
         self.bounds = bounds
-        self.memory = BodyMemory(bounds.bodies_bytes, patience_s=bounds.body_s, clock=clock)
-        self.long_work = LongWork()
-        self.turned_away = 0
+        self.memory = BodyMemory(bounds.total_body_bytes, patience_s=bounds.body_timeout_s, clock=clock)
+        self.work_runner = SlicedWorkRunner()
+        self.refused_connections = 0
         self.slices = SliceQueue()
         self._clock = clock
-        self.made_room = 0
-        self.admission: Admission[Connection] = Admission(
-            connections_allowed() if bounds.connections is None else bounds.connections
+        self.evicted_connections = 0
+        self.admission: Admission[ClientConnection] = Admission(
+            compute_max_connections() if bounds.max_connections is None else bounds.max_connections
         )
-        self._connections: set[Connection] = set()  # with those that are about to end
-        self._away: set[Connection] = set()
+        self._connections: set[ClientConnection] = set()  # with those that are about to end
+        self._away: set[ClientConnection] = set()
         self._closing = False
 
-    def __call__(self) -> Connection:
-        return Connection(self, asyncio.get_running_loop())
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self, asyncio.get_running_loop())
 
     @property
-    def connections(self) -> int:
+    def connection_count(self) -> int:
         return self.admission.count
 
-    def record(self, method: str) -> Record:
-        return Record(self._clock, self._clock(), method, "")
+    def start_record(self, method: str) -> RequestRecord:
+        return RequestRecord(self._clock, self._clock(), method, "")
 
-    def admit(self, connection: Connection) -> str | None:
+    def admit(self, connection: ClientConnection) -> str | None:
         """Why it must go, or ``None``."""
         reason: str | None = "the gateway is stopping"
         if not self._closing:
-            reason = self._made_room(self.admission.admit(connection, address_of(connection.remote)))
+            reason = self._made_room(self.admission.admit(connection, normalize_address(connection.client_address)))
         if reason is None:
             self._connections.add(connection)
         else:
-            self.turned_away += 1
+            self.refused_connections += 1
         return reason
 
-    def accept(self, connection: Connection, key: str | None) -> str | None:
+    def register_key(self, connection: ClientConnection, key: str | None) -> str | None:
         """A request of it is accepted, with this key (``None``: none is asked for); or why it must be refused."""
-        return self._made_room(self.admission.show_key(connection, key))
+        return self._made_room(self.admission.register_key(connection, key))
 
-    def _made_room(self, decision: Admitted[Connection] | Refused) -> str | None:
-        if isinstance(decision, Refused):
+    def _made_room(self, decision: Admitted[ClientConnection] | Denied) -> str | None:
+        if isinstance(decision, Denied):
             return decision.reason
-        if decision.instead_of is not None:
-            self.made_room += 1
-            decision.instead_of.make_room()
+        if decision.evicted is not None:
+            self.evicted_connections += 1
+            decision.evicted.evict()
         return None
 
-    def may_linger(self, connection: Connection) -> bool:
+    def may_linger(self, connection: ClientConnection) -> bool:
         """Whether one that was turned away may stay until its refusal is seen."""
-        if len(self._away) >= AWAY:
+        if len(self._away) >= MAX_LINGERING:
             return False
         self._away.add(connection)
         return True
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: ClientConnection) -> None:
         self.admission.forget(connection)
         self._connections.discard(connection)
         self._away.discard(connection)
@@ -94,11 +95,11 @@ class Server:
     async def close(self, linger_s: float | None = None) -> None:
         """Ends whatever is left; answers that are on their way have ``linger_s`` to arrive, else that of the bounds."""
         self.close_idle()
-        leaving = [connection for connection in self._connections if connection.unsent]
+        leaving = [connection for connection in self._connections if connection.unsent_bytes]
         tasks = [connection.cancel() for connection in (self._connections | self._away).difference(leaving)]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
-                await asyncio.gather(*(connection.ended() for connection in leaving))
+                await asyncio.gather(*(connection.wait_closed() for connection in leaving))
         tasks += [connection.cancel() for connection in leaving]
         await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
         await asyncio.sleep(0)  # the transports close in the loop's next round

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gpumesh.gateway.observe.record import Record
+from gpumesh.gateway.observe.record import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ FLUSH_S = 0.5
 FLUSH_LINES = 500
 ROTATE_BYTES = 8 << 20
 ROTATED_FILES = 4
-LONGEST = 200  # characters of what a client names: a path, a model
+MAX_TEXT_CHARS = 200  # characters of what a client names: a path, a model
 
 
 class AccessLog:
@@ -46,7 +46,7 @@ class AccessLog:
         self._size = 0
         self._failing = False
 
-    def add(self, record: Record, *, client: str | None, request_id: str | None) -> None:
+    def add(self, record: RequestRecord, *, client: str | None, request_id: str | None) -> None:
         self._pending.append(entry(record, self._now(), client=client, request_id=request_id))
         if len(self._pending) >= FLUSH_LINES:
             self.flush()
@@ -107,25 +107,25 @@ class AccessLog:
         return self._path.with_name(f"{self._path.name}.{number}")
 
 
-def entry(record: Record, at: datetime, *, client: str | None, request_id: str | None) -> dict[str, object]:
+def entry(record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None) -> dict[str, object]:
     """``node`` is where the answer began; ``ttft_ms`` is of streamed answers only; ``bytes`` are the body's, those of a
     stream with its framing."""
-    answer, demand, first = record.answer, record.demand, record.first
+    answer, demand, first = record.answer, record.demand, record.first_byte_at
     streamed = answer is not None and answer.body is None and first is not None
     return {
         "at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "client": client,
         "method": record.method,
-        "path": record.path[:LONGEST],
+        "path": record.path[:MAX_TEXT_CHARS],
         "status": record.status or None,
-        "outcome": None if record.fate is None else record.fate.value,
-        "model": None if demand is None or demand.model is None else demand.model[:LONGEST],
+        "outcome": None if record.outcome is None else record.outcome.value,
+        "model": None if demand is None or demand.model is None else demand.model[:MAX_TEXT_CHARS],
         "node": record.node,
         "attempts": 0 if answer is None else answer.attempts,
         "continuations": 0 if answer is None else answer.continuations,
         "queue_ms": None if answer is None else round(answer.queue_ms, 1),
-        "ttft_ms": round((first - record.began) * 1000.0, 1) if streamed and first is not None else None,
-        "total_ms": round((record.ended - record.began) * 1000.0, 1),
-        "bytes": record.sent,
+        "ttft_ms": round((first - record.started_at) * 1000.0, 1) if streamed and first is not None else None,
+        "total_ms": round((record.ended_at - record.started_at) * 1000.0, 1),
+        "bytes": record.sent_bytes,
         "id": request_id,
     }

@@ -18,14 +18,14 @@ LONGEST = 300  # characters of a label's value
 Labels = tuple[tuple[str, str], ...]
 
 
-class Kind(StrEnum):
+class MetricKind(StrEnum):
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class MetricSample:
     """``suffix`` is what a histogram's parts have after the family's name."""
 
     labels: Labels
@@ -38,9 +38,9 @@ class Family:
     """One metric with all its samples. A counter's ``name`` ends with ``_total``."""
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
-    samples: tuple[Sample, ...]
+    samples: tuple[MetricSample, ...]
 
 
 class Distribution(Protocol):
@@ -57,23 +57,25 @@ def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) 
     """What is unknown (``None``) has no sample. Of several with the same labels the last one stands: Prometheus takes
     nothing of a page that has a series twice."""
     known = {labels: value for labels, value in samples if value is not None}
-    return Family(name, Kind.GAUGE, text, tuple(Sample(labels, value) for labels, value in known.items()))
+    return Family(name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in known.items()))
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
     """Of several with the same labels the last one stands."""
-    return Family(name, Kind.COUNTER, text, tuple(Sample(labels, value) for labels, value in dict(samples).items()))
+    return Family(
+        name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in dict(samples).items())
+    )
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
-    samples: list[Sample] = []
+    samples: list[MetricSample] = []
     for labels, one in series.items():
         below = 0
         for bound, count in zip((*bounds, float("inf")), one.counts, strict=True):
             below += count
-            samples.append(Sample((*labels, ("le", _number(bound))), below, "_bucket"))
-        samples += [Sample(labels, one.sum, "_sum"), Sample(labels, below, "_count")]
-    return Family(name, Kind.HISTOGRAM, text, tuple(samples))
+            samples.append(MetricSample((*labels, ("le", _number(bound))), below, "_bucket"))
+        samples += [MetricSample(labels, one.sum, "_sum"), MetricSample(labels, below, "_count")]
+    return Family(name, MetricKind.HISTOGRAM, text, tuple(samples))
 
 
 def render(families: Iterable[Family]) -> str:

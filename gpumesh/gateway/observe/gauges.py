@@ -1,4 +1,4 @@
-"""What ``/metrics`` says of the mesh's state: nodes, tunnels, GPUs, queue. Pure but for ``process``."""
+"""What ``/metrics`` says of the mesh's state: nodes, tunnels, GPUs, queue. Pure but for ``process_families``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from gpumesh import __version__
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, gauge
-from gpumesh.gateway.observe.metrics import OTHER
+from gpumesh.gateway.observe.metrics import OTHER_LABEL
 from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
 
 MIB = float(1 << 20)
 LOADED = 32  # models of one node
 
 
-def of_state(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
+def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
     """``attempts``: by node, how the tries there ended."""
     yield gauge("gpumesh_build_info", "The version, as a label.", [((("version", __version__),), 1.0)])
     yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [((), state.gateway.in_flight)])
@@ -43,7 +43,7 @@ def of_state(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) ->
     )
 
 
-def of_server(connections: int, turned_away: int, made_room: int) -> Iterator[Family]:
+def server_families(connections: int, turned_away: int, made_room: int) -> Iterator[Family]:
     yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
     yield counter(
         "gpumesh_client_connections_refused_total",
@@ -119,7 +119,7 @@ def _memory_of(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | Non
         yield model.name, model.size_vram_mib
     rest = [model.size_vram_mib for model in largest[LOADED:] if model.size_vram_mib is not None]
     if rest:
-        yield OTHER, sum(rest)
+        yield OTHER_LABEL, sum(rest)
 
 
 def _gpus(nodes: Iterable[NodeState]) -> Iterator[Family]:
@@ -146,7 +146,7 @@ def _gpus(nodes: Iterable[NodeState]) -> Iterator[Family]:
     yield each("gpumesh_gpu_power_limit_watts", "Power limit.", [gpu.power_limit_w for gpu in gpus])
 
 
-def process() -> Iterator[Family]:
+def process_families() -> Iterator[Family]:
     """This process, by the names that Prometheus's own clients use."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     yield counter(

@@ -1,7 +1,7 @@
 """What ``/metrics`` counts of requests. ``add`` is called once for each, at its end, and costs some microseconds.
 
-No client can make this grow: a model's name becomes a label only after a node has answered for it, at most ``MODELS``
-of them, and each metric has at most ``SERIES`` series; what is beyond counts under ``other``.
+No client can make this grow: a model's name becomes a label only after a node has answered for it, at most
+``MAX_MODELS`` of them, and each metric has at most ``MAX_SERIES`` series; what is beyond counts under ``other``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Generic, TypeVar
 
 from gpumesh.balancer.select import full_name
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
-from gpumesh.gateway.observe.record import Record
+from gpumesh.gateway.observe.record import RequestRecord
 
 T = TypeVar("T")
 
-MODELS = 200
-SERIES = 5000
-NAMES = 1000  # spellings of models whose label is remembered
-OTHER = "other"
+MAX_MODELS = 200
+MAX_SERIES = 5000
+MAX_SPELLINGS = 1000  # spellings of models whose label is remembered
+OTHER_LABEL = "other"
 
 # Seconds. To the first token: from a warm cache to a model of 70B that is loaded first.
 TTFT_BOUNDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
@@ -42,17 +42,17 @@ class Histogram:
         self.sum += value
 
 
-class Total:
+class CounterValue:
     __slots__ = ("value",)
 
     def __init__(self) -> None:
         self.value = 0.0
 
 
-class Series(Generic[T]):
+class LabeledSeries(Generic[T]):
     """Values by their labels; bounded, what is beyond shares one series."""
 
-    def __init__(self, names: tuple[str, ...], new: Callable[[], T], bound: int = SERIES) -> None:
+    def __init__(self, names: tuple[str, ...], new: Callable[[], T], bound: int = MAX_SERIES) -> None:
         self._names = names
         self._new = new
         self._bound = bound
@@ -62,7 +62,7 @@ class Series(Generic[T]):
         value = self._values.get(labels)
         if value is None:
             if len(self._values) >= self._bound:
-                labels = (OTHER,) * len(self._names)
+                labels = (OTHER_LABEL,) * len(self._names)
             value = self._values.setdefault(labels, self._new())
         return value
 
@@ -74,23 +74,23 @@ class Series(Generic[T]):
             yield tuple(zip(self._names, labels, strict=True)), value
 
 
-class Metrics:
+class RequestMetrics:
     def __init__(self) -> None:
         place = ("node", "model")
-        self.requests = Series(("route", "node", "model", "outcome", "code"), Total)
-        self.duration = Series(place, lambda: Histogram(DURATION_BOUNDS))
-        self.ttft = Series(place, lambda: Histogram(TTFT_BOUNDS))
-        self.tpot = Series(place, lambda: Histogram(TPOT_BOUNDS))
-        self.output_tokens = Series(place, Total)
-        self.prompt_tokens = Series(place, Total)
-        self.queue_wait = Series(("priority",), lambda: Histogram(WAIT_BOUNDS))
-        self.continuations = Series(place, Total)
+        self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
+        self.duration = LabeledSeries(place, lambda: Histogram(DURATION_BOUNDS))
+        self.ttft = LabeledSeries(place, lambda: Histogram(TTFT_BOUNDS))
+        self.tpot = LabeledSeries(place, lambda: Histogram(TPOT_BOUNDS))
+        self.output_tokens = LabeledSeries(place, CounterValue)
+        self.prompt_tokens = LabeledSeries(place, CounterValue)
+        self.queue_wait = LabeledSeries(("priority",), lambda: Histogram(WAIT_BOUNDS))
+        self.continuations = LabeledSeries(place, CounterValue)
         self._models: set[str] = set()
         self._labels: dict[str, str] = {}
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RequestRecord) -> None:
         """A request that has ended."""
-        answer, demand, fate = record.answer, record.demand, record.fate
+        answer, demand, fate = record.answer, record.demand, record.outcome
         outcome = "" if fate is None else fate.value
         code = str(record.status)
         if answer is None or demand is None:
@@ -99,22 +99,22 @@ class Metrics:
         node = answer.node
         model = self._model(demand.model, known=answer.status < 400)
         self.requests[record.route, node, model, outcome, code].value += 1
-        if not demand.place:
+        if not demand.needs_slot:
             return
         place = (node, model)
-        self.duration[place].observe(record.ended - record.began)
+        self.duration[place].observe(record.ended_at - record.started_at)
         self.queue_wait[demand.priority.value,].observe(answer.queue_ms / 1000.0)
         if answer.continuations:
             self.continuations[place].value += answer.continuations
         self._tokens(record, place)
 
-    def _tokens(self, record: Record, place: tuple[str, str]) -> None:
-        answer, first = record.answer, record.first
+    def _tokens(self, record: RequestRecord, place: tuple[str, str]) -> None:
+        answer, first = record.answer, record.first_byte_at
         assert answer is not None
         counters = answer.counters
         tokens = None if counters is None else counters.tokens
         if answer.body is None and first is not None:
-            self.ttft[record.node or place[0], place[1]].observe(first - record.began)
+            self.ttft[record.node or place[0], place[1]].observe(first - record.started_at)
         if counters is None:
             return
         if counters.prompt_tokens:
@@ -124,7 +124,7 @@ class Metrics:
         self.output_tokens[place].value += tokens
         if answer.body is None and first is not None:
             if tokens > 1:
-                self.tpot[place].observe((record.ended - first) / (tokens - 1))
+                self.tpot[place].observe((record.ended_at - first) / (tokens - 1))
         elif counters.eval_ms:
             self.tpot[place].observe(counters.eval_ms / 1000.0 / tokens)
 
@@ -137,10 +137,10 @@ class Metrics:
             return label
         full = full_name(name)
         if full not in self._models:
-            if not known or len(self._models) >= MODELS:
-                return OTHER
+            if not known or len(self._models) >= MAX_MODELS:
+                return OTHER_LABEL
             self._models.add(full)
-        if len(self._labels) < NAMES:
+        if len(self._labels) < MAX_SPELLINGS:
             self._labels[name] = full
         return full
 

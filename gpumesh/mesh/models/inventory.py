@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.balancer.select import full_name
-from gpumesh.daemon.default_model import is_embedder
 from gpumesh.errors import NoNodeError, UsageError
+from gpumesh.mesh.models.default_model import is_embedding_model
 from gpumesh.state import BackendPhase, MeshState, ModelInfo, NodeState
 
 SHORT_DIGEST = 12  # as `ollama list` shows them
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedCopy:
     """Where a model is in memory. ``left_s``: for how long still; ``None`` when that is not known."""
 
     node: str
@@ -24,7 +24,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ModelRow:
     """One model of the fleet: what goes by this name and digest. ``copies``: how many digests go by the name."""
 
     name: str
@@ -34,25 +34,25 @@ class Row:
     quantization: str | None
     family: str | None
     nodes: tuple[str, ...]
-    loaded: tuple[Loaded, ...] = ()
+    loaded: tuple[LoadedCopy, ...] = ()
     copies: int = 1
     context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ModelTask:
     """Something to do with a model on a node."""
 
     node: NodeState
     model: str
 
 
-def rows(state: MeshState) -> list[Row]:
+def list_model_rows(state: MeshState) -> list[ModelRow]:
     """Every model that a node which is up has, by name; one row for each digest, the most widespread first."""
     nodes: dict[tuple[str, str | None], list[str]] = {}
     infos: dict[tuple[str, str | None], ModelInfo] = {}
-    loaded: dict[tuple[str, str | None], list[Loaded]] = {}
-    for node in up(state):
+    loaded: dict[tuple[str, str | None], list[LoadedCopy]] = {}
+    for node in list_up_nodes(state):
         catalog = {info.name: info for info in node.backend.catalog}
         for name in node.backend.models:
             info = catalog.get(name, ModelInfo(name))
@@ -62,13 +62,13 @@ def rows(state: MeshState) -> list[Row]:
         for model in node.backend.loaded:
             left = None if model.expires_at is None else (model.expires_at - state.at).total_seconds()
             key = (model.name, catalog.get(model.name, ModelInfo(model.name)).digest)
-            there = Loaded(node.name, model.size_vram_mib, left, model.context_length)
+            there = LoadedCopy(node.name, model.size_vram_mib, left, model.context_length)
             loaded.setdefault(key, []).append(there)
     digests: dict[str, set[str]] = {}
     for name, digest in nodes:
         digests.setdefault(name, set()).update({digest} if digest else ())
     found = [
-        Row(
+        ModelRow(
             name=name,
             digest=digest,
             size_mib=infos[name, digest].size_mib,
@@ -84,7 +84,7 @@ def rows(state: MeshState) -> list[Row]:
     return sorted(found, key=lambda row: (row.name, -len(row.nodes)))
 
 
-def with_contexts(found: Sequence[Row], contexts: Mapping[tuple[str, str], int]) -> list[Row]:
+def add_context_lengths(found: Sequence[ModelRow], contexts: Mapping[tuple[str, str], int]) -> list[ModelRow]:
     """The rows with the context lengths that are known by node and name."""
     return [
         replace(row, context_length=next((contexts[n, row.name] for n in row.nodes if (n, row.name) in contexts), None))
@@ -92,65 +92,69 @@ def with_contexts(found: Sequence[Row], contexts: Mapping[tuple[str, str], int])
     ]
 
 
-def up(state: MeshState) -> list[NodeState]:
+def list_up_nodes(state: MeshState) -> list[NodeState]:
     return [node for node in state.nodes if node.backend.state is BackendPhase.UP]
 
 
-def stores(state: MeshState) -> list[NodeState]:
+def list_store_nodes(state: MeshState) -> list[NodeState]:
     """The nodes that are up and have a model store of their own: those with Ollama."""
-    return [node for node in up(state) if node.backend.kind == "ollama"]
+    return [node for node in list_up_nodes(state) if node.backend.kind == "ollama"]
 
 
-def has(node: NodeState, model: str) -> bool:
+def has_model(node: NodeState, model: str) -> bool:
     """Also when the tag is left out."""
     return full_name(model) in {full_name(name) for name in node.backend.models}
 
 
-def embeds(node: NodeState, model: str) -> bool:
+def is_embedder_on(node: NodeState, model: str) -> bool:
     """Whether it turns text into vectors: such a model is loaded by another call."""
     family = next((info.family for info in node.backend.catalog if full_name(info.name) == full_name(model)), None)
-    return is_embedder(model, family)
+    return is_embedding_model(model, family)
 
 
-def choose(state: MeshState, names: Sequence[str], *, everywhere: bool, holding: str | None) -> list[NodeState]:
+def choose_nodes(
+    state: MeshState, names: Sequence[str], *, everywhere: bool, required_model: str | None
+) -> list[NodeState]:
     """The nodes that a command is for. Raises UsageError when that is not clear, NoNodeError when none can take it.
 
-    ``holding``: only nodes that have this model can; it may be named without its tag.
+    ``required_model``: only nodes that have this model can; it may be named without its tag.
     """
     known = [node.name for node in state.nodes]
     for name in names:
         if name not in known:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(known)}")
-    able = stores(state)
+    able = list_store_nodes(state)
     if names:
         there = {node.name: node for node in able}
         away = [name for name in names if name not in there]
         if away:
             raise NoNodeError(f"{', '.join(away)}: no Ollama server that answers there now", node=away[0])
         chosen = [there[name] for name in dict.fromkeys(names)]
-        without = [node.name for node in chosen if holding is not None and not has(node, holding)]
+        without = [node.name for node in chosen if required_model is not None and not has_model(node, required_model)]
         if without:
-            raise UsageError(f"{', '.join(without)} has no model {holding!r}", hint="`gpumesh models` lists them all")
+            raise UsageError(
+                f"{', '.join(without)} has no model {required_model!r}", hint="`gpumesh models` lists them all"
+            )
         return chosen
-    if holding is not None:
-        able = [node for node in able if has(node, holding)]
+    if required_model is not None:
+        able = [node for node in able if has_model(node, required_model)]
     if not able:
-        what = "no Ollama node is up" if holding is None else f"no Ollama node that is up has {holding!r}"
+        what = "no Ollama node is up" if required_model is None else f"no Ollama node that is up has {required_model!r}"
         raise NoNodeError(what)
     if len(able) > 1 and not everywhere:
         raise UsageError("on which node?", hint=f"--node {able[0].name}, or --all for {len(able)} nodes")
     return able
 
 
-def to_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[Task]:
+def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[ModelTask]:
     """What other nodes (``names``, or all that are up) must pull to have the models of ``source`` (``models``, or
     all), with the same digests. Raises UsageError and NoNodeError."""
-    (origin,) = choose(state, [source], everywhere=False, holding=None)
+    (origin,) = choose_nodes(state, [source], everywhere=False, required_model=None)
     for model in models:
-        if not has(origin, model):
+        if not has_model(origin, model):
             raise UsageError(f"{source} has no model {model!r}", hint="`gpumesh models` lists them all")
     wanted = {full_name(model) for model in models}
-    targets = choose(state, names, everywhere=True, holding=None)
+    targets = choose_nodes(state, names, everywhere=True, required_model=None)
     infos = {info.name: info for info in origin.backend.catalog}
     tasks = []
     for node in targets:
@@ -163,9 +167,9 @@ def to_sync(state: MeshState, source: str, names: Sequence[str], models: Sequenc
                 continue
             here, other = infos.get(name, ModelInfo(name)), there.get(full_name(name))
             if other is None or (here.digest is not None and other.digest is not None and here.digest != other.digest):
-                tasks.append(Task(node, name))
+                tasks.append(ModelTask(node, name))
     return tasks
 
 
-def short(digest: str | None) -> str | None:
+def shorten_digest(digest: str | None) -> str | None:
     return None if digest is None else digest.removeprefix("sha256:")[:SHORT_DIGEST]

@@ -36,7 +36,7 @@ class Fit:
     nodes: int
 
 
-def fits(state: MeshState) -> tuple[Fit, ...]:
+def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
     """The largest size that fits somewhere, and the largest that fits on more nodes than that. Empty when nothing is
     known of free memory; one Fit of no node when nothing fits."""
     free = _free(state)
@@ -52,7 +52,7 @@ def fits(state: MeshState) -> tuple[Fit, ...]:
     return tuple(found) or (Fit(SIZES[-1].name, 0),)
 
 
-def words(found: tuple[Fit, ...]) -> str | None:
+def format_fits(found: tuple[Fit, ...]) -> str | None:
     """``a 14B Q4 fits on 2 nodes``"""
     if not found:
         return None

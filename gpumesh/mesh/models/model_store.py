@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpumesh import config
 from gpumesh.backends import safe_json
-from gpumesh.backends.frames import Lines
-from gpumesh.backends.model_list import LONGEST_CONTEXT
-from gpumesh.cli.text import clean_line
+from gpumesh.backends.frames import LineSplitter
+from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
 from gpumesh.errors import BackendError, BackendUnreachable, ProbeError
+from gpumesh.printable import printable
 from gpumesh.state import BackendPhase, MeshState, NodeState
 
 if TYPE_CHECKING:
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
 
 LOAD_TIMEOUT_S = 600.0  # between two lines of progress, or for a model to come from a slow disk
 LINE_LIMIT = 1 << 20
-LINE_SHOWN = 4096
-ASKED_AT_ONCE = 8  # of one node
-CONTEXTS_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
+MAX_ERROR_BYTES = 4096
+MAX_CONCURRENT_SHOWS = 8  # of one node
+CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
 SHOW_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A line of Ollama's progress. ``done`` and ``whole`` are bytes of the layer that ``what`` names."""
+class PullProgress:
+    """A line of Ollama's progress. ``completed_bytes`` and ``total_bytes`` are bytes of the layer that ``status``
+    names."""
 
-    what: str
-    done: int | None = None
-    whole: int | None = None
+    status: str
+    completed_bytes: int | None = None
+    total_bytes: int | None = None
 
 
-class Stores:
+class ModelStoreClient:
     """The stores of a mesh's nodes. ``client`` stays its owner's to close."""
 
     def __init__(self, client: httpx.AsyncClient, topology: Topology) -> None:
         self._client = client
         self._topology = topology
 
-    async def look(self, state: MeshState) -> MeshState:
+    async def refresh_backends(self, state: MeshState) -> MeshState:
         """The state with what the servers that are up say of their models now: the mesh's own look may be some seconds
         old, and miss what the command before this one did."""
         nodes = await asyncio.gather(*(self._look(node) for node in state.nodes))
@@ -61,42 +62,42 @@ class Stores:
         if node.backend.state is not BackendPhase.UP or node.backend.url is None:
             return node
         spec = self._topology.node(node.name).backend
-        key = None if spec.api_key_env is None else config.secret(spec.api_key_env, node=node.name)
+        key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env, node=node.name)
         report = await probe_backend(
             self._client, spec, [node.backend.url], api_key=key, timeout_s=SHOW_TIMEOUT_S, node=node.name
         )
         return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
 
-    async def pull(self, node: NodeState, model: str) -> AsyncGenerator[Step]:
+    async def pull(self, node: NodeState, model: str) -> AsyncGenerator[PullProgress]:
         """Ends when the model is there. Closing it stops the download; Ollama goes on from there the next time."""
-        last: Step | None = None
+        last: PullProgress | None = None
         async with aclosing(self._lines(node, "POST", "/api/pull", {"model": model})) as lines:
             async for line in lines:
-                step = read_step(line)
+                step = parse_progress(line)
                 if step is not None:
                     yield (last := step)
-        if last is None or last.what != "success":
+        if last is None or last.status != "success":
             raise BackendError("the server ended the download without saying that it is complete", node=node.name)
 
     async def remove(self, node: NodeState, model: str) -> None:
         await self._ask(node, "DELETE", "/api/delete", {"model": model})
 
-    async def load(self, node: NodeState, model: str, *, embeds: bool, keep_alive: str | None) -> None:
+    async def load(self, node: NodeState, model: str, *, embedder: bool, keep_alive: str | None) -> None:
         body: dict[str, Any] = {"model": model}
         if keep_alive is not None:
             body["keep_alive"] = _duration(keep_alive)
-        if embeds:
+        if embedder:
             await self._ask(node, "POST", "/api/embed", {**body, "input": []})
         else:
             await self._ask(node, "POST", "/api/generate", {**body, "stream": False})
 
-    async def unload(self, node: NodeState, model: str, *, embeds: bool) -> None:
-        await self.load(node, model, embeds=embeds, keep_alive="0")
+    async def unload(self, node: NodeState, model: str, *, embedder: bool) -> None:
+        await self.load(node, model, embedder=embedder, keep_alive="0")
 
     async def context_lengths(self, asked: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
         """By node and model, those that their servers say in time: a node that lists thousands of models, or is slow,
         takes neither the others' connections nor their time."""
-        gates = {node.name: asyncio.Semaphore(ASKED_AT_ONCE) for node, _ in asked}
+        gates = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in asked}
         found: dict[tuple[str, str], int] = {}
 
         async def ask(node: NodeState, model: str) -> None:
@@ -108,7 +109,7 @@ class Stores:
         tasks = [asyncio.create_task(ask(node, model)) for node, model in asked]
         try:
             if tasks:
-                await asyncio.wait(tasks, timeout=CONTEXTS_S)
+                await asyncio.wait(tasks, timeout=CONTEXT_LENGTHS_TIMEOUT_S)
         finally:
             for task in tasks:
                 task.cancel()
@@ -122,7 +123,7 @@ class Stores:
         """The longest context that the model was made for, tokens; ``None`` when its server does not say in time."""
         try:
             async with asyncio.timeout(SHOW_TIMEOUT_S):
-                return read_context(await self._ask(node, "POST", "/api/show", {"model": model}))
+                return parse_context_length(await self._ask(node, "POST", "/api/show", {"model": model}))
         except (BackendError, TimeoutError):
             return None
 
@@ -140,7 +141,7 @@ class Stores:
         import httpx
 
         variable = self._topology.node(node.name).backend.api_key_env
-        key = None if variable is None else config.secret(variable, node=node.name)
+        key = None if variable is None else config.read_secret(variable, node=node.name)
         headers = {"Accept-Encoding": "identity"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -148,37 +149,37 @@ class Stores:
         try:
             response = await self._client.send(request, stream=True)
             try:
-                lines = Lines(LINE_LIMIT)
+                lines = LineSplitter(LINE_LIMIT)
                 async for piece in response.aiter_raw():
                     for line in lines.feed(piece):
-                        yield read_line(line, response.status_code, node.name)
-                yield read_line(lines.rest(), response.status_code, node.name)
+                        yield parse_line(line, response.status_code, node.name)
+                yield parse_line(lines.take_rest(), response.status_code, node.name)
             finally:
                 await response.aclose()
         except ProbeError as error:
             raise BackendError("the server's answer is not what Ollama would say", node=node.name) from error
         except httpx.HTTPError as error:
-            said = clean_line(str(error)) or type(error).__name__
+            said = printable(str(error), 1000) or type(error).__name__
             raise BackendUnreachable(f"no answer: {said}", node=node.name) from error
 
 
 @asynccontextmanager
-async def opened(topology: Topology) -> AsyncIterator[Stores]:
+async def open_model_stores(topology: Topology) -> AsyncIterator[ModelStoreClient]:
     import httpx
 
     from gpumesh.probes.http_client import http_client
 
     async with http_client(timeout=httpx.Timeout(30.0, read=LOAD_TIMEOUT_S)) as client:
-        yield Stores(client, topology)
+        yield ModelStoreClient(client, topology)
 
 
-def read_line(line: bytes, status: int, node: str) -> dict[str, Any]:
+def parse_line(line: bytes, status: int, node: str) -> dict[str, Any]:
     """A line of an answer, empty for one that says nothing. Raises BackendError for one that tells of an error."""
     entry = safe_json.parse_report(line) or {} if line.strip() else {}
     if not entry and status >= 400 and safe_json.parse(line) is None:
-        entry = {"error": line[:LINE_SHOWN].decode("utf-8", "replace")}
+        entry = {"error": line[:MAX_ERROR_BYTES].decode("utf-8", "replace")}
     if "error" in entry or status >= 400:
-        said = clean_line(_text(entry.get("error")) or f"status {status}", 300)
+        said = printable(_text(entry.get("error")) or f"status {status}", 300)
         raise BackendError(said, hint=_hint(said), node=node)
     return entry
 
@@ -198,23 +199,25 @@ def _hint(said: str) -> str | None:
     return None
 
 
-def read_step(entry: Mapping[str, Any]) -> Step | None:
+def parse_progress(entry: Mapping[str, Any]) -> PullProgress | None:
     said = entry.get("status")
     if not isinstance(said, str):
         return None
-    whole = safe_json.whole(entry.get("total"))
+    whole = safe_json.as_count(entry.get("total"))
     if not whole:
-        return Step(clean_line(said, 60))
-    return Step(clean_line(said, 60), min(safe_json.whole(entry.get("completed")) or 0, whole), whole)
+        return PullProgress(printable(said, 60))
+    return PullProgress(printable(said, 60), min(safe_json.as_count(entry.get("completed")) or 0, whole), whole)
 
 
-def read_context(entry: Mapping[str, Any]) -> int | None:
+def parse_context_length(entry: Mapping[str, Any]) -> int | None:
     """``model_info`` has the length under the name of the architecture: ``qwen2.context_length``."""
     info = entry.get("model_info")
     if not isinstance(info, dict):
         return None
     lengths = (value for key, value in info.items() if str(key).endswith(".context_length"))
-    return next((length for value in lengths if (length := safe_json.up_to(value, LONGEST_CONTEXT))), None)
+    return next(
+        (length for value in lengths if (length := safe_json.as_bounded_count(value, MAX_CONTEXT_TOKENS))), None
+    )
 
 
 def _duration(text: str) -> str | int:

@@ -16,17 +16,17 @@ from hashlib import sha256
 import httpx
 
 from gpumesh import audit, config
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import Breaker
-from gpumesh.balancer.limits import Limit, learned
-from gpumesh.balancer.outcomes import Outcome, judge
+from gpumesh.balancer.limits import ParallelLimit, learn_limit
+from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.balancer.select import full_name
 from gpumesh.errors import SecretMissing
-from gpumesh.mesh.change_events import Changes
+from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.nodes.rate_meter import RateMeter, Smoothed
 from gpumesh.probes.backend import BackendReport, probe_backend
-from gpumesh.probes.health import judge as judge_health
+from gpumesh.probes.health import assess_health as judge_health
 from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.state import (
@@ -44,7 +44,7 @@ from gpumesh.state import (
 )
 from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
-from gpumesh.tunnels.stagger import turns
+from gpumesh.tunnels.stagger import stagger_intervals
 
 BACKEND_EVERY_S = 2.0
 BACKEND_TIMEOUT_S = 4.0
@@ -59,65 +59,74 @@ Clock = Callable[[], float]
 
 
 class Lease:
-    """A place on a node. Released exactly once, whatever happens; ``abort`` is set by whoever uses it, and forgotten
-    when it is released: a request and all that it holds must not have to wait for the garbage collector.
+    """A place on a node. Released exactly once, whatever happens; ``abort_callback`` is set by whoever uses it, and
+    forgotten when it is released: a request and all that it holds must not have to wait for the garbage collector.
 
-    ``beside``: how many were in flight there when it was given, itself included. ``connection`` numbers the tunnel's
-    connection over which it goes. ``movable`` tells, until the answer
-    has begun, whether another node could give it instead.
+    ``concurrent``: how many were in flight there when it was given, itself included. ``connection_number`` numbers the
+    tunnel's connection over which it goes. ``can_move`` tells, until the answer has begun, whether another node could
+    give it instead.
     """
 
-    __slots__ = ("_released", "abort", "aborted", "beside", "connection", "model", "movable", "node")
+    __slots__ = (
+        "_released",
+        "abort_callback",
+        "aborted",
+        "can_move",
+        "concurrent",
+        "connection_number",
+        "model",
+        "node",
+    )
 
     def __init__(self, node: Node, model: str | None, beside: int) -> None:
         self.node = node
-        self.connection = node.connections
+        self.connection_number = node.connection_count
         self.model = model
-        self.beside = beside
-        self.abort: Callable[[], None] | None = None
-        self.movable: Callable[[], bool] | None = None
+        self.concurrent = beside
+        self.abort_callback: Callable[[], None] | None = None
+        self.can_move: Callable[[], bool] | None = None
         self.aborted = False
         self._released = False
 
-    def release(self, outcome: Outcome, *, counters: Counters | None = None, error: str | None = None) -> None:
+    def release(self, outcome: Outcome, *, counters: ServerCounters | None = None, error: str | None = None) -> None:
         if not self._released:
             self._over()
-            self.node.released(self, outcome, counters, error)
+            self.node.settle_lease(self, outcome, counters, error)
 
     @property
     def released(self) -> bool:
         return self._released
 
-    def began(self) -> None:
+    def mark_answer_started(self) -> None:
         """Its answer has begun: after failures the node need not wait for its end to be given more."""
-        self.movable = None
-        self.node.began()
+        self.can_move = None
+        self.node.mark_answer_started()
 
-    def undo(self) -> None:
+    def discard(self) -> None:
         """It was never used: nothing is counted."""
         if not self._released:
             self._over()
-            self.node.undone(self)
+            self.node.discard_lease(self)
 
-    def on_abort(self, abort: Callable[[], None]) -> None:
-        """What ``cut`` does from now on until it is released."""
+    def set_abort_callback(self, abort: Callable[[], None]) -> None:
+        """What ``abort_attempt`` does from now on until it is released."""
         if not self._released:
-            self.abort = abort
+            self.abort_callback = abort
 
     def _over(self) -> None:
         self._released = True
-        self.abort = self.movable = None
+        self.abort_callback = self.can_move = None
 
-    def cut(self) -> None:
+    def abort_attempt(self) -> None:
         """The way to the node is gone: ends the attempt at once, rather than at some time-out."""
         self.aborted = True
-        if self.abort is not None:
-            self.abort()
+        if self.abort_callback is not None:
+            self.abort_callback()
 
 
 class Node:
     """``freed`` is called whenever a place may have become free or a node usable; ``identified`` when the GPUs that
-    it has turn out to be others than was known. ``attempts`` counts how those that took a place ended."""
+    it has turn out to be others than was known. ``attempt_outcomes`` counts how those that took a place ended."""
 
     def __init__(
         self,
@@ -125,27 +134,27 @@ class Node:
         *,
         clock: Clock,
         http: httpx.AsyncClient,
-        changes: Changes,
-        freed: Callable[[], None],
-        identified: Callable[[], None],
-        elsewhere: Callable[[str], int] | None = None,
+        changes: ChangeNotifier,
+        on_slot_freed: Callable[[], None],
+        on_gpus_identified: Callable[[], None],
+        other_gateways_load: Callable[[str], int] | None = None,
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self.kind = spec.backend.kind
         self.group = spec.name
-        self.speaks = True
+        self.counts_for_group = True
         """Whether it is the first of its group, which counts what others have in flight on their GPU."""
         self.tunnel: Tunnel | None = None
         self.draining = False
-        self.connections = 0
+        self.connection_count = 0
         """How many connections its tunnel has had so far."""
         self._clock = clock
         self._http = http
         self._changes = changes
-        self._freed = freed
-        self._identified = identified
-        self._elsewhere = elsewhere
+        self._freed = on_slot_freed
+        self._identified = on_gpus_identified
+        self._elsewhere = other_gateways_load
         self._tunnel_state = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self._up = asyncio.Event()
         self._probe_now = asyncio.Event()
@@ -162,7 +171,7 @@ class Node:
         self._leases: set[Lease] = set()
         self._aside: set[Lease] = set()
         self._breaker = Breaker()
-        self._limit = Limit()
+        self._limit = ParallelLimit()
         self._rates = Smoothed()
         self._loads = Smoothed()
         self._sessions: dict[str, None] = {}
@@ -170,7 +179,7 @@ class Node:
         self._last_busy = clock()
         self._served = self._failed = self._cancelled = 0
         self._last_failure: str | None = None
-        self.attempts: Counter[Outcome] = Counter()
+        self.attempt_outcomes: Counter[Outcome] = Counter()
         self.meter = RateMeter(clock)
         if not spec.enabled:
             self._reported.set()
@@ -191,7 +200,7 @@ class Node:
         self._tunnel_state = state
         if state.state is TunnelPhase.UP:
             if not was_up:
-                self.connections += 1
+                self.connection_count += 1
                 # Not when it was lost: what was cut with the old way counts as failed only a moment later.
                 self._breaker = Breaker()
                 self._up.set()
@@ -203,7 +212,7 @@ class Node:
                 self._backend = None
                 self._gpus = None
                 for lease in (*self._leases, *self._aside):
-                    lease.cut()
+                    lease.abort_attempt()
         if state.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED):
             self._reported.set()
         self._freed()
@@ -220,7 +229,7 @@ class Node:
     # -- probes --------------------------------------------------------------------------------------------------
 
     async def _probe_backend_often(self) -> None:
-        for wait_s in turns(self.name, BACKEND_EVERY_S):
+        for wait_s in stagger_intervals(self.name, BACKEND_EVERY_S):
             await self._up.wait()
             self._probe_now.clear()
             async with self._probing:
@@ -287,15 +296,15 @@ class Node:
         """The server does not answer our probes. Who still waits for its first word is served elsewhere, if anybody
         could, rather than at its deadline: a process that hangs closes no connection."""
         for lease in list(self._leases):
-            if lease.movable is not None and lease.movable():
-                lease.cut()
+            if lease.can_move is not None and lease.can_move():
+                lease.abort_attempt()
 
     async def _probe_gpus_often(self) -> None:
-        for wait_s in turns(self.name, GPUS_EVERY_S):
+        for wait_s in stagger_intervals(self.name, GPUS_EVERY_S):
             await self._up.wait()
             assert self.tunnel is not None, "the loops run beside the tunnel"
             quiet = not self._leases and self._clock() - self._last_busy > QUIET_S
-            ask = partial(self.tunnel.exec, question=True, limit_bytes=OUTPUT_BYTES)
+            ask = partial(self.tunnel.exec, shareable=True, limit_bytes=OUTPUT_BYTES)
             report = await probe_gpus(ask, timeout_s=GPUS_TIMEOUT_S, node=self.name)
             if self._up.is_set():
                 self._gpus = report
@@ -309,7 +318,7 @@ class Node:
 
     def _recognise(self) -> None:
         """Who shares a GPU with whom is asked again when what this node is known by has changed."""
-        known = audit.marks(self.state(0))
+        known = audit.identifying_marks(self.state(0))
         if known != self._marks:
             self._marks = known
             self._identified()
@@ -321,7 +330,7 @@ class Node:
     def api_key(self) -> str | None:
         """The backend's key, read from its variable at each use and kept nowhere. Raises SecretMissing."""
         variable = self.spec.backend.api_key_env
-        return None if variable is None else config.secret(variable, node=self.name)
+        return None if variable is None else config.read_secret(variable, node=self.name)
 
     # -- the balancer's view -------------------------------------------------------------------------------------
 
@@ -333,15 +342,15 @@ class Node:
             and self._backend.state.state is BackendPhase.UP
         )
 
-    def connection_stood(self, lease: Lease) -> bool:
+    def is_same_connection(self, lease: Lease) -> bool:
         """Whether the tunnel's connection is still the one over which this lease went. What was lost with a
         connection is no sign of the server. A direct node has none that could be lost apart from its server."""
         if self.spec.ssh is None:
             return True
-        return lease.connection == self.connections and self._tunnel_state.state is TunnelPhase.UP
+        return lease.connection_number == self.connection_count and self._tunnel_state.state is TunnelPhase.UP
 
     @property
-    def coming(self) -> bool:
+    def may_recover(self) -> bool:
         """Not reachable now, but it may well be in a moment: connecting, or lost only just now."""
         if self.draining:
             return False
@@ -359,7 +368,7 @@ class Node:
             return self.spec.backend.max_parallel
         if self.kind is BackendKind.OPENAI:
             return self._backend.inventory.parallel if self._backend and self._backend.inventory else None
-        return self._limit.offered(now)
+        return self._limit.max_in_flight(now)
 
     def candidate(self, now: float, *, despite_breaker: bool = False) -> Candidate:
         return Candidate(
@@ -369,7 +378,9 @@ class Node:
             models=self._models,
             loaded=self._loaded,
             in_flight=len(self._leases),
-            queued=self._elsewhere(self.key) if self._elsewhere is not None and self.speaks else 0,
+            queued=self._elsewhere(self.coordination_key)
+            if self._elsewhere is not None and self.counts_for_group
+            else 0,
             limit=self.limit(now),
             weight=self.spec.weight,
             group=self.group,
@@ -381,7 +392,7 @@ class Node:
         )
 
     @property
-    def key(self) -> str:
+    def coordination_key(self) -> str:
         """What it uses, in a name that is the same for every gateway that reaches it: its GPUs, else its place."""
         if self._gpus is not None and self._gpus.gpus:
             uuids = "+".join(sorted(gpu.uuid for gpu in self._gpus.gpus))
@@ -411,8 +422,8 @@ class Node:
     def lease(self, demand: Demand) -> Lease:
         model = None if demand.model is None else full_name(demand.model)
         lease = Lease(self, model, len(self._leases) + 1)
-        (self._leases if demand.place else self._aside).add(lease)
-        self._breaker = self._breaker.started(self._clock())
+        (self._leases if demand.needs_slot else self._aside).add(lease)
+        self._breaker = self._breaker.record_start(self._clock())
         if demand.session is not None:
             self._sessions.pop(demand.session, None)
             self._sessions[demand.session] = None
@@ -421,62 +432,62 @@ class Node:
         self._changes.notify()
         return lease
 
-    def released(self, lease: Lease, outcome: Outcome, counters: Counters | None, error: str | None) -> None:
+    def settle_lease(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
         """Called by ``Lease.release``, once for each."""
         now = self._clock()
         counts = lease in self._leases
         self._leases.discard(lease)
         self._aside.discard(lease)
         self._last_busy = now
-        self.attempts[outcome] += counts
-        verdict = judge(outcome)
+        self.attempt_outcomes[outcome] += counts
+        verdict = rule_for_outcome(outcome)
         if outcome is Outcome.SERVED:
             self._served += counts
-            self._breaker = self._breaker.succeeded()
+            self._breaker = self._breaker.record_success()
             if counters is not None:
                 self._learn(lease, counters, now)
-        elif verdict.fault and (counts or outcome is not Outcome.SERVER_ERROR):
+        elif verdict.counts_against_node and (counts or outcome is not Outcome.SERVER_ERROR):
             # A 500 to what is no inference is about a model store (Ollama's answer to a copy that cannot be), and says
             # nothing of how it generates.
             self._failed += counts
             self._last_failure = error
-            self._breaker = self._breaker.failed(now)
+            self._breaker = self._breaker.record_failure(now)
             self._probe_now.set()
         else:
             if outcome is Outcome.CLIENT_GONE:
                 self._cancelled += counts
-            self._breaker = self._breaker.undecided()
-        if verdict.suspect and self.tunnel is not None:
+            self._breaker = self._breaker.cancel_trial()
+        if verdict.check_tunnel and self.tunnel is not None:
             self.tunnel.suspect(error or outcome.value)
         self._freed()
         self._changes.notify()
 
-    def pardon(self) -> None:
+    def forgive_failure(self) -> None:
         """A failure that counted against it was not its fault: another node failed at the same request."""
-        self._breaker = self._breaker.pardoned(self._clock())
+        self._breaker = self._breaker.forgive_failure(self._clock())
         self._freed()
         self._changes.notify()
 
-    def began(self) -> None:
+    def mark_answer_started(self) -> None:
         """A request's answer has begun: while it goes on another may try as well."""
-        if self._breaker.trial:
-            self._breaker = self._breaker.undecided()
+        if self._breaker.trial_in_flight:
+            self._breaker = self._breaker.cancel_trial()
             self._freed()
 
-    def undone(self, lease: Lease) -> None:
+    def discard_lease(self, lease: Lease) -> None:
         self._leases.discard(lease)
         self._aside.discard(lease)
-        self._breaker = self._breaker.undecided()
+        self._breaker = self._breaker.cancel_trial()
         self._freed()
         self._changes.notify()
 
-    def _learn(self, lease: Lease, counters: Counters, now: float) -> None:
+    def _learn(self, lease: Lease, counters: ServerCounters, now: float) -> None:
         if self.spec.backend.max_parallel is None and self.kind is BackendKind.OLLAMA:
-            self._limit = learned(
+            self._limit = learn_limit(
                 self._limit,
                 waited_ms=counters.waited_ms,
                 total_ms=counters.total_ms,
-                beside=lease.beside,
+                concurrent=lease.concurrent,
                 now=now,
             )
         if lease.model is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 from gpumesh.backends import safe_json
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.topology import BackendKind
 
-Headers = tuple[tuple[str, str], ...]
-Ended = Callable[[Outcome], None]
+HeaderPairs = tuple[tuple[str, str], ...]
+OutcomeListener = Callable[[Outcome], None]
 """Told once how a request ended, for the books of the whole mesh."""
 
 
@@ -23,20 +23,20 @@ class Answer:
     with this text, which the gateway writes in its client's dialect.
     """
 
-    def __init__(self, node: str, kind: BackendKind, status: int, headers: Headers) -> None:
+    def __init__(self, node: str, kind: BackendKind, status: int, headers: HeaderPairs) -> None:
         self.node = node
         self.kind = kind
         self.status = status
         self.headers = headers
         self.attempts = 1
         self.queue_ms = 0.0
-        self.on_end: Ended | None = None
+        self.on_outcome: OutcomeListener | None = None
         self.outcome: Outcome | None = None
         self.continuations = 0
         self.error_message: str | None = None
 
     @property
-    def counters(self) -> Counters | None:
+    def counters(self) -> ServerCounters | None:
         return None
 
     @property
@@ -53,7 +53,7 @@ class Answer:
     def expire(self, words: str) -> None:
         """Its deadline is now: whoever iterates gets DeadlineExceeded with these words. Harmless when it has ended."""
 
-    def is_wanted(self) -> bool:
+    def slot_is_wanted(self) -> bool:
         """Whether other requests wait for the slot on a node that this one holds."""
         return False
 
@@ -84,8 +84,8 @@ class Answer:
 
     def _ended(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        if self.on_end is not None:
-            told, self.on_end = self.on_end, None
+        if self.on_outcome is not None:
+            told, self.on_outcome = self.on_outcome, None
             told(outcome)
 
 
@@ -97,9 +97,9 @@ class WholeAnswer(Answer):
         node: str,
         kind: BackendKind,
         status: int,
-        headers: Headers,
+        headers: HeaderPairs,
         body: bytes,
-        counters: Counters | None = None,
+        counters: ServerCounters | None = None,
     ) -> None:
         super().__init__(node, kind, status, headers)
         self._body = body
@@ -107,7 +107,7 @@ class WholeAnswer(Answer):
         self._given = False
 
     @property
-    def counters(self) -> Counters | None:
+    def counters(self) -> ServerCounters | None:
         return self._counters
 
     @property
@@ -121,11 +121,11 @@ class WholeAnswer(Answer):
         return self._body
 
 
-def error_answer(node: str, kind: BackendKind, status: int, headers: Headers, problem: str) -> WholeAnswer:
+def error_answer(node: str, kind: BackendKind, status: int, headers: HeaderPairs, problem: str) -> WholeAnswer:
     """In place of a server's answer that nobody may see. ``headers`` are without a Content-Type, ``problem`` a sentence
     about "it"."""
     message = f"{node}: {problem}"
-    body = safe_json.compact({"error": message})
+    body = safe_json.dump_compact({"error": message})
     answer = WholeAnswer(node, kind, status, (("Content-Type", "application/json"), *headers), body)
     answer.error_message = message
     return answer

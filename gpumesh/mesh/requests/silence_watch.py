@@ -6,20 +6,20 @@ no fault (facts/ollama-api.md, "Streaming").
 
 from __future__ import annotations
 
-LEAST_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
-TIMES = 20.0  # so much longer than any pause before
-UNKNOWN_S = 30.0  # with no pause to go by: one token in half a minute is as slow as anybody would wait for
-MOST_S = 300.0
+MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
+PAUSE_FACTOR = 20.0  # so much longer than any pause before
+DEFAULT_TIMEOUT_S = 30.0  # with no pause to go by: one token in half a minute is as slow as anybody would wait for
+MAX_TIMEOUT_S = 300.0
 FORGET = 0.9  # what an old pause still counts after each answer that had none as long: one outlier is forgotten
-BOUND = 1024
+MAX_STREAM_KINDS = 1024
 
 
-def patience_s(longest_s: float | None) -> float:
+def silence_timeout_s(longest_s: float | None) -> float:
     """For a stream whose tokens were at most ``longest_s`` apart; ``None`` if no two were seen."""
-    return UNKNOWN_S if longest_s is None else min(max(LEAST_S, TIMES * longest_s), MOST_S)
+    return DEFAULT_TIMEOUT_S if longest_s is None else min(max(MIN_TIMEOUT_S, PAUSE_FACTOR * longest_s), MAX_TIMEOUT_S)
 
 
-class Pauses:
+class PauseTracker:
     """The longest pause between two pieces of an answer, by node and model; bounded, the oldest forgotten first."""
 
     def __init__(self) -> None:
@@ -32,5 +32,5 @@ class Pauses:
         """After an answer that came to its end."""
         key = (node, model)
         self._longest[key] = max(longest_s, FORGET * self._longest.pop(key, 0.0))
-        while len(self._longest) > BOUND:
+        while len(self._longest) > MAX_STREAM_KINDS:
             self._longest.pop(next(iter(self._longest)))

@@ -11,9 +11,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-SLICE = 8 << 10  # bytes
-FRAMES = 4 << 10  # bytes of a stream's frames that are looked at before others have their turn
-SMALL_PIECES = 128  # in one slice: from so many pieces on, others have their turn before the next
+SLICE_BYTES = 8 << 10  # bytes
+FRAME_SLICE_BYTES = 4 << 10  # bytes of a stream's frames that are looked at before others have their turn
+MAX_SMALL_PIECES = 128  # in one slice: from so many pieces on, others have their turn before the next
 
 
 class SliceQueue:
@@ -28,7 +28,7 @@ class SliceQueue:
         if len(self._steps) == 1:
             asyncio.get_running_loop().call_soon(self._run_next)
 
-    async def turn(self) -> None:
+    async def wait_turn(self) -> None:
         """Returns in a later turn, when those that wait already have had theirs."""
         come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.add(lambda: None if come.done() else come.set_result(None))

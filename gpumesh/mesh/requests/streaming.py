@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer
-from gpumesh.mesh.requests.attempt import Failed, Opened
-from gpumesh.mesh.requests.silence_watch import Pauses, patience_s
-from gpumesh.mesh.requests.slice_queue import FRAMES
+from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
+from gpumesh.mesh.requests.silence_watch import PauseTracker, silence_timeout_s
+from gpumesh.mesh.requests.slice_queue import FRAME_SLICE_BYTES
 
 DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
 PAUSE_S = 0.001  # what came within it came together and tells nothing of the server's pace
@@ -22,18 +22,18 @@ COUNT_S = 0.2
 _NEVER = math.inf
 
 
-class Onward(Protocol):
+class Failover(Protocol):
     """Knows the other nodes."""
 
     attempts: int
 
-    def elsewhere(self, node: str) -> bool:
+    def has_other_node(self, node: str) -> bool:
         """Whether any other node could go on with this answer."""
 
-    def is_wanted(self, node: str) -> bool:
+    def slot_is_wanted(self, node: str) -> bool:
         """Whether other requests wait for a slot on this node."""
 
-    async def rest(self, continuation: Continuation, failed: Failed) -> Opened | Ending:
+    async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
         """The stream of the node that goes on, or the answer's end. Raises GPUMeshError when nobody can."""
 
 
@@ -42,9 +42,9 @@ class StreamingAnswer(Answer):
 
     def __init__(
         self,
-        opened: Opened,
-        onward: Onward,
-        pauses: Pauses,
+        opened: OpenedStream,
+        onward: Failover,
+        pauses: PauseTracker,
         *,
         clock: Callable[[], float],
         deadline_in_s: float,
@@ -69,21 +69,21 @@ class StreamingAnswer(Answer):
         self._begin(opened)
 
     @property
-    def counters(self) -> Counters | None:
-        return None if self._continuation is None else self._continuation.told
+    def counters(self) -> ServerCounters | None:
+        return None if self._continuation is None else self._continuation.answer_counters
 
     def error_frame(self, message: str) -> bytes | None:
         return None if self._continuation is None else self._continuation.error_frame(message)
 
-    def is_wanted(self) -> bool:
-        return not self._lease.released and self._onward.is_wanted(self._lease.node.name)
+    def slot_is_wanted(self) -> bool:
+        return not self._lease.released and self._onward.slot_is_wanted(self._lease.node.name)
 
-    def _begin(self, opened: Opened) -> None:
+    def _begin(self, opened: OpenedStream) -> None:
         """From now on this node's stream is the answer."""
         self._lease = opened.lease
         self._response = opened.response
-        self._ready = opened.first
-        self._unread = opened.unread
+        self._ready = opened.first_bytes
+        self._unread = opened.unread_bytes
         self._silent = False
         self._waiting_since = _NEVER
         self._longest = 0.0
@@ -91,7 +91,7 @@ class StreamingAnswer(Answer):
         if self._late:
             opened.response.abort()
         if self._continuation is not None:
-            self._frames += opened.first.count(self._continuation.mark)
+            self._frames += opened.first_bytes.count(self._continuation.frame_separator)
             self._notice(self._continuation)
             if not self._continuation.finished:
                 self._watchdog = self._loop.call_later(self._patience_s(), self._look)
@@ -110,8 +110,8 @@ class StreamingAnswer(Answer):
             self._waiting_since = asked = self._clock()
             try:
                 if self._unread:
-                    await self._response.turn()
-                    data, self._unread = self._unread[:FRAMES], self._unread[FRAMES:]
+                    await self._response.wait_turn()
+                    data, self._unread = self._unread[:FRAME_SLICE_BYTES], self._unread[FRAME_SLICE_BYTES:]
                 else:
                     data = await self._response.read()
             except StreamCut as error:
@@ -130,9 +130,9 @@ class StreamingAnswer(Answer):
             elif continuation is None:
                 return data
             else:
-                if len(data) > FRAMES:  # may be thousands: between two slices of them others have their turn
-                    data, self._unread = data[:FRAMES], data[FRAMES:] + self._unread
-                self._frames += data.count(continuation.mark)
+                if len(data) > FRAME_SLICE_BYTES:  # may be thousands: between two slices of them others have their turn
+                    data, self._unread = data[:FRAME_SLICE_BYTES], data[FRAME_SLICE_BYTES:] + self._unread
+                self._frames += data.count(continuation.frame_separator)
                 if now > self._count_at:
                     self._count(now)
                 out = continuation.feed(data)
@@ -152,8 +152,8 @@ class StreamingAnswer(Answer):
         """What frames that were looked at have told."""
         if continuation.finished:
             self._whole()
-        elif continuation.cut is not None:
-            self._lost = (Outcome.BROKEN, continuation.cut)
+        elif continuation.cut_reason is not None:
+            self._lost = (Outcome.STREAM_ERROR, continuation.cut_reason)
 
     # -- the end of a stream -------------------------------------------------------------------------------------
 
@@ -174,12 +174,12 @@ class StreamingAnswer(Answer):
         if continuation is None or continuation.finished:
             self._finish(Outcome.SERVED)
             return b""
-        out = continuation.end_of_body()
+        out = continuation.finish_body()
         if continuation.finished:
             self._whole()
             self._finish(Outcome.SERVED)
         elif self._lost is None:
-            self._lost = (Outcome.CUT, continuation.cut or "the answer ended before its final frame")
+            self._lost = (Outcome.CUT, continuation.cut_reason or "the answer ended before its final frame")
         return out
 
     def _broke(self, error: StreamCut) -> None:
@@ -207,10 +207,12 @@ class StreamingAnswer(Answer):
         if self._continuation is None:
             self._finish(outcome)
             raise StreamCut(words, node=self.node)
-        step: Opened | Ending | None = self._continuation.on_cut(words)
+        step: OpenedStream | Ending | None = self._continuation.handle_cut(words)
         if step is None:
-            step = await self._rest(self._continuation, Failed(self.node, outcome, StreamCut(words, node=self.node)))
-        if isinstance(step, Opened):
+            step = await self._rest(
+                self._continuation, FailedAttempt(self.node, outcome, StreamCut(words, node=self.node))
+            )
+        if isinstance(step, OpenedStream):
             self.continuations += 1
             self.attempts = self._onward.attempts
             self._begin(step)
@@ -222,9 +224,9 @@ class StreamingAnswer(Answer):
         self._finish(Outcome.SERVED)
         return step.data
 
-    async def _rest(self, continuation: Continuation, failed: Failed) -> Opened | Ending:
+    async def _rest(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
         try:
-            return await self._onward.rest(continuation, failed)
+            return await self._onward.continue_answer(continuation, failed)
         except DeadlineExceeded:
             self._finish(Outcome.DEADLINE)
             raise
@@ -264,7 +266,7 @@ class StreamingAnswer(Answer):
         known = self._pauses.longest_s(self._lease.node.name, self._lease.model)
         if self._longest > PAUSE_S:
             known = max(self._longest, known or 0.0)
-        return patience_s(known)
+        return silence_timeout_s(known)
 
     def _look(self) -> None:
         """Counts only what was spent waiting for the node: a client that reads slowly makes no silence."""
@@ -272,7 +274,7 @@ class StreamingAnswer(Answer):
         waited = self._clock() - self._waiting_since
         if waited >= patience:
             assert self._continuation is not None
-            if self._continuation.continuable and self._onward.elsewhere(self._lease.node.name):
+            if self._continuation.continuable and self._onward.has_other_node(self._lease.node.name):
                 self._silent = True
                 self._watchdog = None
                 self._response.abort()

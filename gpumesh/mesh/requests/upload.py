@@ -12,8 +12,8 @@ import httpx
 
 from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.dialects import host_header
-from gpumesh.backends.error_text import error_text, is_page
-from gpumesh.balancer.outcomes import Outcome, of_status
+from gpumesh.backends.error_text import error_text, is_web_page
+from gpumesh.balancer.outcomes import Outcome, classify_status
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded
 from gpumesh.mesh.nodes.node import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
@@ -28,7 +28,7 @@ async def upload(
     node, loop = lease.node, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s) as scope:
-            lease.on_abort(lambda: scope.reschedule(loop.time()))
+            lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
             limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
             async with http.stream(
                 "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
@@ -56,9 +56,9 @@ async def upload(
     if head.problem is not None and not 400 <= status < 600:
         lease.release(Outcome.SERVER_ERROR, error=head.problem)
         return error_answer(node.name, node.kind, 502, head.headers, head.problem)
-    lease.release(of_status(status, model_asked=False))
+    lease.release(classify_status(status, model_asked=False))
     if head.problem is not None:
-        problem = error_text(status, said) if is_page(said) else head.problem
+        problem = error_text(status, said) if is_web_page(said) else head.problem
         return error_answer(node.name, node.kind, status, head.headers, problem)
     return WholeAnswer(node.name, node.kind, status, head.headers, said)
 

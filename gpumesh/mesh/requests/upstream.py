@@ -25,8 +25,8 @@ import httptools
 from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
-from gpumesh.mesh.requests.slice_queue import SLICE, SMALL_PIECES, SliceQueue
-from gpumesh.tunnels.local_system.unix_sockets import split_url
+from gpumesh.mesh.requests.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
+from gpumesh.tunnels.local_system.unix_sockets import split_unix_url
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
@@ -132,7 +132,7 @@ class _Connection(asyncio.Protocol):
         exchange = self.exchange
         if exchange is None or exchange.complete:
             self.abort()  # bytes that nobody asked for: what comes next on this connection cannot be trusted
-        elif len(data) > SLICE or self._rest:
+        elif len(data) > SLICE_BYTES or self._rest:
             self._rest += data
             if not self._queued:
                 self._parse_rest()
@@ -168,15 +168,15 @@ class _Connection(asyncio.Protocol):
         exchange = self.exchange
         while at < len(rest) and exchange is not None and exchange.size <= READ_BUFFER:
             before = len(exchange.pieces)
-            self._parse(exchange, rest[at : at + SLICE])
-            at += SLICE
+            self._parse(exchange, rest[at : at + SLICE_BYTES])
+            at += SLICE_BYTES
             if exchange.problem is not None or (exchange.complete and at < len(rest)):
                 exchange.keep = False  # what follows an answer spoils the connection and not the answer
                 self._rest = b""
                 if self._transport is not None:
                     self._transport.abort()
                 return
-            if len(exchange.pieces) - before > SMALL_PIECES:
+            if len(exchange.pieces) - before > MAX_SMALL_PIECES:
                 exchange.pieces[before:] = [b"".join(exchange.pieces[before:])]
                 self._queued = True
                 self._pool.slices.add(self._parse_rest)
@@ -325,10 +325,10 @@ class UpstreamResponse:
             self._connection.resume()
         return data
 
-    async def turn(self) -> None:
+    async def wait_turn(self) -> None:
         """For who has much to look at: returns when others have had their turn, and one after the other for all
         answers."""
-        await self._pool.slices.turn()
+        await self._pool.slices.wait_turn()
 
     def abort(self) -> None:
         """Closes the connection, so that the server stops working on it. Harmless after the end."""
@@ -427,13 +427,13 @@ class Upstream:
         *,
         node: str,
         server_name: str | None,
-        once: bool = False,
+        at_most_once: bool = False,
     ) -> UpstreamResponse:
         """Sends and waits for the answer's head. Cancelling it closes the connection.
 
         A kept-alive connection that the server closed meanwhile is not the server's failure: such a request is sent
         again on another (nothing of it can have been answered, and inference has no side effects). What may be sent
-        only ``once`` goes over a new connection, where that cannot happen.
+        only ``at_most_once`` goes over a new connection, where that cannot happen.
         Raises BackendUnreachable.
         """
         host, port, tls, prefix, socket = _place(base_url)
@@ -441,7 +441,7 @@ class Upstream:
         head = _head(call, prefix, headers, f"{host}:{port}" if socket is None else host)
         while True:
             try:
-                connection = await self._pool.take(address, new=once)
+                connection = await self._pool.take(address, new=at_most_once)
             except TimeoutError as error:
                 raise BackendUnreachable(f"no connection within {CONNECT_TIMEOUT_S:g} s", node=node) from error
             except OSError as error:
@@ -453,7 +453,9 @@ class Upstream:
                 if connection.used > 1 and not exchange.headers:
                     continue
                 # Without its frames: they hold the request's body, and what they hold holds it.
-                raise BackendUnreachable(f"no answer: {error}", node=node, asked=True) from error.with_traceback(None)
+                raise BackendUnreachable(f"no answer: {error}", node=node, request_sent=True) from error.with_traceback(
+                    None
+                )
             except BaseException:
                 connection.abort()
                 raise
@@ -482,7 +484,7 @@ def _place(base_url: str) -> tuple[str, int, bool, str, str | None]:
     """Host, port, whether by TLS, the path before each call's, and the Unix socket in place of host and port."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"
-    unix = split_url(base_url)
+    unix = split_unix_url(base_url)
     if unix is not None:
         return "localhost", 0, tls, unix[1].rstrip("/"), unix[0]
     return parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), None

@@ -32,20 +32,20 @@ SERVER_ACCOUNTS = frozenset({"ollama"})
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
-    """``is_here``: the server behind the port runs on this machine, as far as can be told; else ``reason`` why not."""
+class PortOwner:
+    """``is_local``: the server behind the port runs on this machine, as far as can be told; else ``reason`` why not."""
 
-    is_here: bool
+    is_local: bool
     reason: str = ""
 
 
-Place = tuple[str, int]
+HostPort = tuple[str, int]
 """A host, which is a loopback address or ``localhost``, and a port."""
 _Sockets = frozenset[tuple[int, int]]
 """(inode, uid) of each that would get a connection to a place."""
 
 
-class Ports:
+class PortOwnerLookup:
     """Of the processes that listen on local ports.
 
     Looking through all processes' descriptors takes tens of ms, so what was found stands for as long as the listening
@@ -55,49 +55,51 @@ class Ports:
     def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
         self._proc = proc
         self._platform = platform
-        self._known: dict[Place, tuple[_Sockets, Owner]] = {}
+        self._known: dict[HostPort, tuple[_Sockets, PortOwner]] = {}
 
-    def ask(self, places: Collection[Place]) -> dict[Place, Owner]:
+    def find_owners(self, places: Collection[HostPort]) -> dict[HostPort, PortOwner]:
         """Blocks; may be called from any thread, one at a time."""
         if self._platform != "linux":
             return {
-                (host, port): Owner(False, f"which process listens on port {port} is not known on this system")
+                (host, port): PortOwner(False, f"which process listens on port {port} is not known on this system")
                 for host, port in places
             }
         listening = _listening(self._proc, places)
         known = {place: self._known[place] for place in places if place in self._known}
         new = {place: found for place, found in listening.items() if place not in known or known[place][0] != found}
         holders = _holders(self._proc, {inode for found in new.values() for inode, _uid in found})
-        told: dict[Place, Owner] = {}
+        told: dict[HostPort, PortOwner] = {}
         for place, sockets in new.items():
             known.pop(place, None)
             try:
                 owner = self._owner(place[1], sockets, holders)
             except OSError:  # not kept: it is looked for again
-                told[place] = Owner(False, f"the process that listened on port {place[1]} has just ended")
+                told[place] = PortOwner(False, f"the process that listened on port {place[1]} has just ended")
             else:
                 known[place] = sockets, owner
         self._known = known
         return told | {place: owner for place, (_sockets, owner) in known.items()}
 
-    def _owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> Owner:
+    def _owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> PortOwner:
         """Raises OSError when a process that held the port is gone."""
         if not sockets:
-            return Owner(False, f"which process listens on port {port} is not known")
+            return PortOwner(False, f"which process listens on port {port} is not known")
         pids = {pid for inode, _uid in sockets for pid in holders.get(inode, ())}
         if not pids:
             if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
-                return Owner(True)
-            return Owner(False, f"another user's process listens on port {port}, perhaps a tunnel to another machine")
+                return PortOwner(True)
+            return PortOwner(
+                False, f"another user's process listens on port {port}, perhaps a tunnel to another machine"
+            )
         for pid in sorted(pids):
             name = _name_if_it_passes_on(self._proc / str(pid))
             if name is not None:
-                return Owner(False, f"{name} listens on port {port}, which may lead to another machine")
-        return Owner(True)
+                return PortOwner(False, f"{name} listens on port {port}, which may lead to another machine")
+        return PortOwner(True)
 
 
-def _listening(proc: Path, places: Collection[Place]) -> dict[Place, _Sockets]:
-    found: dict[Place, set[tuple[int, int]]] = {place: set() for place in places}
+def _listening(proc: Path, places: Collection[HostPort]) -> dict[HostPort, _Sockets]:
+    found: dict[HostPort, set[tuple[int, int]]] = {place: set() for place in places}
     hosts: dict[int, list[str]] = {}
     for host, port in places:
         hosts.setdefault(port, []).append(host)

@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 
 from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import ExecResult
-from gpumesh.tunnels.direct.port_owners import Owner, Place, Ports
+from gpumesh.tunnels.direct.port_owners import HostPort, PortOwner, PortOwnerLookup
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
 
-FRESH_S = 1.0  # how old an answer may be, so that those who ask a little later are given it too
+MAX_AGE_S = 1.0  # how old an answer may be, so that those who ask a little later are given it too
 
 T = TypeVar("T")
 
@@ -24,39 +24,39 @@ T = TypeVar("T")
 class ThisMachine:
     """One for a mesh. ``clock`` gives monotonic seconds."""
 
-    def __init__(self, ports: Ports | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ports = Ports() if ports is None else ports
+    def __init__(self, ports: PortOwnerLookup | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ports = PortOwnerLookup() if ports is None else ports
         self._clock = clock
-        self._places: set[Place] = set()
-        self._owners = Shared(self._look, clock)
-        self._answers: dict[tuple[str, ...], Shared[ExecResult]] = {}
+        self._places: set[HostPort] = set()
+        self._owners = SharedResult(self._look, clock)
+        self._answers: dict[tuple[str, ...], SharedResult[ExecResult]] = {}
 
-    def has(self, host: str, port: int) -> None:
-        """``owner`` will be asked for this place: it is looked for whenever any is."""
+    def register_port(self, host: str, port: int) -> None:
+        """``find_owner`` will be asked for this place: it is looked for whenever any is."""
         self._places.add((host, port))
 
-    async def owner(self, host: str, port: int) -> Owner:
+    async def find_owner(self, host: str, port: int) -> PortOwner:
         """Of the process that listens there; ``host`` is a loopback address or ``localhost``."""
-        self.has(host, port)
+        self.register_port(host, port)
         owners = await self._owners.get()
-        return owners.get((host, port)) or (await self._owners.get(anew=True))[host, port]
+        return owners.get((host, port)) or (await self._owners.get(refresh=True))[host, port]
 
-    async def _look(self) -> dict[Place, Owner]:
-        return await blocking.call(self._ports.ask, frozenset(self._places))
+    async def _look(self) -> dict[HostPort, PortOwner]:
+        return await blocking.run_in_thread(self._ports.find_owners, frozenset(self._places))
 
-    async def answer(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """To a command that changes nothing. Raises what ``run`` raises."""
+    async def run_shared_command(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
+        """To a command that changes nothing. Raises what ``run_command`` raises."""
         key = (*argv, str(limit_bytes))
         shared = self._answers.get(key)
         if shared is None:
             if len(self._answers) > 64:  # no question of ours has so many forms
                 self._answers.clear()
-            shared = Shared(lambda: run(argv, timeout_s=timeout_s, limit_bytes=limit_bytes), self._clock)
+            shared = SharedResult(lambda: run_command(argv, timeout_s=timeout_s, limit_bytes=limit_bytes), self._clock)
             self._answers[key] = shared
         return await shared.get()
 
 
-class Shared(Generic[T]):
+class SharedResult(Generic[T]):
     """One answer for all who ask at about the same time. What is asked ends with the last who waits for it."""
 
     def __init__(self, ask: Callable[[], Awaitable[T]], clock: Callable[[], float]) -> None:
@@ -66,10 +66,10 @@ class Shared(Generic[T]):
         self._waiting = 0
         self._answered = 0.0
 
-    async def get(self, *, anew: bool = False) -> T:
-        """``anew``: what was answered before will not do. Raises what ``ask`` raises, and that is not kept."""
+    async def get(self, *, refresh: bool = False) -> T:
+        """``refresh``: what was answered before will not do. Raises what ``ask`` raises, and that is not kept."""
         task = self._task
-        if task is None or (task.done() and (anew or self._clock() - self._answered > FRESH_S)):
+        if task is None or (task.done() and (refresh or self._clock() - self._answered > MAX_AGE_S)):
             task = self._task = asyncio.create_task(self._once(), name="this machine")
             self._waiting = 0
         self._waiting += 1
@@ -94,7 +94,7 @@ class Shared(Generic[T]):
         return answer
 
 
-async def run(argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
+async def run_command(argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
     """A command on this machine. Raises TimeoutError, OSError and ValueError."""
     async with local_command(argv) as process, asyncio.timeout(timeout_s):
         (out, cut_out), (err, cut_err), _status = await asyncio.gather(

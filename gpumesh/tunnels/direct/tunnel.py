@@ -18,10 +18,10 @@ from gpumesh.errors import ConnectRefused, ConnectTimeout, ExecError, HostUnreac
 from gpumesh.errors import TunnelError as TunnelFault
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec, Target
-from gpumesh.tunnels.base import ExecChunk, ExecResult, Stream
-from gpumesh.tunnels.direct.this_machine import ThisMachine, exit_status, run
-from gpumesh.tunnels.local_system.local_command import CHUNK, local_command
-from gpumesh.tunnels.stagger import turns
+from gpumesh.tunnels.base import ExecChunk, ExecResult, OutputStream
+from gpumesh.tunnels.direct.this_machine import ThisMachine, exit_status, run_command
+from gpumesh.tunnels.local_system.local_command import CHUNK_BYTES, local_command
+from gpumesh.tunnels.stagger import stagger_intervals
 
 CHECK_S = 2.0
 TIMEOUT_S = 2.5
@@ -36,13 +36,13 @@ class DirectTunnel:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[TunnelState], None],
-        here: ThisMachine | None = None,
+        this_machine: ThisMachine | None = None,
     ) -> None:
         self._node = spec.name
         self._targets = spec.backend.targets
         self._clock = clock
         self._on_change = on_change
-        self._here = ThisMachine() if here is None else here
+        self._here = ThisMachine() if this_machine is None else this_machine
         self._local = frozenset(target for target in self._targets if is_loopback(target.host))
         self._state = TunnelState(transport="direct")
         self._check = asyncio.Event()
@@ -62,11 +62,11 @@ class DirectTunnel:
     def suspect(self, reason: str) -> None:  # noqa: ARG002 - whoever suspects has said it in its own log
         self._check.set()
 
-    def nudge(self) -> None:
+    def retry_now(self) -> None:
         self._check.set()
 
     def close(self) -> None:
-        """Nothing is held before ``run``."""
+        """Nothing is held before ``run_command``."""
 
     async def wait_up(self) -> None:
         while self._state.state is not TunnelPhase.UP:
@@ -79,7 +79,7 @@ class DirectTunnel:
     async def run(self) -> None:
         self._become(TunnelPhase.CONNECTING)
         try:
-            for wait_s in turns(self._node, CHECK_S):
+            for wait_s in stagger_intervals(self._node, CHECK_S):
                 self._check.clear()
                 await self._look()
                 with contextlib.suppress(TimeoutError):
@@ -156,18 +156,18 @@ class DirectTunnel:
         reason = "its URL is not on this machine"
         for target in self._answering:
             if target in self._local:
-                owner = await self._here.owner(target.host, target.port)
-                if owner.is_here:
+                owner = await self._here.find_owner(target.host, target.port)
+                if owner.is_local:
                     return
                 reason = owner.reason
         hint = "give the node an `ssh:` section if it is another machine; its GPU is then asked there"
         raise ExecError(f"commands cannot run on {self._node}: {reason}", hint=hint, node=self._node)
 
     async def exec(
-        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, question: bool = False
+        self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, shareable: bool = False
     ) -> ExecResult:
         await self._ensure_here()
-        ask = self._here.answer if question else run
+        ask = self._here.run_shared_command if shareable else run_command
         try:
             return await ask(argv, timeout_s=timeout_s, limit_bytes=limit_bytes)
         except TimeoutError as error:
@@ -180,16 +180,16 @@ class DirectTunnel:
         await self._ensure_here()
         pieces: asyncio.Queue[ExecChunk | None] = asyncio.Queue(maxsize=16)  # a slow reader stops the command
 
-        async def pump(stream: Stream, reader: asyncio.StreamReader | None) -> None:
+        async def pump(stream: OutputStream, reader: asyncio.StreamReader | None) -> None:
             assert reader is not None
-            while data := await reader.read(CHUNK):
+            while data := await reader.read(CHUNK_BYTES):
                 await pieces.put(ExecChunk(stream, data))
             await pieces.put(None)
 
         async with _local(argv, self._node) as process:
             pumps = [
-                asyncio.ensure_future(pump(Stream.STDOUT, process.stdout)),
-                asyncio.ensure_future(pump(Stream.STDERR, process.stderr)),
+                asyncio.ensure_future(pump(OutputStream.STDOUT, process.stdout)),
+                asyncio.ensure_future(pump(OutputStream.STDERR, process.stderr)),
             ]
             try:
                 open_streams = len(pumps)
@@ -200,7 +200,7 @@ class DirectTunnel:
                     else:
                         yield piece
                 await process.wait()
-                yield ExecChunk(Stream.STDOUT, b"", ended=True, exit_status=exit_status(process))
+                yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=exit_status(process))
             finally:
                 for task in pumps:
                     task.cancel()

@@ -17,11 +17,11 @@ from gpumesh.printable import printable
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
-Ask = Callable[[str, bool], str | None]
+AskPerson = Callable[[str, bool], str | None]
 """Asks a person: the text, and whether the answer may be shown. Blocks; ``None``: nobody answers."""
 
 AGENT_KEYS = 5  # sshd gives up after six failures (MaxAuthTries)
-QUESTIONS = 10  # of a host that keeps on asking
+MAX_QUESTIONS = 10  # of a host that keeps on asking
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 
 
 def authenticate(
-    transport: paramiko.Transport, credentials: Credentials, *, where: str, deadline: Deadline, ask: Ask | None
+    transport: paramiko.Transport, credentials: Credentials, *, where: str, deadline: Deadline, ask: AskPerson | None
 ) -> None:
     """Returns when the host has let us in. Raises ``AuthRefused``, ``KeyUnreadable`` (when a key file that could not
     be used was all there was), ``ConnectTimeout`` or ``TunnelLost``."""
@@ -108,7 +108,7 @@ class _Attempts:
     """One login. ``allowed`` is what the host last said that it would take; empty: it has not said."""
 
     def __init__(
-        self, transport: paramiko.Transport, who: Credentials, where: str, deadline: Deadline, ask: Ask | None
+        self, transport: paramiko.Transport, who: Credentials, where: str, deadline: Deadline, ask: AskPerson | None
     ) -> None:
         self._transport = transport
         self._who = who
@@ -166,7 +166,7 @@ class _Attempts:
             answers = []
             for prompt, echo in prompts:
                 asked += 1
-                if asked > QUESTIONS:
+                if asked > MAX_QUESTIONS:
                     raise paramiko.AuthenticationException("too many questions")
                 if ours and not echo and "assw" in prompt:
                     answers.append(ours.pop())
@@ -197,7 +197,7 @@ class _Attempts:
     def _person(self, text: str, echo: bool) -> str | None:
         if self._ask is None:
             return None
-        with self._deadline.on_hold(ANSWER_TIMEOUT_S):
+        with self._deadline.paused(ANSWER_TIMEOUT_S):
             return self._ask(text, echo)
 
     def _takes(self, method: str) -> bool:
@@ -205,7 +205,7 @@ class _Attempts:
 
     def _try(self, what: str, attempt: Callable[[], list[str]]) -> bool:
         """True when the host has let us in. A first factor of several is no refusal: what it asks next is noted."""
-        if self._deadline.passed:
+        if self._deadline.expired:
             raise ConnectTimeout(f"{self._where} did not finish the login in time")
         self._tried.append(what)
         try:
@@ -214,7 +214,7 @@ class _Attempts:
             self._allowed = tuple(error.allowed_types)
             return False
         except paramiko.AuthenticationException:
-            if not self._transport.is_active() or self._deadline.passed:
+            if not self._transport.is_active() or self._deadline.expired:
                 raise
             return False
         return self._transport.is_authenticated()

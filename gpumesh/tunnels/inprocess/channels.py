@@ -11,7 +11,8 @@ slowly stops the host, and at most ``WINDOW`` bytes a channel are held here. In 
 read only as far as the host's window allows.
 
 This uses parts of paramiko that are private: the per-packet handler table, the map of channels, and the way a channel
-is made. ``unsupported`` tells when a paramiko has them no more; then sshtunnel's own forwarding is used (slower).
+is made. ``find_missing_feature`` tells when a paramiko has them no more; then sshtunnel's own forwarding is used
+(slower).
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from paramiko.common import (
 )
 
 from gpumesh.topology import Target
-from gpumesh.tunnels.blocking import Lock
-from gpumesh.tunnels.forwarder import READ, WRITE, Dial, Forwarder, close_with_reset
+from gpumesh.tunnels.blocking import ThreadLock
+from gpumesh.tunnels.forwarder import READ, WRITE, Dialer, Forwarder, close_with_reset
 
 WINDOW = 1 << 20  # bytes that the host may send before we have passed them on: 10 MB/s at 100 ms
 MAX_PACKET = 1 << 15
@@ -52,7 +53,7 @@ OPEN_TIMEOUT_S = 30.0  # for the host to reach its target; the kernel there may 
 
 ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, 5.1
 
-Refused = Callable[[Target, int], None]
+OnChannelRefused = Callable[[Target, int], None]
 """The host did not open a channel: the target, and the reason of RFC 4254 section 5.1."""
 
 _TABLE = (
@@ -67,7 +68,7 @@ _TABLE = (
 )
 
 
-def unsupported(transport: Any) -> str | None:
+def find_missing_feature(transport: Any) -> str | None:
     """What this paramiko lacks of what is used here; ``None``: nothing."""
     table = getattr(transport, "_channel_handler_table", None)
     if not isinstance(table, dict) or set(table) != set(_TABLE):
@@ -85,35 +86,35 @@ def unsupported(transport: Any) -> str | None:
     return None
 
 
-class Carrier:
+class ChannelMultiplexer:
     """Puts channels of ours on a transport. Make one before traffic begins, and only one, for a transport."""
 
-    def __init__(self, transport: paramiko.Transport, forwarder: Forwarder, on_refused: Refused) -> None:
-        missing = unsupported(transport)
+    def __init__(self, transport: paramiko.Transport, forwarder: Forwarder, on_refused: OnChannelRefused) -> None:
+        missing = find_missing_feature(transport)
         if missing is not None:
             raise NotImplementedError(missing)
         self.transport: Any = transport
         self.forwarder = forwarder
         self.on_refused = on_refused
-        self._opening: dict[Circuit, float] = {}  # with the time when each is overdue, which is their order, too
+        self._opening: dict[ChannelRelay, float] = {}  # with the time when each is overdue, which is their order, too
         self._looking = False
         self._take_over()
 
-    def dial(self, target: Target) -> Dial:
+    def make_dialer(self, target: Target) -> Dialer:
         """A way to ``target``, as seen from the host, for ``Forwarder.listen``."""
 
         def dial(forwarder: Forwarder, local: socket.socket) -> None:  # noqa: ARG001 - it is ours
-            Circuit(self, local, target).open()
+            ChannelRelay(self, local, target).open()
 
         return dial
 
-    def expect(self, circuit: Circuit) -> None:
+    def start_open_timeout(self, circuit: ChannelRelay) -> None:
         """In the selector's thread: that the host answers for it in time. Not a timer for each: it would keep the
         circuit for that long, however short its life was."""
         self._opening[circuit] = time.monotonic() + OPEN_TIMEOUT_S
         self._look_again()
 
-    def answered(self, circuit: Circuit) -> None:
+    def cancel_open_timeout(self, circuit: ChannelRelay) -> None:
         self._opening.pop(circuit, None)
 
     def _look_again(self) -> None:
@@ -125,7 +126,7 @@ class Carrier:
         self._looking = False
         now = time.monotonic()
         for circuit in [one for one, overdue in self._opening.items() if overdue <= now]:
-            self.answered(circuit)
+            self.cancel_open_timeout(circuit)
             circuit.abort()
         self._look_again()
 
@@ -148,11 +149,11 @@ class Carrier:
     def _take_over(self) -> None:
         originals = dict(self.transport._channel_handler_table)
 
-        def ours(method: Callable[[Circuit, paramiko.Message], None], kind: int) -> Callable[[Any, Any], None]:
+        def ours(method: Callable[[ChannelRelay, paramiko.Message], None], kind: int) -> Callable[[Any, Any], None]:
             original = originals[kind]
 
             def handle(channel: Any, message: paramiko.Message) -> None:
-                if type(channel) is Circuit:
+                if type(channel) is ChannelRelay:
                     method(channel, message)
                 else:
                     original(channel, message)
@@ -160,7 +161,7 @@ class Carrier:
             return handle
 
         def close(channel: Any, message: paramiko.Message) -> None:
-            if type(channel) is Circuit:
+            if type(channel) is ChannelRelay:
                 channel.on_close(message)
             else:
                 # paramiko answers in this thread, which waits for itself (30 s) if keys are being exchanged.
@@ -168,20 +169,20 @@ class Carrier:
 
         self.transport._channel_handler_table = {
             **originals,
-            MSG_CHANNEL_DATA: ours(Circuit.on_data, MSG_CHANNEL_DATA),
-            MSG_CHANNEL_EXTENDED_DATA: ours(Circuit.on_nonsense, MSG_CHANNEL_EXTENDED_DATA),
-            MSG_CHANNEL_WINDOW_ADJUST: ours(Circuit.on_adjust, MSG_CHANNEL_WINDOW_ADJUST),
-            MSG_CHANNEL_EOF: ours(Circuit.on_eof, MSG_CHANNEL_EOF),
+            MSG_CHANNEL_DATA: ours(ChannelRelay.on_data, MSG_CHANNEL_DATA),
+            MSG_CHANNEL_EXTENDED_DATA: ours(ChannelRelay.ignore_message, MSG_CHANNEL_EXTENDED_DATA),
+            MSG_CHANNEL_WINDOW_ADJUST: ours(ChannelRelay.on_window_adjust, MSG_CHANNEL_WINDOW_ADJUST),
+            MSG_CHANNEL_EOF: ours(ChannelRelay.on_eof, MSG_CHANNEL_EOF),
             MSG_CHANNEL_CLOSE: close,
-            MSG_CHANNEL_REQUEST: ours(Circuit.on_nonsense, MSG_CHANNEL_REQUEST),
-            MSG_CHANNEL_SUCCESS: ours(Circuit.on_nonsense, MSG_CHANNEL_SUCCESS),
-            MSG_CHANNEL_FAILURE: ours(Circuit.on_nonsense, MSG_CHANNEL_FAILURE),
+            MSG_CHANNEL_REQUEST: ours(ChannelRelay.ignore_message, MSG_CHANNEL_REQUEST),
+            MSG_CHANNEL_SUCCESS: ours(ChannelRelay.ignore_message, MSG_CHANNEL_SUCCESS),
+            MSG_CHANNEL_FAILURE: ours(ChannelRelay.ignore_message, MSG_CHANNEL_FAILURE),
         }
         refused = self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE]
 
         def open_failure(message: paramiko.Message) -> None:
             circuit = self.transport._channels.get(message.get_int())
-            if type(circuit) is Circuit:
+            if type(circuit) is ChannelRelay:
                 circuit.on_refused(message.get_int())
             else:
                 message.rewind()
@@ -190,16 +191,16 @@ class Carrier:
         self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = open_failure
 
 
-class Circuit:
+class ChannelRelay:
     """One forwarded connection: a local socket and a channel. In place of a ``paramiko.Channel``, which has two pipes
     and four conditions to serve blocking readers that we do not have."""
 
-    def __init__(self, carrier: Carrier, local: socket.socket, target: Target) -> None:
+    def __init__(self, carrier: ChannelMultiplexer, local: socket.socket, target: Target) -> None:
         self._carrier = carrier
         self._forwarder = carrier.forwarder
         self._local = local
         self._target = target
-        self._lock = Lock()  # for all below: both threads come here
+        self._lock = ThreadLock()  # for all below: both threads come here
         self._number = -1
         self._remote_number = -1  # the host's number of this channel; -1: not open yet
         self._out_window = 0
@@ -219,7 +220,7 @@ class Circuit:
 
     def open(self) -> None:
         transport = self._carrier.transport
-        self._forwarder.add(self)
+        self._forwarder.add_relay(self)
         with transport.lock:
             self._number = transport._next_channel()
             transport._channels.put(self._number, self)
@@ -238,7 +239,7 @@ class Circuit:
         message.add_string("127.0.0.1")
         message.add_int(0)
         self._carrier.send(message)
-        self._carrier.expect(self)
+        self._carrier.start_open_timeout(self)
 
     def abort(self) -> None:
         """Ends both sides at once."""
@@ -360,13 +361,13 @@ class Circuit:
         """After the host's close nothing more can come for this number, and it may be used again."""
         transport = self._carrier.transport
         if self._released and (self._host_closed or not transport.active):
-            self._carrier.answered(self)
+            self._carrier.cancel_open_timeout(self)
             transport._channels.delete(self._number)
             transport.channels_seen.pop(self._number, None)
-            self._forwarder.discard(self)
+            self._forwarder.discard_relay(self)
 
     def _opened(self) -> None:
-        self._carrier.answered(self)
+        self._carrier.cancel_open_timeout(self)
         if self._released:
             self._send_close()
         else:
@@ -435,7 +436,7 @@ class Circuit:
         if credit_due:
             self._forwarder.post(self._give_credit)
 
-    def on_adjust(self, message: paramiko.Message) -> None:
+    def on_window_adjust(self, message: paramiko.Message) -> None:
         more = message.get_int()
         with self._lock:
             was_full = self._out_window <= 0
@@ -451,7 +452,7 @@ class Circuit:
         self._host_closed = True
         self._forwarder.post(self._closed)
 
-    def on_nonsense(self, _: paramiko.Message) -> None:
+    def ignore_message(self, _: paramiko.Message) -> None:
         """What has no meaning on a forwarded connection is passed over."""
 
     def _unlink(self) -> None:

@@ -25,13 +25,13 @@ from gpumesh.printable import printable
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels import blocking, hostkeys
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.forwarder import BACKLOG, Door, Forwarder, close_with_reset, reset_on_close
+from gpumesh.tunnels.forwarder import BACKLOG, Forwarder, PeerFilter, close_with_reset, reset_on_close
 from gpumesh.tunnels.heartbeat import Heartbeat
 from gpumesh.tunnels.inprocess import channels, handshake, sessions
-from gpumesh.tunnels.inprocess.authentication import Ask, Credentials, authenticate
+from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate
 from gpumesh.tunnels.jump_hosts import parse_jump
-from gpumesh.tunnels.local_system.peer_users import own_users
-from gpumesh.tunnels.transport import Events, RemoteCommand, Setup, Up
+from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
+from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
 _quiet = logging.getLogger("gpumesh.sshtunnel")
 _quiet.addHandler(logging.NullHandler())
@@ -40,7 +40,7 @@ _quiet.propagate = False
 RELAY_CHUNK = 16 * 1024
 RELAY_LOOK_S = 5.0  # at most, until a channel that closed without an event is noticed
 
-OnRefused = Callable[[Target, int], None]
+OnChannelRefused = Callable[[Target, int], None]
 
 
 class _Server:
@@ -69,7 +69,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
 
     request_queue_size = BACKLOG
 
-    def __init__(self, listener: socket.socket, handler: Any, logger: logging.Logger, door: Door | None) -> None:
+    def __init__(self, listener: socket.socket, handler: Any, logger: logging.Logger, door: PeerFilter | None) -> None:
         super().__init__(("127.0.0.1", 0), handler, bind_and_activate=False, logger=logger)
         self._door = door
         self.socket.close()
@@ -78,7 +78,7 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """socketserver's question, in the thread that accepts."""
-        if self._door is None or self._door.admits(request, client_address):
+        if self._door is None or self._door.allows(request, client_address):
             return True
         close_with_reset(request)
         return False
@@ -113,7 +113,7 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
             other.shutdown(socket.SHUT_WR)
 
 
-class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
+class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
     """sshtunnel's forwarder with a given transport and given listening sockets."""
 
     def __init__(
@@ -121,17 +121,17 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
         transport: paramiko.Transport,
         ssh: SshSpec,
         routes: Sequence[tuple[socket.socket, Target]],
-        on_refused: OnRefused,
+        on_refused: OnChannelRefused,
         on_end: Callable[[], None],
-        door: Callable[[], Door | None],
+        make_peer_filter: Callable[[], PeerFilter | None],
     ) -> None:
-        """``door`` makes one for each thread that accepts."""
+        """``make_peer_filter`` makes one for each thread that accepts."""
         self._made = transport
-        self._door = door
+        self._door = make_peer_filter
         self._routes = routes
         self._on_refused = on_refused
         self._on_end = on_end
-        self.fast = channels.unsupported(transport) is None
+        self.uses_channels = channels.find_missing_feature(transport) is None
         self.skip_tunnel_checkup = True
         super().__init__(
             (ssh.host, ssh.port),
@@ -151,11 +151,11 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
 
     def _create_tunnels(self) -> None:
         self._connect_to_gateway()
-        if self.fast:
-            forwarder = Forwarder(self._on_end, door=self._door())
-            carrier = channels.Carrier(self._transport, forwarder, self._on_refused)
+        if self.uses_channels:
+            forwarder = Forwarder(self._on_end, peer_filter=self._door())
+            carrier = channels.ChannelMultiplexer(self._transport, forwarder, self._on_refused)
             for listener, target in self._routes:
-                forwarder.listen(listener, carrier.dial(target))
+                forwarder.listen(listener, carrier.make_dialer(target))
             self._serve(_Server(forwarder, _address(self._routes[0][0])[1]))
         else:
             for listener, target in self._routes:
@@ -178,39 +178,41 @@ class Gateway(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel 
         self.tunnel_is_up[server.local_address] = False
 
 
-async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Events) -> SshConnection:
+async def connect(
+    setup: ConnectRequest, listeners: Sequence[socket.socket], events: ConnectionEvents
+) -> ParamikoConnection:
     """See ``connection.Connect``."""
     ssh = setup.ssh
     loop = asyncio.get_running_loop()
     deadline = Deadline(ssh.connect_timeout_s, time.monotonic)
 
     def ask(text: str, echo: bool) -> str | None:
-        return asyncio.run_coroutine_threadsafe(events.ask(text, echo=echo), loop).result()
+        return asyncio.run_coroutine_threadsafe(events.ask_person(text, echo=echo), loop).result()
 
-    opening = _Opening(setup, credentials_of(setup), deadline, ask if setup.interactive else None)
-    making = asyncio.ensure_future(blocking.call(opening.run))
+    opening = _Opening(setup, credentials_from_setup(setup), deadline, ask if setup.interactive else None)
+    making = asyncio.ensure_future(blocking.run_in_thread(opening.run))
     try:
         # Each step in there keeps the deadline; DNS and an agent that hangs do not, so it is kept here as well.
         while not making.done():
             await asyncio.wait({making}, timeout=deadline.remaining_s + 0.5)
-            if not making.done() and deadline.passed:
-                where = hostkeys.place(ssh.host, ssh.port)
+            if not making.done() and deadline.expired:
+                where = hostkeys.format_address(ssh.host, ssh.port)
                 raise ConnectTimeout(f"no connection to {where} within {ssh.connect_timeout_s:g} s")
         transports, shell_test, heartbeat, rtt_ms = await making
     except BaseException:
         making.cancel()
         opening.give_up()
         raise
-    connection = SshConnection(ssh, transports, shell_test, heartbeat, rtt_ms, share=setup.share)
+    connection = ParamikoConnection(ssh, transports, shell_test, heartbeat, rtt_ms, share=setup.share)
     try:
-        connection.serve(list(zip(listeners, setup.targets, strict=True)), events)
+        connection.start_forwarding(list(zip(listeners, setup.targets, strict=True)), events)
     except TunnelError:
         await connection.close()
         raise
     return connection
 
 
-def credentials_of(setup: Setup) -> Credentials:
+def credentials_from_setup(setup: ConnectRequest) -> Credentials:
     """Raises ``SecretMissing`` when the spec names a variable and no value came along."""
     given = dict(setup.secrets)
     for name, variable in (("password", setup.ssh.password_env), ("passphrase", setup.ssh.passphrase_env)):
@@ -224,7 +226,7 @@ def credentials_of(setup: Setup) -> Credentials:
 class _Opening:
     """Makes the connection, jump by jump, each trusted and logged in to. Blocking; ``give_up`` ends it from outside."""
 
-    def __init__(self, setup: Setup, who: Credentials, deadline: Deadline, ask: Ask | None) -> None:
+    def __init__(self, setup: ConnectRequest, who: Credentials, deadline: Deadline, ask: AskPerson | None) -> None:
         self._setup = setup
         self._who = who
         self._deadline = deadline
@@ -247,7 +249,7 @@ class _Opening:
         ms."""
         try:
             heartbeat = Heartbeat(self.through(self._setup.ssh.proxy_jump, self._setup.node))
-            return self._transports, self._sessions[-1], heartbeat, heartbeat.round_trip_ms()
+            return self._transports, self._sessions[-1], heartbeat, heartbeat.measure_round_trip_ms()
         except BaseException:
             self.give_up()
             raise
@@ -263,33 +265,35 @@ class _Opening:
                 raise ConnectTimeout("given up")
             looks_only = index == len(stops) - 1 and not login
             if looks_only:
-                kinds = hostkeys.read(ssh.known_hosts).kinds(node=name, host=host, port=port)
-                transport = handshake.handshake(sock, host=host, port=port, deadline=self._deadline, kinds=kinds)
+                kinds = hostkeys.read_known_hosts(ssh.known_hosts).key_types(node=name, host=host, port=port)
+                transport = handshake.perform_handshake(
+                    sock, host=host, port=port, deadline=self._deadline, key_types=kinds
+                )
             else:
-                transport = handshake.trusted_handshake(
+                transport = handshake.perform_trusted_handshake(
                     sock, node=name, host=host, port=port, ssh=ssh, deadline=self._deadline
                 )
             self._transports.append(transport)
             if self._given_up:
                 raise ConnectTimeout("given up")
             if not looks_only:
-                where = hostkeys.place(host, port)
+                where = hostkeys.format_address(host, port)
                 who = Credentials(
                     user, self._who.identity_files, self._who.agent, self._who.password, self._who.passphrase
                 )
                 authenticate(transport, who, where=where, deadline=self._deadline, ask=self._ask)
-                self._sessions.append(handshake.switch_nagle_off(transport, self._deadline))
+                self._sessions.append(handshake.disable_nagle(transport, self._deadline))
         return self._transports[-1]
 
     def _reach(self, host: str, port: int) -> socket.socket | paramiko.Channel:
         if not self._transports:
-            return handshake.tcp_connect(host, port, self._deadline)
+            return handshake.connect_tcp(host, port, self._deadline)
         try:
             return self._transports[-1].open_channel(
                 "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
             )
         except (paramiko.SSHException, EOFError, OSError) as error:
-            where = hostkeys.place(host, port)
+            where = hostkeys.format_address(host, port)
             raise TunnelError(
                 f"the jump host does not reach {where}: {printable(str(error), 100)}",
                 hint="check `ssh.proxy_jump`, and that the jump host allows forwarding",
@@ -300,19 +304,21 @@ async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> hostkeys.HostKey:
     """The key that the host shows now, whether trusted or not; logs in to jump hosts only. Raises ``TunnelError``."""
-    setup = Setup(node, ssh, (), secrets)
-    opening = _Opening(setup, credentials_of(setup), Deadline(timeout_s, time.monotonic), None)
+    setup = ConnectRequest(node, ssh, (), secrets)
+    opening = _Opening(setup, credentials_from_setup(setup), Deadline(timeout_s, time.monotonic), None)
     try:
         async with asyncio.timeout(timeout_s + 0.5):
-            return handshake.host_key_of(await blocking.call(opening.through, ssh.proxy_jump, node, login=False))
+            return handshake.get_host_key(
+                await blocking.run_in_thread(opening.through, ssh.proxy_jump, node, login=False)
+            )
     except TimeoutError as error:
-        where = hostkeys.place(ssh.host, ssh.port)
+        where = hostkeys.format_address(ssh.host, ssh.port)
         raise ConnectTimeout(f"no answer from {where} within {timeout_s:g} s", node=node or None) from error
     finally:
         opening.give_up()
 
 
-class SshConnection:
+class ParamikoConnection:
     """See ``connection.Connection``."""
 
     def __init__(
@@ -333,20 +339,20 @@ class SshConnection:
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[float | None] | None = None
-        self._posix = self._loop.create_task(sessions.is_posix(shell_test))
+        self._posix = self._loop.create_task(sessions.has_posix_shell(shell_test))
         self._lost: asyncio.Future[TunnelError] = self._loop.create_future()
-        self._gateway: Gateway | None = None
+        self._gateway: TransportForwarder | None = None
         server, cipher = self._transport.remote_version, self._transport.remote_cipher
-        self.up = Up(rtt_ms, printable(server), printable(cipher))
+        self.info = ConnectionInfo(rtt_ms, printable(server), printable(cipher))
 
-    def serve(self, routes: list[tuple[socket.socket, Target]], events: Events) -> None:
+    def start_forwarding(self, routes: list[tuple[socket.socket, Target]], events: ConnectionEvents) -> None:
         """Starts forwarding. Raises ``TunnelError``."""
 
         def refused(target: Target, reason: int) -> None:  # in the transport's thread
             forbidden = reason == channels.ADMINISTRATIVELY_PROHIBITED
-            where = hostkeys.place(self._ssh.host, self._ssh.port)
+            where = hostkeys.format_address(self._ssh.host, self._ssh.port)
             self._soon(
-                events.forward_failed,
+                events.report_forward_failed,
                 target,
                 "forwarding-forbidden" if forbidden else "backend-unreachable",
                 f"the sshd at {where} forbids forwarding to {target.host}:{target.port}"
@@ -355,28 +361,30 @@ class SshConnection:
             )
 
         def peer_refused(port: int, uid: int) -> None:  # in a thread that accepts
-            self._soon(events.peer_refused, port, uid)
+            self._soon(events.report_peer_refused, port, uid)
 
-        def door() -> Door | None:
-            return None if self._share else own_users(routes[0][0], peer_refused)
+        def door() -> PeerFilter | None:
+            return None if self._share else open_own_user_filter(routes[0][0], peer_refused)
 
         self._watch = self._loop.create_task(self._watch_transport())
         if routes:
-            self._gateway = Gateway(self._transport, self._ssh, routes, refused, lambda: self._soon(self._ended), door)
+            self._gateway = TransportForwarder(
+                self._transport, self._ssh, routes, refused, lambda: self._soon(self._ended), door
+            )
             self._gateway.start()
 
     async def ping(self, timeout_s: float) -> float | None:
         if self._pinging is None or self._pinging.done():  # else its answer is a sign of life as well
-            self._pinging = self._loop.create_task(blocking.call(self._heartbeat.round_trip_ms))
+            self._pinging = self._loop.create_task(blocking.run_in_thread(self._heartbeat.measure_round_trip_ms))
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(self._pinging)
         except (TimeoutError, paramiko.SSHException, EOFError, OSError):
             return None
 
-    async def run(self, command: str) -> RemoteCommand:
+    async def start_command(self, command: str) -> RemoteCommand:
         posix = await asyncio.shield(self._posix)
-        return await sessions.run(self._transport, command, posix=posix)
+        return await sessions.start_command(self._transport, command, posix=posix)
 
     async def wait_lost(self) -> TunnelError:
         return await asyncio.shield(self._lost)
@@ -385,7 +393,7 @@ class SshConnection:
         for task in (self._watch, self._posix):
             if task is not None:
                 task.cancel()
-        await blocking.call(self._close)
+        await blocking.run_in_thread(self._close)
         await asyncio.gather(self._posix, return_exceptions=True)
 
     def _close(self) -> None:
@@ -395,12 +403,12 @@ class SshConnection:
             transport.close()
 
     async def _watch_transport(self) -> None:
-        await blocking.call(self._transport.join)
+        await blocking.run_in_thread(self._transport.join)
         self._ended()
 
     def _ended(self) -> None:
         if not self._lost.done():
-            where = hostkeys.place(self._ssh.host, self._ssh.port)
+            where = hostkeys.format_address(self._ssh.host, self._ssh.port)
             cause = self._transport.get_exception()
             why = printable(str(cause), 120) if cause is not None else ""
             message = f"the connection to {where} broke" + (f": {why}" if why else " (closed by the host)")

@@ -29,12 +29,12 @@ from gpumesh.printable import printable
 from gpumesh.topology import SshSpec
 from gpumesh.tunnels import hostkeys
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.hostkeys import HostKey, offered_as
+from gpumesh.tunnels.hostkeys import HostKey, host_key_algorithms
 from gpumesh.tunnels.jump_hosts import parse_jump
 from gpumesh.tunnels.remote_command import SHELL_TEST
 
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # a third less delay than CTR with HMAC
-GREETING_LIMIT = 512
+KEPT_GREETING_BYTES = 512
 GREETING_BYTES = 32 << 10  # RFC 4253 section 4.2: lines may come before the version, and each is short
 PACKET_BYTES = 256 << 10  # as OpenSSH has it; a channel of ours takes far smaller ones
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)
@@ -54,8 +54,8 @@ class BufferedSocket:
         data = self._data
         if self._at >= len(data):
             data = self._sock.recv(65536)
-            if len(self.greeting) < GREETING_LIMIT:
-                self.greeting += data[:GREETING_LIMIT]
+            if len(self.greeting) < KEPT_GREETING_BYTES:
+                self.greeting += data[:KEPT_GREETING_BYTES]
             if len(data) <= size:
                 return data
             self._data = data
@@ -64,7 +64,7 @@ class BufferedSocket:
         self._at = start + size
         return data[start : self._at]
 
-    def take(self, size: int) -> bytes | None:
+    def take_buffered(self, size: int) -> bytes | None:
         """Exactly ``size`` bytes, if so many have been read ahead."""
         start = self._at
         end = start + size
@@ -116,7 +116,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         return super().read_all(n, check_rekey)
 
 
-class Packetizer(BoundedPacketizer):
+class FastPacketizer(BoundedPacketizer):
     """Without what it does for each packet that is needed for the first ones only: of a stream of tokens,
     each of which is a packet, that is a third of the work."""
 
@@ -125,9 +125,9 @@ class Packetizer(BoundedPacketizer):
         self._take: Callable[[int], bytes | None] | None = None
         self._ahead = sock
 
-    def settled(self) -> None:
+    def enable_fast_reads(self) -> None:
         """The handshake is over: nothing of the greeting is left over, and its timer has been cancelled."""
-        self._take = self._ahead.take
+        self._take = self._ahead.take_buffered
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
         if self._take is not None:
@@ -141,9 +141,9 @@ class Packetizer(BoundedPacketizer):
             super().complete_handshake()
 
 
-def tcp_connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
     """A connected socket with TCP_NODELAY (the second cure). Raises ``TunnelError`` with the reason."""
-    where = hostkeys.place(host, port)
+    where = hostkeys.format_address(host, port)
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
@@ -153,7 +153,7 @@ def tcp_connect(host: str, port: int, deadline: Deadline) -> socket.socket:
         ) from error
     last: OSError = TimeoutError()
     for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
-        if deadline.passed:
+        if deadline.expired:
             break
         sock = socket.socket(family, kind, protocol)
         try:
@@ -182,31 +182,33 @@ def _connect_error(error: OSError, where: str) -> TunnelError:
     return TunnelError(f"{where} cannot be reached: {error.strerror or type(error).__name__}")
 
 
-def handshake(
-    sock: socket.socket | paramiko.Channel, *, host: str, port: int, deadline: Deadline, kinds: Sequence[str] = ()
+def perform_handshake(
+    sock: socket.socket | paramiko.Channel, *, host: str, port: int, deadline: Deadline, key_types: Sequence[str] = ()
 ) -> paramiko.Transport:
-    """Exchanges keys over ``sock`` (closed on failure). ``kinds`` of host key are asked for first.
+    """Exchanges keys over ``sock`` (closed on failure). ``key_types`` of host key are asked for first.
 
     The host's key has been proved to be the host's, not yet to be one that we trust.
     """
     carrier: Any = BufferedSocket(sock) if isinstance(sock, socket.socket) else sock
-    transport = paramiko.Transport(carrier, packetizer_class=Packetizer if carrier is not sock else BoundedPacketizer)
+    transport = paramiko.Transport(
+        carrier, packetizer_class=FastPacketizer if carrier is not sock else BoundedPacketizer
+    )
     try:
         options = transport.get_security_options()
         options.ciphers = _first(FAST_CIPHERS, options.ciphers)
-        options.key_types = _first(offered_as(kinds), options.key_types)
+        options.key_types = _first(host_key_algorithms(key_types), options.key_types)
         # paramiko measures each step on its own; the deadline is for all of them.
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = max(0.1, deadline.remaining_s)
         transport.start_client(timeout=deadline.remaining_s)
         if not transport.initial_kex_done:
             raise TimeoutError
-        if isinstance(transport.packetizer, Packetizer):
-            transport.packetizer.settled()
+        if isinstance(transport.packetizer, FastPacketizer):
+            transport.packetizer.enable_fast_reads()
     except (paramiko.SSHException, EOFError, OSError) as error:
         transport.close()
         sock.close()
         greeting = carrier.greeting if isinstance(carrier, BufferedSocket) else b"SSH-"
-        raise _handshake_error(error, greeting, hostkeys.place(host, port), deadline) from error
+        raise _handshake_error(error, greeting, hostkeys.format_address(host, port), deadline) from error
     except BaseException:
         transport.close()
         sock.close()
@@ -227,7 +229,7 @@ def _handshake_error(error: BaseException, greeting: bytes, where: str, deadline
             f"{where} does not speak SSH; it said {printable(greeting, 60)!r}",
             hint="check `ssh.port`: this looks like another service",
         )
-    if deadline.passed or isinstance(error, TimeoutError):
+    if deadline.expired or isinstance(error, TimeoutError):
         what = "did not finish the SSH handshake" if greeting else "accepts connections, but sends no SSH greeting"
         return ConnectTimeout(f"{where} {what}", hint="the host is overloaded or hung, or this is not its SSH port")
     if not greeting:
@@ -242,24 +244,25 @@ def _handshake_error(error: BaseException, greeting: bytes, where: str, deadline
     )
 
 
-def host_key_of(transport: paramiko.Transport) -> HostKey:
+def get_host_key(transport: paramiko.Transport) -> HostKey:
     key = transport.get_remote_server_key()
     return HostKey(key.get_name(), key.asbytes())
 
 
-def trusted_handshake(
+def perform_trusted_handshake(
     sock: socket.socket | paramiko.Channel, *, node: str, host: str, port: int, ssh: SshSpec, deadline: Deadline
 ) -> paramiko.Transport:
-    """``handshake``, and the host key checked by the node's policy. ``node`` is "" for a jump host: it is no node."""
+    """``perform_handshake``, and the host key checked by the node's policy. ``node`` is "" for a jump host: it is no
+    node."""
     try:
-        kinds = hostkeys.read(ssh.known_hosts).kinds(node=node, host=host, port=port)
+        kinds = hostkeys.read_known_hosts(ssh.known_hosts).key_types(node=node, host=host, port=port)
     except BaseException:
         sock.close()
         raise
-    transport = handshake(sock, host=host, port=port, deadline=deadline, kinds=kinds)
+    transport = perform_handshake(sock, host=host, port=port, deadline=deadline, key_types=kinds)
     try:
-        hostkeys.admit(
-            host_key_of(transport),
+        hostkeys.verify_host_key(
+            get_host_key(transport),
             node=node,
             host=host,
             port=port,
@@ -272,7 +275,7 @@ def trusted_handshake(
     return transport
 
 
-def switch_nagle_off(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
+def disable_nagle(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
     """The first cure: sshd sets TCP_NODELAY on a connection when its first command is started, so one is: the question
     whether there is a POSIX shell.
 
@@ -295,7 +298,7 @@ def switch_nagle_off(transport: paramiko.Transport, deadline: Deadline) -> param
     return channel
 
 
-def way(ssh: SshSpec) -> tuple[SshSpec, ...]:
+def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
     """Each host on the way to ``ssh``'s, reached through those before it; its own is the last."""
     stops = []
     for index, jump in enumerate(ssh.proxy_jump):

@@ -11,8 +11,8 @@ from paramiko.common import cMSG_CHANNEL_REQUEST
 
 from gpumesh.errors import ExecError
 from gpumesh.tunnels import blocking
-from gpumesh.tunnels.base import Stream
-from gpumesh.tunnels.remote_command import ANSWER, killable
+from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 
 PIECE = 32 * 1024
 OPEN_TIMEOUT_S = 10.0
@@ -21,28 +21,30 @@ TEST_TIMEOUT_S = 3.0
 CUT_S = 0.5  # for a connection that is ending to end
 
 
-async def run(transport: paramiko.Transport, command: str, *, posix: bool) -> RemoteProcess:
+async def start_command(transport: paramiko.Transport, command: str, *, posix: bool) -> SessionCommand:
     """Starts ``command`` on the host; ``posix``: under a shell that ends it with its session (remote_command.py).
 
     Raises ``ExecError``: no session, or no answer in time.
     """
     try:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
-            channel = await blocking.call(_open, transport, killable(command) if posix else command, has_input=posix)
+            channel = await blocking.run_in_thread(
+                _open, transport, wrap_killable(command) if posix else command, has_input=posix
+            )
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise ExecError(
             "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
         ) from error
-    return RemoteProcess(channel, watched=posix)
+    return SessionCommand(channel, watched=posix)
 
 
-async def is_posix(test: paramiko.Channel | None) -> bool:
+async def has_posix_shell(test: paramiko.Channel | None) -> bool:
     """Whether the host has a POSIX shell, by its answer to ``SHELL_TEST``, which runs in ``test``."""
     if test is None:
         return False
-    process, said = RemoteProcess(test), b""
+    process, said = SessionCommand(test), b""
     try:
         with contextlib.suppress(TimeoutError, OSError, ExecError):
             async with asyncio.timeout(TEST_TIMEOUT_S):
@@ -50,7 +52,7 @@ async def is_posix(test: paramiko.Channel | None) -> bool:
                     said += piece[1]
     finally:
         await process.kill()
-    return ANSWER in said.splitlines()  # a host may greet first, whoever it is that comes
+    return SHELL_TEST_OUTPUT in said.splitlines()  # a host may greet first, whoever it is that comes
 
 
 def _open(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
@@ -93,7 +95,7 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
                 return
 
 
-class RemoteProcess:
+class SessionCommand:
     """See ``connection.RemoteCommand``. paramiko makes a pipe readable while there is output or an end to read."""
 
     def __init__(self, channel: paramiko.Channel, *, watched: bool = False) -> None:
@@ -105,17 +107,17 @@ class RemoteProcess:
     def exit_status(self) -> int | None:
         return self._channel.exit_status if self._channel.exit_status >= 0 else None
 
-    async def read(self) -> tuple[Stream, bytes] | None:
+    async def read(self) -> tuple[OutputStream, bytes] | None:
         channel = self._channel
         while True:
             ended = bool(channel.eof_received) or channel.closed  # asked before the buffers: nothing comes after it
             if channel.recv_ready():
-                return Stream.STDOUT, channel.recv(PIECE)
+                return OutputStream.STDOUT, channel.recv(PIECE)
             if channel.recv_stderr_ready():
-                return Stream.STDERR, channel.recv_stderr(PIECE)
+                return OutputStream.STDERR, channel.recv_stderr(PIECE)
             if ended:
                 # The exit status comes between the end of output and the channel's close, or never.
-                await blocking.call(channel.status_event.wait)
+                await blocking.run_in_thread(channel.status_event.wait)
                 await self._ensure_not_cut()
                 return None
             await self._readable()
@@ -126,13 +128,13 @@ class RemoteProcess:
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                await blocking.call(self._channel.close if self._watched else self._signal_and_close)
+                await blocking.run_in_thread(self._channel.close if self._watched else self._signal_and_close)
 
     async def _ensure_not_cut(self) -> None:
         """A channel that ends without a word may have been closed by the host, or have ended with its connection."""
         transport = self._channel.get_transport()
         if self._channel.exit_status < 0 and not self._channel.eof_received:
-            await blocking.call(transport.join, CUT_S)
+            await blocking.run_in_thread(transport.join, CUT_S)
             if not transport.is_active():
                 raise ExecError("the connection broke")
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from gpumesh.config import environment
 
-CHUNK = 32 * 1024
+CHUNK_BYTES = 32 * 1024
 END_S = 2.0
 
 
@@ -26,7 +26,7 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE if stderr else asyncio.subprocess.DEVNULL,
-            env=environment.child(),
+            env=environment.child_environment(),
             start_new_session=True,
         )
     )
@@ -46,23 +46,23 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
 async def _end(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    await let_go(process, END_S)
+    await release_process(process, END_S)
 
 
-async def end_of(process: asyncio.subprocess.Process) -> None:
+async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
     """Waits for it, and drops what it says: asyncio holds a process for alive until its pipes are read to their end."""
     for pipe in (process.stdout, process.stderr):
-        while pipe is not None and await pipe.read(CHUNK):
+        while pipe is not None and await pipe.read(CHUNK_BYTES):
             pass
     await process.wait()
 
 
-async def let_go(process: asyncio.subprocess.Process, patience_s: float) -> None:
+async def release_process(process: asyncio.subprocess.Process, patience_s: float) -> None:
     """Of a process that was told to end. Its pipes are closed after ``patience_s``, should something that it started
     hold them open."""
     try:
         async with asyncio.timeout(patience_s):
-            await end_of(process)
+            await wait_for_exit(process)
     except TimeoutError:
         process._transport.close()  # type: ignore[attr-defined]  # asyncio has no other way
 
@@ -71,7 +71,7 @@ async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[b
     """All that fits, and whether something did not; the rest is read and dropped, so that the command can end."""
     assert pipe is not None
     kept, cut = bytearray(), False
-    while piece := await pipe.read(CHUNK):
+    while piece := await pipe.read(CHUNK_BYTES):
         room = limit - len(kept)
         cut |= len(piece) > room
         kept += piece[: max(0, room)]

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 
 TICK_S = 1.0
-JUMP_S = 5.0
+MIN_SLEEP_S = 5.0
 
 # linux/rtnetlink.h: RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_IFADDR
 _NETLINK_GROUPS = 0x1 | 0x10 | 0x40 | 0x100
 
 
-def slept_s() -> float:
+def total_sleep_s() -> float:
     """Seconds that this machine slept since it started, up to a constant. Only differences mean something.
 
     Linux's monotonic clock stands still in sleep and its boot clock does not. Elsewhere the wall clock takes the boot
@@ -31,16 +31,17 @@ def slept_s() -> float:
 async def watch_sleep(
     on_wake: Callable[[], None],
     *,
-    slept: Callable[[], float] = slept_s,
+    slept: Callable[[], float] = total_sleep_s,
     clock: Callable[[], float] = time.monotonic,
     tick_s: float = TICK_S,
 ) -> None:
-    """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``JUMP_S``. Never ends."""
+    """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``MIN_SLEEP_S``. Never
+    ends."""
     slept_before, before = slept(), clock()
     while True:
         await asyncio.sleep(tick_s)
         slept_now, now = slept(), clock()
-        if slept_now - slept_before > JUMP_S or now - before > tick_s + JUMP_S:
+        if slept_now - slept_before > MIN_SLEEP_S or now - before > tick_s + MIN_SLEEP_S:
             on_wake()
         slept_before, before = slept_now, now
 

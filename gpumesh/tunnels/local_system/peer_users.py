@@ -48,7 +48,7 @@ REPORT_EVERY_S = 60.0  # how often a user that is refused is reported
 REPORTED_USERS = 64  # at most, in that time
 
 
-class Socket(NamedTuple):
+class SocketInfo(NamedTuple):
     """What the kernel says of one socket."""
 
     state: int
@@ -56,20 +56,20 @@ class Socket(NamedTuple):
     inode: int
 
 
-class Ends(NamedTuple):
+class AddressPair(NamedTuple):
     """The addresses of a connection, packed, and its ports; as seen from the socket that is looked for."""
 
     family: int
     address: bytes
     port: int
-    far_address: bytes
-    far_port: int
+    remote_address: bytes
+    remote_port: int
 
 
-class Lookup(Protocol):
+class SocketLookup(Protocol):
     """Finds a socket of this machine by its ends."""
 
-    def __call__(self, ends: Ends) -> Socket | None:
+    def __call__(self, ends: AddressPair) -> SocketInfo | None:
         """``None``: there is none. Raises OSError when the system does not answer."""
 
     def close(self) -> None: ...
@@ -85,13 +85,13 @@ class SockDiag:
         self._netlink.setblocking(False)  # the answer is there when `send` returns
         self._sequence = 0
 
-    def __call__(self, ends: Ends) -> Socket | None:
+    def __call__(self, ends: AddressPair) -> SocketInfo | None:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         request = (
             _REQUEST.pack(ends.family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES)
-            + struct.pack("!HH", ends.port, ends.far_port)
+            + struct.pack("!HH", ends.port, ends.remote_port)
             + ends.address.ljust(16, b"\0")
-            + ends.far_address.ljust(16, b"\0")
+            + ends.remote_address.ljust(16, b"\0")
             + _COOKIE
         )
         length = _NLMSG_HEADER.size + len(request)
@@ -106,7 +106,7 @@ class SockDiag:
             return None
         state = answer[_NLMSG_HEADER.size + 1]
         _, _, _, uid, inode = _COUNTERS.unpack_from(answer, _NLMSG_HEADER.size + 4 + _ID_SIZE)
-        return Socket(state, uid, inode)
+        return SocketInfo(state, uid, inode)
 
     def close(self) -> None:
         self._netlink.close()
@@ -118,16 +118,19 @@ class ProcNet:
     def __init__(self, folder: Path = Path("/proc/net")) -> None:
         self._folder = folder
 
-    def __call__(self, ends: Ends) -> Socket | None:
+    def __call__(self, ends: AddressPair) -> SocketInfo | None:
         forms = [("tcp", ends), ("tcp6", _mapped(ends))] if ends.family == socket.AF_INET else [("tcp6", ends)]
         for name, form in forms:
-            wanted = b" %s %s " % (_as_kernel(form.address, form.port), _as_kernel(form.far_address, form.far_port))
+            wanted = b" %s %s " % (
+                _as_kernel(form.address, form.port),
+                _as_kernel(form.remote_address, form.remote_port),
+            )
             try:
                 with (self._folder / name).open("rb") as lines:
                     for line in lines:
                         if wanted in line:
                             fields = line.split()
-                            return Socket(int(fields[3], 16), int(fields[7]), int(fields[9]))
+                            return SocketInfo(int(fields[3], 16), int(fields[7]), int(fields[9]))
             except FileNotFoundError:  # a kernel without IPv6
                 if name == "tcp":
                     raise
@@ -139,11 +142,11 @@ class ProcNet:
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
-OnRefused = Callable[[int, int], None]
+OnPeerRefused = Callable[[int, int], None]
 """The local port, and the uid of who is not let in."""
 
 
-def lookup_for(listener: socket.socket) -> Lookup | None:
+def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
     """A way to ask who is at the other end of connections to ``listener``, tried out on the listener itself; ``None``
     where the system does not tell. Raises OSError when that cannot be found out now: no reason to let everybody in."""
     for source in (SockDiag, ProcNet):
@@ -160,7 +163,7 @@ def lookup_for(listener: socket.socket) -> Lookup | None:
     return None
 
 
-def _knows(lookup: Lookup, listener: socket.socket) -> bool:
+def _knows(lookup: SocketLookup, listener: socket.socket) -> bool:
     try:
         found = lookup(_ends(listener.getsockname(), listener.family))
     except (ValueError, IndexError, struct.error):  # an answer in another form tells nothing either
@@ -168,32 +171,34 @@ def _knows(lookup: Lookup, listener: socket.socket) -> bool:
     return found is not None and found.state == _LISTEN and bool(found.inode) and found.uid == os.geteuid()
 
 
-class OwnUsers:
+class OwnUserFilter:
     """Lets in connections of our own user and of root, for one thread that accepts.
 
     ``on_refused`` is called in that thread with the local port and the uid of who was refused, at most once in
     ``REPORT_EVERY_S`` for each uid. Nothing is reported of a client that has gone already.
     """
 
-    def __init__(self, lookup: Lookup, on_refused: OnRefused, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, lookup: SocketLookup, on_refused: OnPeerRefused, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._lookup = lookup
         self._on_refused = on_refused
         self._clock = clock
         self._allowed = frozenset({0, os.geteuid()} - {overflow_uid()})
         self._reported: dict[int, float] = {}
 
-    def admits(self, connection: socket.socket, peer: Any) -> bool:
+    def allows(self, connection: socket.socket, peer: Any) -> bool:
         """``peer`` is the address that ``accept`` gave. A Unix socket's mode has already decided."""
         if connection.family not in (socket.AF_INET, socket.AF_INET6):
             return True
-        uid = self.uid_of(connection, peer)
+        uid = self.find_peer_uid(connection, peer)
         if uid in self._allowed:
             return True
         if uid is not None:
             self._report(connection, uid)
         return False
 
-    def uid_of(self, connection: socket.socket, peer: Any) -> int | None:
+    def find_peer_uid(self, connection: socket.socket, peer: Any) -> int | None:
         """Of the user who made the socket at the other end; ``None`` when nobody holds it any more."""
         try:
             found = self._find(_ends(peer, connection.family, connection.getsockname()))
@@ -205,7 +210,7 @@ class OwnUsers:
     def close(self) -> None:
         self._lookup.close()
 
-    def _find(self, ends: Ends) -> Socket | None:
+    def _find(self, ends: AddressPair) -> SocketInfo | None:
         try:
             return self._lookup(ends)
         except OSError:  # netlink's buffers are full, or out of memory
@@ -220,15 +225,16 @@ class OwnUsers:
                 self._on_refused(connection.getsockname()[1], uid)
 
 
-def can_tell(listener: socket.socket) -> bool:
-    """Whether the system tells whose the connections to ``listener`` are. Raises OSError as ``lookup_for`` does."""
-    lookup = lookup_for(listener)
+def can_identify_peers(listener: socket.socket) -> bool:
+    """Whether the system tells whose the connections to ``listener`` are. Raises OSError as ``open_socket_lookup``
+    does."""
+    lookup = open_socket_lookup(listener)
     if lookup is not None:
         lookup.close()
     return lookup is not None
 
 
-def own_users(listener: socket.socket, on_refused: OnRefused) -> OwnUsers | None:
+def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> OwnUserFilter | None:
     """For connections to ``listener``; ``None`` for a Unix socket, whose mode decides, and where no system tells.
 
     Raises TunnelError where it could be told, and is not now: what is to be kept to us is not opened to all.
@@ -237,15 +243,15 @@ def own_users(listener: socket.socket, on_refused: OnRefused) -> OwnUsers | None
         return None
     reason = "this system does not say"
     try:
-        lookup = lookup_for(listener)
+        lookup = open_socket_lookup(listener)
     except OSError as error:
         lookup, reason = None, os.strerror(error.errno or 0)
     if lookup is None:
         raise TunnelError(f"whose connections come to the local port cannot be told: {reason}")
-    return OwnUsers(lookup, on_refused)
+    return OwnUserFilter(lookup, on_refused)
 
 
-def user_name(uid: int) -> str | None:
+def find_user_name(uid: int) -> str | None:
     """Safe to print; blocks, where a directory service is asked."""
     import pwd  # POSIX only
 
@@ -266,21 +272,23 @@ def overflow_uid() -> int | None:
         return 65534
 
 
-def _ends(peer: Any, family: int, far: Any = None) -> Ends:
+def _ends(peer: Any, family: int, far: Any = None) -> AddressPair:
     """Of the socket at ``peer``; a listener has no far end. An IPv4 address in IPv6's form is one of IPv4, by which the
     kernel finds sockets of both kinds."""
     address = socket.inet_pton(family, peer[0])
     far_address = bytes(len(address)) if far is None else socket.inet_pton(family, far[0])
     if family == socket.AF_INET6 and address.startswith(_MAPPED):
         family, address, far_address = socket.AF_INET, address[12:], far_address[12:]
-    return Ends(family, address, peer[1], far_address, 0 if far is None else far[1])
+    return AddressPair(family, address, peer[1], far_address, 0 if far is None else far[1])
 
 
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-def _mapped(ends: Ends) -> Ends:
-    return Ends(socket.AF_INET6, _MAPPED + ends.address, ends.port, _MAPPED + ends.far_address, ends.far_port)
+def _mapped(ends: AddressPair) -> AddressPair:
+    return AddressPair(
+        socket.AF_INET6, _MAPPED + ends.address, ends.port, _MAPPED + ends.remote_address, ends.remote_port
+    )
 
 
 def _as_kernel(address: bytes, port: int) -> bytes:

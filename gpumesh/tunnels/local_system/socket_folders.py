@@ -44,7 +44,7 @@ def private_folder() -> Iterator[Path]:
         os.close(held)
 
 
-def sweep(runtime: Path) -> None:
+def remove_stale_folders(runtime: Path) -> None:
     """Removes the folders below ``runtime`` (a folder of this user's alone) that no living process has made. Raises
     nothing: what cannot be told or removed stays."""
     with contextlib.suppress(OSError), _opened(runtime) as around:

@@ -35,7 +35,7 @@ class UnixListener:
 
     def __init__(self, path: Path, backlog: int) -> None:
         """Raises PathInUse, GPUMeshError for a path that is too long, and OSError."""
-        check_length(path)
+        check_path_length(path)
         self.path = path
         with _one_at_a_time():
             _make_room(path)
@@ -43,7 +43,7 @@ class UnixListener:
         found = path.lstat()
         self._identity: tuple[int, int] | None = (found.st_dev, found.st_ino)
 
-    def remove(self) -> None:
+    def remove_path(self) -> None:
         """The path, which lets no new client come. May be called twice."""
         identity, self._identity = self._identity, None
         with contextlib.suppress(OSError):
@@ -53,11 +53,11 @@ class UnixListener:
 
     def close(self) -> None:
         """May be called twice."""
-        self.remove()
+        self.remove_path()
         self.sock.close()
 
 
-def check_length(path: Path) -> None:
+def check_path_length(path: Path) -> None:
     """Raises GPUMeshError."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_LIMIT:
@@ -67,7 +67,7 @@ def check_length(path: Path) -> None:
         )
 
 
-def tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
+def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
     """The local end number ``number`` (from 0) of a node's tunnel, in the runtime folder (0700). Its name is the same
     each time, unless another mesh of this user that has the same names runs now. Raises GPUMeshError and OSError."""
     folder = environment.runtime_dir()
@@ -150,13 +150,13 @@ def _listen(path: Path, backlog: int) -> socket.socket:
 # -- URLs --------------------------------------------------------------------------------------------------------------
 
 
-def url_of(path: Path, *, scheme: str = "http", prefix: str = "") -> str:
+def unix_url(path: Path, *, scheme: str = "http", prefix: str = "") -> str:
     """A base URL, in nginx's form: ``http://unix:/run/x.sock:/prefix``. It ends with a colon or the prefix, so that a
     request's path can be put after it."""
     return f"{scheme}://unix:{quote(str(path), safe='/')}:{prefix}"
 
 
-def split_url(url: str) -> tuple[str, str] | None:
+def split_unix_url(url: str) -> tuple[str, str] | None:
     """The socket's path in a URL of that form, and what comes after it (``/api/tags``); ``None`` for any other URL."""
     _scheme, _, rest = url.partition("://")
     if not rest.startswith("unix:/"):

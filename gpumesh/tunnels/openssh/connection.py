@@ -41,21 +41,21 @@ from gpumesh.printable import printable
 from gpumesh.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
 from gpumesh.tunnels import blocking, hostkeys
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.forwarder import Dial, Forwarder, relay_to_unix
-from gpumesh.tunnels.heartbeat import AGAIN_S
-from gpumesh.tunnels.hostkeys import offered_as
+from gpumesh.tunnels.forwarder import Dialer, Forwarder, relay_to_unix
+from gpumesh.tunnels.heartbeat import RESEND_S
+from gpumesh.tunnels.hostkeys import host_key_algorithms
 from gpumesh.tunnels.jump_hosts import parse_jump
 from gpumesh.tunnels.local_system import child_process
-from gpumesh.tunnels.local_system.local_command import end_of, let_go
-from gpumesh.tunnels.local_system.peer_users import own_users
+from gpumesh.tunnels.local_system.local_command import release_process, wait_for_exit
+from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.local_system.socket_folders import private_folder
 from gpumesh.tunnels.openssh import errors as openssh_errors
 from gpumesh.tunnels.openssh import mux as openssh_mux
-from gpumesh.tunnels.openssh.prompts import Prompts
-from gpumesh.tunnels.remote_command import killable
-from gpumesh.tunnels.transport import Events, Setup, Up
+from gpumesh.tunnels.openssh.prompts import AskpassServer
+from gpumesh.tunnels.remote_command import wrap_killable
+from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest
 
 PIECE = 32 * 1024
 POLL_S = 0.01
@@ -71,17 +71,17 @@ NOBODY = "gpumesh"  # the host's name for clients of the control socket: they as
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-def master_command(setup: Setup, control: Path, *, batch: bool, session: bool) -> list[str]:
+def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
     """The master's arguments. Everything that would make it ask, forward or share on its own account is off: what the
     user's ~/.ssh/config says for this host is for people."""
     ssh = setup.ssh
     options = {
         "ControlMaster": "yes",
-        "ControlPath": quoted(control),
+        "ControlPath": quote_option_path(control),
         "ControlPersist": "no",
         "BatchMode": "yes" if batch else "no",
         "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
-        "UserKnownHostsFile": quoted(ssh.known_hosts.expanduser()),
+        "UserKnownHostsFile": quote_option_path(ssh.known_hosts.expanduser()),
         "UpdateHostKeys": "no",
         "NumberOfPasswordPrompts": "1",
         "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
@@ -103,12 +103,12 @@ def master_command(setup: Setup, control: Path, *, batch: bool, session: bool) -
         "HostName": ssh.host,
     }
     if _goes_by_its_name(setup):
-        options["HostKeyAlias"] = hostkeys.node_name(setup.node)
+        options["HostKeyAlias"] = hostkeys.host_key_alias(setup.node)
     if not ssh.agent:
         options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
     arguments = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
     for path in identity_files(ssh):
-        arguments += ["-o", f"IdentityFile={quoted(path)}"]
+        arguments += ["-o", f"IdentityFile={quote_option_path(path)}"]
     if ssh.proxy_jump:
         arguments += ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"]
     arguments += ["-p", str(ssh.port), "-l", ssh.user]
@@ -127,7 +127,7 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
             "ControlPath": "none",
             "BatchMode": "yes" if batch else "no",
             "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
-            "UserKnownHostsFile": quoted(ssh.known_hosts.expanduser()),
+            "UserKnownHostsFile": quote_option_path(ssh.known_hosts.expanduser()),
             "UpdateHostKeys": "no",
             "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
             "ClearAllForwardings": "yes",
@@ -136,7 +136,7 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
         }
         if not ssh.agent:
             options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
-        pairs = [*options.items(), *(("IdentityFile", quoted(path)) for path in identity_files(ssh))]
+        pairs = [*options.items(), *(("IdentityFile", quote_option_path(path)) for path in identity_files(ssh))]
         if nested:
             pairs.append(("ProxyCommand", nested))
         words = ["ssh", *(word for name, value in pairs for word in ("-o", f"{name}={value}"))]
@@ -154,7 +154,7 @@ def identity_files(ssh: SshSpec) -> list[Path]:
     return [path for path in paths if ssh.alias is None or "${" not in str(path)]
 
 
-def quoted(path: Path) -> str:
+def quote_option_path(path: Path) -> str:
     """As an option's value: ssh splits at spaces and expands percent signs. A variable it would expand as well, and its
     error would then show the value; there is no way to write one that it leaves. Raises ``KeyUnreadable``."""
     if "${" in str(path):
@@ -167,22 +167,22 @@ def quoted(path: Path) -> str:
 
 def client_command(control: Path, *arguments: str) -> list[str]:
     """A client of the control socket. Should the master be gone, it must not connect by itself: hence ProxyCommand."""
-    options = ["-o", "ControlMaster=no", "-o", f"ControlPath={quoted(control)}", "-o", "ProxyCommand=false"]
+    options = ["-o", "ControlMaster=no", "-o", f"ControlPath={quote_option_path(control)}", "-o", "ProxyCommand=false"]
     return ["ssh", "-F", "none", "-T", *options, "-o", "LogLevel=INFO", *arguments]
 
 
-def _goes_by_its_name(setup: Setup) -> bool:
+def _goes_by_its_name(setup: ConnectRequest) -> bool:
     """Whether ssh is to look the host's key up, and to record it, under the node's name instead of its address: where
     the node has a key of its own, and where a first key is to be recorded and nothing is known of the address. So the
     trust in a pod moves with it. Raises ``HostKeyRevoked``: ssh would not see what is revoked under the address."""
     ssh = setup.ssh
-    known = hostkeys.read(ssh.known_hosts)
-    name, address = hostkeys.node_name(setup.node), hostkeys.address_name(ssh.host, ssh.port)
+    known = hostkeys.read_known_hosts(ssh.known_hosts)
+    name, address = hostkeys.host_key_alias(setup.node), hostkeys.known_hosts_address(ssh.host, ssh.port)
     own = [entry.key for entry in known.entries if not entry.marker and entry.matches(name)]
     for key in own:
-        if known.judge(key, node=setup.node, host=ssh.host, port=ssh.port).verdict is hostkeys.Verdict.REVOKED:
+        if known.check_key(key, node=setup.node, host=ssh.host, port=ssh.port).status is hostkeys.HostKeyStatus.REVOKED:
             raise HostKeyRevoked(
-                f"a host key on record for {setup.node}, {key.kind} {key.fingerprint}, is marked @revoked"
+                f"a host key on record for {setup.node}, {key.key_type} {key.fingerprint}, is marked @revoked"
                 f" in {ssh.known_hosts}",
                 hint="whoever marked it knows why; remove the node's own line, or the mark",
             )
@@ -192,11 +192,11 @@ def _goes_by_its_name(setup: Setup) -> bool:
     return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not named
 
 
-def where_of(ssh: SshSpec) -> str:
-    return printable(ssh.alias or hostkeys.place(ssh.host, ssh.port))
+def format_destination(ssh: SshSpec) -> str:
+    return printable(ssh.alias or hostkeys.format_address(ssh.host, ssh.port))
 
 
-def host_key_command(setup: Setup, known_hosts: Path, *, batch: bool) -> list[str]:
+def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -> list[str]:
     """The arguments of an ``ssh`` that writes the host's key to ``known_hosts`` and goes, before any login."""
     ssh = setup.ssh
     options = {
@@ -204,7 +204,7 @@ def host_key_command(setup: Setup, known_hosts: Path, *, batch: bool) -> list[st
         "ControlPath": "none",
         "BatchMode": "yes" if batch else "no",
         "StrictHostKeyChecking": "accept-new",
-        "UserKnownHostsFile": quoted(known_hosts),
+        "UserKnownHostsFile": quote_option_path(known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
         "HashKnownHosts": "no",
         "HostKeyAlias": NOBODY,
@@ -218,9 +218,9 @@ def host_key_command(setup: Setup, known_hosts: Path, *, batch: bool) -> list[st
         "LogLevel": "INFO",
         "HostName": ssh.host,
     }
-    kinds = hostkeys.read(ssh.known_hosts).kinds(node=setup.node, host=ssh.host, port=ssh.port)
+    kinds = hostkeys.read_known_hosts(ssh.known_hosts).key_types(node=setup.node, host=ssh.host, port=ssh.port)
     if kinds:
-        options["HostKeyAlgorithms"] = "^" + ",".join(offered_as(kinds))
+        options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(kinds))
     arguments = [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
     if ssh.proxy_jump:
         arguments += ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"]
@@ -233,60 +233,62 @@ async def fetch_host_key(
     """The key that the host shows now, whether trusted or not; logs in to jump hosts only. Raises ``TunnelError``."""
     with private_folder() as folder:
         known_hosts = folder / "k"
-        setup = Setup(node, ssh, (), secrets, control_dir=str(folder))
+        setup = ConnectRequest(node, ssh, (), secrets, control_dir=str(folder))
         deadline = Deadline(timeout_s, time.monotonic)
-        async with Prompts(folder, dict(secrets), _Nobody(), deadline, interactive=False) as prompts:
-            command = host_key_command(setup, known_hosts, batch=not prompts.possible)
-            ssh_child = await Master.start(command, folder / "c", prompts.program if prompts.possible else None)
+        async with AskpassServer(folder, dict(secrets), _Nobody(), deadline, interactive=False) as prompts:
+            command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
+            ssh_child = await OpensshMaster.start(
+                command, folder / "c", prompts.askpass_path if prompts.can_answer else None
+            )
             try:
-                await asyncio.wait([ssh_child.ended], timeout=timeout_s)
-                in_time = ssh_child.ended.done()
+                await asyncio.wait([ssh_child.exit_task], timeout=timeout_s)
+                in_time = ssh_child.exit_task.done()
             finally:
                 await ssh_child.close()
-        keys = [entry.key for entry in hostkeys.read(known_hosts).entries]
+        keys = [entry.key for entry in hostkeys.read_known_hosts(known_hosts).entries]
         if keys:
             return keys[0]
         if not in_time:
             raise _too_late(ssh_child, setup)
-        raise openssh_errors.explain(ssh_child.words, where_of(ssh))
+        raise openssh_errors.error_from_stderr(ssh_child.stderr_lines, format_destination(ssh))
 
 
 class _Nobody:
-    """``Events`` of a connection that is only looked at."""
+    """``ConnectionEvents`` of a connection that is only looked at."""
 
-    async def ask(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - there is nobody
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - there is nobody
         return None
 
-    def forward_failed(self, target: Target, code: str, message: str) -> None:
+    def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         """Nothing is forwarded."""
 
-    def peer_refused(self, port: int, uid: int) -> None:
+    def report_peer_refused(self, port: int, uid: int) -> None:
         """There are no local ports."""
 
 
 # -- the master ------------------------------------------------------------------------------------------------------
 
 
-class Master:
-    """The ``ssh`` child. ``words`` are the last lines of its stderr, made printable."""
+class OpensshMaster:
+    """The ``ssh`` child. ``stderr_lines`` are the last lines of its stderr, made printable."""
 
     def __init__(self, process: Process, control: Path) -> None:
         self.process = process
         self.control = control
-        self.words: deque[str] = deque(maxlen=WORDS)
-        self.session = False
-        self.echoes = False
+        self.stderr_lines: deque[str] = deque(maxlen=WORDS)
+        self.has_session = False
+        self.echo_works = False
         self.refusals = 0
         self.needs_terminal = False
-        self.on_word: Callable[[str], None] = lambda _: None
+        self.on_stderr_line: Callable[[str], None] = lambda _: None
         self._nonce = secrets.token_hex(8)
         self._ids = itertools.count()
         self._waiting: dict[bytes, asyncio.Future[float]] = {}
         self._readers = [asyncio.create_task(self._hear()), asyncio.create_task(self._read_echoes())]
-        self.ended = asyncio.create_task(self._end())
+        self.exit_task = asyncio.create_task(self._end())
 
     @classmethod
-    async def start(cls, command: list[str], control: Path, askpass: Path | None) -> Master:
+    async def start(cls, command: list[str], control: Path, askpass: Path | None) -> OpensshMaster:
         """Raises TransportUnsupported when there is no ``ssh``."""
         changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
         if askpass is not None:
@@ -299,7 +301,7 @@ class Master:
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=PIPE,
-                env=environment.child(changes),
+                env=environment.child_environment(changes),
                 start_new_session=True,  # no terminal to ask on; and one group, with its ProxyCommand
                 preexec_fn=child_process.die_with_parent,  # the worker has no threads of its own yet
             )
@@ -308,17 +310,17 @@ class Master:
             raise TransportUnsupported(message, hint="install OpenSSH's client, or use transport: sshtunnel") from error
         return cls(process, control)
 
-    async def until_ready(self, deadline: Deadline) -> bool:
+    async def wait_until_ready(self, deadline: Deadline) -> bool:
         """True when it is logged in (its control socket is there), False when it has ended. Raises ``TimeoutError``."""
         while not self.control.exists():
-            if self.ended.done():
+            if self.exit_task.done():
                 return False
-            if deadline.passed:
+            if deadline.expired:
                 raise TimeoutError
-            await asyncio.wait([self.ended], timeout=POLL_S)
+            await asyncio.wait([self.exit_task], timeout=POLL_S)
         return True
 
-    async def echo(self, timeout_s: float) -> float | None:
+    async def measure_round_trip_ms(self, timeout_s: float) -> float | None:
         """The round trip in ms of a line that the host sends back; ``None``: it does not, or not in time. It is asked
         again while no answer comes: heartbeat.py says why."""
         loop = asyncio.get_running_loop()
@@ -332,10 +334,10 @@ class Master:
                     assert self.process.stdin is not None
                     self.process.stdin.write(line + b"\n")
                     await self.process.stdin.drain()
-                    either: list[asyncio.Future[Any]] = [*asked.values(), self.ended]
-                    await asyncio.wait(either, timeout=AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+                    either: list[asyncio.Future[Any]] = [*asked.values(), self.exit_task]
+                    await asyncio.wait(either, timeout=RESEND_S, return_when=asyncio.FIRST_COMPLETED)
                     answered = next((answer for answer in asked.values() if answer.done()), None)
-                    if answered is not None or self.ended.done():
+                    if answered is not None or self.exit_task.done():
                         return None if answered is None else (answered.result() - began) * 1000
         except (TimeoutError, ConnectionError):
             return None
@@ -345,16 +347,16 @@ class Master:
 
     async def close(self) -> None:
         """Ends it and all that it started. May be called twice."""
-        if not self.ended.done():
+        if not self.exit_task.done():
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
-            await asyncio.wait([self.ended], timeout=STOP_S)
+            await asyncio.wait([self.exit_task], timeout=STOP_S)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        await asyncio.wait([self.ended], timeout=STOP_S)
-        for task in (*self._readers, self.ended):
+        await asyncio.wait([self.exit_task], timeout=STOP_S)
+        for task in (*self._readers, self.exit_task):
             task.cancel()
-        await asyncio.gather(*self._readers, self.ended, return_exceptions=True)
+        await asyncio.gather(*self._readers, self.exit_task, return_exceptions=True)
 
     async def _end(self) -> None:
         """When it has ended and has been heard to its end."""
@@ -366,20 +368,20 @@ class Master:
             text = printable(line, 300)
             if not text or set(text) == {"@"}:
                 continue
-            self.words.append(text)
-            self.refusals += openssh_errors.FORBIDDEN in text
-            self.on_word(text)
+            self.stderr_lines.append(text)
+            self.refusals += openssh_errors.FORBIDDEN_TEXT in text
+            self.on_stderr_line(text)
 
     async def _read_echoes(self) -> None:
         async for line in _lines(self.process.stdout):
             if line.startswith(self._nonce.encode()):
-                self.echoes = True  # however late: a login shell may take seconds to start what it was told to
+                self.echo_works = True  # however late: a login shell may take seconds to start what it was told to
             answer = self._waiting.get(line.strip())
             if answer is not None and not answer.done():
                 answer.set_result(time.perf_counter())
             elif b"doesn't support PTY" in line:  # RunPod's proxy
                 self.needs_terminal = True
-                self.words.append(printable(line, 300))
+                self.stderr_lines.append(printable(line, 300))
 
 
 async def _lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
@@ -395,12 +397,12 @@ async def _lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
         yield begun
 
 
-async def log_in(setup: Setup, folder: Path, prompts: Prompts, deadline: Deadline) -> Master:
+async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, deadline: Deadline) -> OpensshMaster:
     """A master that is logged in: with an echoing session where the host gives one. Raises ``TunnelError``."""
     for session in (True, False):
         control = folder / ("c" if session else "n")
-        command = master_command(setup, control, batch=not prompts.possible, session=session)
-        master = await Master.start(command, control, prompts.program if prompts.possible else None)
+        command = master_command(setup, control, batch=not prompts.can_answer, session=session)
+        master = await OpensshMaster.start(command, control, prompts.askpass_path if prompts.can_answer else None)
         try:
             if await _is_usable(master, deadline, session=session):
                 return master
@@ -410,33 +412,33 @@ async def log_in(setup: Setup, folder: Path, prompts: Prompts, deadline: Deadlin
                 raise _too_late(master, setup) from error
             raise
         await master.close()
-        refused = any(openssh_errors.NO_SESSION.search(word) for word in master.words)
+        refused = any(openssh_errors.NO_SESSION_PATTERN.search(word) for word in master.stderr_lines)
         if not session or (master.process.returncode == SSH_FAILED and not refused) or master.needs_terminal:
-            raise openssh_errors.explain(master.words, where_of(setup.ssh))
-        prompts.begin_again()
+            raise openssh_errors.error_from_stderr(master.stderr_lines, format_destination(setup.ssh))
+        prompts.forget_given_secrets()
     raise AssertionError("unreachable")
 
 
-async def _is_usable(master: Master, deadline: Deadline, *, session: bool) -> bool:
+async def _is_usable(master: OpensshMaster, deadline: Deadline, *, session: bool) -> bool:
     """False: it has ended. Raises ``TimeoutError``."""
-    if not await master.until_ready(deadline):
+    if not await master.wait_until_ready(deadline):
         return False
-    master.session = session
+    master.has_session = session
     if session:
-        if await master.echo(min(ECHO_S, max(0.5, deadline.remaining_s))) is None:
-            return not master.ended.done()  # a forced command that says nothing is a session all the same
-        master.echoes = True
+        if await master.measure_round_trip_ms(min(ECHO_S, max(0.5, deadline.remaining_s))) is None:
+            return not master.exit_task.done()  # a forced command that says nothing is a session all the same
+        master.echo_works = True
     return True
 
 
-def _too_late(master: Master, setup: Setup) -> TunnelError:
+def _too_late(master: OpensshMaster, setup: ConnectRequest) -> TunnelError:
     """What ssh has said by then is the better reason."""
-    if master.words:
-        reason = openssh_errors.explain(master.words, where_of(setup.ssh))
+    if master.stderr_lines:
+        reason = openssh_errors.error_from_stderr(master.stderr_lines, format_destination(setup.ssh))
         if type(reason) is not TunnelError:
             return reason
     return ConnectTimeout(
-        f"no connection to {where_of(setup.ssh)} within {setup.ssh.connect_timeout_s:g} s",
+        f"no connection to {format_destination(setup.ssh)} within {setup.ssh.connect_timeout_s:g} s",
         hint="the host is off or hung, or a firewall drops the connection",
     )
 
@@ -444,16 +446,18 @@ def _too_late(master: Master, setup: Setup) -> TunnelError:
 # -- the connection --------------------------------------------------------------------------------------------------
 
 
-async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Events) -> OpensshConnection:
+async def connect(
+    setup: ConnectRequest, listeners: Sequence[socket.socket], events: ConnectionEvents
+) -> OpensshConnection:
     """See ``connection.Connect``."""
     if setup.control_dir is None:
         raise TunnelError(f"there is no folder for the sockets of {setup.node}")
     folder = Path(setup.control_dir)
     if setup.ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW:
-        hostkeys.refuse_other_files(setup.ssh.known_hosts)  # ssh would write into any
+        hostkeys.ensure_known_hosts_file(setup.ssh.known_hosts)  # ssh would write into any
     deadline = Deadline(setup.ssh.connect_timeout_s, time.monotonic)
     given = dict(setup.secrets)
-    async with Prompts(folder, given, events, deadline, interactive=setup.interactive) as prompts:
+    async with AskpassServer(folder, given, events, deadline, interactive=setup.interactive) as prompts:
         master = await log_in(setup, folder, prompts, deadline)
     try:
         connection = OpensshConnection(setup, master, events, listeners)
@@ -461,7 +465,7 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
         await master.close()
         raise
     try:
-        await connection.serve(folder)
+        await connection.start_forwarding(folder)
     except BaseException:
         await connection.close()
         raise
@@ -471,41 +475,45 @@ async def connect(setup: Setup, listeners: Sequence[socket.socket], events: Even
 class OpensshConnection:
     """See ``connection.Connection``."""
 
-    def __init__(self, setup: Setup, master: Master, events: Events, listeners: Sequence[socket.socket]) -> None:
+    def __init__(
+        self, setup: ConnectRequest, master: OpensshMaster, events: ConnectionEvents, listeners: Sequence[socket.socket]
+    ) -> None:
         """Raises ``TunnelError``."""
         self._setup = setup
         self._listeners = listeners
-        self._where = where_of(setup.ssh)
+        self._where = format_destination(setup.ssh)
         self._master = master
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._forwards_no_more = asyncio.Event()
-        door = None if setup.share or not listeners else own_users(listeners[0], self._peer_refused)
-        self._forwarder = Forwarder(self._forwarder_ended, door=door)
+        door = None if setup.share or not listeners else open_own_user_filter(listeners[0], self._peer_refused)
+        self._forwarder = Forwarder(self._forwarder_ended, peer_filter=door)
         self._dialled: Target | None = None
         self._checking = True
-        master.on_word = self._heard
-        self.up = Up(None, "OpenSSH client")
+        master.on_stderr_line = self._heard
+        self.info = ConnectionInfo(None, "OpenSSH client")
 
-    async def serve(self, folder: Path) -> None:
+    async def start_forwarding(self, folder: Path) -> None:
         """Starts forwarding. Raises ``TunnelError``, ForwardingForbidden when the host allows it to no target."""
         routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
         rtt_ms: float | None = None
         if routes:
             await self._forward(routes)
             rtt_ms = await self._ask_whether_allowed(routes)
-        self.up = Up(rtt_ms or await self.ping(ECHO_S), "OpenSSH client")
+        self.info = ConnectionInfo(rtt_ms or await self.ping(ECHO_S), "OpenSSH client")
         self._checking = False
         for listener, (path, target) in zip(self._listeners, routes, strict=True):
             self._forwarder.listen(listener, self._dial(path, target))
         self._forwarder.start()
 
     async def ping(self, timeout_s: float) -> float | None:
-        if self._master.echoes:
-            return await self._master.echo(timeout_s)
-        if not self._master.session:
+        if self._master.echo_works:
+            return await self._master.measure_round_trip_ms(timeout_s)
+        if not self._master.has_session:
             return await self._ask_for_session(timeout_s)
-        ways = [asyncio.create_task(way(timeout_s)) for way in (self._master.echo, self._ask_for_session)]
+        ways = [
+            asyncio.create_task(way(timeout_s)) for way in (self._master.measure_round_trip_ms, self._ask_for_session)
+        ]
         try:
             for answered in asyncio.as_completed(ways):
                 rtt_ms = await answered
@@ -525,32 +533,35 @@ class OpensshConnection:
                 await self._client("--", NOBODY, "exit")
         except TimeoutError:
             return None
-        return None if self._master.ended.done() else (time.perf_counter() - began) * 1000
+        return None if self._master.exit_task.done() else (time.perf_counter() - began) * 1000
 
-    async def run(self, command: str) -> MuxCommand:
-        posix = self._master.echoes
+    async def start_command(self, command: str) -> MuxCommand:
+        posix = self._master.echo_works
         process = await asyncio.create_subprocess_exec(
-            *client_command(self._master.control, "--", NOBODY, killable(command) if posix else command),
+            *client_command(self._master.control, "--", NOBODY, wrap_killable(command) if posix else command),
             stdin=PIPE if posix else DEVNULL,
             stdout=PIPE,
             stderr=PIPE,
-            env=environment.child(),
+            env=environment.child_environment(),
         )
         return MuxCommand(process, self._master_answers)
 
     async def wait_lost(self) -> TunnelError:
-        ended: list[asyncio.Future[Any]] = [self._master.ended, asyncio.ensure_future(self._forwards_no_more.wait())]
+        ended: list[asyncio.Future[Any]] = [
+            self._master.exit_task,
+            asyncio.ensure_future(self._forwards_no_more.wait()),
+        ]
         try:
             await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended[1].cancel()
-        if not self._master.ended.done():
+        if not self._master.exit_task.done():
             return TunnelLost(f"the tunnel's process for {self._where} stopped forwarding")
-        return openssh_errors.explain(self._master.words, self._where, was_up=True)
+        return openssh_errors.error_from_stderr(self._master.stderr_lines, self._where, was_up=True)
 
     async def close(self) -> None:
         try:
-            await blocking.call(self._forwarder.close, STOP_S)
+            await blocking.run_in_thread(self._forwarder.close, STOP_S)
         finally:
             await self._master.close()
 
@@ -564,17 +575,17 @@ class OpensshConnection:
     def _peer_refused(self, port: int, uid: int) -> None:
         """In the selector's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
-            self._loop.call_soon_threadsafe(self._events.peer_refused, port, uid)
+            self._loop.call_soon_threadsafe(self._events.report_peer_refused, port, uid)
 
     async def _forward(self, routes: list[tuple[Path, Target]]) -> None:
         """Raises ``TunnelError``."""
         try:
             async with asyncio.timeout(ORDER_S):
-                await openssh_mux.forward(self._master.control, routes)
+                await openssh_mux.open_forwards(self._master.control, routes)
         except TimeoutError as error:
             raise TunnelError(f"ssh to {self._where} does not answer its control socket") from error
         except openssh_mux.MuxError as error:
-            raise openssh_errors.explain([*self._master.words, str(error)], self._where) from error
+            raise openssh_errors.error_from_stderr([*self._master.stderr_lines, str(error)], self._where) from error
 
     async def _client(self, *arguments: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
@@ -582,7 +593,7 @@ class OpensshConnection:
             stdin=DEVNULL,
             stdout=DEVNULL,
             stderr=PIPE,
-            env=environment.child(),
+            env=environment.child_environment(),
         )
         try:
             assert process.stderr is not None
@@ -596,13 +607,13 @@ class OpensshConnection:
     async def _master_answers(self) -> bool:
         try:
             async with asyncio.timeout(ORDER_S):
-                return await openssh_mux.alive(self._master.control)
+                return await openssh_mux.is_master_alive(self._master.control)
         except TimeoutError:
             return False
 
     async def _ask_whether_allowed(self, routes: Sequence[tuple[Path, Target]]) -> float | None:
         """Which of them the host forbids is told, and raised if it is all of them. The round trip in ms, if known."""
-        if not self._master.echoes:
+        if not self._master.echo_works:
             return None
         # ssh names no target when it is refused. So all are asked for together, and one by one only if some are.
         refused, rtt_ms = await self._refused(routes)
@@ -615,7 +626,7 @@ class OpensshConnection:
                 hint="allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen",
             )
         for target in forbidden:
-            self._events.forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
+            self._events.report_forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
         return rtt_ms
 
     async def _refused(self, routes: Sequence[tuple[Path, Target]]) -> tuple[int, float | None]:
@@ -628,13 +639,13 @@ class OpensshConnection:
             for path, _ in routes:
                 writers.append((await asyncio.open_unix_connection(path))[1])
             for _ in range(2):
-                rtt_ms = await self._master.echo(ECHO_S)
+                rtt_ms = await self._master.measure_round_trip_ms(ECHO_S)
         finally:
             for writer in writers:
                 writer.close()
         return self._master.refusals - before, rtt_ms
 
-    def _dial(self, path: Path, target: Target) -> Dial:
+    def _dial(self, path: Path, target: Target) -> Dialer:
         relay = relay_to_unix(str(path))
 
         def dial(forwarder: Forwarder, local: socket.socket) -> None:
@@ -648,11 +659,11 @@ class OpensshConnection:
         target = self._dialled
         if self._checking or target is None or "open failed" not in word:
             return
-        if openssh_errors.FORBIDDEN not in word:
+        if openssh_errors.FORBIDDEN_TEXT not in word:
             message = f"nothing answers at {target.host}:{target.port} on the host"
-            self._events.forward_failed(target, "backend-unreachable", message)
+            self._events.report_forward_failed(target, "backend-unreachable", message)
         elif len(self._setup.targets) == 1:
-            self._events.forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
+            self._events.report_forward_failed(target, "forwarding-forbidden", _forbids(self._where, target))
 
 
 def _forbids(where: str, target: Target) -> str:
@@ -666,12 +677,12 @@ class MuxCommand:
     def __init__(self, process: Process, master_answers: Callable[[], Awaitable[bool]]) -> None:
         self._process = process
         self._master_answers = master_answers
-        self._pieces: asyncio.Queue[tuple[Stream, bytes] | None] = asyncio.Queue(maxsize=4)
+        self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
         self._complaint = b""
         self._open = 2
         self._readers = [
-            asyncio.create_task(self._pump(Stream.STDOUT, process.stdout)),
-            asyncio.create_task(self._pump(Stream.STDERR, process.stderr)),
+            asyncio.create_task(self._pump(OutputStream.STDOUT, process.stdout)),
+            asyncio.create_task(self._pump(OutputStream.STDERR, process.stderr)),
         ]
 
     @property
@@ -679,7 +690,7 @@ class MuxCommand:
         status = self._process.returncode
         return status if status is not None and status >= 0 else None
 
-    async def read(self) -> tuple[Stream, bytes] | None:
+    async def read(self) -> tuple[OutputStream, bytes] | None:
         while self._open:
             piece = await self._pieces.get()
             if piece is not None:
@@ -687,7 +698,7 @@ class MuxCommand:
             self._open -= 1
         await self._process.wait()
         if self._process.returncode == SSH_FAILED:  # which may be the command's own
-            if openssh_errors.NO_SESSION.search(self._complaint.decode("latin-1")):
+            if openssh_errors.NO_SESSION_PATTERN.search(self._complaint.decode("latin-1")):
                 raise ExecError(
                     "the host gives no session to run a command in",
                     hint="its sshd forbids it, or MaxSessions is reached",
@@ -698,16 +709,16 @@ class MuxCommand:
 
     async def kill(self) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()  # ``killable`` sees the end of its input
+            self._process.stdin.close()  # ``wrap_killable`` sees the end of its input
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         await _end_client(self._process, patience_s=STOP_S)
 
-    async def _pump(self, stream: Stream, pipe: asyncio.StreamReader | None) -> None:
+    async def _pump(self, stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
         assert pipe is not None
         while data := await pipe.read(PIECE):
-            if stream is Stream.STDERR:
+            if stream is OutputStream.STDERR:
                 self._complaint = (self._complaint + data)[-1000:]
             await self._pieces.put((stream, data))
         await self._pieces.put(None)
@@ -718,8 +729,8 @@ async def _end_client(process: Process, patience_s: float = 0.0) -> None:
     if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                await end_of(process)
+                await wait_for_exit(process)
                 return
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    await let_go(process, STOP_S)
+    await release_process(process, STOP_S)

@@ -22,8 +22,8 @@ from gpumesh.errors import (
     TunnelLost,
 )
 
-FORBIDDEN = "administratively prohibited"
-NO_SESSION = re.compile(
+FORBIDDEN_TEXT = "administratively prohibited"
+NO_SESSION_PATTERN = re.compile(
     r"exec request failed on channel|channel \d+: open failed|session request failed|Session open refused",
     re.IGNORECASE,
 )
@@ -119,7 +119,7 @@ _MEANINGS: tuple[tuple[re.Pattern[str], _Make], ...] = tuple(
             ),
         ),
         (
-            FORBIDDEN,
+            FORBIDDEN_TEXT,
             lambda where, _: ForwardingForbidden(
                 f"{where} forbids forwarding", hint="its sshd_config has AllowTcpForwarding no, or PermitOpen"
             ),
@@ -155,7 +155,7 @@ _MEANINGS: tuple[tuple[re.Pattern[str], _Make], ...] = tuple(
 )
 
 
-def explain(lines: Sequence[str], where: str, *, was_up: bool = False) -> TunnelError:
+def error_from_stderr(lines: Sequence[str], where: str, *, was_up: bool = False) -> TunnelError:
     """The error that ``ssh``'s last words (made printable already) stand for. ``was_up``: it had been connected, so
     that whatever happened, the connection was lost."""
     if was_up:

@@ -25,7 +25,7 @@ class MuxError(Exception):
     """The master refuses, or does not answer as one. Its text is safe to print."""
 
 
-async def forward(control: Path, routes: list[tuple[Path, Target]]) -> None:
+async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> None:
     """Has the master listen at each path, for what is then forwarded to its target. Raises ``MuxError``."""
     messages = [
         struct.pack(">III", _OPEN_FORWARD, number, _LOCAL)
@@ -40,7 +40,7 @@ async def forward(control: Path, routes: list[tuple[Path, Target]]) -> None:
             raise MuxError(_reason(kind, rest))
 
 
-async def alive(control: Path) -> bool:
+async def is_master_alive(control: Path) -> bool:
     """Whether the master is there and answers."""
     try:
         ((kind, _),) = await _talk(control, [struct.pack(">II", _ALIVE_CHECK, 0)])

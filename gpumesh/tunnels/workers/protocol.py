@@ -1,11 +1,11 @@
 """What a supervisor and its worker process say to each other: JSON lines over a socket pair.
 
-One worker lives for one connection: ``Setup`` comes first; the worker answers ``Up`` or ``Failed``, later perhaps
-``Lost``, and after ``Failed`` or ``Lost`` it exits. When the socket ends, the worker ends: however the mesh died.
-Listening sockets travel beside ``Setup`` as file descriptors (SCM_RIGHTS), one for each target in its order, and stay
-the supervisor's, so that the ports outlive any worker.
+One worker lives for one connection: ``ConnectRequest`` comes first; the worker answers ``ConnectionInfo`` or
+``Failed``, later perhaps ``Lost``, and after ``Failed`` or ``Lost`` it exits. When the socket ends, the worker ends:
+however the mesh died. Listening sockets travel beside ``ConnectRequest`` as file descriptors (SCM_RIGHTS), one for each
+target in its order, and stay the supervisor's, so that the ports outlive any worker.
 
-Secrets stand only in ``Setup.secrets`` and ``Reply``, and neither type shows them in its ``repr``.
+Secrets stand only in ``ConnectRequest.secrets`` and ``Reply``, and neither type shows them in its ``repr``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from gpumesh.topology import Target
-from gpumesh.tunnels.transport import Setup, Up
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.wire import from_json, to_json
 
 # -- to the worker ---------------------------------------------------------------------------------------------------
@@ -137,22 +137,22 @@ class Prompt:
     echo: bool
 
 
-ToWorker = Setup | Exec | Kill | Ping | Reply | Close
-FromWorker = Up | Failed | Lost | Output | Done | Pong | ForwardFailed | PeerRefused | Prompt
+ToWorker = ConnectRequest | Exec | Kill | Ping | Reply | Close
+FromWorker = ConnectionInfo | Failed | Lost | Output | Done | Pong | ForwardFailed | PeerRefused | Prompt
 
 _KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
     kind.__name__: kind for kind in (*get_args(ToWorker), *get_args(FromWorker))
 }
 
 
-def encode(message: ToWorker | FromWorker) -> bytes:
+def encode_message(message: ToWorker | FromWorker) -> bytes:
     """One line, with its end."""
     # In ASCII: a file's name may hold bytes that are no text, and come here as lone surrogates.
     return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode("ascii") + b"\n"
 
 
-def decode(line: bytes) -> ToWorker | FromWorker:
-    """Raises ``ValueError`` for what ``encode`` cannot have written."""
+def decode_message(line: bytes) -> ToWorker | FromWorker:
+    """Raises ``ValueError`` for what ``encode_message`` cannot have written."""
     try:
         document = json.loads(line)
     except RecursionError as error:

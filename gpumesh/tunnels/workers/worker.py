@@ -1,4 +1,4 @@
-"""A tunnel's own process: one connection to one host, from ``Setup`` to its end.
+"""A tunnel's own process: one connection to one host, from ``ConnectRequest`` to its end.
 
 It speaks protocol.py with its supervisor over one socket, and ends when that socket does. It knows nothing of
 retrying: a connection that failed or was lost is said so, and the process is over.
@@ -21,10 +21,10 @@ from gpumesh.errors import ExecError, TunnelError
 from gpumesh.printable import printable
 from gpumesh.topology import Target
 from gpumesh.tunnels import blocking
-from gpumesh.tunnels.base import Stream
-from gpumesh.tunnels.local_system.peer_users import user_name
-from gpumesh.tunnels.transport import Setup
-from gpumesh.tunnels.transports import connect_of
+from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.local_system.peer_users import find_user_name
+from gpumesh.tunnels.transport import ConnectRequest
+from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers import protocol
 from gpumesh.tunnels.workers.protocol import (
     Close,
@@ -44,10 +44,10 @@ from gpumesh.tunnels.workers.protocol import (
 )
 
 if TYPE_CHECKING:
-    from gpumesh.tunnels.transport import Connection, RemoteCommand
+    from gpumesh.tunnels.transport import HostConnection, RemoteCommand
 
 LINE_LIMIT = 4 << 20
-PIECE = 32 * 1024  # bytes of output in one message
+CHUNK_BYTES = 32 * 1024  # bytes of output in one message
 CLOSE_TIMEOUT_S = 2.0
 
 
@@ -69,17 +69,17 @@ class Worker:
         self._prompts: dict[int, asyncio.Future[str | None]] = {}
         self._commands: dict[int, asyncio.Task[None]] = {}
         self._reports: set[asyncio.Task[None]] = set()
-        self._setup: Setup | None = None
+        self._setup: ConnectRequest | None = None
 
     async def serve(self, control: socket.socket) -> None:
         """Until the supervisor closes, or the connection ends."""
         reader, self._writer = await asyncio.open_unix_connection(sock=control, limit=LINE_LIMIT)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 0)
         first = await self._receive(reader)
-        if not isinstance(first, Setup):
+        if not isinstance(first, ConnectRequest):
             return
         self._setup = first
-        made: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        made: asyncio.Future[HostConnection] = asyncio.get_running_loop().create_future()
         async with asyncio.TaskGroup() as group:
             life = group.create_task(self._live(first, made))
             await self._obey(reader, group, made, life)
@@ -89,7 +89,7 @@ class Worker:
 
     # -- events of the connection ------------------------------------------------------------------------------------
 
-    async def ask(self, text: str, *, echo: bool) -> str | None:
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:
         if self._setup is None or not self._setup.interactive:
             return None
         number = len(self._prompts)
@@ -98,25 +98,25 @@ class Worker:
         await self._send(Prompt(number, text, echo))
         return await answer
 
-    def forward_failed(self, target: Target, code: str, message: str) -> None:
+    def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         if self._writer is not None:
-            self._writer.write(protocol.encode(ForwardFailed(target, code, message)))
+            self._writer.write(protocol.encode_message(ForwardFailed(target, code, message)))
 
-    def peer_refused(self, port: int, uid: int) -> None:
+    def report_peer_refused(self, port: int, uid: int) -> None:
         # Not awaited here, nor looked up in this thread: where a directory service knows the names, that may take long.
         naming = asyncio.create_task(self._report_peer(port, uid))
         self._reports.add(naming)
         naming.add_done_callback(self._reports.discard)
 
     async def _report_peer(self, port: int, uid: int) -> None:
-        await self._send(PeerRefused(port, uid, await blocking.call(user_name, uid)))
+        await self._send(PeerRefused(port, uid, await blocking.run_in_thread(find_user_name, uid)))
 
     # -- the connection's life ---------------------------------------------------------------------------------------
 
-    async def _live(self, setup: Setup, made: asyncio.Future[Connection]) -> None:
+    async def _live(self, setup: ConnectRequest, made: asyncio.Future[HostConnection]) -> None:
         """Connects, waits for the end of the connection, says why; then nothing more will be obeyed."""
         try:
-            connection = await connect_of(setup.ssh.transport)(setup, self._listeners, self)
+            connection = await load_connect(setup.ssh.transport)(setup, self._listeners, self)
         except TunnelError as error:
             await self._send(Failed(error.code, error.message, error.hint))
             return
@@ -124,7 +124,7 @@ class Worker:
             await self._send(Failed(TunnelError.code, f"{type(error).__name__}: {printable(str(error))}"))
             raise
         try:
-            await self._send(connection.up)
+            await self._send(connection.info)
             made.set_result(connection)
             lost = await connection.wait_lost()
             await self._send(Lost(lost.code, lost.message, lost.hint))
@@ -140,13 +140,13 @@ class Worker:
             line = await reader.readline()
         except (ConnectionError, ValueError):
             return None
-        return protocol.decode(line) if line.endswith(b"\n") else None  # type: ignore[return-value]
+        return protocol.decode_message(line) if line.endswith(b"\n") else None  # type: ignore[return-value]
 
     async def _obey(
         self,
         reader: asyncio.StreamReader,
         group: asyncio.TaskGroup,
-        made: asyncio.Future[Connection],
+        made: asyncio.Future[HostConnection],
         life: asyncio.Task[None],
     ) -> None:
         while True:
@@ -176,14 +176,14 @@ class Worker:
     async def _send(self, message: FromWorker) -> None:
         assert self._writer is not None
         with contextlib.suppress(ConnectionError):  # the supervisor has gone: our reader sees it too, and ends all
-            self._writer.write(protocol.encode(message))
+            self._writer.write(protocol.encode_message(message))
             await self._writer.drain()
 
-    async def _ping(self, made: asyncio.Future[Connection], number: int, timeout_s: float) -> None:
+    async def _ping(self, made: asyncio.Future[HostConnection], number: int, timeout_s: float) -> None:
         rtt_ms = await made.result().ping(timeout_s) if made.done() else None
         await self._send(Pong(number, rtt_ms))
 
-    async def _exec(self, made: asyncio.Future[Connection], order: Exec) -> None:
+    async def _exec(self, made: asyncio.Future[HostConnection], order: Exec) -> None:
         """Runs one command; sends its ``Output`` and, whatever happens, one ``Done``. Cancelled: kills it."""
         if not made.done():
             await self._send(Done(order.id, None, error="the tunnel is not up"))
@@ -193,7 +193,7 @@ class Worker:
         done = Done(order.id, None, error="stopped")
         try:
             async with asyncio.timeout(order.timeout_s):
-                running = await made.result().run(order.command)
+                running = await made.result().start_command(order.command)
                 truncated = await self._pass_on(running, order)
             done = Done(order.id, running.exit_status, truncated)
         except TimeoutError:
@@ -208,7 +208,7 @@ class Worker:
 
     async def _pass_on(self, running: RemoteCommand, order: Exec) -> bool:
         """True when output beyond ``limit_bytes`` (of each stream) was left out; a ``stream`` has no limit."""
-        kept: dict[Stream, bytearray] = {Stream.STDOUT: bytearray(), Stream.STDERR: bytearray()}
+        kept: dict[OutputStream, bytearray] = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         truncated = False
         while (piece := await running.read()) is not None:
             stream, data = piece
@@ -219,10 +219,10 @@ class Worker:
             truncated |= len(data) > room
             kept[stream] += data[: max(0, room)]
         for stream, collected in kept.items():
-            for start in range(0, len(collected), PIECE):
-                await self._send(_output(order.id, stream, bytes(collected[start : start + PIECE])))
+            for start in range(0, len(collected), CHUNK_BYTES):
+                await self._send(_output(order.id, stream, bytes(collected[start : start + CHUNK_BYTES])))
         return truncated
 
 
-def _output(number: int, stream: Stream, data: bytes) -> Output:
+def _output(number: int, stream: OutputStream, data: bytes) -> Output:
     return Output(number, stream.value, base64.b64encode(data).decode("ascii"))

@@ -31,8 +31,8 @@ from typing import Any, NoReturn
 from gpumesh.config import environment
 from gpumesh.errors import TunnelDown, TunnelError
 from gpumesh.tunnels.local_system import child_process
-from gpumesh.tunnels.transport import Setup
-from gpumesh.tunnels.workers.protocol import FromWorker, ToWorker, decode, encode
+from gpumesh.tunnels.transport import ConnectRequest
+from gpumesh.tunnels.workers.protocol import FromWorker, ToWorker, decode_message, encode_message
 
 LINE_LIMIT = 4 << 20  # bytes of one JSON line; a worker sends a command's output in far smaller pieces
 SPAWN_TIMEOUT_S = 20.0  # a cold start imports paramiko, on a loaded machine
@@ -58,7 +58,7 @@ class WorkerHandle:
         if self._writer.is_closing() or self._reader.at_eof():
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node)
         try:
-            self._writer.write(encode(message))
+            self._writer.write(encode_message(message))
             await self._writer.drain()
         except (ConnectionError, OSError) as error:
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node) from error
@@ -71,7 +71,7 @@ class WorkerHandle:
             return None
         if not line.endswith(b"\n"):
             return None  # the process ended within a line
-        return decode(line)  # type: ignore[return-value]  # a worker sends only FromWorker
+        return decode_message(line)  # type: ignore[return-value]  # a worker sends only FromWorker
 
     def kill(self) -> None:
         """Ends the process at once (SIGKILL), and all that it forwards. Harmless when it is gone already."""
@@ -93,7 +93,7 @@ class WorkerHandle:
 class WorkerPool:
     """``async with WorkerPool() as pool: worker = await pool.spawn(setup, listeners)``.
 
-    The zygote starts at the first ``spawn`` (or ``warm``). On leaving, it and every worker are gone.
+    The zygote starts at the first ``spawn`` (or ``prestart``). On leaving, it and every worker are gone.
     ``stderr`` is where a crash of theirs is written (as for ``subprocess``).
     """
 
@@ -117,12 +117,12 @@ class WorkerPool:
     def zygote_pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def warm(self) -> None:
+    async def prestart(self) -> None:
         """Starts the zygote now, so that the first ``spawn`` is as quick as the others."""
         if self._control is None:
             self._start_zygote()
 
-    async def spawn(self, setup: Setup, listeners: Sequence[socket.socket]) -> WorkerHandle:
+    async def spawn(self, setup: ConnectRequest, listeners: Sequence[socket.socket]) -> WorkerHandle:
         """A new worker that has got ``setup``, with its own copies of ``listeners`` (which stay the caller's).
 
         Raises ``TunnelError`` when no process can be started.
@@ -223,7 +223,7 @@ class WorkerPool:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
-                    env=environment.child(),
+                    env=environment.child_environment(),
                     start_new_session=True,  # the terminal's Ctrl-C and hang-up are for the mesh, which drains first
                 )
             except OSError as error:

@@ -12,11 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.backends.base import Chunk, HttpCall
-from gpumesh.backends.continuation.continuation import MAX_CUTS, REPEATS, UNREAD_BYTES, Continuation, Ending, Way, Ways
-from gpumesh.backends.dialects import DIALECTS, counters_of
+from gpumesh.backends.continuation.continuation import (
+    MAX_CUTS,
+    MAX_REPEATED_TOKENS,
+    UNREAD_BYTES,
+    Continuation,
+    ContinuationStrategies,
+    ContinuationStrategy,
+    Ending,
+)
+from gpumesh.backends.dialects import DIALECTS, find_counters
 from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT
 from gpumesh.topology import BackendKind
-from tests.backends.models import EVAL_NS, FORMS, Server, chat, generate, openai, raw
+from tests.backends.models import EVAL_NS, FORMS, ModelServer, chat, generate, openai, raw
 
 OLLAMA = BackendKind.OLLAMA
 Cuts = Sequence[int]
@@ -30,25 +38,25 @@ class Clock:
         return self.now
 
 
-def begin(call: HttpCall, ways: Ways | None = None, **more: Any) -> Continuation:
-    return Continuation(call.path, call.body, clock=Clock(), ways=ways, **more)
+def begin(call: HttpCall, ways: ContinuationStrategies | None = None, **more: Any) -> Continuation:
+    return Continuation(call.path, call.body, clock=Clock(), strategies=ways, **more)
 
 
-def go_on(answer: Continuation, server: Server, reason: str | None = None) -> HttpCall | Ending:
+def go_on(answer: Continuation, server: ModelServer, reason: str | None = None) -> HttpCall | Ending:
     """From the cut to the next call, as a proxy does it."""
-    ending = answer.on_cut(reason)
+    ending = answer.handle_cut(reason)
     if ending is not None:
         return ending
     question = answer.render_call("n", OLLAMA)
     if question is not None:
-        answer.rendered("n", *server.render(question))
+        answer.apply_rendered_prompt("n", *server.render(question))
     step = answer.next_call("n", OLLAMA)
     assert step is not None
     return step
 
 
 def drive(
-    answer: Continuation, call: HttpCall, server: Server, cuts: Cuts, *, piece: int = 1 << 20, first: bytes = b""
+    answer: Continuation, call: HttpCall, server: ModelServer, cuts: Cuts, *, piece: int = 1 << 20, first: bytes = b""
 ) -> bytes:
     """The client's bytes when the n-th upstream is cut after ``cuts[n]`` bytes; each comes in pieces of ``piece``.
 
@@ -73,7 +81,7 @@ def drive(
 
 def chunks(call: HttpCall, data: bytes) -> list[Chunk]:
     """As a client reads them. Raises for an answer that is not whole."""
-    reader = DIALECTS[BackendKind.OPENAI if call.path.startswith("/v1") else OLLAMA].reader(stream=True)
+    reader = DIALECTS[BackendKind.OPENAI if call.path.startswith("/v1") else OLLAMA].create_reader(stream=True)
     return [*reader.feed(data), *reader.close()]
 
 
@@ -112,7 +120,11 @@ def check_whole(call: HttpCall, data: bytes, want: bytes) -> bool:
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
 @pytest.mark.parametrize("form", FORMS)
 def test_cut_at_every_byte(form: str, continues: bool) -> None:
-    call, server, ways = FORMS[form](), Server(continues=continues, tokens=5), dict[tuple[str, str], Way]()
+    call, server, ways = (
+        FORMS[form](),
+        ModelServer(continues=continues, tokens=5),
+        dict[tuple[str, str], ContinuationStrategy](),
+    )
     frames = server.frames(call)
     want = b"".join(frames)
     without_figures = []
@@ -132,7 +144,7 @@ def test_cut_at_every_byte(form: str, continues: bool) -> None:
 @settings(deadline=None, max_examples=60)
 def test_several_cuts_anywhere_whatever_the_network_makes_of_the_bytes(form: str, data: st.DataObject) -> None:
     call = FORMS[form](options={"seed": data.draw(st.integers(0, 1000))}, seed=data.draw(st.integers(0, 1000)))
-    server = Server(continues=data.draw(st.booleans()), tokens=data.draw(st.integers(1, 30)))
+    server = ModelServer(continues=data.draw(st.booleans()), tokens=data.draw(st.integers(1, 30)))
     want = server.stream(call)
     cuts = data.draw(st.lists(st.integers(0, len(want) - 1), max_size=MAX_CUTS))
     answer = begin(call)
@@ -143,7 +155,7 @@ def test_several_cuts_anywhere_whatever_the_network_makes_of_the_bytes(form: str
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_answer_is_held_as_its_text_and_continued_from_there(form: str) -> None:
-    call, server = FORMS[form](), Server(tokens=1800)
+    call, server = FORMS[form](), ModelServer(tokens=1800)
     want = server.stream(call)
     assert len(want) > 2 * UNREAD_BYTES
     for cut in (UNREAD_BYTES + 100, len(want) - 900):
@@ -152,14 +164,14 @@ def test_a_long_answer_is_held_as_its_text_and_continued_from_there(form: str) -
 
 @pytest.mark.parametrize("form", FORMS)
 def test_uncut_every_byte_passes_as_it_came(form: str) -> None:
-    call, server = FORMS[form](), Server()
+    call, server = FORMS[form](), ModelServer()
     stream = server.stream(call)
     answer = begin(call)
     assert b"".join(answer.feed(stream[at : at + 1]) for at in range(len(stream))) == stream
     assert answer.finished
     assert answer.counters is not None
     assert answer.counters.tokens == 8
-    assert answer.told == answer.counters
+    assert answer.answer_counters == answer.counters
     assert answer.feed(b"more") == b""
 
 
@@ -175,7 +187,7 @@ def test_half_a_frame_never_reaches_the_client() -> None:
 
 
 def test_the_final_frame_says_what_happened_in_native_figures() -> None:
-    call, server = chat(), Server()
+    call, server = chat(), ModelServer()
     frames = server.frames(call)
     data = drive(begin(call), call, server, [len(b"".join(frames[:3])) + 5])
     last = final(call, data)
@@ -188,7 +200,7 @@ def test_the_final_frame_says_what_happened_in_native_figures() -> None:
 
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
 def test_the_final_frames_say_what_happened_in_openais_figures(continues: bool) -> None:
-    call, server = openai(), Server(continues=continues)
+    call, server = openai(), ModelServer(continues=continues)
     frames = server.frames(call)
     data = drive(begin(call), call, server, [len(b"".join(frames[:3])) + 5])
     documents = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
@@ -201,7 +213,7 @@ def test_the_final_frames_say_what_happened_in_openais_figures(continues: bool) 
 
 
 def test_a_comment_before_the_first_chunk_does_not_name_the_answer() -> None:
-    call, server = openai(), Server(continues=False)
+    call, server = openai(), ModelServer(continues=False)
     frames = server.frames(call)
     answer = begin(call)
     out = answer.feed(b": ping\n\n") + answer.feed(b"".join(frames[:3]))
@@ -217,14 +229,14 @@ def test_a_comment_before_the_first_chunk_does_not_name_the_answer() -> None:
 
 def test_without_include_usage_there_is_no_usage_after_a_continuation_either() -> None:
     for continues in (True, False):
-        call, server = openai(stream_options=None), Server(continues=continues)
+        call, server = openai(stream_options=None), ModelServer(continues=continues)
         data = drive(begin(call), call, server, [len(b"".join(server.frames(call)[:3]))])
         assert b"usage" not in data
         assert text(call, data) == text(call, server.stream(call))
 
 
 def test_a_generate_that_chat_continues_stays_a_generate() -> None:
-    call, server = generate(), Server()
+    call, server = generate(), ModelServer()
     data = drive(begin(call), call, server, [300])
     assert server.calls[-1].path == "/api/chat"
     for line in data.splitlines():
@@ -233,12 +245,12 @@ def test_a_generate_that_chat_continues_stays_a_generate() -> None:
 
 
 def test_counters_are_the_last_servers_own_and_told_are_the_whole_answers() -> None:
-    call, server = chat(), Server()
+    call, server = chat(), ModelServer()
     answer = begin(call)
     drive(answer, call, server, [len(b"".join(server.frames(call)[:3]))])
     assert answer.counters is not None
-    assert answer.told is not None
-    assert (answer.counters.tokens, answer.told.tokens) == (5, 8)
+    assert answer.answer_counters is not None
+    assert (answer.counters.tokens, answer.answer_counters.tokens) == (5, 8)
 
 
 # -- budgets ---------------------------------------------------------------------------------------------------------
@@ -255,7 +267,7 @@ def test_counters_are_the_last_servers_own_and_told_are_the_whole_answers() -> N
 )
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
 def test_the_budget_of_tokens_is_lowered_by_those_already_sent(call: HttpCall, key: str, continues: bool) -> None:
-    server = Server(continues=continues, tokens=20)
+    server = ModelServer(continues=continues, tokens=20)
     frames = server.frames(call)
     for sent in range(1, 6):
         data = drive(begin(call), call, server, [len(b"".join(frames[:sent]))])
@@ -267,11 +279,11 @@ def test_the_budget_of_tokens_is_lowered_by_those_already_sent(call: HttpCall, k
 
 @pytest.mark.parametrize("call", [chat(options={"num_predict": 3}), openai(max_tokens=3)])
 def test_cut_when_the_budget_is_spent_the_answer_is_complete(call: HttpCall) -> None:
-    server = Server(tokens=20)
+    server = ModelServer(tokens=20)
     frames = server.frames(call)
     answer = begin(call)
     data = answer.feed(b"".join(frames[:3]))
-    ending = answer.on_cut("connection lost")
+    ending = answer.handle_cut("connection lost")
     assert ending is not None
     assert ending.error is None
     assert chunks(call, data + ending.data)[-1].done_reason == "length"
@@ -283,36 +295,36 @@ def test_cut_when_the_budget_is_spent_the_answer_is_complete(call: HttpCall) -> 
 
 def test_a_last_frame_without_its_end_mark_counts_when_the_body_ended_rightly() -> None:
     for call in (chat(), openai()):
-        stream = Server().stream(call)
+        stream = ModelServer().stream(call)
         answer = begin(call)
         out = answer.feed(stream.rstrip(b"\n"))
         assert not answer.finished
-        out += answer.end_of_body()
+        out += answer.finish_body()
         assert answer.finished
         assert text(call, out) == text(call, stream)
 
 
 @pytest.mark.parametrize("call", [chat(), openai()])
 def test_half_a_frame_at_a_right_end_of_the_body_is_a_cut(call: HttpCall) -> None:
-    stream = Server().stream(call)
+    stream = ModelServer().stream(call)
     for end in range(len(stream) - 1):
         answer = begin(call)
         out = answer.feed(stream[:end])
-        out += answer.end_of_body()
-        assert answer.end_of_body() == b""
+        out += answer.finish_body()
+        assert answer.finish_body() == b""
         assert stream.startswith(out.rstrip(b"\n"))
-        for frame in out.split(answer.mark):
+        for frame in out.split(answer.frame_separator):
             assert not frame.strip() or frame.endswith((b"}", b"[DONE]"))
         assert answer.finished == (out.rstrip() == stream.rstrip())
 
 
 def test_openais_done_without_a_reason_to_finish_is_a_failure_in_disguise() -> None:
-    call, server = openai(), Server()
+    call, server = openai(), ModelServer()
     frames = server.frames(call)
     answer = begin(call)
     out = answer.feed(b"".join(frames[:2]))
     assert answer.feed(b"data: [DONE]\n\n") == b""
-    assert answer.cut is not None
+    assert answer.cut_reason is not None
     step = go_on(answer, server)
     assert isinstance(step, HttpCall)
     out += answer.feed(server.stream(step))
@@ -321,10 +333,10 @@ def test_openais_done_without_a_reason_to_finish_is_a_failure_in_disguise() -> N
 
 def test_what_is_missing_after_the_text_is_added_without_asking_anybody() -> None:
     call = openai(stream_options=None)
-    stream = Server().stream(call).removesuffix(b"data: [DONE]\n\n")
+    stream = ModelServer().stream(call).removesuffix(b"data: [DONE]\n\n")
     answer = begin(call)
     out = answer.feed(stream)
-    ending = answer.on_cut("connection lost")
+    ending = answer.handle_cut("connection lost")
     assert ending == Ending(b"data: [DONE]\n\n")
     assert chunks(call, out + ending.data)[-1].done_reason == "stop"
 
@@ -339,12 +351,12 @@ def test_what_is_missing_after_the_text_is_added_without_asking_anybody() -> Non
     ids=["native", "openai", "old llama-server"],
 )
 def test_an_error_in_mid_stream_is_not_passed_on_but_made_good(call: HttpCall, frame: bytes) -> None:
-    server = Server()
+    server = ModelServer()
     frames = server.frames(call)
     answer = begin(call)
     out = answer.feed(b"".join(frames[:4]) + frame + frames[4])
-    assert answer.cut is not None
-    assert "unexpectedly stopped" in answer.cut
+    assert answer.cut_reason is not None
+    assert "unexpectedly stopped" in answer.cut_reason
     assert answer.feed(frames[5]) == b""
     step = go_on(answer, server)
     assert isinstance(step, HttpCall)
@@ -354,7 +366,7 @@ def test_an_error_in_mid_stream_is_not_passed_on_but_made_good(call: HttpCall, f
 def test_a_line_that_is_no_json_is_a_cut_once_it_is_looked_at() -> None:
     answer = begin(chat())
     assert answer.feed(b'<html>"error"</html>\n') == b""
-    assert answer.cut == "a line that is no JSON"
+    assert answer.cut_reason == "a line that is no JSON"
 
 
 def test_a_frame_without_an_end_does_not_fill_memory() -> None:
@@ -362,8 +374,8 @@ def test_a_frame_without_an_end_does_not_fill_memory() -> None:
     piece = b"x" * (1 << 20)
     for _ in range(17):
         answer.feed(piece)
-    assert answer.cut is not None
-    assert "MiB" in answer.cut
+    assert answer.cut_reason is not None
+    assert "MiB" in answer.cut_reason
 
 
 @pytest.mark.parametrize("call", [chat(), openai()])
@@ -373,7 +385,7 @@ def test_a_frame_in_small_pieces_costs_no_more_than_its_length(call: HttpCall) -
     for _ in range((LINE_LIMIT - 1) // len(piece)):
         assert answer.feed(piece) == b""
     assert time.thread_time() - began < 2.0
-    assert answer.cut is None
+    assert answer.cut_reason is None
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
@@ -390,20 +402,20 @@ def test_an_event_ends_however_its_lines_end_and_wherever_it_is_cut(end: bytes) 
 def test_an_event_of_thousands_of_lines_is_a_cut() -> None:
     answer = begin(openai())
     answer.feed(b'data: {"tool_calls":[]}\n' + b"data:\n" * 2 * EVENT_LINES + b"\n")
-    assert answer.cut == f"an event of more than {EVENT_LINES} lines"
+    assert answer.cut_reason == f"an event of more than {EVENT_LINES} lines"
 
 
 def test_a_node_that_fails_before_its_first_frame_leaves_no_trace() -> None:
-    call, server = chat(), Server()
+    call, server = chat(), ModelServer()
     frames = server.frames(call)
     answer = begin(call)
     out = answer.feed(b"".join(frames[:3]))
     assert isinstance(go_on(answer, server), HttpCall)
     assert answer.feed(b'{"error":"cannot load"}\n') == b""
-    assert answer.cut == "cannot load"
-    answer.abandon()
+    assert answer.cut_reason == "cannot load"
+    answer.abandon_upstream()
     assert answer.feed(b'{"mess') == b""
-    answer.abandon()
+    answer.abandon_upstream()
     step = answer.next_call("n", OLLAMA)
     assert isinstance(step, HttpCall)
     check_whole(call, out + answer.feed(server.stream(step)), b"".join(frames))
@@ -415,7 +427,7 @@ def test_cut_before_any_text_the_same_is_asked_again() -> None:
         answer = begin(call)
         opening = b'data: {"id":"1","choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
         answer.feed(opening if call.path.startswith("/v1") else b'{"message":{"content":""},"done":false}\n')
-        step = go_on(answer, Server())
+        step = go_on(answer, ModelServer())
         assert isinstance(step, HttpCall)
         assert (step.path, step.body) == (call.path, call.body)
 
@@ -424,71 +436,73 @@ def test_cut_before_any_text_the_same_is_asked_again() -> None:
 
 
 def test_how_a_model_continues_is_asked_once() -> None:
-    ways: Ways = {}
+    ways: ContinuationStrategies = {}
     for round_ in (1, 2):
-        call, server = chat(), Server()
+        call, server = chat(), ModelServer()
         answer = begin(call, ways)
         answer.feed(server.frames(call)[0])
-        assert answer.on_cut() is None
+        assert answer.handle_cut() is None
         question = answer.render_call("n", OLLAMA)
         assert (question is not None) == (round_ == 1)
         if question is not None:
-            answer.rendered("n", *server.render(question))
+            answer.apply_rendered_prompt("n", *server.render(question))
             assert json.loads(question.body)["options"]["num_predict"] == 1
         step = answer.next_call("n", OLLAMA)
         assert isinstance(step, HttpCall)
         assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
-    assert ways == {("n", "m"): Way.ASSISTANT_LAST}
+    assert ways == {("n", "m"): ContinuationStrategy.ASSISTANT_LAST}
 
 
 def test_a_template_that_closes_turns_is_asked_for_each_prompt_and_once_for_each_answer() -> None:
-    ways: Ways = {}
-    server = Server(continues=False)
+    ways: ContinuationStrategies = {}
+    server = ModelServer(continues=False)
     for call in (chat(), openai()):
         answer = begin(call, ways)
         data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2])) for _ in range(3)])
         assert text(call, data) == text(call, server.stream(call))
         assert answer.render_call("n", OLLAMA) is None
         assert [sent.path for sent in server.calls].count("/api/generate") >= 1
-    assert ways == {("n", "m"): Way.RAW}
+    assert ways == {("n", "m"): ContinuationStrategy.RAW}
 
 
 def test_a_server_too_old_to_show_its_prompt_is_trusted_unless_it_is_known_better() -> None:
-    call, old = chat(), Server(renders=False)
+    call, old = chat(), ModelServer(renders=False)
     answer = begin(call)
     answer.feed(old.frames(call)[0])
     step = go_on(answer, old)
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["messages"][-1]["role"] == "assistant"
 
-    known = begin(call, {("n", "m"): Way.RAW})
+    known = begin(call, {("n", "m"): ContinuationStrategy.RAW})
     known.feed(old.frames(call)[0])
-    assert known.on_cut() is None
+    assert known.handle_cut() is None
     question = known.render_call("n", OLLAMA)
     assert question is not None
-    known.rendered("n", *old.render(question))
+    known.apply_rendered_prompt("n", *old.render(question))
     assert known.next_call("n", OLLAMA) is None  # this node cannot say how; the next one may
-    known.rendered("n", *Server(continues=False).render(question))
+    known.apply_rendered_prompt("n", *ModelServer(continues=False).render(question))
     assert isinstance(known.next_call("n", OLLAMA), HttpCall)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"_debug_info":7}', b'{"_debug_info":{"rendered_template":"x"}}'])
 def test_an_answer_that_tells_nothing_leaves_the_way_open(body: bytes) -> None:
-    ways: Ways = {}
+    ways: ContinuationStrategies = {}
     answer = begin(chat(), ways)
-    answer.feed(Server().frames(chat())[0])
-    assert answer.on_cut() is None
-    answer.rendered("n", 200, body)
-    answer.rendered("n", 500, Server(continues=False).render(answer.render_call("n", OLLAMA) or chat())[1])
+    answer.feed(ModelServer().frames(chat())[0])
+    assert answer.handle_cut() is None
+    answer.apply_rendered_prompt("n", 200, body)
+    answer.apply_rendered_prompt(
+        "n", 500, ModelServer(continues=False).render(answer.render_call("n", OLLAMA) or chat())[1]
+    )
     assert ways == {}
     assert isinstance(answer.next_call("n", OLLAMA), HttpCall)
 
 
 def test_other_kinds_of_server_are_not_asked_and_are_told_that_the_message_goes_on() -> None:
-    call, server = openai(), Server()
-    answer = begin(call, {("n", "m"): Way.RAW})
+    call, server = openai(), ModelServer()
+    answer = begin(call, {("n", "m"): ContinuationStrategy.RAW})
     answer.feed(server.frames(call)[0])
-    assert answer.on_cut() is None
+    assert answer.handle_cut() is None
     assert answer.render_call("n", BackendKind.OPENAI) is None
     step = answer.next_call("n", BackendKind.OPENAI)
     assert isinstance(step, HttpCall)
@@ -501,7 +515,7 @@ def test_other_kinds_of_server_are_not_asked_and_are_told_that_the_message_goes_
 def test_an_answer_that_the_client_began_is_one_message_with_it() -> None:
     begun = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It is"}]
     for form in (chat, openai):
-        call, server = form(messages=begun), Server()
+        call, server = form(messages=begun), ModelServer()
         want = server.stream(call)
         answer = begin(call)
         data = drive(answer, call, server, [len(b"".join(server.frames(call)[:2]))])
@@ -515,7 +529,7 @@ def test_an_answer_that_the_client_began_is_one_message_with_it() -> None:
 @pytest.mark.parametrize("continues", [True, False], ids=["continues", "closes"])
 @pytest.mark.parametrize("form", ["chat", "generate", "openai"])
 def test_after_its_thoughts_an_answer_is_continued_with_them(form: str, continues: bool) -> None:
-    call, server = FORMS[form](), Server(thinking=True, continues=continues)
+    call, server = FORMS[form](), ModelServer(thinking=True, continues=continues)
     frames = server.frames(call)
     thoughts = len(server.script(call).thinking)
     answer = begin(call)
@@ -529,10 +543,10 @@ def test_after_its_thoughts_an_answer_is_continued_with_them(form: str, continue
 
 @pytest.mark.parametrize("call", [chat(), openai()])
 def test_open_thinking_is_not_continued(call: HttpCall) -> None:
-    server = Server(thinking=True)
+    server = ModelServer(thinking=True)
     answer = begin(call)
     answer.feed(b"".join(server.frames(call)[:2]))
-    ending = answer.on_cut("connection lost")
+    ending = answer.handle_cut("connection lost")
     assert ending is not None
     assert "still thinking" in (ending.error or "")
     assert "connection lost" in (ending.error or "")
@@ -563,10 +577,10 @@ def test_open_thinking_is_not_continued(call: HttpCall) -> None:
 )
 def test_refused(call: HttpCall) -> None:
     answer = begin(call)
-    frames = Server().frames(openai() if call.path.startswith("/v1") else chat())
+    frames = ModelServer().frames(openai() if call.path.startswith("/v1") else chat())
     assert answer.feed(frames[0]) == frames[0]
     assert not answer.continuable
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert "could not be continued" in (ending.error or "")
     assert ending.data == b""
@@ -576,7 +590,7 @@ def test_refused(call: HttpCall) -> None:
 def test_a_call_of_a_tool_is_not_continued_though_none_was_offered() -> None:
     answer = begin(chat())
     answer.feed(b'{"message":{"content":"","tool_calls":[{"function":{"name":"f"}}]},"done":false}\n')
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert "it calls tools" in (ending.error or "")
 
@@ -586,7 +600,7 @@ def test_other_streams_are_passed_on_and_end_with_their_own_error(path: str) -> 
     answer = Continuation(path, b"{}", clock=Clock())
     frame = b'data: {"type":"content_block_delta","delta":{"text":"x"}}\n\n'
     assert answer.feed(frame + frame[:20]) == frame
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert f"an answer of {path} cannot be continued" in (ending.error or "")
     assert b'"message":"it broke"' in answer.error_frame("it broke")
@@ -596,17 +610,17 @@ def test_other_streams_are_passed_on_and_end_with_their_own_error(path: str) -> 
 def test_what_repeats_itself_is_given_up() -> None:
     answer = begin(chat())
     line = b'{"message":{"content":" ha"},"done":false}\n'
-    for _ in range(REPEATS - 1):
+    for _ in range(MAX_REPEATED_TOKENS - 1):
         answer.feed(line)
     assert answer.continuable
     answer.feed(line)
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert "it repeats itself" in (ending.error or "")
 
 
 def test_three_times_and_not_once_more() -> None:
-    call, server = chat(), Server(tokens=20)
+    call, server = chat(), ModelServer(tokens=20)
     answer = begin(call)
     step: HttpCall | Ending = call
     for _ in range(MAX_CUTS):
@@ -616,16 +630,16 @@ def test_three_times_and_not_once_more() -> None:
     assert isinstance(step, HttpCall)
     answer.feed(server.frames(step)[0])
     assert not answer.continuable
-    ending = answer.on_cut("connection lost")
+    ending = answer.handle_cut("connection lost")
     assert ending is not None
     assert f"more than {MAX_CUTS} times" in (ending.error or "")
 
 
 def test_the_client_may_forbid_it() -> None:
     answer = begin(chat(), resume=False)
-    answer.feed(Server().frames(chat())[0])
+    answer.feed(ModelServer().frames(chat())[0])
     assert not answer.continuable
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert "the client asked for no continuation" in (ending.error or "")
 
@@ -644,25 +658,25 @@ def test_the_client_may_forbid_it() -> None:
     ],
 )
 def test_what_a_closing_template_makes_impossible(call: HttpCall, words: str) -> None:
-    server, ways = Server(continues=False), dict[tuple[str, str], Way]()
+    server, ways = ModelServer(continues=False), dict[tuple[str, str], ContinuationStrategy]()
     answer = begin(call, ways)
-    answer.feed(Server().frames(openai() if call.path.startswith("/v1") else chat())[0])
+    answer.feed(ModelServer().frames(openai() if call.path.startswith("/v1") else chat())[0])
     step = go_on(answer, server)
     assert isinstance(step, Ending)
     assert words in (step.error or "")
-    assert ways == {("n", "m"): Way.RAW}
+    assert ways == {("n", "m"): ContinuationStrategy.RAW}
 
 
 def test_images_are_no_hindrance_where_the_template_continues() -> None:
     call = chat(messages=[{"role": "user", "content": "What is it?", "images": ["aGk="]}])
-    ways: Ways = {}
+    ways: ContinuationStrategies = {}
     answer = begin(call, ways)
-    answer.feed(Server().frames(chat())[0])
-    assert answer.on_cut() is None
+    answer.feed(ModelServer().frames(chat())[0])
+    assert answer.handle_cut() is None
     question = answer.render_call("n", OLLAMA)
     assert question is not None
     assert b"aGk=" not in question.body  # it is about the template alone
-    answer.rendered("n", *Server().render(question))
+    answer.apply_rendered_prompt("n", *ModelServer().render(question))
     step = answer.next_call("n", OLLAMA)
     assert isinstance(step, HttpCall)
     assert json.loads(step.body)["messages"][0]["images"] == ["aGk="]
@@ -672,8 +686,8 @@ def test_a_began_turn_means_different_things_to_different_servers() -> None:
     begun = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It is"}]
     for flag, continued in ((None, False), (True, True)):
         answer = begin(openai(messages=begun, continue_final_message=flag))
-        answer.feed(Server().frames(openai())[0])
-        assert answer.on_cut() is None
+        answer.feed(ModelServer().frames(openai())[0])
+        assert answer.handle_cut() is None
         step = answer.next_call("n", BackendKind.OPENAI)
         assert isinstance(step, HttpCall) is continued
 
@@ -686,25 +700,25 @@ def test_an_answer_past_every_context_is_passed_on_but_not_held(monkeypatch: pyt
         assert answer.feed(line) == line
     assert not answer.continuable
     assert answer.text == ""
-    ending = answer.on_cut()
+    ending = answer.handle_cut()
     assert ending is not None
     assert "too long" in (ending.error or "")
 
 
 def test_figures_are_looked_for_among_the_last_lines_only() -> None:
     figures = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":7}}\n\ndata: [DONE]\n\n'
-    told = counters_of(b"data: {}\n\n" * 1000 + figures)
+    told = find_counters(b"data: {}\n\n" * 1000 + figures)
     assert told is not None
     assert told.tokens == 7
     began = time.thread_time()
-    assert counters_of(b"\n" * LINE_LIMIT) is None
+    assert find_counters(b"\n" * LINE_LIMIT) is None
     assert time.thread_time() - began < 1.0
 
 
 def test_a_query_in_the_path_changes_nothing() -> None:
     for form, bare in ((chat, "/api/chat"), (openai, "/v1/chat/completions")):
         call = form()
-        server = Server()
+        server = ModelServer()
         answer = Continuation(f"{bare}?trace=1", call.body, clock=Clock())
         out = answer.feed(b"".join(server.frames(call)[:3]))
         step = go_on(answer, server)

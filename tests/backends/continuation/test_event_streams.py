@@ -7,11 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.continuation.event_streams import Events, NativeAsOpenAI, OpenAIChat, event_data
-from gpumesh.backends.continuation.form import Frame, Said, Sofar
+from gpumesh.backends.continuation.event_streams import (
+    EventStreamFormat,
+    OllamaAsOpenAIFormat,
+    OpenAIChatFormat,
+    event_data,
+)
+from gpumesh.backends.continuation.stream_format import Frame, PartialAnswer, TextPieces
 from gpumesh.topology import BackendKind
 
-CHAT = OpenAIChat("/v1/chat/completions")
+CHAT = OpenAIChatFormat("/v1/chat/completions")
 HEAD = {"id": "1", "object": "chat.completion.chunk", "created": 5, "model": "m", "service_tier": "x"}
 
 
@@ -29,7 +34,7 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     frames = [CHAT.read(one) for one in events]
     texts = tuple(frame.text for frame in frames if frame.text)
     thoughts = tuple(frame.thinking for frame in frames if frame.thinking)
-    assert CHAT.said(b": ping" + end + b"".join(events)) == Said(texts, thoughts)
+    assert CHAT.extract_texts(b": ping" + end + b"".join(events)) == TextPieces(texts, thoughts)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +55,8 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     ],
 )
 def test_what_must_be_looked_at(frame: bytes, plain: bool) -> None:
-    assert CHAT.plain(frame) is plain
-    assert CHAT.plain(event({"content": "x"}) + frame) is plain
+    assert CHAT.is_text_only(frame) is plain
+    assert CHAT.is_text_only(event({"content": "x"}) + frame) is plain
 
 
 @pytest.mark.parametrize(
@@ -70,9 +75,9 @@ def test_the_data_of_an_event(frame: bytes, data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["message_stop", "response.completed", "response.incomplete", "response.failed"])
 def test_what_ends_a_stream(kind: str) -> None:
-    frame = Events("/v1/messages").read(b'data: {"type":"' + kind.encode() + b'"}\n\n')
-    assert frame.last
-    assert frame.complete
+    frame = EventStreamFormat("/v1/messages").read(b'data: {"type":"' + kind.encode() + b'"}\n\n')
+    assert frame.ends_stream
+    assert frame.text_complete
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_what_ends_a_stream(kind: str) -> None:
     ],
 )
 def test_errors_in_each_dialects_shape(path: str, start: bytes) -> None:
-    frame = Events(path).error("it broke")
+    frame = EventStreamFormat(path).error_frame("it broke")
     assert frame.startswith(start)
     assert "it broke" in event_data(frame).decode()
 
@@ -98,7 +103,7 @@ def test_the_budget_is_the_lower_of_two_names_for_it() -> None:
 
 def test_timings_of_llama_server_are_those_of_the_whole_answer() -> None:
     timings = {"prompt_n": 5, "predicted_n": 6, "predicted_ms": 60.0, "predicted_per_second": 100.0}
-    sofar = Sofar(text="x", tokens=4, spent_ms=40.0, cuts=1, head=HEAD)
+    sofar = PartialAnswer(text="x", tokens=4, spent_ms=40.0, cuts=1, first_frame=HEAD)
     document = json.loads(CHAT.translate(CHAT.read(event({}, "stop", timings=timings)), sofar)[6:])
     assert document["timings"] == {
         **timings,
@@ -113,9 +118,9 @@ def test_timings_of_llama_server_are_those_of_the_whole_answer() -> None:
 
 def test_the_clients_stream_opens_once() -> None:
     opening = CHAT.read(event({"role": "assistant", "content": ""}))
-    assert CHAT.translate(opening, Sofar(head=HEAD)) == b""
-    assert CHAT.translate(opening, Sofar()) != b""
-    assert CHAT.translate(Frame(), Sofar(head=HEAD)) == b""
+    assert CHAT.translate(opening, PartialAnswer(first_frame=HEAD)) == b""
+    assert CHAT.translate(opening, PartialAnswer()) != b""
+    assert CHAT.translate(Frame(), PartialAnswer(first_frame=HEAD)) == b""
 
 
 def test_parts_of_a_content_are_messages_of_their_own_as_in_ollama() -> None:
@@ -127,7 +132,7 @@ def test_parts_of_a_content_are_messages_of_their_own_as_in_ollama() -> None:
     assert call.path == "/api/chat"
     assert [message["content"] for message in body["messages"][:-1]] == ["a", "b"]
     assert body["options"] == {"temperature": 1.0, "top_p": 1.0, "stop": ["x"], "num_predict": 1}
-    assert CHAT.raw_refusal(request) is None
+    assert CHAT.raw_prompt_refusal(request) is None
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def test_parts_of_a_content_are_messages_of_their_own_as_in_ollama() -> None:
     ],
 )
 def test_what_cannot_be_told_as_text(message: Any) -> None:
-    assert CHAT.raw_refusal({"messages": [message, {"role": "user", "content": "y"}]}) is not None
+    assert CHAT.raw_prompt_refusal({"messages": [message, {"role": "user", "content": "y"}]}) is not None
 
 
 @pytest.mark.parametrize(("effort", "think"), [("none", False), ("high", "high")])
@@ -152,8 +157,8 @@ def test_the_effort_of_reasoning_is_ollamas_think(effort: str, think: object) ->
 
 
 def test_a_native_rest_ends_as_openais_streams_end() -> None:
-    form = NativeAsOpenAI(usage=True)
-    sofar = Sofar(text="x", tokens=2, cuts=1, head=HEAD)
+    form = OllamaAsOpenAIFormat(usage=True)
+    sofar = PartialAnswer(text="x", tokens=2, cuts=1, first_frame=HEAD)
     final = b'{"response":"","done":true,"done_reason":"length","prompt_eval_count":7,"eval_count":3}\n'
     lines = form.translate(form.read(final), sofar).split(b"\n\n")
     finish, usage = json.loads(lines[0][6:]), json.loads(lines[1][6:])
@@ -165,13 +170,13 @@ def test_a_native_rest_ends_as_openais_streams_end() -> None:
 
 def test_only_other_kinds_are_told_to_go_on() -> None:
     request = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
-    sofar = Sofar(text="x", thinking="t", tokens=3)
-    body = json.loads(CHAT.rest(request, sofar, BackendKind.OLLAMA).call.body)
+    sofar = PartialAnswer(text="x", thinking="t", tokens=3)
+    body = json.loads(CHAT.continue_assistant_message(request, sofar, BackendKind.OLLAMA).call.body)
     assert not body.keys() & {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     assert body["max_tokens"] == 1
     assert body["messages"][-1]["reasoning_content"] == "t"
     request["chat_template_kwargs"] = {"a": 1, "enable_thinking": True}
-    body = json.loads(CHAT.rest(request, sofar, BackendKind.OPENAI).call.body)
+    body = json.loads(CHAT.continue_assistant_message(request, sofar, BackendKind.OPENAI).call.body)
     assert body["continue_final_message"] is True
     assert body["add_generation_prompt"] is False
     assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.backends.continuation.form import SENTINEL, Frame, Said, Sofar
-from gpumesh.backends.continuation.ollama_streams import Native
+from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
+from gpumesh.backends.continuation.stream_format import SENTINEL, Frame, PartialAnswer, TextPieces
 from gpumesh.topology import BackendKind
 
-CHAT, GENERATE = Native(generate=False), Native(generate=True)
+CHAT, GENERATE = OllamaStreamFormat(generate=False), OllamaStreamFormat(generate=True)
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "x"}], "keep_alive": "5m", "options": {"seed": 1}}
 
 
@@ -24,7 +24,7 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     frames = [CHAT.read(line + b"\n") for line in data.split(b"\n")]
     texts = tuple(frame.text for frame in frames if frame.text)
     thoughts = tuple(frame.thinking for frame in frames if frame.thinking)
-    assert CHAT.said(data) == Said(texts, thoughts)
+    assert CHAT.extract_texts(data) == TextPieces(texts, thoughts)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     ],
 )
 def test_what_must_be_looked_at(line: bytes, plain: bool) -> None:
-    assert CHAT.plain(line) is plain
-    assert CHAT.plain(b'{"message":{"content":"x"},"done":false}\n' + line) is plain
+    assert CHAT.is_text_only(line) is plain
+    assert CHAT.is_text_only(b'{"message":{"content":"x"},"done":false}\n' + line) is plain
 
 
 def test_the_question_costs_a_server_that_does_not_know_it_one_token() -> None:
@@ -54,7 +54,9 @@ def test_the_question_costs_a_server_that_does_not_know_it_one_token() -> None:
 
 
 def test_a_raw_prompt_keeps_what_concerns_the_model_and_nothing_of_the_chat() -> None:
-    rest = CHAT.raw({**REQUEST, "think": False}, Sofar(text="so far", tokens=2), "<user>x<assistant>")
+    rest = CHAT.continue_raw_prompt(
+        {**REQUEST, "think": False}, PartialAnswer(text="so far", tokens=2), "<user>x<assistant>"
+    )
     body = json.loads(rest.call.body)
     assert rest.form is CHAT
     assert rest.call.path == "/api/generate"
@@ -70,7 +72,9 @@ def test_a_raw_prompt_keeps_what_concerns_the_model_and_nothing_of_the_chat() ->
 
 def test_a_generate_becomes_the_chat_that_its_server_makes_of_it() -> None:
     request = {"model": "m", "system": "s", "prompt": "p", "images": ["i"], "raw": False, "options": {"num_predict": 9}}
-    body = json.loads(GENERATE.rest(request, Sofar(text="so", tokens=4), BackendKind.OLLAMA).call.body)
+    body = json.loads(
+        GENERATE.continue_assistant_message(request, PartialAnswer(text="so", tokens=4), BackendKind.OLLAMA).call.body
+    )
     assert body["messages"] == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "p", "images": ["i"]},
@@ -82,7 +86,7 @@ def test_a_generate_becomes_the_chat_that_its_server_makes_of_it() -> None:
 
 def test_no_figures_are_made_up() -> None:
     frame = CHAT.read(b'{"model":"other","message":{"content":""},"done":true,"done_reason":"stop"}\n')
-    sofar = Sofar(tokens=3, elapsed_ms=2.0, spent_ms=1.0, cuts=1, head={"model": "m"})
+    sofar = PartialAnswer(tokens=3, elapsed_ms=2.0, spent_ms=1.0, cuts=1, first_frame={"model": "m"})
     document = json.loads(CHAT.translate(frame, sofar))
     assert document["model"] == "m"
     assert "prompt_eval_count" not in document
@@ -90,5 +94,5 @@ def test_no_figures_are_made_up() -> None:
 
 
 def test_a_frame_without_a_document_is_nothing() -> None:
-    assert CHAT.translate(Frame(), Sofar()) == b""
+    assert CHAT.translate(Frame(), PartialAnswer()) == b""
     assert CHAT.read(b"  \n") == Frame()

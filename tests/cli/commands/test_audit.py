@@ -12,7 +12,7 @@ import pytest
 
 from gpumesh.config import edit
 from gpumesh.lab.profile import GPU_4090, Faults, SmiMode
-from tests.cli.meshes import MODEL, Simulated
+from tests.cli.meshes import MODEL, SimulatedMesh
 from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
@@ -23,14 +23,14 @@ def by_code(document: Any) -> dict[str, Any]:
     return {finding["code"]: finding for finding in document["findings"]}
 
 
-def expected(two: Simulated, name: str, **changes: Any) -> dict[str, Any]:
+def expected(two: SimulatedMesh, name: str, **changes: Any) -> dict[str, Any]:
     """A host's entry with all that is true of it expected, but for ``changes``."""
     made = two.hosts[name].profile
     truth = {"hostname": made.hostname, "gpus": 1, "gpu": GPU_4090, "vram_mib": 24564, "models": [MODEL]}
     return two.node(name, expect={**truth, **changes})
 
 
-async def test_all_is_as_expected(two: Simulated) -> None:
+async def test_all_is_as_expected(two: SimulatedMesh) -> None:
     two.write([expected(two, "alpha"), expected(two, "beta")])
     ended = await two.gpumesh("audit", code=0)
     assert ended.err == ""
@@ -49,7 +49,7 @@ async def test_all_is_as_expected(two: Simulated) -> None:
     assert "mesh.yaml is as it should be" in nothing.out
 
 
-async def test_what_differs_is_corrected_and_what_is_ill_is_not(two: Simulated) -> None:
+async def test_what_differs_is_corrected_and_what_is_ill_is_not(two: SimulatedMesh) -> None:
     wrong = expected(two, "alpha", hostname="af4a84245990", gpus=2, gpu="NVIDIA GeForce RTX 3090", vram_mib=24576)
     file = two.write([wrong, expected(two, "beta", models=[MODEL, "llama3:70b"])])
     before = file.read_text()
@@ -95,27 +95,27 @@ async def test_what_differs_is_corrected_and_what_is_ill_is_not(two: Simulated) 
     assert set(left) == {"model-missing"}
 
 
-async def test_it_asks_on_a_terminal(two: Simulated) -> None:
+async def test_it_asks_on_a_terminal(two: SimulatedMesh) -> None:
     file = two.write([expected(two, "alpha", gpus=3)])
     before = file.read_text()
     async with terminal(two.gpumesh, "audit", "--write") as asking:
-        await asking.until("[y/N]")
+        await asking.wait_for_text("[y/N]")
         asking.press("n\r")
-        assert await asking.ended() == 1
+        assert await asking.wait_exit() == 1
     assert file.read_text() == before
     async with terminal(two.gpumesh, "audit", "--write") as asking:
-        await asking.until("[y/N]")
+        await asking.wait_for_text("[y/N]")
         asking.press("y\r")
-        assert await asking.ended() == 0
+        assert await asking.wait_exit() == 0
     assert json.loads(file.read_text())["nodes"][0]["expect"]["gpus"] == 1
     assert "\x1b[" in asking.written, "in colours"
     async with terminal(two.gpumesh, "audit", NO_COLOR="1") as plain:
-        assert await plain.ended() == 0
-        await plain.until("all is as mesh.yaml says")
+        assert await plain.wait_exit() == 0
+        await plain.wait_for_text("all is as mesh.yaml says")
     assert "\x1b[3" not in plain.written
 
 
-async def test_over_a_mesh_that_runs(two: Simulated) -> None:
+async def test_over_a_mesh_that_runs(two: SimulatedMesh) -> None:
     file = two.write([expected(two, "alpha", gpus=3), expected(two, "beta")])
     await two.gpumesh("up", "-d")
     document = (await two.gpumesh("audit", "--json", code=3)).json()
@@ -133,7 +133,7 @@ async def test_over_a_mesh_that_runs(two: Simulated) -> None:
     await two.gpumesh("down")
 
 
-async def test_candidates_are_compared(direct: Simulated) -> None:
+async def test_candidates_are_compared(direct: SimulatedMesh) -> None:
     urls = [f"http://127.0.0.1:{direct.hosts[name].backend_port}" for name in ("alpha", "beta")]
     direct.write([{"name": "both", "backend": {"urls": [*urls, "http://127.0.0.1:1"]}}])
     document = (await direct.gpumesh("audit", "--json", code=3)).json()
@@ -144,7 +144,7 @@ async def test_candidates_are_compared(direct: Simulated) -> None:
     assert [way["state"] for way in document["nodes"][0]["routes"]] == ["up", "up", "down"]
 
 
-async def test_a_server_of_another_kind_is_named_in_the_file(direct: Simulated, gpumesh: Gpumesh) -> None:
+async def test_a_server_of_another_kind_is_named_in_the_file(direct: SimulatedMesh, gpumesh: Gpumesh) -> None:
     """The stand-in without its native API is what llama-server is to a mesh.yaml that says ollama."""
     await direct.hosts["alpha"].set_faults(Faults(status=404, paths=("/api",)))
     file = direct.write([direct.node("alpha")])
@@ -154,7 +154,7 @@ async def test_a_server_of_another_kind_is_named_in_the_file(direct: Simulated, 
     await gpumesh("audit", code=0)
 
 
-async def test_what_cannot_be_written_is_left_to_a_person(two: Simulated) -> None:
+async def test_what_cannot_be_written_is_left_to_a_person(two: SimulatedMesh) -> None:
     file = two.gpumesh.config
     ssh = json.dumps(dict(two.ssh))
     node = two.node("alpha")
@@ -170,7 +170,7 @@ async def test_what_cannot_be_written_is_left_to_a_person(two: Simulated) -> Non
     assert file.read_text() == text
 
 
-async def test_comments_and_everything_else_stay(two: Simulated, tmp_path: Path) -> None:
+async def test_comments_and_everything_else_stay(two: SimulatedMesh, tmp_path: Path) -> None:
     node = two.node("alpha")
     text = (
         "# The GPUs of a person who writes comments.\r\nversion: 1\r\n\r\ndefaults:\r\n"
@@ -203,7 +203,7 @@ async def test_nobody_can_be_reached(gpumesh: Gpumesh) -> None:
     assert edit.read(gpumesh.config) == before
 
 
-async def test_a_host_that_says_nothing_is_a_finding_in_time(two: Simulated) -> None:
+async def test_a_host_that_says_nothing_is_a_finding_in_time(two: SimulatedMesh) -> None:
     """However patient mesh.yaml is: who asks now is told by now. The others are looked at meanwhile."""
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.lab.profile import Faults
-from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -21,9 +21,9 @@ SOON = ("-n", "2", "--tokens", "3")
 
 
 @pytest.fixture
-async def two(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def two(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     """Without SSH, which is not the subject."""
-    async with simulated(gpumesh, quick("alpha", ssh=False), quick("beta", ssh=False)) as made:
+    async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False), quick_host("beta", ssh=False)) as made:
         yield made
 
 
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-async def test_a_run_its_table_and_its_files(two: Simulated) -> None:
+async def test_a_run_its_table_and_its_files(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     ended = await gpumesh("bench", "run", *SOON, "--out", "first")
     lines = ended.out.splitlines()
@@ -59,7 +59,7 @@ async def test_a_run_its_table_and_its_files(two: Simulated) -> None:
     assert again.json()["at"] != shown["at"]
 
 
-async def test_on_a_running_mesh_and_without_a_place_for_it(two: Simulated) -> None:
+async def test_on_a_running_mesh_and_without_a_place_for_it(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     assert "nothing was measured yet" in (await gpumesh("bench", "show", code=2)).err
     await gpumesh("up", "-d")
@@ -74,7 +74,7 @@ async def test_on_a_running_mesh_and_without_a_place_for_it(two: Simulated) -> N
     await gpumesh("down")
 
 
-async def test_other_scenarios(two: Simulated, tmp_path: Path) -> None:
+async def test_other_scenarios(two: SimulatedMesh, tmp_path: Path) -> None:
     gpumesh = two.gpumesh
     failover = await gpumesh("bench", "run", "--scenario", "failover", "-n", "20", "--tokens", "6", "--out", "f")
     assert [line.partition(":")[0] for line in failover.out.splitlines()[3:6]] == ["before", "during", "after"]
@@ -92,7 +92,7 @@ async def test_other_scenarios(two: Simulated, tmp_path: Path) -> None:
     assert [stage["name"] for stage in alone.json()["stages"]] == ["beta", "mesh"]
 
 
-async def test_two_results_beside_each_other(two: Simulated) -> None:
+async def test_two_results_beside_each_other(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     for name, tokens in (("a", "3"), ("b", "6")):
         await gpumesh("bench", "run", "-n", "6", "--tokens", tokens, "--out", name, "--quiet")
@@ -105,7 +105,7 @@ async def test_two_results_beside_each_other(two: Simulated) -> None:
     assert "cannot read" in (await gpumesh("bench", "compare", "a", "nowhere", code=2)).err
 
 
-async def test_what_fails_is_said_and_measured_all_the_same(two: Simulated) -> None:
+async def test_what_fails_is_said_and_measured_all_the_same(two: SimulatedMesh) -> None:
     await two.hosts["beta"].set_faults(Faults(status=500, paths=("/api/chat",)))
     ended = await two.gpumesh("bench", "run", *SOON, "--out", "r", code=1)
     assert "2 requests failed" in ended.err
@@ -115,14 +115,14 @@ async def test_what_fails_is_said_and_measured_all_the_same(two: Simulated) -> N
     assert rows["mesh"][2:4] == ["4", "0"], "there the other one answers"
 
 
-async def test_a_node_that_cannot_be_measured_is_named(two: Simulated) -> None:
+async def test_a_node_that_cannot_be_measured_is_named(two: SimulatedMesh) -> None:
     await two.hosts["beta"].set_faults(Faults(status=500))
     ended = await two.gpumesh("bench", "run", *SOON, "--out", "r")
     assert [line.split()[0] for line in ended.out.splitlines()[2:]] == ["alpha", "mesh"]
     assert "beta is not measured: " in ended.err
 
 
-async def test_ctrl_c_leaves_no_half_result(two: Simulated) -> None:
+async def test_ctrl_c_leaves_no_half_result(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     async with gpumesh.started("bench", "run", "-n", "500", "--tokens", "60", "--out", "r") as process:
         async with asyncio.timeout(30):
@@ -140,9 +140,9 @@ async def test_ctrl_c_leaves_no_half_result(two: Simulated) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_progress_is_on_the_terminal_and_only_there(two: Simulated) -> None:
+async def test_progress_is_on_the_terminal_and_only_there(two: SimulatedMesh) -> None:
     async with two.gpumesh.terminal("bench", "run", "-n", "20", "--tokens", "20", "--out", "r") as shown:
-        await shown.ended()
+        await shown.wait_exit()
     assert "requests" in shown.text
     assert "STAGE" in shown.text
 
@@ -160,7 +160,7 @@ async def test_progress_is_on_the_terminal_and_only_there(two: Simulated) -> Non
         (["-m", "llama3"], 4, "no node can serve 'llama3'"),
     ],
 )
-async def test_what_cannot_be_measured(two: Simulated, arguments: list[str], code: int, said: str) -> None:
+async def test_what_cannot_be_measured(two: SimulatedMesh, arguments: list[str], code: int, said: str) -> None:
     ended = await two.gpumesh("bench", "run", *arguments, code=code)
     assert said in ended.err
     assert ended.out == ""

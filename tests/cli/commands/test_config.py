@@ -181,9 +181,9 @@ async def test_show_has_every_default_and_no_secret_and_can_be_read_again(gpumes
         "    address_from: {command: [curl, -H, 'Authorization: hunter2-hunter2']}\n"
     )
     async with terminal(gpumesh, "config", "show", POD_API_KEY="hunter2-hunter2") as shown:
-        assert await shown.ended() == 0
-        await shown.until("Authorization: ********")
-        assert "hunter2" not in shown.said
+        assert await shown.wait_exit() == 0
+        await shown.wait_for_text("Authorization: ********")
+        assert "hunter2" not in shown.plain_text
     text = (await gpumesh("config", "show")).out
     document = yaml.safe_load(text)
     assert document["nodes"][0]["ssh"]["host"] == "iceland"
@@ -226,9 +226,9 @@ async def test_which_file_is_meant(gpumesh: Gpumesh, tmp_path: Path) -> None:
 
     async def name(*arguments: str, variable: str = str(gpumesh.config)) -> str:
         async with terminal(gpumesh, *arguments, "config", "show", GPUMESH_CONFIG=variable) as shown:
-            assert await shown.ended() == 0
-            await shown.until("name: a")
-            return str(yaml.safe_load(shown.said)["name"])
+            assert await shown.wait_exit() == 0
+            await shown.wait_for_text("name: a")
+            return str(yaml.safe_load(shown.plain_text)["name"])
 
     assert await name("-c", str(tmp_path / "other.yaml")) == "by-option"
     assert await name() == "by-variable"
@@ -237,5 +237,5 @@ async def test_which_file_is_meant(gpumesh: Gpumesh, tmp_path: Path) -> None:
     assert await name(variable="") == "of-the-platform"
     (folder / "mesh.yaml").unlink()
     async with terminal(gpumesh, "status", GPUMESH_CONFIG="") as shown:
-        assert await shown.ended() == 2
-        await shown.until("hint: `gpumesh init` writes one, `gpumesh demo` needs none")
+        assert await shown.wait_exit() == 2
+        await shown.wait_for_text("hint: `gpumesh init` writes one, `gpumesh demo` needs none")

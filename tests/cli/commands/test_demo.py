@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.terminals import ENTER_SCREEN, terminal
 from tests.real.command import Gpumesh
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -36,29 +36,29 @@ async def test_on_a_terminal_the_table_lives(gpumesh: Gpumesh) -> None:
     async with terminal(gpumesh, "demo", "--nodes", "2", columns=100, rows=30) as shown:
         async with asyncio.timeout(LIMIT_S):
             assert await shown.process.wait() == 0
-        await shown.until("What to try next")
+        await shown.wait_for_text("What to try next")
         assert shown.modes() == shown.modes_before
         assert "\x1b[?25h" in shown.written, "the cursor is back"
-        assert "24 of 24 answered" in shown.said
+        assert "24 of 24 answered" in shown.plain_text
 
 
 async def test_keep_stays_to_be_played_with_until_ctrl_c(gpumesh: Gpumesh) -> None:
     async with terminal(gpumesh, "demo", "--nodes", "2", "--keep", columns=80, rows=24) as shown:
         for step in ("is dead", "24 of 24 answered", "was started again"):
-            await shown.until(step)
-        await until(lambda: ENTER_SCREEN in shown.written, "the live table")
+            await shown.wait_for_text(step)
+        await wait_until(lambda: ENTER_SCREEN in shown.written, "the live table")
         # How to get at it stands where it can be read: under the table, which has the screen to itself.
         there = len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.written.partition(ENTER_SCREEN)[0]))
-        await shown.until("ollama run", after=there)
-        config = re.search(r"export GPUMESH_CONFIG=(\S+?mesh\.yaml)", shown.said[there:])
+        await shown.wait_for_text("ollama run", after=there)
+        config = re.search(r"export GPUMESH_CONFIG=(\S+?mesh\.yaml)", shown.plain_text[there:])
         assert config is not None
         other = ("-c", config[1])
         assert "nodes up" in (await gpumesh("status", *other)).out
         assert (await gpumesh("run", *other, "Hello", "-o", "num_predict=3")).out.strip()
         shown.press("\x03")
-        assert await shown.ended() == 0
-        assert shown.as_before()
-        assert "export" not in shown.said[shown.said.rindex("nodes up") :], "it is there no more"
+        assert await shown.wait_exit() == 0
+        assert shown.is_restored()
+        assert "export" not in shown.plain_text[shown.plain_text.rindex("nodes up") :], "it is there no more"
 
 
 @pytest.mark.parametrize("count", ["1", "9", "many"])

@@ -7,13 +7,13 @@ import signal
 
 import pytest
 
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
 
 
-async def test_nothing_runs(direct: Simulated) -> None:
+async def test_nothing_runs(direct: SimulatedMesh) -> None:
     ended = await direct.gpumesh("down", code=1)
     assert (ended.out, ended.err) == ("", "error: no mesh is running for this configuration\n")
 
@@ -23,7 +23,7 @@ async def test_without_a_mesh_yaml_there_is_none_to_stop(gpumesh: Gpumesh) -> No
     assert "does not exist" in ended.err
 
 
-async def test_one_that_does_not_answer_is_killed_and_that_is_said(direct: Simulated) -> None:
+async def test_one_that_does_not_answer_is_killed_and_that_is_said(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     (pid,) = gpumesh.processes()
@@ -35,7 +35,7 @@ async def test_one_that_does_not_answer_is_killed_and_that_is_said(direct: Simul
     assert gpumesh.sockets() == []
 
 
-async def test_a_mesh_yaml_that_is_broken_by_now_does_not_keep_a_mesh_alive(direct: Simulated) -> None:
+async def test_a_mesh_yaml_that_is_broken_by_now_does_not_keep_a_mesh_alive(direct: SimulatedMesh) -> None:
     await direct.gpumesh("up", "-d")
     direct.gpumesh.config.write_text("nodes: [")
     ended = await direct.gpumesh("down")

@@ -4,15 +4,15 @@ import asyncio
 
 import pytest
 
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
 
 
 async def test_no_new_work_and_what_runs_there_ends(gpumesh: Gpumesh) -> None:
-    slow = quick("busy", ssh=False, tokens_per_s=10.0, answer_tokens=(12, 12))
-    async with simulated(gpumesh, slow, quick("idle", ssh=False)) as made:
+    slow = quick_host("busy", ssh=False, tokens_per_s=10.0, answer_tokens=(12, 12))
+    async with simulated_mesh(gpumesh, slow, quick_host("idle", ssh=False)) as made:
         await gpumesh("up", "-d")
         async with gpumesh.started("run", "x", "--node", "busy", "--json") as asking:
             async with asyncio.timeout(20):
@@ -29,7 +29,7 @@ async def test_no_new_work_and_what_runs_there_ends(gpumesh: Gpumesh) -> None:
         await gpumesh("down")
 
 
-async def test_both_at_once_and_nobody_is_left(direct: Simulated) -> None:
+async def test_both_at_once_and_nobody_is_left(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     await gpumesh("drain", "alpha", "beta")
@@ -38,7 +38,7 @@ async def test_both_at_once_and_nobody_is_left(direct: Simulated) -> None:
     await gpumesh("down")
 
 
-async def test_it_needs_a_running_mesh_and_a_node_that_is_there(direct: Simulated) -> None:
+async def test_it_needs_a_running_mesh_and_a_node_that_is_there(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     for command in ("drain", "resume", "reconnect"):
         ended = await gpumesh(command, "alpha", code=1)

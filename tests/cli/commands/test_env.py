@@ -4,19 +4,19 @@ import subprocess
 
 import pytest
 
-from gpumesh.cli.commands.env import Shell, lines, variables
-from tests.cli.meshes import Simulated
+from gpumesh.cli.commands.env import ShellKind, client_variables, export_lines
+from tests.cli.meshes import SimulatedMesh
 
 URL = "http://127.0.0.1:11430"
 ODD = {"A": "it's $HOME `x`"}
 
 
 def test_the_names_that_clients_look_for() -> None:
-    assert variables(URL) == {"OLLAMA_HOST": URL, "OPENAI_BASE_URL": f"{URL}/v1", "ANTHROPIC_BASE_URL": URL}
+    assert client_variables(URL) == {"OLLAMA_HOST": URL, "OPENAI_BASE_URL": f"{URL}/v1", "ANTHROPIC_BASE_URL": URL}
 
 
 def test_a_shell_takes_them_as_they_are() -> None:
-    script = f'{lines(variables(URL) | ODD, Shell.SH)}\nprintf \'%s|\' "$OLLAMA_HOST" "$A"'
+    script = f'{export_lines(client_variables(URL) | ODD, ShellKind.SH)}\nprintf \'%s|\' "$OLLAMA_HOST" "$A"'
     out = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert out == f"{URL}|{ODD['A']}|"
 
@@ -24,23 +24,23 @@ def test_a_shell_takes_them_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("shell", "line"),
     [
-        (Shell.SH, f"export OLLAMA_HOST={URL}"),
-        (Shell.BASH, f"export OLLAMA_HOST={URL}"),
-        (Shell.ZSH, f"export OLLAMA_HOST={URL}"),
-        (Shell.FISH, f"set -gx OLLAMA_HOST {URL};"),
-        (Shell.POWERSHELL, f"$Env:OLLAMA_HOST = '{URL}'"),
+        (ShellKind.SH, f"export OLLAMA_HOST={URL}"),
+        (ShellKind.BASH, f"export OLLAMA_HOST={URL}"),
+        (ShellKind.ZSH, f"export OLLAMA_HOST={URL}"),
+        (ShellKind.FISH, f"set -gx OLLAMA_HOST {URL};"),
+        (ShellKind.POWERSHELL, f"$Env:OLLAMA_HOST = '{URL}'"),
     ],
 )
-def test_each_shell_has_its_own_words(shell: Shell, line: str) -> None:
-    assert lines(variables(URL), shell).splitlines()[0] == line
+def test_each_shell_has_its_own_words(shell: ShellKind, line: str) -> None:
+    assert export_lines(client_variables(URL), shell).splitlines()[0] == line
 
 
 def test_quotes_in_powershell_are_doubled() -> None:
-    assert lines(ODD, Shell.POWERSHELL) == "$Env:A = 'it''s $HOME `x`'"
+    assert export_lines(ODD, ShellKind.POWERSHELL) == "$Env:A = 'it''s $HOME `x`'"
 
 
 @pytest.mark.slow
-async def test_of_the_running_mesh_else_of_mesh_yaml(direct: Simulated) -> None:
+async def test_of_the_running_mesh_else_of_mesh_yaml(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     ended = await gpumesh("env", code=1)
     assert ended.out == ""

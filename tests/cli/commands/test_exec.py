@@ -14,7 +14,7 @@ from tests.cli.terminals import terminal
 from tests.parts import needs
 from tests.real.command import Gpumesh
 from tests.real.hosts import RealHost, hosts
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, needs("sshd")]
 
@@ -105,7 +105,7 @@ async def test_ctrl_c_ends_the_command_on_the_host(gpumesh: Gpumesh, two_sshd: l
         return before == last
 
     for _ in range(3):
-        await until(quiet, "the command on the host has ended")
+        await wait_until(quiet, "the command on the host has ended")
         await asyncio.sleep(0.3)
     assert quiet()
     await gpumesh("down")
@@ -113,8 +113,8 @@ async def test_ctrl_c_ends_the_command_on_the_host(gpumesh: Gpumesh, two_sshd: l
 
 async def test_on_a_terminal_what_a_host_says_is_made_safe(gpumesh: Gpumesh, two_sshd: list[RealHost]) -> None:
     async with terminal(gpumesh, "exec", "alpha", "--", "printf", r"a\033[31mb\033]0;owned\007c\n") as shown:
-        assert await shown.ended() == 0
-        await shown.until("c\r\n")
+        assert await shown.wait_exit() == 0
+        await shown.wait_for_text("c\r\n")
         assert own(shown.written) == ["a[31mb]0;ownedc"]
         assert "\x1b" not in shown.written
     piped = await gpumesh("exec", "alpha", "--", "printf", r"a\033[31mb")

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from gpumesh.audit import CATALOG
-from gpumesh.cli.commands.explain import READABLE, app, codes
+from gpumesh.cli.commands.explain import MAX_TEXT_WIDTH, app, complete_codes
 from gpumesh.errors import UsageError
 from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 runner = CliRunner()
 
@@ -48,17 +48,17 @@ def test_no_such_code(said: str, hint: str) -> None:
 
 
 def test_completion() -> None:
-    assert set(codes("gpu-c")) == {"gpu-count", "gpu-cgroup-lost"}
-    assert set(codes("")) == set(CATALOG)
+    assert set(complete_codes("gpu-c")) == {"gpu-count", "gpu-cgroup-lost"}
+    assert set(complete_codes("")) == set(CATALOG)
 
 
 @pytest.mark.parametrize("columns", [40, 200])
 async def test_on_a_terminal_its_lines_end_at_the_ends_of_words(tmp_path: Path, columns: int) -> None:
     gpumesh = Gpumesh(tmp_path / "mesh.yaml", tmp_path, tmp_path)
     async with terminal(gpumesh, "explain", "same-gpu", columns=columns) as screen:
-        assert await screen.ended() == 0
-        await until(lambda: "backend.urls" in screen.written, "its last words")
+        assert await screen.wait_exit() == 0
+        await wait_until(lambda: "backend.urls" in screen.written, "its last words")
     lines = screen.written.replace("\r", "").splitlines()
     entry = CATALOG["same-gpu"]
-    assert max(map(len, lines)) <= min(columns, READABLE)
+    assert max(map(len, lines)) <= min(columns, MAX_TEXT_WIDTH)
     assert " ".join(lines[2:]).strip() == f"{entry.meaning} What to do: {entry.remedy}"

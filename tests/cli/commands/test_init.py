@@ -17,7 +17,7 @@ import yaml
 from gpumesh.cli.commands import init
 from gpumesh.errors import UsageError
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
 from tests.parts import needs
 from tests.real.command import Gpumesh
@@ -53,19 +53,19 @@ def test_a_file_that_cannot_be_written_whole_is_not_written_at_all(tmp_path: Pat
 
 
 @pytest.fixture
-async def pod(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def pod(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     """One host with two GPUs that nobody has a mesh.yaml of, and an empty known_hosts."""
-    async with simulated(gpumesh, quick("pod", gpus=2, models=(EMBEDDER, QWEN_7B))) as made:
+    async with simulated_mesh(gpumesh, quick_host("pod", gpus=2, models=(EMBEDDER, QWEN_7B))) as made:
         gpumesh.config.unlink()
         yield made
 
 
-def line(pod: Simulated, *, port: int | None = None) -> str:
+def line(pod: SimulatedMesh, *, port: int | None = None) -> str:
     return f"ssh root@127.0.0.1 -p {port or pod.hosts['pod'].ssh_port} -i {pod.ssh['identity_file']}"
 
 
 @slow
-async def test_from_a_providers_line_to_the_first_answer(pod: Simulated) -> None:
+async def test_from_a_providers_line_to_the_first_answer(pod: SimulatedMesh) -> None:
     gpumesh = pod.gpumesh
     ended = await gpumesh("init", "--from", f"mine={line(pod)} -L 8080:localhost:11434", "--yes")
     assert ended.out.endswith("wrote mesh.yaml; try it: gpumesh run 'Hello'\n")
@@ -98,7 +98,7 @@ async def test_from_a_providers_line_to_the_first_answer(pod: Simulated) -> None
 
 
 @slow
-async def test_a_host_that_is_away_is_written_down_with_the_reason(pod: Simulated) -> None:
+async def test_a_host_that_is_away_is_written_down_with_the_reason(pod: SimulatedMesh) -> None:
     ended = await pod.gpumesh("init", "--from", line(pod), "--from", f"off={line(pod, port=9)}", "-y", code=3)
     assert "off: nothing listens on" in ended.err
     text = (pod.gpumesh.home / "mesh.yaml").read_text()
@@ -109,7 +109,7 @@ async def test_a_host_that_is_away_is_written_down_with_the_reason(pod: Simulate
 
 
 @slow
-async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: Simulated) -> None:
+async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: SimulatedMesh) -> None:
     ended = await pod.gpumesh("init", "--from", line(pod), code=3)
     assert "host key" in ended.err
     assert ended.out == "wrote mesh.yaml; when a server is there: gpumesh audit\n"
@@ -119,7 +119,7 @@ async def test_an_unknown_host_key_is_not_trusted_by_itself(pod: Simulated) -> N
 @slow
 @pytest.mark.real
 @needs("sshd", "ssh")
-async def test_keys_on_the_way_are_recorded_too(pod: Simulated, tmp_path: Path) -> None:
+async def test_keys_on_the_way_are_recorded_too(pod: SimulatedMesh, tmp_path: Path) -> None:
     identity = pod.ssh["identity_file"]
     public = subprocess.run(["ssh-keygen", "-yf", identity], capture_output=True, check=True, timeout=20).stdout
     async with Sshd(tmp_path / "jump", {"LogLevel": "ERROR"}) as jump:
@@ -131,7 +131,7 @@ async def test_keys_on_the_way_are_recorded_too(pod: Simulated, tmp_path: Path) 
 
 
 @slow
-async def test_from_ssh_config(pod: Simulated) -> None:
+async def test_from_ssh_config(pod: SimulatedMesh) -> None:
     folder = pod.gpumesh.home / ".ssh"
     folder.mkdir(mode=0o700)
     (folder / "config").write_text(
@@ -146,7 +146,7 @@ async def test_from_ssh_config(pod: Simulated) -> None:
 
 @slow
 @pytest.mark.parametrize("shape", ["runpod", "vast", "lines"])
-async def test_from_standard_input(pod: Simulated, shape: str) -> None:
+async def test_from_standard_input(pod: SimulatedMesh, shape: str) -> None:
     port = pod.hosts["pod"].ssh_port
     given: dict[str, Any] = {
         "runpod": [
@@ -171,10 +171,10 @@ async def test_servers_on_this_machine_are_found_on_their_usual_ports(
     gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command is another process, so its ports are: nothing else may listen there now."""
-    from gpumesh.lab.ollama import StandIn
+    from gpumesh.lab.ollama import SimOllama
 
     for port in (8081, 11435):
-        server = StandIn(quick("here"), port=port)
+        server = SimOllama(quick_host("here"), port=port)
         try:
             await server.__aenter__()
         except OSError:
@@ -191,35 +191,35 @@ async def test_servers_on_this_machine_are_found_on_their_usual_ports(
 
 
 @slow
-async def test_asking_on_a_terminal(pod: Simulated) -> None:
+async def test_asking_on_a_terminal(pod: SimulatedMesh) -> None:
     async with terminal(pod.gpumesh, "init") as shown:
-        place = await shown.until("host 1: ")
+        place = await shown.wait_for_text("host 1: ")
         shown.press("ssh -p 22\n")
-        place = await shown.until("names no host", after=place)
-        place = await shown.until("host 1: ", after=place)
+        place = await shown.wait_for_text("names no host", after=place)
+        place = await shown.wait_for_text("host 1: ", after=place)
         shown.press(f"asked={line(pod)}\n")
-        place = await shown.until("host 2: ", after=place)
+        place = await shown.wait_for_text("host 2: ", after=place)
         shown.press("\n")
-        place = await shown.until("Is this the right fingerprint? Record it?", after=place)
+        place = await shown.wait_for_text("Is this the right fingerprint? Record it?", after=place)
         shown.press("y\n")
-        await shown.until("wrote mesh.yaml", after=place)
-        assert await shown.ended() == 0
+        await shown.wait_for_text("wrote mesh.yaml", after=place)
+        assert await shown.wait_exit() == 0
     assert yaml.safe_load((pod.gpumesh.home / "mesh.yaml").read_text())["nodes"][0]["name"] == "asked"
 
 
 @slow
-async def test_a_key_that_is_not_the_right_one_ends_it_with_a_word(pod: Simulated) -> None:
+async def test_a_key_that_is_not_the_right_one_ends_it_with_a_word(pod: SimulatedMesh) -> None:
     async with terminal(pod.gpumesh, "init", "--from", line(pod)) as shown:
-        await shown.until("Record it?")
+        await shown.wait_for_text("Record it?")
         shown.press("n\n")
-        assert await shown.ended() == 1
-        assert "not the right one; no mesh.yaml was written" in shown.said
+        assert await shown.wait_exit() == 1
+        assert "not the right one; no mesh.yaml was written" in shown.plain_text
     assert not (pod.gpumesh.home / "mesh.yaml").exists()
 
 
 @slow
 @pytest.mark.parametrize("when", ["asked for a host", "asked for a key", "looking"])
-async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
+async def test_ctrl_c_leaves_no_file(pod: SimulatedMesh, when: str) -> None:
     arguments = ("--from", line(pod)) if when != "asked for a host" else ()
     if when == "looking":
         from gpumesh.lab.profile import Faults
@@ -228,7 +228,7 @@ async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
         (pod.gpumesh.home / "x.yaml").unlink()
         await pod.hosts["pod"].set_faults(Faults(hang=True))
     async with terminal(pod.gpumesh, "init", *arguments) as shown:
-        await shown.until(
+        await shown.wait_for_text(
             {"asked for a host": "host 1: ", "asked for a key": "Record it?", "looking": "looking at"}[when]
         )
         if when == "looking":
@@ -237,11 +237,11 @@ async def test_ctrl_c_leaves_no_file(pod: Simulated, when: str) -> None:
         else:
             # readline may miss a signal that comes just before it waits; a person would press the key again.
             shown.press("\x03")
-            while not await shown.ended_within(4.0):
+            while not await shown.exits_within(4.0):
                 shown.press("\x03")
-        assert await shown.ended() == 130
+        assert await shown.wait_exit() == 130
         assert shown.modes() == shown.modes_before
-        assert "Traceback" not in shown.said
+        assert "Traceback" not in shown.plain_text
     assert [path.name for path in pod.gpumesh.home.iterdir() if path.name != ".ssh"] in ([], [".local"])
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.cli.commands.logs import readable
+from gpumesh.cli.commands.logs import format_log_line
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.lab.profile import Faults
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 from tests.real.command import GPUMESH, Gpumesh
 
 slow = pytest.mark.slow
@@ -27,17 +27,17 @@ def line(**changes: object) -> str:
 
 
 def test_a_line_for_people() -> None:
-    shown = readable(line())
+    shown = format_log_line(line())
     assert shown.split("  ", 1)[1] == "info     iceland       tunnel up"
     assert shown[4] == shown[7] == "-"
-    assert readable(line(node=None, level="warning")).split("  ", 1)[1] == "warning  -             tunnel up"
+    assert format_log_line(line(node=None, level="warning")).split("  ", 1)[1] == "warning  -             tunnel up"
 
 
 def test_a_line_of_the_access_log() -> None:
     entry = {"at": "2026-11-24T04:10:00.123Z", "client": "127.0.0.1", "method": "POST", "path": "/api/chat\x1b[2J",
              "status": 200, "outcome": "served", "total_ms": 1840.2, "ttft_ms": 212.0, "queue_ms": 0, "attempts": 2,
              "model": "qwen2.5:7b", "node": "iceland", "id": "r1"}  # fmt: skip
-    shown = readable(json.dumps(entry))
+    shown = format_log_line(json.dumps(entry))
     assert shown.split(" ", 2)[2] == (
         "127.0.0.1 POST /api/chat 200 served 1840 ms ttft 212 ms attempts 2 qwen2.5:7b iceland r1"
     )
@@ -45,24 +45,24 @@ def test_a_line_of_the_access_log() -> None:
 
 
 def test_a_trace_stands_below() -> None:
-    assert readable(line(trace="Traceback:\n  x\x1b[31m\n")).splitlines()[1:] == ["Traceback:", "  x[31m"]
+    assert format_log_line(line(trace="Traceback:\n  x\x1b[31m\n")).splitlines()[1:] == ["Traceback:", "  x[31m"]
 
 
 @pytest.mark.parametrize(
     "odd", ["", "not json \x1b[2J", "[]", "5", "{}", '{"at": 5, "level": 1, "message": 2}', "[" * 100_000]
 )
 def test_what_is_no_line_of_ours_is_shown_safely(odd: str) -> None:
-    assert "\x1b" not in readable(odd)
+    assert "\x1b" not in format_log_line(odd)
 
 
 def test_hostile_words() -> None:
-    shown = readable(line(message="a\nb\x1b]0;x\x07c", node="\x1b[31mn"))
+    shown = format_log_line(line(message="a\nb\x1b]0;x\x07c", node="\x1b[31mn"))
     assert "\n" not in shown
     assert "\x1b" not in shown
 
 
 @slow
-async def test_the_log_of_a_mesh_while_it_runs_and_after(direct: Simulated) -> None:
+async def test_the_log_of_a_mesh_while_it_runs_and_after(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     ended = await gpumesh("logs", code=1)
     assert "there is no log yet" in ended.err
@@ -147,4 +147,4 @@ async def test_a_silent_log_ends_when_nobody_reads_it_any_more(gpumesh: Gpumesh)
 
 def test_where_it_is(tmp_path: Path) -> None:
     paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run", tmp_path / "logs" / "x.jsonl")
-    assert paths.errors == tmp_path / "logs" / "x.stderr"
+    assert paths.stderr_log == tmp_path / "logs" / "x.stderr"

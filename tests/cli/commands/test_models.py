@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults, ModelProfile
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
@@ -18,23 +18,23 @@ OLD_QWEN = ModelProfile("qwen2.5:7b", 4400, quantization="Q4_0")
 
 
 @pytest.fixture
-async def fleet(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
-    async with simulated(
+async def fleet(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
+    async with simulated_mesh(
         gpumesh,
-        quick("alpha", ssh=False, models=(QWEN_7B, EMBEDDER, PHI)),
-        quick("beta", ssh=False, models=(OLD_QWEN, LLAMA_8B)),
-        quick("gamma", ssh=False, models=(QWEN_7B,)),
+        quick_host("alpha", ssh=False, models=(QWEN_7B, EMBEDDER, PHI)),
+        quick_host("beta", ssh=False, models=(OLD_QWEN, LLAMA_8B)),
+        quick_host("gamma", ssh=False, models=(QWEN_7B,)),
     ) as made:
         await gpumesh("up", "-d")
         yield made
         await gpumesh("down")
 
 
-def stored(made: Simulated, name: str) -> set[str]:
+def stored(made: SimulatedMesh, name: str) -> set[str]:
     return set(made.hosts[name].backend.engine.store)
 
 
-async def test_one_table_over_the_fleet(fleet: Simulated) -> None:
+async def test_one_table_over_the_fleet(fleet: SimulatedMesh) -> None:
     gpumesh = fleet.gpumesh
     await gpumesh("models", "load", "qwen2.5:7b", "-n", "gamma", "--keep-alive", "30m")
     ended = await gpumesh("models")
@@ -63,7 +63,7 @@ async def test_one_table_over_the_fleet(fleet: Simulated) -> None:
 
 
 async def test_a_node_that_is_away_is_named(gpumesh: Gpumesh) -> None:
-    async with simulated(gpumesh, quick("alpha", ssh=False), quick("beta", ssh=False)) as made:
+    async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False), quick_host("beta", ssh=False)) as made:
         await made.hosts["beta"].set_faults(Faults(refuse=True))
         ended = await gpumesh("models")
         assert "alpha" in ended.out
@@ -71,7 +71,7 @@ async def test_a_node_that_is_away_is_named(gpumesh: Gpumesh) -> None:
         assert (await gpumesh("models", "list", "-q")).err == ""
 
 
-async def test_pull_to_several_nodes_with_progress_for_each(fleet: Simulated) -> None:
+async def test_pull_to_several_nodes_with_progress_for_each(fleet: SimulatedMesh) -> None:
     ended = await fleet.gpumesh("models", "pull", "phi4:latest", "-n", "alpha", "-n", "beta")
     assert sorted(ended.out.splitlines()) == ["alpha: phi4:latest pulled", "beta: phi4:latest pulled"]
     for name in ("alpha", "beta"):
@@ -87,21 +87,21 @@ async def test_pull_to_several_nodes_with_progress_for_each(fleet: Simulated) ->
     assert ended.err == ""
 
 
-async def test_progress_on_a_terminal(fleet: Simulated) -> None:
+async def test_progress_on_a_terminal(fleet: SimulatedMesh) -> None:
     async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all") as shown:
-        assert await shown.ended() == 0
+        assert await shown.wait_exit() == 0
         for name in ("alpha", "beta", "gamma"):
-            await shown.until(f"{name}: phi4 pulled")
-        assert "━" in shown.said
-        assert shown.as_before()
+            await shown.wait_for_text(f"{name}: phi4 pulled")
+        assert "━" in shown.plain_text
+        assert shown.is_restored()
     out = fleet.gpumesh.home / "out.txt"
     async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all", out=out) as shown:
-        assert await shown.ended() == 0
-        assert "pulled" not in shown.said
+        assert await shown.wait_exit() == 0
+        assert "pulled" not in shown.plain_text
     assert len(out.read_text().splitlines()) == 3
 
 
-async def test_one_that_fails_does_not_stop_the_others(fleet: Simulated) -> None:
+async def test_one_that_fails_does_not_stop_the_others(fleet: SimulatedMesh) -> None:
     await fleet.hosts["beta"].set_faults(Faults(status=500, paths=("/api/pull",)))
     ended = await fleet.gpumesh("models", "pull", "phi4", "--all", code=1)
     assert sorted(ended.out.splitlines()) == ["alpha: phi4 pulled", "gamma: phi4 pulled"]
@@ -112,11 +112,11 @@ async def test_one_that_fails_does_not_stop_the_others(fleet: Simulated) -> None
     assert ended.err.count("hint: ") == 1
 
 
-async def test_rm_load_unload(fleet: Simulated) -> None:
+async def test_rm_load_unload(fleet: SimulatedMesh) -> None:
     gpumesh = fleet.gpumesh
 
     def loaded(name: str) -> set[str]:
-        return {runner.model.name for runner in fleet.hosts[name].backend.engine.loaded()}
+        return {runner.model.name for runner in fleet.hosts[name].backend.engine.list_runners()}
 
     ended = await gpumesh("models", "load", "qwen2.5:7b", "--all")
     assert sorted(ended.out.splitlines()) == [f"{name}: qwen2.5:7b loaded" for name in ("alpha", "beta", "gamma")]
@@ -134,7 +134,7 @@ async def test_rm_load_unload(fleet: Simulated) -> None:
     assert stored(fleet, "gamma") == set()
 
 
-async def test_sync(fleet: Simulated) -> None:
+async def test_sync(fleet: SimulatedMesh) -> None:
     gpumesh = fleet.gpumesh
     ended = await gpumesh("models", "sync", "--from", "alpha", "--dry-run")
     assert ended.out.splitlines() == [
@@ -169,7 +169,7 @@ async def test_sync(fleet: Simulated) -> None:
         (["list", "extra"], 2, "unexpected extra argument"),
     ],
 )
-async def test_what_is_refused(fleet: Simulated, arguments: list[str], code: int, said: str) -> None:
+async def test_what_is_refused(fleet: SimulatedMesh, arguments: list[str], code: int, said: str) -> None:
     ended = await fleet.gpumesh("models", *arguments, code=code)
     assert said in ended.err
     assert ended.out == ""

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from gpumesh.lab.profile import Faults
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow]
 
 async def test_a_tunnel_that_a_person_has_mended_is_tried_at_once(gpumesh: Gpumesh) -> None:
     """A refused key is tried again slowly, by itself; not when somebody asks for it."""
-    async with simulated(gpumesh, quick("alpha")) as made:
+    async with simulated_mesh(gpumesh, quick_host("alpha")) as made:
         await made.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
         await gpumesh("up", "-d")
         status = await gpumesh("status")
@@ -27,7 +27,7 @@ async def test_a_tunnel_that_a_person_has_mended_is_tried_at_once(gpumesh: Gpume
         await gpumesh("down")
 
 
-async def test_a_tunnel_that_is_up_stays_up(two: Simulated) -> None:
+async def test_a_tunnel_that_is_up_stays_up(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     await gpumesh("up", "-d")
     before = (await gpumesh("status", "--json")).json()["nodes"][0]["tunnel"]

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 
 pytestmark = [pytest.mark.slow]
 
 
-async def test_a_drained_node_works_again(direct: Simulated) -> None:
+async def test_a_drained_node_works_again(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     await gpumesh("drain", "alpha")

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from gpumesh.lab.profile import Faults
-from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
 from tests.real.command import GPUMESH, Gpumesh
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow]
 
 KEYS = ["index", "prompt", "response", "node", "attempts", "ttft_ms", "total_ms", "tokens", "tokens_per_s", "error"]
 
 
-async def test_one_prompt_in_every_way(direct: Simulated) -> None:
+async def test_one_prompt_in_every_way(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     short = ("-o", "num_predict=3", "-o", "temperature=0")
@@ -70,14 +70,14 @@ async def test_one_prompt_in_every_way(direct: Simulated) -> None:
     ],
 )  # fmt: skip
 async def test_what_is_refused(
-    direct: Simulated, arguments: list[str], stdin: str | None, code: int, said: str
+    direct: SimulatedMesh, arguments: list[str], stdin: str | None, code: int, said: str
 ) -> None:
     ended = await direct.gpumesh(*arguments, stdin=stdin, code=code)
     assert ended.out == ""
     assert said in ended.err
 
 
-async def test_many_prompts_from_text_and_jsonl(direct: Simulated, tmp_path: Path) -> None:
+async def test_many_prompts_from_text_and_jsonl(direct: SimulatedMesh, tmp_path: Path) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     prompts = [f"Prompt {number} ü" for number in range(30)]
@@ -115,33 +115,33 @@ async def test_many_prompts_from_text_and_jsonl(direct: Simulated, tmp_path: Pat
 
 async def test_results_come_in_order_as_soon_as_they_can(gpumesh: Gpumesh) -> None:
     """The first prompt is on a slow host: what others say waits for it, and comes in one go."""
-    slow = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(20, 20))
-    async with simulated(gpumesh, slow, quick("fast", ssh=False)):
+    slow = quick_host("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(20, 20))
+    async with simulated_mesh(gpumesh, slow, quick_host("fast", ssh=False)):
         lines = [{"prompt": "a", "node": "slow"}, *({"prompt": "b", "node": "fast"} for _ in range(3))]
         ended = await gpumesh("run", "-f", "-", stdin="\n".join(map(json.dumps, lines)))
     assert [result["node"] for result in ended.lines()] == ["slow", "fast", "fast", "fast"]
 
 
-async def test_progress_is_on_stderr_alone(direct: Simulated, tmp_path: Path) -> None:
+async def test_progress_is_on_stderr_alone(direct: SimulatedMesh, tmp_path: Path) -> None:
     """A bar on the terminal while the results go into a file: the usual way to run many prompts."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     out = tmp_path / "out.jsonl"
     async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out) as shown:
-        assert await shown.ended() == 0
-        await shown.until("3/3")
-        assert "index" not in shown.said
+        assert await shown.wait_exit() == 0
+        await shown.wait_for_text("3/3")
+        assert "index" not in shown.plain_text
     assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 1, 2]
     async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out, columns=60) as shown:
-        assert await shown.ended() == 0
+        assert await shown.wait_exit() == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(list(result) == KEYS for result in results)
     async with terminal(direct.gpumesh, "run", "-f", str(prompts)) as shown:
-        assert await shown.ended() == 0
-        await shown.until('"index": 2')
-        assert "3/3" in shown.said
+        assert await shown.wait_exit() == 0
+        await shown.wait_for_text('"index": 2')
+        assert "3/3" in shown.plain_text
     async with terminal(direct.gpumesh, "run", "-f", str(prompts), "-q", out=out) as shown:
-        assert await shown.ended() == 0
+        assert await shown.wait_exit() == 0
         assert shown.written == ""
 
 
@@ -149,7 +149,7 @@ async def test_progress_is_on_stderr_alone(direct: Simulated, tmp_path: Path) ->
     "words",
     ["run -f {prompts}", "run long -o num_predict=400", "status -w --interval 0.1", "config show", "logs -f"],
 )
-async def test_a_reader_that_has_enough_ends_it_quietly(direct: Simulated, tmp_path: Path, words: str) -> None:
+async def test_a_reader_that_has_enough_ends_it_quietly(direct: SimulatedMesh, tmp_path: Path, words: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("prompt\n" * 300)
     await direct.gpumesh("up", "-d")
@@ -168,14 +168,16 @@ async def test_a_reader_that_has_enough_ends_it_quietly(direct: Simulated, tmp_p
 
 
 @pytest.fixture
-async def endless(gpumesh: Gpumesh) -> AsyncIterator[Simulated]:
+async def endless(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
     """A host whose answers take much longer than any test."""
-    async with simulated(gpumesh, quick("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000))) as made:
+    async with simulated_mesh(
+        gpumesh, quick_host("alpha", ssh=False, tokens_per_s=50.0, answer_tokens=(9000, 9000))
+    ) as made:
         yield made
 
 
 @pytest.mark.parametrize("detached", [True, False])
-async def test_ctrl_c_ends_the_generation_on_the_host(endless: Simulated, detached: bool) -> None:
+async def test_ctrl_c_ends_the_generation_on_the_host(endless: SimulatedMesh, detached: bool) -> None:
     host = endless.hosts["alpha"]
     if detached:
         await endless.gpumesh("up", "-d")
@@ -187,13 +189,13 @@ async def test_ctrl_c_ends_the_generation_on_the_host(endless: Simulated, detach
             assert await process.wait() == 130
         assert process.stderr is not None
         assert await process.stderr.read() == b""
-    await until(lambda: host.counters.in_flight == 0, "the generation has stopped")
+    await wait_until(lambda: host.counters.in_flight == 0, "the generation has stopped")
     assert host.counters.cancelled == 1
     if detached:
         await endless.gpumesh("down")
 
 
-async def test_an_answer_that_ends_in_an_error_ends_with_a_line(endless: Simulated) -> None:
+async def test_an_answer_that_ends_in_an_error_ends_with_a_line(endless: SimulatedMesh) -> None:
     ended = await endless.gpumesh("run", "x", "--timeout", "1", code=1)
     assert ended.out.endswith("\n")
     assert len(ended.out) > 5
@@ -201,20 +203,20 @@ async def test_an_answer_that_ends_in_an_error_ends_with_a_line(endless: Simulat
     assert "deadline" in ended.err
 
 
-async def test_a_node_that_fails_is_left_for_another(direct: Simulated) -> None:
+async def test_a_node_that_fails_is_left_for_another(direct: SimulatedMesh) -> None:
     await direct.hosts["alpha"].set_faults(Faults(status=500, paths=("/api/chat",)))
     result = (await direct.gpumesh("run", "x", "--json", "-o", "num_predict=2")).json()
     assert (result["node"], result["error"]) == ("beta", None)
 
 
 async def test_without_m_and_without_a_default_the_only_model_is_meant(gpumesh: Gpumesh) -> None:
-    async with simulated(gpumesh, quick("alpha", ssh=False)) as made:
+    async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)) as made:
         made.write(default_model=None)
         assert (await gpumesh("run", "x", "-o", "num_predict=1")).out.strip()
     assert MODEL == "qwen2.5:7b"
 
 
-async def test_hostile_answers_do_not_reach_the_terminal_as_they_are(direct: Simulated) -> None:
+async def test_hostile_answers_do_not_reach_the_terminal_as_they_are(direct: SimulatedMesh) -> None:
     """The stand-in repeats no prompt, so this is a server of its own."""
     piece = json.dumps(
         {"model": MODEL, "message": {"role": "assistant", "content": "a\x1b]0;x\x07b\x9bc"}, "done": False}
@@ -255,7 +257,7 @@ async def test_hostile_answers_do_not_reach_the_terminal_as_they_are(direct: Sim
 async def test_a_prompt_at_which_hosts_behind_ssh_hang_up_is_given_to_two(gpumesh: Gpumesh) -> None:
     """Their tunnels stand, so it was the servers."""
     names = ("alpha", "beta", "gamma")
-    async with simulated(gpumesh, *(quick(name) for name in names)) as made:
+    async with simulated_mesh(gpumesh, *(quick_host(name) for name in names)) as made:
         await gpumesh("up", "-d")
         await gpumesh("status", "--check")
         for host in made.hosts.values():

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.cli.commands.status import check_code
+from gpumesh.cli.commands.status import health_exit_code
 from gpumesh.errors import ExitCode
 from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.state import Finding, Health, MeshState, Severity
-from tests.cli.meshes import Simulated, quick, simulated
+from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.states import down, healthy, mesh, typical
 from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
@@ -37,10 +37,10 @@ WARNING = Finding("same-gpu", Severity.WARNING, "a", "x")
     ],
 )
 def test_check(state: MeshState, code: ExitCode) -> None:
-    assert check_code(state) == code
+    assert health_exit_code(state) == code
 
 
-async def test_of_a_mesh_that_runs(two: Simulated) -> None:
+async def test_of_a_mesh_that_runs(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     two.write([two.node("alpha", labels={"site": "home"}), two.node("beta")])
     await gpumesh("up", "-d")
@@ -80,7 +80,7 @@ async def test_of_a_mesh_that_runs(two: Simulated) -> None:
     assert "✗ beta" in ended.out
 
 
-async def test_nothing_works_and_the_truth_is_told_all_the_same(direct: Simulated) -> None:
+async def test_nothing_works_and_the_truth_is_told_all_the_same(direct: SimulatedMesh) -> None:
     for host in direct.hosts.values():
         await host.set_faults(Faults(refuse=True))
     ended = await direct.gpumesh("status")
@@ -90,7 +90,7 @@ async def test_nothing_works_and_the_truth_is_told_all_the_same(direct: Simulate
 
 
 async def test_a_host_that_says_nothing_delays_nobody_for_long(gpumesh: Gpumesh) -> None:
-    async with simulated(gpumesh, quick("good"), quick("silent")) as made:
+    async with simulated_mesh(gpumesh, quick_host("good"), quick_host("silent")) as made:
         await made.hosts["silent"].set_faults(Faults(ssh_hang=True))
         nodes = [made.node("good"), made.node("silent")]
         nodes[1]["ssh"]["connect_timeout"] = "3s"
@@ -102,11 +102,11 @@ async def test_a_host_that_says_nothing_delays_nobody_for_long(gpumesh: Gpumesh)
 
 
 async def test_what_a_host_says_is_not_obeyed_by_a_terminal(gpumesh: Gpumesh) -> None:
-    async with simulated(gpumesh, quick("evil")) as made:
+    async with simulated_mesh(gpumesh, quick_host("evil")) as made:
         await made.hosts["evil"].set_faults(Faults(nvidia_smi=SmiMode.ESCAPES))
         async with terminal(gpumesh, "status", "-v") as shown:
-            assert await shown.ended() == 0
-            await shown.until("no process is seen")
+            assert await shown.wait_exit() == 0
+            await shown.wait_for_text("no process is seen")
             written = shown.written
         piped = await gpumesh("status", "-v")
         document = await gpumesh("status", "--json")
@@ -121,18 +121,18 @@ async def test_what_a_host_says_is_not_obeyed_by_a_terminal(gpumesh: Gpumesh) ->
     assert json.loads(document.out)["nodes"][0]["gpus"]
 
 
-async def test_colours_only_on_terminals_and_never_with_no_color(direct: Simulated) -> None:
+async def test_colours_only_on_terminals_and_never_with_no_color(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status") as coloured:
-        assert await coloured.ended() == 0
-        await coloured.until("nodes up")
+        assert await coloured.wait_exit() == 0
+        await coloured.wait_for_text("nodes up")
         assert "\x1b[32m" in coloured.written
     async with terminal(direct.gpumesh, "status", NO_COLOR="1") as plain:
-        assert await plain.ended() == 0
-        await plain.until("nodes up")
+        assert await plain.wait_exit() == 0
+        await plain.wait_for_text("nodes up")
         assert not re.search(r"\x1b\[[0-9;]*3[0-7]", plain.written)
 
 
-async def test_watch_into_a_pipe_prints_a_table_for_each_change(direct: Simulated) -> None:
+async def test_watch_into_a_pipe_prints_a_table_for_each_change(direct: SimulatedMesh) -> None:
     async with direct.gpumesh.started("status", "-w", "--interval", "0.1") as process:
         assert process.stdout is not None
         seen = b""

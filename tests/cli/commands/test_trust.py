@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from gpumesh.cli.commands.trust import explained
+from gpumesh.cli.commands.trust import explain_judgement
 from gpumesh.errors import ExitCode
 from gpumesh.tunnels import hostkeys
-from gpumesh.tunnels.hostkeys import HostKey, Judgement, Verdict
+from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck, HostKeyStatus
 from tests.cli.terminals import terminal
 from tests.parts import needs
 from tests.real.command import Gpumesh
@@ -45,7 +45,7 @@ def fingerprint(public: Path) -> str:
 
 
 def names(known_hosts: Path) -> list[str]:
-    return [entry.hosts for entry in hostkeys.read(known_hosts).entries]
+    return [entry.hosts for entry in hostkeys.read_known_hosts(known_hosts).entries]
 
 
 @transports
@@ -164,26 +164,26 @@ async def test_what_cannot_be_asked_is_said(gpumesh: Gpumesh, sshd: Sshd, transp
 async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
     write(gpumesh, sshd)
     async with terminal(gpumesh, "trust", "iceland") as seen:
-        await seen.until("Is this the right fingerprint?")
+        await seen.wait_for_text("Is this the right fingerprint?")
         seen.press("n\n")
-        assert await seen.ended() == 1
-        assert "is not recorded, since you said that it is not the right one" in seen.said
+        assert await seen.wait_exit() == 1
+        assert "is not recorded, since you said that it is not the right one" in seen.plain_text
     assert sshd.known_hosts.read_text() == ""
     async with terminal(gpumesh, "trust", "iceland") as seen:
-        await seen.until("Is this the right fingerprint?")
+        await seen.wait_for_text("Is this the right fingerprint?")
         seen.press("y\n")
-        assert await seen.ended() == 0
+        assert await seen.wait_exit() == 0
     assert "gpumesh-node-iceland" in names(sshd.known_hosts)
 
 
 def test_what_the_verdicts_mean() -> None:
     known = Path("known_hosts")
     key = HostKey("ssh-ed25519", b"x")
-    changed = "\n".join(explained(Judgement(Verdict.CHANGED, (key,)), known))
+    changed = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.CHANGED, (key,)), known))
     assert key.fingerprint in changed
     assert "attack" not in changed  # nor is it hidden
     assert "in between" in changed
-    authority = "\n".join(explained(Judgement(Verdict.UNKNOWN, by_authority=True), known))
+    authority = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=True), known))
     assert "certificate authority" in authority
     assert "transport: openssh" in authority
-    assert "Compare" in "\n".join(explained(Judgement(Verdict.UNKNOWN), known))
+    assert "Compare" in "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN), known))

@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from gpumesh import config
-from gpumesh.cli.commands.up import show, until
-from gpumesh.cli.context import Settings
+from gpumesh.cli.commands.up import show_mesh, until_stopped
+from gpumesh.cli.context import GlobalOptions
 from gpumesh.daemon.local_session import LocalSession
-from gpumesh.daemon.mesh_process import Stop
+from gpumesh.daemon.mesh_process import Shutdown
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
-from tests.cli.meshes import MODEL, Simulated, quick, simulated
+from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels import polling
@@ -29,7 +29,7 @@ slow = pytest.mark.slow
 
 
 async def test_items_until_somebody_asks_to_stop() -> None:
-    stop = Stop()
+    stop = Shutdown()
     closed = False
 
     async def items() -> AsyncIterator[int]:
@@ -42,10 +42,10 @@ async def test_items_until_somebody_asks_to_stop() -> None:
             closed = True
 
     seen = []
-    async for item in until(items(), stop):
+    async for item in until_stopped(items(), stop):
         seen.append(item)
         if item == 2:
-            asyncio.get_running_loop().call_soon(stop.ask)
+            asyncio.get_running_loop().call_soon(stop.request)
     assert seen == [1, 2]
     assert closed
 
@@ -54,18 +54,18 @@ async def test_items_that_end_or_fail_by_themselves() -> None:
     async def few() -> AsyncIterator[int]:
         yield 1
 
-    assert [item async for item in until(few(), Stop())] == [1]
+    assert [item async for item in until_stopped(few(), Shutdown())] == [1]
 
     async def broken() -> AsyncIterator[int]:
         yield 1
         raise ValueError("inside")
 
     with pytest.raises(ValueError, match="inside"):
-        _ = [item async for item in until(broken(), Stop())]
+        _ = [item async for item in until_stopped(broken(), Shutdown())]
 
 
 @slow
-async def test_in_the_background(direct: Simulated) -> None:
+async def test_in_the_background(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     up = await gpumesh("up", "-d")
     assert "2 of 2 nodes up" in up.out
@@ -90,20 +90,20 @@ async def test_in_the_background(direct: Simulated) -> None:
 
 
 @slow
-async def test_who_does_not_wait_for_the_report_knows_that_it_runs(two: Simulated) -> None:
+async def test_who_does_not_wait_for_the_report_knows_that_it_runs(two: SimulatedMesh) -> None:
     """A host that hangs holds the report up; Ctrl-C ends the waiting, not the mesh."""
     await two.hosts["alpha"].set_faults(Faults(ssh_hang=True))
     async with terminal(two.gpumesh, "up", "-d") as shown:
-        await shown.until("`gpumesh down` stops it")
-        assert re.search(r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+;", shown.said)
-        assert "nodes up" not in shown.said
+        await shown.wait_for_text("`gpumesh down` stops it")
+        assert re.search(r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+;", shown.plain_text)
+        assert "nodes up" not in shown.plain_text
         shown.press("\x03")
-        assert await shown.ended() == 130
+        assert await shown.wait_exit() == 130
     assert (await two.gpumesh("down")).err == "stopped\n"
 
 
 @slow
-async def test_only_some_nodes_another_address_and_no_gateway(direct: Simulated) -> None:
+async def test_only_some_nodes_another_address_and_no_gateway(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d", "beta", "--listen", "127.0.0.1:0")
     state = (await gpumesh("status", "--json")).json()
@@ -130,7 +130,7 @@ async def test_only_some_nodes_another_address_and_no_gateway(direct: Simulated)
 )
 @pytest.mark.parametrize("how", [["-d"], []])
 async def test_what_cannot_be_is_said_and_leaves_nothing(
-    direct: Simulated, arguments: list[str], code: int, said: str, how: list[str]
+    direct: SimulatedMesh, arguments: list[str], code: int, said: str, how: list[str]
 ) -> None:
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     async with server:
@@ -144,31 +144,31 @@ async def test_what_cannot_be_is_said_and_leaves_nothing(
 
 
 @slow
-async def test_in_the_foreground_on_a_terminal(direct: Simulated) -> None:
+async def test_in_the_foreground_on_a_terminal(direct: SimulatedMesh) -> None:
     for way in ("q", "\x03"):
         async with terminal(direct.gpumesh, "up") as shown:
-            await shown.until("2 of 2 nodes up")
+            await shown.wait_for_text("2 of 2 nodes up")
             assert shown.modes() != shown.modes_before
             await direct.gpumesh("run", "x", "-o", "num_predict=2")
             shown.press(way)
-            assert await shown.ended() == 0
-            assert shown.as_before()
-            assert "closing" in shown.said
+            assert await shown.wait_exit() == 0
+            assert shown.is_restored()
+            assert "closing" in shown.plain_text
         assert direct.gpumesh.sockets() == []
 
 
 async def test_what_stands_below_the_table_is_said_where_there_is_none(
-    direct: Simulated, capsys: pytest.CaptureFixture[str]
+    direct: SimulatedMesh, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stop = Stop()
-    stop.ask()
+    stop = Shutdown()
+    stop.request()
     async with Mesh(config.load(direct.gpumesh.config)) as mesh:
-        await show(LocalSession(mesh), stop, Settings(quiet=True), below=("", "in another terminal:"))
+        await show_mesh(LocalSession(mesh), stop, GlobalOptions(quiet=True), notes=("", "in another terminal:"))
     assert capsys.readouterr().out == "\nin another terminal:\n"
 
 
 @slow
-async def test_in_the_foreground_without_a_terminal(direct: Simulated) -> None:
+async def test_in_the_foreground_without_a_terminal(direct: SimulatedMesh) -> None:
     """The first report, then a line for each change; SIGTERM ends it in order."""
     async with direct.gpumesh.started("up") as process:
         assert process.stdout is not None
@@ -190,8 +190,8 @@ async def test_in_the_foreground_without_a_terminal(direct: Simulated) -> None:
 @slow
 async def test_a_terminal_that_is_closed_cuts_nothing(gpumesh: Gpumesh) -> None:
     """The window is shut: SIGHUP, and whatever is written to it from then on fails."""
-    host = quick("slow", ssh=False, tokens_per_s=20.0, answer_tokens=(40, 40))
-    async with simulated(gpumesh, host):
+    host = quick_host("slow", ssh=False, tokens_per_s=20.0, answer_tokens=(40, 40))
+    async with simulated_mesh(gpumesh, host):
         controller, its_end = pty.openpty()
         process = await asyncio.create_subprocess_exec(
             *("setsid", "-c", "-w", str(GPUMESH), "up"),
@@ -225,8 +225,8 @@ async def test_a_terminal_that_is_closed_cuts_nothing(gpumesh: Gpumesh) -> None:
 @slow
 @pytest.mark.parametrize("way", ["down", "SIGTERM"])
 async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
-    host = quick("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(45, 45))
-    async with simulated(gpumesh, host):
+    host = quick_host("slow", ssh=False, tokens_per_s=10.0, answer_tokens=(45, 45))
+    async with simulated_mesh(gpumesh, host):
         await gpumesh("up", "-d")
         (pid,) = gpumesh.processes()
         async with gpumesh.started("run", "x", "--json") as asking:
@@ -245,8 +245,8 @@ async def test_what_is_in_flight_may_end(gpumesh: Gpumesh, way: str) -> None:
 
 @slow
 async def test_what_takes_longer_is_cut(gpumesh: Gpumesh) -> None:
-    host = quick("slow", ssh=False, tokens_per_s=5.0, answer_tokens=(9000, 9000))
-    async with simulated(gpumesh, host) as made:
+    host = quick_host("slow", ssh=False, tokens_per_s=5.0, answer_tokens=(9000, 9000))
+    async with simulated_mesh(gpumesh, host) as made:
         await gpumesh("up", "-d")
         async with gpumesh.started("run", "x") as asking:
             await until_in_flight(gpumesh)
@@ -256,7 +256,7 @@ async def test_what_takes_longer_is_cut(gpumesh: Gpumesh) -> None:
                 assert await asking.wait() == 1
             assert asking.stderr is not None
             assert b"error: " in await asking.stderr.read()
-        await polling.until(lambda: not made.hosts["slow"].counters.in_flight, "the generation has stopped")
+        await polling.wait_until(lambda: not made.hosts["slow"].counters.in_flight, "the generation has stopped")
 
 
 async def until_in_flight(gpumesh: Gpumesh) -> None:
@@ -266,7 +266,7 @@ async def until_in_flight(gpumesh: Gpumesh) -> None:
 
 
 async def gone(pids: set[int]) -> None:
-    await polling.until(lambda: not any(map(polling.alive, pids)), "the processes have ended")
+    await polling.wait_until(lambda: not any(map(polling.alive, pids)), "the processes have ended")
 
 
 async def killed(gpumesh: Gpumesh) -> None:
@@ -276,7 +276,7 @@ async def killed(gpumesh: Gpumesh) -> None:
 
 
 @slow
-async def test_a_mesh_that_was_killed_is_no_obstacle(direct: Simulated) -> None:
+async def test_a_mesh_that_was_killed_is_no_obstacle(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     await gpumesh("up", "-d")
     await killed(gpumesh)

@@ -7,9 +7,17 @@ import pytest
 import yaml
 
 from gpumesh import config
-from gpumesh.cli.init.node_drafts import LOCAL_PORTS, Draft, default_model, document, drafts, node_name, summary
+from gpumesh.cli.init.node_drafts import (
+    LOCAL_PORTS,
+    Draft,
+    default_model,
+    make_drafts,
+    mesh_yaml_lines,
+    node_name,
+    summarize_draft,
+)
 from gpumesh.cli.init.provider_pods import Pod
-from gpumesh.cli.init.ssh_command_line import parse_ssh
+from gpumesh.cli.init.ssh_command_line import parse_ssh_line
 from gpumesh.state import ModelInfo
 from gpumesh.topology import BackendKind, Target, Topology
 from tests.cli.states import down, gpu, healthy
@@ -18,18 +26,18 @@ HOME = Path("/home/me")
 
 
 def read_back(made: list[Draft]) -> Topology:
-    return config.parse("\n".join(document(made)), file="mesh.yaml", env={"LOGNAME": "me"}, home=HOME)
+    return config.parse("\n".join(mesh_yaml_lines(made)), file="mesh.yaml", env={"LOGNAME": "me"}, home=HOME)
 
 
 def found(draft: Draft, **changes: object) -> Draft:
-    return replace(draft, found=replace(healthy(draft.name), **changes), ports=(11434,))  # type: ignore[arg-type]
+    return replace(draft, state=replace(healthy(draft.name), **changes), ports=(11434,))  # type: ignore[arg-type]
 
 
 def test_one_for_each_place_and_each_usual_port_of_this_machine() -> None:
-    made = drafts(
-        [parse_ssh("ssh root@h -p 22010 -i ~/k -J b"), parse_ssh("h")],
+    made = make_drafts(
+        [parse_ssh_line("ssh root@h -p 22010 -i ~/k -J b"), parse_ssh_line("h")],
         ["work"],
-        [Pod("My Pod", "RunPod", "1.2.3.4", 1000), Pod("away", "RunPod", why="it is off")],
+        [Pod("My Pod", "RunPod", "1.2.3.4", 1000), Pod("away", "RunPod", unreachable_reason="it is off")],
         identity="~/other",
     )
     there = [draft for draft in made if draft.ssh is not None]
@@ -45,7 +53,7 @@ def test_one_for_each_place_and_each_usual_port_of_this_machine() -> None:
 
 
 def test_what_the_line_forwards_is_tried_first() -> None:
-    draft = drafts([parse_ssh("ssh h -L 8080:localhost:8000")], [])[0]
+    draft = make_drafts([parse_ssh_line("ssh h -L 8080:localhost:8000")], [])[0]
     assert draft.ports[0] == 8000
     assert len(set(draft.ports)) == len(draft.ports)
 
@@ -82,12 +90,12 @@ def test_gpus_that_differ_are_only_counted() -> None:
 
 
 def test_a_host_that_was_not_seen_stands_there_with_the_reason() -> None:
-    draft = replace(Draft("x", {"host": "h", "port": 22, "user": "root"}), found=down("x", "it refuses\nthe key"))
-    text = "\n".join(document([draft]))
+    draft = replace(Draft("x", {"host": "h", "port": 22, "user": "root"}), state=down("x", "it refuses\nthe key"))
+    text = "\n".join(mesh_yaml_lines([draft]))
     assert "    # not seen when this was written: it refuses the key\n" in text
     assert "expect" not in text
     assert read_back([draft]).nodes[0].name == "x"
-    assert summary(draft) == "x: it refuses the key"
+    assert summarize_draft(draft) == "x: it refuses the key"
 
 
 @pytest.mark.parametrize(
@@ -117,10 +125,10 @@ def test_a_host_that_was_not_seen_stands_there_with_the_reason() -> None:
 )
 def test_what_a_host_says_is_text_and_nothing_else(said: str) -> None:
     draft = found(Draft("a", None), host=replace(healthy("a").host, hostname="h"))
-    assert draft.found is not None
-    backend = replace(draft.found.backend, models=(said,), catalog=())
-    draft = replace(draft, found=replace(draft.found, backend=backend))
-    text = "\n".join(document([draft]))
+    assert draft.state is not None
+    backend = replace(draft.state.backend, models=(said,), catalog=())
+    draft = replace(draft, state=replace(draft.state, backend=backend))
+    text = "\n".join(mesh_yaml_lines([draft]))
     (model,) = read_back([draft]).nodes[0].expect.models
     assert model == said.replace("\x1b[31m\n", "")
     assert yaml.safe_load(text)["nodes"][0]["expect"]["models"] == [model.replace("${", "$${")]
@@ -129,10 +137,10 @@ def test_what_a_host_says_is_text_and_nothing_else(said: str) -> None:
 def test_the_default_is_the_model_to_chat_with_that_most_have() -> None:
     def with_models(name: str, *models: str) -> Draft:
         draft = found(Draft(name, None))
-        assert draft.found is not None
+        assert draft.state is not None
         catalog = tuple(ModelInfo(model, family="bert" if model == "odd:1" else "llama") for model in models)
         return replace(
-            draft, found=replace(draft.found, backend=replace(draft.found.backend, models=models, catalog=catalog))
+            draft, state=replace(draft.state, backend=replace(draft.state.backend, models=models, catalog=catalog))
         )
 
     made = [with_models("a", "z:1", "b:1", "odd:1"), with_models("b", "z:1", "odd:1", "nomic-embed-text:latest")]
@@ -144,9 +152,11 @@ def test_the_default_is_the_model_to_chat_with_that_most_have() -> None:
 
 def test_summary() -> None:
     draft = found(Draft("a", None), gpus=(gpu(0), gpu(1)))
-    assert summary(draft) == "a: ollama 0.12.6 on port 11434, 2 x NVIDIA GeForce RTX 4090, 2 models"
-    assert summary(found(Draft("a", None), gpus=None)) == "a: ollama 0.12.6 on port 11434, no GPU seen, 2 models"
-    assert summary(Draft("a", None)) == "a: no answer"
+    assert summarize_draft(draft) == "a: ollama 0.12.6 on port 11434, 2 x NVIDIA GeForce RTX 4090, 2 models"
+    assert (
+        summarize_draft(found(Draft("a", None), gpus=None)) == "a: ollama 0.12.6 on port 11434, no GPU seen, 2 models"
+    )
+    assert summarize_draft(Draft("a", None)) == "a: no answer"
 
 
 def test_node_names() -> None:

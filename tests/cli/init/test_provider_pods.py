@@ -47,7 +47,7 @@ def test_runpod() -> None:
     ],
 )
 def test_a_runpod_pod_that_cannot_be_reached(changes: dict[str, Any], why: str) -> None:
-    assert one({**RUNPOD, **changes}) == Pod("my pod", "RunPod", why=why)
+    assert one({**RUNPOD, **changes}) == Pod("my pod", "RunPod", unreachable_reason=why)
 
 
 def test_vast_direct_and_by_its_proxy() -> None:
@@ -61,7 +61,7 @@ def test_vast_direct_and_by_its_proxy() -> None:
 
 def test_a_vast_instance_that_is_still_loading() -> None:
     pod = one({"id": 1, "actual_status": "loading", "ports": None})
-    assert pod == Pod("vast-1", "vast.ai", why="it has no address yet (it is loading)")
+    assert pod == Pod("vast-1", "vast.ai", unreachable_reason="it has no address yet (it is loading)")
 
 
 @pytest.mark.parametrize("key", ["pods", "instances", "data"])

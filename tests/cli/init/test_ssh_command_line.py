@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.cli.init.ssh_command_line import SshLine, parse_ssh
+from gpumesh.cli.init.ssh_command_line import SshLine, parse_ssh_line
 from gpumesh.errors import UsageError
 
 
@@ -24,14 +24,14 @@ from gpumesh.errors import UsageError
         ("ssh ssh://root@h:2200/", SshLine("h", 2200, "root")),
         ("ssh root@[2001:db8::1] -p 22", SshLine("2001:db8::1", 22, "root")),
         ("ssh -p 20544 root@142.214.185.187 -L 8080:localhost:8000",
-         SshLine("142.214.185.187", 20544, "root", forwarded=(8000,))),
+         SshLine("142.214.185.187", 20544, "root", forwarded_ports=(8000,))),
         ("ssh h -L 127.0.0.1:1:127.0.0.1:11434 -L 2:elsewhere:80 -L /run/a.sock:/run/b.sock",
-         SshLine("h", forwarded=(11434,))),
-        ("iceland=ssh root@h -p 22", SshLine("h", 22, "root", called="iceland")),
+         SshLine("h", forwarded_ports=(11434,))),
+        ("iceland=ssh root@h -p 22", SshLine("h", 22, "root", given_name="iceland")),
     ],
 )  # fmt: skip
 def test_as_ssh_reads_it(line: str, expected: SshLine) -> None:
-    assert parse_ssh(line) == expected
+    assert parse_ssh_line(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_as_ssh_reads_it(line: str, expected: SshLine) -> None:
 )
 def test_what_is_no_place(line: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        parse_ssh(line)
+        parse_ssh_line(line)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_what_is_no_place(line: str, said: str) -> None:
      ("My.Box=root@h", "My.Box")],
 )  # fmt: skip
 def test_names(line: str, name: str) -> None:
-    assert parse_ssh(line).name == name
+    assert parse_ssh_line(line).name == name

@@ -6,30 +6,38 @@ import pytest
 
 from gpumesh import audit, errors
 from gpumesh.cli.text import UNKNOWN
-from gpumesh.cli.views.audit_rows import AS_EXPECTED, Branch, Row, Twig, drawing, rows, way_of
+from gpumesh.cli.views.audit_rows import (
+    AS_EXPECTED,
+    ComparisonRow,
+    MachineBranch,
+    RouteLine,
+    compare_nodes,
+    describe_route,
+    draw_topology,
+)
 from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, Severity
 from gpumesh.topology import AddressCommand, ExpectSpec, NodeSpec, SshSpec
 from tests.audit.build import (
     GPU,
     OTHER,
-    asked,
     backend,
-    blind,
-    broken,
     direct,
     route,
-    smi,
     spec,
     state,
+    state_with_error,
+    state_with_routes,
+    state_with_smi_output,
     topology,
+    without_gpus,
 )
 from tests.probes.shell_host import row
 
 
-def compared(*pairs: tuple[NodeSpec, NodeState | None]) -> list[Row]:
+def compared(*pairs: tuple[NodeSpec, NodeState | None]) -> list[ComparisonRow]:
     made = topology(*(one for one, _ in pairs))
     states = [replace(each, name=one.name) for one, each in pairs if each is not None]
-    return list(rows(made, states, audit.findings(made, states)))
+    return list(compare_nodes(made, states, audit.collect_findings(made, states)))
 
 
 def test_what_is_as_expected_is_said_to_be() -> None:
@@ -53,9 +61,9 @@ def test_what_is_as_expected_is_said_to_be() -> None:
         (state(host=HostState("box", "550.1")), "hostname", "af4a84245990", "box", "hostname-differs"),
         (state(gpus=(GPU, OTHER)), "GPUs", "1", "2", "gpu-count"),
         (state(gpus=()), "GPUs", "1", "0", "gpu-missing"),
-        (smi(row(name="NVIDIA GeForce RTX 3090")), "GPU", "RTX 4090", "RTX 3090", "gpu-differs"),
+        (state_with_smi_output(row(name="NVIDIA GeForce RTX 3090")), "GPU", "RTX 4090", "RTX 3090", "gpu-differs"),
         (state(gpus=(replace(GPU, memory_total_mib=9856),)), "VRAM", "24564 MiB", "9856 MiB", "vram-differs"),
-        (smi(row(driver_version="560.1")), "driver", "550", "560.1", "driver-differs"),
+        (state_with_smi_output(row(driver_version="560.1")), "driver", "550", "560.1", "driver-differs"),
         (state(backend=backend(models=("phi3",))), "models", "qwen2.5:7b", "none", "model-missing"),
     ],
 )
@@ -69,7 +77,7 @@ def test_what_differs_has_its_finding_in_its_row(
 
 
 def test_what_is_not_known_is_not_said_to_be_wrong() -> None:
-    found = {one.what: one for one in compared((spec(), blind(state())))}
+    found = {one.what: one for one in compared((spec(), without_gpus(state())))}
     assert {what: one.found for what, one in found.items() if one.verdict == "not known"} == dict.fromkeys(
         ("hostname", "GPUs", "GPU", "VRAM", "driver"), UNKNOWN
     )
@@ -77,7 +85,7 @@ def test_what_is_not_known_is_not_said_to_be_wrong() -> None:
 
 
 def test_a_node_that_is_not_reached_says_only_that() -> None:
-    (only,) = compared((spec(), broken(errors.ConnectRefused("nothing listens on port 13323"))))
+    (only,) = compared((spec(), state_with_error(errors.ConnectRefused("nothing listens on port 13323"))))
     assert (only.what, only.found, only.verdict, only.severity) == (
         "route",
         "nothing listens on port 13323",
@@ -103,7 +111,7 @@ def test_a_server_that_answers_wrongly_has_its_address_beside_it_once() -> None:
 
 
 def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
-    ill = smi(row(persistence_mode="Disabled", fan_speed="ERR!"), backend=backend(version="0.1.0"))
+    ill = state_with_smi_output(row(persistence_mode="Disabled", fan_speed="ERR!"), backend=backend(version="0.1.0"))
     own = [one for one in compared((spec(), ill)) if one.expected == UNKNOWN]
     assert [(one.what, one.verdict) for one in own] == [
         ("GPUs", "gpu-faulty"),
@@ -114,7 +122,7 @@ def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
 
 
 def test_what_concerns_several_nodes_comes_last() -> None:
-    found = compared((spec(), state()), (direct(), blind(state())))
+    found = compared((spec(), state()), (direct(), without_gpus(state())))
     assert (found[-1].node, found[-1].what, found[-1].verdict) == ("iceland, local", "nodes", "same-gpu")
     other = replace(GPU, uuid="GPU-00000000-1")
     third = state(
@@ -131,7 +139,9 @@ def test_nodes_that_are_off_or_unknown_to_the_running_mesh() -> None:
 
 
 def test_candidates_say_which_one_is_in_use_and_how_fast() -> None:
-    made = asked(route("http://a:1", latency_ms=4.25), route("http://b:1", state=BackendPhase.DOWN, error="refused"))
+    made = state_with_routes(
+        route("http://a:1", latency_ms=4.25), route("http://b:1", state=BackendPhase.DOWN, error="refused")
+    )
     several = direct("iceland", "http://a:1", "http://b:1")
     found = {one.what: one for one in compared((several, made))}
     assert found["server"].found == "ollama 0.12.6 at http://a:1, 4.2 ms"
@@ -148,27 +158,27 @@ def test_candidates_say_which_one_is_in_use_and_how_fast() -> None:
     ],
 )
 def test_how_a_node_is_reached(ssh: SshSpec, way: str) -> None:
-    assert way_of(spec(ssh=ssh)) == way
+    assert describe_route(spec(ssh=ssh)) == way
 
 
 # -- the drawing -----------------------------------------------------------------------------------------------------
 
 
-def drawn(*pairs: tuple[NodeSpec, NodeState]) -> tuple[Branch, ...]:
-    return drawing(topology(*(one for one, _ in pairs)), [replace(each, name=one.name) for one, each in pairs])
+def drawn(*pairs: tuple[NodeSpec, NodeState]) -> tuple[MachineBranch, ...]:
+    return draw_topology(topology(*(one for one, _ in pairs)), [replace(each, name=one.name) for one, each in pairs])
 
 
 def test_two_ways_to_one_gpu_and_one_to_nowhere() -> None:
-    gone = broken(errors.ConnectRefused("nothing listens"))
+    gone = state_with_error(errors.ConnectRefused("nothing listens"))
     machine, away = drawn(
-        (spec(), state()), (direct(), blind(state())), (direct("vengeance", "http://127.0.0.1:1"), gone)
+        (spec(), state()), (direct(), without_gpus(state())), (direct("vengeance", "http://127.0.0.1:1"), gone)
     )
     assert machine.title == "RTX 4090, 24.0 GiB (GPU-8f2c1d5e…) on af4a84245990"
     assert machine.remark == "most likely one machine, by its model store"
-    assert [twig.node for twig in machine.twigs] == ["iceland", "local"]
-    assert machine.twigs[0] == Twig("iceland", "ssh root@203.0.113.7:13323 → http://127.0.0.1:80", "42 ms")
-    assert away == Branch(
-        "not reached", (Twig("vengeance", "http://127.0.0.1:1", "nothing listens", dim=True),), there=False
+    assert [twig.node for twig in machine.lines] == ["iceland", "local"]
+    assert machine.lines[0] == RouteLine("iceland", "ssh root@203.0.113.7:13323 → http://127.0.0.1:80", "42 ms")
+    assert away == MachineBranch(
+        "not reached", (RouteLine("vengeance", "http://127.0.0.1:1", "nothing listens", dim=True),), reached=False
     )
 
 
@@ -180,14 +190,14 @@ def test_certain_or_likely() -> None:
 
 
 def test_every_way_of_a_node() -> None:
-    made = asked(
+    made = state_with_routes(
         route("http://a:1", via="sshtunnel", latency_ms=41.0),
         route("http://b:1", via="sshtunnel", latency_ms=3.0),
         route("http://c:1", via="sshtunnel", state=BackendPhase.DOWN, latency_ms=None),
         route("http://203.0.113.7:80", latency_ms=20.0, offered=True),
     )
     (machine,) = drawn((spec(), made))
-    assert [(twig.node, twig.way, twig.remark, twig.dim) for twig in machine.twigs] == [
+    assert [(twig.node, twig.route, twig.remark, twig.dim) for twig in machine.lines] == [
         ("iceland", "ssh root@203.0.113.7:13323 → http://a:1", "41 ms", False),
         ("", "ssh root@203.0.113.7:13323 → http://b:1", "not in use, 3.0 ms", True),
         ("", "ssh root@203.0.113.7:13323 → http://c:1", "does not serve", True),

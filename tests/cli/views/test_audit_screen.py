@@ -11,18 +11,18 @@ from rich.console import Console
 
 from gpumesh import audit, errors
 from gpumesh.cli.views import audit_screen, tables
-from gpumesh.cli.views.audit_rows import drawing, rows
+from gpumesh.cli.views.audit_rows import compare_nodes, draw_topology
 from gpumesh.state import HostState, NodeState
 from gpumesh.topology import NodeSpec
-from tests.audit.build import GPU, blind, broken, direct, smi, spec, state, topology
+from tests.audit.build import GPU, direct, spec, state, state_with_error, state_with_smi_output, topology, without_gpus
 from tests.probes.shell_host import row
 
-ILL = smi(row(name="NVIDIA GeForce RTX 3090", fan_speed="ERR!"), host=HostState("box", "550.54.15"))
-GONE = broken(errors.ConnectRefused("nothing listens on 127.0.0.1:1"))
+ILL = state_with_smi_output(row(name="NVIDIA GeForce RTX 3090", fan_speed="ERR!"), host=HostState("box", "550.54.15"))
+GONE = state_with_error(errors.ConnectRefused("nothing listens on 127.0.0.1:1"))
 OTHER = replace(state(), gpus=(replace(GPU, uuid="GPU-00000000-1"),))
 NODES: list[tuple[NodeSpec, NodeState]] = [
     (spec(), ILL),
-    (direct(), blind(state())),
+    (direct(), without_gpus(state())),
     (direct("vengeance", "http://127.0.0.1:1", "http://127.0.0.1:2"), GONE),
     (replace(direct("attic", "http://127.0.0.1:9"), enabled=False), GONE),
 ]
@@ -40,8 +40,8 @@ def shown(
     monkeypatch.setattr(tables, "console", lambda: Console(file=file, width=width, highlight=False))
     made = topology(*(one for one, _ in nodes))
     states = [replace(each, name=one.name) for one, each in nodes]
-    audit_screen.print_comparison(list(rows(made, states, audit.findings(made, states))))
-    audit_screen.print_drawing(drawing(made, states))
+    audit_screen.print_comparison(list(compare_nodes(made, states, audit.collect_findings(made, states))))
+    audit_screen.print_drawing(draw_topology(made, states))
     return raw.getvalue().decode(encoding)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.cli.views.demo_story import Scene
+from gpumesh.cli.views.demo_story import DemoDisplay
 from tests.cli.states import typical
 
 
@@ -10,10 +10,10 @@ def test_without_a_terminal_only_what_is_told_and_the_pictures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    with Scene() as scene:
-        scene.say("Once \x1b[31mupon\x07 a time", "bold")
-        scene.update(typical())
+    with DemoDisplay() as scene:
+        scene.print_line("Once \x1b[31mupon\x07 a time", "bold")
+        scene.update_table(typical())
         assert capsys.readouterr().out == "Once [31mupon a time\n"
-        scene.picture(typical())
+        scene.print_table(typical())
         assert "2 of 4 nodes up" in capsys.readouterr().out
     assert capsys.readouterr().out == ""

@@ -2,30 +2,30 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.cli.views.download_bars import downloads, in_tenths
-from gpumesh.mesh.models.model_store import Step
+from gpumesh.cli.views.download_bars import format_step, show_downloads
+from gpumesh.mesh.models.model_store import PullProgress
 
 
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        (Step("verifying"), "verifying"),
-        (Step("pulling a", 0, 10), "pulling a 0 %"),
-        (Step("pulling a", 199, 1000), "pulling a 10 %"),
-        (Step("pulling a", 10, 10), "pulling a 100 %"),
-        (Step("pulling a", 11, 10), "pulling a 100 %"),
+        (PullProgress("verifying"), "verifying"),
+        (PullProgress("pulling a", 0, 10), "pulling a 0 %"),
+        (PullProgress("pulling a", 199, 1000), "pulling a 10 %"),
+        (PullProgress("pulling a", 10, 10), "pulling a 100 %"),
+        (PullProgress("pulling a", 11, 10), "pulling a 100 %"),
     ],
 )
-def test_in_tenths(step: Step, said: str) -> None:
-    assert in_tenths(step) == said
+def test_in_tenths(step: PullProgress, said: str) -> None:
+    assert format_step(step) == said
 
 
 def test_a_line_for_each_tenth_and_node(capsys: pytest.CaptureFixture[str]) -> None:
-    with downloads(quiet=False) as shown:
+    with show_downloads(quiet=False) as shown:
         for part in range(101):
-            shown("a", Step("pulling x", part, 100))
-        shown("b", Step("pulling x", 100, 100))
-        shown("a", Step("success"))
+            shown("a", PullProgress("pulling x", part, 100))
+        shown("b", PullProgress("pulling x", 100, 100))
+        shown("a", PullProgress("success"))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -36,6 +36,6 @@ def test_a_line_for_each_tenth_and_node(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with downloads(quiet=True) as shown:
-        shown("a", Step("pulling x", 1, 100))
+    with show_downloads(quiet=True) as shown:
+        shown("a", PullProgress("pulling x", 1, 100))
     assert capsys.readouterr() == ("", "")

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.cli.views.live_table import Choice, Wanted
+from gpumesh.cli.views.live_table import KeySelection, ViewSelection
 from gpumesh.cli.views.node_selection import SortKey
 from gpumesh.errors import UsageError
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 from tests.cli.states import typical
 from tests.cli.terminals import Terminal, terminal
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 NODES = ["a", "b", "c"]
 
 
-def pressed(*keys: str, nodes: list[str] | None = None) -> Choice:
-    choice = Choice(Wanted(), nodes=NODES if nodes is None else nodes)
+def pressed(*keys: str, nodes: list[str] | None = None) -> KeySelection:
+    choice = KeySelection(ViewSelection(), nodes=NODES if nodes is None else nodes)
     for key in keys:
-        choice.press(key)
+        choice.handle_key(key)
     return choice
 
 
@@ -49,39 +49,39 @@ def test_choosing_a_node(keys: list[str], selected: str) -> None:
 def test_a_node_that_went_away_is_chosen_no_more() -> None:
     choice = pressed("down")
     choice.nodes = ["x", "y"]
-    choice.press("down")
+    choice.handle_key("down")
     assert choice.selected == "x"
     assert pressed("down", nodes=[]).selected == ""
 
 
 def test_what_keys_do() -> None:
     choice = pressed("down")
-    assert [choice.press(key) for key in "drcqQ"] == ["drain", "resume", "reconnect", "quit", "quit"]
-    assert choice.press("z") is None
+    assert [choice.handle_key(key) for key in "drcqQ"] == ["drain", "resume", "reconnect", "quit", "quit"]
+    assert choice.handle_key("z") is None
 
 
 def test_doing_something_needs_a_node_unless_there_is_only_one() -> None:
     choice = pressed()
-    assert choice.press("d") is None
+    assert choice.handle_key("d") is None
     assert "choose a node" in choice.note
     alone = pressed(nodes=["only"])
-    assert alone.press("d") == "drain"
+    assert alone.handle_key("d") == "drain"
     assert alone.selected == "only"
 
 
 def test_order_and_processes() -> None:
     choice = pressed(*["s"] * len(SortKey), "v")
-    assert choice.wanted == Wanted(sort=SortKey.CONFIG, verbose=True)
-    choice.press("s")
-    assert choice.wanted == Wanted(sort=SortKey.NAME, verbose=True)
+    assert choice.view == ViewSelection(sort=SortKey.CONFIG, verbose=True)
+    choice.handle_key("s")
+    assert choice.view == ViewSelection(sort=SortKey.NAME, verbose=True)
     assert choice.note == "sorted by name"
 
 
 def test_what_is_wanted_of_a_state() -> None:
-    wanted = Wanted(names=["*e*"], sort=SortKey.NAME)
-    assert [node.name for node in wanted.of(typical()).nodes] == ["iceland", "vengeance"]
+    wanted = ViewSelection(names=["*e*"], sort=SortKey.NAME)
+    assert [node.name for node in wanted.apply(typical()).nodes] == ["iceland", "vengeance"]
     with pytest.raises(UsageError):
-        Wanted(labels=["x"]).of(typical())
+        ViewSelection(labels=["x"]).apply(typical())
 
 
 # -- on a terminal ---------------------------------------------------------------------------------------------------
@@ -90,37 +90,37 @@ slow = pytest.mark.slow
 
 
 async def drawn(table: Terminal) -> None:
-    await table.until("2 of 2 nodes up")
+    await table.wait_for_text("2 of 2 nodes up")
 
 
 @slow
-async def test_keys_drain_resume_reconnect_sort_and_quit(two: Simulated) -> None:
+async def test_keys_drain_resume_reconnect_sort_and_quit(two: SimulatedMesh) -> None:
     await two.gpumesh("up", "-d")
     async with terminal(two.gpumesh, "status", "-w", "--interval", "0.2") as table:
         await drawn(table)
         assert table.modes() != table.modes_before
-        place = await table.until("q quit")
+        place = await table.wait_for_text("q quit")
         table.press("\x1b[B\x1b[B")
         table.press("d")
-        place = await table.until("‖ beta", after=place)
+        place = await table.wait_for_text("‖ beta", after=place)
         table.press("r")
-        place = await table.until("● beta", after=place)
+        place = await table.wait_for_text("● beta", after=place)
         table.press("c")
-        place = await table.until("reconnect beta", after=place)
+        place = await table.wait_for_text("reconnect beta", after=place)
         table.press("s")
-        place = await table.until("sorted by name", after=place)
+        place = await table.wait_for_text("sorted by name", after=place)
         table.press("v")
-        await table.until("no process is seen", after=place)
+        await table.wait_for_text("no process is seen", after=place)
         table.press("q")
-        assert await table.ended() == 0
-        assert table.as_before()
+        assert await table.wait_exit() == 0
+        assert table.is_restored()
         assert "\x1b[2J" not in table.written.split("q quit", 1)[1], "it never erases the screen while it runs"
     await two.gpumesh("down")
 
 
 @slow
 @pytest.mark.parametrize("way", ["ctrl-c", "SIGTERM", "SIGHUP", "mesh ends", "a node that is not there"])
-async def test_the_terminal_is_as_it_was_after_every_way_out(direct: Simulated, way: str) -> None:
+async def test_the_terminal_is_as_it_was_after_every_way_out(direct: SimulatedMesh, way: str) -> None:
     await direct.gpumesh("up", "-d")
     arguments = ("-n", "nobody") if way.startswith("a node") else ()
     async with terminal(direct.gpumesh, "status", "-w", *arguments) as table:
@@ -134,31 +134,31 @@ async def test_the_terminal_is_as_it_was_after_every_way_out(direct: Simulated, 
         elif way == "mesh ends":
             await direct.gpumesh("down")
         expected = {"ctrl-c": 130, "SIGTERM": -15, "SIGHUP": -1, "mesh ends": 1}.get(way, 2)
-        assert await table.ended() == expected
-        assert table.as_before(), way
+        assert await table.wait_exit() == expected
+        assert table.is_restored(), way
         assert "Traceback" not in table.written
         if way == "mesh ends":
-            assert "error: the running mesh ended" in table.said
+            assert "error: the running mesh ended" in table.plain_text
         if arguments:
-            assert "there is no node 'nobody'" in table.said
+            assert "there is no node 'nobody'" in table.plain_text
     if way != "mesh ends":
         await direct.gpumesh("down")
 
 
 @slow
-async def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(direct: Simulated) -> None:
+async def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status", "-w") as table:
         await drawn(table)
         os.kill(table.process.pid, signal.SIGTSTP)
-        await until(lambda: state_of(table.process.pid) == "T", "it is stopped")
-        await until(table.as_before, "the terminal is given back")
-        place = len(table.said)
+        await wait_until(lambda: state_of(table.process.pid) == "T", "it is stopped")
+        await wait_until(table.is_restored, "the terminal is given back")
+        place = len(table.plain_text)
         table.process.send_signal(signal.SIGCONT)
-        await table.until("2 of 2 nodes up", after=place)
+        await table.wait_for_text("2 of 2 nodes up", after=place)
         assert table.modes() != table.modes_before
         table.press("q")
-        assert await table.ended() == 0
-        assert table.as_before()
+        assert await table.wait_exit() == 0
+        assert table.is_restored()
 
 
 def state_of(pid: int) -> str:
@@ -166,22 +166,22 @@ def state_of(pid: int) -> str:
 
 
 @slow
-async def test_another_size_is_drawn_anew(direct: Simulated) -> None:
+async def test_another_size_is_drawn_anew(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status", "-w", columns=200) as table:
         await drawn(table)
-        assert "BACKEND" in table.said
-        place = len(table.said)
+        assert "BACKEND" in table.plain_text
+        place = len(table.plain_text)
         table.resize(60, 12)
-        await table.until("2 of 2 nodes up", after=place)
-        assert "BACKEND" not in table.said[place:]
+        await table.wait_for_text("2 of 2 nodes up", after=place)
+        assert "BACKEND" not in table.plain_text[place:]
         table.press("q")
-        assert await table.ended() == 0
+        assert await table.wait_exit() == 0
 
 
 @slow
-async def test_on_a_dumb_terminal_it_only_prints(direct: Simulated) -> None:
+async def test_on_a_dumb_terminal_it_only_prints(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status", "-w", "--interval", "0.1", TERM="dumb") as table:
-        await table.until("nodes up", after=await table.until("nodes up"))
+        await table.wait_for_text("nodes up", after=await table.wait_for_text("nodes up"))
         assert "\x1b" not in table.written
         table.press("\x03")
-        assert await table.ended() == 130
+        assert await table.wait_exit() == 130

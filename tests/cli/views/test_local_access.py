@@ -11,10 +11,10 @@ import pytest
 
 from gpumesh.cli.views.local_access import access_lines
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess, MeshState
-from tests.cli.meshes import Simulated
+from tests.cli.meshes import SimulatedMesh
 from tests.cli.states import healthy, mesh
 from tests.parts import needs
-from tests.tunnels.other_user import ANOTHER, knock
+from tests.tunnels.other_user import ANOTHER, connect_as
 
 slow = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_of_the_gateway(gateway: GatewayState, line: str) -> None:
 
 
 @slow
-async def test_up_and_status_say_it(two: Simulated) -> None:
+async def test_up_and_status_say_it(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     up = await gpumesh("up", "-d")
     url = (await gpumesh("status", "--json")).json()["gateway"]["url"]
@@ -75,14 +75,14 @@ async def test_up_and_status_say_it(two: Simulated) -> None:
     await gpumesh("down")
 
 
-def on_unix_sockets(made: Simulated, gateway: Path) -> None:
+def on_unix_sockets(made: SimulatedMesh, gateway: Path) -> None:
     """Its mesh.yaml, without a single port."""
     document = json.loads(made.write(listen=f"unix:{gateway}").read_text())
     made.gpumesh.config.write_text(json.dumps({**document, "tunnels": {"listen": "unix"}}))
 
 
 @slow
-async def test_everything_works_without_a_port(two: Simulated) -> None:
+async def test_everything_works_without_a_port(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     path = gpumesh.runtime / "g.sock"
     on_unix_sockets(two, path)
@@ -118,13 +118,13 @@ async def test_everything_works_without_a_port(two: Simulated) -> None:
 
 
 @slow
-async def test_without_a_running_mesh_too(two: Simulated) -> None:
+async def test_without_a_running_mesh_too(two: SimulatedMesh) -> None:
     on_unix_sockets(two, two.gpumesh.runtime / "g.sock")
     assert "2 of 2 nodes up" in (await two.gpumesh("status")).out
 
 
 @slow
-async def test_killed_and_started_again(two: Simulated) -> None:
+async def test_killed_and_started_again(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     path = gpumesh.runtime / "g.sock"
     on_unix_sockets(two, path)
@@ -139,7 +139,7 @@ async def test_killed_and_started_again(two: Simulated) -> None:
 
 
 @slow
-async def test_on_the_command_line(direct: Simulated) -> None:
+async def test_on_the_command_line(direct: SimulatedMesh) -> None:
     gpumesh = direct.gpumesh
     path = gpumesh.runtime / "g.sock"
     await gpumesh("up", "-d", "--listen", f"127.0.0.1:0,unix:{path}")
@@ -156,12 +156,12 @@ async def test_on_the_command_line(direct: Simulated) -> None:
 
 @slow
 @needs("root")
-async def test_who_was_refused_stands_in_the_log(two: Simulated) -> None:
+async def test_who_was_refused_stands_in_the_log(two: SimulatedMesh) -> None:
     gpumesh = two.gpumesh
     await gpumesh("up", "-d")
     alpha = (await gpumesh("status", "--json")).json()["nodes"][0]["tunnel"]["local_port"]
-    assert await knock(alpha, uid=ANOTHER) == "reset"
-    assert await knock(alpha, uid=ANOTHER) == "reset"
+    assert await connect_as(alpha, uid=ANOTHER) == "reset"
+    assert await connect_as(alpha, uid=ANOTHER) == "reset"
     await gpumesh("down")
     told = [line for line in (await gpumesh("logs")).out.splitlines() if "tried to connect" in line]
     assert len(told) == 1

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.cli.views.node_selection import SortKey, badness, ordered, select
+from gpumesh.cli.views.node_selection import SortKey, health_rank, select_nodes, sort_nodes
 from gpumesh.errors import UsageError
 from gpumesh.state import Finding, Health, MeshState, Severity
 from tests.cli.states import down, gpu, healthy, mesh, typical
@@ -22,27 +22,27 @@ def labelled() -> MeshState:
 
 def test_all_is_the_state_itself() -> None:
     state = typical()
-    assert select(state) is state
-    assert select(state, ["*"]) is state
+    assert select_nodes(state) is state
+    assert select_nodes(state, ["*"]) is state
 
 
 def test_names_are_patterns_and_the_order_stays() -> None:
-    assert names(select(typical(), ["runpod", "iceland"])) == ["iceland", "runpod"]
-    assert names(select(typical(), ["*land*", "?ttic"])) == ["iceland", "attic"]
+    assert names(select_nodes(typical(), ["runpod", "iceland"])) == ["iceland", "runpod"]
+    assert names(select_nodes(typical(), ["*land*", "?ttic"])) == ["iceland", "attic"]
 
 
 def test_totals_and_findings_are_those_of_what_is_shown() -> None:
     pair = Finding("same-gpu", Severity.WARNING, None, "one GPU", nodes=("iceland", "oslo"))
     state = mesh(healthy("iceland"), healthy("oslo"), down("x"), findings=(pair,))
-    one = select(state, ["iceland"])
+    one = select_nodes(state, ["iceland"])
     assert (one.totals.nodes, one.totals.gpus) == (1, 1)
     assert one.findings == (pair,)
-    assert select(typical(), ["iceland"]).findings == ()
+    assert select_nodes(typical(), ["iceland"]).findings == ()
 
 
 def test_a_name_that_nobody_has() -> None:
     with pytest.raises(UsageError, match="no node 'icland'") as caught:
-        select(typical(), ["iceland", "icland"])
+        select_nodes(typical(), ["iceland", "icland"])
     assert caught.value.hint == "the nodes are: iceland, vengeance, runpod, attic"
 
 
@@ -51,15 +51,15 @@ def test_a_name_that_nobody_has() -> None:
     [(["site=home"], ["iceland"]), (["site"], ["iceland", "oslo"]), (["site", "tier=1"], ["iceland"])],
 )
 def test_labels_must_all_be_there(labels: list[str], expected: list[str]) -> None:
-    assert names(select(labelled(), labels=labels)) == expected
+    assert names(select_nodes(labelled(), labels=labels)) == expected
 
 
 def test_labels_that_leave_nobody() -> None:
     with pytest.raises(UsageError, match=r"no node has site=home and tier=2") as caught:
-        select(labelled(), labels=["site=home", "tier=2"])
+        select_nodes(labelled(), labels=["site=home", "tier=2"])
     assert caught.value.hint == "the labels are: site=home, site=rented, tier=1"
     with pytest.raises(UsageError) as caught:
-        select(typical(), labels=["site"])
+        select_nodes(typical(), labels=["site"])
     assert "no node in mesh.yaml has `labels`" in str(caught.value.hint)
 
 
@@ -78,15 +78,15 @@ def test_labels_that_leave_nobody() -> None:
     ],
 )
 def test_what_is_not_known_comes_last_and_equals_stay(key: SortKey, expected: list[str]) -> None:
-    assert names(ordered(typical(), key)) == expected
+    assert names(sort_nodes(typical(), key)) == expected
 
 
 def test_the_hottest_and_the_busiest_first() -> None:
     hot = replace(healthy("hot"), gpus=(replace(gpu(), temperature_c=80),))
-    assert names(ordered(mesh(healthy("cool"), hot), SortKey.TEMP)) == ["hot", "cool"]
+    assert names(sort_nodes(mesh(healthy("cool"), hot), SortKey.TEMP)) == ["hot", "cool"]
     idle = replace(healthy("idle"), load=replace(healthy("idle").load, in_flight=0, queued=0))
-    assert names(ordered(mesh(idle, healthy("busy")), SortKey.BUSY)) == ["busy", "idle"]
+    assert names(sort_nodes(mesh(idle, healthy("busy")), SortKey.BUSY)) == ["busy", "idle"]
 
 
 def test_every_health_has_a_place() -> None:
-    assert sorted(badness(replace(healthy("a"), health=health)) for health in Health) == list(range(len(Health)))
+    assert sorted(health_rank(replace(healthy("a"), health=health)) for health in Health) == list(range(len(Health)))

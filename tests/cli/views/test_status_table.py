@@ -8,9 +8,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gpumesh.cli.views.status_table import NO_GPU, Look, bar_text, print_status, status_view
-from gpumesh.cli.views.tables import lines
-from gpumesh.mesh.history import History, Series
+from gpumesh.cli.views.status_table import NO_GPU_REASONS, ViewOptions, bar_text, print_status, status_view
+from gpumesh.cli.views.tables import render_lines
+from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.state import (
     Finding,
     GatewayState,
@@ -29,12 +29,12 @@ from tests.cli.states import AT, down, gpu, healthy, mesh, typical
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e[bold]"
 
 
-def drawn(state: MeshState, width: int, look: Look | None = None) -> list[str]:
+def drawn(state: MeshState, width: int, look: ViewOptions | None = None) -> list[str]:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    return lines(out, status_view(state, width, look or Look()))
+    return render_lines(out, status_view(state, width, look or ViewOptions()))
 
 
-def text(state: MeshState, width: int = 200, look: Look | None = None) -> str:
+def text(state: MeshState, width: int = 200, look: ViewOptions | None = None) -> str:
     return "\n".join(drawn(state, width, look))
 
 
@@ -117,7 +117,7 @@ def test_several_gpus_of_a_host_are_told_apart() -> None:
     assert "healthy" not in rows[1]
 
 
-@pytest.mark.parametrize(("code", "words"), NO_GPU.items())
+@pytest.mark.parametrize(("code", "words"), NO_GPU_REASONS.items())
 def test_why_gpus_are_not_shown(code: str, words: str) -> None:
     node = replace(healthy("a"), health=Health.DEGRADED, reason="x", gpus=None)
     found = Finding(code, Severity.ERROR, "a", "something")
@@ -164,8 +164,8 @@ def test_models_in_memory() -> None:
 
 
 def test_the_last_minute() -> None:
-    history = History(gpus=(Series(gpu().uuid, (None, None, 0.0, 50.0, 100.0)),))
-    shown = drawn(mesh(healthy("a")), 200, Look(history=history))
+    history = History(gpus=(HistorySeries(gpu().uuid, (None, None, 0.0, 50.0, 100.0)),))
+    shown = drawn(mesh(healthy("a")), 200, ViewOptions(history=history))
     assert "LAST MIN" in shown[1]
     assert "  ▁▅█ " in shown[3]
     assert "LAST MIN" not in text(mesh(healthy("a")))
@@ -190,11 +190,11 @@ def test_of_the_pool_only_whole_parts_are_shown(width: int) -> None:
 def test_processes_the_largest_first() -> None:
     procs = (ProcessState(1, "small", 10), ProcessState(2, "of unknown size"), ProcessState(3, "large", 9000))
     state = mesh(healthy("a", gpus=(replace(gpu(), processes=procs),)))
-    shown = drawn(state, 120, Look(verbose=True))
+    shown = drawn(state, 120, ViewOptions(verbose=True))
     rows = [line.split() for line in shown[shown.index(next(line for line in shown if "PID" in line)) + 2 :]]
     assert [row[2] for row in rows] == ["3", "1", "2"]
     assert rows[0][3:] == ["9000", "large"]
-    assert "no process is seen" in text(mesh(healthy("a", gpus=())), 120, Look(verbose=True))
+    assert "no process is seen" in text(mesh(healthy("a", gpus=())), 120, ViewOptions(verbose=True))
 
 
 def test_simulated_hosts_are_said_to_be() -> None:
@@ -213,7 +213,7 @@ def many(count: int) -> MeshState:
 
 @pytest.mark.parametrize("height", [6, 10, 24, 50])
 def test_it_is_no_higher_than_the_screen_and_shows_what_is_wrong(height: int) -> None:
-    shown = drawn(many(100), 120, Look(height=height))
+    shown = drawn(many(100), 120, ViewOptions(height=height))
     assert len(shown) <= max(height, 9)
     assert any(line.startswith("✗ node-099") for line in shown)
     assert any("more rows" in line for line in shown)
@@ -238,7 +238,7 @@ def test_what_is_the_same_for_many_nodes_is_said_once() -> None:
 def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: int, height: int) -> None:
     long = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver; " * 2
     nodes = [replace(healthy(f"node-{number:03d}"), health=Health.DEGRADED, reason=long) for number in range(20)]
-    shown = drawn(mesh(*nodes), width, Look(height=height))
+    shown = drawn(mesh(*nodes), width, ViewOptions(height=height))
     assert len(shown) <= height
     assert shown[-1].startswith("… ")
     assert "remarks: `gpumesh" in shown[-1]
@@ -246,19 +246,19 @@ def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: i
 
 
 def test_there_is_nothing_more_to_say_when_all_is_said() -> None:
-    assert "remark" not in text(mesh(down("a"), healthy("b")), 80, Look(height=40))
+    assert "remark" not in text(mesh(down("a"), healthy("b")), 80, ViewOptions(height=40))
     assert "remark" not in text(mesh(*(down(f"n{number}") for number in range(30))), 80), "it scrolls"
 
 
 def test_it_is_scrolled_to_what_is_selected() -> None:
-    shown = "\n".join(drawn(many(100), 120, Look(height=24, selected="node-050")))
+    shown = "\n".join(drawn(many(100), 120, ViewOptions(height=24, selected="node-050")))
     assert "node-050" in shown
     assert "node-045" in shown
     assert "node-001" not in shown
 
 
 def test_what_fits_is_shown_whole() -> None:
-    assert "more rows" not in text(many(10), 120, Look(height=30))
+    assert "more rows" not in text(many(10), 120, ViewOptions(height=30))
 
 
 # -- hostile words ---------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_nothing_that_a_host_says_reaches_the_terminal_as_it_is(width: int) -> N
     found = Finding(HOSTILE, Severity.ERROR, HOSTILE, HOSTILE, HOSTILE, (HOSTILE,))
     state = replace(mesh(hostile(healthy("a")), findings=(found,)), mesh=HOSTILE)
     state = replace(state, gateway=GatewayState(HOSTILE))
-    shown = text(state, width, Look(verbose=True))
+    shown = text(state, width, ViewOptions(verbose=True))
     assert "red[bold]" in shown
     assert all(character.isprintable() or character == "\n" for character in shown)
 

@@ -16,11 +16,11 @@ HOSTILE = "\x1b]0;owned\x07\x1b[31mred[bold]:smile:"
 
 def drawn(columns: list[tuple[Column, list[Text]]], width: int) -> list[str]:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    return tables.lines(out, tables.fitted(columns, width))
+    return tables.render_lines(out, tables.fit_table(columns, width))
 
 
 def column(title: str, *cells: str, rank: int = 0, least: int | None = None) -> tuple[Column, list[Text]]:
-    return Column(title, rank, least=least), [Text(cell) for cell in cells]
+    return Column(title, rank, min_width=least), [Text(cell) for cell in cells]
 
 
 def test_all_columns_where_there_is_room() -> None:
@@ -65,7 +65,7 @@ def test_wide_letters_count_twice() -> None:
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_table_shows_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str], wrap: bool) -> None:
     tables.print_table(("A", "B"), [(HOSTILE, Cell(HOSTILE, "red"))], wrap=wrap)
-    tables.print_fitted((Column("A"), Column("B")), [(HOSTILE, Cell(HOSTILE, "red"))])
+    tables.print_fitted_table((Column("A"), Column("B")), [(HOSTILE, Cell(HOSTILE, "red"))])
     out = capsys.readouterr().out
     assert "red[bold]:smile:" in out
     assert all(character.isprintable() or character == "\n" for character in out)
@@ -103,7 +103,7 @@ def test_piped_output_is_wide_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
 
 
 def test_progress_says_nothing_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with tables.progress(3, "prompts", quiet=False) as tick:
+    with tables.show_progress(3, "prompts", quiet=False) as tick:
         tick(1, "one failed")
         tick(3)
     assert capsys.readouterr() == ("", "")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.cli.views.terminal import frame, keys
+from gpumesh.cli.views.terminal import diff_screen, parse_keys
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from gpumesh.cli.views.terminal import frame, keys
     ],
 )
 def test_keys(data: bytes, pressed: list[str]) -> None:
-    assert list(keys(data)) == pressed
+    assert list(parse_keys(data)) == pressed
 
 
 class Screen:
@@ -58,13 +58,13 @@ class Screen:
 def test_a_frame_makes_one_screen_of_another(old: list[str], new: list[str]) -> None:
     screen = Screen(5)
     screen.lines = [*old, *[""] * (5 - len(old))]
-    screen.write(frame(old, new))
+    screen.write(diff_screen(old, new))
     assert screen.lines == [*new, *[""] * (5 - len(new))]
 
 
 def test_only_what_changed_is_written_and_at_once() -> None:
-    assert frame(["a", "b"], ["a", "b"]) == ""
-    text = frame(["unchanged", "b", "unchanged too"], ["unchanged", "c", "unchanged too"])
+    assert diff_screen(["a", "b"], ["a", "b"]) == ""
+    text = diff_screen(["unchanged", "b", "unchanged too"], ["unchanged", "c", "unchanged too"])
     assert "unchanged" not in text
     assert text.startswith("\x1b[?2026h")
     assert text.endswith("\x1b[?2026l")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.config.ssh.key_files import KeyKind, kind
+from gpumesh.config.ssh.key_files import KeyKind, detect_key_kind
 from gpumesh.lab.keys import new_key
 from tests.parts import needs, program
 
@@ -18,19 +18,19 @@ def test_keys_of_ssh_keygen(tmp_path: Path, algorithm: str, passphrase: str) -> 
     assert keygen is not None
     file = tmp_path / "key"
     subprocess.run([keygen, "-q", "-t", algorithm, "-N", passphrase, "-f", str(file)], check=True)
-    assert kind(file) is KeyKind.PRIVATE
-    assert kind(file.with_name("key.pub")) is KeyKind.PUBLIC
+    assert detect_key_kind(file) is KeyKind.PRIVATE
+    assert detect_key_kind(file.with_name("key.pub")) is KeyKind.PUBLIC
 
 
 def test_other_forms(tmp_path: Path) -> None:
     file = tmp_path / "key"
     for text in ("-----BEGIN RSA PRIVATE KEY-----\nxx\n", "-----BEGIN OPENSSH PRIVATE KEY-----\n!!!\n", "", "\0" * 99):
         file.write_text(text)
-        assert kind(file) is KeyKind.PRIVATE, "the transport says what is wrong with it"
+        assert detect_key_kind(file) is KeyKind.PRIVATE, "the transport says what is wrong with it"
     file.write_text("sk-ssh-ed25519@openssh.com AAAA me\n")
-    assert kind(file) is KeyKind.PUBLIC
+    assert detect_key_kind(file) is KeyKind.PUBLIC
     file.write_text(new_key())
-    assert kind(file) is KeyKind.PRIVATE
+    assert detect_key_kind(file) is KeyKind.PRIVATE
 
 
 def test_a_key_on_a_token(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_key_on_a_token(tmp_path: Path) -> None:
     blob = b"openssh-key-v1\0" + text(b"none") + text(b"none") + text(b"") + struct.pack(">I", 1) + text(public)
     body = base64.encodebytes(blob).decode()
     (tmp_path / "key").write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{body}-----END OPENSSH PRIVATE KEY-----\n")
-    assert kind(tmp_path / "key") is KeyKind.FIDO
+    assert detect_key_kind(tmp_path / "key") is KeyKind.FIDO
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        kind(tmp_path / "key")
+        detect_key_kind(tmp_path / "key")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.config.ssh import ssh_config, ssh_files
-from gpumesh.config.ssh.ssh_config import AliasAnswer
+from gpumesh.config.ssh.ssh_config import AliasSettings
 
 Write = Callable[[str], Path]
 
@@ -38,8 +38,8 @@ def test_an_alias(home: Path) -> None:
         "# GPUs\nHost gpu1 gpu2\n  HostName 10.0.0.9\n  Port=2200\n  user ops\n"
         "  IdentityFile ~/.ssh/ops\n  IdentityFile %d/keys/%h\n  UserKnownHostsFile /kh\nHost *\n  User other\n",
     )
-    answer = ssh_config.resolve("gpu1", home=home)
-    assert replace(answer, known_hosts=None) == AliasAnswer(
+    answer = ssh_config.resolve_alias("gpu1", home=home)
+    assert replace(answer, known_hosts=None) == AliasSettings(
         "10.0.0.9", 2200, "ops", ("~/.ssh/ops", f"{home}/keys/10.0.0.9"), None, (), (), True
     )
     assert answer.known_hosts == "/kh"
@@ -47,23 +47,23 @@ def test_an_alias(home: Path) -> None:
 
 def test_patterns_and_the_first_value(home: Path) -> None:
     configure(home, "Host gpu-* !gpu-9\n  User a\n  HostName %h.example.com\nHost *\n  User b\n  Port 7\n")
-    one = ssh_config.resolve("gpu-1", home=home)
+    one = ssh_config.resolve_alias("gpu-1", home=home)
     assert (one.host, one.user, one.port) == ("gpu-1.example.com", "a", 7)
-    nine = ssh_config.resolve("gpu-9", home=home)
+    nine = ssh_config.resolve_alias("gpu-9", home=home)
     assert (nine.host, nine.user, nine.port) == ("gpu-9", "b", 7)
 
 
 def test_included_files_and_match(home: Path) -> None:
     configure(home, f"Include {home}/.ssh/more-*\nMatch host gpu1\n  Port 9\nMatch all\n  User z\n")
     configure(home, "Host gpu1\n  HostName 10.0.0.9\n", "more-1")
-    answer = ssh_config.resolve("gpu1", home=home)
+    answer = ssh_config.resolve_alias("gpu1", home=home)
     assert (answer.host, answer.user) == ("10.0.0.9", "z")
-    assert ssh_config.resolve("gpu2", home=home).host == "gpu2"
+    assert ssh_config.resolve_alias("gpu2", home=home).host == "gpu2"
 
 
 def test_nothing_configured(home: Path) -> None:
     configure(home, "Host other\n  User x\n")
-    assert ssh_config.resolve("gpu1", home=home) == AliasAnswer("gpu1", found=False)
+    assert ssh_config.resolve_alias("gpu1", home=home) == AliasSettings("gpu1", configured=False)
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_nothing_configured(home: Path) -> None:
 )
 def test_what_only_ssh_can_do_is_told(home: Path, line: str, need: str) -> None:
     configure(home, f"Host gpu1\n  {line}\n")
-    assert ssh_config.resolve("gpu1", home=home).needs == (need,)
+    assert ssh_config.resolve_alias("gpu1", home=home).openssh_features == (need,)
 
 
 def test_what_is_switched_off_is_not_needed(home: Path) -> None:
     configure(home, "Host gpu1\n  ProxyCommand none\n  IdentityAgent none\n  ProxyJump none\n")
-    answer = ssh_config.resolve("gpu1", home=home)
-    assert (answer.needs, answer.proxy_jump) == ((), ())
+    answer = ssh_config.resolve_alias("gpu1", home=home)
+    assert (answer.openssh_features, answer.proxy_jump) == ((), ())
 
 
 def test_match_exec_is_told_where_it_may_concern_the_host(home: Path) -> None:
     configure(home, 'Match host gpu1 exec "true"\n  Port 9\nMatch host gpu2 exec "true"\n  Port 8\n')
-    assert ssh_config.resolve("gpu1", home=home).needs == ("Match exec",)
-    assert ssh_config.resolve("gpu3", home=home).needs == ()
+    assert ssh_config.resolve_alias("gpu1", home=home).openssh_features == ("Match exec",)
+    assert ssh_config.resolve_alias("gpu3", home=home).openssh_features == ()
 
 
 def test_jumps_are_looked_up_as_well(home: Path) -> None:
@@ -99,26 +99,26 @@ def test_jumps_are_looked_up_as_well(home: Path) -> None:
         "Host gpu1\n  ProxyJump bastion,eve@plain:99\nHost bastion\n  HostName 10.0.0.1\n  User b\n  Port 2222\n"
         "  ProxyJump outer\nHost outer\n  HostName 10.0.0.2\n  IdentityFile /k\n",
     )
-    answer = ssh_config.resolve("gpu1", home=home)
+    answer = ssh_config.resolve_alias("gpu1", home=home)
     assert answer.proxy_jump == ("10.0.0.2", "b@10.0.0.1:2222", "eve@plain:99")
-    assert answer.needs == ("another key for outer",)
+    assert answer.openssh_features == ("another key for outer",)
 
 
 def test_jumps_in_a_circle_end(home: Path) -> None:
     configure(home, "Host gpu1\n  ProxyJump gpu2\nHost gpu2\n  ProxyJump gpu1\n")
     with pytest.raises(ValueError, match="more than 4 hosts"):
-        ssh_config.resolve("gpu1", home=home)
+        ssh_config.resolve_alias("gpu1", home=home)
 
 
 @pytest.mark.parametrize("alias", ["-oProxyCommand=touch /tmp/x", "", "a b", "$(x)", "a\nb", "--"])
 def test_what_could_be_an_option_is_never_given_to_ssh(home: Path, alias: str) -> None:
     with pytest.raises(ValueError, match="is not the name of a Host"):
-        ssh_config.resolve(alias, home=home)
+        ssh_config.resolve_alias(alias, home=home)
 
 
 def test_an_include_of_itself_ends(home: Path) -> None:
     configure(home, f"Include {home}/.ssh/config\nHost a\n  Port 5\n")
-    answers = ssh_files.configured("a", home)
+    answers = ssh_files.read_host_options("a", home)
     assert ("port", "5") in answers
     assert len(answers) <= 20_000
 
@@ -133,7 +133,7 @@ def test_a_fault_in_the_configuration_is_told(tmp_path: Path) -> None:
     (tmp_path / ".ssh").mkdir()
     configure(tmp_path, "Host a\n  NoSuchThing yes\n")
     with pytest.raises(ValueError, match=r"`ssh -G a` failed: .*line 2: Bad configuration option: nosuchthing"):
-        ssh_config.resolve("a", home=tmp_path)
+        ssh_config.resolve_alias("a", home=tmp_path)
 
 
 def test_an_ssh_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_an_ssh_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mon
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(ssh_config, "TIMEOUT_S", 0.3)
     with pytest.raises(ValueError, match="did not answer within"):
-        ssh_config.resolve("a", home=tmp_path)
+        ssh_config.resolve_alias("a", home=tmp_path)
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
@@ -154,4 +154,4 @@ def test_what_ssh_prints_is_bounded_and_made_safe(tmp_path: Path, monkeypatch: p
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ValueError, match=r"`ssh -G a` failed: \?\[31mbad"):
-        ssh_config.resolve("a", home=tmp_path)
+        ssh_config.resolve_alias("a", home=tmp_path)

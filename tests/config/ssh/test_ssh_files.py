@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.config.ssh.ssh_files import MATCH_EXEC, configured, matches, pair
+from gpumesh.config.ssh.ssh_files import MATCH_EXEC, matches_patterns, parse_option_line, read_host_options
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def write(home: Path, text: str, name: str = "config") -> None:
     ],
 )
 def test_a_line(line: str, parts: tuple[str, str]) -> None:
-    assert pair(line) == parts
+    assert parse_option_line(line) == parts
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_a_line(line: str, parts: tuple[str, str]) -> None:
     ],
 )
 def test_patterns(alias: str, patterns: list[str], found: bool) -> None:
-    assert matches(alias, patterns) is found
+    assert matches_patterns(alias, patterns) is found
 
 
 def test_before_any_host_and_the_right_one(home: Path) -> None:
     write(home, "User all\nHost a\n Port 1\nHost b c\n Port 2\nHost *\n IdentityFile ~/k\n")
-    assert configured("a", home) == [("user", "all"), ("port", "1"), ("identityfile", "~/k")]
-    assert configured("c", home) == [("user", "all"), ("port", "2"), ("identityfile", "~/k")]
+    assert read_host_options("a", home) == [("user", "all"), ("port", "1"), ("identityfile", "~/k")]
+    assert read_host_options("c", home) == [("user", "all"), ("port", "2"), ("identityfile", "~/k")]
 
 
 def test_includes(home: Path) -> None:
@@ -60,23 +60,23 @@ def test_includes(home: Path) -> None:
     write(home, "User one\n", "more")
     write(home, "Port 5\n", "other-1")
     write(home, "HostName h\n", "in-a")
-    assert configured("a", home) == [("user", "one"), ("port", "5"), ("hostname", "h")]
-    assert ("hostname", "h") not in configured("b", home)
+    assert read_host_options("a", home) == [("user", "one"), ("port", "5"), ("hostname", "h")]
+    assert ("hostname", "h") not in read_host_options("b", home)
 
 
 def test_match_holds_only_where_that_is_known(home: Path) -> None:
     write(home, "Match host a\n Port 1\nMatch all\n User u\nMatch user x\n Port 3\nMatch !host a\n Port 4\n")
-    assert configured("a", home) == [("port", "1"), ("user", "u")]
-    assert configured("b", home) == [("user", "u"), ("port", "4")]
+    assert read_host_options("a", home) == [("port", "1"), ("user", "u")]
+    assert read_host_options("b", home) == [("user", "u"), ("port", "4")]
 
 
 def test_what_only_a_command_knows_is_said(home: Path) -> None:
     write(home, "Match host a exec true\n Port 1\n")
-    assert configured("a", home) == [MATCH_EXEC]
-    assert configured("b", home) == []
+    assert read_host_options("a", home) == [MATCH_EXEC]
+    assert read_host_options("b", home) == []
 
 
 def test_what_cannot_be_read_is_passed_over(home: Path) -> None:
-    assert configured("a", home) == []
+    assert read_host_options("a", home) == []
     write(home, "Include config\nUser u\n")
-    assert ("user", "u") in configured("a", home), "and a file that includes itself has an end"
+    assert ("user", "u") in read_host_options("a", home), "and a file that includes itself has an end"

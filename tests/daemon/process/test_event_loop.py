@@ -20,9 +20,9 @@ def test_the_result_and_the_error_of_what_is_run(fast: bool) -> None:
     async def bad() -> None:
         raise ValueError("inside")
 
-    assert event_loop.run(good(), fast=fast) == 5
+    assert event_loop.run(good(), use_uvloop=fast) == 5
     with pytest.raises(ValueError, match="inside"):
-        event_loop.run(bad(), fast=fast)
+        event_loop.run(bad(), use_uvloop=fast)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -37,7 +37,7 @@ def test_ctrl_c_cancels_and_then_interrupts(fast: bool) -> None:
             ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        event_loop.run(main(), fast=fast)
+        event_loop.run(main(), use_uvloop=fast)
     assert ended == [True]
 
 

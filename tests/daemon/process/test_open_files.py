@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gpumesh.daemon.process.open_files import candidates, many_open_files
+from gpumesh.daemon.process.open_files import candidate_limits, raise_file_limit
 
 INFINITE = resource.RLIM_INFINITY
 
@@ -25,7 +25,7 @@ INFINITE = resource.RLIM_INFINITY
     ],
 )
 def test_what_is_tried(soft: int, hard: int, tried: tuple[int, ...]) -> None:
-    assert candidates(soft, hard) == tried
+    assert candidate_limits(soft, hard) == tried
 
 
 def test_it_is_raised_for_this_process_and_its_children_and_put_back() -> None:
@@ -33,7 +33,7 @@ def test_it_is_raised_for_this_process_and_its_children_and_put_back() -> None:
     low = min(1024, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
     try:
-        with many_open_files() as raised:
+        with raise_file_limit() as raised:
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (raised, hard)
             assert raised >= low
             told = subprocess.check_output(
@@ -56,6 +56,6 @@ def test_what_the_system_refuses_is_not_insisted_on(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(held))
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    with many_open_files() as raised:
+    with raise_file_limit() as raised:
         assert raised == held[0] == 10_240
     assert held == [256, INFINITE]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.gateway.http.admission import Admission, Admitted, Refused, address_of
+from gpumesh.gateway.http.admission import Admission, Admitted, Denied, normalize_address
 
 
 def full(*addresses: str | None) -> Admission[int]:
@@ -21,21 +21,21 @@ def full(*addresses: str | None) -> Admission[int]:
 
 def test_the_longest_idle_makes_room() -> None:
     admission = full(None, None, None)
-    admission.becomes_busy(0)
-    admission.becomes_busy(1)
-    admission.becomes_idle(1)
-    assert admission.admit(10, None) == Admitted(instead_of=2)
+    admission.mark_busy(0)
+    admission.mark_busy(1)
+    admission.mark_idle(1)
+    assert admission.admit(10, None) == Admitted(evicted=2)
     assert admission.count == 3
-    assert admission.admit(11, None) == Admitted(instead_of=1)
-    admission.becomes_idle(0)
-    assert admission.admit(12, None) == Admitted(instead_of=10)
+    assert admission.admit(11, None) == Admitted(evicted=1)
+    admission.mark_idle(0)
+    assert admission.admit(12, None) == Admitted(evicted=10)
 
 
 def test_when_all_are_busy_the_next_is_refused() -> None:
     admission = full(None, None)
-    admission.becomes_busy(0)
-    admission.becomes_busy(1)
-    assert admission.admit(10, None) == Refused("too many connections")
+    admission.mark_busy(0)
+    admission.mark_busy(1)
+    assert admission.admit(10, None) == Denied("too many connections")
     assert admission.count == 2
     admission.forget(1)
     assert admission.admit(11, None) == Admitted()
@@ -44,12 +44,12 @@ def test_when_all_are_busy_the_next_is_refused() -> None:
 def test_those_that_never_had_a_request_accepted_go_first() -> None:
     admission = full(None, None, None)
     for number in (0, 1):
-        admission.becomes_busy(number)
-        admission.show_key(number, "key")
-        admission.becomes_idle(number)
-    assert admission.admit(10, None) == Admitted(instead_of=2)
-    assert admission.admit(11, None) == Admitted(instead_of=10)
-    assert admission.admit(12, None) == Admitted(instead_of=11)
+        admission.mark_busy(number)
+        admission.register_key(number, "key")
+        admission.mark_idle(number)
+    assert admission.admit(10, None) == Admitted(evicted=2)
+    assert admission.admit(11, None) == Admitted(evicted=10)
+    assert admission.admit(12, None) == Admitted(evicted=11)
 
 
 def test_one_address_cannot_hold_all_and_makes_room_by_its_own() -> None:
@@ -57,10 +57,10 @@ def test_one_address_cannot_hold_all_and_makes_room_by_its_own() -> None:
     admission.admit(100, "198.51.100.1")
     for number in range(6):
         assert admission.admit(number, "203.0.113.9") == Admitted()
-    assert admission.admit(6, "203.0.113.9") == Admitted(instead_of=0), "though there is room, and another is older"
+    assert admission.admit(6, "203.0.113.9") == Admitted(evicted=0), "though there is room, and another is older"
     for number in range(1, 7):
-        admission.becomes_busy(number)
-    assert admission.admit(7, "203.0.113.9") == Refused("too many connections from this address")
+        admission.mark_busy(number)
+    assert admission.admit(7, "203.0.113.9") == Denied("too many connections from this address")
     assert admission.admit(101, "198.51.100.2") == Admitted()
     admission.forget(3)
     assert admission.admit(8, "203.0.113.9") == Admitted()
@@ -73,17 +73,17 @@ def test_this_machines_own_have_no_bound_of_their_own() -> None:
 def test_one_key_cannot_hold_all() -> None:
     admission = full(*[None] * 8)
     for number in range(6):
-        admission.becomes_busy(number)
-        assert admission.show_key(number, "a") == Admitted()
-    admission.becomes_busy(6)
-    assert admission.show_key(6, "a") == Refused("too many connections with this key")
-    assert admission.show_key(6, "b") == Admitted()
-    admission.becomes_idle(2)
-    admission.becomes_busy(7)
-    assert admission.show_key(7, "a") == Admitted(instead_of=2)
-    assert admission.show_key(7, "a") == Admitted(), "it is counted once"
-    assert admission.show_key(7, "b") == Admitted(), "and for its last request's key"
-    admission.becomes_idle(7)
+        admission.mark_busy(number)
+        assert admission.register_key(number, "a") == Admitted()
+    admission.mark_busy(6)
+    assert admission.register_key(6, "a") == Denied("too many connections with this key")
+    assert admission.register_key(6, "b") == Admitted()
+    admission.mark_idle(2)
+    admission.mark_busy(7)
+    assert admission.register_key(7, "a") == Admitted(evicted=2)
+    assert admission.register_key(7, "a") == Admitted(), "it is counted once"
+    assert admission.register_key(7, "b") == Admitted(), "and for its last request's key"
+    admission.mark_idle(7)
     assert admission.admit(10, None) == Admitted()
     assert admission.count == 8
 
@@ -106,7 +106,7 @@ def test_one_key_cannot_hold_all() -> None:
     ],
 )
 def test_whose_address_it_is(host: str | None, address: str | None) -> None:
-    assert address_of(host) == address
+    assert normalize_address(host) == address
 
 
 @settings(deadline=None, max_examples=200)
@@ -118,27 +118,27 @@ def test_whatever_happens_the_bounds_hold_and_only_idle_ones_are_closed(data: st
     for number in range(data.draw(st.integers(1, 60))):
         act = data.draw(st.sampled_from(["admit", "admit", "busy", "idle", "key", "leave"]))
         some = data.draw(st.sampled_from(sorted(idle))) if idle else None
-        decision: Admitted[int] | Refused = Admitted()
+        decision: Admitted[int] | Denied = Admitted()
         if act == "admit":
             address = data.draw(st.sampled_from([None, "x", "y"]))
             decision = admission.admit(number, address)
             if isinstance(decision, Admitted):
                 idle[number], addresses[number] = True, address
         elif some is not None and act == "busy":
-            admission.becomes_busy(some)
+            admission.mark_busy(some)
             idle[some] = False
         elif some is not None and act == "idle":
-            admission.becomes_idle(some)
+            admission.mark_idle(some)
             idle[some] = True
         elif some is not None and act == "key":
-            admission.becomes_busy(some)
+            admission.mark_busy(some)
             idle[some] = False
-            decision = admission.show_key(some, data.draw(st.sampled_from([None, "k", "l"])))
+            decision = admission.register_key(some, data.draw(st.sampled_from([None, "k", "l"])))
         elif some is not None and act == "leave":
             admission.forget(some)
             del idle[some]
-        if isinstance(decision, Admitted) and decision.instead_of is not None:
-            assert idle.pop(decision.instead_of)
+        if isinstance(decision, Admitted) and decision.evicted is not None:
+            assert idle.pop(decision.evicted)
         assert admission.count == len(idle) <= 6
         for address in ("x", "y"):
             assert sum(addresses[one] == address for one in idle) <= 4

@@ -18,17 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.gateway.http.body_memory import SMALL, BodyMemory, LongWork, Share
+from gpumesh.gateway.http.body_memory import SMALL_BODY_BYTES, BodyMemory, MemoryReservation, SlicedWorkRunner
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
-from tests.gateway.fleet import MODEL, A, B, Running, node, quick, raw, running, serving
+from tests.gateway.fleet import MODEL, A, B, RunningGateway, node, quick_host, send_raw, serve_hosts, serve_nodes
 from tests.gateway.http.test_server import answer_of, post
-from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole
-from tests.tunnels.polling import until
+from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 MIB = 1 << 20
-TIGHT = Bounds(bodies_bytes=16 * MIB, linger_s=0.2)  # of which 14 are for large ones
-SLOW = quick("slow", tokens_per_s=20.0, answer_tokens=(200, 200))
+TIGHT = Bounds(total_body_bytes=16 * MIB, linger_s=0.2)  # of which 14 are for large ones
+SLOW = quick_host("slow", tokens_per_s=20.0, answer_tokens=(200, 200))
 
 
 def chat(size: int, **more: object) -> bytes:
@@ -38,13 +38,13 @@ def chat(size: int, **more: object) -> bytes:
     return json.dumps({"model": MODEL, "messages": [message], "stream": False, **more}).encode()
 
 
-def memory_of(fleet: Running) -> BodyMemory:
+def memory_of(fleet: RunningGateway) -> BodyMemory:
     return fleet.gateway._server.memory
 
 
-async def is_free(fleet: Running) -> None:
+async def is_free(fleet: RunningGateway) -> None:
     memory = memory_of(fleet)
-    await until(lambda: memory.held == 0 and not memory.coming, "nothing is held")
+    await wait_until(lambda: memory.held == 0 and not memory.reading_since, "nothing is held")
 
 
 # -- the accounting, by itself ---------------------------------------------------------------------------------------
@@ -61,22 +61,22 @@ ACTIONS = st.lists(
 def test_what_is_held_is_what_the_shares_hold(actions: list[tuple[tuple[int, str], int]]) -> None:
     now = 0.0
     memory = BodyMemory(16 * MIB, patience_s=30.0, clock=lambda: now)
-    shares = [Share(memory) for _ in range(6)]
+    shares = [MemoryReservation(memory) for _ in range(6)]
     for (which, what), size in actions:
         share = shares[which]
         match what:
             case "take":
                 before = share.size
-                assert share.take(size) == (share.size == before + size and not share.refused and not share.released)
+                assert share.reserve(size) == (share.size == before + size and not share.refused and not share.released)
             case "try":
                 before = share.size
-                assert share.try_take(size) == (share.size != before or (size == 0 and not share.refused))
+                assert share.try_reserve(size) == (share.size != before or (size == 0 and not share.refused))
             case "back":
-                share.give_back(size)
+                share.release_bytes(size)
             case "coming":
-                share.coming(lambda: None)
+                share.start_reading(lambda: None)
             case "came":
-                share.came()
+                share.finish_reading()
             case "release":
                 share.release()
             case "wait":
@@ -87,19 +87,19 @@ def test_what_is_held_is_what_the_shares_hold(actions: list[tuple[tuple[int, str
         share.release()
         share.release()
     assert memory.held == 0
-    assert not memory.coming
+    assert not memory.reading_since
 
 
 def test_the_last_eighth_is_for_small_bodies() -> None:
     memory = BodyMemory(16 * MIB, patience_s=30.0, clock=lambda: 0.0)
-    large, small = Share(memory), Share(memory)
-    assert large.take(14 * MIB)
-    assert memory.largest == 14 * MIB
-    assert not Share(memory).take(SMALL + 1)
-    assert small.take(SMALL)
-    assert Share(memory).take(SMALL)
-    assert not Share(memory).take(1)
-    assert not small.take(1)
+    large, small = MemoryReservation(memory), MemoryReservation(memory)
+    assert large.reserve(14 * MIB)
+    assert memory.max_body_bytes == 14 * MIB
+    assert not MemoryReservation(memory).reserve(SMALL_BODY_BYTES + 1)
+    assert small.reserve(SMALL_BODY_BYTES)
+    assert MemoryReservation(memory).reserve(SMALL_BODY_BYTES)
+    assert not MemoryReservation(memory).reserve(1)
+    assert not small.reserve(1)
     assert memory.held == 15 * MIB, "what found no room gave back the rest"
 
 
@@ -107,26 +107,26 @@ def test_who_has_been_coming_for_too_long_makes_room() -> None:
     now = 0.0
     memory = BodyMemory(16 * MIB, patience_s=30.0, clock=lambda: now)
     lost: list[str] = []
-    old, young, whole = Share(memory), Share(memory), Share(memory)
-    assert whole.take(4 * MIB)
-    old.coming(lambda: lost.append("old"))
-    assert old.take(5 * MIB)
+    old, young, whole = MemoryReservation(memory), MemoryReservation(memory), MemoryReservation(memory)
+    assert whole.reserve(4 * MIB)
+    old.start_reading(lambda: lost.append("old"))
+    assert old.reserve(5 * MIB)
     now = 20.0
-    young.coming(lambda: lost.append("young"))
-    assert young.take(5 * MIB)
-    assert not Share(memory).take(2 * MIB), "nobody has been coming for too long"
+    young.start_reading(lambda: lost.append("young"))
+    assert young.reserve(5 * MIB)
+    assert not MemoryReservation(memory).reserve(2 * MIB), "nobody has been coming for too long"
     now = 31.0
-    assert Share(memory).take(2 * MIB)
+    assert MemoryReservation(memory).reserve(2 * MIB)
     assert lost == ["old"]
     assert old.refused
     now = 90.0
-    assert not Share(memory).take(13 * MIB)
+    assert not MemoryReservation(memory).reserve(13 * MIB)
     assert lost == ["old", "young"]
     assert whole.size == 4 * MIB, "it is not coming, it waits for a node"
 
 
 async def test_of_all_long_work_one_piece_is_done_in_a_turn() -> None:
-    work = LongWork()
+    work = SlicedWorkRunner()
     done: list[str] = []
 
     def steps(name: str, count: int) -> Generator[None, None, str]:
@@ -144,18 +144,18 @@ async def test_of_all_long_work_one_piece_is_done_in_a_turn() -> None:
 
 
 @pytest.fixture
-async def tight() -> AsyncIterator[Running]:
-    async with running(A, B, bounds=TIGHT) as fleet:
+async def tight() -> AsyncIterator[RunningGateway]:
+    async with serve_hosts(A, B, bounds=TIGHT) as fleet:
         yield fleet
 
 
-async def half_sent(fleet: Running, size: int) -> asyncio.StreamWriter:
+async def half_sent(fleet: RunningGateway, size: int) -> asyncio.StreamWriter:
     """A body of which all but the end has come."""
     before = memory_of(fleet).held
     _, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
     body = chat(size)
     writer.write(post(body[:-1], length=len(body)))
-    await until(lambda: memory_of(fleet).held >= before + size, "it has come")
+    await wait_until(lambda: memory_of(fleet).held >= before + size, "it has come")
     return writer
 
 
@@ -168,7 +168,7 @@ async def half_sent(fleet: Running, size: int) -> asyncio.StreamWriter:
     ],
 )
 async def test_past_the_memory_clients_get_503_in_their_dialect(
-    tight: Running, path: str, error: dict[str, Any]
+    tight: RunningGateway, path: str, error: dict[str, Any]
 ) -> None:
     holders = [await half_sent(tight, 4 * MIB) for _ in range(3)]
     answer = await tight.client.post(path, content=chat(4 * MIB))
@@ -187,13 +187,13 @@ async def test_past_the_memory_clients_get_503_in_their_dialect(
     await is_free(tight)
 
 
-async def _status_after(fleet: Running, size: int) -> int:
+async def _status_after(fleet: RunningGateway, size: int) -> int:
     while (status := (await fleet.client.post("/api/chat", content=chat(size))).status_code) == 503:
         await asyncio.sleep(0.01)  # as the client was told to
     return status
 
 
-async def test_a_chunked_body_is_refused_when_it_finds_no_more_room(tight: Running) -> None:
+async def test_a_chunked_body_is_refused_when_it_finds_no_more_room(tight: RunningGateway) -> None:
     holders = [await half_sent(tight, 4 * MIB) for _ in range(3)]
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -208,7 +208,7 @@ async def test_a_chunked_body_is_refused_when_it_finds_no_more_room(tight: Runni
     await is_free(tight)
 
 
-async def test_bodies_that_together_do_not_fit_never_wait_for_each_other(tight: Running) -> None:
+async def test_bodies_that_together_do_not_fit_never_wait_for_each_other(tight: RunningGateway) -> None:
     """Each announces nothing, and all come at once."""
 
     async def send() -> int:
@@ -231,11 +231,11 @@ async def test_bodies_that_together_do_not_fit_never_wait_for_each_other(tight: 
     await is_free(tight)
 
 
-async def test_who_only_announces_holds_nothing(tight: Running) -> None:
+async def test_who_only_announces_holds_nothing(tight: RunningGateway) -> None:
     liars = [await asyncio.open_connection("127.0.0.1", tight.port) for _ in range(8)]
     for _, writer in liars:
         writer.write(post(b"", length=13 * MIB) + b"{")
-    await until(lambda: len(memory_of(tight).coming) == 8, "all are being read")
+    await wait_until(lambda: len(memory_of(tight).reading_since) == 8, "all are being read")
     assert (await tight.client.post("/api/chat", content=chat(12 * MIB))).status_code == 200
     for _, writer in liars:
         writer.close()
@@ -243,11 +243,13 @@ async def test_who_only_announces_holds_nothing(tight: Running) -> None:
 
 
 async def test_a_body_that_has_been_coming_for_long_makes_room_for_others() -> None:
-    async with running(A, bounds=Bounds(bodies_bytes=16 * MIB, body_s=0.3, body_rate=1000)) as fleet:
+    async with serve_hosts(
+        A, bounds=Bounds(total_body_bytes=16 * MIB, body_timeout_s=0.3, min_bytes_per_s=1000)
+    ) as fleet:
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         body = chat(13 * MIB)
         writer.write(post(body[:-1], length=len(body)))
-        await until(lambda: memory_of(fleet).held >= 13 * MIB, "it has come, all but the end")
+        await wait_until(lambda: memory_of(fleet).held >= 13 * MIB, "it has come, all but the end")
         async with asyncio.timeout(20):
             assert await _status_after(fleet, 4 * MIB) == 200
             assert (await answer_of(reader))[0] == 503
@@ -256,15 +258,15 @@ async def test_a_body_that_has_been_coming_for_long_makes_room_for_others() -> N
 
 
 async def test_what_waits_for_a_node_is_counted_and_freed_when_its_client_leaves() -> None:
-    async with running(SLOW, max_parallel=1, bounds=TIGHT) as fleet:
+    async with serve_hosts(SLOW, max_parallel=1, bounds=TIGHT) as fleet:
         first = asyncio.create_task(fleet.client.post("/api/chat", content=chat(4 * MIB)))
-        await until(lambda: fleet.running() == 1, "one runs")
+        await wait_until(lambda: fleet.count_running() == 1, "one runs")
         waiting = [asyncio.create_task(fleet.client.post("/api/chat", content=chat(4 * MIB))) for _ in range(2)]
-        await until(lambda: fleet.mesh.snapshot().gateway.queued == 2, "two wait")
+        await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 2, "two wait")
         assert memory_of(fleet).held >= 12 * MIB
         assert (await fleet.client.post("/api/chat", content=chat(4 * MIB))).status_code == 503
         waiting[0].cancel()
-        await until(lambda: memory_of(fleet).held < 9 * MIB, "it left the queue")
+        await wait_until(lambda: memory_of(fleet).held < 9 * MIB, "it left the queue")
         for task in (first, *waiting):
             task.cancel()
         await is_free(fleet)
@@ -272,7 +274,7 @@ async def test_what_waits_for_a_node_is_counted_and_freed_when_its_client_leaves
 
 async def test_every_way_in_which_a_request_ends_frees_its_body() -> None:
     spec = GatewaySpec(default_model=MODEL)
-    async with running(A, B, bounds=TIGHT, spec=spec) as fleet:
+    async with serve_hosts(A, B, bounds=TIGHT, spec=spec) as fleet:
         post_, large = fleet.client.post, chat(2 * MIB)
         packed = {"Content-Encoding": "gzip"}
         assert (await post_("/api/chat", content=large)).status_code == 200
@@ -296,12 +298,12 @@ async def test_every_way_in_which_a_request_ends_frees_its_body() -> None:
         await is_free(fleet)
         # Of what was asked ahead nothing is served once the first is refused.
         ahead = post(b"x", "Content-Length: 2") + post(large) * 3
-        assert await raw(fleet.port, ahead)
+        assert await send_raw(fleet.port, ahead)
         await is_free(fleet)
 
 
 async def test_a_client_that_leaves_in_its_answer_frees_its_body() -> None:
-    async with running(SLOW, bounds=TIGHT) as fleet:
+    async with serve_hosts(SLOW, bounds=TIGHT) as fleet:
         async with fleet.client.stream("POST", "/api/chat", content=chat(3 * MIB, stream=True)) as answer:
             async for _ in answer.aiter_bytes():
                 assert memory_of(fleet).held >= 3 * MIB
@@ -311,7 +313,7 @@ async def test_a_client_that_leaves_in_its_answer_frees_its_body() -> None:
 
 def inventory() -> bytes:
     """What an Ollama says to any question about itself."""
-    return whole(b'{"version":"1","models":[{"name":"%s"}]}' % MODEL.encode())
+    return whole_response(b'{"version":"1","models":[{"name":"%s"}]}' % MODEL.encode())
 
 
 async def test_a_second_node_gets_the_same_body() -> None:
@@ -323,12 +325,12 @@ async def test_a_second_node_gets_the_same_body() -> None:
             return
         bodies.append(exchange.body)
         status = "500 Internal Server Error" if len(bodies) == 1 else "200 OK"
-        await exchange.send(whole(b'{"done":true,"message":{"content":"hi"}}', status=status))
+        await exchange.send(whole_response(b'{"done":true,"message":{"content":"hi"}}', status=status))
 
     async with (
         serve(script) as one,
         serve(script) as two,
-        serving((node("a", one.url), node("b", two.url)), bounds=TIGHT) as fleet,
+        serve_nodes((node("a", one.url), node("b", two.url)), bounds=TIGHT) as fleet,
     ):
         body = chat(3 * MIB)
         assert (await fleet.client.post("/api/chat", content=body)).status_code == 200
@@ -336,7 +338,7 @@ async def test_a_second_node_gets_the_same_body() -> None:
         await is_free(fleet)
 
 
-async def test_what_only_passes_through_counts_as_what_is_buffered(tight: Running) -> None:
+async def test_what_only_passes_through_counts_as_what_is_buffered(tight: RunningGateway) -> None:
     blob = bytes(range(256)) * (24 * MIB // 256)
     digest = sha256(blob).hexdigest()
     answer = await tight.client.post(f"/api/blobs/sha256:{digest}", content=blob)
@@ -359,7 +361,7 @@ async def test_a_cut_answer_to_a_request_that_is_too_large_to_take_apart_ends_in
     async with (
         serve(script) as one,
         serve(script) as two,
-        serving((node("a", one.url), node("b", two.url)), bounds=Bounds(bodies_bytes=64 * MIB)) as fleet,
+        serve_nodes((node("a", one.url), node("b", two.url)), bounds=Bounds(total_body_bytes=64 * MIB)) as fleet,
     ):
         answer = await fleet.client.post("/api/chat", content=empties(4 * MIB))
         assert "too large to be taken apart" in answer.text
@@ -389,23 +391,23 @@ async def test_a_body_is_gone_with_its_request_and_not_when_garbage_is_collected
             return
         chats += 1
         if chats == 1:
-            await exchange.send(whole(b'{"error":"no"}', status="502 Bad Gateway"))
+            await exchange.send(whole_response(b'{"error":"no"}', status="502 Bad Gateway"))
         elif chats == 2:
             exchange.reset()
         elif chats in (3, 4):
-            await exchange.send(whole(b'{"done":true,"message":{"content":"hi"}}'))
+            await exchange.send(whole_response(b'{"done":true,"message":{"content":"hi"}}'))
         elif chats == 5:
             await exchange.send(chunked_head() + chunk(b'{"message":{"content":"a"},"done":false}\n'))
             exchange.reset()
         else:
             await exchange.send(chunked_head() + chunk(b'{"message":{"content":"a"},"done":false}\n'))
-            await exchange.client_gone()
+            await exchange.wait_client_gone()
 
     async with (
         serve(script) as one,
         serve(script) as two,
         serve(script) as three,
-        serving((node("a", one.url), node("b", two.url), node("c", three.url)), bounds=TIGHT) as fleet,
+        serve_nodes((node("a", one.url), node("b", two.url), node("c", three.url)), bounds=TIGHT) as fleet,
     ):
         gc.collect()
         gc.disable()
@@ -413,20 +415,20 @@ async def test_a_body_is_gone_with_its_request_and_not_when_garbage_is_collected
             moved = await fleet.client.post("/api/chat", content=chat(3 * MIB))
             assert (moved.status_code, moved.headers["X-GPUMesh-Attempts"]) == (200, "3")
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
             assert (await fleet.client.post("/api/chat", content=chat(3 * MIB))).status_code == 200
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
             cut = await fleet.client.post("/api/chat", content=chat(3 * MIB, stream=True))
             assert "too large to be taken apart" in cut.text
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
             async with fleet.client.stream("POST", "/api/chat", content=chat(3 * MIB, stream=True)) as answer:
                 pieces = answer.aiter_bytes()
                 assert b'"a"' in await anext(pieces)
                 assert held(), "it is under way"
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
         finally:
             gc.enable()
 
@@ -439,13 +441,13 @@ async def test_a_body_at_which_two_servers_failed_is_gone_with_its_request(reset
         elif resets:
             exchange.reset()
         else:
-            await exchange.send(whole(b'{"error":"no"}', status="500 Internal Server Error"))
+            await exchange.send(whole_response(b'{"error":"no"}', status="500 Internal Server Error"))
 
     async with (
         serve(script) as one,
         serve(script) as two,
         serve(script) as three,
-        serving((node("a", one.url), node("b", two.url), node("c", three.url)), bounds=TIGHT) as fleet,
+        serve_nodes((node("a", one.url), node("b", two.url), node("c", three.url)), bounds=TIGHT) as fleet,
     ):
         gc.collect()
         gc.disable()
@@ -453,11 +455,11 @@ async def test_a_body_at_which_two_servers_failed_is_gone_with_its_request(reset
             failed = await fleet.client.post("/api/chat", content=chat(3 * MIB))
             assert failed.status_code >= 500
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
             copy = {"source": MODEL, "destination": "other", "more": "A" * 2 * MIB}
             failed = await fleet.client.post("/api/copy", json=copy)
             assert failed.status_code >= 500
             await is_free(fleet)
-            await until(lambda: not held(), "it is gone")
+            await wait_until(lambda: not held(), "it is gone")
         finally:
             gc.enable()

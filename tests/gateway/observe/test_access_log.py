@@ -15,19 +15,19 @@ import pytest
 from gpumesh.balancer.base import Demand
 from gpumesh.gateway.observe import access_log
 from gpumesh.gateway.observe.access_log import AccessLog, entry
-from gpumesh.gateway.observe.record import Fate, Record
+from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.topology import BackendKind, GatewaySpec, PolicyKind
-from tests.gateway.fleet import MODEL, lines, quick, running
-from tests.tunnels.polling import until
+from tests.gateway.fleet import MODEL, lines, quick_host, serve_hosts
+from tests.tunnels.polling import wait_until
 
 AT = datetime(2026, 11, 24, 4, 10, tzinfo=UTC)
 
 
-def record(**changes: Any) -> Record:
-    made = Record(lambda: 0.0, 10.0, "POST", "/api/chat", "/api/chat")
-    made.ended, made.status, made.fate, made.sent = 12.5, 200, Fate.SERVED, 321
+def record(**changes: Any) -> RequestRecord:
+    made = RequestRecord(lambda: 0.0, 10.0, "POST", "/api/chat", "/api/chat")
+    made.ended_at, made.status, made.outcome, made.sent_bytes = 12.5, 200, RequestOutcome.SERVED, 321
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -65,13 +65,13 @@ def test_what_is_not_known_is_null() -> None:
     assert entry(whole, AT, client=None, request_id=None)["ttft_ms"] is None, "there was no first token to be seen"
     refused = entry(record(status=0, path="/x" * 5000), AT, client=None, request_id=None)
     assert (refused["status"], refused["model"], refused["node"], refused["queue_ms"]) == (None, None, None, None)
-    assert len(str(refused["path"])) == access_log.LONGEST
+    assert len(str(refused["path"])) == access_log.MAX_TEXT_CHARS
 
 
 async def test_what_a_gateway_writes(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "access.jsonl"
     log = AccessLog(path)
-    async with running(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN), access_log=log) as fleet:
+    async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN), access_log=log) as fleet:
         await fleet.hosts["a"].set_faults(Faults(disconnect=True, paths=("/api/generate",)))
         await fleet.chat("a secret prompt", headers={"X-Request-Id": "r-1"})
         body = {"model": MODEL, "prompt": "a secret prompt"}
@@ -95,11 +95,11 @@ async def test_what_a_gateway_writes(tmp_path: Path) -> None:
 
 async def test_a_client_that_left(tmp_path: Path) -> None:
     path = tmp_path / "access.jsonl"
-    async with running(quick("a", tokens_per_s=5.0), access_log=AccessLog(path)) as fleet:
+    async with serve_hosts(quick_host("a", tokens_per_s=5.0), access_log=AccessLog(path)) as fleet:
         leaving = asyncio.create_task(fleet.chat())
-        await until(lambda: fleet.running() == 1, "it runs")
+        await wait_until(lambda: fleet.count_running() == 1, "it runs")
         leaving.cancel()
-        await until(lambda: bool(written(path)), "the line is there")
+        await wait_until(lambda: bool(written(path)), "the line is there")
     (line,) = written(path)
     assert (line["status"], line["outcome"], line["model"]) == (499, "cancelled", MODEL)
 
@@ -118,7 +118,7 @@ async def test_lines_are_written_soon_and_together(tmp_path: Path, monkeypatch: 
     for _ in range(access_log.FLUSH_LINES - 1):
         log.add(record(), client=None, request_id=None)
     assert writes == []
-    await until(lambda: len(written(path)) == access_log.FLUSH_LINES - 1, "they are there by themselves")
+    await wait_until(lambda: len(written(path)) == access_log.FLUSH_LINES - 1, "they are there by themselves")
     assert len(writes) == 1
     for _ in range(access_log.FLUSH_LINES):
         log.add(record(), client=None, request_id=None)
@@ -154,7 +154,7 @@ async def test_a_full_disk_costs_lines_and_no_answer(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     log = AccessLog(path)
-    async with running(access_log=log) as fleet:
+    async with serve_hosts(access_log=log) as fleet:
         with monkeypatch.context() as patched:
             patched.setattr(os, "write", full)
             for _ in range(3):

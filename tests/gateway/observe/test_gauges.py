@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def test_the_state_of_a_fleet() -> None:
-    text = render(gauges.of_state(states.typical(), ATTEMPTS))
+    text = render(gauges.mesh_families(states.typical(), ATTEMPTS))
 
     def of(name: str, node: str, **more: str) -> float:
         return metric(text, f"gpumesh_{name}", node=node, **more)
@@ -43,7 +43,7 @@ def test_the_state_of_a_fleet() -> None:
 
 
 def test_what_is_unknown_has_no_sample() -> None:
-    text = render(gauges.of_state(states.typical(), {}))
+    text = render(gauges.mesh_families(states.typical(), {}))
     samples = [
         sample
         for family in text_string_to_metric_families(text)
@@ -64,7 +64,7 @@ def test_what_is_unknown_has_no_sample() -> None:
 def test_no_series_is_there_twice_and_a_name_breaks_nothing() -> None:
     odd = GpuState(0, "GPU-1", 'RTX "4090"\\\n# HELP evil', memory_total_mib=1)
     node = states.healthy("iceland", gpus=(odd, odd))
-    text = render(gauges.of_state(states.mesh(node), ATTEMPTS))
+    text = render(gauges.mesh_families(states.mesh(node), ATTEMPTS))
     names = [
         (sample.name, tuple(sorted(sample.labels.items())))
         for family in text_string_to_metric_families(text)
@@ -75,7 +75,7 @@ def test_no_series_is_there_twice_and_a_name_breaks_nothing() -> None:
 
 
 def test_this_process() -> None:
-    text = render(gauges.process())
+    text = render(gauges.process_families())
     assert metric(text, "process_cpu_seconds_total") > 0
     assert 1 << 20 < metric(text, "process_resident_memory_bytes") < 1 << 40
     assert 3 <= metric(text, "process_open_fds") <= metric(text, "process_max_fds")
@@ -83,7 +83,7 @@ def test_this_process() -> None:
 
 
 def test_the_server() -> None:
-    text = render(gauges.of_server(3, 7, 2))
+    text = render(gauges.server_families(3, 7, 2))
     assert metric(text, "gpumesh_client_connections") == 3
     assert metric(text, "gpumesh_client_connections_refused_total") == 7
     assert metric(text, "gpumesh_client_connections_closed_for_others_total") == 2

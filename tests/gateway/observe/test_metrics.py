@@ -5,11 +5,20 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.gateway.observe.exposition import render
-from gpumesh.gateway.observe.metrics import MODELS, NAMES, OTHER, SERIES, Histogram, Metrics, Series, Total
-from gpumesh.gateway.observe.record import Fate, Record
+from gpumesh.gateway.observe.metrics import (
+    MAX_MODELS,
+    MAX_SERIES,
+    MAX_SPELLINGS,
+    OTHER_LABEL,
+    CounterValue,
+    Histogram,
+    LabeledSeries,
+    RequestMetrics,
+)
+from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.topology import BackendKind
 from tests.gateway.fleet import metric
@@ -20,12 +29,12 @@ PLACE = {"node": "a", "model": "m:latest"}
 class Streamed(Answer):
     """An answer that has streamed, with the counters that its final frame had."""
 
-    def __init__(self, counters: Counters | None, *, status: int = 200, node: str = "a") -> None:
+    def __init__(self, counters: ServerCounters | None, *, status: int = 200, node: str = "a") -> None:
         super().__init__(node, BackendKind.OLLAMA, status, ())
         self._counters = counters
 
     @property
-    def counters(self) -> Counters | None:
+    def counters(self) -> ServerCounters | None:
         return self._counters
 
 
@@ -33,26 +42,26 @@ def record(
     answer: Answer | None,
     *,
     model: str = "m",
-    fate: Fate = Fate.SERVED,
+    fate: RequestOutcome = RequestOutcome.SERVED,
     status: int = 200,
     place: bool = True,
     first: float | None = 0.5,
     ended: float = 2.5,
-) -> Record:
-    made = Record(lambda: 0.0, 0.0, "POST", "/api/chat", "/api/chat")
-    made.demand = Demand(model, priority=Priority.BATCH, place=place)
+) -> RequestRecord:
+    made = RequestRecord(lambda: 0.0, 0.0, "POST", "/api/chat", "/api/chat")
+    made.demand = Demand(model, priority=Priority.BATCH, needs_slot=place)
     made.node = None if answer is None else answer.node
-    made.answer, made.first, made.ended, made.fate, made.status = answer, first, ended, fate, status
+    made.answer, made.first_byte_at, made.ended_at, made.outcome, made.status = answer, first, ended, fate, status
     return made
 
 
-def told(metrics: Metrics) -> str:
+def told(metrics: RequestMetrics) -> str:
     return render(metrics.families())
 
 
 def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
-    metrics = Metrics()
-    answer = Streamed(Counters(prompt_tokens=7, tokens=21))
+    metrics = RequestMetrics()
+    answer = Streamed(ServerCounters(prompt_tokens=7, tokens=21))
     answer.queue_ms = 40.0
     answer.continuations = 1
     metrics.add(record(answer))
@@ -69,8 +78,8 @@ def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
 
 
 def test_a_continued_answer_is_of_the_node_that_ended_it_but_for_its_first_token() -> None:
-    metrics = Metrics()
-    made = record(Streamed(Counters(tokens=21)))
+    metrics = RequestMetrics()
+    made = record(Streamed(ServerCounters(tokens=21)))
     assert made.answer is not None
     made.answer.node = "b"
     metrics.add(made)
@@ -81,8 +90,8 @@ def test_a_continued_answer_is_of_the_node_that_ended_it_but_for_its_first_token
 
 
 def test_an_answer_in_one_piece_is_timed_by_the_servers_clock() -> None:
-    metrics = Metrics()
-    counters = Counters(tokens=10, eval_ms=500.0)
+    metrics = RequestMetrics()
+    counters = ServerCounters(tokens=10, eval_ms=500.0)
     metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}", counters)))
     text = told(metrics)
     assert metric(text, "gpumesh_time_per_output_token_seconds_sum", **PLACE) == pytest.approx(0.05)
@@ -90,23 +99,23 @@ def test_an_answer_in_one_piece_is_timed_by_the_servers_clock() -> None:
 
 
 def test_what_costs_no_inference_is_counted_and_not_timed() -> None:
-    metrics = Metrics()
+    metrics = RequestMetrics()
     metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), place=False))
     assert metric(told(metrics), "gpumesh_requests_total", **PLACE) == 1
     assert metric(told(metrics), "gpumesh_request_duration_seconds_count") == 0
 
 
 def test_a_request_that_no_node_saw_names_none() -> None:
-    metrics = Metrics()
-    metrics.add(record(None, fate=Fate.REFUSED, status=404))
-    metrics.add(record(None, fate=Fate.CANCELLED, status=499))
+    metrics = RequestMetrics()
+    metrics.add(record(None, fate=RequestOutcome.REFUSED, status=404))
+    metrics.add(record(None, fate=RequestOutcome.CANCELLED, status=499))
     text = told(metrics)
     assert metric(text, "gpumesh_requests_total", node="", model="", outcome="refused", code="404") == 1
     assert metric(text, "gpumesh_requests_total", node="", model="", outcome="cancelled", code="499") == 1
 
 
 def test_one_model_is_one_label_however_it_is_written() -> None:
-    metrics = Metrics()
+    metrics = RequestMetrics()
     for name in ("m", "M", "m:latest", " M:Latest "):
         metrics.add(record(Streamed(None), model=name))
     assert metric(told(metrics), "gpumesh_requests_total", **PLACE) == 4
@@ -114,29 +123,29 @@ def test_one_model_is_one_label_however_it_is_written() -> None:
 
 def test_a_client_that_makes_up_names_adds_no_label() -> None:
     """A node said 404 to each; or a server takes any name at all."""
-    metrics = Metrics()
+    metrics = RequestMetrics()
     for number in range(10_000):
         metrics.add(record(Streamed(None, status=404), model=f"made-up-{number}", status=404))
-    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER, code="404") == 10_000
+    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="404") == 10_000
     assert len(metrics.requests) == 1
     for number in range(10_000):
-        metrics.add(record(Streamed(Counters(tokens=3)), model=f"taken-{number}"))
-    assert len(metrics.requests) <= MODELS + 2
-    assert len(metrics._labels) <= NAMES
-    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER, code="200") == 10_000 - MODELS
+        metrics.add(record(Streamed(ServerCounters(tokens=3)), model=f"taken-{number}"))
+    assert len(metrics.requests) <= MAX_MODELS + 2
+    assert len(metrics._labels) <= MAX_SPELLINGS
+    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="200") == 10_000 - MAX_MODELS
     assert metric(told(metrics), "gpumesh_output_tokens_total") == 30_000, "nothing is lost"
 
 
 def test_a_server_that_makes_up_statuses_is_bounded_too() -> None:
-    series = Series(("code",), Total, bound=3)
+    series = LabeledSeries(("code",), CounterValue, bound=3)
     for number in range(100):
         series[str(number),].value += 1
     assert len(series) == 4
-    assert SERIES > MODELS
+    assert MAX_SERIES > MAX_MODELS
 
 
 def test_a_million_names_need_no_memory() -> None:
-    metrics = Metrics()
+    metrics = RequestMetrics()
     one = record(Streamed(None, status=404), status=404)
     assert one.demand is not None
 
@@ -161,8 +170,8 @@ def test_a_histogram() -> None:
 
 def test_names_are_as_prometheus_wants_them() -> None:
     """Base units, ``_total`` for what only grows, and one prefix."""
-    metrics = Metrics()
-    metrics.add(record(Streamed(Counters(tokens=2, prompt_tokens=1))))
+    metrics = RequestMetrics()
+    metrics.add(record(Streamed(ServerCounters(tokens=2, prompt_tokens=1))))
     for family in text_string_to_metric_families(told(metrics)):
         assert family.name.startswith("gpumesh_")
         assert family.documentation.endswith(".")

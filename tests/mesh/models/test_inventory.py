@@ -35,7 +35,7 @@ def state() -> MeshState:
 
 
 def test_a_row_for_each_digest_of_a_name() -> None:
-    rows = inventory.rows(state())
+    rows = inventory.list_model_rows(state())
     assert [(row.name, row.nodes, row.copies) for row in rows] == [
         ("nomic-embed-text:latest", ("a",), 1),
         ("qwen2.5:7b", ("a", "c"), 2),
@@ -43,19 +43,21 @@ def test_a_row_for_each_digest_of_a_name() -> None:
         ("qwen2.5:7b", ("vllm",), 2),
     ]
     assert (rows[1].size_mib, rows[1].quantization, rows[2].size_mib) == (4466, "Q4_K_M", 4400)
-    assert rows[1].loaded == (inventory.Loaded("a", 5280, 240.0, 8192),)
-    assert inventory.short(rows[1].digest) == "a" * 12
-    assert inventory.short(None) is None
+    assert rows[1].loaded == (inventory.LoadedCopy("a", 5280, 240.0, 8192),)
+    assert inventory.shorten_digest(rows[1].digest) == "a" * 12
+    assert inventory.shorten_digest(None) is None
 
 
 def test_contexts_are_those_of_any_node_that_told() -> None:
-    rows = inventory.with_contexts(inventory.rows(state()), {("c", "qwen2.5:7b"): 32768})
+    rows = inventory.add_context_lengths(inventory.list_model_rows(state()), {("c", "qwen2.5:7b"): 32768})
     assert [row.context_length for row in rows] == [None, 32768, None, None]
 
 
 def test_choosing_nodes() -> None:
     def chosen(names: list[str], *, everywhere: bool = False, holding: str | None = None) -> list[str]:
-        return [each.name for each in inventory.choose(state(), names, everywhere=everywhere, holding=holding)]
+        return [
+            each.name for each in inventory.choose_nodes(state(), names, everywhere=everywhere, required_model=holding)
+        ]
 
     assert chosen(["c", "a", "c"]) == ["c", "a"]
     assert chosen([], everywhere=True) == ["a", "b", "c"]
@@ -76,17 +78,17 @@ def test_choosing_nodes() -> None:
 )
 def test_when_that_is_not_clear(names: list[str], holding: str | None, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        inventory.choose(state(), names, everywhere=False, holding=holding)
+        inventory.choose_nodes(state(), names, everywhere=False, required_model=holding)
 
 
 def test_no_store_at_all() -> None:
     with pytest.raises(NoNodeError, match="no Ollama node is up"):
-        inventory.choose(mesh(down("a")), [], everywhere=True, holding=None)
+        inventory.choose_nodes(mesh(down("a")), [], everywhere=True, required_model=None)
 
 
 def test_sync_pulls_what_others_lack_or_have_with_another_digest() -> None:
     def plan(source: str, *models: str, names: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-        return [(task.node.name, task.model) for task in inventory.to_sync(state(), source, names, models)]
+        return [(task.node.name, task.model) for task in inventory.plan_sync(state(), source, names, models)]
 
     assert plan("a") == [
         ("b", "qwen2.5:7b"),
@@ -101,6 +103,6 @@ def test_sync_pulls_what_others_lack_or_have_with_another_digest() -> None:
 
 
 def test_what_embeds_is_known_by_family_or_name() -> None:
-    assert inventory.embeds(node("a", EMBED), "nomic-embed-text")
-    assert inventory.embeds(node("a", replace(QWEN, family="bert")), "qwen2.5:7b")
-    assert not inventory.embeds(node("a", QWEN), "qwen2.5:7b")
+    assert inventory.is_embedder_on(node("a", EMBED), "nomic-embed-text")
+    assert inventory.is_embedder_on(node("a", replace(QWEN, family="bert")), "qwen2.5:7b")
+    assert not inventory.is_embedder_on(node("a", QWEN), "qwen2.5:7b")

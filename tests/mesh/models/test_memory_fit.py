@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.mesh.models.memory_fit import SIZES, Fit, fits, words
+from gpumesh.mesh.models.memory_fit import SIZES, Fit, find_largest_fits, format_fits
 from gpumesh.state import BackendPhase, BackendState, Health, NodeState
 from tests.cli.states import down, gpu, healthy, mesh
 
@@ -23,17 +23,17 @@ def test_sizes_go_down() -> None:
 
 def test_the_largest_and_the_next_that_fits_on_more() -> None:
     state = mesh(with_free("a", 24_000), with_free("b", 12_000), with_free("c", 11_000))
-    assert fits(state) == (Fit("32B", 1), Fit("14B", 3))
-    assert words(fits(state)) == "a 32B Q4 fits on 1 node, a 14B on 3"
+    assert find_largest_fits(state) == (Fit("32B", 1), Fit("14B", 3))
+    assert format_fits(find_largest_fits(state)) == "a 32B Q4 fits on 1 node, a 14B on 3"
 
 
 def test_a_host_splits_a_model_over_its_gpus() -> None:
-    assert fits(mesh(with_free("two", 23_000, 23_000))) == (Fit("70B", 1),)
+    assert find_largest_fits(mesh(with_free("two", 23_000, 23_000))) == (Fit("70B", 1),)
 
 
 def test_one_gpu_behind_two_nodes_counts_once() -> None:
     one = with_free("a", 11_000)
-    assert fits(mesh(one, replace(one, name="b"))) == (Fit("14B", 1),)
+    assert find_largest_fits(mesh(one, replace(one, name="b"))) == (Fit("14B", 1),)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_one_gpu_behind_two_nodes_counts_once() -> None:
     ],
 )
 def test_what_cannot_load_a_model_does_not_count(node: NodeState) -> None:
-    assert fits(mesh(node)) == ()
-    assert words(fits(mesh(node))) is None
+    assert find_largest_fits(mesh(node)) == ()
+    assert format_fits(find_largest_fits(mesh(node))) is None
 
 
 def test_nothing_fits() -> None:
-    assert words(fits(mesh(with_free("full", 300)))) == "no model fits now"
+    assert format_fits(find_largest_fits(mesh(with_free("full", 300)))) == "no model fits now"
 
 
 def test_words_have_the_right_article() -> None:
-    assert words((Fit("8B", 2),)) == "an 8B Q4 fits on 2 nodes"
-    assert words((Fit("14B", 1), Fit("8B", 2))) == "a 14B Q4 fits on 1 node, an 8B on 2"
+    assert format_fits((Fit("8B", 2),)) == "an 8B Q4 fits on 2 nodes"
+    assert format_fits((Fit("14B", 1), Fit("8B", 2))) == "a 14B Q4 fits on 1 node, an 8B on 2"

@@ -1,11 +1,11 @@
-from gpumesh.backends.base import Counters
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.topology import BackendKind
 
 
 def answer(body: bytes) -> WholeAnswer:
-    return WholeAnswer("a", BackendKind.OLLAMA, 200, (("x", "y"),), body, Counters(tokens=3))
+    return WholeAnswer("a", BackendKind.OLLAMA, 200, (("x", "y"),), body, ServerCounters(tokens=3))
 
 
 async def test_a_whole_answer_is_given_once() -> None:
@@ -14,7 +14,7 @@ async def test_a_whole_answer_is_given_once() -> None:
     assert await whole.read() == b"{}"
     assert await whole.read() == b""
     assert [piece async for piece in answer(b"")] == []
-    assert whole.counters == Counters(tokens=3)
+    assert whole.counters == ServerCounters(tokens=3)
     assert whole.error_frame("x") is None
     await whole.aclose()
 
@@ -26,7 +26,7 @@ async def test_the_end_is_told_once() -> None:
 
     told: list[Outcome] = []
     ending = Ending("a", BackendKind.OLLAMA, 200, ())
-    ending.on_end = told.append
+    ending.on_outcome = told.append
     ending.end(Outcome.CUT)
     ending.end(Outcome.SERVED)
     assert told == [Outcome.CUT]

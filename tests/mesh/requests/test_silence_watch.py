@@ -3,24 +3,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.mesh.requests import silence_watch
-from gpumesh.mesh.requests.silence_watch import LEAST_S, MOST_S, UNKNOWN_S, Pauses, patience_s
+from gpumesh.mesh.requests.silence_watch import (
+    DEFAULT_TIMEOUT_S,
+    MAX_TIMEOUT_S,
+    MIN_TIMEOUT_S,
+    PauseTracker,
+    silence_timeout_s,
+)
 
 
 @pytest.mark.parametrize(
     ("longest", "patience"),
-    [(None, UNKNOWN_S), (0.01, LEAST_S), (0.25, LEAST_S), (0.5, 10.0), (2.0, 40.0), (60.0, MOST_S)],
+    [
+        (None, DEFAULT_TIMEOUT_S),
+        (0.01, MIN_TIMEOUT_S),
+        (0.25, MIN_TIMEOUT_S),
+        (0.5, 10.0),
+        (2.0, 40.0),
+        (60.0, MAX_TIMEOUT_S),
+    ],
 )
 def test_patience(longest: float | None, patience: float) -> None:
-    assert patience_s(longest) == pytest.approx(patience)
+    assert silence_timeout_s(longest) == pytest.approx(patience)
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
 def test_who_was_slower_is_given_no_less_time(one: float, other: float) -> None:
-    assert patience_s(min(one, other)) <= patience_s(max(one, other))
+    assert silence_timeout_s(min(one, other)) <= silence_timeout_s(max(one, other))
 
 
 def test_pauses_are_known_by_node_and_model() -> None:
-    pauses = Pauses()
+    pauses = PauseTracker()
     pauses.learn("a", "m", 0.5)
     assert pauses.longest_s("a", "m") == 0.5
     assert pauses.longest_s("a", "other") is None
@@ -28,7 +41,7 @@ def test_pauses_are_known_by_node_and_model() -> None:
 
 
 def test_the_longest_counts_and_an_outlier_is_forgotten() -> None:
-    pauses = Pauses()
+    pauses = PauseTracker()
     pauses.learn("a", "m", 4.0)
     pauses.learn("a", "m", 0.1)
     first = pauses.longest_s("a", "m")
@@ -42,8 +55,8 @@ def test_the_longest_counts_and_an_outlier_is_forgotten() -> None:
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence_watch, "BOUND", 2)
-    pauses = Pauses()
+    monkeypatch.setattr(silence_watch, "MAX_STREAM_KINDS", 2)
+    pauses = PauseTracker()
     for name in ("a", "b", "a", "c"):
         pauses.learn(name, "m", 1.0)
     assert pauses.longest_s("b", "m") is None

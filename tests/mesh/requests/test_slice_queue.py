@@ -30,7 +30,7 @@ async def test_who_waits_for_a_turn_may_leave() -> None:
     queue, order = SliceQueue(), []
 
     async def waits(name: str) -> None:
-        await queue.turn()
+        await queue.wait_turn()
         order.append(name)
 
     tasks = [asyncio.create_task(waits(name)) for name in "abc"]
@@ -38,7 +38,7 @@ async def test_who_waits_for_a_turn_may_leave() -> None:
     tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert order == ["a", "c"]
-    await asyncio.wait_for(queue.turn(), 10)
+    await asyncio.wait_for(queue.wait_turn(), 10)
 
 
 async def test_a_step_that_fails_stops_no_other() -> None:
@@ -49,11 +49,11 @@ async def test_a_step_that_fails_stops_no_other() -> None:
         raise ZeroDivisionError
 
     queue.add(fail)
-    await asyncio.wait_for(queue.turn(), 10)
+    await asyncio.wait_for(queue.wait_turn(), 10)
     assert [type(error) for error in told] == [ZeroDivisionError]
 
 
 @pytest.mark.parametrize("count", [1, 100])
 async def test_everybody_has_a_turn(count: int) -> None:
     queue = SliceQueue()
-    await asyncio.wait_for(asyncio.gather(*(queue.turn() for _ in range(count))), 10)
+    await asyncio.wait_for(asyncio.gather(*(queue.wait_turn() for _ in range(count))), 10)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded, SecretMissing
-from tests.mesh.meshes import meshed, node, ollama
-from tests.mesh.servers import Exchange, serve, whole
+from tests.mesh.meshes import mesh_of_nodes, node, ollama_script
+from tests.mesh.servers import Exchange, serve, whole_response
 
 PATH = "/api/blobs/sha256:0"
 
@@ -36,15 +36,15 @@ async def test_it_arrives_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def store(exchange: Exchange) -> None:
         seen.append((exchange.head, await chunks(exchange)))
-        await exchange.send(whole(b"stored", status="201 Created"))
+        await exchange.send(whole_response(b"stored", status="201 Created"))
 
-    async with serve(ollama(store)) as server:
+    async with serve(ollama_script(store)) as server:
         spec = node("a", server.url)
         keyed = replace(spec, backend=replace(spec.backend, api_key_env="UPLOAD_KEY"))
-        async with meshed(keyed) as running:
+        async with mesh_of_nodes(keyed) as running:
             answer = await running.mesh.upload("a", PATH, body(b"one ", b"two"), timeout_s=10)
             assert (answer.status, await answer.read()) == (201, b"stored")
-            assert running.settled()
+            assert running.wait_settled()
     ((head, said),) = seen
     assert said == b"one two"
     assert head.startswith(b"POST /api/blobs/sha256:0 HTTP/1.1\r\n")
@@ -55,9 +55,9 @@ async def test_it_arrives_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_server_that_refuses_is_an_answer() -> None:
     async def refuse(exchange: Exchange) -> None:
         await chunks(exchange)
-        await exchange.send(whole(b'{"error":"digest mismatch"}', status="400 Bad Request"))
+        await exchange.send(whole_response(b'{"error":"digest mismatch"}', status="400 Bad Request"))
 
-    async with serve(ollama(refuse)) as server, meshed(node("a", server.url)) as running:
+    async with serve(ollama_script(refuse)) as server, mesh_of_nodes(node("a", server.url)) as running:
         answer = await running.mesh.upload("a", PATH, body(b"x"), timeout_s=10)
         assert (answer.status, await answer.read()) == (400, b'{"error":"digest mismatch"}')
 
@@ -70,10 +70,10 @@ async def test_a_server_that_breaks_off_is_told_and_not_tried_again() -> None:
         tries += 1
         exchange.reset()
 
-    async with serve(ollama(break_off)) as server, meshed(node("a", server.url)) as running:
+    async with serve(ollama_script(break_off)) as server, mesh_of_nodes(node("a", server.url)) as running:
         with pytest.raises(BackendUnreachable, match="the upload broke off"):
             await running.mesh.upload("a", PATH, body(*[b"x" * 65536] * 100), timeout_s=10)
-        assert running.settled()
+        assert running.wait_settled()
     assert tries == 1
 
 
@@ -83,10 +83,10 @@ async def test_a_deadline_and_a_client_that_leaves_end_it() -> None:
     async def never(exchange: Exchange) -> None:
         await chunks(exchange)
         begun.set()
-        await exchange.client_gone()
+        await exchange.wait_client_gone()
         gone.set()
 
-    async with serve(ollama(never)) as server, meshed(node("a", server.url)) as running:
+    async with serve(ollama_script(never)) as server, mesh_of_nodes(node("a", server.url)) as running:
         with pytest.raises(DeadlineExceeded):
             await running.mesh.upload("a", PATH, body(b"x"), timeout_s=0.2)
         await asyncio.wait_for(gone.wait(), 10)
@@ -97,7 +97,7 @@ async def test_a_deadline_and_a_client_that_leaves_end_it() -> None:
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
         await asyncio.wait_for(gone.wait(), 10)
-        assert running.settled()
+        assert running.wait_settled()
 
 
 async def test_a_key_that_went_missing_costs_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +106,11 @@ async def test_a_key_that_went_missing_costs_no_place(monkeypatch: pytest.Monkey
     async def unasked(exchange: Exchange) -> None:
         raise AssertionError("nothing should come")
 
-    async with serve(ollama(unasked)) as server:
+    async with serve(ollama_script(unasked)) as server:
         spec = node("a", server.url)
         keyed = replace(spec, backend=replace(spec.backend, api_key_env="UPLOAD_KEY"))
-        async with meshed(keyed) as running:
+        async with mesh_of_nodes(keyed) as running:
             monkeypatch.delenv("UPLOAD_KEY")
             with pytest.raises(SecretMissing):
                 await running.mesh.upload("a", PATH, body(b"x"), timeout_s=10)
-            assert running.settled()
+            assert running.wait_settled()

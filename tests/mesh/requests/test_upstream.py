@@ -11,11 +11,11 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
-from gpumesh.mesh.requests.slice_queue import SLICE
+from gpumesh.mesh.requests.slice_queue import SLICE_BYTES
 from gpumesh.mesh.requests.upstream import READ_BUFFER, READ_PIECES, Upstream, UpstreamResponse
-from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole
+from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
 from tests.probes.test_wrong_server import certificate  # noqa: F401
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 CALL = HttpCall("POST", "/api/chat?x=1", b'{"model": "m"}', (("Content-Type", "application/json"),))
 
@@ -40,7 +40,7 @@ async def read_all(response: UpstreamResponse) -> bytes:
 
 async def test_the_request_arrives_as_given_and_the_connection_is_used_again(upstream: Upstream) -> None:
     async def script(exchange: Exchange) -> None:
-        await exchange.send(whole(b'{"n": %d}' % exchange.number))
+        await exchange.send(whole_response(b'{"n": %d}' % exchange.number))
 
     async with serve(script) as server:
         for number in (1, 2, 3):
@@ -60,7 +60,7 @@ async def test_a_kept_connection_that_went_stale_is_replaced_unseen(upstream: Up
         if exchange.number == 2:
             exchange.reset()
             return
-        await exchange.send(whole(b"{}"))
+        await exchange.send(whole_response(b"{}"))
 
     async with serve(script) as server:
         for _ in range(6):
@@ -105,7 +105,7 @@ async def test_a_body_that_stops_short_is_cut(upstream: Upstream, style: str) ->
             return
         await exchange.send(chunked_head() + chunk(b"abc"))
         if style == "reset in the body":
-            await exchange.client_gone()
+            await exchange.wait_client_gone()
             exchange.reset()
         else:
             exchange.close()
@@ -141,8 +141,8 @@ async def test_abort_and_cancel_close_the_connection(upstream: Upstream) -> None
     async def script(exchange: Exchange) -> None:
         if b"x=1" in exchange.head and exchange.number == 1 and server.connections == 1:
             await exchange.send(chunked_head() + chunk(b"one\n"))
-        await exchange.client_gone()
-        exchange.over = True
+        await exchange.wait_client_gone()
+        exchange.closed = True
         gone.release()
 
     async with serve(script) as server:
@@ -162,8 +162,8 @@ async def test_abort_and_cancel_close_the_connection(upstream: Upstream) -> None
 async def test_an_abort_ends_a_read_that_waits(upstream: Upstream) -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.send(chunked_head() + chunk(b"one\n"))
-        await exchange.client_gone()
-        exchange.over = True
+        await exchange.wait_client_gone()
+        exchange.closed = True
 
     async with serve(script) as server:
         response = await send(upstream, server.url)
@@ -198,7 +198,7 @@ async def test_head_has_a_length_and_no_body(upstream: Upstream) -> None:
 
 async def test_an_interim_answer_is_passed_over(upstream: Upstream) -> None:
     response, body = await answered(
-        upstream, b"HTTP/1.1 100 Continue\r\nX-Interim: 1\r\n\r\n" + whole(b"{}", status="201 Created")
+        upstream, b"HTTP/1.1 100 Continue\r\nX-Interim: 1\r\n\r\n" + whole_response(b"{}", status="201 Created")
     )
     assert (response.status, body) == (201, b"{}")
     assert "X-Interim" not in dict(response.headers)
@@ -247,9 +247,9 @@ async def test_what_a_reader_leaves_unread_is_held_in_few_pieces(upstream: Upstr
             await response.read()
         exchange, connection = response._exchange, response._connection
         assert connection is not None
-        await until(lambda: connection._paused and not connection._queued, "the server is read no further")
-        assert exchange.size < READ_BUFFER + SLICE
-        assert len(exchange.pieces) < READ_PIECES + SLICE // 7
+        await wait_until(lambda: connection._paused and not connection._queued, "the server is read no further")
+        assert exchange.size < READ_BUFFER + SLICE_BYTES
+        assert len(exchange.pieces) < READ_PIECES + SLICE_BYTES // 7
         response.abort()
 
 
@@ -273,7 +273,7 @@ async def test_a_body_up_to_the_end_of_its_connection_is_whole_though_it_is_read
 
     async with serve(script) as server:
         response = await send(upstream, server.url)
-        await until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        await wait_until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
         assert len(await read_all(response)) == 500_000
 
 
@@ -300,7 +300,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
     server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
     try:
         response = await send(upstream, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        await wait_until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
         assert len(await read_all(response)) == 150_000
     finally:
         server.close()
@@ -309,7 +309,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
 
 async def test_more_than_was_announced_spoils_the_connection_and_not_the_answer(upstream: Upstream) -> None:
     async def script(exchange: Exchange) -> None:
-        await exchange.send(whole(b"{}") + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+        await exchange.send(whole_response(b"{}") + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
 
     async with serve(script) as server:
         for _ in range(3):
@@ -349,9 +349,9 @@ async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, mon
     gone = asyncio.Event()
 
     async def script(exchange: Exchange) -> None:
-        await exchange.send(whole(b"{}"))
-        await exchange.client_gone()
-        exchange.over = True
+        await exchange.send(whole_response(b"{}"))
+        await exchange.wait_client_gone()
+        exchange.closed = True
         gone.set()
 
     async with serve(script) as server:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.direct import port_owners
-from gpumesh.tunnels.direct.port_owners import Owner, Ports
+from gpumesh.tunnels.direct.port_owners import PortOwner, PortOwnerLookup
 
 
-def ask(ports: Ports, host: str = "127.0.0.1", port: int = 11434) -> Owner:
-    return ports.ask([(host, port)])[host, port]
+def ask(ports: PortOwnerLookup, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
+    return ports.find_owners([(host, port)])[host, port]
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -37,21 +37,21 @@ async def test_a_server_on_this_machine(address: str) -> None:
     assert server.stdout is not None
     port = int(await asyncio.wait_for(server.stdout.readline(), 20))
     loopback = "::1" if ":" in address else "127.0.0.1"
-    assert ask(Ports(), loopback, port) == Owner(True)
-    assert ask(Ports(), "localhost", port).is_here
+    assert ask(PortOwnerLookup(), loopback, port) == PortOwner(True)
+    assert ask(PortOwnerLookup(), "localhost", port).is_local
     if address == "127.0.0.1":
-        other = ask(Ports(), "127.0.0.2", port)
-        assert (other.is_here, "not known" in other.reason) == (False, True)
+        other = ask(PortOwnerLookup(), "127.0.0.2", port)
+        assert (other.is_local, "not known" in other.reason) == (False, True)
     server.kill()
     await server.communicate()
-    gone = ask(Ports(), loopback, port)
-    assert not gone.is_here
+    gone = ask(PortOwnerLookup(), loopback, port)
+    assert not gone.is_local
     assert str(port) in gone.reason
 
 
 def test_elsewhere_it_is_not_known() -> None:
-    owner = ask(Ports(platform="darwin"))
-    assert not owner.is_here
+    owner = ask(PortOwnerLookup(platform="darwin"))
+    assert not owner.is_local
     assert "not known" in owner.reason
 
 
@@ -86,11 +86,11 @@ class MadeUp:
         for number, inode in enumerate(inodes, start=1):
             (folder / "fd" / str(number)).symlink_to(f"socket:[{inode}]")
 
-    def owner(self, host: str = "127.0.0.1", port: int = 11434) -> Owner:
+    def owner(self, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
         return ask(self.ports(), host, port)
 
-    def ports(self) -> Ports:
-        return Ports(proc=self.folder, platform="linux")
+    def ports(self) -> PortOwnerLookup:
+        return PortOwnerLookup(proc=self.folder, platform="linux")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_who_passes_on_is_not_the_server(proc: MadeUp, name: str, arguments: tup
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, name, *arguments, inodes=(76, 77))
     owner = proc.owner()
-    assert not owner.is_here
+    assert not owner.is_local
     assert name[:15].strip() in owner.reason
     assert "11434" in owner.reason
 
@@ -136,7 +136,7 @@ def test_who_passes_on_is_not_the_server(proc: MadeUp, name: str, arguments: tup
 def test_who_serves_is(proc: MadeUp, name: str, arguments: tuple[str, ...]) -> None:
     proc.listen("0.0.0.0", 11434, 77)
     proc.process(42, name, *arguments, inodes=(77,))
-    assert proc.owner().is_here
+    assert proc.owner().is_local
 
 
 def test_another_users_process_is_the_server_only_under_a_servers_account(
@@ -145,13 +145,13 @@ def test_another_users_process_is_the_server_only_under_a_servers_account(
     names = {999: "ollama", 1001: "somebody"}
     monkeypatch.setattr(port_owners, "_account", names.get)
     proc.listen("127.0.0.1", 11434, 77, uid=999)
-    assert proc.owner().is_here
+    assert proc.owner().is_local
     proc.listen("127.0.0.1", 8080, 78, uid=1001)
     owner = proc.owner(port=8080)
-    assert not owner.is_here
+    assert not owner.is_local
     assert "another user" in owner.reason
     proc.listen("127.0.0.1", 8081, 79, uid=4242)  # of nobody
-    assert not proc.owner(port=8081).is_here
+    assert not proc.owner(port=8081).is_local
 
 
 def test_one_forwarder_among_several_is_enough_to_doubt(proc: MadeUp) -> None:
@@ -159,7 +159,7 @@ def test_one_forwarder_among_several_is_enough_to_doubt(proc: MadeUp) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     proc.process(43, "ssh", "ssh", "-L", "x", inodes=(77,))
-    assert not proc.owner().is_here
+    assert not proc.owner().is_local
 
 
 def test_only_who_listens_counts(proc: MadeUp) -> None:
@@ -171,10 +171,10 @@ def test_only_who_listens_counts(proc: MadeUp) -> None:
 def test_ipv4_clients_reach_an_ipv6_socket(proc: MadeUp) -> None:
     proc.listen("::ffff:127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
-    assert proc.owner().is_here
+    assert proc.owner().is_local
     proc.listen("::", 8080, 78)
     proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
-    assert proc.owner(port=8080).is_here
+    assert proc.owner(port=8080).is_local
 
 
 def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> None:
@@ -184,19 +184,19 @@ def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> 
     assert "just ended" in proc.owner().reason
     (proc.folder / "net" / "tcp").write_text("header\nshort line\n")
     (proc.folder / "net" / "tcp6").unlink()
-    assert not proc.owner().is_here
+    assert not proc.owner().is_local
 
 
 def test_what_was_found_stands_while_the_socket_is_the_same(proc: MadeUp) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     ports = proc.ports()
-    assert ask(ports).is_here
+    assert ask(ports).is_local
     (proc.folder / "42" / "comm").write_text("ssh\n")  # which no process does: it is only not looked at again
-    assert ask(ports).is_here
+    assert ask(ports).is_local
     proc.listen("127.0.0.1", 11434, 78)  # a second one beside it
     proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
-    assert ask(ports) == Owner(False, "ssh listens on port 11434, which may lead to another machine")
+    assert ask(ports) == PortOwner(False, "ssh listens on port 11434, which may lead to another machine")
 
 
 def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> None:
@@ -204,9 +204,9 @@ def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> No
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     (proc.folder / "42" / "comm").rename(proc.folder / "42" / "gone")
     ports = proc.ports()
-    assert not ask(ports).is_here
+    assert not ask(ports).is_local
     (proc.folder / "42" / "gone").rename(proc.folder / "42" / "comm")
-    assert ask(ports).is_here
+    assert ask(ports).is_local
 
 
 def test_accounts() -> None:
@@ -221,12 +221,12 @@ def test_several_places_are_looked_for_together(proc: MadeUp) -> None:
     proc.process(43, "ssh", "ssh", "-L", "x", inodes=(78,))
     ports = proc.ports()
     places = [("127.0.0.1", 11434), ("localhost", 8080), ("127.0.0.1", 8080), ("127.0.0.1", 9)]
-    elsewhere = Owner(False, "ssh listens on port 8080, which may lead to another machine")
-    assert ports.ask(places) == dict(
+    elsewhere = PortOwner(False, "ssh listens on port 8080, which may lead to another machine")
+    assert ports.find_owners(places) == dict(
         zip(
             places,
-            [Owner(True), elsewhere, elsewhere, Owner(False, "which process listens on port 9 is not known")],
+            [PortOwner(True), elsewhere, elsewhere, PortOwner(False, "which process listens on port 9 is not known")],
             strict=True,
         )
     )
-    assert ports.ask(places[:1]) == {places[0]: Owner(True)}
+    assert ports.find_owners(places[:1]) == {places[0]: PortOwner(True)}

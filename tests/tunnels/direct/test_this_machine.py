@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.direct.port_owners import Owner, Place, Ports
-from gpumesh.tunnels.direct.this_machine import FRESH_S, ThisMachine
+from gpumesh.tunnels.direct.port_owners import HostPort, PortOwner, PortOwnerLookup
+from gpumesh.tunnels.direct.this_machine import MAX_AGE_S, ThisMachine
 from tests.tunnels.direct.test_port_owners import MadeUp
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 
 
 class Clock:
@@ -32,16 +32,16 @@ async def test_a_question_of_many_is_asked_once(tmp_path: Path) -> None:
     command = ("sh", "-c", f"echo asked >> {log}; echo answer; exit 3")
 
     async def ask(argv: tuple[str, ...] = command) -> tuple[int | None, bytes]:
-        answer = await here.answer(argv, timeout_s=20, limit_bytes=100)
+        answer = await here.run_shared_command(argv, timeout_s=20, limit_bytes=100)
         return answer.exit_status, answer.stdout
 
     assert set(await asyncio.gather(*(ask() for _ in range(20)))) == {(3, b"answer\n")}
     assert told(log) == ["asked"]
-    clock.now = FRESH_S / 2
+    clock.now = MAX_AGE_S / 2
     await ask()
     assert told(log) == ["asked"], "so old an answer will do"
     assert await ask(("sh", "-c", "echo another")) == (0, b"another\n")
-    clock.now = FRESH_S * 1.01
+    clock.now = MAX_AGE_S * 1.01
     await ask()
     assert told(log) == ["asked"] * 2
 
@@ -49,19 +49,21 @@ async def test_a_question_of_many_is_asked_once(tmp_path: Path) -> None:
 async def test_a_question_that_fails_is_asked_again(tmp_path: Path) -> None:
     here, program = ThisMachine(), tmp_path / "program"
     with pytest.raises(FileNotFoundError):
-        await here.answer([str(program)], timeout_s=20, limit_bytes=100)
+        await here.run_shared_command([str(program)], timeout_s=20, limit_bytes=100)
     program.write_text("#!/bin/sh\necho here\n")
     program.chmod(0o755)
-    assert (await here.answer([str(program)], timeout_s=20, limit_bytes=100)).stdout == b"here\n"
+    assert (await here.run_shared_command([str(program)], timeout_s=20, limit_bytes=100)).stdout == b"here\n"
     with pytest.raises(TimeoutError):
-        await here.answer(["sleep", "600"], timeout_s=0.1, limit_bytes=100)
+        await here.run_shared_command(["sleep", "600"], timeout_s=0.1, limit_bytes=100)
 
 
 async def test_it_ends_with_the_last_who_waits(tmp_path: Path) -> None:
     here, log = ThisMachine(), tmp_path / "log"
     command = ("sh", "-c", f"echo $$ > {log}; exec sleep 600")
-    first, second = (asyncio.create_task(here.answer(command, timeout_s=600, limit_bytes=9)) for _ in range(2))
-    await until(lambda: bool(told(log)), "the command's start")
+    first, second = (
+        asyncio.create_task(here.run_shared_command(command, timeout_s=600, limit_bytes=9)) for _ in range(2)
+    )
+    await wait_until(lambda: bool(told(log)), "the command's start")
     pid = int(told(log)[0])
     first.cancel()
     await asyncio.wait([first])
@@ -69,15 +71,15 @@ async def test_it_ends_with_the_last_who_waits(tmp_path: Path) -> None:
     second.cancel()
     await asyncio.wait([second])
     assert not alive(pid)
-    assert (await here.answer(("echo", "on"), timeout_s=20, limit_bytes=9)).stdout == b"on\n"
+    assert (await here.run_shared_command(("echo", "on"), timeout_s=20, limit_bytes=9)).stdout == b"on\n"
 
 
-class Counting(Ports):
+class Counting(PortOwnerLookup):
     looked = 0
 
-    def ask(self, places: Collection[Place]) -> dict[Place, Owner]:
+    def find_owners(self, places: Collection[HostPort]) -> dict[HostPort, PortOwner]:
         self.looked += 1
-        return super().ask(places)
+        return super().find_owners(places)
 
 
 async def test_who_listens_is_looked_up_once_for_all(tmp_path: Path) -> None:
@@ -89,16 +91,18 @@ async def test_who_listens_is_looked_up_once_for_all(tmp_path: Path) -> None:
     ports = Counting(proc=proc.folder, platform="linux")
     here = ThisMachine(ports, clock=clock)
     for port in range(11434, 11444):
-        here.has("127.0.0.1", port)
-    owners = await asyncio.gather(*(here.owner("127.0.0.1", port) for port in range(11434, 11444)))
-    assert owners == [Owner(True)] * 9 + [Owner(False, "ssh listens on port 11443, which may lead to another machine")]
+        here.register_port("127.0.0.1", port)
+    owners = await asyncio.gather(*(here.find_owner("127.0.0.1", port) for port in range(11434, 11444)))
+    assert owners == [PortOwner(True)] * 9 + [
+        PortOwner(False, "ssh listens on port 11443, which may lead to another machine")
+    ]
     assert ports.looked == 1
     proc.listen("127.0.0.1", 8080, 77)
     proc.process(44, "ollama", "ollama", "serve", inodes=(77,))
-    assert (await here.owner("127.0.0.1", 8080)).is_here, "a place that is new is looked for at once"
+    assert (await here.find_owner("127.0.0.1", 8080)).is_local, "a place that is new is looked for at once"
     assert ports.looked == 2
-    assert not (await here.owner("127.0.0.1", 11443)).is_here
+    assert not (await here.find_owner("127.0.0.1", 11443)).is_local
     assert ports.looked == 2
-    clock.now = FRESH_S * 1.01
-    assert (await here.owner("127.0.0.1", 11434)).is_here
+    clock.now = MAX_AGE_S * 1.01
+    assert (await here.find_owner("127.0.0.1", 11434)).is_local
     assert ports.looked == 3

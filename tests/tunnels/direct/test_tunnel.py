@@ -14,26 +14,26 @@ import pytest
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import BackendSpec, NodeSpec, Target
-from gpumesh.tunnels.base import ExecChunk, Stream
-from gpumesh.tunnels.direct.port_owners import Owner, Place, Ports
+from gpumesh.tunnels.base import ExecChunk, OutputStream
+from gpumesh.tunnels.direct.port_owners import HostPort, PortOwner, PortOwnerLookup
 from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.direct.tunnel import DirectTunnel, is_loopback
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import serving
 from tests.tunnels.supervised import descriptors
 from tests.tunnels.traffic import echo
 
-HERE, ELSEWHERE = Owner(True), Owner(False, "ssh listens on port 1, which may lead to another machine")
+HERE, ELSEWHERE = PortOwner(True), PortOwner(False, "ssh listens on port 1, which may lead to another machine")
 
 
-class Always(Ports):
+class Always(PortOwnerLookup):
     """Says the same of each port: who listens there is test_owners.py's."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: PortOwner) -> None:
         super().__init__()
         self._owner_of_all = owner
 
-    def ask(self, places: Collection[Place]) -> dict[Place, Owner]:
+    def find_owners(self, places: Collection[HostPort]) -> dict[HostPort, PortOwner]:
         return dict.fromkeys(places, self._owner_of_all)
 
 
@@ -44,10 +44,10 @@ class Told:
 
 
 @contextlib.asynccontextmanager
-async def direct(*targets: Target, owner: Owner = HERE) -> AsyncIterator[Told]:
+async def direct(*targets: Target, owner: PortOwner = HERE) -> AsyncIterator[Told]:
     states: list[TunnelState] = []
     spec = NodeSpec("local", BackendSpec(targets=targets))
-    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, here=ThisMachine(Always(owner)))
+    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, this_machine=ThisMachine(Always(owner)))
     task = asyncio.create_task(tunnel.run())
     try:
         yield Told(tunnel, states)
@@ -89,7 +89,7 @@ async def test_a_loss_is_seen_when_suspected_and_the_return_when_nudged() -> Non
         server.close()
         await server.wait_closed()
         told.tunnel.suspect("a request failed")
-        await until(lambda: told.tunnel.state.state is TunnelPhase.BACKOFF, "the loss")
+        await wait_until(lambda: told.tunnel.state.state is TunnelPhase.BACKOFF, "the loss")
         state = told.tunnel.state
         assert state.error_code == "connect-refused"
         assert str(port) in (state.last_error or "")
@@ -99,7 +99,7 @@ async def test_a_loss_is_seen_when_suspected_and_the_return_when_nudged() -> Non
             await told.tunnel.exec(["true"], timeout_s=5)
         server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
         async with server:
-            told.tunnel.nudge()
+            told.tunnel.retry_now()
             await asyncio.wait_for(told.tunnel.wait_up(), 20)
             state = told.tunnel.state
             assert state.reconnects == 1
@@ -119,7 +119,7 @@ async def test_a_loss_is_seen_when_suspected_and_the_return_when_nudged() -> Non
 )
 async def test_true_reasons(target: Target, code: str) -> None:
     async with direct(target) as told:
-        await until(lambda: told.tunnel.state.error_code is not None, "a reason")
+        await wait_until(lambda: told.tunnel.state.error_code is not None, "a reason")
         assert told.tunnel.state.error_code == code
 
 
@@ -136,7 +136,7 @@ async def test_a_black_hole_hides_no_other_and_has_an_end() -> None:
             with contextlib.suppress(BlockingIOError):
                 filling.connect(("127.0.0.1", port))
         async with direct(Target("127.0.0.1", port)) as told:
-            await until(lambda: told.tunnel.state.error_code == "connect-timeout", "the time-out")
+            await wait_until(lambda: told.tunnel.state.error_code == "connect-timeout", "the time-out")
         async with serving(echo) as good, direct(Target("127.0.0.1", port), Target("127.0.0.1", good)) as told:
             await asyncio.wait_for(told.tunnel.wait_up(), 20)
 
@@ -190,8 +190,8 @@ async def test_a_command_that_does_not_end_is_ended() -> None:
             pid = int(chunk.data)
             break
         await stream.aclose()  # type: ignore[attr-defined]
-        await until(lambda: not alive(pid), "the command's end, when nobody reads on")
-    await until(lambda: descriptors() == before, "all descriptors closed")
+        await wait_until(lambda: not alive(pid), "the command's end, when nobody reads on")
+    await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 
 async def test_a_stream_has_all_output_and_the_status() -> None:
@@ -200,8 +200,8 @@ async def test_a_stream_has_all_output_and_the_status() -> None:
         chunks: list[ExecChunk] = []
         async for chunk in told.tunnel.exec_stream(["sh", "-c", "head -c 3000000 /dev/zero; echo err >&2; exit 5"]):
             chunks.append(chunk)
-        assert sum(len(chunk.data) for chunk in chunks if chunk.stream is Stream.STDOUT) == 3_000_000
-        assert b"".join(chunk.data for chunk in chunks if chunk.stream is Stream.STDERR) == b"err\n"
+        assert sum(len(chunk.data) for chunk in chunks if chunk.stream is OutputStream.STDOUT) == 3_000_000
+        assert b"".join(chunk.data for chunk in chunks if chunk.stream is OutputStream.STDERR) == b"err\n"
         assert (chunks[-1].ended, chunks[-1].exit_status) == (True, 5)
 
 

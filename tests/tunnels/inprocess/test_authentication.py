@@ -18,10 +18,10 @@ from paramiko.common import AUTH_FAILED, AUTH_PARTIALLY_SUCCESSFUL, AUTH_SUCCESS
 from gpumesh.errors import AuthRefused, ConnectTimeout, KeyUnreadable, TunnelError
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.inprocess import authentication
-from gpumesh.tunnels.inprocess.authentication import Ask, Credentials, authenticate, load_key
+from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate, load_key
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import connected
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen
 
 pytestmark = needs("sshd")  # for its ssh-keygen
@@ -76,7 +76,7 @@ async def transport_to(host: Host) -> AsyncIterator[tuple[paramiko.Transport, pa
 
 
 async def log_in(
-    transport: paramiko.Transport, who: Credentials, *, ask: Ask | None = None, timeout_s: float = 20.0
+    transport: paramiko.Transport, who: Credentials, *, ask: AskPerson | None = None, timeout_s: float = 20.0
 ) -> None:
     deadline = Deadline(timeout_s, time.monotonic)
     await asyncio.to_thread(authenticate, transport, who, where="gpu", deadline=deadline, ask=ask)
@@ -160,7 +160,7 @@ async def test_questions_have_an_end() -> None:
     async with transport_to(host) as (client, _):
         with pytest.raises(TunnelError):
             await log_in(client, who(), ask=answer)
-    assert len(asked) <= authentication.QUESTIONS
+    assert len(asked) <= authentication.MAX_QUESTIONS
 
 
 async def test_questions_of_a_host_get_no_password_twice() -> None:
@@ -262,4 +262,6 @@ async def test_an_agent_that_hangs_is_a_time_out(tmp_path: Path, monkeypatch: py
             async with connected(sshd.spec(agent=True, identity_files=(), connect_timeout_s=0.5)):
                 pass
         over.set()
-        await until(lambda: all(thread.name != "run" for thread in threading.enumerate()), "the end of the attempt")
+        await wait_until(
+            lambda: all(thread.name != "run" for thread in threading.enumerate()), "the end of the attempt"
+        )

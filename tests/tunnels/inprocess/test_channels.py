@@ -28,8 +28,8 @@ from paramiko.common import (
 from gpumesh.topology import Target
 from gpumesh.tunnels.forwarder import Forwarder
 from gpumesh.tunnels.inprocess import channels
-from gpumesh.tunnels.inprocess.channels import WINDOW, Carrier, Circuit
-from tests.tunnels.polling import until
+from gpumesh.tunnels.inprocess.channels import WINDOW, ChannelMultiplexer, ChannelRelay
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import listener
 from tests.tunnels.traffic import exchange
 
@@ -77,7 +77,7 @@ class Host:
     client: Any
     port: int
     forwarder: Forwarder
-    carrier: Carrier
+    carrier: ChannelMultiplexer
     policy: Policy
     refused: list[tuple[Target, int]] = field(default_factory=list)
 
@@ -109,11 +109,11 @@ class Host:
         self.server._send_user_message(message)
 
     @property
-    def circuits(self) -> list[Circuit]:
-        return [one for one in self.client._channels.values() if type(one) is Circuit]
+    def circuits(self) -> list[ChannelRelay]:
+        return [one for one in self.client._channels.values() if type(one) is ChannelRelay]
 
     async def until_forgotten(self) -> None:
-        await until(
+        await wait_until(
             lambda: not self.circuits and not self.forwarder.connections and not self.carrier._opening,
             "every circuit forgotten",
         )
@@ -133,8 +133,8 @@ async def host() -> AsyncIterator[Host]:
             await in_thread(server.start_server, server=policy, event=_Unheard())  # type: ignore[arg-type]
             await in_thread(client.start_client, timeout=PATIENCE_S)
             await in_thread(client.auth_none, "me")
-            carrier = Carrier(client, forwarder, lambda target, reason: refused.append((target, reason)))
-            forwarder.listen(local, carrier.dial(TARGET))
+            carrier = ChannelMultiplexer(client, forwarder, lambda target, reason: refused.append((target, reason)))
+            forwarder.listen(local, carrier.make_dialer(TARGET))
             forwarder.start()
             yield Host(server, client, local.getsockname()[1], forwarder, carrier, policy, refused)
         finally:
@@ -294,7 +294,7 @@ async def test_a_full_window_of_the_host_holds_up_only_its_own_connection(host: 
         data = b"y" * (16 << 20)
         sending = asyncio.create_task(send(stuck, data))
         (circuit,) = host.circuits
-        await until(lambda: circuit._out_window == 0, "the host's window full")
+        await wait_until(lambda: circuit._out_window == 0, "the host's window full")
         for number in range(20):
             asked = asyncio.create_task(exchange(host.port, b"%d" % number))
             other = await host.accept()
@@ -319,7 +319,7 @@ async def test_a_host_that_ignores_our_window_is_cut(host: Host) -> None:
             await in_thread(pour, channel, 64 << 20, 1.0)
         with pytest.raises(ConnectionResetError):
             await receive(sock, 64 << 20)
-        await until(lambda: len(host.circuits) == 1, "the cut circuit forgotten")
+        await wait_until(lambda: len(host.circuits) == 1, "the cut circuit forgotten")
         other.sendall(b"others live on")
         assert await receive(good, 14) == b"others live on"
 
@@ -352,7 +352,7 @@ async def test_a_client_that_resets_is_told_to_the_host(host: Host) -> None:
     sock, channel = await host.connect()
     await in_thread(pour, channel, WINDOW // 2, PATIENCE_S)
     sock.close()  # with unread data: a reset
-    await until(lambda: channel.closed, "the host's end closed")
+    await wait_until(lambda: channel.closed, "the host's end closed")
     await host.until_forgotten()
 
 
@@ -415,7 +415,7 @@ async def test_an_open_that_is_not_answered_has_an_end(
 
 async def test_a_client_may_go_before_the_channel_is_open(host: Host, silent: list[paramiko.Message]) -> None:
     gone = asyncio.create_task(exchange(host.port, b"x" * 10))
-    await until(lambda: len(silent) == 1, "the request for a channel")
+    await wait_until(lambda: len(silent) == 1, "the request for a channel")
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
@@ -459,13 +459,13 @@ def test_a_transport_without_its_private_parts_is_not_used() -> None:
     forwarder = Forwarder()
     with here, there, contextlib.closing(forwarder):
         transport: Any = paramiko.Transport(here)
-        assert channels.unsupported(transport) is None
+        assert channels.find_missing_feature(transport) is None
         for name in ("_next_channel", "_send_user_message", "_parse_channel_open_success", "_channels", "lock"):
             broken: Any = paramiko.Transport(here)
             setattr(broken, name, None) if callable(getattr(broken, name)) else delattr(broken, name)
-            assert name in (channels.unsupported(broken) or "")
+            assert name in (channels.find_missing_feature(broken) or "")
             with pytest.raises(NotImplementedError, match=name):
-                Carrier(broken, forwarder, lambda target, reason: None)
+                ChannelMultiplexer(broken, forwarder, lambda target, reason: None)
 
 
 async def test_the_time_to_serve_does_not_grow_with_those_that_wait(host: Host) -> None:

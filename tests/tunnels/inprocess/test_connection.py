@@ -17,11 +17,11 @@ import pytest
 from gpumesh.errors import ExecError, TunnelError
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target
 from gpumesh.tunnels import hostkeys, transports
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.inprocess import channels
-from gpumesh.tunnels.inprocess.connection import SshConnection, connect
-from gpumesh.tunnels.transport import RemoteCommand, Setup
-from tests.tunnels.polling import alive, until
+from gpumesh.tunnels.inprocess.connection import ParamikoConnection, connect
+from gpumesh.tunnels.transport import ConnectRequest, RemoteCommand
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
 from tests.tunnels.traffic import echo, exchange
 
@@ -37,27 +37,27 @@ class Told:
         self.peers: list[tuple[int, int]] = []
         self._answers = list(answers)
 
-    async def ask(self, text: str, *, echo: bool) -> str | None:
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:
         self.questions.append((text, echo))
         return self._answers.pop(0) if self._answers else None
 
-    def forward_failed(self, target: Target, code: str, message: str) -> None:
+    def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         assert str(target.port) in message
         self.refused.append((target, code))
 
-    def peer_refused(self, port: int, uid: int) -> None:
+    def report_peer_refused(self, port: int, uid: int) -> None:
         self.peers.append((port, uid))
 
 
 @contextlib.asynccontextmanager
 async def connected(
     ssh: SshSpec, *ports: int, told: Told | None = None, interactive: bool = False, **secrets: str
-) -> AsyncIterator[tuple[SshConnection, list[int]]]:
+) -> AsyncIterator[tuple[ParamikoConnection, list[int]]]:
     """The connection, and the local port for each of ``ports`` on the host."""
     targets = tuple(Target("127.0.0.1", port) for port in ports)
     listeners = [listener() for _ in ports]
     try:
-        setup = Setup("iceland", ssh, targets, tuple(secrets.items()), interactive)
+        setup = ConnectRequest("iceland", ssh, targets, tuple(secrets.items()), interactive)
         connection = await connect(setup, listeners, told or Told())
         try:
             yield connection, [one.getsockname()[1] for one in listeners]
@@ -77,13 +77,13 @@ async def refusal(ssh: SshSpec, told: Told | None = None, **secrets: str) -> Tun
     return caught.value
 
 
-async def collect(connection: SshConnection, command: str) -> tuple[bytes, int | None]:
-    running = await connection.run(command)
+async def collect(connection: ParamikoConnection, command: str) -> tuple[bytes, int | None]:
+    running = await connection.start_command(command)
     output = b""
     async with asyncio.timeout(20):
         while (piece := await running.read()) is not None:
             stream, data = piece
-            output += data if stream is Stream.STDOUT else b""
+            output += data if stream is OutputStream.STDOUT else b""
     await running.kill()
     return output, running.exit_status
 
@@ -91,7 +91,7 @@ async def collect(connection: SshConnection, command: str) -> tuple[bytes, int |
 async def first_output(running: RemoteCommand) -> bytes:
     """Of its standard output; an sshd that is told to debug says so on a command's standard error."""
     while piece := await running.read():
-        if piece[0] is Stream.STDOUT:
+        if piece[0] is OutputStream.STDOUT:
             return piece[1]
     raise AssertionError("it said nothing")
 
@@ -107,14 +107,14 @@ async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
 
 async def test_up_ping_and_a_clean_end(sshd: Sshd) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        assert connection.up.server.startswith("SSH-2.0-OpenSSH")
-        assert connection.up.cipher == "aes128-gcm@openssh.com"
-        assert connection.up.rtt_ms is not None
+        assert connection.info.server.startswith("SSH-2.0-OpenSSH")
+        assert connection.info.cipher == "aes128-gcm@openssh.com"
+        assert connection.info.rtt_ms is not None
         answers = await asyncio.gather(*(connection.ping(10.0) for _ in range(5)))
         assert all(rtt_ms is not None for rtt_ms in answers)
         session = sshd.children()
         assert session
-    await until(lambda: not set(sshd.children()) & set(session), "sshd's session ended")
+    await wait_until(lambda: not set(sshd.children()) & set(session), "sshd's session ended")
 
 
 async def test_a_killed_session_is_noticed_at_once_and_a_frozen_one_by_ping(sshd: Sshd) -> None:
@@ -129,7 +129,7 @@ async def test_a_killed_session_is_noticed_at_once_and_a_frozen_one_by_ping(sshd
         assert str(sshd.port) in error.message
         assert await connection.ping(1.0) is None
         with pytest.raises(ExecError):
-            await connection.run("true")
+            await connection.start_command("true")
 
 
 async def test_rsa_and_ecdsa_host_keys_and_identities(tmp_path: Path) -> None:
@@ -217,14 +217,14 @@ async def test_unknown_and_changed_host_key(sshd: Sshd) -> None:
 async def test_nothing_is_sent_to_a_host_that_is_not_trusted(sshd: Sshd) -> None:
     sshd.known_hosts.write_text("")
     await refusal(sshd.spec())
-    await until(lambda: "Connection closed" in sshd.log() or "Connection reset" in sshd.log(), "sshd's log")
+    await wait_until(lambda: "Connection closed" in sshd.log() or "Connection reset" in sshd.log(), "sshd's log")
     assert "userauth-request" not in sshd.log()
 
 
 async def test_fetch_host_key_is_the_hosts(sshd: Sshd) -> None:
     sshd.known_hosts.write_text("")
     key = await transports.fetch_host_key("iceland", sshd.spec())
-    assert key.line == sshd.public_host_key
+    assert key.public_key_text == sshd.public_host_key
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,13 @@ async def test_other_ciphers_work_where_gcm_is_not_offered(tmp_path: Path) -> No
         serving(echo) as port,
         connected(sshd.spec(), port) as (connection, (local,)),
     ):
-        assert connection.up.cipher == "aes256-ctr"
+        assert connection.info.cipher == "aes256-ctr"
         assert await exchange(local, b"x" * 300_000) == b"x" * 300_000
 
 
 async def test_cancelling_a_connect_leaves_nothing(sshd: Sshd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        setup = Setup("n", sshd.spec(port=silent.getsockname()[1], connect_timeout_s=60), ())
+        setup = ConnectRequest("n", sshd.spec(port=silent.getsockname()[1], connect_timeout_s=60), ())
         task = asyncio.create_task(connect(setup, (), Told()))
         peer, _ = await asyncio.get_running_loop().run_in_executor(None, silent.accept)
         with peer:
@@ -425,7 +425,7 @@ async def test_a_chain_of_jumps(tmp_path: Path) -> None:
             assert await exchange(local, b"through three hosts") == b"through three hosts"
             assert (await collect(connection, "echo $SSH_CONNECTION"))[0].split()[3] == str(last.port).encode()
         assert await transports.fetch_host_key("n", last.spec(proxy_jump=jumps)) == hostkeys.HostKey(
-            "ssh-ed25519", hostkeys.parse("h " + last.public_host_key).entries[0].key.blob
+            "ssh-ed25519", hostkeys.parse_known_hosts("h " + last.public_host_key).entries[0].key.blob
         )
         await hosts[1].stop()
         assert "jump host" in (await refusal(last.spec(proxy_jump=jumps))).message
@@ -460,7 +460,7 @@ async def test_forwarding_forbidden_and_a_target_that_is_not_there(tmp_path: Pat
     ):
         with pytest.raises(ConnectionResetError):
             await exchange(local, b"x")
-        await until(lambda: bool(told.refused), "the refusal told")
+        await wait_until(lambda: bool(told.refused), "the refusal told")
         assert told.refused == [(Target("127.0.0.1", port), "forwarding-forbidden")]
         assert await connection.ping(10.0) is not None
     told = Told()
@@ -473,7 +473,7 @@ async def test_forwarding_forbidden_and_a_target_that_is_not_there(tmp_path: Pat
         for one in (local, forbidden):
             with pytest.raises(ConnectionResetError):
                 await exchange(one, b"x")
-        await until(lambda: len(told.refused) == 2, "both refusals told")
+        await wait_until(lambda: len(told.refused) == 2, "both refusals told")
         assert [code for _, code in told.refused] == ["backend-unreachable", "forwarding-forbidden"]
 
 
@@ -507,7 +507,7 @@ async def test_clients_wait_for_the_connection_instead_of_being_refused(sshd: Ss
     async with serving(echo) as port:
         with listener() as local:
             early = asyncio.create_task(exchange(local.getsockname()[1], b"early"))
-            setup = Setup("n", sshd.spec(), (Target("127.0.0.1", port),))
+            setup = ConnectRequest("n", sshd.spec(), (Target("127.0.0.1", port),))
             first = await connect(setup, [local], Told())
             assert await early == b"early"
             await first.close()
@@ -520,7 +520,7 @@ async def test_clients_wait_for_the_connection_instead_of_being_refused(sshd: Ss
 async def test_without_the_private_parts_of_paramiko_sshtunnel_forwards(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels, "unsupported", lambda _: "for this test")
+    monkeypatch.setattr(channels, "find_missing_feature", lambda _: "for this test")
     async with serving(echo) as port, connected(sshd.spec(), port) as (connection, (local,)):
         answers = await asyncio.gather(*(exchange(local, b"%d" % number) for number in range(40)))
         assert answers == [b"%d" % number for number in range(40)]
@@ -536,10 +536,10 @@ def test_paramiko_is_as_channels_py_expects_it() -> None:
     here, there = socket.socketpair()
     with here, there:
         transport = paramiko.Transport(here)
-        assert channels.unsupported(transport) is None
+        assert channels.find_missing_feature(transport) is None
         table = transport._channel_handler_table  # type: ignore[attr-defined]
         transport._channel_handler_table = {**table, 255: None}  # type: ignore[attr-defined]
-        assert "_channel_handler_table" in (channels.unsupported(transport) or "")
+        assert "_channel_handler_table" in (channels.find_missing_feature(transport) or "")
     loop = inspect.getsource(paramiko.Transport.run)
     assert "self._channel_handler_table[ptype](chan, m)" in loop
     assert "self._handler_table[ptype](m)" in loop
@@ -570,21 +570,21 @@ async def test_output_status_and_standard_error(sshd: Sshd) -> None:
 
 async def test_kill_ends_the_command_on_the_host(sshd: Sshd, tmp_path: Path) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        running = await connection.run("sh -c 'sleep 600 & echo $$ $!; wait'")
+        running = await connection.start_command("sh -c 'sleep 600 & echo $$ $!; wait'")
         pids = [int(pid) for pid in (await first_output(running)).split()]
         await running.kill()
         await running.kill()
-        await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+        await wait_until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
         assert await connection.ping(10.0) is not None
 
 
 async def test_a_lost_connection_ends_its_commands_on_the_host(sshd: Sshd) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        running = await connection.run("sh -c 'sleep 600 & echo $$ $!; wait'")
+        running = await connection.start_command("sh -c 'sleep 600 & echo $$ $!; wait'")
         pids = [int(pid) for pid in (await first_output(running)).split()]
         connection._transport.sock.close()
         await connection.wait_lost()
-    await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+    await wait_until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
 
 
 async def test_a_host_without_a_posix_shell_gets_commands_as_they_are(tmp_path: Path) -> None:
@@ -596,14 +596,14 @@ async def test_a_host_without_a_posix_shell_gets_commands_as_they_are(tmp_path: 
         connected(sshd.spec()) as (connection, _),
     ):
         assert await collect(connection, "nvidia-smi -L") == (b"unknown\n", 0)
-        running = await connection.run("anything")
+        running = await connection.start_command("anything")
         await running.kill()
     assert "nvidia-smi -L" in said.read_text().splitlines()
 
 
 async def test_a_command_that_is_not_read_does_not_fill_memory(sshd: Sshd) -> None:
     async with connected(sshd.spec()) as (connection, _):
-        running = await connection.run("head -c 100000000 /dev/zero")
+        running = await connection.start_command("head -c 100000000 /dev/zero")
         await running.read()
         channel = running._channel  # type: ignore[attr-defined]
         await connection.ping(10.0)
@@ -619,7 +619,7 @@ async def test_sessions_that_the_host_refuses(tmp_path: Path) -> None:
         connected(sshd.spec(), port) as (connection, (local,)),
     ):
         with pytest.raises(ExecError):
-            await connection.run("true")
+            await connection.start_command("true")
         assert await exchange(local, b"forwarding works all the same") == b"forwarding works all the same"
 
 
@@ -627,7 +627,7 @@ async def test_an_agent(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "agent"
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
     try:
-        await until(path.exists, "the agent's socket")
+        await wait_until(path.exists, "the agent's socket")
         monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
         subprocess.run(["ssh-add", "-q", str(sshd.identity)], check=True, timeout=10)
         async with connected(sshd.spec(identity_files=(), agent=True)) as (connection, _):

@@ -15,10 +15,10 @@ from gpumesh.topology import Target
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.inprocess import handshake
 from gpumesh.tunnels.inprocess.connection import connect
-from gpumesh.tunnels.inprocess.handshake import BufferedSocket, tcp_connect
+from gpumesh.tunnels.inprocess.handshake import BufferedSocket, connect_tcp
 from gpumesh.tunnels.jump_hosts import parse_jump
-from gpumesh.tunnels.transport import Setup
-from tests.hostile_peers import HostileSpeaker, endless
+from gpumesh.tunnels.transport import ConnectRequest
+from tests.hostile_peers import HostileBannerServer, repeat_bytes
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import Told
 from tests.tunnels.sshd import Sshd, listener, serving
@@ -65,7 +65,7 @@ def test_reading_ahead_changes_nothing_of_what_is_read(pieces: list[bytes], read
         read = b""
         for whole, size in reads:
             if whole:
-                taken = buffered.take(size)
+                taken = buffered.take_buffered(size)
                 assert taken is None or len(taken) == size
                 read += taken or b""
             else:
@@ -74,7 +74,7 @@ def test_reading_ahead_changes_nothing_of_what_is_read(pieces: list[bytes], read
             read += _some(piece, 1000)
         assert read == b"".join(pieces)
         assert read.startswith(buffered.greeting)
-        assert len(buffered.greeting) < 2 * handshake.GREETING_LIMIT
+        assert len(buffered.greeting) < 2 * handshake.KEPT_GREETING_BYTES
 
 
 def _some(piece: bytes, size: int) -> bytes:
@@ -99,7 +99,7 @@ def test_the_next_address_is_tried_when_one_does_not_answer(monkeypatch: pytest.
     with listener() as alive:
         ports = closed_port(), alive.getsockname()[1]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses(*ports))
-        with tcp_connect("gpu", 22, Deadline(10.0, time.monotonic)) as sock:
+        with connect_tcp("gpu", 22, Deadline(10.0, time.monotonic)) as sock:
             assert sock.getpeername()[1] == ports[1]
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -107,7 +107,7 @@ def test_the_next_address_is_tried_when_one_does_not_answer(monkeypatch: pytest.
 def test_when_none_answers_the_last_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses(closed_port(), closed_port()))
     with pytest.raises(ConnectRefused, match="gpu:2222") as caught:
-        tcp_connect("gpu", 2222, Deadline(10.0, time.monotonic))
+        connect_tcp("gpu", 2222, Deadline(10.0, time.monotonic))
     assert caught.value.hint
 
 
@@ -123,11 +123,11 @@ def test_a_black_hole_takes_no_more_than_its_share_of_the_time(monkeypatch: pyte
                 filling.connect(("127.0.0.1", port))
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses(port, alive.getsockname()[1]))
         deadline = Deadline(1.0, time.monotonic)
-        with tcp_connect("gpu", 22, deadline):
-            assert not deadline.passed
+        with connect_tcp("gpu", 22, deadline):
+            assert not deadline.expired
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses(port, port, port))
         with pytest.raises(ConnectTimeout, match="gpu"):
-            tcp_connect("gpu", 22, Deadline(0.3, time.monotonic))
+            connect_tcp("gpu", 22, Deadline(0.3, time.monotonic))
 
 
 @needs("sshd")
@@ -160,7 +160,7 @@ async def test_a_connection_that_comes_in_crumbs(tmp_path: object) -> None:
             sshd.known_hosts.write_text(f"[127.0.0.1]:{port} {sshd.public_host_key}\n")
             with listener() as local:
                 target = Target("127.0.0.1", backend)
-                connection = await connect(Setup("n", sshd.spec(port=port), (target,)), [local], Told())
+                connection = await connect(ConnectRequest("n", sshd.spec(port=port), (target,)), [local], Told())
                 data = rng.randbytes(50_000)
                 assert await exchange(local.getsockname()[1], data) == data
                 await connection.close()
@@ -181,10 +181,10 @@ async def test_a_connection_that_comes_in_crumbs(tmp_path: object) -> None:
 )
 def test_what_never_gets_whole_is_not_collected(start: bytes, unit: bytes) -> None:
     """paramiko alone takes it until its time is over, joining it anew with each piece."""
-    with HostileSpeaker(lambda: endless(start, unit)) as host:
+    with HostileBannerServer(lambda: repeat_bytes(start, unit)) as host:
         sock = socket.create_connection(("127.0.0.1", host.port))
         before = time.process_time()
         with pytest.raises(TunnelError):
-            handshake.handshake(sock, host="127.0.0.1", port=host.port, deadline=Deadline(20.0, time.monotonic))
+            handshake.perform_handshake(sock, host="127.0.0.1", port=host.port, deadline=Deadline(20.0, time.monotonic))
         assert time.process_time() - before < 5.0
         assert host.sent < 16 << 20, "the buffers of two sockets, not what would have come"

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.inprocess.connection import SshConnection, connect
-from gpumesh.tunnels.transport import Setup
+from gpumesh.tunnels.inprocess.connection import ParamikoConnection, connect
+from gpumesh.tunnels.transport import ConnectRequest
 from tests.tunnels.inprocess.test_connection import Told
 from tests.tunnels.sshd import Sshd, needs_sshd
 
 pytestmark = [pytest.mark.real, needs_sshd]
 
 
-async def end(connection: SshConnection, command: str) -> int | None:
-    running = await connection.run(command)
+async def end(connection: ParamikoConnection, command: str) -> int | None:
+    running = await connection.start_command(command)
     while await running.read() is not None:
         pass
     await running.kill()
@@ -29,12 +29,12 @@ async def test_a_command_that_ends_by_itself_does_not_end_the_connection(tmp_pat
     come after our own close. It was so after some hundred commands: within the hour, at the pace of nvidia-smi."""
     commands, at_once = 1500, 3
 
-    async def some(connection: SshConnection) -> None:
+    async def some(connection: ParamikoConnection) -> None:
         for _ in range(commands // at_once):
             assert await end(connection, "true") == 0
 
     async with Sshd(tmp_path) as sshd:
-        connection = await connect(Setup("iceland", sshd.spec(), ()), [], Told())
+        connection = await connect(ConnectRequest("iceland", sshd.spec(), ()), [], Told())
         try:
             async with asyncio.timeout(50), asyncio.TaskGroup() as group:
                 for _ in range(at_once):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 
@@ -73,7 +73,7 @@ async def test_it_dies_with_its_parent() -> None:
     os.kill(child, signal.SIGSTOP)  # nor may it be able to
     parent.kill()
     try:
-        await until(lambda: not alive(child), "the child's end")
+        await wait_until(lambda: not alive(child), "the child's end")
     finally:
         if alive(child):
             os.kill(child, signal.SIGKILL)

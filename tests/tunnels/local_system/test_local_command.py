@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.supervised import descriptors
 
 
@@ -36,8 +36,8 @@ async def test_leaving_ends_it_and_all_it_started() -> None:
             assert process.stdout is not None
             pids = [int(pid) for pid in (await process.stdout.readline()).split()]
             assert all(alive(pid) for pid in pids)
-        await until(lambda pids=pids: not any(alive(pid) for pid in pids), f"the end of {pids}")  # type: ignore[misc]
-    await until(lambda: descriptors() == before, "all descriptors closed")
+        await wait_until(lambda pids=pids: not any(alive(pid) for pid in pids), f"the end of {pids}")  # type: ignore[misc]
+    await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 
 def running(mark: str) -> bool:
@@ -64,8 +64,8 @@ async def test_a_cancellation_at_any_moment_of_its_start_leaves_nothing_of_it() 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda mark=mark: not running(mark), "the command ended")  # type: ignore[misc]
-    await until(lambda: descriptors() == before, "all descriptors closed")
+        await wait_until(lambda mark=mark: not running(mark), "the command ended")  # type: ignore[misc]
+    await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 
 async def test_a_grandchild_in_a_group_of_its_own_does_not_hold_us_up() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.local_system.network_watch import JUMP_S, slept_s, watch_network, watch_sleep
+from gpumesh.tunnels.local_system.network_watch import MIN_SLEEP_S, total_sleep_s, watch_network, watch_sleep
 from tests.parts import needs
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
@@ -63,15 +63,15 @@ async def test_being_stopped_is_as_good_as_a_sleep() -> None:
 
 
 async def test_a_short_delay_is_no_sleep() -> None:
-    assert await wakes((1, 0), (JUMP_S - 0.1, 0), (JUMP_S - 0.1, JUMP_S - 0.1), (1, 0)) == []
+    assert await wakes((1, 0), (MIN_SLEEP_S - 0.1, 0), (MIN_SLEEP_S - 0.1, MIN_SLEEP_S - 0.1), (1, 0)) == []
 
 
 async def test_each_sleep_is_told() -> None:
-    assert await wakes((600, 599), (600, 599), (1, 0), (JUMP_S + 2, JUMP_S + 1)) == [1, 2, 4]
+    assert await wakes((600, 599), (600, 599), (1, 0), (MIN_SLEEP_S + 2, MIN_SLEEP_S + 1)) == [1, 2, 4]
 
 
 def test_this_machine_has_not_slept_meanwhile() -> None:
-    assert abs(slept_s() - slept_s()) < 1.0
+    assert abs(total_sleep_s() - total_sleep_s()) < 1.0
 
 
 WATCH = """

@@ -19,19 +19,19 @@ from gpumesh.tunnels.local_system import peer_users
 from gpumesh.tunnels.local_system.peer_users import (
     REPORT_EVERY_S,
     REPORTED_USERS,
-    Ends,
-    Lookup,
-    OwnUsers,
+    AddressPair,
+    OwnUserFilter,
     ProcNet,
     SockDiag,
-    Socket,
-    can_tell,
-    lookup_for,
-    own_users,
-    user_name,
+    SocketInfo,
+    SocketLookup,
+    can_identify_peers,
+    find_user_name,
+    open_own_user_filter,
+    open_socket_lookup,
 )
 from tests.parts import needs
-from tests.tunnels.other_user import ANOTHER, NOBODY, knock
+from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is")
 
@@ -39,7 +39,7 @@ RESET = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture(params=[SockDiag, ProcNet])
-def lookup(request: pytest.FixtureRequest) -> Iterator[Lookup]:
+def lookup(request: pytest.FixtureRequest) -> Iterator[SocketLookup]:
     made = request.param()
     yield made
     made.close()
@@ -65,81 +65,81 @@ def address(listener: socket.socket) -> tuple[str, int]:
     return {"::": "127.0.0.1"}.get(host, host), port
 
 
-def door(lookup: Lookup, reports: list[tuple[int, int]] | None = None, clock: Any = lambda: 0.0) -> OwnUsers:
+def door(lookup: SocketLookup, reports: list[tuple[int, int]] | None = None, clock: Any = lambda: 0.0) -> OwnUserFilter:
     kept = [] if reports is None else reports
-    return OwnUsers(lookup, lambda port, uid: kept.append((port, uid)), clock=clock)
+    return OwnUserFilter(lookup, lambda port, uid: kept.append((port, uid)), clock=clock)
 
 
 # -- who is let in ---------------------------------------------------------------------------------------------------
 
 
-def test_our_own_connections_are_ours(lookup: Lookup, listener: socket.socket) -> None:
+def test_our_own_connections_are_ours(lookup: SocketLookup, listener: socket.socket) -> None:
     own = door(lookup)
     with socket.create_connection(address(listener)) as client:
         accepted, peer = listener.accept()
         with accepted:
-            assert own.uid_of(accepted, peer) == os.geteuid()
-            assert own.admits(accepted, peer)
+            assert own.find_peer_uid(accepted, peer) == os.geteuid()
+            assert own.allows(accepted, peer)
             client.shutdown(socket.SHUT_WR)  # as `nc -N` does when it has sent its request
-            assert own.admits(accepted, peer)
+            assert own.allows(accepted, peer)
 
 
-def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: Lookup, ipv4: socket.socket) -> None:
+def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: SocketLookup, ipv4: socket.socket) -> None:
     with socket.socket(socket.AF_INET6) as client:
         client.connect(("::ffff:127.0.0.1", ipv4.getsockname()[1]))
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(lookup).uid_of(accepted, peer) == os.geteuid()
+            assert door(lookup).find_peer_uid(accepted, peer) == os.geteuid()
 
 
 @needs("root")
 @pytest.mark.parametrize("uid", [NOBODY, ANOTHER])
 @pytest.mark.parametrize("way", ["ipv4", "mapped"])
-async def test_another_user_is_not_let_in(lookup: Lookup, ipv4: socket.socket, uid: int, way: str) -> None:
+async def test_another_user_is_not_let_in(lookup: SocketLookup, ipv4: socket.socket, uid: int, way: str) -> None:
     reports: list[tuple[int, int]] = []
     own = door(lookup, reports)
-    knocking = asyncio.create_task(knock(ipv4.getsockname()[1], uid=uid, way=way))
+    knocking = asyncio.create_task(connect_as(ipv4.getsockname()[1], uid=uid, way=way))
     accepted, peer = await asyncio.to_thread(ipv4.accept)
     with accepted:
-        assert own.uid_of(accepted, peer) == uid
-        assert not own.admits(accepted, peer)
+        assert own.find_peer_uid(accepted, peer) == uid
+        assert not own.allows(accepted, peer)
     assert await knocking == "reset"
     assert reports == [(ipv4.getsockname()[1], uid)]
 
 
 @needs("root")
-async def test_another_user_on_ipv6_is_not_let_in(lookup: Lookup) -> None:
+async def test_another_user_on_ipv6_is_not_let_in(lookup: SocketLookup) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as ipv6:
-        knocking = asyncio.create_task(knock(ipv6.getsockname()[1], way="ipv6"))
+        knocking = asyncio.create_task(connect_as(ipv6.getsockname()[1], way="ipv6"))
         accepted, peer = await asyncio.to_thread(ipv6.accept)
         with accepted:
-            assert not door(lookup).admits(accepted, peer)
+            assert not door(lookup).allows(accepted, peer)
             accepted.recv(100)
         await knocking
 
 
 @needs("root")
-async def test_a_socket_that_we_made_is_ours_whoever_uses_it(lookup: Lookup, ipv4: socket.socket) -> None:
+async def test_a_socket_that_we_made_is_ours_whoever_uses_it(lookup: SocketLookup, ipv4: socket.socket) -> None:
     """A process that root starts, and that then becomes another user, was given the connection."""
-    knocking = asyncio.create_task(knock(ipv4.getsockname()[1], way="before"))
+    knocking = asyncio.create_task(connect_as(ipv4.getsockname()[1], way="before"))
     accepted, peer = await asyncio.to_thread(ipv4.accept)
     with accepted:
-        assert door(lookup).admits(accepted, peer)
+        assert door(lookup).allows(accepted, peer)
         assert accepted.recv(100) == b"hello"
         accepted.sendall(b"served")
     assert await knocking == "answer served"
 
 
-def test_a_unix_socket_is_left_to_its_mode(lookup: Lookup, tmp_path: Path) -> None:
+def test_a_unix_socket_is_left_to_its_mode(lookup: SocketLookup, tmp_path: Path) -> None:
     one, other = socket.socketpair()
     with one, other:
-        assert door(lookup).admits(one, "")
+        assert door(lookup).allows(one, "")
 
 
 # -- who is not there any more ---------------------------------------------------------------------------------------
 
 
-def test_who_has_gone_is_nobody(lookup: Lookup, ipv4: socket.socket) -> None:
+def test_who_has_gone_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
     """Linux shows uid 0 for a socket that no process holds any more, or what its user was: neither is to be let in."""
     reports: list[tuple[int, int]] = []
     own = door(lookup, reports)
@@ -148,13 +148,13 @@ def test_who_has_gone_is_nobody(lookup: Lookup, ipv4: socket.socket) -> None:
     client.sendall(b"hello")
     client.close()  # FIN_WAIT2 now
     with accepted:
-        assert own.uid_of(accepted, peer) is None
-        assert not own.admits(accepted, peer)
+        assert own.find_peer_uid(accepted, peer) is None
+        assert not own.allows(accepted, peer)
         accepted.recv(100)
     assert reports == []
 
 
-def test_time_wait_is_nobody(lookup: Lookup, ipv4: socket.socket) -> None:
+def test_time_wait_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
     client = socket.create_connection(ipv4.getsockname())
     accepted, peer = ipv4.accept()
     ends = peer_users._ends(peer, socket.AF_INET, ipv4.getsockname())
@@ -164,7 +164,7 @@ def test_time_wait_is_nobody(lookup: Lookup, ipv4: socket.socket) -> None:
     assert found is None or found.inode == 0  # what makes ``uid_of`` say that nobody is there
 
 
-def test_ports_that_another_took_over_are_not_the_first_ones(lookup: Lookup, ipv4: socket.socket) -> None:
+def test_ports_that_another_took_over_are_not_the_first_ones(lookup: SocketLookup, ipv4: socket.socket) -> None:
     """Who sends a request, resets, and leaves its port to a process of ours would be taken for that process, and what
     it sent is still there to be read."""
     with socket.socket() as ours:
@@ -185,8 +185,8 @@ def test_ports_that_another_took_over_are_not_the_first_ones(lookup: Lookup, ipv
         second, same_peer = ipv4.accept()
         with second:
             assert same_peer == peer
-            assert door(lookup).uid_of(second, peer) == os.geteuid()
-            assert door(lookup).uid_of(accepted, peer) is None
+            assert door(lookup).find_peer_uid(second, peer) == os.geteuid()
+            assert door(lookup).find_peer_uid(accepted, peer) is None
         assert accepted.recv(10) == b"evil"
         accepted.close()
 
@@ -197,19 +197,19 @@ def test_only_a_connection_is_a_peer(ipv4: socket.socket, state: int) -> None:
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(Fixed(Socket(state, os.geteuid(), 7))).uid_of(accepted, peer) is None
-            assert door(Fixed(Socket(1, os.geteuid(), 7))).uid_of(accepted, peer) == os.geteuid()
-            assert door(Fixed(Socket(1, os.geteuid(), 0))).uid_of(accepted, peer) is None
-            assert door(Fixed(None)).uid_of(accepted, peer) is None
+            assert door(Fixed(SocketInfo(state, os.geteuid(), 7))).find_peer_uid(accepted, peer) is None
+            assert door(Fixed(SocketInfo(1, os.geteuid(), 7))).find_peer_uid(accepted, peer) == os.geteuid()
+            assert door(Fixed(SocketInfo(1, os.geteuid(), 0))).find_peer_uid(accepted, peer) is None
+            assert door(Fixed(None)).find_peer_uid(accepted, peer) is None
 
 
 class Fixed:
     """A kernel that says this of every socket, or does not answer."""
 
-    def __init__(self, answer: Socket | OSError | None) -> None:
+    def __init__(self, answer: SocketInfo | OSError | None) -> None:
         self._answer = answer
 
-    def __call__(self, ends: Ends) -> Socket | None:
+    def __call__(self, ends: AddressPair) -> SocketInfo | None:
         if isinstance(self._answer, OSError):
             raise self._answer
         return self._answer
@@ -222,7 +222,7 @@ def test_netlink_without_room_is_made_up_for_by_proc(ipv4: socket.socket) -> Non
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(Fixed(OSError(105, "No buffer space available"))).uid_of(accepted, peer) == os.geteuid()
+            assert door(Fixed(OSError(105, "No buffer space available"))).find_peer_uid(accepted, peer) == os.geteuid()
 
 
 # -- who is reported -------------------------------------------------------------------------------------------------
@@ -235,38 +235,38 @@ def test_a_user_is_reported_once_in_a_while(ipv4: socket.socket) -> None:
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            answer = Fixed(Socket(1, NOBODY - 1, 7))
+            answer = Fixed(SocketInfo(1, NOBODY - 1, 7))
             own = door(answer, reports, lambda: now[0])
             for _ in range(5):
-                assert not own.admits(accepted, peer)
+                assert not own.allows(accepted, peer)
             assert reports == [(port, NOBODY - 1)]
             now[0] = REPORT_EVERY_S
-            assert not own.admits(accepted, peer)
+            assert not own.allows(accepted, peer)
             assert len(reports) == 2
             for uid in range(100_000, 100_000 + 2 * REPORTED_USERS):  # of whoever has a range of them to use up
-                answer._answer = Socket(1, uid, 7)
-                assert not own.admits(accepted, peer)
+                answer._answer = SocketInfo(1, uid, 7)
+                assert not own.allows(accepted, peer)
             assert len(reports) == 2 + REPORTED_USERS - 1
 
 
 def test_names_of_users() -> None:
-    assert user_name(0) == "root"
-    assert user_name(ANOTHER) is None
+    assert find_user_name(0) == "root"
+    assert find_user_name(ANOTHER) is None
 
 
 # -- what the system tells -------------------------------------------------------------------------------------------
 
 
 def test_the_quick_way_is_taken_where_it_works(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = lookup_for(ipv4)
+    made = open_socket_lookup(ipv4)
     assert isinstance(made, SockDiag)
     made.close()
     monkeypatch.setattr(SockDiag, "__call__", lambda _self, _ends: None)  # as a kernel without tcp_diag answers
-    assert isinstance(lookup_for(ipv4), ProcNet)
-    assert can_tell(ipv4)
+    assert isinstance(open_socket_lookup(ipv4), ProcNet)
+    assert can_identify_peers(ipv4)
     monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
-    assert lookup_for(ipv4) is None
-    assert not can_tell(ipv4)
+    assert open_socket_lookup(ipv4) is None
+    assert not can_identify_peers(ipv4)
 
 
 def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
@@ -278,15 +278,15 @@ def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            can_tell(ipv4)
+            can_identify_peers(ipv4)
         with pytest.raises(TunnelError, match="cannot be told: Too many open files"):
-            own_users(ipv4, lambda *_: None)
+            open_own_user_filter(ipv4, lambda *_: None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     monkeypatch.setattr(SockDiag, "__call__", lambda _self, _ends: None)
     monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
     with pytest.raises(TunnelError, match="does not say"):
-        own_users(ipv4, lambda *_: None)
+        open_own_user_filter(ipv4, lambda *_: None)
 
 
 def test_elsewhere_nothing_is_told(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ async def test_a_user_that_our_namespace_does_not_know_is_not_us() -> None:
     assert process.stdout is not None
     port, unknown, uid = (await asyncio.wait_for(process.stdout.readline(), 30)).split()
     assert (unknown, uid) == (b"65534", b"65534")
-    knocked = await knock(int(port), uid=ANOTHER)
+    knocked = await connect_as(int(port), uid=ANOTHER)
     output, _ = await asyncio.wait_for(process.communicate(), 30)
     assert output.split(b"\n")[-2] == b"not admitted"
     assert knocked in ("reset", "answer")

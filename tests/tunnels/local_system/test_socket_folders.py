@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.local_system.socket_folders import private_folder, sweep
+from gpumesh.tunnels.local_system.socket_folders import private_folder, remove_stale_folders
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def left(runtime: Path, name: str = "sabcdefgh") -> Path:
 def test_one_is_there_while_it_is_used_and_then_no_more(runtime: Path) -> None:
     with private_folder() as folder:
         (folder / "x").touch()
-        sweep(runtime)
+        remove_stale_folders(runtime)
         assert (folder / "x").exists()
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
@@ -54,12 +54,12 @@ def test_that_of_another_process_stays_until_it_is_killed(runtime: Path) -> None
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
         try:
-            sweep(runtime)
+            remove_stale_folders(runtime)
             assert folder.is_dir()
         finally:
             process.kill()
     assert folder.is_dir()
-    sweep(runtime)
+    remove_stale_folders(runtime)
     assert not folder.exists()
 
 
@@ -72,7 +72,7 @@ def test_only_what_is_named_so_and_is_a_folder_of_ours_is_taken_away(runtime: Pa
     if os.geteuid() == 0:
         others.append(left(runtime, "sstranger"))
         os.chown(others[-1], 54321, 54321)
-    sweep(runtime)
+    remove_stale_folders(runtime)
     assert not gone.exists()
     assert all(folder.is_dir() for folder in others)
     assert (runtime / "sijklmnop").is_file()
@@ -86,7 +86,7 @@ def test_where_something_answers_somebody_lives(runtime: Path, name: str) -> Non
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / name))
         listener.listen(1)
-        sweep(runtime)
+        remove_stale_folders(runtime)
         assert (folder / name).exists()
-    sweep(runtime)
+    remove_stale_folders(runtime)
     assert not folder.exists()

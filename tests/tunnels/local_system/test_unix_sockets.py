@@ -19,7 +19,13 @@ from gpumesh.config.locate import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 from gpumesh.topology import Target, TunnelListen, TunnelsSpec
 from gpumesh.tunnels.listeners import Listeners
-from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener, split_url, tunnel_listener, url_of
+from gpumesh.tunnels.local_system.unix_sockets import (
+    PathInUse,
+    UnixListener,
+    open_tunnel_listener,
+    split_unix_url,
+    unix_url,
+)
 from tests.parts import needs
 from tests.tunnels.supervised import descriptors
 
@@ -175,30 +181,30 @@ def test_what_cannot_be_bound_leaves_nothing(tmp_path: Path) -> None:
 
 def test_names_stay_and_meshes_with_the_same_names_do_not_meet(runtime: Path) -> None:
     folder = runtime / "gpumesh"
-    first = tunnel_listener("home", "iceland", 0, 5)
+    first = open_tunnel_listener("home", "iceland", 0, 5)
     assert first.path == folder / "home-iceland.sock"
-    second = tunnel_listener("home", "iceland", 0, 5)
+    second = open_tunnel_listener("home", "iceland", 0, 5)
     assert second.path == folder / "home-iceland.2.sock"
     first.close()
     (folder / "home-iceland.sock").write_text("a user's file")
-    third = tunnel_listener("home", "iceland", 0, 5)
+    third = open_tunnel_listener("home", "iceland", 0, 5)
     assert third.path == folder / "home-iceland.3.sock"
     for one in (second, third):
         one.close()
     assert (folder / "home-iceland.sock").read_text() == "a user's file"
     (folder / "home-iceland.sock").unlink()
-    again = tunnel_listener("home", "iceland", 0, 5)
+    again = open_tunnel_listener("home", "iceland", 0, 5)
     assert again.path == folder / "home-iceland.sock"
     again.close()
 
 
 def test_long_names_are_cut_and_do_not_meet(runtime: Path) -> None:
-    listeners = [tunnel_listener("m" * 63, "n" * 60 + end, 0, 5) for end in "abc"]
+    listeners = [open_tunnel_listener("m" * 63, "n" * 60 + end, 0, 5) for end in "abc"]
     paths = [one.path for one in listeners]
     assert len(set(paths)) == 3
     assert all(len(os.fsencode(path)) <= SOCKET_PATH_LIMIT for path in paths)
     assert all(answers(path) for path in paths)
-    listeners.append(tunnel_listener("a/../b", "c\n", 0, 5))
+    listeners.append(open_tunnel_listener("a/../b", "c\n", 0, 5))
     assert listeners[-1].path.parent == runtime / "gpumesh"
     for one in listeners:
         one.close()
@@ -214,7 +220,9 @@ def test_a_folder_with_too_long_a_path_is_said(runtime: Path, monkeypatch: pytes
 
 
 def test_listeners_give_their_paths_back(runtime: Path) -> None:
-    listeners = Listeners([Target("127.0.0.1", 1), Target("::1", 2, "https", "/api/")], UNIX, mesh="home", node="n")
+    listeners = Listeners(
+        [Target("127.0.0.1", 1), Target("::1", 2, "https", "/api/")], UNIX, mesh_name="home", node="n"
+    )
     one, two = listeners.paths
     assert list(listeners.urls.values()) == [f"http://unix:{one}:", f"https://unix:{two}:/api"]
     assert listeners.ports == ()
@@ -234,13 +242,13 @@ def test_listeners_give_their_paths_back(runtime: Path) -> None:
 )
 def test_a_url_leads_back_to_its_path(name: str, scheme: str, prefix: str, call: str) -> None:
     path = Path("/run") / name.replace("/", "_")
-    base = url_of(path, scheme=scheme, prefix=prefix)
+    base = unix_url(path, scheme=scheme, prefix=prefix)
     assert base.startswith(f"{scheme}://unix:/run/")
-    assert split_url(base + call) == (str(path), prefix + call)
+    assert split_unix_url(base + call) == (str(path), prefix + call)
 
 
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:80/api", "http://unix/api", "http://unix:80/x", "http://unix:/a/b", ""]
 )
 def test_other_urls_are_none_of_a_unix_socket(url: str) -> None:
-    assert split_url(url) is None
+    assert split_unix_url(url) is None

@@ -22,12 +22,12 @@ import pytest
 from gpumesh.errors import ExecError, TunnelError
 from gpumesh.topology import HostKeyPolicy, SshSpec, Target, TransportKind
 from gpumesh.tunnels import hostkeys
-from gpumesh.tunnels.base import Stream
+from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.openssh.connection import OpensshConnection, connect, master_command
-from gpumesh.tunnels.transport import Setup
+from gpumesh.tunnels.transport import ConnectRequest
 from tests.tunnels.inprocess.test_connection import Asking, Told, asking
 from tests.tunnels.inprocess.test_connection import refusal as sshtunnel_refusal
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd, keygen, listener, needs_sshd, serving
 from tests.tunnels.traffic import echo, exchange
 
@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_setup(ssh: SshSpec, folder: Path, *ports: int, interactive: bool = False, **secrets: str) -> Setup:
+def make_setup(ssh: SshSpec, folder: Path, *ports: int, interactive: bool = False, **secrets: str) -> ConnectRequest:
     targets = tuple(Target("127.0.0.1", port) for port in ports)
-    return Setup("iceland", ssh, targets, tuple(secrets.items()), interactive, str(folder))
+    return ConnectRequest("iceland", ssh, targets, tuple(secrets.items()), interactive, str(folder))
 
 
 @contextlib.asynccontextmanager
@@ -87,15 +87,15 @@ async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
 
 
 async def collect(connection: OpensshConnection, command: str) -> tuple[bytes, bytes, int | None]:
-    running = await connection.run(command)
-    output = {Stream.STDOUT: b"", Stream.STDERR: b""}
+    running = await connection.start_command(command)
+    output = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}
     try:
         async with asyncio.timeout(20):
             while (piece := await running.read()) is not None:
                 output[piece[0]] += piece[1]
     finally:
         await running.kill()
-    return output[Stream.STDOUT], output[Stream.STDERR], running.exit_status
+    return output[OutputStream.STDOUT], output[OutputStream.STDERR], running.exit_status
 
 
 def _other_key(sshd: Sshd) -> str:
@@ -110,7 +110,7 @@ def _other_key(sshd: Sshd) -> str:
 
 def test_arguments_hold_no_secret_and_no_option_by_way_of_a_host(tmp_path: Path) -> None:
     ssh = SshSpec("-oProxyCommand=evil", user="me", alias=None, known_hosts=tmp_path / "a b%c", agent=False)
-    setup = Setup("n", ssh, (), (("password", "hunter2"), ("passphrase", "hunter3")), control_dir="/x")
+    setup = ConnectRequest("n", ssh, (), (("password", "hunter2"), ("passphrase", "hunter3")), control_dir="/x")
     command = master_command(setup, Path("/x/c"), batch=False, session=True)
     assert "hunter" not in " ".join(command)
     assert command[command.index("--") + 1 :] == ["-oProxyCommand=evil", "exec cat"]
@@ -123,7 +123,7 @@ def test_jump_hosts_are_a_chain_that_ssh_can_read(tmp_path: Path) -> None:
     ssh = SshSpec(
         "gpu", known_hosts=tmp_path / "k%h", proxy_jump=("a@one:2201", "two"), transport=TransportKind.OPENSSH
     )
-    command = master_command(Setup("n", ssh, ()), Path("/x/c"), batch=True, session=True)
+    command = master_command(ConnectRequest("n", ssh, ()), Path("/x/c"), batch=True, session=True)
     (last,) = [word.removeprefix("ProxyCommand=") for word in command if word.startswith("ProxyCommand=")]
     words = shlex.split(re.sub("%([hp%])", lambda found: {"h": "gpu", "p": "22", "%": "%"}[found[1]], last))
     assert words[-1] == "two"
@@ -144,7 +144,7 @@ class TestReal:
 
     async def test_forwards_with_half_close_and_many_at_once(self, sshd: Sshd, folder: Path) -> None:
         async with serving(echo) as port, connected(sshd.spec(), folder, port) as (connection, (local,)):
-            assert connection.up.rtt_ms is not None
+            assert connection.info.rtt_ms is not None
             answers = await asyncio.gather(*(exchange(local, bytes([n]) * 50_000) for n in range(20)))
             assert answers == [bytes([n]) * 50_000 for n in range(20)]
 
@@ -195,13 +195,13 @@ class TestReal:
 
     async def test_killing_a_command_ends_it_on_the_host(self, sshd: Sshd, folder: Path) -> None:
         async with connected(sshd.spec(), folder) as (connection, _):
-            running = await connection.run("sh -c 'echo $$; sleep 600; true'")
+            running = await connection.start_command("sh -c 'echo $$; sleep 600; true'")
             piece = await running.read()
             assert piece is not None
             pid = int(piece[1])
             assert alive(pid)
             await running.kill()
-            await until(lambda: not alive(pid), "the command's end")
+            await wait_until(lambda: not alive(pid), "the command's end")
             await running.kill()
             assert await connection.ping(10.0) is not None
 
@@ -211,7 +211,7 @@ class TestReal:
             assert (await collect(connection, "sh -c 'exit 255'"))[2] == 255
             cut_off = asyncio.create_task(collect(connection, "sleep 600"))
             before = set(sshd.children())
-            await until(lambda: len(set(sshd.children()) - before) > 0, "the command at the host")
+            await wait_until(lambda: len(set(sshd.children()) - before) > 0, "the command at the host")
             os.kill(sshd.children()[0], signal.SIGKILL)
             with pytest.raises(ExecError, match="broke"):
                 await cut_off
@@ -261,7 +261,7 @@ class TestReal:
         async with connected(sshd.spec(), folder) as (connection, _):
             master = connection._master.process.pid
         assert not alive(master)
-        await until(lambda: not sshd.children(), "sshd's session ended")
+        await wait_until(lambda: not sshd.children(), "sshd's session ended")
 
     async def test_forwarding_forbidden(self, tmp_path: Path, folder: Path) -> None:
         async with Sshd(tmp_path / "no", {"AllowTcpForwarding": "no"}) as sshd:
@@ -286,7 +286,7 @@ class TestReal:
         async with connected(sshd.spec(), folder, port, told=told) as (_, (local,)):
             with contextlib.suppress(ConnectionError):
                 assert await exchange(local, b"x") == b""
-            await until(lambda: bool(told.refused), "the report")
+            await wait_until(lambda: bool(told.refused), "the report")
         assert told.refused == [(Target("127.0.0.1", port), "backend-unreachable")]
 
     # -- true reasons ------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ class TestReal:
         assert (await refusal(sshd.spec(), folder)).code == "host-key-revoked"
 
     async def test_a_nodes_own_entry_decides_alone(self, sshd: Sshd, folder: Path) -> None:
-        sshd.known_hosts.write_text(f"{hostkeys.node_name('iceland')} {sshd.public_host_key}\n")
+        sshd.known_hosts.write_text(f"{hostkeys.host_key_alias('iceland')} {sshd.public_host_key}\n")
         async with connected(sshd.spec(), folder):
             pass
 
@@ -322,8 +322,8 @@ class TestReal:
         first = sshd.spec(host_key_policy=HostKeyPolicy.ACCEPT_NEW)
         async with connected(first, folder):
             pass
-        known = hostkeys.read(sshd.known_hosts)
-        assert any(entry.matches(hostkeys.node_name("iceland")) for entry in known.entries)
+        known = hostkeys.read_known_hosts(sshd.known_hosts)
+        assert any(entry.matches(hostkeys.host_key_alias("iceland")) for entry in known.entries)
         await sshd.stop()
         sshd.port = 0
         recorded = sshd.known_hosts.read_text()
@@ -339,7 +339,7 @@ class TestReal:
 
     async def test_what_is_revoked_for_the_address_is_for_the_node(self, sshd: Sshd, folder: Path) -> None:
         """ssh itself would look under one name only."""
-        own = f"{hostkeys.node_name('iceland')} {sshd.public_host_key}\n"
+        own = f"{hostkeys.host_key_alias('iceland')} {sshd.public_host_key}\n"
         sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
         assert (await refusal(sshd.spec(), folder)).code == "host-key-revoked"
         sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {_other_key(sshd)}\n")
@@ -359,7 +359,7 @@ class TestReal:
             for policy in HostKeyPolicy:
                 async with connected(sshd.spec(host_key_policy=policy), folder):
                     pass
-            assert len(hostkeys.read(sshd.known_hosts).entries) == 1  # nothing had to be recorded
+            assert len(hostkeys.read_known_hosts(sshd.known_hosts).entries) == 1  # nothing had to be recorded
             told = await sshtunnel_refusal(sshd.spec())
             assert told.code == "host-key-unknown"
             assert "certificate authority" in told.message
@@ -380,7 +380,7 @@ class TestReal:
         path = tmp_path / "agent"
         agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
         try:
-            await until(path.exists, "the agent's socket")
+            await wait_until(path.exists, "the agent's socket")
             monkeypatch.setenv("SSH_AUTH_SOCK", str(path))
             subprocess.run(["ssh-add", "-q", str(sshd.identity)], check=True, timeout=10)
             async with connected(sshd.spec(identity_files=(), agent=True), folder):
@@ -431,13 +431,13 @@ class TestReal:
         seen: list[Path] = []
 
         class Looking(Asked):
-            async def ask(self, text: str, *, echo: bool) -> str | None:
+            async def ask_person(self, text: str, *, echo: bool) -> str | None:
                 for process in Path("/proc").iterdir():
                     for name in ("cmdline", "environ"):
                         with contextlib.suppress(OSError):
                             if b"planted-secret" in (process / name).read_bytes():
                                 seen.append(process)
-                return await super().ask(text, echo=echo)
+                return await super().ask_person(text, echo=echo)
 
         told = Looking("correct horse")
         spec = sshd.spec(identity_files=(locked,))
@@ -501,8 +501,8 @@ class TestReal:
             master = int(await asyncio.get_running_loop().run_in_executor(None, holder.stdout.readline))
             assert alive(master)
             holder.kill()
-        await until(lambda: not alive(master), "the master's end")
-        await until(lambda: not sshd.children(), "sshd's session ended")
+        await wait_until(lambda: not alive(master), "the master's end")
+        await wait_until(lambda: not sshd.children(), "sshd's session ended")
 
 
 HOLDER = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.tunnels.openssh.errors import NO_SESSION, explain
+from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN, error_from_stderr
 
 WHERE = "[gpu.example]:2222"
 
@@ -82,7 +82,7 @@ CHANGED = [
     ],
 )
 def test_words(lines: list[str], code: str) -> None:
-    error = explain(lines, WHERE)
+    error = error_from_stderr(lines, WHERE)
     assert error.code == code
     assert WHERE in error.message or code == "transport-unsupported"
     assert error.hint or code == "tunnel-lost"
@@ -90,7 +90,7 @@ def test_words(lines: list[str], code: str) -> None:
 
 def test_a_lost_connection_is_lost_whatever_was_said() -> None:
     for lines in (CHANGED, ["me@gpu: Permission denied (publickey)."], []):
-        error = explain(lines, WHERE, was_up=True)
+        error = error_from_stderr(lines, WHERE, was_up=True)
         assert error.code == "tunnel-lost"
         assert not error.needs_person
 
@@ -98,7 +98,7 @@ def test_a_lost_connection_is_lost_whatever_was_said() -> None:
 def test_a_jump_hosts_trouble_is_not_taken_for_the_hosts_end() -> None:
     lines = ["channel 0: open failed: connect failed: Connection refused", "stdio forwarding failed",
              "Connection closed by UNKNOWN port 65535"]  # fmt: skip
-    assert explain(lines, WHERE).code == "connect-refused"
+    assert error_from_stderr(lines, WHERE).code == "connect-refused"
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_a_jump_hosts_trouble_is_not_taken_for_the_hosts_end() -> None:
     ],
 )
 def test_a_host_that_gives_no_session(line: str, no_session: bool) -> None:
-    assert bool(NO_SESSION.search(line)) is no_session
+    assert bool(NO_SESSION_PATTERN.search(line)) is no_session

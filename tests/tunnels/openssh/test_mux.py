@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from gpumesh.topology import Target
-from gpumesh.tunnels.openssh.mux import MuxError, alive, forward
+from gpumesh.tunnels.openssh.mux import MuxError, is_master_alive, open_forwards
 from tests.parts import needs
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, serving
 from tests.tunnels.traffic import echo
 
@@ -31,7 +31,7 @@ async def master(folder: Path) -> AsyncIterator[Path]:
             *("-p", str(spec.port), "-l", spec.user, spec.host),
         )
         try:
-            await until(control.exists, "the control socket")
+            await wait_until(control.exists, "the control socket")
             yield control
         finally:
             process.terminate()
@@ -52,20 +52,20 @@ async def through(path: Path, data: bytes) -> bytes:
 @needs("sshd", "ssh")
 async def test_a_real_master(tmp_path: Path) -> None:
     async with serving(echo) as v4, serving(echo, host="::1") as v6, master(tmp_path) as control:
-        assert await alive(control)
+        assert await is_master_alive(control)
         a, b = tmp_path / "f 0", tmp_path / "f%d"
-        await forward(control, [(a, Target("localhost", v4)), (b, Target("::1", v6))])
+        await open_forwards(control, [(a, Target("localhost", v4)), (b, Target("::1", v6))])
         assert await through(a, b"four") == b"four"
         assert await through(b, b"six") == b"six"
         assert stat.S_IMODE(a.stat().st_mode) == 0o600
         with pytest.raises(MuxError) as caught:
-            await forward(control, [(tmp_path / "none" / "f", Target("localhost", v4))])
+            await open_forwards(control, [(tmp_path / "none" / "f", Target("localhost", v4))])
         assert str(caught.value).isprintable()
-        assert await alive(control)  # a refused order ends nothing
-        await forward(control, [])
-    assert not await alive(control)
+        assert await is_master_alive(control)  # a refused order ends nothing
+        await open_forwards(control, [])
+    assert not await is_master_alive(control)
     with pytest.raises(MuxError, match="control socket"):
-        await forward(control, [(a, Target("localhost", 1))])
+        await open_forwards(control, [(a, Target("localhost", 1))])
 
 
 def packet(*numbers: int, text: bytes = b"") -> bytes:
@@ -101,6 +101,6 @@ async def test_what_is_no_master(tmp_path: Path, says: bytes, told: str) -> None
     path = tmp_path / "c"
     async with await asyncio.start_unix_server(speak, path):
         with pytest.raises(MuxError, match=told) as caught:
-            await forward(path, [(tmp_path / "f", Target("localhost", 1))])
+            await open_forwards(path, [(tmp_path / "f", Target("localhost", 1))])
         assert str(caught.value).isprintable()
-        assert not await alive(path)
+        assert not await is_master_alive(path)

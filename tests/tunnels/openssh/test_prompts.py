@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.blocking import Deadline
-from gpumesh.tunnels.openssh.prompts import Prompts
+from gpumesh.tunnels.openssh.prompts import AskpassServer
 from tests.tunnels.inprocess.test_connection import Told
 
 PASSPHRASE = "Enter passphrase for key '/home/me/.ssh/id_ed25519': "
@@ -24,10 +24,10 @@ SECRETS = {"password": "hunter2", "passphrase": "correct horse"}
 
 def prompts(
     folder: Path, secrets: dict[str, str] | None = None, *answers: str, interactive: bool = False
-) -> tuple[Prompts, Told]:
+) -> tuple[AskpassServer, Told]:
     told = Told(*answers)
     deadline = Deadline(10.0, time.monotonic)
-    return Prompts(folder, SECRETS if secrets is None else secrets, told, deadline, interactive=interactive), told
+    return AskpassServer(folder, SECRETS if secrets is None else secrets, told, deadline, interactive=interactive), told
 
 
 async def ask(program: Path, question: str) -> tuple[int, str]:
@@ -42,29 +42,29 @@ async def test_secrets_are_given_to_who_asks(tmp_path: Path) -> None:
     asked, _ = prompts(tmp_path)
     async with asked:
         assert stat.S_IMODE((tmp_path / "ask").stat().st_mode) == 0o600
-        assert stat.S_IMODE(asked.program.stat().st_mode) == 0o700
-        assert "hunter2" not in asked.program.read_text()
-        assert await ask(asked.program, PASSPHRASE) == (0, "correct horse\n")
-        assert await ask(asked.program, PASSWORD) == (0, "hunter2\n")
+        assert stat.S_IMODE(asked.askpass_path.stat().st_mode) == 0o700
+        assert "hunter2" not in asked.askpass_path.read_text()
+        assert await ask(asked.askpass_path, PASSPHRASE) == (0, "correct horse\n")
+        assert await ask(asked.askpass_path, PASSWORD) == (0, "hunter2\n")
         # A second time it was wrong: not again, or accounts are locked.
-        assert await ask(asked.program, PASSWORD) == (1, "")
-        assert await ask(asked.program, TRUST) == (1, "")
-        assert await ask(asked.program, "Something else entirely: ") == (1, "")
+        assert await ask(asked.askpass_path, PASSWORD) == (1, "")
+        assert await ask(asked.askpass_path, TRUST) == (1, "")
+        assert await ask(asked.askpass_path, "Something else entirely: ") == (1, "")
     assert list(tmp_path.iterdir()) == []  # the login is over
 
 
 async def test_the_same_passphrase_opens_several_keys(tmp_path: Path) -> None:
     asked, _ = prompts(tmp_path)
-    assert await asked.answer(PASSPHRASE) == "correct horse"
-    assert await asked.answer(PASSPHRASE.replace("id_ed25519", "id_rsa")) == "correct horse"
-    assert await asked.answer(PASSPHRASE) is None
+    assert await asked.answer_question(PASSPHRASE) == "correct horse"
+    assert await asked.answer_question(PASSPHRASE.replace("id_ed25519", "id_rsa")) == "correct horse"
+    assert await asked.answer_question(PASSPHRASE) is None
 
 
 async def test_a_person_is_asked_for_the_rest_in_words_that_are_safe(tmp_path: Path) -> None:
     asked, told = prompts(tmp_path, {}, "123", interactive=True)
     async with asked:
-        assert await ask(asked.program, "Code\x1b[2J\nfor you: ") == (0, "123\n")
-        assert await ask(asked.program, PASSWORD) == (1, "")  # they declined
+        assert await ask(asked.askpass_path, "Code\x1b[2J\nfor you: ") == (0, "123\n")
+        assert await ask(asked.askpass_path, PASSWORD) == (1, "")  # they declined
     ((text, echo), _) = told.questions
     assert text.isprintable()
     assert "Code" in text
@@ -73,14 +73,14 @@ async def test_a_person_is_asked_for_the_rest_in_words_that_are_safe(tmp_path: P
 
 async def test_whether_to_trust_a_host_is_asked_of_nobody(tmp_path: Path) -> None:
     asked, told = prompts(tmp_path, None, "yes", interactive=True)
-    assert await asked.answer(TRUST) is None
+    assert await asked.answer_question(TRUST) is None
     assert told.questions == []
 
 
 async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) -> None:
     told, deadline = Told(), Deadline(5.0, time.monotonic)
-    asked = Prompts(tmp_path, {}, told, deadline, interactive=False)
-    waiting = asyncio.create_task(asked.answer(TOUCH))
+    asked = AskpassServer(tmp_path, {}, told, deadline, interactive=False)
+    waiting = asyncio.create_task(asked.answer_question(TOUCH))
     await asyncio.sleep(0.01)
     assert deadline.remaining_s > 60.0
     waiting.cancel()
@@ -92,7 +92,7 @@ async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) ->
 async def test_without_secrets_and_people_nothing_is_set_up(tmp_path: Path) -> None:
     asked, _ = prompts(tmp_path, {})
     async with asked:
-        assert not asked.possible
+        assert not asked.can_answer
         assert list(tmp_path.iterdir()) == []
 
 

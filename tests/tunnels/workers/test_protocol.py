@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.topology import AddressCommand, HostKeyPolicy, SshSpec, Target, TransportKind
-from gpumesh.tunnels.transport import Setup, Up
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
 from gpumesh.tunnels.workers import protocol
 from gpumesh.tunnels.workers.protocol import (
     Close,
@@ -27,8 +27,8 @@ from gpumesh.tunnels.workers.protocol import (
     Prompt,
     Reply,
     ToWorker,
-    decode,
-    encode,
+    decode_message,
+    encode_message,
 )
 
 texts = st.text(max_size=40)
@@ -58,7 +58,7 @@ specs = st.builds(
 )
 messages: st.SearchStrategy[ToWorker | FromWorker] = st.one_of(
     st.builds(
-        Setup,
+        ConnectRequest,
         texts,
         specs,
         st.lists(targets, max_size=3).map(tuple),
@@ -71,7 +71,7 @@ messages: st.SearchStrategy[ToWorker | FromWorker] = st.one_of(
     st.builds(Ping, ids, seconds),
     st.builds(Reply, ids, maybe),
     st.just(Close()),
-    st.builds(Up, st.none() | seconds, texts, maybe),
+    st.builds(ConnectionInfo, st.none() | seconds, texts, maybe),
     st.builds(Failed, texts, texts, maybe),
     st.builds(Lost, texts, texts, maybe),
     st.builds(Output, ids, texts, texts),
@@ -84,29 +84,29 @@ messages: st.SearchStrategy[ToWorker | FromWorker] = st.one_of(
 
 @given(messages)
 def test_what_is_said_arrives(message: ToWorker | FromWorker) -> None:
-    line = encode(message)
+    line = encode_message(message)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
-    assert decode(line) == message
+    assert decode_message(line) == message
 
 
 def test_every_kind_of_message_is_known() -> None:
-    """One that ``decode`` does not know would end the tunnel that gets it."""
+    """One that ``decode_message`` does not know would end the tunnel that gets it."""
     kinds = {*ToWorker.__args__, *FromWorker.__args__}
     assert set(protocol._KINDS.values()) == kinds
     assert set(protocol._KINDS) == {kind.__name__ for kind in kinds}
 
 
 def test_secrets_are_in_no_repr() -> None:
-    setup = Setup("n", SshSpec("h"), (), (("password", "hunter2"),))
+    setup = ConnectRequest("n", SshSpec("h"), (), (("password", "hunter2"),))
     assert "hunter2" not in f"{setup!r} {Reply(1, 'hunter2')!r}"
-    assert decode(encode(setup)) == setup
+    assert decode_message(encode_message(setup)) == setup
 
 
 @given(st.binary(max_size=200))
 def test_noise_is_an_error_of_one_kind(line: bytes) -> None:
     with pytest.raises(ValueError):
-        decode(line)
+        decode_message(line)
 
 
 jsons = st.recursive(
@@ -120,13 +120,13 @@ jsons = st.recursive(
 def test_a_message_with_wrong_fields_is_an_error_of_one_kind(kind: str, fields: dict[str, object]) -> None:
     line = json.dumps({**fields, "kind": kind}).encode()
     try:
-        message = decode(line)
+        message = decode_message(line)
     except ValueError:
         return
-    assert decode(encode(message)) == message or "nan" in repr(message)
+    assert decode_message(encode_message(message)) == message or "nan" in repr(message)
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"null", b'{"kind": []}', b'{"kind": "Setupp"}', b"[" * 100_000])
 def test_lines_of_nobody(line: bytes) -> None:
     with pytest.raises(ValueError):
-        decode(line)
+        decode_message(line)

@@ -18,8 +18,8 @@ from gpumesh.errors import TunnelDown
 from gpumesh.topology import SshSpec, Target, TransportKind
 from gpumesh.tunnels.inprocess import connection as inprocess_connection
 from gpumesh.tunnels.openssh import connection as openssh_connection
-from gpumesh.tunnels.transport import Setup, Up
-from gpumesh.tunnels.transports import connect_of
+from gpumesh.tunnels.transport import ConnectionInfo, ConnectRequest
+from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.protocol import (
     Close,
     Done,
@@ -35,11 +35,11 @@ from gpumesh.tunnels.workers.protocol import (
     Prompt,
     Reply,
 )
-from gpumesh.tunnels.workers.worker import PIECE
+from gpumesh.tunnels.workers.worker import CHUNK_BYTES
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 from tests.parts import needs
 from tests.tunnels.inprocess.test_connection import Asking, asking
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.traffic import echo, exchange
 
@@ -67,12 +67,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def setup_of(ssh: SshSpec, folder: Path, *ports: int) -> Setup:
-    return Setup("iceland", ssh, tuple(Target("127.0.0.1", port) for port in ports), control_dir=str(folder))
+def setup_of(ssh: SshSpec, folder: Path, *ports: int) -> ConnectRequest:
+    return ConnectRequest("iceland", ssh, tuple(Target("127.0.0.1", port) for port in ports), control_dir=str(folder))
 
 
 @contextlib.asynccontextmanager
-async def started(pool: WorkerPool, setup: Setup) -> AsyncIterator[tuple[WorkerHandle, list[int]]]:
+async def started(pool: WorkerPool, setup: ConnectRequest) -> AsyncIterator[tuple[WorkerHandle, list[int]]]:
     """A worker, and the local port of each target."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener()) for _ in setup.targets]
@@ -86,7 +86,7 @@ async def heard(worker: WorkerHandle) -> FromWorker | None:
 
 async def until_up(worker: WorkerHandle) -> None:
     message = await heard(worker)
-    assert isinstance(message, Up), message
+    assert isinstance(message, ConnectionInfo), message
 
 
 async def output_of(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Done]:
@@ -95,7 +95,7 @@ async def output_of(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Do
     while isinstance(message := await heard(worker), Output):
         assert message.id == number
         data = base64.b64decode(message.data)
-        assert len(data) <= PIECE
+        assert len(data) <= CHUNK_BYTES
         said[message.stream] += data
     assert isinstance(message, Done)
     assert message.id == number
@@ -103,8 +103,8 @@ async def output_of(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Do
 
 
 def test_each_transport_has_its_connect() -> None:
-    assert connect_of(TransportKind.SSHTUNNEL) is inprocess_connection.connect
-    assert connect_of(TransportKind.OPENSSH) is openssh_connection.connect
+    assert load_connect(TransportKind.SSHTUNNEL) is inprocess_connection.connect
+    assert load_connect(TransportKind.OPENSSH) is openssh_connection.connect
 
 
 @both
@@ -129,8 +129,8 @@ async def test_a_connection_from_setup_to_close(
         assert (await output_of(worker, 5))[2].error == "no end of the command within 0.2 s"
         await worker.send(Close())
         assert await heard(worker) is None
-        await until(lambda: not alive(worker.pid), "the worker's end")
-        await until(lambda: not sshd.children(), "the end of the session")
+        await wait_until(lambda: not alive(worker.pid), "the worker's end")
+        await wait_until(lambda: not sshd.children(), "the end of the session")
         with pytest.raises(TunnelDown):
             await worker.send(Close())
 
@@ -147,7 +147,7 @@ async def test_a_stream_is_passed_on_as_it_comes_and_can_be_killed(
         pid = int(base64.b64decode(first.data))
         await worker.send(Kill(1))
         assert await heard(worker) == Done(1, None, error="stopped")
-        await until(lambda: not alive(pid), "the command's end")
+        await wait_until(lambda: not alive(pid), "the command's end")
         await worker.send(Kill(1))  # there is none any more
         await worker.send(Exec(2, "head -c 3000000 /dev/zero", None, 0, stream=True))
         assert len((await output_of(worker, 2))[0]) == 3_000_000
@@ -164,7 +164,7 @@ async def test_a_lost_connection_is_told_and_the_process_ends(
         assert isinstance(lost, Lost)
         assert lost.code == "tunnel-lost"
         assert await heard(worker) is None
-        await until(lambda: not alive(worker.pid), "the worker's end")
+        await wait_until(lambda: not alive(worker.pid), "the worker's end")
 
 
 async def test_a_refused_forward_is_told(sshd: Sshd, pool: WorkerPool, folder: Path) -> None:
@@ -216,8 +216,8 @@ async def test_what_ends_it(sshd: Sshd, pool: WorkerPool, folder: Path, how: str
                 await worker.send(setup)
             case _:
                 os.kill(worker.pid, signal.SIGTERM)
-        await until(lambda: not alive(worker.pid), "the worker's end")
-        await until(lambda: not sshd.children(), "the end of the session")
+        await wait_until(lambda: not alive(worker.pid), "the worker's end")
+        await wait_until(lambda: not sshd.children(), "the end of the session")
 
 
 async def test_many_commands_at_once(sshd: Sshd, pool: WorkerPool, folder: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from gpumesh.errors import ExecError, TunnelDown
 from gpumesh.topology import Target
-from gpumesh.tunnels.base import ExecChunk, Prompter, Stream
+from gpumesh.tunnels.base import ExecChunk, OutputStream, Prompter
 from gpumesh.tunnels.lifecycle import Cause
-from gpumesh.tunnels.transport import Up
+from gpumesh.tunnels.transport import ConnectionInfo
 from gpumesh.tunnels.workers import protocol, worker_link
 from gpumesh.tunnels.workers.protocol import (
     Close,
@@ -34,30 +34,30 @@ from gpumesh.tunnels.workers.protocol import (
     Reply,
     ToWorker,
 )
-from gpumesh.tunnels.workers.worker_link import Conversation, cause_of, error_of
+from gpumesh.tunnels.workers.worker_link import WorkerLink, cause_from_error, error_from_cause
 from gpumesh.tunnels.workers.worker_pool import LINE_LIMIT, WorkerHandle, WorkerPool
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 
 @dataclass
 class Talk:
     """``talk`` and, as the worker, ``hear`` and ``say``."""
 
-    talk: Conversation
+    talk: WorkerLink
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    ups: list[Up] = field(default_factory=list)
+    ups: list[ConnectionInfo] = field(default_factory=list)
     refused: list[ForwardFailed] = field(default_factory=list)
     peers: list[PeerRefused] = field(default_factory=list)
 
     async def hear(self) -> ToWorker | FromWorker:
-        return protocol.decode(await asyncio.wait_for(self.reader.readline(), 20))
+        return protocol.decode_message(await asyncio.wait_for(self.reader.readline(), 20))
 
     def say(self, *messages: FromWorker) -> None:
         for message in messages:
-            self.writer.write(protocol.encode(message))
+            self.writer.write(protocol.encode_message(message))
 
-    def output(self, number: int, stream: Stream, data: bytes) -> None:
+    def output(self, number: int, stream: OutputStream, data: bytes) -> None:
         self.say(Output(number, stream.value, base64.b64encode(data).decode()))
 
 
@@ -66,16 +66,21 @@ async def talking(ask: Prompter | None = None) -> AsyncIterator[Talk]:
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
     far_reader, far_writer = await asyncio.open_unix_connection(sock=theirs, limit=LINE_LIMIT)
-    ups: list[Up] = []
+    ups: list[ConnectionInfo] = []
     refused: list[ForwardFailed] = []
     peers: list[PeerRefused] = []
     async with WorkerHandle("iceland", 0, reader, writer, WorkerPool()) as handle:
-        talk = Conversation(
-            "iceland", handle, ask=ask, on_up=ups.append, on_forward_failed=refused.append, on_peer_refused=peers.append
+        talk = WorkerLink(
+            "iceland",
+            handle,
+            prompter=ask,
+            on_connected=ups.append,
+            on_forward_failed=refused.append,
+            on_peer_refused=peers.append,
         )
         try:
             async with asyncio.TaskGroup() as group:
-                listening = group.create_task(talk.listen(group))
+                listening = group.create_task(talk.receive_messages(group))
                 yield Talk(talk, far_reader, far_writer, ups, refused, peers)
                 listening.cancel()
         finally:
@@ -83,7 +88,7 @@ async def talking(ask: Prompter | None = None) -> AsyncIterator[Talk]:
 
 
 async def ended(one: Talk) -> Cause:
-    return await asyncio.wait_for(asyncio.shield(one.talk.ended), 20)
+    return await asyncio.wait_for(asyncio.shield(one.talk.end_cause), 20)
 
 
 # -- how it ends -----------------------------------------------------------------------------------------------------
@@ -91,10 +96,10 @@ async def ended(one: Talk) -> Cause:
 
 async def test_up_and_what_ends_it() -> None:
     async with talking() as one:
-        assert not one.talk.up.is_set()
-        one.say(Up(1.5, "SSH-2.0-x", "aes"))
-        await asyncio.wait_for(one.talk.up.wait(), 20)
-        assert one.ups == [Up(1.5, "SSH-2.0-x", "aes")]
+        assert not one.talk.connected.is_set()
+        one.say(ConnectionInfo(1.5, "SSH-2.0-x", "aes"))
+        await asyncio.wait_for(one.talk.connected.wait(), 20)
+        assert one.ups == [ConnectionInfo(1.5, "SSH-2.0-x", "aes")]
         one.say(Lost("tunnel-lost", "the connection broke", "a hint"), Lost("tunnel", "and more"))
         assert await ended(one) == Cause("tunnel-lost", "the connection broke", "a hint")
 
@@ -105,9 +110,9 @@ async def test_who_must_act_is_known_by_the_code(code: str, needs_person: bool) 
         one.say(Failed(code, "why", "hint"))
         cause = await ended(one)
         assert (cause.message, cause.hint, cause.needs_person) == ("why", "hint", needs_person)
-        error = error_of(cause, "iceland")
+        error = error_from_cause(cause, "iceland")
         assert (error.message, error.hint, error.node) == ("why", "hint", "iceland")
-        assert cause_of(error).needs_person is needs_person
+        assert cause_from_error(error).needs_person is needs_person
 
 
 @pytest.mark.parametrize("line", [b"", b"{}\n", b"\xff\n", b'{"kind": "Up"}\n', b'{"kind": "Po'])
@@ -125,14 +130,14 @@ async def test_refused_forwards_are_passed_on() -> None:
     refused = ForwardFailed(Target("127.0.0.1", 80), "backend-unreachable", "nothing answers")
     async with talking() as one:
         one.say(refused)
-        await until(lambda: one.refused == [refused], "the refusal")
+        await wait_until(lambda: one.refused == [refused], "the refusal")
 
 
 async def test_users_who_were_refused_are_passed_on() -> None:
     other = PeerRefused(40123, 1001, "bob")
     async with talking() as one:
         one.say(other)
-        await until(lambda: one.peers == [other], "the refusal")
+        await wait_until(lambda: one.peers == [other], "the refusal")
 
 
 # -- pings -----------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ async def test_no_answer_is_no_sign_of_life() -> None:
         assert await asking is None
         waiting = asyncio.create_task(one.talk.ping(20.0))
         await one.hear()
-        one.talk.end(Cause("tunnel-lost", "it is over"))
+        one.talk.finish(Cause("tunnel-lost", "it is over"))
         assert await waiting is None
     assert await one.talk.ping(5.0) is None  # the worker is gone
 
@@ -177,14 +182,14 @@ async def test_a_question_holds_nothing_up() -> None:
 
     async with talking(ask) as one:
         one.say(Prompt(7, "Code: ", True))
-        await until(lambda: bool(asked), "the question")
-        assert one.talk.asking == 1
-        one.say(Up(None, "x"))
-        await asyncio.wait_for(one.talk.up.wait(), 20)
+        await wait_until(lambda: bool(asked), "the question")
+        assert one.talk.open_prompts == 1
+        one.say(ConnectionInfo(None, "x"))
+        await asyncio.wait_for(one.talk.connected.wait(), 20)
         answer.set_result("123")
         assert await one.hear() == Reply(7, "123")
         assert asked == [("iceland", "Code: ", True)]
-        await until(lambda: one.talk.asking == 0, "the end of the question")
+        await wait_until(lambda: one.talk.open_prompts == 0, "the end of the question")
 
 
 async def test_without_a_person_the_answer_is_none_at_once() -> None:
@@ -198,14 +203,14 @@ async def test_without_a_person_the_answer_is_none_at_once() -> None:
 
 async def test_a_command_and_its_output() -> None:
     async with talking() as one:
-        running = asyncio.create_task(one.talk.run("nvidia-smi -L", timeout_s=20.0, limit_bytes=100))
+        running = asyncio.create_task(one.talk.run_command("nvidia-smi -L", timeout_s=20.0, limit_bytes=100))
         order = await one.hear()
         assert isinstance(order, Exec)
         assert (order.command, order.timeout_s, order.limit_bytes, order.stream) == ("nvidia-smi -L", 20.0, 100, False)
-        one.output(order.id, Stream.STDOUT, b"GPU ")
-        one.output(order.id, Stream.STDERR, b"\xff")
-        one.output(order.id, Stream.STDOUT, b"0")
-        one.output(999, Stream.STDOUT, b"of nobody")
+        one.output(order.id, OutputStream.STDOUT, b"GPU ")
+        one.output(order.id, OutputStream.STDERR, b"\xff")
+        one.output(order.id, OutputStream.STDOUT, b"0")
+        one.output(999, OutputStream.STDOUT, b"of nobody")
         one.say(Done(order.id, 3, truncated=True))
         result = await running
         assert (result.exit_status, result.stdout, result.stderr, result.truncated) == (3, b"GPU 0", b"\xff", True)
@@ -215,27 +220,27 @@ async def test_a_command_and_its_output() -> None:
 async def test_a_command_that_fails(how: str) -> None:
     async with talking() as one:
         if how == "ended before":
-            one.talk.end(Cause("tunnel-lost", "the line is down"))
+            one.talk.finish(Cause("tunnel-lost", "the line is down"))
             with pytest.raises(TunnelDown, match="iceland"):
-                await one.talk.run("true", timeout_s=5.0, limit_bytes=10)
+                await one.talk.run_command("true", timeout_s=5.0, limit_bytes=10)
             return
-        running = asyncio.create_task(one.talk.run("true", timeout_s=20.0, limit_bytes=10))
+        running = asyncio.create_task(one.talk.run_command("true", timeout_s=20.0, limit_bytes=10))
         order = await one.hear()
         assert isinstance(order, Exec)
         if how == "error":
             one.say(Done(order.id, None, error="the host gives no session"))
         else:
-            one.talk.end(Cause("tunnel-lost", "the line is down"))
+            one.talk.finish(Cause("tunnel-lost", "the line is down"))
         with pytest.raises(ExecError, match="no session" if how == "error" else "the line is down") as caught:
             await running
         assert caught.value.node == "iceland"
 
 
 async def test_a_worker_that_does_not_keep_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_link, "GRACE_S", 0.05)
+    monkeypatch.setattr(worker_link, "DEADLINE_SLACK_S", 0.05)
     async with talking() as one:
         with pytest.raises(ExecError, match=r"within 0\.05 s"):
-            await one.talk.run("sleep 600", timeout_s=0.05, limit_bytes=10)
+            await one.talk.run_command("sleep 600", timeout_s=0.05, limit_bytes=10)
         order = await one.hear()
         assert isinstance(order, Exec)
         assert await one.hear() == Kill(order.id)
@@ -245,7 +250,7 @@ async def test_a_worker_that_does_not_keep_the_deadline(monkeypatch: pytest.Monk
 
 async def test_a_cancelled_command_is_killed() -> None:
     async with talking() as one:
-        running = asyncio.create_task(one.talk.run("sleep 600", timeout_s=60.0, limit_bytes=10))
+        running = asyncio.create_task(one.talk.run_command("sleep 600", timeout_s=60.0, limit_bytes=10))
         order = await one.hear()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -257,11 +262,11 @@ async def test_a_cancelled_command_is_killed() -> None:
 async def test_output_beyond_what_was_asked_for_is_not_kept() -> None:
     """A worker that does not keep to ``limit_bytes``: it may be what a hostile host has taken over."""
     async with talking() as one:
-        running = asyncio.create_task(one.talk.run("yes", timeout_s=60.0, limit_bytes=1000))
+        running = asyncio.create_task(one.talk.run_command("yes", timeout_s=60.0, limit_bytes=1000))
         order = await one.hear()
         assert isinstance(order, Exec)
         for _ in range(100):
-            one.output(order.id, Stream.STDOUT, bytes(32 * 1024))
+            one.output(order.id, OutputStream.STDOUT, bytes(32 * 1024))
         with pytest.raises(ExecError, match="faster"):
             await running
 
@@ -269,28 +274,28 @@ async def test_output_beyond_what_was_asked_for_is_not_kept() -> None:
 async def test_a_stream_gives_what_comes_and_stops_what_is_not_read() -> None:
     async with talking() as one:
         chunks: list[ExecChunk] = []
-        stream = one.talk.stream("tail -f x")
+        stream = one.talk.stream_command("tail -f x")
         first = asyncio.ensure_future(anext(stream))
         order = await one.hear()
         assert isinstance(order, Exec)
         assert (order.stream, order.timeout_s) == (True, None)
-        one.output(order.id, Stream.STDOUT, b"one")
+        one.output(order.id, OutputStream.STDOUT, b"one")
         chunks.append(await first)
-        one.output(order.id, Stream.STDERR, b"two")
+        one.output(order.id, OutputStream.STDERR, b"two")
         one.say(Done(order.id, 0))
         async for chunk in stream:
             chunks.append(chunk)
         assert [(chunk.stream, chunk.data, chunk.ended) for chunk in chunks] == [
-            (Stream.STDOUT, b"one", False),
-            (Stream.STDERR, b"two", False),
-            (Stream.STDOUT, b"", True),
+            (OutputStream.STDOUT, b"one", False),
+            (OutputStream.STDERR, b"two", False),
+            (OutputStream.STDOUT, b"", True),
         ]
         assert chunks[-1].exit_status == 0
-        stream = one.talk.stream("yes")
+        stream = one.talk.stream_command("yes")
         first = asyncio.ensure_future(anext(stream))
         order = await one.hear()
         assert isinstance(order, Exec)
-        one.output(order.id, Stream.STDOUT, b"y\n")
+        one.output(order.id, OutputStream.STDOUT, b"y\n")
         await first
         await stream.aclose()
         assert await one.hear() == Kill(order.id)
@@ -304,21 +309,21 @@ async def test_closing_waits_for_the_worker_and_not_for_ever() -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         handle = await stack.enter_async_context(WorkerHandle("iceland", 0, reader, writer, WorkerPool()))
-        talk = Conversation(
+        talk = WorkerLink(
             "iceland",
             handle,
-            ask=None,
-            on_up=lambda _: None,
+            prompter=None,
+            on_connected=lambda _: None,
             on_forward_failed=lambda _: None,
             on_peer_refused=lambda _: None,
         )
         stack.enter_context(theirs)
         theirs.settimeout(20)
         await talk.close(0.05)  # says nothing: it is left to the caller to kill it
-        assert protocol.decode(await asyncio.to_thread(theirs.recv, 1000)) == Close()
+        assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
         closing = asyncio.create_task(talk.close(20.0))
-        assert protocol.decode(await asyncio.to_thread(theirs.recv, 1000)) == Close()
-        theirs.sendall(protocol.encode(Lost("tunnel-lost", "some last word")) + b"nonsense\n")
+        assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
+        theirs.sendall(protocol.encode_message(Lost("tunnel-lost", "some last word")) + b"nonsense\n")
         theirs.close()
         await closing
         await talk.close(20.0)  # it has gone

@@ -12,10 +12,10 @@ import pytest
 
 from gpumesh.errors import TunnelDown
 from gpumesh.topology import SshSpec, Target
-from gpumesh.tunnels.transport import Setup
+from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.workers.protocol import Close, Failed, Ping, Pong
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
-from tests.tunnels.polling import alive, until
+from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import listener
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -34,14 +34,14 @@ async def silent() -> AsyncIterator[int]:
         yield server.getsockname()[1]
 
 
-def setup(port: int, *, node: str = "iceland", timeout_s: float = 60.0, **secrets: str) -> Setup:
+def setup(port: int, *, node: str = "iceland", timeout_s: float = 60.0, **secrets: str) -> ConnectRequest:
     ssh = SshSpec(
         "127.0.0.1", port, connect_timeout_s=timeout_s, agent=False, known_hosts=Path("/nonexistent/known_hosts")
     )
-    return Setup(node, ssh, (Target("127.0.0.1", 1),), tuple(secrets.items()))
+    return ConnectRequest(node, ssh, (Target("127.0.0.1", 1),), tuple(secrets.items()))
 
 
-async def spawn(pool: WorkerPool, wanted: Setup) -> WorkerHandle:
+async def spawn(pool: WorkerPool, wanted: ConnectRequest) -> WorkerHandle:
     with listener() as local:
         return await pool.spawn(wanted, [local])
 
@@ -56,7 +56,7 @@ async def test_a_worker_tells_why_it_failed_and_ends(pool: WorkerPool) -> None:
         assert str(port) in message.message
         assert message.hint is not None
         assert await worker.receive() is None
-        await until(lambda: not alive(worker.pid), "the worker's end")
+        await wait_until(lambda: not alive(worker.pid), "the worker's end")
         with pytest.raises(TunnelDown):
             await worker.send(Close())
 
@@ -74,7 +74,7 @@ async def test_kill_ends_a_worker_at_once_and_it_is_reaped(pool: WorkerPool, sil
     async with await spawn(pool, setup(silent)) as worker:
         worker.kill()
         assert await worker.receive() is None
-        await until(lambda: not Path(f"/proc/{worker.pid}").exists(), "the worker reaped")
+        await wait_until(lambda: not Path(f"/proc/{worker.pid}").exists(), "the worker reaped")
         worker.kill()  # harmless
 
 
@@ -83,7 +83,7 @@ async def test_closing_a_handle_ends_its_worker_alone(pool: WorkerPool, silent: 
     async with await spawn(pool, setup(silent)) as first, await spawn(pool, setup(silent)) as second:
         assert first.pid != second.pid
         await first.close()
-        await until(lambda: not alive(first.pid), "the first worker's end")
+        await wait_until(lambda: not alive(first.pid), "the first worker's end")
         await second.send(Ping(1, 1.0))
         assert await second.receive() == Pong(1, None)
 
@@ -115,7 +115,7 @@ async def test_a_dead_zygote_takes_its_workers_along_and_is_replaced(pool: Worke
 
 async def test_many_spawns_at_once_and_cancelled_ones(pool: WorkerPool, silent: int) -> None:
     tasks = [asyncio.create_task(spawn(pool, setup(silent, node=f"n{number}"))) for number in range(12)]
-    await pool.warm()
+    await pool.prestart()
     for task in tasks[::3]:
         task.cancel()
     workers = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, WorkerHandle)]
@@ -129,7 +129,7 @@ async def test_many_spawns_at_once_and_cancelled_ones(pool: WorkerPool, silent: 
 
 @linux_only
 async def test_more_spawns_than_the_zygotes_socket_holds(pool: WorkerPool, silent: int) -> None:
-    await pool.warm()
+    await pool.prestart()
     assert pool._control is not None
     assert pool.zygote_pid is not None
     pool._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel gives: a few lines
@@ -141,7 +141,7 @@ async def test_more_spawns_than_the_zygotes_socket_holds(pool: WorkerPool, silen
     workers = await asyncio.gather(*tasks)
     assert len({worker.pid for worker in workers}) == len(tasks)
     for number, worker in enumerate(workers):
-        await until(lambda worker=worker: bool(title(worker.pid)), "its title")  # type: ignore[misc]
+        await wait_until(lambda worker=worker: bool(title(worker.pid)), "its title")  # type: ignore[misc]
         await worker.send(Ping(number, 1.0))
         assert await worker.receive() == Pong(number, None)
         assert title(worker.pid) == f"gpumesh tunnel n{number}"  # each got its own sockets
@@ -154,7 +154,7 @@ def title(pid: int) -> str:
 
 @linux_only
 async def test_all_that_wait_hear_of_a_dead_zygote(pool: WorkerPool, silent: int) -> None:
-    await pool.warm()
+    await pool.prestart()
     first = pool.zygote_pid
     assert first is not None
     os.kill(first, signal.SIGSTOP)
@@ -244,7 +244,7 @@ async def test_kill_9_of_the_parent_leaves_no_process(silent: int, frozen: bool)
     parent.kill()
     await parent.wait()
     try:
-        await until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
+        await wait_until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
     finally:
         for pid in pids:
             if alive(pid):

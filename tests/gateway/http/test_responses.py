@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gpumesh.gateway.http.replies import Headers, Reply, bodiless, head
+from gpumesh.gateway.http.responses import Headers, Response, has_no_body, render_head
 
 FOR_BROWSERS = [
     "Content-Security-Policy: sandbox; default-src 'none'; frame-ancestors 'none'",
@@ -39,7 +39,7 @@ def test_names_have_no_case_and_the_first_counts() -> None:
 
 def test_a_whole_answers_head() -> None:
     headers = (("Content-Type", "a/b"), ("Server", "uvicorn"), ("date", "yesterday"), ("Content-Length", "9"))
-    assert said(head(200, headers, length=5, keep=True, old=False)) == [
+    assert said(render_head(200, headers, length=5, keep_alive=True, is_http10=False)) == [
         "HTTP/1.1 200 OK", "Server: gpumesh", "Content-Type: a/b", "Content-Length: 5",
     ]  # fmt: skip
 
@@ -57,20 +57,28 @@ def test_a_whole_answers_head() -> None:
 def test_how_a_body_ends_and_whether_the_connection_does(
     length: int | None, keep: bool, old: bool, lines: list[str]
 ) -> None:
-    assert said(head(200, (), length=length, keep=keep, old=old))[2:] == lines
+    assert said(render_head(200, (), length=length, keep_alive=keep, is_http10=old))[2:] == lines
 
 
 def test_what_has_no_body() -> None:
-    assert said(head(204, (), length=0, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
-    assert said(head(204, (), length=None, keep=True, old=False)) == ["HTTP/1.1 204 No Content", "Server: gpumesh"]
-    assert bodiless("HEAD", 200)
-    assert bodiless("GET", 304)
-    assert not bodiless("GET", 200)
-    assert said(head(799, (), length=0, keep=True, old=False))[0] == "HTTP/1.1 799 Unknown"
+    assert said(render_head(204, (), length=0, keep_alive=True, is_http10=False)) == [
+        "HTTP/1.1 204 No Content",
+        "Server: gpumesh",
+    ]
+    assert said(render_head(204, (), length=None, keep_alive=True, is_http10=False)) == [
+        "HTTP/1.1 204 No Content",
+        "Server: gpumesh",
+    ]
+    assert has_no_body("HEAD", 200)
+    assert has_no_body("GET", 304)
+    assert not has_no_body("GET", 200)
+    assert said(render_head(799, (), length=0, keep_alive=True, is_http10=False))[0] == "HTTP/1.1 799 Unknown"
 
 
 def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
-    text = head(200, (), length=0, keep=True, old=False, policy="script-src 'sha256-x'").decode()
+    text = render_head(
+        200, (), length=0, keep_alive=True, is_http10=False, content_security_policy="script-src 'sha256-x'"
+    ).decode()
     assert text.count("Content-Security-Policy: ") == 1
     assert "\r\nContent-Security-Policy: script-src 'sha256-x'\r\n" in text
 
@@ -78,9 +86,9 @@ def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\n", "\rb"])
 def test_no_value_ends_its_line(value: str) -> None:
     with pytest.raises(ValueError, match="line end"):
-        head(200, (("X-Any", value),), length=0, keep=True, old=False)
+        render_head(200, (("X-Any", value),), length=0, keep_alive=True, is_http10=False)
 
 
 def test_a_reply() -> None:
-    reply = Reply(b"x", content_type="a/b", headers=(("X-One", "1"),))
+    reply = Response(b"x", content_type="a/b", headers=(("X-One", "1"),))
     assert (reply.status, reply.headers, reply.close) == (200, (("Content-Type", "a/b"), ("X-One", "1")), False)

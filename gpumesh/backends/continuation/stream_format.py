@@ -16,36 +16,36 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 from gpumesh.topology import BackendKind
 
-Document = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 # Stands for the text so far when a server is asked to render a prompt; no model says it.
 SENTINEL = "gpumesh8f1d2c7e5b3a9046"
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame of a stream. ``complete``: the text ends with it; ``last``: nothing comes after it."""
+    """One frame of a stream. ``text_complete``: the text ends with it; ``ends_stream``: nothing comes after it."""
 
-    document: Document | None = None
+    document: JsonObject | None = None
     text: str = ""
     thinking: str = ""
-    tools: bool = False
-    complete: bool = False
-    last: bool = False
+    calls_tools: bool = False
+    text_complete: bool = False
+    ends_stream: bool = False
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TextPieces:
     """The pieces of text and of thinking, in order; empty ones left out."""
 
     texts: tuple[str, ...] = ()
-    thoughts: tuple[str, ...] = ()
+    thinking_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Sofar:
+class PartialAnswer:
     """What the client has got, over all attempts. ``spent_ms``: time spent generating what was cut; ``elapsed_ms``:
-    since the request began; ``head``: the first frame, which names the answer."""
+    since the request began; ``first_frame``: the first frame, which names the answer."""
 
     text: str = ""
     thinking: str = ""
@@ -53,102 +53,104 @@ class Sofar:
     spent_ms: float = 0.0
     elapsed_ms: float = 0.0
     cuts: int = 0
-    head: Document | None = None
+    first_frame: JsonObject | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class ContinuationCall:
     """What to send for the rest of an answer, and the form that reads what comes of it: it translates each frame to
     one of the client's own stream."""
 
     call: HttpCall
-    form: Form
+    form: StreamFormat
 
 
-class Form(Protocol):
-    """``end`` ends a frame, ``mark`` is its most common spelling. ``keeps``: an answer of this form can be continued,
-    so its text is worth keeping."""
+class StreamFormat(Protocol):
+    """``frame_end_pattern`` ends a frame, ``frame_separator`` is its most common spelling. ``supports_continuation``:
+    an answer of this form can be continued, so its text is worth keeping."""
 
-    mark: bytes
-    end: re.Pattern[bytes]
-    keeps: bool
+    frame_separator: bytes
+    frame_end_pattern: re.Pattern[bytes]
+    supports_continuation: bool
 
-    def plain(self, frames: bytes) -> bool:
+    def is_text_only(self, frames: bytes) -> bool:
         """Whether these frames hold text and nothing else, so that none need be looked at in detail. Cheap."""
 
-    def end_of_last(self, frames: bytearray, start: int) -> int:
+    def find_last_frame_end(self, frames: bytearray, start: int) -> int:
         """Where the last frame that ends at or after ``start`` ends; 0 if none does."""
 
     def read(self, frame: bytes) -> Frame: ...
 
-    def said(self, frames: bytes) -> Said:
+    def extract_texts(self, frames: bytes) -> TextPieces:
         """What many plain frames say: as ``read`` gives it, for a tenth of its cost."""
 
-    def refusal(self, request: Document) -> str | None:
+    def continuation_refusal(self, request: JsonObject) -> str | None:
         """Why an answer to this request cannot be continued rightly; ``None`` if it can."""
 
-    def budget(self, request: Document) -> int | None:
+    def budget(self, request: JsonObject) -> int | None:
         """How many tokens the client allows at most."""
 
-    def templated(self, request: Document) -> bool:
+    def uses_template(self, request: JsonObject) -> bool:
         """Whether the model's template stands between this request and what the model reads."""
 
-    def render_call(self, request: Document, thinking: str) -> HttpCall | None:
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
         """Asks an Ollama to render the prompt up to SENTINEL; ``None`` where the answer would tell nothing."""
 
-    def raw_refusal(self, request: Document) -> str | None:
-        """Why ``raw`` cannot do it rightly; ``None`` if it can."""
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:
+        """Why ``continue_raw_prompt`` cannot do it rightly; ``None`` if it can."""
 
-    def raw(self, request: Document, sofar: Sofar, prompt: str) -> Rest:
+    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
         """As text after the rendered prompt: for templates that close a message of the assistant."""
 
-    def rest_refusal(self, request: Document, kind: BackendKind) -> str | None:
-        """Why ``rest`` cannot do it rightly on this kind of server; ``None`` if it can."""
+    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:
+        """Why ``continue_assistant_message`` cannot do it rightly on this kind of server; ``None`` if it can."""
 
-    def rest(self, request: Document, sofar: Sofar, kind: BackendKind) -> Rest:
+    def continue_assistant_message(
+        self, request: JsonObject, sofar: PartialAnswer, kind: BackendKind
+    ) -> ContinuationCall:
         """As a last message of the assistant."""
 
-    def translate(self, frame: Frame, sofar: Sofar) -> bytes:
+    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
         """A frame of a later attempt as one of the client's own stream, figures corrected; may be empty."""
 
-    def close(self, reason: str, sofar: Sofar) -> bytes:
+    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
         """What is missing for an answer whose text is complete."""
 
-    def error(self, message: str) -> bytes: ...
+    def error_frame(self, message: str) -> bytes: ...
 
 
-def with_answer(messages: list[Any], text: str, thinking_key: str, thinking: str) -> list[Any]:
+def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: str) -> list[Any]:
     """The messages with the answer so far as the last: joined to the client's own, if it began the answer itself."""
-    if began_by_client(messages):
+    if client_began_answer(messages):
         last = messages[-1]
         return [*messages[:-1], {**last, "content": last["content"] + text}]
     message = {"role": "assistant", "content": text}
     return [*messages, message | {thinking_key: thinking} if thinking else message]
 
 
-def began_by_client(messages: Any) -> bool:
+def client_began_answer(messages: Any) -> bool:
     last = messages[-1] if isinstance(messages, list) and messages else None
     return isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)
 
 
-def strings(pattern: re.Pattern[bytes], frames: bytes) -> Said | None:
+def find_strings(pattern: re.Pattern[bytes], frames: bytes) -> TextPieces | None:
     """Every JSON string that the pattern finds, without taking the frames apart: a quotation mark inside of a string is
     escaped, so that a key is found nowhere but where it is one. ``None`` where that gives no strings."""
     found = safe_json.parse(b"[" + b",".join(pattern.findall(frames)) + b"]")
-    return Said(tuple(filter(None, found))) if isinstance(found, list) else None
+    return TextPieces(tuple(filter(None, found))) if isinstance(found, list) else None
 
 
-def said_by(pairs: Iterable[tuple[str, str]]) -> Said:
+def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
     """From the text and the thinking of each frame."""
     all_pairs = list(pairs)
     texts = tuple(text for text, _ in all_pairs if text)
-    return Said(texts, tuple(thinking for _, thinking in all_pairs if thinking))
+    return TextPieces(texts, tuple(thinking for _, thinking in all_pairs if thinking))
 
 
-def note(sofar: Sofar) -> dict[str, int]:
+def continuation_note(sofar: PartialAnswer) -> dict[str, int]:
     """What the last frame says of what happened."""
     return {"continued": sofar.cuts, "tokens_before": sofar.tokens}
 
 
-def positive(value: Any) -> int | None:
-    return safe_json.whole(value) or None
+def positive_count(value: Any) -> int | None:
+    return safe_json.as_count(value) or None

@@ -7,14 +7,14 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from gpumesh.config.locate import UNIX
+from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener
 
 BACKLOG = 1024
 
 
-class Listening:
+class HttpListener:
     """``open`` it once; ``close`` it when no more clients are to come. ``host`` or ``path`` is given, or both."""
 
     def __init__(self, host: str | None, port: int, path: Path | None) -> None:
@@ -36,7 +36,7 @@ class Listening:
                 self._servers.append(await loop.create_server(connection, sock=listener, backlog=BACKLOG))
             if self._path is not None:
                 self._unix = _listen_unix(self._path)
-                self.url = self.url or f"{UNIX}{self._path}"
+                self.url = self.url or f"{UNIX_PREFIX}{self._path}"
                 self._servers.append(await loop.create_unix_server(connection, sock=self._unix.sock, backlog=BACKLOG))
         except BaseException:
             self.close()
@@ -50,7 +50,7 @@ class Listening:
     def close(self) -> None:
         """Connections that were accepted stay."""
         if self._unix is not None:
-            self._unix.remove()  # while we hold it: nobody can have taken the path over
+            self._unix.remove_path()  # while we hold it: nobody can have taken the path over
         for server in self._servers:
             server.close()
         if self._unix is not None:
@@ -75,10 +75,10 @@ def _listen_unix(path: Path) -> UnixListener:
         return UnixListener(path, BACKLOG)
     except PathInUse as error:
         raise MeshAlreadyRunning(
-            f"the gateway cannot listen on {UNIX}{path}: {error.message}", hint=error.hint
+            f"the gateway cannot listen on {UNIX_PREFIX}{path}: {error.message}", hint=error.hint
         ) from error
     except OSError as error:
         raise GPUMeshError(
-            f"the gateway cannot listen on {UNIX}{path}: {error.strerror}",
+            f"the gateway cannot listen on {UNIX_PREFIX}{path}: {error.strerror}",
             hint="name a path in a folder that exists and that you can write to",
         ) from error

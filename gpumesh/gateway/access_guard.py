@@ -91,16 +91,16 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
 
 
-def shown_or_run(headers: Mapping[str, str], *, page: bool) -> bool:
-    """Whether a browser asks for this to show, embed or run it. ``page``: it is a page of ours, which may be shown,
-    though not in a frame. Browsers say so to loopback and over HTTPS; other programs do not say anything."""
+def is_embedding_request(headers: Mapping[str, str], *, is_own_page: bool) -> bool:
+    """Whether a browser asks for this to show, embed or run it. ``is_own_page``: it is a page of ours, which may be
+    shown, though not in a frame. Browsers say so to loopback and over HTTPS; other programs do not say anything."""
     destination = headers.get("Sec-Fetch-Dest")
-    if destination is not None and destination != "empty" and not (page and destination == "document"):
+    if destination is not None and destination != "empty" and not (is_own_page and destination == "document"):
         return True
     return headers.get("Service-Worker") is not None
 
 
-def asked_blindly(headers: Mapping[str, str]) -> bool:
+def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
     """Whether a page of another site asks without a name, as ``fetch(…, {mode: "no-cors"})``, a prefetch or a link do.
     It could not read the answer, yet it would have made the request."""
     return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and headers.get("Origin") is None

@@ -9,29 +9,41 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import Way
+from gpumesh.backends.continuation.continuation import ContinuationStrategy
 from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull, StreamCut
 from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.topology import BackendKind
-from tests.mesh.meshes import BODIES, JSON, Running, call_of, host, meshed, node, ollama, running, send, text_of
-from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole
-from tests.tunnels.polling import until
+from tests.mesh.meshes import (
+    BODIES,
+    JSON,
+    RunningMesh,
+    host,
+    make_call,
+    mesh_of_hosts,
+    mesh_of_nodes,
+    node,
+    ollama_script,
+    send,
+    text_of,
+)
+from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
+from tests.tunnels.polling import wait_until
 
 CHATS = ("/api/chat", "/api/generate", "/v1/chat/completions")
 
 
-async def moved_on(mesh: Running, call: HttpCall, outcome: Outcome) -> None:
+async def moved_on(mesh: RunningMesh, call: HttpCall, outcome: Outcome) -> None:
     answer = await send(mesh.mesh, call)
     assert answer.status == 200
     assert await answer.read()
     assert (answer.node, answer.attempts) == ("b", 2)
     assert mesh.attempts("a") == {outcome: 1}
     assert mesh.attempts("b") == {Outcome.SERVED: 1}
-    books = mesh.mesh.books
+    books = mesh.mesh.request_counters
     assert (books.accepted, books.served, books.failed, books.cancelled) == (1, 1, 0, 0)
-    assert mesh.settled()
+    assert mesh.wait_settled()
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
@@ -50,9 +62,9 @@ async def moved_on(mesh: Running, call: HttpCall, outcome: Outcome) -> None:
 )
 async def test_any_failure_of_a_node_moves_the_request_on(faults: Faults, outcome: Outcome, stream: bool) -> None:
     for path in CHATS:
-        async with running(host("a"), host("b")) as mesh:
+        async with mesh_of_hosts(host("a"), host("b")) as mesh:
             await mesh.hosts["a"].set_faults(Faults(**{**_fields(faults), "paths": CHATS}))
-            await moved_on(mesh, call_of(path, stream=stream), outcome)
+            await moved_on(mesh, make_call(path, stream=stream), outcome)
 
 
 def _fields(faults: Faults) -> dict[str, Any]:
@@ -61,106 +73,106 @@ def _fields(faults: Faults) -> dict[str, Any]:
 
 async def test_a_whole_body_that_stops_short_moves_it_on() -> None:
     async def short(exchange: Exchange) -> None:
-        await exchange.send(whole(b'{"message":{"content":"x"},"done":true}')[:-5])
+        await exchange.send(whole_response(b'{"message":{"content":"x"},"done":true}')[:-5])
         exchange.close()
 
     async def good(exchange: Exchange) -> None:
-        await exchange.send(whole(b'{"message":{"content":"y"},"done":true}'))
+        await exchange.send(whole_response(b'{"message":{"content":"y"},"done":true}'))
 
     async with (
-        serve(ollama(short)) as one,
-        serve(ollama(good)) as other,
-        meshed(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
+        serve(ollama_script(short)) as one,
+        serve(ollama_script(good)) as other,
+        mesh_of_nodes(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
     ):
-        await moved_on(mesh, call_of(stream=False), Outcome.CUT)
+        await moved_on(mesh, make_call(stream=False), Outcome.CUT)
 
 
 async def test_a_refused_connection_moves_it_on() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(refuse=True))
-        answer = await send(mesh.mesh, call_of())
+        answer = await send(mesh.mesh, make_call())
         assert await answer.read()
         assert answer.node == "b"
-        assert mesh.settled()
+        assert mesh.wait_settled()
 
 
 async def test_a_model_that_is_listed_and_gone_moves_it_on_without_blame() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         mesh.hosts["a"].engine.store.clear()
-        await moved_on(mesh, call_of(), Outcome.MODEL_NOT_FOUND)
+        await moved_on(mesh, make_call(), Outcome.MODEL_NOT_FOUND)
         assert mesh.mesh.snapshot().nodes[0].load.failed == 0
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 413])
 async def test_a_clients_own_mistake_is_told_at_once_and_asked_of_nobody_else(status: int) -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=status, paths=CHATS))
-        answer = await send(mesh.mesh, call_of())
+        answer = await send(mesh.mesh, make_call())
         assert isinstance(answer, WholeAnswer)
         assert (answer.status, answer.node, answer.attempts) == (status, "a", 1)
         assert mesh.attempts("b") == {}
-        assert mesh.mesh.books.served == 1
+        assert mesh.mesh.request_counters.served == 1
         assert mesh.mesh.snapshot().nodes[0].load.failed == 0
 
 
 async def test_when_every_node_fails_the_last_ones_words_are_the_answer() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         for one in mesh.hosts.values():
             await one.set_faults(Faults(status=500, paths=CHATS))
-        answer = await send(mesh.mesh, call_of())
+        answer = await send(mesh.mesh, make_call())
         assert isinstance(answer, WholeAnswer)
         assert (answer.status, answer.attempts) == (500, 2)
         assert "unexpectedly stopped" in json.loads(answer.body)["error"]
-        assert (mesh.mesh.books.served, mesh.mesh.books.failed) == (0, 1)
+        assert (mesh.mesh.request_counters.served, mesh.mesh.request_counters.failed) == (0, 1)
         assert mesh.attempts("a") == mesh.attempts("b") == {Outcome.SERVER_ERROR: 1}
 
 
 @pytest.mark.slow
 async def test_when_nobody_said_anything_each_nodes_failure_is_told() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         for one in mesh.hosts.values():
             await one.set_faults(Faults(disconnect=True, paths=CHATS))
         with pytest.raises(NoNodeError, match=r"a: no answer.*b: no answer|b: no answer.*a: no answer"):
-            await send(mesh.mesh, call_of())
+            await send(mesh.mesh, make_call())
         tried = sum(sum(mesh.attempts(name).values()) for name in mesh.hosts)
         assert 2 <= tried <= 2 * MAX_ROUNDS
-        assert mesh.mesh.books.failed == 1
-        assert mesh.settled()
+        assert mesh.mesh.request_counters.failed == 1
+        assert mesh.wait_settled()
 
 
 async def test_a_node_that_is_only_just_busy_is_asked_again() -> None:
-    async with running(host("a")) as mesh:
+    async with mesh_of_hosts(host("a")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=429, paths=CHATS, times=2))
-        answer = await send(mesh.mesh, call_of())
+        answer = await send(mesh.mesh, make_call())
         assert await answer.read()
         assert answer.attempts == 3
         assert mesh.attempts("a") == {Outcome.BUSY: 2, Outcome.SERVED: 1}
 
 
 async def test_one_deadline_for_all_tries() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=500, paths=CHATS))
         await mesh.hosts["b"].set_faults(Faults(hang=True, paths=CHATS))
         with pytest.raises(DeadlineExceeded):
-            await send(mesh.mesh, call_of(), timeout_s=0.3)
+            await send(mesh.mesh, make_call(), timeout_s=0.3)
         assert mesh.attempts("b") == {Outcome.DEADLINE: 1}
         assert mesh.mesh.snapshot().nodes[1].load.failed == 0  # slow is not broken
-        assert mesh.mesh.books.failed == 1
-        assert mesh.settled()
+        assert mesh.mesh.request_counters.failed == 1
+        assert mesh.wait_settled()
 
 
 async def test_a_long_silence_before_the_first_byte_is_no_fault() -> None:
-    async with running(host("a", prefill_tokens_per_s=10.0), host("b")) as mesh:
-        answer = await send(mesh.mesh, call_of())
+    async with mesh_of_hosts(host("a", prefill_tokens_per_s=10.0), host("b")) as mesh:
+        answer = await send(mesh.mesh, make_call())
         assert await answer.read()
         assert (answer.node, answer.attempts) == ("a", 1)
 
 
 async def test_a_host_that_dies_while_it_reads_the_prompt_is_left_at_once() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True, paths=CHATS))
-        sending = asyncio.create_task(send(mesh.mesh, call_of()))
-        await until(lambda: mesh.in_flight() == 1, "it is with the node that hangs")
+        sending = asyncio.create_task(send(mesh.mesh, make_call()))
+        await wait_until(lambda: mesh.in_flight() == 1, "it is with the node that hangs")
         await mesh.hosts["a"].set_faults(Faults(refuse=True))
         answer = await sending
         assert await answer.read()
@@ -168,25 +180,25 @@ async def test_a_host_that_dies_while_it_reads_the_prompt_is_left_at_once() -> N
 
 
 async def test_a_client_that_leaves_is_nobodys_fault() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True, paths=CHATS))
-        sending = asyncio.create_task(send(mesh.mesh, call_of()))
-        await until(lambda: mesh.in_flight() == 1, "it is with the node that hangs")
+        sending = asyncio.create_task(send(mesh.mesh, make_call()))
+        await wait_until(lambda: mesh.in_flight() == 1, "it is with the node that hangs")
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
         assert mesh.attempts("a") == {Outcome.CLIENT_GONE: 1}
         assert mesh.attempts("b") == {}
-        assert mesh.mesh.books.cancelled == 1
-        assert mesh.settled()
+        assert mesh.mesh.request_counters.cancelled == 1
+        assert mesh.wait_settled()
 
 
 async def test_waiting_is_told_apart_from_the_rest() -> None:
-    async with running(host("a", slots=1, tokens_per_s=100.0, answer_tokens=(20, 20)), max_parallel=1) as mesh:
-        first = await send(mesh.mesh, call_of())
+    async with mesh_of_hosts(host("a", slots=1, tokens_per_s=100.0, answer_tokens=(20, 20)), max_parallel=1) as mesh:
+        first = await send(mesh.mesh, make_call())
         assert first.queue_ms < 100.0
-        second = asyncio.create_task(send(mesh.mesh, call_of()))
-        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "the second waits")
+        second = asyncio.create_task(send(mesh.mesh, make_call()))
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "the second waits")
         await first.read()
         answer = await second
         assert answer.queue_ms > 20.0
@@ -195,54 +207,56 @@ async def test_waiting_is_told_apart_from_the_rest() -> None:
 
 @pytest.mark.slow
 async def test_a_full_queue_turns_new_ones_away_but_not_who_was_accepted() -> None:
-    async with running(host("a", slots=1, tokens_per_s=50.0), host("b"), max_parallel=1, max_queue=1) as mesh:
+    async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), host("b"), max_parallel=1, max_queue=1) as mesh:
         await mesh.hosts["b"].set_faults(Faults(cut_after_tokens=3))
-        one = await send(mesh.mesh, call_of(), node="a")
+        one = await send(mesh.mesh, make_call(), node="a")
         await anext(one)
-        waits = asyncio.create_task(send(mesh.mesh, call_of(), node="a"))
-        await until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
+        waits = asyncio.create_task(send(mesh.mesh, make_call(), node="a"))
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
         with pytest.raises(QueueFull):
-            await send(mesh.mesh, call_of(), node="a")
-        answer = await send(mesh.mesh, call_of())  # on b, which will fail it
+            await send(mesh.mesh, make_call(), node="a")
+        answer = await send(mesh.mesh, make_call())  # on b, which will fail it
         reading = asyncio.create_task(answer.read())
-        await until(lambda: mesh.mesh.snapshot().gateway.queued == 2, "the rest of an answer waits past the bound")
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 2, "the rest of an answer waits past the bound")
         await one.aclose()
         assert text_of(await (await waits).read())
         assert text_of(await reading)
-        await until(mesh.settled, "nothing is in flight")
+        await wait_until(mesh.wait_settled, "nothing is in flight")
 
 
 # -- the rest of an answer -------------------------------------------------------------------------------------------
 
 
 async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
-    async with running(host("a"), host("b")) as mesh:
+    async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(cut_after_tokens=3))
         for _ in range(3):
             for path in BODIES:
-                await (await send(mesh.mesh, call_of(path))).read()
-        assert mesh.mesh._means.ways == {("b", "m"): Way.ASSISTANT_LAST}  # nobody but requests has it
+                await (await send(mesh.mesh, make_call(path))).read()
+        assert mesh.mesh._means.strategies == {
+            ("b", "m"): ContinuationStrategy.ASSISTANT_LAST
+        }  # nobody but requests has it
 
 
 async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> None:
     async def closes(exchange: Exchange) -> None:
         """Streams one token and dies; knows no way to show its prompt."""
         if b"_debug_render_only" in exchange.body:
-            await exchange.send(whole(b"{}", status="404 Gone"))
+            await exchange.send(whole_response(b"{}", status="404 Gone"))
         elif b"stream" in exchange.body:
             await exchange.send(chunked_head() + chunk(b'{"message":{"content":"x"},"done":false}\n'))
             exchange.close()
 
     async with (
-        serve(ollama(closes)) as one,
-        serve(ollama(closes)) as other,
-        meshed(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
+        serve(ollama_script(closes)) as one,
+        serve(ollama_script(closes)) as other,
+        mesh_of_nodes(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
     ):
-        answer = await send(mesh.mesh, call_of(stream=True))
+        answer = await send(mesh.mesh, make_call(stream=True))
         with pytest.raises(StreamCut, match="could not be continued"):
             await answer.read()
         assert Outcome.MODEL_NOT_FOUND in mesh.attempts("b")
-        assert mesh.settled()
+        assert mesh.wait_settled()
 
 
 async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
@@ -253,21 +267,21 @@ async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
         nonlocal refusals
         if b'"assistant"' in exchange.body:
             refusals += b"_debug" not in exchange.body
-            await exchange.send(whole(b'{"error":"prefill is not supported"}', status="400 Bad Request"))
+            await exchange.send(whole_response(b'{"error":"prefill is not supported"}', status="400 Bad Request"))
         else:
-            await exchange.send(whole(b"{}", status="500 Oops"))
+            await exchange.send(whole_response(b"{}", status="500 Oops"))
 
-    async with running(host("a"), host("c")) as lab, serve(ollama(picky)) as server:
+    async with mesh_of_hosts(host("a"), host("c")) as lab, serve(ollama_script(picky)) as server:
         await lab.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         specs = (
             node("a", lab.hosts["a"].url),
             node("b", server.url, weight=0.01),
             node("c", lab.hosts["c"].url, weight=0.0001),
         )
-        async with meshed(*specs) as mesh:
-            mesh.mesh._means.ways["b", "m"] = Way.ASSISTANT_LAST
-            want = text_of(await (await send(mesh.mesh, call_of(), node="c")).read())
-            answer = await send(mesh.mesh, call_of())
+        async with mesh_of_nodes(*specs) as mesh:
+            mesh.mesh._means.strategies["b", "m"] = ContinuationStrategy.ASSISTANT_LAST
+            want = text_of(await (await send(mesh.mesh, make_call(), node="c")).read())
+            answer = await send(mesh.mesh, make_call())
             assert text_of(await answer.read()) == want
             assert refusals == 1
             assert answer.node == "c"
@@ -283,9 +297,9 @@ async def test_the_rest_carries_the_clients_own_headers() -> None:
         await exchange.send(chunked_head() + chunk(b'{"message":{"content":"x"},"done":false}\n'))
         exchange.close()
 
-    async with serve(ollama(noting)) as server, meshed(node("a", server.url)) as mesh:
-        mesh.mesh._means.ways["a", "m"] = Way.ASSISTANT_LAST
-        call = call_of()
+    async with serve(ollama_script(noting)) as server, mesh_of_nodes(node("a", server.url)) as mesh:
+        mesh.mesh._means.strategies["a", "m"] = ContinuationStrategy.ASSISTANT_LAST
+        call = make_call()
         call = HttpCall(call.method, call.path, call.body, (*JSON, ("X-Trace", "7")))
         answer = await send(mesh.mesh, call)
         with pytest.raises(StreamCut, match="more than 3 times"):
@@ -296,22 +310,22 @@ async def test_the_rest_carries_the_clients_own_headers() -> None:
 
 @pytest.mark.slow
 async def test_servers_of_another_kind_are_not_asked_to_go_on() -> None:
-    async with running(host("a"), host("b")) as lab:
+    async with mesh_of_hosts(host("a"), host("b")) as lab:
         await lab.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         specs = (
             node("a", lab.hosts["a"].url, weight=100.0),
             node("b", lab.hosts["b"].url, kind=BackendKind.OPENAI),
         )
-        async with meshed(*specs) as mesh:
-            answer = await send(mesh.mesh, call_of())
+        async with mesh_of_nodes(*specs) as mesh:
+            answer = await send(mesh.mesh, make_call())
             with pytest.raises(StreamCut):
                 await answer.read()
             assert mesh.attempts("b") == {}
 
 
 async def test_what_nobody_has_is_told_with_what_there_is() -> None:
-    async with running(host("a", models=(ModelProfile("other:1b"),))) as mesh:
+    async with mesh_of_hosts(host("a", models=(ModelProfile("other:1b"),))) as mesh:
         with pytest.raises(ModelMissing) as missing:
-            await send(mesh.mesh, call_of())
+            await send(mesh.mesh, make_call())
         assert missing.value.available == ("other:1b",)
-        assert mesh.mesh.books.failed == 1
+        assert mesh.mesh.request_counters.failed == 1

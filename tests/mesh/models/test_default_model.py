@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.daemon.default_model import chat_models, choose_model, is_embedder
 from gpumesh.errors import NoNodeError, UsageError
+from gpumesh.mesh.models.default_model import chat_models, choose_model, is_embedding_model
 from gpumesh.state import Health, ModelInfo, NodeState
 from tests.cli.states import down, healthy, mesh
 
@@ -27,7 +27,7 @@ def node(name: str, *models: str, family: str | None = None) -> NodeState:
     ],
 )
 def test_what_only_embeds(name: str, family: str | None, embeds: bool) -> None:
-    assert is_embedder(name, family) is embeds
+    assert is_embedding_model(name, family) is embeds
 
 
 def test_models_of_nodes_that_are_up_each_once() -> None:

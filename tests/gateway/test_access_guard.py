@@ -1,6 +1,6 @@
 import pytest
 
-from gpumesh.gateway.guard import Guard, asked_blindly, shown_or_run
+from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_embedding_request
 
 OPEN = Guard(None, frozenset({"https://chat.example.org"}), frozenset({"gpu-box"}))
 KEYED = Guard("kéy".encode(), frozenset())
@@ -145,8 +145,8 @@ def test_who_names_such_a_page_allows_it() -> None:
     ],
 )
 def test_what_a_browser_would_show_or_run(headers: dict[str, str], elsewhere: bool, page: bool) -> None:
-    assert shown_or_run(headers, page=False) is elsewhere
-    assert shown_or_run(headers, page=True) is page
+    assert is_embedding_request(headers, is_own_page=False) is elsewhere
+    assert is_embedding_request(headers, is_own_page=True) is page
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_what_a_browser_would_show_or_run(headers: dict[str, str], elsewhere: bo
     ],
 )
 def test_who_asks_without_a_name(headers: dict[str, str], blind: bool) -> None:
-    assert asked_blindly(headers) is blind
+    assert is_blind_cross_site_request(headers) is blind

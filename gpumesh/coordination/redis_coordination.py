@@ -14,7 +14,7 @@ import redis.asyncio as redis
 from redis.exceptions import RedisError
 
 from gpumesh.cancellation import raise_if_cancelled
-from gpumesh.coordination.peers import Peers, encode
+from gpumesh.coordination.peers import Peers, encode_loads
 from gpumesh.errors import GPUMeshError
 from gpumesh.printable import printable
 
@@ -26,7 +26,7 @@ ANSWER_S = 2.0
 FIRST_S, LONGEST_S = 0.5, 10.0  # of the pauses while Redis is away
 
 
-class SharedLoads:
+class RedisCoordination:
     """``on_change`` is called, on the event loop, when the others' loads or ``problem`` changed.
 
     ``url`` holds no password; ``password`` is asked for at each connect and kept nowhere.
@@ -50,14 +50,14 @@ class SharedLoads:
         self._loads: dict[str, int] = {}
         self._changed = asyncio.Event()
 
-    def publish(self, loads: Mapping[str, int]) -> None:
+    def publish_loads(self, loads: Mapping[str, int]) -> None:
         told = {key: count for key, count in loads.items() if count > 0}
         if told != self._loads:
             self._loads = told
             self._changed.set()
 
-    def elsewhere(self, key: str) -> int:
-        return self._peers.total(key, self._clock())
+    def other_gateways_load(self, key: str) -> int:
+        return self._peers.total_load(key, self._clock())
 
     async def run(self) -> None:
         pause_s = FIRST_S
@@ -100,7 +100,7 @@ class SharedLoads:
         try:
             while True:
                 self._changed.clear()
-                await client.publish(CHANNEL, encode(self._name, self._loads))
+                await client.publish(CHANNEL, encode_loads(self._name, self._loads))
                 raise_if_cancelled()
                 await asyncio.sleep(SPACING_S)
                 with contextlib.suppress(TimeoutError):
@@ -109,7 +109,7 @@ class SharedLoads:
         finally:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(ANSWER_S):
-                    await client.publish(CHANNEL, encode(self._name, {}, leaving=True))
+                    await client.publish(CHANNEL, encode_loads(self._name, {}, leaving=True))
 
     async def _hear(self, heard: redis.client.PubSub) -> None:
         while True:
@@ -119,13 +119,13 @@ class SharedLoads:
                 await asyncio.sleep(0)  # hundreds may have come together
             data = message.get("data") if message is not None else None
             raise_if_cancelled()
-            if isinstance(data, bytes) and self._peers.hear(data, self._clock()):
+            if isinstance(data, bytes) and self._peers.receive(data, self._clock()):
                 self._on_change()
 
     def _is_away(self, why: str) -> None:
         if self.problem != why:
             self.problem = why
-            self._peers.forget()
+            self._peers.forget_all()
             self._on_change()
 
 

@@ -18,13 +18,13 @@ import pytest
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.gateway.app import Gateway
 from gpumesh.gateway.observe.access_log import AccessLog
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, LocalAccess
 from gpumesh.topology import GatewaySpec, Topology
 from tests.gateway.fleet import MODEL, A, lines, node
 from tests.parts import needs
-from tests.tunnels.other_user import ANOTHER, knock
+from tests.tunnels.other_user import ANOTHER, connect_as
 from tests.tunnels.supervised import descriptors
 
 
@@ -38,10 +38,10 @@ def path() -> Iterator[Path]:
 
 @contextlib.asynccontextmanager
 async def listening(spec: GatewaySpec, access_log: AccessLog | None = None) -> AsyncIterator[tuple[Mesh, Gateway]]:
-    async with StandIn(A) as host:
+    async with SimOllama(A) as host:
         topology = Topology("test", (node("a", host.url),), spec)
         async with Mesh(topology) as mesh, Gateway(mesh, access_log=access_log) as gateway:
-            await mesh.first_report(10.0)
+            await mesh.wait_first_report(10.0)
             yield mesh, gateway
 
 
@@ -94,8 +94,8 @@ async def test_a_key_is_asked_for_there_as_well(path: Path, monkeypatch: pytest.
 @needs("root")
 async def test_another_user_cannot_open_it(path: Path) -> None:
     async with listening(only(path)):
-        assert await knock(str(path), uid=ANOTHER, way="unix") == "PermissionError"
-        assert (await knock(str(path), uid=0, way="unix")).startswith("answer HTTP/1.1 400")
+        assert await connect_as(str(path), uid=ANOTHER, way="unix") == "PermissionError"
+        assert (await connect_as(str(path), uid=0, way="unix")).startswith("answer HTTP/1.1 400")
 
 
 async def test_what_is_there_already(path: Path) -> None:
@@ -114,10 +114,10 @@ async def test_what_is_there_already(path: Path) -> None:
 
 
 async def test_what_cannot_be_made_leaves_nothing(path: Path) -> None:
-    async with StandIn(A) as host:
+    async with SimOllama(A) as host:
         topology = Topology("test", (node("a", host.url),), GatewaySpec(port=0, socket=path.parent / "no" / "x.sock"))
         async with Mesh(topology) as mesh:
-            await mesh.first_report(10.0)
+            await mesh.wait_first_report(10.0)
             before = descriptors()
             with pytest.raises(GPUMeshError, match="No such file or directory") as caught:
                 await Gateway(mesh).__aenter__()

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 
-class Changes:
+class ChangeNotifier:
     """``notify`` is cheap and may be called at any rate; a watcher is woken once for all that it has not seen."""
 
     def __init__(self) -> None:

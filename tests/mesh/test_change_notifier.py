@@ -1,10 +1,10 @@
 import asyncio
 
-from gpumesh.mesh.change_events import Changes
+from gpumesh.mesh.change_notifier import ChangeNotifier
 
 
 async def test_a_watcher_sees_the_present_and_then_one_step_for_all_that_changed() -> None:
-    changes = Changes()
+    changes = ChangeNotifier()
     watcher = changes.watch()
     await anext(watcher)
     for _ in range(5):
@@ -21,7 +21,7 @@ async def test_a_watcher_sees_the_present_and_then_one_step_for_all_that_changed
 
 
 async def test_a_change_between_two_steps_is_not_missed() -> None:
-    changes = Changes()
+    changes = ChangeNotifier()
     watcher = changes.watch()
     await anext(watcher)
     changes.notify()

@@ -8,7 +8,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 
-Pairs = tuple[tuple[str, str], ...]
+HeaderPairs = tuple[tuple[str, str], ...]
 
 # Said here for every answer; what a node says of them is about another connection.
 _OURS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
@@ -30,7 +30,7 @@ class Headers(Mapping[str, str]):
 
     __slots__ = ("_first", "pairs")
 
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: HeaderPairs) -> None:
         self.pairs = pairs
         self._first = {name.lower(): value for name, value in reversed(pairs)}
 
@@ -47,11 +47,11 @@ class Headers(Mapping[str, str]):
         return len(self._first)
 
 
-class Reply:
-    """A whole answer. ``close``: nothing more is heard from this client on its connection. ``policy``: the answer's
-    Content-Security-Policy."""
+class Response:
+    """A whole answer. ``close``: nothing more is heard from this client on its connection. ``content_security_policy``:
+    the answer's Content-Security-Policy."""
 
-    __slots__ = ("body", "close", "headers", "policy", "status")
+    __slots__ = ("body", "close", "content_security_policy", "headers", "status")
 
     def __init__(
         self,
@@ -59,51 +59,51 @@ class Reply:
         *,
         status: int = 200,
         content_type: str | None = None,
-        headers: Pairs = (),
+        headers: HeaderPairs = (),
         close: bool = False,
-        policy: str = SANDBOX,
+        content_security_policy: str = SANDBOX,
     ) -> None:
         self.body = body
-        self.policy = policy
+        self.content_security_policy = content_security_policy
         self.status = status
         self.close = close
         self.headers = headers if content_type is None else (("Content-Type", content_type), *headers)
 
 
-def json_reply(body: bytes, *, status: int = 200, headers: Pairs = (), close: bool = False) -> Reply:
-    return Reply(body, status=status, content_type="application/json", headers=headers, close=close)
+def json_response(body: bytes, *, status: int = 200, headers: HeaderPairs = (), close: bool = False) -> Response:
+    return Response(body, status=status, content_type="application/json", headers=headers, close=close)
 
 
-def bodiless(method: str, status: int) -> bool:
+def has_no_body(method: str, status: int) -> bool:
     return method == "HEAD" or status in _BODILESS
 
 
-def head(
+def render_head(
     status: int,
     headers: Iterable[tuple[str, str]],
     *,
     length: int | None,
-    keep: bool,
-    old: bool,
-    policy: str = SANDBOX,
+    keep_alive: bool,
+    is_http10: bool,
+    content_security_policy: str = SANDBOX,
 ) -> bytes:
-    """An answer's head. ``length`` ``None``: its body is chunked, or for an ``old`` client (HTTP/1.0) lasts until the
-    connection ends. ``keep``: the connection stays. Raises ValueError for what would end a line of it."""
+    """An answer's head. ``length`` ``None``: its body is chunked, or for an ``is_http10`` client (HTTP/1.0) lasts until
+    the connection ends. ``keep_alive``: the connection stays. Raises ValueError for what would end a line of it."""
     lines = [f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OURS]
     if length is None:
-        if not old and status not in _BODILESS:
+        if not is_http10 and status not in _BODILESS:
             lines.append("Transfer-Encoding: chunked")
     elif status not in _BODILESS:
         lines.append(f"Content-Length: {length}")
-    if not keep:
+    if not keep_alive:
         lines.append("Connection: close")
-    elif old:
+    elif is_http10:
         lines.append("Connection: keep-alive")
     text = "\r\n".join(lines)
     if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
-    return _first_lines(status, policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
+    return _first_lines(status, content_security_policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
 
 
 @lru_cache(maxsize=128)

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Mapping
 
 
-class Alone:
+class SingleGateway:
     problem: str | None = None
 
-    def publish(self, loads: Mapping[str, int]) -> None:
+    def publish_loads(self, loads: Mapping[str, int]) -> None:
         pass
 
-    def elsewhere(self, key: str) -> int:  # noqa: ARG002
+    def other_gateways_load(self, key: str) -> int:  # noqa: ARG002
         return 0
 
     async def run(self) -> None:

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import Continuation, Ending, Ways
+from gpumesh.backends.continuation.continuation import Continuation, ContinuationStrategies, Ending
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
-    MOST_SERVERS_FAILED,
-    SERVER_FAILED,
+    MAX_SERVER_FAILURES,
+    SERVER_ERROR_STATUS,
     Outcome,
-    judge,
-    pause_s,
-    worth_another_round,
+    is_retryable,
+    retry_delay_s,
+    rule_for_outcome,
 )
 from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNodeError
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.node import Lease
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
-from gpumesh.mesh.requests.attempt import Failed, Opened, ask, attempt
-from gpumesh.mesh.requests.silence_watch import Pauses
+from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
+from gpumesh.mesh.requests.silence_watch import PauseTracker
 from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
@@ -39,19 +39,19 @@ AT_ONCE_S, AT_ONCE_RTTS = 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
-    """What all requests of a mesh share. ``why_none`` says why nobody can serve a demand."""
+class SendContext:
+    """What all requests of a mesh share. ``explain_no_node`` says why nobody can serve a demand."""
 
     upstream: Upstream
     dispatcher: Dispatcher
     clock: Callable[[], float]
     rng: Random
-    why_none: Callable[[Demand], GPUMeshError]
-    ways: Ways = field(default_factory=dict)
-    pauses: Pauses = field(default_factory=Pauses)
+    explain_no_node: Callable[[Demand], GPUMeshError]
+    strategies: ContinuationStrategies = field(default_factory=dict)
+    pauses: PauseTracker = field(default_factory=PauseTracker)
 
 
-class Sending:
+class RequestDelivery:
     """``calls`` holds the request as each kind of server wants it; ``resume``: another node may continue a cut answer;
     ``once``: it is never given to a server again that may have begun to work on it.
 
@@ -60,30 +60,30 @@ class Sending:
 
     def __init__(
         self,
-        means: Means,
+        means: SendContext,
         demand: Demand,
         calls: Mapping[BackendKind, HttpCall],
         *,
         timeout_s: float,
         resume: bool,
-        once: bool = False,
-        hold: Callable[[int], bool] = lambda _: True,
+        at_most_once: bool = False,
+        try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._means = means
         self._demand = demand
         self._calls = calls
         self._resume = resume
-        self._once = once
-        self._hold = hold
+        self._once = at_most_once
+        self._hold = try_reserve_memory
         self._began = means.clock()
         self._deadline = self._began + timeout_s
         self._exclude: frozenset[str] = frozenset()
-        self._failures: list[Failed] = []
+        self._failures: list[FailedAttempt] = []
         self._rounds = 1
         self._waited_s = 0.0
         self.attempts = 0
 
-    async def answer(self) -> Answer:
+    async def deliver(self) -> Answer:
         """Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded."""
         while True:
             lease = await self._place()
@@ -97,23 +97,23 @@ class Sending:
                     call.path,
                     call.body,
                     clock=means.clock,
-                    ways=means.ways,
+                    strategies=means.strategies,
                     resume=self._resume,
-                    began=self._began,
-                    hold=self._hold,
+                    started_at=self._began,
+                    reserve_bytes=self._hold,
                 )
 
             result = await self._attempt(lease, call, continuation)
-            if isinstance(result, Failed):
+            if isinstance(result, FailedAttempt):
                 self._note(result)
                 if await self._request_ends_servers():
                     return self._told(self._last_words())
-            elif isinstance(result, Opened):
+            elif isinstance(result, OpenedStream):
                 return self._told(self._streaming(result))
             else:
                 return self._told(result)
 
-    def _streaming(self, opened: Opened) -> StreamingAnswer:
+    def _streaming(self, opened: OpenedStream) -> StreamingAnswer:
         # What one kind of server has begun, another could not go on with: they speak differently.
         self._demand = replace(self._demand, kinds=frozenset({opened.lease.node.kind}))
         clock = self._means.clock
@@ -127,13 +127,13 @@ class Sending:
 
     # -- continuing ----------------------------------------------------------------------------------------------
 
-    def elsewhere(self, node: str) -> bool:
+    def has_other_node(self, node: str) -> bool:
         return self._means.dispatcher.could_serve(self._demand, exclude=frozenset({node}))
 
-    def is_wanted(self, node: str) -> bool:
-        return self._means.dispatcher.is_wanted(node)
+    def slot_is_wanted(self, node: str) -> bool:
+        return self._means.dispatcher.slot_is_wanted(node)
 
-    async def rest(self, continuation: Continuation, failed: Failed) -> Opened | Ending:
+    async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
         self._failures, self._exclude, self._rounds = [failed], frozenset({failed.node}), 1
         while True:
             lease = await self._place()
@@ -141,70 +141,74 @@ class Sending:
                 raise self._all_failed()
             step = await self._next_call(lease, continuation)
             if isinstance(step, Ending):
-                lease.undo()
+                lease.discard()
                 return step
             if isinstance(step, HttpCall):
                 headers = self._calls[lease.node.kind].headers
                 call = replace(step, headers=headers) if headers else step
                 result = await self._attempt(lease, call, lambda: continuation)
-                if isinstance(result, Opened):
+                if isinstance(result, OpenedStream):
                     return result
-                step = result if isinstance(result, Failed) else _refused(result)
-                continuation.abandon()
+                step = result if isinstance(result, FailedAttempt) else _refused(result)
+                continuation.abandon_upstream()
             self._note(step)
             if await self._request_ends_servers():
                 raise self._all_failed()
 
-    async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | Failed:
+    async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
         """What to send to this node; where it depends on the model's template, the node is asked about that first."""
         node, kind = lease.node.name, lease.node.kind
         question = continuation.render_call(node, kind)
         if question is not None:
             timeout_s = min(QUESTION_S, self._deadline - self._means.clock())
-            told = await ask(self._means.upstream, lease, question, timeout_s=timeout_s)
-            if isinstance(told, Failed):
+            told = await ask_node(self._means.upstream, lease, question, timeout_s=timeout_s)
+            if isinstance(told, FailedAttempt):
                 return told
-            continuation.rendered(node, *told)
+            continuation.apply_rendered_prompt(node, *told)
         step = continuation.next_call(node, kind)
         if step is None:
-            lease.undo()
-            return Failed(node, Outcome.UNFIT, NoNodeError("it does not say how its model goes on", node=node))
+            lease.discard()
+            return FailedAttempt(
+                node, Outcome.CANNOT_CONTINUE, NoNodeError("it does not say how its model goes on", node=node)
+            )
         return step
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
     async def _attempt(
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
-    ) -> WholeAnswer | Opened | Failed:
+    ) -> WholeAnswer | OpenedStream | FailedAttempt:
         self.attempts += 1
-        lease.movable = lambda: self._means.dispatcher.could_serve(
+        lease.can_move = lambda: self._means.dispatcher.could_serve(
             self._demand, exclude=self._exclude | {lease.node.name}
         )
         left_s = self._deadline - self._means.clock()
-        return await attempt(
-            self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation, once=self._once
+        return await run_attempt(
+            self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation, at_most_once=self._once
         )
 
-    def _note(self, failed: Failed) -> None:
+    def _note(self, failed: FailedAttempt) -> None:
         """The next try goes elsewhere. Raises the failure where another node could not do better."""
         self._failures.append(failed)
-        if not judge(failed.outcome).move_on or (self._once and failed.asked and failed.answer is None):
+        if not rule_for_outcome(failed.outcome).fail_over or (
+            self._once and failed.request_sent and failed.answer is None
+        ):
             raise _copy_of(failed.error) from failed.error.__cause__
         self._exclude |= {failed.node}
 
     async def _request_ends_servers(self) -> bool:
         """Whether it may be the request itself at which servers fail: two have answered it with 500, or ended the
         connection in the midst of it. Then no other is asked, and it counts against none of them."""
-        if sum(_at_request(failed) for failed in self._failures) < MOST_SERVERS_FAILED:
+        if sum(_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
         if any(_over_tunnel(failed) for failed in self._failures):
             await asyncio.sleep(SETTLE_S)
         suspects = [failed for failed in self._failures if _by_server(failed)]
-        if len(suspects) < MOST_SERVERS_FAILED:
+        if len(suspects) < MAX_SERVER_FAILURES:
             return False
         for failed in suspects:
-            if self._demand.place and failed.lease is not None and failed.lease.node.reachable:
-                failed.lease.node.pardon()
+            if self._demand.needs_slot and failed.lease is not None and failed.lease.node.reachable:
+                failed.lease.node.forgive_failure()
         return True
 
     async def _place(self) -> Lease | None:
@@ -215,7 +219,7 @@ class Sending:
             if self._failures and self._failures[-1].outcome is Outcome.SERVER_ERROR:
                 dispatcher = self._means.dispatcher
                 if not dispatcher.could_serve(self._demand, exclude=self._exclude):
-                    lease = dispatcher.last_resort(self._demand, exclude=self._exclude)
+                    lease = dispatcher.acquire_despite_breaker(self._demand, exclude=self._exclude)
                     if lease is not None:
                         return lease
             since = self._began if self._failures else None
@@ -225,12 +229,12 @@ class Sending:
                 )
             except NoNodeError:
                 if not self._failures:
-                    raise self._means.why_none(self._demand) from None
+                    raise self._means.explain_no_node(self._demand) from None
                 last = {failed.node: failed.outcome for failed in self._failures}
-                again = frozenset(node for node, outcome in last.items() if worth_another_round(outcome))
+                again = frozenset(node for node, outcome in last.items() if is_retryable(outcome))
                 if not again & self._exclude or self._rounds >= MAX_ROUNDS:
                     return None
-                pause = pause_s(self._rounds, self._means.rng)
+                pause = retry_delay_s(self._rounds, self._means.rng)
                 if self._means.clock() + pause >= self._deadline:
                     raise DeadlineExceeded("the deadline passed while no node could serve this") from None
                 await asyncio.sleep(pause)
@@ -250,7 +254,7 @@ class Sending:
     def _all_failed(self) -> NoNodeError:
         last = {failed.node: failed.error.message for failed in self._failures}
         told = "; ".join(f"{node}: {message}" for node, message in last.items())
-        if sum(_by_server(failed) for failed in self._failures) >= MOST_SERVERS_FAILED:
+        if sum(_by_server(failed) for failed in self._failures) >= MAX_SERVER_FAILURES:
             hint = "it may be the request itself that makes them fail"
             return NoNodeError(f"two servers failed at this request, so no other was asked ({told})", hint=hint)
         return NoNodeError(f"every node that could serve this has failed it ({told})")
@@ -263,20 +267,20 @@ def _copy_of(error: GPUMeshError) -> GPUMeshError:
     return copy
 
 
-def _at_request(failed: Failed) -> bool:
+def _at_request(failed: FailedAttempt) -> bool:
     """Whether the server, as far as can be seen at once, failed at this very request."""
     if failed.lease is None or failed.lease.aborted:
         return False
     if failed.answer is not None:
-        return failed.answer.status == SERVER_FAILED
-    return failed.asked and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)
+        return failed.answer.status == SERVER_ERROR_STATUS
+    return failed.request_sent and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)
 
 
-def _over_tunnel(failed: Failed) -> bool:
+def _over_tunnel(failed: FailedAttempt) -> bool:
     return failed.answer is None and failed.lease is not None and failed.lease.node.spec.ssh is not None
 
 
-def _by_server(failed: Failed) -> bool:
+def _by_server(failed: FailedAttempt) -> bool:
     """Whether it was the server that failed, and not the tunnel to it; nor a server that was gone before, which over a
     tunnel looks the same: the connection to the local port is made, and then ends."""
     if not _at_request(failed) or failed.lease is None:
@@ -285,10 +289,10 @@ def _by_server(failed: Failed) -> bool:
         return True
     node = failed.lease.node
     at_once_s = max(AT_ONCE_S, AT_ONCE_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
-    return node.connection_stood(failed.lease) and (node.reachable or failed.took_s > at_once_s)
+    return node.is_same_connection(failed.lease) and (node.reachable or failed.duration_s > at_once_s)
 
 
-def _refused(answer: WholeAnswer) -> Failed:
+def _refused(answer: WholeAnswer) -> FailedAttempt:
     """A node that answers the rest of an answer with anything but a stream does not understand what is wanted."""
     error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
-    return Failed(answer.node, Outcome.UNFIT, error, answer)
+    return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

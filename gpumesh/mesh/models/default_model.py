@@ -9,7 +9,7 @@ from gpumesh.state import Health, MeshState
 EMBEDDERS = ("bert", "embed")
 
 
-def is_embedder(name: str, family: str | None) -> bool:
+def is_embedding_model(name: str, family: str | None) -> bool:
     said = f"{family or ''} {name}".lower()
     return any(mark in said for mark in EMBEDDERS)
 
@@ -22,7 +22,7 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
             continue
         families = {info.name: info.family or "" for info in entry.backend.catalog}
         for name in entry.backend.models:
-            if not is_embedder(name, families.get(name)):
+            if not is_embedding_model(name, families.get(name)):
                 names.setdefault(name)
     return tuple(names)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.coordination.redis import SharedLoads
+from gpumesh.coordination.redis_coordination import RedisCoordination
 from gpumesh.lab import profile
-from gpumesh.lab.ollama import StandIn
+from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendSpec, NodeSpec, RedisSpec, Target, Topology
 from tests.parts import needs, program
-from tests.tunnels.polling import until
+from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]
 
@@ -43,7 +43,7 @@ class Redis:
         if self.password is not None:
             command += ["--requirepass", self.password]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self.folder)
-        await until(socket.exists, "redis listens")
+        await wait_until(socket.exists, "redis listens")
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -62,14 +62,16 @@ async def redis(tmp_path: Path) -> AsyncIterator[Redis]:
 
 @dataclass
 class Gateway:
-    shared: SharedLoads
+    shared: RedisCoordination
     changes: list[str | None] = field(default_factory=list)
 
 
 @asynccontextmanager
 async def gateway(url: str, password: Callable[[], str | None] = lambda: None) -> AsyncIterator[Gateway]:
     made: Gateway
-    made = Gateway(SharedLoads(url, password=password, on_change=lambda: made.changes.append(made.shared.problem)))
+    made = Gateway(
+        RedisCoordination(url, password=password, on_change=lambda: made.changes.append(made.shared.problem))
+    )
     task = asyncio.create_task(made.shared.run())
     try:
         yield made
@@ -81,42 +83,42 @@ async def gateway(url: str, password: Callable[[], str | None] = lambda: None) -
 async def test_two_gateways_hear_each_other_and_who_leaves_is_gone_at_once(redis: Redis) -> None:
     async with gateway(redis.url) as one:
         async with gateway(redis.url) as two:
-            await until(lambda: len(one.changes) > 0 and len(two.changes) > 0, "both are connected")
-            one.shared.publish({"GPU-1": 3, "GPU-2": 0})
-            await until(lambda: two.shared.elsewhere("GPU-1") == 3, "it is heard")
-            assert one.shared.elsewhere("GPU-1") == 0, "one's own load is not elsewhere"
-            one.shared.publish({})
-            await until(lambda: two.shared.elsewhere("GPU-1") == 0, "it is heard")
-            two.shared.publish({"GPU-1": 1})
-            await until(lambda: one.shared.elsewhere("GPU-1") == 1, "it is heard")
-        await until(lambda: one.shared.elsewhere("GPU-1") == 0, "it left")
+            await wait_until(lambda: len(one.changes) > 0 and len(two.changes) > 0, "both are connected")
+            one.shared.publish_loads({"GPU-1": 3, "GPU-2": 0})
+            await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 3, "it is heard")
+            assert one.shared.other_gateways_load("GPU-1") == 0, "one's own load is not elsewhere"
+            one.shared.publish_loads({})
+            await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 0, "it is heard")
+            two.shared.publish_loads({"GPU-1": 1})
+            await wait_until(lambda: one.shared.other_gateways_load("GPU-1") == 1, "it is heard")
+        await wait_until(lambda: one.shared.other_gateways_load("GPU-1") == 0, "it left")
 
 
 async def test_a_newcomer_learns_what_is_in_flight_without_asking(redis: Redis) -> None:
     async with gateway(redis.url) as one:
-        one.shared.publish({"GPU-1": 2})
+        one.shared.publish_loads({"GPU-1": 2})
         async with gateway(redis.url) as late:
-            await until(lambda: late.shared.elsewhere("GPU-1") == 2, "the heartbeat told it")
+            await wait_until(lambda: late.shared.other_gateways_load("GPU-1") == 2, "the heartbeat told it")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_redis_goes_and_comes_back(redis: Redis, how: signal.Signals) -> None:
     async with gateway(redis.url) as one, gateway(redis.url) as two:
-        one.shared.publish({"GPU-1": 2})
-        await until(lambda: two.shared.elsewhere("GPU-1") == 2, "it is heard")
+        one.shared.publish_loads({"GPU-1": 2})
+        await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 2, "it is heard")
         assert redis.process is not None
         if how is signal.SIGSTOP:
             os.kill(redis.process.pid, how)
         else:
             redis.stop()
-        await until(lambda: bool(one.shared.problem and two.shared.problem), "both say so")
-        assert two.shared.elsewhere("GPU-1") == 0
+        await wait_until(lambda: bool(one.shared.problem and two.shared.problem), "both say so")
+        assert two.shared.other_gateways_load("GPU-1") == 0
         if how is signal.SIGSTOP:
             os.kill(redis.process.pid, signal.SIGCONT)
         else:
             await redis.start()
-        await until(lambda: two.shared.elsewhere("GPU-1") == 2, "it is heard again")
+        await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 2, "it is heard again")
         assert one.shared.problem is two.shared.problem is None
 
 
@@ -125,29 +127,29 @@ async def test_a_password_that_is_wrong_or_missing_is_a_problem_that_does_not_na
     await server.start()
     try:
         async with gateway(server.url, lambda: "wrong-word") as one:
-            await until(lambda: one.shared.problem is not None, "it is refused")
+            await wait_until(lambda: one.shared.problem is not None, "it is refused")
             assert "wrong-word" not in (one.shared.problem or "")
         async with gateway(server.url, lambda: "open-sesame") as two:
-            await until(lambda: bool(two.changes) and two.shared.problem is None, "it is let in")
+            await wait_until(lambda: bool(two.changes) and two.shared.problem is None, "it is let in")
     finally:
         server.stop()
 
 
 async def test_two_meshes_over_one_gpu_share_its_places(redis: Redis) -> None:
     """With one place on the node, the second mesh's request waits for the first one's."""
-    slow = profile.host("one", tokens_per_s=50.0, load_s=0.0, answer_tokens=(60, 60))
+    slow = profile.make_host("one", tokens_per_s=50.0, load_s=0.0, answer_tokens=(60, 60))
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(StandIn(slow))
+        server = await stack.enter_async_context(SimOllama(slow))
         spec = NodeSpec("one", BackendSpec(targets=(Target("127.0.0.1", server.port),), max_parallel=1))
         topology = Topology("shared", (spec,), redis=RedisSpec(redis.url))
         meshes = [await stack.enter_async_context(Mesh(topology)) for _ in range(2)]
         for mesh in meshes:
-            await mesh.first_report(20.0)
+            await mesh.wait_first_report(20.0)
         first = meshes[0].chat("qwen2.5:7b", "hello")
         await anext(first)
-        await until(lambda: meshes[1].candidates()[0].queued == 1, "the other mesh knows")
+        await wait_until(lambda: meshes[1].candidates()[0].queued == 1, "the other mesh knows")
         second = asyncio.create_task(read(meshes[1].chat("qwen2.5:7b", "hello again")))
-        await until(lambda: meshes[1].snapshot().gateway.queued == 1, "it waits")
+        await wait_until(lambda: meshes[1].snapshot().gateway.queued == 1, "it waits")
         await read(first)
         assert await second
         assert server.counters.max_in_flight == 1
@@ -158,10 +160,10 @@ async def read(stream: ChatStream) -> str:
 
 
 async def test_without_redis_a_mesh_serves_and_says_that_it_is_alone(tmp_path: Path) -> None:
-    async with StandIn(profile.fast("one")) as server:
+    async with SimOllama(profile.make_instant_host("one")) as server:
         spec = NodeSpec("one", BackendSpec(targets=(Target("127.0.0.1", server.port),)))
         topology = Topology("alone", (spec,), redis=RedisSpec(f"unix://{tmp_path / 'nobody.sock'}"))
         async with Mesh(topology) as mesh:
-            await mesh.first_report(20.0)
+            await mesh.wait_first_report(20.0)
             assert await read(mesh.chat("qwen2.5:7b", "hello"))
-            await until(lambda: "redis-away" in [one.code for one in mesh.snapshot().findings], "it is said")
+            await wait_until(lambda: "redis-away" in [one.code for one in mesh.snapshot().findings], "it is said")
