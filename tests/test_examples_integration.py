@@ -55,7 +55,7 @@ async def test_fastapi_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("GPUMESH_CONFIG", str(file))
         app = script("fastapi_backend").app
         async with app.router.lifespan_context(app):
-            await app.state.mesh.first_report(10)
+            await app.state.mesh.wait_first_report(10)
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://backend") as client:
                 answer = await client.post("/answer", json={"question": "Why?", "user": "ada"})

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys
 from pathlib import Path
-from tests.lanes import turn
+from tests.lanes import hold_lane
 print("asks", flush=True)
-with turn(Path(sys.argv[1]), alone=sys.argv[2] == "alone"):
+with hold_lane(Path(sys.argv[1]), alone=sys.argv[2] == "alone"):
     print("in", flush=True)
     sys.stdin.read()
 """

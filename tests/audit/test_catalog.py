@@ -19,7 +19,7 @@ from gpumesh.errors import GPUMeshError
 PACKAGE = Path(gpumesh.__file__).parent
 CODE = re.compile(r"[a-z]+(-[a-z]+)*")
 # What is made of a code, and where among its arguments that stands.
-MADE_WITH = {"Finding": 0, "Failure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "add": 0}
+MADE_WITH = {"Finding": 0, "SmiFailure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "add": 0}
 
 
 def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GPUMeshError]]:
@@ -29,7 +29,7 @@ def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GP
 
 
 def written_codes() -> Iterator[tuple[str, str]]:
-    """(code, where) for each that stands in the source: classes' ``code``, findings, failures, ``finding=…``."""
+    """(code, where) for each that stands in the source: classes' ``code``, findings, failures, ``finding_code=…``."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
@@ -44,7 +44,7 @@ def written_codes() -> Iterator[tuple[str, str]]:
             if place is not None and len(node.args) > place:
                 yield from ((code, where) for code in constants(node.args[place]))
             for keyword in node.keywords:
-                if keyword.arg in ("finding", "error_code", "code"):
+                if keyword.arg in ("finding_code", "error_code", "code"):
                     yield from ((code, where) for code in constants(keyword.value))
 
 

@@ -229,11 +229,11 @@ async def test_replay_keeps_the_traces_times() -> None:
 
 async def test_one_node_as_if_it_were_the_mesh() -> None:
     async with two() as made:
-        done = await ran(made, Scenario.SWEEP, BenchSettings(MODEL, tokens=2, concurrency=(2,)), only="beta")
+        done = await ran(made, Scenario.SWEEP, BenchSettings(MODEL, tokens=2, concurrency=(2,)), only_node="beta")
         assert {record.node for record in done.records} == {"beta"}
         assert made.hosts["alpha"].counters.started == 0
         with pytest.raises(UsageError, match="there is no node 'gamma'"):
-            await ran(made, Scenario.QUICK, only="gamma")
+            await ran(made, Scenario.QUICK, only_node="gamma")
 
 
 async def test_a_node_that_fails_is_in_the_result() -> None:
@@ -261,7 +261,7 @@ async def test_nobody_who_could() -> None:
             with pytest.raises(UsageError, match="two nodes"):
                 await ran(half, Scenario.FAILOVER)
             with pytest.raises(NoNodeError, match="gone: "):
-                await ran(half, Scenario.QUICK, only="gone")
+                await ran(half, Scenario.QUICK, only_node="gone")
 
 
 def test_names_of_models_as_ollama_reads_them() -> None:

@@ -46,7 +46,7 @@ def test_a_result_and_an_interruption() -> None:
 
 EARLY = """
 import signal, sys
-from gpumesh.cli.context import run
+from gpumesh.cli.context import run_async
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "gpumesh.daemon.process.event_loop":
@@ -54,7 +54,7 @@ class Interrupt:
 sys.meta_path.insert(0, Interrupt())
 async def main(): ...
 try:
-    run(main())
+    run_async(main())
 except BaseException as error:
     print(type(error).__name__, error)
 """

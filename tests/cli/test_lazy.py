@@ -50,7 +50,7 @@ def test_the_overview_names_every_command_and_imports_none() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_there(name: str) -> None:
-    assert importlib.import_module(f"gpumesh.cli.{COMMANDS[name][0]}").app
+    assert importlib.import_module(f"gpumesh.cli.commands.{COMMANDS[name][0]}").app
 
 
 @pytest.mark.parametrize("words", [words for words, _ in leaves()], ids=" ".join)

@@ -61,8 +61,8 @@ from gpumesh.errors import *
 def failing(*args, **kwargs):
     {raising}
 root.get_command = lambda app: failing
-root.quick = lambda command: command
-root.run()
+root.defer_parameters = lambda command: command
+root.run_app()
 """
 
 

@@ -164,7 +164,7 @@ def test_every_program_is_started_with_such_an_environment() -> None:
                     continue
                 seen += 1
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-                if not given.get("env", "").startswith("environment.child("):
+                if not given.get("env", "").startswith("environment.child_environment("):
                     missing.append(file.relative_to(package).as_posix())
     assert seen >= 7
     assert set(missing) == WHOLE

@@ -134,7 +134,7 @@ os.setgid(int(sys.argv[2]))
 os.setuid(int(sys.argv[2]))
 os.fchdir(folder)
 try:
-    print("used", config.find().name)
+    print("used", config.find_config().name)
 except GPUMeshError as error:
     print("refused", error.message)
 """

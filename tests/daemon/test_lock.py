@@ -23,7 +23,7 @@ def holder(paths: MeshPaths) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; from gpumesh.daemon.lock import MeshLock;"
         " from gpumesh.daemon.paths import MeshPaths;"
-        " lock = MeshLock.take(MeshPaths(*map(Path, sys.argv[1:]))); print('held', flush=True); sys.stdin.read()"
+        " lock = MeshLock.acquire(MeshPaths(*map(Path, sys.argv[1:]))); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(paths.config), str(paths.folder), str(paths.log)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -601,7 +601,7 @@ async def test_a_bug_inside_costs_one_answer_and_leaves_a_trace(
     def broken(kinds: object) -> None:
         raise RuntimeError("a bug with a secret in it")
 
-    monkeypatch.setattr(fleet.mesh, "usable", broken)
+    monkeypatch.setattr(fleet.mesh, "usable_nodes", broken)
     answer = await fleet.client.get("/api/tags")
     assert answer.status_code == 500
     assert answer.json() == {"error": "the gateway failed inside"}

@@ -220,7 +220,7 @@ async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: 
             asked += 1
             return is_wanted(name)
 
-        monkeypatch.setattr(fleet.mesh._dispatcher, "is_wanted", counted)
+        monkeypatch.setattr(fleet.mesh._dispatcher, "slot_is_wanted", counted)
         await wait_until(lambda: asked >= 3, "it has taken nothing for three times as long as it may")
         assert fleet.mesh.request_counters.in_flight == 1
         told = b""

@@ -108,7 +108,7 @@ async def test_a_host_ends_with_its_parent_however_that_ends(tmp_path: Path) -> 
         "from gpumesh.lab import profile\n"
         "from gpumesh.lab.lab import Lab\n"
         "async def main():\n"
-        "    async with Lab((profile.fast('one'),), pathlib.Path(sys.argv[1])) as lab:\n"
+        "    async with Lab((profile.make_instant_host('one'),), pathlib.Path(sys.argv[1])) as lab:\n"
         "        print(lab.host('one').pid, flush=True)\n"
         "        await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"

@@ -444,7 +444,7 @@ async def test_what_nobody_foresaw_costs_its_node_and_leaves_a_trace(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Fails(OllamaDialect):
-        def inventory(self, answers: ProbeAnswers) -> Inventory:
+        def read_inventory(self, answers: ProbeAnswers) -> Inventory:
             raise TypeError("unhashable type: 'list'")
 
     monkeypatch.setitem(DIALECTS, BackendKind.OLLAMA, Fails())

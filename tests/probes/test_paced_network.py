@@ -64,7 +64,7 @@ async def test_nothing_is_unpacked() -> None:
     heads: list[bytes] = []
 
     class Server(HostileServer):
-        def head_came(self, head: bytes) -> None:
+        def on_request(self, head: bytes) -> None:
             heads.append(head)
 
     with Server(lambda _: iter([head + bomb])) as server:

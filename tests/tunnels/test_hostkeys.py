@@ -190,10 +190,10 @@ def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
 RECORD_MANY = """
 import sys
 from pathlib import Path
-from gpumesh.tunnels.hostkeys import HostKey, record
+from gpumesh.tunnels.hostkeys import HostKey, record_host_key
 for number in range(10):
     name = f"{sys.argv[2]}{number}"
-    record(Path(sys.argv[1]), HostKey("ssh-ed25519", b"key"), node=name, host=name, port=22)
+    record_host_key(Path(sys.argv[1]), HostKey("ssh-ed25519", b"key"), node=name, host=name, port=22)
 """
 
 

@@ -138,7 +138,7 @@ async def _guarded(
         if response is not None:
             response.abort()
         if lease.aborted:
-            return replace(_lost(lease), asked=True)
+            return replace(_lost(lease), request_sent=True)
         if late is not None:
             return late
         return _failed(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))

@@ -46,7 +46,7 @@ def test_ctrl_c_while_the_loop_is_made_leaves_no_words_behind(fast: bool) -> Non
     """At each line of asyncio that runs before the command's own first line, one after the other."""
     script = f"""
 import os, signal, sys
-from gpumesh.daemon import loop
+from gpumesh.daemon.process import event_loop
 
 begun = False
 
@@ -68,7 +68,7 @@ def interrupted(nth):
         return trace
     sys.settrace(trace)
     try:
-        loop.run(main(), fast={fast})
+        event_loop.run(main(), use_uvloop={fast})
     except KeyboardInterrupt:
         return True
     finally:

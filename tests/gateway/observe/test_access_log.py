@@ -40,7 +40,7 @@ def written(path: Path) -> list[Any]:
 def test_a_line() -> None:
     answer = Answer("iceland", BackendKind.OLLAMA, 200, ())
     answer.attempts, answer.queue_ms, answer.continuations = 2, 12.34, 1
-    made = record(answer=answer, node="iceland", first=10.25, demand=Demand("qwen2.5:7b"))
+    made = record(answer=answer, node="iceland", first_byte_at=10.25, demand=Demand("qwen2.5:7b"))
     assert entry(made, AT, client="10.0.0.7", request_id="r-1") == {
         "at": "2026-11-24T04:10:00.000Z",
         "client": "10.0.0.7",
@@ -61,7 +61,7 @@ def test_a_line() -> None:
 
 
 def test_what_is_not_known_is_null() -> None:
-    whole = record(answer=WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), first=11.0)
+    whole = record(answer=WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), first_byte_at=11.0)
     assert entry(whole, AT, client=None, request_id=None)["ttft_ms"] is None, "there was no first token to be seen"
     refused = entry(record(status=0, path="/x" * 5000), AT, client=None, request_id=None)
     assert (refused["status"], refused["model"], refused["node"], refused["queue_ms"]) == (None, None, None, None)

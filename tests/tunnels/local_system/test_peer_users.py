@@ -303,12 +303,12 @@ async def test_a_user_that_our_namespace_does_not_know_is_not_us() -> None:
     itself."""
     program = (
         "import os, socket, sys\n"
-        "from gpumesh.tunnels.local_system.peer_users import overflow_uid, own_users\n"
+        "from gpumesh.tunnels.local_system.peer_users import open_own_user_filter, overflow_uid\n"
         "listener = socket.create_server(('127.0.0.1', 0))\n"
         "print(listener.getsockname()[1], overflow_uid(), os.geteuid(), flush=True)\n"
-        "door = own_users(listener, lambda port, uid: print('refused', uid))\n"
+        "door = open_own_user_filter(listener, lambda port, uid: print('refused', uid))\n"
         "accepted, peer = listener.accept()\n"
-        "print('admitted' if door.admits(accepted, peer) else 'not admitted', flush=True)\n"
+        "print('admitted' if door.allows(accepted, peer) else 'not admitted', flush=True)\n"
     )
     process = await asyncio.create_subprocess_exec(
         "unshare", "--user", "--map-user=65534", sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE

@@ -509,13 +509,13 @@ HOLDER = """
 import asyncio, sys
 from pathlib import Path
 from gpumesh.topology import SshSpec
-from gpumesh.tunnels.transport import Setup
+from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.openssh.connection import connect
 
 async def main():
     port, user, identity, known_hosts, folder = sys.argv[1:]
     ssh = SshSpec("127.0.0.1", int(port), user, (Path(identity),), Path(known_hosts), agent=False)
-    connection = await connect(Setup("n", ssh, (), control_dir=folder), (), None)
+    connection = await connect(ConnectRequest("n", ssh, (), control_dir=folder), (), None)
     print(connection._master.process.pid, flush=True)
     await asyncio.Event().wait()
 
