@@ -65,7 +65,7 @@ class ServerCounters:
 
     @property
     def waited_ms(self) -> float | None:
-        """Time spent queued inside the server (facts: ollama-api.md, "Queueing"); ``None`` without the durations."""
+        """Time spent queued inside the server (docs/internals/ollama.md); ``None`` without the durations."""
         if self.total_ms is None or self.eval_ms is None:
             return None
         return max(self.total_ms - (self.load_ms or 0.0) - (self.prompt_ms or 0.0) - self.eval_ms, 0.0)
