@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from gpumesh.audit.catalog import explain
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
-from gpumesh.topology import BackendKind, NodeSpec
+from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
-# `think` came with 0.9: older servers ignore it, and a model that thinks then does so in its answer's text.
-OLDEST_OLLAMA = "0.9.0"
 NAMED = 4  # models, in a sentence
 
 
@@ -36,15 +35,16 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "choose a smaller model, quantisation or `num_ctx`, or unload others; "
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
-    if spec.backend.kind is BackendKind.OLLAMA and backend.version is not None:
-        version, oldest = version_key(backend.version), version_key(OLDEST_OLLAMA)
+    dialect = find_dialect(backend.kind)
+    if dialect is not None and dialect.oldest_version is not None and backend.version is not None:
+        version, oldest = version_key(backend.version), version_key(dialect.oldest_version)
         if version is not None and oldest is not None and version[0] < oldest[0]:
             yield Finding(
                 "version-old",
                 Severity.WARNING,
                 node,
-                f"Ollama {backend.version} is older than {OLDEST_OLLAMA}",
-                "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image",
+                f"{dialect.label} {backend.version} is older than {dialect.oldest_version}",
+                dialect.update_hint,
             )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gpumesh.quoting import paste_command
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
-from gpumesh.topology import BackendKind, NodeSpec
+from gpumesh.topology import NodeSpec
 
 NAMED = 10  # in a sentence
 
@@ -19,10 +19,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     missing = [name for name in spec.expect.models if full_name(name) not in there]
     if not missing:
         return
-    if spec.backend.kind is BackendKind.OLLAMA:
-        hint = "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in missing)
-    else:
-        hint = "start the server with this model, or under this name (`--alias`, `--served-model-name`)"
+    dialect = find_dialect(state.backend.kind)
+    hint = None if dialect is None else dialect.missing_model_hint(missing)
     yield Finding("model-missing", Severity.WARNING, spec.name, f"expected, but not there: {', '.join(missing)}", hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -118,15 +119,57 @@ class Inventory:
     unusable: int = 0
 
 
+class ParallelismSource(StrEnum):
+    """Where it is known from how many requests a server runs at once, if mesh.yaml does not say it."""
+
+    DURATIONS = "durations"
+    """Learned from the durations in its answers (``balancer/limits.py``): it queues in silence what is too much."""
+    PROBE = "probe"
+    """Its probe says it (``Inventory.parallel``); unlimited where the probe does not."""
+
+
 class Dialect(Protocol):
-    """One kind of server. Pure; see ollama.py and openai.py, and DIALECTS in dialects.py."""
+    """One kind of server: what it can do, what is sent to it and what its answers mean. Pure.
+
+    Each attribute is a capability. Code outside this room asks for the capability and never for the kind.
+    ``DIALECTS`` in ``dialects.py`` holds one object for each kind.
+    """
+
+    label: str
+    """The server's name in messages for people."""
+    chat_path: str
+    """Where ``build_chat_call`` goes."""
+    has_model_store: bool
+    """Whether models can be pulled, copied and deleted over its API."""
+    parallelism: ParallelismSource
+    renders_prompts: bool
+    """Whether it renders a chat into a prompt when asked, and then continues a prompt as it is."""
+    continues_only_marked: bool
+    """Whether an answer that is sent back as the last message is continued only when the request says so: else such a
+    server begins a new turn."""
+    required_probes: frozenset[str]
+    """The names in ``probe_calls`` without whose answers there is no inventory."""
+    latency_probe: str
+    """The name in ``probe_calls`` of the cheapest one."""
+    oldest_version: str | None
+    """Older versions lack something that the mesh relies on."""
+    update_hint: str | None
+    """How to update a server that is older."""
+
+    def serves(self, path: str) -> bool:
+        """Whether it answers requests to this path of the gateway."""
+        ...
+
+    def missing_model_hint(self, models: Sequence[str]) -> str:
+        """What to do on its host when it lacks these models."""
+        ...
 
     def build_chat_call(self, request: ChatRequest) -> HttpCall: ...
 
     def create_reader(self, *, stream: bool) -> FrameReader: ...
 
     def error_text(self, status: int, body: bytes) -> str:
-        """The server's own words for an error response, made safe to print, at most a line."""
+        """The message of the server's error response, made safe to print, at most a line."""
         ...
 
     def probe_calls(self) -> Mapping[str, HttpCall]:

@@ -1,4 +1,4 @@
-"""Which dialect speaks to which kind of server, and what holds for all of them."""
+"""The registry of dialects: one object for each kind of server, and what is asked of all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,30 @@ from gpumesh.topology import BackendKind, Target
 
 DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: OllamaDialect(), BackendKind.OPENAI: OpenAIDialect()}
 
+# A request that one kind began is continued on kinds of the same API only: their streams differ.
+_KINDS_BY_CHAT_PATH = {
+    path: frozenset(kind for kind, dialect in DIALECTS.items() if dialect.chat_path == path)
+    for path in {dialect.chat_path for dialect in DIALECTS.values()}
+}
+KINDS_WITH_MODEL_STORE = frozenset(kind for kind, dialect in DIALECTS.items() if dialect.has_model_store)
+# Whose API the gateway's own routes to the nodes' model stores use.
+MODEL_STORE_DIALECT: Dialect = DIALECTS[BackendKind.OLLAMA]
+
 LAST_LINES = 16  # of an answer, among which its figures stand
+
+
+def find_dialect(kind: str) -> Dialect | None:
+    """The dialect of a kind by its name in mesh.yaml and in a node's state; ``None`` while the kind is not known."""
+    return DIALECTS.get(kind)  # type: ignore[call-overload, no-any-return]  # a StrEnum's members are its strings
+
+
+def kinds_that_serve(path: str) -> frozenset[BackendKind]:
+    return frozenset(kind for kind, dialect in DIALECTS.items() if dialect.serves(path))
+
+
+def kinds_that_continue(kind: BackendKind) -> frozenset[BackendKind]:
+    """The kinds of server that can go on with a stream that this kind began."""
+    return _KINDS_BY_CHAT_PATH[DIALECTS[kind].chat_path]
 
 
 def find_counters(body: bytes) -> ServerCounters | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -13,6 +13,7 @@ from gpumesh.backends.base import (
     HttpCall,
     Inventory,
     Message,
+    ParallelismSource,
     ServerCounters,
     duration_ms,
     token_count,
@@ -21,6 +22,7 @@ from gpumesh.backends.error_text import describe_web_page, error_text, find_erro
 from gpumesh.backends.frames import BaseFrameReader, LineSplitter, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
+from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
 
 JSON_HEADERS = (("Content-Type", "application/json"),)
@@ -30,6 +32,24 @@ ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
 
 class OllamaDialect:
     """Implements ``base.Dialect``."""
+
+    label = "Ollama"
+    chat_path = "/api/chat"
+    has_model_store = True
+    parallelism = ParallelismSource.DURATIONS
+    renders_prompts = True
+    continues_only_marked = False
+    required_probes = frozenset({"version", "tags"})
+    latency_probe = "version"
+    # `think` came with 0.9: older servers ignore it, and a model that thinks does so in the text of its answer.
+    oldest_version: str | None = "0.9.0"
+    update_hint: str | None = "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image"
+
+    def serves(self, path: str) -> bool:
+        return path.startswith(("/api/", "/v1/"))
+
+    def missing_model_hint(self, models: Sequence[str]) -> str:
+        return "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in models)
 
     def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
@@ -41,7 +61,7 @@ class OllamaDialect:
             body["options"] = dict(request.options)
         if request.think is not None:
             body["think"] = request.think
-        return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
+        return HttpCall("POST", self.chat_path, safe_json.dump_compact(body), JSON_HEADERS)
 
     def create_reader(self, *, stream: bool) -> OllamaFrameReader:  # noqa: ARG002  # an answer in one piece is a stream of one line
         return OllamaFrameReader()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpumesh.backends import model_list, safe_json, unusable_answers
@@ -12,6 +12,7 @@ from gpumesh.backends.base import (
     HttpCall,
     Inventory,
     Message,
+    ParallelismSource,
     ServerCounters,
     duration_ms,
     token_count,
@@ -47,6 +48,23 @@ _IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 class OpenAIDialect:
     """Implements ``base.Dialect``."""
 
+    label = "an OpenAI-compatible server"
+    chat_path = "/v1/chat/completions"
+    has_model_store = False
+    parallelism = ParallelismSource.PROBE
+    renders_prompts = False
+    continues_only_marked = True
+    required_probes = frozenset({"models"})
+    latency_probe = "models"
+    oldest_version: str | None = None
+    update_hint: str | None = None
+
+    def serves(self, path: str) -> bool:
+        return path.startswith("/v1/")
+
+    def missing_model_hint(self, models: Sequence[str]) -> str:  # noqa: ARG002 - the names stand in the message
+        return "start the server with this model, or under this name (`--alias`, `--served-model-name`)"
+
     def build_chat_call(self, request: ChatRequest) -> HttpCall:
         body: dict[str, Any] = {
             "model": request.model,
@@ -62,7 +80,7 @@ class OpenAIDialect:
             body["reasoning_effort"] = request.think
         elif request.think is not None:
             body["chat_template_kwargs"] = {"enable_thinking": request.think}
-        return HttpCall("POST", "/v1/chat/completions", safe_json.dump_compact(body), JSON_HEADERS)
+        return HttpCall("POST", self.chat_path, safe_json.dump_compact(body), JSON_HEADERS)
 
     def create_reader(self, *, stream: bool) -> OpenAIEventReader | OpenAIBodyReader:
         return OpenAIEventReader() if stream else OpenAIBodyReader()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import islice, zip_longest
 from weakref import WeakKeyDictionary
 
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
 from gpumesh.quoting import paste_command
-from gpumesh.topology import BackendKind
 
 SHOWN_MODELS = 50  # in a sentence for people
 MOST_MODELS = 1000  # in an error's data
@@ -117,7 +117,7 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
         hint = f"it is on {', '.join(away)}, which cannot be used now; " if away else ""
         hint += f"there are: {', '.join(available[:SHOWN_MODELS]) or 'no models'}"
         hint += " …" if len(available) > SHOWN_MODELS else ""
-        stores = [candidate.name for candidate in usable if candidate.kind is BackendKind.OLLAMA]
+        stores = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
         if stores:
             hint += f"; it could be pulled to {', '.join(stores)}: "
             hint += paste_command("gpumesh models pull {MODEL}", MODEL=demand.model)

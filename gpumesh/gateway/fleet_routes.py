@@ -62,7 +62,7 @@ class FleetRoutes:
         versions = [
             node.backend.version
             for node in self._mesh.snapshot().nodes
-            if node.backend.kind == BackendKind.OLLAMA
+            if node.backend.kind in OLLAMA_ONLY
             and node.backend.state is BackendPhase.UP
             and node.backend.version is not None
         ]

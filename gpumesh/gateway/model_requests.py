@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gpumesh.backends import safe_json
+from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.errors import GPUMeshError
 from gpumesh.topology import BackendKind, Topology
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
 NUMBER_BYTES = 32
-OLLAMA_ONLY = frozenset({BackendKind.OLLAMA})
-ALL_KINDS = frozenset(BackendKind)
+OLLAMA_ONLY = kinds_that_serve("/api/chat")
+ALL_KINDS = kinds_that_serve("/v1/chat/completions")
 
 
 class ClientApi(StrEnum):

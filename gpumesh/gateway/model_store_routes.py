@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.dialects import MODEL_STORE_DIALECT
 from gpumesh.backends.frames import LineSplitter
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import has_model, no_node_error
@@ -41,7 +41,6 @@ from gpumesh.gateway.model_requests import OLLAMA_ONLY, BadRequest, ClientApi, r
 from gpumesh.gateway.proxy import build_call
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
-from gpumesh.topology import BackendKind
 
 T = TypeVar("T")
 
@@ -69,7 +68,7 @@ class NodeResult:
 
     @property
     def error_text(self) -> str:
-        return DIALECTS[BackendKind.OLLAMA].error_text(self.status, self.body)
+        return MODEL_STORE_DIALECT.error_text(self.status, self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ class ModelStoreRoutes:
 
     async def _ask(self, node: str, call: HttpCall, timeout_s: float) -> NodeResult:
         demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
-        calls = {BackendKind.OLLAMA: call}
+        calls = dict.fromkeys(OLLAMA_ONLY, call)
         return await _result(node, lambda: self._mesh.send(demand, calls, timeout_s=timeout_s, at_most_once=True))
 
     async def _settle(self, nodes: Sequence[str], results: Sequence[NodeResult], verb: str) -> Response:
@@ -280,7 +279,7 @@ class ModelStoreRoutes:
         """One node's part; a pull is begun anew when the way to it was lost, nothing else is."""
         demand = Demand(None, OLLAMA_ONLY, node, needs_slot=False)
         words = ""
-        calls = {BackendKind.OLLAMA: call}
+        calls = dict.fromkeys(OLLAMA_ONLY, call)
         for tried in range(MAX_TRIES if call.path == "/api/pull" else 1):
             if tried:
                 await asyncio.sleep(self._pause_s * 2 ** (tried - 1))

@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 8 << 20  # some hundred bytes a model
 # Once a later candidate has answered, an earlier one that hangs is waited for this long: preference is not paralysis.
 GRACE_S = 1.0
-# What each kind cannot do without; the rest is waited for only so long, and then unknown.
-REQUIRED = {BackendKind.OLLAMA: ("version", "tags"), BackendKind.OPENAI: ("models",)}
-OPTIONAL_S = 1.5
+OPTIONAL_S = 1.5  # so long is waited for the answers that a kind of server can do without; then they are unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +165,7 @@ async def ask_server(
     began = time.perf_counter()
     took_ms: list[float] = []
 
-    required = REQUIRED[kind]
+    required = dialect.required_probes
 
     async def one(name: str, call: HttpCall) -> tuple[int, bytes] | ProbeError | None:
         limit_s = timeout_s if name in required else min(timeout_s, OPTIONAL_S)

@@ -27,8 +27,6 @@ from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.direct.tunnel import is_loopback
 
 ROUNDS = 7
-# The cheapest question of each kind.
-ECHO = {BackendKind.OLLAMA: "version", BackendKind.OPENAI: "models"}
 DIRECT = "direct"
 
 
@@ -105,7 +103,8 @@ async def _latency(
     client: httpx.AsyncClient, kind: BackendKind, way: BackendRoute, api_key: str | None, timeout_s: float
 ) -> float | None:
     """The middle one of some round trips on a warm connection, in ms; ``None`` when none came back in time."""
-    call = DIALECTS[kind].probe_calls()[ECHO[kind]]
+    dialect = DIALECTS[kind]
+    call = dialect.probe_calls()[dialect.latency_probe]
     headers, names = build_request_options(None if way.offered else way.target, api_key)
     took: list[float] = []
     try:

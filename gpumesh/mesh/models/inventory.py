@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.select import full_name
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.mesh.models.default_model import is_embedding_model
@@ -97,8 +98,8 @@ def list_up_nodes(state: MeshState) -> list[NodeState]:
 
 
 def list_store_nodes(state: MeshState) -> list[NodeState]:
-    """The nodes that are up and have a model store of their own: those with Ollama."""
-    return [node for node in list_up_nodes(state) if node.backend.kind == "ollama"]
+    """The nodes that are up and have a model store of their own."""
+    return [node for node in list_up_nodes(state) if node.backend.kind in KINDS_WITH_MODEL_STORE]
 
 
 def has_model(node: NodeState, model: str) -> bool:

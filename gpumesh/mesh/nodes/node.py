@@ -16,7 +16,8 @@ from hashlib import sha256
 import httpx
 
 from gpumesh import audit, config
-from gpumesh.backends.base import ServerCounters
+from gpumesh.backends.base import ParallelismSource, ServerCounters
+from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
@@ -42,7 +43,7 @@ from gpumesh.state import (
     TunnelPhase,
     TunnelState,
 )
-from gpumesh.topology import BackendKind, NodeSpec, Target
+from gpumesh.topology import NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
 from gpumesh.tunnels.stagger import stagger_intervals
 
@@ -142,6 +143,7 @@ class Node:
         self.spec = spec
         self.name = spec.name
         self.kind = spec.backend.kind
+        self.dialect = DIALECTS[self.kind]
         self.group = spec.name
         self.counts_for_group = True
         """Whether it is the first of its group, which counts what others have in flight on their GPU."""
@@ -366,7 +368,7 @@ class Node:
     def limit(self, now: float) -> int | None:
         if self.spec.backend.max_parallel is not None:
             return self.spec.backend.max_parallel
-        if self.kind is BackendKind.OPENAI:
+        if self.dialect.parallelism is ParallelismSource.PROBE:
             return self._backend.inventory.parallel if self._backend and self._backend.inventory else None
         return self._limit.max_in_flight(now)
 
@@ -482,7 +484,7 @@ class Node:
         self._changes.notify()
 
     def _learn(self, lease: Lease, counters: ServerCounters, now: float) -> None:
-        if self.spec.backend.max_parallel is None and self.kind is BackendKind.OLLAMA:
+        if self.spec.backend.max_parallel is None and self.dialect.parallelism is ParallelismSource.DURATIONS:
             self._limit = learn_limit(
                 self._limit,
                 waited_ms=counters.waited_ms,
@@ -543,7 +545,7 @@ class Node:
         )
 
     def _shown_limit(self) -> int | None:
-        if self.spec.backend.max_parallel is not None or self.kind is BackendKind.OPENAI:
+        if self.spec.backend.max_parallel is not None or self.dialect.parallelism is ParallelismSource.PROBE:
             return self.limit(self._clock())
         return self._limit.proven if self._served else None
 

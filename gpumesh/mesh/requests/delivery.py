@@ -10,6 +10,7 @@ from random import Random
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation, ContinuationStrategies, Ending
+from gpumesh.backends.dialects import kinds_that_continue
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
@@ -114,8 +115,8 @@ class RequestDelivery:
                 return self._told(result)
 
     def _streaming(self, opened: OpenedStream) -> StreamingAnswer:
-        # What one kind of server has begun, another could not go on with: they speak differently.
-        self._demand = replace(self._demand, kinds=frozenset({opened.lease.node.kind}))
+        # A server of another API could not go on with it: its stream is of another form.
+        self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
         clock = self._means.clock
         left_s = max(self._deadline - clock(), 0.0)
         return StreamingAnswer(opened, self, self._means.pauses, clock=clock, deadline_in_s=left_s)
