@@ -128,6 +128,18 @@ class ParallelismSource(StrEnum):
     """Its probe says it (``Inventory.parallel``); unlimited where the probe does not."""
 
 
+class ContinuationMethod(StrEnum):
+    """How a server is told to go on with a chat of ``/v1`` that it, or another server, began."""
+
+    TEMPLATE = "template"
+    """As the last message of the assistant; where the model's template closes that, as text after the prompt that the
+    server renders (Ollama)."""
+    MARKED = "marked"
+    """As the last message of the assistant, marked as the one to continue: else a new turn begins (vLLM)."""
+    RENDERED_PROMPT = "rendered-prompt"
+    """As text after the prompt that the server renders (llama-server)."""
+
+
 class Dialect(Protocol):
     """One kind of server: what it can do, what is sent to it and what its answers mean. Pure.
 
@@ -142,11 +154,7 @@ class Dialect(Protocol):
     has_model_store: bool
     """Whether models can be pulled, copied and deleted over its API."""
     parallelism: ParallelismSource
-    renders_prompts: bool
-    """Whether it renders a chat into a prompt when asked, and then continues a prompt as it is."""
-    continues_only_marked: bool
-    """Whether an answer that is sent back as the last message is continued only when the request says so: else such a
-    server begins a new turn."""
+    continuation: ContinuationMethod
     required_probes: frozenset[str]
     """The names in ``probe_calls`` without whose answers there is no inventory."""
     latency_probe: str

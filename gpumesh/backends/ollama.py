@@ -10,6 +10,7 @@ from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
+    ContinuationMethod,
     HttpCall,
     Inventory,
     Message,
@@ -37,8 +38,7 @@ class OllamaDialect:
     chat_path = "/api/chat"
     has_model_store = True
     parallelism = ParallelismSource.DURATIONS
-    renders_prompts = True
-    continues_only_marked = False
+    continuation = ContinuationMethod.TEMPLATE
     required_probes = frozenset({"version", "tags"})
     latency_probe = "version"
     # `think` came with 0.9: older servers ignore it, and a model that thinks does so in the text of its answer.

@@ -9,6 +9,7 @@ from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
     ChatRequest,
     Chunk,
+    ContinuationMethod,
     HttpCall,
     Inventory,
     Message,
@@ -52,8 +53,7 @@ class OpenAIDialect:
     chat_path = "/v1/chat/completions"
     has_model_store = False
     parallelism = ParallelismSource.PROBE
-    renders_prompts = False
-    continues_only_marked = True
+    continuation = ContinuationMethod.MARKED
     required_probes = frozenset({"models"})
     latency_probe = "models"
     oldest_version: str | None = None

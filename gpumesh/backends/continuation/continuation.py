@@ -35,14 +35,13 @@ from itertools import islice
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall, ServerCounters
 from gpumesh.backends.continuation.stream_format import (
-    SENTINEL,
     Frame,
     JsonObject,
     PartialAnswer,
     StreamFormat,
     TextPieces,
 )
-from gpumesh.backends.continuation.stream_formats import stream_format_for
+from gpumesh.backends.continuation.stream_formats import continuation_format_for, stream_format_for
 from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.frames import LINE_LIMIT
 from gpumesh.backends.ollama import JSON_HEADERS
@@ -104,6 +103,7 @@ class Continuation:
         self._request_body = request
         self._form: StreamFormat = stream_format_for(path)
         self._source = self._form
+        self._next_form = self._form
         self.frame_separator = self._form.frame_separator
         self._clock = clock
         self._ways: ContinuationStrategies = {} if strategies is None else strategies
@@ -336,24 +336,26 @@ class Continuation:
     def render_call(self, node: str, kind: BackendKind) -> HttpCall | None:
         """What to ask of the node that will go on; ``None`` when nothing need be asked."""
         way = self._ways.get((node, self._model))
+        form = continuation_format_for(self._path, kind)
+        if type(form) is not type(self._next_form):
+            self._prompt = None  # another kind of server rendered it
+        self._next_form = form
         known = way is ContinuationStrategy.ASSISTANT_LAST or (
             way is ContinuationStrategy.RAW and self._prompt is not None
         )
-        if known or not self._asks(kind):
+        if known or not self._asks(form):
             return None
-        return self._form.render_call(self._request, self._sofar.thinking)
+        return form.render_call(self._request, self._sofar.thinking)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
         """The answer to ``render_call``. One that tells nothing leaves the common way: assistant last."""
         document = (safe_json.parse_object(body) if status == 200 else None) or {}
-        info = document.get("_debug_info")
-        prompt = safe_json.as_text(info.get("rendered_template")) if isinstance(info, dict) else None
-        if prompt is None or prompt.count(SENTINEL) != 1:
+        rendered = self._next_form.read_rendered_prompt(document)
+        if rendered is None:
             return
-        before, _, after = prompt.partition(SENTINEL)
-        if after.strip():
+        if rendered.closes_turn:
             self._ways[node, self._model] = ContinuationStrategy.RAW
-            self._prompt = before
+            self._prompt = rendered.text
         else:
             self._ways[node, self._model] = ContinuationStrategy.ASSISTANT_LAST
 
@@ -362,18 +364,15 @@ class Continuation:
         self._read_with(self._form)
         if not self._texts and not self._thoughts:
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
-        raw = self._asks(kind) and self._ways.get((node, self._model)) is ContinuationStrategy.RAW
-        refusal = (
-            self._form.raw_prompt_refusal(self._request)
-            if raw
-            else self._form.assistant_message_refusal(self._request, kind)
-        )
+        form = continuation_format_for(self._path, kind)
+        raw = self._asks(form) and self._ways.get((node, self._model)) is ContinuationStrategy.RAW
+        refusal = form.raw_prompt_refusal(self._request) if raw else form.assistant_message_refusal(self._request)
         if refusal is not None:
             return self._refused(refusal)
         if not raw:
-            rest = self._form.continue_assistant_message(self._request, self._sofar, kind)
+            rest = form.continue_assistant_message(self._request, self._sofar)
         elif self._prompt is not None:
-            rest = self._form.continue_raw_prompt(self._request, self._sofar, self._prompt)
+            rest = form.continue_raw_prompt(self._request, self._sofar, self._prompt)
         else:
             return None
         self._read_with(rest.form)
@@ -382,9 +381,9 @@ class Continuation:
     def _read_with(self, form: StreamFormat) -> None:
         self._source, self.frame_separator = form, form.frame_separator
 
-    def _asks(self, kind: BackendKind) -> bool:
+    def _asks(self, form: StreamFormat) -> bool:
         """Whether it depends on the model's template how the text so far is continued."""
-        return kind is BackendKind.OLLAMA and bool(self._texts) and self._form.uses_template(self._request)
+        return bool(self._texts) and form.uses_template(self._request)
 
     def _ended(self, data: bytes) -> Ending:
         self.finished = True

@@ -15,6 +15,7 @@ from gpumesh.backends.continuation.stream_format import (
     Frame,
     JsonObject,
     PartialAnswer,
+    RenderedPrompt,
     TextPieces,
     append_answer,
     client_began_answer,
@@ -22,10 +23,10 @@ from gpumesh.backends.continuation.stream_format import (
     continuation_note,
     find_strings,
     positive_count,
+    read_debug_rendering,
 )
 from gpumesh.backends.frames import EVENT_LINES
 from gpumesh.backends.ollama import JSON_HEADERS
-from gpumesh.topology import BackendKind
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(
@@ -92,16 +93,18 @@ class EventStreamFormat:
         return self.continuation_refusal(request)
 
     def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
-        return self.continue_assistant_message(request, sofar, BackendKind.OLLAMA)
+        return self.continue_assistant_message(request, sofar)
 
-    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:  # noqa: ARG002
+    def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        return read_debug_rendering(document)
+
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:
         return self.continuation_refusal(request)
 
     def continue_assistant_message(
         self,
         request: JsonObject,
         sofar: PartialAnswer,  # noqa: ARG002
-        kind: BackendKind,  # noqa: ARG002
     ) -> ContinuationCall:
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(request), JSON_HEADERS), self)
 
@@ -200,27 +203,16 @@ class OpenAIChatFormat(EventStreamFormat):
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, options), OllamaAsOpenAIFormat(usage=usage))
 
-    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:
-        began = client_began_answer(request["messages"]) and not request.get("continue_final_message")
-        if kind is BackendKind.OPENAI and began:
-            return "the client began the turn, and servers differ in what that means"
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
 
-    def continue_assistant_message(
-        self, request: JsonObject, sofar: PartialAnswer, kind: BackendKind
-    ) -> ContinuationCall:
+    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
         body = dict(request)
         body["messages"] = append_answer(list(request["messages"]), sofar.text, "reasoning_content", sofar.thinking)
         for key in ("max_completion_tokens", "max_tokens"):
             bound = positive_count(request.get(key))
             if bound is not None:
                 body[key] = max(bound - sofar.tokens, 1)
-        if kind is BackendKind.OPENAI:
-            # vLLM and SGLang start a new turn unless told so; llama-server continues anyway, but refuses to where the
-            # model could think first: of what is continued the thinking, if any, is over.
-            given = request.get("chat_template_kwargs")
-            template = {**(given if isinstance(given, dict) else {}), "enable_thinking": False}
-            body |= {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": template}
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
 
     def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
@@ -240,6 +232,26 @@ class OpenAIChatFormat(EventStreamFormat):
         if not reason:  # the client has had the finish frame
             return _DONE
         return _event(_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)}) + _DONE
+
+
+class MarkedChatFormat(OpenAIChatFormat):
+    """``/v1/chat/completions`` of a server that is told which message to continue, and renders no prompt.
+
+    vLLM and SGLang start a new turn without the mark. llama-server needs none, but refuses to continue where the model
+    could think first: ``enable_thinking`` is off, for the thinking of what is continued, if there was any, is over.
+    """
+
+    def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
+        return False
+
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:
+        if client_began_answer(request["messages"]) and not request.get("continue_final_message"):
+            return "the client began the turn, and servers differ in what that means"
+        return None
+
+    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
+        marks = {"continue_final_message": True, "add_generation_prompt": False}
+        return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, sofar)
 
 
 class OllamaAsOpenAIFormat(OllamaStreamFormat):
@@ -263,6 +275,12 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
             figures = _figures({"usage": counts}, sofar)
             out += _event({**_chunk(sofar, {}, None), "choices": [], **figures, "gpumesh": continuation_note(sofar)})
         return out + _DONE
+
+
+def without_thinking(request: JsonObject) -> JsonObject:
+    """The member of a request by which the model's template leaves no room for thinking."""
+    given = request.get("chat_template_kwargs")
+    return {"chat_template_kwargs": {**(given if isinstance(given, dict) else {}), "enable_thinking": False}}
 
 
 def event_data(frame: bytes) -> bytes:

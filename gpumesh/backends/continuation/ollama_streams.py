@@ -13,6 +13,7 @@ from gpumesh.backends.continuation.stream_format import (
     Frame,
     JsonObject,
     PartialAnswer,
+    RenderedPrompt,
     TextPieces,
     append_answer,
     client_began_answer,
@@ -20,9 +21,9 @@ from gpumesh.backends.continuation.stream_format import (
     continuation_note,
     find_strings,
     positive_count,
+    read_debug_rendering,
 )
 from gpumesh.backends.ollama import JSON_HEADERS
-from gpumesh.topology import BackendKind
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
@@ -104,15 +105,13 @@ class OllamaStreamFormat:
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, self._bounded(request, sofar)), self)
 
-    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:  # noqa: ARG002
+    def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        return read_debug_rendering(document)
+
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
 
-    def continue_assistant_message(
-        self,
-        request: JsonObject,
-        sofar: PartialAnswer,
-        kind: BackendKind,  # noqa: ARG002
-    ) -> ContinuationCall:
+    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
         options = self._bounded(request, sofar)
         if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}

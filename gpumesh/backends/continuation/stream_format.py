@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
-from gpumesh.topology import BackendKind
 
 JsonObject = Mapping[str, Any]
 # Stands for the text so far when a server is asked to render a prompt; no model says it.
@@ -65,6 +64,15 @@ class ContinuationCall:
     form: StreamFormat
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A chat as the model reads it, up to the answer. ``closes_turn``: the model's template ends a last message of the
+    assistant, so that only the prompt with the text after it is continued."""
+
+    text: str
+    closes_turn: bool
+
+
 class StreamFormat(Protocol):
     """``frame_end_pattern`` ends a frame, ``frame_separator`` is its most common spelling. ``supports_continuation``:
     an answer of this form can be continued, so its text is worth keeping."""
@@ -94,7 +102,7 @@ class StreamFormat(Protocol):
         """Whether the model's template stands between this request and what the model reads."""
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
-        """Asks an Ollama to render the prompt up to SENTINEL; ``None`` where the answer would tell nothing."""
+        """Asks the server to render the prompt up to the answer; ``None`` where its answer would be of no use."""
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         """Why ``continue_raw_prompt`` cannot do it rightly; ``None`` if it can."""
@@ -102,12 +110,13 @@ class StreamFormat(Protocol):
     def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
         """As text after the rendered prompt: for templates that close a message of the assistant."""
 
-    def assistant_message_refusal(self, request: JsonObject, kind: BackendKind) -> str | None:
-        """Why ``continue_assistant_message`` cannot do it rightly on this kind of server; ``None`` if it can."""
+    def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
+        """What the answer to ``render_call`` says; ``None`` where it says nothing."""
 
-    def continue_assistant_message(
-        self, request: JsonObject, sofar: PartialAnswer, kind: BackendKind
-    ) -> ContinuationCall:
+    def assistant_message_refusal(self, request: JsonObject) -> str | None:
+        """Why ``continue_assistant_message`` cannot do it rightly; ``None`` if it can."""
+
+    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
         """As a last message of the assistant."""
 
     def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
@@ -117,6 +126,16 @@ class StreamFormat(Protocol):
         """What is missing for an answer whose text is complete."""
 
     def error_frame(self, message: str) -> bytes: ...
+
+
+def read_debug_rendering(document: JsonObject) -> RenderedPrompt | None:
+    """Ollama's answer to a chat with SENTINEL as the answer so far and ``_debug_render_only``."""
+    info = document.get("_debug_info")
+    prompt = safe_json.as_text(info.get("rendered_template")) if isinstance(info, dict) else None
+    if prompt is None or prompt.count(SENTINEL) != 1:
+        return None
+    before, _, after = prompt.partition(SENTINEL)
+    return RenderedPrompt(before, closes_turn=bool(after.strip()))
 
 
 def append_answer(messages: list[Any], text: str, thinking_key: str, thinking: str) -> list[Any]:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.continuation.event_streams import (
     EventStreamFormat,
+    MarkedChatFormat,
     OllamaAsOpenAIFormat,
     OpenAIChatFormat,
     event_data,
 )
 from gpumesh.backends.continuation.stream_format import Frame, PartialAnswer, TextPieces
-from gpumesh.topology import BackendKind
 
 CHAT = OpenAIChatFormat("/v1/chat/completions")
 HEAD = {"id": "1", "object": "chat.completion.chunk", "created": 5, "model": "m", "service_tier": "x"}
@@ -171,12 +171,12 @@ def test_a_native_rest_ends_as_openais_streams_end() -> None:
 def test_only_other_kinds_are_told_to_go_on() -> None:
     request = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
     sofar = PartialAnswer(text="x", thinking="t", tokens=3)
-    body = json.loads(CHAT.continue_assistant_message(request, sofar, BackendKind.OLLAMA).call.body)
+    body = json.loads(CHAT.continue_assistant_message(request, sofar).call.body)
     assert not body.keys() & {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     assert body["max_tokens"] == 1
     assert body["messages"][-1]["reasoning_content"] == "t"
     request["chat_template_kwargs"] = {"a": 1, "enable_thinking": True}
-    body = json.loads(CHAT.continue_assistant_message(request, sofar, BackendKind.OPENAI).call.body)
+    body = json.loads(MarkedChatFormat("/v1/chat/completions").continue_assistant_message(request, sofar).call.body)
     assert body["continue_final_message"] is True
     assert body["add_generation_prompt"] is False
     assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
 from gpumesh.backends.continuation.stream_format import SENTINEL, Frame, PartialAnswer, TextPieces
-from gpumesh.topology import BackendKind
 
 CHAT, GENERATE = OllamaStreamFormat(generate=False), OllamaStreamFormat(generate=True)
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "x"}], "keep_alive": "5m", "options": {"seed": 1}}
@@ -72,9 +71,7 @@ def test_a_raw_prompt_keeps_what_concerns_the_model_and_nothing_of_the_chat() ->
 
 def test_a_generate_becomes_the_chat_that_its_server_makes_of_it() -> None:
     request = {"model": "m", "system": "s", "prompt": "p", "images": ["i"], "raw": False, "options": {"num_predict": 9}}
-    body = json.loads(
-        GENERATE.continue_assistant_message(request, PartialAnswer(text="so", tokens=4), BackendKind.OLLAMA).call.body
-    )
+    body = json.loads(GENERATE.continue_assistant_message(request, PartialAnswer(text="so", tokens=4)).call.body)
     assert body["messages"] == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "p", "images": ["i"]},
