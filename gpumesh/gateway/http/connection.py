@@ -18,6 +18,7 @@ import select
 import sys
 import termios
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -67,6 +68,7 @@ class ClientConnection(asyncio.Protocol):
         self.work_runner = server.work_runner
         self.backpressured = False
         self.client_address: str | None = None
+        self.on_writable: Callable[[], None] | None = None
         self._server = server
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -125,6 +127,8 @@ class ClientConnection(asyncio.Protocol):
         if self._room is not None and not self._room.done():
             self._room.set_exception(ConnectionResetError("the client is gone"))
             self._room.exception()  # seen, if nobody waits any more
+        if self.on_writable is not None:
+            self.on_writable()
         if self._lost is not None:
             self._lost.set_result(None)
         if self._incoming is not None:
@@ -199,6 +203,8 @@ class ClientConnection(asyncio.Protocol):
             self._write_timer = None
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
+        if self.on_writable is not None:
+            self.on_writable()
 
     # -- httptools -----------------------------------------------------------------------------------------------
 
@@ -383,6 +389,7 @@ class ClientConnection(asyncio.Protocol):
             reply = json_response(_error(500, "the gateway failed inside"), status=500, close=True)
         finally:
             request.release()
+            self.on_writable = None
         if isinstance(reply, Response):
             if request.answer_started:
                 raise ConnectionError("a part of another answer has been sent already")

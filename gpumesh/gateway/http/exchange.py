@@ -33,6 +33,8 @@ class ClientTransport(Protocol):
     work_runner: SlicedWorkRunner
     backpressured: bool
     client_address: str | None
+    on_writable: Callable[[], None] | None
+    """Called each time that the client has taken most of what was written to it, and when the client is gone."""
 
     @property
     def unacknowledged_bytes(self) -> int | None:
@@ -348,6 +350,16 @@ class StreamingResponse:
     def backpressured(self) -> bool:
         """The client reads more slowly than it is written to."""
         return self._connection.backpressured
+
+    @property
+    def on_writable(self) -> Callable[[], None] | None:
+        """Called each time that the stream is no longer ``backpressured``, and when the client is gone: ``write`` then
+        raises ConnectionResetError. The connection drops it when the request's handler has ended."""
+        return self._connection.on_writable
+
+    @on_writable.setter
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        self._connection.on_writable = callback
 
     def write(self, data: bytes) -> None:
         """Raises ConnectionError when the client is gone."""

@@ -943,6 +943,38 @@ def test_a_part_is_never_taken_for_all(run: Run) -> None:
 
 
 @both
+def test_a_stream_calls_back_when_its_client_has_taken_what_was_written_or_is_gone(run: Run) -> None:
+    async def main() -> None:
+        streams: list[StreamingResponse] = []
+        calls = asyncio.Queue[bool]()
+
+        async def handler(request: Request) -> StreamingResponse:
+            stream = request.start_stream(())
+            streams.append(stream)
+            stream.on_writable = lambda: calls.put_nowait(stream.backpressured)
+            while not stream.backpressured:
+                stream.write(b"x" * 65536)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async with bare(handler, Bounds()) as here:
+            reader, writer = await silent(here.port)
+            writer.write(GET)
+            await wait_until(lambda: bool(streams) and streams[0].backpressured, "the client takes no more")
+            assert calls.empty()
+            assert await took(reader, 1 << 20, each=1 << 20, pause_s=0.0) >= 1 << 20
+            while calls.empty():
+                await reader.read(1 << 20)
+            assert calls.get_nowait() is False
+            writer.transport.abort()
+            await asyncio.wait_for(calls.get(), 10)
+            with pytest.raises(ConnectionResetError):
+                streams[0].write(b"x")
+
+    run(main())
+
+
+@both
 def test_a_client_past_the_bound_that_is_still_sending_sees_the_refusal(run: Run) -> None:
     async def main() -> None:
         async with bare(fine, Bounds(max_connections=0)) as here:
