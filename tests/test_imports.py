@@ -17,6 +17,7 @@ LAYERS = {
     "cancellation": 0,
     "printable": 0,
     "quoting": 0,
+    "slice_queue": 0,
     "atomic_file": 0,
     "versions": 0,
     "topology": 1,

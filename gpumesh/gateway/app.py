@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from gpumesh import config
 from gpumesh.balancer.base import Demand
@@ -22,15 +22,17 @@ from gpumesh.gateway import error_shapes, proxy
 from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_embedding_request
 from gpumesh.gateway.fleet_routes import FleetRoutes
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.exchange import Handler, Request, StreamingResponse
-from gpumesh.gateway.http.listener import HttpListener
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
 from gpumesh.gateway.http.server import Server
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
+from gpumesh.gateway.listener import HttpListener
 from gpumesh.gateway.model_requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
-    BadRequest,
+    ClientApi,
     Route,
     find_client_api,
     read_demand,
@@ -54,6 +56,14 @@ ONE_NODE_S = 30.0  # for what any one node answers by itself
 STOPPED_MESSAGE = "the gateway was stopped"
 UI = "/ui"
 LOST = 499  # nginx's word for a client that left before it was answered
+
+
+class _Active(NamedTuple):
+    """A request that is being answered."""
+
+    record: RequestRecord
+    task: asyncio.Task[None] | None
+
 
 Entry = tuple[tuple[str, ...], Handler]
 _GET = ("GET", "HEAD")
@@ -94,12 +104,12 @@ class Gateway:
         key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env).encode()
         self._access = _access(self._host, key)
         self._guard = Guard(key, frozenset(spec.cors_origins), _names(self._host, spec.socket))
-        self._active: dict[RequestRecord, asyncio.Task[None] | None] = {}
+        self._active: dict[Request, _Active] = {}
         self._stopped = False
         self._hurried = stop_now or asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._server = Server(self._handle, self._bounds)
+        self._server = Server(self._handle, self._bounds, render_error=_error_outside_requests)
         self._listening = HttpListener(self._host, self._port, spec.socket)
         self._fleet = FleetRoutes(mesh, self.metrics, self._server)
         self._page = UiPage(mesh, writable=key is not None)
@@ -167,7 +177,7 @@ class Gateway:
         """What is still in flight ends with an error that says why: in its stream, or with a status."""
         self._stopped = True
         for gently in (True, False):  # an answer that looks for another node just now does not hear that it is over
-            for record, task in list(self._active.items()):
+            for record, task in list(self._active.values()):
                 if gently and record.answer is not None:
                     record.answer.expire(STOPPED_MESSAGE)
                 elif task is not None:
@@ -179,17 +189,15 @@ class Gateway:
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request) -> Response | StreamingResponse:
-        record = request.record
-        record.path = request.path
-        self._active[record] = asyncio.current_task()
+        record = RequestRecord(self._server.clock, request.received_at, request.method, request.path)
+        self._active[request] = _Active(record, asyncio.current_task())
         self._idle.clear()
         reply: Response | StreamingResponse | None = None
         try:
             reply = await self._answer(request, record)
             return reply
         finally:
-            del self._active[record]
-            request.unfinished_stream = None
+            del self._active[request]
             if not self._active:
                 self._idle.set()
             self._ended(request, record, reply)
@@ -268,7 +276,7 @@ class Gateway:
         if route is not None:
             record.route = path
             if request.method not in route.methods:
-                return _not_allowed(request, path, route.methods)
+                return _not_allowed(request, record, route.methods)
             return await self._one_model(request, record, route)
         name = path
         if path.startswith("/v1/models/"):
@@ -285,7 +293,7 @@ class Gateway:
         for methods, handler in entries:
             if request.method in methods:
                 return await handler(request)
-        return _not_allowed(request, path, [method for methods, _ in entries for method in methods])
+        return _not_allowed(request, record, [method for methods, _ in entries for method in methods])
 
     async def _one_model(self, request: Request, record: RequestRecord, route: Route) -> Response | StreamingResponse:
         demand, body = await self._read(request, route)
@@ -326,7 +334,7 @@ class Gateway:
 
     async def _one_node(self, request: Request) -> Response | StreamingResponse:
         """What any one node answers by itself; about a model, a node that has it."""
-        record, path = request.record, request.path
+        record, path = self._active[request].record, request.path
         model = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else None
         node = read_node(request.headers, self.mesh.topology)
         kinds = OLLAMA_ONLY if model is None else MODEL_ROUTES["/v1/chat/completions"].kinds
@@ -385,13 +393,18 @@ def _names(host: str | None, path: Path | None) -> frozenset[str]:
     return frozenset({*(() if host is None else (host.lower(),)), *(() if path is None else ("unix",))})
 
 
-def _not_allowed(request: Request, path: str, methods: Iterable[str]) -> Response:
+def _not_allowed(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
     """405; or what a preflight asks for, its headers being those of every answer to that origin."""
     allow = (("Allow", ", ".join(sorted(methods))),)
     if request.method == "OPTIONS" and request.cors is not None:
         return Response(status=204, headers=allow)
-    request.record.outcome = RequestOutcome.REFUSED
-    return _error_reply(path, BadRequest("method not allowed", status=405), headers=allow)
+    record.outcome = RequestOutcome.REFUSED
+    return _error_reply(record.path, BadRequest("method not allowed", status=405), headers=allow)
+
+
+def _error_outside_requests(status: int, message: str) -> Response:
+    """Whose dialect it would be is not known where there is no path: Ollama's."""
+    return json_response(error_shapes.error_body(ClientApi.OLLAMA, status, message), status=status)
 
 
 def _error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) -> Response:

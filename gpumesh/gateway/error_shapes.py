@@ -15,7 +15,8 @@ from gpumesh.errors import (
     QueueFull,
     UsageError,
 )
-from gpumesh.gateway.model_requests import BadRequest, ClientApi
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -12,7 +12,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.balancer.base import Demand
 from gpumesh.errors import GPUMeshError
 from gpumesh.gateway import merged_lists
-from gpumesh.gateway.http.exchange import Request
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
 from gpumesh.gateway.http.server import Server
 from gpumesh.gateway.model_requests import OLLAMA_ONLY

@@ -36,7 +36,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.gateway.http.errors import BadRequest
 
 WHOLE_BYTES = 32 << 10  # read in one call: 7 ms at the worst, which is one of thousands of members
 WINDOW = 16 << 10  # bytes of a larger one that are looked at in one go, 3 ms at the worst

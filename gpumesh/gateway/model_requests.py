@@ -12,7 +12,7 @@ import msgspec
 from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
-from gpumesh.errors import GPUMeshError
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.topology import BackendKind, Topology
 
 if TYPE_CHECKING:
@@ -60,16 +60,6 @@ MODEL_ROUTES: Mapping[str, Route] = {
     "/v1/messages": Route(_POST, ClientApi.ANTHROPIC, ALL_KINDS),
     "/v1/audio/transcriptions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
 }
-
-
-class BadRequest(GPUMeshError):
-    """The client's own mistake, told in its dialect with this status."""
-
-    code = "bad-request"
-
-    def __init__(self, message: str, *, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def find_client_api(path: str) -> ClientApi:

@@ -33,11 +33,13 @@ from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import has_model, no_node_error
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.gateway.json_members import read_members, rewrite_body
 from gpumesh.gateway.merged_progress import MergedProgress
-from gpumesh.gateway.model_requests import OLLAMA_ONLY, BadRequest, ClientApi, read_node, read_timeout
+from gpumesh.gateway.model_requests import OLLAMA_ONLY, ClientApi, read_node, read_timeout
 from gpumesh.gateway.proxy import build_call
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer

@@ -16,9 +16,11 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.select import has_model
 from gpumesh.errors import BackendError, GPUMeshError
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
-from gpumesh.gateway.model_requests import BadRequest, ClientApi
+from gpumesh.gateway.http.streaming_response import StreamingResponse
+from gpumesh.gateway.model_requests import ClientApi
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind

@@ -16,9 +16,10 @@ from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
-from gpumesh.gateway.http.exchange import Request, StreamingResponse
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Request
 from gpumesh.gateway.http.responses import Response, json_response
-from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json

@@ -26,9 +26,10 @@ from gpumesh.coordination.peers import decode_loads as decode_peer
 from gpumesh.daemon import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merged_lists
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import read_small_members, scan_members
 from gpumesh.gateway.merged_progress import MergedProgress
-from gpumesh.gateway.model_requests import MODEL_ROUTES, BadRequest, read_demand, read_model
+from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 from gpumesh.printable import printable
 from gpumesh.probes.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib

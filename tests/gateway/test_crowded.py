@@ -190,7 +190,7 @@ def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
             reader, writer = await small_window(fleet.port)
             writer.write(post(chat("much", stream=True), "Connection: close"))
             await wait_until(
-                lambda: any(one.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+                lambda: any(one.writer.backpressured for one in fleet.gateway._server._connections), "it takes no more"
             )
             async with asyncio.timeout(20):
                 assert (await fleet.chat("little", stream=True)).status_code == 200
@@ -211,7 +211,7 @@ async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: 
         reader, writer = await small_window(fleet.port)
         writer.write(post(chat("much", stream=True), "Connection: close"))
         await wait_until(
-            lambda: any(one.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+            lambda: any(one.writer.backpressured for one in fleet.gateway._server._connections), "it takes no more"
         )
         is_wanted, asked = fleet.mesh._dispatcher.slot_is_wanted, 0
 

@@ -12,7 +12,8 @@ from gpumesh.errors import (
     UsageError,
 )
 from gpumesh.gateway import error_shapes
-from gpumesh.gateway.model_requests import BadRequest, ClientApi
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.model_requests import ClientApi
 
 
 @pytest.mark.parametrize(

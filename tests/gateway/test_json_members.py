@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand
 from gpumesh.gateway import json_members
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import KNOWN_MEMBERS, MAX_MEMBERS, WHOLE_BYTES, Members, fold_name, join_pieces
-from gpumesh.gateway.model_requests import MODEL_ROUTES, BadRequest, read_demand, read_model
+from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 
 T = TypeVar("T")
 CHAT = MODEL_ROUTES["/api/chat"]

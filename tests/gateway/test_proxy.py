@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.proxy import read_resume
 from gpumesh.lab.profile import QWEN_7B, Faults, HostProfile
 from gpumesh.mesh.requests import silence_watch

@@ -11,8 +11,7 @@ number that together fill the memory some get through. And nobody can lock the o
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TypeVar
 
 from gpumesh.errors import QueueFull
@@ -135,22 +134,3 @@ class MemoryReservation:
             self.finish_reading()
         self._memory.held -= self.size
         self.size = 0
-
-
-class SlicedWorkRunner:
-    """Work that takes long is cut in pieces: of all that is under way, one piece is done in each round of the loop, in
-    turn. So everybody else waits for one piece, however many there are."""
-
-    def __init__(self) -> None:
-        self._turn = asyncio.Lock()
-
-    async def run(self, work: Generator[None, None, T]) -> T:
-        """Its result; raises what it raises."""
-        while True:
-            async with self._turn:
-                try:
-                    next(work)
-                except StopIteration as end:
-                    result: T = end.value
-                    return result
-                await asyncio.sleep(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator
 
-from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.gateway.http.errors import BadRequest
 
 PIECE = 256 << 10  # bytes that are unpacked at a time, under a millisecond: others' tokens wait meanwhile
 RATIO = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -40,6 +40,9 @@ class Headers(Mapping[str, str]):
     def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]  # only strings here
         return self._first.get(name.lower(), default)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._first
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._first)
 
@@ -72,6 +75,14 @@ class Response:
 
 def json_response(body: bytes, *, status: int = 200, headers: HeaderPairs = (), close: bool = False) -> Response:
     return Response(body, status=status, content_type="application/json", headers=headers, close=close)
+
+
+ErrorRenderer = Callable[[int, str], Response]
+"""Makes the answer to what is no request, of a status and a message."""
+
+
+def plain_error(status: int, message: str) -> Response:
+    return Response(f"{message}\n".encode(), status=status, content_type="text/plain; charset=utf-8")
 
 
 def has_no_body(method: str, status: int) -> bool:

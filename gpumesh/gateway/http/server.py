@@ -1,4 +1,4 @@
-"""The gateway's HTTP server: its connections, how many there may be, and how they end."""
+"""The HTTP server: its connections, how many there may be, and how they end."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gpumesh.gateway.http.admission import Admission, Admitted, Denied, normalize_address
-from gpumesh.gateway.http.body_memory import BodyMemory, SlicedWorkRunner
+from gpumesh.gateway.http.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds, compute_max_connections
 from gpumesh.gateway.http.connection import ClientConnection
-from gpumesh.gateway.http.exchange import Handler
-from gpumesh.gateway.observe.record import RequestRecord
-from gpumesh.mesh.requests.slice_queue import SliceQueue
+from gpumesh.gateway.http.request import Handler
+from gpumesh.gateway.http.responses import ErrorRenderer, plain_error
+from gpumesh.slice_queue import SliceQueue
 
 MAX_LINGERING = 64  # connections past the bound that may linger, so that their refusal is seen
 
@@ -21,25 +21,36 @@ MAX_LINGERING = 64  # connections past the bound that may linger, so that their 
 class Server:
     """Makes a ``ClientConnection`` for each client (``loop.create_server(server, …)``), all for one handler.
 
-    ``refused_connections`` counts those past the bound, ``evicted_connections`` the idle ones that were closed for
-    others.
+    ``render_error`` makes the answers to what is no request. ``clock`` gives seconds. ``refused_connections`` counts
+    the connections past the bound, ``evicted_connections`` the idle ones that were closed for others.
     """
 
-    def __init__(self, handler: Handler, bounds: Bounds, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        bounds: Bounds,
+        *,
+        render_error: ErrorRenderer = plain_error,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.handler = handler
         self.bounds = bounds
+        self.render_error = render_error
+        self.clock = clock
         self.memory = BodyMemory(bounds.total_body_bytes, patience_s=bounds.body_timeout_s, clock=clock)
-        self.work_runner = SlicedWorkRunner()
-        self.refused_connections = 0
         self.slices = SliceQueue()
-        self._clock = clock
+        self.refused_connections = 0
         self.evicted_connections = 0
         self.admission: Admission[ClientConnection] = Admission(
             compute_max_connections() if bounds.max_connections is None else bounds.max_connections
         )
         self._connections: set[ClientConnection] = set()  # with those that are about to end
-        self._away: set[ClientConnection] = set()
+        self._lingering: set[ClientConnection] = set()  # that were not admitted
         self._closing = False
+
+    def __repr__(self) -> str:
+        state = "closing" if self._closing else "serving"
+        return f"<Server {state}, {self.connection_count} of {self.admission.max_connections} connections>"
 
     def __call__(self) -> ClientConnection:
         return ClientConnection(self, asyncio.get_running_loop())
@@ -48,14 +59,11 @@ class Server:
     def connection_count(self) -> int:
         return self.admission.count
 
-    def start_record(self, method: str) -> RequestRecord:
-        return RequestRecord(self._clock, self._clock(), method, "")
-
     def admit(self, connection: ClientConnection) -> str | None:
-        """Why it must go, or ``None``."""
+        """The reason why it must go, or ``None``."""
         reason: str | None = "the gateway is stopping"
         if not self._closing:
-            reason = self._made_room(self.admission.admit(connection, normalize_address(connection.client_address)))
+            reason = self._apply(self.admission.admit(connection, normalize_address(connection.client_address)))
         if reason is None:
             self._connections.add(connection)
         else:
@@ -63,10 +71,10 @@ class Server:
         return reason
 
     def register_key(self, connection: ClientConnection, key: str | None) -> str | None:
-        """A request of it is accepted, with this key (``None``: none is asked for); or why it must be refused."""
-        return self._made_room(self.admission.register_key(connection, key))
+        """A request with this key is accepted (``None``: no key is asked for); or the reason why it must be refused."""
+        return self._apply(self.admission.register_key(connection, key))
 
-    def _made_room(self, decision: Admitted[ClientConnection] | Denied) -> str | None:
+    def _apply(self, decision: Admitted[ClientConnection] | Denied) -> str | None:
         if isinstance(decision, Denied):
             return decision.reason
         if decision.evicted is not None:
@@ -75,16 +83,17 @@ class Server:
         return None
 
     def may_linger(self, connection: ClientConnection) -> bool:
-        """Whether one that was turned away may stay until its refusal is seen."""
-        if len(self._away) >= MAX_LINGERING:
+        """Whether a connection that was not admitted may stay until its client has seen the refusal."""
+        if len(self._lingering) >= MAX_LINGERING:
             return False
-        self._away.add(connection)
+        self._lingering.add(connection)
         return True
 
     def forget(self, connection: ClientConnection) -> None:
+        """The connection is gone."""
         self.admission.forget(connection)
         self._connections.discard(connection)
-        self._away.discard(connection)
+        self._lingering.discard(connection)
 
     def close_idle(self) -> None:
         """No more requests: idle connections end now, the others after their answers."""
@@ -93,10 +102,11 @@ class Server:
             connection.close_when_idle()
 
     async def close(self, linger_s: float | None = None) -> None:
-        """Ends whatever is left; answers that are on their way have ``linger_s`` to arrive, else that of the bounds."""
+        """Ends the connections that are left. Answers that are on their way have ``linger_s`` to arrive, or as long as
+        the bounds say."""
         self.close_idle()
-        leaving = [connection for connection in self._connections if connection.unsent_bytes]
-        tasks = [connection.cancel() for connection in (self._connections | self._away).difference(leaving)]
+        leaving = [connection for connection in self._connections if connection.writer.unsent_bytes]
+        tasks = [connection.cancel() for connection in (self._connections | self._lingering).difference(leaving)]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
                 await asyncio.gather(*(connection.wait_closed() for connection in leaving))

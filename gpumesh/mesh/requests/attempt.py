@@ -16,8 +16,8 @@ from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.nodes.node import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
-from gpumesh.mesh.requests.slice_queue import FRAME_SLICE_BYTES
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
+from gpumesh.slice_queue import FRAME_SLICE_BYTES
 
 STREAMING = frozenset({"application/x-ndjson", "text/event-stream"})
 # A whole answer is held back until it is complete, so that one cut short can be asked of another node.

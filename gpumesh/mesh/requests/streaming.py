@@ -14,7 +14,7 @@ from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
 from gpumesh.mesh.requests.silence_watch import PauseTracker, silence_timeout_s
-from gpumesh.mesh.requests.slice_queue import FRAME_SLICE_BYTES
+from gpumesh.slice_queue import FRAME_SLICE_BYTES
 
 DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
 PAUSE_S = 0.001  # what came within it came together and tells nothing of the server's pace

@@ -7,7 +7,7 @@ import base64
 import gc
 import gzip
 import json
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from hashlib import sha256
 from random import Random
@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.gateway.http.body_memory import SMALL_BODY_BYTES, BodyMemory, MemoryReservation, SlicedWorkRunner
+from gpumesh.gateway.http.body_memory import SMALL_BODY_BYTES, BodyMemory, MemoryReservation
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, A, B, RunningGateway, node, quick_host, send_raw, serve_hosts, serve_nodes
@@ -123,21 +123,6 @@ def test_who_has_been_coming_for_too_long_makes_room() -> None:
     assert not MemoryReservation(memory).reserve(13 * MIB)
     assert lost == ["old", "young"]
     assert whole.size == 4 * MIB, "it is not coming, it waits for a node"
-
-
-async def test_of_all_long_work_one_piece_is_done_in_a_turn() -> None:
-    work = SlicedWorkRunner()
-    done: list[str] = []
-
-    def steps(name: str, count: int) -> Generator[None, None, str]:
-        for _ in range(count):
-            done.append(name)
-            yield
-        return name
-
-    results = await asyncio.gather(*(work.run(steps(name, 3)) for name in "abc"))
-    assert results == ["a", "b", "c"]
-    assert done[:6] == ["a", "b", "c", "a", "b", "c"], "in turn"
 
 
 # -- a gateway on real sockets ---------------------------------------------------------------------------------------

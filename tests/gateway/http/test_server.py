@@ -21,12 +21,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from gpumesh.gateway.http import connection, server
+from gpumesh.gateway.http import connection, request_queue, server
 from gpumesh.gateway.http.bounds import Bounds
-from gpumesh.gateway.http.exchange import Handler, Request, StreamingResponse
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Handler, Request
 from gpumesh.gateway.http.responses import Response
 from gpumesh.gateway.http.server import Server
-from gpumesh.gateway.model_requests import BadRequest
+from gpumesh.gateway.http.streaming_response import StreamingResponse
 from tests.gateway.fleet import MODEL, A, RunningGateway, metric, node, send_raw, serve_hosts, serve_nodes
 from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
 from tests.tunnels.polling import wait_until
@@ -228,8 +229,8 @@ async def test_who_asks_ahead_without_end_is_read_no_further() -> None:
         except TimeoutError:
             pass
         assert sent < 64 << 20, "the rest is the buffers of two sockets, whose size the kernel chooses"
-        [connection] = (one for one in fleet.gateway._server._connections if one._waiting)
-        assert len(connection._waiting) < 1_000, "what one slice of a read brought is all that waits"
+        [connection] = (one for one in fleet.gateway._server._connections if one._queue)
+        assert len(connection._queue) < 1_000, "what one slice of a read brought is all that waits"
         transport = connection._transport
         assert transport is not None
         assert transport.get_write_buffer_size() < 1 << 20
@@ -557,7 +558,7 @@ def test_a_body_that_no_handler_read_does_not_keep_the_next_request_unread(run: 
         async with bare(until_it_is_there) as here:
             reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
             for _ in range(3):
-                writer.write(post(b"x" * (connection.MAX_BUFFERED_BODY_BYTES + 1)))
+                writer.write(post(b"x" * (request_queue.MAX_BUFFERED_BODY_BYTES + 1)))
                 assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"fine")
             writer.close()
 
@@ -721,7 +722,7 @@ def test_who_leaves_while_it_is_not_read_is_noticed(run: Run, ahead: bytes) -> N
             writer.write(GET + ahead)
             await asyncio.wait_for(begun.wait(), 10)
             [connection] = here.server._connections
-            await wait_until(lambda: connection._read_paused, "it is not read")
+            await wait_until(lambda: connection._reader.paused, "it is not read")
             writer.transport.abort()
             await asyncio.wait_for(cancelled.wait(), 10)
 
@@ -879,7 +880,9 @@ def test_what_has_been_answered_arrives_though_the_server_ends(run: Run) -> None
             reader, writer = await silent(here.port)
             other = await asyncio.open_connection("127.0.0.1", here.port)
             writer.write(GET)
-            await wait_until(lambda: any(one.unsent_bytes for one in here.server._connections), "it has been answered")
+            await wait_until(
+                lambda: any(one.writer.unsent_bytes for one in here.server._connections), "it has been answered"
+            )
             closing = asyncio.create_task(here.server.close())
             assert await asyncio.wait_for(other[0].read(), 10) == b"", "idle ones need not wait for it"
             assert not closing.done()
@@ -898,7 +901,9 @@ def test_an_end_does_not_wait_for_who_takes_nothing(run: Run) -> None:
         async with bare(large, Bounds(linger_s=0.1)) as here:
             _, writer = await silent(here.port)
             writer.write(GET)
-            await wait_until(lambda: any(one.unsent_bytes for one in here.server._connections), "it has been answered")
+            await wait_until(
+                lambda: any(one.writer.unsent_bytes for one in here.server._connections), "it has been answered"
+            )
             await asyncio.wait_for(here.server.close(), 10)
             assert here.server.connection_count == 0
             writer.close()
@@ -912,7 +917,9 @@ def test_a_connection_that_is_to_end_ends_with_the_answer_it_has(run: Run) -> No
         async with bare(large, Bounds()) as here:
             reader, writer = await silent(here.port)
             writer.write(GET)
-            await wait_until(lambda: any(one.unsent_bytes for one in here.server._connections), "it has been answered")
+            await wait_until(
+                lambda: any(one.writer.unsent_bytes for one in here.server._connections), "it has been answered"
+            )
             here.server.close_idle()
             assert await took(reader, 1 << 30, each=1 << 20, pause_s=0.0) > len(LARGE)
             writer.close()
@@ -982,9 +989,9 @@ def test_a_client_past_the_bound_that_is_still_sending_sees_the_refusal(run: Run
                 assert (await send_raw(here.port, post(b" " * 2_000_000))).startswith(b"HTTP/1.1 503 ")
             held = [await asyncio.open_connection("127.0.0.1", here.port) for _ in range(server.MAX_LINGERING + 10)]
             await wait_until(lambda: here.server.refused_connections == 20 + len(held), "all were turned away")
-            assert len(here.server._away) <= server.MAX_LINGERING
+            assert len(here.server._lingering) <= server.MAX_LINGERING
             await here.server.close()
-            assert not here.server._away
+            assert not here.server._lingering
             for reader, writer in held:
                 assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 503 ")
                 writer.close()

@@ -11,8 +11,8 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
-from gpumesh.mesh.requests.slice_queue import SLICE_BYTES
 from gpumesh.mesh.requests.upstream import READ_BUFFER, READ_PIECES, Upstream, UpstreamResponse
+from gpumesh.slice_queue import SLICE_BYTES
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
 from tests.probes.test_wrong_server import certificate  # noqa: F401
 from tests.tunnels.polling import wait_until

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator
 
 import pytest
 
-from gpumesh.mesh.requests.slice_queue import SliceQueue
+from gpumesh.slice_queue import SliceQueue
 
 
 async def test_one_step_a_turn_first_come_first_served() -> None:
@@ -57,3 +58,18 @@ async def test_a_step_that_fails_stops_no_other() -> None:
 async def test_everybody_has_a_turn(count: int) -> None:
     queue = SliceQueue()
     await asyncio.wait_for(asyncio.gather(*(queue.wait_turn() for _ in range(count))), 10)
+
+
+async def test_of_all_long_work_one_piece_is_done_in_a_turn() -> None:
+    work = SliceQueue()
+    done: list[str] = []
+
+    def steps(name: str, count: int) -> Generator[None, None, str]:
+        for _ in range(count):
+            done.append(name)
+            yield
+        return name
+
+    results = await asyncio.gather(*(work.run(steps(name, 3)) for name in "abc"))
+    assert results == ["a", "b", "c"]
+    assert done[:6] == ["a", "b", "c", "a", "b", "c"], "in turn"

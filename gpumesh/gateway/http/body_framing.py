@@ -1,0 +1,121 @@
+"""How a request's body is framed, for bodies behind an offer of another protocol (``Connection: Upgrade``).
+
+llhttp frames every other body. Behind such an offer it stops, because what follows an accepted offer is no HTTP. So
+the few bodies that follow one that was passed over are framed here: by their length, or in chunks (RFC 9112
+section 7.1). Pure, and at least as strict as llhttp: ``tests/gateway/http/test_body_framing.py`` compares them.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from typing import Protocol
+
+from gpumesh.gateway.http.responses import Headers
+
+_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")  # an extension says nothing to us
+_TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+
+
+class MalformedBody(Exception):
+    """A body is not framed as its head says."""
+
+
+class BodyDecoder(Protocol):
+    """Finds a body in the bytes that follow its head."""
+
+    @property
+    def complete(self) -> bool:
+        """The whole body has been fed."""
+
+    def feed(self, data: bytes, pieces: list[bytes]) -> bytes:
+        """Appends the body's bytes to ``pieces``. Returns what follows the body. Raises MalformedBody."""
+
+
+def create_body_decoder(headers: Headers) -> BodyDecoder | None:
+    """``None``: there is no body. llhttp has seen these headers: a length is a number, and there is one at most."""
+    if "transfer-encoding" in headers:
+        return ChunkedDecoder()
+    length = (headers.get("content-length") or "").lstrip("0")  # int() takes no more than 4,300 digits
+    return CountedDecoder(int(length)) if length else None
+
+
+class CountedDecoder:
+    """A body of ``length`` bytes."""
+
+    def __init__(self, length: int) -> None:
+        self._missing = length
+
+    @property
+    def complete(self) -> bool:
+        return self._missing == 0
+
+    def feed(self, data: bytes, pieces: list[bytes]) -> bytes:
+        piece = data[: self._missing]
+        pieces.append(piece)
+        self._missing -= len(piece)
+        return data[len(piece) :]
+
+
+class _Expected(Enum):
+    """What comes next in a chunked body."""
+
+    SIZE_LINE = auto()
+    CHUNK = auto()
+    CHUNK_END = auto()
+    TRAILER_LINE = auto()
+    NOTHING = auto()
+
+
+class ChunkedDecoder:
+    """A body in chunks. Its trailers are checked and dropped. The caller bounds how long a line may become."""
+
+    def __init__(self) -> None:
+        self._expected = _Expected.SIZE_LINE
+        self._missing = 0  # of the chunk
+        self._line = b""  # of which the end is missing
+
+    @property
+    def complete(self) -> bool:
+        return self._expected is _Expected.NOTHING
+
+    def feed(self, data: bytes, pieces: list[bytes]) -> bytes:
+        while data and not self.complete:
+            if self._expected is _Expected.CHUNK:
+                piece = data[: self._missing]
+                pieces.append(piece)
+                self._missing -= len(piece)
+                data = data[len(piece) :]
+                if not self._missing:
+                    self._expected = _Expected.CHUNK_END
+            else:
+                data = self._feed_line(data)
+        return data
+
+    def _feed_line(self, data: bytes) -> bytes:
+        end = data.find(b"\n") + 1
+        line = self._line + (data[:end] if end else data)
+        if self._expected is _Expected.CHUNK_END and not b"\r\n".startswith(line):
+            raise MalformedBody
+        if not end:
+            self._line = line
+            return b""
+        self._line = b""
+        if not line.endswith(b"\r\n"):
+            raise MalformedBody
+        self._take_line(line[:-2])
+        return data[end:]
+
+    def _take_line(self, line: bytes) -> None:
+        if self._expected is _Expected.CHUNK_END:
+            self._expected = _Expected.SIZE_LINE
+        elif self._expected is _Expected.SIZE_LINE:
+            match = _SIZE_LINE.fullmatch(line)
+            if match is None:
+                raise MalformedBody
+            self._missing = int(match[1], 16)
+            self._expected = _Expected.CHUNK if self._missing else _Expected.TRAILER_LINE
+        elif not line:
+            self._expected = _Expected.NOTHING
+        elif _TRAILER_LINE.fullmatch(line) is None:
+            raise MalformedBody

@@ -1,0 +1,131 @@
+"""What is written to one client: back-pressure, and whether the client takes what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import sys
+import termios
+from collections.abc import Callable
+
+from gpumesh.gateway.http.bounds import Bounds
+
+
+class ClientWriter:
+    """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` for ``Bounds.write_timeout_s``
+    is cut off. ``backpressured``: it reads more slowly than it is written to; ``on_writable`` is called when it no
+    longer is, and when the client is gone."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.backpressured = False
+        self.on_writable: Callable[[], None] | None = None
+        self._transport: asyncio.Transport | None = transport
+        self._loop = loop
+        self._finished = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._transport is None else "backpressured" if self.backpressured else "writable"
+        return f"<ClientWriter {state}, {self.unsent_bytes} bytes unsent>"
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionResetError when the client is gone."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if data:
+            transport.write(data)
+
+    async def wait_writable(self) -> None:
+        """Returns when the client has taken most of what was written. Raises ConnectionResetError when it is gone."""
+        if not self.backpressured:
+            return
+        if self._transport is None:
+            raise ConnectionResetError("the client is gone")
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that have been written and that not even the kernel has taken."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    @property
+    def unacknowledged_bytes(self) -> int | None:
+        """Bytes that have been written and that the client's system has not acknowledged; ``None`` where that is not
+        known."""
+        if self._transport is None:
+            return 0
+        in_kernel = _bytes_in_kernel(self._transport)
+        return None if in_kernel is None else self.unsent_bytes + in_kernel
+
+    # -- the connection's side ---------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """The transport's buffer is full."""
+        self.backpressured = True
+        self.watch_progress()
+
+    def resume(self) -> None:
+        """Most of the transport's buffer has been taken."""
+        self.backpressured = False
+        if self._progress_timer is not None and not self._finished:
+            self._progress_timer.cancel()
+            self._progress_timer = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.on_writable is not None:
+            self.on_writable()
+
+    def finish(self) -> None:
+        """Nothing more will be written. What is left must still go out, however little it is."""
+        self._finished = True
+        self.watch_progress()
+
+    def lose(self) -> None:
+        """The connection is gone."""
+        self._transport = None
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(ConnectionResetError("the client is gone"))
+            self._waiter.exception()  # retrieved here, because the task that waits may have been cancelled
+        if self.on_writable is not None:
+            self.on_writable()
+            self.on_writable = None
+
+    def watch_progress(self) -> None:
+        """Looks from now on whether the client takes what is left."""
+        if self._progress_timer is None and self.unsent_bytes:
+            self._progress_timer = self._loop.call_later(
+                self.bounds.write_timeout_s, self._check_progress, self._count_left()
+            )
+
+    def _check_progress(self, left_before: int) -> None:
+        """A large answer may take as long as it needs, if it moves."""
+        self._progress_timer = None
+        if self._transport is None or not self.unsent_bytes:
+            return
+        if left_before - self._count_left() < self.bounds.min_bytes_per_s * self.bounds.write_timeout_s:
+            self._transport.abort()
+        else:
+            self.watch_progress()
+
+    def _count_left(self) -> int:
+        return self.unacknowledged_bytes or self.unsent_bytes
+
+
+def _bytes_in_kernel(transport: asyncio.Transport) -> int | None:
+    """Bytes that the kernel has taken and the client has not. They may be megabytes, and a third of them has to go
+    before the kernel takes more: without them a slow client would look like one that stands still. ``None`` where the
+    system does not tell them."""
+    try:
+        answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return None
+    return int.from_bytes(answer, sys.byteorder)

@@ -1,0 +1,26 @@
+"""What is wrong with a request, or with how its client takes the answer."""
+
+from __future__ import annotations
+
+from gpumesh.errors import GPUMeshError
+
+
+class BadRequest(GPUMeshError):
+    """The client's own mistake. ``status``: the HTTP status of the answer to it."""
+
+    code = "bad-request"
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ClientStalled(GPUMeshError):
+    """A client takes nothing of its answer, and other requests wait."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the client took nothing of this answer for {seconds:g} s, and others wait for its node")
+
+
+def body_too_large() -> BadRequest:
+    return BadRequest("the request body is too large", status=413)

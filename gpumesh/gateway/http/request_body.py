@@ -1,0 +1,76 @@
+"""A request's body on its way from the parser to the handler."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gpumesh.gateway.http.body_memory import BodyMemory, MemoryReservation
+
+
+class RequestBody:
+    """The bytes that wait for the handler. ``broken``: it will never be whole. Bytes that find no room in the memory
+    are dropped, and ``reservation.refused`` says so."""
+
+    __slots__ = ("_pieces", "_waiter", "broken", "buffered", "complete", "reservation")
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self.reservation = MemoryReservation(memory)
+        self.buffered = 0
+        self.complete = False
+        self.broken = False
+        self._pieces: list[bytes] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "broken" if self.broken else "complete" if self.complete else "coming"
+        return f"<RequestBody {state}, {self.buffered} bytes buffered>"
+
+    @property
+    def whole(self) -> bool:
+        return self.complete and not self.broken
+
+    def feed(self, data: bytes) -> int:
+        """Adds a piece. Returns how many bytes wait now."""
+        if self.reservation.reserve(len(data)):
+            self._pieces.append(data)
+            self.buffered += len(data)
+        else:
+            self._drop()
+        if self._waiter is not None:
+            self.wake()
+        return self.buffered
+
+    def end(self, *, broken: bool = False) -> None:
+        self.complete = True
+        if broken:
+            self.broken = True
+        if self._waiter is not None:
+            self.wake()
+
+    def take(self) -> bytes:
+        """All bytes that wait. They stay reserved."""
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._drop()
+        return data
+
+    def release(self) -> None:
+        """The request has ended, or will never be served: nothing of its body is held any longer."""
+        self.reservation.release()
+        if self._pieces:
+            self._drop()
+
+    async def wait_for_change(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Returns when there is more of the body, when it has ended, and when it lost its room in the memory."""
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _drop(self) -> None:
+        self._pieces.clear()
+        self.buffered = 0

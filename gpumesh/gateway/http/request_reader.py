@@ -1,0 +1,185 @@
+"""What is read from one client: fed to the parser by slices, paused where too much waits, timed while a head comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+from collections.abc import Sequence
+from typing import Protocol
+
+from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.gateway.http.parser import Event, ParserState, RequestParser
+from gpumesh.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
+
+log = logging.getLogger(__name__)
+
+HEAD_SLICE_BYTES = 2 << 10  # bytes outside of a body that are parsed at a time: they may be forty requests
+LEFT_CHECK_S = 0.05  # between two checks whether a client that is not read has left
+_LEFT = getattr(select, "POLLRDHUP", 0)  # POLLHUP and POLLERR, which every system has, are reported in any case
+
+
+class ReaderOwner(Protocol):
+    """What takes the events."""
+
+    def take_events(self, events: Sequence[Event]) -> None:
+        """May pause or stop the reader."""
+
+    def may_read_on(self) -> bool:
+        """Whether nothing waits that has been read already."""
+
+    def body_fits(self) -> bool:
+        """Whether the handler has taken most of the body that is being read."""
+
+    def fail_reading(self) -> None:
+        """A bug kept the input from being understood."""
+
+    def time_out_head(self) -> None:
+        """A head was not complete in time."""
+
+
+class RequestReader:
+    """Feeds a parser with what a transport reads. ``paused``: the transport is not read."""
+
+    def __init__(
+        self,
+        owner: ReaderOwner,
+        transport: asyncio.Transport,
+        slices: SliceQueue,
+        loop: asyncio.AbstractEventLoop,
+        bounds: Bounds,
+    ) -> None:
+        self.paused = False
+        self._owner = owner
+        self._transport = transport
+        self._parser = RequestParser(bounds.max_head_bytes)
+        self._slices = slices
+        self._loop = loop
+        self._head_timeout_s = bounds.head_timeout_s
+        self._unparsed = b""
+        self._queued = False  # for a turn to parse the next slice
+        self._stopped = False
+        self._closed = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._left_timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._stopped else "queued" if self._queued else "paused" if self.paused else "reading"
+        return f"<RequestReader {state} {self._parser.state.name}, {len(self._unparsed)} bytes unparsed>"
+
+    @property
+    def in_head(self) -> bool:
+        """A part of a head has come."""
+        return self._parser.state is ParserState.READING_HEAD
+
+    def receive(self, data: bytes) -> None:
+        """What the transport has read."""
+        if self._stopped:
+            return
+        if len(data) > HEAD_SLICE_BYTES or self._unparsed:
+            self._unparsed += data
+            if not self.paused:
+                self._parse_slices()
+        else:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser
+        try:
+            events = parser.feed(data)
+            if events:
+                if self._head_timer is not None:  # each event is that head or comes after it
+                    self._head_timer.cancel()
+                    self._head_timer = None
+                self._owner.take_events(events)
+        except Exception:
+            log.exception("a request could not be read", extra={"event": "request-failed"})
+            self._owner.fail_reading()
+        if parser.state is ParserState.READING_HEAD and self._head_timer is None and not self._stopped:
+            self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_head_time)
+
+    def _parse_slices(self) -> None:
+        """Until it is not to be parsed further. After a slice of many small pieces, which cost more than their bytes,
+        others have their turn."""
+        data, at = self._unparsed, 0
+        while at < len(data) and not self.paused and not self._stopped:
+            in_body = self._parser.state is ParserState.READING_BODY
+            end = at + (SLICE_BYTES if in_body else HEAD_SLICE_BYTES)
+            self._parse(data[at:end])
+            at = end
+            if self._parser.piece_count > MAX_SMALL_PIECES and not self._stopped:
+                self._queued = True
+                self.pause()
+                self._slices.add(self._parse_next)
+        self._unparsed = b"" if self._stopped else data[at:]
+
+    def _parse_next(self) -> None:
+        """The turn has come. Where a handler has not taken enough of the body, it resumes the reader by itself."""
+        if self._queued:
+            self._queued = False
+            if self._owner.body_fits():
+                self.resume()
+
+    def pause(self) -> None:
+        if not self.paused and not self._closed:
+            self.paused = True
+            self._transport.pause_reading()
+            if self._left_timer is None:
+                self._left_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
+
+    def resume(self) -> None:
+        """Unless a turn is waited for, or something waits that has been read already."""
+        if not self.paused or self._closed or self._queued or not self._owner.may_read_on():
+            return
+        self.paused = False
+        self._parse_slices()
+        if not self.paused:
+            self._transport.resume_reading()
+            if self.in_head and not self._stopped:
+                self._restart_head_timer()
+
+    def stop(self) -> None:
+        """Nothing more is parsed."""
+        self._stopped = True
+        self._queued = False
+        self._unparsed = b""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def close(self) -> None:
+        """The connection is gone. Afterwards nothing of it has to wait for the garbage collector."""
+        self.stop()
+        self._closed = True
+        if self._left_timer is not None:
+            self._left_timer.cancel()
+        self._parser.close()
+        del self._owner, self._transport
+
+    # -- timers ------------------------------------------------------------------------------------------------------
+
+    def _restart_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_head_time)
+
+    def _end_head_time(self) -> None:
+        self._head_timer = None
+        if not self.paused:  # otherwise it is not the client that is slow: its time begins when it is read again
+            self._owner.time_out_head()
+
+    def _check_left(self) -> None:
+        """A paused transport does not notice that its client leaves, so the socket is asked."""
+        self._left_timer = None
+        if not self.paused:
+            return
+        if _has_left(self._transport):
+            self._transport.abort()
+        else:
+            self._left_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
+
+
+def _has_left(transport: asyncio.Transport) -> bool:
+    """Whether the client has ended its side, though not all that it sent has been read."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), _LEFT)
+    return bool(poll.poll(0))

@@ -1,0 +1,84 @@
+"""An answer that is written in pieces, in chunks where the client knows them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gpumesh.gateway.http.client_writer import ClientWriter
+from gpumesh.gateway.http.errors import ClientStalled
+
+
+class StreamingResponse:
+    """``write`` each piece, and wait where the stream is ``backpressured``: with ``drain``, or until ``on_writable``
+    is called. ``finish`` makes the answer whole: without it the connection is cut, so that no client takes a part for
+    the whole.
+
+    The head goes out with the first piece. ``started``: a part of the answer may have been sent. ``sent_bytes`` counts
+    the bytes of the body with its framing. ``send_body``: there is one, which is not so in the answer to a HEAD.
+    """
+
+    __slots__ = ("_chunked", "_head", "_send_body", "_writer", "finished", "sent_bytes", "started", "status")
+
+    def __init__(self, writer: ClientWriter, status: int, head: bytes, *, chunked: bool, send_body: bool) -> None:
+        self.status = status
+        self.started = False
+        self.finished = False
+        self.sent_bytes = 0
+        self._writer = writer
+        self._head = head
+        self._chunked = chunked
+        self._send_body = send_body
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else "started" if self.started else "not started"
+        return f"<StreamingResponse {self.status} {state}, {self.sent_bytes} bytes>"
+
+    @property
+    def backpressured(self) -> bool:
+        """The client reads more slowly than it is written to."""
+        return self._writer.backpressured
+
+    @property
+    def on_writable(self) -> Callable[[], None] | None:
+        """Called each time that the stream is no longer ``backpressured``, and when the client is gone: ``write`` then
+        raises ConnectionResetError. The connection drops it when the request's handler has ended."""
+        return self._writer.on_writable
+
+    @on_writable.setter
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        self._writer.on_writable = callback
+
+    def write(self, data: bytes) -> None:
+        """Raises ConnectionError when the client is gone."""
+        if not self._send_body:
+            data = b""
+        elif self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.sent_bytes += len(data)
+        if self._head:
+            data, self._head = self._head + data, b""
+            self.started = True
+        self._writer.write(data)
+
+    async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
+        """Waits until the client has taken most of what was written. Raises ConnectionError when the client is gone.
+        Raises ClientStalled when it has taken nothing for ``Bounds.stall_timeout_s``, and ``is_wanted`` says that
+        others wait for what this answer holds."""
+        writer = self._writer
+        timeout_s = writer.bounds.stall_timeout_s
+        while writer.backpressured:
+            before = writer.unacknowledged_bytes
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await writer.wait_writable()
+            except TimeoutError:
+                if before is not None and before <= (writer.unacknowledged_bytes or 0) and is_wanted():
+                    raise ClientStalled(timeout_s) from None
+
+    def finish(self) -> None:
+        self.finished = True
+        if self._head:
+            self.write(b"")
+        if self._chunked and self._send_body:
+            self._writer.write(b"0\r\n\r\n")
