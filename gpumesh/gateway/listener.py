@@ -15,7 +15,7 @@ BACKLOG = 1024
 
 
 class HttpListener:
-    """``open`` it once; ``close`` it when no more clients are to come. ``host`` or ``path`` is given, or both."""
+    """``open`` it once; ``close`` it when no more clients shall come. ``host`` or ``path`` is given, or both."""
 
     def __init__(self, host: str | None, port: int, path: Path | None) -> None:
         self._host = host
@@ -25,19 +25,25 @@ class HttpListener:
         self._servers: list[asyncio.Server] = []
         self.url = ""
 
-    async def open(self, connection: Callable[[], asyncio.Protocol]) -> None:
-        """``connection`` makes one for each client. Raises MeshAlreadyRunning and GPUMeshError."""
+    def __repr__(self) -> str:
+        return f"<HttpListener {self.url or 'not open'}>"
+
+    async def open(self, create_connection: Callable[[], asyncio.Protocol]) -> None:
+        """``create_connection`` makes the protocol of each client's connection. Raises MeshAlreadyRunning and
+        GPUMeshError."""
         loop = asyncio.get_running_loop()
         try:
             if self._host is not None:
                 listener = self._listen_tcp(self._host)
                 host = f"[{self._host}]" if ":" in self._host else self._host
                 self.url = f"http://{host}:{listener.getsockname()[1]}"
-                self._servers.append(await loop.create_server(connection, sock=listener, backlog=BACKLOG))
+                self._servers.append(await loop.create_server(create_connection, sock=listener, backlog=BACKLOG))
             if self._path is not None:
                 self._unix = _listen_unix(self._path)
                 self.url = self.url or f"{UNIX_PREFIX}{self._path}"
-                self._servers.append(await loop.create_unix_server(connection, sock=self._unix.sock, backlog=BACKLOG))
+                self._servers.append(
+                    await loop.create_unix_server(create_connection, sock=self._unix.sock, backlog=BACKLOG)
+                )
         except BaseException:
             self.close()
             raise
@@ -48,9 +54,9 @@ class HttpListener:
         return None if self._path is None else str(self._path)
 
     def close(self) -> None:
-        """Connections that were accepted stay."""
+        """No more clients are accepted. The connections that were accepted stay."""
         if self._unix is not None:
-            self._unix.remove_path()  # while we hold it: nobody can have taken the path over
+            self._unix.remove_path()  # while we listen on it: no other process can have taken the path over
         for server in self._servers:
             server.close()
         if self._unix is not None:

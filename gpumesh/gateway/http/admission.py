@@ -1,12 +1,12 @@
-"""Who of many clients may have a connection, when there is not room for all. Pure: connections are opaque values.
+"""Which connections stay when there are more clients than connections. Pure: a connection is an opaque value.
 
-An idle connection is one with no request under way: it was just opened, or waits for the next request, or has sent half
-of a head. When all are taken, the one that has been idle the longest makes room for the next; of those that never had a
-request accepted first, so that a stranger's connections go before those of clients with a key.
+An idle connection has no request under way: it was just opened, or waits for the next request, or has sent half of a
+head. When all connections are taken, the one that has been idle the longest is closed for the next. Connections that
+never had a request accepted are closed first, so that a stranger's connections go before those of clients with a key.
 
-No client may hold them all: the connections of one address, and those whose last request had the same key, are at most
-``SHARE`` of all. Past that a client makes room by its own idle connections. The machine's own addresses have no such
-bound: all its programs share them, and a reverse proxy that stands before everybody may be one of them.
+No client may hold all connections: the connections of one address, and those whose last request had the same key, are
+at most ``SHARE`` of all. Past that, only the client's own idle connections are closed for its next. The machine's own
+addresses have no such bound: all its programs share them, and a reverse proxy in front of all clients may be one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from typing import Generic, TypeVar
 C = TypeVar("C")
 
 SHARE = 0.75
-UNIX_CLIENT = "unix"  # the address of a client of the gateway's Unix socket
+UNIX_CLIENT = "unix"  # the address of a client of a Unix socket
 FULL = "too many connections"
-_ALL, _NEW = ("all", ""), ("new", "")
 Group = tuple[str, str]
+"""What kind of group, and its name: the address or the key that its connections share."""
+_ALL: Group = ("all", "")
+_NEW: Group = ("new", "")  # no request of theirs has been accepted
 
 
 def normalize_address(host: str | None) -> str | None:
-    """Whose address it is, for ``Admission.admit``. One customer of a provider has a whole /64 of IPv6."""
+    """The name of an address's client, for ``Admission.admit``; ``None`` for this machine's own. A provider's customer
+    has a whole /64 of IPv6, so that counts as one address."""
     if host is None or host == UNIX_CLIENT:
         return None
     try:
@@ -42,45 +45,51 @@ def normalize_address(host: str | None) -> str | None:
 
 @dataclass(slots=True)
 class _Members(Generic[C]):
-    """``idle`` in the order in which they became so."""
+    """The connections of one group; ``idle`` in the order in which they became idle."""
 
     count: int = 0
-    idle: OrderedDict[C, None] = field(default_factory=OrderedDict)  # a dict's first is not found in constant time
+    idle: OrderedDict[C, None] = field(default_factory=OrderedDict)  # a dict does not find its first in constant time
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Generic[C]):
-    """``evicted``: the connection that is to be closed for it."""
+    """``evicted``: the connection that must be closed for it."""
 
     evicted: C | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
+    """There is no room, for this reason."""
+
     reason: str
 
 
 class Admission(Generic[C]):
-    """Each decision takes the same short time, however many connections there are."""
+    """Decides who is admitted. Each decision takes the same short time, however many connections there are."""
 
-    def __init__(self, most: int) -> None:
-        self.max_connections = most
-        self._most_each = max(int(most * SHARE), 1)
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self._max_per_client = max(int(max_connections * SHARE), 1)
         self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}
         self._groups_of: dict[C, tuple[Group, ...]] = {}
+
+    def __repr__(self) -> str:
+        idle = len(self._groups[_ALL].idle)
+        return f"<Admission {self.count} of {self.max_connections} connections, {idle} idle>"
 
     @property
     def count(self) -> int:
         return self._groups[_ALL].count
 
     def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
-        """``address`` is ``None`` for one of this machine's own. Whoever is to be closed is forgotten already."""
+        """``address``: as ``normalize_address`` names it. The evicted connection is forgotten already."""
         groups: tuple[Group, ...] = (_ALL, _NEW)
         room: Admitted[C] | Denied = Admitted()
         if address is not None:
             own = ("address", address)
             groups = (*groups, own)
-            room = self._make_room(own, self._most_each, f"{FULL} from this address")
+            room = self._make_room(own, self._max_per_client, f"{FULL} from this address")
         if room == Admitted() and self.count >= self.max_connections:
             room = self._make_room(_NEW, 0, FULL)
             if isinstance(room, Denied):
@@ -93,9 +102,10 @@ class Admission(Generic[C]):
                 members.idle[connection] = None
         return room
 
-    def _make_room(self, group: Group, most: int, reason: str) -> Admitted[C] | Denied:
+    def _make_room(self, group: Group, limit: int, reason: str) -> Admitted[C] | Denied:
+        """Room for one more connection in the group."""
         members = self._groups.get(group)
-        if members is None or members.count < most:
+        if members is None or members.count < limit:
             return Admitted()
         for longest_idle in members.idle:
             self.forget(longest_idle)
@@ -103,7 +113,8 @@ class Admission(Generic[C]):
         return Denied(reason)
 
     def register_key(self, connection: C, key: str | None) -> Admitted[C] | Denied:
-        """A request was accepted, with this key; ``None`` where none is asked for. Refused, it keeps its connection."""
+        """A request with this key is accepted; ``None`` where no key is asked for. Where it is denied, the connection
+        stays."""
         groups = self._groups_of.get(connection)
         if groups is None or (key is None and _NEW not in groups):
             return Admitted()
@@ -112,28 +123,31 @@ class Admission(Generic[C]):
             return Admitted()
         room: Admitted[C] | Denied = Admitted()
         if own is not None:
-            room = self._make_room(own, self._most_each, f"{FULL} with this key")
+            room = self._make_room(own, self._max_per_client, f"{FULL} with this key")
             if isinstance(room, Denied):
                 return room
-        before = tuple(group for group in groups if group == _NEW or group[0] == "key")
-        kept = tuple(group for group in groups if group not in before)
-        for group in before:
+        left = tuple(group for group in groups if group == _NEW or group[0] == "key")
+        kept = tuple(group for group in groups if group not in left)
+        for group in left:
             self._leave(connection, group)
         if own is not None:
-            self._groups.setdefault(own, _Members()).count += 1  # it has a request under way: it is not idle
+            self._groups.setdefault(own, _Members()).count += 1  # not among the idle: it has a request under way
             kept = (*kept, own)
         self._groups_of[connection] = kept
         return room
 
     def mark_busy(self, connection: C) -> None:
+        """The connection has a request under way."""
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle.pop(connection, None)
 
     def mark_idle(self, connection: C) -> None:
+        """All requests of the connection have been answered."""
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle[connection] = None
 
     def forget(self, connection: C) -> None:
+        """The connection is gone, or about to go."""
         for group in self._groups_of.pop(connection, ()):
             self._leave(connection, group)
 

@@ -1,30 +1,29 @@
-"""The memory that the bodies of all requests may take together, and who holds how much of it.
+"""The memory that the bodies of all requests may take together, and which request holds how much of it.
 
-Counted is what is really held: each byte from the moment at which it was read from its connection, in the queue and on
-its way to a second node as well, until its request has ended. So nobody reserves what never comes by announcing it. A
-body that finds no room is refused at once and what it held is free, so that bodies never wait for each other: of any
-number that together fill the memory some get through. And nobody can lock the others out:
+The bytes that are really held are counted: each byte from the moment at which it was read from its connection until
+its request has ended, also while the request waits in a queue or is sent a second time. So no client reserves memory
+by announcing a body that never comes. A body that finds no room is refused at once, and what it held becomes free. So
+bodies never wait for each other: of any number that together fill the memory, some get through. And no client can lock
+the others out:
 
-- the last eighth is for bodies of up to a megabyte, which nearly all are;
-- while there is no room, a body that has been coming for longer than ``patience_s`` loses its own, the oldest first.
+- the last eighth is for bodies of up to a megabyte, as nearly all are;
+- while there is no room, a body that has been arriving for longer than ``patience_s`` loses its memory, the oldest
+  first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from gpumesh.errors import QueueFull
-
-T = TypeVar("T")
 
 SMALL_BODY_BYTES = 1 << 20
 RETRY_AFTER_S = 5.0
 
 
 class BodyMemory:
-    """``total`` and ``held`` are bytes; ``reading_since``: the bodies that are being read, and since when; ``clock``
-    gives seconds."""
+    """``total`` and ``held`` are bytes. ``reading_since``: the bodies that are being read, and since when, the oldest
+    first. ``clock`` gives seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
@@ -35,23 +34,24 @@ class BodyMemory:
         self._patience_s = patience_s
 
     def __repr__(self) -> str:
-        return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.reading_since)} coming>"
+        return f"<BodyMemory {self.held >> 20} of {self.total >> 20} MiB, {len(self.reading_since)} being read>"
 
     @property
     def max_body_bytes(self) -> int:
-        """Of one body: what is larger finds no room ever."""
+        """A larger body never finds room."""
         return max(self.large_body_bytes, min(SMALL_BODY_BYTES, self.total))
 
     def has_room(self, held: int, size: int) -> bool:
-        """For ``size`` bytes more of a body of which ``held`` are here."""
+        """For ``size`` bytes more of a body that holds ``held`` bytes."""
         return self.held + size <= (self.total if held + size <= SMALL_BODY_BYTES else self.large_body_bytes)
 
-    def revoke_slow_bodies(self, share: MemoryReservation, size: int) -> bool:
-        """Takes it from those that have been coming for too long, as far as that helps."""
-        since = self.clock() - self._patience_s
-        while not self.has_room(share.size, size):
+    def revoke_slow_bodies(self, reservation: MemoryReservation, size: int) -> bool:
+        """Makes room for ``size`` bytes more of ``reservation`` at the cost of bodies that have been arriving for too
+        long. Says whether there is room now."""
+        latest_start = self.clock() - self._patience_s
+        while not self.has_room(reservation.size, size):
             oldest = next(iter(self.reading_since), None)
-            if oldest is None or oldest is share or self.reading_since[oldest] > since:
+            if oldest is None or oldest is reservation or self.reading_since[oldest] > latest_start:
                 return False
             oldest.revoke()
         return True
@@ -64,7 +64,8 @@ class BodyMemory:
 
 
 class MemoryReservation:
-    """What one request holds: ``size`` bytes. ``refused``: there was no room for all of it, and it holds none."""
+    """What one request holds: ``size`` bytes. ``refused``: there was no room for all of its body, and it holds nothing.
+    ``released``: the request has ended."""
 
     __slots__ = ("_memory", "_on_lost", "refused", "released", "size")
 
@@ -75,13 +76,17 @@ class MemoryReservation:
         self.refused = False
         self.released = False
 
+    def __repr__(self) -> str:
+        state = "refused" if self.refused else "released" if self.released else "held"
+        return f"<MemoryReservation {self.size} bytes {state}>"
+
     def reserve(self, size: int) -> bool:
-        """Whether there is room for so many bytes more; if not, or after its end, all that it held is free."""
+        """Whether there is room for so many bytes more. If not, all that was held becomes free."""
         memory = self._memory
         if self.refused or self.released:
             return False
         held = self.size + size
-        # As ``has_room`` has it; each request passes here.
+        # The same as ``has_room``, without its call: each request passes here.
         if memory.held + size > (memory.total if held <= SMALL_BODY_BYTES else memory.large_body_bytes):
             if not memory.revoke_slow_bodies(self, size):
                 self.revoke()
@@ -91,13 +96,13 @@ class MemoryReservation:
         memory.held += size
         return True
 
-    def can_reserve(self, whole: int) -> bool:
-        """Whether there is room now for a body of that size; nothing is reserved by asking."""
-        more = max(whole - self.size, 0)
+    def can_reserve(self, body_size: int) -> bool:
+        """Whether there is room now for a body of that size. Nothing is reserved."""
+        more = max(body_size - self.size, 0)
         return self._memory.has_room(self.size, more) or self._memory.revoke_slow_bodies(self, more)
 
     def try_reserve(self, size: int) -> bool:
-        """The same, but what it has is kept."""
+        """As ``reserve``, but what is held stays where there is no room."""
         if self.refused or self.released or not self._memory.has_room(self.size, size):
             return False
         self.size += size
@@ -105,21 +110,23 @@ class MemoryReservation:
         return True
 
     def release_bytes(self, size: int) -> None:
-        """Of what it holds; nothing once that is free."""
+        """So many bytes of what is held become free."""
         size = min(size, self.size)
         self.size -= size
         self._memory.held -= size
 
     def start_reading(self, on_lost: Callable[[], None]) -> None:
-        """From now until ``finish_reading`` it may lose its room to others."""
+        """Until ``finish_reading`` others may take its memory; then ``on_lost`` is called."""
         self._on_lost = on_lost
         self._memory.reading_since[self] = self._memory.clock()
 
     def finish_reading(self) -> None:
+        """The body is complete. Harmless when it was not being read."""
         self._on_lost = None
         self._memory.reading_since.pop(self, None)
 
     def revoke(self) -> None:
+        """All that is held becomes free, and no more will be reserved."""
         self.refused = True
         on_lost = self._on_lost
         self.finish_reading()
@@ -128,7 +135,7 @@ class MemoryReservation:
             on_lost()
 
     def release(self) -> None:
-        """Its request has ended. Harmless when done twice."""
+        """The request has ended. Harmless when done twice."""
         self.released = True
         if self._on_lost is not None:
             self.finish_reading()

@@ -1,4 +1,4 @@
-"""How much of anything one client of the gateway can hold."""
+"""How much of anything a client of the server can hold, and for how long."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RESERVED_FILES = 256  # of the process's open files: tunnels, probes, log, socke
 
 
 def compute_max_connections() -> int:
-    """As many as the process may have open, when each has one to a node as well."""
+    """As many as the process may have open files for, when each client's connection needs a second one to a node."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 1 << 20
@@ -19,7 +19,9 @@ def compute_max_connections() -> int:
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """Seconds, bytes, and bytes/s. A body may take ``body_timeout_s``, and a second more for each ``min_bytes_per_s``
-    bytes of it."""
+    bytes of it. A refused body is still read for ``linger_s``, so that its client sees the refusal and not a reset. A
+    client that takes less than ``min_bytes_per_s`` of its answer for ``write_timeout_s`` is cut off, and so is the
+    stream of one that takes nothing for ``stall_timeout_s`` while others wait for what the stream holds."""
 
     head_timeout_s: float = 30.0
     max_head_bytes: int = 32 << 10
@@ -28,10 +30,8 @@ class Bounds:
     max_body_bytes: int = 256 << 20  # images come inside of JSON
     max_unpacked_bytes: int = 20 << 20  # of a compressed body: what Ollama itself takes (server/cloud_proxy.go)
     total_body_bytes: int = 512 << 20  # of all requests together (body_memory.py)
-    linger_s: float = 2.0  # a refused body is read for so long, so that its client sees the refusal and not a reset
-    write_timeout_s: float = 60.0  # a client that takes less than body_rate for so long is gone
-    stall_timeout_s: float = (
-        5.0  # a client that takes nothing of its stream for so long, while others wait for its node
-    )
-    keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): it is they who close, and nothing races
-    max_connections: int | None = None  # None: connections_allowed()
+    linger_s: float = 2.0
+    write_timeout_s: float = 60.0
+    stall_timeout_s: float = 5.0
+    keepalive_s: float = 120.0  # longer than the clients' own (90 s in Go): the clients close first, and nothing races
+    max_connections: int | None = None  # None: compute_max_connections()

@@ -175,7 +175,7 @@ class ClientConnection(asyncio.Protocol):
         self._refuse(Refusal(408, "the request's head came too slowly"))
 
     def may_read_on(self) -> bool:
-        return not self._queue
+        return not self._queue.waiting
 
     def body_fits(self) -> bool:
         return self._queue.incoming_fits
@@ -202,9 +202,10 @@ class ClientConnection(asyncio.Protocol):
             self._reader.pause()
 
     async def _answer_queue(self) -> None:
+        queue = self._queue
         try:
-            while self._queue and self.state is not ConnectionState.CLOSED:
-                item = self._queue.pop()
+            while queue.waiting and self.state is not ConnectionState.CLOSED:
+                item = queue.pop()
                 if self._reader.paused:
                     self._reader.resume()
                 if isinstance(item, Refusal):
@@ -218,7 +219,7 @@ class ClientConnection(asyncio.Protocol):
                     await self.writer.wait_writable()
                 if self._reader.paused:  # a handler may have answered without the body that filled the buffer
                     self._reader.resume()
-                if self._queue:  # a client that sends requests ahead does not keep the others waiting
+                if queue.waiting:  # a client that sends requests ahead does not keep the others waiting
                     await asyncio.sleep(0)
             if self.state is ConnectionState.DRAINING:
                 self._close()
@@ -238,13 +239,16 @@ class ClientConnection(asyncio.Protocol):
             answer = await call_handler(self._server.handler, request, self._server.render_error)
         finally:
             self.writer.on_writable = None
+        if isinstance(answer, Response) and answer.close:
+            request.keep_alive = False
+        keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
-            request.keep_alive &= not answer.close
-            write_answer(self.writer, answer, request, keep_alive=self.keeps_alive(request))
-        if not request.body.whole:
-            self._linger()
-        elif not self.keeps_alive(request):
-            self._close()
+            write_answer(self.writer, answer, request, keep_alive=keeps_alive)
+        if not keeps_alive:
+            if request.body.whole:
+                self._close()
+            else:
+                self._linger()
 
     # -- called by a request -----------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""Compressed bodies, unpacked piece by piece as they come. Pure.
+"""Compressed bodies (gzip, deflate), unpacked piece by piece as they come. Pure.
 
-What comes out may be a thousand times as large as what comes in: a client that compresses is believed to send text, so
-its body may be as large as Ollama takes a compressed one (``Bounds.unpacked_bytes``), a tenth of what a plain one may
-be; and past the first few megabytes it may be RATIO times as large as what came. Text that repeats itself shrinks to a
-twentieth, images as base64 to three quarters; only what is made for it gets below a hundredth.
+A compressed body may become a thousand times as large (a "zip bomb"). So it has two bounds. It may become as large as
+the compressed bodies that Ollama takes (``Bounds.max_unpacked_bytes``), a tenth of what a plain body may have: a client
+that compresses sends text. And past the first ``FREE_BYTES`` it may become ``RATIO`` times as large as what came. Text
+that repeats itself shrinks to a twentieth, and images as base64 to three quarters; only data that is made for it
+shrinks to less than a hundredth.
 """
 
 from __future__ import annotations
@@ -11,66 +12,70 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator
 
-from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.errors import BadRequest, body_too_large
 
-PIECE = 256 << 10  # bytes that are unpacked at a time, under a millisecond: others' tokens wait meanwhile
+PIECE_BYTES = 256 << 10  # unpacked at a time, in under a millisecond: other clients' tokens wait meanwhile
 RATIO = 100
-FREE_BYTES = 4 << 20  # that may come of anything
+FREE_BYTES = 4 << 20
 
 
 class Decompressor:
-    """Raises BadRequest for an encoding that is none of these."""
+    """Unpacks one body of at most ``limit`` bytes. Raises BadRequest for an encoding that it does not know."""
 
     def __init__(self, encoding: str, limit: int) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
         self._deflate = encoding == "deflate"
         self._limit = limit
-        self._begun = b""
-        self._unpack: zlib._Decompress | None = None
-        self._taken = 0
-        self._made = 0
+        self._first_bytes = b""  # until there are two
+        self._unpacker: zlib._Decompress | None = None
+        self._packed_size = 0
+        self._unpacked_size = 0
 
     def feed(self, data: bytes) -> Generator[None, None, list[bytes]]:
-        """What comes out for these bytes, in pieces of work. Raises BadRequest."""
-        if self._unpack is None:
-            data = self._begun + data
+        """What these bytes unpack to. A generator, for ``SliceQueue.run``: each step is one piece of the work. Raises
+        BadRequest."""
+        if self._unpacker is None:
+            data = self._first_bytes + data
             if len(data) < 2:
-                self._begun = data
+                self._first_bytes = data
                 return []
-            self._unpack = self._begin(data)
-        out: list[bytes] = []
-        for start in range(0, len(data), PIECE):  # what is not taken of a piece is copied each time
-            rest = data[start : start + PIECE]
-            self._taken += len(rest)
+            self._unpacker = self._create_unpacker(data)
+        unpacker, unpacked = self._unpacker, list[bytes]()
+        for start in range(0, len(data), PIECE_BYTES):  # zlib copies the rest of its input each time: so little of it
+            rest = data[start : start + PIECE_BYTES]
+            self._packed_size += len(rest)
             more = True
             while more:
                 try:
-                    piece = self._unpack.decompress(rest, PIECE)
+                    piece = unpacker.decompress(rest, PIECE_BYTES)
                 except zlib.error:
-                    raise _broken() from None
-                self._made += len(piece)
-                if self._made > self._limit or self._made > max(FREE_BYTES, RATIO * self._taken):
-                    raise BadRequest("the request body is too large", status=413)
-                out.append(piece)
-                rest = self._unpack.unconsumed_tail
-                more = not self._unpack.eof and (len(rest) > 0 or len(piece) == PIECE)
-                if more or len(data) > PIECE:
+                    raise _malformed() from None
+                self._count(piece)
+                unpacked.append(piece)
+                rest = unpacker.unconsumed_tail
+                more = not unpacker.eof and (len(rest) > 0 or len(piece) == PIECE_BYTES)
+                if more or len(data) > PIECE_BYTES:
                     yield
-            if self._unpack.unused_data:
-                raise _broken()
-        return out
+            if unpacker.unused_data:
+                raise _malformed()
+        return unpacked
+
+    def _count(self, piece: bytes) -> None:
+        self._unpacked_size += len(piece)
+        if self._unpacked_size > min(self._limit, max(FREE_BYTES, RATIO * self._packed_size)):
+            raise body_too_large()
 
     def end(self) -> None:
-        """Raises BadRequest for what is not whole."""
-        if self._unpack is None or not self._unpack.eof:
-            raise _broken()
+        """All has been fed. Raises BadRequest when it was not whole."""
+        if self._unpacker is None or not self._unpacker.eof:
+            raise _malformed()
 
-    def _begin(self, data: bytes) -> zlib._Decompress:
-        # RFC 9110 section 8.4.1.2: "deflate" has zlib's wrapping, which some clients leave out.
+    def _create_unpacker(self, data: bytes) -> zlib._Decompress:
+        # "deflate" means data in zlib's format (RFC 9110 section 8.4.1.2). Some clients send it without zlib's header.
         raw = self._deflate and (data[0] & 15 != 8 or int.from_bytes(data[:2], "big") % 31)
         return zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
 
 
-def _broken() -> BadRequest:
+def _malformed() -> BadRequest:
     return BadRequest("the request body is not what its head says")

@@ -33,7 +33,7 @@ class RequestHead:
 
     __slots__ = ("headers", "is_http10", "keep_alive", "method", "target")
 
-    def __init__(self, method: str, target: str, headers: Headers, *, is_http10: bool, keep_alive: bool) -> None:
+    def __init__(self, method: str, target: str, headers: Headers, is_http10: bool, keep_alive: bool) -> None:
         self.method = method
         self.target = target
         self.headers = headers
@@ -89,8 +89,8 @@ class RequestParser:
         self._events: list[Event] = []
         self._pieces: list[bytes] = []  # of a body, until they are joined
         self._target = b""
-        self._fields: list[tuple[str, str]] = []
-        self._head_size = 0  # of the fields that are complete, trailers included
+        self._fields: list[tuple[str, str]] = []  # of the head, then of the trailers
+        self._head_size = 0  # of what is complete of the target, the fields and the trailers
         self._framing_size = 0  # bytes since the last piece of a body or the end of a request: the engine may keep them
         self._decoder: BodyDecoder | None = None  # of the body behind an offer of another protocol
 
@@ -172,6 +172,7 @@ class RequestParser:
     def on_message_begin(self) -> None:
         self.state = ParserState.READING_HEAD
         self._head_size = 0
+        self._fields = []
 
     def on_url(self, url: bytes) -> None:
         self._target += url
@@ -180,18 +181,17 @@ class RequestParser:
             raise _RefusedError(_HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_size += len(name) + len(value) + 4
         fields = self._fields
-        if self.state is ParserState.READING_HEAD:  # otherwise it is a trailer, which nobody here needs
-            # The engine leaves the blanks behind a value, which do not belong to it.
-            fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
-        if self._head_size > self._max_head_bytes or len(fields) > MAX_FIELDS:
+        # The engine leaves the blanks behind a value, which do not belong to it.
+        fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
+        self._head_size = size = self._head_size + len(name) + len(value) + 4
+        if size > self._max_head_bytes or len(fields) > MAX_FIELDS:
             raise _RefusedError(_HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         engine = self._engine
         headers, target = Headers(tuple(self._fields)), self._target.decode("latin-1")
-        self._fields, self._target = [], b""
+        self._fields, self._target = [], b""  # what comes now are trailers, which nobody here needs
         version = engine.get_http_version()
         is_http10 = version == "1.0"
         if not is_http10 and version != "1.1":
@@ -204,7 +204,7 @@ class RequestParser:
         # HTTP/1.0 knows no chunks: where such a body ends is a guess, after which nothing is safe to read.
         keep_alive = engine.should_keep_alive() and not (is_http10 and has_coding)
         method = engine.get_method().decode("latin-1")
-        self._events.append(RequestHead(method, target, headers, is_http10=is_http10, keep_alive=keep_alive))
+        self._events.append(RequestHead(method, target, headers, is_http10, keep_alive))
         self.state = ParserState.READING_BODY
 
     def on_body(self, data: bytes) -> None:

@@ -13,21 +13,21 @@ MAX_BUFFERED_BODY_BYTES = 256 << 10  # bytes of bodies that wait for their handl
 
 class RequestQueue:
     """The last item may be a refusal of what followed the requests. ``incoming`` is the request whose body is being
-    read; it may be under way already."""
+    read; it may be under way already. ``waiting`` is changed by the methods here alone."""
 
     def __init__(self) -> None:
         self.incoming: Request | None = None
-        self._items: deque[Request | Refusal] = deque()
+        self.waiting: deque[Request | Refusal] = deque()
 
     def __repr__(self) -> str:
-        return f"<RequestQueue {len(self._items)} queued, incoming {self.incoming!r}>"
+        return f"<RequestQueue {len(self.waiting)} queued, incoming {self.incoming!r}>"
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.waiting)
 
     @property
     def is_full(self) -> bool:
-        return len(self._items) > MAX_QUEUED
+        return len(self.waiting) > MAX_QUEUED
 
     @property
     def incoming_fits(self) -> bool:
@@ -35,20 +35,20 @@ class RequestQueue:
         return self.incoming is None or self.incoming.body.buffered <= MAX_BUFFERED_BODY_BYTES
 
     def add(self, item: Request | Refusal) -> None:
-        self._items.append(item)
+        self.waiting.append(item)
         if isinstance(item, Request):
             self.incoming = item
 
     def pop(self) -> Request | Refusal:
-        return self._items.popleft()
+        return self.waiting.popleft()
 
     def feed_body(self, data: bytes) -> bool:
         """Adds to the body that is being read. Says whether the bodies that wait are small enough to read on."""
         if self.incoming is None:
             return True
         buffered = self.incoming.body.feed(data)
-        if len(self._items) > 1:  # several bodies may wait
-            buffered = sum(item.body.buffered for item in self._items if isinstance(item, Request))
+        if len(self.waiting) > 1:  # several bodies may wait
+            buffered = sum(item.body.buffered for item in self.waiting if isinstance(item, Request))
         return buffered <= MAX_BUFFERED_BODY_BYTES
 
     def end_body(self, *, broken: bool = False) -> None:
@@ -59,7 +59,7 @@ class RequestQueue:
 
     def clear(self) -> None:
         """Those that wait will never be answered."""
-        for item in self._items:
+        for item in self.waiting:
             if isinstance(item, Request):
                 item.body.release()
-        self._items.clear()
+        self.waiting.clear()

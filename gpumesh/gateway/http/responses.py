@@ -1,4 +1,4 @@
-"""What a client is answered, and how an answer's head is written. Pure, but for the clock in ``Date``."""
+"""Header fields, whole answers, and how an answer's head is rendered. Pure, but for the clock in ``Date``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from http import HTTPStatus
 
 HeaderPairs = tuple[tuple[str, str], ...]
 
-# Said here for every answer; what a node says of them is about another connection.
-_OURS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
+# Rendered here for every answer. What a handler's headers say of these is about another connection.
+_OWN_HEADERS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
 _BODILESS = frozenset({204, 304})
 
-# What a browser may do with an answer that is no page of ours, should one ever show it: nothing.
+# The Content-Security-Policy of an answer that is no page of ours: a browser that shows it may do nothing with it.
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
-# Of every answer. Its type is what it says; no other site's page loads, frames or learns of it but by CORS.
-_BROWSERS = (
+# Every answer tells browsers: its type is what its head says, and the page of another site may load it, show it in a
+# frame or learn of it by CORS only.
+_BROWSER_HEADERS = (
     "X-Content-Type-Options: nosniff\r\n"
     "X-Frame-Options: DENY\r\n"
     "Cross-Origin-Resource-Policy: same-origin\r\n"
@@ -26,7 +27,8 @@ _BROWSERS = (
 
 
 class Headers(Mapping[str, str]):
-    """By name, in any case; of several with one name the first. ``pairs`` are all of them as they came."""
+    """Header fields by name, in any case. Of several fields with one name it is the first. ``pairs``: all fields as
+    they came."""
 
     __slots__ = ("_first", "pairs")
 
@@ -51,8 +53,7 @@ class Headers(Mapping[str, str]):
 
 
 class Response:
-    """A whole answer. ``close``: nothing more is heard from this client on its connection. ``content_security_policy``:
-    the answer's Content-Security-Policy."""
+    """A whole answer. ``close``: the connection ends with it."""
 
     __slots__ = ("body", "close", "content_security_policy", "headers", "status")
 
@@ -86,6 +87,7 @@ def plain_error(status: int, message: str) -> Response:
 
 
 def has_no_body(method: str, status: int) -> bool:
+    """Whether an answer to this method with this status has none, whatever its head says."""
     return method == "HEAD" or status in _BODILESS
 
 
@@ -98,10 +100,11 @@ def render_head(
     is_http10: bool,
     content_security_policy: str = SANDBOX,
 ) -> bytes:
-    """An answer's head. ``length`` ``None``: its body is chunked, or for an ``is_http10`` client (HTTP/1.0) lasts until
-    the connection ends. ``keep_alive``: the connection stays. Raises ValueError for what would end a line of it."""
-    lines = [f"Date: {_date(int(time.time()))}"]
-    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OURS]
+    """An answer's head. ``length`` ``None``: its body is chunked, or for a client of HTTP/1.0 (``is_http10``) lasts
+    until the connection ends. ``keep_alive``: the connection stays. Raises ValueError for a header that contains a line
+    end."""
+    lines = [f"Date: {_format_date(int(time.time()))}"]
+    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
     if length is None:
         if not is_http10 and status not in _BODILESS:
             lines.append("Transfer-Encoding: chunked")
@@ -114,20 +117,20 @@ def render_head(
     text = "\r\n".join(lines)
     if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
         raise ValueError("a line end inside of a header")
-    return _first_lines(status, content_security_policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
+    return _render_first_lines(status, content_security_policy) + text.encode("utf-8", "surrogateescape") + b"\r\n\r\n"
 
 
 @lru_cache(maxsize=128)
-def _first_lines(status: int, policy: str) -> bytes:
-    """What is the same in all answers of one status."""
+def _render_first_lines(status: int, policy: str) -> bytes:
+    """The lines that are the same in all answers of one status."""
     try:
         phrase = HTTPStatus(status).phrase
-    except ValueError:  # a status of a node's own
+    except ValueError:  # a status that no standard knows
         phrase = "Unknown"
-    lines = f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh\r\nContent-Security-Policy: {policy}\r\n{_BROWSERS}"
+    lines = f"HTTP/1.1 {status} {phrase}\r\nServer: gpumesh\r\nContent-Security-Policy: {policy}\r\n{_BROWSER_HEADERS}"
     return lines.encode()
 
 
 @lru_cache(maxsize=2)
-def _date(now: int) -> str:
+def _format_date(now: int) -> str:
     return formatdate(now, usegmt=True)
