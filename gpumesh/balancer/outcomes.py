@@ -1,7 +1,9 @@
-"""What an attempt's end means: whose fault it was, and whether another node is tried. Pure; one table.
+"""``Outcome``: how one attempt on a node ended, and the one table of what follows from it. Pure.
 
-DESIGN section 5: before the first byte any failure of a node moves the request on; 4xx that are the client's own pass
-through untouched. Section 6: a client's cancel, a 4xx or a 429 is no fault of the node.
+The table says whether another node is tried, whether the end counts against the node's breaker, whether the tunnel is
+checked, and how a request ends that ends so (served, failed or cancelled). Before the first byte of an answer any
+failure of a node moves the request to another node; a 4xx that is the client's own is passed on as it is. A client's
+cancel, a 4xx and a 429 are no fault of the node.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from random import Random
 
 
 class Outcome(StrEnum):
-    """How one attempt ended. ``TIMED_OUT``: silent in mid-answer; ``CUT``: the answer stopped short; ``STREAM_ERROR``:
-    it said in mid-answer that it failed; ``CANNOT_CONTINUE``: it cannot go on with an answer that another node
-    began."""
+    """How one attempt ended. ``TIMED_OUT``: the server fell silent within an answer. ``CUT``: the answer stopped short.
+    ``STREAM_ERROR``: the server reported an error within an answer. ``CANNOT_CONTINUE``: the node cannot continue an
+    answer that another node began."""
 
     SERVED = "served"
     CLIENT_GONE = "client-gone"
@@ -30,22 +32,34 @@ class Outcome(StrEnum):
     DEADLINE = "deadline"
 
 
+class RequestOutcome(StrEnum):
+    """How a request ended, whatever its attempts were. ``REFUSED``: the client made a mistake and no node was asked."""
+
+    SERVED = "served"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"
+
+
 @dataclass(frozen=True, slots=True)
 class OutcomeRule:
     """``fail_over``: try another node, if no byte was sent. ``counts_against_node``: counts against the node's breaker.
 
-    ``check_tunnel``: the node's tunnel should be checked at once.
+    ``request``: the outcome of a request whose last attempt ends so. ``check_tunnel``: the node's tunnel is checked at
+    once.
     """
 
     fail_over: bool
     counts_against_node: bool
+    request: RequestOutcome = RequestOutcome.FAILED
     check_tunnel: bool = False
 
 
-_VERDICTS = {
-    Outcome.SERVED: OutcomeRule(fail_over=False, counts_against_node=False),
-    Outcome.CLIENT_GONE: OutcomeRule(fail_over=False, counts_against_node=False),
-    Outcome.CLIENT_ERROR: OutcomeRule(fail_over=False, counts_against_node=False),
+_SERVED, _CANCELLED = RequestOutcome.SERVED, RequestOutcome.CANCELLED
+_RULES = {
+    Outcome.SERVED: OutcomeRule(fail_over=False, counts_against_node=False, request=_SERVED),
+    Outcome.CLIENT_GONE: OutcomeRule(fail_over=False, counts_against_node=False, request=_CANCELLED),
+    Outcome.CLIENT_ERROR: OutcomeRule(fail_over=False, counts_against_node=False, request=_SERVED),
     Outcome.MODEL_NOT_FOUND: OutcomeRule(fail_over=True, counts_against_node=False),
     Outcome.BUSY: OutcomeRule(fail_over=True, counts_against_node=False),
     Outcome.SERVER_ERROR: OutcomeRule(fail_over=True, counts_against_node=True),
@@ -59,34 +73,42 @@ _VERDICTS = {
 }
 
 
-# When every node failed: those whose way was lost or who were busy are asked again, after a pause that grows.
+# When every node has failed a request, nodes that were lost or busy are asked again after a pause that grows.
 MAX_ROUNDS = 5
-_AGAIN = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
+_RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
 
-# A request at which so many servers failed by themselves is not given to another: it may be what makes them fail.
+# A request at which so many servers failed by themselves is not sent to another: the request may be what makes them
+# fail.
 MAX_SERVER_FAILURES = 2
-# The status by which a server says that it failed at this very request; 502 to 504 are said of it, by who is before it.
+# The status by which a server says that it failed at this very request. A proxy in front of it says 502 to 504.
 SERVER_ERROR_STATUS = 500
 
 
+def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
+    return _RULES[outcome]
+
+
+def request_outcome(outcome: Outcome) -> RequestOutcome:
+    """How a request ends whose last attempt ended so."""
+    return _RULES[outcome].request
+
+
 def is_retryable(outcome: Outcome) -> bool:
-    """Whether the same node may do better in a moment; a server's error is taken at its word."""
-    return outcome in _AGAIN
+    """Whether the same node may do better in a moment. A server that answers with an error is believed."""
+    return outcome in _RETRYABLE
 
 
 def retry_delay_s(rounds: int, rng: Random) -> float:
-    """Before round ``rounds + 1``: 0.1, 0.2, 0.4 … s with a jitter of half of it."""
+    """The pause before round ``rounds + 1``: 0.1, 0.2, 0.4 … s, each times a random factor of 0.75 to 1.25."""
     return float(0.1 * 2 ** (rounds - 1) * rng.uniform(0.75, 1.25))
 
 
-def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
-    return _VERDICTS[outcome]
-
-
 def classify_status(status: int, *, model_asked: bool) -> Outcome:
-    """What an HTTP status says about an attempt. Ollama answers 404 only for a model (facts/ollama-api.md);
-    it says 503 when its queue is full, but a dying or starting server says it too, so 503 is the node's."""
+    """The outcome that an HTTP status means.
+
+    Ollama answers 404 only for a model that it does not have. It answers 503 when its queue is full, but a server that
+    starts or stops does so too, so a 503 counts against the node."""
     if status < 400:
         return Outcome.SERVED
     if status == 404 and model_asked:

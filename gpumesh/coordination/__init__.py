@@ -1,5 +1,6 @@
-"""Several gateways over the same GPUs: each tells the others what it has in flight, so that two of them do not pile
-onto one node while another idles (DESIGN section 6). Without Redis, or while it is away, each goes on alone.
+"""Several gateways over the same GPUs: each publishes what it has in flight, so that two gateways do not send their
+requests to one node while another node idles. Without Redis, or while Redis is away, each gateway goes on alone.
 
-Only counts travel: no prompt, no model, no address. What is heard from others is hostile until parsed.
+Only counts are published: no prompt, no model, no address. Nothing is stored. Messages of others are hostile until
+parsed.
 """

@@ -1,23 +1,25 @@
-"""What the mesh sees of the other gateways."""
+"""``Coordination``: what a mesh knows of other gateways that use the same GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
+
+from gpumesh.state import Finding
+
+Loads = Mapping[str, int]
+"""Requests in flight by key. A key names GPUs, and is the same for every gateway that reaches them
+(``gpumesh.mesh.nodes.snapshot.coordination_key``)."""
 
 
 class Coordination(Protocol):
-    """Keys name GPUs, the same for every gateway that reaches them (``mesh.node.Node.key``)."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why this gateway is alone although it should not be; ``None`` when all is as it should be."""
-
-    def publish_loads(self, loads: Mapping[str, int]) -> None:
-        """What this gateway has in flight now, by key; keys without load may be left out. Cheap."""
-
     def other_gateways_load(self, key: str) -> int:
         """What all other gateways together have in flight there, as far as is known."""
 
-    async def run(self) -> None:
-        """Keeps in touch until cancelled. Never raises on another's account."""
+    def findings(self) -> tuple[Finding, ...]:
+        """What keeps this gateway from knowing the others; empty when all is as it should be."""
+
+    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
+        """Publishes this gateway's loads whenever ``own_loads`` yields them, and receives the loads of the others.
+
+        Ends when it is cancelled, or at once where there are no other gateways. Never raises on another's account."""

@@ -1,5 +1,7 @@
-"""Gateways that share a Redis: each publishes its loads on one channel when they change and as a heartbeat, and hears
-the others'. Nothing is stored there, so nothing is left there. While Redis is away, each goes on alone and says so.
+"""``RedisCoordination``: gateways that share a Redis publish their loads on one channel and receive the others' loads.
+
+A gateway publishes when its loads change, and as a heartbeat. Nothing is stored in Redis, so nothing is left there.
+While Redis is away, each gateway goes on alone, and a finding says so.
 """
 
 from __future__ import annotations
@@ -8,28 +10,30 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
 from gpumesh.cancellation import raise_if_cancelled
+from gpumesh.coordination.base import Loads
 from gpumesh.coordination.peers import Peers, encode_loads
 from gpumesh.errors import GPUMeshError
 from gpumesh.printable import printable
+from gpumesh.state import Finding, Severity
 
 CHANNEL = "gpumesh:loads:1"
 HEARTBEAT_S = 1.0
-SPACING_S = 0.01  # between two messages of a burst of changes
-CONNECT_S = 2.0
-ANSWER_S = 2.0
-FIRST_S, LONGEST_S = 0.5, 10.0  # of the pauses while Redis is away
+MIN_INTERVAL_S = 0.01  # between two messages of a burst of changes
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 2.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0  # between two tries to connect while Redis is away
 
 
 class RedisCoordination:
-    """``on_change`` is called, on the event loop, when the others' loads or ``problem`` changed.
+    """``on_change`` is called, on the event loop, when the loads of others or ``problem`` have changed.
 
-    ``url`` holds no password; ``password`` is asked for at each connect and kept nowhere.
+    ``url`` holds no password. ``password`` is called at each connect; its result is kept nowhere.
     """
 
     def __init__(
@@ -41,96 +45,120 @@ class RedisCoordination:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.problem: str | None = None
+        """Why the other gateways are not known now."""
         self._url = url
         self._password = password
         self._on_change = on_change
         self._clock = clock
         self._name = secrets.token_hex(8)
         self._peers = Peers(self._name)
-        self._loads: dict[str, int] = {}
-        self._changed = asyncio.Event()
+        self._own_loads: dict[str, int] = {}
+        self._own_loads_changed = asyncio.Event()
 
-    def publish_loads(self, loads: Mapping[str, int]) -> None:
-        told = {key: count for key, count in loads.items() if count > 0}
-        if told != self._loads:
-            self._loads = told
-            self._changed.set()
+    def __repr__(self) -> str:
+        return f"<RedisCoordination {self._name} {self._peers!r} problem {self.problem!r}>"
+
+    def publish_loads(self, loads: Loads) -> None:
+        """What this gateway has in flight now. Cheap: it is sent a moment later."""
+        busy = {key: count for key, count in loads.items() if count > 0}
+        if busy != self._own_loads:
+            self._own_loads = busy
+            self._own_loads_changed.set()
 
     def other_gateways_load(self, key: str) -> int:
         return self._peers.total_load(key, self._clock())
 
-    async def run(self) -> None:
-        pause_s = FIRST_S
+    def findings(self) -> tuple[Finding, ...]:
+        if self.problem is None:
+            return ()
+        message = f"other gateways are not heard, this one goes on alone: Redis: {self.problem}"
+        hint = "check that `redis.url` is right and answers"
+        return (Finding("redis-away", Severity.WARNING, None, message, hint),)
+
+    # -- the connection ------------------------------------------------------------------------------------------
+
+    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_own_loads(own_loads), name="own loads for other gateways")
+            await self._stay_connected()
+
+    async def _follow_own_loads(self, own_loads: AsyncIterator[Loads]) -> None:
+        async for loads in own_loads:
+            self.publish_loads(loads)
+
+    async def _stay_connected(self) -> None:
+        pause_s = FIRST_PAUSE_S
         while True:
             began = self._clock()
             try:
-                await self._connected()
+                await self._use_connection()
             # Not only what redis-py documents: its parser raises ValueError, IndexError, TypeError or RecursionError
             # for what is not Redis's protocol. Whatever answers there, this gateway then goes on alone, and says so.
             except* Exception as group:
-                self._is_away(_words(group))
+                self._record_problem(_describe_failure(group))
             raise_if_cancelled()
-            if self._clock() - began > LONGEST_S:
-                pause_s = FIRST_S
+            if self._clock() - began > MAX_PAUSE_S:
+                pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_S)
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
-    async def _connected(self) -> None:
-        """Until the connection is lost: RedisError, OSError or TimeoutError, in a group."""
+    async def _use_connection(self) -> None:
+        """Until the connection is lost. Raises RedisError, OSError or TimeoutError in a group."""
         client = redis.Redis.from_url(
             self._url,
             password=self._password(),
-            socket_connect_timeout=CONNECT_S,
-            socket_timeout=ANSWER_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
             retry_on_timeout=False,
             client_name=f"gpumesh-{self._name}",
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(client.aclose)
-            heard = client.pubsub(ignore_subscribe_messages=True)
-            stack.push_async_callback(heard.aclose)
+            subscription = client.pubsub(ignore_subscribe_messages=True)
+            stack.push_async_callback(subscription.aclose)
             async with asyncio.TaskGroup() as group:
-                await heard.subscribe(CHANNEL)
+                await subscription.subscribe(CHANNEL)
                 self.problem = None
                 self._on_change()
-                group.create_task(self._tell(client))
-                await self._hear(heard)
+                group.create_task(self._send_messages(client))
+                await self._receive_messages(subscription)
 
-    async def _tell(self, client: redis.Redis) -> None:
+    async def _send_messages(self, client: redis.Redis) -> None:
+        """At each change and each heartbeat; at the end a message that this gateway leaves."""
         try:
             while True:
-                self._changed.clear()
-                await client.publish(CHANNEL, encode_loads(self._name, self._loads))
+                self._own_loads_changed.clear()
+                await client.publish(CHANNEL, encode_loads(self._name, self._own_loads))
                 raise_if_cancelled()
-                await asyncio.sleep(SPACING_S)
+                await asyncio.sleep(MIN_INTERVAL_S)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_S):
-                        await self._changed.wait()
+                        await self._own_loads_changed.wait()
         finally:
             with contextlib.suppress(RedisError, OSError, TimeoutError):
-                async with asyncio.timeout(ANSWER_S):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await client.publish(CHANNEL, encode_loads(self._name, {}, leaving=True))
 
-    async def _hear(self, heard: redis.client.PubSub) -> None:
+    async def _receive_messages(self, subscription: redis.client.PubSub) -> None:
         while True:
-            # Our own heartbeat comes back here: silence for longer means that the connection is dead.
-            async with asyncio.timeout(HEARTBEAT_S + ANSWER_S):
-                message = await heard.get_message(timeout=None)
-                await asyncio.sleep(0)  # hundreds may have come together
+            # Our own heartbeat comes back here: a longer silence means that the connection is dead.
+            async with asyncio.timeout(HEARTBEAT_S + ANSWER_TIMEOUT_S):
+                message = await subscription.get_message(timeout=None)
+                await asyncio.sleep(0)  # hundreds may have come together: others get their turn
             data = message.get("data") if message is not None else None
             raise_if_cancelled()
             if isinstance(data, bytes) and self._peers.receive(data, self._clock()):
                 self._on_change()
 
-    def _is_away(self, why: str) -> None:
-        if self.problem != why:
-            self.problem = why
+    def _record_problem(self, problem: str) -> None:
+        if self.problem != problem:
+            self.problem = problem
             self._peers.forget_all()
             self._on_change()
 
 
-def _words(group: BaseExceptionGroup[BaseException]) -> str:
-    """The first reason, as a line; redis's own texts name host and port, never the password."""
+def _describe_failure(group: BaseExceptionGroup[BaseException]) -> str:
+    """The first reason, as a line. The texts of redis-py name host and port, never the password."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,19 +1,22 @@
-"""No other gateways: the usual case."""
+"""``SingleGateway``: the coordination of a mesh without ``redis`` in mesh.yaml. There are no other gateways."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+
+from gpumesh.coordination.base import Loads
+from gpumesh.state import Finding
 
 
 class SingleGateway:
-    problem: str | None = None
-
-    def publish_loads(self, loads: Mapping[str, int]) -> None:
-        pass
+    def __repr__(self) -> str:
+        return "<SingleGateway>"
 
     def other_gateways_load(self, key: str) -> int:  # noqa: ARG002
         return 0
 
-    async def run(self) -> None:
-        await asyncio.Event().wait()
+    def findings(self) -> tuple[Finding, ...]:
+        return ()
+
+    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
+        """Nobody reads the loads, so they are not asked for."""

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 
 from gpumesh import config
 from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, NoNodeError
 from gpumesh.gateway import error_shapes, proxy
@@ -43,7 +44,7 @@ from gpumesh.gateway.model_requests import (
 from gpumesh.gateway.model_store_routes import ModelStoreRoutes
 from gpumesh.gateway.observe.access_log import AccessLog
 from gpumesh.gateway.observe.metrics import RequestMetrics
-from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord, request_outcome
+from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.gateway.web_page import UiPage
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
@@ -203,17 +204,11 @@ class Gateway:
             self._ended(request, record, reply)
 
     def _ended(self, request: Request, record: RequestRecord, reply: Response | StreamingResponse | None) -> None:
-        record.ended_at = record.clock()
-        record.sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
-        if reply is None:  # cancelled, or its connection broke: the client is gone
-            record.outcome = RequestOutcome.CANCELLED
-            record.status = LOST
+        sent_bytes = len(reply.body) if isinstance(reply, Response) else request.sent_bytes
+        if reply is None:  # cancelled, or its connection broke
+            record.note_client_gone(status=LOST, sent_bytes=sent_bytes)
         else:
-            record.status = reply.status
-            if record.outcome is None:
-                record.outcome = (
-                    RequestOutcome.SERVED if record.answer is None else request_outcome(record.answer.outcome)
-                )
+            record.note_end(status=reply.status, sent_bytes=sent_bytes)
         self.metrics.add(record)
         if self._access_log is not None:
             self._access_log.add(record, client=request.client_address, request_id=request.id)

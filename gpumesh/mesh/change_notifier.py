@@ -1,5 +1,5 @@
-"""Telling whoever watches that something changed, without queues that grow: a watcher that is slow misses nothing but
-the steps in between."""
+"""Tells watchers that something has changed, without queues that grow: a slow watcher misses intermediate states
+only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator
 
 
 class ChangeNotifier:
-    """``notify`` is cheap and may be called at any rate; a watcher is woken once for all that it has not seen."""
+    """``notify`` is cheap and may be called at any rate. A watcher is woken once for all changes since its last
+    step."""
 
     def __init__(self) -> None:
         self._version = 0
         self._watchers: set[asyncio.Event] = set()
+
+    def __repr__(self) -> str:
+        return f"<ChangeNotifier version {self._version}, {len(self._watchers)} watchers>"
 
     @property
     def version(self) -> int:

@@ -1,13 +1,14 @@
-"""Who goes where, and who waits: the balancer's pure decisions, applied to the running nodes.
+"""The dispatcher: applies the balancer's pure decisions to the running nodes, and holds the queue.
 
-``acquire`` returns at once while a place is free; otherwise the request waits in the mesh's own queue (not unseen in
-Ollama's) until ``pump`` finds it one. A node that is only just away (reconnecting) is waited for, ``grace_s`` at most.
+``acquire`` returns at once while a slot is free. Otherwise the request waits in the mesh's own queue, not unseen in
+Ollama's, until ``grant_waiting`` gives it a slot. A node that is away only for a moment (reconnecting) is waited for,
+``grace_s`` at most.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -17,16 +18,20 @@ from gpumesh.balancer.policies import POLICIES
 from gpumesh.balancer.queue import WaitQueue
 from gpumesh.balancer.select import gpu_group, has_model, no_node_error, select_candidates
 from gpumesh.errors import DeadlineExceeded, QueueFull
-from gpumesh.mesh.nodes.node import Lease, Node
+from gpumesh.mesh.nodes.fleet import Fleet
+from gpumesh.mesh.nodes.ledger import Lease
 from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 
 GRACE_S = 6.0
-LOOK_AGAIN_S = 0.2
+RECHECK_S = 0.2
+WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean that Retry-After tells
 
 
 @dataclass(slots=True)
 class _Waiter:
+    """A request in the queue. ``hopeless_since``: from then on only nodes that are away could serve it."""
+
     demand: Demand
     exclude: frozenset[str]
     granted: asyncio.Future[Lease]
@@ -34,9 +39,11 @@ class _Waiter:
 
 
 class Dispatcher:
+    """Chooses nodes by ``policy``; ``max_queue`` requests at most wait."""
+
     def __init__(
         self,
-        nodes: Mapping[str, Node],
+        fleet: Fleet,
         policy: PolicyKind,
         *,
         clock: Callable[[], float],
@@ -44,7 +51,8 @@ class Dispatcher:
         max_queue: int,
         grace_s: float = GRACE_S,
     ) -> None:
-        self._nodes = nodes
+        self._fleet = fleet
+        self._policy_kind = policy
         self._policy = POLICIES[policy]
         self._clock = clock
         self._rng = rng
@@ -52,57 +60,76 @@ class Dispatcher:
         self._turn = 0
         self._queue: WaitQueue[_Waiter] = WaitQueue(max_queue)
         self._recent_wait_s = 1.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._recheck_timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self._policy_kind.value} {len(self._queue)} queued>"
+
+    # -- what is seen of the queue -------------------------------------------------------------------------------
 
     @property
     def queued(self) -> int:
         return len(self._queue)
 
     def waiting(self, limit: int) -> tuple[WaitingState, ...]:
-        """The first ``limit`` of the queue, next first."""
+        """The first ``limit`` requests of the queue, in the order of service."""
         now = self._clock()
         return tuple(
             WaitingState(
                 position,
-                waiting.priority.value,
-                waiting.payload.demand.model,
-                waiting.payload.demand.node,
-                round(now - waiting.queued_at, 3),
-                waiting.payload.demand.id,
+                entry.priority.value,
+                entry.payload.demand.model,
+                entry.payload.demand.node,
+                round(now - entry.queued_at, 3),
+                entry.payload.demand.id,
             )
-            for position, waiting in enumerate(islice(self._queue, limit))
+            for position, entry in enumerate(islice(self._queue, limit))
         )
 
     def queued_for(self, node: str) -> int:
-        """Those that wait for this node and no other."""
-        return sum(waiting.payload.demand.node == node for waiting in self._queue)
+        """How many requests wait for this node and no other."""
+        return sum(entry.payload.demand.node == node for entry in self._queue) if len(self._queue) else 0
 
     def slot_is_wanted(self, node: str) -> bool:
-        """Whether a request waits that a slot on this node, or on one that shares its GPU, would be given to."""
-        candidates = self._candidates()
+        """Whether a request waits that would be given a slot of this node, or of a node that shares its GPU."""
+        candidates = self._fleet.candidates()
         groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
-        asked: set[tuple[Demand, frozenset[str]]] = set()
-        for waiting in self._queue:
-            waiter = waiting.payload
-            key = (_key(waiter.demand), waiter.exclude)
-            if waiter.granted.done() or key in asked:
+        tried: set[tuple[Demand, frozenset[str]]] = set()
+        for entry in self._queue:
+            waiter = entry.payload
+            key = (_selection_key(waiter.demand), waiter.exclude)
+            if waiter.granted.done() or key in tried:
                 continue
-            asked.add(key)
-            if any(
-                gpu_group(one) in groups for one in select_candidates(candidates, key[0], exclude=waiter.exclude).busy
-            ):
+            tried.add(key)
+            busy = select_candidates(candidates, key[0], exclude=waiter.exclude).busy
+            if any(gpu_group(candidate) in groups for candidate in busy):
                 return True
         return False
 
-    def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
-        """Whether any other node takes such work, now or when it has a free place."""
-        found = select_candidates(self._candidates(), demand, exclude=exclude)
-        return bool(found.free or found.busy)
+    # -- could a node serve --------------------------------------------------------------------------------------
 
-    def worth_waiting(self, demand: Demand) -> bool:
-        """Whether a node that could take such work a moment ago may be able to in a moment."""
-        seen = [candidate for candidate in self._candidates() if candidate.models is not None]
-        return self._coming(seen, demand, frozenset())
+    def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
+        """Whether any other node takes this demand, now or when it has a free slot."""
+        selection = select_candidates(self._fleet.candidates(), demand, exclude=exclude)
+        return bool(selection.free or selection.busy)
+
+    def is_worth_waiting(self, demand: Demand) -> bool:
+        """Whether a node that could serve this demand a moment ago may be able to in a moment."""
+        probed = [candidate for candidate in self._fleet.candidates() if candidate.models is not None]
+        return self._may_recover(probed, demand, frozenset())
+
+    def _may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
+        """Whether any of these nodes is away now, may be back in a moment, and could then serve this demand."""
+        return any(
+            self._fleet[candidate.name].may_recover
+            and candidate.name not in exclude
+            and candidate.kind in demand.kinds
+            and demand.node in (None, candidate.name)
+            and has_model(candidate, demand.model)
+            for candidate in candidates
+        )
+
+    # -- slots ---------------------------------------------------------------------------------------------------
 
     async def acquire(
         self,
@@ -112,18 +139,18 @@ class Dispatcher:
         timeout_s: float,
         since: float | None = None,
     ) -> Lease:
-        """A place on the best node for this demand.
+        """A slot on the best node for this demand.
 
-        ``since``: it was accepted then and its node has failed it; it waits as if it had waited from then on, and is
-        not turned away because many wait.
+        ``since``: the request was accepted at this time, and a node has failed it. It waits as if it had been in the
+        queue from then on, and is not turned away when the queue is full.
 
-        Raises NoNodeError or ModelMissing when nobody could serve it, QueueFull past the bound, and DeadlineExceeded.
+        Raises NoNodeError or ModelMissing when no node could serve it, QueueFull past the bound, and DeadlineExceeded.
         """
-        # Whoever waits already goes first, unless no place that is free now is of use to them.
+        # Requests that wait already go first, unless no free slot is of use to them.
         if len(self._queue):
             self.grant_waiting()
-        candidates = self._candidates()
-        lease = self._grant(demand, exclude, candidates)
+        candidates = self._fleet.candidates()
+        lease = self._take_slot(demand, exclude, candidates)
         if lease is not None:
             return lease
         waiter = _Waiter(demand, exclude, asyncio.get_running_loop().create_future())
@@ -134,107 +161,97 @@ class Dispatcher:
         return await self._wait(waiter, timeout_s, since)
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
-        """For a request that nobody else can take any more: a free place on a node that works, but failed so often
-        lately that it is given no new requests. Better than the error that the client would get."""
-        now = self._clock()
-        candidates = [node.candidate(now, despite_breaker=True) for node in self._nodes.values()]
-        return self._grant(demand, exclude, candidates)
+        """A free slot on a node that works, but failed so often lately that it is given no new requests.
+
+        For a request that no other node can take any more: better than the error that its client would get."""
+        return self._take_slot(demand, exclude, self._fleet.candidates(despite_breaker=True))
+
+    def _take_slot(self, demand: Demand, exclude: frozenset[str], candidates: Sequence[Candidate]) -> Lease | None:
+        """A slot that is free now, on the node that the policy ranks first."""
+        free = select_candidates(candidates, demand, exclude=exclude).free
+        if not free:
+            return None
+        if len(free) == 1:
+            name = free[0].name
+        else:
+            self._turn += 1
+            name = self._policy(free, demand, self._turn, self._rng)[0]
+        return self._fleet[name].lease(demand)
+
+    # -- the queue -----------------------------------------------------------------------------------------------
 
     async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
         began = self._clock()
-        rank = began if since is None else since
-        waiting = self._queue.add(waiter, waiter.demand.priority, rank, bounded=since is None)
+        queued_at = began if since is None else since
+        entry = self._queue.add(waiter, waiter.demand.priority, queued_at, bounded=since is None)
         try:
             async with asyncio.timeout(timeout_s):
                 lease = await waiter.granted
         except TimeoutError:
-            self._give_back(waiter)
+            _return_grant(waiter)
             raise DeadlineExceeded(f"no place became free within {timeout_s:.0f} s") from None
         except asyncio.CancelledError:
-            self._give_back(waiter)
+            _return_grant(waiter)
             raise
         finally:
-            self._queue.discard(waiting)
-        self._recent_wait_s += 0.2 * (self._clock() - began - self._recent_wait_s)
+            self._queue.discard(entry)
+        self._recent_wait_s += WAIT_SMOOTHING * (self._clock() - began - self._recent_wait_s)
         return lease
 
-    def _give_back(self, waiter: _Waiter) -> None:
-        """The waiter left in the very moment in which it was granted a place."""
-        granted = waiter.granted
-        if granted.done() and not granted.cancelled() and granted.exception() is None:
-            granted.result().discard()
-
     def grant_waiting(self) -> None:
-        """Grants what can be granted now, in the order of the queue. Called when a place is freed or a node changes."""
+        """Grants the slots that are free, in the order of the queue. Called when a slot is freed or a node changes."""
         if not len(self._queue):
             return
-        candidates = self._candidates()
-        full: set[Demand] = set()
-        for waiting in self._queue:
-            waiter = waiting.payload
+        candidates = self._fleet.candidates()
+        without_slot: set[Demand] = set()
+        for entry in self._queue:
+            waiter = entry.payload
             if waiter.granted.done():
                 continue
-            key = _key(waiter.demand)
-            if key in full and not waiter.exclude:
+            key = _selection_key(waiter.demand)
+            if key in without_slot and not waiter.exclude:
                 continue
-            lease = self._grant(waiter.demand, waiter.exclude, candidates)
+            lease = self._take_slot(waiter.demand, waiter.exclude, candidates)
             if lease is not None:
                 waiter.granted.set_result(lease)
-                candidates = self._candidates()
+                candidates = self._fleet.candidates()
             elif self._may_wait(waiter, candidates):
-                full.add(key)
+                without_slot.add(key)
             else:
                 waiter.granted.set_exception(no_node_error(candidates, waiter.demand, exclude=waiter.exclude))
 
-    def _grant(self, demand: Demand, exclude: frozenset[str], candidates: list[Candidate]) -> Lease | None:
-        now = select_candidates(candidates, demand, exclude=exclude).free
-        if not now:
-            return None
-        if len(now) == 1:
-            name = now[0].name
-        else:
-            self._turn += 1
-            name = self._policy(now, demand, self._turn, self._rng)[0]
-        return self._nodes[name].lease(demand)
-
-    def _may_wait(self, waiter: _Waiter, candidates: list[Candidate]) -> bool:
+    def _may_wait(self, waiter: _Waiter, candidates: Sequence[Candidate]) -> bool:
+        """Whether a node is busy that would serve it, or is away since less than the grace period."""
         demand = waiter.demand
         if select_candidates(candidates, demand, exclude=waiter.exclude).busy:
             waiter.hopeless_since = None
             return True
-        if not self._coming(candidates, demand, waiter.exclude):
+        if not self._may_recover(candidates, demand, waiter.exclude):
             return False
         now = self._clock()
         if waiter.hopeless_since is None:
             waiter.hopeless_since = now
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self._look_again)
+        if self._recheck_timer is None:
+            self._recheck_timer = asyncio.get_running_loop().call_later(RECHECK_S, self._recheck)
         return now - waiter.hopeless_since < self._grace_s
 
-    def _coming(self, candidates: list[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
-        return any(
-            self._nodes[candidate.name].may_recover
-            and candidate.name not in exclude
-            and candidate.kind in demand.kinds
-            and demand.node in (None, candidate.name)
-            and has_model(candidate, demand.model)
-            for candidate in candidates
-        )
-
-    def _look_again(self) -> None:
-        """What no event announces: a breaker's pause that ends, a grace that runs out."""
-        self._timer = None
+    def _recheck(self) -> None:
+        """Notices what no event announces: the end of a breaker's pause, the end of a grace period."""
+        self._recheck_timer = None
         self.grant_waiting()
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _candidates(self) -> list[Candidate]:
-        now = self._clock()
-        return [node.candidate(now) for node in self._nodes.values()]
+        if self._recheck_timer is not None:
+            self._recheck_timer.cancel()
 
 
-def _key(demand: Demand) -> Demand:
-    """Equal for demands that the same nodes could take."""
+def _return_grant(waiter: _Waiter) -> None:
+    """Gives back a slot that was granted in the very moment in which the waiter left."""
+    granted = waiter.granted
+    if granted.done() and not granted.cancelled() and granted.exception() is None:
+        granted.result().discard()
+
+
+def _selection_key(demand: Demand) -> Demand:
+    """Equal for demands that the same nodes could serve."""
     return Demand(model=demand.model, kinds=demand.kinds, node=demand.node)

@@ -1,4 +1,4 @@
-"""The running whole: all nodes, the balancer over them, and requests sent through it. ``gpumesh.Mesh``.
+"""``Mesh``: all nodes, the balancer over them, and requests sent through it. ``gpumesh.Mesh``.
 
 ::
 
@@ -11,62 +11,51 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 from gpumesh import audit, config
 from gpumesh.backends.base import ChatRequest, HttpCall, Message
 from gpumesh.balancer.base import Candidate, Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.balancer.select import no_node_error, select_candidates
-from gpumesh.coordination.base import Coordination
-from gpumesh.coordination.single_gateway import SingleGateway
-from gpumesh.errors import DeadlineExceeded, GPUMeshError, NoNodeError, UsageError
+from gpumesh.coordination.factory import create_coordination
+from gpumesh.errors import UsageError
+from gpumesh.mesh import readiness
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.chat import ChatStream
-from gpumesh.mesh.dispatch import GRACE_S, Dispatcher
+from gpumesh.mesh.dispatch import Dispatcher
+from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
-from gpumesh.mesh.requests.answer import Answer, WholeAnswer
+from gpumesh.mesh.request_counters import RequestCounters
+from gpumesh.mesh.requests.answer import Answer
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.probes.http_client import http_client
-from gpumesh.state import Finding, GatewayState, MeshState, Severity, compute_totals
-from gpumesh.topology import BackendKind, NodeSpec, RedisSpec, Topology
+from gpumesh.state import GatewayState, MeshState, compute_totals
+from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
 from gpumesh.tunnels.direct.this_machine import ThisMachine
 from gpumesh.tunnels.supervisor import Prompter, open_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 
-SHOWN_WAITING = 100
-
-
-@dataclass(slots=True)
-class RequestCounters:
-    """Every request that was accepted ends in exactly one of the other three."""
-
-    accepted: int = 0
-    served: int = 0
-    failed: int = 0
-    cancelled: int = 0
-
-    @property
-    def in_flight(self) -> int:
-        return self.accepted - self.served - self.failed - self.cancelled
+MAX_SHOWN_WAITING = 100
 
 
 class Mesh:
-    """Use as an async context manager; inside it the tunnels open by themselves, side by side.
+    """Use as an async context manager; inside it the tunnels open by themselves, all at the same time.
 
-    ``clock`` gives monotonic seconds, ``ask`` answers what a host wants to know from a person (``None``: nobody is
-    there to be asked).
+    ``clock`` gives monotonic seconds. ``prompter`` asks a person what a host wants to know; ``None``: there is nobody
+    to ask.
+
+    The class is long because it is the public interface of the package: each operation is one short method, and the
+    docstrings are a third of it. What the operations do is in the fleet, the dispatcher and the delivery.
     """
 
     def __init__(
@@ -83,31 +72,37 @@ class Mesh:
         self.gateway = GatewayState()
         self._clock = clock
         self._rng = rng or Random()
-        self._ask = prompter
+        self._prompter = prompter
         self._changes = ChangeNotifier()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._here = ThisMachine()
+        self._this_machine = ThisMachine()
         self._upstream = Upstream()
-        self._coordination = self._coordinated(topology.redis)
-        shared = None if isinstance(self._coordination, SingleGateway) else self._coordination.other_gateways_load
         self._http = http_client()
-        self._nodes = {
-            spec.name: Node(
-                spec,
-                clock=clock,
-                http=self._http,
-                changes=self._changes,
-                on_slot_freed=self._freed,
-                on_gpus_identified=self._regroup,
-                other_gateways_load=shared,
-            )
-            for spec in topology.nodes
-        }
-        self._dispatcher = Dispatcher(
-            self._nodes, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
+        self._coordination = create_coordination(topology.redis, on_change=self._on_other_gateways, clock=clock)
+        self.fleet = Fleet(
+            [
+                Node(
+                    spec,
+                    clock=clock,
+                    http=self._http,
+                    changes=self._changes,
+                    on_slot_freed=self._grant_waiting,
+                    on_gpus_identified=self._regroup,
+                    coordination=self._coordination,
+                )
+                for spec in topology.nodes
+            ],
+            clock=clock,
         )
-        self._means = SendContext(self._upstream, self._dispatcher, clock, self._rng, self._why_none)
+        self._dispatcher = Dispatcher(
+            self.fleet, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
+        )
+        self._send_context = SendContext(self._upstream, self._dispatcher, clock, self._rng, self.fleet.explain_no_node)
+
+    def __repr__(self) -> str:
+        counters = self.request_counters
+        return f"<Mesh {self.topology.name} {counters.in_flight} in flight, {counters.served} served, {self.fleet!r}>"
 
     @classmethod
     def from_file(cls, path: str | Path | None = None) -> Mesh:
@@ -123,12 +118,11 @@ class Mesh:
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._stop)
-            if not isinstance(self._coordination, SingleGateway):
-                self._tasks.append(group.create_task(self._coordination.run(), name="other gateways"))
-                self._tasks.append(group.create_task(self._tell_others(), name="telling other gateways"))
-            for node in self._nodes.values():
+            coordination = self._coordination.run(self._own_loads())
+            self._tasks.append(group.create_task(coordination, name="other gateways"))
+            for node in self.fleet:
                 if node.spec.enabled:
-                    tunnel = node.tunnel = self._open(node.spec, node, workers)  # there before its task has run
+                    tunnel = node.tunnel = self._open_tunnel(node, workers)  # known before the node's task has run
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
             self._stack = stack.pop_all()
         return self
@@ -137,46 +131,31 @@ class Mesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            # The task group would wrap what the block raised in an ExceptionGroup; its caller gets it as it is.
+            # The task group would wrap the block's error in an ExceptionGroup; the caller gets the error as it is.
             await self._stack.aclose()
         else:
             await self._stack.__aexit__(kind, error, trace)
 
-    def _open(self, spec: NodeSpec, node: Node, workers: WorkerPool) -> Tunnel:
+    def _open_tunnel(self, node: Node, workers: WorkerPool) -> Tunnel:
         return open_tunnel(
-            spec,
+            node.spec,
             clock=self._clock,
             rng=self._rng,
             workers=workers,
             on_change=node.on_tunnel,
-            prompter=self._ask,
-            this_machine=self._here,
+            prompter=self._prompter,
+            this_machine=self._this_machine,
             tunnels_spec=self.topology.tunnels,
             mesh_name=self.topology.name,
         )
 
-    def _coordinated(self, spec: RedisSpec | None) -> Coordination:
-        if spec is None:
-            return SingleGateway()
-        from gpumesh.coordination.redis_coordination import RedisCoordination  # a client that most meshes do not need
-
-        variable = spec.password_env
-        return RedisCoordination(
-            spec.url,
-            password=lambda: None if variable is None else config.read_secret(variable),
-            on_change=self._others_changed,
-            clock=self._clock,
-        )
-
-    async def _tell_others(self) -> None:
+    async def _own_loads(self) -> AsyncIterator[Mapping[str, int]]:
+        """What this mesh has in flight, after each change, for other gateways."""
         async for _ in self.watch_changes():
-            loads: dict[str, int] = {}
-            for node in self._nodes.values():
-                loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
-            self._coordination.publish_loads(loads)
+            yield self.fleet.loads()
 
-    def _others_changed(self) -> None:
-        self._dispatcher.grant_waiting()
+    def _on_other_gateways(self) -> None:
+        self._grant_waiting()
         self._changes.notify()
 
     def _stop(self) -> None:
@@ -184,55 +163,38 @@ class Mesh:
         for task in self._tasks:
             task.cancel()
 
-    def _freed(self) -> None:
+    def _grant_waiting(self) -> None:
         self._dispatcher.grant_waiting()
 
     def _regroup(self) -> None:
-        """Nodes that share a GPU are balanced as one from the moment at which that is known."""
-        groups = audit.gpu_groups([node.state(0) for node in self._nodes.values()])
-        first: set[str] = set()
-        for node in self._nodes.values():
-            node.group = groups.get(node.name, node.name)
-            node.counts_for_group = node.group not in first
-            first.add(node.group)
+        self.fleet.regroup()
 
     # -- what is seen --------------------------------------------------------------------------------------------
 
     def snapshot(self) -> MeshState:
-        states = tuple(
-            node.state(self._dispatcher.queued_for(node.name) if self._dispatcher.queued else 0)
-            for node in self._nodes.values()
-        )
+        dispatcher = self._dispatcher
+        states = tuple(node.state(dispatcher.queued_for(node.name)) for node in self.fleet)
         return MeshState(
             mesh=self.topology.name,
             at=datetime.now(UTC),
-            gateway=GatewayState(
-                self.gateway.url,
-                self.gateway.state,
+            gateway=replace(
+                self.gateway,
                 in_flight=self.in_flight,
-                queued=self._dispatcher.queued,
-                waiting=self._dispatcher.waiting(SHOWN_WAITING),
-                socket=self.gateway.socket,
-                access=self.gateway.access,
+                queued=dispatcher.queued,
+                waiting=dispatcher.waiting(MAX_SHOWN_WAITING),
             ),
             totals=compute_totals(states),
             nodes=states,
-            findings=(*audit.collect_findings(self.topology, states), *self._alone()),
+            findings=(*audit.collect_findings(self.topology, states), *self._coordination.findings()),
         )
-
-    def _alone(self) -> Iterator[Finding]:
-        problem = self._coordination.problem
-        if problem is not None:
-            message = f"other gateways are not heard, this one goes on alone: Redis: {problem}"
-            yield Finding("redis-away", Severity.WARNING, None, message, "check that `redis.url` is right and answers")
 
     @property
     def in_flight(self) -> int:
-        """Requests that were accepted and have not ended, those that wait for a place left out."""
+        """Requests that were accepted and have not ended, without those that wait for a slot."""
         return max(self.request_counters.in_flight - self._dispatcher.queued, 0)
 
     def watch_changes(self) -> AsyncIterator[None]:
-        """Yields at once and then after each change; what happened in between is coalesced."""
+        """Yields at once and then after each change; changes between two steps are one."""
         return self._changes.watch()
 
     def set_gateway_state(self, gateway: GatewayState) -> None:
@@ -242,71 +204,33 @@ class Mesh:
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
         """The state once every node was probed or found out of reach, or the deadline passed."""
-        waits = [node.wait_reported() for node in self._nodes.values()]
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            pass  # what is known by then is the report
+        await readiness.wait_first_report(self.fleet, timeout_s)
         return self.snapshot()
 
     async def wait_usable(self, model: str | None = None, *, timeout_s: float, node: str | None = None) -> str:
         """The name of the first node that can serve this model, as soon as one can.
 
-        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed. Nodes that
-        were lost only just now are waited for as those of a request in the queue are.
+        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed.
         """
-        demand = Demand(model=model, node=self._known(node))
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_s
-        try:
-            async with asyncio.timeout_at(until) as limit:
-                async for _ in self.watch_changes():
-                    now = self._clock()
-                    candidates = [entry.candidate(now) for entry in self._nodes.values()]
-                    found = select_candidates(candidates, demand)
-                    if found.free or found.busy:
-                        return (found.free or found.busy)[0].name
-                    if not all(entry.reported for entry in self._nodes.values() if demand.node in (None, entry.name)):
-                        continue
-                    if not self._dispatcher.worth_waiting(demand):
-                        raise self._why_none(demand)
-                    until = min(until, loop.time() + GRACE_S)
-                    limit.reschedule(until)
-        except TimeoutError:
-            pass
-        raise self._why_none(demand)
+        demand = Demand(model=model, node=self.fleet.require_known(node))
+        return await readiness.wait_usable(self.fleet, self._dispatcher, self._changes, demand, timeout_s=timeout_s)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Every node, as the balancer sees it now."""
-        now = self._clock()
-        return tuple(node.candidate(now) for node in self._nodes.values())
+        return tuple(self.fleet.candidates())
 
     def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
-        """The names of the nodes of these kinds that take work now, or would when they have a free place."""
-        return tuple(entry.name for entry in self.candidates() if entry.usable and entry.kind in kinds)
+        """The names of the nodes of these kinds that take requests now, or would when they have a free slot."""
+        return tuple(entry.name for entry in self.fleet.candidates() if entry.usable and entry.kind in kinds)
 
     def local_ports(self) -> frozenset[int]:
-        """The ports of this machine behind which a node's server answers: the ends of tunnels, and servers of its own.
-        What comes from there is a host's word, though its address is this machine's."""
-        tunnels = [node.tunnel for node in self._nodes.values() if node.tunnel is not None]
-        places = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
-        return frozenset(
-            place.port for place in places if place.port is not None and config.is_loopback(place.hostname or "")
-        )
+        """The ports of this machine behind which a node's server answers."""
+        return self.fleet.local_ports()
 
-    async def refresh(self, nodes: Iterable[str]) -> None:
-        """Asks these nodes' servers anew what they have: their store was changed through us. Raises nothing."""
-        await asyncio.gather(*(self._node(name).refresh() for name in nodes))
-
-    def _why_none(self, demand: Demand) -> GPUMeshError:
-        now = self._clock()
-        error = no_node_error([node.candidate(now) for node in self._nodes.values()], demand)
-        if type(error) is not NoNodeError:
-            return error
-        states = [node.state(0) for node in self._nodes.values() if demand.node in (None, node.name)]
-        reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
-        return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+    @property
+    def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
+        """For each node, how the attempts that took a slot there ended."""
+        return self.fleet.attempt_outcomes
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -320,16 +244,18 @@ class Mesh:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> Answer:
-        """Sends a request to the best node, to others while nodes fail it, until one answers; an answer that is cut
-        while it streams is continued by another node, unless ``resume`` is false. ``at_most_once``: it changes
-        something, and is never given to a server again that may have begun to work on it.
+        """Sends a request to the best node, and to others while nodes fail it, until one answers.
 
-        ``try_reserve_memory`` says whether so many bytes more may be held until the answer ends: to continue it takes
-        some. ``calls`` holds the request as each kind of server wants it. An error that is the client's own, or that
-        every node gave, is an Answer with its status. Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
+        An answer that is cut while it streams is continued by another node, unless ``resume`` is false.
+        ``at_most_once``: the request changes something, and is never sent again once a server may have begun to work
+        on it. ``try_reserve_memory`` says whether so many bytes more may be held until the answer ends: to continue an
+        answer takes some. ``calls`` holds the request as each kind of server wants it.
+
+        An error that is the client's own, or that every node gave, is an Answer with its status. Raises NoNodeError,
+        ModelMissing, QueueFull and DeadlineExceeded.
         """
-        sending = RequestDelivery(
-            self._means,
+        delivery = RequestDelivery(
+            self._send_context,
             demand,
             calls,
             timeout_s=timeout_s,
@@ -338,37 +264,31 @@ class Mesh:
             try_reserve_memory=try_reserve_memory,
         )
         if not demand.needs_slot:
-            return await sending.deliver()
+            return await delivery.deliver()
         self.request_counters.accepted += 1
         try:
-            answer = await sending.deliver()
+            answer = await delivery.deliver()
         except asyncio.CancelledError:
-            self._ended(Outcome.CLIENT_GONE)
+            self._count_end(Outcome.CLIENT_GONE)
             raise
         except BaseException:
-            self._ended(Outcome.UNREACHABLE)
+            self._count_end(Outcome.UNREACHABLE)
             raise
-        if isinstance(answer, WholeAnswer):
-            self._ended(Outcome.SERVED if answer.status < 500 else Outcome.SERVER_ERROR)
+        if answer.outcome is not None:
+            self._count_end(answer.outcome)
         else:
-            answer.on_outcome = self._ended
+            answer.on_outcome = self._count_end
         return answer
 
-    def _ended(self, outcome: Outcome) -> None:
-        if outcome in (Outcome.SERVED, Outcome.CLIENT_ERROR):
-            self.request_counters.served += 1
-        elif outcome is Outcome.CLIENT_GONE:
-            self.request_counters.cancelled += 1
-        else:
-            self.request_counters.failed += 1
+    def _count_end(self, outcome: Outcome) -> None:
+        self.request_counters.count_end(outcome)
         self._changes.notify()
 
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
         """Posts a body that can be read only once to this node. Raises what ``send`` raises, and BackendUnreachable."""
         began = self._clock()
-        lease = await self._dispatcher.acquire(
-            Demand(None, node=self._known(node), needs_slot=False), timeout_s=timeout_s
-        )
+        demand = Demand(None, node=self.fleet.require_known(node), needs_slot=False)
+        lease = await self._dispatcher.acquire(demand, timeout_s=timeout_s)
         return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - began))
 
     def chat(
@@ -388,11 +308,10 @@ class Mesh:
         Raises, at the first step, what ``send`` raises, and BackendStatus for a request that the server refuses.
         """
         if isinstance(request, str):
-            said = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
-            request = ChatRequest(request, said)
-        demand = Demand(model=request.model, node=self._known(node), priority=priority, session=session)
-        timeout_s = timeout_s or self.topology.gateway.timeout_s
-        return ChatStream(self.send, request, demand, timeout_s, resume=resume)
+            messages = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
+            request = ChatRequest(request, messages)
+        demand = Demand(model=request.model, node=self.fleet.require_known(node), priority=priority, session=session)
+        return ChatStream(self.send, request, demand, timeout_s or self.topology.gateway.timeout_s, resume=resume)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -402,35 +321,24 @@ class Mesh:
 
     def tunnel(self, node: str) -> Tunnel:
         """Raises UsageError for a node that mesh.yaml does not have or that is disabled in it."""
-        tunnel = self._node(node).tunnel
+        tunnel = self.fleet.find_node(node).tunnel
         if tunnel is None:
             raise UsageError(f"node {node!r} is disabled in mesh.yaml")
         return tunnel
 
-    @property
-    def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
-        """For each node, how the tries that took a place there ended."""
-        return {node.name: node.attempt_outcomes for node in self._nodes.values()}
+    async def refresh(self, nodes: Iterable[str]) -> None:
+        """Asks these nodes' servers anew what they have: their store was changed through us. Raises nothing."""
+        await asyncio.gather(*(self.fleet.find_node(name).refresh() for name in nodes))
 
     def drain(self, node: str) -> None:
         """No new work to this node; what runs there ends by itself."""
-        self._node(node).draining = True
-        self._freed()
-        self._changes.notify()
+        self._set_draining(node, draining=True)
 
     def resume(self, node: str) -> None:
-        self._node(node).draining = False
-        self._freed()
+        """The node is given work again."""
+        self._set_draining(node, draining=False)
+
+    def _set_draining(self, node: str, *, draining: bool) -> None:
+        self.fleet.find_node(node).role.draining = draining
+        self._grant_waiting()
         self._changes.notify()
-
-    def _node(self, name: str) -> Node:
-        self._known(name)
-        return self._nodes[name]
-
-    def _known(self, name: str | None) -> str | None:
-        if name is not None and name not in self._nodes:
-            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
-        return name
-
-
-__all__ = ["DeadlineExceeded", "Mesh", "RequestCounters"]

@@ -5,8 +5,10 @@ import pytest
 from gpumesh.balancer.outcomes import (
     MAX_ROUNDS,
     Outcome,
+    RequestOutcome,
     classify_status,
     is_retryable,
+    request_outcome,
     retry_delay_s,
     rule_for_outcome,
 )
@@ -31,32 +33,40 @@ from gpumesh.balancer.outcomes import (
         (501, Outcome.CLIENT_ERROR),
     ],
 )
-def test_what_a_status_means(status: int, outcome: Outcome) -> None:
+def test_outcome_of_each_status(status: int, outcome: Outcome) -> None:
     assert classify_status(status, model_asked=True) is outcome
 
 
-def test_404_without_a_model_is_the_clients() -> None:
+def test_404_without_a_model_is_the_clients_error() -> None:
     assert classify_status(404, model_asked=False) is Outcome.CLIENT_ERROR
 
 
-def test_every_outcome_is_judged_and_only_the_nodes_own_faults_count_against_it() -> None:
+def test_every_outcome_has_a_rule_and_only_faults_of_the_node_count_against_it() -> None:
     faults = {outcome for outcome in Outcome if rule_for_outcome(outcome).counts_against_node}
     assert faults == {Outcome.SERVER_ERROR, Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR}
     for outcome in Outcome:
         assert rule_for_outcome(outcome).fail_over or not rule_for_outcome(outcome).counts_against_node
 
 
-def test_only_what_a_moment_may_mend_is_asked_again() -> None:
+def test_every_outcome_of_an_attempt_is_one_of_a_request() -> None:
+    served = {outcome for outcome in Outcome if request_outcome(outcome) is RequestOutcome.SERVED}
+    cancelled = {outcome for outcome in Outcome if request_outcome(outcome) is RequestOutcome.CANCELLED}
+    assert served == {Outcome.SERVED, Outcome.CLIENT_ERROR}
+    assert cancelled == {Outcome.CLIENT_GONE}
+    assert {request_outcome(outcome) for outcome in set(Outcome) - served - cancelled} == {RequestOutcome.FAILED}
+
+
+def test_a_node_is_asked_again_only_after_a_failure_that_may_pass() -> None:
     again = {outcome for outcome in Outcome if is_retryable(outcome)}
     assert again == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY}
     assert all(rule_for_outcome(outcome).fail_over for outcome in again)
 
 
-def test_the_tunnel_is_looked_at_only_where_the_way_to_the_node_may_be_what_failed() -> None:
+def test_the_tunnel_is_checked_only_where_it_may_be_what_failed() -> None:
     suspects = {outcome for outcome in Outcome if rule_for_outcome(outcome).check_tunnel}
     assert suspects == {Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT}
 
 
-def test_pauses_grow_and_stay_short_of_a_persons_patience() -> None:
+def test_pauses_grow_and_stay_below_two_seconds_in_all() -> None:
     rng = random.Random(3)
     assert sum(retry_delay_s(number, rng) for number in range(1, MAX_ROUNDS)) < 2.0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
+from gpumesh.coordination.base import Loads
 from gpumesh.coordination.redis_coordination import RedisCoordination
 
 OK_FIRST = 3  # until it has subscribed, so that what follows is a message
@@ -22,6 +24,12 @@ ANSWERS = (
     b"\xff\xfe\r\n",
     b"*3\r\n$7\r\nmessage\r\n$15\r\ngpumesh:loads:1\r\n:5\r\n",
 )
+
+
+async def no_loads() -> AsyncIterator[Loads]:
+    """This gateway has nothing in flight."""
+    return
+    yield {}
 
 
 @pytest.mark.parametrize("well", [0, OK_FIRST])
@@ -44,7 +52,7 @@ async def test_it_costs_no_more_than_the_others_loads(answer: bytes, well: int) 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     loads = RedisCoordination(f"redis://127.0.0.1:{port}/0", password=lambda: None, on_change=changed)
-    running = asyncio.create_task(loads.run())
+    running = asyncio.create_task(loads.run(no_loads()))
     problem = asyncio.create_task(told.wait())
     try:
         await asyncio.wait((running, problem), timeout=5.0, return_when=asyncio.FIRST_COMPLETED)

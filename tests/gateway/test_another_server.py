@@ -138,11 +138,11 @@ async def test_a_node_that_was_shut_out_is_asked_rather_than_nobody() -> None:
     async with fleet(a="500", b="ok") as servers:
         assert servers.running is not None
         mesh = servers.running.mesh
-        shut = mesh._nodes["b"]
-        shut._breaker = Breaker(THRESHOLD, mesh._clock() + 30.0, 30.0)  # after faults that took minutes
+        shut = mesh.fleet["b"]
+        shut.ledger.breaker = Breaker(THRESHOLD, mesh._clock() + 30.0, 30.0)  # after faults that took minutes
         response = await servers.ask("/api/chat")
         assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (200, "2")
-        assert shut._breaker == Breaker(), "it is well"
+        assert shut.ledger.breaker == Breaker(), "it is well"
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])

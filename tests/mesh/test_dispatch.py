@@ -1,11 +1,11 @@
-"""Who goes where and who waits: the dispatcher over running nodes, its clock in the test's hand."""
+"""The dispatcher over running nodes: which node gets a request and which requests wait. The test sets the clock."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -18,75 +18,79 @@ from gpumesh.balancer.queue import HEAD_START_S
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
-from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.dispatch import Dispatcher
-from gpumesh.mesh.nodes.node import Lease, Node
+from gpumesh.mesh.nodes.fleet import Fleet
+from gpumesh.mesh.nodes.ledger import Lease
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.mesh.meshes import MODEL, host, node
+from tests.mesh.nodes.build import NodeEvents, make_node
 from tests.tunnels.polling import wait_until
 
 DEMAND = Demand(model=MODEL)
 
 
+class DispatchEvents(NodeEvents):
+    """A freed slot goes to the queue, as in a mesh."""
+
+    dispatcher: Dispatcher
+
+    def on_slot_freed(self) -> None:
+        self.dispatcher.grant_waiting()
+
+
 @dataclass
 class Desk:
-    """``now`` is the time that all but the tunnels go by."""
+    """``now`` is the time by every clock but the tunnels'."""
 
-    now: float = 1000.0
-    nodes: dict[str, Node] = field(default_factory=dict)
-    hosts: dict[str, SimOllama] = field(default_factory=dict)
-    dispatcher: Dispatcher = field(init=False)
+    fleet: Fleet
+    dispatcher: Dispatcher
+    hosts: dict[str, SimOllama]
+    events: DispatchEvents
 
-    def clock(self) -> float:
-        return self.now
+    @property
+    def now(self) -> float:
+        return self.events.now
 
-    def freed(self) -> None:
-        self.dispatcher.grant_waiting()
+    @now.setter
+    def now(self, now: float) -> None:
+        self.events.now = now
 
     async def acquire(self, demand: Demand = DEMAND, **more: Any) -> Lease:
         return await self.dispatcher.acquire(demand, **{"timeout_s": 20.0, **more})
 
-    async def waits(self, demand: Demand = DEMAND, **more: Any) -> asyncio.Task[Lease]:
-        """A request that is in the queue on return."""
+    async def queue(self, demand: Demand = DEMAND, **more: Any) -> asyncio.Task[Lease]:
+        """Starts a request that is in the queue on return."""
         queued = self.dispatcher.queued
         task = asyncio.create_task(self.acquire(demand, **more))
         await wait_until(lambda: self.dispatcher.queued > queued, "it waits")
         return task
 
     def in_flight(self) -> int:
-        return sum(one.candidate(self.now).in_flight for one in self.nodes.values())
+        return sum(node.in_flight for node in self.fleet)
 
 
 @asynccontextmanager
 async def desk(
     *names: str, max_parallel: int = 1, max_queue: int = 100, policy: PolicyKind = PolicyKind.LEAST_LOADED
 ) -> AsyncIterator[Desk]:
-    made = Desk()
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
-        tasks = []
-        for name in names:
-            server = await stack.enter_async_context(SimOllama(host(name)))
-            spec = node(name, server.url, max_parallel=max_parallel)
-            made.hosts[name] = server
-            made.nodes[name] = Node(
-                spec,
-                clock=made.clock,
-                http=http,
-                changes=ChangeNotifier(),
-                on_slot_freed=made.freed,
-                on_gpus_identified=lambda: None,
-            )
-        made.dispatcher = Dispatcher(
-            made.nodes, policy, clock=made.clock, rng=Random(7), max_queue=max_queue, grace_s=5.0
+        hosts = {name: await stack.enter_async_context(SimOllama(host(name))) for name in names}
+        events = DispatchEvents(now=1000.0)
+        specs = [node(name, server.url, max_parallel=max_parallel) for name, server in hosts.items()]
+        fleet = Fleet([make_node(spec, events, http=http) for spec in specs], clock=events.clock)
+        events.dispatcher = Dispatcher(
+            fleet, policy, clock=events.clock, rng=Random(7), max_queue=max_queue, grace_s=5.0
         )
-        for name, one in made.nodes.items():
-            tunnel = DirectTunnel(one.spec, on_change=one.on_tunnel)
-            tasks.append(asyncio.create_task(one.run(tunnel), name=name))
+        made = Desk(fleet, events.dispatcher, hosts, events)
+        tasks = [
+            asyncio.create_task(running.run(DirectTunnel(running.spec, on_change=running.on_tunnel)), name=running.name)
+            for running in fleet
+        ]
         try:
-            await wait_until(lambda: all(one.reachable for one in made.nodes.values()), "all nodes are up")
+            await wait_until(lambda: all(running.reachable for running in fleet), "all nodes are up")
             yield made
         finally:
             made.dispatcher.close()
@@ -95,15 +99,15 @@ async def desk(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def order_of(made: Desk, waiting: Sequence[tuple[str, asyncio.Task[Lease]]], holder: Lease) -> list[str]:
-    """Frees one place again and again; the names in the order in which they got it."""
+async def release_in_turn(made: Desk, waiting: Sequence[tuple[str, asyncio.Task[Lease]]], holder: Lease) -> list[str]:
+    """Frees one slot again and again; the names in the order in which they got it."""
     served: list[str] = []
     left = dict(waiting)
     while left:
         holder.release(Outcome.SERVED)
         await asyncio.wait(left.values(), return_when=asyncio.FIRST_COMPLETED)
         done = [name for name, task in left.items() if task.done()]
-        assert len(done) == 1, "one place, one lease"
+        assert len(done) == 1, "one slot, one lease"
         served += done
         holder = left.pop(done[0]).result()
     holder.release(Outcome.SERVED)
@@ -112,7 +116,7 @@ async def order_of(made: Desk, waiting: Sequence[tuple[str, asyncio.Task[Lease]]
     return served
 
 
-async def test_a_free_place_is_given_at_once_and_each_node_its_share() -> None:
+async def test_a_free_slot_is_given_at_once_and_each_node_gets_its_share() -> None:
     async with desk("a", "b") as made:
         leases = [await made.acquire(), await made.acquire()]
         assert {lease.node.name for lease in leases} == {"a", "b"}
@@ -120,11 +124,11 @@ async def test_a_free_place_is_given_at_once_and_each_node_its_share() -> None:
             lease.release(Outcome.SERVED)
 
 
-async def test_who_came_first_is_served_first() -> None:
+async def test_the_first_in_the_queue_is_served_first() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        waiting = [(name, await made.waits()) for name in ("one", "two", "three")]
-        assert await order_of(made, waiting, holder) == ["one", "two", "three"]
+        waiting = [(name, await made.queue()) for name in ("one", "two", "three")]
+        assert await release_in_turn(made, waiting, holder) == ["one", "two", "three"]
 
 
 async def test_priorities_overtake_and_age() -> None:
@@ -134,7 +138,7 @@ async def test_priorities_overtake_and_age() -> None:
         waiting = []
 
         async def come(name: str, priority: Priority) -> None:
-            waiting.append((name, await made.waits(Demand(model=MODEL, priority=priority))))
+            waiting.append((name, await made.queue(Demand(model=MODEL, priority=priority))))
 
         await come("old batch", Priority.BATCH)
         made.now += batch - 1.0
@@ -143,7 +147,7 @@ async def test_priorities_overtake_and_age() -> None:
         made.now += normal + 2.0
         await come("interactive, past the others' head starts", Priority.INTERACTIVE)
         await come("young batch", Priority.BATCH)
-        assert await order_of(made, waiting, holder) == [
+        assert await release_in_turn(made, waiting, holder) == [
             "interactive, too",
             "old batch",
             "normal, came when the batch was nearly due",
@@ -152,26 +156,26 @@ async def test_priorities_overtake_and_age() -> None:
         ]
 
 
-async def test_whoever_was_failed_waits_from_when_it_was_accepted() -> None:
+async def test_a_request_that_a_node_failed_keeps_its_rank() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
         accepted = made.now
         made.now += 5.0
-        waiting = [("new", await made.waits())]
+        waiting = [("new", await made.queue())]
         made.now += 5.0
-        waiting.append(("failed elsewhere", await made.waits(since=accepted)))
-        assert await order_of(made, waiting, holder) == ["failed elsewhere", "new"]
+        waiting.append(("failed elsewhere", await made.queue(since=accepted)))
+        assert await release_in_turn(made, waiting, holder) == ["failed elsewhere", "new"]
 
 
-async def test_past_the_bound_new_ones_are_turned_away_with_a_time_to_come_back() -> None:
+async def test_a_full_queue_refuses_new_requests_with_a_retry_time() -> None:
     async with desk("a", max_queue=1) as made:
         holder = await made.acquire()
-        first = await made.waits()
+        first = await made.queue()
         with pytest.raises(QueueFull) as full:
             await made.acquire()
         assert full.value.retry_after_s >= 1.0
-        second = await made.waits(since=made.now)
-        order = await order_of(made, [("first", first), ("accepted before", second)], holder)
+        second = await made.queue(since=made.now)
+        order = await release_in_turn(made, [("first", first), ("accepted before", second)], holder)
         assert len(order) == 2
 
 
@@ -185,21 +189,21 @@ async def test_the_deadline_holds_in_the_queue() -> None:
         assert made.in_flight() == 0
 
 
-async def test_who_leaves_the_queue_leaves_it_at_once() -> None:
+async def test_a_cancelled_request_leaves_the_queue_at_once() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        leaves, stays = await made.waits(), await made.waits()
+        leaves, stays = await made.queue(), await made.queue()
         leaves.cancel()
         await asyncio.wait([leaves])
         assert made.dispatcher.queued == 1
-        assert await order_of(made, [("stays", stays)], holder) == ["stays"]
+        assert await release_in_turn(made, [("stays", stays)], holder) == ["stays"]
 
 
-async def test_who_leaves_in_the_moment_of_the_grant_gives_the_place_back() -> None:
+async def test_a_request_cancelled_in_the_moment_of_its_grant_gives_the_slot_back() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        leaves, next_one = await made.waits(), await made.waits()
-        holder.release(Outcome.SERVED)  # the first is granted the place, and has not run yet
+        leaves, next_one = await made.queue(), await made.queue()
+        holder.release(Outcome.SERVED)  # the first is granted the slot, and has not run yet
         leaves.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaves
@@ -209,10 +213,10 @@ async def test_who_leaves_in_the_moment_of_the_grant_gives_the_place_back() -> N
         assert made.in_flight() == 0
 
 
-async def test_whom_only_one_node_can_serve_holds_up_nobody_else() -> None:
+async def test_a_request_for_one_node_does_not_hold_up_the_others() -> None:
     async with desk("a", "b") as made:
         on_a = await made.acquire(Demand(model=MODEL, node="a"))
-        wants_a = await made.waits(Demand(model=MODEL, node="a"))
+        wants_a = await made.queue(Demand(model=MODEL, node="a"))
         on_b = await made.acquire()
         assert on_b.node.name == "b"
         assert made.dispatcher.queued_for("a") == 1
@@ -221,37 +225,37 @@ async def test_whom_only_one_node_can_serve_holds_up_nobody_else() -> None:
         assert (await wants_a).node.name == "a"
 
 
-async def test_what_costs_no_inference_neither_takes_nor_awaits_a_place() -> None:
+async def test_a_request_without_inference_neither_takes_nor_awaits_a_slot() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        aside = await made.acquire(Demand(model=MODEL, needs_slot=False))
+        slotless = await made.acquire(Demand(model=MODEL, needs_slot=False))
         assert made.in_flight() == 1
-        aside.release(Outcome.SERVED)
+        slotless.release(Outcome.SERVED)
         holder.release(Outcome.SERVED)
-        assert made.nodes["a"].attempt_outcomes == {Outcome.SERVED: 1}
+        assert made.fleet["a"].attempt_outcomes == {Outcome.SERVED: 1}
 
 
-async def test_excluded_nodes_are_not_used_and_could_serve_tells_of_others() -> None:
+async def test_excluded_nodes_are_not_used_and_do_not_count_as_able_to_serve() -> None:
     async with desk("a", "b") as made:
         not_a = frozenset({"a"})
         assert made.dispatcher.could_serve(DEMAND, exclude=not_a)
         lease = await made.acquire(exclude=not_a)
         assert lease.node.name == "b"
-        assert made.dispatcher.could_serve(DEMAND, exclude=not_a)  # once it has a free place
+        assert made.dispatcher.could_serve(DEMAND, exclude=not_a)  # once it has a free slot
         assert not made.dispatcher.could_serve(DEMAND, exclude=frozenset({"a", "b"}))
         assert not made.dispatcher.could_serve(Demand(model=MODEL, node="a"), exclude=not_a)
         with pytest.raises(NoNodeError):
             await made.acquire(exclude=frozenset({"a", "b"}))
 
 
-async def test_what_nobody_has_is_said_at_once_also_to_those_who_wait() -> None:
+async def test_a_missing_model_is_an_error_at_once_also_for_waiting_requests() -> None:
     async with desk("a") as made:
         with pytest.raises(ModelMissing):
             await made.acquire(Demand(model="other"))
         holder = await made.acquire()
-        waits = await made.waits()
+        waits = await made.queue()
         made.hosts["a"].engine.store.clear()
-        await made.nodes["a"].refresh()
+        await made.fleet["a"].refresh()
         with pytest.raises(ModelMissing):
             await waits
         holder.release(Outcome.SERVED)
@@ -261,9 +265,9 @@ async def test_what_nobody_has_is_said_at_once_also_to_those_who_wait() -> None:
 async def test_a_node_that_is_away_for_a_moment_is_waited_for() -> None:
     async with desk("a") as made:
         await made.hosts["a"].set_faults(Faults(refuse=True))
-        made.nodes["a"].tunnel.suspect("test")  # type: ignore[union-attr]
-        await wait_until(lambda: not made.nodes["a"].reachable, "it is away")
-        waits = await made.waits()
+        made.fleet["a"].tunnel.suspect("test")  # type: ignore[union-attr]
+        await wait_until(lambda: not made.fleet["a"].reachable, "it is away")
+        waits = await made.queue()
         await made.hosts["a"].set_faults(Faults())
         lease = await waits
         assert lease.node.name == "a"
@@ -273,56 +277,51 @@ async def test_a_node_that_is_away_for_a_moment_is_waited_for() -> None:
 async def test_a_node_that_stays_away_is_not_waited_for_beyond_the_grace() -> None:
     async with desk("a") as made:
         await made.hosts["a"].set_faults(Faults(refuse=True))
-        made.nodes["a"].tunnel.suspect("test")  # type: ignore[union-attr]
-        await wait_until(lambda: not made.nodes["a"].reachable, "it is away")
-        waits = await made.waits()
+        made.fleet["a"].tunnel.suspect("test")  # type: ignore[union-attr]
+        await wait_until(lambda: not made.fleet["a"].reachable, "it is away")
+        waits = await made.queue()
         made.now += 6.0
         with pytest.raises(NoNodeError):
             await waits
 
 
-async def test_only_a_node_that_was_there_is_worth_waiting_for() -> None:
+async def test_only_a_node_that_was_up_is_worth_waiting_for() -> None:
     async with desk("a", "b") as made:
-        never = made.nodes["c"] = Node(
-            node("c", "http://127.0.0.1:9"),
-            clock=made.clock,
-            http=httpx.AsyncClient(trust_env=False),
-            changes=ChangeNotifier(),
-            on_slot_freed=made.freed,
-            on_gpus_identified=lambda: None,
-        )
+        never_up = make_node(node("c", "http://127.0.0.1:9"), made.events)
+        fleet = Fleet([*made.fleet, never_up], clock=made.events.clock)
+        dispatcher = Dispatcher(fleet, PolicyKind.LEAST_LOADED, clock=made.events.clock, rng=Random(7), max_queue=1)
         only_c = Demand(model=MODEL, node="c")
-        never.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING, last_error="no SSH greeting"))
-        assert never.may_recover
-        assert not made.dispatcher.worth_waiting(only_c), "it has been tried, and was never up"
-        made.nodes["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
-        assert made.dispatcher.worth_waiting(Demand(model=MODEL, node="a"))
-        assert not made.dispatcher.worth_waiting(Demand(model="other", node="a"))
+        never_up.on_tunnel(TunnelState("sshtunnel", TunnelPhase.CONNECTING, last_error="no SSH greeting"))
+        assert never_up.may_recover
+        assert not dispatcher.is_worth_waiting(only_c), "it has been tried, and was never up"
+        made.fleet["a"].on_tunnel(TunnelState("sshtunnel", TunnelPhase.BACKOFF, last_error="gone"))
+        assert dispatcher.is_worth_waiting(Demand(model=MODEL, node="a"))
+        assert not dispatcher.is_worth_waiting(Demand(model="other", node="a"))
 
 
-async def test_the_queue_is_shown_next_first() -> None:
+async def test_the_queue_is_shown_in_the_order_of_service() -> None:
     async with desk("a") as made:
         holder = await made.acquire()
-        batch = await made.waits(Demand(model=MODEL, priority=Priority.BATCH, id="slow"))
+        batch = await made.queue(Demand(model=MODEL, priority=Priority.BATCH, id="slow"))
         made.now += 2.0
-        quick = await made.waits(Demand(model=MODEL, priority=Priority.INTERACTIVE, id="quick"))
+        quick = await made.queue(Demand(model=MODEL, priority=Priority.INTERACTIVE, id="quick"))
         shown = made.dispatcher.waiting(10)
-        assert [(one.position, one.id, one.priority) for one in shown] == [
+        assert [(waiting.position, waiting.id, waiting.priority) for waiting in shown] == [
             (0, "quick", "interactive"),
             (1, "slow", "batch"),
         ]
         assert shown[1].waited_s == 2.0
         assert len(made.dispatcher.waiting(1)) == 1
-        assert await order_of(made, [("batch", batch), ("quick", quick)], holder) == ["quick", "batch"]
+        assert await release_in_turn(made, [("batch", batch), ("quick", quick)], holder) == ["quick", "batch"]
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_once(seed: int) -> None:
+async def test_under_random_cancels_each_slot_is_given_and_returned_once(seed: int) -> None:
     rng = Random(seed)
     most = 0
     async with desk("a", "b", max_parallel=2) as made:
 
-        async def one() -> None:
+        async def request() -> None:
             nonlocal most
             priority = rng.choice(list(Priority))
             lease = await made.acquire(Demand(model=MODEL, priority=priority, node=rng.choice(["a", "b", None])))
@@ -335,7 +334,7 @@ async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_onc
                 lease.release(Outcome.CUT)  # a second release is none
                 lease.discard()
 
-        tasks = [asyncio.create_task(one()) for _ in range(60)]
+        tasks = [asyncio.create_task(request()) for _ in range(60)]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0)
             task = rng.choice(tasks)
@@ -346,25 +345,25 @@ async def test_whatever_is_cancelled_each_place_is_given_once_and_given_back_onc
         assert 0 < most <= 4
         assert made.in_flight() == 0
         assert made.dispatcher.queued == 0
-        assert Outcome.CUT not in made.nodes["a"].attempt_outcomes
+        assert Outcome.CUT not in made.fleet["a"].attempt_outcomes
         again = [await made.acquire() for _ in range(4)]
         assert made.in_flight() == 4
         for lease in again:
             lease.discard()
 
 
-async def test_a_slot_is_wanted_while_a_request_waits_that_it_would_be_given_to() -> None:
+async def test_a_slot_is_wanted_while_a_request_waits_for_it() -> None:
     async with desk("a", "b", max_parallel=1) as made:
         leases = [await made.acquire(Demand(MODEL, node=name)) for name in ("a", "b")]
         assert not made.dispatcher.slot_is_wanted("a")
-        only_b = await made.waits(Demand(MODEL, node="b"))
+        only_b = await made.queue(Demand(MODEL, node="b"))
         assert not made.dispatcher.slot_is_wanted("a")
         assert made.dispatcher.slot_is_wanted("b")
-        not_a = await made.waits(exclude=frozenset({"a"}))
+        not_a = await made.queue(exclude=frozenset({"a"}))
         assert not made.dispatcher.slot_is_wanted("a")
-        either = await made.waits()
+        either = await made.queue()
         assert made.dispatcher.slot_is_wanted("a")
-        made.nodes["a"].group = made.nodes["b"].group = "one GPU"
+        made.fleet["a"].role.group = made.fleet["b"].role.group = "one GPU"
         either.cancel()
         await asyncio.gather(either, return_exceptions=True)
         assert made.dispatcher.slot_is_wanted("a"), "what waits for the other node waits for the same GPU"
@@ -381,3 +380,10 @@ async def test_a_request_for_an_endless_answer_is_ranked_like_others() -> None:
         lease = await made.acquire(Demand(model=MODEL, max_tokens=10**400))
         lease.release(Outcome.SERVED)
         assert made.in_flight() == 0
+
+
+async def test_repr_tells_the_state() -> None:
+    async with desk("a") as made:
+        holder, waiting = await made.acquire(), await made.queue()
+        assert repr(made.dispatcher) == "<Dispatcher least-loaded 1 queued>"
+        assert await release_in_turn(made, [("waiting", waiting)], holder) == ["waiting"]

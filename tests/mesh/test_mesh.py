@@ -16,7 +16,7 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import ConfigError, ExecError, GPUMeshError, ModelMissing, NoNodeError, UsageError
 from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.mesh import Mesh
-from gpumesh.mesh.nodes import node as node_module
+from gpumesh.mesh.nodes import prober
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.state import GatewayPhase, GatewayState, Health
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -263,8 +263,8 @@ async def test_a_request_that_is_cancelled_before_it_has_a_place_is_cancelled_in
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "BACKEND_EVERY_S", 0.1)
-    monkeypatch.setattr(node_module, "BACKEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(prober, "BACKEND_INTERVAL_S", 0.1)
+    monkeypatch.setattr(prober, "BACKEND_TIMEOUT_S", 0.3)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -293,7 +293,7 @@ async def test_who_waits_for_the_only_server_goes_on_waiting(monkeypatch: pytest
         await mesh.hosts["a"].set_faults(Faults(hang=True))
         waiting = asyncio.create_task(send(mesh.mesh, make_call(stream=False)))
         await wait_until(lambda: mesh.mesh.snapshot().nodes[0].health is Health.DOWN, "it is known to hang")
-        monkeypatch.setattr(node_module, "BACKEND_TIMEOUT_S", 5.0)
+        monkeypatch.setattr(prober, "BACKEND_TIMEOUT_S", 5.0)
         assert not waiting.done()
         await mesh.hosts["a"].set_faults(Faults())
         async with asyncio.timeout(20):

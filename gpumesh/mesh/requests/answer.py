@@ -17,10 +17,10 @@ OutcomeListener = Callable[[Outcome], None]
 class Answer:
     """An answer's head, and its body as an async iterator of bytes. Iterate to the end or ``aclose``.
 
-    ``attempts`` counts the nodes that were tried, ``queue_ms`` the time spent waiting for a place. ``outcome`` is how a
-    streaming answer ended, once it has; ``continuations`` how often another node went on with it (``node`` is then the
-    last one); ``counters`` the server's own figures, if it gave any. ``error_message``: the body is an error of ours
-    with this text, which the gateway writes in its client's dialect.
+    ``attempts`` counts the nodes that were tried, ``queue_ms`` the time spent waiting for a slot. ``outcome`` is how
+    the answer ended, once it has; a whole answer has one from the start. ``continuations`` is how often another node
+    went on with it (``node`` is then the last one); ``counters`` the server's own figures, if it gave any.
+    ``error_message``: the body is an error of ours with this text, which the gateway writes in its client's dialect.
     """
 
     def __init__(self, node: str, kind: BackendKind, status: int, headers: HeaderPairs) -> None:
@@ -105,6 +105,7 @@ class WholeAnswer(Answer):
         self._body = body
         self._counters = counters
         self._given = False
+        self.outcome = Outcome.SERVED if status < 500 else Outcome.SERVER_ERROR
 
     @property
     def counters(self) -> ServerCounters | None:

@@ -1,5 +1,5 @@
-"""One request on its way through the mesh: node after node, until one answers; and again when that one is lost while
-its answer is under way."""
+"""``RequestDelivery``: one request on its way through the mesh. It tries node after node until one answers, and tries
+again when a node is lost while its answer streams."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpumesh.balancer.outcomes import (
 )
 from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNodeError
 from gpumesh.mesh.dispatch import Dispatcher
-from gpumesh.mesh.nodes.node import Lease
+from gpumesh.mesh.nodes.ledger import Lease
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
 from gpumesh.mesh.requests.silence_watch import PauseTracker
@@ -31,17 +31,17 @@ from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 
-# How long a node may think about how its model continues an answer: it may have to load the model first.
-QUESTION_S = 60.0
-# Until it shows whether a connection was ended by the server or by the tunnel that carried it.
-SETTLE_S = 0.5
+# How long a node may take to say how its model continues an answer: it may have to load the model first.
+RENDER_TIMEOUT_S = 60.0
+# After so long it is known whether a connection was ended by the server or by the tunnel that carried it.
+TUNNEL_SETTLE_S = 0.5
 # A connection that ended sooner than this, or than a few round trips, may never have reached a server.
-AT_ONCE_S, AT_ONCE_RTTS = 0.05, 4.0
+MIN_SERVER_S, MIN_SERVER_RTTS = 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class SendContext:
-    """What all requests of a mesh share. ``explain_no_node`` says why nobody can serve a demand."""
+    """What all requests of a mesh share. ``explain_no_node`` gives the error that says why no node can serve."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -53,15 +53,15 @@ class SendContext:
 
 
 class RequestDelivery:
-    """``calls`` holds the request as each kind of server wants it; ``resume``: another node may continue a cut answer;
-    ``once``: it is never given to a server again that may have begun to work on it.
+    """``calls`` holds the request as each kind of server wants it. ``resume``: another node may continue a cut answer.
+    ``at_most_once``: the request is never sent again once a server may have begun to work on it.
 
-    Implements ``streaming.Onward``.
+    Implements ``streaming.Failover``.
     """
 
     def __init__(
         self,
-        means: SendContext,
+        context: SendContext,
         demand: Demand,
         calls: Mapping[BackendKind, HttpCall],
         *,
@@ -70,102 +70,112 @@ class RequestDelivery:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        self._means = means
+        self._context = context
         self._demand = demand
         self._calls = calls
         self._resume = resume
-        self._once = at_most_once
-        self._hold = try_reserve_memory
-        self._began = means.clock()
-        self._deadline = self._began + timeout_s
+        self._at_most_once = at_most_once
+        self._try_reserve_memory = try_reserve_memory
+        self._started_at = context.clock()
+        self._deadline = self._started_at + timeout_s
         self._exclude: frozenset[str] = frozenset()
         self._failures: list[FailedAttempt] = []
         self._rounds = 1
         self._waited_s = 0.0
         self.attempts = 0
 
+    def __repr__(self) -> str:
+        failed = ", ".join(f"{failure.node} {failure.outcome.value}" for failure in self._failures) or "none"
+        return f"<RequestDelivery model {self._demand.model} attempt {self.attempts} failed: {failed}>"
+
     async def deliver(self) -> Answer:
         """Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded."""
         while True:
-            lease = await self._place()
+            lease = await self._acquire_lease()
             if lease is None:
-                return self._told(self._last_words())
+                return self._with_history(self._last_error_answer())
             call = self._calls[lease.node.kind]
-
-            def continuation(call: HttpCall = call) -> Continuation:
-                means = self._means
-                return Continuation(
-                    call.path,
-                    call.body,
-                    clock=means.clock,
-                    strategies=means.strategies,
-                    resume=self._resume,
-                    started_at=self._began,
-                    reserve_bytes=self._hold,
-                )
-
-            result = await self._attempt(lease, call, continuation)
+            result = await self._attempt(lease, call, lambda call=call: self._start_continuation(call))  # type: ignore[misc]
             if isinstance(result, FailedAttempt):
-                self._note(result)
-                if await self._request_ends_servers():
-                    return self._told(self._last_words())
+                self._record_failure(result)
+                if await self._request_breaks_servers():
+                    return self._with_history(self._last_error_answer())
             elif isinstance(result, OpenedStream):
-                return self._told(self._streaming(result))
+                return self._with_history(self._streaming_answer(result))
             else:
-                return self._told(result)
+                return self._with_history(result)
 
-    def _streaming(self, opened: OpenedStream) -> StreamingAnswer:
-        # A server of another API could not go on with it: its stream is of another form.
+    def _start_continuation(self, call: HttpCall) -> Continuation:
+        """Reads a generated stream as the client gets it, from its first byte on."""
+        return Continuation(
+            call.path,
+            call.body,
+            clock=self._context.clock,
+            strategies=self._context.strategies,
+            resume=self._resume,
+            started_at=self._started_at,
+            reserve_bytes=self._try_reserve_memory,
+        )
+
+    def _streaming_answer(self, opened: OpenedStream) -> StreamingAnswer:
+        # A server of another API could not continue this stream: its frames look different.
         self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
-        clock = self._means.clock
+        clock = self._context.clock
         left_s = max(self._deadline - clock(), 0.0)
-        return StreamingAnswer(opened, self, self._means.pauses, clock=clock, deadline_in_s=left_s)
+        return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=left_s)
 
-    def _told(self, answer: Answer) -> Answer:
+    def _with_history(self, answer: Answer) -> Answer:
         answer.attempts = self.attempts
         answer.queue_ms = self._waited_s * 1000.0
         return answer
 
-    # -- continuing ----------------------------------------------------------------------------------------------
+    # -- continuing a cut stream ---------------------------------------------------------------------------------
 
     def has_other_node(self, node: str) -> bool:
-        return self._means.dispatcher.could_serve(self._demand, exclude=frozenset({node}))
+        return self._context.dispatcher.could_serve(self._demand, exclude=frozenset({node}))
 
     def slot_is_wanted(self, node: str) -> bool:
-        return self._means.dispatcher.slot_is_wanted(node)
+        return self._context.dispatcher.slot_is_wanted(node)
 
     async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
         self._failures, self._exclude, self._rounds = [failed], frozenset({failed.node}), 1
         while True:
-            lease = await self._place()
+            lease = await self._acquire_lease()
             if lease is None:
-                raise self._all_failed()
-            step = await self._next_call(lease, continuation)
-            if isinstance(step, Ending):
-                lease.discard()
-                return step
-            if isinstance(step, HttpCall):
-                headers = self._calls[lease.node.kind].headers
-                call = replace(step, headers=headers) if headers else step
-                result = await self._attempt(lease, call, lambda: continuation)
-                if isinstance(result, OpenedStream):
-                    return result
-                step = result if isinstance(result, FailedAttempt) else _refused(result)
-                continuation.abandon_upstream()
-            self._note(step)
-            if await self._request_ends_servers():
-                raise self._all_failed()
+                raise self._all_failed_error()
+            result = await self._continue_on(lease, continuation)
+            if not isinstance(result, FailedAttempt):
+                return result
+            self._record_failure(result)
+            if await self._request_breaks_servers():
+                raise self._all_failed_error()
+
+    async def _continue_on(self, lease: Lease, continuation: Continuation) -> OpenedStream | Ending | FailedAttempt:
+        """Asks this node for the rest of the answer, unless there is no rest."""
+        step = await self._next_call(lease, continuation)
+        if isinstance(step, Ending):
+            lease.discard()
+            return step
+        if isinstance(step, FailedAttempt):
+            return step
+        headers = self._calls[lease.node.kind].headers
+        call = replace(step, headers=headers) if headers else step
+        result = await self._attempt(lease, call, lambda: continuation)
+        if isinstance(result, OpenedStream):
+            return result
+        continuation.abandon_upstream()
+        return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
-        """What to send to this node; where it depends on the model's template, the node is asked about that first."""
+        """What to send to this node. Where it depends on the model's template, the node is asked about that first."""
         node, kind = lease.node.name, lease.node.kind
         question = continuation.render_call(node, kind)
         if question is not None:
-            timeout_s = min(QUESTION_S, self._deadline - self._means.clock())
-            told = await ask_node(self._means.upstream, lease, question, timeout_s=timeout_s)
-            if isinstance(told, FailedAttempt):
-                return told
-            continuation.apply_rendered_prompt(node, *told)
+            timeout_s = min(RENDER_TIMEOUT_S, self._deadline - self._context.clock())
+            reply = await ask_node(self._context.upstream, lease, question, timeout_s=timeout_s)
+            if isinstance(reply, FailedAttempt):
+                return reply
+            continuation.apply_rendered_prompt(node, *reply)
         step = continuation.next_call(node, kind)
         if step is None:
             lease.discard()
@@ -180,31 +190,33 @@ class RequestDelivery:
         self, lease: Lease, call: HttpCall, continuation: Callable[[], Continuation]
     ) -> WholeAnswer | OpenedStream | FailedAttempt:
         self.attempts += 1
-        lease.can_move = lambda: self._means.dispatcher.could_serve(
-            self._demand, exclude=self._exclude | {lease.node.name}
-        )
-        left_s = self._deadline - self._means.clock()
+        context = self._context
+        lease.can_move = lambda: context.dispatcher.could_serve(self._demand, exclude=self._exclude | {lease.node.name})
         return await run_attempt(
-            self._means.upstream, lease, call, timeout_s=left_s, continuation=continuation, at_most_once=self._once
+            context.upstream,
+            lease,
+            call,
+            timeout_s=self._deadline - context.clock(),
+            continuation=continuation,
+            at_most_once=self._at_most_once,
         )
 
-    def _note(self, failed: FailedAttempt) -> None:
-        """The next try goes elsewhere. Raises the failure where another node could not do better."""
+    def _record_failure(self, failed: FailedAttempt) -> None:
+        """The next attempt goes to another node. Raises the failure where another node could not do better."""
         self._failures.append(failed)
-        if not rule_for_outcome(failed.outcome).fail_over or (
-            self._once and failed.request_sent and failed.answer is None
-        ):
-            raise _copy_of(failed.error) from failed.error.__cause__
+        may_have_run = self._at_most_once and failed.request_sent and failed.answer is None
+        if may_have_run or not rule_for_outcome(failed.outcome).fail_over:
+            raise _copy_error(failed.error) from failed.error.__cause__
         self._exclude |= {failed.node}
 
-    async def _request_ends_servers(self) -> bool:
-        """Whether it may be the request itself at which servers fail: two have answered it with 500, or ended the
-        connection in the midst of it. Then no other is asked, and it counts against none of them."""
-        if sum(_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
+    async def _request_breaks_servers(self) -> bool:
+        """Whether the request itself may be what makes servers fail: two have answered it with 500, or ended the
+        connection while they worked on it. Then no other node is asked, and no node is blamed."""
+        if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
-        if any(_over_tunnel(failed) for failed in self._failures):
-            await asyncio.sleep(SETTLE_S)
-        suspects = [failed for failed in self._failures if _by_server(failed)]
+        if any(_lost_over_ssh(failed) for failed in self._failures):
+            await asyncio.sleep(TUNNEL_SETTLE_S)
+        suspects = [failed for failed in self._failures if _is_server_failure(failed)]
         if len(suspects) < MAX_SERVER_FAILURES:
             return False
         for failed in suspects:
@@ -212,63 +224,86 @@ class RequestDelivery:
                 failed.lease.node.forgive_failure()
         return True
 
-    async def _place(self) -> Lease | None:
-        """A place on a node that has not failed this request yet, or that may do better in a moment; ``None`` when
-        there is none left. Raises what ``Dispatcher.acquire`` raises while nothing has failed."""
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    async def _acquire_lease(self) -> Lease | None:
+        """A slot on a node that has not failed this request yet, or that may do better in a moment.
+
+        ``None`` when there is no such node left. Raises what ``Dispatcher.acquire`` raises while nothing has failed."""
         while True:
-            asked = self._means.clock()
-            if self._failures and self._failures[-1].outcome is Outcome.SERVER_ERROR:
-                dispatcher = self._means.dispatcher
-                if not dispatcher.could_serve(self._demand, exclude=self._exclude):
-                    lease = dispatcher.acquire_despite_breaker(self._demand, exclude=self._exclude)
-                    if lease is not None:
-                        return lease
-            since = self._began if self._failures else None
+            lease = self._acquire_despite_breaker()
+            if lease is not None:
+                return lease
+            asked_at = self._context.clock()
             try:
-                lease = await self._means.dispatcher.acquire(
-                    self._demand, exclude=self._exclude, timeout_s=self._deadline - asked, since=since
+                lease = await self._context.dispatcher.acquire(
+                    self._demand,
+                    exclude=self._exclude,
+                    timeout_s=self._deadline - asked_at,
+                    since=self._started_at if self._failures else None,
                 )
             except NoNodeError:
                 if not self._failures:
-                    raise self._means.explain_no_node(self._demand) from None
-                last = {failed.node: failed.outcome for failed in self._failures}
-                again = frozenset(node for node, outcome in last.items() if is_retryable(outcome))
-                if not again & self._exclude or self._rounds >= MAX_ROUNDS:
+                    raise self._context.explain_no_node(self._demand) from None
+                if not await self._start_next_round():
                     return None
-                pause = retry_delay_s(self._rounds, self._means.rng)
-                if self._means.clock() + pause >= self._deadline:
-                    raise DeadlineExceeded("the deadline passed while no node could serve this") from None
-                await asyncio.sleep(pause)
-                self._rounds += 1
-                self._exclude -= again
                 continue
-            self._waited_s += self._means.clock() - asked
+            self._waited_s += self._context.clock() - asked_at
             return lease
 
-    def _last_words(self) -> Answer:
-        """Everybody failed: the server's own words if any gave some. Raises NoNodeError if none did."""
+    def _acquire_despite_breaker(self) -> Lease | None:
+        """After a server's error, when every other node's breaker is open: a node with an open breaker is still better
+        than the error."""
+        if not self._failures or self._failures[-1].outcome is not Outcome.SERVER_ERROR:
+            return None
+        dispatcher = self._context.dispatcher
+        if dispatcher.could_serve(self._demand, exclude=self._exclude):
+            return None
+        return dispatcher.acquire_despite_breaker(self._demand, exclude=self._exclude)
+
+    async def _start_next_round(self) -> bool:
+        """Every node has failed. After a pause, nodes whose last failure may have passed are asked again.
+
+        False when there is no such node. Raises DeadlineExceeded where the pause would last too long."""
+        last_outcomes = {failed.node: failed.outcome for failed in self._failures}
+        retryable = frozenset(node for node, outcome in last_outcomes.items() if is_retryable(outcome))
+        if not retryable & self._exclude or self._rounds >= MAX_ROUNDS:
+            return False
+        pause_s = retry_delay_s(self._rounds, self._context.rng)
+        if self._context.clock() + pause_s >= self._deadline:
+            raise DeadlineExceeded("the deadline passed while no node could serve this") from None
+        await asyncio.sleep(pause_s)
+        self._rounds += 1
+        self._exclude -= retryable
+        return True
+
+    # -- when every node has failed ------------------------------------------------------------------------------
+
+    def _last_error_answer(self) -> Answer:
+        """The last error that a server answered. Raises NoNodeError if none did."""
         for failed in reversed(self._failures):
             if failed.answer is not None:
                 return failed.answer
-        raise self._all_failed()
+        raise self._all_failed_error()
 
-    def _all_failed(self) -> NoNodeError:
-        last = {failed.node: failed.error.message for failed in self._failures}
-        told = "; ".join(f"{node}: {message}" for node, message in last.items())
-        if sum(_by_server(failed) for failed in self._failures) >= MAX_SERVER_FAILURES:
+    def _all_failed_error(self) -> NoNodeError:
+        last_messages = {failed.node: failed.error.message for failed in self._failures}
+        reasons = "; ".join(f"{node}: {message}" for node, message in last_messages.items())
+        if sum(_is_server_failure(failed) for failed in self._failures) >= MAX_SERVER_FAILURES:
             hint = "it may be the request itself that makes them fail"
-            return NoNodeError(f"two servers failed at this request, so no other was asked ({told})", hint=hint)
-        return NoNodeError(f"every node that could serve this has failed it ({told})")
+            return NoNodeError(f"two servers failed at this request, so no other was asked ({reasons})", hint=hint)
+        return NoNodeError(f"every node that could serve this has failed it ({reasons})")
 
 
-def _copy_of(error: GPUMeshError) -> GPUMeshError:
-    """To be raised: its frames hold the failures, and would hold themselves by them until garbage is collected."""
+def _copy_error(error: GPUMeshError) -> GPUMeshError:
+    """A copy to be raised. The original's frames would hold the failures, which hold the original, until the garbage
+    collector runs."""
     copy = type(error).__new__(type(error), *error.args)
     copy.__dict__.update(error.__dict__)
     return copy
 
 
-def _at_request(failed: FailedAttempt) -> bool:
+def _failed_at_request(failed: FailedAttempt) -> bool:
     """Whether the server, as far as can be seen at once, failed at this very request."""
     if failed.lease is None or failed.lease.aborted:
         return False
@@ -277,23 +312,26 @@ def _at_request(failed: FailedAttempt) -> bool:
     return failed.request_sent and failed.outcome in (Outcome.UNREACHABLE, Outcome.CUT)
 
 
-def _over_tunnel(failed: FailedAttempt) -> bool:
-    return failed.answer is None and failed.lease is not None and failed.lease.node.spec.ssh is not None
+def _lost_over_ssh(failed: FailedAttempt) -> bool:
+    """Whether a connection through a tunnel ended: the tunnel may have ended it, not the server."""
+    return failed.answer is None and failed.lease is not None and failed.lease.node.uses_ssh
 
 
-def _by_server(failed: FailedAttempt) -> bool:
-    """Whether it was the server that failed, and not the tunnel to it; nor a server that was gone before, which over a
-    tunnel looks the same: the connection to the local port is made, and then ends."""
-    if not _at_request(failed) or failed.lease is None:
+def _is_server_failure(failed: FailedAttempt) -> bool:
+    """Whether the server failed, not the tunnel to it.
+
+    A server that was gone before does not count. Over a tunnel it looks alike: the connection to the local port is
+    made, and then ends. But it ends at once."""
+    if not _failed_at_request(failed) or failed.lease is None:
         return False
-    if not _over_tunnel(failed):
+    if not _lost_over_ssh(failed):
         return True
     node = failed.lease.node
-    at_once_s = max(AT_ONCE_S, AT_ONCE_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
+    at_once_s = max(MIN_SERVER_S, MIN_SERVER_RTTS * (node.tunnel_state.rtt_ms or 0.0) / 1000.0)
     return node.is_same_connection(failed.lease) and (node.reachable or failed.duration_s > at_once_s)
 
 
-def _refused(answer: WholeAnswer) -> FailedAttempt:
-    """A node that answers the rest of an answer with anything but a stream does not understand what is wanted."""
+def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:
+    """A node that answers a request for the rest of an answer with anything but a stream does not understand it."""
     error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
     return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway.observe import access_log
 from gpumesh.gateway.observe.access_log import AccessLog, entry
-from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord
+from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.topology import BackendKind, GatewaySpec, PolicyKind

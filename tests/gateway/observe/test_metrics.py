@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway.observe.exposition import render
 from gpumesh.gateway.observe.metrics import (
     MAX_MODELS,
@@ -18,7 +19,7 @@ from gpumesh.gateway.observe.metrics import (
     LabeledSeries,
     RequestMetrics,
 )
-from gpumesh.gateway.observe.record import RequestOutcome, RequestRecord
+from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.topology import BackendKind
 from tests.gateway.fleet import metric

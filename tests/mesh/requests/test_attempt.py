@@ -14,7 +14,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.mesh.nodes.node import Lease
+from gpumesh.mesh.nodes.ledger import Lease
 from gpumesh.mesh.requests import attempt as module
 from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
@@ -32,7 +32,7 @@ class Place:
     def __init__(self, running: RunningMesh, upstream: Upstream) -> None:
         self.running = running
         self.upstream = upstream
-        self.node = running.mesh._nodes["a"]  # the mesh leases places only to requests of its own
+        self.node = running.mesh.fleet["a"]  # the mesh leases places only to requests of its own
         self.lease: Lease = self.node.lease(Demand(model=MODEL))
 
     async def attempt(self, call: HttpCall, *, timeout_s: float = 10.0) -> WholeAnswer | OpenedStream | FailedAttempt:

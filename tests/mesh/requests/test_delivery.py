@@ -233,7 +233,7 @@ async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
         for _ in range(3):
             for path in BODIES:
                 await (await send(mesh.mesh, make_call(path))).read()
-        assert mesh.mesh._means.strategies == {
+        assert mesh.mesh._send_context.strategies == {
             ("b", "m"): ContinuationStrategy.ASSISTANT_LAST
         }  # nobody but requests has it
 
@@ -279,7 +279,7 @@ async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
             node("c", lab.hosts["c"].url, weight=0.0001),
         )
         async with mesh_of_nodes(*specs) as mesh:
-            mesh.mesh._means.strategies["b", "m"] = ContinuationStrategy.ASSISTANT_LAST
+            mesh.mesh._send_context.strategies["b", "m"] = ContinuationStrategy.ASSISTANT_LAST
             want = text_of(await (await send(mesh.mesh, make_call(), node="c")).read())
             answer = await send(mesh.mesh, make_call())
             assert text_of(await answer.read()) == want
@@ -298,7 +298,7 @@ async def test_the_rest_carries_the_clients_own_headers() -> None:
         exchange.close()
 
     async with serve(ollama_script(noting)) as server, mesh_of_nodes(node("a", server.url)) as mesh:
-        mesh.mesh._means.strategies["a", "m"] = ContinuationStrategy.ASSISTANT_LAST
+        mesh.mesh._send_context.strategies["a", "m"] = ContinuationStrategy.ASSISTANT_LAST
         call = make_call()
         call = HttpCall(call.method, call.path, call.body, (*JSON, ("X-Trace", "7")))
         answer = await send(mesh.mesh, call)

@@ -238,7 +238,7 @@ async def test_the_pace_of_a_node_is_learned_from_whole_answers(monkeypatch: pyt
     monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 0.0)
     async with mesh_of_hosts(host("a", tokens_per_s=20.0, answer_tokens=(8, 8))) as mesh:
         await said(mesh, "/api/chat")
-        pauses = mesh.mesh._means.pauses  # nobody but the streams has it
+        pauses = mesh.mesh._send_context.pauses  # nobody but the streams has it
         longest = pauses.longest_s("a", "m:latest")
         assert longest is not None
         assert longest >= 0.04
@@ -359,8 +359,7 @@ async def test_a_lost_way_is_noticed_in_mid_answer() -> None:
         want = text_of(await (await send(mesh.mesh, make_call(), node="b")).read())
         answer = await send(mesh.mesh, make_call())
         data = await anext(answer)
-        for lease in tuple(mesh.mesh._nodes["a"]._leases):  # as its tunnel's end would
-            lease.abort_attempt()
+        mesh.mesh.fleet["a"].ledger.abort_all_attempts()  # as its tunnel's end would
         data += await answer.read()
         assert text_of(data) == want
         assert mesh.attempts("a") == {Outcome.UNREACHABLE: 1}

@@ -1,0 +1,27 @@
+"""Which coordination a mesh has, from ``redis`` in mesh.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpumesh import config
+from gpumesh.coordination.base import Coordination
+from gpumesh.coordination.single_gateway import SingleGateway
+from gpumesh.topology import RedisSpec
+
+
+def create_coordination(
+    spec: RedisSpec | None, *, on_change: Callable[[], None], clock: Callable[[], float]
+) -> Coordination:
+    """``on_change`` is called when the load of other gateways, or the findings, have changed."""
+    if spec is None:
+        return SingleGateway()
+    from gpumesh.coordination.redis_coordination import RedisCoordination  # most meshes do not need redis-py
+
+    variable = spec.password_env
+    return RedisCoordination(
+        spec.url,
+        password=lambda: None if variable is None else config.read_secret(variable),
+        on_change=on_change,
+        clock=clock,
+    )

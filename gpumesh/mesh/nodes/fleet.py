@@ -1,0 +1,90 @@
+"""All nodes of a running mesh, by name: the one place that computes their candidates, groups and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from urllib.parse import urlsplit
+
+from gpumesh import audit, config
+from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.balancer.select import no_node_error
+from gpumesh.errors import GPUMeshError, NoNodeError, UsageError
+from gpumesh.mesh.nodes.node import Node
+
+
+class Fleet:
+    """Iterates over the nodes in the order of mesh.yaml. ``fleet[name]`` raises KeyError."""
+
+    def __init__(self, nodes: Iterable[Node], *, clock: Callable[[], float]) -> None:
+        self._nodes = {node.name: node for node in nodes}
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        reachable = sum(node.reachable for node in self)
+        return f"<Fleet {len(self._nodes)} nodes, {reachable} reachable>"
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __getitem__(self, name: str) -> Node:
+        return self._nodes[name]
+
+    def find_node(self, name: str) -> Node:
+        """Raises UsageError for a node that mesh.yaml does not have."""
+        self.require_known(name)
+        return self._nodes[name]
+
+    def require_known(self, name: str | None) -> str | None:
+        """The name itself. Raises UsageError for a node that mesh.yaml does not have; ``None`` stands for any node."""
+        if name is not None and name not in self._nodes:
+            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
+        return name
+
+    def candidates(self, *, despite_breaker: bool = False) -> list[Candidate]:
+        """Every node as the balancer sees it now. ``despite_breaker``: nodes with an open breaker count as usable."""
+        now = self._clock()
+        return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
+
+    def explain_no_node(self, demand: Demand) -> GPUMeshError:
+        """Why no node can serve this demand, as the error to raise, with the reason of each node that is meant."""
+        error = no_node_error(self.candidates(), demand)
+        if type(error) is not NoNodeError:
+            return error
+        states = [node.state(0) for node in self if demand.node in (None, node.name)]
+        reasons = "; ".join(f"{state.name}: {state.reason or 'no answer yet'}" for state in states)
+        return NoNodeError(f"{error.message} ({reasons})" if reasons else error.message, hint=error.hint)
+
+    def regroup(self) -> None:
+        """Puts nodes that share a GPU into one group: the balancer treats a group as one."""
+        groups = audit.gpu_groups([node.state(0) for node in self])
+        counted: set[str] = set()
+        for node in self:
+            role = node.role
+            role.group = groups.get(node.name, node.name)
+            role.counts_for_group = role.group not in counted
+            counted.add(role.group)
+
+    def loads(self) -> dict[str, int]:
+        """Requests in flight by coordination key, for other gateways."""
+        loads: dict[str, int] = {}
+        for node in self:
+            loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
+        return loads
+
+    @property
+    def attempt_outcomes(self) -> dict[str, Mapping[Outcome, int]]:
+        """For each node, how the attempts that took a slot there ended."""
+        return {node.name: node.attempt_outcomes for node in self}
+
+    def local_ports(self) -> frozenset[int]:
+        """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
+
+        Their answers are written by a host, though their address is this machine's."""
+        tunnels = [node.tunnel for node in self if node.tunnel is not None]
+        addresses = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
+        return frozenset(
+            address.port
+            for address in addresses
+            if address.port is not None and config.is_loopback(address.hostname or "")
+        )

@@ -1,0 +1,221 @@
+"""A node's probes: two loops that ask its inference server and nvidia-smi, and the last reports of both.
+
+The loops change three things only: ``reports``, the ledger's breaker, and attempts that wait for a server which no
+longer answers. They never raise on a host's account.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import httpx
+
+from gpumesh import config
+from gpumesh.balancer.select import full_name
+from gpumesh.errors import SecretMissing
+from gpumesh.mesh.nodes.ledger import Ledger
+from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.probes.backend import BackendReport, probe_backend
+from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
+from gpumesh.probes.smi_tables import OUTPUT_BYTES
+from gpumesh.state import BackendPhase
+from gpumesh.topology import NodeSpec, Target
+from gpumesh.tunnels.stagger import stagger_intervals
+
+BACKEND_INTERVAL_S = 2.0
+BACKEND_TIMEOUT_S = 4.0
+GPU_INTERVAL_S = 2.0
+GPU_TIMEOUT_S = 5.0
+# nvidia-smi averages utilisation over up to a second. Only so long after our last request is it all of other programs.
+IDLE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReports:
+    """What is known of a node from its probes. ``backend`` and ``gpus`` are ``None`` until the host was asked over the
+    present connection; the rest is kept over reconnects.
+
+    ``models`` holds each listed name as it is and in full; ``None`` while no list was read. ``target`` is the target in
+    use. ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU while we had nothing in flight there.
+    """
+
+    backend: BackendReport | None = None
+    gpus: GpuReport | None = None
+    missing_secret: SecretMissing | None = None
+    models: frozenset[str] | None = None
+    loaded: frozenset[str] = frozenset()
+    target: Target | None = None
+    foreign_load: float | None = None
+
+    @property
+    def backend_is_up(self) -> bool:
+        return self.backend is not None and self.backend.state.state is BackendPhase.UP
+
+
+class Prober:
+    """Probes one node while its tunnel is up. ``on_report`` is called after each change of ``reports``."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        link: TunnelLink,
+        ledger: Ledger,
+        *,
+        clock: Callable[[], float],
+        http: httpx.AsyncClient,
+        on_report: Callable[[], None],
+    ) -> None:
+        self.reports = NodeReports()
+        self._spec = spec
+        self._link = link
+        self._ledger = ledger
+        self._clock = clock
+        self._http = http
+        self._on_report = on_report
+        self._probe_requested = asyncio.Event()
+        self._backend_probe_lock = asyncio.Lock()
+        self._first_round_done = asyncio.Event()
+        self._missed_backend_probes = 0
+
+    def __repr__(self) -> str:
+        backend = None if self.reports.backend is None else self.reports.backend.state.state.value
+        gpus = None if self.reports.gpus is None else len(self.reports.gpus.gpus)
+        return f"<Prober {self._spec.name} backend {backend}, {gpus} GPUs, first round done {self.first_round_done}>"
+
+    # -- the first round -----------------------------------------------------------------------------------------
+
+    @property
+    def first_round_done(self) -> bool:
+        """Whether the node was probed once, or is known to be out of reach."""
+        return self._first_round_done.is_set()
+
+    async def wait_first_round(self) -> None:
+        await self._first_round_done.wait()
+
+    def end_first_round(self) -> None:
+        """There is nothing to wait for: the node is out of reach or disabled."""
+        self._first_round_done.set()
+
+    # -- events of the tunnel, requests --------------------------------------------------------------------------
+
+    def forget_host(self) -> None:
+        """The connection is lost. The host behind the next one may be another host, so it is asked anew."""
+        self.reports = replace(self.reports, backend=None, gpus=None)
+
+    def request_probe(self) -> None:
+        """The server is probed at once, not at the end of the interval."""
+        self._probe_requested.set()
+
+    def note_loaded(self, model: str) -> None:
+        """This model has just answered, so it is in the server's memory."""
+        if model not in self.reports.loaded:
+            self.reports = replace(self.reports, loaded=self.reports.loaded | {model})
+
+    async def refresh(self) -> None:
+        """Returns after a probe of the server that began after this call."""
+        async with self._backend_probe_lock:
+            if self._link.is_up:
+                await self._probe_backend()
+
+    # -- the inference server ------------------------------------------------------------------------------------
+
+    async def keep_probing_backend(self) -> None:
+        """Until cancelled."""
+        for interval_s in stagger_intervals(self._spec.name, BACKEND_INTERVAL_S):
+            await self._link.wait_up()
+            self._probe_requested.clear()
+            async with self._backend_probe_lock:
+                await self._probe_backend()
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._probe_requested.wait()
+            except TimeoutError:
+                continue
+
+    async def _probe_backend(self) -> None:
+        urls = self._link.urls
+        try:
+            api_key = read_api_key(self._spec)
+        except SecretMissing as error:
+            self.reports = replace(self.reports, missing_secret=error)
+            self._first_round_done.set()
+            self._on_report()
+            return
+        report = await probe_backend(
+            self._http,
+            self._spec.backend,
+            list(urls.values()),
+            api_key=api_key,
+            timeout_s=BACKEND_TIMEOUT_S,
+            node=self._spec.name,
+        )
+        if not self._link.is_up:
+            return  # the answer came over a connection that is lost
+        if self._is_excusable_miss(report):
+            self.request_probe()
+            return
+        self._record_backend(report, next((target for target, url in urls.items() if url == report.url), None))
+
+    def _is_excusable_miss(self, report: BackendReport) -> bool:
+        """Whether this is the first probe that failed, and the server works for us: a server that is busy prefilling
+        may miss one probe, and the requests in flight show that it lives."""
+        if report.state.state is BackendPhase.UP:
+            self._missed_backend_probes = 0
+            return False
+        self._missed_backend_probes += 1
+        return self.reports.backend is not None and self._missed_backend_probes == 1 and self._ledger.in_flight > 0
+
+    def _record_backend(self, report: BackendReport, target: Target | None) -> None:
+        came_back = self.reports.backend is not None and not self.reports.backend_is_up
+        self.reports = replace(self.reports, backend=report, target=target)
+        if self.reports.backend_is_up:
+            names = report.state.models
+            self.reports = replace(
+                self.reports,
+                models=frozenset(names) | frozenset(full_name(name) for name in names),
+                loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
+            )
+            if came_back:
+                self._ledger.reset_breaker()
+        else:
+            self._ledger.abort_movable_attempts()
+        self._end_first_round_when_complete()
+        self._on_report()
+
+    # -- the GPUs ------------------------------------------------------------------------------------------------
+
+    async def keep_probing_gpus(self) -> None:
+        """Until cancelled."""
+        for interval_s in stagger_intervals(self._spec.name, GPU_INTERVAL_S):
+            tunnel = await self._link.wait_up()
+            was_idle = self._is_idle()
+            run_command = partial(tunnel.exec, shareable=True, limit_bytes=OUTPUT_BYTES)
+            report = await probe_gpus(run_command, timeout_s=GPU_TIMEOUT_S, node=self._spec.name)
+            if self._link.is_up:
+                self._record_gpus(report, was_idle=was_idle)
+            await asyncio.sleep(interval_s)
+
+    def _is_idle(self) -> bool:
+        return self._ledger.in_flight == 0 and self._clock() - self._ledger.last_release_at > IDLE_S
+
+    def _record_gpus(self, report: GpuReport, *, was_idle: bool) -> None:
+        foreign_load = self.reports.foreign_load
+        if was_idle and self._ledger.in_flight == 0:
+            used = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
+            foreign_load = max(used) / 100.0 if used else None
+        self.reports = replace(self.reports, gpus=report, foreign_load=foreign_load)
+        self._end_first_round_when_complete()
+        self._on_report()
+
+    def _end_first_round_when_complete(self) -> None:
+        if self.reports.gpus is not None and self.reports.backend is not None:
+            self._first_round_done.set()
+
+
+def read_api_key(spec: NodeSpec) -> str | None:
+    """The backend's key, read from its variable at each use and kept nowhere. Raises SecretMissing."""
+    variable = spec.backend.api_key_env
+    return None if variable is None else config.read_secret(variable, node=spec.name)

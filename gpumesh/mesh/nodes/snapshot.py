@@ -1,0 +1,221 @@
+"""What others see of a node: the ``Candidate`` that the balancer ranks and the ``NodeState`` that people read.
+
+Both are built from the tunnel's state, the probes' reports and the ledger, without I/O; nothing here changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from gpumesh.backends.base import ParallelismSource
+from gpumesh.backends.dialects import DIALECTS
+from gpumesh.balancer.base import Candidate
+from gpumesh.coordination.base import Coordination
+from gpumesh.mesh.nodes.ledger import Ledger
+from gpumesh.mesh.nodes.prober import NodeReports, Prober
+from gpumesh.mesh.nodes.rate_meter import RateMeter
+from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.probes.health import assess_health
+from gpumesh.state import (
+    BackendState,
+    Finding,
+    Health,
+    HostState,
+    LoadState,
+    NodeState,
+    RouteState,
+    Severity,
+    TunnelPhase,
+    TunnelState,
+)
+from gpumesh.topology import NodeSpec
+
+MAX_KEY_CHARS = 400  # the UUIDs of eight GPUs
+
+
+@dataclass(slots=True)
+class NodeRole:
+    """What the mesh has decided about a node. ``group`` is the same for all nodes that share a GPU.
+
+    ``counts_for_group``: it is the first node of its group, and so the one that counts what other gateways have in
+    flight on their GPU.
+    """
+
+    group: str
+    counts_for_group: bool = True
+    draining: bool = False
+
+
+class SnapshotBuilder:
+    """Builds the snapshots of one node."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        role: NodeRole,
+        link: TunnelLink,
+        prober: Prober,
+        ledger: Ledger,
+        *,
+        meter: RateMeter,
+        clock: Callable[[], float],
+        coordination: Coordination,
+    ) -> None:
+        self._spec = spec
+        self._role = role
+        self._link = link
+        self._prober = prober
+        self._ledger = ledger
+        self._meter = meter
+        self._clock = clock
+        self._coordination = coordination
+        self._probes_tell_limit = DIALECTS[spec.backend.kind].parallelism is ParallelismSource.PROBE
+        self._key = coordination_key(spec, prober.reports)
+        self._key_reports = prober.reports
+
+    # -- for the balancer ----------------------------------------------------------------------------------------
+
+    @property
+    def reachable(self) -> bool:
+        return self._link.is_up and self._prober.reports.backend_is_up
+
+    @property
+    def may_recover(self) -> bool:
+        """Whether the node takes no requests now, but may well do so in a moment.
+
+        It is connecting, or was lost only just now, or its breaker's pause will end."""
+        if self._role.draining:
+            return False
+        if self.reachable:
+            return not self._ledger.breaker.allows(self._clock())
+        phase, reports = self._link.reported.state, self._prober.reports
+        if phase is TunnelPhase.UP:
+            return reports.backend is None
+        if phase is TunnelPhase.BACKOFF:
+            return reports.models is not None
+        return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+
+    def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
+        role, reports, ledger = self._role, self._prober.reports, self._ledger
+        usable = self.reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
+        return Candidate(
+            name=self._spec.name,
+            kind=self._spec.backend.kind,
+            usable=usable,
+            models=reports.models,
+            loaded=reports.loaded,
+            in_flight=ledger.in_flight,
+            queued=self._coordination.other_gateways_load(self.coordination_key) if role.counts_for_group else 0,
+            limit=self._limit(now),
+            weight=self._spec.weight,
+            group=role.group,
+            tokens_per_s=ledger.rates.values,
+            load_s=ledger.load_times.values,
+            foreign_load=reports.foreign_load,
+            rtt_ms=self._link.reported.rtt_ms,
+            sessions=ledger.sessions.keys(),
+        )
+
+    def _limit(self, now: float) -> int | None:
+        """How many requests may be in flight there; ``None`` where that is not known."""
+        backend = self._spec.backend
+        if backend.max_parallel is not None:
+            return backend.max_parallel
+        if self._probes_tell_limit:
+            report = self._prober.reports.backend
+            return report.inventory.parallel if report is not None and report.inventory is not None else None
+        return self._ledger.learned_limit.max_in_flight(now)
+
+    @property
+    def coordination_key(self) -> str:
+        """``coordination_key`` of the last reports: computed anew only when these have changed."""
+        reports = self._prober.reports
+        if reports is not self._key_reports:
+            self._key, self._key_reports = coordination_key(self._spec, reports), reports
+        return self._key
+
+    # -- for people ----------------------------------------------------------------------------------------------
+
+    def state(self, queued: int) -> NodeState:
+        """``queued``: the requests in the mesh's queue that wait for this node only."""
+        spec, tunnel, gpus = self._spec, self._link.state, self._prober.reports.gpus
+        backend = self._backend_state(tunnel)
+        health, reason = self._health(tunnel)
+        return NodeState(
+            name=spec.name,
+            health=health,
+            reason=reason,
+            tunnel=tunnel,
+            backend=backend,
+            host=HostState() if gpus is None else HostState(gpus.hostname, gpus.driver),
+            gpus=None if gpus is None or gpus.error is not None else gpus.gpus,
+            load=self._load_state(queued),
+            labels=tuple(sorted(spec.labels.items())),
+            simulated=backend.version is not None and backend.version.endswith("-lab"),
+            routes=self._routes(),
+            noticed=self._findings(tunnel),
+        )
+
+    def _health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
+        reports = self._prober.reports
+        if not self._spec.enabled:
+            return Health.UNKNOWN, "disabled in mesh.yaml"
+        if reports.missing_secret is not None and reports.backend is None:
+            return Health.DOWN, reports.missing_secret.message
+        return assess_health(tunnel, reports.gpus, reports.backend, self._spec, self._role.draining)
+
+    def _load_state(self, queued: int) -> LoadState:
+        ledger = self._ledger
+        return LoadState(
+            in_flight=ledger.in_flight,
+            queued=queued,
+            limit=self._shown_limit(),
+            served=ledger.served,
+            failed=ledger.failed,
+            cancelled=ledger.cancelled,
+        )
+
+    def _shown_limit(self) -> int | None:
+        """The proven limit; the balancer's is one more where it tries whether that runs in parallel, too."""
+        if self._spec.backend.max_parallel is not None or self._probes_tell_limit:
+            return self._limit(self._clock())
+        return self._ledger.learned_limit.proven if self._ledger.served else None
+
+    def _backend_state(self, tunnel: TunnelState) -> BackendState:
+        reports = self._prober.reports
+        if reports.backend is None or tunnel.state is not TunnelPhase.UP:
+            missing = reports.missing_secret
+            return BackendState(
+                kind=self._spec.backend.kind.value, last_error=None if missing is None else missing.message
+            )
+        rate = self._meter.rate()
+        return replace(reports.backend.state, tokens_per_s=rate if rate or self._ledger.served else None)
+
+    def _routes(self) -> tuple[RouteState, ...]:
+        transport = self._link.reported.transport
+        return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
+
+    def _findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
+        """What the last probes noticed by themselves. The audit's rules add what follows from mesh.yaml."""
+        if tunnel.state is not TunnelPhase.UP:
+            return ()
+        reports = self._prober.reports
+        findings = reports.gpus.findings if reports.gpus is not None else ()
+        if reports.backend is not None:
+            return (*findings, *reports.backend.findings)
+        missing = reports.missing_secret
+        if missing is None:
+            return findings
+        return (*findings, Finding(missing.code, Severity.ERROR, self._spec.name, missing.message, missing.hint))
+
+
+def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
+    """A name of what the node uses, the same for every gateway that reaches it: its GPUs, else its server's address."""
+    if reports.gpus is not None and reports.gpus.gpus:
+        uuids = "+".join(sorted(gpu.uuid for gpu in reports.gpus.gpus))
+        # The keys of all nodes are one message: a node that shows many GPUs must not make it longer than is read.
+        return uuids if len(uuids) <= MAX_KEY_CHARS else f"gpus:{sha256(uuids.encode()).hexdigest()}"
+    target = reports.target or spec.backend.targets[0]
+    return target.url if spec.ssh is None else f"{spec.ssh.host}:{spec.ssh.port}/{target.url}"

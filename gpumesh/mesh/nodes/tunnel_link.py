@@ -1,0 +1,64 @@
+"""A node's tunnel as the node knows it: the tunnel, its last reported state, and how many connections it has had."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from gpumesh.state import TunnelPhase, TunnelState
+from gpumesh.topology import NodeSpec, Target
+from gpumesh.tunnels.base import Tunnel
+
+
+class TunnelLink:
+    """``reported`` is the state of the tunnel's last callback. ``connection_count`` grows with each new connection.
+
+    ``tunnel`` is ``None`` for a disabled node and before the mesh has started.
+    """
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self.tunnel: Tunnel | None = None
+        self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
+        self.connection_count = 0
+        self._targets = spec.backend.targets
+        self._up = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<TunnelLink {self.reported.transport} {self.reported.state.value} connection {self.connection_count}>"
+
+    @property
+    def is_up(self) -> bool:
+        return self.reported.state is TunnelPhase.UP
+
+    def update(self, state: TunnelState) -> None:
+        """Takes over the state that the tunnel reports."""
+        was_up = self.is_up
+        self.reported = state
+        if not self.is_up:
+            self._up.clear()
+        elif not was_up:
+            self.connection_count += 1
+            self._up.set()
+
+    async def wait_up(self) -> Tunnel:
+        await self._up.wait()
+        assert self.tunnel is not None, "only a tunnel reports that it is up"
+        return self.tunnel
+
+    @property
+    def state(self) -> TunnelState:
+        """The tunnel's present state. It can be newer than ``reported``: a round trip time changes without a report."""
+        return self.reported if self.tunnel is None else self.tunnel.state
+
+    @property
+    def urls(self) -> Mapping[Target, str]:
+        """The base URL on this machine for each target that the tunnel reaches, in the order of mesh.yaml."""
+        if self.tunnel is None:
+            return {}
+        urls = self.tunnel.urls
+        return {target: urls[target] for target in self._targets if target in urls}
+
+    def suspect(self, reason: str) -> None:
+        """Makes the tunnel check its connection at once."""
+        if self.tunnel is not None:
+            self.tunnel.suspect(reason)

@@ -1,0 +1,31 @@
+"""How many requests a mesh has accepted, and how they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpumesh.balancer.outcomes import Outcome, RequestOutcome, request_outcome
+
+
+@dataclass(slots=True)
+class RequestCounters:
+    """Every request that was accepted ends as exactly one of the other three."""
+
+    accepted: int = 0
+    served: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.accepted - self.served - self.failed - self.cancelled
+
+    def count_end(self, outcome: Outcome) -> None:
+        """A request has ended; ``outcome`` is that of its last attempt."""
+        match request_outcome(outcome):
+            case RequestOutcome.SERVED:
+                self.served += 1
+            case RequestOutcome.CANCELLED:
+                self.cancelled += 1
+            case _:
+                self.failed += 1

@@ -1,0 +1,37 @@
+"""A mesh without ``redis`` in mesh.yaml: its coordination does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from gpumesh.coordination.base import Loads
+from gpumesh.coordination.factory import create_coordination
+from gpumesh.coordination.redis_coordination import RedisCoordination
+from gpumesh.coordination.single_gateway import SingleGateway
+from gpumesh.topology import RedisSpec
+
+
+async def loads_that_nobody_may_read() -> AsyncIterator[Loads]:
+    raise AssertionError("they were read")
+    yield {}
+
+
+async def test_there_are_no_others_and_nothing_runs() -> None:
+    coordination = create_coordination(None, on_change=lambda: None, clock=lambda: 0.0)
+    assert isinstance(coordination, SingleGateway)
+    assert coordination.other_gateways_load("GPU-1") == 0
+    assert coordination.findings() == ()
+    await coordination.run(loads_that_nobody_may_read())
+    assert repr(coordination) == "<SingleGateway>"
+
+
+async def test_with_redis_it_is_alone_until_it_is_connected() -> None:
+    spec = RedisSpec("unix:///nowhere/redis.sock")
+    coordination = create_coordination(spec, on_change=lambda: None, clock=lambda: 0.0)
+    assert isinstance(coordination, RedisCoordination)
+    assert coordination.findings() == ()
+    assert "0 known" in repr(coordination)
+    coordination.problem = "no connection"
+    [finding] = coordination.findings()
+    assert finding.code == "redis-away"
+    assert finding.message.endswith("Redis: no connection")

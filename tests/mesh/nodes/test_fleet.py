@@ -1,0 +1,70 @@
+"""All nodes together: names, groups, loads, and why none can serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.errors import ModelMissing, NoNodeError, UsageError
+from gpumesh.lab.ollama import SimOllama
+from gpumesh.mesh.nodes.fleet import Fleet
+from gpumesh.tunnels.direct.tunnel import DirectTunnel
+from tests.mesh.meshes import host, mesh_of_nodes, node
+from tests.mesh.nodes.build import NodeEvents, make_node, make_spec
+
+
+def make_fleet(*names: str) -> Fleet:
+    events = NodeEvents()
+    specs = [make_spec(f"http://127.0.0.1:{number + 1}", name=name) for number, name in enumerate(names)]
+    return Fleet([make_node(spec, events) for spec in specs], clock=events.clock)
+
+
+async def test_nodes_are_found_by_name_in_the_order_of_mesh_yaml() -> None:
+    fleet = make_fleet("b", "a")
+    assert [node.name for node in fleet] == ["b", "a"]
+    assert [candidate.name for candidate in fleet.candidates()] == ["b", "a"]
+    assert fleet.find_node("a") is fleet["a"]
+    assert fleet.require_known(None) is None
+    with pytest.raises(UsageError, match="there is no node 'x'") as unknown:
+        fleet.find_node("x")
+    assert unknown.value.hint == "the nodes are: b, a"
+    assert repr(fleet) == "<Fleet 2 nodes, 0 reachable>"
+
+
+async def test_two_nodes_that_reach_one_server_are_one_group() -> None:
+    async with SimOllama(host("a")) as server, mesh_of_nodes(node("x", server.url), node("y", server.url)) as mesh:
+        fleet = mesh.mesh.fleet
+        fleet.regroup()
+        assert {entry.role.group for entry in fleet} == {"x"}
+        assert [entry.role.counts_for_group for entry in fleet] == [True, False]
+
+
+async def test_loads_are_added_up_by_coordination_key() -> None:
+    fleet = make_fleet("a", "b")
+    leases = [fleet["a"].lease(Demand(model="m")) for _ in range(2)]
+    assert fleet.loads() == {"http://127.0.0.1:1": 2, "http://127.0.0.1:2": 0}
+    for lease in leases:
+        lease.release(Outcome.SERVED)
+    assert fleet.attempt_outcomes == {"a": {Outcome.SERVED: 2}, "b": {}}
+
+
+async def test_why_no_node_can_serve_names_each_nodes_reason() -> None:
+    fleet = make_fleet("a", "b")
+    error = fleet.explain_no_node(Demand(model="m"))
+    assert type(error) is NoNodeError
+    assert "a: not opened yet; b: not opened yet" in error.message
+    one = fleet.explain_no_node(Demand(model="m", node="b"))
+    assert "a: " not in one.message
+
+
+async def test_a_model_that_no_node_has_is_named_as_missing() -> None:
+    async with SimOllama(host("a")) as server, mesh_of_nodes(node("x", server.url)) as mesh:
+        assert isinstance(mesh.mesh.fleet.explain_no_node(Demand(model="other")), ModelMissing)
+
+
+async def test_local_ports_are_those_of_tunnels_on_loopback() -> None:
+    fleet = make_fleet("a", "b")
+    assert fleet.local_ports() == frozenset()
+    fleet["b"].tunnel = DirectTunnel(fleet["b"].spec, on_change=fleet["b"].on_tunnel)
+    assert fleet.local_ports() == {2}

@@ -1,0 +1,189 @@
+"""The ledger by itself: leases, breaker, learned figures and counts, without a server."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpumesh.backends.base import ServerCounters
+from gpumesh.balancer.base import Demand, Priority
+from gpumesh.balancer.breaker import Breaker
+from gpumesh.balancer.outcomes import Outcome
+from gpumesh.mesh.nodes.ledger import Lease, Ledger
+from gpumesh.topology import BackendKind, BackendSpec
+from tests.mesh.nodes.build import NodeEvents, make_node, make_spec
+
+DEMAND = Demand(model="qwen2.5:7b")
+COPY = Demand(model=None, needs_slot=False)
+COUNTERS = ServerCounters(tokens=100, total_ms=1600.0, load_ms=500.0, prompt_ms=100.0, eval_ms=1000.0)
+
+
+class LedgerDesk:
+    """A ledger, and what it has announced."""
+
+    def __init__(self, spec: BackendSpec | None = None) -> None:
+        self.events = NodeEvents()
+        self.changes = 0
+        self.failures: list[tuple[Outcome, str | None]] = []
+        self.loaded: list[str] = []
+        self.ledger = Ledger(
+            spec or BackendSpec(),
+            clock=self.events.clock,
+            on_slot_freed=self.events.on_slot_freed,
+            on_change=self.count_change,
+            on_failure=lambda outcome, error: self.failures.append((outcome, error)),
+            on_model_loaded=self.loaded.append,
+        )
+        self.node = make_node(make_spec("http://127.0.0.1:9"), self.events)
+
+    def count_change(self) -> None:
+        self.changes += 1
+
+    def lease(self, demand: Demand = DEMAND) -> Lease:
+        return self.ledger.lease(self.node, demand)
+
+    def fail(self, times: int, outcome: Outcome = Outcome.SERVER_ERROR, demand: Demand = DEMAND) -> None:
+        for _ in range(times):
+            self.lease(demand).release(outcome, error="it failed")
+
+    def is_open(self) -> bool:
+        """Whether the breaker keeps requests away."""
+        return not self.ledger.breaker.allows(self.events.now)
+
+    def counts(self) -> tuple[int, int, int, int]:
+        ledger = self.ledger
+        return ledger.in_flight, ledger.served, ledger.failed, ledger.cancelled
+
+
+@pytest.fixture
+async def desk() -> LedgerDesk:
+    return LedgerDesk()
+
+
+async def test_a_lease_is_counted_once_however_often_it_is_released(desk: LedgerDesk) -> None:
+    lease = desk.lease()
+    assert desk.counts() == (1, 0, 0, 0)
+    freed = desk.events.slots_freed
+    lease.release(Outcome.SERVED)
+    lease.release(Outcome.CUT)
+    lease.discard()
+    assert lease.released
+    assert desk.counts() == (0, 1, 0, 0)
+    assert desk.events.slots_freed == freed + 1
+
+
+async def test_each_outcome_has_its_own_count_and_an_unused_lease_none(desk: LedgerDesk) -> None:
+    for outcome in (Outcome.SERVED, Outcome.CLIENT_GONE, Outcome.SERVER_ERROR, Outcome.CLIENT_ERROR):
+        desk.lease().release(outcome)
+    desk.lease().discard()
+    desk.lease(COPY).release(Outcome.SERVED)
+    assert desk.counts() == (0, 1, 1, 1)
+    assert sum(desk.ledger.attempt_outcomes.values()) == 4, "what costs no inference is not in the figures"
+
+
+async def test_a_lease_numbers_what_runs_at_the_same_time(desk: LedgerDesk) -> None:
+    first, second, store = desk.lease(), desk.lease(), desk.lease(COPY)
+    assert (first.concurrent, second.concurrent) == (1, 2)
+    assert desk.ledger.in_flight == 2, "what costs no inference takes no slot"
+    for lease in (first, second, store):
+        lease.release(Outcome.SERVED)
+
+
+async def test_failures_in_a_row_open_the_breaker_and_success_closes_it(desk: LedgerDesk) -> None:
+    desk.fail(3)
+    assert desk.is_open()
+    assert desk.failures == [(Outcome.SERVER_ERROR, "it failed")] * 3
+    desk.events.now += 5.0
+    assert not desk.is_open()
+    trial = desk.lease()
+    assert desk.is_open(), "one trial at a time"
+    trial.release(Outcome.SERVED)
+    assert desk.ledger.breaker == Breaker()
+
+
+async def test_a_500_to_a_store_request_does_not_open_the_breaker(desk: LedgerDesk) -> None:
+    desk.fail(5, demand=COPY)
+    assert not desk.is_open()
+    assert not desk.failures
+    desk.fail(3, Outcome.UNREACHABLE, COPY)
+    assert desk.is_open(), "that it cannot be reached is true of all requests"
+
+
+async def test_a_trial_whose_answer_has_begun_lets_others_try(desk: LedgerDesk) -> None:
+    desk.fail(3)
+    desk.events.now += 5.0
+    trial = desk.lease()
+    freed = desk.events.slots_freed
+    trial.mark_answer_started()
+    assert not desk.is_open()
+    assert desk.events.slots_freed > freed, "the queue is looked through again"
+    trial.release(Outcome.CUT, error="it broke off")
+    assert desk.is_open(), "the trial has failed after all"
+
+
+async def test_a_client_that_leaves_is_no_failure(desk: LedgerDesk) -> None:
+    desk.fail(10, Outcome.CLIENT_GONE)
+    assert not desk.is_open()
+    assert not desk.failures
+
+
+async def test_a_forgiven_failure_closes_the_breaker(desk: LedgerDesk) -> None:
+    desk.fail(3)
+    desk.ledger.forgive_failure()
+    assert not desk.is_open()
+
+
+async def test_rates_limit_and_load_times_are_learned_from_the_servers_counters(desk: LedgerDesk) -> None:
+    for lease in [desk.lease(), desk.lease()]:
+        lease.release(Outcome.SERVED, counters=COUNTERS)
+    ledger = desk.ledger
+    assert ledger.rates.values["qwen2.5:7b"] == pytest.approx(100.0)
+    assert ledger.load_times.values["qwen2.5:7b"] == pytest.approx(0.5)
+    assert ledger.learned_limit.proven == 2, "two ran together, and neither waited inside the server"
+    assert ledger.learned_limit.max_in_flight(desk.events.now) == 3, "one more is tried"
+    assert desk.loaded == ["qwen2.5:7b"] * 2
+
+
+@pytest.mark.parametrize("spec", [BackendSpec(max_parallel=4), BackendSpec(kind=BackendKind.OPENAI)])
+async def test_no_limit_is_learned_where_it_is_given_or_told(spec: BackendSpec) -> None:
+    desk = LedgerDesk(spec)
+    for lease in [desk.lease(), desk.lease()]:
+        lease.release(Outcome.SERVED, counters=COUNTERS)
+    assert desk.ledger.learned_limit.proven == 1
+
+
+async def test_sessions_are_remembered_up_to_a_bound(desk: LedgerDesk) -> None:
+    for number in range(300):
+        desk.lease(Demand(model="m", session=f"s{number}", priority=Priority.BATCH)).release(Outcome.SERVED)
+    assert len(desk.ledger.sessions) == 256
+    assert "s299" in desk.ledger.sessions
+    assert "s0" not in desk.ledger.sessions
+
+
+async def test_only_attempts_that_another_node_could_serve_are_moved(desk: LedgerDesk) -> None:
+    movable, lonely, started = desk.lease(), desk.lease(), desk.lease()
+    movable.can_move = lambda: True
+    lonely.can_move = lambda: False
+    started.can_move = lambda: True
+    started.mark_answer_started()
+    desk.ledger.abort_movable_attempts()
+    assert [lease.aborted for lease in (movable, lonely, started)] == [True, False, False]
+    desk.ledger.abort_all_attempts()
+    assert lonely.aborted
+    assert started.aborted
+
+
+async def test_a_released_lease_holds_nothing_of_its_request(desk: LedgerDesk) -> None:
+    lease = desk.lease()
+    lease.can_move = lambda: True
+    lease.set_abort_callback(lambda: None)
+    lease.release(Outcome.SERVED)
+    lease.set_abort_callback(lambda: None)
+    assert [lease.can_move, lease.abort_callback] == [None, None]
+
+
+async def test_repr_tells_the_state(desk: LedgerDesk) -> None:
+    lease = desk.lease()
+    desk.fail(3)
+    assert repr(desk.ledger) == "<Ledger 1 in flight, 0 served, 3 failed, 0 cancelled, breaker open>"
+    lease.abort_attempt()
+    assert repr(lease) == "<Lease one aborted model qwen2.5:7b connection 0>"

@@ -1,0 +1,189 @@
+"""Snapshots by themselves: made from reports and tunnel states that a test sets, without probes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+import httpx
+import pytest
+
+from gpumesh.balancer.breaker import THRESHOLD, Breaker
+from gpumesh.coordination.base import Loads
+from gpumesh.errors import SecretMissing
+from gpumesh.mesh.nodes.ledger import Ledger
+from gpumesh.mesh.nodes.prober import NodeReports, Prober
+from gpumesh.mesh.nodes.rate_meter import RateMeter
+from gpumesh.mesh.nodes.snapshot import MAX_KEY_CHARS, NodeRole, SnapshotBuilder, coordination_key
+from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.probes.backend import BackendReport
+from gpumesh.probes.nvidia_smi import GpuReport
+from gpumesh.state import BackendPhase, BackendState, Finding, GpuState, Health, TunnelPhase, TunnelState
+from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target
+from tests.mesh.nodes.build import NodeEvents
+
+TARGET = Target("127.0.0.1", 11434)
+SPEC = NodeSpec("one", BackendSpec(targets=(TARGET,)))
+UP = TunnelState("direct", TunnelPhase.UP, rtt_ms=7.0)
+SERVER = BackendReport(BackendState("ollama", BackendPhase.UP, version="0.12.6"), url="http://127.0.0.1:1")
+PROBED = NodeReports(SERVER, models=frozenset({"m:latest"}), loaded=frozenset({"m:latest"}), target=TARGET)
+
+
+class BusyOthers:
+    """A coordination whose other gateways have five requests in flight everywhere."""
+
+    keys: list[str]
+
+    def __init__(self) -> None:
+        self.keys = []
+
+    def other_gateways_load(self, key: str) -> int:
+        self.keys.append(key)
+        return 5
+
+    def findings(self) -> tuple[Finding, ...]:
+        return ()
+
+    async def run(self, own_loads: AsyncIterator[Loads]) -> None:
+        pass
+
+
+@dataclass
+class SnapshotDesk:
+    spec: NodeSpec = SPEC
+    events: NodeEvents = field(default_factory=NodeEvents)
+    others: BusyOthers = field(default_factory=BusyOthers)
+
+    def __post_init__(self) -> None:
+        self.role = NodeRole(self.spec.name)
+        self.link = TunnelLink(self.spec)
+        self.meter = RateMeter(self.events.clock)
+        self.ledger = Ledger(
+            self.spec.backend,
+            clock=self.events.clock,
+            on_slot_freed=self.events.on_slot_freed,
+            on_change=self.events.changes.notify,
+            on_failure=lambda _outcome, _error: None,
+            on_model_loaded=lambda _model: None,
+        )
+        self.prober = Prober(
+            self.spec,
+            self.link,
+            self.ledger,
+            clock=self.events.clock,
+            http=httpx.AsyncClient(trust_env=False),
+            on_report=lambda: None,
+        )
+        self.builder = SnapshotBuilder(
+            self.spec,
+            self.role,
+            self.link,
+            self.prober,
+            self.ledger,
+            meter=self.meter,
+            clock=self.events.clock,
+            coordination=self.others,
+        )
+
+    def set_up(self, reports: NodeReports = PROBED, tunnel: TunnelState = UP) -> None:
+        self.link.update(tunnel)
+        self.prober.reports = reports
+
+
+@pytest.fixture
+async def desk() -> SnapshotDesk:
+    return SnapshotDesk()
+
+
+async def test_a_candidate_is_made_of_reports_link_and_ledger(desk: SnapshotDesk) -> None:
+    desk.set_up(replace(PROBED, foreign_load=0.5))
+    candidate = desk.builder.candidate(desk.events.now, despite_breaker=False)
+    assert candidate.usable
+    assert (candidate.models, candidate.loaded) == (PROBED.models, PROBED.loaded)
+    assert (candidate.foreign_load, candidate.rtt_ms, candidate.limit) == (0.5, 7.0, 2)
+
+
+async def test_an_open_breaker_makes_it_unusable_unless_that_is_asked_for(desk: SnapshotDesk) -> None:
+    desk.set_up()
+    desk.ledger.breaker = Breaker(THRESHOLD, desk.events.now + 30.0)
+    assert not desk.builder.candidate(desk.events.now, despite_breaker=False).usable
+    assert desk.builder.candidate(desk.events.now, despite_breaker=True).usable
+    assert desk.builder.may_recover
+
+
+async def test_other_gateways_count_once_for_a_group(desk: SnapshotDesk) -> None:
+    desk.set_up()
+    assert desk.builder.candidate(0.0, despite_breaker=False).queued == 5
+    assert desk.others.keys == [TARGET.url]
+    desk.role.counts_for_group = False
+    assert desk.builder.candidate(0.0, despite_breaker=False).queued == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "reports", "expected"),
+    [
+        (TunnelPhase.IDLE, NodeReports(), True),
+        (TunnelPhase.CONNECTING, NodeReports(), True),
+        (TunnelPhase.UP, NodeReports(), True),
+        (TunnelPhase.UP, replace(PROBED, backend=BackendReport(BackendState("ollama", BackendPhase.DOWN))), False),
+        (TunnelPhase.BACKOFF, NodeReports(), False),
+        (TunnelPhase.BACKOFF, replace(PROBED, backend=None), True),
+        (TunnelPhase.FAILED, replace(PROBED, backend=None), False),
+    ],
+)
+async def test_which_nodes_may_recover(
+    desk: SnapshotDesk, phase: TunnelPhase, reports: NodeReports, expected: bool
+) -> None:
+    desk.set_up(reports, TunnelState("direct", phase))
+    assert not desk.builder.reachable
+    assert desk.builder.may_recover is expected
+    desk.role.draining = True
+    assert not desk.builder.may_recover
+
+
+async def test_a_missing_secret_is_the_reason_and_a_finding(desk: SnapshotDesk) -> None:
+    missing = SecretMissing("KEY is not set", node="one")
+    desk.set_up(NodeReports(missing_secret=missing))
+    state = desk.builder.state(0)
+    assert (state.health, state.reason) == (Health.DOWN, "KEY is not set")
+    assert state.backend.last_error == "KEY is not set"
+    assert [finding.code for finding in state.noticed] == [missing.code]
+
+
+async def test_tokens_per_s_is_unknown_until_something_was_served(desk: SnapshotDesk) -> None:
+    desk.set_up()
+    assert desk.builder.state(0).backend.tokens_per_s is None
+    desk.meter.add(10)
+    assert desk.builder.state(0).backend.tokens_per_s == 10.0
+
+
+async def test_nothing_of_the_host_is_shown_while_the_tunnel_is_down(desk: SnapshotDesk) -> None:
+    desk.set_up(tunnel=TunnelState("direct", TunnelPhase.BACKOFF, last_error="gone"))
+    state = desk.builder.state(0)
+    assert (state.health, state.reason) == (Health.DOWN, "gone")
+    assert state.backend.version is None
+    assert state.noticed == ()
+
+
+def gpus(*uuids: str) -> GpuReport:
+    return GpuReport(tuple(GpuState(index, uuid, "4090") for index, uuid in enumerate(uuids)))
+
+
+def test_the_coordination_key_names_the_gpus_in_any_order() -> None:
+    one = coordination_key(SPEC, NodeReports(gpus=gpus("GPU-b", "GPU-a")))
+    other = coordination_key(SPEC, NodeReports(gpus=gpus("GPU-a", "GPU-b")))
+    assert one == other == "GPU-a+GPU-b"
+    many = coordination_key(SPEC, NodeReports(gpus=gpus(*(f"GPU-{number:036}" for number in range(100)))))
+    assert len(many) <= MAX_KEY_CHARS
+
+
+def test_the_coordination_key_of_a_host_without_gpus_is_its_address() -> None:
+    assert coordination_key(SPEC, NodeReports()) == "http://127.0.0.1:11434"
+    over_ssh = replace(SPEC, ssh=SshSpec(host="example.org", port=2222))
+    assert coordination_key(over_ssh, NodeReports(gpus=GpuReport())) == "example.org:2222/http://127.0.0.1:11434"
+
+
+async def test_the_coordination_key_follows_the_reports(desk: SnapshotDesk) -> None:
+    assert desk.builder.coordination_key == TARGET.url
+    desk.set_up(replace(PROBED, gpus=gpus("GPU-1")))
+    assert desk.builder.coordination_key == "GPU-1"
