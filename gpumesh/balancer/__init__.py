@@ -1,1 +1,1 @@
-"""Which node gets a request. Pure: snapshots in, decisions out; clock and randomness are parameters."""
+"""Chooses the node for a request. Pure: snapshots in, decisions out; clock and randomness are parameters."""

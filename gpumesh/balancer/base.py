@@ -1,4 +1,4 @@
-"""What a policy sees."""
+"""What the balancer sees: a ``Demand`` for a request, a ``Candidate`` for a node."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Priority(StrEnum):
 class Demand:
     """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
 
-    ``needs_slot`` is false for what costs no inference (``show``, ``pull`` …): it neither waits for a place nor takes
-    one. ``id`` is what the client calls this request, for ``status``. ``affinity`` names what makes a reload when it
-    differs (model and num_ctx …); ``session`` a prefix worth keeping.
+    ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): it neither waits for a slot
+    nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id`` is what the
+    client calls this request, for ``status``.
     """
 
     model: str | None
@@ -31,7 +31,6 @@ class Demand:
     node: str | None = None
     priority: Priority = Priority.NORMAL
     session: str | None = None
-    affinity: str | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     needs_slot: bool = True
@@ -42,10 +41,11 @@ class Demand:
 class Candidate:
     """A node in the snapshot that a policy ranks.
 
-    ``usable``: tunnel and backend are up, not draining, breaker lets it pass. ``models`` is ``None`` when the backend
-    could not list them (then any may be tried). ``group`` is equal for nodes that share one GPU: they are balanced as
-    one. ``foreign_load`` is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``rtt_ms`` the
-    tunnel's round trip.
+    ``usable``: tunnel and backend are up, it is not draining, and its breaker is closed. ``models`` is ``None`` when
+    the backend could not list them: then any model may be tried. ``queued`` is what other gateways have in flight
+    there. ``group`` is equal for nodes that share one GPU: they are balanced as one. ``tokens_per_s`` and ``load_s``
+    are by model. ``foreign_load`` is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``rtt_ms``
+    is the tunnel's round trip.
     """
 
     name: str

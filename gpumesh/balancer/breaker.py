@@ -1,7 +1,7 @@
-"""A circuit breaker for each node: closed, open, and half-open with one trial at a time. Pure.
+"""The circuit breaker of a node: closed, open, and half-open with one trial at a time. Pure.
 
-A client's cancel, a 4xx of the client's own and a 429 are no fault of the node and never reach it
-(``outcomes.judge`` decides that).
+A client's cancel, a 4xx of the client's own and a 429 are no fault of the node, and never reach the breaker
+(``outcomes.rule_for_outcome`` decides that).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class BreakerPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """``open_until`` is on the caller's monotonic clock, in seconds. ``trial_in_flight`` while the one half-open try is
-    out."""
+    """``open_until`` is a time of the caller's monotonic clock, in seconds. ``trial_in_flight``: the half-open breaker
+    has let one request through, which has not ended."""
 
     failures: int = 0
     open_until: float | None = None
@@ -47,17 +47,17 @@ class Breaker:
         return Breaker()
 
     def record_failure(self, now: float) -> Breaker:
-        """A request failed by the node's fault."""
+        """A request failed, and it was the node's fault."""
         failures = self.failures + 1
         if self.phase(now) is BreakerPhase.HALF_OPEN:
-            longer = min(self.open_s * 2, MAX_OPEN_S)
-            return Breaker(failures, now + longer, longer)
+            open_s = min(self.open_s * 2, MAX_OPEN_S)
+            return Breaker(failures, now + open_s, open_s)
         if failures >= THRESHOLD and self.open_until is None:
             return Breaker(failures, now + self.open_s, self.open_s)
         return replace(self, failures=failures)
 
     def forgive_failure(self, now: float) -> Breaker:
-        """One of the failures was not the node's fault after all: another node failed at the same request."""
+        """Takes back one failure, which was not the node's fault: another node failed at the same request."""
         failures = max(self.failures - 1, 0)
         if self.open_until is None:
             return replace(self, failures=failures)
@@ -66,5 +66,5 @@ class Breaker:
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
     def cancel_trial(self) -> Breaker:
-        """A request ended without telling anything about the node (the client left)."""
+        """A request ended and says nothing about the node: the client left, for example."""
         return replace(self, trial_in_flight=False)

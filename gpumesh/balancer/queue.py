@@ -1,4 +1,7 @@
-"""What waits for a place, by priority with ageing, so that nothing starves. Pure; the caller's clock in seconds."""
+"""The queue of requests that wait for a slot: by priority, with ageing, so that no request starves. Pure.
+
+Times are seconds of the caller's clock.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from gpumesh.balancer.base import Priority
 
 T = TypeVar("T")
 
-# A request of a lower class overtakes one of a higher class that came so many seconds later.
+# A request of this class is served before a request of the highest class that came more than so many seconds later.
 HEAD_START_S = {Priority.INTERACTIVE: 0.0, Priority.NORMAL: 10.0, Priority.BATCH: 60.0}
 
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry(Generic[T]):
+    """``queued_at`` may lie before the time at which it was added: a request that a node failed keeps its rank."""
+
     payload: T
     priority: Priority
     queued_at: float
@@ -23,40 +28,42 @@ class QueueEntry(Generic[T]):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Smaller goes first. It does not change while waiting, so ageing costs nothing: all age alike."""
+        """The smallest is served first. It does not change while the request waits, because all age alike."""
         return (self.queued_at + HEAD_START_S[self.priority], self.sequence)
 
 
 @dataclass(slots=True)
 class WaitQueue(Generic[T]):
-    """Bounded. Iterates in the order of service; removal of any item is allowed at any time."""
+    """Bounded. Iterates in the order of service; any entry may be discarded at any time."""
 
     max_size: int
-    _items: dict[int, QueueEntry[T]] = field(default_factory=dict)
-    _next: int = 0
+    _entries: dict[int, QueueEntry[T]] = field(default_factory=dict)
+    _next_sequence: int = 0
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._entries)
 
     @property
     def is_full(self) -> bool:
-        return len(self._items) >= self.max_size
+        return len(self._entries) >= self.max_size
 
-    def add(self, item: T, priority: Priority, now: float, *, bounded: bool = True) -> QueueEntry[T]:
-        """Raises ``OverflowError`` at the bound. What was begun already is not turned away by it: ``bounded`` false."""
+    def add(self, payload: T, priority: Priority, queued_at: float, *, bounded: bool = True) -> QueueEntry[T]:
+        """Raises ``OverflowError`` when the queue is full, unless ``bounded`` is false: a request that has begun
+        already is not turned away."""
         if bounded and self.is_full:
             raise OverflowError(f"{self.max_size} requests wait already")
-        waiting = QueueEntry(item, priority, now, self._next)
-        self._next += 1
-        self._items[waiting.sequence] = waiting
-        return waiting
+        entry = QueueEntry(payload, priority, queued_at, self._next_sequence)
+        self._next_sequence += 1
+        self._entries[entry.sequence] = entry
+        return entry
 
-    def discard(self, waiting: QueueEntry[T]) -> None:
-        self._items.pop(waiting.sequence, None)
+    def discard(self, entry: QueueEntry[T]) -> None:
+        """Harmless for an entry that is not in the queue any more."""
+        self._entries.pop(entry.sequence, None)
 
     def __iter__(self) -> Iterator[QueueEntry[T]]:
-        return iter(sorted(self._items.values(), key=lambda waiting: waiting.rank))
+        return iter(sorted(self._entries.values(), key=lambda entry: entry.rank))
 
-    def position(self, waiting: QueueEntry[T]) -> int:
-        """0 is next."""
-        return sum(other.rank < waiting.rank for other in self._items.values())
+    def position(self, entry: QueueEntry[T]) -> int:
+        """0 is served next."""
+        return sum(other.rank < entry.rank for other in self._entries.values())

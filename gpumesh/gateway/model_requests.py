@@ -88,14 +88,12 @@ def read_demand(
         raise BadRequest("model is required")
     given = members.known.get("options")
     options = _NO_OPTIONS if given is None else _options(given)
-    context = safe_json.as_count(options.num_ctx)
     return Demand(
         model=model,
         kinds=route.kinds,
         node=node,
         priority=read_priority(headers),
         session=headers.get("X-GPUMesh-Session"),
-        affinity=f"{model}/{context}" if context is not None else None,
         prompt_tokens=size // 4 if size > 2000 else None,
         max_tokens=_max_tokens(members, options),
         needs_slot=route.needs_slot,
@@ -115,7 +113,6 @@ def read_model(route: Route, members: Members) -> str | None:
 class _Options(msgspec.Struct, gc=False):
     """What is read of ``options``: as with Go's maps, the last of two, and in this very spelling."""
 
-    num_ctx: Any = None
     num_predict: Any = None
 
 
@@ -176,6 +173,7 @@ def _max_tokens(members: Members, options: _Options) -> int | None:
             except (msgspec.MsgspecError, ValueError):
                 continue
     for value in values:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
+        count = safe_json.as_count(value)
+        if count:
+            return count
     return None

@@ -4,24 +4,24 @@ from hypothesis import strategies as st
 from gpumesh.balancer.breaker import FIRST_OPEN_S, MAX_OPEN_S, THRESHOLD, Breaker, BreakerPhase
 
 
-def opened(at: float = 0.0) -> Breaker:
+def open_breaker(at: float = 0.0) -> Breaker:
     breaker = Breaker()
     for _ in range(THRESHOLD):
         breaker = breaker.record_failure(at)
     return breaker
 
 
-def test_it_opens_after_failures_in_a_row_only() -> None:
+def test_it_opens_only_after_failures_in_a_row() -> None:
     breaker = Breaker()
     for _ in range(10):
         breaker = breaker.record_failure(0.0).record_failure(0.0).record_success()
     assert breaker.phase(0.0) is BreakerPhase.CLOSED
-    assert opened().phase(0.0) is BreakerPhase.OPEN
-    assert not opened().allows(0.5)
+    assert open_breaker().phase(0.0) is BreakerPhase.OPEN
+    assert not open_breaker().allows(0.5)
 
 
 def test_half_open_lets_one_trial_through_at_a_time() -> None:
-    breaker = opened()
+    breaker = open_breaker()
     now = FIRST_OPEN_S
     assert breaker.allows(now)
     breaker = breaker.record_start(now)
@@ -31,7 +31,7 @@ def test_half_open_lets_one_trial_through_at_a_time() -> None:
 
 
 def test_each_failed_trial_waits_longer_up_to_a_bound() -> None:
-    breaker, now, pauses = opened(), 0.0, []
+    breaker, now, pauses = open_breaker(), 0.0, []
     for _ in range(8):
         assert breaker.open_until is not None
         now = breaker.open_until
@@ -43,7 +43,7 @@ def test_each_failed_trial_waits_longer_up_to_a_bound() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["start", "ok", "fail", "undecided"]), st.floats(0, 40))))
-def test_it_never_stays_shut_for_ever(steps: list[tuple[str, float]]) -> None:
+def test_it_never_stays_open_for_ever(steps: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(), 0.0
     for step, later in steps:
         now += later
@@ -59,10 +59,12 @@ def test_it_never_stays_shut_for_ever(steps: list[tuple[str, float]]) -> None:
     assert breaker.cancel_trial().allows(now + MAX_OPEN_S)
 
 
-def test_a_failure_that_is_pardoned_leaves_it_as_it_was() -> None:
+def test_a_forgiven_failure_leaves_it_as_it_was() -> None:
     assert Breaker().record_failure(0.0).forgive_failure(0.0) == Breaker()
-    assert opened().forgive_failure(0.1).phase(0.1) is BreakerPhase.CLOSED
-    trial = opened().record_start(FIRST_OPEN_S).record_failure(FIRST_OPEN_S).forgive_failure(FIRST_OPEN_S)
-    assert trial.phase(FIRST_OPEN_S) is BreakerPhase.HALF_OPEN, "the trial told nothing: another may be made"
+    assert open_breaker().forgive_failure(0.1).phase(0.1) is BreakerPhase.CLOSED
+    trial = open_breaker().record_start(FIRST_OPEN_S).record_failure(FIRST_OPEN_S).forgive_failure(FIRST_OPEN_S)
+    assert trial.phase(FIRST_OPEN_S) is BreakerPhase.HALF_OPEN, (
+        "the trial says nothing about the node: another may be made"
+    )
     assert trial.allows(FIRST_OPEN_S)
     assert Breaker().forgive_failure(0.0) == Breaker()

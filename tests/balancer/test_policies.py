@@ -48,12 +48,12 @@ def test_equal_nodes_get_equal_shares(kind: PolicyKind) -> None:
     assert all(70 <= count <= 130 for count in first.values())
 
 
-def test_least_loaded_goes_to_the_emptiest_relative_to_its_places() -> None:
+def test_least_loaded_compares_load_with_the_number_of_slots() -> None:
     nodes = [node("big", in_flight=2, limit=4), node("small", in_flight=1, limit=1)]
     assert POLICIES[PolicyKind.LEAST_LOADED](nodes, Demand("m"), 0, RNG)[0] == "big"
 
 
-def test_two_ways_to_one_gpu_share_its_load() -> None:
+def test_nodes_on_one_gpu_share_its_load() -> None:
     nodes = [node("a", in_flight=3, group="g"), node("b", group="g"), node("c", in_flight=1)]
     assert POLICIES[PolicyKind.LEAST_LOADED](nodes, Demand("m"), 0, RNG)[0] == "c"
 
@@ -70,7 +70,7 @@ def test_two_ways_to_one_gpu_share_its_load() -> None:
         (node("b", weight=2.0), node("w")),
     ],
 )
-def test_adaptive_prefers_who_would_finish_first(better: Candidate, worse: Candidate) -> None:
+def test_adaptive_prefers_the_node_that_would_finish_first(better: Candidate, worse: Candidate) -> None:
     demand = Demand("m", session="s", prompt_tokens=4000)
     for turn in range(4):
         assert POLICIES[PolicyKind.ADAPTIVE]([worse, better], demand, turn, RNG)[0] == "b"
@@ -90,8 +90,8 @@ def test_a_prediction_is_the_sum_of_its_parts() -> None:
     assert predict_duration_s(busy, demand, queued_ahead=1, unknown_rate=1.0) == pytest.approx(0.05 + 4.0)
 
 
-def test_adaptive_spreads_streams_over_nodes_with_many_places_by_their_speed() -> None:
-    """Free places are no reason to fill the node that is a little faster: what runs beside a stream slows it."""
+def test_adaptive_spreads_streams_over_nodes_with_many_slots_by_their_speed() -> None:
+    """Free slots are no reason to fill the node that is a little faster: other streams on its GPU slow a stream."""
     counts = {"a": 0, "b": 0}
     for turn in range(64):
         nodes = [
@@ -121,12 +121,12 @@ absurd = st.builds(
 @example(node("absurd", tokens_per_s={"m:latest": 5e-324}), "m", None)
 @example(node("absurd", tokens_per_s={"m:latest": float("nan")}), "m", None)
 def test_one_absurd_node_leaves_the_others_ranked(
-    kind: PolicyKind, bad: Candidate, model: str | None, most: int | None
+    kind: PolicyKind, bad: Candidate, model: str | None, max_tokens: int | None
 ) -> None:
-    """nvidia-smi that says 200 % made each request of everybody a division by zero."""
+    """A utilisation of 200 % must not make the ranking of every request divide by zero."""
     fast = node("fast", tokens_per_s={"m:latest": 100.0})
     slow = node("slow", tokens_per_s={"m:latest": 10.0})
-    ranked = POLICIES[kind]([bad, fast, slow], Demand(model, max_tokens=most), 0, random.Random(1))
+    ranked = POLICIES[kind]([bad, fast, slow], Demand(model, max_tokens=max_tokens), 0, random.Random(1))
     assert sorted(ranked) == ["absurd", "fast", "slow"]
     if kind is PolicyKind.ADAPTIVE and model == "m":
         assert ranked.index("fast") < ranked.index("slow")

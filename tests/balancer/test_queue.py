@@ -11,17 +11,17 @@ def test_priorities_first_then_arrival() -> None:
     for name, priority in [("b1", Priority.BATCH), ("n1", Priority.NORMAL), ("i1", Priority.INTERACTIVE)]:
         queue.add(name, priority, 0.0)
     queue.add("n2", Priority.NORMAL, 0.0)
-    assert [waiting.payload for waiting in queue] == ["i1", "n1", "n2", "b1"]
+    assert [entry.payload for entry in queue] == ["i1", "n1", "n2", "b1"]
 
 
-def test_nothing_starves_whoever_waited_its_head_start_goes_before_newcomers() -> None:
+def test_a_request_that_waited_longer_than_its_head_start_is_served_before_newcomers() -> None:
     queue: WaitQueue[str] = WaitQueue(10)
     queue.add("old batch", Priority.BATCH, 0.0)
     queue.add("new", Priority.INTERACTIVE, HEAD_START_S[Priority.BATCH] + 0.1)
-    assert [waiting.payload for waiting in queue] == ["old batch", "new"]
+    assert [entry.payload for entry in queue] == ["old batch", "new"]
 
 
-def test_it_is_bounded_and_a_place_is_free_again_after_a_cancel() -> None:
+def test_the_queue_is_bounded_and_has_room_again_after_a_discard() -> None:
     queue: WaitQueue[int] = WaitQueue(2)
     first = queue.add(1, Priority.NORMAL, 0.0)
     queue.add(2, Priority.NORMAL, 0.0)
@@ -39,4 +39,4 @@ def test_positions_are_the_order_of_service(items: list[tuple[Priority, float]])
     for number, (priority, since) in enumerate(items):
         queue.add(number, priority, since)
     order = list(queue)
-    assert [queue.position(waiting) for waiting in order] == list(range(len(items)))
+    assert [queue.position(entry) for entry in order] == list(range(len(items)))

@@ -26,7 +26,7 @@ def test_a_model_without_a_tag_is_latest(asked: str, full: str) -> None:
     assert same_model(asked, full)
 
 
-def test_only_nodes_that_are_up_speak_the_api_and_have_the_model() -> None:
+def test_only_nodes_that_are_up_and_speak_the_api_and_have_the_model_are_selected() -> None:
     nodes = [
         node("good"),
         node("down", usable=False),
@@ -34,24 +34,24 @@ def test_only_nodes_that_are_up_speak_the_api_and_have_the_model() -> None:
         node("openai", kind=BackendKind.OPENAI),
         node("unlisted", models=None),
     ]
-    found = select_candidates(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
-    assert {candidate.name for candidate in found.free} == {"good", "unlisted"}
-    assert found.busy == ()
+    selection = select_candidates(nodes, Demand("M", frozenset({BackendKind.OLLAMA})))
+    assert {candidate.name for candidate in selection.free} == {"good", "unlisted"}
+    assert selection.busy == ()
 
 
-def test_a_node_at_its_limit_comes_later_and_its_gpu_counts_for_all_ways_to_it() -> None:
+def test_a_node_at_its_limit_is_busy_and_the_load_of_a_gpu_counts_for_all_its_nodes() -> None:
     nodes = [
         node("a", in_flight=1, limit=2, group="gpu1"),
         node("b", in_flight=1, limit=2, group="gpu1"),
         node("c", in_flight=1, limit=2),
     ]
     assert group_loads(nodes) == {"gpu1": 2, "c": 1}
-    found = select_candidates(nodes, Demand("m"))
-    assert [candidate.name for candidate in found.free] == ["c"]
-    assert {candidate.name for candidate in found.busy} == {"a", "b"}
+    selection = select_candidates(nodes, Demand("m"))
+    assert [candidate.name for candidate in selection.free] == ["c"]
+    assert {candidate.name for candidate in selection.busy} == {"a", "b"}
 
 
-def test_what_costs_no_inference_needs_no_place() -> None:
+def test_a_request_without_inference_needs_no_slot() -> None:
     full = [node("a", in_flight=5, limit=1)]
     assert select_candidates(full, Demand("m", needs_slot=False)).free == tuple(full)
 
@@ -61,7 +61,7 @@ def test_a_node_that_failed_this_request_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("demand", "kind", "words"),
+    ("demand", "kind", "message"),
     [
         (Demand("m", node="nowhere"), NoNodeError, "no node 'nowhere'"),
         (Demand("m", node="down"), NoNodeError, "'down' is not usable"),
@@ -69,13 +69,15 @@ def test_a_node_that_failed_this_request_is_left_out() -> None:
         (Demand("m", frozenset({BackendKind.OPENAI})), NoNodeError, "speaks this API"),
     ],
 )
-def test_the_reason_why_nobody_can_is_the_true_one(demand: Demand, kind: type[Exception], words: str) -> None:
+def test_the_error_gives_the_true_reason_why_no_node_can_serve(
+    demand: Demand, kind: type[Exception], message: str
+) -> None:
     error = no_node_error([node("a"), node("down", usable=False)], demand)
     assert type(error) is kind
-    assert words in error.message
+    assert message in error.message
 
 
-def test_a_missing_model_names_what_there_is_and_who_would_have_it() -> None:
+def test_the_error_of_a_missing_model_names_the_models_there_are_and_nodes_that_would_have_it() -> None:
     nodes = [node("a"), node("away", usable=False, models=frozenset({"big:70b"}))]
     error = no_node_error(nodes, Demand("big:70b"))
     assert isinstance(error, ModelMissing)
@@ -86,5 +88,5 @@ def test_a_missing_model_names_what_there_is_and_who_would_have_it() -> None:
     assert error.available == ("m:latest",)
 
 
-def test_no_demand_for_a_model_is_met_by_all() -> None:
+def test_a_demand_without_a_model_is_met_by_every_node() -> None:
     assert has_model(node("a"), None)

@@ -23,7 +23,7 @@ CHAT = MODEL_ROUTES["/api/chat"]
 # What Go 1.26 said of each, asked with ``json.NewDecoder(body).Decode(&request)`` as gin does it for Ollama, where
 # ``request`` has ``Model string `json:"model"```, ``Name``, ``Stream *bool`` and ``Options map[string]any``.
 
-# Body, model, num_ctx: read here just so.
+# Body, model, num_predict: read here just so.
 AS_GO: list[tuple[bytes, str, int | None]] = [
     (b'{"model":"m"}', "m", None),
     (b' \t\r\n{"model":"m"} \n', "m", None),
@@ -32,16 +32,17 @@ AS_GO: list[tuple[bytes, str, int | None]] = [
     (b'{"mod\\u0065l":"m"}', "m", None),
     (b'{"\\u004dodel":"m"}', "m", None),
     (b'{"model":"m","name":"n"}', "m", None),
-    (b'{"model":"m","options":{"num_ctx":1}}', "m", 1),
-    (b'{"model":"m","OPTIONS":{"num_ctx":1}}', "m", 1),
-    (b'{"model":"m","option\xc5\xbf":{"num_ctx":1}}', "m", 1),
+    (b'{"model":"m","options":{"num_predict":1}}', "m", 1),
+    (b'{"model":"m","OPTIONS":{"num_predict":1}}', "m", 1),
+    (b'{"model":"m","option\xc5\xbf":{"num_predict":1}}', "m", 1),
     (b'{"model":"m","\xe2\x84\xaaeep_alive":1}', "m", None),
-    (b'{"model":"m","options":{"num_ctx":1,"num_ctx":2}}', "m", 2),
-    (b'{"model":"m","options":{"Num_Ctx":1}}', "m", None),
+    (b'{"model":"m","options":{"num_predict":1,"num_predict":2}}', "m", 2),
+    (b'{"model":"m","options":{"Num_Predict":1}}', "m", None),
     (b'{"model":"m","options":null}', "m", None),
+    (b'{"model":"m","options":{"num_predict":0}}', "m", None),
     (b'{"model":"m","x":1e999}', "m", None),
-    (b'{"model":"m","options":{"num_ctx":4096.0}}', "m", 4096),
-    (b'{"model":"m","options":{"num_ctx":"4096"}}', "m", None),
+    (b'{"model":"m","options":{"num_predict":4096.0}}', "m", 4096),
+    (b'{"model":"m","options":{"num_predict":"4096"}}', "m", None),
     (b'{"model":"m","x":"\xff"}', "m", None),
     (b'{"model":"m","x":"\\ud800"}', "m", None),
     (b'{"model":"m","x":"\\ud800\\u0041"}', "m", None),
@@ -152,7 +153,7 @@ LEFT_TO_THE_SERVER: list[tuple[bytes, str]] = [
         "json: cannot unmarshal array into Go struct field Req.options of type map[string]interface {}",
     ),
     (
-        b'{"model":"m","options":{"num_ctx":1e999}}',
+        b'{"model":"m","options":{"num_predict":1e999}}',
         "json: cannot unmarshal number 1e999 into Go struct field Req.options of type float64",
     ),
     (b'{"model":"m","stream":"false"}', "json: cannot unmarshal string into Go struct field Req.stream of type bool"),
@@ -195,11 +196,11 @@ def short(value: object) -> str | None:
 
 
 @each_reader
-@pytest.mark.parametrize(("body", "model", "context"), AS_GO, ids=short)
-def test_a_body_says_here_what_it_says_to_go(read: Read, body: bytes, model: str, context: int | None) -> None:
+@pytest.mark.parametrize(("body", "model", "max_tokens"), AS_GO, ids=short)
+def test_a_body_says_here_what_it_says_to_go(read: Read, body: bytes, model: str, max_tokens: int | None) -> None:
     demand = demand_of(read(body))
     assert demand.model == model
-    assert demand.affinity == (None if context is None else f"{model}/{context}")
+    assert demand.max_tokens == max_tokens
 
 
 @each_reader
@@ -236,7 +237,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=5),
     max_leaves=30,
 )
-OPTIONS = st.fixed_dictionaries({}, optional={"num_ctx": st.integers(0, 1 << 20), "stop": JSON})
+OPTIONS = st.fixed_dictionaries({}, optional={"num_predict": st.integers(0, 1 << 20), "stop": JSON})
 VALUES = st.text(max_size=8) | OPTIONS | JSON
 BLANKS = st.sampled_from(["", " ", "\n\t ", "  \r\n"])
 
@@ -278,8 +279,8 @@ def test_the_members_are_those_of_the_document(made: tuple[bytes, list[tuple[str
         if isinstance(model, str) and model.strip():
             demand = demand_of(found)
             assert demand.model == model
-            context = options.get("num_ctx") if isinstance(options, dict) else None
-            assert demand.affinity == (None if context is None else f"{model}/{context}")
+            max_tokens = options.get("num_predict") if isinstance(options, dict) else None
+            assert demand.max_tokens == (max_tokens or None)
         else:
             with pytest.raises(BadRequest):
                 demand_of(found)

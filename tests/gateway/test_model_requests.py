@@ -70,14 +70,13 @@ def body(**document: object) -> bytes:
 
 def test_what_a_native_request_asks_for() -> None:
     headers = {"X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
-    asked = body(model="qwen2.5:7b", options={"num_predict": 64, "num_ctx": 8192})
+    asked = body(model="qwen2.5:7b", options={"num_predict": 64})
     demand = demand_of(CHAT, asked, headers, node="iceland", request_id="r1")
     assert demand.model == "qwen2.5:7b"
     assert demand.kinds == OLLAMA_ONLY
     assert (demand.node, demand.session, demand.priority) == ("iceland", "s1", Priority.BATCH)
     assert demand.id == "r1"
     assert demand.max_tokens == 64
-    assert demand.affinity == "qwen2.5:7b/8192"
 
 
 def test_openai_routes_go_to_either_kind() -> None:
