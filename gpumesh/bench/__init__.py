@@ -1,6 +1,6 @@
-"""Measuring a mesh in the field's own terms: what to send (``scenarios``), sending it (``load``), what came of it
-(``stats``, ``summary``), and how that is kept and shown (``result``, ``report``, ``compare``).
+"""The benchmark of a mesh, in the field's terms: plan the requests (``scenarios``), send them (``load``), compute the
+figures (``stats``, ``summary``), keep and show the result (``result``, ``result_folder``, ``report``, ``compare``).
 
-Deciding and computing are pure; only ``load``, ``gpu_meter`` and ``result`` touch a network, a clock or a disk. What
-may not enter: rich, typer, the daemon. The load goes through whatever ``load.Chat`` is given.
+Planning and computing are pure. Only ``load``, ``routes``, ``gpu_meter`` and ``result_folder`` use a network, a clock
+or a disk. Not allowed here: rich, typer, the daemon. ``load`` sends through the ``SendPrompt`` that it is given.
 """

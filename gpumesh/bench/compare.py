@@ -1,4 +1,4 @@
-"""Two results beside each other: what became better, what worse, and what is only noise. Pure."""
+"""Comparison of two benchmark results: which figures became better or worse, and which differences are noise. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import StrEnum
 
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
-from gpumesh.bench.summary import StageResult
+from gpumesh.bench.summary import StageResult, stage_label
 
-# A rate of a whole stage has no spread of its own: less than this between two runs is taken for noise.
+# The rate of a whole stage is a single value without a spread. A smaller change between two runs counts as noise.
 NOISE_RATIO = 0.05
-# And of medians, however sure they are, a difference that nobody would notice.
+# A smaller change of a median counts as no change, however narrow its confidence interval is.
 MIN_MEDIAN_CHANGE = 0.01
 
 
@@ -20,13 +20,13 @@ class DifferenceVerdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     SAME = "same"
-    """No difference that these samples can show."""
+    """These samples show no difference."""
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of one stage in both. ``ratio`` is B ÷ A."""
+    """One figure of one stage in both results. ``ratio`` is B ÷ A."""
 
     stage: str
     figure: str
@@ -39,7 +39,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``caveats`` say in what else the two runs differ; ``only_a`` and ``only_b`` are stages without a counterpart."""
+    """``caveats`` name everything else in which the two runs differ. ``only_a`` and ``only_b`` are the stages that the
+    other result does not have."""
 
     differences: tuple[Difference, ...]
     caveats: tuple[str, ...]
@@ -47,13 +48,13 @@ class Comparison:
     only_b: tuple[str, ...]
 
 
-_SPREADS: tuple[tuple[str, str, bool, Callable[[StageResult], SampleSummary]], ...] = (
+_SAMPLE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], SampleSummary]], ...] = (
     ("ttft p50", "ms", False, lambda stage: stage.latency.ttft),
     ("tpot p50", "ms", False, lambda stage: stage.latency.tpot),
     ("end-to-end p50", "ms", False, lambda stage: stage.latency.end_to_end),
     ("server tokens/s p50", "tok/s", True, lambda stage: stage.rates.server),
 )
-_RATES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]], ...] = (
+_RATE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]], ...] = (
     ("output tokens/s", "tok/s", True, lambda stage: stage.rates.output_tokens_per_s),
     ("requests/s", "req/s", True, lambda stage: stage.rates.requests_per_s),
     ("goodput", "req/s", True, lambda stage: stage.rates.goodput_per_s),
@@ -62,12 +63,12 @@ _RATES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]], ...]
 
 
 def compare(a: BenchResult, b: BenchResult) -> Comparison:
-    stages_a, stages_b = _by_name(a), _by_name(b)
+    stages_a, stages_b = _stages_by_label(a), _stages_by_label(b)
     differences = [
         difference
         for name in stages_a
         if name in stages_b
-        for difference in _differences(name, stages_a[name], stages_b[name])
+        for difference in _compare_stages(name, stages_a[name], stages_b[name])
     ]
     return Comparison(
         tuple(differences),
@@ -77,34 +78,33 @@ def compare(a: BenchResult, b: BenchResult) -> Comparison:
     )
 
 
-def stage_label(stage: StageResult) -> str:
-    return stage.name if stage.route is None else f"{stage.name} via {stage.route}"
-
-
-def _by_name(result: BenchResult) -> dict[str, StageResult]:
+def _stages_by_label(result: BenchResult) -> dict[str, StageResult]:
     return {stage_label(stage): stage for stage in result.stages}
 
 
-def _differences(name: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
-    for figure, unit, more_is_better, spread_of in _SPREADS:
-        left, right = spread_of(a), spread_of(b)
-        if left.n or right.n:
-            verdict = _verdict_of_spreads(left, right, more_is_better=more_is_better)
-            yield _difference(name, figure, unit, (left.p50, right.p50), verdict)
-    for figure, unit, more_is_better, rate_of in _RATES:
-        one, other = rate_of(a), rate_of(b)
-        if one is not None or other is not None:
-            yield _difference(name, figure, unit, (one, other), _verdict(one, other, more_is_better=more_is_better))
+def _compare_stages(name: str, a: StageResult, b: StageResult) -> Iterator[Difference]:
+    for figure, unit, more_is_better, sample_of in _SAMPLE_FIGURES:
+        sample_a, sample_b = sample_of(a), sample_of(b)
+        if sample_a.n or sample_b.n:
+            verdict = _judge_samples(sample_a, sample_b, more_is_better=more_is_better)
+            yield _difference(name, figure, unit, (sample_a.p50, sample_b.p50), verdict)
+    for figure, unit, more_is_better, rate_of in _RATE_FIGURES:
+        rates = rate_of(a), rate_of(b)
+        if rates != (None, None):
+            yield _difference(name, figure, unit, rates, _judge_rates(*rates, more_is_better=more_is_better))
     if a.failed + a.cut + b.failed + b.cut:
-        one, other = (a.failed + a.cut) / max(a.requests, 1), (b.failed + b.cut) / max(b.requests, 1)
-        verdict = (
-            DifferenceVerdict.SAME
-            if one == other
-            else DifferenceVerdict.WORSE
-            if other > one
-            else DifferenceVerdict.BETTER
-        )
-        yield _difference(name, "failed share", "", (one, other), verdict)
+        shares = _failed_share(a), _failed_share(b)
+        yield _difference(name, "failed share", "", shares, _judge_failed_shares(*shares))
+
+
+def _failed_share(stage: StageResult) -> float:
+    return (stage.failed + stage.cut) / max(stage.requests, 1)
+
+
+def _judge_failed_shares(a: float, b: float) -> DifferenceVerdict:
+    if a == b:
+        return DifferenceVerdict.SAME
+    return DifferenceVerdict.WORSE if b > a else DifferenceVerdict.BETTER
 
 
 def _difference(
@@ -114,8 +114,8 @@ def _difference(
     return Difference(stage, figure, unit, a, b, b / a if a and b is not None else None, verdict)
 
 
-def _verdict_of_spreads(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) -> DifferenceVerdict:
-    """Medians differ when their 95 % confidence intervals do not touch: careful rather than keen."""
+def _judge_samples(a: SampleSummary, b: SampleSummary, *, more_is_better: bool) -> DifferenceVerdict:
+    """Two medians differ when their 95 % confidence intervals do not touch. This is the cautious criterion."""
     if a.p50_low is None or a.p50_high is None or b.p50_low is None or b.p50_high is None:
         return DifferenceVerdict.UNKNOWN
     if a.p50 and b.p50 and abs(b.p50 / a.p50 - 1.0) < MIN_MEDIAN_CHANGE:
@@ -127,7 +127,7 @@ def _verdict_of_spreads(a: SampleSummary, b: SampleSummary, *, more_is_better: b
     return DifferenceVerdict.SAME
 
 
-def _verdict(a: float | None, b: float | None, *, more_is_better: bool) -> DifferenceVerdict:
+def _judge_rates(a: float | None, b: float | None, *, more_is_better: bool) -> DifferenceVerdict:
     if a is None or b is None or a <= 0:
         return DifferenceVerdict.UNKNOWN
     if abs(b / a - 1.0) < NOISE_RATIO:
@@ -136,13 +136,13 @@ def _verdict(a: float | None, b: float | None, *, more_is_better: bool) -> Diffe
 
 
 def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
-    """Whatever differs beside what was to be compared."""
+    """Everything in which the two runs differ, apart from the figures."""
     if a.scenario is not b.scenario:
         yield f"the scenarios differ: {a.scenario} and {b.scenario}"
     for name in ("model", "tokens", "prompt_tokens", "think", "seed", "speed"):
-        one, other = getattr(a.settings, name), getattr(b.settings, name)
-        if one != other:
-            yield f"not the same {name.replace('_', ' ')}: {one} and {other}"
+        value_a, value_b = getattr(a.settings, name), getattr(b.settings, name)
+        if value_a != value_b:
+            yield f"not the same {name.replace('_', ' ')}: {value_a} and {value_b}"
     if a.simulated != b.simulated:
         yield "one of the two was measured on simulated hosts"
     if a.environment.platform != b.environment.platform or a.environment.cpus != b.environment.cpus:

@@ -1,8 +1,8 @@
-"""Sends a stage's requests and writes down what came of each: a closed loop keeps so many in flight, an open loop
-sends at the intended moments whether or not the answers come.
+"""The load generator: sends the requests of a stage and records the outcome of each.
 
-The load goes through ``SendPrompt``: a mesh in this process, a running one, or one server (``routes``). Cancelling a
-stage ends its requests, and so the generation on the hosts.
+A closed loop keeps a fixed number of requests in flight. An open loop sends each request at its intended moment,
+whether or not earlier answers have come. Requests go through a ``SendPrompt``: a mesh in this process, a running mesh,
+or a single server (``routes``). Cancelling a stage ends its requests, and so the generation on the hosts.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gpumesh.bench.stats import percentile
 from gpumesh.errors import GPUMeshError, StreamCut
 
 LAG_SAMPLE_S = 0.02
-# Past these the figures say more about this machine than about the mesh.
+# Above these values the figures describe this machine rather than the mesh.
 BUSY_CLIENT_CPU = 0.85
 LATE_CLIENT_MS = 5.0
 
 
 class AnswerStream(Protocol):
-    """One answer as it comes; ``node`` and ``attempts`` are known once its first piece is there."""
+    """An answer while it arrives. ``node`` and ``attempts`` are known once the first piece has arrived."""
 
     @property
     def node(self) -> str | None: ...
@@ -39,13 +39,14 @@ class AnswerStream(Protocol):
 
 
 class SendPrompt(Protocol):
-    """Sends one prompt to a given node, or lets the mesh choose. Raises GPUMeshError; leaving it early cancels it."""
+    """Sends a prompt to a given node, or lets the mesh choose. Raises GPUMeshError. Leaving the context early cancels
+    the request."""
 
     def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]: ...
 
 
 class Disturbance(Protocol):
-    """Takes a node away in mid-run and gives it back; ``begin`` says what it did."""
+    """Takes a node out of service in mid-run and puts it back. ``begin`` returns a description of what it did."""
 
     async def begin(self) -> str: ...
 
@@ -56,14 +57,14 @@ class RequestOutcome(StrEnum):
     SERVED = "served"
     FAILED = "failed"
     CUT = "cut"
-    """The answer began, and did not come to its end."""
+    """The answer began and did not reach its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """What came of one request. Moments are seconds from the stage's start; ``arrivals_s`` has one for each piece.
+    """The outcome of one request. Times are seconds since the start of the stage. ``arrivals_s`` has one per piece.
 
-    ``tokens`` are the server's own count, or the number of pieces where it gave none (``counted_pieces``).
+    ``tokens`` is the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
     """
 
     stage: str
@@ -86,7 +87,7 @@ class RequestRecord:
 
     @property
     def ttft_ms(self) -> float | None:
-        """From the intended moment of sending."""
+        """Counted from the intended moment of sending."""
         return (self.arrivals_s[0] - self.intended_s) * 1000.0 if self.arrivals_s else None
 
     @property
@@ -100,9 +101,9 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class ClientLoad:
-    """How busy this process was while it measured: CPU ÷ wall time (1 is one core), and how late its event loop ran.
+    """How busy this process was while it measured: CPU time ÷ wall time (1 is one core), and the lag of its event loop.
 
-    ``bound`` says in words why the figures are the client's own limit; ``None`` when they are not.
+    ``bound`` is the reason why the client itself limited the figures, as a sentence; ``None`` if it did not.
     """
 
     cpu: float
@@ -113,7 +114,7 @@ class ClientLoad:
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """A stage as it was run. ``disturbed_s`` is when the disturbance began and ended, with what it did."""
+    """A stage as it was run. ``disturbed_s`` is when the disturbance began and ended, ``disturbance`` what it did."""
 
     stage: Stage
     records: tuple[RequestRecord, ...]
@@ -124,14 +125,14 @@ class StageRun:
 
 
 def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: int) -> ClientLoad:
-    """Pure. ``late_sends`` of an open loop are those that went out more than LATE_CLIENT_MS past their moment."""
+    """Pure. ``late_sends``: requests of an open loop that were sent more than LATE_CLIENT_MS after their moment."""
     ordered = sorted(lags_ms)
-    often = percentile(ordered, 0.9) if ordered else 0.0
+    lag_p90_ms = percentile(ordered, 0.9) if ordered else 0.0
     bound = None
     if cpu >= BUSY_CLIENT_CPU:
         bound = f"this process used {cpu:.0%} of a core: the load generator may be what limits"
-    elif often >= LATE_CLIENT_MS:
-        bound = f"this process often ran {often:.0f} ms late: something else uses this machine's cores"
+    elif lag_p90_ms >= LATE_CLIENT_MS:
+        bound = f"this process often ran {lag_p90_ms:.0f} ms late: something else uses this machine's cores"
     elif sends and late_sends / sends > 0.01:
         bound = f"{late_sends} of {sends} requests went out late: the load generator could not keep up"
     return ClientLoad(cpu, percentile(ordered, 0.99) if ordered else 0.0, late_sends, bound)
@@ -139,7 +140,7 @@ def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: i
 
 @dataclass(slots=True)
 class _Run:
-    """The moving parts of one stage."""
+    """The state of a stage while it runs."""
 
     stage: Stage
     clock: Callable[[], float]
@@ -167,17 +168,17 @@ async def run_stage(
     on_record: Callable[[RequestRecord], None] = lambda _: None,
     disturbance: Disturbance | None = None,
 ) -> StageRun:
-    """Sends all of a stage's requests and waits for their ends. A request that fails is a record, not an error."""
+    """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error."""
     run = _Run(stage, clock, on_record)
     lags: list[float] = []
-    told: list[str] = []
+    disturbances: list[str] = []
     disturbed: list[float] = []
     cpu = time.process_time()
     run.start = clock()
-    async with asyncio.TaskGroup() as around:
-        helpers = [around.create_task(_gauge(lags, clock))]
+    async with asyncio.TaskGroup() as group:
+        helpers = [group.create_task(_measure_lag(lags, clock))]
         if stage.disturb and disturbance is not None:
-            helpers.append(around.create_task(_disturb(run, disturbance, told, disturbed)))
+            helpers.append(group.create_task(_disturb(run, disturbance, disturbances, disturbed)))
         try:
             if stage.concurrency is None:
                 await _open_loop(send, run, sleep)
@@ -197,7 +198,7 @@ async def run_stage(
         duration,
         judge_client(cpu / duration if duration > 0 else 0.0, lags, run.late_sends, len(records)),
         (disturbed[0], disturbed[1]) if disturbed else None,
-        told[0] if told else None,
+        disturbances[0] if disturbances else None,
     )
 
 
@@ -208,35 +209,35 @@ async def run_interleaved(
     clock: Callable[[], float] = time.perf_counter,
     on_record: Callable[[RequestRecord], None] = lambda _: None,
 ) -> StageRun:
-    """One request at a time, over one route after the other, so that what drifts meanwhile meets all routes alike.
+    """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
 
-    Each round of as many requests as there are routes begins with another route: none is always first.
+    A round has one request for each route. Each round begins with another route, so that no route is always first.
     """
     run = _Run(stage, clock, on_record)
     lags: list[float] = []
     cpu = time.process_time()
     run.start = clock()
-    async with asyncio.TaskGroup() as around:
-        gauge = around.create_task(_gauge(lags, clock))
+    async with asyncio.TaskGroup() as group:
+        lag_task = group.create_task(_measure_lag(lags, clock))
         try:
             for index, planned in enumerate(stage.requests):
-                turn, place = divmod(index, len(routes))
-                name, send = routes[(place + turn) % len(routes)]
-                await _one(send, run, index, planned, route=name)
+                round_number, position = divmod(index, len(routes))
+                name, send = routes[(position + round_number) % len(routes)]
+                await _send_request(send, run, index, planned, route=name)
             duration = run.now()
             cpu = time.process_time() - cpu
         finally:
-            gauge.cancel()
+            lag_task.cancel()
     client = judge_client(cpu / duration if duration > 0 else 0.0, lags, 0, len(run.records))
     return StageRun(stage, tuple(run.records), duration, client)
 
 
 async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
-    waiting: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
+    unsent: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
 
     async def worker() -> None:
-        for index, planned in waiting:
-            await _one(send, run, index, planned)
+        for index, planned in unsent:
+            await _send_request(send, run, index, planned)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(run.stage.requests))):
@@ -249,10 +250,12 @@ async def _open_loop(send: SendPrompt, run: _Run, sleep: Callable[[float], Await
             wait = (planned.at_s or 0.0) - run.now()
             if wait > 0:
                 await sleep(wait)
-            group.create_task(_one(send, run, index, planned))
+            group.create_task(_send_request(send, run, index, planned))
 
 
-async def _one(send: SendPrompt, run: _Run, index: int, planned: PlannedRequest, *, route: str | None = None) -> None:
+async def _send_request(
+    send: SendPrompt, run: _Run, index: int, planned: PlannedRequest, *, route: str | None = None
+) -> None:
     sent = run.now()
     intended = sent if planned.at_s is None else planned.at_s
     if (sent - intended) * 1000.0 > LATE_CLIENT_MS:
@@ -300,29 +303,29 @@ async def _one(send: SendPrompt, run: _Run, index: int, planned: PlannedRequest,
     )
 
 
-async def _gauge(lags: list[float], clock: Callable[[], float]) -> None:
-    """How late the event loop comes back from a short sleep: what every measured latency may be wrong by."""
+async def _measure_lag(lags: list[float], clock: Callable[[], float]) -> None:
+    """Measures how late the event loop returns from a short sleep: the possible error of every measured latency."""
     while True:
         before = clock()
         await asyncio.sleep(LAG_SAMPLE_S)
         lags.append(max((clock() - before - LAG_SAMPLE_S) * 1000.0, 0.0))
 
 
-async def _disturb(run: _Run, disturbance: Disturbance, told: list[str], moments: list[float]) -> None:
-    """Takes the node away after a third of the answers and gives it back after two thirds, or when the run ends."""
+async def _disturb(run: _Run, disturbance: Disturbance, disturbances: list[str], moments: list[float]) -> None:
+    """Disturbs the run after a third of the answers. Ends the disturbance after two thirds, or when the run ends."""
     total = len(run.stage.requests)
-    await _reached(run, total // 3)
-    told.append(await disturbance.begin())
+    await _wait_for_records(run, total // 3)
+    disturbances.append(await disturbance.begin())
     moments.append(run.now())
     try:
-        await _reached(run, 2 * total // 3)
+        await _wait_for_records(run, 2 * total // 3)
     finally:
-        # Also when the run ended or was cancelled meanwhile: the node must not stay away.
+        # Also when the run has ended or was cancelled: the node must not stay out of service.
         await disturbance.end()
         moments.append(run.now())
 
 
-async def _reached(run: _Run, count: int) -> None:
+async def _wait_for_records(run: _Run, count: int) -> None:
     while len(run.records) < count:
         run.progress.clear()
         await run.progress.wait()

@@ -1,6 +1,8 @@
-"""A result as one HTML page that needs nothing else: no script, no network, light and dark by the reader's own choice.
+"""The HTML report of a benchmark: one self-contained page without scripts or network access, light or dark by the
+reader's setting.
 
-Whatever came from a host or a file is escaped; the page forbids itself, by its policy, to load or run anything.
+All text that came from a host or a file is escaped. The page's content security policy forbids loading and running
+anything.
 """
 
 from __future__ import annotations
@@ -9,15 +11,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from gpumesh.bench import svg
-from gpumesh.bench.compare import stage_label
 from gpumesh.bench.load import RequestRecord
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario
 from gpumesh.bench.stats import SampleSummary
-from gpumesh.bench.summary import StageResult
+from gpumesh.bench.summary import StageResult, stage_label
 from gpumesh.printable import printable
 
-# A page of more points than this opens slowly, and shows no more.
+# A page with more points opens slowly, and shows no more to the eye.
 MAX_POINTS = 3000
 
 _STYLE = """
@@ -47,13 +48,13 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 
 
 def report_html(result: BenchResult, records: Sequence[RequestRecord] = ()) -> str:
-    """The page. ``records`` add a plot of every request over time."""
+    """The page. With ``records`` it also plots every request over time."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
-        f"<h1>{_safe(title)}</h1>",
-        f'<p class="sub">mesh {_safe(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
-        f"gpumesh {_safe(result.environment.gpumesh)}</p>",
-        *(f'<p class="note">{_safe(note)}</p>' for note in result.notes),
+        f"<h1>{_escape(title)}</h1>",
+        f'<p class="sub">mesh {_escape(result.environment.mesh)}, {result.at:%Y-%m-%d %H:%M} UTC, '
+        f"gpumesh {_escape(result.environment.gpumesh)}</p>",
+        *(f'<p class="note">{_escape(note)}</p>' for note in result.notes),
         _routes(result),
         "<h2>Throughput</h2>",
         _throughput(result.stages),
@@ -73,14 +74,14 @@ def report_html(result: BenchResult, records: Sequence[RequestRecord] = ()) -> s
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_safe(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{_escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body></html>\n"
     )
 
 
-def _safe(said: object) -> str:
-    return escape(printable(str(said)))
+def _escape(value: object) -> str:
+    return escape(printable(str(value)))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -91,7 +92,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{names}</tr></thead>\n<tbody>{cells}</tbody></table></div>'
 
 
-_THROUGHPUT = (
+_THROUGHPUT_COLUMNS = (
     "stage",
     "in flight",
     "requests",
@@ -107,10 +108,10 @@ _THROUGHPUT = (
 
 def _throughput(stages: Sequence[StageResult]) -> str:
     return _table(
-        _THROUGHPUT,
+        _THROUGHPUT_COLUMNS,
         (
             [
-                _safe(stage_label(stage)),
+                _escape(stage_label(stage)),
                 "open loop" if stage.concurrency is None else str(stage.concurrency),
                 str(stage.requests),
                 str(stage.failed + stage.cut),
@@ -126,29 +127,29 @@ def _throughput(stages: Sequence[StageResult]) -> str:
     )
 
 
-def _percentiles(spread: SampleSummary) -> list[str]:
-    return [svg.format_number(spread.p50), svg.format_number(spread.p90), svg.format_number(spread.p99)]
+def _percentiles(sample: SampleSummary) -> list[str]:
+    return [svg.format_number(sample.p50), svg.format_number(sample.p90), svg.format_number(sample.p99)]
 
 
 def _latency(stages: Sequence[StageResult]) -> str:
     def rows() -> Iterable[list[str]]:
         for stage in stages:
             latency = stage.latency
-            for name, spread in (
+            for name, sample in (
                 ("TTFT", latency.ttft),
                 ("TPOT", latency.tpot),
                 ("inter-token", latency.itl),
                 ("end-to-end", latency.end_to_end),
                 ("outside the server", latency.outside_server),
             ):
-                if spread.n:
-                    label = _safe(f"{stage_label(stage)}, {name}")
+                if sample.n:
+                    label = _escape(f"{stage_label(stage)}, {name}")
                     yield [
                         label,
-                        f"{spread.n:,}",
-                        *_percentiles(spread),
-                        svg.format_number(spread.mean),
-                        svg.format_number(spread.max),
+                        f"{sample.n:,}",
+                        *_percentiles(sample),
+                        svg.format_number(sample.mean),
+                        svg.format_number(sample.max),
                     ]
 
     return _table(["ms", "n", "p50", "p90", "p99", "mean", "max"], rows())
@@ -159,9 +160,9 @@ def _plots(result: BenchResult) -> list[str]:
     if result.scenario is Scenario.SWEEP:
         return _sweep_plots(stages)
     names = [printable(stage_label(stage)) for stage in stages]
-    if result.scenario is Scenario.OVERHEAD:  # answers of one token: their rate says nothing
-        spreads = [stage.latency.outside_server for stage in stages]
-        return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, spreads), "ms")]
+    if result.scenario is Scenario.OVERHEAD:  # its answers have one token, so their rate means nothing
+        samples = [stage.latency.outside_server for stage in stages]
+        return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, samples), "ms")]
     throughput = [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)]
     throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
@@ -171,10 +172,10 @@ def _plots(result: BenchResult) -> list[str]:
     ]
 
 
-def _ranges(names: Sequence[str], spreads: Sequence[SampleSummary]) -> list[svg.Range]:
+def _ranges(names: Sequence[str], samples: Sequence[SampleSummary]) -> list[svg.Range]:
     return [
-        svg.Range(name, (("p50", spread.p50), ("p90", spread.p90), ("p99", spread.p99)))
-        for name, spread in zip(names, spreads, strict=True)
+        svg.Range(name, (("p50", sample.p50), ("p90", sample.p90), ("p99", sample.p99)))
+        for name, sample in zip(names, samples, strict=True)
     ]
 
 
@@ -201,12 +202,12 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
 
 
 def _timeline(records: Sequence[RequestRecord]) -> str:
-    """Every request of the last stage: when it was sent, and how long it took; a series for each node."""
+    """A plot of every request of the last stage: when it was sent and how long it took, with a series for each node."""
     last = records[-1].stage if records else None
     by_node: dict[str, list[tuple[float, float]]] = {}
-    chosen = [record for record in records if record.stage == last and record.end_to_end_ms is not None]
-    step = max(-(-len(chosen) // MAX_POINTS), 1)
-    for record in chosen[::step]:
+    completed = [record for record in records if record.stage == last and record.end_to_end_ms is not None]
+    step = max(-(-len(completed) // MAX_POINTS), 1)
+    for record in completed[::step]:
         name = printable(record.node or "unknown")
         by_node.setdefault(name, []).append((record.sent_s, record.end_to_end_ms or 0.0))
     series = [svg.PlotSeries(name, tuple(points)) for name, points in sorted(by_node.items())]
@@ -218,12 +219,12 @@ def _scaling(result: BenchResult) -> str:
     scaling = result.scaling
     if scaling is None:
         return ""
-    rows = [[_safe(name), svg.format_number(value)] for name, value in scaling.nodes]
+    rows = [[_escape(name), svg.format_number(value)] for name, value in scaling.nodes]
     rows.append(["sum of the nodes alone", svg.format_number(scaling.sum_tokens_per_s)])
     rows.append(["mesh", svg.format_number(scaling.mesh_tokens_per_s)])
     rows.append(["efficiency (mesh ÷ sum)", f"{scaling.efficiency:.1%}"])
-    told = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
-    return f'<h2>Scaling</h2><p class="sub">{told}</p>' + _table(["", "output tok/s"], rows)
+    explanation = "While every place was taken: without the end, at which the faster nodes have nothing left to do."
+    return f'<h2>Scaling</h2><p class="sub">{explanation}</p>' + _table(["", "output tok/s"], rows)
 
 
 def _routes(result: BenchResult) -> str:
@@ -231,7 +232,7 @@ def _routes(result: BenchResult) -> str:
         ["node and route", "end-to-end p50 ms", "outside the server p50 ms", "added p50 ms"],
         (
             [
-                _safe(f"{cost.node} via {cost.route}"),
+                _escape(f"{cost.node} via {cost.route}"),
                 svg.format_number(cost.end_to_end_p50_ms),
                 svg.format_number(cost.outside_server_p50_ms),
                 svg.format_number(cost.added_p50_ms),
@@ -246,10 +247,10 @@ def _phases(stages: Sequence[StageResult]) -> str:
     parts = []
     for stage in stages:
         if stage.phases:
-            parts.append(f"<h2>{_safe(stage.disturbance or 'Disturbance')}</h2>")
+            parts.append(f"<h2>{_escape(stage.disturbance or 'Disturbance')}</h2>")
             rows = (
                 [
-                    _safe(phase.name),
+                    _escape(phase.name),
                     str(phase.requests),
                     str(phase.failed),
                     str(phase.retried),
@@ -268,7 +269,7 @@ def _phases(stages: Sequence[StageResult]) -> str:
 def _shares(stages: Sequence[StageResult]) -> str:
     rows = (
         [
-            _safe(f"{stage_label(stage)}: {share.node}"),
+            _escape(f"{stage_label(stage)}: {share.node}"),
             str(share.served),
             f"{share.share:.0%}",
             f"{share.output_tokens:,}",
@@ -285,7 +286,7 @@ def _shares(stages: Sequence[StageResult]) -> str:
 def _gpus(stages: Sequence[StageResult]) -> str:
     rows = (
         [
-            _safe(stage_label(stage)),
+            _escape(stage_label(stage)),
             str(stage.gpu.gpus),
             svg.format_number(stage.gpu.utilization_pct),
             svg.format_number(stage.gpu.power_w),
@@ -301,7 +302,7 @@ def _gpus(stages: Sequence[StageResult]) -> str:
 
 def _failures(stages: Sequence[StageResult]) -> str:
     rows = (
-        [_safe(stage_label(stage)), str(failure.count), _safe(failure.code), _safe(failure.message)]
+        [_escape(stage_label(stage)), str(failure.count), _escape(failure.code), _escape(failure.message)]
         for stage in stages
         for failure in stage.failures
     )
@@ -311,7 +312,7 @@ def _failures(stages: Sequence[StageResult]) -> str:
 
 def _about(result: BenchResult) -> str:
     environment, settings = result.environment, result.settings
-    facts = [
+    conditions = [
         ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
         ("mesh", "in the measuring process" if environment.embedded else "already running, over its control socket"),
         (
@@ -325,6 +326,8 @@ def _about(result: BenchResult) -> str:
         gpus = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
         trip = f", round trip {svg.format_number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
         simulated = ", simulated" if node.simulated else ""
-        facts.append((node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{trip}{simulated}"))
-    rows = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(said)}</dd>\n" for name, said in facts)
+        conditions.append(
+            (node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{trip}{simulated}")
+        )
+    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>\n" for name, text in conditions)
     return f"<h2>Conditions</h2><dl>{rows}</dl>"

@@ -1,40 +1,31 @@
-"""A run's results, and the folder that keeps them: ``result.json`` (schema ``gpumesh.bench/1``), ``requests.jsonl``
-(a line for each request) and ``report.html``.
+"""The result of a benchmark as values, and as JSON: the document ``gpumesh.bench/1`` and the line for each request.
 
-Each file is written beside its place and renamed, so that there is never half of one; a folder that holds a result is
-left alone unless asked otherwise. What a result says of hosts came from them: it is cleaned when it is read back too.
+Pure. ``result_folder`` writes and reads the files.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from gpumesh import __version__, atomic_file
+from gpumesh import __version__
 from gpumesh.bench.load import RequestRecord
 from gpumesh.bench.scenarios import BenchSettings, Scenario
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import RouteCost, Scaling, StageResult, request_tpot_ms
-from gpumesh.errors import UsageError
 from gpumesh.state import MeshState, NodeState
 from gpumesh.wire import from_json, to_json
 
 BENCH_SCHEMA = "gpumesh.bench/1"
-RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
-# A result of a long sweep is some 100 KB; what is much larger is not one of ours.
-MAX_RESULT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class NodeEnvironment:
-    """A node as it was found. ``gpus`` are names, ``None`` where they could not be asked for."""
+    """A node as it was when the run ended. ``gpus`` are the names, ``None`` if nvidia-smi could not be asked."""
 
     name: str
     transport: str
@@ -49,7 +40,7 @@ class NodeEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where and on what it was measured: two results can be compared only as far as these agree."""
+    """Where and on which hardware it was measured. Two results are comparable only as far as these values agree."""
 
     gpumesh: str
     python: str
@@ -57,7 +48,7 @@ class Environment:
     cpus: int | None
     mesh: str
     embedded: bool
-    """Whether the mesh ran in the measuring process; else it was a running one, asked over its control socket."""
+    """Whether the mesh ran in the measuring process. Otherwise it was a running mesh, reached by its control socket."""
     nodes: tuple[NodeEnvironment, ...]
 
 
@@ -90,11 +81,11 @@ def describe_environment(state: MeshState, *, embedded: bool) -> Environment:
         cpus=os.cpu_count(),
         mesh=state.mesh,
         embedded=embedded,
-        nodes=tuple(_node(node) for node in state.nodes),
+        nodes=tuple(_node_environment(node) for node in state.nodes),
     )
 
 
-def _node(node: NodeState) -> NodeEnvironment:
+def _node_environment(node: NodeState) -> NodeEnvironment:
     return NodeEnvironment(
         name=node.name,
         transport=node.tunnel.transport,
@@ -116,7 +107,7 @@ def result_json(result: BenchResult) -> dict[str, Any]:
 def result_from_json(document: object) -> BenchResult:
     """Raises ``ValueError`` when the document is not ``gpumesh.bench/1``."""
     if not isinstance(document, Mapping):
-        raise ValueError("not an object")  # noqa: TRY004 - one kind of error for whatever is wrong with a document
+        raise ValueError("not an object")  # noqa: TRY004 - every fault of a document is a ValueError
     if document.get("schema") != BENCH_SCHEMA:
         raise ValueError(f"its schema is {document.get('schema')!r}, not {BENCH_SCHEMA!r}")
     try:
@@ -126,7 +117,7 @@ def result_from_json(document: object) -> BenchResult:
 
 
 def record_json(record: RequestRecord) -> dict[str, Any]:
-    """A line of ``requests.jsonl``. Prompts and answers are not kept, only their sizes and times."""
+    """A line of ``requests.jsonl``. Prompts and answers are not kept, only sizes and times."""
     return {
         "stage": record.stage,
         "index": record.index,
@@ -154,64 +145,3 @@ def record_json(record: RequestRecord) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
-
-
-def check_result_folder(folder: Path, *, force: bool = False) -> None:
-    """Before measuring for minutes: raises UsageError when the results could not be written there."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
-    taken = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
-    if taken and not force:
-        raise UsageError(
-            f"{folder} holds a result already ({', '.join(taken)})", hint="choose another with --out, or add --force"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
-        ) from None
-
-
-def write_result(folder: Path, result: BenchResult, records: Sequence[RequestRecord], *, force: bool = False) -> None:
-    """All three files; ``result.json`` last, so that where it stands the others do too. Raises UsageError."""
-    from gpumesh.bench.report import report_html
-
-    check_result_folder(folder, force=force)
-    lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
-    try:
-        _put(folder / REQUESTS_FILE, lines)
-        _put(folder / REPORT_FILE, report_html(result, records))
-        _put(folder / RESULT_FILE, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
-        ) from None
-
-
-def _put(path: Path, text: str) -> None:
-    atomic_file.replace(path, text, mode=0o644, sync=False)
-
-
-def read_result(path: Path) -> BenchResult:
-    """From a result's folder or its ``result.json``. Raises UsageError for what is neither."""
-    file = path / RESULT_FILE if path.is_dir() else path
-    try:
-        if file.stat().st_size > MAX_RESULT_BYTES:
-            raise UsageError(f"{file} is too large to be a result")
-        document = json.loads(file.read_bytes())
-        return result_from_json(document)
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {file}: {error.strerror or error}", hint="`gpumesh bench run --out DIR` makes one"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not a result of `gpumesh bench`: {error}") from None
-
-
-def find_newest_result(folder: Path) -> Path | None:
-    """The folder of the latest result below ``folder``."""
-    found = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT_FILE}")]
-    return max(found)[1] if found else None

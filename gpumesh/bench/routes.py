@@ -1,5 +1,6 @@
-"""Ways to one server other than the mesh: straight to its end of the tunnel, and through the gateway. For ``overhead``,
-which sends the same request over each in turn."""
+"""Routes to one server that bypass the mesh's dispatcher: directly to the tunnel's local port, or through the gateway.
+
+The scenario ``overhead`` sends the same request over each route in turn."""
 
 from __future__ import annotations
 
@@ -23,15 +24,14 @@ MAX_ERROR_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """What opens the gateway and the servers of nodes that want a key; these ways do not go through the mesh, which
-    knows them."""
+    """The API keys of the gateway and of the nodes' servers. The mesh adds them itself, but these routes bypass it."""
 
     gateway: str | None = None
     nodes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class HttpRoute:
-    """A ``Send`` over plain HTTP to one base URL. ``api_key`` goes as a Bearer token."""
+    """A ``SendPrompt`` over plain HTTP to one base URL. ``api_key`` is sent as a Bearer token."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class HttpRoute:
             ) as response:
                 if response.status != 200:
                     body = await response.content.read(MAX_ERROR_BYTES)
-                    words = self._dialect.error_text(response.status, body)
-                    raise BackendStatus(words, status=response.status, body=body, node=node)
-                yield _HttpAnswer(self._chunks(response, stream=request.stream), node)
+                    message = self._dialect.error_text(response.status, body)
+                    raise BackendStatus(message, status=response.status, body=body, node=node)
+                yield _HttpAnswer(self._read_chunks(response, stream=request.stream), node)
         except aiohttp.ClientPayloadError as error:
             raise StreamCut(f"the answer stopped short: {error}", node=node) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -83,7 +83,7 @@ class HttpRoute:
             headers.append(("Authorization", f"Bearer {self._api_key}"))
         return headers
 
-    async def _chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
+    async def _read_chunks(self, response: aiohttp.ClientResponse, *, stream: bool) -> AsyncGenerator[Chunk]:
         reader = self._dialect.create_reader(stream=stream)
         async for data in response.content.iter_any():
             for chunk in reader.feed(data):
@@ -106,7 +106,7 @@ class _HttpAnswer:
 async def http_route(
     url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
 ) -> AsyncGenerator[HttpRoute]:
-    """To a base URL as a node's or the gateway's state has it, that of a Unix socket too."""
+    """A route to a base URL in the form of a node's or the gateway's state, which may name a Unix socket."""
     unix = split_unix_url(url)
     path, base = (
         (url.removeprefix(UNIX_PREFIX), "") if url.startswith(UNIX_PREFIX) else (None, url) if unix is None else unix
@@ -118,7 +118,7 @@ async def http_route(
 
 @asynccontextmanager
 async def http_session(unix_socket: str | None = None) -> AsyncGenerator[aiohttp.ClientSession]:
-    """A client that goes nowhere but where it is told, or to that Unix socket."""
+    """An HTTP client without proxies and cookies. With ``unix_socket`` all requests go to that socket."""
     connector = aiohttp.TCPConnector(limit=0) if unix_socket is None else aiohttp.UnixConnector(unix_socket, limit=0)
     async with aiohttp.ClientSession(
         connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False

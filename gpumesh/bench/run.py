@@ -1,4 +1,4 @@
-"""A whole benchmark: looks at the mesh, plans, runs stage after stage, and computes the result."""
+"""Runs a whole benchmark: asks the mesh for its state, plans the stages, runs them, and computes the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"
 
 
 class BenchTarget(Protocol):
-    """The mesh that is measured. ``send`` as in ``load``; ``drain`` and ``resume`` serve the failover scenario."""
+    """The measured mesh. ``send`` returns a ``load.SendPrompt``. Scenario ``failover`` needs ``drain``, ``resume``."""
 
     embedded: bool
 
@@ -48,7 +48,7 @@ class BenchTarget(Protocol):
 
 
 class ProgressReporter(Protocol):
-    """Told what happens meanwhile, for a person who waits."""
+    """Receives the progress of a run, to show it to a waiting person."""
 
     def set_plan(self, plan: Plan) -> None: ...
 
@@ -64,7 +64,7 @@ class BenchOutput:
 
 
 class DrainDisturbance:
-    """The default disturbance: drains the busiest node, which is safe on hosts that somebody needs."""
+    """The default disturbance: drains the busiest node. This is safe on hosts that other people use."""
 
     def __init__(self, target: BenchTarget, nodes: Sequence[str]) -> None:
         self._target = target
@@ -73,10 +73,10 @@ class DrainDisturbance:
 
     async def begin(self) -> str:
         state = await self._target.status()
-        chosen = max((node for node in state.nodes if node.name in self._nodes), key=lambda node: node.load.in_flight)
-        await self._target.drain(chosen.name)
-        self._drained = chosen.name
-        return f"{chosen.name} drained"
+        busiest = max((node for node in state.nodes if node.name in self._nodes), key=lambda node: node.load.in_flight)
+        await self._target.drain(busiest.name)
+        self._drained = busiest.name
+        return f"{busiest.name} drained"
 
     async def end(self) -> None:
         if self._drained is not None:
@@ -85,7 +85,7 @@ class DrainDisturbance:
 
 
 def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
-    """The nodes that are up and have the model (or could not say what they have)."""
+    """The nodes that are up and have the model, or whose models are unknown."""
     return [
         node
         for node in state.nodes
@@ -96,7 +96,7 @@ def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
 
 
 def has_model(models: Sequence[str], model: str) -> bool:
-    """As Ollama reads names: without a tag it means ``:latest``."""
+    """Reads names as Ollama does: a name without a tag means ``:latest``."""
     return model in models or (":" not in model and f"{model}:latest" in models)
 
 
@@ -116,46 +116,45 @@ async def run_benchmark(
 ) -> BenchOutput:
     """Raises NoNodeError when no node can serve the model, UsageError when the scenario cannot be run here.
 
-    ``only_node`` measures one node as if it were the mesh. Warm-up requests are written down, but not part of any
-    figure.
+    ``only_node`` measures one node as if it were the mesh. Warm-up requests are recorded, but no figure includes them.
     """
     objective = objective or Objective()
     at = now()
     state = await target.status()
-    found = [node for node in usable_nodes(state, settings.model) if only_node in (None, node.name)]
-    if not found:
-        raise _nobody(state, settings.model, only_node)
-    facts = [NodeFacts(node.name, node.load.limit) for node in found]
-    plan = scenarios.plan_stages(scenario, settings, facts, rng=rng, trace=trace, routes=_routes(state))
+    nodes = [node for node in usable_nodes(state, settings.model) if only_node in (None, node.name)]
+    if not nodes:
+        raise _no_usable_node(state, settings.model, only_node)
+    facts = [NodeFacts(node.name, node.load.limit) for node in nodes]
+    plan = scenarios.plan_stages(scenario, settings, facts, rng=rng, trace=trace, routes=_count_routes(state))
     if only_node is not None:
-        plan = _pinned(plan, only_node)
+        plan = _pin_to_node(plan, only_node)
     progress.set_plan(plan)
     if disturbance is None and scenario is Scenario.FAILOVER:
-        disturbance = DrainDisturbance(target, [node.name for node in found])
+        disturbance = DrainDisturbance(target, [node.name for node in nodes])
     stages: list[StageResult] = []
     records: list[RequestRecord] = []
-    notes: list[str] = _notes(found, state.findings)
+    notes: list[str] = _node_notes(nodes, state.findings)
     if only_node is None:
-        left_out = (node for node in state.nodes if node not in found)
-        notes.extend(f"{node.name} is not measured: {_why_not(node)}" for node in left_out)
+        left_out = (node for node in state.nodes if node not in nodes)
+        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in left_out)
     for stage in plan.stages:
         progress.start_stage(stage)
         async with sample_gpus(target.status) as samples:
             if scenario is Scenario.OVERHEAD and stage.kind is StageKind.NODE:
-                done = await _over_routes(target, stage, state, progress, keys or ApiKeys())
+                run = await _run_over_routes(target, stage, state, progress, keys or ApiKeys())
             else:
-                done = await run_stage(
+                run = await run_stage(
                     target.send(),
                     stage,
                     on_record=progress.add_record,
                     disturbance=disturbance if stage.disturb else None,
                 )
-        records.extend(done.records)
+        records.extend(run.records)
         if stage.kind is StageKind.WARM_UP:
-            notes.extend(_warm_up_notes(done))
+            notes.extend(_warm_up_notes(run))
             continue
-        nodes = frozenset([stage.node]) if stage.node else frozenset(node.name for node in found)
-        stages.extend(summarize_stage(done, objective, gpu_use(samples, nodes)))
+        names = frozenset([stage.node]) if stage.node else frozenset(node.name for node in nodes)
+        stages.extend(summarize_stage(run, objective, gpu_use(samples, names)))
     notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
     return BenchOutput(
         BenchResult(
@@ -173,18 +172,18 @@ async def run_benchmark(
     )
 
 
-def _nobody(state: MeshState, model: str, only: str | None) -> NoNodeError | UsageError:
+def _no_usable_node(state: MeshState, model: str, only: str | None) -> NoNodeError | UsageError:
     if only is not None and all(node.name != only for node in state.nodes):
         return UsageError(f"there is no node {only!r}", hint=f"the nodes are: {', '.join(n.name for n in state.nodes)}")
-    reasons = "; ".join(f"{node.name}: {_why_not(node)}" for node in state.nodes if only in (None, node.name))
+    reasons = "; ".join(f"{node.name}: {_exclusion_reason(node)}" for node in state.nodes if only in (None, node.name))
     return NoNodeError(f"no node can serve {model!r} ({reasons})")
 
 
-def _why_not(node: NodeState) -> str:
+def _exclusion_reason(node: NodeState) -> str:
     return node.reason or ("no such model there" if node.backend.models else node.health.value)
 
 
-def _pinned(plan: Plan, node: str) -> Plan:
+def _pin_to_node(plan: Plan, node: str) -> Plan:
     return replace(
         plan,
         stages=tuple(
@@ -194,7 +193,7 @@ def _pinned(plan: Plan, node: str) -> Plan:
     )
 
 
-def _notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list[str]:
+def _node_notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list[str]:
     notes = []
     if any(node.simulated for node in nodes):
         notes.append("simulated hosts: the figures are the stand-in's, not a GPU's")
@@ -202,23 +201,23 @@ def _notes(nodes: Sequence[NodeState], findings: Sequence[Finding]) -> list[str]
     return notes
 
 
-def _warm_up_notes(done: StageRun) -> list[str]:
+def _warm_up_notes(run: StageRun) -> list[str]:
     return [
         f"{record.node}: the warm-up request failed: {record.error}"
-        for record in done.records
+        for record in run.records
         if record.outcome is not RequestOutcome.SERVED
     ]
 
 
-def _routes(state: MeshState) -> int:
-    """How many ways ``_over_routes`` has to each node."""
+def _count_routes(state: MeshState) -> int:
+    """How many routes to each node ``_run_over_routes`` uses."""
     return 3 if state.gateway.url is not None else 2
 
 
-async def _over_routes(
+async def _run_over_routes(
     target: BenchTarget, stage: Stage, state: MeshState, progress: ProgressReporter, keys: ApiKeys
 ) -> StageRun:
-    """Through the tunnel alone, the mesh, and the gateway where one serves; each request over each in turn."""
+    """Runs a stage over the tunnel alone, the mesh, and the gateway if it serves. Each request takes the next route."""
     node = state.node(stage.node or "")
     async with AsyncExitStack() as stack:
         routes: list[tuple[str, SendPrompt]] = []

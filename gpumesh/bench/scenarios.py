@@ -1,8 +1,8 @@
-"""What each scenario sends: a plan of stages of requests, decided before the first one goes out. Pure.
+"""The scenarios: each makes a plan of stages and their requests before the first request is sent. Pure.
 
-Every prompt begins with a nonce, so that no server answers from the cache of a prefix that it has seen; ``replay``
-keeps the trace's own shared prefixes behind the nonce of the run. ``think`` is always sent, since servers default it
-to true where a model can (ollama-api.md); the temperature is 0 and the seed fixed, so that runs can be compared.
+Every prompt begins with a nonce, so that no server answers from its prefix cache. ``replay`` keeps the trace's own
+shared prefixes behind the nonce of the run. ``think`` is always sent, because Ollama's default is true for models that
+can think. The temperature is 0 and the seed is fixed, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.bench.traces import TracedRequest
 from gpumesh.errors import UsageError
 
-# Enough vocabulary that a tokenizer sees ordinary words, about 1.3 tokens each (OpenAI's rule of thumb: 0.75 words).
-_WORDS = tuple(
+# Ordinary words, which have about 1.3 tokens each (OpenAI's rule of thumb: a token is 0.75 words).
+_VOCABULARY = tuple(
     word
     for line in (
         "river stone window garden market engine signal harbor winter copper letter bridge forest mirror planet",
@@ -48,7 +48,7 @@ class StageKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """A node that a scenario may use. ``parallel``: how many requests it truly runs at once, if that is known."""
+    """A node that a scenario may use. ``parallel``: how many requests it runs at once, if that is known."""
 
     name: str
     parallel: int | None = None
@@ -56,9 +56,9 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """``requests``: for each stage. ``concurrency``: the levels of ``sweep``, the first of which the others use.
+    """``requests``: for each stage. ``concurrency``: the levels of ``sweep``; other scenarios use the first.
 
-    ``speed`` divides the gaps between a trace's requests; ``max_context`` bounds what is replayed of its lengths.
+    ``speed`` divides the gaps between a trace's requests. ``max_context`` limits the length of replayed prompts.
     """
 
     model: str
@@ -74,7 +74,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request to be. ``at_s`` is when it is to be sent in an open loop, from the stage's start."""
+    """A request to send. ``at_s``: in an open loop, the moment to send it, from the start of the stage."""
 
     chat: ChatRequest
     node: str | None = None
@@ -83,9 +83,10 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open one sends by the clock.
+    """Requests under one condition. A closed loop keeps ``concurrency`` in flight; an open loop sends by the clock.
 
-    ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: in mid-stage a node is taken away.
+    ``node`` is the node that is measured alone, ``None`` for the mesh. ``disturb``: a node is taken out of service in
+    the middle of the stage.
     """
 
     name: str
@@ -112,35 +113,35 @@ class Plan:
 
 
 class PromptFactory:
-    """Makes chat requests that no cache has seen. ``rng`` makes the nonce of each, the settings' seed the rest."""
+    """Makes chat requests that no cache has seen. ``rng`` makes the nonces, the settings' seed the text."""
 
     def __init__(self, settings: BenchSettings, rng: Random) -> None:
         self._settings = settings
         self._rng = rng
-        self._words = Random(settings.seed)
-        self._run = f"{rng.getrandbits(64):016x}"
+        self._text_rng = Random(settings.seed)
+        self._run_nonce = f"{rng.getrandbits(64):016x}"
 
     def make_prompt(self, *, tokens: int | None = None, prompt_tokens: int | None = None) -> ChatRequest:
-        """A prompt with a nonce of its own at its very start."""
+        """A prompt that starts with its own nonce."""
         nonce = f"{self._rng.getrandbits(64):016x}"
         length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
-        words = max(round(length / TOKENS_PER_WORD), 1)
-        said = " ".join(self._words.choices(_WORDS, k=words))
-        return self._request(f"[{nonce}] Tell a long story with these words in it: {said}.", tokens)
+        count = max(round(length / TOKENS_PER_WORD), 1)
+        words = " ".join(self._text_rng.choices(_VOCABULARY, k=count))
+        return self._request(f"[{nonce}] Tell a long story with these words in it: {words}.", tokens)
 
     def make_traced_prompt(self, traced: TracedRequest) -> ChatRequest:
-        """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*:
-        what the trace shares is shared here, and what an earlier run left in a cache is of no use."""
+        """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*. So
+        prompts share the prefixes that they share in the trace, and caches of an earlier run do not help."""
         prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
         if not traced.blocks:
             return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
         needed = -(-prompt_tokens // REPLAY_BLOCK_TOKENS)
-        parts = [f"[{self._run}]"]
-        left = prompt_tokens
+        parts = [f"[{self._run_nonce}]"]
+        remaining = prompt_tokens
         for block in traced.blocks[:needed]:
-            words = max(round(min(left, REPLAY_BLOCK_TOKENS) / TOKENS_PER_WORD), 1)
-            parts.append(" ".join(Random(f"{self._settings.seed}/{block}").choices(_WORDS, k=words)))
-            left -= REPLAY_BLOCK_TOKENS
+            count = max(round(min(remaining, REPLAY_BLOCK_TOKENS) / TOKENS_PER_WORD), 1)
+            parts.append(" ".join(Random(f"{self._settings.seed}/{block}").choices(_VOCABULARY, k=count)))
+            remaining -= REPLAY_BLOCK_TOKENS
         return self._request(" ".join(parts), traced.output_tokens)
 
     def _request(self, prompt: str, tokens: int | None) -> ChatRequest:
@@ -162,41 +163,41 @@ def plan_stages(
     trace: Sequence[TracedRequest] = (),
     routes: int = 1,
 ) -> Plan:
-    """All that a scenario will send; ``overhead`` over so many ``routes``.
+    """The plan of a scenario. ``routes``: over how many routes ``overhead`` sends.
 
     Raises UsageError when it cannot be run on these nodes or with these settings.
     """
-    _check(settings)
+    _check_settings(settings)
     if not nodes:
         raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
     prompts = PromptFactory(settings, rng)
     warm = _stage(
         "warm-up", StageKind.WARM_UP, [PlannedRequest(prompts.make_prompt(tokens=1), node.name) for node in nodes], 1
     )
-    body = {
-        Scenario.QUICK: _quick,
-        Scenario.SWEEP: _sweep,
-        Scenario.SCALE: _scale,
-        Scenario.FAILOVER: _failover,
+    planners = {
+        Scenario.QUICK: _plan_quick,
+        Scenario.SWEEP: _plan_sweep,
+        Scenario.SCALE: _plan_scale,
+        Scenario.FAILOVER: _plan_failover,
     }
     if scenario is Scenario.REPLAY:
-        stages = _replay(settings, prompts, trace)
+        stages = _plan_replay(settings, prompts, trace)
     elif scenario is Scenario.OVERHEAD:
-        stages = _overhead(settings, prompts, nodes, routes)
+        stages = _plan_overhead(settings, prompts, nodes, routes)
     else:
-        stages = body[scenario](settings, prompts, nodes)
+        stages = planners[scenario](settings, prompts, nodes)
     return Plan(scenario, settings, (warm, *stages))
 
 
-def _check(settings: BenchSettings) -> None:
-    for name, value, least in (
+def _check_settings(settings: BenchSettings) -> None:
+    for option, value, minimum in (
         ("-n", settings.requests if settings.requests is not None else 1, 1),
         ("--tokens", settings.tokens, 1),
         ("--prompt-tokens", settings.prompt_tokens, 1),
         ("-c", min(settings.concurrency, default=1), 1),
     ):
-        if value < least:
-            raise UsageError(f"{name} must be at least {least}, not {value}")
+        if value < minimum:
+            raise UsageError(f"{option} must be at least {minimum}, not {value}")
     if settings.speed <= 0:
         raise UsageError(f"--speed must be more than 0, not {settings.speed:g}")
     if settings.prompt_tokens > MAX_PROMPT_TOKENS:
@@ -215,45 +216,47 @@ def _stage(
     return Stage(name, kind, tuple(requests), node=node, concurrency=concurrency, disturb=disturb)
 
 
-def _alone(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
+def _node_stage(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
     requests = [PlannedRequest(prompts.make_prompt(), node.name) for _ in range(count)]
     return _stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
 
 
-def _mesh(name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
+def _mesh_stage(name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
     requests = [PlannedRequest(prompts.make_prompt()) for _ in range(count)]
     return _stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
 
 
-def _quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """Each node alone, one request at a time, then all of them together with one in flight for each."""
+def _plan_quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """Each node alone with one request at a time, then all nodes together with one request in flight per node."""
     count = settings.requests or 10
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
-    stages = [_alone(prompts, node, count, 1) for node in nodes]
-    return [*stages, _mesh("mesh", prompts, count * len(nodes), level)]
+    stages = [_node_stage(prompts, node, count, 1) for node in nodes]
+    return [*stages, _mesh_stage("mesh", prompts, count * len(nodes), level)]
 
 
-def _sweep(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """The mesh at rising concurrency: where throughput stops to grow, and what latency costs there."""
-    del nodes  # the mesh chooses
+def _plan_sweep(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """The mesh at rising concurrency: shows where throughput stops growing, and the latency there."""
+    del nodes  # the mesh chooses the node
     levels = settings.concurrency or (1, 2, 4, 8)
-    return [_mesh(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels]
+    return [_mesh_stage(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels]
 
 
-def _scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """Each node alone at its own full load, then the mesh at the sum: efficiency is mesh ÷ sum of its nodes."""
+def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """Each node alone at its full load, then the mesh at the sum of the loads. Efficiency is mesh ÷ sum of nodes."""
     stages = []
     total = 0
     for node in nodes:
         level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
         total += level
-        stages.append(_alone(prompts, node, max(settings.requests or 10, 3 * level), level))
+        stages.append(_node_stage(prompts, node, max(settings.requests or 10, 3 * level), level))
     count = sum(len(stage.requests) for stage in stages)
-    return [*stages, _mesh("mesh", prompts, count, total)]
+    return [*stages, _mesh_stage("mesh", prompts, count, total)]
 
 
-def _overhead(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts], routes: int) -> list[Stage]:
-    """Answers of one token, one at a time: what is left is the way there and back. ``requests`` over each route."""
+def _plan_overhead(
+    settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts], routes: int
+) -> list[Stage]:
+    """Answers of one token, one at a time, so that the route's overhead dominates. ``requests`` count per route."""
     count = (settings.requests or 50) * routes
     return [
         _stage(
@@ -267,21 +270,22 @@ def _overhead(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[N
     ]
 
 
-def _failover(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """A steady load, in the middle of which one node is taken away and given back."""
+def _plan_failover(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
+    """A steady load; in its middle one node is taken out of service and put back."""
     if len(nodes) < 2:
         raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
     level = settings.concurrency[0] if settings.concurrency else 2 * len(nodes)
-    return [_mesh("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
+    return [_mesh_stage("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
 
 
-def _replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequence[TracedRequest]) -> list[Stage]:
-    """A public trace, sent when its requests came, whether or not the mesh keeps up."""
+def _plan_replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequence[TracedRequest]) -> list[Stage]:
+    """A public trace. Requests are sent at the trace's own times, whether or not the mesh keeps up."""
     if not trace:
         raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
-    chosen = trace[: settings.requests] if settings.requests else trace
-    start = chosen[0].at_s
+    replayed = trace[: settings.requests] if settings.requests else trace
+    start = replayed[0].at_s
     requests = [
-        PlannedRequest(prompts.make_traced_prompt(one), at_s=(one.at_s - start) / settings.speed) for one in chosen
+        PlannedRequest(prompts.make_traced_prompt(traced), at_s=(traced.at_s - start) / settings.speed)
+        for traced in replayed
     ]
     return [_stage("replay", StageKind.TRACE, requests, None)]

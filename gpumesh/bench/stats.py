@@ -1,9 +1,9 @@
-"""The figures of one request and of a sample of them, as the field defines them. Pure.
+"""Statistics of requests: percentiles, confidence intervals, TTFT, TPOT, rates, as the field defines them. Pure.
 
 Terms, and where they come from:
 
-- **TTFT**, time to first token: from sending a request to the first piece of its answer. It holds queueing, loading
-  and prefill. (Databricks, "LLM inference performance engineering", 2023; MLPerf Inference v4.0.)
+- **TTFT**, time to first token: from sending a request to the first piece of its answer. It includes queueing,
+  loading and prefill. (Databricks, "LLM inference performance engineering", 2023; MLPerf Inference v4.0.)
 - **TPOT**, time per output token: ``(end-to-end - TTFT) / (tokens - 1)``, the mean of one request after its first
   token. (MLPerf Inference v4.0; vLLM's ``benchmark_serving``.)
 - **ITL**, inter-token latency: each single gap between two pieces of an answer as they arrive. Servers may put more
@@ -12,8 +12,8 @@ Terms, and where they come from:
 - **Tokens/s**: of one request, tokens ÷ generation time by the server's own clock (Ollama's ``eval_count`` ÷
   ``eval_duration``); of a stage, all output tokens ÷ wall time, and "total" with the prompts' tokens.
 - **Goodput**: requests per second that met *all* of the service-level objectives. (Zhong et al., DistServe, OSDI 2024.)
-- In an open loop every latency counts from the **intended** moment of sending: else a client that falls behind hides
-  the waits that it causes ("coordinated omission", Tene 2013).
+- In an open loop every latency counts from the **intended** moment of sending. Otherwise a client that falls behind
+  would hide the waits that it causes ("coordinated omission", Tene 2013).
 
 Times are in ms, rates per second.
 """
@@ -36,7 +36,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class SampleSummary:
-    """A sample in short. ``p50``, ``p90``, ``p99`` are ``None`` where the sample is too small
+    """The summary of a sample. ``p50``, ``p90``, ``p99`` are ``None`` if the sample is too small
     (``supports_percentile``).
 
     ``p50_low`` and ``p50_high``: the 95 % confidence interval of the median (``median_interval``).
@@ -54,16 +54,16 @@ class SampleSummary:
 
 
 def supports_percentile(n: int, share: float) -> bool:
-    """Whether a sample of ``n`` can hold this percentile: at least one value must lie beyond it.
+    """Whether a sample of ``n`` values has this percentile: at least one value must lie beyond it.
 
-    p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer, the "p99" would be the maximum under another name.
+    p50 needs 2 values, p90 needs 10, p99 needs 100. With fewer values the "p99" would just be the maximum.
     """
-    # A rounding error must not take the tenth value's p90 away: 10 * (1 - 0.9) is 0.99999…
+    # 10 * (1 - 0.9) is 0.99999…: this rounding error must not deny ten values their p90.
     return n * (1.0 - share) >= 1.0 - 1e-9
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Nearest rank (type 1 of Hyndman and Fan, 1996): a value that was measured, never one in between.
+    """Nearest rank (type 1 of Hyndman and Fan, 1996): always a measured value, never an interpolated one.
 
     Raises ``ValueError`` for an empty sample.
     """
@@ -73,17 +73,17 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the median by order statistics, free of any assumption on the distribution.
+    """The 95 % confidence interval of the median by order statistics, without assumptions about the distribution.
 
     From the binomial distribution (Conover, "Practical Nonparametric Statistics"): the widest pair of ranks whose
-    lower tail is at most 2.5 %. ``None`` below 6 values, of which no pair reaches 95 %.
+    lower tail is at most 2.5 %. ``None`` for fewer than 6 values: no pair of ranks reaches 95 %.
     """
     n = len(ordered)
     if n < 6:
         return None
     below = 0.0
     rank = 0
-    # log space: 0.5 ** n underflows for large samples.
+    # In log space, because 0.5 ** n underflows for large samples.
     while rank < n:
         term = math.exp(
             math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1) + n * math.log(0.5),
@@ -96,7 +96,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
 
 
 def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
-    """Unknown values are left out, and not counted in ``n``."""
+    """Unknown values are left out and not counted in ``n``."""
     ordered = sorted(value for value in values if value is not None and math.isfinite(value))
     n = len(ordered)
     if n == 0:
@@ -116,19 +116,19 @@ def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
 
 
 def tpot_ms(ttft_ms: float | None, end_to_end_ms: float | None, tokens: int | None) -> float | None:
-    """``None`` for an answer of fewer than two tokens, which has no time between tokens."""
+    """Time per output token. ``None`` for an answer of fewer than two tokens."""
     if ttft_ms is None or end_to_end_ms is None or tokens is None or tokens < 2:
         return None
     return (end_to_end_ms - ttft_ms) / (tokens - 1)
 
 
 def gaps_ms(arrivals_s: Sequence[float]) -> tuple[float, ...]:
-    """The inter-token latencies of one answer, from the moments at which its pieces came."""
-    return tuple((later - sooner) * 1000.0 for sooner, later in itertools.pairwise(arrivals_s))
+    """The inter-token latencies of one answer, from the arrival times of its pieces."""
+    return tuple((later - earlier) * 1000.0 for earlier, later in itertools.pairwise(arrivals_s))
 
 
 def rate(amount: float, seconds: float) -> float | None:
-    """``None`` where no time passed: a rate of nothing is unknown, not infinite."""
+    """``None`` if no time passed: then the rate is unknown, not infinite."""
     return amount / seconds if seconds > 0 else None
 
 

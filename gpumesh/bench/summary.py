@@ -1,4 +1,4 @@
-"""From the records of a stage to its figures. Pure; the terms are those of ``stats``."""
+"""Computes the figures of a stage from its request records. Pure; ``stats`` defines the terms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """All in ms. ``server_load`` is the time that the server says it spent loading the model."""
+    """All in ms. ``server_load`` is the time that the server reports for loading the model."""
 
     ttft: SampleSummary
     tpot: SampleSummary
@@ -22,16 +22,16 @@ class Latency:
     end_to_end: SampleSummary
     server_load: SampleSummary
     outside_server: SampleSummary
-    """End-to-end less the server's own total: the way there and back, and every queue before the server."""
+    """End-to-end minus the server's own total: the network, our own code, and every queue in front of the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens and requests per second. ``server`` is each answer's rate by the server's own clock; ``wall`` the same by
-    ours, from first to last piece; the others are of the stage as a whole.
+    """Tokens and requests per second. ``server`` is the rate of each answer by the server's clock. ``wall`` is the same
+    by our clock, from the first piece to the last. The others are rates of the whole stage.
 
-    ``loaded_tokens_per_s`` is the output of a closed loop until it had no request left to send: while every place was
-    taken, without the end at which the faster nodes have nothing more to do."""
+    ``loaded_tokens_per_s`` is the output rate of a closed loop until its last request was sent. Until then every slot
+    was taken. It leaves out the end of the stage, when the faster nodes are idle already."""
 
     server: SampleSummary
     wall: SampleSummary
@@ -45,7 +45,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class NodeShare:
-    """What one node did of a stage."""
+    """The part of a stage that one node served."""
 
     node: str
     served: int
@@ -58,8 +58,8 @@ class NodeShare:
 class Phase:
     """A part of a stage with a disturbance in it: ``before``, ``during``, ``after``.
 
-    A request belongs to the phase in which it was sent, a token to the one in which it came. ``longest_gap_ms``: the
-    longest that one of its requests waited between two pieces of its answer.
+    A request belongs to the phase in which it was sent, a token to the phase in which it arrived. ``longest_gap_ms``:
+    the longest time between two pieces of one answer.
     """
 
     name: str
@@ -111,8 +111,8 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone, each while every place was taken where
-    that is known. 1 is perfect."""
+    """``efficiency``: the mesh's output tokens/s ÷ the sum of its nodes alone; 1 is perfect. The rates are
+    ``Rates.loaded_tokens_per_s`` if all of them are known."""
 
     mesh_tokens_per_s: float
     sum_tokens_per_s: float
@@ -122,7 +122,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class RouteCost:
-    """What a route adds, at p50 in ms: to the server's own time, and to the first (the barest) route to that node."""
+    """The cost of a route, p50 in ms: outside the server, and compared to the first (shortest) route to the node."""
 
     node: str
     route: str
@@ -131,19 +131,25 @@ class RouteCost:
     added_p50_ms: float | None
 
 
+def stage_label(stage: StageResult) -> str:
+    return stage.name if stage.route is None else f"{stage.name} via {stage.route}"
+
+
 def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = None) -> list[StageResult]:
-    """A stage's result; one for each route where it used several."""
+    """The results of a stage: one, or one for each route if it used several."""
     routes = list(dict.fromkeys(record.route for record in run.records)) or [None]
-    return [_one(run, [r for r in run.records if r.route == route], route, objective, gpu) for route in routes]
+    return [
+        _summarize_route(run, [r for r in run.records if r.route == route], route, objective, gpu) for route in routes
+    ]
 
 
-def _one(
+def _summarize_route(
     run: StageRun, records: Sequence[RequestRecord], route: str | None, objective: Objective, gpu: GpuUse | None
 ) -> StageResult:
     served = [record for record in records if record.outcome is RequestOutcome.SERVED]
     output = sum(record.tokens or 0 for record in records)
     prompt = sum(record.prompt_tokens or 0 for record in records)
-    # A stage of several routes took turns: each one's time is that of its own requests.
+    # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
     return StageResult(
@@ -168,7 +174,7 @@ def _one(
         client=run.client,
         nodes=_shares(served),
         failures=_failures(records),
-        # Of routes that took turns nobody knows what each cost the GPU.
+        # When routes take turns, the energy of each is unknown.
         gpu=gpu if route is None else None,
         tokens_per_joule=ratio(float(output), gpu.energy_j if gpu is not None and route is None else None),
         phases=_phases(run, records),
@@ -178,7 +184,7 @@ def _one(
 
 
 def request_tpot_ms(record: RequestRecord) -> float | None:
-    """To the last token, not to the final frame that carries no text."""
+    """Up to the last token; the final frame carries no text and does not count."""
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
@@ -189,11 +195,11 @@ def _latency(served: Sequence[RequestRecord]) -> Latency:
         itl=summarize_sample(gap for record in served for gap in gaps_ms(record.arrivals_s)),
         end_to_end=summarize_sample(record.end_to_end_ms for record in served),
         server_load=summarize_sample(record.counters.load_ms if record.counters else None for record in served),
-        outside_server=summarize_sample(_outside(record) for record in served),
+        outside_server=summarize_sample(_outside_server_ms(record) for record in served),
     )
 
 
-def _outside(record: RequestRecord) -> float | None:
+def _outside_server_ms(record: RequestRecord) -> float | None:
     total = record.counters.total_ms if record.counters else None
     return None if total is None else (record.ended_s - record.sent_s) * 1000.0 - total
 
@@ -201,15 +207,15 @@ def _outside(record: RequestRecord) -> float | None:
 def _rates(
     served: Sequence[RequestRecord], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
 ) -> Rates:
-    good = sum(_good(record, objective) for record in served)
+    good_count = sum(_meets_objective(record, objective) for record in served)
     return Rates(
         server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
         wall=summarize_sample(_wall_rate(record) for record in served),
         output_tokens_per_s=rate(output, seconds),
         total_tokens_per_s=rate(output + prompt, seconds),
         requests_per_s=rate(len(served), seconds),
-        goodput_per_s=rate(good, seconds),
-        good_share=good / sent if sent else None,
+        goodput_per_s=rate(good_count, seconds),
+        good_share=good_count / sent if sent else None,
     )
 
 
@@ -217,11 +223,11 @@ def _loaded_rate(stage: Stage, records: Sequence[RequestRecord]) -> float | None
     if stage.concurrency is None or len(records) <= stage.concurrency:
         return None
     last = max(record.sent_s for record in records)
-    return rate(_came(records, 0.0, last), last)
+    return rate(_tokens_between(records, 0.0, last), last)
 
 
-def _good(record: RequestRecord, objective: Objective) -> bool:
-    """An answer of one token has no time between tokens that could be too long."""
+def _meets_objective(record: RequestRecord, objective: Objective) -> bool:
+    """For an answer of one token only the TTFT counts: it has no TPOT."""
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
     return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
 
@@ -254,18 +260,21 @@ def _failures(records: Iterable[RequestRecord]) -> tuple[FailureCount, ...]:
         if record.error_code is not None:
             key = (record.error_code, record.error or "")
             counts[key] = counts.get(key, 0) + 1
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    ordered = sorted(counts.items(), key=lambda entry: -entry[1])
     return tuple(FailureCount(code, message, count) for (code, message), count in ordered[:10])
 
 
 def _phases(run: StageRun, records: Sequence[RequestRecord]) -> tuple[Phase, ...]:
     if run.disturbed_s is None:
         return ()
-    begin, end = run.disturbed_s
-    spans = (("before", 0.0, begin), ("during", begin, end), ("after", end, run.duration_s))
+    begin_s, end_s = run.disturbed_s
+    spans = (("before", 0.0, begin_s), ("during", begin_s, end_s), ("after", end_s, run.duration_s))
     return tuple(
         _phase(
-            name, [record for record in records if low <= record.sent_s < high], _came(records, low, high), high - low
+            name,
+            [record for record in records if low <= record.sent_s < high],
+            _tokens_between(records, low, high),
+            high - low,
         )
         for name, low, high in spans
     )
@@ -283,8 +292,8 @@ def _phase(name: str, records: Sequence[RequestRecord], tokens: float, seconds: 
     )
 
 
-def _came(records: Sequence[RequestRecord], low: float, high: float) -> float:
-    """The tokens that came in this time; a piece of an answer counts for its share of the answer's tokens."""
+def _tokens_between(records: Sequence[RequestRecord], low: float, high: float) -> float:
+    """The tokens that arrived in this time. Each piece of an answer counts for an equal share of its tokens."""
     return math.fsum(
         (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)
         for record in records
@@ -293,12 +302,12 @@ def _came(records: Sequence[RequestRecord], low: float, high: float) -> float:
 
 
 def scaling(stages: Sequence[StageResult]) -> Scaling | None:
-    """Of nodes measured alone and the last stage of the mesh; ``None`` where either is missing or gave nothing."""
+    """Compares the last stage of the mesh with the nodes alone. ``None`` if either is missing or produced no tokens."""
     alone = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
-    together = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
-    if not together or len(alone) < 2:  # one node has nothing to scale with
+    mesh_stages = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
+    if not mesh_stages or len(alone) < 2:  # a single node cannot scale
         return None
-    compared = [*alone, together[-1]]
+    compared = [*alone, mesh_stages[-1]]
     values = [stage.rates.loaded_tokens_per_s for stage in compared]
     if not all(values):
         values = [stage.rates.output_tokens_per_s for stage in compared]
@@ -308,21 +317,21 @@ def scaling(stages: Sequence[StageResult]) -> Scaling | None:
     *single, mesh = known
     total = math.fsum(single)
     return Scaling(
-        mesh, total, mesh / total, tuple((stage.node or "", one) for stage, one in zip(alone, single, strict=True))
+        mesh, total, mesh / total, tuple((stage.node or "", value) for stage, value in zip(alone, single, strict=True))
     )
 
 
 def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:
     costs = []
-    first: dict[str, float] = {}
+    baseline: dict[str, float] = {}
     for stage in stages:
         if stage.route is None or stage.node is None:
             continue
-        whole, outside = stage.latency.end_to_end.p50, stage.latency.outside_server.p50
-        # What the server itself took varies more than what a route adds.
-        compared = whole if outside is None else outside
+        end_to_end, outside = stage.latency.end_to_end.p50, stage.latency.outside_server.p50
+        # The time outside the server is preferred: the server's own time varies more than the cost of a route.
+        compared = end_to_end if outside is None else outside
         if compared is not None:
-            first.setdefault(stage.node, compared)
-        added = None if compared is None else compared - first[stage.node]
-        costs.append(RouteCost(stage.node, stage.route, whole, outside, added))
+            baseline.setdefault(stage.node, compared)
+        added = None if compared is None else compared - baseline[stage.node]
+        costs.append(RouteCost(stage.node, stage.route, end_to_end, outside, added))
     return tuple(costs)

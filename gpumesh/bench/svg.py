@@ -1,7 +1,7 @@
-"""Small plots as SVG text, for a page without scripts: bars, points with ranges, lines, scatter. Pure.
+"""Draws small plots as SVG text: bars, ranges, lines, scatter. For a page without scripts. Pure.
 
 Colours are CSS classes (``s0`` to ``s5``, ``axis``, ``grid``), so that the page's light and dark themes apply. All text
-is escaped here; numbers that are not finite are left out.
+is escaped here. Numbers that are not finite are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A row of marks on one axis: the first is drawn full, the last as the end of the line."""
+    """A row of marks on one axis. The first mark is drawn larger; the line ends at the last."""
 
     label: str
     marks: tuple[tuple[str, float | None], ...]
@@ -39,9 +39,9 @@ class PlotSeries:
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits, as in the tables; a dash for unknown."""
+    """Three significant digits, as in the tables; a dash for an unknown value."""
     if not _finite(value):
-        return "–"  # noqa: RUF001  # a dash, as tables have it
+        return "–"  # noqa: RUF001  # the dash of the tables
     if value == 0:
         return "0"
     digits = max(2 - math.floor(math.log10(abs(value))), 0)
@@ -53,7 +53,7 @@ def _finite(value: float | None) -> TypeGuard[float]:
 
 
 def tick_label(value: float) -> str:
-    """A round number as a person writes it, without the zeros that would claim a precision."""
+    """A round number as a person writes it, without trailing zeros."""
     return f"{value:,.10g}"
 
 
@@ -92,7 +92,7 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
 
 
 def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
-    """From the first known mark to the last, a line; each mark a point with its name on hover."""
+    """Draws a line from the first known mark to the last, and each mark as a point that shows its name on hover."""
     known = [value for row in rows for _, value in row.marks if _finite(value)]
     if not known:
         return ""
@@ -122,9 +122,11 @@ def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
 
 
 def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: str, *, lines: bool) -> str:
-    """Points over two axes that start at 0, joined if ``lines``; with a legend where there are several series."""
-    shown = [PlotSeries(one.label, tuple(p for p in one.points if all(map(math.isfinite, p)))) for one in series]
-    points = [point for one in shown for point in one.points]
+    """Draws points over two axes that start at 0, joined if ``lines``. Several series get a legend."""
+    shown = [
+        PlotSeries(plotted.label, tuple(p for p in plotted.points if all(map(math.isfinite, p)))) for plotted in series
+    ]
+    points = [point for plotted in shown for point in plotted.points]
     if not points:
         return ""
     across, up = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
@@ -141,31 +143,32 @@ def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: s
         parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
     parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
     parts.append(_text(8, TOP + legend + 4, y_unit, "axis"))
-    for index, one in enumerate(shown):
-        places = [(_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in one.points]
+    for index, plotted in enumerate(shown):
+        places = [
+            (_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in plotted.points
+        ]
         style = f"s{index % SERIES_COLOURS}"
         if lines and len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline class="line {style}" points="{path}"/>')
-        for (x, y), (raw_x, raw_y) in zip(places, one.points, strict=True):
-            said = escape(f"{one.label}: {format_number(raw_y)} {y_unit} at {format_number(raw_x)} {x_unit}")
+        for (x, y), (raw_x, raw_y) in zip(places, plotted.points, strict=True):
+            tooltip = escape(f"{plotted.label}: {format_number(raw_y)} {y_unit} at {format_number(raw_x)} {x_unit}")
             radius = 4 if lines else 2.5
             parts.append(
-                f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{said}</title></circle>'
+                f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{tooltip}</title></circle>'
             )
     if legend:
-        parts += _legend([one.label for one in shown])
+        parts += _legend([plotted.label for plotted in shown])
     return _figure(title, parts, height)
 
 
 def _legend(names: Sequence[str]) -> list[str]:
-    """As many as fit beside each other; colours repeat after ``SERIES_COLOURS``, and so would the names tell no
-    more."""
+    """As many names as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
     parts = []
     for index, name in enumerate(names[: (WIDTH - LEFT) // LEGEND_STEP]):
         x = LEFT + LEGEND_STEP * index
         parts.append(f'<circle class="s{index % SERIES_COLOURS}" cx="{x}" cy="{TOP}" r="4"/>')
-        parts.append(_text(x + 9, TOP + 4, _short(name, 16), "axis"))
+        parts.append(_text(x + 9, TOP + 4, _truncate(name, 16), "axis"))
     return parts
 
 
@@ -185,15 +188,15 @@ def _scale(value: float, axis: Sequence[float], low: float, high: float) -> floa
 
 
 def _row_label(label: str, y: float) -> str:
-    return _text(LEFT - 8, y, _short(label, 22), "label", "end")
+    return _text(LEFT - 8, y, _truncate(label, 22), "label", "end")
 
 
-def _short(label: str, limit: int) -> str:
+def _truncate(label: str, limit: int) -> str:
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
-def _text(x: float, y: float, said: str, style: str, anchor: str = "start") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _figure(title: str, parts: Sequence[str], height: int) -> str:

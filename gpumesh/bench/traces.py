@@ -1,5 +1,5 @@
-"""Public traces of LLM traffic as requests to replay: Azure's CSV (Splitwise, ISCA 2024; CC-BY 4.0) and Mooncake's
-JSONL (FAST '25; Apache-2.0). Text in, requests out; reading the file is the caller's."""
+"""Parses public traces of LLM traffic for replay: Azure's CSV (Splitwise, ISCA 2024; CC-BY 4.0) and Mooncake's JSONL
+(FAST '25; Apache-2.0). Text in, requests out; the caller reads the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MAX_REQUESTS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """``at_s`` is from the trace's start. ``blocks`` name the prompt's 512-token blocks: equal ids, equal text."""
+    """``at_s`` counts from the start of the trace. ``blocks`` are the ids of the prompt's 512-token blocks; equal ids
+    mean equal text."""
 
     at_s: float
     prompt_tokens: int
@@ -26,24 +27,24 @@ class TracedRequest:
 
 
 def parse_trace(lines: Iterable[str], *, file: str, limit: int | None = None) -> list[TracedRequest]:
-    """The trace's requests in order of time, of either format, ``limit`` at most.
+    """The requests of a trace in either format, in order of time, at most ``limit``.
 
-    Raises UsageError, with file and line, for what is neither.
+    Raises UsageError, with file and line, when the text is in neither format.
     """
     numbered = enumerate(lines, start=1)
     first = next(((number, line) for number, line in numbered if line.strip()), None)
     if first is None:
         raise UsageError(f"{file}: the trace is empty")
-    read = _mooncake if first[1].lstrip().startswith("{") else _azure
-    found: list[TracedRequest] = []
-    for request in read(_chain(first, numbered), file):
-        found.append(request)
-        if len(found) >= min(limit or MAX_REQUESTS, MAX_REQUESTS):
+    parse = _parse_mooncake if first[1].lstrip().startswith("{") else _parse_azure
+    requests: list[TracedRequest] = []
+    for request in parse(_chain(first, numbered), file):
+        requests.append(request)
+        if len(requests) >= min(limit or MAX_REQUESTS, MAX_REQUESTS):
             break
-    if not found:
+    if not requests:
         raise UsageError(f"{file}: the trace holds no request")
-    found.sort(key=lambda request: request.at_s)
-    return found
+    requests.sort(key=lambda request: request.at_s)
+    return requests
 
 
 NumberedLines = Iterator[tuple[int, str]]
@@ -54,7 +55,7 @@ def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> NumberedL
     yield from rest
 
 
-def _azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
+def _parse_azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
     _, header = next(lines)
     names = next(csv.reader([header]))
     try:
@@ -70,7 +71,7 @@ def _azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
             continue
         row = next(csv.reader([line]))
         try:
-            at = _timestamp(row[when])
+            at = _parse_timestamp(row[when])
             request = _request(0.0, int(row[prompt]), int(row[output]))
         except (ValueError, IndexError) as error:
             raise UsageError(f"{file}:{number}: not a row of this trace: {error}") from None
@@ -78,14 +79,14 @@ def _azure(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
         yield TracedRequest((at - start).total_seconds(), request.prompt_tokens, request.output_tokens)
 
 
-def _timestamp(text: str) -> datetime:
-    """Azure writes seven digits of a second; Python reads six."""
+def _parse_timestamp(text: str) -> datetime:
+    """Azure writes seven fractional digits of a second; Python reads six."""
     whole, _, fraction = text.strip().partition(".")
-    found = datetime.fromisoformat(f"{whole}.{fraction[:6]:0<6}" if fraction else whole)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    moment = datetime.fromisoformat(f"{whole}.{fraction[:6]:0<6}" if fraction else whole)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _mooncake(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
+def _parse_mooncake(lines: NumberedLines, file: str) -> Iterator[TracedRequest]:
     for number, line in lines:
         if not line.strip():
             continue

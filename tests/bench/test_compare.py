@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.bench.compare import Difference, DifferenceVerdict, compare, stage_label
+from gpumesh.bench.compare import Difference, DifferenceVerdict, compare
 from gpumesh.bench.load import ClientLoad
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import BenchSettings, Scenario
-from gpumesh.bench.summary import StageResult
-from tests.bench.made import MODEL, failed_record, make_stage_run, record, result, stage, summarize_only
+from gpumesh.bench.summary import StageResult, stage_label
+from tests.bench.example_results import MODEL, failed_record, make_stage_run, record, result, stage, summarize_only
 
 
 def measured(name: str = "mesh", *, ttft_ms: float = 100.0, gap_ms: float = 10.0, count: int = 20) -> StageResult:

@@ -20,7 +20,7 @@ from gpumesh.bench.load import (
 )
 from gpumesh.bench.scenarios import PlannedRequest, Stage, StageKind
 from gpumesh.errors import BackendUnreachable, StreamCut
-from tests.bench.made import CHAT, stage
+from tests.bench.example_results import CHAT, stage
 
 PIECES = 3
 Script = Callable[[int], Awaitable[None]]

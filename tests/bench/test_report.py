@@ -16,7 +16,7 @@ from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario, StageKind
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import StageResult, summarize_stage
-from tests.bench.made import failed_record, make_stage_run, record, result, stage, summarize_only
+from tests.bench.example_results import failed_record, make_stage_run, record, result, stage, summarize_only
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x1b]0;owned\x07\u202e"
 

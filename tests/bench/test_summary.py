@@ -13,7 +13,7 @@ from gpumesh.bench.load import RequestOutcome
 from gpumesh.bench.scenarios import StageKind
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import FailureCount, StageResult, request_tpot_ms, route_costs, scaling, summarize_stage
-from tests.bench.made import failed_record, make_stage_run, record, stage, summarize_only
+from tests.bench.example_results import failed_record, make_stage_run, record, stage, summarize_only
 
 
 def test_one_answer() -> None:

@@ -87,7 +87,8 @@ def run(
       gpumesh bench run --scenario sweep -c 1,2,4,8,16 -m qwen2.5:7b --out sweep-1
       gpumesh bench run --scenario replay --trace azure_conv_2023.csv -n 200 --speed 4
     """
-    from gpumesh.bench.result import check_result_folder, result_json, write_result
+    from gpumesh.bench.result import result_json
+    from gpumesh.bench.result_folder import check_result_folder, write_result
     from gpumesh.bench.stats import Objective
 
     chosen = global_options(ctx)
@@ -129,7 +130,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a result again."""
-    from gpumesh.bench.result import find_newest_result, read_result, result_json
+    from gpumesh.bench.result import result_json
+    from gpumesh.bench.result_folder import find_newest_result, read_result
 
     folder = path or find_newest_result(_results())
     if folder is None:
@@ -150,7 +152,7 @@ def compare(
     """Compare two results: what became better or worse, and what the samples cannot tell apart."""
     from gpumesh.bench.compare import DifferenceVerdict
     from gpumesh.bench.compare import compare as compared
-    from gpumesh.bench.result import read_result
+    from gpumesh.bench.result_folder import read_result
     from gpumesh.bench.svg import format_number
     from gpumesh.cli.views import tables
     from gpumesh.wire import to_json
@@ -360,7 +362,7 @@ class _Progress:
 
 
 def _show(result: BenchResult, *, notes: bool = True) -> None:
-    from gpumesh.bench.compare import stage_label
+    from gpumesh.bench.summary import stage_label
     from gpumesh.bench.svg import format_number
     from gpumesh.cli.views import tables
 
@@ -407,7 +409,7 @@ def _show(result: BenchResult, *, notes: bool = True) -> None:
 
 def _lines(result: BenchResult) -> list[str]:
     """What the table has no column for; its figures without a name are at p50."""
-    from gpumesh.bench.compare import stage_label
+    from gpumesh.bench.summary import stage_label
     from gpumesh.bench.svg import format_number
 
     lines = []

@@ -1,4 +1,4 @@
-"""Records, stages and results by hand, for the pure parts of bench."""
+"""Hand-made records, stages and results for the tests of the benchmark's pure parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
+from gpumesh.bench.gpu_meter import GpuUse
 from gpumesh.bench.load import ClientLoad, RequestOutcome, RequestRecord, StageRun
 from gpumesh.bench.result import BenchResult, Environment, NodeEnvironment
 from gpumesh.bench.scenarios import BenchSettings, PlannedRequest, Scenario, Stage, StageKind
@@ -121,3 +122,23 @@ def result(*stages: StageResult, scenario: Scenario = Scenario.QUICK, **changes:
         "notes": (),
     }
     return BenchResult(**{**usual, **changes})
+
+
+RECORDS = (record(0, server_ms=190.0), record(1, sent_s=0.3, server_ms=190.0), failed_record(2))
+
+
+def full_result() -> BenchResult:
+    """A result in which every optional part is present."""
+    alone = [
+        summarize_only(make_stage_run(record(stage=name), of=stage(name, kind=StageKind.NODE, node=name)))
+        for name in ("iceland", "moon")
+    ]
+    (mesh,) = summarize_stage(make_stage_run(*RECORDS), Objective(), GpuUse(1, 9, 80.0, 300.0, 600.0, 8000))
+    disturbed = summarize_only(make_stage_run(*RECORDS, disturbed_s=(0.1, 0.3), disturbance="iceland drained"))
+    of = stage("iceland", kind=StageKind.NODE, node="iceland")
+    routes = summarize_stage(make_stage_run(record(route="tunnel"), record(route="mesh"), of=of), Objective())
+    unknown = NodeEnvironment("moon", "sshtunnel", None, "ollama", None, None, None, None, simulated=True)
+    made = result(*alone, mesh, disturbed, *routes, nodes=(unknown,), notes=("a note",))
+    assert made.scaling is not None
+    assert made.routes
+    return made

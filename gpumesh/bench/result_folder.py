@@ -1,0 +1,82 @@
+"""The folder that keeps a benchmark's result: ``result.json``, ``requests.jsonl`` (a line for each request) and
+``report.html``.
+
+Each file replaces its predecessor as a whole, so no reader sees half of a file. A folder that holds a result is
+overwritten only with ``force``. Text in a result came from hosts: it is made printable when it is read back.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpumesh import atomic_file
+from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.report import report_html
+from gpumesh.bench.result import BenchResult, record_json, result_from_json, result_json
+from gpumesh.errors import UsageError
+
+RESULT_FILE, REQUESTS_FILE, REPORT_FILE = "result.json", "requests.jsonl", "report.html"
+# The result of a long sweep has about 100 KB. A much larger file is not a result of ours.
+MAX_RESULT_BYTES = 64 << 20
+
+
+def check_result_folder(folder: Path, *, force: bool = False) -> None:
+    """Call it before a measurement that takes minutes. Raises UsageError when the result could not be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
+    existing = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
+    if existing and not force:
+        raise UsageError(
+            f"{folder} holds a result already ({', '.join(existing)})", hint="choose another with --out, or add --force"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
+        ) from None
+
+
+def write_result(folder: Path, result: BenchResult, records: Sequence[RequestRecord], *, force: bool = False) -> None:
+    """Writes all three files, ``result.json`` last: where it exists, the others exist too. Raises UsageError."""
+    check_result_folder(folder, force=force)
+    lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)
+    try:
+        _write_file(folder / REQUESTS_FILE, lines)
+        _write_file(folder / REPORT_FILE, report_html(result, records))
+        _write_file(folder / RESULT_FILE, json.dumps(result_json(result), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="choose another with --out"
+        ) from None
+
+
+def _write_file(path: Path, text: str) -> None:
+    atomic_file.replace(path, text, mode=0o644, sync=False)
+
+
+def read_result(path: Path) -> BenchResult:
+    """Reads a result's folder, or its ``result.json``. Raises UsageError when the path is neither."""
+    file = path / RESULT_FILE if path.is_dir() else path
+    try:
+        if file.stat().st_size > MAX_RESULT_BYTES:
+            raise UsageError(f"{file} is too large to be a result")
+        document = json.loads(file.read_bytes())
+        return result_from_json(document)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {file}: {error.strerror or error}", hint="`gpumesh bench run --out DIR` makes one"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not a result of `gpumesh bench`: {error}") from None
+
+
+def find_newest_result(folder: Path) -> Path | None:
+    """The subfolder of ``folder`` that holds the latest result."""
+    results = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT_FILE}")]
+    return max(results)[1] if results else None
