@@ -18,6 +18,7 @@ import pytest
 from tests.parts import needs
 from tests.real.command import Gpumesh, write_config
 from tests.real.hosts import LlamaServer, RealHost, hosts
+from tests.real.netns import private_network
 
 OLLAMA = os.environ.get("GPUMESH_TEST_OLLAMA")
 
@@ -71,6 +72,13 @@ def alone(tmp_path: Path) -> Iterator[Gpumesh]:
     command.kill_all()
     shutil.rmtree(runtime, ignore_errors=True)
     assert not left, f"processes were left: {left}"
+
+
+@pytest.fixture
+def own_network() -> Iterator[None]:
+    """The test runs in a network namespace of its own."""
+    with private_network():
+        yield
 
 
 @pytest.fixture

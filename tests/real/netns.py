@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,7 @@ from tests.parts import program
 
 LINE = Path(__file__).with_name("long_line.py")
 _LIMIT_S = 20.0
+_CLONE_NEWNET = 0x40000000  # sched.h; os.unshare and os.setns need Python 3.12
 
 # Whatever comes in or goes out passes these two; a rule in them is a fault.
 _TABLE = """
@@ -29,6 +31,30 @@ table inet faults {
     chain out { type filter hook output priority 0; policy accept; }
 }
 """
+
+
+@contextlib.contextmanager
+def private_network() -> Iterator[None]:
+    """Until the context ends, this thread and all processes and threads that it starts have their own loopback and no
+    other interface. A test may then change its network while other tests run: their network watches notice nothing.
+
+    The thread must be the process's main thread, because ``/proc/self/net`` shows the main thread's namespace. Needs
+    root.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/self/ns/net") as outside:
+        _check_errno(libc.unshare(_CLONE_NEWNET))
+        try:
+            subprocess.run([_program_path("ip"), "link", "set", "lo", "up"], check=True, timeout=_LIMIT_S)
+            yield
+        finally:
+            _check_errno(libc.setns(outside.fileno(), _CLONE_NEWNET))
+
+
+def _check_errno(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class Namespace:
@@ -56,11 +82,11 @@ class Namespace:
     @property
     def prefix(self) -> tuple[str, ...]:
         """Before a command: it runs in the namespace, and ends when the thread that started it does."""
-        return (*_ending_with_us(), _found("nsenter"), f"--net=/proc/{self.pid}/ns/net", "--")
+        return (*_ending_with_us(), _program_path("nsenter"), f"--net=/proc/{self.pid}/ns/net", "--")
 
     async def __aenter__(self) -> Self:
         self._first = subprocess.Popen(
-            [*_ending_with_us(), _found("unshare"), "--net", "--", "sleep", "infinity"], stdin=subprocess.DEVNULL
+            [*_ending_with_us(), _program_path("unshare"), "--net", "--", "sleep", "infinity"], stdin=subprocess.DEVNULL
         )
         try:
             await self._entered()
@@ -179,7 +205,7 @@ async def run(name: str, *arguments: str, text: str | None = None, prefix: Itera
     """A program of the system; what it printed. Raises ``CalledProcessError`` with its complaint."""
     process = await asyncio.create_subprocess_exec(
         *prefix,
-        _found(name),
+        _program_path(name),
         *arguments,
         stdin=asyncio.subprocess.DEVNULL if text is None else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -192,14 +218,14 @@ async def run(name: str, *arguments: str, text: str | None = None, prefix: Itera
     return out.decode()
 
 
-def _found(name: str) -> str:
+def _program_path(name: str) -> str:
     path = program(name)
     assert path is not None, f"{name} is not installed"
     return path
 
 
 def _ending_with_us() -> tuple[str, ...]:
-    return (_found("setpriv"), "--pdeathsig", "KILL", "--")
+    return (_program_path("setpriv"), "--pdeathsig", "KILL", "--")
 
 
 def _running() -> Iterable[int]:

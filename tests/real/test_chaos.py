@@ -27,7 +27,7 @@ from tests.tunnels.polling import alive, children, wait_until
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
-    pytest.mark.exclusive,
+    pytest.mark.usefixtures("own_network"),
     pytest.mark.timeout(180),
     needs("sshd", "ssh", "netns"),
 ]
