@@ -12,9 +12,9 @@ demo: $(STAMP)
 	@$(BIN)/gpumesh demo
 
 # Everything, with the slow tests and those against real parts (OpenSSH's sshd, llama-server, network namespaces).
-# In two processes, because most of them wait more than they work (tests/lanes.py).
+# In four processes, also on two cores, because most tests wait more than they compute (tests/parallel_runs.py).
 test: $(STAMP) $(LLAMA) parts
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # What to run before each commit.
 check: lint

@@ -1,5 +1,5 @@
-"""For all tests: in CI a part that is not there is a failure, not a skip; and of tests that run side by side, some need
-the machine for themselves."""
+"""Hooks for all tests: in CI a missing system part is a failure instead of a skip, and tests that run in several
+processes share the machine (``parallel_runs``)."""
 
 from __future__ import annotations
 
@@ -11,43 +11,48 @@ from typing import Any
 
 import pytest
 
-from tests.lanes import hold_lane
+from tests.parallel_runs import is_exclusive, machine_lock, order_tests
 from tests.parts import REASON, in_ci
 
-_LANES = pytest.StashKey[Path]()
+_LOCK_FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
-        config.stash[_LANES] = Path(config.workerinput["lanes"])
+        config.stash[_LOCK_FOLDER] = Path(config.workerinput["lock_folder"])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Of pytest-xdist, for each process that is to run tests: all are given the same folder."""
-    if _LANES not in node.config.stash:
-        node.config.stash[_LANES] = Path(tempfile.mkdtemp(prefix="gm-lanes-"))
-    node.workerinput["lanes"] = str(node.config.stash[_LANES])
+    """A hook of pytest-xdist, for each process that will run tests: all get the same folder for the lock."""
+    if _LOCK_FOLDER not in node.config.stash:
+        node.config.stash[_LOCK_FOLDER] = Path(tempfile.mkdtemp(prefix="gm-lock-"))
+    node.workerinput["lock_folder"] = str(node.config.stash[_LOCK_FOLDER])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _LANES in config.stash and not hasattr(config, "workerinput"):
-        shutil.rmtree(config.stash[_LANES])
+    if _LOCK_FOLDER in config.stash and not hasattr(config, "workerinput"):
+        shutil.rmtree(config.stash[_LOCK_FOLDER])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items[:] = order_tests(items, int(config.workerinput["workercount"]))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
-    """Around that of pytest-timeout: to wait for one's turn is not the test's time."""
-    if _LANES not in item.config.stash:
+    """Runs outside pytest-timeout's hook, so that waiting for the lock does not count as the test's time."""
+    if _LOCK_FOLDER not in item.config.stash:
         return (yield)
-    with hold_lane(item.config.stash[_LANES], alone=item.get_closest_marker("exclusive") is not None):
+    with machine_lock(item.config.stash[_LOCK_FOLDER], exclusive=is_exclusive(item)):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
-    """What a test printed or logged goes from its process to the one that reports, in UTF-8: some tests log what has no
-    such form."""
+    """The output of a test goes to the reporting process as UTF-8. Some tests log text that UTF-8 cannot encode."""
     return _encodable((yield))
 
 
@@ -56,9 +61,9 @@ def _encodable(value: Any) -> Any:
         case str():
             return value.encode("utf-8", "backslashreplace").decode()
         case dict():
-            return {key: _encodable(one) for key, one in value.items()}
+            return {key: _encodable(member) for key, member in value.items()}
         case list() | tuple():
-            return type(value)(_encodable(one) for one in value)
+            return type(value)(_encodable(member) for member in value)
     return value
 
 
