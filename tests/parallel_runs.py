@@ -19,7 +19,7 @@ def machine_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
     """Held while a test runs, by all processes that name the same ``folder``: shared, or exclusively.
 
     There are two locks on files. A running test holds ``running``, shared or exclusively. Before that each test takes
-    ``queue`` for a moment, so that others do not overtake a waiting exclusive test for ever. There is no time limit: each
+    ``queue`` for a moment, so that others do not overtake a waiting exclusive test for ever. There is no time limit: a
     process holds the lock for one test at a time, tests have time-outs, and the kernel releases the locks of a process
     that dies.
     """
