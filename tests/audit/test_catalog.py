@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from gpumesh.errors import GPUMeshError
 
 PACKAGE = Path(gpumesh.__file__).parent
 CODE = re.compile(r"[a-z]+(-[a-z]+)*")
-# What is made of a code, and where among its arguments that stands.
-MADE_WITH = {"Finding": 0, "SmiFailure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "add": 0}
+# Classes and functions that take a code, and its place among their arguments.
+CODE_PLACES = {"Finding": 0, "SmiFailure": 0, "Cause": 0, "Failed": 0, "Lost": 0, "ForwardFailed": 0, "add": 0}
+CODE_KEYWORDS = ("code", "error_code", "finding_code")
 
 
 def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GPUMeshError]]:
@@ -29,22 +32,22 @@ def kinds_of_errors(root: type[GPUMeshError] = GPUMeshError) -> Iterator[type[GP
 
 
 def written_codes() -> Iterator[tuple[str, str]]:
-    """(code, where) for each that stands in the source: classes' ``code``, findings, failures, ``finding_code=…``."""
+    """Each code in the source and its place there: classes' ``code``, findings, failures, ``finding_code=…``."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if any(isinstance(one, ast.Name) and one.id == "code" for one in targets):
+                if any(isinstance(target, ast.Name) and target.id == "code" for target in targets):
                     yield from ((code, where) for code in constants(node.value))
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            place = MADE_WITH.get(name)
+            place = CODE_PLACES.get(name)
             if place is not None and len(node.args) > place:
                 yield from ((code, where) for code in constants(node.args[place]))
             for keyword in node.keywords:
-                if keyword.arg in ("finding_code", "error_code", "code"):
+                if keyword.arg in CODE_KEYWORDS:
                     yield from ((code, where) for code in constants(keyword.value))
 
 
@@ -103,12 +106,28 @@ def test_causes_are_codes() -> None:
         assert code not in causes
 
 
-@pytest.mark.parametrize("said", ["same-gpu", "SAME-GPU", " same_gpu ", "same gpu"])
-def test_codes_are_forgiving(said: str) -> None:
-    found = explain(said)
-    assert found is not None
-    assert found.code == "same-gpu"
+@pytest.mark.parametrize("spelling", ["same-gpu", "SAME-GPU", " same_gpu ", "same gpu"])
+def test_case_blanks_and_underscores_of_a_code_do_not_matter(spelling: str) -> None:
+    explanation = explain(spelling)
+    assert explanation is not None
+    assert explanation.code == "same-gpu"
 
 
-def test_no_such_code() -> None:
+def test_the_families_are_read_at_the_first_look_up() -> None:
+    program = (
+        "import sys; from gpumesh.audit import CATALOG; name = 'gpumesh.audit.catalog.errors'; "
+        "assert name not in sys.modules; len(CATALOG); assert name in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_code_is_in_two_families() -> None:
+    from gpumesh.audit.catalog import configuration, gpus, hosts, servers
+    from gpumesh.audit.catalog import errors as command_errors
+
+    families = (hosts, gpus, servers, configuration, command_errors)
+    assert sum(len(family.EXPLANATIONS) for family in families) == len(CATALOG)
+
+
+def test_a_code_that_does_not_exist_has_no_explanation() -> None:
     assert explain("nonsense") is None

@@ -1,0 +1,44 @@
+"""What each code of a finding or an error means and what to do about it: the text of ``gpumesh explain CODE``.
+
+One file for each family of codes. They are read at the first look-up: a command that explains nothing does not pay for
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from gpumesh.audit.catalog.explanation import Explanation
+
+
+class _Catalog(Mapping[str, Explanation]):
+    """All explanations by code, in the order of docs/codes.md."""
+
+    @cached_property
+    def _explanations(self) -> dict[str, Explanation]:
+        from gpumesh.audit.catalog import configuration, errors, gpus, hosts, servers
+
+        families = (hosts, gpus, servers, configuration, errors)
+        return {entry.code: entry for family in families for entry in family.EXPLANATIONS}
+
+    def __getitem__(self, code: str) -> Explanation:
+        return self._explanations[code]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._explanations)
+
+    def __len__(self) -> int:
+        return len(self._explanations)
+
+
+CATALOG: Mapping[str, Explanation] = _Catalog()
+
+
+def explain(code: str) -> Explanation | None:
+    """``None`` for a code that does not exist. Codes have lower case and dashes; case, blanks and underscores of
+    ``code`` do not matter."""
+    return CATALOG.get(code.strip().lower().replace("_", "-").replace(" ", "-"))
+
+
+__all__ = ["CATALOG", "Explanation", "explain"]

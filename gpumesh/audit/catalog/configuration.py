@@ -1,0 +1,66 @@
+"""Codes of `gpumesh config check` and of writing mesh.yaml."""
+
+from __future__ import annotations
+
+from gpumesh.audit.catalog.explanation import E, Explanation, W
+
+EXPLANATIONS = (
+    Explanation(
+        "plain-http",
+        W,
+        "the gateway is open to a network",
+        "The gateway listens beyond this machine, and speaks HTTP without encryption: prompts and the key can be read "
+        "on the way.",
+        "Keep it to a network that you trust, or put a proxy with TLS before it; `gateway.listen: 127.0.0.1:11430` "
+        "keeps it to this machine.",
+    ),
+    Explanation(
+        "alias-unreadable",
+        E,
+        "the file ~/.ssh/config cannot be read",
+        "`ssh.alias` names a Host of ~/.ssh/config, and ssh itself cannot make sense of that file.",
+        "`ssh -G ALIAS` shows what is wrong with it.",
+    ),
+    Explanation(
+        "alias-unknown",
+        W,
+        "nothing is configured for this alias",
+        "`ssh.alias` names a Host that ~/.ssh/config does not have: it is taken for the host's name.",
+        "Check its spelling, or add a `Host` block for it.",
+    ),
+    Explanation(
+        "alias-needs-openssh",
+        W,
+        "the alias uses what only OpenSSH knows",
+        "The Host of ~/.ssh/config has options (ProxyCommand and the like) that transport sshtunnel does not know.",
+        "Write `transport: openssh` under the node's `ssh`.",
+    ),
+    Explanation(
+        "no-credentials",
+        W,
+        "there is nothing to log in with",
+        "Neither a key file nor an SSH agent nor a password is at hand for this node.",
+        "Give `ssh.identity_file` or `ssh.password_env`, or start an agent and `ssh-add` a key.",
+    ),
+    Explanation(
+        "key-open",
+        W,
+        "others can read the private key",
+        "The key file can be read by other users of this machine; ssh refuses such keys.",
+        "`chmod 600` the file.",
+    ),
+    Explanation(
+        "address-from",
+        E,
+        "the program that tells the address is not there",
+        "`address_from.command` names a program that cannot be found or run.",
+        "Give its whole path, and make it executable.",
+    ),
+    Explanation(
+        "config-edit",
+        E,
+        "this cannot be written into mesh.yaml",
+        "The value stands in a way that cannot be changed without touching more: behind an alias, in a block of text.",
+        "Change it by hand; the message says where it stands and what it should be.",
+    ),
+)

@@ -1,0 +1,162 @@
+"""Codes about the inference server, its models, and the routes to it."""
+
+from __future__ import annotations
+
+from gpumesh.audit.catalog.explanation import E, Explanation, I, W
+
+EXPLANATIONS = (
+    Explanation(
+        "backend-down",
+        E,
+        "the inference server does not serve",
+        "The host is reached, but its server refuses, is silent, is still loading, or says an error.",
+        "Start or restart it on the host (`systemctl restart ollama`, `docker start …`), and check `backend.port`.",
+    ),
+    Explanation(
+        "wrong-server",
+        E,
+        "another kind of server answers",
+        "The port answers, but not as this kind of server: a web page, another API, or no HTTP at all.",
+        "Point `backend.port` or `backend.url` at the server itself, or set `backend.kind: openai` for llama-server, "
+        "vLLM and LM Studio.",
+    ),
+    Explanation(
+        "wrong-scheme",
+        E,
+        "plain HTTP and HTTPS are mixed up",
+        "The port speaks HTTPS and is asked with plain HTTP, or the other way round.",
+        "Write `backend.url` with the other one of http:// and https://; `backend.port` alone means http.",
+    ),
+    Explanation(
+        "tls-refused",
+        E,
+        "no trusted TLS connection",
+        "The server's certificate is not accepted (self-signed, expired, for another name), or no TLS connection "
+        "comes about at all.",
+        "Use http:// where SSH encrypts the way anyhow; else give the server a certificate of a known authority for "
+        "the name in `backend.url`. `openssl s_client -connect HOST:PORT` shows what it offers.",
+    ),
+    Explanation(
+        "redirected",
+        E,
+        "the server sends us elsewhere",
+        "It answers with a redirect, to a login page, another host or HTTPS. Redirects are not followed: prompts go "
+        "only where mesh.yaml says.",
+        "Point `backend.port` or `backend.url` at the inference server itself, or write https:// if that is all it "
+        "wants.",
+    ),
+    Explanation(
+        "answer-broken",
+        E,
+        "the server's answer is not whole",
+        "The list of models breaks off, or is no whole JSON: the server crashes while it answers, or a proxy on the "
+        "way cuts long answers.",
+        "See the server's log on its host (`journalctl -u ollama`, `docker logs`) and restart it; go around a proxy.",
+    ),
+    Explanation(
+        "models-too-many",
+        E,
+        "the server lists too many models",
+        "Its list has more than 4,000 models or is longer than 8 MiB. It is asked every two seconds, and nobody waits "
+        "for that.",
+        "Remove what nobody uses (`ollama rm`, `gpumesh models rm`), or let a server of its own offer what you need.",
+    ),
+    Explanation(
+        "model-unusable",
+        W,
+        "the server lists models that cannot be asked for",
+        "Some entries of its list of models have no name, one that is no text, one of more than 200 characters, or one "
+        "with control characters. They are left out; what else the server lists is used.",
+        "See on the host what lists them (`curl -s http://127.0.0.1:PORT/api/tags`, or `/v1/models`), and give the "
+        "models plain names (`ollama cp`, `--alias`, `--served-model-name`).",
+    ),
+    Explanation(
+        "host-refused",
+        E,
+        "Ollama refuses our Host header",
+        "Ollama on loopback answers 403, without a word, to a name that is not its own.",
+        "Name the server as its own host does (`http://127.0.0.1:PORT`), or set OLLAMA_HOST=0.0.0.0 there.",
+    ),
+    Explanation(
+        "key-refused",
+        E,
+        "the server wants a key",
+        "The inference server answers 401 or 403.",
+        "Set `backend.api_key_env` to the variable that holds its key, and check the key.",
+    ),
+    Explanation(
+        "backend-on-cpu",
+        W,
+        "a model runs on the CPU",
+        "Part of a loaded model, or all of it, is not in the GPU's memory: it answers many times slower.",
+        "Choose a smaller model, quantisation or context, or unload others. If all of it is on the CPU although "
+        "the GPU is free, restart the server: it has lost the GPU.",
+    ),
+    Explanation(
+        "redis-away",
+        W,
+        "other gateways are not heard",
+        "mesh.yaml names a Redis over which several gateways tell each other what they have in flight, and it does not "
+        "answer. This one goes on alone; two of them may now pile onto one GPU.",
+        "Check that `redis.url` is right and that Redis runs and answers (`redis-cli -u URL ping`). With a single "
+        "gateway, take `redis` out of mesh.yaml.",
+    ),
+    Explanation(
+        "version-old",
+        W,
+        "the server is too old",
+        "This version lacks what gpumesh relies on (`think` came with 0.9).",
+        "Update Ollama on the host.",
+    ),
+    Explanation(
+        "model-missing",
+        W,
+        "a model is not there",
+        "A model that is expected, or was asked for, is on no node that is up, or not on this one.",
+        "`ollama pull MODEL` on the host; `gpumesh models` shows which node has what.",
+    ),
+    Explanation(
+        "model-differs",
+        W,
+        "one name, different models",
+        "Nodes have different digests under one model's name: an answer depends on the node that gives it.",
+        "`ollama pull MODEL` again on each of them.",
+    ),
+    Explanation(
+        "disk-full",
+        W,
+        "no room for models",
+        "Where the host keeps its models next to nothing is free: a pull ends with `no space left on device`.",
+        "`gpumesh models` shows what is there, `gpumesh models rm MODEL` makes room; or point OLLAMA_MODELS at a "
+        "larger disk.",
+    ),
+    Explanation(
+        "route-dead",
+        I,
+        "a candidate does not serve",
+        "Of a node's candidates (`backend.urls`) the first that answers is used; another one does not answer.",
+        "Nothing, if it is meant as a spare. If it never will answer, delete it.",
+    ),
+    Explanation(
+        "route-slower",
+        I,
+        "there is a faster way",
+        "Another way to the same server answers clearly faster than the one in use.",
+        "Put the faster one first under `backend.urls`. A way without SSH is for networks that you trust.",
+    ),
+    Explanation(
+        "routes-differ",
+        W,
+        "candidates are different servers",
+        "A node's candidates lead to servers with different models: which one answers depends on which one is up.",
+        "Make a node of each of them; then both are used.",
+    ),
+    Explanation(
+        "backend-exposed",
+        W,
+        "anybody can use the server",
+        "The inference server answers on the host's public address, without SSH and without a key.",
+        "Let it listen on loopback only (OLLAMA_HOST=127.0.0.1), or close its port in the firewall; the tunnel does "
+        "not need it.",
+    ),
+)
