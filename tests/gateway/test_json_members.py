@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Demand
-from gpumesh.gateway import json_members
+from gpumesh.gateway import json_members, json_scanner
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.json_members import KNOWN_MEMBERS, MAX_MEMBERS, WHOLE_BYTES, Members, fold_name, join_pieces
+from gpumesh.gateway.json_members import KNOWN_MEMBERS, SMALL_BODY_BYTES, Members, fold_name, join_pieces
+from gpumesh.gateway.json_scanner import MAX_MEMBERS
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ def in_pieces(body: bytes) -> Members:
 
 def padded(body: bytes) -> Members:
     """As a body is read that is too large to be read at once."""
-    return ended(json_members.scan_members(body + b" " * WHOLE_BYTES if body.strip() else body))
+    return ended(json_members.scan_members(body + b" " * SMALL_BODY_BYTES if body.strip() else body))
 
 
 each_reader = pytest.mark.parametrize("read", [small, in_pieces, padded])
@@ -325,8 +326,8 @@ def test_where_a_value_ends_does_not_depend_on_the_windows(tokens: list[str], wi
     except ValueError:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_members, "WINDOW", window)
-        patch.setattr(json_members, "FIRST_WINDOW", window)
+        patch.setattr(json_scanner, "WINDOW", window)
+        patch.setattr(json_scanner, "FIRST_WINDOW", window)
         found = in_pieces(body)
     assert found.text("model") == expected
 
@@ -383,7 +384,7 @@ def test_a_model_has_a_short_name(size: int) -> None:
         demand_of(small(b'{"model":"' + b"m" * size + b'"}'))
 
 
-@pytest.mark.parametrize("size", [1, WHOLE_BYTES])
+@pytest.mark.parametrize("size", [1, SMALL_BODY_BYTES])
 def test_nobody_needs_a_thousand_members(size: int) -> None:
     body = b'{"model":"m"' + b"".join(b',"%d":1' % number for number in range(MAX_MEMBERS)) + b" " * size + b"}"
     with pytest.raises(BadRequest, match="more than 1000 members"):
