@@ -34,9 +34,9 @@ from pathlib import Path
 from random import Random
 
 from gpumesh.daemon import paths as mesh_paths
-from gpumesh.daemon.control import ControlServer
-from gpumesh.daemon.lock import MeshLock
-from gpumesh.daemon.session import ChatStream, PromptRequest
+from gpumesh.daemon.control_socket.server import ControlServer
+from gpumesh.daemon.mesh_lock import MeshLock
+from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.history import History, Recorder
 from gpumesh.state import (

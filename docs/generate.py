@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from gpumesh import errors
 from gpumesh.audit.catalog import CATALOG
-from gpumesh.cli.root import app
+from gpumesh.cli.root_command import app
 from gpumesh.errors import ExitCode, GPUMeshError, TunnelError
 from gpumesh.gateway.observe import gauges
 from gpumesh.gateway.observe.metrics import RequestMetrics

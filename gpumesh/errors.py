@@ -41,6 +41,7 @@ what to do. No secret ever stands in either.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -77,6 +78,11 @@ class GPUMeshError(Exception):
 class UsageError(GPUMeshError):
     code = "usage"
     exit_code = ExitCode.USAGE
+
+
+def unknown_node(name: str, known: Iterable[str]) -> UsageError:
+    """A person named a node that the mesh does not have; ``known`` are its nodes."""
+    return UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.balancer.select import no_node_error
 from gpumesh.cli.commands.audit import propose_correction
 from gpumesh.cli.commands.env import ShellKind, export_lines
-from gpumesh.cli.init.node_drafts import Draft, mesh_yaml_lines
+from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
+from gpumesh.cli.init.node_drafts import Draft
 from gpumesh.config import edit
 from gpumesh.errors import ConfigError, HostUnresolved, TunnelError
 from gpumesh.gateway import error_shapes

@@ -15,8 +15,11 @@ PACKAGE = Path(gpumesh.__file__).parent
 LAYERS = {
     "errors": 0,
     "cancellation": 0,
+    "model_names": 0,
+    "sentences": 0,
     "printable": 0,
     "quoting": 0,
+    "async_iterators": 0,
     "slice_queue": 0,
     "atomic_file": 0,
     "versions": 0,

@@ -30,7 +30,7 @@ PRIVATE = {
     "httpx": ("gpumesh/probes/http_client.py", "transport._pool"),
     "paramiko": ("gpumesh/tunnels/inprocess/channels.py", "transport._send_user_message("),
     "sshtunnel": ("gpumesh/tunnels/inprocess/connection.py", "._make_ssh_forward_handler_class("),
-    "typer": ("gpumesh/cli/lazy.py", "parameter._runtime_param"),
+    "typer": ("gpumesh/cli/command_group.py", "parameter._runtime_param"),
 }
 # Those whose distribution has another name than what is imported.
 DISTRIBUTION = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}

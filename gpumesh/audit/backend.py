@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from gpumesh.audit.catalog import explain
 from gpumesh.backends.dialects import find_dialect
+from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
@@ -51,8 +52,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
     """Which models are not wholly on the GPU; as a node's reason says it too, so that nobody reads it twice."""
     spilled = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
-    more = f" and {len(spilled) - NAMED} more" if len(spilled) > NAMED else ""
-    return f"runs on the CPU: {', '.join(spilled[:NAMED])}{more}" if spilled else None
+    return f"runs on the CPU: {join_some(spilled, NAMED)}" if spilled else None
 
 
 def cpu_share_pct(model: LoadedModel) -> int:

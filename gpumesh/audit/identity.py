@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from gpumesh.sentences import join_all
 from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
@@ -127,8 +128,8 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
             "tunnel-duplicate",
             Severity.WARNING,
             names[0],
-            f"{_and(names)} are the same server by the same way",
-            f"delete {_and(names[1:])} from mesh.yaml, or let `gpumesh audit --write` switch the rest off",
+            f"{join_all(names)} are the same server by the same way",
+            f"delete {join_all(names[1:])} from mesh.yaml, or let `gpumesh audit --write` switch the rest off",
             nodes=tuple(names),
         )
     for machine in find_machines([state for _, state in pairs]):
@@ -139,7 +140,7 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
             "same-gpu",
             Severity.WARNING,
             machine.nodes[0],
-            f"{_and(machine.nodes)} are {_how_known(machine)}",
+            f"{join_all(machine.nodes)} are {_how_known(machine)}",
             f"they count once in every total and are balanced as one; keep {keep} and delete the rest "
             "(`gpumesh audit --write` switches them off)",
             nodes=machine.nodes,
@@ -245,7 +246,3 @@ def _server(node: NodeState) -> str | None:
         return None
     targets = [route.target for route in node.routes if route.url == node.backend.url]
     return f"port:{urlsplit(targets[0]).port}" if targets else None
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

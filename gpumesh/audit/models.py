@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gpumesh.backends.dialects import find_dialect
+from gpumesh.model_names import full_name
+from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
@@ -45,18 +47,7 @@ def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
             "model-differs",
             Severity.WARNING,
             None,
-            f"{_some(sorted(differing))} is not the same on {', '.join(nodes)}",
+            f"{join_some(sorted(differing), NAMED)} is not the same on {', '.join(nodes)}",
             "`ollama pull` it again on each of them, so that an answer does not depend on the node",
             nodes=nodes,
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def full_name(model: str) -> str:
-    """Ollama's rule: without a tag ``:latest`` is meant, and case does not count."""
-    name = model.strip().lower()
-    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"

@@ -56,9 +56,3 @@ def read_listing(entries: Any, *names: str, key: Callable[[str], str] = str) -> 
             seen.add(same)
             named[name] = entry
     return Listing(named, unusable)
-
-
-def full_name(name: str) -> str:
-    """Ollama's rule: case does not count, and a name without a tag means ``:latest``."""
-    lower = name.lower()
-    return lower if ":" in lower.rpartition("/")[2] else f"{lower}:latest"

@@ -22,6 +22,7 @@ from gpumesh.backends.base import (
 from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
 from gpumesh.backends.frames import BaseFrameReader, LineSplitter, final_chunk, wrong_dialect_error
 from gpumesh.errors import BackendError, ProbeError
+from gpumesh.model_names import full_name
 from gpumesh.printable import printable
 from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
@@ -85,8 +86,8 @@ class OllamaDialect:
             raise too_many
         ps = answers.get("ps")
         loaded = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
-        models = model_list.read_listing(tags["models"], "name", "model", key=model_list.full_name)
-        resident = model_list.read_listing((loaded or {}).get("models"), "name", "model", key=model_list.full_name)
+        models = model_list.read_listing(tags["models"], "name", "model", key=full_name)
+        resident = model_list.read_listing((loaded or {}).get("models"), "name", "model", key=full_name)
         return Inventory(
             version=printable(safe_json.as_text(version.get("version")) or "", 40) or None,
             catalog=tuple(_model(name, item) for name, item in models.entries.items()),

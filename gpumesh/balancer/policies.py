@@ -10,7 +10,8 @@ from random import Random
 from typing import TypeGuard
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name, full_names, gpu_group, group_loads
+from gpumesh.balancer.select import full_names, gpu_group, group_loads
+from gpumesh.model_names import full_name
 from gpumesh.topology import PolicyKind
 
 Policy = Callable[[Sequence[Candidate], Demand, int, Random], tuple[str, ...]]

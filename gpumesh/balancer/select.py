@@ -11,22 +11,11 @@ from weakref import WeakKeyDictionary
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand
 from gpumesh.errors import GPUMeshError, ModelMissing, NoNodeError
+from gpumesh.model_names import full_name
 from gpumesh.quoting import paste_command
 
 MAX_SHOWN_MODELS = 50  # in a sentence for people
 MAX_LISTED_MODELS = 1000  # in an error's data
-
-
-def same_model(asked: str, listed: str) -> bool:
-    """Whether two names mean one model. Ollama's rule: without a tag ``:latest`` is meant, and case does not count."""
-    return full_name(asked) == full_name(listed)
-
-
-def full_name(model: str) -> str:
-    """``qwen2.5`` becomes ``qwen2.5:latest``. A registry's port is no tag: ``host:5000/m`` becomes
-    ``host:5000/m:latest``."""
-    name = model.strip().lower()
-    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
 
 
 def has_model(candidate: Candidate, model: str | None) -> bool:

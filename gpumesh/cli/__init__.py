@@ -1,7 +1,9 @@
-"""What a person types and sees: one file for each command, written against ``daemon.session.Session`` so that it makes
-no difference whether the mesh runs in this process or in the background. Only render, status_view, live
-and scene know rich, and what a host said is cleaned in them.
+"""The command line: what a person types and sees.
 
-Modules of commands are imported only when their command is run, and import what is heavy inside their functions: the
-time to `--help` and to `status` is part of the product.
+``commands/`` has one file for each command. Commands are written against the protocol ``Session``, so it makes no
+difference whether the mesh runs in this process or in the background. ``views/`` draws; only views know rich, and they
+clean what comes from hosts. ``init/`` and ``bench/`` hold the larger parts of these two commands.
+
+A command's module is imported when the command runs, and imports heavy modules inside its functions: the time until
+`--help` and `status` answer is part of the product.
 """

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpumesh import audit
-from gpumesh.daemon.async_generators import closing_iterator
+from gpumesh.async_iterators import closing_iterator
 from gpumesh.errors import ConnectTimeout, GPUMeshError, SecretMissing
 from gpumesh.state import MeshState, NodeState, TunnelPhase
 from gpumesh.topology import NodeSpec, Topology
@@ -16,7 +16,7 @@ from gpumesh.topology import NodeSpec, Topology
 if TYPE_CHECKING:
     import httpx
 
-    from gpumesh.daemon.session import Session
+    from gpumesh.daemon.sessions.session import Session
 
 # All of it stays within the 10 s that a command may take when a node is ill: those that are well are looked at while
 # the ill ones are still being waited for.

@@ -1,5 +1,8 @@
-"""Where the process begins. Importing the command line takes a tenth of a second, in which Ctrl-C is no traceback
-either: so nothing is imported before ``main``."""
+"""The entry point of `gpumesh`.
+
+Importing the command line takes a tenth of a second, and Ctrl-C must not show a traceback in that time either. So
+nothing is imported before ``main`` runs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import sys
 def main() -> None:
     """Never returns."""
     try:
-        from gpumesh.cli import root
+        from gpumesh.cli.root_command import run_app
 
-        root.run_app()
+        run_app()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,6 +14,7 @@ from pathlib import Path
 from gpumesh.config import credentials, environment, locate, providers
 from gpumesh.config.ssh import key_files, ssh_config
 from gpumesh.quoting import paste_command
+from gpumesh.sentences import join_all
 from gpumesh.state import Finding, Severity
 from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, TransportKind
 
@@ -72,10 +73,10 @@ def _alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
         message = f"nothing is configured for {alias!r} in ~/.ssh/config: it is taken for the host's name"
         yield Finding("alias-unknown", Severity.WARNING, node, message, "check `ssh.alias` for a misspelling")
     if answer.openssh_features and ssh.transport is TransportKind.OPENSSH:
-        message = f"{alias!r} uses {_words(answer.openssh_features)}, so the system's ssh carries this node"
+        message = f"{alias!r} uses {join_all(answer.openssh_features)}, so the system's ssh carries this node"
         yield Finding("alias-needs-openssh", Severity.INFO, node, message)
     elif answer.openssh_features:
-        message = f"{alias!r} uses {_words(answer.openssh_features)}, which transport sshtunnel does not know"
+        message = f"{alias!r} uses {join_all(answer.openssh_features)}, which transport sshtunnel does not know"
         yield Finding(
             "alias-needs-openssh", Severity.WARNING, node, message, "write `transport: openssh` under its ssh"
         )
@@ -145,10 +146,6 @@ def _shared_routes(topology: Topology) -> Iterator[Finding]:
             users[target.url.replace("//localhost:", "//127.0.0.1:") + via].append(node.name)
     for where, names in users.items():
         if len(names) > 1:
-            message = f"{_words(names)} both name {where}" if len(names) == 2 else f"{_words(names)} all name {where}"
+            message = f"{join_all(names)} {'both' if len(names) == 2 else 'all'} name {where}"
             hint = "`gpumesh audit` tells whether they are one server"
             yield Finding("tunnel-duplicate", Severity.INFO, None, message, hint, tuple(names))
-
-
-def _words(words: tuple[str, ...] | list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

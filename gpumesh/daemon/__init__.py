@@ -1,7 +1,9 @@
-"""A mesh that other processes can talk to: where its files are, its lock, its control socket, its log, and how it is
-sent to the background. Whatever can be asked of a mesh is the ``Session`` protocol, and looks the same whether the mesh
-runs in this process (``LocalSession``) or behind the socket (``RemoteSession``).
+"""A mesh that other processes can reach: its process in the foreground or the background, its lock, its files, its log,
+and its control socket.
 
-No tables, no options, no wording for people here: that is cli/. Nothing that ``status`` needs may import pydantic,
-paramiko, httpx or aiohttp when it is imported.
+``Session`` (in ``sessions/``) is what can be asked of a mesh. It looks the same whether the mesh runs in this process
+(``LocalSession``) or behind the socket (``RemoteSession``).
+
+No tables, no options and no wording for people are here: they belong to cli/. Nothing that ``status`` needs may import
+pydantic, paramiko, httpx or aiohttp when it is imported.
 """

@@ -1,6 +1,6 @@
-"""The background mesh's process: ``python -m gpumesh.daemon``, started by ``detach.spawn`` and by nothing else.
+"""The background mesh's process: ``python -m gpumesh.daemon``. Only ``background.start_background`` starts it.
 
-It tells its parent through a pipe once it serves, or why it cannot: one message of the control protocol.
+It reports through a pipe to its parent when it serves, or why it cannot: one message of the control socket's protocol.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpumesh import config
-from gpumesh.daemon import messages, paths
-from gpumesh.daemon.lock import MeshLock
-from gpumesh.daemon.mesh_process import Shutdown, UpOptions, apply_options, run_mesh
+from gpumesh.daemon import paths
+from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.mesh_lock import MeshLock
+from gpumesh.daemon.mesh_process import run_mesh
 from gpumesh.daemon.process import event_loop
-from gpumesh.daemon.signals import handle_signals
+from gpumesh.daemon.shutdown import Shutdown, handle_signals
+from gpumesh.daemon.up_options import UpOptions, apply_options
 from gpumesh.errors import ExitCode, GPUMeshError
 
 log = logging.getLogger(__name__)
 
 
 class ReadyPipe:
-    """The parent's pipe. It may be gone: then nobody waits."""
+    """The pipe to the parent. A parent that is gone is no error."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
@@ -41,13 +43,13 @@ class ReadyPipe:
 
 
 async def serve(config_file: Path, options: UpOptions, ready: ReadyPipe) -> None:
-    """Until SIGTERM, SIGINT or ``Down``."""
+    """Runs the mesh until SIGTERM, SIGINT or ``Down``."""
     topology = apply_options(config.load(config_file), options)
-    where = paths.for_config(config_file)
-    lock = MeshLock.acquire(where)  # held until this process ends: that is what `down` waits for
+    mesh_paths = paths.for_config(config_file)
+    lock = MeshLock.acquire(mesh_paths)  # held until this process ends; `down` waits for that
     stop = Shutdown()
     handle_signals(stop, (signal.SIGTERM, signal.SIGINT))
-    async with run_mesh(topology, where, gateway=options.gateway, shutdown=stop, lock=lock):
+    async with run_mesh(topology, mesh_paths, gateway=options.gateway, shutdown=stop, lock=lock):
         ready.send(messages.End())
         await stop.wait()
 
@@ -61,7 +63,7 @@ def main() -> int:
     parser.add_argument("--node", action="append", default=[])
     arguments = parser.parse_args()
     options = UpOptions(tuple(arguments.node), not arguments.no_gateway, arguments.listen)
-    # The terminal that started it may close; what is written to it then must not end the mesh.
+    # The terminal that started the mesh may close. That must not end the mesh.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(arguments.ready_fd, False)
     ready = ReadyPipe(arguments.ready_fd)
@@ -70,16 +72,16 @@ def main() -> int:
     except GPUMeshError as error:
         ready.send(messages.message_from_error(error))
         return int(error.exit_code)
-    except asyncio.CancelledError:  # by a third signal
+    except asyncio.CancelledError:  # a third signal came
         return int(ExitCode.INTERRUPTED)
     except BaseExceptionGroup as group:
-        # The mesh's task groups wrap what ended them; the parent can show one reason, the log has all.
+        # The mesh's task groups wrap their errors. The parent can show one reason; the log has them all.
         log.critical("the mesh ended", exc_info=group)
         ready.send(messages.Error("failed", f"the mesh ended: {_reason(group)}", "`gpumesh logs` has the details"))
         return int(ExitCode.FAILED)
     except Exception as error:
         ready.send(messages.Error("failed", f"the mesh could not start: {_reason(error)}", ""))
-        raise  # the trace goes where the parent has our stderr kept
+        raise  # the trace goes to our stderr, which the parent keeps in a file
     return int(ExitCode.OK)
 
 

@@ -1,4 +1,4 @@
-"""Sends a mesh to the background, and ends one that is there."""
+"""Starts a mesh in the background (`up -d`), and stops one that runs there (`down`)."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gpumesh.daemon import leftovers, messages
-from gpumesh.daemon.lock import LockWatch
-from gpumesh.daemon.mesh_process import UpOptions
+from gpumesh.daemon import leftovers
+from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.control_socket.remote_session import RemoteSession
+from gpumesh.daemon.mesh_lock import LockWatch
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.daemon.remote_session import RemoteSession
+from gpumesh.daemon.up_options import UpOptions
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.state import MeshState
 
 READY_S = 20.0
-CLOSE_S = 10.0  # for closing tunnels and ending workers, after what was in flight ended
+CLOSE_S = 10.0  # for closing tunnels and ending workers, after the requests in flight have ended
 POLL_S = 0.02
 
 
 def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: float = READY_S) -> int:
-    """Starts the background process and returns its pid once its gateway and its control socket listen.
+    """Starts the background process and returns its pid when its gateway and its control socket listen.
 
-    Raises what the process says is wrong (a ConfigError's text, MeshAlreadyRunning, a port that is taken), or
-    GPUMeshError when it ends or says nothing for ``ready_timeout_s``; then nothing is left running.
+    Raises the error that the process reports (the text of a ConfigError, MeshAlreadyRunning, a port that is taken), or
+    GPUMeshError when the process ends or reports nothing for ``ready_timeout_s``. Then nothing is left running.
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", 0) as ready, paths.stderr_log.open("wb") as errors:
         try:
             process = subprocess.Popen(
-                _command(paths.config, options, writer),
+                _daemon_command(paths.config, options, writer),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                pass_fds=(writer,),  # with our whole environment: it is the mesh, and reads its secrets from there
+                pass_fds=(writer,),  # our whole environment goes with it: the mesh reads its secrets from there
                 start_new_session=True,
             )
         finally:
             os.close(writer)
         try:
-            told = _line(ready.fileno(), ready_timeout_s)
-            if isinstance(told, messages.Error):
-                raise messages.error_from_message(told)
-            if told is None:
-                raise _no_answer(process, paths, ready_timeout_s)
+            report = _read_ready_message(ready.fileno(), ready_timeout_s)
+            if isinstance(report, messages.Error):
+                raise messages.error_from_message(report)
+            if report is None:
+                raise _no_report_error(process, paths, ready_timeout_s)
         except BaseException:
-            _end(process)
+            _end_process(process)
             raise
-    process.returncode = 0  # it is nobody's child to wait for any more: no warning when this object goes
+    process.returncode = 0  # nobody waits for this child any more; without this, Popen's finalizer would warn
     return process.pid
 
 
-def _command(config: Path, options: UpOptions, ready: int) -> list[str]:
-    # -P: a folder named gpumesh, or a yaml.py, where the user happens to be is not ours.
+def _daemon_command(config: Path, options: UpOptions, ready: int) -> list[str]:
+    # -P: a folder named gpumesh, or a yaml.py, in the user's working directory must not be imported.
     command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready)]
     if not options.gateway:
         command.append("--no-gateway")
@@ -69,8 +70,8 @@ def _command(config: Path, options: UpOptions, ready: int) -> list[str]:
     return command + [f"--node={name}" for name in options.nodes]
 
 
-def _line(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
-    """The one message on the pipe; ``None`` when it ends without one or the time is over."""
+def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
+    """The one message on the pipe; ``None`` when the pipe ends without a message or the time is over."""
     deadline = time.monotonic() + timeout_s
     data = b""
     while not data.endswith(b"\n"):
@@ -82,7 +83,7 @@ def _line(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
     return messages.decode_reply(data)
 
 
-def _no_answer(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
+def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
     with suppress(subprocess.TimeoutExpired):
         process.wait(0.5)
     if process.returncode is None:
@@ -95,7 +96,7 @@ def _no_answer(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: fl
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end_process(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(CLOSE_S)
@@ -107,8 +108,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 async def stop_background(
     paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_S
 ) -> bool:
-    """Drains and stops the mesh, and returns when its process is gone and nothing of it is left. True: in order;
-    False: it did not end by itself and was killed.
+    """Drains and stops the mesh. Returns when its process is gone and nothing of it is left: True when it ended by
+    itself, False when it had to be killed.
 
     Raises MeshNotRunning.
     """
@@ -122,15 +123,12 @@ async def stop_background(
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):
-                if not await _ask_down(paths, drain_s, on_state) and pid is not None and watch.held:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-                await _gone(watch)
+                if not await _request_down(paths, drain_s, on_state):
+                    _signal_owner(watch, pid, signal.SIGTERM)
+                await _wait_unlocked(watch)
         except TimeoutError:
-            if pid is not None and watch.held:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            await _gone(watch)
+            _signal_owner(watch, pid, signal.SIGKILL)
+            await _wait_unlocked(watch)
             watch.remove_if_stale(paths)
             leftovers.remove_leftovers()
             return False
@@ -138,13 +136,20 @@ async def stop_background(
         return True
 
 
-async def _gone(watch: LockWatch) -> None:
+def _signal_owner(watch: LockWatch, pid: int | None, number: signal.Signals) -> None:
+    """Only while the lock is held: after that the pid may be another process's."""
+    if pid is not None and watch.held:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+async def _wait_unlocked(watch: LockWatch) -> None:
     while watch.held:  # noqa: ASYNC110  # another process ends: there is no event to wait for
         await asyncio.sleep(POLL_S)
 
 
-async def _ask_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
-    """False when nobody listens there: it is closing already, or starts just now, or its socket was taken away."""
+async def _request_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
+    """False when no mesh listens: the mesh is closing already, or just starts, or its socket was removed."""
     try:
         async for state in RemoteSession(paths.socket).down(drain_s):
             on_state(state)

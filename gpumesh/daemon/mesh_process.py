@@ -1,93 +1,35 @@
-"""The running whole in one process: log, mesh, control socket and gateway, opened in this order, closed in the other.
-`up` shows a table over it, the background process only runs it."""
+"""The whole mesh in one process: log, mesh, control socket and gateway, opened in this order and closed in the reverse.
+
+`up` shows a table over it; the background process only runs it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
-from gpumesh import config
-from gpumesh.daemon import event_log, leftovers
-from gpumesh.daemon.control import ControlServer
-from gpumesh.daemon.local_session import LocalSession
-from gpumesh.daemon.lock import MeshLock
+from gpumesh.daemon import leftovers, log_file
+from gpumesh.daemon.control_socket.server import ControlServer
+from gpumesh.daemon.mesh_lock import MeshLock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.daemon.process.open_files import raise_file_limit
-from gpumesh.errors import GPUMeshError, MeshAlreadyRunning, UsageError
+from gpumesh.daemon.sessions.local_session import LocalSession
+from gpumesh.daemon.shutdown import Shutdown
+from gpumesh.daemon.state_changes import compare_states
+from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.state import MeshState
 from gpumesh.topology import Topology
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 10.0
-JOURNAL_EVERY_S = 0.1
-KEEP_EVERY_S = 2.0
-HISTORY_EVERY_S = 2.0  # as often as nvidia-smi is asked
-
-
-@dataclass(frozen=True, slots=True)
-class UpOptions:
-    """``nodes``: only these, all if empty. ``listen``: instead of what mesh.yaml says, in the
-    form of ``config.listen_on``."""
-
-    nodes: tuple[str, ...] = ()
-    gateway: bool = True
-    listen: str | None = None
-
-
-class Shutdown:
-    """Asked for once or more, by a signal or over the control socket; the first says how long draining may take.
-
-    ``forced``: draining is to end now. ``interrupted``: by a person who pressed Ctrl-C twice.
-    """
-
-    def __init__(self) -> None:
-        self._asked = asyncio.Event()
-        self.forced = asyncio.Event()
-        self.interrupted = False
-        self.drain_s = DRAIN_S
-
-    @property
-    def requested(self) -> bool:
-        return self._asked.is_set()
-
-    def request(self, drain_s: float = DRAIN_S) -> None:
-        if not self._asked.is_set():
-            self.drain_s = max(drain_s, 0.0)
-            self._asked.set()
-
-    def request_within(self, drain_s: float) -> None:
-        """As ``request``; where that was asked already, this may make it sooner."""
-        if self._asked.is_set():
-            asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.force)
-        else:
-            self.request(drain_s)
-
-    def force(self) -> None:
-        self.request(0.0)
-        self.forced.set()
-
-    async def wait(self) -> None:
-        await self._asked.wait()
-
-
-def apply_options(topology: Topology, options: UpOptions) -> Topology:
-    """The topology as `up`'s arguments narrow it. Raises UsageError."""
-    names = [node.name for node in topology.nodes]
-    for name in options.nodes:
-        if name not in names:
-            raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(names)}")
-    if options.nodes:
-        topology = replace(topology, nodes=tuple(node for node in topology.nodes if node.name in options.nodes))
-    if options.listen is not None:
-        listen = config.parse_listen_option(options.listen, api_key_env=topology.gateway.api_key_env)
-        topology = replace(topology, gateway=replace(topology.gateway, **listen._asdict()))
-    return topology
+LOG_INTERVAL_S = 0.1
+RESTORE_INTERVAL_S = 2.0
+HISTORY_INTERVAL_S = 2.0  # as often as nvidia-smi is asked
 
 
 @asynccontextmanager
@@ -98,12 +40,12 @@ async def run_mesh(
     gateway: bool,
     shutdown: Shutdown,
     lock: MeshLock | None = None,
-    check_every_s: float = KEEP_EVERY_S,
+    check_every_s: float = RESTORE_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
-    """Runs the mesh for as long as the context is open; leaving it drains (``stop.drain_s`` at most) and closes.
+    """Runs the mesh while the context is open. Leaving it drains (``shutdown.drain_s`` at most) and closes.
 
-    The caller holds the mesh's lock (``MeshLock.take``) and keeps it to the end of its process; given here, it and the
-    control socket are put back when somebody takes them away.
+    The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to the end of its process. When it is given
+    here, its file and the control socket are restored if they are removed.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -111,30 +53,29 @@ async def run_mesh(
 
     async with AsyncExitStack() as stack:
         stack.enter_context(raise_file_limit())
-        stack.callback(_remove, paths, lock)
-        handler = event_log.start_log(paths.log)
-        stack.callback(event_log.stop_log, handler)
-        stack.push(_say_why)
+        stack.callback(_remove_files, paths, lock)
+        handler = log_file.start_log(paths.log)
+        stack.callback(log_file.stop_log, handler)
+        stack.push(_log_failure)
         leftovers.remove_leftovers()
         log.info("the mesh %s starts; nodes: %d", topology.name, len(topology.nodes), extra={"event": "start"})
         stack.callback(log.info, "the mesh %s ended", topology.name, extra={"event": "end"})
         mesh = await stack.enter_async_context(Mesh(topology))
         session = LocalSession(mesh)
-        writing = asyncio.create_task(_write_journal(session), name="journal")
-        stack.push_async_callback(_ended, writing)
-        recording = asyncio.create_task(_keep_history(session), name="history")
-        stack.push_async_callback(_ended, recording)
+        _run_until_closed(stack, _log_changes(session), name="journal")
+        _run_until_closed(stack, _record_history(session), name="history")
         control = await stack.enter_async_context(ControlServer(session, paths.socket, on_stop=shutdown.request_within))
         if lock is not None:
-            keeping = asyncio.create_task(_keep_reachable(control, lock, paths, shutdown, check_every_s), name="keeper")
-            stack.push_async_callback(_ended, keeping)
+            restoring = _restore_when_removed(control, lock, paths, shutdown, check_every_s)
+            _run_until_closed(stack, restoring, name="keeper")
         async with AsyncExitStack() as serving:
             if gateway:
                 access_log = AccessLog(paths.access_log) if topology.gateway.access_log else None
-                gate = Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
-                server = await serving.enter_async_context(gate)
+                server = await serving.enter_async_context(
+                    Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
+                )
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
-            # What is loaded by now stays. Each full collection would look through it: 10 ms in which no token moves.
+            # The objects that exist now stay. A full collection would walk through them: 10 ms in which no token moves.
             gc.collect()
             gc.freeze()
             serving.callback(gc.unfreeze)
@@ -148,81 +89,88 @@ async def run_mesh(
         await wait_drained(session, max(shutdown.drain_s - spent_s, 0.0), shutdown.forced)
 
 
-def _remove(paths: MeshPaths, lock: MeshLock | None) -> None:
-    if lock is None or lock.still_owns(paths):  # else they are another mesh's by now
+def _run_until_closed(stack: AsyncExitStack, work: Coroutine[Any, Any, None], *, name: str) -> None:
+    """Starts a task that is cancelled when the stack closes."""
+    task = asyncio.create_task(work, name=name)
+
+    async def cancel() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(cancel)
+
+
+def _remove_files(paths: MeshPaths, lock: MeshLock | None) -> None:
+    if lock is None or lock.still_owns(paths):  # else the files belong to another mesh by now
         paths.remove_files()
 
 
-def _say_why(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-    """What ends a mesh must stand in its log, while that is still open: later there is nobody to tell."""
+def _log_failure(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+    """Writes the error that ends the mesh into its log while the log is still open."""
     if isinstance(error, GPUMeshError):
         log.error("the mesh ends: %s", error.message, extra={"event": "failed", "node": error.node})
     elif isinstance(error, Exception):
         log.critical("the mesh ends, by a fault of gpumesh's own", exc_info=error, extra={"event": "failed"})
 
 
-async def wait_drained(session: LocalSession, timeout_s: float, hurried: asyncio.Event) -> None:
-    """Returns when nothing is in flight or waits any more, or the time is over, or ``hurried`` is set."""
+async def wait_drained(session: LocalSession, timeout_s: float, forced: asyncio.Event) -> None:
+    """Returns when no request is in flight or queued, or after ``timeout_s``, or when ``forced`` is set."""
 
-    async def ended() -> None:
+    async def wait_until_idle() -> None:
         async with aclosing(session.watch(0.05)) as states:
             async for state in states:
                 if not count_in_flight(state):
                     return
 
-    either = [asyncio.ensure_future(ended()), asyncio.ensure_future(hurried.wait())]
+    waits = [asyncio.ensure_future(wait_until_idle()), asyncio.ensure_future(forced.wait())]
     try:
-        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for one in either:
-            one.cancel()
-        await asyncio.gather(*either, return_exceptions=True)
-    if left := count_in_flight(session.mesh.snapshot()):
-        log.warning("what did not end in time is cut; requests: %d", left)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    if remaining := count_in_flight(session.mesh.snapshot()):
+        log.warning("what did not end in time is cut; requests: %d", remaining)
 
 
 def count_in_flight(state: MeshState) -> int:
     return state.gateway.in_flight + state.gateway.queued
 
 
-async def _write_journal(session: LocalSession) -> None:
+async def _log_changes(session: LocalSession) -> None:
     last: MeshState | None = None
-    async with aclosing(session.watch(JOURNAL_EVERY_S)) as states:
+    async with aclosing(session.watch(LOG_INTERVAL_S)) as states:
         async for state in states:
-            for event in event_log.compare_states(last, state):
-                event_log.log_event(event)
+            for event in compare_states(last, state):
+                log_file.log_event(event)
             last = state
 
 
-async def _keep_history(session: LocalSession) -> None:
+async def _record_history(session: LocalSession) -> None:
     while True:
-        await asyncio.sleep(HISTORY_EVERY_S)
+        await asyncio.sleep(HISTORY_INTERVAL_S)
         session.recorder.add(await session.status())
 
 
-async def _keep_reachable(
-    control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Shutdown, every_s: float
+async def _restore_when_removed(
+    control: ControlServer, lock: MeshLock, paths: MeshPaths, stop: Shutdown, interval_s: float
 ) -> None:
-    """A mesh that nobody could ask or stop any more would hold its ports for ever."""
-    told = False
+    """Restores the lock file and the control socket when they are removed. Without them no command could reach or stop
+    this mesh, and it would hold its ports for ever."""
+    reported = False
     while True:
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(interval_s)
         try:
             lock.restore_file(paths)
             await control.restore_socket()
         except MeshAlreadyRunning as error:
-            said = error.message
-            log.error("this mesh ends: its lock was taken away, and now %s", said, extra={"event": "failed"})  # noqa: TRY400
+            reason = error.message
+            log.error("this mesh ends: its lock was taken away, and now %s", reason, extra={"event": "failed"})  # noqa: TRY400
             stop.request()
             return
         except (GPUMeshError, OSError) as error:
-            if not told:
+            if not reported:
                 log.warning("no command can reach this mesh: %s", error, extra={"event": "unreachable"})
-            told = True
+            reported = True
         else:
-            told = False
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+            reported = False

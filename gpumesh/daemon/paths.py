@@ -1,6 +1,6 @@
-"""Where a running mesh keeps its socket and lock, and its log: one folder for each mesh.yaml.
+"""The paths of a mesh's control socket, lock and logs: one runtime folder and one log for each mesh.yaml.
 
-The runtime folder is gone after `down`; the log stays, so that one can read why the last mesh ended.
+`down` removes the runtime folder. The log stays, so that a person can read why the last mesh ended.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpumesh.config import environment
-from gpumesh.config.locate import SOCKET_PATH_LIMIT as SOCKET_PATH_LIMIT  # noqa: PLC0414 - of all our sockets
+from gpumesh.config.locate import SOCKET_PATH_LIMIT as SOCKET_PATH_LIMIT  # noqa: PLC0414 - the limit for all our sockets
 from gpumesh.errors import GPUMeshError
 
 
 @dataclass(frozen=True, slots=True)
 class MeshPaths:
-    """All for one mesh.yaml. Nothing is created before ``create_folder``."""
+    """The paths for one mesh.yaml. Nothing is created before ``create_folder``."""
 
     config: Path
     folder: Path
@@ -34,16 +34,16 @@ class MeshPaths:
 
     @property
     def access_log(self) -> Path:
-        """A line for each request to the gateway."""
+        """One line for each request to the gateway."""
         return self.log.with_suffix(".access.jsonl")
 
     @property
     def stderr_log(self) -> Path:
-        """What a background Python says that cannot even start; empty otherwise."""
+        """What Python prints when the background process cannot even start; empty otherwise."""
         return self.log.with_suffix(".stderr")
 
     def create_folder(self) -> None:
-        """The runtime folder, for this user alone. Raises GPUMeshError where that cannot be had."""
+        """Makes the runtime folder, for this user alone. Raises GPUMeshError when that is not possible."""
         if len(str(self.socket).encode()) > SOCKET_PATH_LIMIT:
             raise GPUMeshError(
                 f"the control socket's path is longer than a Unix socket's may be: {self.socket}",
@@ -59,7 +59,7 @@ class MeshPaths:
             ) from error
 
     def remove_files(self) -> None:
-        """Takes away what the mesh left, the lock last. Only for whoever holds the lock."""
+        """Removes the mesh's files, the lock last. Only the holder of the lock may call this."""
         with suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name != self.lock.name:
@@ -75,7 +75,7 @@ class MeshPaths:
 
 
 def for_config(config: Path) -> MeshPaths:
-    """The paths for this mesh.yaml, the same whichever way (relative, by a link) it was named."""
+    """The paths for this mesh.yaml. They are the same whether it is named by a relative path or by a link."""
     resolved = config.resolve()
     key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return MeshPaths(

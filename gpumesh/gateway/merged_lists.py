@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gpumesh.backends import model_list, safe_json
-from gpumesh.balancer.select import full_name
+from gpumesh.model_names import full_name
 from gpumesh.printable import printable
 
 # What is passed on of what we do not know: of one entry, of one text, of lists in lists.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpumesh.audit.backend import describe_cpu_models
 from gpumesh.audit.gpus import describe_gpu_count
+from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
@@ -47,14 +48,8 @@ _RANK = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 def missing_models(spec: NodeSpec, backend: BackendReport) -> tuple[str, ...]:
     if not spec.expect.models:
         return ()  # the usual case, and a server may list thousands
-    there = {_full(name) for name in backend.state.models}
-    return tuple(name for name in spec.expect.models if _full(name) not in there)
-
-
-def _full(model: str) -> str:
-    """Ollama's rule: without a tag, ``:latest`` is meant; case does not count."""
-    name = model.strip().lower()
-    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+    there = {full_name(name) for name in backend.state.models}
+    return tuple(name for name in spec.expect.models if full_name(name) not in there)
 
 
 def _without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:

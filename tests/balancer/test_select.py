@@ -1,7 +1,7 @@
 import pytest
 
 from gpumesh.balancer.base import Candidate, Demand
-from gpumesh.balancer.select import full_name, group_loads, has_model, no_node_error, same_model, select_candidates
+from gpumesh.balancer.select import group_loads, has_model, no_node_error, select_candidates
 from gpumesh.errors import ModelMissing, NoNodeError
 from gpumesh.topology import BackendKind
 
@@ -9,21 +9,6 @@ from gpumesh.topology import BackendKind
 def node(name: str, **given: object) -> Candidate:
     fields: dict[str, object] = {"kind": BackendKind.OLLAMA, "usable": True, "models": frozenset({"m:latest"})}
     return Candidate(name=name, **{**fields, **given})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("asked", "full"),
-    [
-        ("qwen2.5", "qwen2.5:latest"),
-        ("qwen2.5:7b", "qwen2.5:7b"),
-        ("Qwen2.5:7B", "qwen2.5:7b"),
-        ("host:5000/lib/m", "host:5000/lib/m:latest"),
-        (" m ", "m:latest"),
-    ],
-)
-def test_a_model_without_a_tag_is_latest(asked: str, full: str) -> None:
-    assert full_name(asked) == full
-    assert same_model(asked, full)
 
 
 def test_only_nodes_that_are_up_and_speak_the_api_and_have_the_model_are_selected() -> None:

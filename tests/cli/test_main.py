@@ -8,7 +8,7 @@ INTERRUPTED = """
 import signal, sys
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "gpumesh.cli.root":
+        if name == "gpumesh.cli.root_command":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 from gpumesh.cli.main import main

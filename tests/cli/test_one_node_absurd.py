@@ -20,11 +20,11 @@ from gpumesh.audit.changes import plan_changes
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.result import describe_environment
 from gpumesh.cli.commands.models import _table
-from gpumesh.cli.text import json_text
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
-from gpumesh.cli.views.status_table import ViewOptions, print_status
-from gpumesh.cli.views.tables import print_findings
+from gpumesh.cli.views.findings import print_findings
+from gpumesh.cli.views.safe_text import json_text
+from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 from gpumesh.errors import ProbeError
 from gpumesh.gateway.observe import exposition, gauges
 from gpumesh.mesh.history import Recorder

@@ -1,4 +1,4 @@
-"""A Session that answers from a script: what the control socket's tests talk to."""
+"""A Session that answers from a script, for the tests of the control socket."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 from gpumesh.backends.base import Chunk, ServerCounters
-from gpumesh.daemon.session import ChatStream, PromptRequest
+from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
 from gpumesh.errors import ModelMissing, QueueFull, UsageError
 from gpumesh.mesh.history import History, HistorySeries
 from gpumesh.state import MeshState
@@ -17,16 +17,16 @@ from tests.cli.states import typical
 
 
 class ScriptedChat:
-    def __init__(self, ask: PromptRequest, ended: asyncio.Event) -> None:
+    def __init__(self, prompt: PromptRequest, ended: asyncio.Event) -> None:
         self.node: str | None = None
         self.attempts = 0
-        self._ask = ask
+        self._prompt = prompt
         self._ended = ended
 
     async def __aiter__(self) -> AsyncGenerator[Chunk]:
         self.node, self.attempts = "iceland", 1
         try:
-            for word in self._ask.messages[-1].content.split():
+            for word in self._prompt.messages[-1].content.split():
                 yield Chunk(text=word)
                 if word == "hang":
                     await asyncio.Event().wait()
@@ -41,7 +41,7 @@ class ScriptedSession:
 
     def __init__(self) -> None:
         self.state = typical()
-        self.asks: list[PromptRequest] = []
+        self.prompts: list[PromptRequest] = []
         self.drained: list[str] = []
         self.reconnected: list[str] = []
         self.chat_ended = asyncio.Event()
@@ -58,19 +58,19 @@ class ScriptedSession:
             yield replace(self.state, mesh=name)
         await asyncio.Event().wait()
 
-    def chat(self, ask: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
-        return self._chat(ask)
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+        return self._open_chat(prompt)
 
     @asynccontextmanager
-    async def _chat(self, ask: PromptRequest) -> AsyncGenerator[ChatStream]:
-        self.asks.append(ask)
-        if ask.model == "missing":
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[ChatStream]:
+        self.prompts.append(prompt)
+        if prompt.model == "missing":
             raise ModelMissing("missing", available=("a", "b"), hint="pull it")
-        if ask.model == "full":
+        if prompt.model == "full":
             raise QueueFull("too many wait", retry_after_s=3.0)
-        if ask.model == "bug":
+        if prompt.model == "bug":
             raise ZeroDivisionError("inside")
-        yield ScriptedChat(ask, self.chat_ended)
+        yield ScriptedChat(prompt, self.chat_ended)
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
         try:

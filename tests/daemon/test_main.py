@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.daemon import messages
+from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import UsageError
 from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
 from tests.real.command import Gpumesh

@@ -1,4 +1,4 @@
-"""The running whole in this process: what ends it stands in its log."""
+"""The whole mesh in this process: its log names what ended it, and its files are restored."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.daemon.lock import MeshLock
-from gpumesh.daemon.mesh_process import Shutdown, run_mesh
+from gpumesh.daemon.control_socket.remote_session import RemoteSession
+from gpumesh.daemon.mesh_lock import MeshLock
+from gpumesh.daemon.mesh_process import run_mesh
 from gpumesh.daemon.paths import MeshPaths
-from gpumesh.daemon.remote_session import RemoteSession
+from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.errors import NoNodeError
 from gpumesh.topology import BackendSpec, NodeSpec, Target, Topology
 from tests.tunnels.polling import wait_until
@@ -32,8 +33,8 @@ def lines(paths: MeshPaths) -> list[dict[str, str]]:
     return [json.loads(line) for line in paths.log.read_text().splitlines()]
 
 
-async def test_a_fault_of_our_own_is_in_the_log(tmp_path: Path) -> None:
-    """It goes through every context to the process's end, when the log is closed and no terminal is there."""
+async def test_a_bug_that_ends_the_mesh_is_in_its_log(tmp_path: Path) -> None:
+    """The error leaves the process after the log is closed, and a background mesh has no terminal."""
     paths = paths_in(tmp_path)
     with pytest.raises(ZeroDivisionError):
         async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown()):
@@ -44,7 +45,7 @@ async def test_a_fault_of_our_own_is_in_the_log(tmp_path: Path) -> None:
     assert lines(paths)[-1] == failed
 
 
-async def test_what_a_person_can_change_is_in_the_log_as_a_sentence(tmp_path: Path) -> None:
+async def test_an_expected_error_is_in_the_log_without_a_trace(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     with pytest.raises(NoNodeError):
         async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown()):
@@ -54,7 +55,7 @@ async def test_what_a_person_can_change_is_in_the_log_as_a_sentence(tmp_path: Pa
     assert "trace" not in failed
 
 
-async def test_an_end_in_order_is_no_failure_and_leaves_the_log_alone(tmp_path: Path) -> None:
+async def test_a_normal_end_removes_the_folder_and_keeps_the_log(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown()):
         assert paths.socket.exists()
@@ -65,20 +66,20 @@ async def test_an_end_in_order_is_no_failure_and_leaves_the_log_alone(tmp_path: 
     assert paths.log.exists()
 
 
-async def test_what_lets_commands_reach_it_is_put_back(tmp_path: Path) -> None:
-    """/tmp is cleared of what is old, and a runtime folder goes at logout."""
+async def test_removed_socket_and_lock_are_restored(tmp_path: Path) -> None:
+    """A system clears old files from /tmp, and removes a runtime folder at logout."""
     paths = paths_in(tmp_path)
     lock = MeshLock.acquire(paths)
     async with run_mesh(TOPOLOGY, paths, gateway=False, shutdown=Shutdown(), lock=lock, check_every_s=0.01):
         shutil.rmtree(paths.folder)
-        await wait_until(paths.socket.exists, "it listens again")
-        await wait_until(lambda: paths.lock.exists() and paths.lock.read_text() != "", "it is locked again")
+        await wait_until(paths.socket.exists, "the control socket is back")
+        await wait_until(lambda: paths.lock.exists() and paths.lock.read_text() != "", "the lock is back")
         assert (await RemoteSession(paths.socket).status()).mesh == "home"
     assert not paths.folder.exists()
     lock.release()
 
 
-async def test_a_mesh_whose_place_another_has_taken_ends(tmp_path: Path) -> None:
+async def test_a_mesh_ends_when_another_mesh_has_its_lock(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     lock, stop = MeshLock.acquire(paths), Shutdown()
     paths.lock.unlink()
@@ -91,7 +92,7 @@ async def test_a_mesh_whose_place_another_has_taken_ends(tmp_path: Path) -> None
         paths.socket.touch()
         await stop.wait()
     assert paths.lock.exists()
-    assert paths.socket.exists(), "they are the other's"
+    assert paths.socket.exists(), "they belong to the other mesh"
     other.release()
     lock.release()
     (failed,) = [line for line in lines(paths) if line["event"] == "failed"]

@@ -23,7 +23,7 @@ from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.backends.dialects import DIALECTS, find_counters
 from gpumesh.coordination.peers import Peers
 from gpumesh.coordination.peers import decode_loads as decode_peer
-from gpumesh.daemon import messages
+from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merged_lists
 from gpumesh.gateway.http.errors import BadRequest

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import clean_line, clean_text, json_text
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.views.safe_text import clean_line, clean_text, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.state import Finding, MeshState, Severity
 from gpumesh.topology import Topology
@@ -74,7 +75,7 @@ def audit(
 async def _look(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
     """The state, and whether it is that of a mesh that runs in the background."""
     from gpumesh.cli.inspection import inspect_mesh
-    from gpumesh.daemon.remote_session import RemoteSession
+    from gpumesh.daemon.control_socket.remote_session import RemoteSession
 
     async with open_session(chosen) as session:
         return await inspect_mesh(session, topology), isinstance(session, RemoteSession)
@@ -140,7 +141,7 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
 
 def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
     """Shows the diff and writes it, if that is wanted; the findings that are left."""
-    from gpumesh.cli.views import tables
+    from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")
     for line in plan.manual_steps:
@@ -164,7 +165,7 @@ def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequenc
             typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
     if plan.remaining_findings:
         typer.echo("\nleft to you:")
-        tables.print_findings(plan.remaining_findings)
+        print_findings(plan.remaining_findings)
     return plan.remaining_findings
 
 

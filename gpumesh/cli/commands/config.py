@@ -6,8 +6,8 @@ import json
 
 import typer
 
-from gpumesh.cli.context import global_options
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import global_options
 from gpumesh.errors import ExitCode
 
 app = new_app(no_args_is_help=True)
@@ -22,7 +22,7 @@ def config() -> None:
 def check(ctx: typer.Context) -> None:
     """Say all that is wrong with mesh.yaml, or that nothing is. Opens no connection."""
     from gpumesh import config as configuration
-    from gpumesh.cli.text import clean_line
+    from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.state import Severity
 
     chosen = global_options(ctx)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import GlobalOptions, global_options
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.errors import ExitCode
 from gpumesh.quoting import shell_word
 from gpumesh.state import Health, MeshState
 
 if TYPE_CHECKING:
-    from gpumesh.cli.commands.run import PromptResult
-    from gpumesh.cli.views.demo_story import DemoDisplay
-    from gpumesh.daemon.local_session import LocalSession
-    from gpumesh.daemon.mesh_process import Shutdown
+    from gpumesh.cli.views.live.demo_display import DemoDisplay
+    from gpumesh.daemon.sessions.local_session import LocalSession
+    from gpumesh.daemon.sessions.prompt_sender import PromptResult
+    from gpumesh.daemon.shutdown import Shutdown
     from gpumesh.lab.lab import Lab
 
 MODEL = "qwen2.5:7b"
@@ -66,11 +66,11 @@ def demo(
 
 async def _demo(chosen: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
-    from gpumesh.cli.views.demo_story import DemoDisplay
-    from gpumesh.daemon.lock import MeshLock
-    from gpumesh.daemon.mesh_process import Shutdown, run_mesh
+    from gpumesh.cli.views.live.demo_display import DemoDisplay
+    from gpumesh.daemon.mesh_lock import MeshLock
+    from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.paths import for_config
-    from gpumesh.daemon.signals import handle_signals
+    from gpumesh.daemon.shutdown import Shutdown, handle_signals
     from gpumesh.lab import profile
     from gpumesh.lab.lab import Lab
     from gpumesh.tunnels.local_system.socket_folders import private_folder
@@ -105,7 +105,7 @@ async def _demo(chosen: GlobalOptions, count: int, keep: bool) -> ExitCode:
 @asynccontextmanager
 async def _drawn(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
     """Redraws the table as long as the context is open."""
-    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.async_iterators import closing_iterator
 
     async def draw() -> None:
         async with closing_iterator(session.watch(REDRAW_S)) as states:
@@ -148,14 +148,14 @@ async def _story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCod
 
 
 async def _one_answer(scene: DemoDisplay, session: LocalSession) -> None:
-    from gpumesh.cli.commands.run import send_prompt
-    from gpumesh.cli.prompt_file import PromptEntry
-    from gpumesh.cli.text import shorten
-    from gpumesh.daemon.session import PromptRequest
+    from gpumesh.cli.prompt_input import PromptEntry
+    from gpumesh.cli.views.figures import shorten
+    from gpumesh.daemon.sessions.prompt_sender import send_prompt
+    from gpumesh.daemon.sessions.session import PromptRequest
 
     question = "Why is the sky blue?"
     result = await send_prompt(
-        session, PromptEntry(question).make_ask(PromptRequest((), model=MODEL), None), 0, question
+        session, PromptEntry(question).make_request(PromptRequest((), model=MODEL), None), 0, question
     )
     rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
     scene.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
@@ -166,9 +166,9 @@ async def _under_load(
     scene: DemoDisplay, session: LocalSession, lab: Lab, victim: str
 ) -> tuple[Sequence[PromptResult], float]:
     """All prompts at once, and the host's death as soon as some answers are in and it is at work itself."""
-    from gpumesh.cli.commands.run import send_with_retries
-    from gpumesh.cli.prompt_file import PromptEntry
-    from gpumesh.daemon.session import PromptRequest
+    from gpumesh.cli.prompt_input import PromptEntry
+    from gpumesh.daemon.sessions.prompt_sender import send_with_retries
+    from gpumesh.daemon.sessions.session import PromptRequest
 
     done = 0
     some_are_in = asyncio.Event()
@@ -177,7 +177,7 @@ async def _under_load(
         nonlocal done
         text = f"Tell me something about the number {index}."
         result = await send_with_retries(
-            session, PromptEntry(text).make_ask(PromptRequest((), model=MODEL), None), index, text
+            session, PromptEntry(text).make_request(PromptRequest((), model=MODEL), None), index, text
         )
         done += 1
         if done >= PROMPTS_BEFORE_KILL:
@@ -216,7 +216,7 @@ def _count(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, 
 
 
 async def _healthy_again(session: LocalSession, name: str) -> bool:
-    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.async_iterators import closing_iterator
 
     try:
         async with asyncio.timeout(RECOVERY_TIMEOUT_S), closing_iterator(session.watch(0.1)) as states:
@@ -230,7 +230,7 @@ async def _healthy_again(session: LocalSession, name: str) -> bool:
 
 async def _stay(session: LocalSession, stop: Shutdown, file: Path, chosen: GlobalOptions) -> None:
     """``--keep``: the live table on a terminal, else only waiting; Ctrl-C ends it."""
-    from gpumesh.cli.commands.up import show_mesh
+    from gpumesh.cli.foreground_mesh import show_mesh
 
     state: MeshState = await session.status()
     below = (

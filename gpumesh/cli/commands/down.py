@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpumesh.cli.context import global_options, run_async
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import global_options
+from gpumesh.cli.open_session import run_async
 
 if TYPE_CHECKING:
     from gpumesh.state import MeshState

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from gpumesh.cli.context import GlobalOptions, global_options
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import MeshNotRunning, UsageError
 from gpumesh.quoting import paste_command, powershell_word, shell_word, yaml_text
@@ -60,7 +60,7 @@ def export_lines(wanted: Mapping[str, str], shell: ShellKind) -> str:
 
 def _gateway(chosen: GlobalOptions) -> str:
     """The running mesh's own URL (its port may be any free one), else the one that mesh.yaml says."""
-    from gpumesh.daemon.quick_status import fetch_status
+    from gpumesh.daemon.control_socket.quick_status import fetch_status
 
     state = fetch_status(chosen.paths().socket)
     if state is not None:

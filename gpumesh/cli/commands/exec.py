@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import clean_line, clean_text
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError, UsageError
 
 if TYPE_CHECKING:
-    from gpumesh.daemon.session import Session
+    from gpumesh.daemon.sessions.session import Session
 
 LINE_LIMIT = 1 << 16
 
@@ -55,7 +56,7 @@ def exec_(
 
 async def _here(chosen: GlobalOptions, node: str, command: list[str]) -> int:
     """Output as it comes: bytes untouched into a pipe or file, made safe on a terminal."""
-    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
     safe = {
@@ -100,7 +101,7 @@ async def _everywhere(chosen: GlobalOptions, command: list[str]) -> int:
 
 async def _prefixed(session: Session, node: str, command: list[str], width: int) -> int:
     """Whole lines only, so that two nodes' output never mixes within one."""
-    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
     rest = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
 from gpumesh.errors import UsageError
 
 MAX_TEXT_WIDTH = 100

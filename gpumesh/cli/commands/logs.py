@@ -15,9 +15,9 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from gpumesh.cli.context import global_options
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import clean_line, clean_text
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import global_options
+from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError
 
 POLL_S = 0.2

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import UNKNOWN, clean_line, format_duration, format_gib, json_text
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.views.figures import UNKNOWN, format_duration, format_gib
+from gpumesh.cli.views.safe_text import clean_line, json_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import global_options
+from gpumesh.cli.open_session import open_session, run_async
 
 app = new_app()
 

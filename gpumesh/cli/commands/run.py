@@ -1,49 +1,32 @@
-"""`gpumesh run`: prompts through the balancer."""
+"""`gpumesh run`: sends a prompt, or a file of prompts, through the balancer, and prints the answers."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import clean_text, json_text
-from gpumesh.errors import ExitCode, GPUMeshError, QueueFull, StreamCut, UsageError
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.open_session import open_session, run_async
+from gpumesh.cli.views.safe_text import clean_text, json_text
+from gpumesh.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.balancer.base import Priority
-    from gpumesh.daemon.session import PromptRequest, Session
+    from gpumesh.daemon.sessions.prompt_sender import PromptResult
+    from gpumesh.daemon.sessions.session import PromptRequest, Session
 
-PROMPTS_PER_NODE = 8  # prompts under way for each node: enough to keep one that runs several at a time busy
+PROMPTS_PER_NODE = 8  # concurrent prompts for each node: enough for a node that runs several at a time
 MAX_CONCURRENT_PROMPTS = 256
-MAX_CUT_ANSWERS = 4
 
 app = new_app()
-
-
-@dataclass(frozen=True, slots=True)
-class PromptResult:
-    """What became of one prompt. ``ttft_ms`` and ``total_ms`` are as seen here, queueing and tunnel included;
-    ``tokens`` and ``tokens_per_s`` are the server's own."""
-
-    index: int
-    prompt: str
-    response: str | None
-    node: str | None = None
-    attempts: int = 0
-    ttft_ms: float | None = None
-    total_ms: float | None = None
-    tokens: int | None = None
-    tokens_per_s: float | None = None
-    error: str | None = None
 
 
 @app.command()
@@ -103,8 +86,8 @@ def run(
       gpumesh run -f - < prompts.jsonl
     """
     from gpumesh.balancer.base import Priority
-    from gpumesh.cli.prompt_file import PromptEntry, read_options, read_prompts
-    from gpumesh.daemon.session import PromptRequest
+    from gpumesh.cli.prompt_input import PromptEntry, read_options, read_prompts
+    from gpumesh.daemon.sessions.session import PromptRequest
 
     if file is not None and prompt is not None:
         raise UsageError("either a prompt or -f FILE, not both")
@@ -117,26 +100,26 @@ def run(
         timeout_s=timeout,
     )
     if priority is not None:
-        common = replace(common, priority=_priority(priority))
+        common = replace(common, priority=_parse_priority(priority))
     chosen = global_options(ctx)
     if file is not None:
-        prompts = read_prompts(_read(file), name="stdin" if file == "-" else file)
-        asks = [entry.make_ask(common, system) for entry in prompts]
-        failed = run_async(_many(chosen, asks, [entry.text for entry in prompts], concurrency))
+        prompts = read_prompts(_read_input(file), name="stdin" if file == "-" else file)
+        requests = [entry.make_request(common, system) for entry in prompts]
+        failed = run_async(_send_file(chosen, requests, [entry.text for entry in prompts], concurrency))
         if failed:
             if not chosen.quiet:
-                typer.echo(f"{failed} of {len(asks)} prompts failed; `error` in their lines says why", err=True)
+                typer.echo(f"{failed} of {len(requests)} prompts failed; `error` in their lines says why", err=True)
             raise typer.Exit(int(ExitCode.FAILED))
         return
-    text = _read("-") if prompt in (None, "-") else prompt
+    text = _read_input("-") if prompt in (None, "-") else prompt
     assert text is not None
     if not text.strip():
         raise UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
-    ask = PromptEntry(text).make_ask(common, system)
-    run_async(_one(chosen, ask, text, as_json=as_json, stream=not no_stream and not as_json))
+    request = PromptEntry(text).make_request(common, system)
+    run_async(_send_single(chosen, request, text, as_json=as_json, stream=not no_stream and not as_json))
 
 
-def _priority(text: str) -> Priority:
+def _parse_priority(text: str) -> Priority:
     from gpumesh.balancer.base import Priority
 
     try:
@@ -145,7 +128,7 @@ def _priority(text: str) -> Priority:
         raise UsageError(f"--priority {text!r} is none of: {', '.join(Priority)}") from None
 
 
-def _read(name: str) -> str:
+def _read_input(name: str) -> str:
     if name == "-":
         if sys.stdin.isatty():
             typer.echo("reading from the terminal; Ctrl-D ends the input", err=True)
@@ -157,16 +140,20 @@ def _read(name: str) -> str:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
 
 
-# -- one -------------------------------------------------------------------------------------------------------------
+# -- one prompt ------------------------------------------------------------------------------------------------------
 
 
-async def _one(chosen: GlobalOptions, ask: PromptRequest, text: str, *, as_json: bool, stream: bool) -> None:
-    printer = _Printer()
+async def _send_single(
+    chosen: GlobalOptions, request: PromptRequest, text: str, *, as_json: bool, stream: bool
+) -> None:
+    from gpumesh.daemon.sessions.prompt_sender import send_prompt
+
+    printer = _StreamPrinter()
     try:
         async with open_session(chosen) as session:
-            result = await send_prompt(session, ask, 0, text, on_text=printer.feed if stream else None)
+            result = await send_prompt(session, request, 0, text, on_text=printer.feed if stream else None)
     except BaseException:
-        printer.end()  # what comes next, an error or the shell's prompt, does not belong to the answer
+        printer.end()  # the error or the shell's prompt that follows gets a line of its own
         raise
     if as_json:
         typer.echo(json_text(asdict(result)))
@@ -180,8 +167,8 @@ async def _one(chosen: GlobalOptions, ask: PromptRequest, text: str, *, as_json:
         typer.echo(f"from {result.node} in {result.total_ms:.0f} ms{first}{rate}", err=True)
 
 
-class _Printer:
-    """A stream to stdout as it comes; ends with a newline, as commands do."""
+class _StreamPrinter:
+    """Writes the pieces of an answer to stdout as they come, and ends with a newline."""
 
     def __init__(self) -> None:
         self._last = "\n"
@@ -201,108 +188,44 @@ class _Printer:
                 sys.stdout.flush()
 
 
-async def send_prompt(
-    session: Session, ask: PromptRequest, index: int, text: str, *, on_text: Callable[[str], None] | None = None
-) -> PromptResult:
-    """Sends one prompt and reads its answer to the end. Raises GPUMeshError; cancelling it stops the generation."""
-    began = time.perf_counter()
-    first: float | None = None
-    pieces: list[str] = []
-    counters = None
-    async with session.chat(ask) as stream:
-        async for chunk in stream:
-            if first is None and (chunk.text or chunk.thinking):
-                first = time.perf_counter()
-            if chunk.text:
-                pieces.append(chunk.text)
-                if on_text is not None:
-                    on_text(chunk.text)
-            counters = chunk.counters or counters
-        node, attempts = stream.node, stream.attempts
-    return PromptResult(
-        index=index,
-        prompt=text,
-        response="".join(pieces),
-        node=node,
-        attempts=attempts,
-        ttft_ms=None if first is None else round((first - began) * 1000, 1),
-        total_ms=_ms(began),
-        tokens=counters.tokens if counters is not None else None,
-        tokens_per_s=_rounded(counters.tokens_per_s) if counters is not None else None,
-    )
+# -- many prompts ----------------------------------------------------------------------------------------------------
 
 
-def _rounded(rate: float | None) -> float | None:
-    return None if rate is None else round(rate, 2)
-
-
-# -- many ------------------------------------------------------------------------------------------------------------
-
-
-async def _many(
-    chosen: GlobalOptions, asks: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
+async def _send_file(
+    chosen: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
 ) -> int:
     """Writes the results in order; returns how many failed."""
-    from gpumesh.cli.views import tables
+    from gpumesh.cli.views.progress_bar import show_progress
+    from gpumesh.daemon.sessions.prompt_sender import send_with_retries
 
     failed = 0
     async with open_session(chosen) as session:
-        places = asyncio.Semaphore(concurrency or await _window(session))
+        slots = asyncio.Semaphore(concurrency or await _default_concurrency(session))
 
-        async def one(index: int) -> PromptResult:
-            async with places:
-                return await send_with_retries(session, asks[index], index, texts[index])
+        async def send(index: int) -> PromptResult:
+            async with slots:
+                return await send_with_retries(session, requests[index], index, texts[index])
 
-        with tables.show_progress(len(asks), "prompts", quiet=chosen.quiet) as tick:
+        with show_progress(len(requests), "prompts", quiet=chosen.quiet) as progress:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(index)) for index in range(len(asks))]
+                tasks = [group.create_task(send(index)) for index in range(len(requests))]
                 done = 0
 
-                def count(_: asyncio.Task[PromptResult]) -> None:
+                def count_done(_: asyncio.Task[PromptResult]) -> None:
                     nonlocal done
                     done += 1
-                    tick(done, f"{failed} failed" if failed else "")
+                    progress(done, f"{failed} failed" if failed else "")
 
                 for task in tasks:
-                    task.add_done_callback(count)
+                    task.add_done_callback(count_done)
                 for task in tasks:
                     result = await task
                     failed += result.error is not None
-                    tick.write(json_text(asdict(result)))
+                    progress.write(json_text(asdict(result)))
     return failed
 
 
-async def _window(session: Session) -> int:
-    """How many prompts to have under way: a file must not wait for nodes that are away, nor flood the mesh's queue."""
+async def _default_concurrency(session: Session) -> int:
+    """How many prompts to send at a time: enough for all nodes, and not so many that the mesh's queue is flooded."""
     nodes = len((await session.status()).nodes)
     return min(max(nodes, 1) * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)
-
-
-async def send_with_retries(session: Session, ask: PromptRequest, index: int, text: str) -> PromptResult:
-    """One prompt of many: its failure is a result, too. A full queue is waited for, and an answer that was cut is asked
-    for again: nothing of it has been shown yet."""
-    began = time.perf_counter()
-    earlier = 0
-    while True:
-        try:
-            result = await send_prompt(session, ask, index, text)
-        except QueueFull as error:
-            await asyncio.sleep(error.retry_after_s)
-        except StreamCut as error:
-            earlier += 1
-            if earlier >= MAX_CUT_ANSWERS:
-                return _failed(index, text, began, earlier, error)
-        except UsageError:
-            raise  # wrong for every prompt alike: say it once
-        except GPUMeshError as error:
-            return _failed(index, text, began, earlier, error)
-        else:
-            return replace(result, attempts=result.attempts + earlier, total_ms=_ms(began))
-
-
-def _failed(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> PromptResult:
-    return PromptResult(index, text, None, error.node, attempts, total_ms=_ms(began), error=error.message)
-
-
-def _ms(began: float) -> float:
-    return round((time.perf_counter() - began) * 1000, 1)

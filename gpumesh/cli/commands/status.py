@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpumesh.cli import completion
-from gpumesh.cli.context import GlobalOptions, global_options, open_session, run_async
-from gpumesh.cli.lazy import new_app
-from gpumesh.cli.text import json_text
+from gpumesh.cli.command_group import new_app
+from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.node_selection import SortKey, select_nodes, sort_nodes
+from gpumesh.cli.views.safe_text import json_text
 from gpumesh.config import environment
 from gpumesh.errors import ExitCode
 from gpumesh.state import Health, MeshState, Severity
@@ -78,7 +79,7 @@ def status(
     if as_json:
         typer.echo(json_text(_document(state), indent=2))
     elif not (check and chosen.quiet):
-        from gpumesh.cli.views.status_table import ViewOptions, print_status
+        from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
         print_status(
             state,
@@ -111,7 +112,7 @@ def health_exit_code(state: MeshState) -> ExitCode:
 
 
 def _now(chosen: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History | None]:
-    from gpumesh.daemon.quick_status import fetch_history, fetch_status
+    from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
@@ -133,9 +134,10 @@ async def _probe(chosen: GlobalOptions) -> MeshState:
 async def _watch(
     chosen: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
 ) -> None:
-    from gpumesh.cli.views.live_table import LiveTable, ViewSelection
-    from gpumesh.cli.views.status_table import ViewOptions, print_status
-    from gpumesh.daemon.async_generators import closing_iterator
+    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.cli.views.live.live_table import LiveTable
+    from gpumesh.cli.views.node_selection import ViewSelection
+    from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
     wanted = ViewSelection(names, labels, sort, chosen.verbose)
     async with open_session(chosen) as session, closing_iterator(session.watch(interval)) as states:

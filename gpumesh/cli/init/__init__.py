@@ -1,1 +1,1 @@
-"""What `gpumesh init` knows: ssh command lines, what providers print, and the mesh.yaml that is written. Pure."""
+"""The parts of `gpumesh init`: which hosts a person names, what is found there, and the mesh.yaml that is written."""

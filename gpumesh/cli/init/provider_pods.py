@@ -1,5 +1,7 @@
-"""Pods as providers' own tools tell of them, read for how to reach them by SSH. Pure; shapes: facts of RunPod's REST
-API (``/v1/pods``) and of ``vastai show instances --raw``."""
+"""Reads how to reach pods by SSH from the JSON of providers' tools. Pure.
+
+Understands the pods of RunPod's REST API (``/v1/pods``) and the output of ``vastai show instances --raw``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ SSH_PORT_KEY = "22"
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """``unreachable_reason`` it cannot be reached now, if it cannot: then ``host`` is ``None``."""
+    """``unreachable_reason`` says why the pod cannot be reached now; then ``host`` is ``None``."""
 
     name: str
     provider: str
@@ -25,13 +27,13 @@ class Pod:
 
 
 def read_pods(text: str) -> list[Pod]:
-    """All pods of a JSON document: one, a list, or a list under ``pods``, ``instances`` or ``data``. Raises
-    UsageError when it is none of these."""
+    """All pods of a JSON document: a pod, a list of pods, or a list under ``pods``, ``instances`` or ``data``. Raises
+    UsageError for any other document."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"standard input is not JSON: {error}", hint=_HINT) from error
-    pods = list(_each(document))
+    pods = list(_find_pods(document))
     if not pods:
         raise UsageError("there is no pod in the JSON on standard input", hint=_HINT)
     return pods
@@ -40,55 +42,55 @@ def read_pods(text: str) -> list[Pod]:
 _HINT = "for example: vastai show instances --raw | gpumesh init --from -"
 
 
-def _each(document: Any) -> Iterator[Pod]:
+def _find_pods(document: Any) -> Iterator[Pod]:
     if isinstance(document, dict):
         for key in ("pods", "instances", "data"):
             if isinstance(document.get(key), (list, dict)):
-                yield from _each(document[key])
+                yield from _find_pods(document[key])
                 return
-        yield _pod(document)
+        yield _read_pod(document)
     elif isinstance(document, list):
         for entry in document:
-            yield from _each(entry)
+            yield from _find_pods(entry)
     else:
         raise UsageError("this is not JSON that tells of pods: an object or a list of them is expected", hint=_HINT)
 
 
-def _pod(entry: Mapping[str, Any]) -> Pod:
+def _read_pod(entry: Mapping[str, Any]) -> Pod:
     if "portMappings" in entry or "publicIp" in entry:
-        return _runpod(entry)
+        return _read_runpod(entry)
     if not entry.keys().isdisjoint(("ssh_host", "public_ipaddr", "actual_status")):
-        return _vast(entry)
+        return _read_vast(entry)
     raise UsageError(
         f"this is neither a pod of RunPod nor an instance of vast.ai: {', '.join(list(map(str, entry))[:6])}",
         hint=_HINT,
     )
 
 
-def _runpod(pod: Mapping[str, Any]) -> Pod:
+def _read_runpod(pod: Mapping[str, Any]) -> Pod:
     name = str(pod.get("name") or pod.get("id") or "pod")
     host, ports = pod.get("publicIp"), pod.get("portMappings")
     if not host or not ports:
         return Pod(
             name, "RunPod", unreachable_reason=f"it has no address yet (it is {pod.get('desiredStatus') or 'starting'})"
         )
-    port = _port(ports.get(SSH_PORT_KEY)) if isinstance(ports, dict) else None
+    port = _read_port(ports.get(SSH_PORT_KEY)) if isinstance(ports, dict) else None
     if port is None:
         return Pod(name, "RunPod", unreachable_reason="it does not expose port 22: add 22 to its TCP ports")
     return Pod(name, "RunPod", str(host), port)
 
 
-def _vast(instance: Mapping[str, Any]) -> Pod:
-    """The direct address where there is one, else the proxy's. ``ports`` may be a dict, a list, or null; an image that
-    runs Jupyter keeps the proxy's port for it, and sshd has the next one."""
+def _read_vast(instance: Mapping[str, Any]) -> Pod:
+    """The direct address if there is one, else the proxy's. ``ports`` may be a dict, a list, or null. Where an image
+    runs Jupyter, Jupyter has the proxy's port and sshd the next port."""
     name = str(instance.get("label") or f"vast-{instance.get('id', 'instance')}")
     host, ports = str(instance.get("public_ipaddr") or "").strip(), instance.get("ports")
     mapped = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
     if host and isinstance(mapped, list) and mapped and isinstance(mapped[0], dict):
-        port = _port(mapped[0].get("HostPort"))
+        port = _read_port(mapped[0].get("HostPort"))
         if port is not None:
             return Pod(name, "vast.ai", host, port)
-    proxy, port = instance.get("ssh_host"), _port(instance.get("ssh_port"))
+    proxy, port = instance.get("ssh_host"), _read_port(instance.get("ssh_port"))
     if not proxy or port is None:
         return Pod(
             name,
@@ -98,8 +100,8 @@ def _vast(instance: Mapping[str, Any]) -> Pod:
     return Pod(name, "vast.ai", str(proxy), port + ("jupyter" in str(instance.get("image_runtype") or "")))
 
 
-def _port(value: Any) -> int | None:
-    """Some tools write numbers as text."""
+def _read_port(value: Any) -> int | None:
+    """The port; some tools write it as text."""
     try:
         port = int(value)
     except (TypeError, ValueError, OverflowError):

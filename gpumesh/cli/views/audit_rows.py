@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from gpumesh.audit import Machine, Proof, find_machines
 from gpumesh.audit.gpus import gpu_name_matches, vram_matches
 from gpumesh.audit.identity import hostname_matches
-from gpumesh.audit.models import full_name
 from gpumesh.audit.routes import route_in_use
-from gpumesh.cli.text import UNKNOWN, format_gib, format_milliseconds, short_gpu
+from gpumesh.cli.views.figures import UNKNOWN, format_gib, format_milliseconds, short_gpu
+from gpumesh.model_names import full_name
 from gpumesh.state import BackendPhase, Finding, GpuState, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec, Topology
 

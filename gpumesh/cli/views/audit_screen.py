@@ -7,21 +7,24 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from gpumesh.cli.text import UNKNOWN, clean_line
 from gpumesh.cli.views import tables
 from gpumesh.cli.views.audit_rows import AS_EXPECTED, ROUTE, SERVER, ComparisonRow, MachineBranch
+from gpumesh.cli.views.console import console, print_plain
+from gpumesh.cli.views.figures import UNKNOWN
+from gpumesh.cli.views.findings import SEVERITY_MARKS
+from gpumesh.cli.views.safe_text import clean_line
 
 MIN_TABLE_WIDTH = 110
 TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
 
 
 def print_comparison(rows: Sequence[ComparisonRow]) -> None:
-    out = tables.console()
-    tables.print_plain(out, _table(rows) if out.width >= MIN_TABLE_WIDTH else _list(rows))
+    out = console()
+    print_plain(out, _table(rows) if out.width >= MIN_TABLE_WIDTH else _list(rows))
 
 
 def print_drawing(branches: Sequence[MachineBranch]) -> None:
-    out = tables.console()
+    out = console()
     for branch in branches:
         mark = Text("●", "green") if branch.reached else Text("✗", "red")
         title = Text(clean_line(branch.title), "bold")
@@ -29,8 +32,8 @@ def print_drawing(branches: Sequence[MachineBranch]) -> None:
             title.append(f"  {branch.remark}", "not bold yellow")
         head = Table.grid(padding=(0, 1))
         head.add_row(mark, title)
-        tables.print_plain(out, head)
-        tables.print_plain(out, _below(branch))
+        print_plain(out, head)
+        print_plain(out, _below(branch))
 
 
 def _below(branch: MachineBranch) -> Table:
@@ -100,11 +103,11 @@ def _said(row: ComparisonRow) -> Iterator[tuple[str, str]]:
 
 def _mark(row: ComparisonRow) -> Text:
     if row.severity is not None:
-        return Text(*tables.SEVERITIES[row.severity])
+        return Text(*SEVERITY_MARKS[row.severity])
     return Text("●", "green") if row.verdict == AS_EXPECTED else Text("?", "dim")
 
 
 def _style(row: ComparisonRow) -> str:
     if row.severity is not None:
-        return tables.SEVERITIES[row.severity][1]
+        return SEVERITY_MARKS[row.severity][1]
     return "green" if row.verdict == AS_EXPECTED else "dim"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from gpumesh.cli.text import clean_line
-from gpumesh.cli.views.tables import console, write_above_bars
+from gpumesh.cli.views.console import console
+from gpumesh.cli.views.progress_bar import write_above_bars
+from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.mesh.models.model_store import PullProgress
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
-"""Who on this machine can connect, in words: to the gateway and to the local ends of the tunnels."""
+"""Who on this machine can connect to the gateway and to the local ends of the tunnels, as sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpumesh.cli.text import clean_line
+from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.state import LocalAccess, MeshState, NodeState
 
 OPEN_GATEWAY = "every user of this machine can use it: no key is asked for"
@@ -22,20 +22,20 @@ _TUNNELS = {
 
 
 def access_lines(state: MeshState) -> Iterator[str]:
-    """Of what there is to connect to; nodes that have it alike stand in one line."""
+    """One line for the gateway, and one for all tunnels with the same access."""
     gateway = state.gateway
     if gateway.url is not None and gateway.access in _GATEWAY:
         places = [gateway.url]
         if gateway.socket is not None and gateway.url.startswith("http"):
             places.append(f"unix:{gateway.socket}")
         yield f"gateway {clean_line(' and '.join(places))}: {_GATEWAY[gateway.access]}"
-    for access, words in _TUNNELS.items():
-        ends = [_end(node) for node in state.nodes if node.tunnel.local_access is access]
+    for access, sentence in _TUNNELS.items():
+        ends = [_local_end(node) for node in state.nodes if node.tunnel.local_access is access]
         if ends:
-            yield f"tunnel{'s' if len(ends) > 1 else ''} {', '.join(ends)}: {words}"
+            yield f"tunnel{'s' if len(ends) > 1 else ''} {', '.join(ends)}: {sentence}"
 
 
-def _end(node: NodeState) -> str:
+def _local_end(node: NodeState) -> str:
     tunnel = node.tunnel
     end = f"127.0.0.1:{tunnel.local_port}" if tunnel.local_port is not None else f"unix:{tunnel.local_socket}"
     return clean_line(f"{node.name} at {end}")

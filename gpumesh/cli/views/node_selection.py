@@ -1,18 +1,18 @@
-"""Which nodes of a mesh a person wants to see, and in which order. Pure."""
+"""Selects and sorts nodes of a mesh for `status`: by name, by label, by a figure. Pure."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from gpumesh.errors import UsageError
+from gpumesh.errors import UsageError, unknown_node
 from gpumesh.state import GpuState, Health, MeshState, NodeState, compute_totals, free_mib
 
 
 class SortKey(StrEnum):
-    """What comes first is what a person looks for: the worst health, the most of everything else."""
+    """The worst health comes first, and the highest of each other figure."""
 
     CONFIG = "config"
     NAME = "name"
@@ -42,11 +42,10 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
     if names:
         for name in names:
             if not any(fnmatch.fnmatchcase(node.name, name) for node in state.nodes):
-                known = ", ".join(node.name for node in state.nodes)
-                raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {known}")
+                raise unknown_node(name, (node.name for node in state.nodes))
         nodes = tuple(node for node in nodes if any(fnmatch.fnmatchcase(node.name, name) for name in names))
     for label in labels:
-        nodes = tuple(node for node in nodes if _has(node, label))
+        nodes = tuple(node for node in nodes if _has_label(node, label))
     if labels and not nodes:
         raise UsageError(f"no node has {' and '.join(labels)}", hint=_known_labels(state))
     if len(nodes) == len(state.nodes):
@@ -58,9 +57,9 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
     return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
 
-def _has(node: NodeState, label: str) -> bool:
+def _has_label(node: NodeState, label: str) -> bool:
     key, equals, value = label.partition("=")
-    return any(key == name and (not equals or value == said) for name, said in node.labels)
+    return any(key == name and (not equals or value == own_value) for name, own_value in node.labels)
 
 
 def _known_labels(state: MeshState) -> str:
@@ -68,14 +67,28 @@ def _known_labels(state: MeshState) -> str:
     return f"the labels are: {', '.join(known)}" if known else "no node in mesh.yaml has `labels`"
 
 
+@dataclass(frozen=True, slots=True)
+class ViewSelection:
+    """Which nodes of the mesh are shown, in which order, and whether their processes are shown too (``verbose``)."""
+
+    names: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    sort: SortKey = SortKey.CONFIG
+    verbose: bool = False
+
+    def apply(self, state: MeshState) -> MeshState:
+        """Raises UsageError when no node is left."""
+        return sort_nodes(select_nodes(state, self.names, self.labels), self.sort)
+
+
 def sort_nodes(state: MeshState, key: SortKey) -> MeshState:
-    """Nodes of which the figure is not known come last; of equal ones those that mesh.yaml names first."""
+    """Nodes whose figure is unknown come last. Nodes with equal figures keep the order of mesh.yaml."""
     if key is SortKey.CONFIG:
         return state
     return replace(state, nodes=tuple(sorted(state.nodes, key=_ORDERS[key])))
 
 
-def _most(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], tuple[bool, float]]:
+def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], tuple[bool, float]]:
     def order(node: NodeState) -> tuple[bool, float]:
         value = figure(node)
         return value is None, -(value or 0.0)
@@ -83,17 +96,17 @@ def _most(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], 
     return order
 
 
-def _of_gpus(
-    figure: Callable[[GpuState], float | None], join: Callable[[list[float]], float]
+def _over_gpus(
+    figure: Callable[[GpuState], float | None], combine: Callable[[list[float]], float]
 ) -> Callable[[NodeState], float | None]:
-    def of_node(node: NodeState) -> float | None:
+    def node_figure(node: NodeState) -> float | None:
         known = [value for gpu in node.gpus or () if (value := figure(gpu)) is not None]
-        return join(known) if known else None
+        return combine(known) if known else None
 
-    return of_node
+    return node_figure
 
 
-def _used_part(gpu: GpuState) -> float | None:
+def _used_share(gpu: GpuState) -> float | None:
     if gpu.memory_used_mib is None or not gpu.memory_total_mib:
         return None
     return gpu.memory_used_mib / gpu.memory_total_mib
@@ -103,12 +116,12 @@ _Order = Callable[[NodeState], tuple[bool, float] | str | int]
 _ORDERS: dict[SortKey, _Order] = {
     SortKey.NAME: lambda node: node.name,
     SortKey.HEALTH: health_rank,
-    SortKey.MEMORY: _most(_of_gpus(_used_part, max)),
-    SortKey.FREE: _most(_of_gpus(free_mib, sum)),
-    SortKey.UTIL: _most(_of_gpus(lambda gpu: gpu.utilization_pct, max)),
-    SortKey.TEMP: _most(_of_gpus(lambda gpu: gpu.temperature_c, max)),
-    SortKey.POWER: _most(_of_gpus(lambda gpu: gpu.power_w, sum)),
-    SortKey.TOKENS: _most(lambda node: node.backend.tokens_per_s),
-    SortKey.BUSY: _most(lambda node: float(node.load.in_flight + node.load.queued)),
-    SortKey.RTT: _most(lambda node: node.tunnel.rtt_ms),
+    SortKey.MEMORY: _highest_first(_over_gpus(_used_share, max)),
+    SortKey.FREE: _highest_first(_over_gpus(free_mib, sum)),
+    SortKey.UTIL: _highest_first(_over_gpus(lambda gpu: gpu.utilization_pct, max)),
+    SortKey.TEMP: _highest_first(_over_gpus(lambda gpu: gpu.temperature_c, max)),
+    SortKey.POWER: _highest_first(_over_gpus(lambda gpu: gpu.power_w, sum)),
+    SortKey.TOKENS: _highest_first(lambda node: node.backend.tokens_per_s),
+    SortKey.BUSY: _highest_first(lambda node: float(node.load.in_flight + node.load.queued)),
+    SortKey.RTT: _highest_first(lambda node: node.tunnel.rtt_ms),
 }

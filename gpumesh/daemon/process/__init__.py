@@ -1,1 +1,1 @@
-"""What the mesh's own process sets for itself: its event loop, its memory, how many files it may have open."""
+"""Settings of the mesh's own process: its event loop, its memory, and how many files it may have open."""

@@ -1,5 +1,4 @@
-"""Running an event loop to its end, whenever Ctrl-C comes; and which loop: for whoever runs a mesh uvloop where there
-is one, which the gateway's hot path is measured on."""
+"""Runs an event loop to its end, whenever Ctrl-C comes, and chooses the loop: uvloop for a process that runs a mesh."""
 
 from __future__ import annotations
 
@@ -13,41 +12,42 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
-    """As ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. SIGTERM and SIGHUP, unless they
-    are ignored, cancel it and then exit as who died by them, so that nothing that ``main`` began is left by these
-    either. ``use_uvloop``: worth the time that uvloop takes to be imported.
+    """Like ``asyncio.run``. SIGINT cancels ``main`` and then raises KeyboardInterrupt. SIGTERM and SIGHUP, unless they
+    are ignored, cancel ``main`` too, and then the process exits with 128 plus the signal's number. So ``main`` can
+    clean up after each of them.
 
-    Such a process also holds the bodies of many requests (large_memory.py).
+    ``use_uvloop`` is for a process that runs a mesh: only there is uvloop worth the time of its import. Such a process
+    also holds the bodies of many requests, so its memory is set up for that (``large_memory.py``).
 
-    A SIGINT that comes while the loop is made comes when ``main`` has begun: half a loop cannot be closed.
+    A SIGINT that comes while the loop is being made is delivered when ``main`` has begun: half a loop cannot be closed.
     """
     if use_uvloop:
         from gpumesh.daemon.process.large_memory import map_large_blocks
 
         map_large_blocks()
-    with _held() as release, asyncio.Runner(loop_factory=_factory() if use_uvloop else None) as runner:
-        ended_by: list[int] = []
+    with _sigint_blocked() as unblock, asyncio.Runner(loop_factory=_loop_factory() if use_uvloop else None) as runner:
+        received: list[int] = []
 
-        async def begun() -> T:
-            _cancel_on_signals(ended_by)
-            release()
+        async def run_main() -> T:
+            _cancel_on_signals(received)
+            unblock()
             return await main
 
         try:
-            return runner.run(begun())
+            return runner.run(run_main())
         except asyncio.CancelledError:
-            if ended_by:
-                raise SystemExit(128 + ended_by[0]) from None
+            if received:
+                raise SystemExit(128 + received[0]) from None
             raise
 
 
-def _cancel_on_signals(came: list[int]) -> None:
-    """Of the running loop, for the current task. ``main`` may have better uses for them, and then takes them over."""
+def _cancel_on_signals(received: list[int]) -> None:
+    """SIGTERM and SIGHUP cancel the current task and are added to ``received``. ``main`` may install other handlers."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
 
     def handle(number: int) -> None:
-        came.append(number)
+        received.append(number)
         task.cancel()
 
     for name in ("SIGTERM", "SIGHUP"):
@@ -58,25 +58,25 @@ def _cancel_on_signals(came: list[int]) -> None:
 
 
 @contextmanager
-def _held() -> Iterator[Callable[[], None]]:
-    """Holds SIGINT back until the end or until what is yielded is called."""
+def _sigint_blocked() -> Iterator[Callable[[], None]]:
+    """Blocks SIGINT until the context ends, or until the yielded function is called."""
     if not hasattr(signal, "pthread_sigmask"):
         yield lambda: None
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
-    def release() -> None:
+    def unblock() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
-        yield release
+        yield unblock
     finally:
-        release()
+        unblock()
 
 
-def _factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
-    except ImportError:  # not on this platform: asyncio's own loop does
+    except ImportError:  # uvloop is not made for this platform: asyncio's own loop is used
         return None
     return uvloop.new_event_loop

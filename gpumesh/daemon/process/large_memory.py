@@ -1,8 +1,9 @@
-"""Large blocks of memory go back to the system when they are freed, and grow without being copied.
+"""Makes glibc give large blocks of memory back to the system when they are freed, and grow them without copying.
 
-glibc maps a large block for itself only until the first such block is freed: from then on blocks of up to 32 MiB come
-from the heap, where bodies that grow side by side move about and leave holes. Ten uploads at once then cost nearly
-twice what they hold (measured: ``tests/real/test_large_bodies.py``). A bound that is set by hand stays as it is.
+glibc's threshold for blocks with a mapping of their own is dynamic: it rises when the first such block is freed. From
+then on blocks of up to 32 MiB come from the heap. Request bodies that grow at the same time are then copied about and
+leave holes: ten concurrent uploads cost nearly twice their size (measured by ``tests/real/test_large_bodies.py``). A
+threshold that is set by hand stays fixed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGE = 1 << 20
-SPARE = 16 << 20  # of the heap's end, that is kept: to give it back and take it again costs more than it is worth
+LARGE_BYTES = 1 << 20
+# Kept at the end of the heap. Giving it back and taking it again would cost more than it saves.
+SPARE_BYTES = 16 << 20
 
 
 def map_large_blocks() -> None:
-    """For this process. Elsewhere than on Linux, and with another libc, nothing need be done."""
+    """For this process. Does nothing on other systems than Linux, and with another libc than glibc."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, LARGE)
-            mallopt(M_TRIM_THRESHOLD, SPARE)
+            mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+            mallopt(M_TRIM_THRESHOLD, SPARE_BYTES)

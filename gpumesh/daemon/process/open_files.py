@@ -1,5 +1,7 @@
-"""How many files the mesh's process may have open: as many as the system lets it, since each client and each forwarded
-connection is one. The usual soft limit, 1,024, is for programs that use ``select``."""
+"""Raises the limit of open files (RLIMIT_NOFILE): each client and each forwarded connection is an open file.
+
+The usual soft limit, 1,024, is meant for programs that use ``select``.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,18 @@ import contextlib
 import resource
 from collections.abc import Iterator
 
-# Not all that a hard limit may allow: it can be a thousand million, and children (an old ssh, say) close each
-# descriptor that they could have, one by one. The others: macOS tells no hard limit, and takes no more than
-# kern.maxfilesperproc.
-WANTED = (65_536, 24_576, 10_240, 4_096)
+# The first is less than a hard limit may allow. That can be a thousand million, and some children (an old ssh) close
+# each possible descriptor one by one. The smaller ones are for macOS, which reports no hard limit and accepts no more
+# than kern.maxfilesperproc.
+LIMITS = (65_536, 24_576, 10_240, 4_096)
 
 
 @contextlib.contextmanager
 def raise_file_limit() -> Iterator[int]:
-    """Raises the soft limit, for this process and for what it starts: the tunnels' processes and ``ssh`` hold a file
-    for each forwarded connection. Put back at the end. Gives the limit that holds."""
+    """Raises the soft limit for this process and its children: the tunnels' processes and ``ssh`` hold a file for each
+    forwarded connection. Restores it at the end. Gives the limit that holds meanwhile."""
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raised = _raise(before, hard)
+    raised = _raise_soft_limit(before, hard)
     try:
         yield raised
     finally:
@@ -26,19 +28,19 @@ def raise_file_limit() -> Iterator[int]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
 
 
-def _raise(before: int, hard: int) -> int:
-    for wanted in candidate_limits(before, hard):
+def _raise_soft_limit(before: int, hard: int) -> int:
+    for limit in candidate_limits(before, hard):
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         except (ValueError, OSError):
             continue
-        return wanted
+        return limit
     return before
 
 
 def candidate_limits(soft: int, hard: int) -> tuple[int, ...]:
-    """Soft limits that are worth a try, the best first; none where the present one is as good. Pure."""
+    """Soft limits that are worth trying, the highest first; none when the present limit is as high. Pure."""
     if soft == resource.RLIM_INFINITY:
         return ()
-    bounded = (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard) for wanted in WANTED)
-    return tuple(dict.fromkeys(wanted for wanted in bounded if wanted > soft))
+    bounded = (limit if hard == resource.RLIM_INFINITY else min(limit, hard) for limit in LIMITS)
+    return tuple(dict.fromkeys(limit for limit in bounded if limit > soft))

@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from gpumesh.balancer.select import full_name
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
 from gpumesh.gateway.observe.record import RequestRecord
+from gpumesh.model_names import full_name
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
-from gpumesh.balancer.select import full_name
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.mesh.models.default_model import is_embedding_model
+from gpumesh.model_names import full_name
 from gpumesh.state import BackendPhase, MeshState, ModelInfo, NodeState
 
 SHORT_DIGEST = 12  # as `ollama list` shows them

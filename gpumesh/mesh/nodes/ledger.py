@@ -16,8 +16,8 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
-from gpumesh.balancer.select import full_name
 from gpumesh.mesh.nodes.rate_meter import RateMeter, Smoothed
+from gpumesh.model_names import full_name
 from gpumesh.state import TunnelState
 from gpumesh.topology import BackendKind, BackendSpec, Target
 from gpumesh.tunnels.base import Tunnel

@@ -14,10 +14,10 @@ from functools import partial
 import httpx
 
 from gpumesh import config
-from gpumesh.balancer.select import full_name
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
+from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
 from gpumesh.probes.smi_tables import OUTPUT_BYTES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -14,8 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from gpumesh.cli.commands import init
-from gpumesh.errors import UsageError
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
@@ -24,29 +21,6 @@ from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd
 
 slow = pytest.mark.slow
-
-
-# -- the file --------------------------------------------------------------------------------------------------------
-
-
-def test_it_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
-    file = tmp_path / "mesh.yaml"
-    init._write(file, "a: 1\n", force=False)
-    assert file.read_text() == "a: 1\n"
-    with pytest.raises(UsageError, match="is there already"):
-        init._write(file, "b: 2\n", force=False)
-    init._write(file, "c: 3\n", force=True)
-    assert file.read_text() == "c: 3\n"
-    assert os.listdir(tmp_path) == ["mesh.yaml"]
-
-
-def test_a_file_that_cannot_be_written_whole_is_not_written_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "mesh.yaml"
-    with pytest.raises(UnicodeEncodeError):
-        init._write(file, "a: \ud800\n" * 10_000, force=False)
-    assert os.listdir(tmp_path) == []
-    with pytest.raises(UsageError, match="cannot write"):
-        init._write(tmp_path / "nowhere" / "mesh.yaml", "", force=False)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

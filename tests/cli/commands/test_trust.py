@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from gpumesh.cli.commands.trust import explain_judgement
 from gpumesh.errors import ExitCode
 from gpumesh.tunnels import hostkeys
-from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck, HostKeyStatus
 from tests.cli.terminals import terminal
 from tests.parts import needs
 from tests.real.command import Gpumesh
@@ -174,16 +172,3 @@ async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
         seen.press("y\n")
         assert await seen.wait_exit() == 0
     assert "gpumesh-node-iceland" in names(sshd.known_hosts)
-
-
-def test_what_the_verdicts_mean() -> None:
-    known = Path("known_hosts")
-    key = HostKey("ssh-ed25519", b"x")
-    changed = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.CHANGED, (key,)), known))
-    assert key.fingerprint in changed
-    assert "attack" not in changed  # nor is it hidden
-    assert "in between" in changed
-    authority = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=True), known))
-    assert "certificate authority" in authority
-    assert "transport: openssh" in authority
-    assert "Compare" in "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN), known))

@@ -8,16 +8,15 @@ import os
 import pty
 import re
 import signal
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
 from gpumesh import config
-from gpumesh.cli.commands.up import show_mesh, until_stopped
-from gpumesh.cli.context import GlobalOptions
-from gpumesh.daemon.local_session import LocalSession
-from gpumesh.daemon.mesh_process import Shutdown
+from gpumesh.cli.foreground_mesh import show_mesh
+from gpumesh.cli.global_options import GlobalOptions
+from gpumesh.daemon.sessions.local_session import LocalSession
+from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
@@ -26,42 +25,6 @@ from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels import polling
 
 slow = pytest.mark.slow
-
-
-async def test_items_until_somebody_asks_to_stop() -> None:
-    stop = Shutdown()
-    closed = False
-
-    async def items() -> AsyncIterator[int]:
-        nonlocal closed
-        try:
-            yield 1
-            yield 2
-            await asyncio.Event().wait()
-        finally:
-            closed = True
-
-    seen = []
-    async for item in until_stopped(items(), stop):
-        seen.append(item)
-        if item == 2:
-            asyncio.get_running_loop().call_soon(stop.request)
-    assert seen == [1, 2]
-    assert closed
-
-
-async def test_items_that_end_or_fail_by_themselves() -> None:
-    async def few() -> AsyncIterator[int]:
-        yield 1
-
-    assert [item async for item in until_stopped(few(), Shutdown())] == [1]
-
-    async def broken() -> AsyncIterator[int]:
-        yield 1
-        raise ValueError("inside")
-
-    with pytest.raises(ValueError, match="inside"):
-        _ = [item async for item in until_stopped(broken(), Shutdown())]
 
 
 @slow

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from gpumesh import audit, errors
-from gpumesh.cli.text import UNKNOWN
 from gpumesh.cli.views.audit_rows import (
     AS_EXPECTED,
     ComparisonRow,
@@ -15,6 +14,7 @@ from gpumesh.cli.views.audit_rows import (
     describe_route,
     draw_topology,
 )
+from gpumesh.cli.views.figures import UNKNOWN
 from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, Severity
 from gpumesh.topology import AddressCommand, ExpectSpec, NodeSpec, SshSpec
 from tests.audit.build import (

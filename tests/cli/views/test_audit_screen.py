@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gpumesh import audit, errors
-from gpumesh.cli.views import audit_screen, tables
+from gpumesh.cli.views import audit_screen
 from gpumesh.cli.views.audit_rows import compare_nodes, draw_topology
 from gpumesh.state import HostState, NodeState
 from gpumesh.topology import NodeSpec
@@ -37,7 +37,7 @@ def shown(
 ) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
-    monkeypatch.setattr(tables, "console", lambda: Console(file=file, width=width, highlight=False))
+    monkeypatch.setattr(audit_screen, "console", lambda: Console(file=file, width=width, highlight=False))
     made = topology(*(one for one, _ in nodes))
     states = [replace(each, name=one.name) for one, each in nodes]
     audit_screen.print_comparison(list(compare_nodes(made, states, audit.collect_findings(made, states))))

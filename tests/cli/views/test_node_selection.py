@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpumesh.cli.views.node_selection import SortKey, health_rank, select_nodes, sort_nodes
+from gpumesh.cli.views.node_selection import SortKey, ViewSelection, health_rank, select_nodes, sort_nodes
 from gpumesh.errors import UsageError
 from gpumesh.state import Finding, Health, MeshState, Severity
 from tests.cli.states import down, gpu, healthy, mesh, typical
@@ -90,3 +90,10 @@ def test_the_hottest_and_the_busiest_first() -> None:
 
 def test_every_health_has_a_place() -> None:
     assert sorted(health_rank(replace(healthy("a"), health=health)) for health in Health) == list(range(len(Health)))
+
+
+def test_what_is_wanted_of_a_state() -> None:
+    wanted = ViewSelection(names=["*e*"], sort=SortKey.NAME)
+    assert [node.name for node in wanted.apply(typical()).nodes] == ["iceland", "vengeance"]
+    with pytest.raises(UsageError):
+        ViewSelection(labels=["x"]).apply(typical())

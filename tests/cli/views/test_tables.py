@@ -1,22 +1,21 @@
 from __future__ import annotations
 
 import io
-import sys
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from gpumesh.cli.views import tables
+from gpumesh.cli.views.console import render_lines
 from gpumesh.cli.views.tables import Cell, Column
-from gpumesh.state import Finding, Severity
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred[bold]:smile:"
 
 
 def drawn(columns: list[tuple[Column, list[Text]]], width: int) -> list[str]:
     out = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    return tables.render_lines(out, tables.fit_table(columns, width))
+    return render_lines(out, tables.fit_table(columns, width))
 
 
 def column(title: str, *cells: str, rank: int = 0, least: int | None = None) -> tuple[Column, list[Text]]:
@@ -69,41 +68,3 @@ def test_a_table_shows_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "red[bold]:smile:" in out
     assert all(character.isprintable() or character == "\n" for character in out)
-
-
-def test_findings(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_findings([])
-    assert capsys.readouterr().out == "no findings\n"
-    tables.print_findings(
-        [
-            Finding("same-gpu", Severity.WARNING, None, "one GPU", "count it once", nodes=("a", "b")),
-            Finding("gpu-lost", Severity.ERROR, "c", HOSTILE),
-        ]
-    )
-    assert capsys.readouterr().out.splitlines() == [
-        "! a, b same-gpu: one GPU",
-        "  → count it once",
-        "✗ c gpu-lost: red[bold]:smile:",
-    ]
-
-
-def test_signs_that_a_stream_cannot_carry_become_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    stream = io.TextIOWrapper(buffer, encoding="ascii", errors="strict", write_through=True)
-    monkeypatch.setattr(sys, "stdout", stream)
-    tables.print_findings([Finding("x", Severity.ERROR, "c", "m", "h")])
-    assert buffer.getvalue() == b"x c x: m\n  > h\n"
-
-
-def test_piped_output_is_wide_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert tables.console().width == tables.PIPED_WIDTH
-    monkeypatch.setenv("COLUMNS", "72")
-    assert tables.console().width == 72
-
-
-def test_progress_says_nothing_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with tables.show_progress(3, "prompts", quiet=False) as tick:
-        tick(1, "one failed")
-        tick(3)
-    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,1 @@
+"""The parts of `gpumesh bench`: its options read, and a benchmark run on the mesh of a Session."""

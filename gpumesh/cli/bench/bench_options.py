@@ -1,0 +1,75 @@
+"""Reads the options of `bench run` (scenario, levels of concurrency, trace), and chooses the folder of the result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpumesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpumesh.bench.scenarios import Scenario
+    from gpumesh.bench.traces import TracedRequest
+
+MAX_CONCURRENCY = 4096
+
+
+def parse_scenario(name: str) -> Scenario:
+    from gpumesh.bench.scenarios import Scenario
+
+    try:
+        return Scenario(name)
+    except ValueError:
+        raise UsageError(f"--scenario {name!r} is none of: {', '.join(Scenario)}") from None
+
+
+def parse_levels(text: str | None) -> tuple[int, ...]:
+    """``1,2,4`` as numbers of requests in flight. Raises UsageError."""
+    if text is None:
+        return ()
+    try:
+        levels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"-c {text!r} is not a list of numbers", hint="e.g. -c 1,2,4,8") from None
+    if min(levels) < 1 or max(levels) > MAX_CONCURRENCY:
+        raise UsageError(f"-c {text!r}: from 1 to {MAX_CONCURRENCY} requests in flight")
+    return levels
+
+
+def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
+    """Raises UsageError."""
+    if file is None:
+        return ()
+    from gpumesh.bench import traces
+
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            return traces.parse_trace(lines, file=str(file), limit=limit)
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def results_folder() -> Path:
+    """Where results go that have no ``--out``."""
+    from gpumesh.config import environment
+
+    return environment.state_dir() / "bench"
+
+
+def new_result_folder(scenario: Scenario) -> Path:
+    """The path of a folder that does not exist yet, named for the time and the scenario."""
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{scenario}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in (results_folder() / name for name in names) if not folder.exists())
+
+
+def remove_if_empty(folder: Path) -> None:
+    """A run that ended before its result leaves no empty folder behind."""
+    try:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError:
+        pass  # somebody put something there, or removed it

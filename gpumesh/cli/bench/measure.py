@@ -1,0 +1,141 @@
+"""Runs a benchmark on the mesh of a Session, with a progress bar and the API keys of the configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
+from random import Random
+from typing import TYPE_CHECKING
+
+from gpumesh.cli.global_options import GlobalOptions
+from gpumesh.cli.open_session import open_session
+
+if TYPE_CHECKING:
+    from gpumesh.backends.base import ChatRequest
+    from gpumesh.bench import scenarios
+    from gpumesh.bench.load import AnswerStream, RequestRecord, SendPrompt
+    from gpumesh.bench.routes import ApiKeys
+    from gpumesh.bench.run import BenchOutput
+    from gpumesh.bench.stats import Objective
+    from gpumesh.bench.traces import TracedRequest
+    from gpumesh.daemon.sessions.session import Session
+    from gpumesh.state import MeshState
+    from gpumesh.topology import Topology
+
+# Every node is measured, so all nodes are waited for: the deadline of a connect, and a probe.
+FIRST_REPORT_TIMEOUT_S = 7.0
+
+
+async def measure(
+    chosen: GlobalOptions,
+    scenario: scenarios.Scenario,
+    model: str | None,
+    make_settings: Callable[[str], scenarios.BenchSettings],
+    objective: Objective,
+    *,
+    trace: Sequence[TracedRequest],
+    node: str | None,
+) -> BenchOutput:
+    """Measures the running mesh, or one in this process. ``make_settings`` gets the name of the model."""
+    from gpumesh.bench import run as bench
+    from gpumesh.daemon.sessions.local_session import LocalSession
+    from gpumesh.mesh.models.default_model import choose_model
+
+    default = model or chosen.topology().gateway.default_model
+    async with open_session(chosen) as session:
+        state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        name = default or choose_model(state, node)
+        target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
+        with ExitStack() as stack:
+            return await bench.run_benchmark(
+                target,
+                scenario,
+                make_settings(name),
+                progress=_ProgressBar(stack, quiet=chosen.quiet),
+                rng=Random(time.time_ns()),
+                objective=objective,
+                trace=trace,
+                only_node=node,
+                keys=_read_api_keys(chosen.topology()),
+            )
+
+
+def _read_api_keys(topology: Topology) -> ApiKeys:
+    """The keys whose variables are set. A server that gets no key reports that itself."""
+    from gpumesh import config
+    from gpumesh.bench.routes import ApiKeys
+    from gpumesh.errors import SecretMissing
+
+    def read(variable: str | None) -> str | None:
+        try:
+            return None if variable is None else config.read_secret(variable)
+        except SecretMissing:
+            return None
+
+    node_keys = {node.name: read(node.backend.api_key_env) for node in topology.nodes}
+    return ApiKeys(
+        read(topology.gateway.api_key_env), {name: key for name, key in node_keys.items() if key is not None}
+    )
+
+
+class _SessionTarget:
+    """The mesh behind a session, as a benchmark sees it."""
+
+    def __init__(self, session: Session, *, embedded: bool) -> None:
+        self._session = session
+        self.embedded = embedded
+
+    def send(self) -> SendPrompt:
+        return self._send_prompt
+
+    def _send_prompt(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]:
+        from gpumesh.balancer.base import Priority
+        from gpumesh.daemon.sessions.session import PromptRequest
+
+        prompt = PromptRequest(
+            request.messages,
+            model=request.model,
+            node=node,
+            priority=Priority.NORMAL,
+            options=request.options,
+            stream=request.stream,
+            think=request.think,
+        )
+        return self._session.chat(prompt)
+
+    async def status(self) -> MeshState:
+        return await self._session.status()
+
+    async def drain(self, node: str) -> None:
+        await self._session.drain(node)
+
+    async def resume(self, node: str) -> None:
+        await self._session.resume(node)
+
+
+class _ProgressBar:
+    """A bar on stderr: how many requests have ended, and which stage runs."""
+
+    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
+        self._stack = stack
+        self._quiet = quiet
+        self._update: Callable[[int, str], None] = lambda _done, _note: None
+        self._stage = ""
+        self._done = 0
+        self._failed = 0
+
+    def set_plan(self, plan: scenarios.Plan) -> None:
+        from gpumesh.cli.views.progress_bar import show_progress
+
+        self._update = self._stack.enter_context(show_progress(plan.total, "requests", quiet=self._quiet))
+
+    def start_stage(self, stage: scenarios.Stage) -> None:
+        self._stage = stage.name
+        self._update(self._done, self._stage)
+
+    def add_record(self, record: RequestRecord) -> None:
+        self._done += 1
+        self._failed += record.error_code is not None
+        failed = f", {self._failed} failed" if self._failed else ""
+        self._update(self._done, f"{self._stage}{failed}")

@@ -1,0 +1,107 @@
+"""The completion scripts for bash and zsh, and the filter that lets only plain words out to a shell.
+
+Typer's script for zsh evaluates what the program prints, and bash inserts it as it is. So completed text must be safe
+for a shell. ``sanitize_completions`` filters everything that Typer proposes; ``completion.py`` filters its own lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpumesh.quoting import is_plain
+
+# Typer's script, extended for the colons in names of models (and for @, which is rare). Where bash breaks words at
+# these characters, it completes only the text after a colon, or from an @ on. So the script joins the parts before it
+# asks the program, and removes the text before the break from each proposal. Where COMP_WORDBREAKS has no colon (npm's
+# completion removes it), a word is whole already and is replaced as a whole. Works with bash 3.2 too (macOS).
+BASH_SCRIPT = """
+%(complete_func)s() {
+    local IFS=$'\\n' word words=() last=-1 breaks=${COMP_WORDBREAKS//[^:@]/} ready
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
+        if (( last >= 0 )) && [[ -n $breaks && ( $word == [$breaks]* || ${words[last]} == *[$breaks] ) ]]; then
+            words[last]+=$word
+        else
+            words[++last]=$word
+        fi
+    done
+    word=${words[last]}
+    COMPREPLY=( $( env COMP_WORDS="${words[*]}" \\
+                   COMP_CWORD=$last \\
+                   %(autocomplete_var)s=complete_bash $1 ) )
+    if [[ -n $breaks ]]; then
+        ready=${word%%"${word##*[$breaks]}"}
+        ready=${ready%%@}
+        COMPREPLY=( "${COMPREPLY[@]#"$ready"}" )
+    fi
+    return 0
+}
+
+complete -o default -F %(complete_func)s %(prog_name)s
+"""
+
+# Typer's script evaluates what the program prints, and completes no name with a colon. This one asks for lines of a
+# value, a tab and its help, as fish does, and passes them on as they are. When the file is in $fpath, zsh calls it as a
+# function; elsewhere it is read once and registers its function.
+ZSH_SCRIPT = """
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local line value
+    local -a proposals=()
+    for line in "${(@f)$(env %(autocomplete_var)s=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args \\
+                         _TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" %(prog_name)s)}"; do
+        value=${${line%%%%$'\\t'*}//:/\\\\:}
+        [[ $line == *$'\\t'* ]] && value+=:${line#*$'\\t'}
+        [[ -n $value ]] && proposals+=("$value")
+    done
+    if (( $#proposals )); then
+        _describe -V %(prog_name)s proposals
+    else
+        _files
+    fi
+}
+
+if [[ $zsh_eval_context[-1] == (loadautofunc|shfunc) ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
+
+def install_completion_scripts() -> None:
+    """Makes ``--install-completion`` and ``--show-completion`` give the scripts above."""
+    from typer import _completion_shared as shared
+
+    # Private to Typer. A version without it gives its own scripts, which stop at a colon.
+    scripts = getattr(shared, "_completion_scripts", {})
+    scripts["bash"], scripts["zsh"] = BASH_SCRIPT, ZSH_SCRIPT
+
+
+def sanitize_completions() -> None:
+    """Lets only plain words out to a shell, whichever parameter proposes them. File names are left to the shell, which
+    quotes them; Typer would only repeat the text that is already on the line."""
+    try:
+        from typer import _completion_classes as classes
+    except ImportError:  # private to Typer; without them our own lists are still filtered in completion.py
+        return
+    for name in ("BashComplete", "ZshComplete", "FishComplete", "PowerShellComplete"):
+        kind: Any = getattr(classes, name, None)
+        if kind is not None and not hasattr(kind.get_completions, "is_filtered"):
+            kind.get_completions = _filter_completions(kind.get_completions)
+
+
+def _filter_completions(get: Callable[[Any, list[str], str], list[Any]]) -> Callable[[Any, list[str], str], list[Any]]:
+    def get_completions(self: Any, args: list[str], incomplete: str) -> list[Any]:
+        # Options are proposed only where the word begins with a hyphen.
+        hyphens = "-" if incomplete.startswith("-") else ""
+        proposed = get(self, args, incomplete)
+        return [
+            candidate
+            for candidate in proposed
+            if candidate.type == "plain" and is_plain(candidate.value.lstrip(hyphens))
+        ]
+
+    get_completions.is_filtered = True  # type: ignore[attr-defined]  # so that it is wrapped once
+    return get_completions

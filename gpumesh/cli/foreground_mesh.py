@@ -1,0 +1,96 @@
+"""Shows a mesh that runs in this process until it is asked to stop: the live table on a terminal, elsewhere lines.
+
+For `up` without `-d`, and for `demo --keep`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from gpumesh.async_iterators import closing_iterator
+from gpumesh.config import environment
+
+if TYPE_CHECKING:
+    from gpumesh.cli.global_options import GlobalOptions
+    from gpumesh.daemon.sessions.local_session import LocalSession
+    from gpumesh.daemon.shutdown import Shutdown
+    from gpumesh.state import MeshState
+
+T = TypeVar("T")
+
+# The deadline of a connect, and a probe. What is not known by then is shown as unknown.
+FIRST_REPORT_TIMEOUT_S = 7.0
+REDRAW_S = 0.5
+
+
+async def show_mesh(session: LocalSession, stop: Shutdown, chosen: GlobalOptions, *, notes: Sequence[str] = ()) -> None:
+    """Returns when ``stop`` is requested. On a terminal it shows the live table with ``notes`` below; elsewhere it
+    prints ``notes``, the first report, and then a line for each change."""
+    live = not chosen.quiet and sys.stdout.isatty() and not environment.dumb_terminal()
+    if not live:
+        for line in notes:
+            typer.echo(line)
+        sys.stdout.flush()
+    if chosen.quiet:
+        await stop.wait()
+    elif live:
+        from gpumesh.cli.views.live.live_table import LiveTable
+        from gpumesh.cli.views.node_selection import ViewSelection
+        from gpumesh.cli.views.status.status_view import ViewOptions, print_status
+
+        table = LiveTable(session, ViewSelection(verbose=chosen.verbose), footer="Ctrl-C ends it", notes=notes)
+        last = await table.run(until_stopped(session.watch(REDRAW_S), stop))
+        stop.request()
+        if last is not None:
+            print_status(last, ViewOptions(verbose=chosen.verbose))
+    else:
+        await _print_changes(session, stop)
+
+
+async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
+    from gpumesh.cli.views.safe_text import clean_line
+    from gpumesh.cli.views.status.status_view import print_status
+    from gpumesh.daemon.state_changes import compare_states
+
+    last: MeshState | None = None
+    async for state in until_stopped(_first_report(session), stop):
+        last = state
+        print_status(state)
+        sys.stdout.flush()
+    async for state in until_stopped(session.watch(REDRAW_S), stop):
+        for event in compare_states(last, state):
+            typer.echo(clean_line(f"{state.at:%H:%M:%S} {event.node or ''} {event.message}"), err=True)
+        last = state
+
+
+async def _first_report(session: LocalSession) -> AsyncGenerator[MeshState]:
+    yield await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+
+
+async def until_stopped(items: AsyncIterator[T], stop: Shutdown) -> AsyncGenerator[T]:
+    """The items until ``stop`` is requested. A request also ends the waiting for the next item."""
+
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        async with closing_iterator(items):
+            while True:
+                following = asyncio.ensure_future(anext(items))
+                try:
+                    await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                    if stopped.done():
+                        return
+                    try:
+                        item = following.result()
+                    except StopAsyncIteration:
+                        return
+                finally:
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
+                yield item
+    finally:
+        stopped.cancel()

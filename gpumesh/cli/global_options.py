@@ -1,0 +1,91 @@
+"""The options of `gpumesh` itself (`--config`, `--quiet`, `--verbose`), and the configuration that they lead to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpumesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpumesh.daemon.paths import MeshPaths
+    from gpumesh.topology import Topology
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="mesh.yaml (else $GPUMESH_CONFIG, ./mesh.yaml, …)."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only: no progress, no remarks.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+
+
+@dataclass(slots=True)
+class GlobalOptions:
+    """The root command makes one for each run (``ctx.obj``)."""
+
+    config: Path | None = None
+    quiet: bool = False
+    verbose: bool = False
+
+    def config_file(self) -> Path:
+        """The mesh.yaml in use. Raises ConfigError when there is none."""
+        from gpumesh import config
+
+        return config.find_config(self.config)
+
+    def paths(self) -> MeshPaths:
+        """The paths of the mesh.yaml in use. A mesh.yaml that was removed while its mesh runs counts: it can be
+        stopped."""
+        from gpumesh import config
+        from gpumesh.daemon import paths
+
+        try:
+            return paths.for_config(self.config_file())
+        except UsageError:
+            for file in config.search_paths(self.config):
+                mesh_paths = paths.for_config(file)
+                if mesh_paths.lock.exists():
+                    return mesh_paths
+            raise
+
+    def topology(self) -> Topology:
+        """Raises ConfigError with every problem of the file."""
+        from gpumesh import config
+
+        return config.load(self.config_file())
+
+
+def global_options(ctx: typer.Context) -> GlobalOptions:
+    """The options of this run."""
+    options = ctx.find_root().obj
+    assert isinstance(options, GlobalOptions), "the root command's callback makes it"
+    return options
+
+
+def repeat_global_options() -> list[Any]:
+    """``--config``, ``--quiet`` and ``--verbose`` as options of a single command. They set the same GlobalOptions."""
+    from typer.main import get_command as build_command
+
+    template = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+    @template.command()
+    def _(config: ConfigOption = None, quiet: QuietOption = False, verbose: VerboseOption = False) -> None: ...
+
+    options: list[Any] = []
+    for option in build_command(template).params:
+        if option.name in ("config", "quiet", "verbose"):
+            option.callback = _store_option
+            option.expose_value = False
+            options.append(option)
+    return options
+
+
+def _store_option(ctx: Any, parameter: Any, value: Any) -> Any:
+    if value:
+        ctx.meta[f"gpumesh.{parameter.name}"] = value  # completion does not run the root's callback
+        if ctx.find_root().obj is not None:
+            setattr(ctx.find_root().obj, parameter.name, value)
+    return value

@@ -1,0 +1,118 @@
+"""Shows the host key of a node, asks a person whether it is the right one, and records it: for `trust` and `init`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from gpumesh.cli.open_session import run_async
+from gpumesh.cli.views.safe_text import clean_line
+from gpumesh.errors import GPUMeshError, UsageError
+from gpumesh.topology import NodeSpec, SshSpec
+
+if TYPE_CHECKING:
+    from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck
+
+
+class NotConfirmed(GPUMeshError):
+    """A person was asked, and answered no."""
+
+
+def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
+    """Shows the host's key. Records a key that is not on record, after asking a person unless ``yes``. The keys of jump
+    hosts come first, because we log in to them on the way. Raises NotConfirmed."""
+    from gpumesh.tunnels.inprocess import handshake
+
+    if ssh.address_from is not None:
+        ssh = run_async(_look_up_address(spec, ssh))
+    *jumps, host = handshake.list_hops(ssh)
+    for jump in jumps:
+        _confirm_host("", f"{spec.name} (jump host)", jump, _fetch_key("", jump), yes=yes, quiet=True)
+    _confirm_host(spec.name, spec.name, host, _fetch_key(spec.name, host), yes=yes)
+
+
+def _confirm_host(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, quiet: bool = False) -> None:
+    """``node`` is "" for a jump host. ``quiet``: says nothing about a key that is on record."""
+    from gpumesh.tunnels import hostkeys
+    from gpumesh.tunnels.hostkeys import HostKeyStatus
+
+    judgement = hostkeys.read_known_hosts(ssh.known_hosts).check_key(key, node=node, host=ssh.host, port=ssh.port)
+    where = hostkeys.known_hosts_address(ssh.host, ssh.port)
+    known = judgement.status is HostKeyStatus.KNOWN
+    if not (known and quiet):
+        status = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(
+            judgement.status, judgement.status.value
+        )
+        parts = (shown, where, f"{key.key_type} {key.fingerprint}", status)
+        typer.echo("  ".join(map(clean_line, parts)))
+    if judgement.status is HostKeyStatus.REVOKED:
+        raise GPUMeshError(
+            f"the key of {where} is marked @revoked in {ssh.known_hosts}: it is not recorded",
+            hint="whoever marked it knows why: do not connect to a host that shows it",
+            node=node or None,
+        )
+    if not known:
+        for line in explain_judgement(judgement, ssh.known_hosts):
+            typer.echo(f"  {clean_line(line)}", err=True)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
+            if not typer.confirm("Is this the right fingerprint? Record it?", err=True):
+                raise NotConfirmed(
+                    f"{shown}: the key of {where} is not recorded, since you said that it is not the right one",
+                    hint="ask the host's owner or your provider which key it has",
+                )
+    elif quiet or judgement.recorded_for_node:
+        return
+    hostkeys.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
+    names = where if not node else f"{where} and for {node}, wherever it moves"
+    typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
+
+
+def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
+    """What the judgement means and what to do, in sentences. Pure."""
+    if judgement.expected:
+        on_record = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
+        return [
+            *on_record,
+            "The host shows another key than the one on record. That is so after a pod was reset or its machine"
+            " replaced. On a machine that nobody touched, somebody may be in between: ask its owner before you go on.",
+        ]
+    if judgement.certificate_only:
+        return [
+            f"A certificate authority in {known_hosts} vouches for this host. `transport: openssh` checks its"
+            " certificate, and then nothing has to be recorded. Recorded, this one key is trusted by itself."
+        ]
+    return [
+        "Nothing is on record yet for this host. Compare the fingerprint with the one that your provider shows, or"
+        " with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the host itself."
+    ]
+
+
+async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
+    from gpumesh.tunnels import address_command
+
+    assert ssh.address_from is not None
+    host, port = await address_command.ask_address(ssh.address_from, node=spec.name, default_port=ssh.port)
+    return replace(ssh, host=host, port=port)
+
+
+def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
+    """The key that the host proves to have. Raises GPUMeshError."""
+    from gpumesh import config
+    from gpumesh.tunnels import transports
+
+    secrets: tuple[tuple[str, str], ...] = ()
+    if ssh.proxy_jump:  # we log in to jump hosts, so secrets are needed
+        secrets = tuple(
+            (name, config.read_secret(variable, node=node or None))
+            for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))
+            if variable is not None
+        )
+    else:
+        ssh = replace(ssh, password_env=None, passphrase_env=None)
+    return run_async(transports.fetch_host_key(node, ssh, secrets=secrets, timeout_s=ssh.connect_timeout_s))

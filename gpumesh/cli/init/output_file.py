@@ -1,0 +1,34 @@
+"""Writes the mesh.yaml of `init`, and refuses to overwrite a file without ``--force``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpumesh import atomic_file
+from gpumesh.errors import UsageError
+from gpumesh.quoting import shell_word
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raises UsageError when the file cannot be written. Called before anything takes time."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint=f"--output {shell_word(str(path / 'mesh.yaml'))}")
+    if path.exists() and not force:
+        raise UsageError(f"{path} is there already", hint="--force overwrites it, --output names another file")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}")
+
+
+def write_output(path: Path, text: str, *, force: bool) -> None:
+    """Writes the file whole or not at all. Without ``force`` it never overwrites a file, not even one that was made
+    since ``check_output``. Raises UsageError."""
+    umask = os.umask(0)
+    os.umask(umask)
+    write = atomic_file.replace if force else atomic_file.create
+    try:
+        write(path, text, mode=0o666 & ~umask)
+    except FileExistsError as error:
+        raise UsageError(f"{path} is there already", hint="--force overwrites it") from error
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,58 @@
+"""Probes drafts of nodes: opens a mesh of them for a moment and keeps what each node reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
+from gpumesh.cli.init.node_drafts import Draft
+from gpumesh.errors import ConfigError, UsageError
+from gpumesh.state import BackendPhase, TunnelPhase
+from gpumesh.topology import BackendKind, Topology
+
+FIRST_REPORT_TIMEOUT_S = 12.0
+
+
+async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts with their states. A node is asked as Ollama first, and as a server of OpenAI's kind if that fails."""
+    first = await _probe_once(list(drafts))
+    again = [
+        replace(draft, kind=BackendKind.OPENAI) for draft in first if not draft.is_serving and _is_reachable(draft)
+    ]
+    second = {draft.name: draft for draft in await _probe_once(again)} if again else {}
+    return [second[draft.name] if draft.name in second and second[draft.name].is_serving else draft for draft in first]
+
+
+def _is_reachable(draft: Draft) -> bool:
+    return draft.state is None or draft.state.tunnel.state is TunnelPhase.UP
+
+
+async def _probe_once(drafts: Sequence[Draft]) -> list[Draft]:
+    from gpumesh.mesh.mesh import Mesh
+
+    async with Mesh(topology_of(drafts)) as mesh:
+        state = await mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S)
+        probed = []
+        for draft in drafts:
+            node = state.node(draft.name)
+            port = None
+            if node.backend.state is BackendPhase.UP:
+                urls = mesh.tunnel(draft.name).urls
+                port = next((target.port for target, url in urls.items() if url == node.backend.url), None)
+            probed.append(replace(draft, state=node, ports=draft.ports if port is None else (port,)))
+        return probed
+
+
+def topology_of(drafts: Sequence[Draft]) -> Topology:
+    """The drafts as a topology. They go through a file, so aliases, defaults and checks are those of any mesh.yaml."""
+    from gpumesh import config
+    from gpumesh.tunnels.local_system.socket_folders import private_folder
+
+    with private_folder() as folder:
+        file = folder / "mesh.yaml"
+        file.write_text("\n".join(mesh_yaml_lines(drafts)) + "\n", encoding="utf-8")
+        try:
+            return config.load(file)
+        except ConfigError as error:  # nobody has seen this file, so its lines are of no use in a message
+            raise UsageError("; ".join(problem.message for problem in error.problems)) from error

@@ -1,0 +1,71 @@
+"""How a command runs its asynchronous part, and how it gets a mesh: the running one, or one in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+from gpumesh.cli.global_options import GlobalOptions
+
+if TYPE_CHECKING:
+    from gpumesh.daemon.sessions.session import Session
+
+T = TypeVar("T")
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Runs an asynchronous command to its end. Ctrl-C cancels it, which ends its work on the hosts, and exits with
+    130."""
+    try:
+        from gpumesh.daemon.process import event_loop
+
+        return event_loop.run(main, use_uvloop=False)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        main.close()  # Python would warn of a coroutine that never began
+
+
+@asynccontextmanager
+async def open_session(chosen: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
+    """The running mesh of this configuration; without one, a mesh in this process while the context is open.
+
+    Raises MeshNotRunning when no mesh runs and ``embed`` is false.
+    """
+    from gpumesh.daemon.control_socket.remote_session import RemoteSession
+    from gpumesh.daemon.mesh_lock import LockWatch
+    from gpumesh.errors import MeshNotRunning
+
+    paths = chosen.paths()
+    watch = LockWatch.open(paths)
+    if watch is not None:
+        with watch:
+            running = not watch.remove_if_stale(paths)
+        if running and await _accepts_connections(paths.socket):
+            yield RemoteSession(paths.socket)
+            return
+    if not embed:
+        raise MeshNotRunning("no mesh is running for this configuration")
+    from gpumesh.daemon import leftovers
+    from gpumesh.daemon.sessions.local_session import LocalSession
+    from gpumesh.mesh.mesh import Mesh
+
+    leftovers.remove_leftovers()
+    async with Mesh(chosen.topology()) as mesh:
+        yield LocalSession(mesh)
+
+
+async def _accepts_connections(socket: Path) -> bool:
+    import asyncio
+
+    try:
+        _, writer = await asyncio.open_unix_connection(socket)
+    except OSError:
+        return False  # the mesh just starts or ends, and has no socket
+    writer.close()
+    await writer.wait_closed()
+    return True

@@ -1,0 +1,120 @@
+"""The tables of `bench`: a result with its remarks, and the comparison of two results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import typer
+
+from gpumesh.bench.compare import Comparison, Difference, DifferenceVerdict
+from gpumesh.bench.result import BenchResult
+from gpumesh.bench.summary import StageResult, stage_label
+from gpumesh.bench.svg import format_number
+from gpumesh.cli.views.safe_text import clean_line
+from gpumesh.cli.views.tables import Cell, Column, print_fitted_table, print_table
+
+VERDICT_STYLES = {
+    DifferenceVerdict.BETTER: "green",
+    DifferenceVerdict.WORSE: "red",
+    DifferenceVerdict.SAME: "dim",
+    DifferenceVerdict.UNKNOWN: "dim",
+}
+VERDICT_TEXTS = {DifferenceVerdict.SAME: "no clear difference", DifferenceVerdict.UNKNOWN: "too few to tell"}
+RESULT_COLUMNS = (
+    Column("STAGE", min_width=21),
+    Column("IN FLIGHT", 6, right=True),
+    Column("SERVED", 4, right=True),
+    Column("FAILED", 1, right=True),
+    Column("TTFT ms", 1, right=True),
+    Column("TTFT p90", 7, right=True),
+    Column("TPOT ms", 5, right=True),
+    Column("E2E ms", 3, right=True),
+    Column("E2E p90", 7, right=True),
+    Column("TOK/S EACH", 2, right=True),
+    Column("TOK/S", 1, right=True),
+    Column("REQ/S", 3, right=True),
+)
+
+
+def print_result(result: BenchResult, *, notes: bool) -> None:
+    print_fitted_table(RESULT_COLUMNS, [_stage_cells(stage) for stage in result.stages])
+    for line in _result_lines(result):
+        typer.echo(clean_line(line))
+    if notes:
+        for note in result.notes:
+            typer.echo(f"note: {clean_line(note)}", err=True)
+
+
+def _stage_cells(stage: StageResult) -> list[Cell | str]:
+    failed = stage.failed + stage.cut
+    return [
+        stage_label(stage),
+        "open" if stage.concurrency is None else str(stage.concurrency),
+        str(stage.served),
+        Cell(str(failed), "red" if failed else "dim"),
+        format_number(stage.latency.ttft.p50),
+        format_number(stage.latency.ttft.p90),
+        format_number(stage.latency.tpot.p50),
+        format_number(stage.latency.end_to_end.p50),
+        format_number(stage.latency.end_to_end.p90),
+        format_number(stage.rates.server.p50),
+        format_number(stage.rates.output_tokens_per_s),
+        format_number(stage.rates.requests_per_s),
+    ]
+
+
+def _result_lines(result: BenchResult) -> Iterator[str]:
+    """Figures for which the table has no column. Those without another name are at p50."""
+    if result.scaling is not None:
+        scaling = result.scaling
+        yield (
+            f"scaling: mesh {format_number(scaling.mesh_tokens_per_s)} tok/s"
+            f" of {format_number(scaling.sum_tokens_per_s)} "
+            f"that its nodes give alone: {scaling.efficiency:.0%}"
+        )
+    for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
+        barest, *others = costs
+        outside = format_number(barest.outside_server_p50_ms)
+        parts = [f"{node}: {outside} ms outside the server at p50 through the {barest.route}"]
+        parts += [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
+        yield "; ".join(parts)
+    for stage in result.stages:
+        yield from _stage_lines(stage)
+
+
+def _stage_lines(stage: StageResult) -> Iterator[str]:
+    for phase in stage.phases:
+        yield (
+            f"{phase.name}: {phase.requests} sent, {phase.failed} failed, {phase.retried} retried, "
+            f"end-to-end p50 {format_number(phase.end_to_end.p50)} ms,"
+            f" longest gap {format_number(phase.longest_gap_ms)} ms, "
+            f"{format_number(phase.output_tokens_per_s)} tok/s"
+        )
+    if stage.gpu is not None and stage.gpu.power_w is not None:
+        yield (
+            f"{stage_label(stage)}: {format_number(stage.gpu.utilization_pct)} % GPU,"
+            f" {format_number(stage.gpu.power_w)} W, "
+            f"{format_number(stage.tokens_per_joule)} tokens/J"
+        )
+
+
+def print_comparison(comparison: Comparison) -> None:
+    print_table(["stage", "figure", "A", "B", "B ÷ A", ""], map(_difference_cells, comparison.differences))
+    missing = [f"only in A: {name}" for name in comparison.only_a] + [
+        f"only in B: {name}" for name in comparison.only_b
+    ]
+    for line in (*comparison.caveats, *missing):
+        typer.echo(f"note: {clean_line(line)}", err=True)
+
+
+def _difference_cells(difference: Difference) -> list[Cell | str]:
+    verdict = difference.verdict
+    return [
+        difference.stage,
+        f"{difference.figure} ({difference.unit})" if difference.unit else difference.figure,
+        format_number(difference.a),
+        format_number(difference.b),
+        format_number(difference.ratio),
+        Cell(VERDICT_TEXTS.get(verdict, verdict.value), VERDICT_STYLES[verdict]),
+    ]

@@ -1,0 +1,58 @@
+"""What `demo` shows: lines of text, one after the other, above a status table that is redrawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.text import Text
+
+from gpumesh.cli.views.console import console, print_plain
+from gpumesh.cli.views.safe_text import clean_text
+from gpumesh.cli.views.status.status_view import ViewOptions, status_view
+from gpumesh.state import MeshState
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+
+class DemoDisplay:
+    """Without a terminal only the lines are printed, and the table when ``print_table`` is called."""
+
+    def __init__(self) -> None:
+        self._out = console()
+        self._live: Live | None = None
+
+    def __enter__(self) -> DemoDisplay:
+        from rich.live import Live
+
+        if self._out.is_terminal:
+            self._live = Live(console=self._out, auto_refresh=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def update_table(self, state: MeshState) -> None:
+        if self._live is not None:
+            size = self._out.size
+            view = status_view(state, size.width, ViewOptions(height=max(size.height - 4, 8)))
+            self._live.update(Group(Text(""), view), refresh=True)
+
+    def print_table(self, state: MeshState) -> None:
+        if self._live is None:
+            print_plain(self._out, status_view(state, self._out.width, ViewOptions()))
+            self._out.file.flush()
+        else:
+            self.update_table(state)
+
+    def print_line(self, text: str, style: str = "") -> None:
+        line = Text(clean_text(text), style=style)
+        if self._live is not None:
+            self._live.console.print(line)
+        else:
+            print_plain(self._out, line)
+            self._out.file.flush()

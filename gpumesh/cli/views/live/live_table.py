@@ -1,0 +1,114 @@
+"""The table that stays: `status --watch`, and `up` on a terminal. Keys select a node and do something to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from rich.text import Text
+
+from gpumesh.async_iterators import closing_iterator
+from gpumesh.cli.views.console import console, render_lines
+from gpumesh.cli.views.figures import shorten
+from gpumesh.cli.views.live.key_selection import KEY_HELP, KeySelection
+from gpumesh.cli.views.live.node_actions import NodeActions
+from gpumesh.cli.views.live.note import Note
+from gpumesh.cli.views.live.screen import Screen
+from gpumesh.cli.views.node_selection import ViewSelection
+from gpumesh.cli.views.status.status_view import ViewOptions, status_view
+from gpumesh.daemon.sessions.session import Session
+from gpumesh.errors import GPUMeshError
+from gpumesh.mesh.history import History, Recorder
+from gpumesh.state import MeshState
+
+MIN_REDRAW_S = 0.05  # between two redraws, however fast a key repeats
+MIN_ROWS = 8  # of the table; the text below it gets the other lines of the screen
+
+
+class LiveTable:
+    """Redraws the table when the state changes or a key is pressed. ``footer`` is the last line where no keys are read;
+    ``notes`` are shown below the table where the screen has room."""
+
+    def __init__(self, session: Session, view: ViewSelection, *, footer: str, notes: Sequence[str] = ()) -> None:
+        self._session = session
+        self._selection = KeySelection(view)
+        self._footer = footer
+        self._text_below = notes
+        self._out = console()
+        self._state: MeshState | None = None
+        self._recorder = Recorder()
+        self._redraw = asyncio.Event()
+        self._note = Note(self._redraw.set)
+        self._actions = NodeActions(session, self._note.show)
+        self._quit = False
+
+    def __repr__(self) -> str:
+        phase = "QUIT" if self._quit else "WAITING" if self._state is None else "SHOWN"
+        nodes = 0 if self._state is None else len(self._state.nodes)
+        return f"<LiveTable {phase} {nodes} nodes selected {self._selection.selected!r}>"
+
+    async def run(self, states: AsyncIterator[MeshState]) -> MeshState | None:
+        """Shows the table until ``q`` is pressed or ``states`` ends, and gives the last state. Raises what ``states``
+        raises, and UsageError when the view selects no node."""
+        following = asyncio.create_task(self._follow(states), name="states")
+        following.add_done_callback(lambda _: self._redraw.set())
+        try:
+            with Screen(self._out.file, on_key=self._handle_key, on_change=self._redraw.set) as screen:  # type: ignore[arg-type]
+                await self._redraw_until_end(screen, following)
+        finally:
+            following.cancel()
+            results = await asyncio.gather(following, return_exceptions=True)
+            await self._actions.close()
+            self._note.close()
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return self._state
+
+    async def _redraw_until_end(self, screen: Screen, following: asyncio.Task[None]) -> None:
+        while not self._quit:
+            await self._redraw.wait()
+            self._redraw.clear()
+            if self._state is not None:
+                screen.draw(self._lines(self._state, reads_keys=screen.reads_keys))
+            if following.done():
+                return
+            await asyncio.sleep(MIN_REDRAW_S)
+
+    async def _follow(self, states: AsyncIterator[MeshState]) -> None:
+        earlier: History | None = await self._fetch_history()
+        async with closing_iterator(states):
+            async for state in states:
+                self._selection.view.apply(state)  # raises UsageError, which ends the table
+                if earlier is not None:
+                    self._recorder, earlier = Recorder(earlier, at=state.at), None
+                self._state = state
+                self._recorder.add(state)
+                self._redraw.set()
+
+    async def _fetch_history(self) -> History:
+        try:
+            return await self._session.history()
+        except GPUMeshError:
+            return History()  # a mesh of an older version keeps none
+
+    def _lines(self, state: MeshState, *, reads_keys: bool) -> list[str]:
+        size = self._out.size
+        shown = self._selection.view.apply(state)
+        self._selection.nodes = [node.name for node in shown.nodes]
+        # Folded, not shortened: a path that ends in "…" could not be copied.
+        below = [line for text in self._text_below for line in render_lines(self._out, Text(text, overflow="fold"))]
+        below = below[: max(size.height - 1 - MIN_ROWS, 0)]
+        rows = size.height - 1 - len(below)
+        selected = self._selection.selected or None
+        options = ViewOptions(self._selection.view.verbose, rows, selected, self._recorder.history())
+        table = render_lines(self._out, status_view(shown, size.width, options))[:rows]
+        last = shorten(self._note.text or (KEY_HELP if reads_keys else self._footer), size.width)
+        return [*table, *below, *render_lines(self._out, Text(last, style="dim", no_wrap=True))]
+
+    def _handle_key(self, key: str) -> None:
+        action = self._selection.handle_key(key)
+        if action == "quit":
+            self._quit = True
+        elif action is not None:
+            self._actions.start(action, self._selection.selected)
+        self._note.show(self._selection.note)

@@ -1,0 +1,31 @@
+"""A short text in the last line of the live table that disappears after a few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+NOTE_SHOWN_S = 4.0
+
+
+class Note:
+    """``on_change`` is called when the text changes, also when it disappears. ``close`` stops the timer."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.text = ""
+        self._on_change = on_change
+        self._timer: asyncio.TimerHandle | None = None
+
+    def show(self, text: str) -> None:
+        self.close()
+        self.text = text
+        self._timer = asyncio.get_running_loop().call_later(NOTE_SHOWN_S, self._clear)
+        self._on_change()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _clear(self) -> None:
+        self.text = ""
+        self._on_change()

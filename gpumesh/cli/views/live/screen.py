@@ -1,0 +1,168 @@
+"""The terminal as a screen to draw on and a keyboard to read key by key.
+
+The terminal is restored on every way out: the end of the context, an exception, Ctrl-C, Ctrl-Z. The caller turns
+SIGTERM and SIGHUP into one of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
+
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H\x1b[2J"  # the second screen; no cursor, no wrapping
+_LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+# A terminal that supports synchronised updates shows everything between these at once; others ignore them.
+_BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
+
+_SEQUENCES = {
+    b"\x1b[A": "up",
+    b"\x1bOA": "up",
+    b"\x1b[B": "down",
+    b"\x1bOB": "down",
+    b"\x1b[H": "home",
+    b"\x1bOH": "home",
+    b"\x1b[1~": "home",
+    b"\x1b[F": "end",
+    b"\x1bOF": "end",
+    b"\x1b[4~": "end",
+    b"\x1b[5~": "page up",
+    b"\x1b[6~": "page down",
+}
+
+
+def parse_keys(data: bytes) -> Iterator[str]:
+    """The keys that were pressed: ``up``, ``escape`` … or the character. Unknown sequences are skipped."""
+    while data:
+        known = next((sequence for sequence in _SEQUENCES if data.startswith(sequence)), None)
+        if known is not None:
+            yield _SEQUENCES[known]
+            data = data[len(known) :]
+        elif data[:2] in (b"\x1b[", b"\x1bO"):
+            end = next((index for index in range(2, len(data)) if 0x40 <= data[index] <= 0x7E), len(data) - 1)
+            data = data[end + 1 :]
+        elif data[:1] == b"\x1b":
+            yield "escape"
+            data = data[1:]
+        else:
+            if 0x20 < data[0] < 0x7F:
+                yield chr(data[0])
+            data = data[1:]
+
+
+def diff_screen(old: Sequence[str], new: Sequence[str]) -> str:
+    """What to write so that a screen with ``old`` shows ``new``: the lines that differ. Empty when none does."""
+    parts = [
+        f"\x1b[{number};1H\x1b[K{line}\x1b[0m"
+        for number, line in enumerate(new, 1)
+        if number > len(old) or old[number - 1] != line
+    ]
+    if len(new) < len(old):
+        parts.append(f"\x1b[{len(new) + 1};1H\x1b[J")
+    return _BEGIN_UPDATE + "".join(parts) + _END_UPDATE if parts else ""
+
+
+class Screen:
+    """A context manager. ``on_key`` and ``on_change`` are called on the event loop; ``on_change`` when the size has
+    changed or the program has come back from Ctrl-Z. Without ``on_key``, or where stdin is no terminal, no key is
+    read."""
+
+    def __init__(self, out: TextIO, *, on_key: Callable[[str], None] | None, on_change: Callable[[], None]) -> None:
+        self._out = out
+        self._on_key = on_key if sys.stdin is not None and sys.stdin.isatty() else None
+        self._on_change = on_change
+        self._shown: list[str] = []
+        self._saved_modes: Any = None
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def reads_keys(self) -> bool:
+        return self._on_key is not None
+
+    def __repr__(self) -> str:
+        keys = "keys" if self.reads_keys else "no keys"
+        return f"<Screen {keys} {len(self._shown)} lines>"
+
+    def __enter__(self) -> Screen:
+        try:
+            self._enter()
+            self._loop.add_signal_handler(signal.SIGWINCH, self._handle_resize)
+            self._loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGWINCH, signal.SIGTSTP):
+            self._loop.remove_signal_handler(number)
+        self._leave()
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Shows these lines from the top. There may be no more lines than the screen is high."""
+        changed = diff_screen(self._shown, lines)
+        if changed:
+            self._out.write(changed)
+            self._out.flush()
+        self._shown = list(lines)
+
+    def _enter(self) -> None:
+        if self._on_key is not None:
+            import termios
+            import tty
+
+            descriptor = sys.stdin.fileno()
+            self._saved_modes = termios.tcgetattr(descriptor)
+            tty.setcbreak(descriptor)  # signals stay on: Ctrl-C and Ctrl-Z work as usual
+            self._loop.add_reader(descriptor, self._read_keys)
+        self._shown = []
+        self._out.write(_ENTER)
+        self._out.flush()
+
+    def _leave(self) -> None:
+        try:
+            with suppress(OSError):
+                self._out.write(_LEAVE)
+                self._out.flush()
+        finally:
+            self._release_keys()
+
+    def _release_keys(self) -> None:
+        if self._saved_modes is None:
+            return
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        self._loop.remove_reader(descriptor)
+        modes, self._saved_modes = self._saved_modes, None
+        with suppress(termios.error):  # the terminal itself is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, modes)
+
+    def _read_keys(self) -> None:
+        try:
+            data = os.read(sys.stdin.fileno(), 4096)
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(
+                sys.stdin.fileno()
+            )  # the terminal is gone; its descriptor would stay readable for ever
+            return
+        assert self._on_key is not None
+        for key in parse_keys(data):
+            self._on_key(key)
+
+    def _handle_resize(self) -> None:
+        self._shown = []
+        self._out.write("\x1b[2J")
+        self._on_change()
+
+    def _suspend(self) -> None:
+        self._leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._enter()  # SIGCONT continues here
+        self._on_change()

@@ -1,0 +1,71 @@
+"""Progress bars on stderr, and results on stdout while a bar is shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from rich.text import Text
+
+from gpumesh.cli.views.console import console
+from gpumesh.cli.views.safe_text import clean_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class ProgressDisplay(Protocol):
+    """Call it with the count of what is done; ``note`` stands behind the bar."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+    def write(self, line: str) -> None:
+        """Writes a result to stdout."""
+        ...
+
+
+class _NoBar:
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+    def write(self, line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+class _Bar(_NoBar):
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def __call__(self, done: int, note: str = "") -> None:
+        self._bar.update(self._task, completed=done, note=clean_line(note, 60))
+
+    def write(self, line: str) -> None:
+        write_above_bars(self._bar, line)
+
+
+def write_above_bars(bars: Progress, line: str) -> None:
+    """Writes a result to stdout while bars are shown on stderr; above the bars where both are the same terminal."""
+    if sys.stdout.isatty():
+        bars.console.print(Text(line), soft_wrap=True)
+    else:
+        _NoBar().write(line)
+
+
+@contextmanager
+def show_progress(total: int, title: str, *, quiet: bool) -> Iterator[ProgressDisplay]:
+    """Shows a bar on stderr. Shows nothing with ``quiet``, or where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(stderr=True)
+    if quiet or not out.is_terminal:
+        yield _NoBar()
+        return
+    title_column = TextColumn("{task.description}", markup=False)
+    note_column = TextColumn("{task.fields[note]}", markup=False)
+    columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
+    # By default rich redirects stdout to its own console: results would go to the terminal and not into a file.
+    with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bar:
+        yield _Bar(bar, bar.add_task(title, total=total, note=""))

@@ -1,0 +1,33 @@
+"""Text from hosts, clients and files, made safe for a terminal: whole texts, single lines, and JSON. Pure; no rich."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gpumesh.printable import printable
+
+# C0 and C1 controls and DEL, which terminals act on, and the marks that change the direction of a line unseen.
+_UNSAFE = dict.fromkeys(
+    (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+)
+_UNSAFE_IN_TEXT = {code: nothing for code, nothing in _UNSAFE.items() if chr(code) not in "\t\n"}
+
+# json escapes C0 by itself. Only what stands between quotes: the newlines of an indented document are not in here.
+_UNSAFE_IN_JSON = {code: f"\\u{code:04x}" for code in _UNSAFE if code >= 0x7F}
+
+
+def clean_text(text: str) -> str:
+    """Text of several lines without anything that a terminal acts on. A piece of a stream may be cleaned by itself."""
+    return text.translate(_UNSAFE_IN_TEXT).encode("utf-8", "replace").decode()
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that is safe on a terminal: letters of all scripts as they are, controls and surrogates escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.translate(_UNSAFE_IN_JSON).encode("ascii" if text.isascii() else "utf-8", "backslashreplace").decode()
+
+
+def clean_line(text: str, limit: int = 1000) -> str:
+    """One line of plain text."""
+    return printable(text, limit)

@@ -1,0 +1,215 @@
+"""The control socket's protocol: the kinds of requests and replies, and errors as messages.
+
+A client sends one request on a connection, then the mesh sends replies until ``End`` or ``Error``. When the client
+closes the connection, the request is cancelled. A message is a line of JSON (``framing.py``).
+
+New kinds and new fields may be added: an unknown field is ignored, an unknown kind is answered with ``Error``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpumesh.backends.base import Chunk
+from gpumesh.daemon.control_socket import framing
+from gpumesh.daemon.sessions.session import PromptRequest
+from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, QueueFull, StreamCut
+from gpumesh.mesh.history import History
+from gpumesh.state import MeshState
+from gpumesh.wire import from_json, to_json
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus:
+    """-> State."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """-> State, then again after changes, at most once in ``interval_s``."""
+
+    interval_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FirstReport:
+    """-> State."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """-> Route, then Piece for each chunk; Route again whenever it changes."""
+
+    ask: PromptRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """-> Output."""
+
+    node: str
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """-> End."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """-> End."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """-> End."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetHistory:
+    """-> Past."""
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """-> State while requests in flight end, for ``drain_s`` at most; then the mesh closes the connection."""
+
+    drain_s: float
+
+
+ControlRequest = GetStatus | Watch | FirstReport | Chat | Exec | Drain | Resume | Reconnect | GetHistory | Down
+
+# -- replies ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    state: MeshState
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    history: History
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    node: str | None
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """``data`` is base64."""
+
+    stream: str
+    data: str
+    ended: bool = False
+    exit_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The request is done, without an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """A GPUMeshError for the client. ``detail`` holds what some kinds of error carry beside their text."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    node: str | None = None
+    exit_code: int = int(ExitCode.FAILED)
+    detail: Mapping[str, Any] | None = None
+
+
+ControlReply = State | Past | Route | Piece | Output | End | Error
+
+_REQUESTS: Mapping[str, type[ControlRequest]] = {
+    kind.__name__: kind
+    for kind in (GetStatus, Watch, FirstReport, Chat, Exec, Drain, Resume, Reconnect, GetHistory, Down)
+}
+_REPLIES: Mapping[str, type[ControlReply]] = {
+    kind.__name__: kind for kind in (State, Past, Route, Piece, Output, End, Error)
+}
+
+
+def encode_message(message: ControlRequest | ControlReply) -> bytes:
+    """One line, with its line feed."""
+    return framing.encode_line(type(message).__name__, to_json(message))
+
+
+def decode_request(line: bytes) -> ControlRequest:
+    """Raises ``ValueError``."""
+    request: ControlRequest = _decode(line, _REQUESTS)
+    return request
+
+
+def decode_reply(line: bytes) -> ControlReply:
+    """Raises ``ValueError``."""
+    reply: ControlReply = _decode(line, _REPLIES)
+    return reply
+
+
+def _decode(line: bytes, kinds: Mapping[str, type[Any]]) -> Any:
+    kind, document = framing.decode_line(line)
+    if kind not in kinds:
+        raise framing.unknown_message()
+    return from_json(kinds[kind], document)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+class RemoteError(GPUMeshError):
+    """An error that the running mesh sent and that has no type of its own here. It keeps its code and exit code."""
+
+    def __init__(self, message: Error) -> None:
+        super().__init__(message.message, hint=message.hint, node=message.node)
+        self.code = message.code  # type: ignore[misc]  # a class variable elsewhere; here each instance has its own
+        try:
+            self.exit_code = ExitCode(message.exit_code)  # type: ignore[misc]
+        except ValueError:
+            self.exit_code = ExitCode.FAILED  # type: ignore[misc]
+
+
+def message_from_error(error: GPUMeshError) -> Error:
+    detail: dict[str, Any] | None = None
+    if isinstance(error, QueueFull):
+        detail = {"retry_after_s": error.retry_after_s}
+    elif isinstance(error, ModelMissing):
+        detail = {"model": error.model, "available": list(error.available)}
+    return Error(error.code, error.message, error.hint, error.node, int(error.exit_code), detail)
+
+
+def error_from_message(message: Error) -> GPUMeshError:
+    """The error as its own type where a caller may act on that type, else a RemoteError."""
+    detail = message.detail or {}
+    if message.code == QueueFull.code and isinstance(detail.get("retry_after_s"), (int, float)):
+        return QueueFull(message.message, retry_after_s=float(detail["retry_after_s"]))
+    if message.code == ModelMissing.code and isinstance(detail.get("model"), str):
+        available = tuple(str(name) for name in detail.get("available") or ())
+        return ModelMissing(detail["model"], available=available, hint=message.hint)
+    if message.code == StreamCut.code:
+        return StreamCut(message.message, hint=message.hint, node=message.node)
+    return RemoteError(message)

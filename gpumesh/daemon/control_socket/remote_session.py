@@ -1,0 +1,158 @@
+"""A Session behind a control socket: the running mesh as another process sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from pathlib import Path
+
+from gpumesh.backends.base import Chunk
+from gpumesh.daemon.control_socket import framing, messages
+from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
+from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.errors import GPUMeshError
+from gpumesh.mesh.history import History
+from gpumesh.state import MeshState
+from gpumesh.tunnels.base import ExecChunk, OutputStream
+
+
+class RemoteSession:
+    """Each call opens a connection of its own. Closing that connection cancels the request."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    def __repr__(self) -> str:
+        return f"<RemoteSession {self._socket}>"
+
+    async def status(self) -> MeshState:
+        return await self._request_state(messages.GetStatus())
+
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
+        return await self._request_state(messages.FirstReport(timeout_s))
+
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
+        async with aclosing(self._send_request(messages.Watch(interval_s))) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.State):
+                    yield reply.state
+
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+        return self._open_chat(prompt)
+
+    @asynccontextmanager
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncIterator[ChatStream]:
+        async with aclosing(self._send_request(messages.Chat(prompt))) as replies:
+            yield _RemoteChat(replies)
+
+    async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
+        async with aclosing(self._send_request(messages.Exec(node, tuple(argv)))) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.Output):
+                    yield _exec_chunk(reply)
+
+    async def drain(self, node: str) -> None:
+        await self._request_completion(messages.Drain(node))
+
+    async def resume(self, node: str) -> None:
+        await self._request_completion(messages.Resume(node))
+
+    async def reconnect(self, node: str) -> None:
+        await self._request_completion(messages.Reconnect(node))
+
+    async def history(self) -> History:
+        history = History()
+        async with aclosing(self._send_request(messages.GetHistory())) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.Past):
+                    history = reply.history
+        return history
+
+    async def down(self, drain_s: float) -> AsyncGenerator[MeshState]:
+        """Asks the mesh to stop. Gives its states while it drains, until it closes its socket."""
+        async with aclosing(self._send_request(messages.Down(drain_s), until_closed=True)) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.State):
+                    yield reply.state
+
+    async def _request_state(self, request: ControlRequest) -> MeshState:
+        state: MeshState | None = None
+        async with aclosing(self._send_request(request)) as replies:
+            async for reply in replies:
+                if isinstance(reply, messages.State):
+                    state = reply.state
+        if state is None:
+            raise GPUMeshError("the running mesh ended without telling its state")
+        return state
+
+    async def _request_completion(self, request: ControlRequest) -> None:
+        async with aclosing(self._send_request(request)) as replies:
+            async for _ in replies:
+                pass
+
+    async def _send_request(
+        self, request: ControlRequest, *, until_closed: bool = False
+    ) -> AsyncGenerator[ControlReply]:
+        """The replies before ``End``. With ``until_closed`` the mesh's closing of the connection is a proper end, too.
+
+        Raises MeshNotRunning when no mesh listens, the mesh's own error for ``Error``, and GPUMeshError when the mesh
+        ends before its answer does.
+        """
+        reader, writer = await self._connect()
+        try:
+            writer.write(messages.encode_message(request))
+            await writer.drain()
+            while line := await reader.readline():
+                reply = _decode_reply(line)
+                if isinstance(reply, messages.End):
+                    return
+                if isinstance(reply, messages.Error):
+                    raise messages.error_from_message(reply)
+                yield reply
+            lost: OSError | None = None
+        except OSError as error:
+            lost = error
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+        if not until_closed:
+            raise GPUMeshError("the running mesh ended in the middle of this", hint="`gpumesh logs` says why") from lost
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_unix_connection(self._socket, limit=framing.LINE_LIMIT)
+        except OSError as error:
+            raise framing.connect_error(error, self._socket) from error
+
+
+class _RemoteChat:
+    def __init__(self, replies: AsyncIterator[ControlReply]) -> None:
+        self._replies = replies
+        self.node: str | None = None
+        self.attempts = 0
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        async for reply in self._replies:
+            if isinstance(reply, messages.Route):
+                self.node, self.attempts = reply.node, reply.attempts
+            elif isinstance(reply, messages.Piece):
+                yield reply.chunk
+
+
+def _decode_reply(line: bytes) -> ControlReply:
+    try:
+        return messages.decode_reply(line)
+    except (ValueError, RecursionError) as error:
+        raise framing.unreadable_reply(error) from error
+
+
+def _exec_chunk(output: messages.Output) -> ExecChunk:
+    try:
+        data = base64.b64decode(output.data, validate=True)
+    except binascii.Error as error:
+        raise framing.unreadable_reply() from error
+    return ExecChunk(OutputStream(output.stream), data, output.ended, output.exit_status)

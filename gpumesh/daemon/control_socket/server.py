@@ -1,0 +1,216 @@
+"""The control socket's server: offers a Session to other processes of the same user."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Self
+
+from gpumesh.async_iterators import closing_iterator
+from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.control_socket.framing import LINE_LIMIT
+from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
+from gpumesh.daemon.sessions.session import PromptRequest, Session
+from gpumesh.errors import GPUMeshError
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024  # a script may start hundreds of commands at once; a Unix socket refuses connections past its backlog
+REQUEST_S = 10.0  # for the request's line, which a client sends at once
+DOWN_STATE_INTERVAL_S = 0.2  # between two states while the mesh drains
+
+
+class ControlServer:
+    """Listens on a Unix socket with mode 0600. Use it as an async context manager, and only as the holder of the mesh's
+    lock: a socket that is there already is then stale.
+
+    ``on_stop`` is called for ``Down`` with the seconds that draining may take. The mesh's owner then leaves this
+    context, which ends every open connection.
+    """
+
+    def __init__(
+        self, session: Session, path: Path, *, on_stop: Callable[[float], None], request_timeout_s: float = REQUEST_S
+    ) -> None:
+        self._session = session
+        self._path = path
+        self._on_stop = on_stop
+        self._request_timeout_s = request_timeout_s
+        self._server: asyncio.Server | None = None
+        self._inode = 0
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        state = "LISTENING" if self._server is not None and self._server.is_serving() else "CLOSED"
+        return f"<ControlServer {self._path} {state} {len(self._connections)} connections>"
+
+    async def __aenter__(self) -> Self:
+        self._server = await self._listen()
+        return self
+
+    async def _listen(self) -> asyncio.Server:
+        self._path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(
+            self._handle_connection, path=self._path, limit=LINE_LIMIT, backlog=BACKLOG
+        )
+        self._path.chmod(0o600)  # its folder is 0700: no other user could connect before this line
+        self._inode = self._path.stat().st_ino
+        return server
+
+    async def restore_socket(self) -> None:
+        """Listens anew if the socket's file was taken away. Open connections go on.
+
+        A system clears old files from /tmp, and removes a runtime folder at logout. Raises OSError.
+        """
+        if self._owns_socket():
+            os.utime(self._path)
+            return
+        assert self._server is not None
+        lost, self._server = self._server, await self._listen()
+        lost.close()
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.wait_closed()
+        if self._owns_socket():
+            self._path.unlink(missing_ok=True)
+
+    def _owns_socket(self) -> bool:
+        """Whether the file at our path is the socket that we listen on."""
+        try:
+            return self._path.lstat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            line = await self._read_request(reader, writer)
+            if line:
+                await self._answer_until_gone(line, reader, writer)
+        except ConnectionError:
+            pass  # the client is gone
+        except asyncio.CancelledError:
+            pass  # the mesh closes; the task ends here, and asyncio would log a cancelled callback as an error
+        finally:
+            self._connections.discard(task)
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _read_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        """The request's line; empty when the client closes, or sends no line in time."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                return await reader.readline()
+        except TimeoutError:
+            return b""  # a client that connects and sends nothing must not stay for ever
+        except ValueError:
+            message = f"a request is longer than {LINE_LIMIT >> 20} MiB"
+            await _send_reply(writer, messages.Error("usage", message, exit_code=2))
+            return b""
+
+    async def _answer_until_gone(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the request, and cancels that as soon as the client closes its connection."""
+        answering = asyncio.ensure_future(self._answer(line, writer))
+        client_closing = asyncio.ensure_future(reader.read(1))
+        try:
+            await asyncio.wait({answering, client_closing}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:
+            for task in (answering, client_closing):
+                task.cancel()
+            await asyncio.gather(answering, client_closing, return_exceptions=True)
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = messages.decode_request(line)
+        except (ValueError, RecursionError) as error:
+            await _send_reply(writer, messages.Error("usage", str(error), exit_code=2))
+            return
+        final: ControlReply = messages.End()
+        try:
+            async with aclosing(self._replies(request)) as replies:
+                async for reply in replies:
+                    await _send_reply(writer, reply)
+        except GPUMeshError as error:
+            final = messages.message_from_error(error)
+        except ConnectionError:
+            raise
+        except Exception as error:  # a bug in one request must not end the mesh: the client gets it, the log its trace
+            log.exception("a request over the control socket failed: %s", type(request).__name__)
+            final = messages.Error(
+                "failed", f"the running mesh failed inside: {error!r}", "`gpumesh logs` has the details"
+            )
+        await _send_reply(writer, final)
+
+    async def _replies(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
+        session = self._session
+        match request:
+            case messages.GetStatus():
+                yield messages.State(await session.status())
+            case messages.FirstReport(timeout_s):
+                yield messages.State(await session.wait_first_report(timeout_s))
+            case messages.Watch(interval_s):
+                async with aclosing(_state_replies(session, interval_s)) as replies:
+                    async for reply in replies:
+                        yield reply
+            case messages.Chat(ask):
+                async with aclosing(_chat_replies(session, ask)) as replies:
+                    async for reply in replies:
+                        yield reply
+            case messages.Exec(node, argv):
+                async with aclosing(_exec_replies(session, node, argv)) as replies:
+                    async for reply in replies:
+                        yield reply
+            case messages.Drain(node):
+                await session.drain(node)
+            case messages.Resume(node):
+                await session.resume(node)
+            case messages.Reconnect(node):
+                await session.reconnect(node)
+            case messages.GetHistory():
+                yield messages.Past(await session.history())
+            case messages.Down(drain_s):
+                self._on_stop(drain_s)
+                async with aclosing(_state_replies(session, DOWN_STATE_INTERVAL_S)) as replies:
+                    async for reply in replies:
+                        yield reply
+
+
+async def _state_replies(session: Session, interval_s: float) -> AsyncGenerator[ControlReply]:
+    async with closing_iterator(session.watch(interval_s)) as states:
+        async for state in states:
+            yield messages.State(state)
+
+
+async def _chat_replies(session: Session, prompt: PromptRequest) -> AsyncGenerator[ControlReply]:
+    async with session.chat(prompt) as stream:
+        route: messages.Route | None = None
+        async for chunk in stream:
+            if (current := messages.Route(stream.node, stream.attempts)) != route:
+                yield (route := current)
+            yield messages.Piece(chunk)
+
+
+async def _exec_replies(session: Session, node: str, argv: tuple[str, ...]) -> AsyncGenerator[ControlReply]:
+    async with closing_iterator(session.exec(node, argv)) as chunks:
+        async for chunk in chunks:
+            data = base64.b64encode(chunk.data).decode("ascii")
+            yield messages.Output(chunk.stream.value, data, chunk.ended, chunk.exit_status)
+
+
+async def _send_reply(writer: asyncio.StreamWriter, reply: ControlReply) -> None:
+    writer.write(messages.encode_message(reply))
+    await writer.drain()

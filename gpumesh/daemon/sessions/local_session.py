@@ -1,0 +1,131 @@
+"""The Session over a Mesh in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from gpumesh.async_iterators import closing_iterator
+from gpumesh.backends.base import ChatRequest
+from gpumesh.daemon.sessions.session import ChatStream, PromptRequest
+from gpumesh.errors import MeshNotRunning, TunnelDown, tunnel_error_from_code, unknown_node
+from gpumesh.mesh.history import History, Recorder
+from gpumesh.mesh.mesh import Mesh
+from gpumesh.mesh.models.default_model import choose_model
+from gpumesh.state import MeshState, TunnelPhase
+from gpumesh.tunnels.base import ExecChunk, Tunnel
+
+# How long a prompt waits for the first node that can take it: the deadline of a connect, and a probe.
+USABLE_S = 12.0
+RECONNECT_S = 6.0  # for a tunnel that has failed before and tries once more
+# The models are known when every node has reported. A slow node may hold up a prompt without `-m` for this long.
+MODELS_S = 4.0
+
+
+class LocalSession:
+    """``mesh`` is entered already; its owner closes it. ``recorder`` gets the states that the history is made of."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.recorder = Recorder()
+        self._stopping = False
+
+    def __repr__(self) -> str:
+        topology = self.mesh.topology
+        state = "STOPPING" if self._stopping else "RUNNING"
+        return f"<LocalSession {topology.name} {state} {len(topology.nodes)} nodes>"
+
+    def refuse_new_prompts(self) -> None:
+        """The mesh stops: new prompts get an error that says so, prompts in flight may end."""
+        self._stopping = True
+
+    async def status(self) -> MeshState:
+        return self.mesh.snapshot()
+
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
+        return await self.mesh.wait_first_report(timeout_s)
+
+    async def watch(self, interval_s: float) -> AsyncGenerator[MeshState]:
+        async with closing_iterator(self.mesh.watch_changes()) as changes:
+            async for _ in changes:
+                yield self.mesh.snapshot()
+                await asyncio.sleep(interval_s)
+
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]:
+        return self._open_chat(prompt)
+
+    @asynccontextmanager
+    async def _open_chat(self, prompt: PromptRequest) -> AsyncGenerator[ChatStream]:
+        if self._stopping:
+            raise MeshNotRunning("the mesh is stopping and takes no new prompts")
+        self._require_node(prompt.node)
+        model = prompt.model or await self._default_model(prompt.node)
+        await self.mesh.wait_usable(model, timeout_s=USABLE_S, node=prompt.node)
+        request = ChatRequest(model, prompt.messages, prompt.options, prompt.stream, prompt.think)
+        async with self.mesh.chat(
+            request, node=prompt.node, priority=prompt.priority, timeout_s=prompt.timeout_s
+        ) as stream:
+            yield stream
+
+    async def _default_model(self, node: str | None) -> str:
+        default = self.mesh.topology.gateway.default_model
+        if default is not None:
+            return default
+        await self.mesh.wait_usable(None, timeout_s=USABLE_S, node=node)
+        return choose_model(await self.mesh.wait_first_report(MODELS_S), node)
+
+    async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
+        self._require_node(node)
+        tunnel = await self._wait_tunnel_up(node)
+        async with closing_iterator(tunnel.exec_stream(argv)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _wait_tunnel_up(self, node: str) -> Tunnel:
+        """A tunnel that waits for its next attempt connects at once, because a person is waiting. If that attempt
+        fails, its reason is raised. Raises TunnelError."""
+        tunnel = self.mesh.tunnel(node)
+        never_tried = tunnel.state.state in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+        if not never_tried:
+            tunnel.retry_now()
+        attempted = False
+        try:
+            async with (
+                asyncio.timeout(USABLE_S if never_tried else RECONNECT_S),
+                closing_iterator(self.mesh.watch_changes()) as changes,
+            ):
+                async for _ in changes:
+                    phase = tunnel.state.state
+                    if phase is TunnelPhase.UP:
+                        return tunnel
+                    if attempted and phase is not TunnelPhase.CONNECTING:
+                        break
+                    attempted = attempted or phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
+        except TimeoutError:
+            pass
+        state = tunnel.state
+        if state.last_error is None:
+            raise TunnelDown("the tunnel is not up: it is still connecting", node=node)
+        raise tunnel_error_from_code(state.error_code or "", state.last_error, hint=state.hint, node=node)
+
+    async def drain(self, node: str) -> None:
+        self._require_node(node)
+        self.mesh.drain(node)
+
+    async def resume(self, node: str) -> None:
+        self._require_node(node)
+        self.mesh.resume(node)
+
+    async def reconnect(self, node: str) -> None:
+        self._require_node(node)
+        self.mesh.tunnel(node).retry_now()
+
+    async def history(self) -> History:
+        return self.recorder.history()
+
+    def _require_node(self, node: str | None) -> None:
+        """Raises UsageError when the mesh has no such node. ``None`` stands for any node."""
+        names = [spec.name for spec in self.mesh.topology.nodes]
+        if node is not None and node not in names:
+            raise unknown_node(node, names)

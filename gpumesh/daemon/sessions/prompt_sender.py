@@ -1,0 +1,99 @@
+"""Sends prompts through a Session and gives their results: one prompt, or one of many with its retries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gpumesh.daemon.sessions.session import PromptRequest, Session
+from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
+
+MAX_CUT_ANSWERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """The result of one prompt. ``ttft_ms`` and ``total_ms`` are measured here, queueing and tunnel included;
+    ``tokens`` and ``tokens_per_s`` are the server's own figures."""
+
+    index: int
+    prompt: str
+    response: str | None
+    node: str | None = None
+    attempts: int = 0
+    ttft_ms: float | None = None
+    total_ms: float | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    error: str | None = None
+
+
+async def send_prompt(
+    session: Session, prompt: PromptRequest, index: int, text: str, *, on_text: Callable[[str], None] | None = None
+) -> PromptResult:
+    """Sends one prompt and reads its answer to the end. Raises GPUMeshError; cancelling it stops the generation."""
+    began = time.perf_counter()
+    first: float | None = None
+    pieces: list[str] = []
+    counters = None
+    async with session.chat(prompt) as stream:
+        async for chunk in stream:
+            if first is None and (chunk.text or chunk.thinking):
+                first = time.perf_counter()
+            if chunk.text:
+                pieces.append(chunk.text)
+                if on_text is not None:
+                    on_text(chunk.text)
+            counters = chunk.counters or counters
+        node, attempts = stream.node, stream.attempts
+    return PromptResult(
+        index=index,
+        prompt=text,
+        response="".join(pieces),
+        node=node,
+        attempts=attempts,
+        ttft_ms=None if first is None else round((first - began) * 1000, 1),
+        total_ms=_milliseconds_since(began),
+        tokens=counters.tokens if counters is not None else None,
+        tokens_per_s=_round_rate(counters.tokens_per_s) if counters is not None else None,
+    )
+
+
+async def send_with_retries(session: Session, prompt: PromptRequest, index: int, text: str) -> PromptResult:
+    """Sends one prompt of many. Its failure is a result as well.
+
+    Waits while the queue is full. Asks again when an answer was cut, since nothing of the answer was shown yet.
+    """
+    began = time.perf_counter()
+    cut_answers = 0
+    while True:
+        try:
+            result = await send_prompt(session, prompt, index, text)
+        except QueueFull as error:
+            await asyncio.sleep(error.retry_after_s)
+        except StreamCut as error:
+            cut_answers += 1
+            if cut_answers >= MAX_CUT_ANSWERS:
+                return _failed_result(index, text, began, cut_answers, error)
+        except UsageError:
+            raise  # it is wrong for every prompt alike, and is reported once
+        except GPUMeshError as error:
+            return _failed_result(index, text, began, cut_answers, error)
+        else:
+            return replace(result, attempts=result.attempts + cut_answers, total_ms=_milliseconds_since(began))
+
+
+def _failed_result(index: int, text: str, began: float, attempts: int, error: GPUMeshError) -> PromptResult:
+    return PromptResult(
+        index, text, None, error.node, attempts, total_ms=_milliseconds_since(began), error=error.message
+    )
+
+
+def _milliseconds_since(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 1)
+
+
+def _round_rate(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 2)

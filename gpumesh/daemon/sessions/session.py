@@ -1,0 +1,80 @@
+"""``Session``: what can be asked of a mesh, wherever it runs. Commands are written against this protocol alone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from gpumesh.backends.base import Chunk, Message
+from gpumesh.balancer.base import Priority
+from gpumesh.mesh.history import History
+from gpumesh.state import MeshState
+from gpumesh.tunnels.base import ExecChunk
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt, and how it is to be served. With ``model`` ``None`` the default model answers, or the only one.
+
+    ``options`` have Ollama's names. ``timeout_s`` counts from now to the last token; ``None`` means the gateway's own.
+    """
+
+    messages: tuple[Message, ...]
+    model: str | None = None
+    node: str | None = None
+    priority: Priority = Priority.INTERACTIVE
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    stream: bool = True
+    think: bool | str | None = None
+    timeout_s: float | None = None
+
+
+class ChatStream(Protocol):
+    """One answer as it comes. ``node`` and ``attempts`` are known from the first chunk on, and final after the last."""
+
+    @property
+    def node(self) -> str | None: ...
+
+    @property
+    def attempts(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+
+class Session(Protocol):
+    """A mesh as its users see it.
+
+    Each method raises GPUMeshError with the true reason. Cancelling a method ends what the method began, also on the
+    remote host.
+    """
+
+    async def status(self) -> MeshState: ...
+
+    def watch(self, interval_s: float) -> AsyncIterator[MeshState]:
+        """The state now, and again after changes, at most once in ``interval_s``."""
+        ...
+
+    async def wait_first_report(self, timeout_s: float) -> MeshState:
+        """Waits until each node has been probed once or has failed, at most ``timeout_s``. Gives the state then."""
+        ...
+
+    def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]: ...
+
+    def exec(self, node: str, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
+        """Runs a command on the node's host; the last chunk has ``ended``. Closing the iterator ends the command."""
+        ...
+
+    async def drain(self, node: str) -> None: ...
+
+    async def resume(self, node: str) -> None: ...
+
+    async def reconnect(self, node: str) -> None:
+        """A tunnel that waits for its next attempt connects at once. A tunnel that is up is checked, and keeps its
+        connections."""
+
+    async def history(self) -> History:
+        """The last minute, as far as the mesh has recorded it."""
+        ...

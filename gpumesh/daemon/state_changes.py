@@ -1,0 +1,72 @@
+"""What changed between two snapshots of a mesh, as events: for the log and for `up` without a terminal. Pure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gpumesh.state import BackendPhase, Finding, Health, MeshState, NodeState, TunnelPhase, TunnelState
+
+_BAD_HEALTH = (Health.DOWN, Health.DEGRADED)
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """``level`` is a level of the module ``logging``."""
+
+    level: int
+    event: str
+    node: str | None
+    message: str
+
+
+def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
+    """What a person would want to know that happened between two snapshots."""
+    before = {node.name: node for node in old.nodes} if old is not None else {}
+    for node in new.nodes:
+        yield from _node_changes(before.get(node.name), node)
+    known = {_finding_key(finding) for finding in old.findings} if old is not None else set()
+    for finding in new.findings:
+        if _finding_key(finding) not in known:
+            yield LogEvent(logging.WARNING, f"finding {finding.code}", finding.node, finding.message)
+
+
+def _finding_key(finding: Finding) -> tuple[str, str | None]:
+    return (finding.code, finding.node)
+
+
+def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
+    yield from _tunnel_change(new.name, old.tunnel if old is not None else None, new.tunnel)
+    old_backend = old.backend.state if old is not None else BackendPhase.UNKNOWN
+    if old_backend is not new.backend.state:
+        detail = new.backend.last_error or new.backend.url or ""
+        level = _level(new.backend.state is BackendPhase.DOWN)
+        text = f"{new.backend.kind} {new.backend.state}" + (f": {detail}" if detail else "")
+        yield LogEvent(level, f"backend {new.backend.state}", new.name, text)
+    old_health = old.health if old is not None else Health.UNKNOWN
+    if old_health is not new.health:
+        text = f"{old_health} -> {new.health}" + (f": {new.reason}" if new.reason else "")
+        yield LogEvent(_level(new.health in _BAD_HEALTH), f"health {new.health}", new.name, text)
+
+
+def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iterator[LogEvent]:
+    if (old is not None and old.state is new.state) or _is_repeated_attempt(old, new):
+        return
+    reason = f": {new.last_error}" if new.last_error and new.state is not TunnelPhase.UP else ""
+    level = _level(new.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED))
+    yield LogEvent(level, f"tunnel {new.state}", node, f"tunnel {new.state}{reason}")
+
+
+def _is_repeated_attempt(old: TunnelState | None, new: TunnelState) -> bool:
+    """A host that is away is tried again and again. That is one event, and another one only when the reason changes."""
+    if new.state is TunnelPhase.IDLE:
+        return True
+    if new.state is TunnelPhase.CONNECTING:
+        return old is not None and old.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
+    was_connecting = old is not None and old.state is TunnelPhase.CONNECTING
+    return was_connecting and new.state is not TunnelPhase.UP and old is not None and old.last_error == new.last_error
+
+
+def _level(is_bad: bool) -> int:
+    return logging.WARNING if is_bad else logging.INFO

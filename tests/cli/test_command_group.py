@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from gpumesh.cli.command_group import COMMANDS
+from gpumesh.cli.root_command import app
+
+RUNNER = CliRunner()
+
+
+def helped(*words: str) -> str:
+    result = RUNNER.invoke(app, [*words, "--help"])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def leaves(command: Any = None, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, with the words that lead to it."""
+    command = command or get_command(app)
+    commands = dict(getattr(command, "commands", {}))
+    if not commands:
+        return [(words, command)]
+    return [leaf for name, inner in commands.items() for leaf in leaves(inner, (*words, name))]
+
+
+def test_the_overview_names_every_command_and_imports_none() -> None:
+    text = helped()
+    for name, (_, said) in COMMANDS.items():
+        assert f"  {name} " in text
+        assert said.split(",")[0][:40] in text
+    script = (
+        "import sys; sys.argv = ['gpumesh', '--help']\n"
+        "from gpumesh.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'rich', 'yaml', 'httpx', 'aiohttp', 'paramiko', 'pydantic', 'asyncio'}\n"
+        "heavy.add('gpumesh.cli.commands.status')\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name: str) -> None:
+    assert importlib.import_module(f"gpumesh.cli.commands.{COMMANDS[name][0]}").app
+
+
+@pytest.mark.parametrize("words", [words for words, _ in leaves()], ids=" ".join)
+def test_every_help_text(words: tuple[str, ...]) -> None:
+    text = helped(*words)
+    usage = text.splitlines()[0]
+    assert usage.startswith((f"Usage: gpumesh {' '.join(words)} ", f"Usage: root {' '.join(words)} ")), usage
+    assert "{" not in usage, "arguments are written as ssh and kubectl write them"
+    assert "......" not in usage
+    for option in ("-c, --config", "-q, --quiet", "-v, --verbose"):
+        assert text.count(option.partition(", ")[2]) >= 1
+    assert "TODO" not in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["up", "status", "run", "bench", "audit", "init", "models", "env", "exec", "logs", "drain"],
+)
+def test_what_people_use_has_examples(name: str) -> None:
+    text = helped(name)
+    if "Examples:" not in text and "Example:" not in text:
+        text = helped(name, "run")
+    assert f"    gpumesh {name}" in text or f"gpumesh {name}" in text.partition("Example")[2]
+
+
+@pytest.mark.parametrize("words", [words for words, _ in leaves()], ids=" ".join)
+def test_the_options_of_gpumesh_itself_may_stand_behind_the_command(words: tuple[str, ...]) -> None:
+    (command,) = [command for name, command in leaves() if name == words]
+    names = [name for parameter in command.params for name in parameter.opts]
+    assert {"--config", "--quiet", "--verbose"} <= set(names)
+    assert len(names) == len(set(names)), "no option is there twice"
+
+
+def test_an_unknown_command_is_guessed() -> None:
+    result = RUNNER.invoke(app, ["staus"])
+    assert result.exit_code == 2
+    assert "status" in result.output
+
+
+def test_nothing_at_all_shows_the_help() -> None:
+    result = RUNNER.invoke(app, [])
+    assert "Commands:" in result.output

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpumesh.cli.host_key_confirmation import explain_judgement
+from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck, HostKeyStatus
+
+
+def test_what_the_verdicts_mean() -> None:
+    known = Path("known_hosts")
+    key = HostKey("ssh-ed25519", b"x")
+    changed = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.CHANGED, (key,)), known))
+    assert key.fingerprint in changed
+    assert "attack" not in changed  # nor is it hidden
+    assert "in between" in changed
+    authority = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=True), known))
+    assert "certificate authority" in authority
+    assert "transport: openssh" in authority
+    assert "Compare" in "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.UNKNOWN), known))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+
+from gpumesh.cli.views.status.status_view import ViewOptions, print_status
+from gpumesh.state import (
+    Finding,
+    GatewayState,
+    GpuState,
+    Health,
+    LoadedModel,
+    MeshState,
+    ModelInfo,
+    NodeState,
+    ProcessState,
+    Severity,
+    TunnelPhase,
+)
+from tests.cli.states import AT, down, healthy, mesh, typical
+from tests.cli.views.status.drawing import draw_lines, draw_text
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e[bold]"
+
+
+# -- how wide it is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", range(8, 260, 7))
+def test_nothing_is_wider_than_the_screen_and_no_node_is_missing(width: int) -> None:
+    shown = draw_lines(typical(), width)
+    assert max(map(cell_len, shown)) <= width
+    table = "\n".join(shown)
+    for node in typical().nodes:
+        assert node.name[: max(min(width - 4, 10), 1)] in table
+
+
+# -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_simulated_hosts_are_said_to_be() -> None:
+    assert "simulated hosts" in draw_text(mesh(replace(healthy("a"), simulated=True)))
+    assert "simulated" not in draw_text(mesh(healthy("a")))
+
+
+# -- screens that cannot scroll --------------------------------------------------------------------------------------
+
+
+def many(count: int) -> MeshState:
+    nodes = [healthy(f"node-{number:03d}") for number in range(count)]
+    nodes[count - 1] = down(f"node-{count - 1:03d}")
+    return mesh(*nodes)
+
+
+@pytest.mark.parametrize("height", [6, 10, 24, 50])
+def test_it_is_no_higher_than_the_screen_and_shows_what_is_wrong(height: int) -> None:
+    shown = draw_lines(many(100), 120, ViewOptions(height=height))
+    assert len(shown) <= max(height, 9)
+    assert any(line.startswith("✗ node-099") for line in shown)
+    assert any("more rows" in line for line in shown)
+
+
+# -- hostile words ---------------------------------------------------------------------------------------------------
+
+
+def hostile(node: NodeState) -> NodeState:
+    card = GpuState(0, HOSTILE, HOSTILE, 24564, 1, 2, processes=(ProcessState(1, HOSTILE, 1),))
+    backend = replace(
+        node.backend,
+        kind=HOSTILE,
+        version=HOSTILE,
+        models=(HOSTILE,),
+        loaded=(LoadedModel(HOSTILE, 1, 2, AT),),
+        catalog=(ModelInfo(HOSTILE, HOSTILE),),
+    )
+    tunnel = replace(node.tunnel, transport=HOSTILE, state=TunnelPhase.BACKOFF, hint=HOSTILE, last_error=HOSTILE)
+    return replace(node, name=HOSTILE, health=Health.DOWN, reason=HOSTILE, gpus=(card,), backend=backend, tunnel=tunnel)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200, 400])
+def test_nothing_that_a_host_says_reaches_the_terminal_as_it_is(width: int) -> None:
+    found = Finding(HOSTILE, Severity.ERROR, HOSTILE, HOSTILE, HOSTILE, (HOSTILE,))
+    state = replace(mesh(hostile(healthy("a")), findings=(found,)), mesh=HOSTILE)
+    state = replace(state, gateway=GatewayState(HOSTILE))
+    shown = draw_text(state, width, ViewOptions(verbose=True))
+    assert "red[bold]" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+# -- bars ------------------------------------------------------------------------------------------------------------
+
+
+def test_printed_to_a_pipe_there_is_no_colour(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print_status(typical())
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.splitlines() == [line for line in out.splitlines() if line == line.rstrip()]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gpumesh.backends.base import Chunk, Message, ServerCounters
+from gpumesh.balancer.base import Priority
+from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.control_socket.messages import ControlReply, ControlRequest
+from gpumesh.daemon.sessions.session import PromptRequest
+from gpumesh.errors import ExitCode, GPUMeshError, ModelMissing, NoNodeError, QueueFull, StreamCut, UsageError
+from gpumesh.mesh.history import History, HistorySeries
+from tests.cli.states import typical
+
+ASK = PromptRequest(
+    (Message("system", "s"), Message("user", "ü\n\ud800", ("QUJD",))),
+    model="m",
+    node="n",
+    priority=Priority.BATCH,
+    options={"stop": ["#"], "temperature": 0.5},
+    think="high",
+    timeout_s=3.0,
+)
+REQUESTS: list[ControlRequest] = [
+    messages.GetStatus(),
+    messages.GetHistory(),
+    messages.Watch(0.5),
+    messages.FirstReport(9.0),
+    messages.Chat(ASK),
+    messages.Exec("n", ("sh", "-c", "echo")),
+    messages.Drain("n"),
+    messages.Resume("n"),
+    messages.Reconnect("n"),
+    messages.Down(10.0),
+]
+REPLIES: list[ControlReply] = [
+    messages.State(typical()),
+    messages.Past(History(gpus=(HistorySeries("GPU-1", (None, 5.5)),))),
+    messages.Route("n", 2),
+    messages.Piece(Chunk(text="x", done=True, counters=ServerCounters(tokens=2, eval_ms=20.0))),
+    messages.Output("stdout", "QUJD", ended=True, exit_status=7),
+    messages.End(),
+    messages.Error("usage", "m", "h", "n", 2, {"a": 1}),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda each: type(each).__name__)
+def test_requests_there_and_back_in_one_line(request_: ControlRequest) -> None:
+    line = messages.encode_message(request_)
+    assert line.count(b"\n") == 1
+    assert messages.decode_request(line) == request_
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda each: type(each).__name__)
+def test_replies_there_and_back_in_one_line(reply: ControlReply) -> None:
+    line = messages.encode_message(reply)
+    assert line.count(b"\n") == 1
+    assert messages.decode_reply(line) == reply
+
+
+def test_every_kind_is_here() -> None:
+    assert {type(each).__name__ for each in REQUESTS} == set(messages._REQUESTS)
+    assert {type(each).__name__ for each in REPLIES} == set(messages._REPLIES)
+
+
+def test_a_field_of_a_newer_version_is_passed_over_and_a_kind_is_not() -> None:
+    document = {**json.loads(messages.encode_message(messages.Drain("n"))), "gently": True}
+    assert messages.decode_request(json.dumps(document).encode()) == messages.Drain("n")
+    for line in (b'{"kind": "Dance"}', b'{"kind": "End"}', b"5", b"{}", b'{"kind": []}', b'{"kind": "Drain"}', b"x"):
+        with pytest.raises(ValueError, match=r".") as caught:
+            messages.decode_request(line)
+        assert str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GPUMeshError("m", hint="h", node="n"),
+        UsageError("m", hint="h"),
+        NoNodeError("m", hint="h"),
+        ModelMissing("m", available=("a", "b"), hint="h"),
+        QueueFull("m", retry_after_s=2.5),
+        StreamCut("m", hint="h", node="n"),
+    ],
+)
+def test_an_error_keeps_what_people_and_callers_act_on(error: GPUMeshError) -> None:
+    told = messages.decode_reply(messages.encode_message(messages.message_from_error(error)))
+    assert isinstance(told, messages.Error)
+    back = messages.error_from_message(told)
+    assert (back.message, back.hint, back.node) == (error.message, error.hint, error.node)
+    assert (back.code, back.exit_code) == (error.code, error.exit_code)
+    if isinstance(error, (QueueFull, ModelMissing, StreamCut)):
+        assert type(back) is type(error)
+    if isinstance(error, QueueFull) and isinstance(back, QueueFull):
+        assert back.retry_after_s == error.retry_after_s
+    if isinstance(error, ModelMissing) and isinstance(back, ModelMissing):
+        assert back.available == error.available
+
+
+def test_an_error_that_says_odd_things() -> None:
+    odd = messages.Error("queue-full", "m", exit_code=77, detail={"retry_after_s": "soon"})
+    back = messages.error_from_message(odd)
+    assert (type(back), back.exit_code) == (messages.RemoteError, ExitCode.FAILED)

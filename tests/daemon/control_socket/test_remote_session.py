@@ -1,0 +1,98 @@
+"""A session behind a socket, against servers that end, say nonsense, or are of another kind. (Against the real server:
+test_control.)"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gpumesh.backends.base import Message
+from gpumesh.daemon.control_socket import messages
+from gpumesh.daemon.control_socket.remote_session import RemoteSession
+from gpumesh.daemon.control_socket.server import ControlServer
+from gpumesh.daemon.sessions.session import PromptRequest
+from gpumesh.errors import GPUMeshError, MeshNotRunning
+from gpumesh.mesh.history import History
+from tests.daemon.scripted import ScriptedSession
+
+ASK = PromptRequest((Message("user", "hello"),))
+
+
+@asynccontextmanager
+async def saying(path: Path, reply: bytes) -> AsyncIterator[RemoteSession]:
+    """A server that says this to whatever it is asked, and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(reply)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_unix_server(serve, path)
+    async with server, asyncio.timeout(20):
+        yield RemoteSession(path)
+
+
+async def test_history_and_reconnect(tmp_path: Path) -> None:
+    session = ScriptedSession()
+    async with ControlServer(session, tmp_path / "s", on_stop=lambda _: None), asyncio.timeout(20):
+        remote = RemoteSession(tmp_path / "s")
+        assert await remote.history() == await session.history()
+        await remote.reconnect("iceland")
+    assert session.reconnected == ["iceland"]
+
+
+async def test_a_mesh_that_ends_in_the_middle(tmp_path: Path) -> None:
+    async with saying(tmp_path / "s", b"") as remote:
+        with pytest.raises(GPUMeshError, match="ended in the middle") as caught:
+            await remote.status()
+        assert "`gpumesh logs` says why" in str(caught.value.hint)
+        with pytest.raises(GPUMeshError, match="ended in the middle"):
+            _ = [state async for state in remote.watch(1.0)]
+        async with remote.chat(ASK) as stream:
+            with pytest.raises(GPUMeshError, match="ended in the middle"):
+                _ = [chunk async for chunk in stream]
+        assert [state async for state in remote.down(1.0)] == [], "that is what was asked for"
+
+
+@pytest.mark.parametrize(
+    "reply", [b"nonsense\n", b"{}\n", b'{"kind": "Dance"}\n', b'{"kind": "State", "state": 5}\n', b"[" * 9999 + b"\n"]
+)
+async def test_what_cannot_be_read(tmp_path: Path, reply: bytes) -> None:
+    async with saying(tmp_path / "s", reply) as remote:
+        with pytest.raises(GPUMeshError, match="cannot read"):
+            await remote.status()
+
+
+async def test_output_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+    line = messages.encode_message(messages.Output("stdout", "not base64!"))
+    async with saying(tmp_path / "s", line) as remote:
+        with pytest.raises(GPUMeshError, match="cannot read"):
+            _ = [chunk async for chunk in remote.exec("n", ("true",))]
+
+
+async def test_an_end_without_a_state(tmp_path: Path) -> None:
+    async with saying(tmp_path / "s", messages.encode_message(messages.End())) as remote:
+        with pytest.raises(GPUMeshError, match="without telling its state"):
+            await remote.status()
+        assert await remote.history() == History()
+
+
+async def test_nobody_is_there(tmp_path: Path) -> None:
+    remote = RemoteSession(tmp_path / "nothing")
+    for asking in (remote.status(), remote.history(), remote.drain("n"), remote.reconnect("n")):
+        with pytest.raises(MeshNotRunning):
+            await asking
+    (tmp_path / "file").touch()
+    with pytest.raises(GPUMeshError, match=r"."):
+        await RemoteSession(tmp_path / "file").status()
+
+
+async def test_where_no_socket_can_be_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(MeshNotRunning):
+        await RemoteSession(tmp_path / ("x" * 120) / "control.sock").status()

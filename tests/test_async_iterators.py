@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from gpumesh.async_iterators import closing_iterator
+
+
+class Items:
+    """An iterator that is no generator: there is nothing to close."""
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def __aiter__(self) -> Items:
+        return self
+
+    async def __anext__(self) -> int:
+        if not self.left:
+            raise StopAsyncIteration
+        self.left -= 1
+        return self.left
+
+
+async def test_a_generator_ends_with_the_block_and_not_some_day() -> None:
+    ended = []
+
+    async def items() -> AsyncGenerator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            ended.append(True)
+
+    async with closing_iterator(items()) as found:
+        async for item in found:
+            assert item == 1
+            break
+        assert ended == []
+    assert ended == [True]
+
+
+async def test_what_cannot_be_closed() -> None:
+    async with closing_iterator(Items()) as found:
+        assert [item async for item in found] == [1, 0]

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import pytest
+
+from gpumesh.model_names import full_name
+
+
+@pytest.mark.parametrize(
+    ("asked", "full"),
+    [
+        ("qwen2.5", "qwen2.5:latest"),
+        ("qwen2.5:7b", "qwen2.5:7b"),
+        ("Qwen2.5:7B", "qwen2.5:7b"),
+        ("host:5000/lib/m", "host:5000/lib/m:latest"),
+        (" m ", "m:latest"),
+    ],
+)
+def test_a_model_without_a_tag_is_latest(asked: str, full: str) -> None:
+    assert full_name(asked) == full
+    assert full_name(full) == full
