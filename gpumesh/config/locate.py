@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from gpumesh.addresses import is_loopback as is_loopback  # noqa: PLC0414 - part of this file's interface
 from gpumesh.config import environment, untrusted_file
 from gpumesh.errors import UsageError
 from gpumesh.quoting import paste_command
@@ -137,16 +138,6 @@ def split_host_port(text: str) -> tuple[str, int]:
     elif not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}", host):
         raise ValueError("has a host that is neither a name nor an address")
     return host, port
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on ``host``."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def display_path(path: Path) -> str:

@@ -17,6 +17,7 @@ from statistics import median
 
 import httpx
 
+from gpumesh.addresses import is_loopback
 from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import ProbeError
@@ -24,7 +25,6 @@ from gpumesh.printable import printable
 from gpumesh.probes.backend import TimedInventory, ask_server, build_request_options, get_bounded
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
-from gpumesh.tunnels.direct.tunnel import is_loopback
 
 ROUNDS = 7
 DIRECT = "direct"

@@ -5,12 +5,13 @@ Only where there is no ssh to ask, and for what ``ssh -G`` does not tell.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from gpumesh.config.ssh.patterns import matches_pattern_list
 
 SshOptions = list[tuple[str, str]]
 
@@ -48,7 +49,7 @@ def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Itera
     for line in text.splitlines():
         key, value = parse_option_line(line)
         if key == "host":
-            active = matches_patterns(alias, value.replace('"', "").split())
+            active = matches_pattern_list(alias, value.replace('"', "").split())
         elif key == "match":
             active, runs = _match(alias, value.split())
             if runs:
@@ -62,19 +63,6 @@ def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Itera
             yield key, value
 
 
-def matches_patterns(alias: str, patterns: Sequence[str]) -> bool:
-    """ssh's pattern lists: ``*``, ``?``, and ``!`` for what must not match."""
-    found = False
-    for pattern in patterns:
-        negated = pattern.startswith("!")
-        plain = pattern.removeprefix("!").replace("[", "[[]")
-        if fnmatch.fnmatchcase(alias, plain):
-            if negated:
-                return False
-            found = True
-    return found
-
-
 def _match(alias: str, words: Sequence[str]) -> tuple[bool, bool]:
     """Whether a Match holds, and whether that depends on a command."""
     holds, runs = True, False
@@ -85,7 +73,7 @@ def _match(alias: str, words: Sequence[str]) -> tuple[bool, bool]:
         if criterion == "all":
             continue
         if criterion in ("host", "originalhost") and remaining:
-            holds = holds and matches_patterns(alias, remaining.pop(0).split(",")) is not word.startswith("!")
+            holds = holds and matches_pattern_list(alias, remaining.pop(0).split(",")) is not word.startswith("!")
         elif criterion == "exec":
             runs = holds
             break

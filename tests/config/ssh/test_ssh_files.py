@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumesh.config.ssh.ssh_files import MATCH_EXEC, matches_patterns, parse_option_line, read_host_options
+from gpumesh.config.ssh.ssh_files import MATCH_EXEC, parse_option_line, read_host_options
 
 
 @pytest.fixture
@@ -30,23 +30,6 @@ def write(home: Path, text: str, name: str = "config") -> None:
 )
 def test_a_line(line: str, parts: tuple[str, str]) -> None:
     assert parse_option_line(line) == parts
-
-
-@pytest.mark.parametrize(
-    ("alias", "patterns", "found"),
-    [
-        ("a", ["a"], True),
-        ("ab", ["a"], False),
-        ("ab", ["a*"], True),
-        ("ab", ["a?"], True),
-        ("ab", ["*", "!ab"], False),
-        ("ab", ["!ab", "*"], False),
-        ("a[b", ["a[b"], True),
-        ("ab", [], False),
-    ],
-)
-def test_patterns(alias: str, patterns: list[str], found: bool) -> None:
-    assert matches_patterns(alias, patterns) is found
 
 
 def test_before_any_host_and_the_right_one(home: Path) -> None:

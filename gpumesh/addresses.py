@@ -1,0 +1,21 @@
+"""Host names and addresses as text: which ones are loopback, and how a host and a port are written. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server at ``host``. Decided by the text alone, without DNS: of all names,
+    only ``localhost`` is loopback, because any other name may have another address tomorrow."""
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def format_address(host: str, port: int) -> str:
+    """``host:port``, or ``[host]:port`` for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
