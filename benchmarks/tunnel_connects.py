@@ -21,7 +21,8 @@ from pathlib import Path
 from tunnel_routes import gpumesh_route, percentile, setting
 
 from gpumesh.topology import TransportKind
-from gpumesh.tunnels.local_system.peer_users import OwnUserFilter, ProcNet, SockDiag
+from gpumesh.tunnels.local_system.peer_users import OwnUserFilter
+from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SockDiag
 
 REQUEST = b"GET /api/version HTTP/1.1\r\nHost: ollama\r\n\r\n"
 

@@ -27,7 +27,7 @@ from gpumesh.printable import printable
 from gpumesh.state import GatewayState, MeshState, compute_totals
 from gpumesh.topology import AddressCommand, BackendKind, SshSpec, Target, Topology
 from gpumesh.tunnels.address_command import ask_address
-from gpumesh.tunnels.openssh.connection import jump_command
+from gpumesh.tunnels.openssh.options import jump_command
 from tests.audit import build
 from tests.cli.states import AT, healthy
 from tests.gateway.fleet import serve_hosts

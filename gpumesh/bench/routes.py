@@ -17,7 +17,7 @@ from gpumesh.bench.load import AnswerStream
 from gpumesh.config.locate import UNIX_PREFIX
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
-from gpumesh.tunnels.local_system.unix_sockets import split_unix_url
+from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 MAX_ERROR_BYTES = 1 << 16
 

@@ -15,7 +15,8 @@ from gpumesh.errors import GPUMeshError, UsageError
 from gpumesh.topology import NodeSpec, SshSpec
 
 if TYPE_CHECKING:
-    from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck
+    from gpumesh.tunnels.hostkeys import HostKeyCheck
+    from gpumesh.tunnels.known_hosts import HostKey
 
 
 class NotConfirmed(GPUMeshError):
@@ -25,11 +26,11 @@ class NotConfirmed(GPUMeshError):
 def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
     """Shows the host's key. Records a key that is not on record, after asking a person unless ``yes``. The keys of jump
     hosts come first, because we log in to them on the way. Raises NotConfirmed."""
-    from gpumesh.tunnels.inprocess import handshake
+    from gpumesh.tunnels.jump_hosts import list_hops
 
     if ssh.address_from is not None:
         ssh = run_async(_look_up_address(spec, ssh))
-    *jumps, host = handshake.list_hops(ssh)
+    *jumps, host = list_hops(ssh)
     for jump in jumps:
         _confirm_host("", f"{spec.name} (jump host)", jump, _fetch_key("", jump), yes=yes, quiet=True)
     _confirm_host(spec.name, spec.name, host, _fetch_key(spec.name, host), yes=yes)
@@ -37,11 +38,13 @@ def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
 
 def _confirm_host(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, quiet: bool = False) -> None:
     """``node`` is "" for a jump host. ``quiet``: says nothing about a key that is on record."""
-    from gpumesh.tunnels import hostkeys
+    from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
-    judgement = hostkeys.read_known_hosts(ssh.known_hosts).check_key(key, node=node, host=ssh.host, port=ssh.port)
-    where = hostkeys.known_hosts_address(ssh.host, ssh.port)
+    judgement = hostkeys.check_host_key(
+        known_hosts.read_known_hosts(ssh.known_hosts), key, node=node, host=ssh.host, port=ssh.port
+    )
+    where = known_hosts.known_hosts_address(ssh.host, ssh.port)
     known = judgement.status is HostKeyStatus.KNOWN
     if not (known and quiet):
         status = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(
@@ -68,7 +71,7 @@ def _confirm_host(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: boo
                 )
     elif quiet or judgement.recorded_for_node:
         return
-    hostkeys.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
+    known_hosts.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
     names = where if not node else f"{where} and for {node}, wherever it moves"
     typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
 

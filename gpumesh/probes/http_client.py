@@ -12,7 +12,8 @@ import httpcore
 import httpx
 
 from gpumesh.probes.paced_network import PacedNetwork
-from gpumesh.tunnels.local_system.unix_sockets import SUFFIX, split_unix_url
+from gpumesh.tunnels.local_system.unix_sockets import SUFFIX
+from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 TIMEOUT_S = 10.0
 KEEPALIVE_S = 5.0  # as httpx has it

@@ -1,4 +1,4 @@
-"""``address_from``: where a node is today, from a user's command (a pod's address changes on each restart)."""
+"""``address_from``: a user's command prints the node's current address (a pod's changes with each restart)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gpumesh.topology import AddressCommand
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
 
 _LIMIT = 64 * 1024
-# Letters, digits, dots, hyphens, underscores, and colons or a zone for IPv6; never a hyphen first, which a program
-# could take for an option.
+# Letters, digits, dots, hyphens, underscores, and for IPv6 colons and a zone. A hyphen is never first: a program could
+# take the host for an option.
 _HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 _BRACKETED = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
 
@@ -21,15 +21,15 @@ _BRACKETED = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
     """``host port``, ``host:port``, ``[v6]:port``, ``host`` alone, or JSON with ``host`` and ``port``.
 
-    Raises ``ValueError`` with a sentence that says what is wrong; it never repeats more than 80 characters.
+    Raises ``ValueError`` with a sentence that says what is wrong. It repeats at most 80 characters of the text.
     """
     text = text.strip()
     if not text:
         raise ValueError("it printed nothing")
     if text.startswith("{"):
-        host, port = _from_json(text)
+        host, port = _parse_json(text)
     else:
-        host, port = _from_words(text)
+        host, port = _parse_fields(text)
     if not _HOST.fullmatch(host):
         raise ValueError(f"{host[:80]!r} is not a host name or address")
     number = default_port if port is None else port
@@ -38,7 +38,7 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
     return host, number
 
 
-def _from_json(text: str) -> tuple[str, int | None]:
+def _parse_json(text: str) -> tuple[str, int | None]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -51,19 +51,19 @@ def _from_json(text: str) -> tuple[str, int | None]:
     if isinstance(port, str) and re.fullmatch(r"\d{1,5}", port):
         port = int(port)
     if not isinstance(port, int) or isinstance(port, bool):
-        raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - what the host said is wrong, not our call
+        raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - the command's output is wrong, not our call
     return document["host"], port
 
 
-def _from_words(text: str) -> tuple[str, int | None]:
-    words = text.split()
-    if len(words) == 2:
-        host, port = words
+def _parse_fields(text: str) -> tuple[str, int | None]:
+    fields = text.split()
+    if len(fields) == 2:
+        host, port = fields
         if not re.fullmatch(r"\d{1,5}", port):
             raise ValueError(f"{port[:80]!r} is not a port")
         return host.strip("[]"), int(port)
-    if len(words) != 1:
-        raise ValueError(f"expected `host port`, got {len(words)} words")
+    if len(fields) != 1:
+        raise ValueError(f"expected `host port`, got {len(fields)} words")
     if match := _BRACKETED.fullmatch(text):
         return match[1], int(match[2]) if match[2] else None
     host, colon, port = text.partition(":")
@@ -75,10 +75,10 @@ def _from_words(text: str) -> tuple[str, int | None]:
 
 
 async def ask_address(command: AddressCommand, *, default_port: int, node: str) -> tuple[str, int]:
-    """Runs the command (an argument list: no shell) and reads what it prints.
+    """Runs the command (an argument list, without a shell) and parses its output.
 
     Raises HostUnresolved, which is retried, when it fails, takes longer than its ``timeout_s`` or prints no address.
-    The command and all it started are ended on every path.
+    The command and all processes that it started are ended in any case.
     """
     name = command.command[0]
     by_hand = quoting.paste_command("{COMMAND}", COMMAND=name)

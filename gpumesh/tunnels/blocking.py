@@ -1,4 +1,5 @@
-"""Blocking calls from asyncio, each under a deadline. Beside forwarder.py the only place with threads."""
+"""Blocking calls from asyncio, each in a thread of its own, and deadlines. Beside forwarder.py the only file with
+threads."""
 
 from __future__ import annotations
 
@@ -12,23 +13,23 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ThreadEvent = threading.Event
-"""For a thread that waits for what another one hears (heartbeat.py)."""
+"""For a thread that waits for an event in another thread (inprocess/heartbeat.py)."""
 
 ThreadLock = threading.Lock
-"""For state that the transport's thread and the selector's thread share (channels.py)."""
+"""For state that the transport's thread and the selector's thread share (inprocess/channel_relay.py)."""
 
 
 class Deadline:
-    """A moment on ``clock`` (seconds, monotonic) that is put off while a person is being asked something."""
+    """A moment on ``clock`` (monotonic seconds). It moves while a person is being asked a question."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._ends = clock() + timeout_s
+        self._ends_at = clock() + timeout_s
 
     @property
     def remaining_s(self) -> float:
-        """Never negative; while it is on hold, counts from now on as if nothing had passed."""
-        return max(0.0, self._ends - self._clock())
+        """Never negative. While the deadline is paused, the pause counts as time that remains."""
+        return max(0.0, self._ends_at - self._clock())
 
     @property
     def expired(self) -> bool:
@@ -36,27 +37,27 @@ class Deadline:
 
     @contextmanager
     def paused(self, max_pause_s: float) -> Iterator[None]:
-        """The time inside does not count, up to ``max_pause_s``."""
-        began = self._clock()
-        self._ends += max_pause_s
+        """The time inside the block does not count, up to ``max_pause_s``."""
+        paused_at = self._clock()
+        self._ends_at += max_pause_s
         try:
             yield
         finally:
-            self._ends -= max(0.0, max_pause_s - (self._clock() - began))
+            self._ends_at -= max(0.0, max_pause_s - (self._clock() - paused_at))
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs ``function`` in a thread of its own and returns its result.
+    """Runs ``function`` in a new thread and returns its result.
 
-    No pool: a call that hangs must never keep another waiting. When the caller is cancelled (``asyncio.timeout``) the
-    thread is left behind; it is a daemon, and it ends with the connection that it waits for.
+    There is no pool of threads: a call that hangs must never delay another call. When the caller is cancelled
+    (``asyncio.timeout``), the thread goes on. It is a daemon, and it ends with the connection that it waits for.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def deliver(result: T | None, error: BaseException | None) -> None:
         if future.done():
-            return  # nobody waits any more
+            return  # the caller was cancelled
         if error is not None:
             future.set_exception(error)
         else:
@@ -67,7 +68,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         error: BaseException | None = None
         try:
             result = function(*args, **kwargs)
-        except BaseException as caught:  # carried to the awaiting task, which judges it
+        except BaseException as caught:  # raised again in the awaiting task
             error = caught
         with suppress(RuntimeError):  # the loop is closed: the process is ending
             loop.call_soon_threadsafe(deliver, result, error)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from gpumesh.topology import SshSpec
+
 
 def parse_jump(jump: str, default_user: str) -> tuple[str, str, int]:
     """``[user@]host[:port]`` as (user, host, port). Raises ``ValueError``."""
@@ -16,3 +20,13 @@ def parse_jump(jump: str, default_user: str) -> tuple[str, str, int]:
     if not host:
         raise ValueError(f"not a jump host: {jump!r}")
     return user or default_user, host, int(port) if port else 22
+
+
+def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
+    """Each host on the route to ``ssh``'s host, reached through the hosts before it; ``ssh`` itself is the last."""
+    hops = []
+    for index, jump in enumerate(ssh.proxy_jump):
+        user, host, port = parse_jump(jump, ssh.user)
+        before = ssh.proxy_jump[:index]
+        hops.append(replace(ssh, host=host, port=port, user=user, proxy_jump=before, alias=None, address_from=None))
+    return (*hops, ssh)

@@ -1,18 +1,18 @@
-"""A tunnel's life as a pure state machine: events in, decisions out; no clock, no socket, no randomness of its own.
+"""A tunnel's life as a pure state machine: events in, decisions out. It has no clock, no socket and no randomness.
 
 ::
 
-    idle ──Opened──▶ connecting ──Connected──▶ up
-                      ▲      │                  │
-            RetryDue, │      └─────Broke────────┤
-        Nudged, Woke, │                         ▼
-      NetworkChanged  └──────────── backoff, or failed when a person must act          (Closed leads to closed)
+    idle ──OpenRequested──▶ connecting ──Connected──▶ up
+                             ▲      │                  │
+                   RetryDue, │      └─ConnectionFailed─┤
+       RetryRequested, Woke, │                         ▼
+              NetworkChanged └──────────── backoff, or failed when a person must act   (CloseRequested: closed)
 
-It never gives up. What a retry alone cannot help (a refused key, a changed host key) is ``failed`` and is tried again
-slowly, because the person may act on the host as well as here. A connection that had been stable and broke is tried
-again at once; one that keeps breaking soon after it came up backs off further each time, so that a flapping host is
-not hammered. After a wake from sleep or a change of the network it is tried at once *and again* at short intervals:
-Wi-Fi takes some 15 s to come back.
+A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) makes it
+``failed``; it is then tried again slowly, because the person may act on the host as well as here. A connection that had
+been stable is tried again at once. A connection that keeps breaking soon after it came up backs off further each time,
+so that a flapping host does not get many logins. After a wake from sleep or a change of the network it is tried at once
+and then at short intervals: Wi-Fi takes some 15 s to come back.
 
 Times are seconds of one monotonic clock. ``jitter`` is a number in [0, 1) that the caller draws for each step.
 """
@@ -27,12 +27,13 @@ from gpumesh.state import TunnelPhase
 
 @dataclass(frozen=True, slots=True)
 class RetryTiming:
-    """How patient a tunnel is, in seconds.
+    """The intervals between attempts, in seconds.
 
-    ``initial_backoff_s`` doubles up to ``max_backoff_s``; ``failed_retry_s`` is the slow interval of ``failed``; a
-    connection that lasted ``stable_s`` is forgiven its past; for ``eager_period_s`` after a wake no interval is longer
-    than ``eager_max_backoff_s``. ``network_settle_s`` is the least time between two attempts that changes of the
-    network can bring about.
+    ``initial_backoff_s`` doubles with each failure, up to ``max_backoff_s``. ``failed_retry_s`` is the interval in
+    phase ``failed``. A connection that lasted ``stable_s`` resets the count of failures, and the next attempt comes
+    after ``immediate_retry_s`` at most. For ``eager_period_s`` after a wake or a network change no interval is longer
+    than ``eager_max_backoff_s``. ``network_settle_s`` is the least time between two attempts that network changes
+    cause.
     """
 
     initial_backoff_s: float = 0.5
@@ -47,7 +48,7 @@ class RetryTiming:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a connection is not there. ``needs_person``: retrying alone cannot help."""
+    """Why there is no connection. ``needs_person``: a retry alone cannot help."""
 
     code: str
     message: str
@@ -60,7 +61,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequested:
-    """The tunnel is wanted."""
+    """Somebody wants the tunnel from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class ConnectionFailed:
 
 @dataclass(frozen=True, slots=True)
 class RetryDue:
-    """The time that a WAIT asked for has come."""
+    """The moment ``Lifecycle.retry_at`` has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Suspected:
 
 @dataclass(frozen=True, slots=True)
 class Woke:
-    """The machine slept: whatever was connected, or about to be, is most likely gone."""
+    """The machine slept: a connection, or an attempt under way, is most likely dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class NetworkChanged:
 
 @dataclass(frozen=True, slots=True)
 class CloseRequested:
-    """The tunnel is not wanted any more."""
+    """Nobody wants the tunnel any more."""
 
 
 LifecycleEvent = (
@@ -119,13 +120,13 @@ LifecycleEvent = (
 
 
 class Decision(StrEnum):
-    """What to do now. Exactly one for each event."""
+    """What to do now. Each event gives exactly one decision."""
 
     NOTHING = "nothing"
     CONNECT = "connect"
-    RECONNECT = "reconnect"  # give up the attempt under way and begin another
-    CHECK = "check"  # ask the host for a sign of life, now
-    WAIT = "wait"  # until ``Lifecycle.retry_at``, then RetryDue
+    RECONNECT = "reconnect"  # give up the attempt under way and start another
+    CHECK = "check"  # ping the host now
+    WAIT = "wait"  # until ``Lifecycle.retry_at``; then comes RetryDue
     STOP = "stop"
 
 
@@ -134,10 +135,10 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """Where a tunnel is in its life. ``failures`` counts in a row; ``connects`` counts all that succeeded.
+    """The state of a tunnel. ``failures`` counts failures in a row; ``connects`` counts all successful attempts.
 
-    ``cause`` is that of the last failure, kept while up as well (it answers "why did it reconnect?").
-    ``retry_at`` is set in backoff and failed only.
+    ``cause`` is the cause of the last failure. It is kept while the tunnel is up: it explains why it reconnected.
+    ``retry_at`` is set in the phases backoff and failed only.
     """
 
     phase: TunnelPhase = TunnelPhase.IDLE
@@ -161,7 +162,7 @@ class Lifecycle:
 def step(
     life: Lifecycle, event: LifecycleEvent, *, now: float, jitter: float, timing: RetryTiming | None = None
 ) -> tuple[Lifecycle, Decision]:
-    """The next state and what to do about it. An event that does not fit the phase (a late one) changes nothing."""
+    """The next state, and what to do. An event that does not fit the phase (it came late) changes nothing."""
     timing = timing or RetryTiming()
     if life.phase is TunnelPhase.CLOSED:
         return life, Decision.STOP
@@ -173,7 +174,7 @@ def step(
         case Connected() if life.phase is TunnelPhase.CONNECTING:
             return replace(life, phase=TunnelPhase.UP, since=now, connects=life.connects + 1), Decision.NOTHING
         case ConnectionFailed(cause) if life.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP):
-            return _broke(life, cause, now, jitter, timing), Decision.WAIT
+            return _fail(life, cause, now, jitter, timing), Decision.WAIT
         case RetryDue() if life.waiting:
             if life.retry_at is not None and now < life.retry_at:
                 return life, Decision.WAIT
@@ -183,7 +184,7 @@ def step(
         case RetryRequested() | Suspected() if life.phase is TunnelPhase.UP:
             return life, Decision.CHECK
         case Woke() | NetworkChanged():
-            return _surroundings_changed(life, event, now, timing)
+            return _react_to_environment(life, event, now, timing)
     return life, Decision.NOTHING
 
 
@@ -191,7 +192,7 @@ def _connect(life: Lifecycle, now: float) -> Lifecycle:
     return replace(life, phase=TunnelPhase.CONNECTING, since=now, tried_at=now, retry_at=None)
 
 
-def _broke(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
+def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
     if cause.needs_person:
         delay = timing.failed_retry_s * (0.9 + 0.2 * jitter)
         phase, failures = TunnelPhase.FAILED, life.failures + 1
@@ -199,21 +200,22 @@ def _broke(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Ret
         stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
         phase, failures = TunnelPhase.BACKOFF, 0 if stable else life.failures + 1
         eager = life.eager_until is not None and now < life.eager_until
-        delay = _delay(failures, jitter, timing.eager_max_backoff_s if eager else timing.max_backoff_s, timing)
+        max_backoff_s = timing.eager_max_backoff_s if eager else timing.max_backoff_s
+        delay = _backoff_delay(failures, jitter, max_backoff_s, timing)
     return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay)
 
 
-def _delay(failures: int, jitter: float, longest: float, timing: RetryTiming) -> float:
-    """Half to one and a half of the doubled interval, within the bounds, so that many nodes that were lost together
-    do not come back together."""
+def _backoff_delay(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
+    """Between half and one and a half times the doubled interval, within the limits. So many nodes that were lost
+    together do not come back at the same moment."""
     if failures == 0:
         return timing.immediate_retry_s * jitter
-    # The exponent is bounded: 2.0 ** 2000 would overflow after a long outage.
+    # The exponent has a limit: after a long outage 2.0 ** 2000 would overflow.
     interval = timing.initial_backoff_s * 2.0 ** min(failures - 1, 32)
-    return min(longest, max(timing.initial_backoff_s, min(interval, longest) * (0.5 + jitter)))
+    return min(max_backoff_s, max(timing.initial_backoff_s, min(interval, max_backoff_s) * (0.5 + jitter)))
 
 
-def _surroundings_changed(
+def _react_to_environment(
     life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: RetryTiming
 ) -> tuple[Lifecycle, Decision]:
     if life.phase is TunnelPhase.IDLE:
@@ -228,6 +230,6 @@ def _surroundings_changed(
         return life, Decision.NOTHING
     settled = (life.tried_at or 0.0) + timing.network_settle_s
     if isinstance(event, NetworkChanged) and life.tried_at is not None and now < settled:
-        # Changes come in bursts (link, address, route): the first began an attempt, the rest must not each begin one.
+        # Changes come in bursts (link, address, route). The first one started an attempt; the others must not.
         return replace(life, retry_at=min(life.retry_at or settled, settled)), Decision.WAIT
     return _connect(life, now), Decision.CONNECT

@@ -1,16 +1,15 @@
 """The permanent local ends of a node's tunnel, ports or Unix sockets: one for each target, bound once, kept over
 reconnects.
 
-The supervisor owns the listening sockets and lends them to whichever worker is connected. While there is none, the
-kernel completes a client's connect and lets it wait in the backlog, so that a short outage is only a delay. Waiting has
-an end: after some seconds the supervisor accepts and resets, so that no client hangs on a host that stays away.
+The supervisor owns the listening sockets and lends them to the worker that is connected. Without a worker, the kernel
+completes a client's connect and the client waits in the backlog, so that a short outage is only a delay. After some
+seconds the supervisor accepts and resets such clients, so that none hangs on a host that stays away.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,22 +17,26 @@ from gpumesh.errors import GPUMeshError
 from gpumesh.state import LocalAccess
 from gpumesh.topology import DEFAULT_TUNNELS, Target, TunnelListen, TunnelsSpec
 from gpumesh.tunnels.local_system.peer_users import can_identify_peers
-from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener, unix_url
+from gpumesh.tunnels.local_system.sockets import close_with_reset
+from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener
+from gpumesh.tunnels.local_system.unix_urls import unix_url
 
 BACKLOG = 1024
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
-_ACCEPTS_A_TURN = 64
+_ACCEPTS_PER_EVENT = 64
 
 
 class Listeners:
-    """Binds in the constructor, on loopback, any free port, or a Unix socket named after ``mesh`` and ``node``;
-    ``close`` ends it. Raises OSError, and GPUMeshError where no Unix socket can be had."""
+    """Binds in the constructor: any free port on loopback, or a Unix socket named after ``mesh_name`` and ``node``.
+
+    ``close`` ends it. Raises OSError, and GPUMeshError where no Unix socket can be made.
+    """
 
     def __init__(
         self, targets: Sequence[Target], spec: TunnelsSpec = DEFAULT_TUNNELS, *, mesh_name: str = "mesh", node: str = ""
     ) -> None:
         self._targets = tuple(targets)
-        self._resetting: asyncio.AbstractEventLoop | None = None
+        self._reset_timer: asyncio.TimerHandle | None = None
+        self._resetting_on: asyncio.AbstractEventLoop | None = None
         self._unix: list[UnixListener] = []
         self.sockets: list[socket.socket] = []
         try:
@@ -42,16 +45,20 @@ class Listeners:
                     self._unix.append(open_tunnel_listener(mesh_name, node, number, BACKLOG))
                     self.sockets.append(self._unix[-1].sock)
                 else:
-                    self.sockets.append(_listen())
+                    self.sockets.append(_listen_on_loopback())
         except (OSError, GPUMeshError):
             self.close()
             raise
-        self.ports: tuple[int, ...] = () if self._unix else tuple(one.getsockname()[1] for one in self.sockets)
-        self.paths: tuple[Path, ...] = tuple(one.path for one in self._unix)
-        self.access = self._access(spec)
+        self.ports: tuple[int, ...] = () if self._unix else tuple(sock.getsockname()[1] for sock in self.sockets)
+        self.paths: tuple[Path, ...] = tuple(listener.path for listener in self._unix)
+        self.access = self._find_access(spec)
 
-    def _access(self, spec: TunnelsSpec) -> LocalAccess | None:
-        """Who can connect."""
+    def __repr__(self) -> str:
+        clients = "reset" if self._resetting_on is not None else "held"
+        return f"<Listeners {', '.join(map(str, self.paths or self.ports))} clients {clients}>"
+
+    def _find_access(self, spec: TunnelsSpec) -> LocalAccess | None:
+        """Which users can connect."""
         if not self.sockets:
             return None
         if self._unix:
@@ -62,7 +69,7 @@ class Listeners:
 
     @property
     def urls(self) -> Mapping[Target, str]:
-        return dict(zip(self._targets, map(self._url, range(len(self._targets)), self._targets), strict=True))
+        return {target: self._url(number, target) for number, target in enumerate(self._targets)}
 
     def _url(self, number: int, target: Target) -> str:
         prefix = target.path.rstrip("/")
@@ -70,19 +77,26 @@ class Listeners:
             return unix_url(self.paths[number], scheme=target.scheme, prefix=prefix)
         return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
 
-    def reset_clients(self) -> None:
-        """From now on every client, waiting or new, is reset at once: fast failure is what a balancer wants."""
-        if self._resetting is None:
-            self._resetting = asyncio.get_running_loop()
-            for listener in self.sockets:
-                self._resetting.add_reader(listener, _reset_waiting, listener)
-
     def hold_clients(self) -> None:
         """From now on clients wait in the backlog until a worker accepts them."""
-        if self._resetting is not None:
+        self._cancel_timer()
+        if self._resetting_on is not None:
             for listener in self.sockets:
-                self._resetting.remove_reader(listener)
-            self._resetting = None
+                self._resetting_on.remove_reader(listener)
+            self._resetting_on = None
+
+    def reset_clients_after(self, delay_s: float) -> None:
+        """``reset_clients`` after ``delay_s``, unless ``hold_clients`` comes first."""
+        self._cancel_timer()
+        self._reset_timer = asyncio.get_running_loop().call_later(delay_s, self.reset_clients)
+
+    def reset_clients(self) -> None:
+        """From now on every client, waiting or new, is reset at once: a balancer wants failures to be fast."""
+        self._cancel_timer()
+        if self._resetting_on is None:
+            self._resetting_on = asyncio.get_running_loop()
+            for listener in self.sockets:
+                self._resetting_on.add_reader(listener, _reset_waiting_clients, listener)
 
     def close(self) -> None:
         self.hold_clients()
@@ -91,8 +105,13 @@ class Listeners:
         for listener in self.sockets:
             listener.close()
 
+    def _cancel_timer(self) -> None:
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
+            self._reset_timer = None
 
-def _listen() -> socket.socket:
+
+def _listen_on_loopback() -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.bind(("127.0.0.1", 0))
@@ -104,12 +123,10 @@ def _listen() -> socket.socket:
     return listener
 
 
-def _reset_waiting(listener: socket.socket) -> None:
-    for _ in range(_ACCEPTS_A_TURN):
+def _reset_waiting_clients(listener: socket.socket) -> None:
+    for _ in range(_ACCEPTS_PER_EVENT):
         try:
             client, _address = listener.accept()
-        except OSError:  # none left (BlockingIOError), or out of file descriptors: the next turn tries again
+        except OSError:  # no client waits (BlockingIOError), or no descriptor is left: the next event tries again
             return
-        if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        client.close()
+        close_with_reset(client)

@@ -1,6 +1,7 @@
-"""What a transport is to the worker's process: each has a ``connect`` of the kind ``ConnectFunction``, which takes a
-``ConnectRequest`` and returns a ``HostConnection``. ``transports.py`` has the transports. Everything here runs on the
-worker's event loop."""
+"""The interface of a transport: a ``ConnectFunction`` takes a ``ConnectRequest`` and returns a ``HostConnection``.
+
+transports.py lists the transports. All of this runs on the event loop of the worker's process.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +16,24 @@ from gpumesh.tunnels.base import OutputStream
 
 ANSWER_TIMEOUT_S = 120.0  # for a person who is asked for a password or a passphrase
 
+PING_RESEND_S = 0.5
+"""A ping without an answer is sent again after this time.
+
+TCP sends a lost packet again only after a pause that doubles each time. At 5 % of lost packets, three in a row are lost
+every few thousand pings, and the answer would come after the host was given up. A packet that follows a lost one makes
+TCP notice the loss within a round trip. So the next ping repairs the ping before it, in either direction.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectRequest:
-    """``secrets``: ``password`` and ``passphrase``, each only if the spec names a variable. ``interactive``: the
+    """What a worker needs for one connection.
+
+    ``secrets``: ``password`` and ``passphrase``, each only if the spec names its variable. ``interactive``: the
     supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
-    ``share``: connections of all users of this machine are served, not only those of our own and of root; so it is
-    where the system does not tell."""
+    ``share``: connections of all users of this machine are served, not only those of our own user and of root. It is
+    also set where the system does not tell whose a connection is.
+    """
 
     node: str
     ssh: SshSpec
@@ -34,16 +46,18 @@ class ConnectRequest:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
+    """What is known of a connection that was just made."""
+
     rtt_ms: float | None
     server: str
     cipher: str | None = None
 
 
 class ConnectionEvents(Protocol):
-    """The way back to the supervisor, while a connection is made and after."""
+    """What a connection reports to the supervisor, while it is being made and later."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
-        """Has a person answer; ``None`` when there is none, or they declined. ``text`` is safe to print."""
+        """A person's answer; ``None`` when nobody is there, or they declined. ``text`` is safe to print."""
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
@@ -57,40 +71,44 @@ class RemoteCommand(Protocol):
 
     @property
     def exit_status(self) -> int | None:
-        """Known after ``read`` has returned ``None``; ``None`` then: the host did not say."""
+        """Known after ``read`` has returned ``None``. It is ``None`` when the host did not say."""
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
-        """The next piece of output (at most 32 KiB), hostile as it is; ``None`` when the command has ended.
+        """The next piece of output (at most 32 KiB, not yet made safe); ``None`` when the command has ended.
 
-        Not reading stops the host from sending."""
+        While nobody reads, the host stops sending.
+        """
 
     async def kill(self) -> None:
-        """Ends the command on the host, as far as the host lets us, and closes its channel. May be called twice."""
+        """Ends the command on the host, as far as the host allows it, and closes its channel. May be called twice."""
 
 
 class HostConnection(Protocol):
-    """An authenticated connection that forwards: from ``connect`` on, clients of the listeners are being served."""
+    """An authenticated connection that forwards: it serves the clients of the listeners until ``close``."""
 
     @property
     def info(self) -> ConnectionInfo: ...
 
     async def ping(self, timeout_s: float) -> float | None:
-        """The round trip in ms of a request that the host answers; ``None``: no answer within ``timeout_s``."""
+        """The round trip in ms of a request that the host answers; ``None``: no answer came within ``timeout_s``."""
 
     async def start_command(self, command: str) -> RemoteCommand:
-        """Starts ``command``, words that are quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
+        """Starts ``command``, an argument list quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
         session."""
 
     async def wait_lost(self) -> TunnelError:
-        """Returns when the connection has died by itself, and why."""
+        """Returns, with the reason, when the connection has ended by itself."""
 
     async def close(self) -> None:
-        """Ends everything in order: forwarded connections, commands, the connection; within 2 s."""
+        """Ends forwarded connections, commands and the connection, in this order, within 2 s."""
 
 
 class ConnectFunction(Protocol):
-    """Raises ``TunnelError`` with the true reason. The caller sets no deadline: ``setup.ssh.connect_timeout_s`` is kept
-    in here, not counting the time that a person takes to answer. Cancelling it leaves nothing behind."""
+    """Makes a connection. Raises ``TunnelError`` with the true reason.
+
+    The function itself keeps ``setup.ssh.connect_timeout_s``, not counting the time that a person takes to answer; the
+    caller sets no deadline. A cancelled call leaves nothing behind.
+    """
 
     async def __call__(
         self, setup: ConnectRequest, listeners: Sequence[socket.socket], events: ConnectionEvents

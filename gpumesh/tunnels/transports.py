@@ -1,6 +1,6 @@
-"""Which transport a kind means: the one place that maps it to its ``connect`` and its ``fetch_host_key``.
+"""The only place that maps a ``TransportKind`` to the ``connect`` and the ``fetch_host_key`` of its transport.
 
-Each is imported on use: paramiko takes a third of a second to load, which only its own transport needs.
+Each transport is imported on use: paramiko takes a third of a second to load, and only its own transport needs it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from gpumesh.topology import SshSpec, TransportKind
 
 if TYPE_CHECKING:
-    from gpumesh.tunnels.hostkeys import HostKey
+    from gpumesh.tunnels.known_hosts import HostKey
     from gpumesh.tunnels.transport import ConnectFunction
 
 
 def load_connect(transport: TransportKind) -> ConnectFunction:
-    """The function that makes a connection of this transport."""
+    """The function that makes a connection over this transport."""
     if transport is TransportKind.OPENSSH:
         from gpumesh.tunnels.openssh import connection as openssh_connection
 
@@ -28,15 +28,15 @@ def load_connect(transport: TransportKind) -> ConnectFunction:
 async def fetch_host_key(
     node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
 ) -> HostKey:
-    """The key that the host shows now, trusted or not: for ``gpumesh trust``, which shows it and may ``record`` it.
+    """The key that the host shows now, trusted or not. ``gpumesh trust`` shows it and may record it.
 
-    Nothing is sent to the host but the key exchange; jump hosts, which have to be trusted, are logged in to. By the
-    node's own transport: behind a ProxyCommand only that gets there. Raises ``TunnelError``.
+    The host gets a key exchange and nothing else. Jump hosts must be trusted already, and are logged in to. The node's
+    own transport is used: behind a ProxyCommand no other one reaches the host. Raises ``TunnelError``.
     """
     if ssh.transport is TransportKind.OPENSSH:
-        from gpumesh.tunnels.openssh import connection as openssh_connection
+        from gpumesh.tunnels.openssh import host_key_fetch as openssh_host_key
 
-        return await openssh_connection.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
-    from gpumesh.tunnels.inprocess import connection as inprocess_connection
+        return await openssh_host_key.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+    from gpumesh.tunnels.inprocess import opening as inprocess_opening
 
-    return await inprocess_connection.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)
+    return await inprocess_opening.fetch_host_key(node, ssh, secrets=secrets, timeout_s=timeout_s)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpumesh.cli.host_key_confirmation import explain_judgement
-from gpumesh.tunnels.hostkeys import HostKey, HostKeyCheck, HostKeyStatus
+from gpumesh.tunnels.hostkeys import HostKeyCheck, HostKeyStatus
+from gpumesh.tunnels.known_hosts import HostKey
 
 
 def test_what_the_verdicts_mean() -> None:

@@ -16,7 +16,7 @@ from gpumesh.errors import BackendUnreachable
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.probes.http_client import http_client, parse_unix_url
 from gpumesh.probes.wrong_server import identify_wrong_server, wrong_scheme_error
-from gpumesh.tunnels.local_system.unix_sockets import unix_url
+from gpumesh.tunnels.local_system.unix_urls import unix_url
 
 CALL = HttpCall("POST", "/api/show?x=a:b", b"{}")
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -15,7 +15,7 @@ from typing import Any, Self
 from gpumesh.lab import profile
 from gpumesh.lab.host import HostStart
 from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
-from gpumesh.tunnels import hostkeys, transports
+from gpumesh.tunnels import known_hosts, transports
 from gpumesh.wire import to_json
 from tests.real.netns import Namespace
 from tests.tunnels.sshd import Sshd
@@ -74,7 +74,7 @@ class FarHost:
         """Records its key for these nodes, as `gpumesh trust` does."""
         for node in nodes:
             key = await transports.fetch_host_key(node, self.sshd.spec())
-            hostkeys.record_host_key(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
+            known_hosts.record_host_key(self.known_hosts, key, node=node, host=self.sshd.address, port=self.sshd.port)
 
     # -- its Ollama --------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,24 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from gpumesh.state import TunnelPhase, TunnelState
-from gpumesh.topology import DEFAULT_TUNNELS, BackendSpec, NodeSpec, SshSpec, Target, TunnelsSpec
+from gpumesh.topology import (
+    DEFAULT_TUNNELS,
+    BackendSpec,
+    NodeSpec,
+    SshSpec,
+    Target,
+    TransportKind,
+    TunnelsSpec,
+)
 from gpumesh.tunnels.supervisor import CLIENT_WAIT_S, Prompter, SshTunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
+from tests.tunnels.polling import wait_until
+
+UP, BACKOFF, CONNECTING = TunnelPhase.UP, TunnelPhase.BACKOFF, TunnelPhase.CONNECTING
+FAILED, CLOSED = TunnelPhase.FAILED, TunnelPhase.CLOSED
 
 
 @dataclass
@@ -98,3 +112,17 @@ def descriptors() -> list[str]:
         with contextlib.suppress(OSError):  # that of the listing itself
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
     return sorted(found)
+
+
+LONG_S = 600.0  # a keepalive interval in which nothing is noticed by it
+
+
+both = pytest.mark.parametrize("transport", list(TransportKind))
+
+
+async def until_phase(one: WatchedTunnel, phase: TunnelPhase) -> None:
+    await wait_until(lambda: one.phase is phase, f"{phase}; it is {one.tunnel.state}")
+
+
+async def until_reconnected(one: WatchedTunnel, times: int) -> None:
+    await wait_until(lambda: one.tunnel.state.reconnects == times and one.phase is UP, f"reconnect {times}")

@@ -129,12 +129,12 @@ async def test_a_command_that_gives_no_address_is_retried_and_told(asked: Addres
 async def test_what_it_started_is_ended(tmp_path: Path, cancelled: bool) -> None:
     pids = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait"
-    asking = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
+    run_questioning_server = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
     await wait_until(pids.exists, "the command's start")
     started = [int(pid) for pid in pids.read_text().split()]
     assert all(alive(pid) for pid in started)
     if cancelled:
-        asking.cancel()
+        run_questioning_server.cancel()
     with pytest.raises((HostUnresolved, asyncio.CancelledError)):
-        await asking
+        await run_questioning_server
     await wait_until(lambda: not any(alive(pid) for pid in started), f"the end of {started}")

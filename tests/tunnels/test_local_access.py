@@ -17,15 +17,16 @@ from gpumesh.errors import TunnelError
 from gpumesh.state import LocalAccess, TunnelPhase
 from gpumesh.topology import Target, TransportKind, TunnelListen, TunnelsSpec
 from gpumesh.tunnels import listeners
-from gpumesh.tunnels.inprocess import channels
+from gpumesh.tunnels.inprocess import channel_multiplexer
 from gpumesh.tunnels.local_system import peer_users
 from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
 from tests.parts import needs
-from tests.tunnels.inprocess.test_connection import Told, connected
+from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 from tests.tunnels.polling import wait_until
+from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.supervised import WatchedTunnel, descriptors, supervised, watched
 from tests.tunnels.traffic import echo, exchange
@@ -154,17 +155,17 @@ async def test_who_sends_and_is_gone_reaches_nothing(sshd: Sshd, pool: WorkerPoo
 
 @needs("root")
 async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "find_missing_feature", lambda _: "for this test")
-    told = Told()
+    monkeypatch.setattr(channel_multiplexer, "find_missing_feature", lambda _: "for this test")
+    events = RecordedEvents()
     backend = Counted()
-    async with serving(backend) as port, connected(sshd.spec(), port, told=told) as (connection, (local,)):
-        assert connection._gateway is not None
-        assert not connection._gateway.fast
+    async with serving(backend) as port, connected(sshd.spec(), port, events=events) as (connection, (local,)):
+        assert connection._forwarder is not None
+        assert not connection._forwarder.uses_channels
         assert await exchange(local, b"hello") == b"hello"
         before = backend.connections
         assert await connect_as(local, uid=ANOTHER) == "reset"
         assert await connect_as(local, uid=0) == "answer hello"
-        assert told.peers == [(local, ANOTHER)]
+        assert events.refused_peers == [(local, ANOTHER)]
         assert backend.connections == before + 1
 
 
@@ -179,7 +180,7 @@ async def test_a_worker_that_cannot_tell_does_not_serve(
             "n", sshd.spec(transport=transport), (Target("127.0.0.1", 1),), control_dir=str(tmp_path)
         )
         with pytest.raises(TunnelError, match="cannot be told"):
-            await load_connect(transport)(setup, [local], Told())
+            await load_connect(transport)(setup, [local], RecordedEvents())
     await wait_until(lambda: not sshd.children(), "the end of the session")
     await wait_until(lambda: descriptors() == before, "nothing is left open")
 
@@ -207,7 +208,7 @@ async def test_the_sockets_of_ssh_itself_are_closed_to_others(
 
 
 def test_where_the_system_does_not_tell_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listeners, "can_tell", lambda _: False)
+    monkeypatch.setattr(listeners, "can_identify_peers", lambda _: False)
     one = listeners.Listeners([Target("127.0.0.1", 1)])
     assert one.access is LocalAccess.UNCHECKED
     one.close()

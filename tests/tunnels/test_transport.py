@@ -21,8 +21,8 @@ from gpumesh.tunnels.openssh.connection import OpensshConnection
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest, HostConnection, RemoteCommand
 from gpumesh.tunnels.transports import load_connect
 from tests.parts import needs
-from tests.tunnels.inprocess.test_connection import Told
 from tests.tunnels.polling import wait_until
+from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.supervised import descendants, descriptors
 from tests.tunnels.traffic import echo, exchange
@@ -55,7 +55,9 @@ async def connected(
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener()) for _ in ports]
         targets = tuple(Target("127.0.0.1", port) for port in ports)
-        connection = await connect(ConnectRequest("iceland", ssh, targets, control_dir=str(folder)), listeners, Told())
+        connection = await connect(
+            ConnectRequest("iceland", ssh, targets, control_dir=str(folder)), listeners, RecordedEvents()
+        )
         try:
             yield connection, [one.getsockname()[1] for one in listeners]
         finally:
@@ -149,8 +151,8 @@ async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
             forwarder = connection._forwarder
         else:
             assert isinstance(connection, ParamikoConnection)
-            assert connection._gateway is not None
-            forwarder = connection._gateway._server_list[0]._forwarder
+            assert connection._forwarder is not None
+            forwarder = connection._forwarder._server_list[0]._forwarder
         forwarder.post([].pop)  # an error of ours
         assert (await asyncio.wait_for(waiting, 20)).code == "tunnel-lost"
 

@@ -26,7 +26,7 @@ from gpumesh.backends.answer_head import read_head
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
 from gpumesh.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
-from gpumesh.tunnels.local_system.unix_sockets import split_unix_url
+from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0

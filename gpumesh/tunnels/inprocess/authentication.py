@@ -1,6 +1,6 @@
-"""Who we are, to an SSH host: key files, the agent, a password, questions to a person; in this order. Blocking.
+"""Logs in to an SSH host: with key files, the agent, a password, answers to questions; in this order. Blocking.
 
-All attempts are made on one connection. Where all fail, the error names what was tried and what the host would take.
+All attempts use one connection. When all fail, the error says what was tried and what the host would accept.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 AskPerson = Callable[[str, bool], str | None]
-"""Asks a person: the text, and whether the answer may be shown. Blocks; ``None``: nobody answers."""
+"""Asks a person: gets the text, and whether the answer may be shown. Blocks; ``None``: nobody answers."""
 
-AGENT_KEYS = 5  # sshd gives up after six failures (MaxAuthTries)
-MAX_QUESTIONS = 10  # of a host that keeps on asking
+MAX_AGENT_KEYS = 5  # sshd gives up after six failures (MaxAuthTries)
+MAX_QUESTIONS = 10  # from one host
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What may be tried. ``password`` and ``passphrase`` are secrets: no ``repr``."""
+    """What may be tried. ``password`` and ``passphrase`` are secrets, so the ``repr`` leaves them out."""
 
     user: str
     identity_files: tuple[Path, ...] = ()
@@ -39,7 +39,7 @@ class Credentials:
 
 
 def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
-    """A private key of a kind that paramiko has, with its certificate if one lies beside. Raises ``KeyUnreadable``."""
+    """A private key, with the certificate next to it if there is one. Raises ``KeyUnreadable``."""
     needs_passphrase = False
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         try:
@@ -56,7 +56,7 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
         except paramiko.PasswordRequiredException:
             needs_passphrase = True
         except (paramiko.SSHException, ValueError, TypeError):
-            continue  # another kind of key, or a wrong passphrase: both look the same
+            continue  # another kind of key, or a wrong passphrase: the error does not tell which
     if needs_passphrase:
         raise KeyUnreadable(
             f"key file {path} needs a passphrase",
@@ -74,27 +74,27 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 
 
 def authenticate(
-    transport: paramiko.Transport, credentials: Credentials, *, where: str, deadline: Deadline, ask: AskPerson | None
+    transport: paramiko.Transport, credentials: Credentials, *, address: str, deadline: Deadline, ask: AskPerson | None
 ) -> None:
-    """Returns when the host has let us in. Raises ``AuthRefused``, ``KeyUnreadable`` (when a key file that could not
-    be used was all there was), ``ConnectTimeout`` or ``TunnelLost``."""
-    attempt = _Attempts(transport, credentials, where, deadline, ask)
+    """Returns when the host has accepted us. Raises ``AuthRefused``, ``KeyUnreadable`` (when there was nothing to try
+    but key files that cannot be used), ``ConnectTimeout`` or ``TunnelLost``."""
+    login = _Login(transport, credentials, address, deadline, ask)
     try:
-        if not (attempt.keys() or attempt.password() or attempt.questions()):
-            raise attempt.refused()
+        if not (login.try_keys() or login.try_password() or login.try_questions()):
+            raise login.make_refused_error()
     except EOFError as error:
-        raise TunnelLost(f"{where} closed the connection during the login") from error
+        raise TunnelLost(f"{address} closed the connection during the login") from error
     except paramiko.AuthenticationException as error:
-        # Only time-outs and a dead connection get here: a refusal is noted where it happens.
+        # Only time-outs and dead connections come here: refusals are recorded where they happen.
         if transport.is_active():
-            raise ConnectTimeout(f"{where} did not answer the login in time") from error
-        raise attempt.refused(disconnected=True) from error
+            raise ConnectTimeout(f"{address} did not answer the login in time") from error
+        raise login.make_refused_error(disconnected=True) from error
     except (paramiko.SSHException, OSError) as error:
-        raise TunnelLost(f"the login at {where} broke off: {printable(str(error), 120)}") from error
+        raise TunnelLost(f"the login at {address} broke off: {printable(str(error), 120)}") from error
 
 
 class _Agent(paramiko.Agent):
-    """Closes its socket also where the agent talks nonsense."""
+    """Closes its socket also when the agent does not speak the protocol."""
 
     def __init__(self) -> None:
         try:
@@ -104,110 +104,119 @@ class _Agent(paramiko.Agent):
             raise
 
 
-class _Attempts:
-    """One login. ``allowed`` is what the host last said that it would take; empty: it has not said."""
+class _Login:
+    """One login. ``allowed`` are the methods that the host last said it accepts; empty: it has not said."""
 
     def __init__(
-        self, transport: paramiko.Transport, who: Credentials, where: str, deadline: Deadline, ask: AskPerson | None
+        self,
+        transport: paramiko.Transport,
+        credentials: Credentials,
+        address: str,
+        deadline: Deadline,
+        ask: AskPerson | None,
     ) -> None:
         self._transport = transport
-        self._who = who
-        self._where = where
+        self._credentials = credentials
+        self._address = address
         self._deadline = deadline
-        self._ask = ask
+        self._ask_person = ask
         self._tried: list[str] = []
-        self._unusable: list[TunnelError] = []
+        self._unusable_keys: list[TunnelError] = []
         self._allowed: tuple[str, ...] = ()
 
-    def keys(self) -> bool:
-        for path in self._who.identity_files:
+    def try_keys(self) -> bool:
+        for path in self._credentials.identity_files:
             try:
-                key = load_key(path, self._who.passphrase)
+                key = load_key(path, self._credentials.passphrase)
             except KeyUnreadable as error:
-                self._unusable.append(error)
+                self._unusable_keys.append(error)
                 continue
-            if self._try(f"key {path}", partial(self._transport.auth_publickey, self._who.user, key)):
+            if self._try(f"key {path}", partial(self._transport.auth_publickey, self._credentials.user, key)):
                 return True
-        return self._who.agent and self._keys_of_the_agent()
+        return self._credentials.agent and self._try_agent_keys()
 
-    def _keys_of_the_agent(self) -> bool:
+    def _try_agent_keys(self) -> bool:
         agent = None
         try:
             agent = _Agent()
-            keys = agent.get_keys()[:AGENT_KEYS]
+            keys = agent.get_keys()[:MAX_AGENT_KEYS]
         except (paramiko.SSHException, OSError):
-            keys = ()  # no agent after all: then its keys are not tried
+            keys = ()  # there is no agent
         try:
             return any(
-                self._try("a key of the agent", partial(self._transport.auth_publickey, self._who.user, key))
+                self._try("a key of the agent", partial(self._transport.auth_publickey, self._credentials.user, key))
                 for key in keys
             )
         finally:
             if agent is not None:
                 agent.close()
 
-    def password(self) -> bool:
-        password = self._who.password
-        if password is None or not self._takes("password"):
+    def try_password(self) -> bool:
+        password = self._credentials.password
+        if password is None or not self._accepts("password"):
             return False
         return self._try(
-            "the password", lambda: self._transport.auth_password(self._who.user, password, fallback=False)
+            "the password", lambda: self._transport.auth_password(self._credentials.user, password, fallback=False)
         )
 
-    def questions(self) -> bool:
-        """Keyboard-interactive: a question for a password gets ours, once; the others go to a person."""
-        if not self._takes("keyboard-interactive") or (self._who.password is None and self._ask is None):
+    def try_questions(self) -> bool:
+        """Keyboard-interactive: a question for a password gets our password, once. Other questions go to a person."""
+        if not self._accepts("keyboard-interactive") or (
+            self._credentials.password is None and self._ask_person is None
+        ):
             return False
-        ours = [self._who.password] if self._who.password is not None else []
-        asked = 0
+        unused_passwords = [self._credentials.password] if self._credentials.password is not None else []
+        question_count = 0
 
         def answer(title: str, instructions: str, prompts: Sequence[tuple[str, bool]]) -> list[str]:
-            nonlocal asked
+            nonlocal question_count
             answers = []
             for prompt, echo in prompts:
-                asked += 1
-                if asked > MAX_QUESTIONS:
+                question_count += 1
+                if question_count > MAX_QUESTIONS:
                     raise paramiko.AuthenticationException("too many questions")
-                if ours and not echo and "assw" in prompt:
-                    answers.append(ours.pop())
+                if unused_passwords and not echo and "assw" in prompt:
+                    answers.append(unused_passwords.pop())
                     continue
                 heading = printable(" ".join(part for part in (title, instructions) if part))
-                answers.append(self._person(f"{heading} {printable(prompt)}".strip(), echo) or "")
+                answers.append(self._ask_in_time(f"{heading} {printable(prompt)}".strip(), echo) or "")
             return answers
 
-        if self._ask is not None:
+        if self._ask_person is not None:
             self._transport.auth_timeout = self._deadline.remaining_s + ANSWER_TIMEOUT_S
-        return self._try("answers to its questions", lambda: self._transport.auth_interactive(self._who.user, answer))
+        return self._try(
+            "answers to its questions", lambda: self._transport.auth_interactive(self._credentials.user, answer)
+        )
 
-    def refused(self, *, disconnected: bool = False) -> TunnelError:
-        if self._unusable and not self._tried:
-            return self._unusable[0]
+    def make_refused_error(self, *, disconnected: bool = False) -> TunnelError:
+        if self._unusable_keys and not self._tried:
+            return self._unusable_keys[0]
         tried = ", ".join(dict.fromkeys(self._tried)) or "nothing: no key, agent or password is set"
-        message = f"{self._where} refuses the login of {self._who.user} (tried {tried})"
+        message = f"{self._address} refuses the login of {self._credentials.user} (tried {tried})"
         if disconnected:
             message += " and hung up"
-        if self._unusable:
-            message += f"; {self._unusable[0].message}"
-        takes = ", ".join(printable(one, 40) for one in self._allowed[:5])
-        hint = f"it takes {takes}: " if takes else ""
+        if self._unusable_keys:
+            message += f"; {self._unusable_keys[0].message}"
+        accepted = ", ".join(printable(method, 40) for method in self._allowed[:5])
+        hint = f"it takes {accepted}: " if accepted else ""
         return AuthRefused(
             message, hint=hint + "check `ssh.user`, and that our public key is in the host's authorized_keys"
         )
 
-    def _person(self, text: str, echo: bool) -> str | None:
-        if self._ask is None:
+    def _ask_in_time(self, text: str, echo: bool) -> str | None:
+        if self._ask_person is None:
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
-            return self._ask(text, echo)
+            return self._ask_person(text, echo)
 
-    def _takes(self, method: str) -> bool:
+    def _accepts(self, method: str) -> bool:
         return not self._allowed or method in self._allowed
 
-    def _try(self, what: str, attempt: Callable[[], list[str]]) -> bool:
-        """True when the host has let us in. A first factor of several is no refusal: what it asks next is noted."""
+    def _try(self, description: str, attempt: Callable[[], list[str]]) -> bool:
+        """True when the host has accepted us. After the first of several factors, ``allowed`` are the next methods."""
         if self._deadline.expired:
-            raise ConnectTimeout(f"{self._where} did not finish the login in time")
-        self._tried.append(what)
+            raise ConnectTimeout(f"{self._address} did not finish the login in time")
+        self._tried.append(description)
         try:
             self._allowed = tuple(attempt())
         except paramiko.BadAuthenticationType as error:

@@ -1,4 +1,4 @@
-"""Commands on a host: a session channel of a paramiko transport, read from asyncio without a thread."""
+"""Commands on a host: each is a session channel of a paramiko transport, read from asyncio without a thread."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from gpumesh.tunnels import blocking
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.remote_command import SHELL_TEST_OUTPUT, wrap_killable
 
-PIECE = 32 * 1024
+READ_BYTES = 32 * 1024
 OPEN_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
 TEST_TIMEOUT_S = 3.0
-CUT_S = 0.5  # for a connection that is ending to end
+DISCONNECT_TIMEOUT_S = 0.5  # for a broken connection to be marked as such
 
 
 async def start_command(transport: paramiko.Transport, command: str, *, posix: bool) -> SessionCommand:
-    """Starts ``command`` on the host; ``posix``: under a shell that ends it with its session (remote_command.py).
+    """Starts ``command`` on the host. ``posix``: under a shell that ends it with its session (remote_command.py).
 
-    Raises ``ExecError``: no session, or no answer in time.
+    Raises ``ExecError`` when the host gives no session or does not answer in time.
     """
     try:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
             channel = await blocking.run_in_thread(
-                _open, transport, wrap_killable(command) if posix else command, has_input=posix
+                _open_session, transport, wrap_killable(command) if posix else command, has_input=posix
             )
     except TimeoutError as error:
         raise ExecError("the host does not start the command") from error
@@ -37,31 +37,31 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
         raise ExecError(
             "the host gives no session to run a command in", hint="its sshd forbids it, or MaxSessions is reached"
         ) from error
-    return SessionCommand(channel, watched=posix)
+    return SessionCommand(channel, wrapped=posix)
 
 
 async def has_posix_shell(test: paramiko.Channel | None) -> bool:
-    """Whether the host has a POSIX shell, by its answer to ``SHELL_TEST``, which runs in ``test``."""
+    """Whether the host has a POSIX shell: by the output of ``SHELL_TEST``, which runs in ``test``."""
     if test is None:
         return False
-    process, said = SessionCommand(test), b""
+    process, output = SessionCommand(test), b""
     try:
         with contextlib.suppress(TimeoutError, OSError, ExecError):
             async with asyncio.timeout(TEST_TIMEOUT_S):
-                while len(said) < PIECE and (piece := await process.read()) is not None:
-                    said += piece[1]
+                while len(output) < READ_BYTES and (piece := await process.read()) is not None:
+                    output += piece[1]
     finally:
         await process.kill()
-    return SHELL_TEST_OUTPUT in said.splitlines()  # a host may greet first, whoever it is that comes
+    return SHELL_TEST_OUTPUT in output.splitlines()  # a host may print a greeting first
 
 
-def _open(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
+def _open_session(transport: paramiko.Transport, command: str, *, has_input: bool) -> paramiko.Channel:
     channel = transport.open_session(timeout=OPEN_TIMEOUT_S)
     try:
         channel.settimeout(OPEN_TIMEOUT_S)
         channel.exec_command(command)
         if not has_input:
-            _end_input(channel)  # it must not wait for an input that never comes
+            _end_input(channel)  # so that it does not wait for an input that never comes
         channel.settimeout(0.0)
     except BaseException:
         channel.close()
@@ -77,16 +77,16 @@ def _end_input(channel: Any) -> None:
 
 
 def _send_while_open(channel: Any, message: paramiko.Message) -> None:
-    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when something comes for a
-    channel after our close of it.
+    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when a message comes for a
+    channel after our close of that channel.
 
-    paramiko's thread answers the host's close by itself, at any moment; but it marks the channel first, and needs this
-    lock to send. So what is sent under the lock while there is no mark comes before the close. (paramiko's own
-    ``shutdown_write`` looks for the mark, lets go, and sends.)
+    paramiko's thread answers the host's close by itself, at any moment. But it marks the channel as closed first, and
+    it needs this lock to send. So a message that is sent under the lock to a channel without the mark comes before the
+    close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
     """
     transport = channel.transport
     while transport.active:
-        transport.clear_to_send.wait(0.1)  # while keys are exchanged nothing may be sent
+        transport.clear_to_send.wait(0.1)  # during a key exchange nothing may be sent
         with transport.clear_to_send_lock:
             if channel.closed:
                 return
@@ -96,11 +96,14 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
 
 
 class SessionCommand:
-    """See ``connection.RemoteCommand``. paramiko makes a pipe readable while there is output or an end to read."""
+    """See ``transport.RemoteCommand``. ``wrapped``: it runs under ``remote_command.wrap_killable``.
 
-    def __init__(self, channel: paramiko.Channel, *, watched: bool = False) -> None:
+    paramiko keeps a pipe readable while there is output, or an end of it, to read.
+    """
+
+    def __init__(self, channel: paramiko.Channel, *, wrapped: bool = False) -> None:
         self._channel = channel
-        self._watched = watched
+        self._wrapped = wrapped
         self._fd = channel.fileno()
 
     @property
@@ -110,35 +113,35 @@ class SessionCommand:
     async def read(self) -> tuple[OutputStream, bytes] | None:
         channel = self._channel
         while True:
-            ended = bool(channel.eof_received) or channel.closed  # asked before the buffers: nothing comes after it
+            ended = bool(channel.eof_received) or channel.closed  # read before the buffers: no output comes after it
             if channel.recv_ready():
-                return OutputStream.STDOUT, channel.recv(PIECE)
+                return OutputStream.STDOUT, channel.recv(READ_BYTES)
             if channel.recv_stderr_ready():
-                return OutputStream.STDERR, channel.recv_stderr(PIECE)
+                return OutputStream.STDERR, channel.recv_stderr(READ_BYTES)
             if ended:
-                # The exit status comes between the end of output and the channel's close, or never.
+                # The exit status comes between the end of the output and the channel's close, or never.
                 await blocking.run_in_thread(channel.status_event.wait)
-                await self._ensure_not_cut()
+                await self._ensure_connected()
                 return None
-            await self._readable()
+            await self._wait_readable()
 
     async def kill(self) -> None:
         if self._channel.closed:
-            self._channel.close()  # its pipe, which paramiko keeps open for whoever might still look
+            self._channel.close()  # closes its pipe, which paramiko keeps open for late readers
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                await blocking.run_in_thread(self._channel.close if self._watched else self._signal_and_close)
+                await blocking.run_in_thread(self._channel.close if self._wrapped else self._signal_and_close)
 
-    async def _ensure_not_cut(self) -> None:
-        """A channel that ends without a word may have been closed by the host, or have ended with its connection."""
+    async def _ensure_connected(self) -> None:
+        """Raises ExecError when a channel without an exit status has ended because the connection broke."""
         transport = self._channel.get_transport()
         if self._channel.exit_status < 0 and not self._channel.eof_received:
-            await blocking.run_in_thread(transport.join, CUT_S)
+            await blocking.run_in_thread(transport.join, DISCONNECT_TIMEOUT_S)
             if not transport.is_active():
                 raise ExecError("the connection broke")
 
-    async def _readable(self) -> None:
+    async def _wait_readable(self) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self._fd, lambda: None if ready.done() else ready.set_result(None))
@@ -148,8 +151,10 @@ class SessionCommand:
             loop.remove_reader(self._fd)
 
     def _signal_and_close(self) -> None:
-        """sshd passes the signal on (since OpenSSH 7.9, not for root); elsewhere the command finds its output closed.
-        Not for a watched command: the signal would end the watcher."""
+        """sshd passes the signal on (since OpenSSH 7.9, not for root). Elsewhere the command finds its output closed.
+
+        Not for a wrapped command: the signal would end the shell that watches its input.
+        """
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)
         message.add_int(self._channel.remote_chanid)

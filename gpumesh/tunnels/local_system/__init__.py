@@ -1,4 +1,4 @@
-"""What tunnels ask of this machine: child processes, Unix sockets, users of connections, changes of the network.
+"""What tunnels need of this machine: child processes, local commands, sockets, users of connections, network changes.
 
-Nothing here knows a remote host.
+Nothing here knows a remote host or a transport.
 """

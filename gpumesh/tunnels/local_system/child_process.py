@@ -1,6 +1,6 @@
-"""What a process of ours asks of its kernel: to end with its parent, and to be told apart in ``ps``.
+"""For a process of ours: end together with the parent, and have a title in ``ps``.
 
-Both are niceties: where the kernel has none of it (macOS), the worker still ends with its socket.
+Both need Linux. Elsewhere (macOS) a worker still ends when its socket ends.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _PR_SET_NAME = 15
 
 
 def die_with_parent() -> None:
-    """Linux: SIGKILL for this process when its parent's thread that made it ends. Elsewhere nothing."""
+    """The kernel kills this process (SIGKILL) when the thread of the parent that made it ends. Linux only."""
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def set_title(title: str) -> None:
-    """What ``ps`` and ``top`` show. Linux only; cut to the room that the original arguments take."""
+    """What ``ps`` and ``top`` show. Linux only; the title is cut to the room of the original arguments."""
     raw = title.encode("ascii", "replace")
     _prctl(_PR_SET_NAME, raw[:15])
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -30,7 +30,7 @@ def set_title(title: str) -> None:
         start, end = int(fields[45]), int(fields[46])
         room = end - start - 1
         if room > 0:
-            # Python has copied its arguments, so this memory has no other reader than the kernel.
+            # Python has copied its arguments, so only the kernel reads this memory.
             ctypes.memmove(start, raw[:room].ljust(room, b"\0"), room)
 
 

@@ -1,6 +1,8 @@
-"""Commands on this machine: nvidia-smi of a direct node, and a user's ``address_from``. No shell, and nothing of them
-is left behind: each has a process group of its own, which ends with the block that started it. They are given the
-user's environment without the secrets that mesh.yaml names: what `address_from` needs (a provider's key) is its own.
+"""Commands on this machine: nvidia-smi of a direct node, and a user's ``address_from``. No shell.
+
+Each command has its own process group, which is killed at the end of the block that started it, so that nothing is left
+behind. Commands get the user's environment without the secrets that mesh.yaml names; a provider's key that
+``address_from`` needs is not one of those.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from gpumesh.config import environment
 
 CHUNK_BYTES = 32 * 1024
-END_S = 2.0
+END_TIMEOUT_S = 2.0
 
 
 @contextlib.asynccontextmanager
@@ -33,46 +35,52 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
     try:
         process = await asyncio.shield(starting)
     except asyncio.CancelledError:
-        # Cancelled in there, asyncio would kill what it has begun, and leave alone what that has begun.
+        # A cancellation inside asyncio would kill the process it has started, but not that process's children.
         with contextlib.suppress(OSError, ValueError):
-            await _end(await starting)
+            await _kill_group(await starting)
         raise
     try:
         yield process
     finally:
-        await _end(process)
+        await _kill_group(process)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _kill_group(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    await release_process(process, END_S)
+    await release_process(process, END_TIMEOUT_S)
 
 
 async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
-    """Waits for it, and drops what it says: asyncio holds a process for alive until its pipes are read to their end."""
+    """Waits for the process's end and drops its output: for asyncio, a process lives until its pipes are read to their
+    end."""
     for pipe in (process.stdout, process.stderr):
         while pipe is not None and await pipe.read(CHUNK_BYTES):
             pass
     await process.wait()
 
 
-async def release_process(process: asyncio.subprocess.Process, patience_s: float) -> None:
-    """Of a process that was told to end. Its pipes are closed after ``patience_s``, should something that it started
-    hold them open."""
+async def release_process(process: asyncio.subprocess.Process, timeout_s: float) -> None:
+    """Waits for a process that was told to end. After ``timeout_s`` its pipes are closed: a child of it may still hold
+    them open."""
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             await wait_for_exit(process)
     except TimeoutError:
         process._transport.close()  # type: ignore[attr-defined]  # asyncio has no other way
 
 
+def exit_status(process: asyncio.subprocess.Process) -> int | None:
+    """The exit status of a process that has ended; ``None`` when a signal ended it."""
+    return process.returncode if process.returncode is not None and process.returncode >= 0 else None
+
+
 async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[bytes, bool]:
-    """All that fits, and whether something did not; the rest is read and dropped, so that the command can end."""
+    """The first ``limit`` bytes, and whether there were more. More is read and dropped, so that the command can end."""
     assert pipe is not None
-    kept, cut = bytearray(), False
+    kept, truncated = bytearray(), False
     while piece := await pipe.read(CHUNK_BYTES):
         room = limit - len(kept)
-        cut |= len(piece) > room
+        truncated |= len(piece) > room
         kept += piece[: max(0, room)]
-    return bytes(kept), cut
+    return bytes(kept), truncated

@@ -1,5 +1,6 @@
-"""Notices that the machine slept or that its network changed, so that tunnels are tried at once, not at the next
-interval. Both are hints: a false one costs a question to the host, a missed one a few seconds.
+"""Notices that the machine slept or that its network changed, so that tunnels are checked at once.
+
+Both are hints. A false one costs a question to each host, a missed one some seconds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _NETLINK_GROUPS = 0x1 | 0x10 | 0x40 | 0x100
 
 
 def total_sleep_s() -> float:
-    """Seconds that this machine slept since it started, up to a constant. Only differences mean something.
+    """Seconds that this machine slept since it started, up to a constant. Only differences have a meaning.
 
-    Linux's monotonic clock stands still in sleep and its boot clock does not. Elsewhere the wall clock takes the boot
-    clock's place: a step of it by hand looks like a sleep, which does no harm.
+    Linux's monotonic clock stands still in sleep and its boot clock does not. Elsewhere the wall clock serves as the
+    boot clock: a wall clock that is set by hand looks like a sleep, which does no harm.
     """
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -36,7 +37,7 @@ async def watch_sleep(
     tick_s: float = TICK_S,
 ) -> None:
     """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``MIN_SLEEP_S``. Never
-    ends."""
+    returns."""
     slept_before, before = slept(), clock()
     while True:
         await asyncio.sleep(tick_s)
@@ -47,56 +48,57 @@ async def watch_sleep(
 
 
 async def watch_network(on_change: Callable[[], None]) -> None:
-    """Calls ``on_change`` when the kernel tells of a changed link, address or route. Never ends.
+    """Calls ``on_change`` when the kernel reports a changed link, address or route. Never returns.
 
-    Linux (netlink) and the BSDs, macOS (a routing socket) tell; elsewhere, or where a sandbox forbids it, nothing does.
+    Linux (netlink), macOS and the BSDs (a routing socket) report changes. Elsewhere, and where a sandbox forbids it,
+    ``on_change`` is never called.
     """
     try:
-        told = _kernel_events()
+        events = _open_kernel_events()
     except OSError:
-        told = None
-    if told is None:
+        events = None
+    if events is None:
         await asyncio.get_running_loop().create_future()
         return
-    with told:
+    with events:
         loop = asyncio.get_running_loop()
         while True:
             readable: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(told, _set_once, readable)
+            loop.add_reader(events, _set_result_once, readable)
             try:
                 await readable
             finally:
-                loop.remove_reader(told)
-            _drain(told)
+                loop.remove_reader(events)
+            _drain(events)
             on_change()
 
 
-def _kernel_events() -> socket.socket | None:
+def _open_kernel_events() -> socket.socket | None:
     if sys.platform == "linux":
-        told = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
-            told.bind((0, _NETLINK_GROUPS))
+            events.bind((0, _NETLINK_GROUPS))
         except OSError:
-            told.close()
+            events.close()
             raise
     elif hasattr(socket, "AF_ROUTE"):
-        told = socket.socket(socket.AF_ROUTE, socket.SOCK_RAW)
+        events = socket.socket(socket.AF_ROUTE, socket.SOCK_RAW)
     else:
         return None
-    told.setblocking(False)
-    return told
+    events.setblocking(False)
+    return events
 
 
-def _set_once(readable: asyncio.Future[None]) -> None:
+def _set_result_once(readable: asyncio.Future[None]) -> None:
     if not readable.done():
         readable.set_result(None)
 
 
-def _drain(told: socket.socket) -> None:
-    """What exactly changed does not matter. ENOBUFS (events were lost) is news as well."""
+def _drain(events: socket.socket) -> None:
+    """What changed exactly does not matter. ENOBUFS, which means that events were lost, counts as a change as well."""
     while True:
         try:
-            told.recv(65536)
+            events.recv(65536)
         except BlockingIOError:
             return
         except OSError:

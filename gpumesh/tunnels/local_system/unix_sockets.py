@@ -1,23 +1,21 @@
-"""Listening Unix sockets of ours (mode 0600): made, taken over from a mesh that was killed, removed; and their URLs.
+"""Listening Unix sockets of ours (mode 0600): made, taken over from a mesh that was killed, removed.
 
-What already has the path is replaced only if it is a socket at which nobody listens any more. A file, a folder, a link
-and the socket of whoever is alive stay as they are.
+What is at the path already is replaced only if it is a socket at which no process listens any more. A file, a folder, a
+link and the socket of a living process stay as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, unquote
 
+from gpumesh import file_lock
 from gpumesh.config import environment
 from gpumesh.config.locate import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
@@ -27,7 +25,7 @@ NAMES_TRIED = 100  # meshes of one user that run at once and have the same names
 
 
 class PathInUse(GPUMeshError):
-    """Somebody listens at that path, or something is there that is no socket."""
+    """A process listens at that path, or something is there that is no socket."""
 
 
 class UnixListener:
@@ -37,18 +35,22 @@ class UnixListener:
         """Raises PathInUse, GPUMeshError for a path that is too long, and OSError."""
         check_path_length(path)
         self.path = path
-        with _one_at_a_time():
-            _make_room(path)
+        # Two processes of this user that see the same stale socket must not remove each other's new one.
+        with file_lock.locked_folder(environment.runtime_dir()):
+            _remove_stale_socket(path)
             self.sock = _listen(path, backlog)
-        found = path.lstat()
-        self._identity: tuple[int, int] | None = (found.st_dev, found.st_ino)
+        status = path.lstat()
+        self._identity: tuple[int, int] | None = (status.st_dev, status.st_ino)
+
+    def __repr__(self) -> str:
+        return f"<UnixListener {self.path} {'closed' if self._identity is None else 'listening'}>"
 
     def remove_path(self) -> None:
-        """The path, which lets no new client come. May be called twice."""
+        """Removes the path, so that no new client can connect. May be called twice."""
         identity, self._identity = self._identity, None
         with contextlib.suppress(OSError):
-            found = self.path.lstat()
-            if identity == (found.st_dev, found.st_ino):
+            status = self.path.lstat()
+            if identity == (status.st_dev, status.st_ino):
                 self.path.unlink()
 
     def close(self) -> None:
@@ -68,60 +70,52 @@ def check_path_length(path: Path) -> None:
 
 
 def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
-    """The local end number ``number`` (from 0) of a node's tunnel, in the runtime folder (0700). Its name is the same
-    each time, unless another mesh of this user that has the same names runs now. Raises GPUMeshError and OSError."""
+    """The local end number ``number`` (from 0) of a node's tunnel, in the runtime folder (0700).
+
+    It has the same name each time, unless another mesh of this user with the same names runs now. Raises GPUMeshError
+    and OSError.
+    """
     folder = environment.runtime_dir()
     stem = f"{mesh}-{node}" if number == 0 else f"{mesh}-{node}-{number + 1}"
-    for take in range(1, NAMES_TRIED + 1):
+    for attempt in range(1, NAMES_TRIED + 1):
         try:
-            return UnixListener(folder / _name(stem, "" if take == 1 else f".{take}", folder), backlog)
+            return UnixListener(folder / _file_name(stem, "" if attempt == 1 else f".{attempt}", folder), backlog)
         except PathInUse as error:
             last = error
     raise last
 
 
-def _name(stem: str, take: str, folder: Path) -> str:
-    """A file name that leaves the path short enough. Raises GPUMeshError where even a short one does not fit."""
+def _file_name(stem: str, suffix: str, folder: Path) -> str:
+    """A file name with which the path is short enough. Raises GPUMeshError where not even a short name fits."""
     room = SOCKET_PATH_LIMIT - len(os.fsencode(folder)) - len("/") - len(f".{NAMES_TRIED}") - len(SUFFIX)
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", stem)
     if len(clean) > room or clean != stem:
-        mark = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        if room < len(mark):
+        digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        if room < len(digest):
             raise GPUMeshError(
                 f"the runtime folder's path is too long for a Unix socket in it: {folder}",
                 hint="set XDG_RUNTIME_DIR to a folder with a shorter path, or use `tunnels: {listen: tcp}`",
             )
-        clean = f"{clean[: max(room - len(mark) - 1, 0)]}-{mark}"[-room:]
-    return clean + take + SUFFIX
+        clean = f"{clean[: max(room - len(digest) - 1, 0)]}-{digest}"[-room:]
+    return clean + suffix + SUFFIX
 
 
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Of this user's processes: two that find the same stale socket must not remove each other's new one."""
-    folder = os.open(environment.runtime_dir(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _remove_stale_socket(path: Path) -> None:
+    """Removes a socket at which no process listens. Raises PathInUse for anything else, and OSError."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _make_room(path: Path) -> None:
-    """Removes a socket at which nobody listens. Raises PathInUse and OSError."""
-    try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(found.st_mode):
+    if not stat.S_ISSOCK(status.st_mode):
         raise PathInUse(f"{path} is there already, and is no socket", hint="choose another path, or remove it yourself")
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise PathInUse(f"{path} is a socket of another user", hint="choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.setblocking(False)
-        answer = asking.connect_ex(os.fsencode(path))
-    if answer == errno.ENOENT:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(os.fsencode(path))
+    if result == errno.ENOENT:
         return
-    if answer != errno.ECONNREFUSED:  # 0: somebody listens; EAGAIN: the queue before somebody is full
+    if result != errno.ECONNREFUSED:  # 0: a process listens; EAGAIN: a process listens, and its queue is full
         raise PathInUse(f"another program listens at {path}", hint="stop it, or choose another path")
     path.unlink(missing_ok=True)
 
@@ -130,7 +124,7 @@ def _listen(path: Path, backlog: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound = False
     try:
-        # Linux gives the path the mode that the socket has before; elsewhere nobody can connect before `listen`.
+        # Linux gives the path the mode of the unbound socket. Elsewhere nobody can connect before `listen`.
         with contextlib.suppress(OSError):
             os.fchmod(sock.fileno(), 0o600)
         sock.bind(os.fsencode(path))
@@ -145,21 +139,3 @@ def _listen(path: Path, backlog: int) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-# -- URLs --------------------------------------------------------------------------------------------------------------
-
-
-def unix_url(path: Path, *, scheme: str = "http", prefix: str = "") -> str:
-    """A base URL, in nginx's form: ``http://unix:/run/x.sock:/prefix``. It ends with a colon or the prefix, so that a
-    request's path can be put after it."""
-    return f"{scheme}://unix:{quote(str(path), safe='/')}:{prefix}"
-
-
-def split_unix_url(url: str) -> tuple[str, str] | None:
-    """The socket's path in a URL of that form, and what comes after it (``/api/tags``); ``None`` for any other URL."""
-    _scheme, _, rest = url.partition("://")
-    if not rest.startswith("unix:/"):
-        return None
-    path, colon, after = rest.removeprefix("unix:").partition(":")
-    return (unquote(path), after) if colon else None

@@ -1,7 +1,7 @@
 """The program that ``ssh`` runs to ask for a password or a passphrase (``SSH_ASKPASS``).
 
 It passes the question to its tunnel's process over a Unix socket (0600, in a 0700 folder) and prints the answer for
-ssh: so that no secret ever stands in an argument or in the environment. Exit status 1: there is no answer.
+ssh. So no secret is ever in an argument or in the environment. Exit status 1: there is no answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``ssh`` says on stderr, as our typed errors. Pure. The texts are OpenSSH's own, of 7.9 to 9.9."""
+"""Turns what ``ssh`` prints on stderr into our typed errors. Pure. The texts are those of OpenSSH 7.9 to 9.9."""
 
 from __future__ import annotations
 
@@ -23,41 +23,45 @@ from gpumesh.errors import (
 )
 
 FORBIDDEN_TEXT = "administratively prohibited"
+OPEN_FAILED_TEXT = "open failed"
+NO_TERMINAL_TEXT = "doesn't support PTY"  # RunPod's proxy, which gives terminals only
 NO_SESSION_PATTERN = re.compile(
     r"exec request failed on channel|channel \d+: open failed|session request failed|Session open refused",
     re.IGNORECASE,
 )
 
-_Make = Callable[[str, str], TunnelError]  # (where, ssh's own line)
+_MakeError = Callable[[str, str], TunnelError]  # from the destination and ssh's own line
 
-# In order: a line further up decides over what follows from it ("Host key verification failed", "Permission denied").
-_MEANINGS: tuple[tuple[re.Pattern[str], _Make], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), make)
-    for pattern, make in (
+# The first row that matches any line decides: "Host key verification failed" and "Permission denied" follow from other
+# errors, which have rows further up.
+_ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), make_error)
+    for pattern, make_error in (
         (
             r"REVOKED HOST KEY|host key for .* (was|is) revoked",
-            lambda where, _: HostKeyRevoked(
-                f"the host key of {where} is marked as revoked",
+            lambda destination, _: HostKeyRevoked(
+                f"the host key of {destination} is marked as revoked",
                 hint="do not connect; if the mark is wrong, remove the @revoked line from known_hosts",
             ),
         ),
         (
             r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
-            lambda where, _: HostKeyChanged(
-                f"the host key of {where} is not the one on record",
+            lambda destination, _: HostKeyChanged(
+                f"the host key of {destination} is not the one on record",
                 hint="normal for a pod that was reset, an attack otherwise: compare it, then `gpumesh trust` the node",
             ),
         ),
         (
             r"no .* host key is known for|host key verification failed|authenticity of host",
-            lambda where, _: HostKeyUnknown(
-                f"the host key of {where} is not known", hint="compare its fingerprint and accept it: `gpumesh trust`"
+            lambda destination, _: HostKeyUnknown(
+                f"the host key of {destination} is not known",
+                hint="compare its fingerprint and accept it: `gpumesh trust`",
             ),
         ),
         (
-            r"doesn't support PTY",
-            lambda where, _: TransportUnsupported(
-                f"{where} gives terminals only: no commands and no forwarding",
+            re.escape(NO_TERMINAL_TEXT),
+            lambda destination, _: TransportUnsupported(
+                f"{destination} gives terminals only: no commands and no forwarding",
                 hint="on RunPod use *SSH over exposed TCP*: root@IP with the external port, not …@ssh.runpod.io",
             ),
         ),
@@ -75,95 +79,99 @@ _MEANINGS: tuple[tuple[re.Pattern[str], _Make], ...] = tuple(
         ),
         (
             r"could not resolve hostname|name or service not known|nodename nor servname",
-            lambda where, _: HostUnresolved(
-                f"DNS does not know the host {where}",
+            lambda destination, _: HostUnresolved(
+                f"DNS does not know the host {destination}",
                 hint="check `ssh.host` for a misspelling, and that this machine is online",
             ),
         ),
         (
             r"(connect to host|connect failed).*connection refused",
-            lambda where, _: ConnectRefused(
-                f"nothing listens on {where}",
+            lambda destination, _: ConnectRefused(
+                f"nothing listens on {destination}",
                 hint="check the port (a pod's changes when it restarts), and that the host's sshd is running",
             ),
         ),
         (
             r"(connect to host|connect failed).*timed out|timed out during banner exchange|connection timed out",
-            lambda where, _: ConnectTimeout(
-                f"no answer from {where}",
+            lambda destination, _: ConnectTimeout(
+                f"no answer from {destination}",
                 hint="the host is off, or a firewall drops the connection; check host and port",
             ),
         ),
         (
             r"no route to host|network is unreachable|network is down|cannot assign requested address",
-            lambda where, _: HostUnreachable(f"no route to {where}", hint="check this machine's network or VPN"),
+            lambda destination, _: HostUnreachable(
+                f"no route to {destination}", hint="check this machine's network or VPN"
+            ),
         ),
         (
             r"no matching (key exchange|host key|cipher|mac)",
-            lambda where, line: TransportUnsupported(
-                f"{where} and this ssh have no algorithm in common: {line}", hint="allow it in ~/.ssh/config"
+            lambda destination, line: TransportUnsupported(
+                f"{destination} and this ssh have no algorithm in common: {line}", hint="allow it in ~/.ssh/config"
             ),
         ),
         (
             r"load key .*: |unprotected private key|no such identity|incorrect passphrase|bad permissions",
-            lambda where, line: KeyUnreadable(
-                f"the key for {where} cannot be used: {line}",
+            lambda destination, line: KeyUnreadable(
+                f"the key for {destination} cannot be used: {line}",
                 hint="check `ssh.identity_file`, its mode (0600) and the variable that `ssh.passphrase_env` names",
             ),
         ),
         (
             r"permission denied|too many authentication failures|no supported authentication methods",
-            lambda where, line: AuthRefused(
-                f"{where} refuses the login: {line}",
+            lambda destination, line: AuthRefused(
+                f"{destination} refuses the login: {line}",
                 hint="check `ssh.user`, and that our public key is in the host's authorized_keys",
             ),
         ),
         (
             FORBIDDEN_TEXT,
-            lambda where, _: ForwardingForbidden(
-                f"{where} forbids forwarding", hint="its sshd_config has AllowTcpForwarding no, or PermitOpen"
+            lambda destination, _: ForwardingForbidden(
+                f"{destination} forbids forwarding", hint="its sshd_config has AllowTcpForwarding no, or PermitOpen"
             ),
         ),
         (
             r"exceeded MaxStartups|too many logins",
-            lambda where, _: ConnectRefused(
-                f"{where} has too many logins under way (MaxStartups)", hint="it is tried again"
+            lambda destination, _: ConnectRefused(
+                f"{destination} has too many logins under way (MaxStartups)", hint="it is tried again"
             ),
         ),
         (
             r"protocol mismatch|banner line contains invalid|invalid protocol|remote protocol version",
-            lambda where, line: NotSsh(
-                f"{where} does not speak SSH: {line}", hint="check `ssh.port`: this looks like another service"
+            lambda destination, line: NotSsh(
+                f"{destination} does not speak SSH: {line}", hint="check `ssh.port`: this looks like another service"
             ),
         ),
         (
             r"(kex_exchange_identification|banner exchange).*(closed|reset)|ssh_exchange_identification",
-            lambda where, _: ConnectRefused(
-                f"{where} closed the connection before the SSH greeting",
+            lambda destination, _: ConnectRefused(
+                f"{destination} closed the connection before the SSH greeting",
                 hint="too many logins at once (MaxStartups), a block list on the host, or not an SSH port",
             ),
         ),
         (
             r"timeout, server .* not responding",
-            lambda where, _: TunnelLost(f"{where} does not answer any more", hint="it is tried again"),
+            lambda destination, _: TunnelLost(f"{destination} does not answer any more", hint="it is tried again"),
         ),
         (
             r"connection (to .* )?(reset|closed)|broken pipe|closed by remote host|connection aborted",
-            lambda where, line: TunnelLost(f"the connection to {where} broke: {line}"),
+            lambda destination, line: TunnelLost(f"the connection to {destination} broke: {line}"),
         ),
     )
 )
 
 
-def error_from_stderr(lines: Sequence[str], where: str, *, was_up: bool = False) -> TunnelError:
-    """The error that ``ssh``'s last words (made printable already) stand for. ``was_up``: it had been connected, so
-    that whatever happened, the connection was lost."""
+def error_from_stderr(lines: Sequence[str], destination: str, *, was_up: bool = False) -> TunnelError:
+    """The error that ``lines`` mean: the last lines of ssh's stderr, printable already. ``was_up``: ssh was connected,
+    so the connection was lost, whatever the lines say."""
     if was_up:
         last = lines[-1] if lines else "ssh ended without a word"
-        return TunnelLost(f"the connection to {where} broke: {last}")
-    for pattern, make in _MEANINGS:
+        return TunnelLost(f"the connection to {destination} broke: {last}")
+    for pattern, make_error in _ERRORS_BY_TEXT:
         for line in lines:
             if pattern.search(line):
-                return make(where, line)
+                return make_error(destination, line)
     last = lines[-1] if lines else "it says nothing"
-    return TunnelError(f"ssh does not connect to {where}: {last}", hint="try it by hand: `ssh -v` to the same host")
+    return TunnelError(
+        f"ssh does not connect to {destination}: {last}", hint="try it by hand: `ssh -v` to the same host"
+    )

@@ -1,5 +1,6 @@
-"""The control socket of an ``ssh`` master, spoken to directly (OpenSSH's PROTOCOL.mux, version 4): an order costs a
-message, not a process that first has to load its libraries.
+"""A client of an ``ssh`` master's control socket (OpenSSH's PROTOCOL.mux, version 4).
+
+A request costs a message instead of an ``ssh -O`` process, which first has to load its libraries.
 """
 
 from __future__ import annotations
@@ -12,45 +13,45 @@ from gpumesh.printable import printable
 from gpumesh.topology import Target
 
 VERSION = 4
-LONGEST = 1 << 18
+MAX_PACKET_BYTES = 1 << 18
 
 _HELLO = 0x00000001
 _ALIVE_CHECK, _OPEN_FORWARD = 0x10000004, 0x10000006
 _OK, _DENIED, _FAILURE, _ALIVE = 0x80000001, 0x80000002, 0x80000003, 0x80000005
 _LOCAL = 1
-_UNIX_SOCKET = 0xFFFFFFFE  # in place of a port: the host before it is a path
+_UNIX_SOCKET = 0xFFFFFFFE  # instead of a port: the host in front of it is a path
 
 
 class MuxError(Exception):
-    """The master refuses, or does not answer as one. Its text is safe to print."""
+    """The master refuses a request, or does not speak this protocol. The text is safe to print."""
 
 
 async def open_forwards(control: Path, routes: list[tuple[Path, Target]]) -> None:
-    """Has the master listen at each path, for what is then forwarded to its target. Raises ``MuxError``."""
+    """Makes the master listen at each path and forward to the path's target. Raises ``MuxError``."""
     messages = [
-        struct.pack(">III", _OPEN_FORWARD, number, _LOCAL)
-        + _string(str(path))
+        struct.pack(">III", _OPEN_FORWARD, request_id, _LOCAL)
+        + _encode_string(str(path))
         + struct.pack(">I", _UNIX_SOCKET)
-        + _string(target.host)
+        + _encode_string(target.host)
         + struct.pack(">I", target.port)
-        for number, (path, target) in enumerate(routes)
+        for request_id, (path, target) in enumerate(routes)
     ]
-    for kind, rest in await _talk(control, messages):
+    for kind, rest in await _exchange(control, messages):
         if kind != _OK:
-            raise MuxError(_reason(kind, rest))
+            raise MuxError(_refusal_reason(kind, rest))
 
 
 async def is_master_alive(control: Path) -> bool:
     """Whether the master is there and answers."""
     try:
-        ((kind, _),) = await _talk(control, [struct.pack(">II", _ALIVE_CHECK, 0)])
+        ((kind, _),) = await _exchange(control, [struct.pack(">II", _ALIVE_CHECK, 0)])
     except MuxError:
         return False
     return kind == _ALIVE
 
 
-async def _talk(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]:
-    """The answers to ``messages``: each its kind, and what follows the request's number."""
+async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]:
+    """The answers to ``messages``: the kind of each, and its content after the request's number."""
     try:
         reader, writer = await asyncio.open_unix_connection(control)
     except OSError as error:
@@ -59,14 +60,14 @@ async def _talk(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]
         hello = struct.pack(">II", _HELLO, VERSION)
         for message in (hello, *messages):
             writer.write(struct.pack(">I", len(message)) + message)
-        kind, version = struct.unpack_from(">II", await _packet(reader))
+        kind, version = struct.unpack_from(">II", await _read_packet(reader))
         if kind != _HELLO or version != VERSION:
             raise MuxError(f"it speaks another version of the protocol ({version})")
         answers = []
-        for number in range(len(messages)):
-            packet = await _packet(reader)
-            kind, answered = struct.unpack_from(">II", packet)
-            if answered != number:
+        for request_id in range(len(messages)):
+            packet = await _read_packet(reader)
+            kind, answered_id = struct.unpack_from(">II", packet)
+            if answered_id != request_id:
                 raise MuxError("it answered something else")
             answers.append((kind, packet[8:]))
         return answers
@@ -76,19 +77,19 @@ async def _talk(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]
         writer.close()
 
 
-async def _packet(reader: asyncio.StreamReader) -> bytes:
+async def _read_packet(reader: asyncio.StreamReader) -> bytes:
     (length,) = struct.unpack(">I", await reader.readexactly(4))
-    if length > LONGEST:
+    if length > MAX_PACKET_BYTES:
         raise MuxError("it said something far too long")
     return await reader.readexactly(length)
 
 
-def _string(text: str) -> bytes:
+def _encode_string(text: str) -> bytes:
     raw = text.encode("utf-8", "surrogateescape")
     return struct.pack(">I", len(raw)) + raw
 
 
-def _reason(kind: int, rest: bytes) -> str:
+def _refusal_reason(kind: int, rest: bytes) -> str:
     if kind not in (_DENIED, _FAILURE):
         return f"it answered {kind:#x}"
     return printable(rest[4:]) or "it gives no reason"

@@ -1,4 +1,4 @@
-"""Answers what ``ssh`` asks through askpass.py: from the node's secrets, else by a person, else not at all."""
+"""Answers the questions that ``ssh`` asks through askpass.py: from the node's secrets, or else by a person."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S, ConnectionEvents
 
 _PASSPHRASE = re.compile(r"passphrase for", re.IGNORECASE)
 _PASSWORD = re.compile(r"password", re.IGNORECASE)
-_TRUST = re.compile(r"\(yes/no|authenticity of host|fingerprint", re.IGNORECASE)
-_TOUCH = re.compile(r"confirm user presence", re.IGNORECASE)
+_TRUST_QUESTION = re.compile(r"\(yes/no|authenticity of host|fingerprint", re.IGNORECASE)
+_TOUCH_REQUEST = re.compile(r"confirm user presence", re.IGNORECASE)
 _QUESTION_LIMIT = 8192
 
 
 class AskpassServer:
-    """``async with Prompts(…) as prompts``: listens in ``folder`` (0700) for as long as a login takes.
+    """``async with AskpassServer(…) as prompts``: listens in ``folder`` (0700) during a login.
 
-    Each secret is given once for each question: asked again, it was wrong, and giving it again would lock accounts.
-    Whether to trust a host key is never answered here: that is what ``gpumesh trust`` is for.
+    A secret answers the same question only once. If ssh asks again, the secret was wrong, and another try could lock
+    the account. Questions whether to trust a host key get no answer here: ``gpumesh trust`` is for that.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AskpassServer:
         self._events = events
         self._deadline = deadline
         self._interactive = interactive
-        self._given: set[str] = set()
+        self._answered_questions: set[str] = set()
         self._server: asyncio.Server | None = None
         self.askpass_path = folder / "askpass"
 
@@ -51,8 +51,8 @@ class AskpassServer:
         return self._interactive or bool(self._secrets)
 
     def forget_given_secrets(self) -> None:
-        """Another login, after one that succeeded: what was given was right."""
-        self._given.clear()
+        """For another login after one that succeeded: the secrets were right, and may be given again."""
+        self._answered_questions.clear()
 
     async def __aenter__(self) -> AskpassServer:
         if self.can_answer:
@@ -76,21 +76,21 @@ class AskpassServer:
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         except (ConnectionError, ValueError):
-            pass  # ssh has given the question up
+            pass  # ssh does not wait for the answer any more
         finally:
             writer.close()
 
     async def answer_question(self, question: str) -> str | None:
-        """``None``: nobody answers."""
-        if _TRUST.search(question):
+        """``None``: there is no answer."""
+        if _TRUST_QUESTION.search(question):
             return None
-        if _TOUCH.search(question):
+        if _TOUCH_REQUEST.search(question):
             with self._deadline.paused(ANSWER_TIMEOUT_S):
-                await asyncio.sleep(ANSWER_TIMEOUT_S)  # ssh ends us when the key was touched
+                await asyncio.sleep(ANSWER_TIMEOUT_S)  # ssh ends askpass when the key was touched
             return None
         name = "passphrase" if _PASSPHRASE.search(question) else "password" if _PASSWORD.search(question) else ""
-        if name in self._secrets and question not in self._given:
-            self._given.add(question)
+        if name in self._secrets and question not in self._answered_questions:
+            self._answered_questions.add(question)
             return self._secrets[name]
         if not self._interactive:
             return None

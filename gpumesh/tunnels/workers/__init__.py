@@ -1,1 +1,1 @@
-"""A process for each connection, and the pool that forks it. Only the worker's end knows transports."""
+"""A process for each connection, and the pool that forks it. worker.py, alone in this room, uses the transports."""

@@ -1,11 +1,11 @@
-"""What a supervisor and its worker process say to each other: JSON lines over a socket pair.
+"""The messages between a supervisor and its worker process: JSON lines over a socket pair.
 
-One worker lives for one connection: ``ConnectRequest`` comes first; the worker answers ``ConnectionInfo`` or
-``Failed``, later perhaps ``Lost``, and after ``Failed`` or ``Lost`` it exits. When the socket ends, the worker ends:
-however the mesh died. Listening sockets travel beside ``ConnectRequest`` as file descriptors (SCM_RIGHTS), one for each
-target in its order, and stay the supervisor's, so that the ports outlive any worker.
+A worker has one connection. It gets a ``ConnectRequest`` first and answers ``ConnectionInfo`` or ``Failed``, later
+perhaps ``Lost``. After ``Failed`` or ``Lost`` it exits. When the socket ends, the worker ends, however the mesh died.
+The worker is forked with copies of the listening sockets, one for each target in the same order. They stay the
+supervisor's, so that the ports outlive any worker.
 
-Secrets stand only in ``ConnectRequest.secrets`` and ``Reply``, and neither type shows them in its ``repr``.
+Only ``ConnectRequest.secrets`` and ``Reply`` hold secrets, and the ``repr`` of neither type shows them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpumesh.wire import from_json, to_json
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """Run ``command`` (already quoted). ``stream``: send ``Output`` as it comes; else bounded and at the end."""
+    """Run ``command`` (quoted already). ``stream``: send ``Output`` as it comes, without a limit; else at the end."""
 
     id: int
     command: str
@@ -42,7 +42,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Ask the host for a sign of life (an answered ``keepalive@openssh.com``) within ``timeout_s``."""
+    """Measure the round trip to the host; the answer must come within ``timeout_s``."""
 
     id: int
     timeout_s: float
@@ -50,7 +50,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A person's answer to ``Prompt``; ``None``: there is nobody, or they declined."""
+    """A person's answer to ``Prompt``; ``None``: nobody is there, or they declined."""
 
     id: int
     text: str | None = field(default=None, repr=False)
@@ -58,7 +58,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Close everything in order and exit."""
+    """End forwarded connections, commands and the connection, then exit."""
 
 
 # -- from the worker -------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The connection could not be made. ``code`` is that of a TunnelError; text and hint are safe to print."""
+    """The connection could not be made. ``code`` is the code of a TunnelError; text and hint are safe to print."""
 
     code: str
     message: str
@@ -75,7 +75,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection was up and is gone."""
+    """The connection was up and has ended by itself."""
 
     code: str
     message: str
@@ -93,7 +93,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A command ended. ``error`` is set when it could not be run or timed out."""
+    """A command ended. ``error`` is set when it could not be run, or timed out."""
 
     id: int
     exit_status: int | None
@@ -111,8 +111,8 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class ForwardFailed:
-    """The host refused to open a channel to a target: ``code`` is ``forwarding-forbidden`` (administratively
-    prohibited) or ``backend-unreachable`` (nothing listens there)."""
+    """The host opened no channel to a target. ``code`` is ``forwarding-forbidden`` (administratively prohibited) or
+    ``backend-unreachable`` (nothing listens there)."""
 
     target: Target
     code: str
@@ -121,7 +121,7 @@ class ForwardFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerRefused:
-    """Another user of this machine tried to use a local port. ``name``: of the user, safe to print, if it has one."""
+    """Another user of this machine tried to use a local port. ``name`` is the user's name, safe to print, if any."""
 
     port: int
     uid: int
@@ -130,7 +130,7 @@ class PeerRefused:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The host asks the user something (keyboard-interactive). ``text`` is safe to print."""
+    """The host asks the user a question (keyboard-interactive). ``text`` is safe to print."""
 
     id: int
     text: str
@@ -147,7 +147,7 @@ _KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
 
 def encode_message(message: ToWorker | FromWorker) -> bytes:
     """One line, with its end."""
-    # In ASCII: a file's name may hold bytes that are no text, and come here as lone surrogates.
+    # In ASCII: a file's name may hold bytes that are no text, which are lone surrogates here.
     return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode("ascii") + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""The supervisor's side of one connection: what it asks its worker, and what the worker tells by itself."""
+"""The supervisor's side of one connection: requests to its worker, and what the worker reports by itself."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from gpumesh.tunnels.workers.protocol import (
 )
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 
-STREAM_BOUND = 64 << 20  # bytes of a streamed command's output that wait for their reader
+STREAM_LIMIT_BYTES = 64 << 20  # of a streamed command's output that waits for its reader
 DEADLINE_SLACK_S = 2.0  # beyond a deadline that the worker keeps itself
+PING_SLACK_S = 0.25
 
 
 def cause_from_error(error: TunnelError) -> Cause:
@@ -43,17 +44,18 @@ def error_from_cause(cause: Cause, node: str) -> TunnelError:
 
 
 @dataclass(slots=True)
-class _Running:
-    """A command on the host. ``waiting`` counts the bytes in ``pieces``."""
+class _PendingCommand:
+    """A command on the host. ``queued_bytes`` counts the (base64) bytes in ``messages``, ``None`` in there: the
+    connection has ended."""
 
     limit_bytes: int
-    pieces: asyncio.Queue[Output | Done | None] = field(default_factory=asyncio.Queue)
-    waiting: int = 0
+    messages: asyncio.Queue[Output | Done | None] = field(default_factory=asyncio.Queue)
+    queued_bytes: int = 0
 
 
 class WorkerLink:
-    """Runs beside one worker; ``end_cause`` holds why it is over, once it is. ``connected`` is set when it is
-    connected."""
+    """For one worker's life. ``connected`` is set when the worker is connected. ``end_cause`` has the reason when the
+    connection is over."""
 
     def __init__(
         self,
@@ -65,32 +67,35 @@ class WorkerLink:
         on_forward_failed: Callable[[ForwardFailed], None],
         on_peer_refused: Callable[[PeerRefused], None],
     ) -> None:
-        loop = asyncio.get_running_loop()
-        self.end_cause: asyncio.Future[Cause] = loop.create_future()
+        self.end_cause: asyncio.Future[Cause] = asyncio.get_running_loop().create_future()
         self.connected = asyncio.Event()
         self.open_prompts = 0
         self._node = node
         self._worker = worker
-        self._ask = prompter
-        self._on_up = on_connected
+        self._prompter = prompter
+        self._on_connected = on_connected
         self._on_forward_failed = on_forward_failed
         self._on_peer_refused = on_peer_refused
         self._ids = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float | None]] = {}
-        self._commands: dict[int, _Running] = {}
+        self._commands: dict[int, _PendingCommand] = {}
+
+    def __repr__(self) -> str:
+        state = "ENDED" if self.end_cause.done() else "UP" if self.connected.is_set() else "CONNECTING"
+        return f"<WorkerLink {self._node} {state} {len(self._commands)} commands>"
 
     def finish(self, cause: Cause) -> None:
-        """It is over, for this reason; the first one stands. What still waits for an answer gets its error."""
+        """The connection is over; the first cause stays. Pings and commands that wait get an error."""
         if not self.end_cause.done():
             self.end_cause.set_result(cause)
         for ping in self._pings.values():
             if not ping.done():
                 ping.set_result(None)
         for command in self._commands.values():
-            command.pieces.put_nowait(None)
+            command.messages.put_nowait(None)
 
     async def receive_messages(self, group: asyncio.TaskGroup) -> None:
-        """Until the worker says no more. Questions to a person wait in ``group``, so that nothing else has to."""
+        """Until the worker sends no more. Questions to a person wait in ``group``, so that other messages need not."""
         while True:
             try:
                 message = await self._worker.receive()
@@ -100,18 +105,18 @@ class WorkerLink:
             if message is None:
                 self.finish(Cause("tunnel-lost", f"the tunnel's process of {self._node} ended unexpectedly"))
                 return
-            self._take(message, group)
+            self._handle_message(message, group)
 
-    def _take(self, message: FromWorker, group: asyncio.TaskGroup) -> None:
+    def _handle_message(self, message: FromWorker, group: asyncio.TaskGroup) -> None:
         match message:
             case ConnectionInfo():
                 self.connected.set()
-                self._on_up(message)
+                self._on_connected(message)
             case Failed() | Lost():
                 error = tunnel_error_from_code(message.code, message.message, hint=message.hint, node=self._node)
                 self.finish(cause_from_error(error))
-            case Pong(id=number, rtt_ms=rtt_ms):
-                ping = self._pings.get(number)
+            case Pong(id=ping_id, rtt_ms=rtt_ms):
+                ping = self._pings.get(ping_id)
                 if ping is not None and not ping.done():
                     ping.set_result(rtt_ms)
             case Output() | Done():
@@ -121,115 +126,114 @@ class WorkerLink:
             case PeerRefused():
                 self._on_peer_refused(message)
             case Prompt():
-                group.create_task(self._answer(message))
+                group.create_task(self._answer_prompt(message))
 
-    async def _answer(self, prompt: Prompt) -> None:
+    async def _answer_prompt(self, prompt: Prompt) -> None:
         self.open_prompts += 1
         try:
-            text = None if self._ask is None else await self._ask(self._node, prompt.text, echo=prompt.echo)
+            text = None if self._prompter is None else await self._prompter(self._node, prompt.text, echo=prompt.echo)
             await self._worker.send(Reply(prompt.id, text))
         except TunnelDown:
-            pass  # its worker has gone; ``receive_messages`` says why
+            pass  # the worker is gone; ``receive_messages`` reports why
         finally:
             self.open_prompts -= 1
 
     async def ping(self, timeout_s: float) -> float | None:
-        """The round trip in ms; ``None``: no sign of life within ``timeout_s``, of the host or of our own worker."""
-        number = next(self._ids)
+        """The round trip in ms; ``None``: neither the host nor our own worker answered within ``timeout_s``."""
+        ping_id = next(self._ids)
         answer: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
-        self._pings[number] = answer
+        self._pings[ping_id] = answer
         try:
-            async with asyncio.timeout(timeout_s + 0.25):
-                await self._worker.send(Ping(number, timeout_s))
+            async with asyncio.timeout(timeout_s + PING_SLACK_S):
+                await self._worker.send(Ping(ping_id, timeout_s))
                 return await answer
         except (TimeoutError, TunnelDown):
             return None
         finally:
-            del self._pings[number]
+            del self._pings[ping_id]
 
     async def close(self, timeout_s: float) -> None:
-        """In order: the worker is asked to close, and is waited for."""
+        """Asks the worker to close and waits for its end. After ``timeout_s`` the caller has to kill it."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._worker.send(Close())
                 while await self._worker.receive() is not None:
                     pass
         except (TimeoutError, TunnelDown, ValueError):
-            pass  # the caller kills what did not close
+            pass
 
     # -- commands ----------------------------------------------------------------------------------------------------
+
+    async def run_command(self, command: str, *, timeout_s: float, limit_bytes: int) -> ExecResult:
+        """Raises ExecError and TunnelDown."""
+        request = Exec(next(self._ids), command, timeout_s, limit_bytes)
+        output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
+        ended = False
+        try:
+            async with asyncio.timeout(timeout_s + DEADLINE_SLACK_S):
+                # Base64 takes 4 bytes for 3, and there are two streams, each with a short last piece.
+                pending = await self._start(request, limit_bytes=4 * limit_bytes + (1 << 20))
+                while isinstance(message := await pending.messages.get(), Output):
+                    output[OutputStream(message.stream)] += base64.b64decode(message.data)
+            ended = message is not None and message.error is None
+        except TimeoutError as error:
+            raise ExecError(f"no end of the command within {timeout_s:g} s on {self._node}", node=self._node) from error
+        finally:
+            await self._finish_command(request.id, ended=ended)
+        done = self._ensure_succeeded(message)
+        stdout, stderr = bytes(output[OutputStream.STDOUT]), bytes(output[OutputStream.STDERR])
+        return ExecResult(done.exit_status, stdout, stderr, truncated=done.truncated)
+
+    async def stream_command(self, command: str) -> AsyncGenerator[ExecChunk, None]:
+        """As ``run_command``, piece by piece. Closing the iterator ends the command."""
+        request = Exec(next(self._ids), command, None, 0, stream=True)
+        ended = False
+        try:
+            pending = await self._start(request, limit_bytes=STREAM_LIMIT_BYTES)
+            while isinstance(message := await pending.messages.get(), Output):
+                pending.queued_bytes -= len(message.data)
+                yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
+            ended = message is not None and message.error is None
+            done = self._ensure_succeeded(message)
+            yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
+        finally:
+            await self._finish_command(request.id, ended=ended)
+
+    async def _start(self, request: Exec, limit_bytes: int) -> _PendingCommand:
+        """Raises TunnelDown."""
+        pending = self._commands[request.id] = _PendingCommand(limit_bytes)
+        if self.end_cause.done():
+            raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
+        await self._worker.send(request)
+        return pending
 
     def _deliver(self, message: Output | Done) -> None:
         command = self._commands.get(message.id)
         if command is None:
-            return  # nobody waits for it any more
+            return  # its caller has gone
         if isinstance(message, Output):
-            command.waiting += len(message.data)
-            if command.waiting > command.limit_bytes:
-                command.pieces.put_nowait(Done(message.id, None, error="its output came faster than it was read"))
+            command.queued_bytes += len(message.data)
+            if command.queued_bytes > command.limit_bytes:
+                command.messages.put_nowait(Done(message.id, None, error="its output came faster than it was read"))
                 del self._commands[message.id]
                 return
-        command.pieces.put_nowait(message)
+        command.messages.put_nowait(message)
 
-    async def _begin(self, order: Exec, bound: int) -> _Running:
-        running = self._commands[order.id] = _Running(bound)
-        if self.end_cause.done():
-            raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
-        await self._worker.send(order)
-        return running
-
-    async def _finish(self, number: int, *, done: bool) -> None:
-        self._commands.pop(number, None)
-        if not done and not self.end_cause.done():
-            try:
-                async with asyncio.timeout(DEADLINE_SLACK_S):
-                    await self._worker.send(Kill(number))
-            except (TimeoutError, TunnelDown):
-                pass  # with the connection, its commands end too
-
-    def _failed(self, done: Done | None) -> ExecError | None:
+    def _ensure_succeeded(self, done: Done | None) -> Done:
+        """Raises ExecError when the command was cut off (``None``) or failed."""
         if done is None:
             why = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
-            return ExecError(f"the command was cut off on {self._node}: {why}", node=self._node)
+            raise ExecError(f"the command was cut off on {self._node}: {why}", node=self._node)
         if done.error is not None:
-            return ExecError(f"the command failed on {self._node}: {done.error}", node=self._node)
-        return None
+            raise ExecError(f"the command failed on {self._node}: {done.error}", node=self._node)
+        return done
 
-    async def run_command(self, command: str, *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """Raises ExecError and TunnelDown."""
-        order = Exec(next(self._ids), command, timeout_s, limit_bytes)
-        output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
-        done = False
-        try:
-            async with asyncio.timeout(timeout_s + DEADLINE_SLACK_S):
-                # Base64 takes 4 bytes for 3, and there are two streams, each with a short last piece.
-                running = await self._begin(order, bound=4 * limit_bytes + (1 << 20))
-                while isinstance(message := await running.pieces.get(), Output):
-                    output[OutputStream(message.stream)] += base64.b64decode(message.data)
-            done = message is not None and message.error is None
-        except TimeoutError as error:
-            raise ExecError(f"no end of the command within {timeout_s:g} s on {self._node}", node=self._node) from error
-        finally:
-            await self._finish(order.id, done=done)
-        if failure := self._failed(message):
-            raise failure
-        assert message is not None
-        stdout, stderr = bytes(output[OutputStream.STDOUT]), bytes(output[OutputStream.STDERR])
-        return ExecResult(message.exit_status, stdout, stderr, truncated=message.truncated)
-
-    async def stream_command(self, command: str) -> AsyncGenerator[ExecChunk, None]:
-        """As ``run_command``, piece by piece. Closing the iterator ends the command."""
-        order = Exec(next(self._ids), command, None, 0, stream=True)
-        done = False
-        try:
-            running = await self._begin(order, bound=STREAM_BOUND)
-            while isinstance(message := await running.pieces.get(), Output):
-                running.waiting -= len(message.data)
-                yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
-            done = message is not None and message.error is None
-            if failure := self._failed(message):
-                raise failure
-            assert message is not None
-            yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=message.exit_status)
-        finally:
-            await self._finish(order.id, done=done)
+    async def _finish_command(self, command_id: int, *, ended: bool) -> None:
+        """Kills a command that has not ended by itself."""
+        self._commands.pop(command_id, None)
+        if not ended and not self.end_cause.done():
+            try:
+                async with asyncio.timeout(DEADLINE_SLACK_S):
+                    await self._worker.send(Kill(command_id))
+            except (TimeoutError, TunnelDown):
+                pass  # commands end with the connection

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gpumesh.errors import ExitCode
-from gpumesh.tunnels import hostkeys
+from gpumesh.tunnels.known_hosts import read_known_hosts
 from tests.cli.terminals import terminal
 from tests.parts import needs
 from tests.real.command import Gpumesh
@@ -43,7 +43,7 @@ def fingerprint(public: Path) -> str:
 
 
 def names(known_hosts: Path) -> list[str]:
-    return [entry.hosts for entry in hostkeys.read_known_hosts(known_hosts).entries]
+    return [entry.hosts for entry in read_known_hosts(known_hosts).entries]
 
 
 @transports

@@ -17,7 +17,7 @@ from gpumesh.topology import BackendSpec, NodeSpec, Target
 from gpumesh.tunnels.base import ExecChunk, OutputStream
 from gpumesh.tunnels.direct.port_owners import HostPort, PortOwner, PortOwnerLookup
 from gpumesh.tunnels.direct.this_machine import ThisMachine
-from gpumesh.tunnels.direct.tunnel import DirectTunnel, is_loopback
+from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import serving
 from tests.tunnels.supervised import descriptors
@@ -38,19 +38,19 @@ class Always(PortOwnerLookup):
 
 
 @dataclass
-class Told:
+class RecordedEvents:
     tunnel: DirectTunnel
     states: list[TunnelState] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
-async def direct(*targets: Target, owner: PortOwner = HERE) -> AsyncIterator[Told]:
+async def direct(*targets: Target, owner: PortOwner = HERE) -> AsyncIterator[RecordedEvents]:
     states: list[TunnelState] = []
     spec = NodeSpec("local", BackendSpec(targets=targets))
     tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, this_machine=ThisMachine(Always(owner)))
     task = asyncio.create_task(tunnel.run())
     try:
-        yield Told(tunnel, states)
+        yield RecordedEvents(tunnel, states)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -203,22 +203,3 @@ async def test_a_stream_has_all_output_and_the_status() -> None:
         assert sum(len(chunk.data) for chunk in chunks if chunk.stream is OutputStream.STDOUT) == 3_000_000
         assert b"".join(chunk.data for chunk in chunks if chunk.stream is OutputStream.STDERR) == b"err\n"
         assert (chunks[-1].ended, chunks[-1].exit_status) == (True, 5)
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [
-        ("127.0.0.1", True),
-        ("127.8.8.8", True),
-        ("::1", True),
-        ("localhost", True),
-        ("LOCALHOST.", True),
-        ("localhost.example", False),
-        ("192.168.1.2", False),
-        ("0.0.0.0", False),
-        ("gpu", False),
-        ("", False),
-    ],
-)
-def test_loopback_by_its_form(host: str, loopback: bool) -> None:
-    assert is_loopback(host) is loopback

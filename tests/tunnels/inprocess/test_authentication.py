@@ -20,7 +20,7 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.inprocess import authentication
 from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate, load_key
 from tests.parts import needs
-from tests.tunnels.inprocess.test_connection import connected
+from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen
 
@@ -79,7 +79,7 @@ async def log_in(
     transport: paramiko.Transport, who: Credentials, *, ask: AskPerson | None = None, timeout_s: float = 20.0
 ) -> None:
     deadline = Deadline(timeout_s, time.monotonic)
-    await asyncio.to_thread(authenticate, transport, who, where="gpu", deadline=deadline, ask=ask)
+    await asyncio.to_thread(authenticate, transport, who, address="gpu", deadline=deadline, ask=ask)
 
 
 def who(*identities: Path, password: str | None = None) -> Credentials:
@@ -90,7 +90,7 @@ def who(*identities: Path, password: str | None = None) -> Credentials:
 
 
 async def test_a_key_and_then_a_code(tmp_path: Path) -> None:
-    """The first factor is no refusal, and what the host asks for next is done next."""
+    """The first factor is no connect_error, and what the host asks for next is done next."""
     host = Host("publickey,keyboard-interactive", publickey=AUTH_PARTIALLY_SUCCESSFUL, password=AUTH_SUCCESSFUL)
     key = keygen(tmp_path / "id")
     async with transport_to(host) as (client, _):

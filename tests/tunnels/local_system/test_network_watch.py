@@ -133,7 +133,7 @@ async def test_without_word_from_a_kernel_it_waits_in_silence(monkeypatch: pytes
         raise PermissionError("as a sandbox would")
 
     for answer in (forbidden, lambda: None):
-        monkeypatch.setattr("gpumesh.tunnels.local_system.network_watch._kernel_events", answer)
+        monkeypatch.setattr("gpumesh.tunnels.local_system.network_watch._open_kernel_events", answer)
         watch = asyncio.create_task(watch_network(lambda: pytest.fail("nothing changed")))
         done, _ = await asyncio.wait({watch}, timeout=0.05)
         assert not done

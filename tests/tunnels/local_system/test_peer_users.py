@@ -15,25 +15,21 @@ from typing import Any
 import pytest
 
 from gpumesh.errors import TunnelError
-from gpumesh.tunnels.local_system import peer_users
 from gpumesh.tunnels.local_system.peer_users import (
     REPORT_EVERY_S,
     REPORTED_USERS,
-    AddressPair,
     OwnUserFilter,
-    ProcNet,
-    SockDiag,
-    SocketInfo,
-    SocketLookup,
     can_identify_peers,
     find_user_name,
     open_own_user_filter,
-    open_socket_lookup,
 )
+from gpumesh.tunnels.local_system.proc_net import AddressPair, SocketInfo
+from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SockDiag, SocketLookup
 from tests.parts import needs
 from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is")
+
 
 RESET = struct.pack("ii", 1, 0)
 
@@ -65,7 +61,9 @@ def address(listener: socket.socket) -> tuple[str, int]:
     return {"::": "127.0.0.1"}.get(host, host), port
 
 
-def door(lookup: SocketLookup, reports: list[tuple[int, int]] | None = None, clock: Any = lambda: 0.0) -> OwnUserFilter:
+def make_filter(
+    lookup: SocketLookup, reports: list[tuple[int, int]] | None = None, clock: Any = lambda: 0.0
+) -> OwnUserFilter:
     kept = [] if reports is None else reports
     return OwnUserFilter(lookup, lambda port, uid: kept.append((port, uid)), clock=clock)
 
@@ -74,14 +72,14 @@ def door(lookup: SocketLookup, reports: list[tuple[int, int]] | None = None, clo
 
 
 def test_our_own_connections_are_ours(lookup: SocketLookup, listener: socket.socket) -> None:
-    own = door(lookup)
+    own_user_filter = make_filter(lookup)
     with socket.create_connection(address(listener)) as client:
         accepted, peer = listener.accept()
         with accepted:
-            assert own.find_peer_uid(accepted, peer) == os.geteuid()
-            assert own.allows(accepted, peer)
+            assert own_user_filter.find_peer_uid(accepted, peer) == os.geteuid()
+            assert own_user_filter.allows(accepted, peer)
             client.shutdown(socket.SHUT_WR)  # as `nc -N` does when it has sent its request
-            assert own.allows(accepted, peer)
+            assert own_user_filter.allows(accepted, peer)
 
 
 def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: SocketLookup, ipv4: socket.socket) -> None:
@@ -89,7 +87,7 @@ def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: SocketLookup, ipv4:
         client.connect(("::ffff:127.0.0.1", ipv4.getsockname()[1]))
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(lookup).find_peer_uid(accepted, peer) == os.geteuid()
+            assert make_filter(lookup).find_peer_uid(accepted, peer) == os.geteuid()
 
 
 @needs("root")
@@ -97,43 +95,43 @@ def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: SocketLookup, ipv4:
 @pytest.mark.parametrize("way", ["ipv4", "mapped"])
 async def test_another_user_is_not_let_in(lookup: SocketLookup, ipv4: socket.socket, uid: int, way: str) -> None:
     reports: list[tuple[int, int]] = []
-    own = door(lookup, reports)
-    knocking = asyncio.create_task(connect_as(ipv4.getsockname()[1], uid=uid, way=way))
+    own_user_filter = make_filter(lookup, reports)
+    connecting = asyncio.create_task(connect_as(ipv4.getsockname()[1], uid=uid, way=way))
     accepted, peer = await asyncio.to_thread(ipv4.accept)
     with accepted:
-        assert own.find_peer_uid(accepted, peer) == uid
-        assert not own.allows(accepted, peer)
-    assert await knocking == "reset"
+        assert own_user_filter.find_peer_uid(accepted, peer) == uid
+        assert not own_user_filter.allows(accepted, peer)
+    assert await connecting == "reset"
     assert reports == [(ipv4.getsockname()[1], uid)]
 
 
 @needs("root")
 async def test_another_user_on_ipv6_is_not_let_in(lookup: SocketLookup) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as ipv6:
-        knocking = asyncio.create_task(connect_as(ipv6.getsockname()[1], way="ipv6"))
+        connecting = asyncio.create_task(connect_as(ipv6.getsockname()[1], way="ipv6"))
         accepted, peer = await asyncio.to_thread(ipv6.accept)
         with accepted:
-            assert not door(lookup).allows(accepted, peer)
+            assert not make_filter(lookup).allows(accepted, peer)
             accepted.recv(100)
-        await knocking
+        await connecting
 
 
 @needs("root")
 async def test_a_socket_that_we_made_is_ours_whoever_uses_it(lookup: SocketLookup, ipv4: socket.socket) -> None:
     """A process that root starts, and that then becomes another user, was given the connection."""
-    knocking = asyncio.create_task(connect_as(ipv4.getsockname()[1], way="before"))
+    connecting = asyncio.create_task(connect_as(ipv4.getsockname()[1], way="before"))
     accepted, peer = await asyncio.to_thread(ipv4.accept)
     with accepted:
-        assert door(lookup).allows(accepted, peer)
+        assert make_filter(lookup).allows(accepted, peer)
         assert accepted.recv(100) == b"hello"
         accepted.sendall(b"served")
-    assert await knocking == "answer served"
+    assert await connecting == "answer served"
 
 
 def test_a_unix_socket_is_left_to_its_mode(lookup: SocketLookup, tmp_path: Path) -> None:
     one, other = socket.socketpair()
     with one, other:
-        assert door(lookup).allows(one, "")
+        assert make_filter(lookup).allows(one, "")
 
 
 # -- who is not there any more ---------------------------------------------------------------------------------------
@@ -142,26 +140,16 @@ def test_a_unix_socket_is_left_to_its_mode(lookup: SocketLookup, tmp_path: Path)
 def test_who_has_gone_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
     """Linux shows uid 0 for a socket that no process holds any more, or what its user was: neither is to be let in."""
     reports: list[tuple[int, int]] = []
-    own = door(lookup, reports)
+    own_user_filter = make_filter(lookup, reports)
     client = socket.create_connection(ipv4.getsockname())
     accepted, peer = ipv4.accept()
     client.sendall(b"hello")
     client.close()  # FIN_WAIT2 now
     with accepted:
-        assert own.find_peer_uid(accepted, peer) is None
-        assert not own.allows(accepted, peer)
+        assert own_user_filter.find_peer_uid(accepted, peer) is None
+        assert not own_user_filter.allows(accepted, peer)
         accepted.recv(100)
     assert reports == []
-
-
-def test_time_wait_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
-    client = socket.create_connection(ipv4.getsockname())
-    accepted, peer = ipv4.accept()
-    ends = peer_users._ends(peer, socket.AF_INET, ipv4.getsockname())
-    client.close()
-    accepted.close()
-    found = lookup(ends)
-    assert found is None or found.inode == 0  # what makes ``uid_of`` say that nobody is there
 
 
 def test_ports_that_another_took_over_are_not_the_first_ones(lookup: SocketLookup, ipv4: socket.socket) -> None:
@@ -185,31 +173,33 @@ def test_ports_that_another_took_over_are_not_the_first_ones(lookup: SocketLooku
         second, same_peer = ipv4.accept()
         with second:
             assert same_peer == peer
-            assert door(lookup).find_peer_uid(second, peer) == os.geteuid()
-            assert door(lookup).find_peer_uid(accepted, peer) is None
+            assert make_filter(lookup).find_peer_uid(second, peer) == os.geteuid()
+            assert make_filter(lookup).find_peer_uid(accepted, peer) is None
         assert accepted.recv(10) == b"evil"
         accepted.close()
 
 
 @pytest.mark.parametrize("state", [2, 3, 6, 7, 10, 12])
 def test_only_a_connection_is_a_peer(ipv4: socket.socket, state: int) -> None:
-    """A listener at the client's old port, of our own user, is found where no connection has its ports."""
+    """A listener at the client's old port, of our own_user_filter user, is info where no connection has its ports."""
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(Fixed(SocketInfo(state, os.geteuid(), 7))).find_peer_uid(accepted, peer) is None
-            assert door(Fixed(SocketInfo(1, os.geteuid(), 7))).find_peer_uid(accepted, peer) == os.geteuid()
-            assert door(Fixed(SocketInfo(1, os.geteuid(), 0))).find_peer_uid(accepted, peer) is None
-            assert door(Fixed(None)).find_peer_uid(accepted, peer) is None
+            assert make_filter(FixedLookup(SocketInfo(state, os.geteuid(), 7))).find_peer_uid(accepted, peer) is None
+            assert (
+                make_filter(FixedLookup(SocketInfo(1, os.geteuid(), 7))).find_peer_uid(accepted, peer) == os.geteuid()
+            )
+            assert make_filter(FixedLookup(SocketInfo(1, os.geteuid(), 0))).find_peer_uid(accepted, peer) is None
+            assert make_filter(FixedLookup(None)).find_peer_uid(accepted, peer) is None
 
 
-class Fixed:
+class FixedLookup:
     """A kernel that says this of every socket, or does not answer."""
 
     def __init__(self, answer: SocketInfo | OSError | None) -> None:
         self._answer = answer
 
-    def __call__(self, ends: AddressPair) -> SocketInfo | None:
+    def __call__(self, pair: AddressPair) -> SocketInfo | None:
         if isinstance(self._answer, OSError):
             raise self._answer
         return self._answer
@@ -222,7 +212,10 @@ def test_netlink_without_room_is_made_up_for_by_proc(ipv4: socket.socket) -> Non
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            assert door(Fixed(OSError(105, "No buffer space available"))).find_peer_uid(accepted, peer) == os.geteuid()
+            assert (
+                make_filter(FixedLookup(OSError(105, "No buffer space available"))).find_peer_uid(accepted, peer)
+                == os.geteuid()
+            )
 
 
 # -- who is reported -------------------------------------------------------------------------------------------------
@@ -235,38 +228,23 @@ def test_a_user_is_reported_once_in_a_while(ipv4: socket.socket) -> None:
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
-            answer = Fixed(SocketInfo(1, NOBODY - 1, 7))
-            own = door(answer, reports, lambda: now[0])
+            answer = FixedLookup(SocketInfo(1, NOBODY - 1, 7))
+            own_user_filter = make_filter(answer, reports, lambda: now[0])
             for _ in range(5):
-                assert not own.allows(accepted, peer)
+                assert not own_user_filter.allows(accepted, peer)
             assert reports == [(port, NOBODY - 1)]
             now[0] = REPORT_EVERY_S
-            assert not own.allows(accepted, peer)
+            assert not own_user_filter.allows(accepted, peer)
             assert len(reports) == 2
             for uid in range(100_000, 100_000 + 2 * REPORTED_USERS):  # of whoever has a range of them to use up
                 answer._answer = SocketInfo(1, uid, 7)
-                assert not own.allows(accepted, peer)
+                assert not own_user_filter.allows(accepted, peer)
             assert len(reports) == 2 + REPORTED_USERS - 1
 
 
 def test_names_of_users() -> None:
     assert find_user_name(0) == "root"
     assert find_user_name(ANOTHER) is None
-
-
-# -- what the system tells -------------------------------------------------------------------------------------------
-
-
-def test_the_quick_way_is_taken_where_it_works(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = open_socket_lookup(ipv4)
-    assert isinstance(made, SockDiag)
-    made.close()
-    monkeypatch.setattr(SockDiag, "__call__", lambda _self, _ends: None)  # as a kernel without tcp_diag answers
-    assert isinstance(open_socket_lookup(ipv4), ProcNet)
-    assert can_identify_peers(ipv4)
-    monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
-    assert open_socket_lookup(ipv4) is None
-    assert not can_identify_peers(ipv4)
 
 
 def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
@@ -283,18 +261,10 @@ def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
             open_own_user_filter(ipv4, lambda *_: None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    monkeypatch.setattr(SockDiag, "__call__", lambda _self, _ends: None)
-    monkeypatch.setattr(ProcNet, "__call__", lambda _self, _ends: None)
+    monkeypatch.setattr(SockDiag, "__call__", lambda _self, _pair: None)
+    monkeypatch.setattr(ProcNet, "__call__", lambda _self, _pair: None)
     with pytest.raises(TunnelError, match="does not say"):
         open_own_user_filter(ipv4, lambda *_: None)
-
-
-def test_elsewhere_nothing_is_told(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(OSError, match="netlink"):
-        SockDiag()
-    with pytest.raises(FileNotFoundError):
-        ProcNet(tmp_path)(peer_users._ends(ipv4.getsockname(), socket.AF_INET))
 
 
 @needs("root", "netns")
@@ -316,7 +286,7 @@ async def test_a_user_that_our_namespace_does_not_know_is_not_us() -> None:
     assert process.stdout is not None
     port, unknown, uid = (await asyncio.wait_for(process.stdout.readline(), 30)).split()
     assert (unknown, uid) == (b"65534", b"65534")
-    knocked = await connect_as(int(port), uid=ANOTHER)
+    result = await connect_as(int(port), uid=ANOTHER)
     output, _ = await asyncio.wait_for(process.communicate(), 30)
     assert output.split(b"\n")[-2] == b"not admitted"
-    assert knocked in ("reset", "answer")
+    assert result in ("reset", "answer")

@@ -23,9 +23,8 @@ from gpumesh.tunnels.local_system.unix_sockets import (
     PathInUse,
     UnixListener,
     open_tunnel_listener,
-    split_unix_url,
-    unix_url,
 )
+from gpumesh.tunnels.local_system.unix_urls import split_unix_url, unix_url
 from tests.parts import needs
 from tests.tunnels.supervised import descriptors
 

@@ -13,7 +13,7 @@ import pytest
 
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.openssh.prompts import AskpassServer
-from tests.tunnels.inprocess.test_connection import Told
+from tests.tunnels.recorded_events import RecordedEvents
 
 PASSPHRASE = "Enter passphrase for key '/home/me/.ssh/id_ed25519': "
 PASSWORD = "me@gpu.example's password: "
@@ -22,12 +22,14 @@ TOUCH = "Confirm user presence for key ED25519-SK SHA256:abc"
 SECRETS = {"password": "hunter2", "passphrase": "correct horse"}
 
 
-def prompts(
+def make_server(
     folder: Path, secrets: dict[str, str] | None = None, *answers: str, interactive: bool = False
-) -> tuple[AskpassServer, Told]:
-    told = Told(*answers)
+) -> tuple[AskpassServer, RecordedEvents]:
+    events = RecordedEvents(*answers)
     deadline = Deadline(10.0, time.monotonic)
-    return AskpassServer(folder, SECRETS if secrets is None else secrets, told, deadline, interactive=interactive), told
+    return AskpassServer(
+        folder, SECRETS if secrets is None else secrets, events, deadline, interactive=interactive
+    ), events
 
 
 async def ask(program: Path, question: str) -> tuple[int, str]:
@@ -39,48 +41,48 @@ async def ask(program: Path, question: str) -> tuple[int, str]:
 
 
 async def test_secrets_are_given_to_who_asks(tmp_path: Path) -> None:
-    asked, _ = prompts(tmp_path)
-    async with asked:
+    server, _ = make_server(tmp_path)
+    async with server:
         assert stat.S_IMODE((tmp_path / "ask").stat().st_mode) == 0o600
-        assert stat.S_IMODE(asked.askpass_path.stat().st_mode) == 0o700
-        assert "hunter2" not in asked.askpass_path.read_text()
-        assert await ask(asked.askpass_path, PASSPHRASE) == (0, "correct horse\n")
-        assert await ask(asked.askpass_path, PASSWORD) == (0, "hunter2\n")
+        assert stat.S_IMODE(server.askpass_path.stat().st_mode) == 0o700
+        assert "hunter2" not in server.askpass_path.read_text()
+        assert await ask(server.askpass_path, PASSPHRASE) == (0, "correct horse\n")
+        assert await ask(server.askpass_path, PASSWORD) == (0, "hunter2\n")
         # A second time it was wrong: not again, or accounts are locked.
-        assert await ask(asked.askpass_path, PASSWORD) == (1, "")
-        assert await ask(asked.askpass_path, TRUST) == (1, "")
-        assert await ask(asked.askpass_path, "Something else entirely: ") == (1, "")
+        assert await ask(server.askpass_path, PASSWORD) == (1, "")
+        assert await ask(server.askpass_path, TRUST) == (1, "")
+        assert await ask(server.askpass_path, "Something else entirely: ") == (1, "")
     assert list(tmp_path.iterdir()) == []  # the login is over
 
 
 async def test_the_same_passphrase_opens_several_keys(tmp_path: Path) -> None:
-    asked, _ = prompts(tmp_path)
-    assert await asked.answer_question(PASSPHRASE) == "correct horse"
-    assert await asked.answer_question(PASSPHRASE.replace("id_ed25519", "id_rsa")) == "correct horse"
-    assert await asked.answer_question(PASSPHRASE) is None
+    server, _ = make_server(tmp_path)
+    assert await server.answer_question(PASSPHRASE) == "correct horse"
+    assert await server.answer_question(PASSPHRASE.replace("id_ed25519", "id_rsa")) == "correct horse"
+    assert await server.answer_question(PASSPHRASE) is None
 
 
 async def test_a_person_is_asked_for_the_rest_in_words_that_are_safe(tmp_path: Path) -> None:
-    asked, told = prompts(tmp_path, {}, "123", interactive=True)
-    async with asked:
-        assert await ask(asked.askpass_path, "Code\x1b[2J\nfor you: ") == (0, "123\n")
-        assert await ask(asked.askpass_path, PASSWORD) == (1, "")  # they declined
-    ((text, echo), _) = told.questions
+    server, events = make_server(tmp_path, {}, "123", interactive=True)
+    async with server:
+        assert await ask(server.askpass_path, "Code\x1b[2J\nfor you: ") == (0, "123\n")
+        assert await ask(server.askpass_path, PASSWORD) == (1, "")  # they declined
+    ((text, echo), _) = events.questions
     assert text.isprintable()
     assert "Code" in text
     assert echo is False
 
 
 async def test_whether_to_trust_a_host_is_asked_of_nobody(tmp_path: Path) -> None:
-    asked, told = prompts(tmp_path, None, "yes", interactive=True)
-    assert await asked.answer_question(TRUST) is None
-    assert told.questions == []
+    server, events = make_server(tmp_path, None, "yes", interactive=True)
+    assert await server.answer_question(TRUST) is None
+    assert events.questions == []
 
 
 async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) -> None:
-    told, deadline = Told(), Deadline(5.0, time.monotonic)
-    asked = AskpassServer(tmp_path, {}, told, deadline, interactive=False)
-    waiting = asyncio.create_task(asked.answer_question(TOUCH))
+    events, deadline = RecordedEvents(), Deadline(5.0, time.monotonic)
+    server = AskpassServer(tmp_path, {}, events, deadline, interactive=False)
+    waiting = asyncio.create_task(server.answer_question(TOUCH))
     await asyncio.sleep(0.01)
     assert deadline.remaining_s > 60.0
     waiting.cancel()
@@ -90,15 +92,15 @@ async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) ->
 
 
 async def test_without_secrets_and_people_nothing_is_set_up(tmp_path: Path) -> None:
-    asked, _ = prompts(tmp_path, {})
-    async with asked:
-        assert not asked.can_answer
+    server, _ = make_server(tmp_path, {})
+    async with server:
+        assert not server.can_answer
         assert list(tmp_path.iterdir()) == []
 
 
 async def test_noise_on_its_socket_gets_no_secret(tmp_path: Path) -> None:
-    asked, _ = prompts(tmp_path)
-    async with asked:
+    server, _ = make_server(tmp_path)
+    async with server:
         for line in (b"", b"{}\n", b"nonsense\n", b"12\n", b"x" * 100_000 + b"\n", b"\xff\xfe\n"):
             reader, writer = await asyncio.open_unix_connection(tmp_path / "ask")
             writer.write(line)

@@ -38,8 +38,8 @@ from gpumesh.tunnels.workers.protocol import (
 from gpumesh.tunnels.workers.worker import CHUNK_BYTES
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 from tests.parts import needs
-from tests.tunnels.inprocess.test_connection import Asking, asking
 from tests.tunnels.polling import alive, wait_until
+from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.traffic import echo, exchange
 
@@ -180,8 +180,8 @@ async def test_a_refused_forward_is_told(sshd: Sshd, pool: WorkerPool, folder: P
 
 
 async def test_a_question_goes_to_the_supervisor(tmp_path: Path, pool: WorkerPool) -> None:
-    server = Asking("keyboard-interactive", "", [("Code: ", True)], ["123"])
-    async with asking(tmp_path, server) as ssh:
+    server = QuestioningServer("keyboard-interactive", "", [("Code: ", True)], ["123"])
+    async with run_questioning_server(tmp_path, server) as ssh:
         setup = replace(setup_of(ssh, tmp_path), interactive=True)
         async with started(pool, setup) as (worker, _):
             prompt = await heard(worker)

@@ -157,11 +157,11 @@ async def test_each_ping_gets_its_own_answer() -> None:
 async def test_no_answer_is_no_sign_of_life() -> None:
     async with talking() as one:
         assert await one.talk.ping(0.01) is None  # the worker itself is silent
-        asking = asyncio.create_task(one.talk.ping(20.0))
+        run_questioning_server = asyncio.create_task(one.talk.ping(20.0))
         while not isinstance(ping := await one.hear(), Ping) or ping.timeout_s < 1:
             pass
         one.say(Pong(ping.id, None))  # the host is
-        assert await asking is None
+        assert await run_questioning_server is None
         waiting = asyncio.create_task(one.talk.ping(20.0))
         await one.hear()
         one.talk.finish(Cause("tunnel-lost", "it is over"))

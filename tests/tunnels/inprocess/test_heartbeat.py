@@ -1,22 +1,20 @@
-"""Against a real sshd whose connection is frozen for a while: what it was asked then, it answers all at once."""
+"""Pings over a real sshd whose connection is frozen for a while: it answers all requests of that time at once."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.heartbeat import RESEND_S
-from gpumesh.tunnels.openssh.connection import OpensshMaster
+from gpumesh.tunnels.transport import PING_RESEND_S
 from tests.parts import needs
-from tests.tunnels.inprocess.test_connection import connected
+from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd
 
-FROZEN_S = 2.5 * RESEND_S
+FROZEN_S = 2.5 * PING_RESEND_S
 
 
 @pytest.mark.real
@@ -37,25 +35,3 @@ async def test_it_asks_again_while_no_answer_comes_and_each_answer_is_that_of_it
             assert await connection.ping(0.05) is None
             sshd.kill_sessions(signal.SIGCONT)
             assert await connection.ping(30.0) is not None
-
-
-ANSWERS_THE_THIRD = """
-import sys
-lines = [sys.stdin.readline() for _ in range(3)]
-sys.stdout.write(lines[2])
-sys.stdout.flush()
-sys.stdin.read()
-"""
-
-
-@pytest.mark.slow
-async def test_an_echo_is_asked_for_again_while_none_comes(tmp_path: Path) -> None:
-    """A program in place of ``ssh``; the first two lines are lost on the way."""
-    master = await OpensshMaster.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
-    try:
-        waited_ms = await master.measure_round_trip_ms(30.0)
-        assert waited_ms is not None
-        assert waited_ms >= 2 * RESEND_S * 900
-        assert await master.measure_round_trip_ms(0.1) is None
-    finally:
-        await master.close()

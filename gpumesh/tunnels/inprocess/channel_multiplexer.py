@@ -1,0 +1,195 @@
+"""Puts our own channels (channel_relay.py) on a paramiko transport.
+
+This uses private parts of paramiko: the table of packet handlers, the map of channels, and the way a channel is made.
+``find_missing_feature`` reports when a paramiko lacks one of them; then sshtunnel's own, slower forwarding is used
+(sshtunnel_connector.py).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import paramiko
+from paramiko.common import (
+    MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_DATA,
+    MSG_CHANNEL_EOF,
+    MSG_CHANNEL_EXTENDED_DATA,
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_OPEN_FAILURE,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_SUCCESS,
+    MSG_CHANNEL_WINDOW_ADJUST,
+)
+
+from gpumesh.topology import Target
+from gpumesh.tunnels.forwarder import Dialer, Forwarder
+from gpumesh.tunnels.inprocess.channel_relay import ChannelRelay
+
+OPEN_TIMEOUT_S = 30.0  # for the host to reach its target; the kernel there may try for two minutes
+
+ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, section 5.1
+
+OnChannelRefused = Callable[[Target, int], None]
+"""Gets the target of a channel that the host did not open, and the reason of RFC 4254 section 5.1."""
+
+ChannelHandler = Callable[[Any, Any], None]
+"""Gets a channel and a message, in the transport's thread."""
+
+_CHANNEL_MESSAGES = (
+    MSG_CHANNEL_SUCCESS,
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_DATA,
+    MSG_CHANNEL_EXTENDED_DATA,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_EOF,
+    MSG_CHANNEL_CLOSE,
+)
+
+
+def find_missing_feature(transport: Any) -> str | None:
+    """A private part that this paramiko lacks; ``None``: it has all that is used here."""
+    table = getattr(transport, "_channel_handler_table", None)
+    if not isinstance(table, dict) or set(table) != set(_CHANNEL_MESSAGES):
+        return "Transport._channel_handler_table is not the table it was"
+    if MSG_CHANNEL_OPEN_FAILURE not in getattr(transport, "_handler_table", {}):
+        return "Transport._handler_table has no handler for a refused channel"
+    for name in ("_next_channel", "_send_user_message", "_parse_channel_open_success"):
+        if not callable(getattr(transport, name, None)):
+            return f"Transport.{name} is gone"
+    for name in ("lock", "channels_seen", "_channels"):
+        if not hasattr(transport, name):
+            return f"Transport.{name} is gone"
+    if any(not callable(getattr(transport._channels, name, None)) for name in ("put", "get", "delete")):
+        return "Transport._channels has no put, get, delete"
+    return None
+
+
+class ChannelMultiplexer:
+    """One for a transport, made before any traffic."""
+
+    def __init__(self, transport: paramiko.Transport, forwarder: Forwarder, on_refused: OnChannelRefused) -> None:
+        """``on_refused`` is called in the transport's thread."""
+        missing = find_missing_feature(transport)
+        if missing is not None:
+            raise NotImplementedError(missing)
+        self.transport: Any = transport
+        self.forwarder = forwarder
+        self._on_refused = on_refused
+        self._opening: dict[ChannelRelay, float] = {}  # with the time when each is overdue, in this order
+        self._timer_runs = False
+        self._replace_channel_handlers()
+        self._replace_open_failure_handler()
+
+    def __repr__(self) -> str:
+        return f"<ChannelMultiplexer {len(self._opening)} channels opening>"
+
+    def make_dialer(self, target: Target) -> Dialer:
+        """For ``Forwarder.listen``: connections go to ``target``, as seen from the host."""
+
+        def dial(forwarder: Forwarder, local: socket.socket) -> None:  # noqa: ARG001 - the same as self.forwarder
+            ChannelRelay(self, local, target).open()
+
+        return dial
+
+    def report_refused(self, target: Target, reason: int) -> None:
+        self._on_refused(target, reason)
+
+    # -- in the selector's thread ------------------------------------------------------------------------------------
+
+    def send(self, message: paramiko.Message) -> None:
+        """Waits during a key exchange and while the SSH socket is full. Raises nothing: when the transport is gone,
+        the transport itself notifies each channel."""
+        try:
+            self.transport._send_user_message(message)
+        except (OSError, EOFError, paramiko.SSHException):
+            self.transport.close()
+
+    def start_open_timeout(self, relay: ChannelRelay) -> None:
+        """Aborts the relay if the host does not answer in time. There is one timer for all relays: a timer for each
+        would keep every relay that long, however short its life was."""
+        self._opening[relay] = time.monotonic() + OPEN_TIMEOUT_S
+        self._start_timer()
+
+    def cancel_open_timeout(self, relay: ChannelRelay) -> None:
+        self._opening.pop(relay, None)
+
+    def _start_timer(self) -> None:
+        if self._opening and not self._timer_runs:
+            self._timer_runs = True
+            self.forwarder.call_later(next(iter(self._opening.values())) - time.monotonic(), self._abort_overdue)
+
+    def _abort_overdue(self) -> None:
+        self._timer_runs = False
+        now = time.monotonic()
+        for relay in [relay for relay, overdue_at in self._opening.items() if overdue_at <= now]:
+            self.cancel_open_timeout(relay)
+            relay.abort()
+        self._start_timer()
+
+    def _close_paramiko_channel(self, original: ChannelHandler, channel: Any, message: paramiko.Message) -> None:
+        """paramiko's own handler, which sends an answer. Without a transport the answer cannot be sent; the error must
+        not end this thread, which serves all other channels."""
+        try:
+            original(channel, message)
+        except (OSError, EOFError, paramiko.SSHException):
+            self.transport.close()
+
+    # -- paramiko's handlers, called in the transport's thread -------------------------------------------------------
+
+    def _replace_channel_handlers(self) -> None:
+        """Messages for our channels go to our methods, all others to paramiko's handlers."""
+        originals: dict[int, ChannelHandler] = dict(self.transport._channel_handler_table)
+
+        def handle_close(channel: Any, message: paramiko.Message) -> None:
+            if type(channel) is ChannelRelay:
+                channel.on_close(message)
+            else:
+                # paramiko answers in this thread, which during a key exchange would wait for itself (30 s).
+                original = originals[MSG_CHANNEL_CLOSE]
+                self.forwarder.post(partial(self._close_paramiko_channel, original, channel, message))
+
+        methods = {
+            MSG_CHANNEL_DATA: ChannelRelay.on_data,
+            MSG_CHANNEL_EXTENDED_DATA: ChannelRelay.ignore_message,
+            MSG_CHANNEL_WINDOW_ADJUST: ChannelRelay.on_window_adjust,
+            MSG_CHANNEL_EOF: ChannelRelay.on_eof,
+            MSG_CHANNEL_REQUEST: ChannelRelay.ignore_message,
+            MSG_CHANNEL_SUCCESS: ChannelRelay.ignore_message,
+            MSG_CHANNEL_FAILURE: ChannelRelay.ignore_message,
+        }
+        self.transport._channel_handler_table = {
+            **originals,
+            **{kind: _route_handler(method, originals[kind]) for kind, method in methods.items()},
+            MSG_CHANNEL_CLOSE: handle_close,
+        }
+
+    def _replace_open_failure_handler(self) -> None:
+        original = self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE]
+
+        def handle_open_failure(message: paramiko.Message) -> None:
+            channel = self.transport._channels.get(message.get_int())
+            if type(channel) is ChannelRelay:
+                channel.on_refused(message.get_int())
+            else:
+                message.rewind()
+                original(message)
+
+        self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = handle_open_failure
+
+
+def _route_handler(
+    method: Callable[[ChannelRelay, paramiko.Message], None], original: ChannelHandler
+) -> ChannelHandler:
+    def handle(channel: Any, message: paramiko.Message) -> None:
+        if type(channel) is ChannelRelay:
+            method(channel, message)
+        else:
+            original(channel, message)
+
+    return handle

@@ -1,0 +1,335 @@
+"""One forwarded connection as a channel of a paramiko transport, without a thread of its own.
+
+Two threads work here. The *transport's* thread (paramiko's own, one for each SSH connection) reads packets. Data that
+arrives for a channel it writes to the local socket at once, without blocking. The *selector's* thread (forwarder.py)
+does the rest: it reads local sockets, writes data for which a slow client had no room, and sends every packet. The
+transport's thread never sends, so it never waits: neither for a full SSH socket (both ends of a connection would then
+wait for each other) nor for a key exchange (which only that thread can finish).
+
+Back-pressure: the host gets window credit only for bytes that the local socket has taken. So a client that reads slowly
+stops the host, and at most ``WINDOW`` bytes a channel are held here. In the other direction a local socket is read only
+as far as the host's window allows.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import Any, Protocol
+
+import paramiko
+from paramiko.common import (
+    cMSG_CHANNEL_CLOSE,
+    cMSG_CHANNEL_DATA,
+    cMSG_CHANNEL_EOF,
+    cMSG_CHANNEL_OPEN,
+    cMSG_CHANNEL_WINDOW_ADJUST,
+)
+
+from gpumesh.topology import Target
+from gpumesh.tunnels.blocking import ThreadLock
+from gpumesh.tunnels.forwarder import READ, WRITE, Forwarder
+from gpumesh.tunnels.local_system.sockets import close_with_reset
+
+WINDOW = 1 << 20  # bytes that the host may send before we have passed them on: 10 MB/s at 100 ms
+MAX_PACKET = 1 << 15
+CREDIT_AT = WINDOW // 8  # bytes passed on before the host gets credit for them
+
+
+class Multiplexer(Protocol):
+    """What a relay needs of ``channel_multiplexer.ChannelMultiplexer``."""
+
+    transport: Any
+    forwarder: Forwarder
+
+    def send(self, message: paramiko.Message) -> None: ...
+
+    def report_refused(self, target: Target, reason: int) -> None: ...
+
+    def start_open_timeout(self, relay: ChannelRelay) -> None: ...
+
+    def cancel_open_timeout(self, relay: ChannelRelay) -> None: ...
+
+
+class ChannelRelay:
+    """One forwarded connection: a local socket and a channel.
+
+    It takes the place of a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers. The
+    methods ``_set_remote_channel`` and ``_unlink`` have the names that paramiko calls.
+    """
+
+    def __init__(self, multiplexer: Multiplexer, local: socket.socket, target: Target) -> None:
+        self._multiplexer = multiplexer
+        self._forwarder = multiplexer.forwarder
+        self._local = local
+        self._target = target
+        self._lock = ThreadLock()  # for what follows: both threads use it
+        self._number = -1
+        self._remote_number = -1  # the host's number of this channel; -1: not open yet
+        self._send_window = 0
+        self._send_packet_limit = 0
+        self._receive_window = WINDOW
+        self._uncredited = 0  # bytes that the local socket has taken, and the host has not been told of
+        self._pending: deque[bytes] = deque()  # arrived while the local socket had no room
+        self._local_ended = False  # the client has sent its last byte
+        self._host_ended = False  # the host has sent its last byte
+        self._end_written = False  # the client was told that
+        self._close_sent = False
+        self._host_closed = False
+        self._local_closed = False
+        self._events = 0
+
+    def __repr__(self) -> str:
+        if self._local_closed:
+            state = "CLOSED"
+        elif self._remote_number < 0:
+            state = "OPENING"
+        else:
+            state = "CLOSING" if self._close_sent or self._host_closed else "OPEN"
+        return f"<ChannelRelay {self._number} to {self._target.host}:{self._target.port} {state}>"
+
+    # -- in the selector's thread ------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        transport = self._multiplexer.transport
+        self._forwarder.add_relay(self)
+        with transport.lock:
+            self._number = transport._next_channel()
+            transport._channels.put(self._number, self)
+            transport.channels_seen[self._number] = True
+        if not transport.active:
+            self.abort()
+            return
+        self._multiplexer.send(_make_open_message(self._number, self._target))
+        self._multiplexer.start_open_timeout(self)
+
+    def abort(self) -> None:
+        """Ends both sides at once."""
+        self._close_local(reset=True)
+        self._send_close()
+
+    def _on_ready(self, mask: int) -> None:
+        if self._local_closed:
+            return
+        if mask & WRITE:
+            self._write_pending()
+        if mask & READ:
+            self._read_local()
+        self._update()
+
+    def _write_pending(self) -> None:
+        """Writes pending data, and gives the host credit for it."""
+        credit = 0
+        with self._lock:
+            try:
+                while self._pending:
+                    data = self._pending[0]
+                    sent = self._local.send(data)
+                    credit += sent
+                    if sent < len(data):
+                        self._pending[0] = data[sent:]
+                        break
+                    self._pending.popleft()
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self._forwarder.post(self.abort)
+                return
+            self._uncredited += credit
+        self._send_credit()
+
+    def _send_credit(self) -> None:
+        with self._lock:
+            credit = self._uncredited
+            if credit < CREDIT_AT or self._host_ended or self._host_closed or self._close_sent:
+                return
+            self._uncredited = 0
+            self._receive_window += credit
+        message = _make_message(cMSG_CHANNEL_WINDOW_ADJUST, self._remote_number)
+        message.add_int(credit)
+        self._multiplexer.send(message)
+
+    def _read_local(self) -> None:
+        with self._lock:
+            room = min(self._send_window, self._send_packet_limit)
+        if room <= 0 or self._local_ended or self._close_sent:
+            return
+        try:
+            data = self._local.recv(room)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        if not data:
+            self._local_ended = True
+            self._multiplexer.send(_make_message(cMSG_CHANNEL_EOF, self._remote_number))
+            return
+        with self._lock:
+            self._send_window -= len(data)
+        message = _make_message(cMSG_CHANNEL_DATA, self._remote_number)
+        message.add_string(data)
+        self._multiplexer.send(message)
+
+    def _update(self) -> None:
+        """Passes on ends and closes, and watches the local socket for what is possible now."""
+        if self._local_closed:
+            return
+        with self._lock:
+            empty = not self._pending
+            room = self._send_window > 0
+        if self._host_ended and empty and not self._end_written:
+            self._end_written = True
+            try:
+                self._local.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.abort()
+                return
+        if empty and (self._host_closed or (self._end_written and self._local_ended)):
+            # A host that closes without ending its data first has cut it: its sshd was told to, or died.
+            self._close_local(reset=not self._host_ended)
+            self._send_close()
+            return
+        events = 0 if empty else WRITE
+        if self._remote_number >= 0 and room and not self._local_ended and not self._host_closed:
+            events |= READ
+        if events != self._events:
+            self._events = events
+            self._forwarder.watch(self._local, events, self._on_ready)
+
+    def _close_local(self, *, reset: bool) -> None:
+        """Closes the local socket, once."""
+        with self._lock:
+            if self._local_closed:
+                return
+            self._local_closed = True
+            self._pending.clear()
+            if self._events:
+                self._events = 0
+                self._forwarder.watch(self._local, 0, self._on_ready)
+            if reset:
+                close_with_reset(self._local)
+            else:
+                self._local.close()
+
+    def _send_close(self) -> None:
+        """Once. A channel that is not open yet cannot be closed: ``_on_opened`` calls this again."""
+        if not self._close_sent and self._remote_number >= 0 and self._multiplexer.transport.active:
+            self._close_sent = True
+            self._multiplexer.send(_make_message(cMSG_CHANNEL_CLOSE, self._remote_number))
+        self._remove_if_over()
+
+    def _remove_if_over(self) -> None:
+        """After the host's close no message comes for this number any more, and it may be used again."""
+        transport = self._multiplexer.transport
+        if self._local_closed and (self._host_closed or not transport.active):
+            self._multiplexer.cancel_open_timeout(self)
+            transport._channels.delete(self._number)
+            transport.channels_seen.pop(self._number, None)
+            self._forwarder.discard_relay(self)
+
+    def _on_opened(self) -> None:
+        self._multiplexer.cancel_open_timeout(self)
+        if self._local_closed:
+            self._send_close()
+        else:
+            self._update()
+
+    def _on_ended_by_host(self) -> None:
+        """The host has refused the channel, or the transport has ended."""
+        self._host_closed = True
+        self._close_local(reset=True)
+        self._remove_if_over()
+
+    def _on_host_closed(self) -> None:
+        self._update()
+        self._send_close()
+
+    # -- in the transport's thread -----------------------------------------------------------------------------------
+
+    def _set_remote_channel(self, number: int, window: int, max_packet: int) -> None:
+        """paramiko calls this when the host has opened the channel."""
+        with self._lock:
+            self._send_window = window
+            self._send_packet_limit = min(max_packet, MAX_PACKET)
+            self._remote_number = number
+        self._forwarder.post(self._on_opened)
+
+    def on_refused(self, reason: int) -> None:
+        self._multiplexer.report_refused(self._target, reason)
+        self._forwarder.post(self._on_ended_by_host)
+
+    def on_data(self, message: paramiko.Message) -> None:
+        raw = message.asbytes()  # number, length, data; ``get_binary`` would cost three more calls for each token
+        data = raw[8 : 8 + int.from_bytes(raw[4:8], "big")]
+        sent = 0
+        with self._lock:
+            if self._local_closed:
+                return
+            self._receive_window -= len(data)
+            if self._receive_window < 0:
+                self._forwarder.post(self.abort)  # the host sends more than it may: it would fill our memory
+                return
+            had_pending = bool(self._pending)
+            if not had_pending:
+                try:
+                    sent = self._local.send(data)
+                except (BlockingIOError, InterruptedError):
+                    pass
+                except OSError:
+                    self._forwarder.post(self.abort)
+                    return
+            if sent < len(data):
+                self._pending.append(data[sent:])
+            self._uncredited += sent
+            credit_due = self._uncredited >= CREDIT_AT
+        if sent < len(data) and not had_pending:
+            self._forwarder.post(self._update)
+        if credit_due:
+            self._forwarder.post(self._send_credit)
+
+    def on_window_adjust(self, message: paramiko.Message) -> None:
+        credit = message.get_int()
+        with self._lock:
+            was_full = self._send_window <= 0
+            self._send_window += credit
+        if was_full:
+            self._forwarder.post(self._update)
+
+    def on_eof(self, _: paramiko.Message) -> None:
+        self._host_ended = True
+        self._forwarder.post(self._update)
+
+    def on_close(self, _: paramiko.Message) -> None:
+        self._host_closed = True
+        self._forwarder.post(self._on_host_closed)
+
+    def ignore_message(self, _: paramiko.Message) -> None:
+        """For messages that have no meaning on a forwarded connection."""
+
+    def _unlink(self) -> None:
+        """paramiko calls this when the transport has ended."""
+        self._forwarder.post(self._on_ended_by_host)
+
+
+def _make_open_message(number: int, target: Target) -> paramiko.Message:
+    """CHANNEL_OPEN of type direct-tcpip (RFC 4254, sections 5.1 and 7.2)."""
+    message = paramiko.Message()
+    message.add_byte(cMSG_CHANNEL_OPEN)
+    message.add_string("direct-tcpip")
+    message.add_int(number)
+    message.add_int(WINDOW)
+    message.add_int(MAX_PACKET)
+    message.add_string(target.host)
+    message.add_int(target.port)
+    message.add_string("127.0.0.1")
+    message.add_int(0)
+    return message
+
+
+def _make_message(kind: bytes, remote_number: int) -> paramiko.Message:
+    """The beginning of a message for an open channel."""
+    message = paramiko.Message()
+    message.add_byte(kind)
+    message.add_int(remote_number)
+    return message

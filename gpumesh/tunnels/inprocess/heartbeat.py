@@ -1,0 +1,61 @@
+"""Pings over a paramiko transport: does the host answer, and how long does that take? Blocking: see blocking.py.
+
+paramiko's own ``global_request`` takes any answer for the answer to the last request. Answers come in the order of the
+requests (RFC 4254, section 4), so here each answer finds its own request. Unanswered requests are sent again:
+``transport.PING_RESEND_S`` has the reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, cast
+
+import paramiko
+from paramiko.common import MSG_REQUEST_FAILURE, MSG_REQUEST_SUCCESS, cMSG_GLOBAL_REQUEST
+
+from gpumesh.tunnels.blocking import ThreadEvent
+from gpumesh.tunnels.transport import PING_RESEND_S
+
+POLL_S = 0.1  # how often it is checked whether the transport has ended
+
+
+class Heartbeat:
+    """From now on, nothing else may send global requests on this transport."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport = cast(Any, transport)  # its types lack what is used here
+        self._unanswered: deque[ThreadEvent] = deque()
+        for kind in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
+            self._transport._handler_table[kind] = self._on_answer
+
+    def measure_round_trip_ms(self) -> float | None:
+        """Waits for the answer to a request that every SSH server answers, if only by refusing it.
+
+        ``None``: the transport has ended. Raises what paramiko raises when the request cannot be sent.
+        """
+        sent_at = time.monotonic()
+        answered = self._send_request()
+        resend_at = sent_at + PING_RESEND_S
+        while not answered.wait(POLL_S):
+            if not self._transport.active:
+                return None
+            if time.monotonic() >= resend_at:
+                self._send_request()
+                resend_at += PING_RESEND_S
+        return (time.monotonic() - sent_at) * 1000
+
+    def _send_request(self) -> ThreadEvent:
+        answered = ThreadEvent()
+        message = paramiko.Message()
+        message.add_byte(cMSG_GLOBAL_REQUEST)
+        message.add_string("keepalive@openssh.com")
+        message.add_boolean(True)
+        self._unanswered.append(answered)
+        self._transport._send_user_message(message)
+        return answered
+
+    def _on_answer(self, _: paramiko.Message) -> None:
+        """In the transport's thread."""
+        if self._unanswered:
+            self._unanswered.popleft().set()

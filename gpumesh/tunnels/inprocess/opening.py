@@ -1,0 +1,166 @@
+"""Opens a connection to a host, jump by jump: each host is checked, logged in to, and its Nagle's algorithm turned off.
+
+Blocking; ``Opening.give_up`` ends it from another thread. ``fetch_host_key`` goes the same way, without the last login.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from dataclasses import dataclass, replace
+
+import paramiko
+
+from gpumesh.addresses import format_address
+from gpumesh.errors import ConnectTimeout, SecretMissing, TunnelError
+from gpumesh.printable import printable
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels import blocking
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.inprocess import handshake
+from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate
+from gpumesh.tunnels.inprocess.heartbeat import Heartbeat
+from gpumesh.tunnels.jump_hosts import list_hops
+from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
+from gpumesh.tunnels.transport import ConnectRequest
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedConnection:
+    """``transports``: one for each hop, the host's own last. ``shell_test``: the session that tests the host for a
+    POSIX shell (``handshake.disable_nagle_on_host``)."""
+
+    transports: tuple[paramiko.Transport, ...]
+    shell_test: paramiko.Channel | None
+    heartbeat: Heartbeat
+    rtt_ms: float | None
+
+
+def credentials_from_setup(setup: ConnectRequest) -> Credentials:
+    """Raises ``SecretMissing`` when the spec names a variable and its value is not in the setup."""
+    secrets = dict(setup.secrets)
+    for name, variable in (("password", setup.ssh.password_env), ("passphrase", setup.ssh.passphrase_env)):
+        if variable is not None and name not in secrets:
+            raise SecretMissing(f"the variable {variable} ({name} of {setup.node}) is not set", hint=f"set {variable}")
+    return Credentials(
+        setup.ssh.user, setup.ssh.identity_files, setup.ssh.agent, secrets.get("password"), secrets.get("passphrase")
+    )
+
+
+class Opening:
+    """One attempt."""
+
+    def __init__(self, setup: ConnectRequest, deadline: Deadline, ask: AskPerson | None) -> None:
+        """Raises ``SecretMissing``."""
+        self._setup = setup
+        self._credentials = credentials_from_setup(setup)
+        self._deadline = deadline
+        self._ask = ask
+        self._transports: list[paramiko.Transport] = []
+        self._sessions: list[paramiko.Channel | None] = []
+        self._last_socket: socket.socket | paramiko.Channel | None = None
+        self._given_up = False
+
+    def __repr__(self) -> str:
+        state = "GIVEN UP" if self._given_up else "OPENING"
+        return f"<Opening {self._setup.node} {state} {len(self._transports)} transports>"
+
+    def run(self) -> OpenedConnection:
+        """Raises ``TunnelError``; then everything is closed."""
+        try:
+            for hop in self._hops():
+                transport = self._handshake(hop)
+                self._log_in(hop.ssh, transport)
+            heartbeat = Heartbeat(self._transports[-1])
+            rtt_ms = heartbeat.measure_round_trip_ms()
+        except BaseException:
+            self.give_up()
+            raise
+        return OpenedConnection(tuple(self._transports), self._sessions[-1], heartbeat, rtt_ms)
+
+    def fetch_host_key(self) -> HostKey:
+        """The key that the host shows, trusted or not. The caller gives up after that. Raises ``TunnelError``."""
+        *jumps, host = self._hops()
+        for hop in jumps:
+            transport = self._handshake(hop)
+            self._log_in(hop.ssh, transport)
+        return handshake.get_host_key(self._handshake(host, check_key=False))
+
+    def give_up(self) -> None:
+        """Closes everything; called from any thread."""
+        self._given_up = True
+        for transport in reversed(self._transports):
+            transport.close()
+        if isinstance(self._last_socket, socket.socket):
+            with contextlib.suppress(OSError):  # it is not connected any more
+                self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake that is under way on it
+
+    def _hops(self) -> list[_Hop]:
+        *jumps, host = list_hops(self._setup.ssh)
+        return [*(_Hop("", jump) for jump in jumps), _Hop(self._setup.node, host)]
+
+    def _handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
+        ssh = hop.ssh
+        self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
+        if self._given_up:
+            sock.close()
+            raise ConnectTimeout("given up")
+        if check_key:
+            transport = handshake.perform_trusted_handshake(
+                sock, node=hop.node, host=ssh.host, port=ssh.port, ssh=ssh, deadline=self._deadline
+            )
+        else:
+            known = read_known_hosts(ssh.known_hosts)
+            key_types = known.key_types(node=hop.node, host=ssh.host, port=ssh.port)
+            transport = handshake.perform_handshake(
+                sock, host=ssh.host, port=ssh.port, deadline=self._deadline, key_types=key_types
+            )
+        self._transports.append(transport)
+        if self._given_up:
+            raise ConnectTimeout("given up")
+        return transport
+
+    def _log_in(self, ssh: SshSpec, transport: paramiko.Transport) -> None:
+        credentials = replace(self._credentials, user=ssh.user)
+        address = format_address(ssh.host, ssh.port)
+        authenticate(transport, credentials, address=address, deadline=self._deadline, ask=self._ask)
+        self._sessions.append(handshake.disable_nagle_on_host(transport, self._deadline))
+
+    def _connect_through_last(self, host: str, port: int) -> socket.socket | paramiko.Channel:
+        """A connection to the next hop: through the last transport if there is one."""
+        if not self._transports:
+            return handshake.connect_tcp(host, port, self._deadline)
+        try:
+            return self._transports[-1].open_channel(
+                "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=max(0.1, self._deadline.remaining_s)
+            )
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise TunnelError(
+                f"the jump host does not reach {format_address(host, port)}: {printable(str(error), 100)}",
+                hint="check `ssh.proxy_jump`, and that the jump host allows forwarding",
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """``node`` is "" for a jump host."""
+
+    node: str
+    ssh: SshSpec
+
+
+async def fetch_host_key(
+    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+) -> HostKey:
+    """The key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
+    opening = Opening(ConnectRequest(node, ssh, (), secrets), Deadline(timeout_s, time.monotonic), None)
+    try:
+        async with asyncio.timeout(timeout_s + 0.5):
+            return await blocking.run_in_thread(opening.fetch_host_key)
+    except TimeoutError as error:
+        address = format_address(ssh.host, ssh.port)
+        raise ConnectTimeout(f"no answer from {address} within {timeout_s:g} s", node=node or None) from error
+    finally:
+        opening.give_up()

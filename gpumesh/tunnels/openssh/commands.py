@@ -1,0 +1,121 @@
+"""Commands on the host: each is an ``ssh`` client of the master's control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from gpumesh.config import environment
+from gpumesh.errors import ExecError
+from gpumesh.tunnels.base import OutputStream
+from gpumesh.tunnels.local_system.local_command import exit_status, release_process, wait_for_exit
+from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN
+from gpumesh.tunnels.openssh.login import SSH_FAILED
+from gpumesh.tunnels.openssh.options import CLIENT_HOST, client_command
+from gpumesh.tunnels.remote_command import wrap_killable
+
+READ_BYTES = 32 * 1024
+KEPT_ERROR_BYTES = 1000
+STOP_TIMEOUT_S = 1.0
+
+
+async def start_client(
+    control: Path, command: str, *, posix: bool, is_master_alive: Callable[[], Awaitable[bool]]
+) -> MuxCommand:
+    """Starts ``command`` on the host. ``posix``: under a POSIX shell that ends it with its session
+    (remote_command.py)."""
+    process = await asyncio.create_subprocess_exec(
+        *client_command(control, "--", CLIENT_HOST, wrap_killable(command) if posix else command),
+        stdin=PIPE if posix else DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        env=environment.child_environment(),
+    )
+    return MuxCommand(process, is_master_alive)
+
+
+async def request_session(control: Path) -> None:
+    """Returns when the host has given a session, or has refused one. Kills the client when cancelled."""
+    process = await asyncio.create_subprocess_exec(
+        *client_command(control, "--", CLIENT_HOST, "exit"),
+        stdin=DEVNULL,
+        stdout=DEVNULL,
+        stderr=PIPE,
+        env=environment.child_environment(),
+    )
+    try:
+        await wait_for_exit(process)
+    finally:
+        await _end_process(process)
+
+
+class MuxCommand:
+    """A command on the host; see ``transport.RemoteCommand``. ``is_master_alive`` asks the master for an answer."""
+
+    def __init__(self, process: Process, is_master_alive: Callable[[], Awaitable[bool]]) -> None:
+        self._process = process
+        self._is_master_alive = is_master_alive
+        self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
+        self._last_errors = b""
+        self._open_streams = 2
+        self._readers = [
+            asyncio.create_task(self._read_pipe(OutputStream.STDOUT, process.stdout)),
+            asyncio.create_task(self._read_pipe(OutputStream.STDERR, process.stderr)),
+        ]
+
+    @property
+    def exit_status(self) -> int | None:
+        return exit_status(self._process)
+
+    async def read(self) -> tuple[OutputStream, bytes] | None:
+        """See ``transport.RemoteCommand``. Raises ExecError at the end, when ssh failed instead of the command."""
+        while self._open_streams:
+            piece = await self._pieces.get()
+            if piece is not None:
+                return piece
+            self._open_streams -= 1
+        await self._process.wait()
+        if self._process.returncode == SSH_FAILED:
+            await self._ensure_ssh_worked()
+        return None
+
+    async def kill(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # ``wrap_killable`` waits for this end of its input
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await _end_process(self._process, patience_s=STOP_TIMEOUT_S)
+
+    async def _ensure_ssh_worked(self) -> None:
+        """Raises ExecError. The exit status alone does not tell: the command may have ended with 255 as well."""
+        if NO_SESSION_PATTERN.search(self._last_errors.decode("latin-1")):
+            raise ExecError(
+                "the host gives no session to run a command in",
+                hint="its sshd forbids it, or MaxSessions is reached",
+            )
+        if not await self._is_master_alive():
+            raise ExecError("the connection broke while the command ran")
+
+    async def _read_pipe(self, stream: OutputStream, pipe: asyncio.StreamReader | None) -> None:
+        assert pipe is not None
+        while data := await pipe.read(READ_BYTES):
+            if stream is OutputStream.STDERR:
+                self._last_errors = (self._last_errors + data)[-KEPT_ERROR_BYTES:]
+            await self._pieces.put((stream, data))
+        await self._pieces.put(None)
+
+
+async def _end_process(process: Process, patience_s: float = 0.0) -> None:
+    """Kills it, unless it ends by itself within ``patience_s``."""
+    if patience_s > 0.0:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await wait_for_exit(process)
+                return
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await release_process(process, STOP_TIMEOUT_S)

@@ -1,0 +1,71 @@
+"""The master's forwards: one Unix socket in its folder for each target, and whether the host allows forwarding.
+
+ssh names no target when the host refuses a channel. So all targets are tried together, and one by one only if some were
+refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpumesh.errors import TunnelError
+from gpumesh.topology import Target
+from gpumesh.tunnels.openssh import mux
+from gpumesh.tunnels.openssh.errors import error_from_stderr
+from gpumesh.tunnels.openssh.master import OpensshMaster
+
+MUX_TIMEOUT_S = 5.0
+ECHO_TIMEOUT_S = 3.0
+
+Route = tuple[Path, Target]
+"""The Unix socket at which the master listens, and where it forwards to."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCheck:
+    """The targets to which the host forbids forwarding, and the round trip in ms if it was measured."""
+
+    forbidden: tuple[Target, ...] = ()
+    rtt_ms: float | None = None
+
+
+async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destination: str) -> None:
+    """Makes the master listen for each route. Raises ``TunnelError``."""
+    try:
+        async with asyncio.timeout(MUX_TIMEOUT_S):
+            await mux.open_forwards(master.control, list(routes))
+    except TimeoutError as error:
+        raise TunnelError(f"ssh to {destination} does not answer its control socket") from error
+    except mux.MuxError as error:
+        raise error_from_stderr([*master.error_lines, str(error)], destination) from error
+
+
+async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:
+    """Finds the forbidden targets. Needs a master that echoes."""
+    refused, rtt_ms = await _count_refused(master, routes)
+    if refused == 0:
+        return ForwardCheck((), rtt_ms)
+    forbidden = [target for path, target in routes if (await _count_refused(master, [(path, target)]))[0]]
+    return ForwardCheck(tuple(forbidden), rtt_ms)
+
+
+async def _count_refused(master: OpensshMaster, routes: Sequence[Route]) -> tuple[int, float | None]:
+    """Opens a connection for each route. How many of them the host has forbidden, and the round trip in ms.
+
+    The host forbids at once, and before our second echo comes back (in ssh, the first echo may overtake the requests).
+    """
+    before = master.refused_forwards
+    writers: list[asyncio.StreamWriter] = []
+    rtt_ms: float | None = None
+    try:
+        for path, _ in routes:
+            writers.append((await asyncio.open_unix_connection(path))[1])
+        for _ in range(2):
+            rtt_ms = await master.measure_round_trip_ms(ECHO_TIMEOUT_S)
+    finally:
+        for writer in writers:
+            writer.close()
+    return master.refused_forwards - before, rtt_ms

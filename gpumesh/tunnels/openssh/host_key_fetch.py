@@ -1,0 +1,56 @@
+"""Asks a host for its key with the system's ``ssh``, which ends before any login. For ``gpumesh trust``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from gpumesh.topology import SshSpec, Target
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
+from gpumesh.tunnels.local_system.socket_folders import private_folder
+from gpumesh.tunnels.openssh.errors import error_from_stderr
+from gpumesh.tunnels.openssh.login import timeout_error
+from gpumesh.tunnels.openssh.master import OpensshMaster
+from gpumesh.tunnels.openssh.options import format_destination, host_key_command
+from gpumesh.tunnels.openssh.prompts import AskpassServer
+from gpumesh.tunnels.transport import ConnectRequest
+
+
+async def fetch_host_key(
+    node: str, ssh: SshSpec, *, secrets: tuple[tuple[str, str], ...] = (), timeout_s: float = 10.0
+) -> HostKey:
+    """The key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
+    with private_folder() as folder:
+        known_hosts = folder / "k"
+        setup = ConnectRequest(node, ssh, (), secrets, control_dir=str(folder))
+        deadline = Deadline(timeout_s, time.monotonic)
+        async with AskpassServer(folder, dict(secrets), _NoEvents(), deadline, interactive=False) as prompts:
+            command = host_key_command(setup, known_hosts, batch=not prompts.can_answer)
+            child = await OpensshMaster.start(
+                command, folder / "c", prompts.askpass_path if prompts.can_answer else None
+            )
+            try:
+                await asyncio.wait([child.exit_task], timeout=timeout_s)
+                in_time = child.exit_task.done()
+            finally:
+                await child.close()
+        entries = read_known_hosts(known_hosts).entries
+        if entries:
+            return entries[0].key
+        if not in_time:
+            raise timeout_error(child, ssh)
+        raise error_from_stderr(child.error_lines, format_destination(ssh))
+
+
+class _NoEvents:
+    """``ConnectionEvents`` of an ssh that forwards nothing and asks nobody."""
+
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - nobody is asked
+        return None
+
+    def report_forward_failed(self, target: Target, code: str, message: str) -> None:
+        """Nothing is forwarded."""
+
+    def report_peer_refused(self, port: int, uid: int) -> None:
+        """There are no local ports."""

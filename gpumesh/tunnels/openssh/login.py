@@ -1,0 +1,81 @@
+"""Logs a master in: first with an echoing session, then without a session where the host allows no command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gpumesh.errors import ConnectTimeout, TunnelError
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.openssh.errors import NO_SESSION_PATTERN, NO_TERMINAL_TEXT, error_from_stderr
+from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
+from gpumesh.tunnels.openssh.options import format_destination, master_command
+from gpumesh.tunnels.openssh.prompts import AskpassServer
+from gpumesh.tunnels.transport import ConnectRequest
+
+SSH_FAILED = 255
+"""ssh's exit status when ssh itself failed. A command may have it too."""
+
+FIRST_ECHO_TIMEOUT_S = 3.0  # after the login
+MIN_ECHO_TIMEOUT_S = 0.5
+
+
+async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, deadline: Deadline) -> OpensshMaster:
+    """A master that is logged in, with a session where the host gives one. Raises ``TunnelError``."""
+    master = await _start_and_log_in(setup, folder / "c", prompts, deadline, session=True)
+    if not master.exited:
+        return master
+    await master.close()
+    if not was_only_session_refused(master.error_lines, master.process.returncode):
+        raise error_from_stderr(master.error_lines, format_destination(setup.ssh))
+    prompts.forget_given_secrets()
+    master = await _start_and_log_in(setup, folder / "n", prompts, deadline, session=False)
+    if not master.exited:
+        return master
+    await master.close()
+    raise error_from_stderr(master.error_lines, format_destination(setup.ssh))
+
+
+def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
+    """Whether an ssh that ended had logged in and lacked only its session, so that one without a session may work.
+
+    Any other exit status than ``SSH_FAILED`` is the status of a command that the host runs instead of ours.
+    """
+    lines = list(error_lines)
+    if any(NO_TERMINAL_TEXT in line for line in lines):
+        return False
+    return returncode != SSH_FAILED or any(NO_SESSION_PATTERN.search(line) for line in lines)
+
+
+async def _start_and_log_in(
+    setup: ConnectRequest, control: Path, prompts: AskpassServer, deadline: Deadline, *, session: bool
+) -> OpensshMaster:
+    """A master that is logged in, or has ended (``exited``). Raises ``TunnelError``; then it is closed."""
+    command = master_command(setup, control, batch=not prompts.can_answer, session=session)
+    master = await OpensshMaster.start(command, control, prompts.askpass_path if prompts.can_answer else None)
+    try:
+        logged_in = await master.wait_logged_in(deadline, session=session)
+        if logged_in and master.state is MasterState.SILENT:
+            # A forced command that never echoes is a session all the same, if it goes on running.
+            timeout_s = min(FIRST_ECHO_TIMEOUT_S, max(MIN_ECHO_TIMEOUT_S, deadline.remaining_s))
+            await master.measure_round_trip_ms(timeout_s)
+    except TimeoutError as error:
+        await master.close()
+        raise timeout_error(master, setup.ssh) from error
+    except BaseException:
+        await master.close()
+        raise
+    return master
+
+
+def timeout_error(master: OpensshMaster, ssh: SshSpec) -> TunnelError:
+    """The reason that ssh has printed so far, if it is a known one; else that it took too long."""
+    if master.error_lines:
+        reason = error_from_stderr(master.error_lines, format_destination(ssh))
+        if type(reason) is not TunnelError:
+            return reason
+    return ConnectTimeout(
+        f"no connection to {format_destination(ssh)} within {ssh.connect_timeout_s:g} s",
+        hint="the host is off or hung, or a firewall drops the connection",
+    )

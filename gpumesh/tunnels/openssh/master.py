@@ -1,0 +1,207 @@
+"""The master: the ``ssh`` child that holds the connection, with its control socket and its echoing session.
+
+Its life, as ``MasterState``::
+
+    STARTING ──logged in──▶ WITHOUT_SESSION   (ssh -N, where the host allows no command)
+        │
+        └─────logged in──▶ SILENT ──first echo──▶ ECHOING          (any state ──the process ended──▶ EXITED)
+
+A login shell may take seconds to start ``cat``, and a forced command may never echo: both are SILENT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import signal
+import time
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from gpumesh.config import environment
+from gpumesh.errors import TransportUnsupported
+from gpumesh.lines import LineBuffer
+from gpumesh.printable import printable
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.local_system import child_process
+from gpumesh.tunnels.openssh.errors import FORBIDDEN_TEXT, NO_TERMINAL_TEXT
+from gpumesh.tunnels.transport import PING_RESEND_S
+
+READ_BYTES = 32 * 1024
+LINE_LIMIT = 4096
+SHOWN_LINE = 300  # characters of a line of ssh's that are kept
+KEPT_LINES = 40
+POLL_S = 0.01
+STOP_TIMEOUT_S = 1.0
+
+
+class MasterState(StrEnum):
+    STARTING = "starting"
+    WITHOUT_SESSION = "without-session"
+    SILENT = "silent"
+    ECHOING = "echoing"
+    EXITED = "exited"
+
+
+_NEXT_STATES = {
+    MasterState.STARTING: {MasterState.WITHOUT_SESSION, MasterState.SILENT, MasterState.EXITED},
+    MasterState.WITHOUT_SESSION: {MasterState.EXITED},
+    MasterState.SILENT: {MasterState.ECHOING, MasterState.EXITED},
+    MasterState.ECHOING: {MasterState.EXITED},
+    MasterState.EXITED: set(),
+}
+
+
+class OpensshMaster:
+    """``error_lines`` are the last lines of its stderr, made printable. ``refused_forwards`` counts how often it said
+    that the host forbids forwarding. ``on_error_line`` gets each new line."""
+
+    def __init__(self, process: Process, control: Path) -> None:
+        self.process = process
+        self.control = control
+        self.state = MasterState.STARTING
+        self.error_lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.refused_forwards = 0
+        self.on_error_line: Callable[[str], None] = lambda _: None
+        self._nonce = secrets.token_hex(8)
+        self._line_ids = itertools.count()
+        self._pending_echoes: dict[bytes, asyncio.Future[float]] = {}
+        self._readers = [asyncio.create_task(self._read_errors()), asyncio.create_task(self._read_echoes())]
+        self.exit_task = asyncio.create_task(self._wait_for_exit())
+
+    def __repr__(self) -> str:
+        return f"<OpensshMaster pid {self.process.pid} {self.state.upper()}>"
+
+    @classmethod
+    async def start(cls, command: list[str], control: Path, askpass: Path | None) -> OpensshMaster:
+        """``askpass``: the program that answers ssh's questions. Raises TransportUnsupported when there is no
+        ``ssh``."""
+        changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
+        if askpass is not None:
+            # DISPLAY: without it, ssh before 8.4 does not run the program.
+            display = environment.display() or "gpumesh:0"
+            changes = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": display}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=environment.child_environment(changes),
+                start_new_session=True,  # no terminal to ask on, and one process group with its ProxyCommand
+                preexec_fn=child_process.die_with_parent,  # safe: the worker has no threads of its own yet
+            )
+        except OSError as error:
+            message = f"ssh cannot be run: {error.strerror}"
+            raise TransportUnsupported(message, hint="install OpenSSH's client, or use transport: sshtunnel") from error
+        return cls(process, control)
+
+    @property
+    def exited(self) -> bool:
+        """Whether the process has ended and its output has been read."""
+        return self.state is MasterState.EXITED
+
+    async def wait_logged_in(self, deadline: Deadline, *, session: bool) -> bool:
+        """True when it is logged in, which its control socket shows; false when it has ended. Raises
+        ``TimeoutError``."""
+        while not self.control.exists():
+            if self.exited:
+                return False
+            if deadline.expired:
+                raise TimeoutError
+            await asyncio.wait([self.exit_task], timeout=POLL_S)
+        self._advance(MasterState.SILENT if session else MasterState.WITHOUT_SESSION)
+        return True
+
+    async def measure_round_trip_ms(self, timeout_s: float) -> float | None:
+        """The round trip in ms of a line that the host echoes. ``None``: no echo came within ``timeout_s``.
+
+        The line is sent again while no echo comes: see ``transport.PING_RESEND_S``.
+        """
+        loop = asyncio.get_running_loop()
+        sent_at = time.perf_counter()
+        echoes: dict[bytes, asyncio.Future[float]] = {}
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    line = f"{self._nonce} {next(self._line_ids)}".encode()
+                    echoes[line] = self._pending_echoes[line] = loop.create_future()
+                    await self._write_line(line)
+                    either: list[asyncio.Future[Any]] = [*echoes.values(), self.exit_task]
+                    await asyncio.wait(either, timeout=PING_RESEND_S, return_when=asyncio.FIRST_COMPLETED)
+                    echoed = next((echo for echo in echoes.values() if echo.done()), None)
+                    if echoed is not None:
+                        return (echoed.result() - sent_at) * 1000
+                    if self.exit_task.done():
+                        return None
+        except (TimeoutError, ConnectionError):
+            return None
+        finally:
+            for line in echoes:
+                del self._pending_echoes[line]
+
+    async def close(self) -> None:
+        """Ends it and all processes that it started. May be called twice."""
+        if not self.exit_task.done():
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            await asyncio.wait([self.exit_task], timeout=STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await asyncio.wait([self.exit_task], timeout=STOP_TIMEOUT_S)
+        for task in (*self._readers, self.exit_task):
+            task.cancel()
+        await asyncio.gather(*self._readers, self.exit_task, return_exceptions=True)
+        self._advance(MasterState.EXITED)
+
+    def _advance(self, state: MasterState) -> None:
+        """To a later state; an event that comes too late changes nothing."""
+        if state in _NEXT_STATES[self.state]:
+            self.state = state
+
+    async def _write_line(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + b"\n")
+        await self.process.stdin.drain()
+
+    async def _wait_for_exit(self) -> None:
+        await self.process.wait()
+        await asyncio.wait(self._readers, timeout=STOP_TIMEOUT_S)  # a ProxyCommand that is left may hold its stderr
+        self._advance(MasterState.EXITED)
+
+    async def _read_errors(self) -> None:
+        async for line in _read_lines(self.process.stderr):
+            text = printable(line, SHOWN_LINE)
+            if not text or set(text) == {"@"}:  # the frame around ssh's warning of a changed host key
+                continue
+            self.error_lines.append(text)
+            self.refused_forwards += FORBIDDEN_TEXT in text
+            self.on_error_line(text)
+
+    async def _read_echoes(self) -> None:
+        async for line in _read_lines(self.process.stdout):
+            if line.startswith(self._nonce.encode()):
+                self._advance(MasterState.ECHOING)
+            echo = self._pending_echoes.get(line.strip())
+            if echo is not None and not echo.done():
+                echo.set_result(time.perf_counter())
+            elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy says it on stdout
+                self.error_lines.append(printable(line, SHOWN_LINE))
+
+
+async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
+    """Lines of a hostile stream; a line that is too long is cut."""
+    assert pipe is not None
+    buffer = LineBuffer(LINE_LIMIT, cut=True)
+    while data := await pipe.read(READ_BYTES):
+        for line in buffer.feed(data):
+            yield line
+    if rest := buffer.take_partial():
+        yield rest

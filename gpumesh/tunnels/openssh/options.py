@@ -1,0 +1,167 @@
+"""The command lines of ``ssh``: of the master, of its clients, of a chain of jump hosts, of a look at a host key.
+
+No secret is in any argument: prompts.py answers ssh's questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpumesh.addresses import format_address
+from gpumesh.errors import KeyUnreadable
+from gpumesh.printable import printable
+from gpumesh.quoting import shell_words
+from gpumesh.topology import HostKeyPolicy, SshSpec
+from gpumesh.tunnels.hostkeys import host_key_algorithms, uses_node_alias
+from gpumesh.tunnels.jump_hosts import parse_jump
+from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
+from gpumesh.tunnels.transport import ConnectRequest
+
+CLIENT_HOST = "gpumesh"  # the host's name for clients of the control socket: they ask the master, never DNS
+
+
+def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
+    """The command line of the master. ``session``: its own session runs ``cat`` on the host.
+
+    Everything that would make ssh ask, forward or share by itself is off: what the user's ~/.ssh/config says about that
+    is meant for people. Raises ``HostKeyRevoked`` and ``KeyUnreadable``.
+    """
+    ssh = setup.ssh
+    options = {
+        "ControlMaster": "yes",
+        "ControlPath": quote_option_path(control),
+        "ControlPersist": "no",
+        **_connect_options(ssh, batch=batch),
+        "NumberOfPasswordPrompts": "1",
+        "ServerAliveInterval": "1",  # the last resort, after 4 s; the supervisor pings through the session
+        "ServerAliveCountMax": "3",
+        "TCPKeepAlive": "yes",
+        "ExitOnForwardFailure": "yes",
+        "StreamLocalBindMask": "0177",
+        "StreamLocalBindUnlink": "yes",
+        "ForwardX11": "no",
+        "Tunnel": "no",
+        "RequestTTY": "no",
+        "EscapeChar": "none",
+        "PermitLocalCommand": "no",
+        "RemoteCommand": "none",
+        "HostName": ssh.host,
+    }
+    if uses_node_alias(setup.node, ssh):
+        options["HostKeyAlias"] = host_key_alias(setup.node)
+    arguments = [*_option_arguments(options), *_identity_arguments(ssh), *_jump_arguments(ssh, batch=batch)]
+    arguments += ["-p", str(ssh.port), "-l", ssh.user]
+    if session:
+        return ["ssh", *arguments, "--", ssh.alias or ssh.host, "exec cat"]
+    return ["ssh", *arguments, "-N", "--", ssh.alias or ssh.host]
+
+
+def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -> list[str]:
+    """The command line of an ``ssh`` that writes the host's key to ``known_hosts`` and ends before any login."""
+    ssh = setup.ssh
+    options = {
+        "ControlMaster": "no",
+        "ControlPath": "none",
+        **_common_options(ssh, batch=batch),
+        "StrictHostKeyChecking": "accept-new",
+        "UserKnownHostsFile": quote_option_path(known_hosts),
+        "GlobalKnownHostsFile": "/dev/null",
+        "HashKnownHosts": "no",
+        "HostKeyAlias": CLIENT_HOST,
+        "PreferredAuthentications": "none",
+        "PermitLocalCommand": "no",
+        "RemoteCommand": "none",
+        "HostName": ssh.host,
+    }
+    key_types = read_known_hosts(ssh.known_hosts).key_types(node=setup.node, host=ssh.host, port=ssh.port)
+    if key_types:
+        options["HostKeyAlgorithms"] = "^" + ",".join(host_key_algorithms(key_types))
+    arguments = [*_option_arguments(options), *_jump_arguments(ssh, batch=batch)]
+    return ["ssh", "-T", *arguments, "-p", str(ssh.port), "-l", ssh.user, "--", ssh.alias or ssh.host, "exit"]
+
+
+def jump_command(ssh: SshSpec, *, batch: bool) -> str:
+    """The chain of jump hosts as a ProxyCommand. ``-J`` would not pass our known_hosts, keys and policy on to them."""
+    command = ""
+    for jump in ssh.proxy_jump:
+        user, _, address = jump.rpartition("@")
+        _, host, port = parse_jump(address, "")
+        options = {"ControlPath": "none", **_connect_options(ssh, batch=batch)}
+        arguments = ["ssh", *_option_arguments(options), *_identity_arguments(ssh)]
+        if command:
+            arguments += ["-o", f"ProxyCommand={command}"]
+        arguments += ["-l", user] if user else []
+        arguments += ["-p", str(port)] if port != 22 else []
+        # The ssh that runs this command expands percent signs once. Only those of -W are meant for it.
+        escaped = [argument.replace("%", "%%") for argument in arguments]
+        command = shell_words([*escaped, "-W"]) + " '[%h]:%p' " + shell_words(["--", host.replace("%", "%%")])
+    return command
+
+
+def client_command(control: Path, *arguments: str) -> list[str]:
+    """A client of the control socket. Without a master it must not connect by itself: hence the ProxyCommand."""
+    options = {
+        "ControlMaster": "no",
+        "ControlPath": quote_option_path(control),
+        "ProxyCommand": "false",
+        "LogLevel": "INFO",
+    }
+    return ["ssh", "-F", "none", "-T", *_option_arguments(options), *arguments]
+
+
+def _common_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
+    """Options of every ssh that connects."""
+    return {
+        "BatchMode": "yes" if batch else "no",
+        "UpdateHostKeys": "no",
+        "ConnectTimeout": str(max(1, round(ssh.connect_timeout_s))),
+        "ClearAllForwardings": "yes",
+        "ForwardAgent": "no",
+        "LogLevel": "INFO",
+    }
+
+
+def _connect_options(ssh: SshSpec, *, batch: bool) -> dict[str, str]:
+    """Options of every ssh that checks a host's key and logs in."""
+    options = _common_options(ssh, batch=batch) | {
+        "StrictHostKeyChecking": "accept-new" if ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW else "yes",
+        "UserKnownHostsFile": quote_option_path(ssh.known_hosts.expanduser()),
+    }
+    if not ssh.agent:
+        options |= {"IdentitiesOnly": "yes", "IdentityAgent": "none"}
+    return options
+
+
+def _option_arguments(options: Mapping[str, str]) -> list[str]:
+    return [argument for name, value in options.items() for argument in ("-o", f"{name}={value}")]
+
+
+def _identity_arguments(ssh: SshSpec) -> list[str]:
+    """The key files. For an alias, a path with a variable is left out: ssh finds it in ~/.ssh/config by itself."""
+    paths = [path.expanduser() for path in ssh.identity_files]
+    paths = [path for path in paths if ssh.alias is None or "${" not in str(path)]
+    return [argument for path in paths for argument in ("-o", f"IdentityFile={quote_option_path(path)}")]
+
+
+def _jump_arguments(ssh: SshSpec, *, batch: bool) -> list[str]:
+    return ["-o", f"ProxyCommand={jump_command(ssh, batch=batch)}"] if ssh.proxy_jump else []
+
+
+def quote_option_path(path: Path) -> str:
+    """A path as an option's value: ssh splits values at spaces and expands percent signs.
+
+    ssh also expands variables, nothing protects ``${`` from that, and its error would show the variable's value. So
+    ``KeyUnreadable`` is raised for such a path.
+    """
+    if "${" in str(path):
+        raise KeyUnreadable(
+            f"the path {printable(str(path))} holds ${{, which ssh would take for a variable",
+            hint="give the file or its folder another name",
+        )
+    return '"' + str(path).replace("%", "%%") + '"'
+
+
+def format_destination(ssh: SshSpec) -> str:
+    """The host in messages; safe to print."""
+    return printable(ssh.alias or format_address(ssh.host, ssh.port))

@@ -1,0 +1,129 @@
+"""Forwards accepted connections to a Unix socket, at which an ``ssh`` listens and forwards."""
+
+from __future__ import annotations
+
+import socket
+
+from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarder
+from gpumesh.tunnels.local_system.sockets import close_with_reset
+
+CONNECT_RETRY_S = 0.005
+CONNECT_TRIES = 400
+
+
+def relay_to_unix(path: str) -> Dialer:
+    """Each connection goes to the Unix socket at ``path``. If that refuses, the connection is reset."""
+
+    def dial(forwarder: Forwarder, local: socket.socket) -> None:
+        UnixRelay(forwarder, local, path)
+
+    return dial
+
+
+class UnixRelay:
+    """Bytes in both directions between two sockets.
+
+    A socket is read only when all that it sent before has been written to the other one. So a slow reader stops the
+    sender, and at most ``CHUNK_BYTES`` are held for each direction.
+    """
+
+    def __init__(self, forwarder: Forwarder, local: socket.socket, path: str) -> None:
+        self._forwarder = forwarder
+        self._path = path
+        remote = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        remote.setblocking(False)
+        self._sockets = (local, remote)
+        self._pending = [b"", b""]  # to be written to the socket of the same index
+        self._ended = [False, False]  # the socket of this index has sent its last byte
+        self._events = [0, 0]
+        self._closed = False
+        forwarder.add_relay(self)
+        self._connect(CONNECT_TRIES)
+
+    def abort(self) -> None:
+        self._close(reset=True)
+
+    def _connect(self, tries: int) -> None:
+        if self._closed:
+            return
+        try:
+            self._sockets[1].connect(self._path)
+        except BlockingIOError:
+            # ssh's listen queue is full. A Unix socket gives no event when there is room again.
+            if tries > 0:
+                self._forwarder.call_later(CONNECT_RETRY_S, lambda: self._connect(tries - 1))
+            else:
+                self.abort()
+        except OSError:
+            self.abort()
+        else:
+            self._update_watch()
+
+    def _on_local_ready(self, mask: int) -> None:
+        self._on_ready(0, mask)
+
+    def _on_remote_ready(self, mask: int) -> None:
+        self._on_ready(1, mask)
+
+    def _on_ready(self, side: int, mask: int) -> None:
+        if self._closed:
+            return  # closed by the other side's event, in the same pass of the loop
+        try:
+            if mask & WRITE:
+                self._write(side, self._pending[side])
+            if mask & READ and not self._pending[1 - side]:
+                self._read(side)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._close(reset=True)
+            return
+        if all(self._ended) and not any(self._pending):
+            self._close(reset=False)
+        else:
+            self._update_watch()
+
+    def _read(self, side: int) -> None:
+        data = self._sockets[side].recv(CHUNK_BYTES)
+        if data:
+            self._write(1 - side, data)
+        else:
+            self._ended[side] = True
+            self._shut_down_when_written(1 - side)
+
+    def _write(self, side: int, data: bytes) -> None:
+        try:
+            sent = self._sockets[side].send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        self._pending[side] = data[sent:]
+        if self._ended[1 - side]:
+            self._shut_down_when_written(side)
+
+    def _shut_down_when_written(self, side: int) -> None:
+        if not self._pending[side]:
+            self._sockets[side].shutdown(socket.SHUT_WR)
+
+    def _update_watch(self) -> None:
+        for side, handler in ((0, self._on_local_ready), (1, self._on_remote_ready)):
+            events = WRITE if self._pending[side] else 0
+            if not self._ended[side] and not self._pending[1 - side]:
+                events |= READ
+            if events != self._events[side]:
+                self._events[side] = events
+                self._forwarder.watch(self._sockets[side], events, handler)
+
+    def _close(self, *, reset: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for sock, events in zip(self._sockets, self._events, strict=True):
+            if events:
+                self._forwarder.watch(sock, 0, self._on_local_ready)
+        local, remote = self._sockets
+        remote.close()
+        if reset:
+            close_with_reset(local)
+        else:
+            local.close()
+        self._forwarder.discard_relay(self)

@@ -1,0 +1,110 @@
+"""Follows one worker's connection to its end: it has to be made in time, and the host has to go on answering pings.
+
+The result is why it ended. The supervisor decides what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from gpumesh.cancellation import raise_if_cancelled
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels.lifecycle import Cause
+from gpumesh.tunnels.workers.worker_link import WorkerLink
+
+NOTICE_S = 4.5  # a dead host is noticed within this time, if the keepalive interval leaves room for it
+MIN_PING_TIMEOUT_S = 1.5  # a lost packet or two must not end a connection that works
+RTT_WEIGHT = 0.3  # weight of the newest round trip in the shown one
+
+
+class _LinkOver(Exception):
+    """Ends a task group whose link is over; not an error."""
+
+
+async def follow_connection(
+    link: WorkerLink,
+    ssh: SshSpec,
+    *,
+    node: str,
+    give_up: asyncio.Event,
+    check_requested: asyncio.Event,
+    on_rtt_ms: Callable[[float], None],
+) -> Cause | None:
+    """Until the connection is over: why it is. ``None``: ``give_up`` was set first."""
+
+    async def watch() -> None:
+        if await wait_connected(link, ssh, node=node):
+            await watch_round_trips(
+                link,
+                node=node,
+                interval_s=ssh.keepalive_s,
+                check_requested=check_requested,
+                on_rtt_ms=on_rtt_ms,
+            )
+
+    cause: Cause | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(link.receive_messages(group))
+            group.create_task(watch())
+            giving_up = group.create_task(give_up.wait())
+            either: list[asyncio.Future[Any]] = [link.end_cause, giving_up]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            cause = link.end_cause.result() if link.end_cause.done() else None
+            # This ends the group's tasks, open questions to a person among them, without cancelling this one.
+            raise _LinkOver
+    except* _LinkOver:
+        pass
+    finally:
+        link.finish(Cause("tunnel-lost", "the tunnel is closing"))
+    raise_if_cancelled()
+    return cause
+
+
+async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
+    """True when the worker is connected. False after too long a time, and then the link is finished.
+
+    The worker itself keeps ``connect_timeout_s`` for each step; this limit is for a worker that hangs. While a person
+    is being asked a question, the time does not count.
+    """
+    limit_s = ssh.connect_timeout_s * (2 + len(ssh.proxy_jump)) + 10.0
+    spent_s = 0.0
+    while spent_s < limit_s:
+        try:
+            async with asyncio.timeout(1.0):
+                await link.connected.wait()
+                return True
+        except TimeoutError:
+            spent_s += 0.0 if link.open_prompts else 1.0
+    link.finish(Cause("connect-timeout", f"no connection to {node} within {limit_s:.0f} s"))
+    return False
+
+
+async def watch_round_trips(
+    link: WorkerLink,
+    *,
+    node: str,
+    interval_s: float,
+    check_requested: asyncio.Event,
+    on_rtt_ms: Callable[[float], None],
+) -> None:
+    """Pings the host every ``interval_s``, and at once when ``check_requested`` is set. Ends, and finishes the link,
+    when the host does not answer. ``on_rtt_ms`` gets the smoothed round trip."""
+    timeout_s = max(MIN_PING_TIMEOUT_S, NOTICE_S - interval_s)
+    smoothed_ms: float | None = None
+    check_requested.set()  # the worker measured its round trip while the connection was just being made
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(interval_s):
+                await check_requested.wait()
+        check_requested.clear()
+        rtt_ms = await link.ping(timeout_s)
+        if rtt_ms is None:
+            message = f"{node} has not answered for {timeout_s:.1f} s"
+            link.finish(Cause("tunnel-lost", message, "the host, its network or yours is away; it is tried again"))
+            return
+        smoothed_ms = rtt_ms if smoothed_ms is None else smoothed_ms + RTT_WEIGHT * (rtt_ms - smoothed_ms)
+        on_rtt_ms(round(smoothed_ms, 3))

@@ -1,0 +1,160 @@
+"""The zygote: a single-threaded process that has imported paramiko and forks a worker process for each connection.
+
+Starting Python and importing paramiko takes a third of a second; a fork takes milliseconds. The zygote imports once,
+freezes its heap, and forks on request. It is single-threaded, because a fork with threads is not safe. It is a process
+of its own, because the mesh has threads and an event loop. worker_pool.py starts it and talks to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from gpumesh.lines import LineBuffer
+from gpumesh.tunnels.local_system import child_process
+
+READ_BYTES = 64 * 1024
+MAX_FDS = 253  # in one message: the kernel's SCM_MAX_FD
+END_PATIENCE_S = 1.0
+
+
+def encode_line(document: dict[str, object]) -> bytes:
+    """A request to the zygote, or its answer: one line of JSON."""
+    return json.dumps(document).encode() + b"\n"
+
+
+class Zygote:
+    """Forks on request, reaps, and ends all its workers when the mesh ends.
+
+    Requests: ``{"id", "node", "fds"}`` with that many file descriptors (the worker's control socket, then its
+    listeners), answered by ``{"id", "pid"}`` or ``{"id", "error"}``; and ``{"kill": pid}``, which has no answer.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._children: set[int] = set()
+        self._received_fds: list[int] = []
+        self._requests = LineBuffer()
+
+    def __repr__(self) -> str:
+        return f"<Zygote {os.getpid()} {len(self._children)} workers>"
+
+    def run(self) -> None:
+        """Until the mesh closes its end of the control socket."""
+        child_process.die_with_parent()
+        child_process.set_title("gpumesh tunnels")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Imported here: the mesh imports this module too, and must not load paramiko.
+        from gpumesh.tunnels.workers import worker
+
+        self._worker_main = worker.main
+        gc.collect()
+        gc.freeze()  # so that a collection in a worker does not copy the memory that all workers share
+        child_ended = _open_signal_pipe(signal.SIGCHLD)
+        answers = b""
+        while True:
+            # Workers that were requested together are all forked before any request is answered. An answer sets its
+            # worker to work, and that would take the processor from the forks that remain.
+            watched: list[Any] = [self._control, child_ended]
+            ready = select.select(watched, [], [], 0.0 if answers else None)[0]
+            if not ready:
+                with contextlib.suppress(OSError):
+                    self._control.sendall(answers)
+                answers = b""
+            if child_ended in ready:
+                os.read(child_ended, 4096)
+                self._reap()
+            if self._control in ready:
+                data, fds, _, _ = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
+                self._received_fds += fds
+                if not data:
+                    break
+                for line in self._requests.feed(data):
+                    answers += self._handle_request(json.loads(line))
+        self._end_children()
+
+    def _handle_request(self, request: dict[str, Any]) -> bytes:
+        """The answer to send."""
+        if "kill" in request:
+            if request["kill"] in self._children:
+                os.kill(request["kill"], signal.SIGKILL)
+            return b""
+        count = request["fds"]
+        fds, self._received_fds = self._received_fds[:count], self._received_fds[count:]
+        try:
+            parent = os.getpid()
+            pid = os.fork()
+        except OSError as error:
+            answer: dict[str, object] = {"id": request["id"], "error": str(error)}
+        else:
+            if pid == 0:
+                self._run_worker(request["node"], fds, parent)
+            self._children.add(pid)
+            answer = {"id": request["id"], "pid": pid}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return encode_line(answer)
+
+    def _run_worker(self, node: str, fds: list[int], parent: int) -> NoReturn:
+        """In the forked process."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            child_process.die_with_parent()
+            if os.getppid() != parent:  # the zygote ended before that call
+                os._exit(1)
+            child_process.set_title(f"gpumesh tunnel {node}")
+            self._control.close()
+            for fd in self._received_fds:  # they belong to later requests
+                os.close(fd)
+            control, *listeners = [socket.socket(fileno=fd) for fd in fds]
+            status = self._worker_main(control, listeners)
+        except BaseException:  # the process ends here; the traceback goes to stderr
+            traceback.print_exc()
+        finally:
+            # Not sys.exit: the zygote's stack is above us, and threads that are left must not keep the process.
+            os._exit(status)
+
+    def _reap(self) -> None:
+        while self._children:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._children.discard(pid)
+
+    def _end_children(self) -> None:
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in self._children:
+                os.kill(pid, signal_number)
+            deadline = time.monotonic() + END_PATIENCE_S
+            while self._children and time.monotonic() < deadline:
+                self._reap()
+                time.sleep(0.005)
+
+
+def _open_signal_pipe(signal_number: int) -> int:
+    """A descriptor that is readable after a signal has come."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.signal(signal_number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+if __name__ == "__main__":
+    Zygote(socket.socket(fileno=int(sys.argv[1]))).run()

@@ -1,0 +1,46 @@
+"""Fixtures of this room and its sub-rooms: a real sshd, a pool of workers, a backend, a folder for sockets."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpumesh.tunnels.workers.worker_pool import WorkerPool
+from tests.tunnels.sshd import Sshd, listener, serving
+from tests.tunnels.traffic import echo
+
+
+@pytest.fixture
+def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the sockets of transport openssh lie."""
+    folder = tmp_path_factory.mktemp("r")
+    folder.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
+    async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
+        yield sshd
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[WorkerPool]:
+    async with WorkerPool() as pool:
+        yield pool
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[int]:
+    async with serving(echo) as port:
+        yield port
+
+
+@pytest.fixture
+def local() -> Iterator[socket.socket]:
+    with listener() as sock:
+        yield sock

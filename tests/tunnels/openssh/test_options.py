@@ -1,0 +1,49 @@
+"""The command lines of ssh."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpumesh.topology import SshSpec, TransportKind
+from gpumesh.tunnels.openssh.options import master_command
+from gpumesh.tunnels.transport import ConnectRequest
+from tests.tunnels.sshd import needs_sshd
+
+pytestmark = [
+    pytest.mark.real,
+    needs_sshd,
+    pytest.mark.skipif(shutil.which("ssh") is None, reason="needs OpenSSH's ssh"),
+]
+
+
+def test_arguments_hold_no_secret_and_no_option_by_way_of_a_host(tmp_path: Path) -> None:
+    ssh = SshSpec("-oProxyCommand=evil", user="me", alias=None, known_hosts=tmp_path / "a b%c", agent=False)
+    setup = ConnectRequest("n", ssh, (), (("password", "hunter2"), ("passphrase", "hunter3")), control_dir="/x")
+    command = master_command(setup, Path("/x/c"), batch=False, session=True)
+    assert "hunter" not in " ".join(command)
+    assert command[command.index("--") + 1 :] == ["-oProxyCommand=evil", "exec cat"]
+    assert f'UserKnownHostsFile="{tmp_path}/a b%%c"' in command
+    assert "hunter" not in repr(setup)
+
+
+def test_jump_hosts_are_a_chain_that_ssh_can_read(tmp_path: Path) -> None:
+    """Each ``ssh`` of the chain unquotes and expands its ProxyCommand once; ``ssh -G`` tells what it would use."""
+    ssh = SshSpec(
+        "gpu", known_hosts=tmp_path / "k%h", proxy_jump=("a@one:2201", "two"), transport=TransportKind.OPENSSH
+    )
+    command = master_command(ConnectRequest("n", ssh, ()), Path("/x/c"), batch=True, session=True)
+    (last,) = [word.removeprefix("ProxyCommand=") for word in command if word.startswith("ProxyCommand=")]
+    words = shlex.split(re.sub("%([hp%])", lambda found: {"h": "gpu", "p": "22", "%": "%"}[found[1]], last))
+    assert words[-1] == "two"
+    assert words[words.index("-W") + 1] == "[gpu]:22"
+    (first,) = [word.removeprefix("ProxyCommand=") for word in words if word.startswith("ProxyCommand=")]
+    inner = shlex.split(first)
+    assert inner[-1] == "one"
+    assert inner[inner.index("-W") + 1] == "[%h]:%p"
+    assert inner[inner.index("-l") + 1] == "a"
+    assert inner[inner.index("-p") + 1] == "2201"

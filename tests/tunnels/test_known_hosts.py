@@ -1,0 +1,116 @@
+"""known_hosts files, read and written as OpenSSH does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumesh.errors import TunnelError
+from gpumesh.tunnels.known_hosts import (
+    HostKey,
+    KnownHosts,
+    parse_known_hosts,
+    read_known_hosts,
+    record_host_key,
+)
+from tests.tunnels.sshd import keygen, needs_sshd
+
+A = HostKey("ssh-ed25519", b"\0\0\0\x0bssh-ed25519\0\0\0 " + b"A" * 32)
+
+
+B = HostKey("ssh-ed25519", b"\0\0\0\x0bssh-ed25519\0\0\0 " + b"B" * 32)
+
+
+RSA = HostKey("ssh-rsa", b"\0\0\0\x07ssh-rsa" + b"R" * 64)
+
+
+def test_kinds_are_those_on_record() -> None:
+    known = parse_known_hosts(
+        f"1.2.3.4 {RSA.public_key_text}\n1.2.3.4 {A.public_key_text}\n"
+        f"1.2.3.4 {B.public_key_text}\n@revoked 1.2.3.4 x x\n"
+    )
+    assert known.key_types(node="n", host="1.2.3.4", port=22) == ("ssh-rsa", "ssh-ed25519")
+    assert known.key_types(node="n", host="5.6.7.8", port=22) == ()
+
+
+@needs_sshd
+def test_fingerprint_and_hashes_are_those_of_openssh(tmp_path: Path) -> None:
+    public = keygen(tmp_path / "key").with_suffix(".pub")
+    shown = subprocess.run(["ssh-keygen", "-lf", public], capture_output=True, text=True, check=True).stdout
+    known = tmp_path / "known_hosts"
+    known.write_text("[1.2.3.4]:2222 " + public.read_text())
+    (key,) = (entry.key for entry in read_known_hosts(known).entries)
+    assert shown.split()[1] == key.fingerprint
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], capture_output=True, check=True)
+    hashed = read_known_hosts(known)
+    assert hashed.hashed
+    assert hashed.keys(node="n", host="1.2.3.4", port=2222) == (key,)
+    assert hashed.keys(node="n", host="1.2.3.4", port=22) == ()
+    record_host_key(known, key, node="n", host="5.6.7.8", port=22)
+    assert "5.6.7.8" not in known.read_text()
+    found = subprocess.run(["ssh-keygen", "-F", "5.6.7.8", "-f", str(known)], capture_output=True, check=False)
+    assert found.returncode == 0
+
+
+def test_record_replaces_what_it_supersedes_and_nothing_else(tmp_path: Path) -> None:
+    known = tmp_path / "deep" / "known_hosts"
+    record_host_key(known, A, node="iceland", host="1.2.3.4", port=13323)
+    assert known.stat().st_mode & 0o777 == 0o600
+    assert known.parent.stat().st_mode & 0o777 == 0o700
+    others = (
+        f"# mine\nother,[1.2.3.4]:13323 {A.public_key_text} note\n@revoked * {RSA.public_key_text}\ngarbage\x0bline\n"
+    )
+    known.write_text(others + known.read_text())
+    known.chmod(0o644)
+    record_host_key(known, B, node="iceland", host="1.2.3.4", port=13323)
+    lines = known.read_text().split("\n")
+    assert lines[:4] == ["# mine", f"other {A.public_key_text}", f"@revoked * {RSA.public_key_text}", "garbage\x0bline"]
+    assert lines[4:] == [f"gpumesh-node-iceland {B.public_key_text}", f"[1.2.3.4]:13323 {B.public_key_text}", ""]
+    assert known.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in known.parent.iterdir()] == ["known_hosts"]  # nothing left beside
+    before = known.read_bytes()
+    record_host_key(known, B, node="iceland", host="1.2.3.4", port=13323)
+    assert known.read_bytes() == before
+
+
+def test_record_keeps_a_link_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.write_bytes(b"# caf\xe9\n")
+    link = tmp_path / "known_hosts"
+    link.symlink_to(real)
+    record_host_key(link, A, node="n", host="h", port=22)
+    assert link.is_symlink()
+    assert real.read_bytes().startswith(b"# caf\xe9\n")
+    assert read_known_hosts(link).keys(node="n", host="h", port=22) == (A,)
+
+
+def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
+    assert read_known_hosts(tmp_path / "none") == KnownHosts()
+    with pytest.raises(TunnelError, match="cannot be read"):
+        read_known_hosts(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(TunnelError, match="cannot be written"):
+        record_host_key(tmp_path / "file" / "known_hosts", A, node="n", host="h", port=22)
+
+
+RECORD_MANY = """
+import sys
+from pathlib import Path
+from gpumesh.tunnels.known_hosts import HostKey, record_host_key
+for number in range(10):
+    name = f"{sys.argv[2]}{number}"
+    record_host_key(Path(sys.argv[1]), HostKey("ssh-ed25519", b"key"), node=name, host=name, port=22)
+"""
+
+
+def test_writers_at_once_lose_no_line(tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", RECORD_MANY, str(known), name], cwd=Path(__file__).parents[2])
+        for name in "ab"
+    ]
+    assert [writer.wait(30) for writer in writers] == [0, 0]
+    assert len(read_known_hosts(known).entries) == 40
