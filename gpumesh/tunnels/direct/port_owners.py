@@ -1,7 +1,7 @@
-"""Which process listens on a local port, and whether that means that its server runs on this machine.
+"""Which process listens on a local port, and whether the server behind the port runs on this machine.
 
-Linux tells through /proc, for processes of our own user (for root: of all). Elsewhere it is unknown, and unknown is
-not "here": a wrong GPU in the table is worse than none.
+Linux tells through /proc, for processes of our own user (for root: of all users). Elsewhere it is unknown, and unknown
+does not count as "on this machine": a wrong GPU in the table is worse than no GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
-# By the kernel's name of the process (at most 15 characters): it only passes bytes on, perhaps to another machine.
+from gpumesh.tunnels.local_system.proc_net import parse_table_address
+
+# Names of processes, as the kernel keeps them (at most 15 characters), that only pass bytes on, perhaps to another
+# machine.
 # fmt: off
-PASSES_ON = frozenset(
+FORWARDING_PROGRAMS = frozenset(
     {
         "ssh", "sshd", "sshd-session", "autossh", "dropbear", "dbclient", "plink", "sshuttle", "socat", "nc",
         "ncat", "netcat", "nginx", "haproxy", "envoy", "traefik", "caddy", "apache2", "httpd", "squid",
@@ -25,15 +28,16 @@ PASSES_ON = frozenset(
     }
 )
 # fmt: on
-# By the program or module that stands in the command line, for those that run inside an interpreter.
-PASSES_ON_MODULES = frozenset({"gpumesh", "sshtunnel", "sshuttle", "mitmproxy", "mitmdump", "mitmweb", "litellm"})
-# Accounts that distributions and installers make for an inference server, and for nothing else.
+# The same for programs that run in an interpreter: the program or module in the command line.
+FORWARDING_MODULES = frozenset({"gpumesh", "sshtunnel", "sshuttle", "mitmproxy", "mitmdump", "mitmweb", "litellm"})
+# Accounts that distributions and installers create for an inference server only.
 SERVER_ACCOUNTS = frozenset({"ollama"})
 
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """``is_local``: the server behind the port runs on this machine, as far as can be told; else ``reason`` why not."""
+    """``is_local``: the server behind the port runs on this machine, as far as we can tell. Otherwise ``reason`` says
+    why not."""
 
     is_local: bool
     reason: str = ""
@@ -42,14 +46,14 @@ class PortOwner:
 HostPort = tuple[str, int]
 """A host, which is a loopback address or ``localhost``, and a port."""
 _Sockets = frozenset[tuple[int, int]]
-"""(inode, uid) of each that would get a connection to a place."""
+"""(inode, uid) of each socket that would get a connection to an address."""
 
 
 class PortOwnerLookup:
-    """Of the processes that listen on local ports.
+    """Finds the processes that listen on local ports.
 
-    Looking through all processes' descriptors takes tens of ms, so what was found stands for as long as the listening
-    sockets are the same ones (by their inodes), and is looked for at once for all places that are asked for.
+    To look through the descriptors of all processes takes tens of ms. So an answer is kept as long as the listening
+    sockets are the same (by their inodes), and all addresses of a call are looked up together.
     """
 
     def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
@@ -57,51 +61,56 @@ class PortOwnerLookup:
         self._platform = platform
         self._known: dict[HostPort, tuple[_Sockets, PortOwner]] = {}
 
-    def find_owners(self, places: Collection[HostPort]) -> dict[HostPort, PortOwner]:
-        """Blocks; may be called from any thread, one at a time."""
+    def find_owners(self, addresses: Collection[HostPort]) -> dict[HostPort, PortOwner]:
+        """Blocks. May be called from any thread, but not from two at the same time."""
         if self._platform != "linux":
             return {
                 (host, port): PortOwner(False, f"which process listens on port {port} is not known on this system")
-                for host, port in places
+                for host, port in addresses
             }
-        listening = _listening(self._proc, places)
-        known = {place: self._known[place] for place in places if place in self._known}
-        new = {place: found for place, found in listening.items() if place not in known or known[place][0] != found}
-        holders = _holders(self._proc, {inode for found in new.values() for inode, _uid in found})
-        told: dict[HostPort, PortOwner] = {}
-        for place, sockets in new.items():
-            known.pop(place, None)
+        listening = _find_listening_sockets(self._proc, addresses)
+        known = {address: self._known[address] for address in addresses if address in self._known}
+        changed = {
+            address: sockets
+            for address, sockets in listening.items()
+            if address not in known or known[address][0] != sockets
+        }
+        holders = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
+        just_ended: dict[HostPort, PortOwner] = {}
+        for address, sockets in changed.items():
+            known.pop(address, None)
             try:
-                owner = self._owner(place[1], sockets, holders)
-            except OSError:  # not kept: it is looked for again
-                told[place] = PortOwner(False, f"the process that listened on port {place[1]} has just ended")
+                owner = self._decide_owner(address[1], sockets, holders)
+            except OSError:  # this answer is not kept: the next call looks again
+                reason = f"the process that listened on port {address[1]} has just ended"
+                just_ended[address] = PortOwner(False, reason)
             else:
-                known[place] = sockets, owner
+                known[address] = sockets, owner
         self._known = known
-        return told | {place: owner for place, (_sockets, owner) in known.items()}
+        return just_ended | {address: owner for address, (_sockets, owner) in known.items()}
 
-    def _owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> PortOwner:
-        """Raises OSError when a process that held the port is gone."""
+    def _decide_owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> PortOwner:
+        """Raises OSError when a process that held the port has ended."""
         if not sockets:
             return PortOwner(False, f"which process listens on port {port} is not known")
         pids = {pid for inode, _uid in sockets for pid in holders.get(inode, ())}
         if not pids:
-            if all(_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
+            if all(_find_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
                 return PortOwner(True)
             return PortOwner(
                 False, f"another user's process listens on port {port}, perhaps a tunnel to another machine"
             )
         for pid in sorted(pids):
-            name = _name_if_it_passes_on(self._proc / str(pid))
+            name = _find_forwarder_name(self._proc / str(pid))
             if name is not None:
                 return PortOwner(False, f"{name} listens on port {port}, which may lead to another machine")
         return PortOwner(True)
 
 
-def _listening(proc: Path, places: Collection[HostPort]) -> dict[HostPort, _Sockets]:
-    found: dict[HostPort, set[tuple[int, int]]] = {place: set() for place in places}
+def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict[HostPort, _Sockets]:
+    sockets: dict[HostPort, set[tuple[int, int]]] = {address: set() for address in addresses}
     hosts: dict[int, list[str]] = {}
-    for host, port in places:
+    for host, port in addresses:
         hosts.setdefault(port, []).append(host)
     for table in ("net/tcp", "net/tcp6"):
         try:
@@ -109,68 +118,59 @@ def _listening(proc: Path, places: Collection[HostPort]) -> dict[HostPort, _Sock
         except OSError:
             continue
         for line in lines:
-            if " 0A " not in line:  # most are connections; all that is read of those is this
+            if " 0A " not in line:  # most lines are connections, and this check is all that is done with them
                 continue
             fields = line.split()
             if len(fields) < 10 or fields[3] != "0A":  # TCP_LISTEN
                 continue
-            address, _colon, number = fields[1].partition(":")
-            port = int(number, 16)
+            bound, port = parse_table_address(fields[1])
             for host in hosts.get(port, ()):
-                if _covers(_kernel_address(address), host):
-                    found[host, port].add((int(fields[9]), int(fields[7])))
-    return {place: frozenset(sockets) for place, sockets in found.items()}
+                if _receives(bound, host):
+                    sockets[host, port].add((int(fields[9]), int(fields[7])))
+    return {address: frozenset(pairs) for address, pairs in sockets.items()}
 
 
-def _kernel_address(text: str) -> IPv4Address | IPv6Address:
-    """/proc/net/tcp writes each 32-bit word of an address as a hexadecimal number of the machine's byte order."""
-    raw = b"".join(int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8))
-    address = ip_address(raw)
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
-
-
-def _covers(bound: IPv4Address | IPv6Address, host: str) -> bool:
+def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:
+    """Whether a socket that is bound to this address gets connections to ``host``."""
     if bound.is_unspecified or host.rstrip(".").lower() == "localhost":
         return bound.is_unspecified or bound.is_loopback
     return bound == ip_address(host)
 
 
-def _holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
+def _find_holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
     """The processes that hold each of these sockets."""
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    links = {f"socket:[{inode}]": inode for inode in inodes}
     holders: dict[int, list[int]] = {}
-    for folder in proc.iterdir() if wanted else ():
+    for folder in proc.iterdir() if links else ():
         if not folder.name.isdigit():
             continue
         try:
             with os.scandir(folder / "fd") as entries:
-                links = {_link(entry) for entry in entries}
-        except OSError:  # another user's, or gone
+                open_files = {_read_link(entry) for entry in entries}
+        except OSError:  # a process of another user, or one that has ended
             continue
-        for link in links & wanted.keys():
-            holders.setdefault(wanted[link or ""], []).append(int(folder.name))
+        for link in open_files & links.keys():
+            holders.setdefault(links[link or ""], []).append(int(folder.name))
     return holders
 
 
-def _link(entry: os.DirEntry[str]) -> str | None:
+def _read_link(entry: os.DirEntry[str]) -> str | None:
     try:
         return os.readlink(entry)
-    except OSError:  # closed since it was listed; the process's others still count
+    except OSError:  # it was closed after the listing; the process's other files still count
         return None
 
 
-def _name_if_it_passes_on(process: Path) -> str | None:
-    """Raises OSError when it is gone."""
+def _find_forwarder_name(process: Path) -> str | None:
+    """The process's name, if it is a program that only passes bytes on. Raises OSError when it has ended."""
     name = (process / "comm").read_text().strip()
-    words = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
+    arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
     # `python -m gpumesh.cli.main`, `/usr/bin/gpumesh`, and the title that a worker of ours gives itself.
-    modules = {word.rpartition("/")[2].split(".")[0].split(" ")[0] for word in (*words, name)}
-    return name if name in PASSES_ON or modules & PASSES_ON_MODULES else None
+    modules = {text.rpartition("/")[2].split(".")[0].split(" ")[0] for text in (*arguments, name)}
+    return name if name in FORWARDING_PROGRAMS or modules & FORWARDING_MODULES else None
 
 
-def _account(uid: int) -> str | None:
+def _find_account(uid: int) -> str | None:
     import pwd  # POSIX only
 
     try:

@@ -143,7 +143,7 @@ def test_another_users_process_is_the_server_only_under_a_servers_account(
     proc: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {999: "ollama", 1001: "somebody"}
-    monkeypatch.setattr(port_owners, "_account", names.get)
+    monkeypatch.setattr(port_owners, "_find_account", names.get)
     proc.listen("127.0.0.1", 11434, 77, uid=999)
     assert proc.owner().is_local
     proc.listen("127.0.0.1", 8080, 78, uid=1001)
@@ -210,8 +210,8 @@ def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> No
 
 
 def test_accounts() -> None:
-    assert port_owners._account(os.getuid())
-    assert port_owners._account(3_999_999) is None
+    assert port_owners._find_account(os.getuid())
+    assert port_owners._find_account(3_999_999) is None
 
 
 def test_several_places_are_looked_for_together(proc: MadeUp) -> None:
