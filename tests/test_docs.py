@@ -254,6 +254,19 @@ def test_every_path_that_is_named_exists(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page_id(page)} names {path}"
 
 
+def test_where_to_add_names_what_the_source_has() -> None:
+    """Each name in the table is one of the package: a class, a constant or a function."""
+    table = (ROOT / "docs/architecture.md").read_text().split("## Where to add")[1].split("\n## ")[0]
+    names = re.findall(r"`([A-Za-z_]+)`", table)
+    defined = {
+        name
+        for file in (ROOT / "gpumesh").rglob("*.py")
+        for name in re.findall(r"^(?:class |def |async def )?([A-Za-z_]+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(names) >= 8
+    assert set(names) <= defined | {"connect"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_test_that_is_named_exists(page: Path) -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):

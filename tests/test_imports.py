@@ -15,6 +15,9 @@ PACKAGE = Path(gpumesh.__file__).parent
 LAYERS = {
     "errors": 0,
     "cancellation": 0,
+    "addresses": 0,
+    "file_lock": 0,
+    "lines": 0,
     "model_names": 0,
     "sentences": 0,
     "printable": 0,
