@@ -19,7 +19,7 @@ from gpumesh import audit
 from gpumesh.audit.changes import plan_changes
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.result import describe_environment
-from gpumesh.cli.commands.models import _table
+from gpumesh.cli.commands.models import _print_table
 from gpumesh.cli.views import audit_rows
 from gpumesh.cli.views.audit_screen import print_comparison, print_drawing
 from gpumesh.cli.views.findings import print_findings
@@ -149,7 +149,7 @@ def test_all_views_hold(capsys: Any, reported: Reports) -> None:
     print_drawing(audit_rows.draw_topology(topology, nodes))
     rows = models_inventory.list_model_rows(state)
     assert {row.name for row in rows if "honest" in row.nodes} == set(NAMES)
-    _table(rows[:200])
+    _print_table(rows[:200])
     shown = capsys.readouterr().out
     assert "honest" in shown
     assert not any(character in shown for character in "\x1b\x07\x00\u202e")

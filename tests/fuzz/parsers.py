@@ -28,8 +28,9 @@ from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merged_lists
 from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import read_small_members, scan_members
-from gpumesh.gateway.merged_progress import MergedProgress
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
+from gpumesh.mesh.models.merged_progress import MergedProgress
+from gpumesh.mesh.models.store_answers import StoreRefusal, parse_step
 from gpumesh.printable import printable
 from gpumesh.probes.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib
@@ -220,10 +221,11 @@ def _continuation(path: str) -> Callable[[Sequence[bytes]], object]:
 def _progress(pieces: Sequence[bytes]) -> None:
     progress = MergedProgress(["a", "b"])
     for line in b"".join(pieces).split(b"\n")[:2000]:
-        entry = safe_json.parse_object(line)
-        if entry is not None:
-            progress.feed_line("a", entry)
-            json.dumps(progress.take_lines()).encode()
+        with contextlib.suppress(StoreRefusal):
+            step = parse_step(line, "a")
+            if step is not None:
+                progress.add_step("a", step)
+                safe_json.dump_compact({"steps": [repr(step) for step in progress.take_steps()]})
 
 
 def _merged(pieces: Sequence[bytes]) -> None:

@@ -10,7 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from gpumesh.gateway.model_store_routes import LANE_PIECES, _Lane
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import BackendKind
@@ -142,7 +141,7 @@ async def test_a_client_that_leaves_stops_the_pull() -> None:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
             await anext(pulling.aiter_lines())
         await wait_until(
-            lambda: not [task for task in asyncio.all_tasks() if "pulled" in task.get_name()], "all tasks end"
+            lambda: not [task for task in asyncio.all_tasks() if "/api/pull on" in task.get_name()], "all tasks end"
         )
         assert having(fleet, NEW) == set()
 
@@ -307,21 +306,6 @@ async def test_create_from_files_goes_where_the_blobs_are(fleet: RunningGateway)
     assert (await fleet.client.post("/api/create", json=wrong)).status_code == 400
 
 
-async def test_a_lane_holds_little_and_lets_go() -> None:
-    lane = _Lane()
-    for number in range(LANE_PIECES):
-        await lane.put(b"%d" % number)
-    waiting = asyncio.create_task(lane.put(b"more"))
-    await asyncio.sleep(0)
-    assert not waiting.done(), "the client is held back while the node is slow"
-    pieces = aiter(lane)
-    assert await anext(pieces) == b"0"
-    await waiting
-    lane.close()
-    await lane.put(b"for a node that is gone")
-    assert [piece async for piece in pieces] == []
-
-
 # -- one node that talks nonsense ------------------------------------------------------------------------------------
 
 
@@ -368,7 +352,7 @@ NDJSON = "application/x-ndjson"
     ],
 )
 async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpumesh.gateway.model_store_routes.MAX_TRIES", 2)
+    monkeypatch.setattr("gpumesh.mesh.models.fleet_store.MAX_PULL_ATTEMPTS", 2)
     async with with_nonsense(body) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
         assert having(fleet, NEW) == {"a"}

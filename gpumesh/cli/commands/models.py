@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from gpumesh.cli.global_options import GlobalOptions, global_options
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.figures import UNKNOWN, format_duration, format_gib
 from gpumesh.cli.views.safe_text import clean_line, json_text
-from gpumesh.errors import ExitCode, GPUMeshError, UsageError
+from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
     from gpumesh.mesh.models import inventory
@@ -67,42 +66,44 @@ def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.model_store import open_model_stores
+    from gpumesh.mesh.models.url_stores import open_url_stores
     from gpumesh.wire import to_json
 
-    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
-        found = inventory.list_model_rows(state)
-        # The same digest has the same context everywhere: one of its nodes is asked.
-        have = {node.name: node for node in inventory.list_store_nodes(state)}
-        asked = [(have[names[0]], row.name) for row in found if (names := [n for n in row.nodes if n in have])]
-        contexts = await stores.context_lengths(asked)
-    found = inventory.add_context_lengths(found, contexts)
+        rows = inventory.list_model_rows(state)
+        # The same digest has the same context length everywhere: one of its nodes is asked.
+        nodes = {node.name: node for node in inventory.list_store_nodes(state)}
+        to_ask = [
+            (nodes[names[0]], row.name) for row in rows if (names := [name for name in row.nodes if name in nodes])
+        ]
+        lengths = await stores.context_lengths(to_ask)
+    rows = inventory.add_context_lengths(rows, lengths)
     if as_json:
-        typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(found)}, indent=2))
+        typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(rows)}, indent=2))
     else:
-        _table(found)
+        _print_table(rows)
     if not chosen.quiet:
-        for name in sorted({row.name for row in found if row.copies > 1}):
+        for name in sorted({row.name for row in rows if row.copies > 1}):
             typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
         for node in state.nodes:
             if node not in inventory.list_up_nodes(state):
-                said = clean_line(f"{node.name} is not counted: {node.reason or 'no answer yet'}")
-                typer.echo(said, err=True)
+                message = f"{node.name} is not counted: {node.reason or 'no answer yet'}"
+                typer.echo(clean_line(message), err=True)
 
 
-def _table(found: Sequence[inventory.ModelRow]) -> None:
+def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
     from gpumesh.cli.views import tables
     from gpumesh.mesh.models import inventory
 
     cells = []
-    for row in found:
+    for row in rows:
         size = UNKNOWN if row.size_mib is None else format_gib(row.size_mib)
         kind = " ".join(filter(None, (row.parameters, row.quantization))) or UNKNOWN
         context = UNKNOWN if row.context_length is None else str(row.context_length)
         digest = tables.Cell(inventory.shorten_digest(row.digest) or UNKNOWN, "yellow" if row.copies > 1 else "dim")
-        loaded = _listed([_loaded(there) for there in row.loaded]) or UNKNOWN
-        cells.append((row.name, size, kind, context, digest, _listed(row.nodes), loaded))
+        loaded = _join_names([_format_loaded(copy) for copy in row.loaded]) or UNKNOWN
+        cells.append((row.name, size, kind, context, digest, _join_names(row.nodes), loaded))
     columns = (
         tables.Column("MODEL"),
         tables.Column("GiB", 3, right=True),
@@ -115,18 +116,18 @@ def _table(found: Sequence[inventory.ModelRow]) -> None:
     tables.print_fitted_table(columns, cells)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     more = len(names) - MAX_LISTED_NAMES
     return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{more}" if more > 0 else "")
 
 
-def _loaded(there: inventory.LoadedCopy) -> str:
-    if there.left_s is None:
-        return there.node
-    return f"{there.node} {'∞' if there.left_s > 86400 * 365 else format_duration(there.left_s)}"
+def _format_loaded(copy: inventory.LoadedCopy) -> str:
+    if copy.left_s is None:
+        return copy.node
+    return f"{copy.node} {'∞' if copy.left_s > 86400 * 365 else format_duration(copy.left_s)}"
 
 
-# -- what changes them -----------------------------------------------------------------------------------------------
+# -- operations ------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -139,7 +140,7 @@ def pull(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, e
 
     def plan(state: MeshState) -> list[inventory.ModelTask]:
         nodes = inventory.choose_nodes(state, node or (), everywhere=everywhere, required_model=None)
-        return [inventory.ModelTask(each, model) for model in models for each in nodes]
+        return [inventory.ModelTask(target, model) for model in models for target in nodes]
 
     run_async(_pull(global_options(ctx), plan))
 
@@ -177,18 +178,18 @@ def sync(
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
         return [] if dry_run else tasks
 
-    def still(state: MeshState) -> list[inventory.ModelTask]:
+    def plan_again(state: MeshState) -> list[inventory.ModelTask]:
         return inventory.plan_sync(state, from_, node or (), models or ())
 
-    for task in run_async(_pull(chosen, plan, still)):
-        said = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
-        typer.echo(clean_line(f"{said}; pull it on {from_} as well"), err=True)
+    for task in run_async(_pull(chosen, plan, plan_again)):
+        message = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
+        typer.echo(clean_line(f"{message}; pull it on {from_} as well"), err=True)
 
 
 @app.command()
 def rm(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Delete models from nodes' disks (--node, or --all that have it)."""
-    run_async(_each(global_options(ctx), node, everywhere, "rm", models, "removed"))
+    run_async(_operate(global_options(ctx), node, everywhere, "rm", models, "removed"))
 
 
 @app.command()
@@ -203,30 +204,30 @@ def load(
     ] = None,
 ) -> None:
     """Load models into GPU memory, so that the first prompt need not wait for it."""
-    run_async(_each(global_options(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
+    run_async(_operate(global_options(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
 
 
 @app.command()
 def unload(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Free the GPU memory that models take."""
-    run_async(_each(global_options(ctx), node, everywhere, "unload", models, "unloaded"))
+    run_async(_operate(global_options(ctx), node, everywhere, "unload", models, "unloaded"))
 
 
-async def _each(
+async def _operate(
     chosen: GlobalOptions,
     names: Sequence[str] | None,
     everywhere: bool,
-    what: str,
+    operation: str,
     models: Sequence[str],
-    done: str,
+    verb: str,
     *,
     keep_alive: str | None = None,
 ) -> None:
-    """Does it on all chosen nodes side by side; one's failure does not stop the others."""
+    """Carries out ``operation`` (rm, load, unload) on all chosen nodes; ``verb`` is for the results."""
     from gpumesh.mesh.models import inventory
-    from gpumesh.mesh.models.model_store import open_model_stores
+    from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         tasks = [
             inventory.ModelTask(node, model)
@@ -234,77 +235,70 @@ async def _each(
             for node in inventory.choose_nodes(state, names or (), everywhere=everywhere, required_model=model)
         ]
 
-        async def one(task: inventory.ModelTask) -> None:
-            node, model = task.node, task.model
-            match what:
+        async def perform(task: inventory.ModelTask) -> None:
+            store, embedder = stores.of(task.node), inventory.is_embedder_on(task.node, task.model)
+            match operation:
                 case "rm":
-                    await stores.remove(node, model)
+                    await store.remove(task.model)
                 case "load":
-                    await stores.load(
-                        node, model, embedder=inventory.is_embedder_on(node, model), keep_alive=keep_alive
-                    )
+                    await store.load(task.model, embedder=embedder, keep_alive=keep_alive)
                 case _:
-                    await stores.unload(node, model, embedder=inventory.is_embedder_on(node, model))
+                    await store.unload(task.model, embedder=embedder)
 
-        await _all(tasks, one, done)
+        await _perform_and_report(tasks, perform, verb)
 
 
 TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 
 
 async def _pull(
-    chosen: GlobalOptions, plan: TaskPlanner, still: TaskPlanner | None = None
+    chosen: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
-    """Returns what ``still`` says of these tasks when all are done."""
+    """Pulls what ``plan`` says. Returns those of its tasks that ``plan_again`` still says when all are done."""
     from gpumesh.cli.views.download_bars import show_downloads
-    from gpumesh.mesh.models.model_store import open_model_stores
+    from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(chosen) as session, open_model_stores(chosen.topology()) as stores:
+    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
         tasks = plan(await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)))
         several = len({task.model for task in tasks}) > 1
-        with show_downloads(quiet=chosen.quiet) as shown:
+        with show_downloads(quiet=chosen.quiet) as display:
 
-            async def one(task: inventory.ModelTask) -> None:
+            async def perform(task: inventory.ModelTask) -> None:
                 name = f"{task.node.name} {task.model}" if several else task.node.name
-                async with aclosing(stores.pull(task.node, task.model)) as steps:
+                async with aclosing(stores.of(task.node).pull(task.model)) as steps:
                     async for step in steps:
-                        shown(name, step)
+                        display(name, step)
 
-            await _all(tasks, one, "pulled", say=shown.write)
-        if still is None or not tasks:
+            await _perform_and_report(tasks, perform, "pulled", write=display.write)
+        if plan_again is None or not tasks:
             return []
-        return [task for task in still(await stores.refresh_backends(await session.status())) if _among(task, tasks)]
+        left = plan_again(await stores.refresh_backends(await session.status()))
+    planned = {(task.node.name, task.model) for task in tasks}
+    return [task for task in left if (task.node.name, task.model) in planned]
 
 
-def _among(task: inventory.ModelTask, tasks: Sequence[inventory.ModelTask]) -> bool:
-    return any((task.node.name, task.model) == (other.node.name, other.model) for other in tasks)
-
-
-async def _all(
+async def _perform_and_report(
     tasks: Sequence[inventory.ModelTask],
-    one: Callable[[inventory.ModelTask], Awaitable[None]],
-    done: str,
+    perform: Callable[[inventory.ModelTask], Awaitable[None]],
+    verb: str,
     *,
-    say: Callable[[str], None] = typer.echo,
+    write: Callable[[str], None] = typer.echo,
 ) -> None:
-    """One node's tasks one after the other, the nodes side by side. A result for each on stdout."""
-    failed: list[GPUMeshError] = []
+    """Writes a line for each task that is done to stdout, for each that failed to stderr; then the hints."""
+    from gpumesh.mesh.models.url_stores import TaskResult, perform_tasks
 
-    async def on_node(node: str) -> None:
-        for task in tasks:
-            if task.node.name != node:
-                continue
-            try:
-                await one(task)
-                say(clean_line(f"{node}: {task.model} {done}"))
-            except UsageError:
-                raise
-            except GPUMeshError as error:
-                failed.append(error)
-                typer.echo(clean_line(f"{node}: {task.model}: {error.message}"), err=True)
+    errors: list[GPUMeshError] = []
 
-    await asyncio.gather(*map(on_node, dict.fromkeys(task.node.name for task in tasks)))
-    for hint in dict.fromkeys(error.hint for error in failed if error.hint):
+    def report(result: TaskResult) -> None:
+        node, model = result.task.node.name, result.task.model
+        if result.error is None:
+            write(clean_line(f"{node}: {model} {verb}"))
+        else:
+            errors.append(result.error)
+            typer.echo(clean_line(f"{node}: {model}: {result.error.message}"), err=True)
+
+    await perform_tasks(tasks, perform, report)
+    for hint in dict.fromkeys(error.hint for error in errors if error.hint):
         typer.echo(clean_line(f"hint: {hint}"), err=True)
-    if failed:
+    if errors:
         raise typer.Exit(int(ExitCode.FAILED))

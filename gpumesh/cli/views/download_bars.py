@@ -1,4 +1,4 @@
-"""Progress of several downloads at a time: a bar for each on a terminal, elsewhere a line now and then."""
+"""Progress of several downloads at a time: a bar for each on a terminal, else a line for each tenth."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import typer
 from gpumesh.cli.views.console import console
 from gpumesh.cli.views.progress_bar import write_above_bars
 from gpumesh.cli.views.safe_text import clean_line
-from gpumesh.mesh.models.model_store import PullProgress
+from gpumesh.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from gpumesh.mesh.models.store_answers import StoreStep
+
+MAX_STATUS_CHARS = 60
+
 
 class DownloadDisplay(Protocol):
-    def __call__(self, name: str, step: PullProgress) -> None: ...
+    def __call__(self, name: str, step: StoreStep) -> None: ...
 
     def write(self, line: str) -> None:
         """A result, to stdout."""
@@ -27,62 +31,62 @@ class DownloadDisplay(Protocol):
 
 @contextmanager
 def show_downloads(*, quiet: bool) -> Iterator[DownloadDisplay]:
-    """On stderr: stdout is for results."""
-    out = console(stderr=True)
+    """Progress goes to stderr: stdout is for results."""
+    stderr = console(stderr=True)
     if quiet:
-        yield _Nothing()
+        yield _NoProgress()
         return
-    if not out.is_terminal:
-        yield _Lines()
+    if not stderr.is_terminal:
+        yield _ProgressLines()
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    said = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[what]}", markup=False)
-    columns = (*said, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True, redirect_stdout=False) as bars:
-        yield _Bars(bars)
+    texts = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[what]}", markup=False)
+    columns = (*texts, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bars:
+        yield _ProgressBars(bars)
 
 
-class _Nothing:
-    def __call__(self, name: str, step: PullProgress) -> None: ...
+class _NoProgress:
+    def __call__(self, name: str, step: StoreStep) -> None: ...
 
     def write(self, line: str) -> None:
         typer.echo(line)
 
 
-class _Bars:
+class _ProgressBars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, name: str, step: PullProgress) -> None:
+    def __call__(self, name: str, step: StoreStep) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(clean_line(name, 40), total=None, what="")
+        status = printable(step.status, MAX_STATUS_CHARS)
         if step.total_bytes is None:
-            self._bars.update(self._tasks[name], what=step.status)
+            self._bars.update(self._tasks[name], what=status)
         else:
-            self._bars.update(
-                self._tasks[name], what=step.status, completed=step.completed_bytes, total=step.total_bytes
-            )
+            self._bars.update(self._tasks[name], what=status, completed=step.completed_bytes, total=step.total_bytes)
 
     def write(self, line: str) -> None:
         write_above_bars(self._bars, line)
 
 
-class _Lines(_Nothing):
-    """A line for each new step and for each tenth of a long one."""
+class _ProgressLines(_NoProgress):
+    """A line for each new step, and for each tenth of a long step."""
 
     def __init__(self) -> None:
         self._last: dict[str, str] = {}
 
-    def __call__(self, name: str, step: PullProgress) -> None:
-        said = format_step(step)
-        if self._last.get(name) != said:
-            self._last[name] = said
-            typer.echo(clean_line(f"{name}: {said}"), err=True)
+    def __call__(self, name: str, step: StoreStep) -> None:
+        text = format_step(step)
+        if self._last.get(name) != text:
+            self._last[name] = text
+            typer.echo(clean_line(f"{name}: {text}"), err=True)
 
 
-def format_step(step: PullProgress) -> str:
+def format_step(step: StoreStep) -> str:
+    status = printable(step.status, MAX_STATUS_CHARS)
     if step.total_bytes is None:
-        return step.status
-    return f"{step.status} {10 * int(10 * min((step.completed_bytes or 0) / step.total_bytes, 1.0))} %"
+        return status
+    return f"{status} {10 * int(10 * min((step.completed_bytes or 0) / step.total_bytes, 1.0))} %"

@@ -1,228 +1,192 @@
-"""One node's model store, through Ollama's API on it, straight through the forwarded port. Raises BackendError.
+"""One node's model store: pull, remove, load and ask for models through Ollama's API on that node.
 
-What a server says is cleaned here, before it becomes a message or a step of progress.
+A store knows its node only by the function that sends it a request. ``over_mesh`` sends as the gateway does: with a
+lease on the node, in the process that runs the mesh. ``over_url`` sends straight to the forwarded port, from whatever
+process runs the command.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpumesh import config
 from gpumesh.backends import safe_json
-from gpumesh.backends.frames import LineSplitter
-from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
-from gpumesh.errors import BackendError, BackendUnreachable, ProbeError
+from gpumesh.backends.base import HttpCall
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
+from gpumesh.balancer.base import Demand
+from gpumesh.errors import BackendError, BackendUnreachable, GPUMeshError
+from gpumesh.mesh.models import store_answers
+from gpumesh.mesh.models.store_answers import SUCCESS, NodeResult, StoreAnswer, StoreRefusal, StoreStep
 from gpumesh.printable import printable
-from gpumesh.state import BackendPhase, MeshState, NodeState
 
 if TYPE_CHECKING:
     import httpx
 
-    from gpumesh.topology import Topology
+    from gpumesh.mesh.mesh import Mesh
 
-LOAD_TIMEOUT_S = 600.0  # between two lines of progress, or for a model to come from a slow disk
-LINE_LIMIT = 1 << 20
-MAX_ERROR_BYTES = 4096
-MAX_CONCURRENT_SHOWS = 8  # of one node
-CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
+OPERATION_TIMEOUT_S = 86400.0  # a pull takes as long as it takes
 SHOW_TIMEOUT_S = 3.0
+JSON_HEADERS = (("Content-Type", "application/json"),)
 
 
-@dataclass(frozen=True, slots=True)
-class PullProgress:
-    """A line of Ollama's progress. ``completed_bytes`` and ``total_bytes`` are bytes of the layer that ``status``
-    names."""
+class SendToNode(Protocol):
+    """Sends a request to one node's server. Raises GPUMeshError when there is no answer."""
 
-    status: str
-    completed_bytes: int | None = None
-    total_bytes: int | None = None
+    async def __call__(self, call: HttpCall, *, timeout_s: float) -> StoreAnswer: ...
 
 
-class ModelStoreClient:
-    """The stores of a mesh's nodes. ``client`` stays its owner's to close."""
+class ModelStore:
+    """The model store of ``node``. Every method raises BackendError with the server's own reason, or another
+    GPUMeshError when the server cannot be asked."""
 
-    def __init__(self, client: httpx.AsyncClient, topology: Topology) -> None:
-        self._client = client
-        self._topology = topology
+    def __init__(self, node: str, send: SendToNode) -> None:
+        self.node = node
+        self._send = send
 
-    async def refresh_backends(self, state: MeshState) -> MeshState:
-        """The state with what the servers that are up say of their models now: the mesh's own look may be some seconds
-        old, and miss what the command before this one did."""
-        nodes = await asyncio.gather(*(self._look(node) for node in state.nodes))
-        return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
+    def __repr__(self) -> str:
+        return f"<ModelStore {self.node}>"
 
-    async def _look(self, node: NodeState) -> NodeState:
-        from gpumesh.probes.backend import probe_backend
+    # -- what any operation is made of ---------------------------------------------------------------------------
 
-        if node.backend.state is not BackendPhase.UP or node.backend.url is None:
-            return node
-        spec = self._topology.node(node.name).backend
-        key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env, node=node.name)
-        report = await probe_backend(
-            self._client, spec, [node.backend.url], api_key=key, timeout_s=SHOW_TIMEOUT_S, node=node.name
-        )
-        return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
+    async def follow(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> AsyncGenerator[StoreStep]:
+        """The steps of a ``pull``, ``push`` or ``create`` until its stream ends; the last one of an operation that is
+        complete has the status ``SUCCESS``.
 
-    async def pull(self, node: NodeState, model: str) -> AsyncGenerator[PullProgress]:
-        """Ends when the model is there. Closing it stops the download; Ollama goes on from there the next time."""
-        last: PullProgress | None = None
-        async with aclosing(self._lines(node, "POST", "/api/pull", {"model": model})) as lines:
-            async for line in lines:
-                step = parse_progress(line)
-                if step is not None:
-                    yield (last := step)
-        if last is None or last.status != "success":
-            raise BackendError("the server ended the download without saying that it is complete", node=node.name)
-
-    async def remove(self, node: NodeState, model: str) -> None:
-        await self._ask(node, "DELETE", "/api/delete", {"model": model})
-
-    async def load(self, node: NodeState, model: str, *, embedder: bool, keep_alive: str | None) -> None:
-        body: dict[str, Any] = {"model": model}
-        if keep_alive is not None:
-            body["keep_alive"] = _duration(keep_alive)
-        if embedder:
-            await self._ask(node, "POST", "/api/embed", {**body, "input": []})
-        else:
-            await self._ask(node, "POST", "/api/generate", {**body, "stream": False})
-
-    async def unload(self, node: NodeState, model: str, *, embedder: bool) -> None:
-        await self.load(node, model, embedder=embedder, keep_alive="0")
-
-    async def context_lengths(self, asked: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
-        """By node and model, those that their servers say in time: a node that lists thousands of models, or is slow,
-        takes neither the others' connections nor their time."""
-        gates = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in asked}
-        found: dict[tuple[str, str], int] = {}
-
-        async def ask(node: NodeState, model: str) -> None:
-            async with gates[node.name]:
-                length = await self.context_length(node, model)
-            if length:
-                found[node.name, model] = length
-
-        tasks = [asyncio.create_task(ask(node, model)) for node, model in asked]
+        Closing the generator ends the operation. Raises StoreRefusal when the server refuses or gives up.
+        """
+        answer = await self._send(call, timeout_s=timeout_s)
+        if answer.status >= 400:
+            text = store_answers.read_error_text(answer.status, await store_answers.read_body(answer) or b"")
+            raise StoreRefusal(text, node=self.node, status=answer.status)
         try:
-            if tasks:
-                await asyncio.wait(tasks, timeout=CONTEXT_LENGTHS_TIMEOUT_S)
+            async for line in store_answers.read_lines(answer, self.node):
+                step = store_answers.parse_step(line, self.node)
+                if step is not None:
+                    yield step
         finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return found
+            await answer.aclose()
 
-    async def context_length(self, node: NodeState, model: str) -> int | None:
-        """The longest context that the model was made for, tokens; ``None`` when its server does not say in time."""
+    async def request(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> NodeResult:
+        """How the node took a request whose answer is its status. Never raises on the node's account."""
+        try:
+            answer = await self._send(call, timeout_s=timeout_s)
+            body = await store_answers.read_body(answer) or b""
+        except GPUMeshError as error:
+            return store_answers.failed_result(self.node, error)
+        return store_answers.answered_result(self.node, answer.status, body)
+
+    async def _ask(self, method: str, path: str, document: Mapping[str, Any]) -> dict[str, Any]:
+        answer = await self._send(json_call(method, path, document), timeout_s=OPERATION_TIMEOUT_S)
+        body = await store_answers.read_body(answer)
+        if body is None:
+            raise store_answers.not_ollama_error(self.node)
+        return store_answers.parse_document(answer.status, body, self.node)
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    async def pull(self, model: str) -> AsyncGenerator[StoreStep]:
+        """Ends when the model is there. Closing it stops the download; Ollama goes on from there the next time."""
+        last: StoreStep | None = None
+        async with aclosing(self.follow(json_call("POST", "/api/pull", {"model": model}))) as steps:
+            async for step in steps:
+                yield (last := step)
+        if last is None or last.status != SUCCESS:
+            raise BackendError("the server ended the download without saying that it is complete", node=self.node)
+
+    async def remove(self, model: str) -> None:
+        await self._ask("DELETE", "/api/delete", {"model": model})
+
+    async def load(self, model: str, *, embedder: bool, keep_alive: str | None) -> None:
+        """Into GPU memory. ``embedder``: the model turns text into vectors, and is loaded by another call."""
+        document: dict[str, Any] = {"model": model}
+        if keep_alive is not None:
+            document["keep_alive"] = _parse_keep_alive(keep_alive)
+        if embedder:
+            await self._ask("POST", "/api/embed", {**document, "input": []})
+        else:
+            await self._ask("POST", "/api/generate", {**document, "stream": False})
+
+    async def unload(self, model: str, *, embedder: bool) -> None:
+        await self.load(model, embedder=embedder, keep_alive="0")
+
+    async def context_length(self, model: str) -> int | None:
+        """The longest context that the model was made for, tokens; ``None`` when the server does not say in time."""
         try:
             async with asyncio.timeout(SHOW_TIMEOUT_S):
-                return parse_context_length(await self._ask(node, "POST", "/api/show", {"model": model}))
+                return store_answers.parse_context_length(await self._ask("POST", "/api/show", {"model": model}))
         except (BackendError, TimeoutError):
             return None
 
-    async def _ask(self, node: NodeState, method: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The last line of the answer."""
-        last: dict[str, Any] = {}
-        async with aclosing(self._lines(node, method, path, body)) as lines:
-            async for line in lines:
-                last = line or last
-        return last
 
-    async def _lines(
-        self, node: NodeState, method: str, path: str, body: Mapping[str, Any]
-    ) -> AsyncGenerator[dict[str, Any]]:
-        import httpx
-
-        variable = self._topology.node(node.name).backend.api_key_env
-        key = None if variable is None else config.read_secret(variable, node=node.name)
-        headers = {"Accept-Encoding": "identity"}
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        request = self._client.build_request(method, f"{node.backend.url}{path}", json=dict(body), headers=headers)
-        try:
-            response = await self._client.send(request, stream=True)
-            try:
-                lines = LineSplitter(LINE_LIMIT)
-                async for piece in response.aiter_raw():
-                    for line in lines.feed(piece):
-                        yield parse_line(line, response.status_code, node.name)
-                yield parse_line(lines.take_rest(), response.status_code, node.name)
-            finally:
-                await response.aclose()
-        except ProbeError as error:
-            raise BackendError("the server's answer is not what Ollama would say", node=node.name) from error
-        except httpx.HTTPError as error:
-            said = printable(str(error), 1000) or type(error).__name__
-            raise BackendUnreachable(f"no answer: {said}", node=node.name) from error
+def json_call(method: str, path: str, document: Mapping[str, Any]) -> HttpCall:
+    return HttpCall(method, path, safe_json.dump_compact(document), JSON_HEADERS)
 
 
-@asynccontextmanager
-async def open_model_stores(topology: Topology) -> AsyncIterator[ModelStoreClient]:
-    import httpx
-
-    from gpumesh.probes.http_client import http_client
-
-    async with http_client(timeout=httpx.Timeout(30.0, read=LOAD_TIMEOUT_S)) as client:
-        yield ModelStoreClient(client, topology)
-
-
-def parse_line(line: bytes, status: int, node: str) -> dict[str, Any]:
-    """A line of an answer, empty for one that says nothing. Raises BackendError for one that tells of an error."""
-    entry = safe_json.parse_report(line) or {} if line.strip() else {}
-    if not entry and status >= 400 and safe_json.parse(line) is None:
-        entry = {"error": line[:MAX_ERROR_BYTES].decode("utf-8", "replace")}
-    if "error" in entry or status >= 400:
-        said = printable(_text(entry.get("error")) or f"status {status}", 300)
-        raise BackendError(said, hint=_hint(said), node=node)
-    return entry
-
-
-def _text(error: Any) -> str:
-    try:
-        return str(error or "")
-    except RecursionError:  # lists in lists in lists
-        return "an error that cannot be read"
-
-
-def _hint(said: str) -> str | None:
-    if "no space left" in said:
-        return "its disk is full: `gpumesh exec NODE -- df -h`, and `gpumesh models rm` what is not needed"
-    if "file does not exist" in said:
-        return "no such model in Ollama's library: look at https://ollama.com/library for its name and tags"
-    return None
-
-
-def parse_progress(entry: Mapping[str, Any]) -> PullProgress | None:
-    said = entry.get("status")
-    if not isinstance(said, str):
-        return None
-    whole = safe_json.as_count(entry.get("total"))
-    if not whole:
-        return PullProgress(printable(said, 60))
-    return PullProgress(printable(said, 60), min(safe_json.as_count(entry.get("completed")) or 0, whole), whole)
-
-
-def parse_context_length(entry: Mapping[str, Any]) -> int | None:
-    """``model_info`` has the length under the name of the architecture: ``qwen2.context_length``."""
-    info = entry.get("model_info")
-    if not isinstance(info, dict):
-        return None
-    lengths = (value for key, value in info.items() if str(key).endswith(".context_length"))
-    return next(
-        (length for value in lengths if (length := safe_json.as_bounded_count(value, MAX_CONTEXT_TOKENS))), None
-    )
-
-
-def _duration(text: str) -> str | int:
-    """A number is seconds and -1 for ever, to Ollama; anything else is a duration such as ``30m``."""
+def _parse_keep_alive(text: str) -> str | int:
+    """To Ollama a number is seconds, and -1 means for ever; anything else is a duration such as ``30m``."""
     try:
         return int(text)
     except ValueError:
         return text
+
+
+# -- how a request reaches a node ------------------------------------------------------------------------------------
+
+
+def over_mesh(mesh: Mesh, node: str) -> SendToNode:
+    """Through a mesh that runs in this process. No request is sent twice: it may have changed the store already."""
+    demand = Demand(None, KINDS_WITH_MODEL_STORE, node, needs_slot=False)
+
+    async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:
+        calls = dict.fromkeys(KINDS_WITH_MODEL_STORE, call)
+        return await mesh.send(demand, calls, timeout_s=timeout_s, at_most_once=True)
+
+    return send
+
+
+def over_url(client: httpx.AsyncClient, url: str, *, node: str, api_key_env: str | None) -> SendToNode:
+    """Straight to ``url``, where the node's server answers. ``client`` bounds the time between two pieces."""
+
+    async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:  # noqa: ARG001  # the client's bounds hold
+        import httpx
+
+        key = None if api_key_env is None else config.read_secret(api_key_env, node=node)
+        headers = {"Accept-Encoding": "identity", **dict(call.headers)}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        request = client.build_request(call.method, f"{url}{call.path}", content=call.body, headers=headers)
+        try:
+            return _UrlAnswer(await client.send(request, stream=True), node)
+        except httpx.HTTPError as error:
+            raise _no_answer_error(error, node) from error
+
+    return send
+
+
+class _UrlAnswer:
+    """httpx's response as a StoreAnswer."""
+
+    def __init__(self, response: httpx.Response, node: str) -> None:
+        self.status = response.status_code
+        self._response = response
+        self._node = node
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        import httpx
+
+        try:
+            async for piece in self._response.aiter_raw():
+                yield piece
+        except httpx.HTTPError as error:
+            raise _no_answer_error(error, self._node) from error
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+def _no_answer_error(error: Exception, node: str) -> BackendUnreachable:
+    reason = printable(str(error), 1000) or type(error).__name__
+    return BackendUnreachable(f"no answer: {reason}", node=node)

@@ -3,29 +3,30 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.cli.views.download_bars import format_step, show_downloads
-from gpumesh.mesh.models.model_store import PullProgress
+from gpumesh.mesh.models.store_answers import StoreStep
 
 
 @pytest.mark.parametrize(
-    ("step", "said"),
+    ("step", "text"),
     [
-        (PullProgress("verifying"), "verifying"),
-        (PullProgress("pulling a", 0, 10), "pulling a 0 %"),
-        (PullProgress("pulling a", 199, 1000), "pulling a 10 %"),
-        (PullProgress("pulling a", 10, 10), "pulling a 100 %"),
-        (PullProgress("pulling a", 11, 10), "pulling a 100 %"),
+        (StoreStep("verifying"), "verifying"),
+        (StoreStep("pulling a", None, 0, 10), "pulling a 0 %"),
+        (StoreStep("pulling a", None, 199, 1000), "pulling a 10 %"),
+        (StoreStep("pulling a", None, 10, 10), "pulling a 100 %"),
+        (StoreStep("pulling a", None, 11, 10), "pulling a 100 %"),
+        (StoreStep("x" * 100), "x" * 59 + "…"),
     ],
 )
-def test_in_tenths(step: PullProgress, said: str) -> None:
-    assert format_step(step) == said
+def test_a_step_is_written_in_tenths(step: StoreStep, text: str) -> None:
+    assert format_step(step) == text
 
 
 def test_a_line_for_each_tenth_and_node(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_downloads(quiet=False) as shown:
+    with show_downloads(quiet=False) as display:
         for part in range(101):
-            shown("a", PullProgress("pulling x", part, 100))
-        shown("b", PullProgress("pulling x", 100, 100))
-        shown("a", PullProgress("success"))
+            display("a", StoreStep("pulling x", None, part, 100))
+        display("b", StoreStep("pulling x", None, 100, 100))
+        display("a", StoreStep("success"))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -35,7 +36,7 @@ def test_a_line_for_each_tenth_and_node(capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
-def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_downloads(quiet=True) as shown:
-        shown("a", PullProgress("pulling x", 1, 100))
+def test_with_quiet_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_downloads(quiet=True) as display:
+        display("a", StoreStep("pulling x", None, 1, 100))
     assert capsys.readouterr() == ("", "")

@@ -1,0 +1,81 @@
+"""One body on its way to several nodes at once: the slowest node sets the pace, a failing node drops out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+
+from gpumesh.mesh.models.store_answers import NodeResult
+
+QUEUED_PIECES = 4  # held for a node that is slower than the client, of about 64 KiB each
+
+Upload = Callable[[str, AsyncIterable[bytes]], Awaitable[NodeResult]]
+"""Sends a body to the node of this name. Never raises on the node's account."""
+
+
+class PieceQueue:
+    """The pieces of a body for one node: an async iterable of them, which an empty piece ends."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[bytes] = deque()
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<PieceQueue {len(self._pieces)} pieces{', closed' if self._closed else ''}>"
+
+    async def put(self, piece: bytes) -> None:
+        """Waits while the queue is full. Drops the piece when the queue is closed."""
+        while len(self._pieces) >= QUEUED_PIECES and not self._closed:
+            await self._wait_for_change()
+        if not self._closed:
+            self._pieces.append(piece)
+            self._changed.set()
+
+    def close(self) -> None:
+        """The node takes no more."""
+        self._closed = True
+        self._pieces.clear()
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while not self._closed:
+            if not self._pieces:
+                await self._wait_for_change()
+                continue
+            piece = self._pieces.popleft()
+            self._changed.set()
+            if not piece:
+                return
+            yield piece
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], upload: Upload) -> list[NodeResult]:
+    """The nodes' results, in their order. ``pieces`` is left unread from where no node takes more."""
+    queues = {node: PieceQueue() for node in nodes}
+
+    async def upload_from_queue(node: str) -> NodeResult:
+        try:
+            return await upload(node, queues[node])
+        finally:
+            queues[node].close()
+
+    tasks = [asyncio.create_task(upload_from_queue(node), name=f"blob to {node}") for node in nodes]
+    try:
+        async for piece in pieces:
+            for queue in queues.values():
+                await queue.put(piece)
+            if all(task.done() for task in tasks):
+                break
+        for queue in queues.values():
+            await queue.put(b"")
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

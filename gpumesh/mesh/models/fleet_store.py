@@ -1,0 +1,293 @@
+"""Operations on the model stores of a running mesh's nodes, with a clear meaning over several nodes.
+
+A caller may name one node; then the operation means that node alone. Otherwise:
+
+- ``pull``: to every node with a model store that can be used now; it is complete when all of them have the model.
+- ``create``: on every node that has what the model is made from: all blobs of ``files`` and ``adapters``, else the
+  model that ``from`` names. If no node has that, on all nodes, which fetch it as Ollama does.
+- ``copy``: on every node that has the source. So a name that works on one node does so wherever the source works.
+- ``delete``: from every node that has it. A node that has it and cannot be reached is an error, after it was deleted
+  from the others: the model would come back with that node.
+- ``push``: from one node that has it.
+- blobs, which only ``create`` uses: a blob is sent, as it comes, to the nodes that lack it.
+
+A result says where an operation was done and where it was not. When a result is there, the mesh knows already what the
+stores have now: a chat with a model that was just pulled finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpumesh.backends.base import HttpCall
+from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
+from gpumesh.balancer.base import Candidate, Demand
+from gpumesh.balancer.select import has_model, no_node_error
+from gpumesh.errors import BackendError, GPUMeshError, NoNodeError
+from gpumesh.mesh.models.blob_upload import upload_to_nodes
+from gpumesh.mesh.models.merged_progress import MergedProgress
+from gpumesh.mesh.models.model_store import OPERATION_TIMEOUT_S, ModelStore, over_mesh
+from gpumesh.mesh.models.store_answers import (
+    NodeResult,
+    StoreRefusal,
+    StoreStep,
+    answered_result,
+    failed_result,
+    read_body,
+)
+
+if TYPE_CHECKING:
+    from gpumesh.mesh.mesh import Mesh
+
+BLOB_CHECK_TIMEOUT_S = 30.0
+MAX_PULL_ATTEMPTS = 5  # of one node; Ollama goes on where the last attempt was cut
+RETRY_PAUSE_S = 1.0  # before the second attempt; doubled before each further one
+BLOBS = "/api/blobs/"
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHolders:
+    """Which nodes have a blob, which lack it, and the results of those that did not say: a node that answers nonsense
+    must not keep a blob from the others."""
+
+    having: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+    unsure: list[NodeResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class OperationResult:
+    """How an operation with progress ended: the nodes where it is done, and why it is not on the others. ``refusal`` is
+    the first of an HTTP status that a server refused it with."""
+
+    nodes: tuple[str, ...]
+    done: tuple[str, ...]
+    failures: Mapping[str, str]
+    refusal: StoreRefusal | None = None
+
+    @property
+    def common_failure(self) -> str | None:
+        """The reason, if it failed on all nodes for the same one."""
+        reasons = set(self.failures.values())
+        return reasons.pop() if len(reasons) == 1 and len(self.failures) == len(self.nodes) else None
+
+
+class StoreOperation:
+    """One ``pull``, ``push`` or ``create`` on several nodes at once. Iterate ``steps`` to its end, then read
+    ``result``."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        nodes: Sequence[str],
+        call: HttpCall,
+        *,
+        timeout_s: float = OPERATION_TIMEOUT_S,
+        max_attempts: int = 1,
+        pause_s: float = RETRY_PAUSE_S,
+    ) -> None:
+        self.nodes = tuple(nodes)
+        self.progress = MergedProgress(nodes)
+        self._mesh = mesh
+        self._call = call
+        self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._pause_s = pause_s
+        self._changed = asyncio.Event()
+        self._refusal: StoreRefusal | None = None
+
+    def __repr__(self) -> str:
+        return f"<StoreOperation {self._call.path} {self.progress!r}>"
+
+    async def steps(self) -> AsyncGenerator[list[StoreStep]]:
+        """Starts the operation on all nodes; yields what is new in all. Closing the generator ends the operation."""
+        tasks = [
+            asyncio.create_task(self._run_on_node(node), name=f"{self._call.path} on {node}") for node in self.nodes
+        ]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._changed.set())
+        self._changed.set()
+        try:
+            all_ended = False
+            while not all_ended:
+                await self._changed.wait()
+                self._changed.clear()
+                all_ended = all(task.done() for task in tasks)
+                new = self.progress.take_steps()
+                if new:
+                    yield new
+            for task in tasks:
+                task.result()
+            await self._mesh.refresh(self.progress.done)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def result(self) -> OperationResult:
+        return OperationResult(self.nodes, self.progress.done, self.progress.failures, self._refusal)
+
+    async def _run_on_node(self, node: str) -> None:
+        """A request that was lost on the way is sent again, up to ``max_attempts`` times in all."""
+        store = ModelStore(node, over_mesh(self._mesh, node))
+        reason = ""
+        for attempt in range(self._max_attempts):
+            if attempt:
+                await asyncio.sleep(self._pause_s * 2 ** (attempt - 1))
+            try:
+                async with aclosing(store.follow(self._call, timeout_s=self._timeout_s)) as steps:
+                    async for step in steps:
+                        self.progress.add_step(node, step)
+                        self._changed.set()
+            except StoreRefusal as error:
+                if error.status is not None and self._refusal is None:
+                    self._refusal = error
+                reason = error.message
+                break
+            except BackendError as error:
+                reason = error.message
+            except GPUMeshError as error:
+                reason = error.message
+                break
+            else:
+                if node in self.progress.done:
+                    return
+                reason = "it ended before it was done"
+        self.progress.mark_failed(node, reason)
+        self._changed.set()
+
+
+class FleetStore:
+    """The model stores of a mesh that runs in this process."""
+
+    def __init__(self, mesh: Mesh, *, pause_s: float = RETRY_PAUSE_S) -> None:
+        self._mesh = mesh
+        self._pause_s = pause_s
+
+    # -- which nodes ---------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> list[Candidate]:
+        """All nodes with a model store that mesh.yaml enables."""
+        enabled = {node.name for node in self._mesh.topology.nodes if node.enabled}
+        return [entry for entry in self._mesh.candidates() if entry.kind in KINDS_WITH_MODEL_STORE and entry.name in enabled]
+
+    def usable_nodes(self, node: str | None) -> list[str]:
+        """``node`` alone if it is given, else all that can be used now. Raises NoNodeError."""
+        names = [entry.name for entry in self._candidates() if entry.usable and node in (None, entry.name)]
+        if not names:
+            raise no_node_error(self._mesh.candidates(), Demand(None, KINDS_WITH_MODEL_STORE, node))
+        return names
+
+    def nodes_with(self, model: str, node: str | None) -> list[str]:
+        """The usable nodes that have the model. Raises NoNodeError and ModelMissing."""
+        usable = {entry.name: entry for entry in self._candidates() if entry.usable}
+        names = [name for name in self.usable_nodes(node) if has_model(usable[name], model)]
+        if not names:
+            raise no_node_error(self._mesh.candidates(), Demand(model, KINDS_WITH_MODEL_STORE, node))
+        return names
+
+    async def nodes_for_create(self, nodes: Sequence[str], digests: Collection[str], base: str | None) -> list[str]:
+        """Of ``nodes`` those that have all blobs, or the base model where there are none; all if none of them has."""
+        chosen: list[str] = []
+        if digests:
+            chosen = await self._nodes_with_blobs(nodes, digests)
+        elif base is not None:
+            candidates = {entry.name: entry for entry in self._candidates()}
+            chosen = [name for name in nodes if has_model(candidates[name], base)]
+        return chosen or list(nodes)
+
+    # -- operations with progress --------------------------------------------------------------------------------
+
+    def start_pull(self, call: HttpCall, node: str | None, *, timeout_s: float) -> StoreOperation:
+        """Raises NoNodeError. Nodes that cannot be used now are named in the progress, and left out."""
+        operation = StoreOperation(
+            self._mesh,
+            self.usable_nodes(node),
+            call,
+            timeout_s=timeout_s,
+            max_attempts=MAX_PULL_ATTEMPTS,
+            pause_s=self._pause_s,
+        )
+        if node is None:
+            for entry in self._candidates():
+                if not entry.usable:
+                    operation.progress.add_note(f"{entry.name} cannot be used now and is left out")
+        return operation
+
+    def start_push(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> StoreOperation:
+        """Raises NoNodeError and ModelMissing."""
+        return StoreOperation(self._mesh, self.nodes_with(model, node)[:1], call, timeout_s=timeout_s)
+
+    def start_create(self, call: HttpCall, nodes: Sequence[str], *, timeout_s: float) -> StoreOperation:
+        """``nodes`` are from ``nodes_for_create``."""
+        return StoreOperation(self._mesh, nodes, call, timeout_s=timeout_s)
+
+    # -- copy and delete -----------------------------------------------------------------------------------------
+
+    async def copy(self, call: HttpCall, source: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
+        """Raises NoNodeError and ModelMissing."""
+        return await self._request_all(self.nodes_with(source, node), call, timeout_s)
+
+    async def delete(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
+        """Raises NoNodeError and ModelMissing."""
+        nodes = self.nodes_with(model, node)
+        out_of_reach = [
+            failed_result(entry.name, NoNodeError("it cannot be reached now", node=entry.name))
+            for entry in self._candidates()
+            if not entry.usable and node is None and entry.models is not None and has_model(entry, model)
+        ]
+        return [*await self._request_all(nodes, call, timeout_s), *out_of_reach]
+
+    async def _request_all(self, nodes: Sequence[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
+        results = await self._request_each(nodes, call, timeout_s)
+        await self._mesh.refresh(nodes)
+        return results
+
+    async def _request_each(self, nodes: Iterable[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
+        stores = [ModelStore(node, over_mesh(self._mesh, node)) for node in nodes]
+        return list(await asyncio.gather(*(store.request(call, timeout_s=timeout_s) for store in stores)))
+
+    # -- blobs ---------------------------------------------------------------------------------------------------
+
+    async def find_blob(self, nodes: Iterable[str], digest: str) -> BlobHolders:
+        holders = BlobHolders()
+        for result in await self._request_each(nodes, HttpCall("HEAD", BLOBS + digest), BLOB_CHECK_TIMEOUT_S):
+            if result.status == 200:
+                holders.having.append(result.node)
+            elif result.status == 404:
+                holders.lacking.append(result.node)
+            else:
+                reason = f"{result.node} did not say whether it has the blob: {result.error_text}"
+                holders.unsure.append(failed_result(result.node, BackendError(reason, node=result.node)))
+        return holders
+
+    async def _nodes_with_blobs(self, nodes: Collection[str], digests: Iterable[str]) -> list[str]:
+        left = list(nodes)
+        for digest in digests:
+            having = set((await self.find_blob(left, digest)).having)
+            left = [node for node in left if node in having]
+        return left
+
+    async def add_blob(
+        self, nodes: Sequence[str], digest: str, pieces: AsyncIterable[bytes], *, timeout_s: float
+    ) -> list[NodeResult]:
+        """Sends the blob to ``nodes``, from those which ``find_blob`` says lack it."""
+
+        async def upload(node: str, body: AsyncIterable[bytes]) -> NodeResult:
+            try:
+                answer = await self._mesh.upload(node, BLOBS + digest, body, timeout_s=timeout_s)
+                return answered_result(node, answer.status, await read_body(answer) or b"")
+            except GPUMeshError as error:
+                return failed_result(node, error)
+
+        return await upload_to_nodes(nodes, pieces, upload)
+
+
+def is_done_where_possible(results: Sequence[NodeResult]) -> bool:
+    """Whether a ``copy`` or ``delete`` is done. A node that had lost the model meanwhile does not matter."""
+    return any(result.done for result in results) and all(result.done or result.model_is_missing for result in results)

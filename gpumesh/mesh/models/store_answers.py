@@ -1,0 +1,174 @@
+"""What a node's Ollama answers to an operation on its model store: steps of progress, documents, refusals.
+
+Answers come from a server that may be hostile. Everything in it is bounded and made printable here, before it becomes
+a step or a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpumesh.backends import safe_json
+from gpumesh.backends.dialects import MODEL_STORE_DIALECT
+from gpumesh.backends.error_text import find_error_message
+from gpumesh.backends.frames import LineSplitter
+from gpumesh.backends.model_list import MAX_CONTEXT_TOKENS
+from gpumesh.errors import BackendError, GPUMeshError, ProbeError
+from gpumesh.printable import printable
+
+MAX_LINE_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 20  # of an answer that is no progress
+LINES_PER_TURN = 100  # then other tasks have a turn of the event loop: one piece of an answer can hold thousands
+MAX_STATUS_CHARS = 200
+SUCCESS = "success"  # the status of the last step of an operation that is complete
+
+
+class StoreAnswer(Protocol):
+    """An answer's status, and its body as an async iterator of bytes."""
+
+    status: int
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def aclose(self) -> None:
+        """Ends the request, whatever is left of its answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStep:
+    """One line of progress. The sizes are bytes of the layer that ``digest`` and ``status`` name."""
+
+    status: str
+    digest: str | None = None
+    completed_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResult:
+    """How a request to one node ended. ``status`` is the server's HTTP status, or ``None`` where ``error`` says why
+    there is no answer."""
+
+    node: str
+    status: int | None
+    error_text: str = ""
+    error: GPUMeshError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.status is not None and self.status < 300
+
+    @property
+    def model_is_missing(self) -> bool:
+        return self.status == 404
+
+
+class StoreRefusal(BackendError):
+    """The server itself refuses or gives up the operation: the same request again would not help. ``status``: its HTTP
+    status, ``None`` when the refusal is a line of a stream that had begun."""
+
+    def __init__(self, message: str, *, node: str, status: int | None = None) -> None:
+        super().__init__(message, hint=_find_hint(message), node=node)
+        self.status = status
+
+
+def failed_result(node: str, error: GPUMeshError) -> NodeResult:
+    return NodeResult(node, None, printable(error.message), error)
+
+
+def answered_result(node: str, status: int, body: bytes) -> NodeResult:
+    return NodeResult(node, status, read_error_text(status, body))
+
+
+def read_error_text(status: int, body: bytes) -> str:
+    return MODEL_STORE_DIALECT.error_text(status, body)
+
+
+async def read_body(answer: StoreAnswer) -> bytes | None:
+    """The whole body; ``None`` when it is longer than ``MAX_DOCUMENT_BYTES``, which ends the request."""
+    body = bytearray()
+    try:
+        async for piece in answer:
+            body += piece
+            if len(body) > MAX_DOCUMENT_BYTES:
+                return None
+        return bytes(body)
+    finally:
+        await answer.aclose()
+
+
+async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
+    """Raises BackendError for a line that is too long."""
+    splitter = LineSplitter(MAX_LINE_BYTES)
+    async for piece in answer:
+        try:
+            lines = splitter.feed(piece)
+        except ProbeError as error:
+            raise not_ollama_error(node) from error
+        for number, line in enumerate(lines, 1):
+            yield line
+            if number % LINES_PER_TURN == 0:
+                await asyncio.sleep(0)
+    yield splitter.take_rest()
+
+
+def parse_step(line: bytes, node: str) -> StoreStep | None:
+    """``None`` for a line that says nothing of progress. Raises StoreRefusal for a line that says an error."""
+    entry = safe_json.parse_report(line)
+    if entry is None:
+        return None
+    message = find_error_message(entry)
+    if message is not None:
+        raise StoreRefusal(message, node=node)
+    status = safe_json.as_text(entry.get("status"))
+    if status is None:
+        return None
+    status = printable(status, MAX_STATUS_CHARS)
+    total = safe_json.as_count(entry.get("total"))
+    if not total:
+        return StoreStep(status)
+    digest = safe_json.as_text(entry.get("digest"))
+    return StoreStep(
+        status,
+        None if digest is None else printable(digest, MAX_STATUS_CHARS),
+        min(safe_json.as_count(entry.get("completed")) or 0, total),
+        total,
+    )
+
+
+def parse_document(status: int, body: bytes, node: str) -> dict[str, Any]:
+    """An answer in one piece; empty when it says nothing. Raises StoreRefusal for one that says an error."""
+    if status >= 400:
+        raise StoreRefusal(read_error_text(status, body), node=node, status=status)
+    document = safe_json.parse_report(body) or {}
+    message = find_error_message(document)
+    if message is not None:
+        raise StoreRefusal(message, node=node)
+    return document
+
+
+def parse_context_length(document: Mapping[str, Any]) -> int | None:
+    """The context length of an answer of ``/api/show``, in tokens. ``model_info`` has it under the name of the model's
+    architecture: ``qwen2.context_length``."""
+    info = document.get("model_info")
+    if not isinstance(info, dict):
+        return None
+    values = (value for key, value in info.items() if str(key).endswith(".context_length"))
+    lengths = (safe_json.as_bounded_count(value, MAX_CONTEXT_TOKENS) for value in values)
+    return next((length for length in lengths if length), None)
+
+
+def not_ollama_error(node: str) -> BackendError:
+    return BackendError("the server's answer is not what Ollama would say", node=node)
+
+
+def _find_hint(message: str) -> str | None:
+    if "no space left" in message:
+        return "its disk is full: `gpumesh exec NODE -- df -h`, and `gpumesh models rm` what is not needed"
+    if "file does not exist" in message:
+        return "no such model in Ollama's library: look at https://ollama.com/library for its name and tags"
+    return None

@@ -1,0 +1,129 @@
+"""The model stores of a mesh's nodes as a command reaches them, over the forwarded ports.
+
+The mesh may run in another process: of each node only its state is known, with the URL of its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from gpumesh import config
+from gpumesh.errors import GPUMeshError, UsageError
+from gpumesh.mesh.models.inventory import ModelTask
+from gpumesh.mesh.models.model_store import SHOW_TIMEOUT_S, ModelStore, over_url
+from gpumesh.state import BackendPhase, MeshState, NodeState
+
+if TYPE_CHECKING:
+    import httpx
+
+    from gpumesh.topology import Topology
+
+READ_TIMEOUT_S = 600.0  # between two lines of progress, or for a model to come from a slow disk
+MAX_CONCURRENT_SHOWS = 8  # of one node
+CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """``error`` is ``None`` for a task that is done."""
+
+    task: ModelTask
+    error: GPUMeshError | None = None
+
+
+class UrlStores:
+    """``client`` stays its owner's to close."""
+
+    def __init__(self, client: httpx.AsyncClient, topology: Topology) -> None:
+        self._client = client
+        self._topology = topology
+
+    def of(self, node: NodeState) -> ModelStore:
+        """The node's store. Its server must be up."""
+        api_key_env = self._topology.node(node.name).backend.api_key_env
+        url = node.backend.url or ""
+        return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
+
+    async def refresh_backends(self, state: MeshState) -> MeshState:
+        """The state with what the servers that are up say of their models now: the mesh's own probe may be some seconds
+        old, and miss what the command before this one did."""
+        nodes = await asyncio.gather(*(self._refresh_backend(node) for node in state.nodes))
+        return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
+
+    async def _refresh_backend(self, node: NodeState) -> NodeState:
+        from gpumesh.probes.backend import probe_backend
+
+        if node.backend.state is not BackendPhase.UP or node.backend.url is None:
+            return node
+        spec = self._topology.node(node.name).backend
+        key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env, node=node.name)
+        report = await probe_backend(
+            self._client, spec, [node.backend.url], api_key=key, timeout_s=SHOW_TIMEOUT_S, node=node.name
+        )
+        return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
+
+    async def context_lengths(self, models: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
+        """By node and model, the lengths that their servers say in time: a node that lists thousands of models, or is
+        slow, takes neither the others' connections nor their time."""
+        gates = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in models}
+        lengths: dict[tuple[str, str], int] = {}
+
+        async def ask(node: NodeState, model: str) -> None:
+            async with gates[node.name]:
+                length = await self.of(node).context_length(model)
+            if length:
+                lengths[node.name, model] = length
+
+        tasks = [asyncio.create_task(ask(node, model)) for node, model in models]
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=CONTEXT_LENGTHS_TIMEOUT_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return lengths
+
+
+async def perform_tasks(
+    tasks: Sequence[ModelTask],
+    perform: Callable[[ModelTask], Awaitable[None]],
+    on_result: Callable[[TaskResult], None],
+) -> None:
+    """One node's tasks one after the other, the nodes side by side; a task that fails does not stop the others.
+
+    Raises UsageError, which is the caller's own mistake.
+    """
+
+    async def perform_on(node: str) -> None:
+        for task in tasks:
+            if task.node.name != node:
+                continue
+            try:
+                await perform(task)
+            except UsageError:
+                raise
+            except GPUMeshError as error:
+                on_result(TaskResult(task, error))
+            else:
+                on_result(TaskResult(task))
+
+    await asyncio.gather(*map(perform_on, dict.fromkeys(task.node.name for task in tasks)))
+
+
+@asynccontextmanager
+async def open_url_stores(topology: Topology) -> AsyncIterator[UrlStores]:
+    import httpx
+
+    from gpumesh.probes.http_client import http_client
+
+    async with http_client(timeout=httpx.Timeout(30.0, read=READ_TIMEOUT_S)) as client:
+        yield UrlStores(client, topology)
