@@ -88,7 +88,7 @@ class TunnelState:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """``store_free_mib``: what is left where models are kept; only `audit` asks for it."""
+    """``store_free_mib``: what is left where models are kept, as the last inspection found it."""
 
     hostname: str | None = None
     driver: str | None = None
@@ -172,7 +172,7 @@ class BackendState:
 @dataclass(frozen=True, slots=True)
 class RouteState:
     """One way to a node's server. ``target`` is the server as its own host knows it, ``url`` the same from here, and
-    ``via`` the transport. What follows is known after `audit` only: ``latency_ms`` is the middle one of several round
+    ``via`` the transport. What follows is known after an inspection only: ``latency_ms`` is the median of several round
     trips, ``store`` a fingerprint of the models' store, ``kind`` what the server turned out to be.
 
     ``offered``: not in mesh.yaml; the host's own address answers without SSH as well. ``exposed``: to the internet.

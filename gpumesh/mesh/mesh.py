@@ -30,6 +30,7 @@ from gpumesh.mesh import readiness
 from gpumesh.mesh.change_notifier import ChangeNotifier
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.dispatch import Dispatcher
+from gpumesh.mesh.inspection.regular_inspection import RegularInspection
 from gpumesh.mesh.nodes.fleet import Fleet
 from gpumesh.mesh.nodes.node import Node
 from gpumesh.mesh.request_counters import RequestCounters
@@ -95,6 +96,8 @@ class Mesh:
             ],
             clock=clock,
         )
+        enabled = [node for node in self.fleet if node.spec.enabled]
+        self._inspection = RegularInspection(enabled, self._http, clock=clock, on_report=self._changes.notify)
         self._dispatcher = Dispatcher(
             self.fleet, topology.gateway.policy, clock=clock, rng=self._rng, max_queue=topology.gateway.max_queue
         )
@@ -124,6 +127,7 @@ class Mesh:
                 if node.spec.enabled:
                     tunnel = node.tunnel = self._open_tunnel(node, workers)  # known before the node's task has run
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
+            self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
             self._stack = stack.pop_all()
         return self
 
@@ -173,7 +177,8 @@ class Mesh:
 
     def snapshot(self) -> MeshState:
         dispatcher = self._dispatcher
-        states = tuple(node.state(dispatcher.queued_for(node.name)) for node in self.fleet)
+        merge = self._inspection.merge
+        states = tuple(merge(node.state(dispatcher.queued_for(node.name))) for node in self.fleet)
         return MeshState(
             mesh=self.topology.name,
             at=datetime.now(UTC),

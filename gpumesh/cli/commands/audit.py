@@ -1,4 +1,4 @@
-"""`gpumesh audit`: what mesh.yaml expects against what is found, and, with --write, mesh.yaml put right."""
+"""`gpumesh audit`: what mesh.yaml expects against what is found, and, with --write, the corrected mesh.yaml."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
     from gpumesh.audit.changes import Change
+    from gpumesh.daemon.sessions.session import Session
 
 app = new_app()
 
@@ -55,7 +57,7 @@ def audit(
     path = chosen.config_file()
     text = edit.read(path)
     topology = edit.parse_edited(path, text)
-    state, remote = run_async(_look(chosen, topology))
+    state, remote = run_async(_inspect(chosen, topology))
     plan = propose_correction(path, text, topology, state) if write else None
     if as_json:
         written = plan is not None and yes and plan.write()
@@ -67,18 +69,35 @@ def audit(
         audit_screen.print_drawing(audit_rows.draw_topology(topology, state.nodes))
         if not state.findings:
             typer.echo("\nall is as mesh.yaml says")
-        findings = state.findings if plan is None else _offer(plan, yes=yes, remote=remote, quiet=chosen.quiet)
+        findings = (
+            state.findings if plan is None else _offer_correction(plan, yes=yes, remote=remote, quiet=chosen.quiet)
+        )
     if any(finding.severity is not Severity.INFO for finding in findings):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-async def _look(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
+async def _inspect(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
     """The state, and whether it is that of a mesh that runs in the background."""
-    from gpumesh.cli.inspection import inspect_mesh
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
+    from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
     async with open_session(chosen) as session:
-        return await inspect_mesh(session, topology), isinstance(session, RemoteSession)
+        state = await inspect_mesh(session.wait_first_report, partial(_read_output, session), topology)
+        return state, isinstance(session, RemoteSession)
+
+
+async def _read_output(session: Session, node: str, argv: Sequence[str]) -> bytes:
+    """The output of a command on the node's host, as far as an inspection reads it. Raises GPUMeshError."""
+    from gpumesh.async_iterators import closing_iterator
+    from gpumesh.mesh.inspection.node_inspection import MAX_COMMAND_OUTPUT
+
+    output = bytearray()
+    async with closing_iterator(session.exec(node, argv)) as chunks:
+        async for chunk in chunks:
+            output += chunk.data
+            if len(output) > MAX_COMMAND_OUTPUT:
+                break
+    return bytes(output[:MAX_COMMAND_OUTPUT])
 
 
 # -- --write ---------------------------------------------------------------------------------------------------------
@@ -115,32 +134,32 @@ class Correction:
 
 
 def propose_correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
-    """Tries each change by itself, and checks that the file then means what it should and nothing else."""
+    """Tries each change by itself, and checks that the file then means that change and nothing else."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
 
-    places = {spec.name: place for place, spec in enumerate(topology.nodes)}
-    new = text
+    indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
+    new_text = text
     made: list[Change] = []
-    by_hand: list[str] = []
+    manual_steps: list[str] = []
     for change in changes.plan_changes(topology, state.nodes, state.findings):
         comment = None if change.why is None else f"gpumesh audit, {state.at:%Y-%m-%d}: {change.why}"
-        step = edit.Edit(places[change.node], change.path, change.value, comment)
+        step = edit.Edit(indexes[change.node], change.path, change.value, comment)
         try:
-            tried = edit.apply_edits(new, [step])
-            if edit.parse_edited(path, tried) != changes.apply_changes(topology, [*made, change]):
+            edited = edit.apply_edits(new_text, [step])
+            if edit.parse_edited(path, edited) != changes.apply_changes(topology, [*made, change]):
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:
-            by_hand.append(f"{error.message}: it should be {change.value!r}")
+            manual_steps.append(f"{error.message}: it should be {change.value!r}")
             continue
-        new = tried
+        new_text = edited
         made.append(change)
-    left = changes.unsettled_findings(state.findings, made)
-    return Correction(path, text, new, tuple(made), left, tuple(by_hand))
+    remaining = changes.unsettled_findings(state.findings, made)
+    return Correction(path, text, new_text, tuple(made), remaining, tuple(manual_steps))
 
 
-def _offer(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
-    """Shows the diff and writes it, if that is wanted; the findings that are left."""
+def _offer_correction(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
+    """Shows the diff, and writes it if the user agrees. Returns the findings that are left."""
     from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")
@@ -181,7 +200,7 @@ def audit_document(
     from gpumesh.wire import to_json
 
     enabled = {spec.name for spec in topology.nodes if spec.enabled}
-    said: dict[str, object] = {
+    document: dict[str, object] = {
         "schema": "gpumesh.audit/1",
         "mesh": state.mesh,
         "at": state.at,
@@ -206,6 +225,6 @@ def audit_document(
             {"node": change.node, "path": ".".join(change.path), "value": change.value, "why": change.why}
             for change in plan.changes
         ]
-        said |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.remaining_findings}
-    result: dict[str, object] = to_json(said)
+        document |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.remaining_findings}
+    result: dict[str, object] = to_json(document)
     return result

@@ -174,7 +174,9 @@ class FleetStore:
     def _candidates(self) -> list[Candidate]:
         """All nodes with a model store that mesh.yaml enables."""
         enabled = {node.name for node in self._mesh.topology.nodes if node.enabled}
-        return [entry for entry in self._mesh.candidates() if entry.kind in KINDS_WITH_MODEL_STORE and entry.name in enabled]
+        return [
+            entry for entry in self._mesh.candidates() if entry.kind in KINDS_WITH_MODEL_STORE and entry.name in enabled
+        ]
 
     def usable_nodes(self, node: str | None) -> list[str]:
         """``node`` alone if it is given, else all that can be used now. Raises NoNodeError."""

@@ -160,6 +160,11 @@ class Node:
         """How many connections its tunnel has had so far."""
         return self._link.connection_count
 
+    @property
+    def command_lock(self) -> asyncio.Lock:
+        """Held while a short command runs on the host."""
+        return self._link.command_lock
+
     def is_same_connection(self, lease: Lease) -> bool:
         """Whether the tunnel's connection is still the one over which this lease was sent.
 

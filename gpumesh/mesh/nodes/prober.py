@@ -193,7 +193,8 @@ class Prober:
             tunnel = await self._link.wait_up()
             was_idle = self._is_idle()
             run_command = partial(tunnel.exec, shareable=True, limit_bytes=OUTPUT_BYTES)
-            report = await probe_gpus(run_command, timeout_s=GPU_TIMEOUT_S, node=self._spec.name)
+            async with self._link.command_lock:
+                report = await probe_gpus(run_command, timeout_s=GPU_TIMEOUT_S, node=self._spec.name)
             if self._link.is_up:
                 self._record_gpus(report, was_idle=was_idle)
             await asyncio.sleep(interval_s)

@@ -20,6 +20,8 @@ class TunnelLink:
         self.tunnel: Tunnel | None = None
         self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
         self.connection_count = 0
+        self.command_lock = asyncio.Lock()
+        """Held while a short command runs on the host: some hosts allow one session at a time."""
         self._targets = spec.backend.targets
         self._up = asyncio.Event()
 
