@@ -22,7 +22,8 @@ from gpumesh.audit.identity import store_fingerprint
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
-from gpumesh.probes.backend import TimedInventory, ask_server, build_request_options, get_bounded
+from gpumesh.probes.bounded_get import get_bounded
+from gpumesh.probes.server_inventory import TimedInventory, ask_server, build_request_options
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 

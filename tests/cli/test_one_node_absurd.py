@@ -30,7 +30,7 @@ from gpumesh.gateway.observe import exposition, gauges
 from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.models import inventory as models_inventory
 from gpumesh.mesh.models import memory_fit
-from gpumesh.probes.backend import BackendReport, _down, _left_out
+from gpumesh.probes.backend import BackendReport, _down_report, _find_unusable_models
 from gpumesh.probes.combined_commands import CommandOutput
 from gpumesh.probes.health import assess_health
 from gpumesh.probes.nvidia_smi import build_gpu_report
@@ -85,9 +85,9 @@ def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, proces
             loaded=inventory.loaded,
             catalog=inventory.catalog,
         )
-        backend = BackendReport(state, _left_out(inventory, "hostile"), "http://127.0.0.1:1", inventory)
+        backend = BackendReport(state, _find_unusable_models(inventory, "hostile"), "http://127.0.0.1:1", inventory)
     except ProbeError as error:
-        backend = _down(spec, error, "hostile")
+        backend = _down_report(spec, error, "hostile")
     gpus = build_gpu_report(CommandOutput(0, table), CommandOutput(0, processes), hostname="box", node="hostile")
     tunnel = TunnelState("sshtunnel", TunnelPhase.UP, since=AT, rtt_ms=1.0, local_port=1)
     health, reason = assess_health(tunnel, gpus, backend, NodeSpec("hostile", spec, expect=EXPECT), False)

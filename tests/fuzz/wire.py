@@ -19,8 +19,8 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import BackendUnreachable, ProbeError, StreamCut
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.probes.backend import ask_server
 from gpumesh.probes.http_client import http_client
+from gpumesh.probes.server_inventory import ask_server
 from tests.fuzz import parsers
 from tests.fuzz.cases import Case
 

@@ -19,7 +19,8 @@ from gpumesh.backends.dialects import DIALECTS
 from gpumesh.backends.ollama import OllamaDialect, ProbeAnswers
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
-from gpumesh.probes.backend import BODY_LIMIT, BackendReport, probe_backend
+from gpumesh.probes.backend import BackendReport, probe_backend
+from gpumesh.probes.bounded_get import BODY_LIMIT
 from gpumesh.state import BackendPhase, Severity
 from gpumesh.topology import BackendKind, BackendSpec, Target
 from tests.mesh.servers import (

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from gpumesh.errors import ProbeError
-from gpumesh.probes.backend import BODY_LIMIT, get_bounded
+from gpumesh.probes.bounded_get import BODY_LIMIT, get_bounded
 from gpumesh.probes.http_client import http_client
 from tests.hostile_peers import (
     CHUNKED,

@@ -1,0 +1,111 @@
+"""One GET to an inference server with a bounded answer, and what went wrong when there is no usable answer."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterator, Mapping
+
+import httpx
+
+from gpumesh.backends import unusable_answers
+from gpumesh.errors import ProbeError
+from gpumesh.printable import printable
+from gpumesh.probes import wrong_server
+
+BODY_LIMIT = 8 << 20  # bytes; a list of models has some hundred for each
+_MODEL_LIST_KEYS = (b'"models"', b'"data"')
+
+SILENT_SERVER_HINT = "see on the host whether the server is stuck (`ollama ps`, its log), and restart it"
+_NO_SERVER_HINT = "start the server on the host, and check `backend.port` or `backend.url`"
+_CLOSED_HINT = (
+    "start the server on the host, or, if something else listens on that port, change `backend.port` or `backend.url`"
+)
+
+
+async def get_bounded(
+    client: httpx.AsyncClient, url: str, headers: Mapping[str, str], extensions: Mapping[str, str]
+) -> tuple[int, bytes]:
+    """Status and body. Raises ProbeError."""
+    response: httpx.Response | None = None
+    try:
+        request = client.build_request("GET", url, headers=dict(headers), extensions=dict(extensions))
+        response = await client.send(request, stream=True, follow_redirects=False)
+        try:
+            body = await _read_body(response)
+        finally:
+            await response.aclose()
+    except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+        if response is not None:
+            message = f"it stopped in the middle of its answer: {_describe_error(error)}"
+            raise unusable_answers.broken_answer_error(message) from error
+        raise await _no_answer_error(url, error) from error
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        message = f"it gave no answer: {_describe_error(error)}"
+        raise ProbeError(message, finding_code="backend-down", hint=SILENT_SERVER_HINT) from error
+    except ValueError as error:  # from httpx, for a Location whose host name is not valid
+        raise unusable_answers.broken_answer_error(f"its answer cannot be read: {_describe_error(error)}") from error
+    location = response.headers.get("Location")
+    if response.is_redirect and location is not None:
+        raise _redirect_error(url, response.status_code, location)
+    if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
+        raise wrong_server.wrong_scheme_error(url)  # Go's server, nginx and Apache answer plain HTTP on a TLS port so
+    return response.status_code, body
+
+
+async def _read_body(response: httpx.Response) -> bytes:
+    """Raises ProbeError and httpx's errors."""
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > BODY_LIMIT:
+            message = f"it answers with more than {BODY_LIMIT >> 20} MiB"
+            if any(key in body[:200] for key in _MODEL_LIST_KEYS):
+                raise unusable_answers.too_many_models_error(f"{message} of models")
+            raise ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
+    return bytes(body)
+
+
+async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
+    """Why no HTTP came back."""
+    tls_error = next((cause for cause in _list_causes(error) if isinstance(cause, ssl.SSLError)), None)
+    if tls_error is not None:
+        return await wrong_server.explain_tls_failure(url, tls_error)
+    if not isinstance(error, httpx.ConnectError):
+        # An answer that is not HTTP and has no blank line (the banner of an SSH server) was read and dropped by httpx.
+        wrong_server_error = await wrong_server.identify_wrong_server(url)
+        if wrong_server_error is not None:
+            return wrong_server_error
+    if isinstance(error, httpx.RemoteProtocolError):
+        if "disconnected" not in str(error) and "closed connection" not in str(error):
+            message = f"the port answers, but not with HTTP: {_describe_error(error)}"
+            return ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
+        return ProbeError("it closed the connection without an answer", finding_code="backend-down", hint=_CLOSED_HINT)
+    # A tunnel whose far end finds no server resets the connection, sooner or later.
+    message = f"it gave no answer: {_describe_error(error)}"
+    return ProbeError(message, finding_code="backend-down", hint=_NO_SERVER_HINT)
+
+
+def _redirect_error(url: str, status: int, location: str) -> ProbeError:
+    asked, target = httpx.URL(url), location.strip()
+    hint = "a login page or a proxy stands before it: point `backend.port` or `backend.url` at the server itself"
+    if asked.scheme == "http" and target.lower().startswith("https://"):
+        hint = f"if it only wants HTTPS, write https:// in `backend.url`; else {hint}"
+    message = f"it sends us elsewhere: HTTP {status}, to {printable(target, 100)}"
+    return ProbeError(message, finding_code="redirected", hint=hint)
+
+
+def _describe_error(error: Exception) -> str:
+    """The system's text for its cause if there is one: httpx itself says only that all attempts failed, or nothing."""
+    for cause in _list_causes(error):
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+            return os.strerror(cause.errno).lower()
+    return printable(str(error), 120) or type(error).__name__
+
+
+def _list_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error itself, then its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
