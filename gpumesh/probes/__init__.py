@@ -1,2 +1,3 @@
-"""Questions to a node: its GPUs through nvidia-smi, its server through HTTP. Whatever comes back becomes a report;
-nothing that a host says or fails to say raises here, and nothing here decides what is done about it."""
+"""Probes of a node: its GPUs through nvidia-smi, its inference server through HTTP, its disk through df.
+
+Each answer becomes a report. A probe never raises on a host's account, and does not decide what is done about it."""

@@ -19,7 +19,7 @@ from gpumesh.tunnels.base import ExecResult
 
 OUTPUT_MARKER = "@gpumesh@"
 EXTRA_SEARCH_PATH = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
-_ENDS = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
+_OUTPUT_END = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
 
 Argv = tuple[str, ...]
 
@@ -32,7 +32,7 @@ class RunCommand(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
-    """What a command said, stderr included. ``exit_status`` is ``None`` when it ended by a signal."""
+    """``output`` includes stderr. ``exit_status`` is ``None`` when a signal ended the command."""
 
     exit_status: int | None
     output: bytes
@@ -47,31 +47,32 @@ def build_script(commands: Sequence[Argv]) -> str:
 
 
 def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
-    """The answers in order, at most ``count``; fewer when the output was cut or another shell ran it."""
-    said: list[CommandOutput] = []
+    """The commands' outputs in order, at most ``count``; fewer when the output was cut or no POSIX shell ran it."""
+    outputs: list[CommandOutput] = []
     start = 0
-    for end in _ENDS.finditer(output):
-        if len(said) == count:
+    for end in _OUTPUT_END.finditer(output):
+        if len(outputs) == count:
             break
-        said.append(CommandOutput(int(end[1]), output[start : end.start()]))
+        outputs.append(CommandOutput(int(end[1]), output[start : end.start()]))
         start = end.end()
-    return said
+    return outputs
 
 
-async def run_commands(exec_: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
-    """One answer for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
+async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
+    """One output for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
-        # Our own deadline comes first: so a TimeoutError is one of the command, an ExecError one of the connection.
-        patient = timeout_s + 1.0
-        result = await exec_(("sh", "-c", build_script(commands)), timeout_s=patient)
-        answers = split_script_output(result.stdout, len(commands))
-        if len(answers) == len(commands):
-            return answers
-        if answers:  # it was a shell, and what it said was cut or is no text
-            answers += [CommandOutput(result.exit_status, b"")] * (len(commands) - len(answers))
-            return answers
-        alone = []
+        # Our own deadline comes before the connection's. So a TimeoutError is about the command, an ExecError about the
+        # connection.
+        connection_timeout_s = timeout_s + 1.0
+        result = await run_command(("sh", "-c", build_script(commands)), timeout_s=connection_timeout_s)
+        outputs = split_script_output(result.stdout, len(commands))
+        if len(outputs) == len(commands):
+            return outputs
+        if outputs:  # a POSIX shell ran the script, and its output was cut or is not text
+            outputs += [CommandOutput(result.exit_status, b"")] * (len(commands) - len(outputs))
+            return outputs
+        single_outputs = []
         for command in commands:
-            result = await exec_(command, timeout_s=patient)
-            alone.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
-        return alone
+            result = await run_command(command, timeout_s=connection_timeout_s)
+            single_outputs.append(CommandOutput(result.exit_status, result.stdout + result.stderr))
+        return single_outputs

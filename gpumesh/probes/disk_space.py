@@ -1,10 +1,11 @@
-"""How much room is left where a host keeps its models. For `audit`: a full disk shows itself only at the next pull."""
+"""Free disk space where a host keeps its models: without this probe a full disk shows only at the next pull."""
 
 from __future__ import annotations
 
 import re
 
-# Constant, so that nothing needs quoting: the first of the folders that is there. POSIX: -P gives one line a disk.
+# A constant, so that nothing needs quoting. It asks for the first of the folders that exists. POSIX: with -P, df writes
+# one line for each disk.
 SCRIPT = (
     'for d in "$OLLAMA_MODELS" /usr/share/ollama/.ollama/models "$HOME/.ollama/models" "$HOME/.ollama"; '
     'do [ -n "$d" ] && [ -d "$d" ] && LC_ALL=C exec df -Pk "$d"; done'
@@ -14,7 +15,7 @@ _ROW = re.compile(rb"\s([0-9]{1,15})\s+[0-9]{1,15}\s+(-?[0-9]{1,15})\s+[0-9]{1,3
 
 
 def read_free_mib(output: bytes) -> int | None:
-    """What ``df -Pk`` has as available, in MiB; ``None`` for anything else. Never raises."""
+    """The available space in the output of ``df -Pk``, in MiB; ``None`` for any other output. Never raises."""
     rows = _ROW.findall(output[: 1 << 16])
     if len(rows) != 1:
         return None

@@ -1,4 +1,4 @@
-"""A node's health with its one true reason: the cause nearest to the ground, not what follows from it. Pure."""
+"""A node's health and the reason for it: the first cause (the tunnel before the server), not its consequences. Pure."""
 
 from __future__ import annotations
 
@@ -10,49 +10,56 @@ from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelState
 from gpumesh.topology import NodeSpec
 
-# Findings that say that the GPU is not, or not wholly, usable: the node serves, but nobody knows how well.
-_ABOUT_EXPECTED = ("gpus", "gpu", "vram_mib")
+_GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")
+_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def assess_health(
     tunnel: TunnelState, gpu: GpuReport | None, backend: BackendReport | None, spec: NodeSpec, draining: bool
 ) -> tuple[Health, str | None]:
-    """``healthy`` has no reason; all else has one sentence."""
+    """``healthy`` has no reason; every other health has a reason of one sentence."""
     if tunnel.state is not TunnelPhase.UP:
-        return _without_tunnel(tunnel)
+        return _assess_without_tunnel(tunnel)
     if draining:
         return Health.DRAINING, "a person asked for no new work"
     if backend is None:
         return Health.UNKNOWN, "its server has not been asked yet"
     if backend.state.state is not BackendPhase.UP:
         return Health.DOWN, backend.state.last_error or "its server does not answer"
-    slow = describe_cpu_models(backend.state.loaded)
-    if slow is not None:
-        return Health.DEGRADED, slow
-    if gpu is not None:
-        for finding in sorted(gpu.findings, key=lambda one: _RANK[one.severity]):
-            expected = any(getattr(spec.expect, name) is not None for name in _ABOUT_EXPECTED)
-            if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
-                return Health.DEGRADED, finding.message
-        if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
-            return Health.DEGRADED, describe_gpu_count(len(gpu.gpus), spec.expect.gpus)
+    reason = (
+        describe_cpu_models(backend.state.loaded)
+        or (None if gpu is None else _find_gpu_problem(gpu, spec))
+        or _describe_missing_models(spec, backend)
+    )
+    return (Health.HEALTHY, None) if reason is None else (Health.DEGRADED, reason)
+
+
+def _find_gpu_problem(gpu: GpuReport, spec: NodeSpec) -> str | None:
+    """Why the GPU is not, or not wholly, usable, though the node serves. A warning counts where mesh.yaml expects
+    something of the GPU."""
+    expected = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
+    for finding in sorted(gpu.findings, key=lambda finding: _RANKS[finding.severity]):
+        if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
+            return finding.message
+    if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
+        return describe_gpu_count(len(gpu.gpus), spec.expect.gpus)
+    return None
+
+
+def _describe_missing_models(spec: NodeSpec, backend: BackendReport) -> str | None:
     missing = missing_models(spec, backend)
-    if missing:
-        return Health.DEGRADED, f"expected, but not there: {', '.join(missing)}"
-    return Health.HEALTHY, None
-
-
-_RANK = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
+    return f"expected, but not there: {', '.join(missing)}" if missing else None
 
 
 def missing_models(spec: NodeSpec, backend: BackendReport) -> tuple[str, ...]:
+    """The models that mesh.yaml expects and the server does not list."""
     if not spec.expect.models:
-        return ()  # the usual case, and a server may list thousands
-    there = {full_name(name) for name in backend.state.models}
-    return tuple(name for name in spec.expect.models if full_name(name) not in there)
+        return ()  # the usual case; a server may list thousands of models
+    listed = {full_name(name) for name in backend.state.models}
+    return tuple(name for name in spec.expect.models if full_name(name) not in listed)
 
 
-def _without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:
+def _assess_without_tunnel(tunnel: TunnelState) -> tuple[Health, str | None]:
     if tunnel.state is TunnelPhase.IDLE:
         return Health.UNKNOWN, "not opened yet"
     if tunnel.state is TunnelPhase.CONNECTING and tunnel.last_error is None:

@@ -1,6 +1,7 @@
-"""The HTTP client of probes, and of whatever else is asked now and then: short calls, no proxies from the environment,
-no redirects to elsewhere, no compression. A caller bounds what it takes of a body, and for how long; it reads what came
-(``aiter_raw``), since what is unpacked has no bound."""
+"""The HTTP client of probes and of other rare requests: no proxies from the environment, no redirects, no compression.
+
+The caller bounds how much of a body it reads, and for how long. It reads the body as it came (``aiter_raw``), because
+the size of an unpacked body has no bound."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ KEEPALIVE_S = 5.0  # as httpx has it
 
 
 def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncClient:
-    """As many connections as are asked for: the caller bounds what runs at once. Raises, on use, ``httpx.HTTPError``
-    for whatever a server does."""
+    """A client without a bound on its connections: the caller bounds what runs at once. Its requests raise
+    ``httpx.HTTPError`` whatever a server does."""
     return httpx.AsyncClient(
         transport=_Transport(),
         cookies=_no_cookies(),
@@ -33,30 +34,30 @@ def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncCli
 
 
 def _no_cookies() -> CookieJar:
-    """A jar that takes none. Cookies know no ports: those of one node's end of a tunnel would go to all the others,
-    which are on the same loopback address, until their servers refuse heads of that size."""
+    """A jar that takes no cookies. Cookies do not distinguish ports: the cookies of one node's end of a tunnel would go
+    to all other nodes, which have the same loopback address, until their servers refuse heads of that size."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=()))
 
 
 @cache
-def _tls() -> ssl.SSLContext:
+def _tls_context() -> ssl.SSLContext:
     """Made once: reading the authorities' certificates takes 20 ms."""
     return httpx.create_ssl_context(trust_env=False)
 
 
 def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
-    """As ``split_unix_url``, of a URL that httpx has read: it leaves the colon after the host out."""
+    """As ``split_unix_url``, for a URL that httpx has parsed: httpx drops the colon after the host."""
     if url.host != "unix" or url.port is not None:
         return None
     unix = split_unix_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
-    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else a host that is called unix
+    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else it is a host with the name unix
 
 
-def _pool(uds: str | None) -> httpx.AsyncHTTPTransport:
-    """httpx hands no network on to httpcore: its pool is replaced by one like it."""
-    transport = httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False)
+def _create_pool(uds: str | None) -> httpx.AsyncHTTPTransport:
+    """httpx has no option for httpcore's network backend, so its pool is replaced by one with ours."""
+    transport = httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
-        ssl_context=_tls(),
+        ssl_context=_tls_context(),
         max_connections=None,
         keepalive_expiry=KEEPALIVE_S,
         uds=uds,
@@ -65,19 +66,18 @@ def _pool(uds: str | None) -> httpx.AsyncHTTPTransport:
     return transport
 
 
-def _leads_somewhere(here: httpx.URL, location: str) -> bool:
-    """httpx reads where a redirect leads even if it is not followed, and raises what the idna package raises for a host
-    name that is none."""
+def _is_valid_redirect(url: httpx.URL, location: str) -> bool:
+    """httpx parses the target of a redirect even if it is not followed, and raises the idna package's error for a host
+    name that is not valid."""
     try:
-        there = here.join(httpx.URL(location))
-        return bool(there.host)
+        return bool(url.join(httpx.URL(location)).host)
     except (httpx.InvalidURL, ValueError):
         return False
 
 
 class _Transport(httpx.AsyncBaseTransport):
-    """A pool for each server: httpcore looks through all connections of a pool at each request, so that one pool for
-    the three calls to each of a hundred nodes took 40 % of a core. Knows the URLs of Unix sockets."""
+    """A pool for each server: httpcore looks through all connections of a pool at each request, and one pool for the
+    three calls to each of a hundred nodes took 40 % of a core. It knows the URLs of Unix sockets."""
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, str, int | None], httpx.AsyncHTTPTransport] = {}
@@ -86,19 +86,19 @@ class _Transport(httpx.AsyncBaseTransport):
         unix = parse_unix_url(request.url)
         if unix is not None:
             request.url = httpx.URL(f"{request.url.scheme}://localhost{unix[1]}")
-            if request.headers.get("Host") == "unix":  # what httpx made of the URL
+            if request.headers.get("Host") == "unix":  # set by httpx, from the URL
                 request.headers["Host"] = "localhost"
         origin = (request.url.scheme, request.url.host if unix is None else unix[0], request.url.port)
         pool = self._pools.get(origin)
         if pool is None:
-            pool = self._pools[origin] = _pool(None if unix is None else unix[0])
+            pool = self._pools[origin] = _create_pool(None if unix is None else unix[0])
         try:
             response = await pool.handle_async_request(request)
         except (AttributeError, OSError) as error:
-            # A connection that is reset as soon as it stands, as at the end of a tunnel with nobody behind it: the
-            # socket is gone when anyio asks it for its peer, and that error httpx does not translate.
+            # The connection was reset as soon as it was made, as happens at the end of a tunnel without a server. anyio
+            # then asks a closed socket for its peer, and httpx does not translate that error.
             raise httpx.ConnectError("connection reset by peer", request=request) from error
-        if "Location" in response.headers and not _leads_somewhere(request.url, response.headers["Location"]):
+        if "Location" in response.headers and not _is_valid_redirect(request.url, response.headers["Location"]):
             del response.headers["Location"]
         return response
 

@@ -1,4 +1,4 @@
-"""A host's GPUs, asked of nvidia-smi over the tunnel's own connection; the hostname comes in the same round trip."""
+"""The probe of a host's GPUs by nvidia-smi, over the tunnel's connection; the hostname comes in the same round trip."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 FORMAT = "--format=csv,noheader,nounits"
 HOSTNAME: Argv = ("hostname",)
 PROCESSES: Argv = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
-# One lost GPU fails the call for all; the others are then asked one by one, this many at most.
+# One lost GPU fails the call for all GPUs. Then each GPU is asked by itself, so many at most.
 MAX_GPUS_ASKED_SINGLY = 16
-# Reasons that cost speed and that somebody can do something about.
-HOT = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
+# The reasons for lower clocks that cost speed and have a remedy.
+REMEDIABLE_THROTTLES = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
 _HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuReport:
-    """What one question to nvidia-smi taught. ``error`` is set when the GPUs could not be learned: then ``gpus`` being
-    empty says nothing. Of one code there is at most one finding."""
+    """The result of one probe. ``error`` is set when the GPUs are not known: then an empty ``gpus`` says nothing. There
+    is at most one finding of each code."""
 
     gpus: tuple[GpuState, ...] = ()
     driver: str | None = None
@@ -39,40 +39,41 @@ class GpuReport:
     findings: tuple[Finding, ...] = ()
 
 
-async def probe_gpus(exec_: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
+async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
     """Never raises on the host's account. Without persistence mode a first call takes 1 to 3 s: give it 10 s."""
     try:
-        return await _probe_gpus(exec_, timeout_s=timeout_s, node=node)
+        return await _probe_gpus(run_command, timeout_s=timeout_s, node=node)
     except Exception as error:
-        # A bug of ours, in reading what nobody foresaw that a host could say: it costs the sight of these GPUs, not the
-        # mesh.
+        # A bug of ours, in reading an answer that nobody foresaw: it costs the report on these GPUs, not the mesh.
         log.exception("what a host says of its GPUs could not be read", extra={"event": "probe-failed"})
         message = f"what nvidia-smi says cannot be read ({type(error).__name__})"
         hint = "the mesh's log has the details (`gpumesh logs`)"
         return GpuReport(error=message, findings=(Finding("gpu-unreadable", Severity.ERROR, node, message, hint),))
 
 
-async def _probe_gpus(exec_: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
+async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None) -> GpuReport:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     try:
         host, smi, apps = await run_commands(
-            exec_, (HOSTNAME, build_query_command(FIELDS), PROCESSES), timeout_s=timeout_s
+            run_command, (HOSTNAME, build_query_command(FIELDS), PROCESSES), timeout_s=timeout_s
         )
         if host.exit_status != 0 and host.output.strip() and host.output == smi.output:
-            return _no_commands(host, node)
+            return _no_commands_report(host, node)
         hostname = read_hostname(host)
-        wrong = classify_failure(smi)
+        failure = classify_failure(smi)
         fields: Sequence[str] = FIELDS
-        if wrong is not None and wrong.code == "nvidia-smi-old":
+        if failure is not None and failure.code == "nvidia-smi-old":
             fields = OLD_FIELDS
-            (smi,) = await run_commands(exec_, (build_query_command(fields),), timeout_s=deadline - loop.time())
-            wrong = classify_failure(smi)
-        if wrong is not None and wrong.code == "gpu-lost":
+            (smi,) = await run_commands(run_command, (build_query_command(fields),), timeout_s=deadline - loop.time())
+            failure = classify_failure(smi)
+        if failure is not None and failure.code == "gpu-lost":
             left_s = deadline - loop.time()
-            return await _others(exec_, wrong, fields, apps, hostname=hostname, node=node, timeout_s=left_s)
+            return await _probe_gpus_singly(
+                run_command, failure, fields, apps, hostname=hostname, node=node, timeout_s=left_s
+            )
     except TimeoutError:
-        return _hung(timeout_s, node)
+        return _hung_report(timeout_s, node)
     except TunnelDown as error:
         return GpuReport(error=error.message)  # the tunnel has its own finding
     except ExecError as error:
@@ -97,19 +98,18 @@ def build_gpu_report(
     node: str | None = None,
 ) -> GpuReport:
     """The answers to ``build_query_command(fields)`` and ``PROCESSES`` as a report. Pure."""
-    wrong = classify_failure(smi)
-    if wrong is not None:
-        found = (_finding(wrong, node),)
-        error = None if wrong.code == "gpu-missing" else wrong.message  # no GPU is an answer, too
-        return GpuReport(hostname=hostname, error=error, findings=found)
+    failure = classify_failure(smi)
+    if failure is not None:
+        error = None if failure.code == "gpu-missing" else failure.message  # "no GPU" is an answer too
+        return GpuReport(hostname=hostname, error=error, findings=(_failure_finding(failure, node),))
     table = read_gpus(smi.output, fields, hostname=hostname)
     if not table.gpus:
-        what = f"{table.unread_line!r}" if table.unread_line else "nothing"
-        message = f"nvidia-smi said {what} instead of a table"
+        output = f"{table.unread_line!r}" if table.unread_line else "nothing"
+        message = f"nvidia-smi said {output} instead of a table"
         hint = "run `nvidia-smi` on the host; is it a wrapper script?"
-        found = (Finding("gpu-unreadable", Severity.ERROR, node, message, hint),)
-        return GpuReport(hostname=hostname, error=message, findings=found)
-    findings = list(_noticed(table, node))
+        finding = Finding("gpu-unreadable", Severity.ERROR, node, message, hint)
+        return GpuReport(hostname=hostname, error=message, findings=(finding,))
+    findings = _find_gpu_problems(table, node)
     if smi.exit_status == INFOROM:
         findings.append(
             Finding(
@@ -123,14 +123,14 @@ def build_gpu_report(
     return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=tuple(findings))
 
 
-def read_hostname(said: CommandOutput) -> str | None:
-    lines = said.output.strip().splitlines() or [b""]
-    name = printable(lines[-1], 253)  # before it: what a login shell prints to greet
-    return name if said.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
+def read_hostname(answer: CommandOutput) -> str | None:
+    lines = answer.output.strip().splitlines() or [b""]
+    name = printable(lines[-1], 253)  # a login shell may print a greeting before it
+    return name if answer.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
 
 
-async def _others(
-    exec_: RunCommand,
+async def _probe_gpus_singly(
+    run_command: RunCommand,
     lost: SmiFailure,
     fields: Sequence[str],
     apps: CommandOutput,
@@ -139,17 +139,17 @@ async def _others(
     node: str | None,
     timeout_s: float,
 ) -> GpuReport:
-    """Each GPU by itself, since a lost one fails the call for all."""
+    """Asks for each GPU by itself, because a lost GPU fails the call for all."""
     try:
         commands = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
-        answers = await run_commands(exec_, commands, timeout_s=timeout_s)
+        outputs = await run_commands(run_command, commands, timeout_s=timeout_s)
     except (TimeoutError, ExecError, TunnelDown):
-        return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
-    rows = [said.output for said in answers if classify_failure(said) is None]
+        return GpuReport(hostname=hostname, error=lost.message, findings=(_failure_finding(lost, node),))
+    rows = [output.output for output in outputs if classify_failure(output) is None]
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
     if not table.gpus:
-        return GpuReport(hostname=hostname, error=lost.message, findings=(_finding(lost, node),))
-    findings = (_finding(lost, node), *_noticed(table, node))
+        return GpuReport(hostname=hostname, error=lost.message, findings=(_failure_finding(lost, node),))
+    findings = (_failure_finding(lost, node), *_find_gpu_problems(table, node))
     return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=findings)
 
 
@@ -158,14 +158,14 @@ def _with_processes(table: GpuTable, apps: CommandOutput) -> tuple[GpuState, ...
     return tuple(replace(gpu, processes=processes.get(gpu.uuid, ())) for gpu in table.gpus)
 
 
-def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
-    """What is wrong with GPUs that do answer: one finding of a kind, for all of them."""
+def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
+    """What is wrong with GPUs that do answer: one finding of each kind, for all GPUs."""
     findings: list[Finding] = []
 
-    def add(code: str, severity: Severity, gpus: list[GpuState], what: str, hint: str) -> None:
+    def add(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
         if gpus:
-            which = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
-            findings.append(Finding(code, severity, node, f"{which}: {what}", hint))
+            indexes = ("GPU " if len(gpus) == 1 else "GPUs ") + ", ".join(str(gpu.index) for gpu in gpus)
+            findings.append(Finding(code, severity, node, f"{indexes}: {problem}", hint))
 
     faulty = [gpu for gpu in table.gpus if gpu.uuid in table.faulty_fields]
     fields = sorted({field for gpu in faulty for field in table.faulty_fields[gpu.uuid]})
@@ -176,12 +176,18 @@ def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
         f"nvidia-smi reads an error for {', '.join(fields)}",
         "look for `NVRM: Xid` in the host's `dmesg`, then reset the GPU (`nvidia-smi -r`) or reboot",
     )
-    hot = [gpu for gpu in table.gpus if gpu.throttle and any(word in HOT for word in gpu.throttle.split(","))]
-    reasons = sorted({word for gpu in hot for word in (gpu.throttle or "").split(",") if word in HOT})
+    throttled = [
+        gpu
+        for gpu in table.gpus
+        if gpu.throttle and any(word in REMEDIABLE_THROTTLES for word in gpu.throttle.split(","))
+    ]
+    reasons = sorted(
+        {word for gpu in throttled for word in (gpu.throttle or "").split(",") if word in REMEDIABLE_THROTTLES}
+    )
     add(
         "gpu-throttled",
         Severity.WARNING,
-        hot,
+        throttled,
         f"slowed down ({', '.join(reasons)})",
         "check its fans, the air around it and its power supply",
     )
@@ -195,18 +201,18 @@ def _noticed(table: GpuTable, node: str | None) -> list[Finding]:
     return findings
 
 
-def _no_commands(said: CommandOutput, node: str | None) -> GpuReport:
-    """The same words to every command are not nvidia-smi's."""
-    message = f"the host runs no commands: to each it says {printable(said.output, 200)!r}"
+def _no_commands_report(answer: CommandOutput, node: str | None) -> GpuReport:
+    """The host gave the same answer to every command, so the answer is not nvidia-smi's."""
+    message = f"the host runs no commands: to each it says {printable(answer.output, 200)!r}"
     hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
     return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))
 
 
-def _finding(wrong: SmiFailure, node: str | None) -> Finding:
-    return Finding(wrong.code, wrong.severity, node, wrong.message, wrong.hint)
+def _failure_finding(failure: SmiFailure, node: str | None) -> Finding:
+    return Finding(failure.code, failure.severity, node, failure.message, failure.hint)
 
 
-def _hung(timeout_s: float, node: str | None) -> GpuReport:
+def _hung_report(timeout_s: float, node: str | None) -> GpuReport:
     message = f"nvidia-smi did not answer within {timeout_s:g} s"
     hint = "a hung driver needs a reboot: see `dmesg | grep -i nvrm`; a slow first call is cured by `nvidia-smi -pm 1`"
     return GpuReport(error=message, findings=(Finding("driver-hung", Severity.ERROR, node, message, hint),))

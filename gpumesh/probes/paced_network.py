@@ -1,9 +1,9 @@
-"""What httpx reads of a server, a little at a time.
+"""httpcore's network backend with small, paced reads, so that a hostile server cannot hold up the event loop.
 
-h11, below httpx, bounds what it holds of a head or a line, but not how much it does at once: one read of 64 KiB can
-hold ten thousand chunks, or thousands of interim answers, and takes 100 ms in which nobody else has a turn. So reads
-are small and others come between them. A server that sends little but line ends is read slowly. A head is bounded to a
-third of what h11 takes, because its fields are all parsed at once.
+h11, which httpx uses, bounds how much of a head or a line it holds, but not how much it does at once. One read of
+64 KiB can hold ten thousand chunks, or thousands of interim answers. It takes 100 ms, in which no
+other task has a turn. So reads are small, and other tasks run between them. A server that sends little but line ends
+is read slowly. A head is bounded to a third of what h11 takes, because its fields are all parsed at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import httpcore
 
 READ_BYTES = 4 << 10
 HEAD_BYTES = 32 << 10
-# Of a read: a model's entry in a list has longer lines. Chunks of one byte have 1,300 line ends in so many bytes.
+# Line ends in one read, beyond which it is followed by a pause. A list of models has longer lines; chunks of one byte
+# have 1,300 line ends in READ_BYTES.
 MANY_LINES = 256
-PAUSE_S = 0.02  # about twice what such a read costs
+PAUSE_S = 0.02  # about twice the time that such a read takes
 
 
 class PacedNetwork(httpcore.AsyncNetworkBackend):
-    """httpcore's own way to connect."""
+    """Connects as httpcore's own backend does."""
 
     def __init__(self) -> None:
         self._network = httpcore.AnyIOBackend()
@@ -50,7 +51,7 @@ class PacedNetwork(httpcore.AsyncNetworkBackend):
 class _PacedStream(httpcore.AsyncNetworkStream):
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
-        self._head_size: int | None = 0  # of an answer, as far as it was read; None after its end
+        self._head_size: int | None = 0  # bytes read of the answer's head; None after its end
         self._tail = b""
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -71,7 +72,7 @@ class _PacedStream(httpcore.AsyncNetworkStream):
         self._tail = seen[-3:]
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if self._head_size is None:  # the next request on this connection
+        if self._head_size is None:  # the next request on this connection begins
             self._head_size, self._tail = 0, b""
         await self._stream.write(buffer, timeout)
 

@@ -1,7 +1,7 @@
-"""The ways in which nvidia-smi fails, told apart: each has its own cause and its own cure. Pure.
+"""Why nvidia-smi failed, by its exit status and output: each failure has its own cause and its own remedy. Pure.
 
-Exit statuses and texts are from NVIDIA's man page and captures (shared facts: nvidia-smi.md). The text decides before
-the status: wrappers and containers change the status, and one status stands for several things.
+Exit statuses and texts are from NVIDIA's man page and from captures (docs/internals/nvidia-smi.md). The text decides
+before the status: wrappers and containers change the status, and one status stands for several failures.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 _LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
-# What is a failure even under status 0, which WSL and wrapper scripts give to everything.
-_HIDDEN = re.compile(
+# Failures even under status 0, which WSL and wrapper scripts give to every call.
+_FAILED_WITH_STATUS_0 = re.compile(
     rf"nvidia-smi has failed|failed to initialize nvml|^no devices were found|{_LOST.pattern}", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SmiFailure:
-    """``affects_whole_host``: it concerns the host's whole driver, not one GPU among others."""
+    """``affects_whole_host``: the failure concerns the host's whole driver, not one GPU among others."""
 
     code: str
     message: str
@@ -40,21 +40,21 @@ class SmiFailure:
     affects_whole_host: bool = True
 
 
-def classify_failure(said: CommandOutput) -> SmiFailure | None:
-    """Why this is no table; ``None`` when it is one (its last lines may still hold a warning: exit status 14)."""
-    text = printable(said.output, 2000)
+def classify_failure(answer: CommandOutput) -> SmiFailure | None:
+    """Why this is not a table; ``None`` for a table (whose last lines may hold a warning: exit status 14)."""
+    text = printable(answer.output, 2000)
     lower = text.lower()
-    status = said.exit_status
-    if status in (OK, INFOROM) and not _HIDDEN.search(text):
+    status = answer.exit_status
+    if status in (OK, INFOROM) and not _FAILED_WITH_STATUS_0.search(text):
         return None
     if "is not a valid field" in lower:
         return SmiFailure(
-            "nvidia-smi-old", f"nvidia-smi does not know a field: {_short(text)}", "update the NVIDIA driver"
+            "nvidia-smi-old", f"nvidia-smi does not know a field: {_shorten(text)}", "update the NVIDIA driver"
         )
     if "version mismatch" in lower or status == MISMATCH:
         return SmiFailure(
             "driver-mismatch",
-            f"the driver's kernel module and library are of different versions: {_short(text)}",
+            f"the driver's kernel module and library are of different versions: {_shorten(text)}",
             "reboot the host, or unload and load the nvidia kernel modules: the driver was updated under it",
         )
     if "failed to initialize nvml" in lower and "unknown error" in lower:
@@ -66,7 +66,7 @@ def classify_failure(said: CommandOutput) -> SmiFailure | None:
     if _LOST.search(text) or status == GPU_LOST:
         return SmiFailure(
             "gpu-lost",
-            f"a GPU has fallen off the bus: {_short(text)}",
+            f"a GPU has fallen off the bus: {_shorten(text)}",
             "reboot the host; if it comes back lost, check the card's power cable, seat and temperature",
             affects_whole_host=False,
         )
@@ -77,9 +77,9 @@ def classify_failure(said: CommandOutput) -> SmiFailure | None:
             "check `lspci | grep -i nvidia` on the host; a container needs `--gpus all`",
         )
     if "couldn't communicate with the nvidia driver" in lower or "failed to initialize nvml" in lower:
-        return _broken(text)
+        return _driver_broken(text)
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:
-        return _broken(text)
+        return _driver_broken(text)
     if status in (NOT_FOUND, NOT_EXECUTABLE) or "not found" in lower or "no such file" in lower or "not recog" in lower:
         return SmiFailure(
             "nvidia-smi-missing",
@@ -88,17 +88,17 @@ def classify_failure(said: CommandOutput) -> SmiFailure | None:
             Severity.WARNING,
         )
     ended = "was ended by a signal" if status is None else f"ended with status {status}"
-    words = f": {_short(text)}" if text else ""
-    return SmiFailure("driver-broken", f"nvidia-smi {ended}{words}", "run `nvidia-smi` on the host to see why")
+    detail = f": {_shorten(text)}" if text else ""
+    return SmiFailure("driver-broken", f"nvidia-smi {ended}{detail}", "run `nvidia-smi` on the host to see why")
 
 
-def _broken(text: str) -> SmiFailure:
+def _driver_broken(text: str) -> SmiFailure:
     return SmiFailure(
         "driver-broken",
-        f"the NVIDIA driver does not answer: {_short(text)}",
+        f"the NVIDIA driver does not answer: {_shorten(text)}",
         "run `nvidia-smi` on the host; load the driver (`modprobe nvidia`) or install one that fits the running kernel",
     )
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return printable(text, 160)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gpumesh.probes.smi_tables import (
     FIELDS,
     MAX_GPUS,
-    MAX_LINE,
+    MAX_LINE_BYTES,
     MAX_LINES,
     MAX_PROCESSES,
     OLD_FIELDS,
@@ -275,4 +275,4 @@ def test_an_endless_output_is_read_to_its_bound() -> None:
         assert read_gpus(flood + row().encode()).gpus == ()
         assert read_processes(flood + f"{UUID}, 1, x, 2".encode()) == {}
         assert len(read_gpus(row().encode() + b"\n" + flood).gpus) == 1
-    assert read_gpus(b"," * (MAX_LINE * 100)).gpus == ()
+    assert read_gpus(b"," * (MAX_LINE_BYTES * 100)).gpus == ()
