@@ -1,18 +1,67 @@
-"""Cutting a body into lines and server-sent events, however the network cut it up. Bounded: a server that never ends
-its line does not fill our memory."""
+"""Lines and server-sent events of a byte stream, however the network cut it up. Bounded: a server that never ends a
+line does not fill our memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
 
-# The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. What is larger holds up all
-# other streams while it is looked through, a tenth of a second for 8 MiB.
+# The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. Parsing a line holds up all
+# other streams, a tenth of a second for 8 MiB.
 LINE_LIMIT = 8 << 20
-EVENT_LINES = 1 << 10  # of one server-sent event; those of the dialects have two or three
+EVENT_LINES = 1 << 10  # of one server-sent event; an event of an inference server has two or three
+MAX_FRAME_END = 4  # bytes of the longest end of a frame
 BODY_LIMIT = 64 << 20
+
+
+class FrameAssembler:
+    """Bytes in, whole frames out: the beginning of a frame is held until its end has come. The lines and the events of
+    every stream are cut out here.
+
+    ``find_last_end`` says where the last frame ends that ends at or after ``start``; 0 if none does. ``held`` is the
+    beginning of a frame.
+    """
+
+    __slots__ = ("_find_last_end", "_limit", "held")
+
+    def __init__(self, find_last_end: Callable[[bytearray, int], int], limit: int = LINE_LIMIT) -> None:
+        self._find_last_end = find_last_end
+        self._limit = limit
+        self.held = bytearray()  # a list of its pieces would cost far more memory than they are long
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether the frame that has begun is longer than a frame may be."""
+        return len(self.held) > self._limit
+
+    def feed(self, data: bytes) -> bytes:
+        """All bytes up to the end of the last whole frame."""
+        held = self.held
+        start = max(len(held) - MAX_FRAME_END, 0)  # what was held without an end need not be searched again
+        held += data
+        end = self._find_last_end(held, start)
+        whole = bytes(held[:end])
+        del held[:end]
+        return whole
+
+    def take_rest(self) -> bytes:
+        """The frame that the body ended in, if it ended in one."""
+        rest = bytes(self.held)
+        self.held.clear()
+        return rest
+
+
+def find_last_line_end(data: bytearray, start: int) -> int:
+    """For a FrameAssembler whose frames are lines."""
+    return data.rfind(b"\n", start) + 1
+
+
+def find_last_event_end(data: bytearray, start: int) -> int:
+    """For a FrameAssembler whose frames are server-sent events: each ends with an empty line."""
+    plain, after_cr = data.rfind(b"\n\n", start), data.rfind(b"\n\r\n", start)
+    return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
 
 
 class LineSplitter:
@@ -20,32 +69,22 @@ class LineSplitter:
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
-        self._begun = bytearray()  # a line; a list of its pieces would cost far more memory than they are long
+        self._assembler = FrameAssembler(find_last_line_end, limit)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Raises ProbeError for a line past the bound."""
-        *lines, rest = data.split(b"\n")
-        if lines:
-            lines[0] = bytes(self._begun) + lines[0]
-            self._begun.clear()
-        self._begun += rest
-        if len(self._begun) > self._limit or (lines and len(lines[0]) > self._limit):
+        *lines, _ = self._assembler.feed(data).split(b"\n")
+        if self._assembler.is_too_long or (lines and len(lines[0]) > self._limit):
             raise wrong_dialect_error(f"a line of more than {self._limit >> 20} MiB")
         return [line.removesuffix(b"\r") for line in lines]
 
     def take_rest(self) -> bytes:
         """The line that the body ended in, if it ended in one."""
-        line = bytes(self._begun)
-        self._begun.clear()
-        return line.removesuffix(b"\r")
+        return self._assembler.take_rest().removesuffix(b"\r")
 
 
 class EventSplitter:
-    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2); their names are of no use here.
-
-    ``error:`` lines, as older llama-servers write them in mid-stream, hold the bare error: they are given as data of
-    the form that all others write, ``{"error":…}``.
-    """
+    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2). Their names are not needed here."""
 
     def __init__(self) -> None:
         self._lines = LineSplitter()
@@ -53,32 +92,44 @@ class EventSplitter:
         self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
-        return self._events(self._lines.feed(data))
+        return self._read_events(self._lines.feed(data))
 
     def take_rest(self) -> list[bytes]:
         """At the end of the body, which may lack the last blank line."""
-        return self._events([self._lines.take_rest(), b""])
+        return self._read_events([self._lines.take_rest(), b""])
 
-    def _events(self, lines: Sequence[bytes]) -> list[bytes]:
-        found: list[bytes] = []
+    def _read_events(self, lines: Sequence[bytes]) -> list[bytes]:
+        events: list[bytes] = []
         for line in lines:
             if not line:
                 if self._data:
-                    found.append(b"\n".join(self._data))
+                    events.append(b"\n".join(self._data))
                     self._data, self._size = [], 0
                 continue
-            field, _, value = line.partition(b":")
-            if field in (b"data", b"error"):
-                value = value.removeprefix(b" ")
-                self._data.append(value if field == b"data" else b'{"error":' + value + b"}")
-                self._size += len(value)
+            data = read_event_line(line)
+            if data is not None:
+                self._data.append(data)
+                self._size += len(data)
                 if self._size > LINE_LIMIT or len(self._data) > EVENT_LINES:
                     raise wrong_dialect_error(f"an event of more than {LINE_LIMIT >> 20} MiB, or {EVENT_LINES} lines")
-        return found
+        return events
+
+
+def read_event_line(line: bytes) -> bytes | None:
+    """What a line adds to the data of its server-sent event; ``None`` for a comment or a field without data.
+
+    An ``error:`` line, as older llama-servers write it in mid-stream, holds the bare error. Its data has the form that
+    all other servers write: ``{"error":…}``.
+    """
+    field, _, value = line.partition(b":")
+    if field not in (b"data", b"error"):
+        return None
+    value = value.removeprefix(b" ")
+    return value if field == b"data" else b'{"error":' + value + b"}"
 
 
 class BaseFrameReader:
-    """What the readers of all dialects share: chunks that came before an error are given before it is raised."""
+    """What the readers of all dialects share: chunks that came before an error are returned before it is raised."""
 
     def __init__(self) -> None:
         self.done = False

@@ -25,7 +25,7 @@ from gpumesh.backends.continuation.stream_format import (
     positive_count,
     read_debug_rendering,
 )
-from gpumesh.backends.frames import EVENT_LINES
+from gpumesh.backends.frames import EVENT_LINES, find_last_event_end, read_event_line
 from gpumesh.backends.ollama import JSON_HEADERS
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
@@ -41,25 +41,23 @@ class EventStreamFormat:
     """A stream that is passed on but not continued: cut, it ends with an error in its own shape."""
 
     frame_separator = b"\n\n"
-    frame_end_pattern = re.compile(
-        rb"\n\r?\n"
-    )  # begins with a sign that is looked for fast; a \r before it belongs to the line
+    # It begins with a byte that is found fast. A \r before it belongs to the line.
+    frame_end_pattern = re.compile(rb"\n\r?\n[\r\n]*")
+    find_last_frame_end = staticmethod(find_last_event_end)
     supports_continuation = False
 
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def is_text_only(self, frames: bytes) -> bool:
-        if frames.startswith(b"error:") or b"\nerror:" in frames or b"[DONE]" in frames[-16:]:
-            return False
-        return _MARKS.search(frames) is None
-
-    def find_last_frame_end(self, frames: bytearray, start: int) -> int:
-        plain, after_cr = frames.rfind(b"\n\n", start), frames.rfind(b"\n\r\n", start)
-        return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
+    def find_marks(self, frames: bytes) -> object | None:
+        ends_as_json = frames.endswith(b"}\n\n")  # the most common end costs less to see than that it is no "[DONE]"
+        if frames.startswith(b"error:") or b"\nerror:" in frames or (not ends_as_json and b"[DONE]" in frames[-16:]):
+            return frames
+        return _MARKS.search(frames)
 
     def read(self, frame: bytes) -> Frame:
-        if frame.count(b"\n") > EVENT_LINES:
+        frame = frame.strip(b"\r\n")
+        if frame.count(b"\n") >= EVENT_LINES:
             return Frame(error=f"an event of more than {EVENT_LINES} lines")
         data = event_data(frame)
         if not data:
@@ -285,13 +283,8 @@ def without_thinking(request: JsonObject) -> JsonObject:
 
 def event_data(frame: bytes) -> bytes:
     """The data of one server-sent event; the bare error of an ``error:`` line in the form that all others write."""
-    parts = []
-    for line in frame.split(b"\n"):
-        field, _, value = line.rstrip(b"\r").partition(b":")
-        if field in (b"data", b"error"):
-            data = value.removeprefix(b" ")
-            parts.append(data if field == b"data" else b'{"error":' + data + b"}")
-    return b"\n".join(parts).strip()
+    parts = [read_event_line(line.rstrip(b"\r")) for line in frame.split(b"\n")]
+    return b"\n".join([part for part in parts if part is not None]).strip()
 
 
 def _event(document: JsonObject) -> bytes:

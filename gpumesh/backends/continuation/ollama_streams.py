@@ -23,6 +23,7 @@ from gpumesh.backends.continuation.stream_format import (
     positive_count,
     read_debug_rendering,
 )
+from gpumesh.backends.frames import find_last_line_end
 from gpumesh.backends.ollama import JSON_HEADERS
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
@@ -34,17 +35,13 @@ class OllamaStreamFormat:
     """``/api/chat``, and ``/api/generate`` when ``generate``."""
 
     frame_separator = b"\n"
-    frame_end_pattern = re.compile(rb"\n")
+    frame_end_pattern = re.compile(rb"\n[\r\n]*")
+    find_last_frame_end = staticmethod(find_last_line_end)
+    find_marks = staticmethod(_MARKS.search)
     supports_continuation = True
 
     def __init__(self, *, generate: bool) -> None:
         self._generate = generate
-
-    def is_text_only(self, frames: bytes) -> bool:
-        return _MARKS.search(frames) is None
-
-    def find_last_frame_end(self, frames: bytearray, start: int) -> int:
-        return frames.rfind(b"\n", start) + 1
 
     def read(self, frame: bytes) -> Frame:
         if not frame.strip():

@@ -81,8 +81,9 @@ class StreamFormat(Protocol):
     frame_end_pattern: re.Pattern[bytes]
     supports_continuation: bool
 
-    def is_text_only(self, frames: bytes) -> bool:
-        """Whether these frames hold text and nothing else, so that none need be looked at in detail. Cheap."""
+    def find_marks(self, frames: bytes) -> object | None:
+        """A mark of anything but text; ``None`` where these frames hold text only, so that none need be read. Cheap:
+        each streamed token passes here."""
 
     def find_last_frame_end(self, frames: bytearray, start: int) -> int:
         """Where the last frame that ends at or after ``start`` ends; 0 if none does."""

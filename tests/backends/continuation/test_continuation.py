@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh.backends.base import Chunk, HttpCall
-from gpumesh.backends.continuation.continuation import (
-    MAX_CUTS,
-    MAX_REPEATED_TOKENS,
-    UNREAD_BYTES,
-    Continuation,
-    ContinuationStrategies,
-    ContinuationStrategy,
-    Ending,
-)
+from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
+from gpumesh.backends.continuation.planner import ContinuationStrategies, ContinuationStrategy
+from gpumesh.backends.continuation.received_text import MAX_REPEATED_TOKENS, UNREAD_BYTES
 from gpumesh.backends.dialects import DIALECTS, find_counters
 from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT
 from gpumesh.topology import BackendKind
@@ -693,7 +687,7 @@ def test_a_began_turn_means_different_things_to_different_servers() -> None:
 
 
 def test_an_answer_past_every_context_is_passed_on_but_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpumesh.backends.continuation.continuation.TEXT_LIMIT", 2000)
+    monkeypatch.setattr("gpumesh.backends.continuation.received_text.TEXT_LIMIT", 2000)
     answer = begin(chat())
     line = json.dumps({"message": {"content": "x" * 100}, "done": False}).encode() + b"\n"
     for _ in range(3 * UNREAD_BYTES // len(line)):
@@ -725,3 +719,15 @@ def test_a_query_in_the_path_changes_nothing() -> None:
         assert isinstance(step, HttpCall)
         stream = server.stream(HttpCall("POST", step.path.partition("?")[0], step.body))
         check_whole(call, out + answer.feed(stream), server.stream(call))
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_a_run_of_blank_lines_costs_as_little_as_one(path: str) -> None:
+    """Before the frame that ends an answer, and in a stream whose frames are all read because it continues another."""
+    end = b'{"message":{"content":""},"done":true}\n' if path == "/api/chat" else b'data: {"error":"no"}\n\n'
+    for blank in (b"\n", b"\r\n"):
+        answer = Continuation(path, b"{}", clock=Clock())
+        began = time.process_time()
+        answer.feed(blank * 70_000 + end)
+        assert time.process_time() - began < 0.05
+        assert answer.finished or answer.cut_reason == "no"

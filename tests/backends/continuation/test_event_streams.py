@@ -55,8 +55,8 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     ],
 )
 def test_what_must_be_looked_at(frame: bytes, plain: bool) -> None:
-    assert CHAT.is_text_only(frame) is plain
-    assert CHAT.is_text_only(event({"content": "x"}) + frame) is plain
+    assert (CHAT.find_marks(frame) is None) is plain
+    assert (CHAT.find_marks(event({"content": "x"}) + frame) is None) is plain
 
 
 @pytest.mark.parametrize(

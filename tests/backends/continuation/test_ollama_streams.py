@@ -38,8 +38,8 @@ def test_reading_many_at_once_gives_what_reading_each_gives(pieces: list[tuple[s
     ],
 )
 def test_what_must_be_looked_at(line: bytes, plain: bool) -> None:
-    assert CHAT.is_text_only(line) is plain
-    assert CHAT.is_text_only(b'{"message":{"content":"x"},"done":false}\n' + line) is plain
+    assert (CHAT.find_marks(line) is None) is plain
+    assert (CHAT.find_marks(b'{"message":{"content":"x"},"done":false}\n' + line) is None) is plain
 
 
 def test_the_question_costs_a_server_that_does_not_know_it_one_token() -> None:
