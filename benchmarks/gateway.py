@@ -133,7 +133,7 @@ async def gpumesh(
     runtime.mkdir(mode=0o700)
     gateway = {"listen": f"127.0.0.1:{port}"}
     file.write_text(json.dumps({"version": 1, "name": name, "gateway": gateway, "nodes": list(nodes)}))
-    argv = (sys.executable, "-m", "gpumesh", "--config", str(file), "--quiet", "up")
+    argv = (sys.executable, "-P", "-m", "gpumesh", "--config", str(file), "--quiet", "up")
     surroundings = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(checkout)}
     async with program(*argv, port=port, folder=folder, **surroundings) as process:
         async with asyncio.timeout(30):

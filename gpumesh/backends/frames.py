@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from gpumesh.backends.base import Chunk, ServerCounters
 from gpumesh.errors import BackendError, GPUMeshError, ProbeError, StreamCut
+from gpumesh.lines import LineBuffer, LineTooLong
 
 # The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. Parsing a line holds up all
 # other streams, a tenth of a second for 8 MiB.
@@ -17,8 +18,7 @@ BODY_LIMIT = 64 << 20
 
 
 class FrameAssembler:
-    """Bytes in, whole frames out: the beginning of a frame is held until its end has come. The lines and the events of
-    every stream are cut out here.
+    """Bytes in, whole frames out, not taken apart: the beginning of a frame is held until its end has come.
 
     ``find_last_end`` says where the last frame ends that ends at or after ``start``; 0 if none does. ``held`` is the
     beginning of a frame.
@@ -69,18 +69,19 @@ class LineSplitter:
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
-        self._assembler = FrameAssembler(find_last_line_end, limit)
+        self._lines = LineBuffer(limit)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Raises ProbeError for a line past the bound."""
-        *lines, _ = self._assembler.feed(data).split(b"\n")
-        if self._assembler.is_too_long or (lines and len(lines[0]) > self._limit):
-            raise wrong_dialect_error(f"a line of more than {self._limit >> 20} MiB")
+        try:
+            lines = self._lines.feed(data)
+        except LineTooLong:
+            raise wrong_dialect_error(f"a line of more than {self._limit >> 20} MiB") from None
         return [line.removesuffix(b"\r") for line in lines]
 
     def take_rest(self) -> bytes:
         """The line that the body ended in, if it ended in one."""
-        return self._assembler.take_rest().removesuffix(b"\r")
+        return self._lines.take_partial().removesuffix(b"\r")
 
 
 class EventSplitter:

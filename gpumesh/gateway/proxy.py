@@ -138,10 +138,7 @@ async def _pass_on(request: Request, answer: Answer, shape: ClientApi) -> Respon
         return Response(body, status=answer.status, headers=_headers(answer))
     stream = request.start_stream(_headers(answer), status=answer.status)
     try:
-        async for data in answer:
-            stream.write(data)
-            if stream.backpressured:
-                await stream.drain(answer.slot_is_wanted)
+        await answer.send_to(stream)
     except GPUMeshError as error:
         words = error_shapes.client_message(error)
         stream.write(

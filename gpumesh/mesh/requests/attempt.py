@@ -1,4 +1,4 @@
-"""One attempt on one node, up to the answer's first bytes."""
+"""An attempt: one request to one node, up to the answer's first bytes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, 
 from gpumesh.mesh.nodes.ledger import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
-from gpumesh.slice_queue import FRAME_SLICE_BYTES
 
 STREAMING = frozenset({"application/x-ndjson", "text/event-stream"})
-# A whole answer is held back until it is complete, so that one cut short can be asked of another node.
+# An answer that does not stream is held until it is complete, so that another node can be asked when it is cut.
 HELD_BYTES = 32 << 20
 ERROR_BYTES = 1 << 20
 
@@ -29,10 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """An attempt that another node may make good. ``answer`` is the server's own error, if it gave one.
+    """An attempt that failed, while another node may succeed. ``answer`` is the server's own error, if it gave one.
 
-    ``request_sent``: the server had the request when it failed. ``lease`` is the one it had, released by now;
-    ``duration_s`` from sending to the end.
+    ``request_sent``: the server had the request when it failed. ``lease`` is the attempt's lease, released by now.
+    ``duration_s`` is the time from sending to the failure.
     """
 
     node: str
@@ -46,14 +45,13 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class OpenedStream:
-    """A stream that has begun; its lease is held. ``first_bytes`` is for the client, ``unread_bytes`` what was read
-    after it. ``continuation`` is ``None`` for what is no generated text (the progress of a pull …)."""
+    """A stream that has begun; its lease is held. ``first_bytes`` are for the client, before what ``response`` still
+    holds. ``continuation`` is ``None`` for a stream that is no generated text (the progress of a pull …)."""
 
     lease: Lease
     response: UpstreamResponse
     continuation: Continuation | None
     first_bytes: bytes
-    unread_bytes: bytes = b""
 
 
 async def run_attempt(
@@ -65,88 +63,92 @@ async def run_attempt(
     continuation: Callable[[], Continuation] | None = None,
     at_most_once: bool = False,
 ) -> WholeAnswer | OpenedStream | FailedAttempt:
-    """One try on the leased node. ``continuation`` gives what reads a generated stream; without it all is passed on.
-    ``at_most_once``: nothing may make the server do it twice.
+    """Sends the request to the leased node. ``continuation`` creates the reader of a generated stream; without it every
+    stream is passed on unread. ``at_most_once``: the server must never get the request twice.
 
     The lease is released here unless the stream took it over; also when this is cancelled.
     """
 
-    async def first_bytes(response: UpstreamResponse) -> WholeAnswer | OpenedStream | FailedAttempt:
+    async def read_answer(response: UpstreamResponse) -> WholeAnswer | OpenedStream | FailedAttempt:
         outcome = classify_status(response.status, model_asked=lease.model is not None)
         if response.problem is not None:
-            return await _not_inference(lease, response, outcome, response.problem)
+            return await _replace_answer(lease, response, outcome, response.problem)
         if outcome is not Outcome.SERVED:
-            return await _refused(lease, response, outcome)
+            return await _read_error(lease, response, outcome)
         if response.content_type not in STREAMING and (response.content_length or 0) <= HELD_BYTES:
-            return await _held(lease, response, call)
+            return await _read_whole_answer(lease, response, call)
         if continuation is not None and generates_text(call.path):
-            return await _generated(lease, response, continuation())
+            return await _read_first_frame(lease, response, continuation())
         return OpenedStream(lease, response, None, await response.read())
 
-    return await _guarded(upstream, lease, call, first_bytes, timeout_s=timeout_s, once=at_most_once)
+    return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, at_most_once=at_most_once)
 
 
 async def ask_node(
     upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: float
 ) -> tuple[int, bytes] | FailedAttempt:
-    """A short question on the side: status and body. The lease stays held, unless the node failed it.
+    """Asks the node a short question during a request: status and body. The lease stays held, unless the node failed.
 
-    A node that only takes too long has not failed: it gives no answer, status 0.
+    A node that only takes too long has not failed: its status is 0, and the body is empty.
     """
 
-    async def whole(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
+    async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
         outcome = classify_status(response.status, model_asked=lease.model is not None)
         if rule_for_outcome(outcome).fail_over:
-            return _failed(lease, outcome, _status_error(lease, response, b""))
+            return _fail(lease, outcome, _status_error(lease, response, b""))
         if response.problem is not None:
             response.abort()
             return 502, b""
-        return response.status, await _whole(response, ERROR_BYTES) or b""
+        return response.status, await _read_at_most(response, ERROR_BYTES) or b""
 
-    return await _guarded(upstream, lease, call, whole, timeout_s=timeout_s, late=(0, b""))
+    return await _send_and_read(upstream, lease, call, read_answer, timeout_s=timeout_s, result_on_timeout=(0, b""))
 
 
-async def _guarded(
+async def _send_and_read(
     upstream: Upstream,
     lease: Lease,
     call: HttpCall,
-    then: Callable[[UpstreamResponse], Awaitable[T | FailedAttempt]],
+    read_answer: Callable[[UpstreamResponse], Awaitable[T | FailedAttempt]],
     *,
     timeout_s: float,
-    late: T | None = None,
-    once: bool = False,
+    result_on_timeout: T | None = None,
+    at_most_once: bool = False,
 ) -> T | FailedAttempt:
-    """Sends and does ``then`` with the answer. Whatever goes wrong, the connection is closed, so that the server stops
-    too, and the lease is released; except for the time-out, if there is a result for it."""
+    """Sends the request and reads its answer. After any failure the connection is closed, so that the server stops too,
+    and the lease is released. Except after a time-out that has a result: then the lease stays held."""
     node = lease.node
     loop = asyncio.get_running_loop()
     response: UpstreamResponse | None = None
-    began = loop.time()
-    if lease.aborted:  # while it was held for something else
-        return _lost(lease)
+    started_at = loop.time()
+    if lease.aborted:  # before anything was sent
+        return _fail_unreachable(lease)
     try:
         async with asyncio.timeout(timeout_s) as scope:
             lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
-            headers, name = _headers(lease, call), _server_name(lease)
             response = await upstream.request(
-                node.base_url, call, headers, node=node.name, server_name=name, at_most_once=once
+                node.base_url,
+                call,
+                _request_headers(lease, call),
+                node=node.name,
+                server_name=_server_name(lease),
+                at_most_once=at_most_once,
             )
-            result = await then(response)
+            result = await read_answer(response)
             lease.set_abort_callback(response.abort)
-            return replace(result, duration_s=loop.time() - began) if isinstance(result, FailedAttempt) else result
+            return replace(result, duration_s=loop.time() - started_at) if isinstance(result, FailedAttempt) else result
     except TimeoutError:
         if response is not None:
             response.abort()
         if lease.aborted:
-            return replace(_lost(lease), request_sent=True)
-        if late is not None:
-            return late
-        return _failed(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
+            return replace(_fail_unreachable(lease), request_sent=True)
+        if result_on_timeout is not None:
+            return result_on_timeout
+        return _fail(lease, Outcome.DEADLINE, DeadlineExceeded(f"no answer within {timeout_s:.0f} s", node=node.name))
     except BackendUnreachable as error:
-        took_s = loop.time() - began
-        return replace(_failed(lease, Outcome.UNREACHABLE, error), request_sent=error.request_sent, duration_s=took_s)
+        failed, duration_s = _fail(lease, Outcome.UNREACHABLE, error), loop.time() - started_at
+        return replace(failed, request_sent=error.request_sent, duration_s=duration_s)
     except StreamCut as error:
-        return replace(_failed(lease, Outcome.CUT, error), request_sent=True, duration_s=loop.time() - began)
+        return replace(_fail(lease, Outcome.CUT, error), request_sent=True, duration_s=loop.time() - started_at)
     except BaseException:
         if response is not None:
             response.abort()
@@ -154,44 +156,46 @@ async def _guarded(
         raise
 
 
-def _failed(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> FailedAttempt:
+def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> FailedAttempt:
+    """Releases the lease."""
     lease.release(outcome, error=str(error))
-    # Its frames hold the request, which holds it: the body would have to wait for the garbage collector.
+    # The traceback's frames hold the request, which holds the error: a cycle that would keep the request's body until
+    # the garbage collector runs.
     error.__traceback__ = None
     return FailedAttempt(lease.node.name, outcome, error, answer, request_sent=answer is not None, lease=lease)
 
 
-def _lost(lease: Lease) -> FailedAttempt:
+def _fail_unreachable(lease: Lease) -> FailedAttempt:
     error = BackendUnreachable("the way to it was lost", node=lease.node.name)
-    return _failed(lease, Outcome.UNREACHABLE, error)
+    return _fail(lease, Outcome.UNREACHABLE, error)
 
 
-async def _refused(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | FailedAttempt:
-    """A status that is an error: the node's, or the client's own."""
+async def _read_error(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | FailedAttempt:
+    """The status is an error: the node's failure, or the client's own."""
     node = lease.node
-    body = await _whole(response, ERROR_BYTES) or b""
+    body = await _read_at_most(response, ERROR_BYTES) or b""
     answer = WholeAnswer(node.name, node.kind, response.status, response.headers, body)
     if rule_for_outcome(outcome).fail_over:
-        return _failed(lease, outcome, _status_error(lease, response, body), answer)
+        return _fail(lease, outcome, _status_error(lease, response, body), answer)
     lease.release(outcome)
     return answer
 
 
-async def _not_inference(
+async def _replace_answer(
     lease: Lease, response: UpstreamResponse, outcome: Outcome, problem: str
 ) -> WholeAnswer | FailedAttempt:
-    """The answer of something else than an inference server: the page of a proxy, of a login, of a hostile host.
-    Nothing of its body is for a client. An error's status stands; a success is none, and becomes a 502."""
+    """The answer is not an inference server's, but the page of a proxy, of a login, of a hostile host. No client may
+    see its body. An error's status stays; a success is not believed, and becomes a 502."""
     node, status = lease.node, response.status
     if not 400 <= status < 600:
         response.abort()  # it may be of any length
         outcome, status = Outcome.SERVER_ERROR, 502
     else:
-        body = await _whole(response, ERROR_BYTES) or b""
+        body = await _read_at_most(response, ERROR_BYTES) or b""
         problem = error_text(status, body) if is_web_page(body) else problem
     answer = error_answer(node.name, node.kind, status, response.headers, problem)
     if rule_for_outcome(outcome).fail_over:
-        return _failed(lease, outcome, BackendStatus(problem, status=status, node=node.name), answer)
+        return _fail(lease, outcome, BackendStatus(problem, status=status, node=node.name), answer)
     lease.release(outcome)
     return answer
 
@@ -200,11 +204,11 @@ def _status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> Back
     return BackendStatus(f"it answered {response.status}", status=response.status, body=body, node=lease.node.name)
 
 
-async def _held(lease: Lease, response: UpstreamResponse, call: HttpCall) -> WholeAnswer | FailedAttempt:
+async def _read_whole_answer(lease: Lease, response: UpstreamResponse, call: HttpCall) -> WholeAnswer | FailedAttempt:
     node = lease.node
-    body = await _whole(response, HELD_BYTES)
+    body = await _read_at_most(response, HELD_BYTES)
     if body is None:
-        return _failed(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
+        return _fail(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
     counters = find_counters(body) if generates_text(call.path) else None
     if counters is not None and counters.tokens:
         node.meter.add(min(counters.tokens, len(body)))  # a token that came is a byte at least
@@ -212,33 +216,29 @@ async def _held(lease: Lease, response: UpstreamResponse, call: HttpCall) -> Who
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 
 
-async def _generated(
+async def _read_first_frame(
     lease: Lease, response: UpstreamResponse, continuation: Continuation
 ) -> OpenedStream | FailedAttempt:
-    """Up to the first whole frame: until then the client has nothing, and another node can be asked anew."""
+    """Reads up to the first whole frame. Until then the client has nothing, and another node can be asked anew."""
     node = lease.node
-    unread = b""
     while True:
-        if unread:
-            await response.wait_turn()
-        data = unread or await response.read()
-        data, unread = data[:FRAME_SLICE_BYTES], data[FRAME_SLICE_BYTES:]
-        first = continuation.feed(data) if data else continuation.finish_body()
-        if first:
+        data = await response.read_slice()
+        first_bytes = continuation.feed(data) if data else continuation.finish_body()
+        if first_bytes:
             lease.mark_answer_started()
-            return OpenedStream(lease, response, continuation, first, unread)
+            return OpenedStream(lease, response, continuation, first_bytes)
         if continuation.cut_reason is not None:
             response.abort()
             message = continuation.cut_reason
             answer = WholeAnswer(node.name, node.kind, 500, response.headers, continuation.error_frame(message))
             error = BackendStatus(f"it answered with an error: {message}", status=500, body=data, node=node.name)
-            return _failed(lease, Outcome.SERVER_ERROR, error, answer)
+            return _fail(lease, Outcome.SERVER_ERROR, error, answer)
         if not data:
-            words = "the answer ended before its first frame"
-            return replace(_failed(lease, Outcome.CUT, StreamCut(words, node=node.name)), request_sent=True)
+            cut = StreamCut("the answer ended before its first frame", node=node.name)
+            return replace(_fail(lease, Outcome.CUT, cut), request_sent=True)
 
 
-async def _whole(response: UpstreamResponse, limit: int) -> bytes | None:
+async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
     """The body to its end; ``None`` when it is longer than ``limit``, and then the rest is not read."""
     pieces: list[bytes] = []
     size = 0
@@ -251,7 +251,7 @@ async def _whole(response: UpstreamResponse, limit: int) -> bytes | None:
     return b"".join(pieces)
 
 
-def _headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
+def _request_headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
     target = lease.node.target
     headers = [*call.headers]
     if target is not None:
@@ -264,6 +264,6 @@ def _headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
 
 
 def _server_name(lease: Lease) -> str | None:
-    """For TLS through a tunnel: the certificate names the host's own name, not our end of the tunnel."""
+    """What the certificate must name. Through a tunnel that is the host's own name, and not our end of the tunnel."""
     target = lease.node.target
     return target.host if target is not None and target.scheme == "https" else None

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import Continuation, ContinuationStrategies, Ending
+from gpumesh.backends.continuation.continuation import Continuation, Ending
+from gpumesh.backends.continuation.planner import ContinuationStrategies
 from gpumesh.backends.dialects import kinds_that_continue
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import (

@@ -1,26 +1,30 @@
-"""How long a stream may stay silent before it is taken for lost: learned from how it went so far.
+"""How long a stream may stay silent before its node is taken for lost: learned from the pauses of earlier answers.
 
-Only between tokens: before the first one a server reads the prompt and loads the model, which may take minutes and is
-no fault (facts/ollama-api.md, "Streaming").
+Only the time between tokens counts. Before the first token a server reads the prompt and loads the model, which may
+take minutes and is no fault.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
 PAUSE_FACTOR = 20.0  # so much longer than any pause before
-DEFAULT_TIMEOUT_S = 30.0  # with no pause to go by: one token in half a minute is as slow as anybody would wait for
+DEFAULT_TIMEOUT_S = 30.0  # where no pause is known: one token in half a minute is as slow as anybody would wait for
 MAX_TIMEOUT_S = 300.0
-FORGET = 0.9  # what an old pause still counts after each answer that had none as long: one outlier is forgotten
+FORGET = 0.9  # an old pause counts so much less after each answer with shorter ones: an outlier is forgotten
 MAX_STREAM_KINDS = 1024
+MIN_PAUSE_S = 0.001  # pieces that come within this time came together, which says nothing about the server's pace
 
 
 def silence_timeout_s(longest_s: float | None) -> float:
-    """For a stream whose tokens were at most ``longest_s`` apart; ``None`` if no two were seen."""
+    """For a stream whose tokens were at most ``longest_s`` apart; ``None`` if no two tokens were seen."""
     return DEFAULT_TIMEOUT_S if longest_s is None else min(max(MIN_TIMEOUT_S, PAUSE_FACTOR * longest_s), MAX_TIMEOUT_S)
 
 
 class PauseTracker:
-    """The longest pause between two pieces of an answer, by node and model; bounded, the oldest forgotten first."""
+    """The longest pause between two pieces of an answer, by node and model. Bounded: the oldest is forgotten first."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[str, str | None], float] = {}
@@ -29,8 +33,57 @@ class PauseTracker:
         return self._longest.get((node, model))
 
     def learn(self, node: str, model: str | None, longest_s: float) -> None:
-        """After an answer that came to its end."""
+        """After an answer that is complete."""
         key = (node, model)
         self._longest[key] = max(longest_s, FORGET * self._longest.pop(key, 0.0))
         while len(self._longest) > MAX_STREAM_KINDS:
             self._longest.pop(next(iter(self._longest)))
+
+
+class SilenceWatch:
+    """Watches one node's stream. ``waits_since`` is when the wait for the next piece began, and ``longest_s`` the
+    longest wait until now. The stream itself updates both, because each token passes there."""
+
+    __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer", "longest_s", "waits_since")
+
+    def __init__(self, pauses: PauseTracker, node: str, model: str | None, clock: Callable[[], float]) -> None:
+        self.waits_since = clock()
+        self.longest_s = 0.0
+        self._pauses = pauses
+        self._node = node
+        self._model = model
+        self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
+        """``is_waiting`` says whether the stream waits for its node: a client that reads slowly makes no silence.
+        ``on_silence`` is called with the seconds that were waited, and says whether to watch on."""
+        self._check_in(self._timeout_s(), is_waiting, on_silence)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def learn_pace(self) -> None:
+        """The answer is complete: its longest pause counts for the answers that follow."""
+        if self.longest_s > MIN_PAUSE_S:
+            self._pauses.learn(self._node, self._model, self.longest_s)
+
+    def _timeout_s(self) -> float:
+        known = self._pauses.longest_s(self._node, self._model)
+        if self.longest_s > MIN_PAUSE_S:
+            known = max(self.longest_s, known or 0.0)
+        return silence_timeout_s(known)
+
+    def _check_in(self, delay_s: float, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._check, is_waiting, on_silence)
+
+    def _check(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
+        self._timer = None
+        timeout_s = self._timeout_s()
+        waited_s = self._clock() - self.waits_since if is_waiting() else 0.0
+        if waited_s < timeout_s:
+            self._check_in(timeout_s - waited_s, is_waiting, on_silence)
+        elif on_silence(waited_s):
+            self._check_in(timeout_s, is_waiting, on_silence)

@@ -1,25 +1,28 @@
-"""An answer that is passed on as it comes, from one node or, where that one is lost, from several."""
+"""An answer that is passed on as it comes, from one node or, where that one is lost, from several.
+
+A streamed token is pushed. The connection to the node calls ``write`` in its ``data_received``; the continuation checks
+the frames; the client's stream takes them. No task runs for it. A task only waits until the answer has ended or its
+node is lost, and then asks another node to go on.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Protocol
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.backends.continuation.continuation import Continuation, Ending
 from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
-from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.answer import Answer, ClientStream
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
-from gpumesh.mesh.requests.silence_watch import PauseTracker, silence_timeout_s
-from gpumesh.slice_queue import FRAME_SLICE_BYTES
+from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink, Wakeup
+from gpumesh.mesh.requests.silence_watch import PauseTracker, SilenceWatch
 
 DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
-PAUSE_S = 0.001  # what came within it came together and tells nothing of the server's pace
-COUNT_S = 0.2
-_NEVER = math.inf
+COUNT_S = 0.2  # between two counts of the tokens that came
 
 
 class Failover(Protocol):
@@ -37,13 +40,50 @@ class Failover(Protocol):
         """The stream of the node that goes on, or the answer's end. Raises GPUMeshError when nobody can."""
 
 
+class StreamState(Enum):
+    """What becomes of the current node's stream."""
+
+    FLOWING = "flowing"
+    DRAINING = "draining"  # the client has the final frame; the body's end is waited for
+    LOST = "lost"  # the node failed, and another has not taken over yet
+    ENDED = "ended"
+
+
+_FLOWING = StreamState.FLOWING  # where each token passes, a global costs less than a member
+
+
 class StreamingAnswer(Answer):
-    """Its place on a node is free as soon as the final frame was seen."""
+    """Its slot on a node is free as soon as the final frame was seen. Implements ``BodySink`` for the node's stream."""
+
+    __slots__ = (
+        "_changed",
+        "_client",
+        "_client_error",
+        "_clock",
+        "_continuation",
+        "_count_at",
+        "_expired",
+        "_failover",
+        "_first_bytes",
+        "_frames",
+        "_lease",
+        "_loop",
+        "_loss",
+        "_pauses",
+        "_reader",
+        "_response",
+        "_state",
+        "_timer",
+        "_watch",
+        "backpressured",
+        "inspects_frames",
+        "on_writable",
+    )
 
     def __init__(
         self,
         opened: OpenedStream,
-        onward: Failover,
+        failover: Failover,
         pauses: PauseTracker,
         *,
         clock: Callable[[], float],
@@ -51,22 +91,30 @@ class StreamingAnswer(Answer):
     ) -> None:
         node, response = opened.lease.node, opened.response
         super().__init__(node.name, node.kind, response.status, response.headers)
-        self._onward = onward
+        self.on_writable: Callable[[], None] | None = None
+        self.backpressured = True  # until there is a client
+        self.inspects_frames = opened.continuation is not None
+        self._failover = failover
         self._pauses = pauses
         self._clock = clock
         self._continuation = opened.continuation
-        self._over = False
-        self._late = False
-        self._late_words = "the deadline passed while the answer was on its way"
-        self._lost: tuple[Outcome, str] | None = None
+        self._state = StreamState.FLOWING
+        self._loss = (Outcome.CUT, "")
+        self._expired: str | None = None
+        self._client: ByteSink | None = None
+        self._client_error: ConnectionError | None = None
+        self._reader: BufferedSink | None = None  # the client, where this answer is iterated
+        self._changed = Wakeup()
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.call_later(deadline_in_s, self._deadline_passed)
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._ready = b""
-        self._unread = b""
-        self._frames = 0
+        message = "the deadline passed while the answer was on its way"
+        self._timer = self._loop.call_later(deadline_in_s, self.expire, message)
+        self._frames = 0  # that the node's meter does not know yet
         self._count_at = 0.0
         self._begin(opened)
+
+    def __repr__(self) -> str:
+        held = " backpressured" if self.backpressured else ""
+        return f"<StreamingAnswer {self.node} {self._state.name}{held}, {self.continuations} continuations>"
 
     @property
     def counters(self) -> ServerCounters | None:
@@ -76,217 +124,277 @@ class StreamingAnswer(Answer):
         return None if self._continuation is None else self._continuation.error_frame(message)
 
     def slot_is_wanted(self) -> bool:
-        return not self._lease.released and self._onward.slot_is_wanted(self._lease.node.name)
+        return not self._lease.released and self._failover.slot_is_wanted(self._lease.node.name)
+
+    # -- a node's stream, pushed ---------------------------------------------------------------------------------
 
     def _begin(self, opened: OpenedStream) -> None:
         """From now on this node's stream is the answer."""
         self._lease = opened.lease
         self._response = opened.response
-        self._ready = opened.first_bytes
-        self._unread = opened.unread_bytes
-        self._silent = False
-        self._waiting_since = _NEVER
-        self._longest = 0.0
+        self._first_bytes = opened.first_bytes
+        self._state = StreamState.FLOWING
         self.node = opened.lease.node.name
-        if self._late:
-            opened.response.abort()
+        self._watch = SilenceWatch(self._pauses, self.node, opened.lease.model, self._clock)
+        if self._expired is not None:
+            self._lose(Outcome.DEADLINE, self._expired)
+            return
         if self._continuation is not None:
             self._frames += opened.first_bytes.count(self._continuation.frame_separator)
-            self._notice(self._continuation)
-            if not self._continuation.finished:
-                self._watchdog = self._loop.call_later(self._patience_s(), self._look)
+            self._check_frames(self._continuation)
+            if self._state is StreamState.FLOWING:
+                self._watch.start(lambda: not self.backpressured, self._handle_silence)
+        if self._client is not None:
+            self._push_to_client()
 
-    # -- the hot path --------------------------------------------------------------------------------------------
+    def _attach(self, client: ByteSink) -> None:
+        """The client's stream takes this answer."""
+        assert self._client is None, "an answer has one client"
+        self._client = client
+        client.on_writable = self._continue_writing
+        self._push_to_client()
 
-    async def __anext__(self) -> bytes:
-        if self._ready:
-            ready, self._ready = self._ready, b""
-            return ready
-        while not self._over:
-            if self._lost is not None:
-                if out := await self._go_on(*self._lost):
-                    return out
-                continue
-            self._waiting_since = asked = self._clock()
-            try:
-                if self._unread:
-                    await self._response.wait_turn()
-                    data, self._unread = self._unread[:FRAME_SLICE_BYTES], self._unread[FRAME_SLICE_BYTES:]
-                else:
-                    data = await self._response.read()
-            except StreamCut as error:
-                self._broke(error)
-                continue
-            except asyncio.CancelledError:
-                await self.aclose()
-                raise
-            now = self._clock()
-            self._waiting_since = _NEVER
-            if now - asked > self._longest:  # noqa: PLR1730 - a call costs more
-                self._longest = now - asked
-            continuation = self._continuation
-            if not data:
-                out = self._body_ended()
-            elif continuation is None:
-                return data
-            else:
-                if len(data) > FRAME_SLICE_BYTES:  # may be thousands: between two slices of them others have their turn
-                    data, self._unread = data[:FRAME_SLICE_BYTES], data[FRAME_SLICE_BYTES:] + self._unread
-                self._frames += data.count(continuation.frame_separator)
-                if now > self._count_at:
-                    self._count(now)
-                out = continuation.feed(data)
-                if out is not data:  # by far the most common: passed on as it came, and nothing has happened
-                    self._notice(continuation)
+    def _push_to_client(self) -> None:
+        first_bytes, self._first_bytes = self._first_bytes, b""
+        if first_bytes:
+            self._write_to_client(first_bytes)
+        self._continue_writing()
+        self._response.push_to(self)
+
+    def write(self, data: bytes) -> None:
+        """Each streamed token passes here."""
+        continuation = self._continuation
+        if self._state is not _FLOWING:
+            return
+        if continuation is None:
+            self._write_to_client(data)
+            return
+        now, watch = self._clock(), self._watch
+        if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
+            watch.longest_s = now - watch.waits_since
+        watch.waits_since = now
+        self._frames += data.count(continuation.frame_separator)
+        if now > self._count_at:
+            self._count_tokens(now)
+        out = continuation.feed(data)
+        if out is not data:  # most often it is the same object: text that was passed on as it came
+            self._check_frames(continuation)
+            if not out:
+                return
+        client = self._client
+        assert client is not None
+        try:
+            client.write(out)
+        except ConnectionError as error:
+            self._lose_client(error)
+        if client.backpressured:
+            self._pause()
+
+    def _write_to_client(self, data: bytes) -> None:
+        client = self._client
+        assert client is not None
+        try:
+            client.write(data)
+        except ConnectionError as error:
+            self._lose_client(error)
+        if client.backpressured:
+            self._pause()
+
+    def _lose_client(self, error: ConnectionError) -> None:
+        self._client_error = error.with_traceback(None)  # whose frames hold this answer, and would form a cycle
+        self._pause()
+
+    def _pause(self) -> None:
+        """The client's stream takes no more for now. The task that waits for this answer watches it meanwhile."""
+        self.backpressured = True
+        self._changed.wake()
+
+    def _continue_writing(self) -> None:
+        """The client's stream takes bytes again."""
+        if self._client is not None and not self._client.backpressured and self._state is not StreamState.LOST:
+            self.backpressured = False
+            self._watch.waits_since = self._clock()
+            if self.on_writable is not None:
+                self.on_writable()
+
+    def finish(self) -> None:
+        """The body of the node's answer is complete."""
+        continuation = self._continuation
+        if self._state is StreamState.DRAINING or (continuation is None and self._state is StreamState.FLOWING):
+            self._end(Outcome.SERVED)
+        elif self._state is StreamState.FLOWING and continuation is not None:
+            out = continuation.finish_body()
             if out:
-                return out
-        raise StopAsyncIteration
+                self._write_to_client(out)
+            if continuation.finished:
+                self._complete(continuation)
+                self._end(Outcome.SERVED)
+            else:
+                self._lose(Outcome.CUT, continuation.cut_reason or "the answer ended before its final frame")
 
-    def _count(self, now: float) -> None:
-        """Frames are about as many tokens; told now and then, because the hot path has enough to do."""
+    def fail(self, problem: str) -> None:
+        """The connection to the node is gone, or was closed here."""
+        if self._state is StreamState.DRAINING:
+            self._end(Outcome.SERVED)
+        elif self._lease.aborted:
+            self._lose(Outcome.UNREACHABLE, "the way to its node was lost")
+        else:
+            self._lose(Outcome.CUT, f"the answer stopped short: {problem}")
+
+    def _check_frames(self, continuation: Continuation) -> None:
+        """The continuation has looked at frames: what it has learned."""
+        if continuation.finished:
+            self._complete(continuation)
+        elif continuation.cut_reason is not None:
+            self._lose(Outcome.STREAM_ERROR, continuation.cut_reason)
+
+    def _count_tokens(self, now: float) -> None:
+        """Frames are about as many tokens. They are counted now and then, because a call for each would cost more."""
         self._lease.node.meter.add(self._frames)
         self._frames = 0
         self._count_at = now + COUNT_S
 
-    def _notice(self, continuation: Continuation) -> None:
-        """What frames that were looked at have told."""
-        if continuation.finished:
-            self._whole()
-        elif continuation.cut_reason is not None:
-            self._lost = (Outcome.STREAM_ERROR, continuation.cut_reason)
+    def _complete(self, continuation: Continuation) -> None:
+        """The final frame was seen. The rest of the body does not matter."""
+        self._state = StreamState.DRAINING
+        self._count_tokens(self._clock())
+        self._lease.release(Outcome.SERVED, counters=continuation.counters)
+        self._watch.stop()
+        self._watch.learn_pace()
+        self._timer.cancel()
+        self._timer = self._loop.call_later(DRAIN_S, self._response.abort)
 
-    # -- the end of a stream -------------------------------------------------------------------------------------
+    def _lose(self, outcome: Outcome, reason: str) -> None:
+        """The node failed. The task that waits for this answer asks another one."""
+        if self._state is StreamState.FLOWING:
+            self._state = StreamState.LOST
+            self._loss = (outcome, reason)
+            self.backpressured = True  # whatever still comes is not read
+            self._watch.stop()
+            self._changed.wake()
 
-    def _whole(self) -> None:
-        """The final frame was seen; the rest of the body is of no interest to anybody."""
-        assert self._continuation is not None
-        lease = self._lease
-        self._count(self._clock())
-        lease.release(Outcome.SERVED, counters=self._continuation.counters)
-        if self._longest > PAUSE_S:
-            self._pauses.learn(lease.node.name, lease.model, self._longest)
-        self._stop_watching()
-        self._deadline.cancel()
-        self._deadline = self._loop.call_later(DRAIN_S, self._response.abort)
+    def _end(self, outcome: Outcome) -> None:
+        self._state = StreamState.ENDED
+        self._watch.stop()
+        self._timer.cancel()
+        self._lease.release(outcome)
+        if self._client is not None:
+            self._client.on_writable = None
+            self._client = None  # whose request holds this answer
+        self._report_outcome(outcome)
+        self._changed.wake()
 
-    def _body_ended(self) -> bytes:
-        continuation = self._continuation
-        if continuation is None or continuation.finished:
-            self._finish(Outcome.SERVED)
-            return b""
-        out = continuation.finish_body()
-        if continuation.finished:
-            self._whole()
-            self._finish(Outcome.SERVED)
-        elif self._lost is None:
-            self._lost = (Outcome.CUT, continuation.cut_reason or "the answer ended before its final frame")
-        return out
+    # -- the client's side -------------------------------------------------------------------------------------------
 
-    def _broke(self, error: StreamCut) -> None:
-        """Reading failed: the connection is gone, or was closed here (deadline, silence, the tunnel's end)."""
-        self._waiting_since = _NEVER
-        if self._continuation is not None and self._continuation.finished:
-            self._finish(Outcome.SERVED)
-        elif self._silent:
-            self._lost = (Outcome.TIMED_OUT, f"no token for {self._patience_s():.0f} s")
-        elif self._lease.aborted:
-            self._lost = (Outcome.UNREACHABLE, "the way to its node was lost")
-        else:
-            self._lost = (Outcome.CUT, error.message)
+    async def send_to(self, client: ClientStream) -> None:
+        self._attach(client)
+        try:
+            while self._state is not StreamState.ENDED:
+                if self._client_error is not None:
+                    raise self._client_error
+                if self._state is StreamState.LOST:
+                    await self._fail_over()
+                elif client.backpressured:
+                    await client.drain(self.slot_is_wanted)
+                else:
+                    await self._changed.wait()
+        except BaseException:
+            await self.aclose()
+            raise
+        if self._client_error is not None:
+            raise self._client_error
 
-    async def _go_on(self, outcome: Outcome, words: str) -> bytes:
-        """Another node takes over. Empty when there is nothing for the client yet, or no more."""
-        self._lost = None
-        self._stop_watching()
-        self._count(self._clock())
+    async def __anext__(self) -> bytes:
+        reader = self._reader
+        if reader is None:
+            reader = self._reader = BufferedSink(self._changed)
+            if self._state is StreamState.ENDED:  # closed before it was read
+                raise StopAsyncIteration
+            self._attach(reader)
+        try:
+            while not reader:
+                if self._state is StreamState.ENDED:
+                    raise StopAsyncIteration
+                if self._state is StreamState.LOST:
+                    await self._fail_over()
+                else:
+                    await reader.wait_changed()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        return reader.take()
+
+    async def aclose(self) -> None:
+        if self._state is not StreamState.ENDED:
+            client_has_all = self._state is StreamState.DRAINING and self._client is not None
+            self._end(Outcome.SERVED if client_has_all else Outcome.CLIENT_GONE)
+            self._response.abort()
+        if self._reader is not None:
+            self._reader.discard()
+
+    # -- another node takes over -------------------------------------------------------------------------------------
+
+    async def _fail_over(self) -> None:
+        """Ends the answer, or begins with the stream of another node. Raises GPUMeshError where the answer is cut."""
+        outcome, reason = self._loss
+        self._count_tokens(self._clock())
         self._response.abort()
-        if self._late:
-            self._finish(Outcome.DEADLINE)
-            raise DeadlineExceeded(self._late_words, node=self.node)
-        self._lease.release(outcome, error=words)
+        if self._expired is not None:
+            self._end(Outcome.DEADLINE)
+            raise DeadlineExceeded(self._expired, node=self.node)
+        self._lease.release(outcome, error=reason)
         if self._continuation is None:
-            self._finish(outcome)
-            raise StreamCut(words, node=self.node)
-        step: OpenedStream | Ending | None = self._continuation.handle_cut(words)
+            self._end(outcome)
+            raise StreamCut(reason, node=self.node)
+        failed = FailedAttempt(self.node, outcome, StreamCut(reason, node=self.node))
+        step: OpenedStream | Ending | None = self._continuation.handle_cut(reason)
         if step is None:
-            step = await self._rest(
-                self._continuation, FailedAttempt(self.node, outcome, StreamCut(words, node=self.node))
-            )
+            step = await self._ask_other_node(self._continuation, failed)
         if isinstance(step, OpenedStream):
             self.continuations += 1
-            self.attempts = self._onward.attempts
+            self.attempts = self._failover.attempts
             self._begin(step)
-            ready, self._ready = self._ready, b""
-            return ready
-        if step.error is not None:
-            self._finish(outcome)
+        elif step.error is not None:
+            self._end(outcome)
             raise StreamCut(step.error, node=self.node)
-        self._finish(Outcome.SERVED)
-        return step.data
+        else:
+            if step.data:
+                self._write_to_client(step.data)
+            self._end(Outcome.SERVED)
 
-    async def _rest(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
+    async def _ask_other_node(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
         try:
-            return await self._onward.continue_answer(continuation, failed)
+            return await self._failover.continue_answer(continuation, failed)
         except DeadlineExceeded:
-            self._finish(Outcome.DEADLINE)
+            self._end(Outcome.DEADLINE)
             raise
         except GPUMeshError as error:
-            self._finish(failed.outcome)
+            self._end(failed.outcome)
             message = f"the answer was cut ({failed.error}) and could not be continued: {error}"
             raise StreamCut(message, node=self.node) from error
         except BaseException:
-            self._finish(Outcome.CLIENT_GONE)
+            self._end(Outcome.CLIENT_GONE)
             raise
-
-    async def aclose(self) -> None:
-        if not self._over:
-            self._response.abort()
-            whole = self._continuation is not None and self._continuation.finished and not self._ready
-            self._finish(Outcome.SERVED if whole else Outcome.CLIENT_GONE)
-
-    def _finish(self, outcome: Outcome) -> None:
-        self._over = True
-        self._stop_watching()
-        self._deadline.cancel()
-        self._lease.release(outcome)
-        self._ended(outcome)
 
     # -- timers --------------------------------------------------------------------------------------------------
 
-    def expire(self, words: str) -> None:
-        if not self._over:
-            self._late_words = words
-            self._deadline_passed()
+    def expire(self, message: str) -> None:
+        if self._state is not StreamState.ENDED:
+            self._expired = message
+            self._lose(Outcome.DEADLINE, message)
+            self._response.abort()
 
-    def _deadline_passed(self) -> None:
-        self._late = True
-        self._response.abort()
-
-    def _patience_s(self) -> float:
-        known = self._pauses.longest_s(self._lease.node.name, self._lease.model)
-        if self._longest > PAUSE_S:
-            known = max(self._longest, known or 0.0)
-        return silence_timeout_s(known)
-
-    def _look(self) -> None:
-        """Counts only what was spent waiting for the node: a client that reads slowly makes no silence."""
-        patience = self._patience_s()
-        waited = self._clock() - self._waiting_since
-        if waited >= patience:
-            assert self._continuation is not None
-            if self._continuation.continuable and self._onward.has_other_node(self._lease.node.name):
-                self._silent = True
-                self._watchdog = None
-                self._response.abort()
-                return
-            # Nobody else could go on: it may be slow, and if the way to it is dead, its tunnel will find out.
-            tunnel = self._lease.node.tunnel
-            if tunnel is not None:
-                tunnel.suspect(f"no token for {waited:.0f} s")
-            waited = 0.0
-        self._watchdog = self._loop.call_later(patience - max(waited, 0.0), self._look)
-
-    def _stop_watching(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            self._watchdog = None
+    def _handle_silence(self, waited_s: float) -> bool:
+        """The node said nothing for longer than it should. Whether to watch on."""
+        message = f"no token for {waited_s:.0f} s"
+        continuation = self._continuation
+        assert continuation is not None
+        if continuation.continuable and self._failover.has_other_node(self.node):
+            self._lose(Outcome.TIMED_OUT, message)
+            self._response.abort()
+            return False
+        # Nobody else could go on: the node may be slow, and if the way to it is dead, its tunnel will notice.
+        tunnel = self._lease.node.tunnel
+        if tunnel is not None:
+            tunnel.suspect(message)
+        return True

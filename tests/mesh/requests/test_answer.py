@@ -22,7 +22,7 @@ async def test_a_whole_answer_is_given_once() -> None:
 async def test_the_end_is_told_once() -> None:
     class Ending(Answer):
         def end(self, outcome: Outcome) -> None:
-            self._ended(outcome)
+            self._report_outcome(outcome)
 
     told: list[Outcome] = []
     ending = Ending("a", BackendKind.OLLAMA, 200, ())

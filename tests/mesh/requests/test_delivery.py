@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpumesh.backends.base import HttpCall
-from gpumesh.backends.continuation.continuation import ContinuationStrategy
+from gpumesh.backends.continuation.planner import ContinuationStrategy
 from gpumesh.balancer.outcomes import MAX_ROUNDS, Outcome
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull, StreamCut
 from gpumesh.lab.profile import Faults, ModelProfile

@@ -11,7 +11,9 @@ import pytest
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable, StreamCut
-from gpumesh.mesh.requests.upstream import READ_BUFFER, READ_PIECES, Upstream, UpstreamResponse
+from gpumesh.mesh.requests.body_sink import BUFFER_BYTES
+from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
+from gpumesh.mesh.requests.upstream_connection import ReadState
 from gpumesh.slice_queue import SLICE_BYTES
 from tests.mesh.servers import LAST_CHUNK, Exchange, chunk, chunked_head, serve, whole_response
 from tests.probes.test_wrong_server import certificate  # noqa: F401
@@ -236,7 +238,7 @@ async def test_a_large_answer_in_whatever_chunks_is_whole_and_its_connection_use
 
 
 @pytest.mark.parametrize("reads", [0, 1])
-async def test_what_a_reader_leaves_unread_is_held_in_few_pieces(upstream: Upstream, reads: int) -> None:
+async def test_what_a_reader_leaves_unread_is_bounded_in_memory(upstream: Upstream, reads: int) -> None:
     async def script(exchange: Exchange) -> None:
         with contextlib.suppress(ConnectionError):
             await exchange.send(chunked_head() + chunk(b"xy") * 1_000_000)
@@ -245,11 +247,10 @@ async def test_what_a_reader_leaves_unread_is_held_in_few_pieces(upstream: Upstr
         response = await send(upstream, server.url)
         for _ in range(reads):
             await response.read()
-        exchange, connection = response._exchange, response._connection
+        connection = response._exchange.connection
         assert connection is not None
-        await wait_until(lambda: connection._paused and not connection._queued, "the server is read no further")
-        assert exchange.size < READ_BUFFER + SLICE_BYTES
-        assert len(exchange.pieces) < READ_PIECES + SLICE_BYTES // 7
+        await wait_until(lambda: connection._read_state is ReadState.BACKPRESSURED, "the server is read no further")
+        assert BUFFER_BYTES < len(response._exchange.buffer) < BUFFER_BYTES + SLICE_BYTES
         response.abort()
 
 
@@ -273,7 +274,7 @@ async def test_a_body_up_to_the_end_of_its_connection_is_whole_though_it_is_read
 
     async with serve(script) as server:
         response = await send(upstream, server.url)
-        await wait_until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        await wait_until(lambda: len(response._exchange.buffer) > BUFFER_BYTES, "more is there than is read at once")
         assert len(await read_all(response)) == 500_000
 
 
@@ -287,7 +288,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
     context.load_cert_chain(certificate)
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    monkeypatch.setattr("gpumesh.mesh.requests.upstream._tls", lambda: trusting)
+    monkeypatch.setattr("gpumesh.mesh.requests.connection_pool._tls_context", lambda: trusting)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -300,7 +301,7 @@ async def test_so_it_is_through_tls_which_ends_with_what_was_read_before(
     server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
     try:
         response = await send(upstream, f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await wait_until(lambda: response._exchange.size > READ_BUFFER, "more is there than is read at once")
+        await wait_until(lambda: len(response._exchange.buffer) > BUFFER_BYTES, "more is there than is read at once")
         assert len(await read_all(response)) == 150_000
     finally:
         server.close()
@@ -345,7 +346,7 @@ async def test_a_line_end_in_a_header_never_reaches_a_backend(upstream: Upstream
 
 
 async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpumesh.mesh.requests.upstream.KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("gpumesh.mesh.requests.connection_pool.KEEPALIVE_S", 0.05)
     gone = asyncio.Event()
 
     async def script(exchange: Exchange) -> None:
