@@ -243,10 +243,9 @@ def fuzz_parsers(rng: random.Random, until: float, findings: Path) -> dict[str, 
 
     signal.signal(signal.SIGALRM, hangs)
     while time.monotonic() < until:
-        name = rng.choice([*parsers.TARGETS, *["upstream"] * 8])
-        http = name == "upstream"
-        seeds = wire.answer_seeds(rng.choice(wire.ANSWER_PATHS)) if http else parsers.TARGETS[name].seeds
-        case = mutators.mutate(name, seeds, rng, http=http)
+        name = rng.choice([*parsers.TARGETS, *["upstream"] * 8, *["http-request"] * 4])
+        seeds = wire.answer_seeds(rng.choice(wire.ANSWER_PATHS)) if name == "upstream" else parsers.TARGETS[name].seeds
+        case = mutators.mutate(name, seeds, rng, http=name in ("upstream", "http-request"))
         tally.cases["parsers"] += 1
         signal.alarm(PARSER_HANGS_S)
         try:

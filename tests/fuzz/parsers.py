@@ -6,15 +6,11 @@ Each raises what it documents and nothing else, and takes time and memory in pro
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import itertools
 import json
-import resource
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from gpumesh.audit.identity import store_fingerprint
@@ -26,7 +22,9 @@ from gpumesh.coordination.peers import decode_loads as decode_peer
 from gpumesh.daemon.control_socket import messages
 from gpumesh.errors import BackendError, ProbeError, StreamCut
 from gpumesh.gateway import merged_lists
+from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.parser import Refusal, RequestEnd, RequestHead, RequestParser
 from gpumesh.gateway.json_members import read_small_members, scan_members
 from gpumesh.gateway.model_requests import MODEL_ROUTES, read_demand, read_model
 from gpumesh.mesh.models.merged_progress import MergedProgress
@@ -36,6 +34,7 @@ from gpumesh.probes.combined_commands import split_script_output
 from gpumesh.probes.disk_space import read_free_mib
 from gpumesh.probes.nvidia_smi import probe_gpus
 from gpumesh.probes.smi_tables import read_gpus, read_processes
+from gpumesh.slice_queue import SLICE_BYTES
 from gpumesh.topology import BackendKind
 from gpumesh.tunnels.address_command import parse_address
 from gpumesh.tunnels.base import ExecResult
@@ -43,6 +42,7 @@ from gpumesh.tunnels.openssh import errors as openssh_errors
 from gpumesh.tunnels.workers import protocol
 from gpumesh.wire import status_from_json
 from tests.fuzz.cases import SLICE, Case
+from tests.fuzz.memory import peak_mib
 
 T = TypeVar("T")
 
@@ -275,6 +275,28 @@ def _request(pieces: Sequence[bytes]) -> None:
         read_demand(route, {}, members, size=len(body), model=read_model(route, members))
 
 
+_OFFER = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
+_HTTP_REQUESTS = (
+    b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhelloGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\n" + _CHUNKS,
+    _OFFER + b"Content-Length: 5\r\n\r\nhelloHEAD / HTTP/1.0\r\n\r\n",
+    _OFFER + _CHUNKS,
+)
+
+
+def _http_requests(pieces: Sequence[bytes]) -> None:
+    """In slices, as a connection gives them to the parser. Nothing but a head follows the end of a request."""
+    parser = RequestParser(Bounds().max_head_bytes)
+    in_body = False
+    for piece in pieces:
+        for at in range(0, len(piece), SLICE_BYTES):
+            for event in parser.feed(piece[at : at + SLICE_BYTES]):
+                assert isinstance(event, bytes | RequestEnd if in_body else RequestHead | Refusal)
+                in_body = isinstance(event, RequestHead | bytes)
+    parser.close()
+
+
 def _result_of(work: Generator[None, None, T]) -> T:
     while True:
         try:
@@ -344,6 +366,7 @@ TARGETS: dict[str, FuzzTarget] = {
         (ValueError,),
     ),
     "request-body": FuzzTarget(_request, REQUESTS, (BadRequest,)),
+    "http-request": FuzzTarget(_http_requests, _HTTP_REQUESTS),
     "peer-message": FuzzTarget(
         _peer, (b'{"v":1,"gateway":"a","loads":{"GPU-1/qwen2.5:7b":2},"leaving":false}',), (ValueError,)
     ),
@@ -389,24 +412,3 @@ def run(case: Case) -> Cost:
         f"{cost.memory_mib:.0f} MiB for {case.size} bytes ({limit_mib:.0f} are allowed)"
     )
     return cost
-
-
-def _trim_heap() -> None:
-    """What earlier tests freed goes back to the system (glibc), or a parser could use it without being seen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def peak_mib(*, reset: bool = False) -> float:
-    """The most memory that this process has had since the last reset. Where it cannot be reset, since its start: then
-    only what is more than ever before is seen."""
-    if reset:
-        _trim_heap()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

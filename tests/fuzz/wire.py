@@ -23,6 +23,7 @@ from gpumesh.probes.http_client import http_client
 from gpumesh.probes.server_inventory import ask_server
 from tests.fuzz import parsers
 from tests.fuzz.cases import Case
+from tests.fuzz.memory import peak_mib
 
 MODEL = "hostile:1b"  # of a node that is given no other
 NUMBER = re.compile(rb"case (\d+)")  # in a prompt: which answer it gets; without one a good one
@@ -294,7 +295,7 @@ async def upstream(case: Case) -> None:
     time (the server's own, which is here too, is within it) or memory that is out of proportion."""
     async with hostile_node() as server, Upstream() as client:
         server.answers[1] = case
-        before_mib = parsers.peak_mib(reset=True)
+        before_mib = peak_mib(reset=True)
         began = time.process_time()
         with contextlib.suppress(BackendUnreachable, StreamCut):
             async with asyncio.timeout(LONGEST_S):
@@ -302,7 +303,7 @@ async def upstream(case: Case) -> None:
                 answer = await client.request(server.url, call, (), node="fuzzed", server_name=None)
                 while await answer.read():
                     pass
-        cpu_s, memory_mib = time.process_time() - began, parsers.peak_mib() - before_mib
+        cpu_s, memory_mib = time.process_time() - began, peak_mib() - before_mib
     limit_s = UPSTREAM_S + UPSTREAM_S_PER_MIB * case.size / (1 << 20)
     assert cpu_s <= limit_s, f"{cpu_s:.2f} s of CPU time for {case.size} bytes ({limit_s:.2f} are allowed)"
     limit_mib = UPSTREAM_MIB + 4 * sum(part.size for part in case.parts if not part.apart) / (1 << 20)  # our own copies

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from gpumesh.gateway.http.responses import Headers
 
-_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")  # an extension says nothing to us
-_TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")  # an extension says nothing to us
+_TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
 
 class MalformedBody(Exception):
@@ -80,31 +80,33 @@ class ChunkedDecoder:
         return self._expected is _Expected.NOTHING
 
     def feed(self, data: bytes, pieces: list[bytes]) -> bytes:
-        while data and not self.complete:
+        at = 0
+        while at < len(data) and self._expected is not _Expected.NOTHING:
             if self._expected is _Expected.CHUNK:
-                piece = data[: self._missing]
+                piece = data[at : at + self._missing]
                 pieces.append(piece)
+                at += len(piece)
                 self._missing -= len(piece)
-                data = data[len(piece) :]
                 if not self._missing:
                     self._expected = _Expected.CHUNK_END
             else:
-                data = self._feed_line(data)
-        return data
+                at = self._feed_line(data, at)
+                if self._expected is _Expected.SIZE_LINE:
+                    at = _take_whole_chunks(data, at, pieces)
+        return data[at:]
 
-    def _feed_line(self, data: bytes) -> bytes:
-        end = data.find(b"\n") + 1
-        line = self._line + (data[:end] if end else data)
+    def _feed_line(self, data: bytes, at: int) -> int:
+        """Takes a line, or the beginning of one, that starts there. Returns the place behind it."""
+        end = data.find(b"\n", at) + 1
+        line = self._line + data[at : end or len(data)]
         if self._expected is _Expected.CHUNK_END and not b"\r\n".startswith(line):
             raise MalformedBody
         if not end:
             self._line = line
-            return b""
+            return len(data)
         self._line = b""
-        if not line.endswith(b"\r\n"):
-            raise MalformedBody
-        self._take_line(line[:-2])
-        return data[end:]
+        self._take_line(line)
+        return end
 
     def _take_line(self, line: bytes) -> None:
         if self._expected is _Expected.CHUNK_END:
@@ -115,7 +117,20 @@ class ChunkedDecoder:
                 raise MalformedBody
             self._missing = int(match[1], 16)
             self._expected = _Expected.CHUNK if self._missing else _Expected.TRAILER_LINE
-        elif not line:
+        elif line == b"\r\n":
             self._expected = _Expected.NOTHING
         elif _TRAILER_LINE.fullmatch(line) is None:
             raise MalformedBody
+
+
+def _take_whole_chunks(data: bytes, at: int, pieces: list[bytes]) -> int:
+    """Appends the chunks from there on that are complete. Returns the place behind them. They may be thousands, of one
+    byte each."""
+    while match := _SIZE_LINE.match(data, at):
+        start = match.end()
+        end = start + int(match[1], 16)
+        if end == start or data[end : end + 2] != b"\r\n":
+            break
+        pieces.append(data[start:end])
+        at = end + 2
+    return at

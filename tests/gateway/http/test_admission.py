@@ -19,7 +19,7 @@ def full(*addresses: str | None) -> Admission[int]:
     return admission
 
 
-def test_the_longest_idle_makes_room() -> None:
+def test_the_longest_idle_connection_is_evicted() -> None:
     admission = full(None, None, None)
     admission.mark_busy(0)
     admission.mark_busy(1)
@@ -31,7 +31,7 @@ def test_the_longest_idle_makes_room() -> None:
     assert admission.admit(12, None) == Admitted(evicted=10)
 
 
-def test_when_all_are_busy_the_next_is_refused() -> None:
+def test_a_connection_is_denied_when_all_are_busy() -> None:
     admission = full(None, None)
     admission.mark_busy(0)
     admission.mark_busy(1)

@@ -22,7 +22,7 @@ from gpumesh.gateway.http.body_memory import SMALL_BODY_BYTES, BodyMemory, Memor
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, A, B, RunningGateway, node, quick_host, send_raw, serve_hosts, serve_nodes
-from tests.gateway.http.test_server import answer_of, post
+from tests.gateway.http.raw_clients import post, read_answer
 from tests.mesh.servers import Exchange, chunk, chunked_head, serve, whole_response
 from tests.tunnels.polling import wait_until
 
@@ -58,7 +58,7 @@ ACTIONS = st.lists(
 
 
 @given(ACTIONS)
-def test_what_is_held_is_what_the_shares_hold(actions: list[tuple[tuple[int, str], int]]) -> None:
+def test_memory_held_is_the_sum_of_the_reservations(actions: list[tuple[tuple[int, str], int]]) -> None:
     now = 0.0
     memory = BodyMemory(16 * MIB, patience_s=30.0, clock=lambda: now)
     shares = [MemoryReservation(memory) for _ in range(6)]
@@ -103,7 +103,7 @@ def test_the_last_eighth_is_for_small_bodies() -> None:
     assert memory.held == 15 * MIB, "what found no room gave back the rest"
 
 
-def test_who_has_been_coming_for_too_long_makes_room() -> None:
+def test_a_body_that_arrives_for_too_long_makes_room() -> None:
     now = 0.0
     memory = BodyMemory(16 * MIB, patience_s=30.0, clock=lambda: now)
     lost: list[str] = []
@@ -206,7 +206,7 @@ async def test_bodies_that_together_do_not_fit_never_wait_for_each_other(tight: 
                 await writer.drain()
                 await asyncio.sleep(0)
             writer.write(b"0\r\n\r\n")
-        status, _ = await answer_of(reader)
+        status, _ = await read_answer(reader)
         writer.close()
         return status
 
@@ -216,7 +216,7 @@ async def test_bodies_that_together_do_not_fit_never_wait_for_each_other(tight: 
     await is_free(tight)
 
 
-async def test_who_only_announces_holds_nothing(tight: RunningGateway) -> None:
+async def test_an_announced_body_holds_nothing(tight: RunningGateway) -> None:
     liars = [await asyncio.open_connection("127.0.0.1", tight.port) for _ in range(8)]
     for _, writer in liars:
         writer.write(post(b"", length=13 * MIB) + b"{")
@@ -227,7 +227,7 @@ async def test_who_only_announces_holds_nothing(tight: RunningGateway) -> None:
     await is_free(tight)
 
 
-async def test_a_body_that_has_been_coming_for_long_makes_room_for_others() -> None:
+async def test_a_slow_body_makes_room_for_others() -> None:
     async with serve_hosts(
         A, bounds=Bounds(total_body_bytes=16 * MIB, body_timeout_s=0.3, min_bytes_per_s=1000)
     ) as fleet:
@@ -237,12 +237,12 @@ async def test_a_body_that_has_been_coming_for_long_makes_room_for_others() -> N
         await wait_until(lambda: memory_of(fleet).held >= 13 * MIB, "it has come, all but the end")
         async with asyncio.timeout(20):
             assert await _status_after(fleet, 4 * MIB) == 200
-            assert (await answer_of(reader))[0] == 503
+            assert (await read_answer(reader))[0] == 503
         writer.close()
         await is_free(fleet)
 
 
-async def test_what_waits_for_a_node_is_counted_and_freed_when_its_client_leaves() -> None:
+async def test_a_queued_body_is_counted_and_freed_when_its_client_leaves() -> None:
     async with serve_hosts(SLOW, max_parallel=1, bounds=TIGHT) as fleet:
         first = asyncio.create_task(fleet.client.post("/api/chat", content=chat(4 * MIB)))
         await wait_until(lambda: fleet.count_running() == 1, "one runs")
@@ -257,7 +257,7 @@ async def test_what_waits_for_a_node_is_counted_and_freed_when_its_client_leaves
         await is_free(fleet)
 
 
-async def test_every_way_in_which_a_request_ends_frees_its_body() -> None:
+async def test_every_end_of_a_request_frees_its_body() -> None:
     spec = GatewaySpec(default_model=MODEL)
     async with serve_hosts(A, B, bounds=TIGHT, spec=spec) as fleet:
         post_, large = fleet.client.post, chat(2 * MIB)
@@ -323,7 +323,7 @@ async def test_a_second_node_gets_the_same_body() -> None:
         await is_free(fleet)
 
 
-async def test_what_only_passes_through_counts_as_what_is_buffered(tight: RunningGateway) -> None:
+async def test_a_passing_body_counts_as_its_buffered_bytes(tight: RunningGateway) -> None:
     blob = bytes(range(256)) * (24 * MIB // 256)
     digest = sha256(blob).hexdigest()
     answer = await tight.client.post(f"/api/blobs/sha256:{digest}", content=blob)
@@ -331,7 +331,7 @@ async def test_what_only_passes_through_counts_as_what_is_buffered(tight: Runnin
     await is_free(tight)
 
 
-async def test_a_cut_answer_to_a_request_that_is_too_large_to_take_apart_ends_in_an_error() -> None:
+async def test_a_cut_answer_to_a_too_large_request_ends_in_an_error() -> None:
     async def script(exchange: Exchange) -> None:
         if b"/api/chat" not in exchange.head:
             await exchange.send(inventory())
