@@ -6,6 +6,7 @@ Each raises what it documents and nothing else, and takes time and memory in pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import time
