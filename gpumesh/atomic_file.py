@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from gpumesh import file_lock
+
 _PREFIX = "{}.gpumesh-"  # no other program names files like that
 _RANDOM = re.compile(r"[a-z0-9_]{8}")  # the part that tempfile adds
 
@@ -90,11 +92,9 @@ def _remove_if_stale(path: str) -> None:
 def _lock(descriptor: int, *, wait: bool = False) -> bool:
     """Locks an open file until it is closed. False when the lock is held, or when there are no such locks."""
     try:
-        import fcntl
-    except ImportError:  # Windows
+        if wait:
+            file_lock.acquire(descriptor)
+            return True
+        return file_lock.try_acquire(descriptor)
+    except OSError:  # neither the system nor the file system has such locks
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # the lock is held, or the file system has none
-        return False
-    return True

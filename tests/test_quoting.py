@@ -109,7 +109,7 @@ _CHECKED = {
     ("gateway/json_members.py", "the request body has `\0` twice"),
     ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("quoting.py", "`\0`"),
-    ("tunnels/workers/worker_pool.py", "gpumesh tunnel \0"),
+    ("tunnels/workers/zygote.py", "gpumesh tunnel \0"),
 }
 
 

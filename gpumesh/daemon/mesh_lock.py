@@ -9,12 +9,12 @@ folder is stale. A mesh holds its lock until its process ends: a process that wa
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
 from typing import Self
 
+from gpumesh import file_lock
 from gpumesh.daemon.paths import MeshPaths
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 
@@ -98,9 +98,9 @@ class LockWatch:
     @property
     def held(self) -> bool:
         """Asking takes a free lock for an instant."""
-        if not _try_lock(self._descriptor):
+        if not file_lock.try_acquire(self._descriptor):
             return True
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        file_lock.release(self._descriptor)
         return False
 
     @property
@@ -109,11 +109,11 @@ class LockWatch:
 
     def remove_if_stale(self, paths: MeshPaths) -> bool:
         """Removes the files of an owner that is gone. True when nobody holds the lock."""
-        if not _try_lock(self._descriptor):
+        if not file_lock.try_acquire(self._descriptor):
             return False
         if _is_file_at(self._descriptor, paths.lock):
             paths.remove_files()
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        file_lock.release(self._descriptor)
         return True
 
     def close(self) -> None:
@@ -126,22 +126,14 @@ class LockWatch:
         self.close()
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _try_lock_with_retries(descriptor: int) -> bool:
     """A command that asks whether a mesh runs (``held``, ``remove_if_stale``) has the lock for an instant. Such a
     command is no mesh, so this tries a few times."""
     for _ in range(LOCK_RETRIES):
-        if _try_lock(descriptor):
+        if file_lock.try_acquire(descriptor):
             return True
         time.sleep(LOCK_RETRY_S)
-    return _try_lock(descriptor)
+    return file_lock.try_acquire(descriptor)
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:

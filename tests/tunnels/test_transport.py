@@ -180,7 +180,7 @@ async def test_closing_leaves_nothing_here_or_there(connect: ConnectFunction, ss
 
 @pytest.mark.exclusive
 async def test_small_answers_are_not_held_back(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
-    """Without what docs/internals/tunnels.md describes, each answer takes 40 ms or more, on any machine."""
+    """docs/internals/tunnels.md says how. Otherwise each of these answers takes 40 ms or more, on any machine."""
 
     async def in_two_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1):
