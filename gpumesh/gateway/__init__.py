@@ -1,2 +1,4 @@
-"""The one endpoint: an HTTP server over a mesh, in the dialects that clients speak. Which node answers is not decided
-here."""
+"""The one endpoint: an HTTP server over a mesh, with the APIs that clients already use (Ollama, OpenAI, Anthropic).
+
+Which node answers is not decided here.
+"""

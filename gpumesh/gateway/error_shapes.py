@@ -1,4 +1,4 @@
-"""Errors in the shape that each client's dialect expects. Pure."""
+"""Errors in the shape that each client API expects: as a body, as a frame of a stream, as a whole reply. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from gpumesh.errors import (
     UsageError,
 )
 from gpumesh.gateway.http.errors import BadRequest
-from gpumesh.gateway.model_requests import ClientApi
+from gpumesh.gateway.http.responses import HeaderPairs, Response, json_response
+from gpumesh.gateway.model_requests import ClientApi, find_client_api
 from gpumesh.printable import printable
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
+NO_NODE_RETRY_S = 2
+# The rest of such a request's body cannot be told from the next request, so the connection is closed.
+_CLOSING_STATUSES = (408, 413, 417)
 
 
 def error_status(error: GPUMeshError) -> int:
@@ -41,16 +45,16 @@ def error_status(error: GPUMeshError) -> int:
 
 
 def retry_after_s(error: GPUMeshError) -> int | None:
-    """For the Retry-After header."""
+    """For the Retry-After header; ``None`` where it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
     if isinstance(error, NoNodeError) and not isinstance(error, ModelMissing):
-        return 2
+        return NO_NODE_RETRY_S
     return None
 
 
 def client_message(error: GPUMeshError) -> str:
-    """Message and hint on one line; a model that is missing in Ollama's own words first, which clients look for."""
+    """Message and hint on one line. For a missing model Ollama's own message stands first: clients look for it."""
     if isinstance(error, ModelMissing):
         return f"model '{printable(error.model)}' not found: {error.message}" + (
             f"; {error.hint}" if error.hint else ""
@@ -58,24 +62,27 @@ def client_message(error: GPUMeshError) -> str:
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
-def error_body(shape: ClientApi, status: int, message: str) -> bytes:
+# -- bodies and frames -----------------------------------------------------------------------------------------------
+
+
+def error_body(api: ClientApi, status: int, message: str) -> bytes:
     """The whole body of an error response."""
-    match shape:
+    match api:
         case ClientApi.OLLAMA:
             document: dict[str, object] = {"error": message}
         case ClientApi.OPENAI:
-            kind = _kind(_OPENAI_TYPES, status)
+            kind = _error_type(_OPENAI_TYPES, status)
             document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
         case ClientApi.ANTHROPIC:
-            kind = _kind(_ANTHROPIC_TYPES, status)
+            kind = _error_type(_ANTHROPIC_TYPES, status)
             document = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(document).encode()
 
 
-def is_error_body(shape: ClientApi, document: Mapping[str, Any] | None) -> bool:
-    """Whether the body of an error response is as clients of this dialect expect it."""
+def is_error_body(api: ClientApi, document: Mapping[str, Any] | None) -> bool:
+    """Whether the body of an error response is as clients of this API expect it."""
     error = None if document is None else document.get("error")
-    match shape:
+    match api:
         case ClientApi.OLLAMA:
             return isinstance(error, str)
         case ClientApi.OPENAI:
@@ -84,17 +91,35 @@ def is_error_body(shape: ClientApi, document: Mapping[str, Any] | None) -> bool:
             return isinstance(error, dict) and document is not None and document.get("type") == "error"
 
 
-def _kind(types: Mapping[int, str], status: int) -> str:
+def _error_type(types: Mapping[int, str], status: int) -> str:
     return types.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
 
 
-def error_frame(shape: ClientApi, status: int, message: str) -> bytes:
-    """An error inside a stream that has begun: the client must see that this is no end."""
-    told = error_body(shape, status, message)
-    match shape:
+def error_frame(api: ClientApi, status: int, message: str) -> bytes:
+    """An error inside a stream that has begun: the client must see that the answer is not complete."""
+    body = error_body(api, status, message)
+    match api:
         case ClientApi.OLLAMA:
-            return told + b"\n"
+            return body + b"\n"
         case ClientApi.OPENAI:
-            return b"data: " + told + b"\n\n"
+            return b"data: " + body + b"\n\n"
         case ClientApi.ANTHROPIC:
-            return b"event: error\ndata: " + told + b"\n\n"
+            return b"event: error\ndata: " + body + b"\n\n"
+
+
+# -- replies ---------------------------------------------------------------------------------------------------------
+
+
+def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) -> Response:
+    """The whole reply to a request for this path."""
+    status = error_status(error)
+    wait_s = retry_after_s(error)
+    if wait_s is not None:
+        headers = (*headers, ("Retry-After", str(wait_s)))
+    body = error_body(find_client_api(path), status, client_message(error))
+    return json_response(body, status=status, headers=headers, close=status in _CLOSING_STATUSES)
+
+
+def error_reply_without_path(status: int, message: str) -> Response:
+    """The reply to what is no request. Which API the client uses is not known: it gets Ollama's shape."""
+    return json_response(error_body(ClientApi.OLLAMA, status, message), status=status)

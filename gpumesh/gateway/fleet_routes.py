@@ -1,4 +1,4 @@
-"""Routes that are about the whole fleet: answered here, from every node's own answer."""
+"""Routes about the whole fleet: health, status, metrics, and lists that are merged from every node's answer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from gpumesh.topology import BackendKind
 from gpumesh.versions import oldest_version
 from gpumesh.wire import status_json
 
-LIST_TIMEOUT_S = 3.0  # a node that is slower than this is missing from a merged list
-LIST_BYTES = 8 << 20  # as is one whose list is longer: the probes do not read it either
+LIST_TIMEOUT_S = 3.0  # a slower node is missing from a merged list
+MAX_LIST_BYTES = 8 << 20  # so is a node whose list is longer: the probes do not read it either
 
 
 class FleetRoutes:
@@ -38,7 +38,7 @@ class FleetRoutes:
         return Response(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
     async def healthz(self, _request: Request) -> Response:
-        """200 while any node can serve: for those who ask whether to send requests here."""
+        """200 while any node can serve: for a load balancer that asks whether to send requests here."""
         usable = self._mesh.usable_nodes()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
@@ -58,7 +58,7 @@ class FleetRoutes:
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
     async def version(self, _request: Request) -> Response:
-        """The oldest version of all nodes: what a client may rely on, whichever node answers."""
+        """The oldest version of all nodes: a client may rely on it, whichever node answers."""
         versions = [
             node.backend.version
             for node in self._mesh.snapshot().nodes
@@ -69,36 +69,35 @@ class FleetRoutes:
         return _json({"version": oldest_version(versions) or __version__})
 
     async def tags(self, _request: Request) -> Response:
-        union = merged_lists.MergedList(
+        merged = merged_lists.MergedList(
             merged_lists.TAGS_FORMAT, latest_time=merged_lists.latest_plausible_time(datetime.now(UTC))
         )
-        return await self._merged(union, "/api/tags", OLLAMA_ONLY)
+        return await self._merge_lists(merged, "/api/tags", OLLAMA_ONLY)
 
     async def ps(self, _request: Request) -> Response:
-        return await self._merged(merged_lists.MergedList(merged_lists.LOADED_FORMAT), "/api/ps", OLLAMA_ONLY)
+        return await self._merge_lists(merged_lists.MergedList(merged_lists.LOADED_FORMAT), "/api/ps", OLLAMA_ONLY)
 
     async def openai_models(self, _request: Request) -> Response:
-        return await self._merged(
-            merged_lists.MergedList(merged_lists.OPENAI_FORMAT), "/v1/models", frozenset(BackendKind)
-        )
+        merged = merged_lists.MergedList(merged_lists.OPENAI_FORMAT)
+        return await self._merge_lists(merged, "/v1/models", frozenset(BackendKind))
 
-    async def _merged(self, union: merged_lists.MergedList, path: str, kinds: frozenset[BackendKind]) -> Response:
-        for body in await self._ask_all(path, kinds):
-            for _ in union.add_body(body):
-                await asyncio.sleep(0)  # a list of thousands must not hold up the streams of all others
-        return json_response(union.render())
+    async def _merge_lists(self, merged: merged_lists.MergedList, path: str, kinds: frozenset[BackendKind]) -> Response:
+        for body in await self._ask_nodes(path, kinds):
+            for _ in merged.add_body(body):
+                await asyncio.sleep(0)  # a list of thousands must not hold up the streams of other clients
+        return json_response(merged.render())
 
-    async def _ask_all(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
-        """The bodies of those that answered in time."""
+    async def _ask_nodes(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
+        """The bodies of the nodes that answered in time."""
 
         async def ask(node: str) -> bytes | None:
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
             calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
-                return await answer.read_at_most(LIST_BYTES) if answer.status == 200 else None
+                return await answer.read_at_most(MAX_LIST_BYTES) if answer.status == 200 else None
             except GPUMeshError:
-                return None  # its absence from the list is what a client can be told
+                return None  # the node is missing from the list: a client can be told no more
 
         bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable_nodes(kinds)))
         return [body for body in bodies if body is not None]

@@ -1,11 +1,11 @@
-"""What a client asks for, read from its route, headers and body. Pure: bytes in, a Demand or a refusal out."""
+"""What a client asks for: the routes of models, and the ``Demand`` read from route, headers and body. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -13,19 +13,20 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.dialects import kinds_that_serve
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
 
-if TYPE_CHECKING:
-    from gpumesh.gateway.json_members import Members, RawValue
-
-OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
-NUMBER_BYTES = 32
+MAX_OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
+MAX_NUMBER_BYTES = 32
+MIN_PROMPT_BYTES = 2000  # of a body; a shorter one is read in no time
+BYTES_PER_TOKEN = 4
+MAX_TIMEOUT_S = 86400.0
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
 ALL_KINDS = kinds_that_serve("/v1/chat/completions")
 
 
 class ClientApi(StrEnum):
-    """Whose error shapes and stream frames a route uses."""
+    """The API that a client uses: its error shapes and stream frames."""
 
     OLLAMA = "native"
     OPENAI = "openai"
@@ -34,8 +35,8 @@ class ClientApi(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``needs_slot``: it costs inference, so it takes a place on its node. ``model_keys``: the members that may name
-    the model; the first that does (server/routes.go of Ollama)."""
+    """``needs_slot``: it costs inference, so it takes a slot on its node. ``model_keys``: the members that may name the
+    model, in order; the first that is there does (``server/routes.go`` of Ollama)."""
 
     methods: frozenset[str]
     api: ClientApi = ClientApi.OLLAMA
@@ -46,7 +47,7 @@ class Route:
 
 _POST = frozenset({"POST"})
 
-# Routes that go to one node which has the model; what concerns the whole fleet is in app.py.
+# Routes that go to one node which has the model. All other routes are in routing.py.
 MODEL_ROUTES: Mapping[str, Route] = {
     "/api/chat": Route(_POST),
     "/api/generate": Route(_POST),
@@ -63,6 +64,7 @@ MODEL_ROUTES: Mapping[str, Route] = {
 
 
 def find_client_api(path: str) -> ClientApi:
+    """The API of a client that asks for this path, whether or not it is served."""
     route = MODEL_ROUTES.get(path)
     if route is not None:
         return route.api
@@ -79,30 +81,30 @@ def read_demand(
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    """``members`` are the body's, which is of ``size`` bytes; ``model`` comes from ``read_model``, or is the default
-    one; ``node`` comes from ``read_node``.
+    """``members`` are those of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
+    default model. ``node`` comes from ``read_node``.
 
     Raises BadRequest for what no server could answer.
     """
     if model is None or not model.strip():
         raise BadRequest("model is required")
-    given = members.known.get("options")
-    options = _NO_OPTIONS if given is None else _options(given)
+    written = members.known.get("options")
+    options = _NO_OPTIONS if written is None else _read_options(written)
     return Demand(
         model=model,
         kinds=route.kinds,
         node=node,
         priority=read_priority(headers),
         session=headers.get("X-GPUMesh-Session"),
-        prompt_tokens=size // 4 if size > 2000 else None,
-        max_tokens=_max_tokens(members, options),
+        prompt_tokens=size // BYTES_PER_TOKEN if size > MIN_PROMPT_BYTES else None,
+        max_tokens=_read_max_tokens(members, options),
         needs_slot=route.needs_slot,
         id=request_id,
     )
 
 
 def read_model(route: Route, members: Members) -> str | None:
-    """What the client itself says which model it wants. Raises BadRequest."""
+    """The model that the client names; ``None`` where it names none. Raises BadRequest."""
     for name in route.model_keys:
         model = members.text(name)
         if model:
@@ -111,7 +113,7 @@ def read_model(route: Route, members: Members) -> str | None:
 
 
 class _Options(msgspec.Struct, gc=False):
-    """What is read of ``options``: as with Go's maps, the last of two, and in this very spelling."""
+    """What is read of ``options``. As in Go's maps the last of two counts, and only this spelling."""
 
     num_predict: Any = None
 
@@ -120,16 +122,16 @@ _NO_OPTIONS = _Options()
 _decode_options = msgspec.json.Decoder(_Options).decode
 
 
-def _options(value: RawValue) -> _Options:
-    """Nothing is known of what cannot be read: a server will say what is wrong with it."""
+def _read_options(value: RawValue) -> _Options:
+    """No options where they cannot be read: the server will say what is wrong with them."""
     try:
-        return _NO_OPTIONS if len(value) > OPTIONS_BYTES else _decode_options(value)
+        return _NO_OPTIONS if len(value) > MAX_OPTIONS_BYTES else _decode_options(value)
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return _NO_OPTIONS
 
 
 def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
-    """The one node that the client wants. Raises BadRequest when there is no such node."""
+    """The node that the client names; ``None`` where it names none. Raises BadRequest when there is no such node."""
     name = headers.get("X-GPUMesh-Node")
     if name is None:
         return None
@@ -150,7 +152,7 @@ def read_priority(headers: Mapping[str, str]) -> Priority:
 
 
 def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
-    """Seconds; a client may shorten the gateway's own deadline or lengthen it up to a day."""
+    """Seconds. A client may shorten the gateway's own deadline, or lengthen it up to a day."""
     asked = headers.get("X-GPUMesh-Timeout")
     if asked is None:
         return default_s
@@ -158,18 +160,19 @@ def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
         seconds = float(asked.strip().removesuffix("s"))
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds <= 86400.0:
+    if not 0.0 < seconds <= MAX_TIMEOUT_S:
         raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {asked!r}")
     return seconds
 
 
-def _max_tokens(members: Members, options: _Options) -> int | None:
+def _read_max_tokens(members: Members, options: _Options) -> int | None:
+    """How many tokens the answer may have; ``None`` where the client sets no limit."""
     values = [options.num_predict]
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        given = members.known.get(name)
-        if given is not None and len(given) <= NUMBER_BYTES:
+        written = members.known.get(name)
+        if written is not None and len(written) <= MAX_NUMBER_BYTES:
             try:
-                values.append(msgspec.json.decode(given))
+                values.append(msgspec.json.decode(written))
             except (msgspec.MsgspecError, ValueError):
                 continue
     for value in values:

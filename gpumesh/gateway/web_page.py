@@ -1,7 +1,8 @@
-"""The web page at /ui: one static file, and a stream of server-sent events that it lives on.
+"""The web page at /ui: one static file, and a stream of server-sent events that it is drawn from.
 
-The page holds nothing of the mesh and is given to everybody; its data asks for the key, if one is set. It may change
-something (drain, resume, reconnect a node) only where a key is set: whoever can merely reach the port cannot.
+The file holds nothing of the mesh, and every client gets it. The events need the key, if one is set. The page can
+change something (drain, resume or reconnect a node) only where a key is set: a client that can merely reach the port
+cannot.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from gpumesh.wire import status_json, to_json
 
 STEP_S = 15.0
 STEPS = 240  # an hour
-LOOK_S = 2.5  # between two looks at the mesh, for the plots
-TELL_S = 0.5  # between two events at least; what changes meanwhile is one event
-QUIET_S = 15.0  # then a comment is sent: proxies and browsers give up a connection that says nothing
+UI_PATH = "/ui"
+SAMPLE_S = 2.5  # between two samples of the mesh's state, for the plots
+MIN_EVENT_INTERVAL_S = 0.5  # changes within it are one event
+KEEPALIVE_S = 15.0  # then a comment is sent: proxies and browsers give up a silent connection
 
 _ACTIONS = ("drain", "resume", "reconnect")
-_PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
+_CHANGE_PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
 
 
 class UiPage:
-    """``writable``: an API key is set, so that whoever gets here has shown it."""
+    """``writable``: an API key is set, so that every request here has shown it."""
 
     def __init__(self, mesh: Mesh, *, writable: bool) -> None:
         self._mesh = mesh
@@ -44,74 +46,75 @@ class UiPage:
         html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
         self._html = html.encode()
         self._closing = asyncio.Event()
-        self._policy = _policy(html)
+        self._security_policy = _content_security_policy(html)
         self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
 
     async def keep_history(self) -> None:
         """Keeps the last hour, until cancelled."""
         while True:
             self._recorder.add(self._mesh.snapshot())
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(SAMPLE_S)
 
     def close(self) -> None:
-        """Ends the streams: a page that is open must not hold up the end of the mesh."""
+        """Ends the streams of events: an open page must not hold up the end of the mesh."""
         self._closing.set()
 
     async def html(self, _request: Request) -> Response:
         content_type = "text/html; charset=utf-8"
         return Response(
-            self._html, content_type=content_type, headers=self._headers, content_security_policy=self._policy
+            self._html, content_type=content_type, headers=self._headers, content_security_policy=self._security_policy
         )
 
     async def events(self, request: Request) -> StreamingResponse:
         stream = request.start_stream((("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")))
-        async with aclosing(self._told()) as events:
+        async with aclosing(self._generate_events()) as events:
             async for event in events:
                 stream.write(event)
                 await stream.drain()
-                if request.method == "HEAD":  # it has its whole answer
+                if request.method == "HEAD":  # its answer has no body
                     break
         stream.finish()
         return stream
 
-    async def _told(self) -> AsyncGenerator[bytes]:
-        yield _event("hello", {"writable": self._writable})
+    async def _generate_events(self) -> AsyncGenerator[bytes]:
+        """The history, then the status after each change, until the page is closed."""
+        yield _render_event("hello", {"writable": self._writable})
         now = self._mesh.snapshot()
-        yield _event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
+        yield _render_event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
         closing = asyncio.ensure_future(self._closing.wait())
         changes = self._mesh.watch_changes()
-        step: asyncio.Future[None] | None = None
+        change: asyncio.Future[None] | None = None
         try:
             while not closing.done():
-                step = step or asyncio.ensure_future(anext(changes))
-                await asyncio.wait((step, closing), timeout=QUIET_S, return_when=asyncio.FIRST_COMPLETED)
+                change = change or asyncio.ensure_future(anext(changes))
+                await asyncio.wait((change, closing), timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED)
                 if closing.done():
                     return
-                if not step.done():
+                if not change.done():
                     yield b": still here\n\n"
                     continue
-                step.result()
-                step = None
-                yield _event("status", status_json(self._mesh.snapshot()))
-                await asyncio.wait((closing,), timeout=TELL_S)
+                change.result()
+                change = None
+                yield _render_event("status", status_json(self._mesh.snapshot()))
+                await asyncio.wait((closing,), timeout=MIN_EVENT_INTERVAL_S)
         finally:
             closing.cancel()
-            if step is not None:
-                step.cancel()
-                await asyncio.gather(step, return_exceptions=True)
+            if change is not None:
+                change.cancel()
+                await asyncio.gather(change, return_exceptions=True)
             if isinstance(changes, AsyncGenerator):
                 await changes.aclose()
 
     async def change_node(self, request: Request) -> Response:
         """POST /mesh/nodes/NAME/drain, …/resume, …/reconnect."""
-        found = _PATH.fullmatch(request.path)
-        if found is None or found[2] not in _ACTIONS:
+        match = _CHANGE_PATH.fullmatch(request.path)
+        if match is None or match[2] not in _ACTIONS:
             raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
         if not self._writable:
             raise BadRequest(
                 "read-only: set gateway.api_key_env in mesh.yaml to allow changes with its key", status=403
             )
-        name, action = found[1], found[2]
+        name, action = match[1], match[2]
         if all(node.name != name for node in self._mesh.topology.nodes):
             raise BadRequest(f"there is no node {name[:100]!r}", status=404)
         if action == "drain":
@@ -123,12 +126,12 @@ class UiPage:
         return json_response(json.dumps({"node": name, "done": action}).encode())
 
 
-def _event(name: str, document: Any) -> bytes:
+def _render_event(name: str, document: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(document, separators=(',', ':'))}\n\n".encode()
 
 
-def _policy(html: str) -> str:
-    """Nothing but the page's own script runs, and nothing is loaded from or sent to anywhere else."""
+def _content_security_policy(html: str) -> str:
+    """Only the page's own script runs, and nothing is loaded from or sent to any other place."""
     script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (

@@ -1,2 +1,5 @@
-"""The running whole: nodes with their tunnels and probes, who gets which request, and what becomes of it. No HTTP
-server, no terminal: the gateway and the command line stand on it, and so may any program (``gpumesh.Mesh``)."""
+"""A running mesh: its nodes, which of them gets a request, and how the answer comes back.
+
+No HTTP server and no terminal: the gateway and the command line use this room, and so may any program
+(``gpumesh.Mesh``).
+"""

@@ -1,4 +1,4 @@
-"""A chat through the mesh, as chunks of text whatever the server's kind."""
+"""``ChatStream``: a chat through the mesh, as chunks of text, whatever the server's kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SendRequest(Protocol):
 
 
 class ChatStream:
-    """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last."""
+    """``node``, ``attempts`` and ``queue_ms`` are known from the first chunk on, ``counters`` after the last one."""
 
     def __init__(
         self, send: SendRequest, request: ChatRequest, demand: Demand, timeout_s: float, *, resume: bool
@@ -37,6 +37,10 @@ class ChatStream:
         self._chunks: deque[Chunk] = deque()
         self._ended = False
         self.counters: ServerCounters | None = None
+
+    def __repr__(self) -> str:
+        phase = "ended" if self._ended else "not started" if self._answer is None else f"from {self.node}"
+        return f"<ChatStream {self._request.model} {phase}>"
 
     @property
     def node(self) -> str | None:
@@ -60,6 +64,7 @@ class ChatStream:
         await self.aclose()
 
     async def aclose(self) -> None:
+        """Ends the request, whatever is left of its answer."""
         if self._answer is not None:
             await self._answer.aclose()
 
@@ -77,17 +82,17 @@ class ChatStream:
             if self._ended:
                 raise StopAsyncIteration
             try:
-                self._take(reader.feed(await anext(answer)))
+                self._add_chunks(reader.feed(await anext(answer)))
             except StopAsyncIteration:
                 self._ended = True
-                self._take(reader.close())
+                self._add_chunks(reader.close())
             except BaseException:
-                # A frame that cannot be read, or the caller's cancel: nobody will read the rest.
+                # A frame that cannot be read, or a cancel by the caller: the rest will not be read.
                 await answer.aclose()
                 raise
         return self._chunks.popleft()
 
-    def _take(self, chunks: Iterable[Chunk]) -> None:
+    def _add_chunks(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             self._chunks.append(chunk)
             if chunk.counters is not None:

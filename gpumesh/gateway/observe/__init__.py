@@ -1,1 +1,1 @@
-"""What is recorded of requests: the record of one, the access log, the metrics. Nothing here changes an answer."""
+"""What is recorded of requests: a record of each, the access log, the metrics. Nothing here changes an answer."""

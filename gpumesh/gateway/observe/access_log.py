@@ -1,7 +1,7 @@
-"""The access log: one JSON object a line for each request that ended. No prompt, no answer, no header, no query.
+"""The access log: one line with a JSON object for each request that ended. No prompt, no answer, no header, no query.
 
-Lines are gathered and written a moment later, so that no request waits for the disk; a disk that is full costs the log
-its lines and no request its answer. The file is for its user's eyes alone, and rotated by size.
+Lines are collected and written a moment later, so that no request waits for the disk. When the disk is full the log
+loses lines, but no request fails. Only its user can read the file. It is rotated by size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FLUSH_S = 0.5
 FLUSH_LINES = 500
 ROTATE_BYTES = 8 << 20
 ROTATED_FILES = 4
-MAX_TEXT_CHARS = 200  # characters of what a client names: a path, a model
+MAX_TEXT_CHARS = 200  # of a text that a client sends: a path, a model
 
 
 class AccessLog:
-    """``close`` writes what is left. ``now`` gives UTC."""
+    """``now`` gives UTC."""
 
     def __init__(
         self,
@@ -47,13 +47,18 @@ class AccessLog:
         self._failing = False
 
     def add(self, record: RequestRecord, *, client: str | None, request_id: str | None) -> None:
-        self._pending.append(entry(record, self._now(), client=client, request_id=request_id))
+        self._pending.append(build_entry(record, self._now(), client=client, request_id=request_id))
         if len(self._pending) >= FLUSH_LINES:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
+    def __repr__(self) -> str:
+        phase = "failing" if self._failing else "open" if self._file is not None else "not open"
+        return f"<AccessLog {self._path} {phase} {len(self._pending)} pending>"
+
     def flush(self) -> None:
+        """Writes the pending lines now."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -65,51 +70,54 @@ class AccessLog:
             self._write(data)
             self._failing = False
         except OSError as error:
-            if not self._failing:  # said once, not for each half second of a full disk
+            if not self._failing:  # logged once, not for each half second of a full disk
                 log.warning("the access log cannot be written: %s", error.strerror, extra={"event": "access-log"})
             self._failing = True
 
     def close(self) -> None:
+        """Writes the pending lines and closes the file."""
         self.flush()
-        self._close()
+        self._close_file()
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
-            self._open()
+            self._open_file()
         if self._size and self._size + len(data) > self._rotate_bytes:
-            self._close()
+            self._close_file()
             self._rotate()
-            self._open()
+            self._open_file()
         assert self._file is not None
         while data:
             written = os.write(self._file, data)
             self._size += written
             data = data[written:]
 
-    def _open(self) -> None:
+    def _open_file(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._file).st_size
 
-    def _close(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _rotate(self) -> None:
-        """``access.jsonl`` becomes ``access.jsonl.1``, that ``.2`` …; the oldest goes."""
+        """``access.jsonl`` becomes ``access.jsonl.1``, which becomes ``.2`` and so on. The oldest file is removed."""
         for number in range(self._rotated_files, 0, -1):
-            older = self._path if number == 1 else self._numbered(number - 1)
+            older = self._path if number == 1 else self._rotated_path(number - 1)
             if older.exists():
-                older.replace(self._numbered(number))
+                older.replace(self._rotated_path(number))
 
-    def _numbered(self, number: int) -> Path:
+    def _rotated_path(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
 
 
-def entry(record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None) -> dict[str, object]:
-    """``node`` is where the answer began; ``ttft_ms`` is of streamed answers only; ``bytes`` are the body's, those of a
-    stream with its framing."""
+def build_entry(
+    record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
+) -> dict[str, object]:
+    """The line of one request. ``node`` is where the answer began. ``ttft_ms`` is of streamed answers only. ``bytes``
+    is the size of the body, for a stream with its framing."""
     answer, demand, first = record.answer, record.demand, record.first_byte_at
     streamed = answer is not None and answer.body is None and first is not None
     return {

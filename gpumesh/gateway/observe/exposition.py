@@ -1,4 +1,4 @@
-"""Prometheus's text format, version 0.0.4: families of samples to text. Pure.
+"""Renders metrics in Prometheus's text format, version 0.0.4. Pure.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
@@ -13,7 +13,7 @@ from typing import Protocol
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-LONGEST = 300  # characters of a label's value
+MAX_LABEL_CHARS = 300
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -26,7 +26,7 @@ class MetricKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricSample:
-    """``suffix`` is what a histogram's parts have after the family's name."""
+    """``suffix`` follows the family's name in a part of a histogram."""
 
     labels: Labels
     value: float
@@ -44,7 +44,7 @@ class Family:
 
 
 class Distribution(Protocol):
-    """A histogram's state: ``counts`` has one place for each of ``bounds``, and one more for what is beyond."""
+    """The state of a histogram. ``counts`` has one number for each bound, and one more for values beyond the last."""
 
     @property
     def counts(self) -> Sequence[int]: ...
@@ -54,14 +54,14 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """What is unknown (``None``) has no sample. Of several with the same labels the last one stands: Prometheus takes
-    nothing of a page that has a series twice."""
+    """An unknown value (``None``) has no sample. Of several samples with the same labels the last one stands:
+    Prometheus refuses a whole page that has a series twice."""
     known = {labels: value for labels, value in samples if value is not None}
     return Family(name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in known.items()))
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
-    """Of several with the same labels the last one stands."""
+    """Of several samples with the same labels the last one stands."""
     return Family(
         name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in dict(samples).items())
     )
@@ -69,35 +69,35 @@ def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Fa
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
     samples: list[MetricSample] = []
-    for labels, one in series.items():
-        below = 0
-        for bound, count in zip((*bounds, float("inf")), one.counts, strict=True):
-            below += count
-            samples.append(MetricSample((*labels, ("le", _number(bound))), below, "_bucket"))
-        samples += [MetricSample(labels, one.sum, "_sum"), MetricSample(labels, below, "_count")]
+    for labels, distribution in series.items():
+        cumulative = 0
+        for bound, count in zip((*bounds, float("inf")), distribution.counts, strict=True):
+            cumulative += count
+            samples.append(MetricSample((*labels, ("le", _render_number(bound))), cumulative, "_bucket"))
+        samples += [MetricSample(labels, distribution.sum, "_sum"), MetricSample(labels, cumulative, "_count")]
     return Family(name, MetricKind.HISTOGRAM, text, tuple(samples))
 
 
 def render(families: Iterable[Family]) -> str:
-    return "".join(line for family in families for line in _lines(family))
+    return "".join(line for family in families for line in _render_family(family))
 
 
-def _lines(family: Family) -> Iterator[str]:
+def _render_family(family: Family) -> Iterator[str]:
     if not family.samples:
         return
-    yield f"# HELP {family.name} {_escaped(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
+    yield f"# HELP {family.name} {_escape(family.help)}\n# TYPE {family.name} {family.kind.value}\n"
     for sample in family.samples:
-        labels = ",".join(f'{name}="{_escaped(value[:LONGEST], quoted=True)}"' for name, value in sample.labels)
-        told = f"{{{labels}}}" if labels else ""
-        yield f"{family.name}{sample.suffix}{told} {_number(sample.value)}\n"
+        labels = ",".join(f'{name}="{_escape(value[:MAX_LABEL_CHARS], quoted=True)}"' for name, value in sample.labels)
+        label_set = f"{{{labels}}}" if labels else ""
+        yield f"{family.name}{sample.suffix}{label_set} {_render_number(sample.value)}\n"
 
 
-def _escaped(text: str, *, quoted: bool = False) -> str:
+def _escape(text: str, *, quoted: bool = False) -> str:
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return escaped.replace('"', '\\"') if quoted else escaped
 
 
-def _number(value: float) -> str:
+def _render_number(value: float) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))

@@ -1,4 +1,4 @@
-"""What ``/metrics`` says of the mesh's state: nodes, tunnels, GPUs, queue. Pure but for ``process_families``."""
+"""The metrics of the mesh's state: nodes, tunnels, GPUs, queue, and this process. Pure but for ``process_families``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gpumesh.gateway.observe.metrics import OTHER_LABEL
 from gpumesh.state import BackendPhase, GpuState, Health, LoadedModel, MeshState, NodeState, TunnelPhase
 
 MIB = float(1 << 20)
-LOADED = 32  # models of one node
+MAX_LOADED_MODELS = 32  # of one node
 
 
 def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
-    """``attempts``: by node, how the tries there ended."""
+    """``attempts``: for each node, how the attempts there ended."""
     yield gauge("gpumesh_build_info", "The version, as a label.", [((("version", __version__),), 1.0)])
     yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [((), state.gateway.in_flight)])
     yield gauge("gpumesh_queue_length", "Requests that wait for a place on a node.", [((), state.gateway.queued)])
-    yield from _nodes(state.nodes)
+    yield from _node_families(state.nodes)
     yield counter(
         "gpumesh_attempts_total",
         "Tries on a node by how they ended; a request that moved on has several.",
@@ -32,7 +32,7 @@ def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]
             for outcome, count in counts.items()
         ),
     )
-    yield from _gpus(state.nodes)
+    yield from _gpu_families(state.nodes)
     yield gauge(
         "gpumesh_finding",
         "1 for each thing that is not as it should be; `gpumesh explain CODE` says more.",
@@ -43,39 +43,39 @@ def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]
     )
 
 
-def server_families(connections: int, turned_away: int, made_room: int) -> Iterator[Family]:
+def server_families(connections: int, refused: int, evicted: int) -> Iterator[Family]:
     yield gauge("gpumesh_client_connections", "Connections that clients have open.", [((), connections)])
     yield counter(
         "gpumesh_client_connections_refused_total",
         "Connections past what the process can hold.",
-        [((), float(turned_away))],
+        [((), float(refused))],
     )
     yield counter(
         "gpumesh_client_connections_closed_for_others_total",
         "Idle connections that were closed because others were needed.",
-        [((), float(made_room))],
+        [((), float(evicted))],
     )
 
 
-def _nodes(nodes: Iterable[NodeState]) -> Iterator[Family]:
+def _node_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
     nodes = tuple(nodes)
 
-    def each(name: str, text: str, values: Iterable[float | None]) -> Family:
-        return gauge(name, text, zip((_node(node) for node in nodes), values, strict=True))
+    def gauge_by_node(name: str, text: str, values: Iterable[float | None]) -> Family:
+        return gauge(name, text, zip((_node_labels(node) for node in nodes), values, strict=True))
 
     serving = (Health.HEALTHY, Health.DEGRADED)
-    yield each("gpumesh_node_up", "1 if the node serves.", [float(node.health in serving) for node in nodes])
-    yield each(
+    yield gauge_by_node("gpumesh_node_up", "1 if the node serves.", [float(node.health in serving) for node in nodes])
+    yield gauge_by_node(
         "gpumesh_node_draining",
         "1 if the node is given no new work.",
         [float(node.health is Health.DRAINING) for node in nodes],
     )
-    yield each(
+    yield gauge_by_node(
         "gpumesh_node_requests_in_flight",
         "Requests that this node works on.",
         [node.load.in_flight for node in nodes],
     )
-    yield each(
+    yield gauge_by_node(
         "gpumesh_node_parallel_limit",
         "How many requests the node truly runs at once, as far as known.",
         [node.load.limit for node in nodes],
@@ -84,70 +84,77 @@ def _nodes(nodes: Iterable[NodeState]) -> Iterator[Family]:
     yield gauge(
         "gpumesh_tunnel_up",
         "1 if the way to the node is open.",
-        (((*_node(node), ("transport", node.tunnel.transport)), value) for node, value in zip(nodes, up, strict=True)),
+        (
+            ((*_node_labels(node), ("transport", node.tunnel.transport)), value)
+            for node, value in zip(nodes, up, strict=True)
+        ),
     )
-    yield each(
+    yield gauge_by_node(
         "gpumesh_tunnel_round_trip_seconds",
         "Round trip through the tunnel.",
-        [_scaled(node.tunnel.rtt_ms, 1e-3) for node in nodes],
+        [_scale(node.tunnel.rtt_ms, 1e-3) for node in nodes],
     )
     yield counter(
         "gpumesh_tunnel_reconnects_total",
         "How often the tunnel was lost and opened again.",
-        ((_node(node), float(node.tunnel.reconnects)) for node in nodes),
+        ((_node_labels(node), float(node.tunnel.reconnects)) for node in nodes),
     )
     yield gauge(
         "gpumesh_backend_up",
         "1 if the inference server answers.",
-        (((*_node(node), ("kind", node.backend.kind)), float(node.backend.state is BackendPhase.UP)) for node in nodes),
+        (
+            ((*_node_labels(node), ("kind", node.backend.kind)), float(node.backend.state is BackendPhase.UP))
+            for node in nodes
+        ),
     )
     yield gauge(
         "gpumesh_model_loaded_bytes",
         "GPU memory of each model that is loaded.",
         (
-            ((*_node(node), ("model", name)), _scaled(size, MIB))
+            ((*_node_labels(node), ("model", name)), _scale(size, MIB))
             for node in nodes
-            for name, size in _memory_of(node.backend.loaded)
+            for name, size in _loaded_memory(node.backend.loaded)
         ),
     )
 
 
-def _memory_of(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
-    """By name, the largest; what is beyond ``LOADED`` counts as one: each name is a series that is kept for months."""
+def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
+    """Memory by name of the largest models. The others count as one: Prometheus keeps a series of each name for
+    months."""
     largest = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
-    for model in largest[:LOADED]:
+    for model in largest[:MAX_LOADED_MODELS]:
         yield model.name, model.size_vram_mib
-    rest = [model.size_vram_mib for model in largest[LOADED:] if model.size_vram_mib is not None]
+    rest = [model.size_vram_mib for model in largest[MAX_LOADED_MODELS:] if model.size_vram_mib is not None]
     if rest:
         yield OTHER_LABEL, sum(rest)
 
 
-def _gpus(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    """Two nodes of one GPU both show it: sum by ``uuid``, not by node."""
-    all_of_them = [(_gpu(node, gpu), gpu) for node in nodes for gpu in node.gpus or ()]
+def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
+    """Two nodes with one GPU both show it: sum by ``uuid``, not by node."""
+    labelled = [(_gpu_labels(node, gpu), gpu) for node in nodes for gpu in node.gpus or ()]
 
-    def each(name: str, text: str, values: Iterable[float | None]) -> Family:
-        return gauge(
-            name, text, {labels: value for (labels, _), value in zip(all_of_them, values, strict=True)}.items()
-        )
+    def gauge_by_gpu(name: str, text: str, values: Iterable[float | None]) -> Family:
+        return gauge(name, text, {labels: value for (labels, _), value in zip(labelled, values, strict=True)}.items())
 
-    gpus = [gpu for _, gpu in all_of_them]
-    yield each("gpumesh_gpu_memory_total_bytes", "GPU memory.", [_scaled(gpu.memory_total_mib, MIB) for gpu in gpus])
-    yield each(
-        "gpumesh_gpu_memory_used_bytes", "GPU memory in use.", [_scaled(gpu.memory_used_mib, MIB) for gpu in gpus]
+    gpus = [gpu for _, gpu in labelled]
+    yield gauge_by_gpu(
+        "gpumesh_gpu_memory_total_bytes", "GPU memory.", [_scale(gpu.memory_total_mib, MIB) for gpu in gpus]
     )
-    yield each(
+    yield gauge_by_gpu(
+        "gpumesh_gpu_memory_used_bytes", "GPU memory in use.", [_scale(gpu.memory_used_mib, MIB) for gpu in gpus]
+    )
+    yield gauge_by_gpu(
         "gpumesh_gpu_utilization_ratio",
         "Share of time in which any kernel ran.",
-        [_scaled(gpu.utilization_pct, 0.01) for gpu in gpus],
+        [_scale(gpu.utilization_pct, 0.01) for gpu in gpus],
     )
-    yield each("gpumesh_gpu_temperature_celsius", "GPU temperature.", [gpu.temperature_c for gpu in gpus])
-    yield each("gpumesh_gpu_power_watts", "Power draw.", [gpu.power_w for gpu in gpus])
-    yield each("gpumesh_gpu_power_limit_watts", "Power limit.", [gpu.power_limit_w for gpu in gpus])
+    yield gauge_by_gpu("gpumesh_gpu_temperature_celsius", "GPU temperature.", [gpu.temperature_c for gpu in gpus])
+    yield gauge_by_gpu("gpumesh_gpu_power_watts", "Power draw.", [gpu.power_w for gpu in gpus])
+    yield gauge_by_gpu("gpumesh_gpu_power_limit_watts", "Power limit.", [gpu.power_limit_w for gpu in gpus])
 
 
 def process_families() -> Iterator[Family]:
-    """This process, by the names that Prometheus's own clients use."""
+    """Metrics of this process, with the names that Prometheus's own clients use."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     yield counter(
         "process_cpu_seconds_total", "CPU time of the gateway's process.", [((), usage.ru_utime + usage.ru_stime)]
@@ -164,13 +171,13 @@ def process_families() -> Iterator[Family]:
     yield gauge("process_open_fds", "Files that it has open.", [((), float(opened))])
 
 
-def _node(node: NodeState) -> Labels:
+def _node_labels(node: NodeState) -> Labels:
     return (("node", node.name),)
 
 
-def _gpu(node: NodeState, gpu: GpuState) -> Labels:
+def _gpu_labels(node: NodeState, gpu: GpuState) -> Labels:
     return (("node", node.name), ("gpu", str(gpu.index)), ("uuid", gpu.uuid), ("name", gpu.name))
 
 
-def _scaled(value: float | None, factor: float) -> float | None:
+def _scale(value: float | None, factor: float) -> float | None:
     return None if value is None else round(value * factor, 9)

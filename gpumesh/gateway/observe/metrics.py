@@ -1,7 +1,7 @@
-"""What ``/metrics`` counts of requests. ``add`` is called once for each, at its end, and costs some microseconds.
+"""The metrics of requests: counters and histograms by route, node and model.
 
-No client can make this grow: a model's name becomes a label only after a node has answered for it, at most
-``MAX_MODELS`` of them, and each metric has at most ``MAX_SERIES`` series; what is beyond counts under ``other``.
+No client can make them grow without bound. A model's name becomes a label only after a node has answered for it, and
+there are at most ``MAX_MODELS`` of them. Each metric has at most ``MAX_SERIES`` series. The rest counts as ``other``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 MAX_MODELS = 200
 MAX_SERIES = 5000
-MAX_SPELLINGS = 1000  # spellings of models whose label is remembered
+MAX_SPELLINGS = 1000  # of model names whose label is kept
 OTHER_LABEL = "other"
 
-# Seconds. To the first token: from a warm cache to a model of 70B that is loaded first.
+# Seconds until the first token: from a warm cache to a model of 70B that must be loaded.
 TTFT_BOUNDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
-# A token: from 400 tokens/s down to one on a CPU.
+# Seconds for a token: from 400 tokens/s down to one token/s on a CPU.
 TPOT_BOUNDS = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 1.0)
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 WAIT_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -50,11 +50,11 @@ class CounterValue:
 
 
 class LabeledSeries(Generic[T]):
-    """Values by their labels; bounded, what is beyond shares one series."""
+    """Values by their labels. Past the bound all new labels share one series."""
 
-    def __init__(self, names: tuple[str, ...], new: Callable[[], T], bound: int = MAX_SERIES) -> None:
+    def __init__(self, names: tuple[str, ...], create: Callable[[], T], bound: int = MAX_SERIES) -> None:
         self._names = names
-        self._new = new
+        self._create = create
         self._bound = bound
         self._values: dict[tuple[str, ...], T] = {}
 
@@ -63,7 +63,7 @@ class LabeledSeries(Generic[T]):
         if value is None:
             if len(self._values) >= self._bound:
                 labels = (OTHER_LABEL,) * len(self._names)
-            value = self._values.setdefault(labels, self._new())
+            value = self._values.setdefault(labels, self._create())
         return value
 
     def __len__(self) -> int:
@@ -75,61 +75,63 @@ class LabeledSeries(Generic[T]):
 
 
 class RequestMetrics:
+    """``add`` is called once for each request, at its end, and costs some microseconds."""
+
     def __init__(self) -> None:
-        place = ("node", "model")
+        by_model = ("node", "model")
         self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
-        self.duration = LabeledSeries(place, lambda: Histogram(DURATION_BOUNDS))
-        self.ttft = LabeledSeries(place, lambda: Histogram(TTFT_BOUNDS))
-        self.tpot = LabeledSeries(place, lambda: Histogram(TPOT_BOUNDS))
-        self.output_tokens = LabeledSeries(place, CounterValue)
-        self.prompt_tokens = LabeledSeries(place, CounterValue)
+        self.duration = LabeledSeries(by_model, lambda: Histogram(DURATION_BOUNDS))
+        self.ttft = LabeledSeries(by_model, lambda: Histogram(TTFT_BOUNDS))
+        self.tpot = LabeledSeries(by_model, lambda: Histogram(TPOT_BOUNDS))
+        self.output_tokens = LabeledSeries(by_model, CounterValue)
+        self.prompt_tokens = LabeledSeries(by_model, CounterValue)
         self.queue_wait = LabeledSeries(("priority",), lambda: Histogram(WAIT_BOUNDS))
-        self.continuations = LabeledSeries(place, CounterValue)
+        self.continuations = LabeledSeries(by_model, CounterValue)
         self._models: set[str] = set()
         self._labels: dict[str, str] = {}
 
     def add(self, record: RequestRecord) -> None:
         """A request that has ended."""
-        answer, demand, fate = record.answer, record.demand, record.outcome
-        outcome = "" if fate is None else fate.value
+        answer, demand = record.answer, record.demand
+        outcome = "" if record.outcome is None else record.outcome.value
         code = str(record.status)
         if answer is None or demand is None:
             self.requests[record.route, "", "", outcome, code].value += 1
             return
         node = answer.node
-        model = self._model(demand.model, known=answer.status < 400)
+        model = self._model_label(demand.model, answered=answer.status < 400)
         self.requests[record.route, node, model, outcome, code].value += 1
         if not demand.needs_slot:
             return
-        place = (node, model)
-        self.duration[place].observe(record.ended_at - record.started_at)
+        labels = (node, model)
+        self.duration[labels].observe(record.ended_at - record.started_at)
         self.queue_wait[demand.priority.value,].observe(answer.queue_ms / 1000.0)
         if answer.continuations:
-            self.continuations[place].value += answer.continuations
-        self._tokens(record, place)
+            self.continuations[labels].value += answer.continuations
+        self._add_tokens(record, labels)
 
-    def _tokens(self, record: RequestRecord, place: tuple[str, str]) -> None:
+    def _add_tokens(self, record: RequestRecord, labels: tuple[str, str]) -> None:
         answer, first = record.answer, record.first_byte_at
         assert answer is not None
         counters = answer.counters
         tokens = None if counters is None else counters.tokens
         if answer.body is None and first is not None:
-            self.ttft[record.node or place[0], place[1]].observe(first - record.started_at)
+            self.ttft[record.node or labels[0], labels[1]].observe(first - record.started_at)
         if counters is None:
             return
         if counters.prompt_tokens:
-            self.prompt_tokens[place].value += counters.prompt_tokens
+            self.prompt_tokens[labels].value += counters.prompt_tokens
         if not tokens:
             return
-        self.output_tokens[place].value += tokens
+        self.output_tokens[labels].value += tokens
         if answer.body is None and first is not None:
             if tokens > 1:
-                self.tpot[place].observe((record.ended_at - first) / (tokens - 1))
+                self.tpot[labels].observe((record.ended_at - first) / (tokens - 1))
         elif counters.eval_ms:
-            self.tpot[place].observe(counters.eval_ms / 1000.0 / tokens)
+            self.tpot[labels].observe(counters.eval_ms / 1000.0 / tokens)
 
-    def _model(self, name: str | None, *, known: bool) -> str:
-        """The label for a model: one name however it is written, and ``other`` for what no node has answered for."""
+    def _model_label(self, name: str | None, *, answered: bool) -> str:
+        """One label for a model, however its name is spelled; ``other`` for a model that no node has answered for."""
         if name is None:
             return ""
         label = self._labels.get(name)
@@ -137,7 +139,7 @@ class RequestMetrics:
             return label
         full = full_name(name)
         if full not in self._models:
-            if not known or len(self._models) >= MAX_MODELS:
+            if not answered or len(self._models) >= MAX_MODELS:
                 return OTHER_LABEL
             self._models.add(full)
         if len(self._labels) < MAX_SPELLINGS:

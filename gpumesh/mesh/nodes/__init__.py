@@ -1,1 +1,1 @@
-"""One node while the mesh runs: its tunnel, its probes, what is in flight on it, and its snapshot."""
+"""One node of a running mesh: its tunnel, its probes, its ledger, its snapshots; and the fleet of all nodes."""

@@ -15,7 +15,7 @@ import pytest
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome
 from gpumesh.gateway.observe import access_log
-from gpumesh.gateway.observe.access_log import AccessLog, entry
+from gpumesh.gateway.observe.access_log import AccessLog, build_entry
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
@@ -42,7 +42,7 @@ def test_a_line() -> None:
     answer = Answer("iceland", BackendKind.OLLAMA, 200, ())
     answer.attempts, answer.queue_ms, answer.continuations = 2, 12.34, 1
     made = record(answer=answer, node="iceland", first_byte_at=10.25, demand=Demand("qwen2.5:7b"))
-    assert entry(made, AT, client="10.0.0.7", request_id="r-1") == {
+    assert build_entry(made, AT, client="10.0.0.7", request_id="r-1") == {
         "at": "2026-11-24T04:10:00.000Z",
         "client": "10.0.0.7",
         "method": "POST",
@@ -63,8 +63,10 @@ def test_a_line() -> None:
 
 def test_what_is_not_known_is_null() -> None:
     whole = record(answer=WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), first_byte_at=11.0)
-    assert entry(whole, AT, client=None, request_id=None)["ttft_ms"] is None, "there was no first token to be seen"
-    refused = entry(record(status=0, path="/x" * 5000), AT, client=None, request_id=None)
+    assert build_entry(whole, AT, client=None, request_id=None)["ttft_ms"] is None, (
+        "there was no first token to be seen"
+    )
+    refused = build_entry(record(status=0, path="/x" * 5000), AT, client=None, request_id=None)
     assert (refused["status"], refused["model"], refused["node"], refused["queue_ms"]) == (None, None, None, None)
     assert len(str(refused["path"])) == access_log.MAX_TEXT_CHARS
 

@@ -1,0 +1,192 @@
+"""``Router``: the table of the gateway's routes, and the routes whose requests go to a node as they are.
+
+There are three sorts of routes. ``MODEL_ROUTES`` (``model_requests``) go to a node that has the model.
+``ANY_NODE_ROUTES`` go to any node. The others are answered by a handler: about the whole fleet in ``fleet_routes``,
+changes of model stores in ``model_store_routes``, the page for people in ``web_page``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from gpumesh.balancer.base import Demand
+from gpumesh.balancer.outcomes import RequestOutcome
+from gpumesh.gateway import proxy
+from gpumesh.gateway.error_shapes import error_reply
+from gpumesh.gateway.fleet_routes import FleetRoutes
+from gpumesh.gateway.http.errors import BadRequest
+from gpumesh.gateway.http.request import Handler, Request
+from gpumesh.gateway.http.responses import Response
+from gpumesh.gateway.http.streaming_response import StreamingResponse
+from gpumesh.gateway.json_members import read_members, read_small_members, rewrite_body
+from gpumesh.gateway.model_requests import (
+    ALL_KINDS,
+    MODEL_ROUTES,
+    OLLAMA_ONLY,
+    Route,
+    find_client_api,
+    read_demand,
+    read_model,
+    read_node,
+    read_timeout,
+)
+from gpumesh.gateway.model_store_routes import ModelStoreRoutes
+from gpumesh.gateway.observe.record import RequestRecord
+from gpumesh.gateway.web_page import UI_PATH, UiPage
+from gpumesh.mesh.mesh import Mesh
+
+ANY_NODE_TIMEOUT_S = 30.0
+OPENAI_MODEL_PREFIX = "/v1/models/"
+
+_GET = ("GET", "HEAD")
+_POST = ("POST",)
+_DELETE = ("DELETE",)
+_HEAD = ("HEAD",)
+
+ANY_NODE_ROUTES: Mapping[str, tuple[str, ...]] = {
+    "/v1/models/{model}": _GET,
+    "/api/status": _GET,
+    "/api/me": _POST,
+    "/api/signout": _POST,
+}
+# Paths that begin so have one name, in the table here and in metrics.
+_TEMPLATES = {
+    OPENAI_MODEL_PREFIX: "/v1/models/{model}",
+    "/api/blobs/": "/api/blobs/{digest}",
+    "/mesh/nodes/": "/mesh/nodes/{node}/{action}",
+}
+HandlersByMethod = tuple[tuple[tuple[str, ...], Handler], ...]
+
+
+class Router:
+    def __init__(
+        self, mesh: Mesh, fleet_routes: FleetRoutes, model_store_routes: ModelStoreRoutes, page: UiPage
+    ) -> None:
+        self._mesh = mesh
+        self._spec = mesh.topology.gateway
+        self._handlers = _handler_table(fleet_routes, model_store_routes, page)
+
+    def __repr__(self) -> str:
+        return f"<Router {len(MODEL_ROUTES) + len(ANY_NODE_ROUTES) + len(self._handlers)} routes>"
+
+    async def route_request(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
+        """Raises GPUMeshError while nothing was sent: BadRequest for a path that is not served."""
+        path = request.path
+        route = MODEL_ROUTES.get(path)
+        if route is not None:
+            record.route = path
+            if request.method not in route.methods:
+                return _refuse_method(request, record, route.methods)
+            return await self._forward_to_model(request, record, route)
+        name = _route_name(path)
+        methods = ANY_NODE_ROUTES.get(name)
+        if methods is not None:
+            record.route = name
+            if request.method not in methods:
+                return _refuse_method(request, record, methods)
+            return await self._forward_to_any_node(request, record)
+        handlers = self._handlers.get(name)
+        if handlers is None:
+            record.route = "other"
+            raise BadRequest(f"there is no {path[:200]} here", status=404)
+        record.route = name
+        for methods, handler in handlers:
+            if request.method in methods:
+                return await handler(request)
+        return _refuse_method(request, record, [method for methods, _ in handlers for method in methods])
+
+    # -- to one node ---------------------------------------------------------------------------------------------
+
+    async def _forward_to_model(
+        self, request: Request, record: RequestRecord, route: Route
+    ) -> Response | StreamingResponse:
+        """To a node that has the model."""
+        demand, body = await self._read_demand(request, route)
+        record.demand = demand
+        return await proxy.forward_request(
+            self._mesh,
+            request,
+            demand,
+            proxy.build_call(request, body),
+            route.api,
+            timeout_s=read_timeout(request.headers, self._spec.timeout_s),
+            on_answer=record.note_answer,
+            require_json=not route.needs_slot,
+        )
+
+    async def _read_demand(self, request: Request, route: Route) -> tuple[Demand, bytes]:
+        """What a request asks for, and its body as it is sent on: with the name of its model where every server looks
+        for it."""
+        body = await request.read_body()
+        members = read_small_members(body) or await read_members(body, request)
+        model = read_model(route, members)
+        demand = read_demand(
+            route,
+            request.headers,
+            members,
+            size=len(body),
+            model=model or self._spec.default_model,
+            node=read_node(request.headers, self._mesh.topology),
+            request_id=request.id,
+        )
+        if model is None:
+            assert demand.model is not None, "it is the default model"
+            body = await rewrite_body(body, members, request, model=demand.model)
+        elif not members.has_common_spelling:
+            body = await rewrite_body(body, members, request)
+        return demand, body
+
+    async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
+        """To any node; a question about one model to any node that has it."""
+        path = request.path
+        model = path.removeprefix(OPENAI_MODEL_PREFIX) if path.startswith(OPENAI_MODEL_PREFIX) else None
+        node = read_node(request.headers, self._mesh.topology)
+        record.demand = Demand(model, OLLAMA_ONLY if model is None else ALL_KINDS, node, needs_slot=False)
+        return await proxy.forward_request(
+            self._mesh,
+            request,
+            record.demand,
+            proxy.build_call(request, await request.read_body()),
+            find_client_api(path),
+            timeout_s=ANY_NODE_TIMEOUT_S,
+            on_answer=record.note_answer,
+            require_json=request.method == "GET",
+        )
+
+
+def _route_name(path: str) -> str:
+    for prefix, name in _TEMPLATES.items():
+        if path.startswith(prefix):
+            return name
+    return path
+
+
+def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
+    """405. To a preflight the answer that it asks for: its headers are those of every answer to that origin."""
+    allow = (("Allow", ", ".join(sorted(methods))),)
+    if request.method == "OPTIONS" and request.cors is not None:
+        return Response(status=204, headers=allow)
+    record.outcome = RequestOutcome.REFUSED
+    return error_reply(record.path, BadRequest("method not allowed", status=405), headers=allow)
+
+
+def _handler_table(fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage) -> dict[str, HandlersByMethod]:
+    return {
+        "/": ((_GET, fleet.root),),
+        "/healthz": ((_GET, fleet.healthz),),
+        "/metrics": ((_GET, fleet.metrics),),
+        "/mesh/status": ((_GET, fleet.status),),
+        "/mesh/events": ((_GET, page.events),),
+        "/mesh/nodes/{node}/{action}": ((_POST, page.change_node),),
+        UI_PATH: ((_GET, page.html),),
+        "/api/version": ((_GET, fleet.version),),
+        "/api/tags": ((_GET, fleet.tags),),
+        "/api/ps": ((_GET, fleet.ps),),
+        "/v1/models": ((_GET, fleet.openai_models),),
+        "/api/pull": ((_POST, stores.pull),),
+        "/api/push": ((_POST, stores.push),),
+        "/api/create": ((_POST, stores.create),),
+        "/api/copy": ((_POST, stores.copy),),
+        "/api/delete": ((_DELETE, stores.delete),),
+        "/api/blobs/{digest}": ((_HEAD, stores.has_blob), (_POST, stores.add_blob)),
+    }
