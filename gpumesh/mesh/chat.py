@@ -104,9 +104,9 @@ class ChatStream:
         dialect = DIALECTS[answer.kind]
         if answer.status >= 400:
             body = await answer.read()
-            words = dialect.error_text(answer.status, body)
+            reason = dialect.error_text(answer.status, body)
             if answer.status == 404:
-                raise ModelMissing(self._request.model, hint=f"{answer.node} says: {words}")
-            raise BackendStatus(words, status=answer.status, body=body, node=answer.node)
+                raise ModelMissing(self._request.model, hint=f"{answer.node} says: {reason}")
+            raise BackendStatus(reason, status=answer.status, body=body, node=answer.node)
         self._reader = dialect.create_reader(stream=self._request.stream)
         self._answer = answer

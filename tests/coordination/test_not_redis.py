@@ -34,7 +34,7 @@ async def no_loads() -> AsyncIterator[Loads]:
 
 @pytest.mark.parametrize("well", [0, OK_FIRST])
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_it_costs_no_more_than_the_others_loads(answer: bytes, well: int) -> None:
+async def test_wrong_answers_do_not_end_the_gateway(answer: bytes, well: int) -> None:
     """It ended the mesh."""
     told = asyncio.Event()
 

@@ -9,7 +9,7 @@ from gpumesh.coordination.peers import MAX_PEERS, STALE_S, Peers, decode_loads, 
 from tests.absurd import ABSURD, Raw, json_bytes
 
 
-def test_what_others_have_in_flight_is_added_up_and_ones_own_is_not() -> None:
+def test_loads_of_others_are_added_up_and_ones_own_are_not() -> None:
     peers = Peers("me")
     assert peers.receive(encode_loads("a", {"GPU-1": 2, "GPU-2": 1}), 0.0)
     assert peers.receive(encode_loads("b", {"GPU-1": 3}), 0.0)
@@ -17,14 +17,14 @@ def test_what_others_have_in_flight_is_added_up_and_ones_own_is_not() -> None:
     assert (peers.total_load("GPU-1", 0.0), peers.total_load("GPU-2", 0.0), peers.total_load("GPU-3", 0.0)) == (5, 1, 0)
 
 
-def test_only_news_is_a_change() -> None:
+def test_only_new_loads_are_a_change() -> None:
     peers = Peers("me")
     assert peers.receive(encode_loads("a", {"GPU-1": 2}), 0.0)
     assert not peers.receive(encode_loads("a", {"GPU-1": 2}), 1.0)
     assert peers.receive(encode_loads("a", {}), 2.0)
 
 
-def test_who_is_silent_or_leaves_is_gone() -> None:
+def test_a_gateway_that_is_silent_or_leaves_is_forgotten() -> None:
     peers = Peers("me")
     peers.receive(encode_loads("a", {"GPU-1": 2}), 0.0)
     assert peers.total_load("GPU-1", STALE_S) == 2
@@ -57,7 +57,7 @@ def test_no_more_peers_are_kept_than_the_bound() -> None:
         encode_loads("a" * 70_000, {}),
     ],
 )
-def test_what_is_no_message_is_passed_over(data: bytes) -> None:
+def test_data_that_is_no_message_is_passed_over(data: bytes) -> None:
     peers = Peers("me")
     assert not peers.receive(data, 0.0)
     with pytest.raises(ValueError):
@@ -65,7 +65,7 @@ def test_what_is_no_message_is_passed_over(data: bytes) -> None:
 
 
 @given(st.text(min_size=1, max_size=50), st.dictionaries(st.text(max_size=20), st.integers(0, 1000), max_size=20))
-def test_round_trip(gateway: str, loads: dict[str, int]) -> None:
+def test_a_message_decodes_to_what_was_encoded(gateway: str, loads: dict[str, int]) -> None:
     assert decode_loads(encode_loads(gateway, loads)) == (
         gateway,
         {key: count for key, count in loads.items() if count},
@@ -82,7 +82,7 @@ def test_garbage_never_raises(data: bytes) -> None:
 @example({"v": 1, "gateway": "g" * 60_000, "loads": {}})
 @example({"v": 1, "gateway": "g", "loads": {"GPU-1": Raw("1" * 5000)}})
 @example({"v": 1, "gateway": "g", "loads": {"GPU-1": Raw("NaN")}})
-def test_an_absurd_gateway_leaves_what_others_said(message: Any) -> None:
+def test_an_absurd_gateway_does_not_change_the_loads_of_others(message: Any) -> None:
     peers = Peers("me")
     peers.receive(encode_loads("a", {"GPU-1": 2}), 0.0)
     peers.receive(json_bytes(message), 0.0)

@@ -87,7 +87,7 @@ async def gateway(url: str, password: Callable[[], str | None] = lambda: None) -
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_two_gateways_hear_each_other_and_who_leaves_is_gone_at_once(redis: Redis) -> None:
+async def test_two_gateways_know_each_others_loads_until_one_leaves(redis: Redis) -> None:
     async with gateway(redis.url) as one:
         async with gateway(redis.url) as two:
             await wait_until(lambda: len(one.changes) > 0 and len(two.changes) > 0, "both are connected")
@@ -101,7 +101,7 @@ async def test_two_gateways_hear_each_other_and_who_leaves_is_gone_at_once(redis
         await wait_until(lambda: one.shared.other_gateways_load("GPU-1") == 0, "it left")
 
 
-async def test_a_newcomer_learns_what_is_in_flight_without_asking(redis: Redis) -> None:
+async def test_a_new_gateway_learns_the_loads_from_heartbeats(redis: Redis) -> None:
     async with gateway(redis.url) as one:
         one.shared.publish_loads({"GPU-1": 2})
         async with gateway(redis.url) as late:
@@ -142,7 +142,7 @@ async def test_a_password_that_is_wrong_or_missing_is_a_problem_that_does_not_na
         server.stop()
 
 
-async def test_two_meshes_over_one_gpu_share_its_places(redis: Redis) -> None:
+async def test_two_meshes_over_one_gpu_share_its_slots(redis: Redis) -> None:
     """With one place on the node, the second mesh's request waits for the first one's."""
     slow = profile.make_host("one", tokens_per_s=50.0, load_s=0.0, answer_tokens=(60, 60))
     async with AsyncExitStack() as stack:
@@ -166,7 +166,7 @@ async def read(stream: ChatStream) -> str:
     return "".join([chunk.text async for chunk in stream])
 
 
-async def test_without_redis_a_mesh_serves_and_says_that_it_is_alone(tmp_path: Path) -> None:
+async def test_without_redis_a_mesh_serves_and_has_a_finding(tmp_path: Path) -> None:
     async with SimOllama(profile.make_instant_host("one")) as server:
         spec = NodeSpec("one", BackendSpec(targets=(Target("127.0.0.1", server.port),)))
         topology = Topology("alone", (spec,), redis=RedisSpec(f"unix://{tmp_path / 'nobody.sock'}"))

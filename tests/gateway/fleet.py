@@ -35,6 +35,8 @@ def quick_host(name: str, **changes: Any) -> HostProfile:
     return profile.make_host(name, **{**QUICK, **changes})
 
 
+CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+
 # Unequal in what they have: ``a`` embeds and thinks, ``b`` has the llama, both have MODEL.
 A = quick_host("a", models=(QWEN_7B, EMBEDDER, QWEN3_8B))
 B = quick_host("b", models=(QWEN_7B, LLAMA_8B))

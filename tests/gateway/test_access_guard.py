@@ -29,7 +29,7 @@ def test_local_names_are_served(host: str) -> None:
 @pytest.mark.parametrize(
     "host", [None, "", "evil.example", "evil.example:11430", "8.8.8.8", "localhost.evil.com", "]["]
 )
-def test_a_name_that_was_rebound_to_this_machine_is_not(host: str | None) -> None:
+def test_a_name_that_was_rebound_to_this_machine_is_refused(host: str | None) -> None:
     assert not OPEN.host_allowed(host)
 
 
@@ -56,12 +56,12 @@ def test_with_a_key_any_host_will_do() -> None:
         ("", False),
     ],
 )
-def test_origins(origin: str | None, allowed: bool) -> None:
+def test_which_origins_are_allowed(origin: str | None, allowed: bool) -> None:
     assert OPEN.origin_allowed(origin) is allowed
     assert OPEN.origin_allowed(origin, host="192.168.1.5:11430") is allowed
 
 
-def test_the_gateways_own_page_is_let_in_under_the_address_at_which_it_was_opened() -> None:
+def test_the_gateways_own_page_is_allowed_under_the_address_at_which_it_was_opened() -> None:
     host = "192.168.1.5:11430"
     for address in (host, "localhost:11430", "[fd00::5]:11430"):
         assert OPEN.origin_allowed(f"http://{address}", host=address)
@@ -88,12 +88,12 @@ def test_the_gateways_own_page_is_let_in_under_the_address_at_which_it_was_opene
         ({"Authorization": "Bearer \udcff"}, False),
     ],
 )
-def test_keys(headers: dict[str, str], allowed: bool) -> None:
+def test_either_header_may_hold_the_key(headers: dict[str, str], allowed: bool) -> None:
     assert KEYED.key_allowed(headers) is allowed
     assert OPEN.key_allowed(headers)
 
 
-def test_what_a_preflight_is_told() -> None:
+def test_the_headers_of_a_preflights_answer() -> None:
     asks = {"Access-Control-Request-Headers": "x-one, x-two", "Access-Control-Request-Private-Network": "true"}
     told = OPEN.cors_headers("https://chat.example.org", asks)
     assert told["Access-Control-Allow-Origin"] == "https://chat.example.org"
@@ -120,11 +120,11 @@ def test_what_a_preflight_is_told() -> None:
         ("http://localhost:99999", False),
     ],
 )
-def test_a_page_behind_a_tunnels_port_is_its_hosts(origin: str, allowed: bool) -> None:
+def test_a_page_behind_a_tunnels_port_is_refused(origin: str, allowed: bool) -> None:
     assert OPEN.origin_allowed(origin, backend_ports={40123, 80}) is allowed
 
 
-def test_who_names_such_a_page_allows_it() -> None:
+def test_a_page_behind_a_tunnels_port_is_allowed_if_mesh_yaml_names_it() -> None:
     named = Guard(None, frozenset({"http://localhost:40123"}))
     assert named.origin_allowed("http://localhost:40123", backend_ports={40123})
 
@@ -144,7 +144,9 @@ def test_who_names_such_a_page_allows_it() -> None:
         ({"Sec-Fetch-Dest": "empty", "Service-Worker": ""}, True, True),
     ],
 )
-def test_what_a_browser_would_show_or_run(headers: dict[str, str], elsewhere: bool, page: bool) -> None:
+def test_an_answer_that_a_browser_would_show_or_run_is_refused(
+    headers: dict[str, str], elsewhere: bool, page: bool
+) -> None:
     assert is_embedding_request(headers, is_own_page=False) is elsewhere
     assert is_embedding_request(headers, is_own_page=True) is page
 
@@ -161,5 +163,5 @@ def test_what_a_browser_would_show_or_run(headers: dict[str, str], elsewhere: bo
         ({"Sec-Fetch-Site": "cross-site", "Origin": "https://chat.example.org"}, False),
     ],
 )
-def test_who_asks_without_a_name(headers: dict[str, str], blind: bool) -> None:
+def test_a_cross_site_request_without_an_origin_is_refused(headers: dict[str, str], blind: bool) -> None:
     assert is_blind_cross_site_request(headers) is blind

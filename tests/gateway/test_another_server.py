@@ -108,14 +108,14 @@ async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None
             assert servers.asked.total() == len(servers.asked) == 2
 
 
-async def test_of_two_both_are_asked() -> None:
+async def test_both_of_two_servers_are_asked() -> None:
     async with fleet(a="500", b="500") as servers:
         response = await servers.ask("/api/chat")
         assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (500, "2")
         assert servers.asked == {"a": 1, "b": 1}
 
 
-async def test_a_prompt_that_fails_everywhere_costs_no_node_its_place() -> None:
+async def test_a_prompt_that_fails_everywhere_opens_no_breaker() -> None:
     """A client that asks it again and again would else shut the breakers of all nodes, and the others out."""
     async with fleet(a="500", b="500", c="500") as servers:
         for _ in range(5 * THRESHOLD):
@@ -126,14 +126,14 @@ async def test_a_prompt_that_fails_everywhere_costs_no_node_its_place() -> None:
         assert (await servers.ask("/api/chat")).headers["X-GPUMesh-Attempts"] == "1"
 
 
-async def test_a_node_that_fails_alone_is_shut_out_as_ever() -> None:
+async def test_the_breaker_of_a_node_that_fails_alone_opens() -> None:
     async with fleet(a="500", b="ok") as servers:
         for _ in range(2 * THRESHOLD):
             assert (await servers.ask("/api/chat")).status_code == 200
         assert servers.asked["a"] == THRESHOLD
 
 
-async def test_a_node_that_was_shut_out_is_asked_rather_than_nobody() -> None:
+async def test_a_node_with_an_open_breaker_is_asked_rather_than_none() -> None:
     """Its breaker may be open for half a minute after it is well; the client would get the other's 500 meanwhile."""
     async with fleet(a="500", b="ok") as servers:
         assert servers.running is not None
@@ -146,7 +146,7 @@ async def test_a_node_that_was_shut_out_is_asked_rather_than_nobody() -> None:
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
-async def test_a_request_at_which_servers_hang_up_is_given_to_two(path: str) -> None:
+async def test_a_request_at_which_servers_hang_up_is_sent_to_two_of_them(path: str) -> None:
     async with fleet(a="dies", b="dies", c="dies", d="ok") as servers:
         response = await servers.ask(path)
         assert response.status_code == 503
@@ -155,14 +155,14 @@ async def test_a_request_at_which_servers_hang_up_is_given_to_two(path: str) -> 
         assert servers.asked.total() == 2
 
 
-async def test_one_that_hangs_up_and_one_that_says_500_are_two() -> None:
+async def test_a_server_that_hangs_up_and_one_that_answers_500_are_two_failures() -> None:
     async with fleet(a="dies", b="500", c="ok") as servers:
         response = await servers.ask("/api/chat")
         assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (500, "2")
         assert servers.asked["c"] == 0
 
 
-async def test_what_a_proxy_says_of_its_server_is_no_sign_of_the_request() -> None:
+async def test_a_proxys_502_is_not_blamed_on_the_request() -> None:
     """502 and 503: no server had it, so all may be asked."""
     async with AsyncExitStack() as stack:
         nodes = []
@@ -196,7 +196,7 @@ async def test_what_a_proxy_says_of_its_server_is_no_sign_of_the_request() -> No
     ],
 )
 @pytest.mark.parametrize("says", ["500", "dies"])
-async def test_what_changes_a_store_is_told_to_each_server_once(
+async def test_a_change_of_a_store_is_sent_to_each_server_once(
     method: str, path: str, body: dict[str, Any], says: str
 ) -> None:
     async with fleet(a=says, b="ok") as servers:
@@ -246,7 +246,7 @@ async def mortal() -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: bool) -> None:
+async def test_a_prompt_that_kills_its_server_is_not_sent_to_a_third(stream: bool) -> None:
     async with AsyncExitStack() as stack:
         servers = {name: await stack.enter_async_context(mortal()) for name in "abc"}
         nodes = tuple(node(name, f"http://127.0.0.1:{port}", max_parallel=8) for name, (port, _) in servers.items())
@@ -265,7 +265,7 @@ async def test_a_prompt_that_kills_its_server_kills_two_and_no_third(stream: boo
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
-async def test_a_page_of_a_proxy_becomes_an_error_of_the_dialect(path: str) -> None:
+async def test_a_page_of_a_proxy_becomes_an_error_in_the_clients_api(path: str) -> None:
     async def answer(exchange: Exchange) -> None:
         page = b"<html><script>alert(1)</script><title>502 Bad Gateway</title></html>"
         await exchange.send(whole_response(page, status="502 Bad Gateway", kind="text/html"))

@@ -136,7 +136,7 @@ async def test_a_hosts_page_never_leaves_the_gateway(fleet: RunningGateway, host
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-async def test_of_a_hosts_headers_those_that_clients_read_are_handed_on(
+async def test_only_the_headers_that_clients_read_are_passed_on(
     fleet: RunningGateway, host: Host, method: str, path: str
 ) -> None:
     host.says(b'{"done":true}', "Application/JSON; charset=UTF-8", headers=EVIL_HEADERS + KEPT_HEADERS)
@@ -150,7 +150,7 @@ async def test_of_a_hosts_headers_those_that_clients_read_are_handed_on(
 
 
 @pytest.mark.parametrize("status", ["200 OK", "201 Created", "302 Found", "401 Unauthorized", "500 Oh", "999 Odd"])
-async def test_what_changes_stores_hands_on_words_only(fleet: RunningGateway, host: Host, status: str) -> None:
+async def test_routes_of_stores_pass_on_text_only(fleet: RunningGateway, host: Host, status: str) -> None:
     said = [(PAGE, "text/html"), (b'{"error":"<b>no</b>"}', "application/json")]
     if status.startswith("2"):  # else a pull would be begun anew until it succeeds
         said.append((b'{"status":"<b>x</b>"}\n{"status":"success"}\n', "application/x-ndjson"))
@@ -169,7 +169,7 @@ async def test_what_changes_stores_hands_on_words_only(fleet: RunningGateway, ho
                     json.loads(line)  # a document of ours, whatever it quotes
 
 
-async def test_a_redirect_is_no_answer(fleet: RunningGateway, host: Host) -> None:
+async def test_a_redirect_is_not_passed_on(fleet: RunningGateway, host: Host) -> None:
     for status in ("301 Moved", "302 Found", "307 Temporary", "304 Not Modified", "799 Odd", "999 Odd"):
         host.says(b"", "text/html", status=status, headers=EVIL_HEADERS)
         answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
@@ -177,7 +177,7 @@ async def test_a_redirect_is_no_answer(fleet: RunningGateway, host: Host) -> Non
         checked(answer)
 
 
-async def test_an_errors_page_is_told_in_the_clients_dialect(fleet: RunningGateway, host: Host) -> None:
+async def test_the_page_of_an_error_becomes_an_error_in_the_clients_api(fleet: RunningGateway, host: Host) -> None:
     host.says(b"<html><title>413 Too Large</title>", "text/html", status="413 Too Large", headers=EVIL_HEADERS)
     answer = await ask(fleet, "POST", "/v1/messages")
     assert answer.status_code == 413
@@ -192,7 +192,7 @@ async def test_an_errors_page_is_told_in_the_clients_dialect(fleet: RunningGatew
     assert "WWW-Authenticate" not in challenged.headers, "a browser would ask its user for a password"
 
 
-async def test_a_stream_has_the_same_head(fleet: RunningGateway, host: Host) -> None:
+async def test_a_stream_has_the_same_headers_against_browsers(fleet: RunningGateway, host: Host) -> None:
     head = chunked_head().replace(b"\r\n", b"\r\n" + EVIL_HEADERS, 1)
     trailers = b"0\r\nSet-Cookie: late=1\r\nX-GPUMesh-Node: late\r\n\r\n"
     host.answer = head + chunk(b'{"message":{"content":"x"},"done":true}\n') + trailers
@@ -204,7 +204,7 @@ async def test_a_stream_has_the_same_head(fleet: RunningGateway, host: Host) -> 
     assert (await ask(fleet, "POST", "/api/chat", {**CHAT, "stream": True})).status_code == 502
 
 
-async def test_a_body_without_a_type_is_nothing_that_a_browser_shows(fleet: RunningGateway, host: Host) -> None:
+async def test_a_body_without_a_type_gets_one_that_no_browser_shows(fleet: RunningGateway, host: Host) -> None:
     host.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PAGE) + PAGE
     answer = await ask(fleet, "POST", "/api/chat")
     assert checked(answer)["Content-Type"] == "application/octet-stream"
@@ -240,7 +240,7 @@ async def test_a_packed_body_is_not_asked_for_nor_taken(host: Host) -> None:
 # -- what the gateway says by itself ---------------------------------------------------------------------------------
 
 
-async def test_every_answer_of_our_own_has_it_too(fleet: RunningGateway) -> None:
+async def test_every_answer_of_the_gateway_itself_has_the_headers_against_browsers(fleet: RunningGateway) -> None:
     for method, path in OWN:
         answer = await fleet.client.request(method, path)
         checked(answer, more=frozenset({"allow", "retry-after", "cache-control"}))
@@ -260,7 +260,9 @@ async def test_every_answer_of_our_own_has_it_too(fleet: RunningGateway) -> None
         (b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n{}", 413),
     ],
 )
-async def test_so_has_what_is_no_request(fleet: RunningGateway, sent: bytes, status: int) -> None:
+async def test_the_answer_to_what_is_no_request_has_the_headers_against_browsers(
+    fleet: RunningGateway, sent: bytes, status: int
+) -> None:
     said = await send_raw(fleet.port, sent)
     first, *lines = said.partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
     assert first.split()[1] == str(status)
@@ -268,7 +270,7 @@ async def test_so_has_what_is_no_request(fleet: RunningGateway, sent: bytes, sta
     assert lines.count(f"content-security-policy: {FOR_BROWSERS['content-security-policy']}") == 1
 
 
-async def test_so_has_what_is_one_connection_too_many(host: Host) -> None:
+async def test_the_answer_to_a_connection_too_many_has_the_headers_against_browsers(host: Host) -> None:
     async with over(host, bounds=Bounds(max_connections=1)) as fleet:
         _, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(
@@ -340,7 +342,7 @@ async def test_no_script_becomes_a_service_worker(fleet: RunningGateway) -> None
         ({"Sec-Fetch-Site": "cross-site", "Origin": "https://chat.example.org", "Sec-Fetch-Dest": "script"}, 403),
     ],
 )
-async def test_who_asks_from_a_page(host: Host, headers: dict[str, str], status: int) -> None:
+async def test_which_requests_of_pages_are_answered(host: Host, headers: dict[str, str], status: int) -> None:
     host.says(b'{"done":true}', "application/json", headers=EVIL_HEADERS)
     async with over(host, spec=GatewaySpec(cors_origins=("https://chat.example.org",))) as fleet:
         for method, path in (("GET", "/mesh/status"), ("POST", "/api/chat"), ("GET", f"/v1/models/{MODEL}")):
@@ -376,7 +378,7 @@ async def test_a_websocket_is_not_opened(fleet: RunningGateway, host: Host) -> N
         assert said.startswith(b"HTTP/1.1 " + status)
 
 
-async def test_with_a_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_with_a_key_pages_are_refused_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROWSER_TEST_KEY", "sesame")
     async with serve_hosts(spec=GatewaySpec(api_key_env="BROWSER_TEST_KEY")) as fleet:
         key = {"Authorization": "Bearer sesame"}

@@ -55,7 +55,7 @@ async def crowd(port: int, count: int, said: bytes) -> AsyncIterator[list[asynci
 @pytest.mark.parametrize(
     "said", [b"", GET, GET[:-2], b"GET", b"\r\n"], ids=["nothing", "a request", "half", "a word", "blank"]
 )
-def test_idle_connections_lock_nobody_out(run: Run, said: bytes) -> None:
+def test_idle_connections_do_not_lock_out_new_clients(run: Run, said: bytes) -> None:
     async def main() -> None:
         async with serve_hosts(A, bounds=Bounds(max_connections=16)) as fleet, crowd(fleet.port, 40, said) as crowded:
             await wait_until(lambda: connections(fleet) == 16, "all are taken")
@@ -75,7 +75,7 @@ def test_idle_connections_lock_nobody_out(run: Run, said: bytes) -> None:
 
 
 @both
-def test_who_is_being_served_makes_no_room(run: Run) -> None:
+def test_a_connection_with_a_request_is_not_closed_for_another(run: Run) -> None:
     async def main() -> None:
         release = asyncio.Event()
 
@@ -102,7 +102,7 @@ def test_who_is_being_served_makes_no_room(run: Run) -> None:
     run(main())
 
 
-async def test_strangers_go_before_clients_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_without_a_key_are_closed_before_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROWDED_KEY", KEY)
     spec = GatewaySpec(api_key_env="CROWDED_KEY")
     authorized = GET.replace(b"\r\n\r\n", f"\r\nx-api-key: {KEY}\r\n\r\n".encode())
@@ -118,7 +118,7 @@ async def test_strangers_go_before_clients_with_a_key(monkeypatch: pytest.Monkey
         writer.close()
 
 
-async def test_one_key_cannot_hold_all(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_key_cannot_hold_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROWDED_KEY", KEY)
     release = asyncio.Event()
 
@@ -180,7 +180,7 @@ async def small_window(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamW
 
 
 @both
-def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
+def test_a_client_that_does_not_read_loses_its_slot_while_others_wait(run: Run) -> None:
     async def main() -> None:
         bounds = Bounds(stall_timeout_s=0.3)
         async with (
@@ -205,7 +205,7 @@ def test_who_does_not_read_gives_its_slot_to_who_waits(run: Run) -> None:
     run(main())
 
 
-async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = Bounds(stall_timeout_s=0.05)
     async with serve(much_or_little) as scripted, serve_nodes((node("a", scripted.url),), bounds=bounds) as fleet:
         reader, writer = await small_window(fleet.port)
@@ -231,7 +231,7 @@ async def test_who_does_not_read_keeps_its_slot_while_nobody_waits(monkeypatch: 
 
 
 @pytest.mark.slow
-async def test_who_reads_slowly_but_steadily_is_not_disturbed_by_those_that_wait() -> None:
+async def test_a_slow_but_steady_reader_keeps_its_slot() -> None:
     bounds = Bounds(stall_timeout_s=0.5)
     async with (
         serve(much_or_little) as scripted,

@@ -35,7 +35,7 @@ def test_each_error_has_its_status(error: GPUMeshError, status: int, wait: int |
     assert error_shapes.retry_after_s(error) == wait
 
 
-def test_shapes() -> None:
+def test_the_body_of_an_error_in_each_api() -> None:
     assert json.loads(error_shapes.error_body(ClientApi.OLLAMA, 404, "gone")) == {"error": "gone"}
     assert json.loads(error_shapes.error_body(ClientApi.OPENAI, 404, "gone")) == {
         "error": {"message": "gone", "type": "not_found_error", "param": None, "code": None}
@@ -59,18 +59,18 @@ def test_shapes() -> None:
         (504, "api_error", "api_error"),
     ],
 )
-def test_kinds_of_errors(status: int, openai: str, anthropic: str) -> None:
+def test_the_type_of_an_error_follows_its_status(status: int, openai: str, anthropic: str) -> None:
     assert json.loads(error_shapes.error_body(ClientApi.OPENAI, status, "x"))["error"]["type"] == openai
     assert json.loads(error_shapes.error_body(ClientApi.ANTHROPIC, status, "x"))["error"]["type"] == anthropic
 
 
-def test_frames_are_of_their_stream() -> None:
+def test_the_frame_of_an_error_in_each_api() -> None:
     assert error_shapes.error_frame(ClientApi.OLLAMA, 502, "cut") == b'{"error": "cut"}\n'
     assert error_shapes.error_frame(ClientApi.OPENAI, 502, "cut").startswith(b'data: {"error"')
     assert error_shapes.error_frame(ClientApi.ANTHROPIC, 502, "cut").startswith(b"event: error\ndata: {")
 
 
-def test_a_missing_model_is_told_in_ollamas_words_with_what_to_do() -> None:
+def test_the_message_of_a_missing_model_begins_as_ollamas_does() -> None:
     words = error_shapes.client_message(ModelMissing("m:7b", hint="there are: a, b"))
     assert words.startswith("model 'm:7b' not found")
     assert "there are: a, b" in words

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,12 +15,6 @@ from tests.gateway.fleet import MODEL, A, RunningGateway, lines, metric, quick_h
 from tests.tunnels.polling import wait_until
 
 
-@pytest.fixture
-async def fleet() -> AsyncIterator[RunningGateway]:
-    async with serve_hosts() as made:
-        yield made
-
-
 async def names(fleet: RunningGateway, path: str, key: str = "name") -> set[str]:
     document = (await fleet.client.get(path)).json()
     return {entry[key] for entry in document["models" if "models" in document else "data"]}
@@ -30,7 +23,7 @@ async def names(fleet: RunningGateway, path: str, key: str = "name") -> set[str]
 ALL = {MODEL, EMBEDDER.name, LLAMA_8B.name, QWEN3_8B.name}
 
 
-async def test_lists_are_the_union(fleet: RunningGateway) -> None:
+async def test_lists_are_the_union_over_the_nodes(fleet: RunningGateway) -> None:
     assert await names(fleet, "/api/tags") == ALL
     assert await names(fleet, "/v1/models", "id") == ALL
     assert await names(fleet, "/api/ps") == set()
@@ -49,7 +42,7 @@ async def test_a_node_that_is_slow_is_missing_from_a_list_and_does_not_hold_it_u
     assert await names(fleet, "/api/tags") == ALL - {LLAMA_8B.name}
 
 
-async def test_the_version_is_one_that_every_node_has() -> None:
+async def test_the_version_is_the_oldest_of_all_nodes() -> None:
     hosts = (
         quick_host("new", version="0.33.0"),
         quick_host("old", version="0.9.10-rc1"),
@@ -74,7 +67,7 @@ async def test_health_follows_the_nodes(fleet: RunningGateway) -> None:
     assert refused.headers["Retry-After"] == "2"
 
 
-async def test_the_status_is_the_meshs(fleet: RunningGateway) -> None:
+async def test_the_status_is_that_of_the_mesh(fleet: RunningGateway) -> None:
     document = (await fleet.client.get("/mesh/status")).json()
     assert document["schema"] == STATUS_SCHEMA
     state = status_from_json(document)
@@ -82,7 +75,7 @@ async def test_the_status_is_the_meshs(fleet: RunningGateway) -> None:
     assert [node.name for node in state.nodes] == ["a", "b"]
 
 
-async def test_metrics_tell_what_happened() -> None:
+async def test_metrics_count_requests_by_outcome() -> None:
     async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN)) as fleet:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 9}}
         for _ in range(3):
@@ -138,7 +131,7 @@ async def test_a_client_that_left_is_counted() -> None:
         assert metric(text, "gpumesh_attempts_total", node="a", outcome="client-gone") == 1
 
 
-async def test_names_that_nobody_has_add_nothing() -> None:
+async def test_unknown_models_and_paths_add_no_series() -> None:
     async with serve_hosts(A) as fleet:
         await fleet.chat(model="made-up:1b")
         before = len((await fleet.client.get("/metrics")).text.splitlines())

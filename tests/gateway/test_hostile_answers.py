@@ -57,7 +57,7 @@ async def stream(fleet: RunningGateway, node_name: str, tokens: int, path: str =
 
 
 @pytest.mark.parametrize("part", UNFINISHED_ANSWERS)
-async def test_what_never_gets_whole_stops_nobody_else(part: str) -> None:
+async def test_a_part_that_never_ends_does_not_delay_other_streams(part: str) -> None:
     start, unit = UNFINISHED_ANSWERS[part]
     with HostileServer(ollama_with_attack(MODEL, lambda: repeat_bytes(start, unit))) as hostile:
         async with beside_an_honest_node(hostile) as fleet:
@@ -79,7 +79,7 @@ async def test_what_never_gets_whole_stops_nobody_else(part: str) -> None:
 
 @both
 @pytest.mark.parametrize("part", SMALL_PIECE_ANSWERS)
-def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
+def test_many_small_parts_do_not_delay_other_streams(part: str, run: Run) -> None:
     start, unit = SMALL_PIECE_ANSWERS[part]
     path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
 
@@ -102,7 +102,7 @@ def test_many_small_parts_stop_nobody_else(part: str, run: Run) -> None:
 
 @both
 @pytest.mark.parametrize("part", ["chunks of two bytes", "frames of tools", "events of tools"])
-def test_many_such_answers_at_once_do_not_either(part: str, run: Run) -> None:
+def test_many_hostile_answers_at_once_do_not_delay_other_streams(part: str, run: Run) -> None:
     start, unit = SMALL_PIECE_ANSWERS[part]
     path = "/v1/chat/completions" if b"event-stream" in start else "/api/chat"
 
@@ -125,7 +125,7 @@ def test_many_such_answers_at_once_do_not_either(part: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("part", COMPLETE_ANSWERS)
-async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> None:
+async def test_an_answer_of_millions_of_values_is_not_parsed(part: str) -> None:
     with HostileServer(ollama_with_attack(MODEL, lambda: iter([COMPLETE_ANSWERS[part]]))) as hostile:
         async with beside_an_honest_node(hostile) as fleet:
             before = most_memory_mib()
@@ -138,7 +138,7 @@ async def test_an_answer_of_millions_of_values_is_not_taken_apart(part: str) -> 
 
 @both
 @pytest.mark.parametrize("part", ["empty lines", "small frames", "small nonsense", "a line without an end"])
-def test_the_progress_of_a_pull_stops_nobody_else(part: str, run: Run) -> None:
+def test_the_progress_of_a_pull_does_not_delay_other_streams(part: str, run: Run) -> None:
     start, unit = SMALL_PIECE_ANSWERS[part]
 
     async def check() -> None:

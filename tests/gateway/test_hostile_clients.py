@@ -47,7 +47,7 @@ async def honest_stream(fleet: RunningGateway) -> bool:
 
 
 @pytest.mark.parametrize("part", NEVER_WHOLE)
-async def test_what_never_gets_whole_is_refused_and_stops_nobody_else(part: str) -> None:
+async def test_a_part_that_never_ends_is_refused_and_does_not_delay_other_streams(part: str) -> None:
     start, unit = NEVER_WHOLE[part]
     async with serve_hosts(quick_host("a", tokens_per_s=100.0)) as fleet:
         honest = asyncio.create_task(honest_stream(fleet))
@@ -62,7 +62,7 @@ async def test_what_never_gets_whole_is_refused_and_stops_nobody_else(part: str)
 @both
 @pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("part", SMALL_PARTS)
-def test_many_small_parts_stop_nobody_else(part: str, count: int, run: Run) -> None:
+def test_many_small_parts_do_not_delay_other_streams(part: str, count: int, run: Run) -> None:
     start, unit = SMALL_PARTS[part]
 
     async def check() -> None:

@@ -198,7 +198,7 @@ def short(value: object) -> str | None:
 
 @each_reader
 @pytest.mark.parametrize(("body", "model", "max_tokens"), AS_GO, ids=short)
-def test_a_body_says_here_what_it_says_to_go(read: Read, body: bytes, model: str, max_tokens: int | None) -> None:
+def test_a_body_is_read_as_go_reads_it(read: Read, body: bytes, model: str, max_tokens: int | None) -> None:
     demand = demand_of(read(body))
     assert demand.model == model
     assert demand.max_tokens == max_tokens
@@ -206,7 +206,7 @@ def test_a_body_says_here_what_it_says_to_go(read: Read, body: bytes, model: str
 
 @each_reader
 @pytest.mark.parametrize(("body", "reading", "words"), REFUSED_THOUGH_GO_READS, ids=short)
-def test_what_others_would_read_differently_is_refused(read: Read, body: bytes, reading: str, words: str) -> None:
+def test_a_body_that_servers_read_differently_is_refused(read: Read, body: bytes, reading: str, words: str) -> None:
     with pytest.raises(BadRequest, match=words if body != b"null" else "object|not JSON") as refused:
         demand_of(read(body))
     assert refused.value.status == 400
@@ -214,7 +214,7 @@ def test_what_others_would_read_differently_is_refused(read: Read, body: bytes, 
 
 @each_reader
 @pytest.mark.parametrize(("body", "error"), REFUSED, ids=short)
-def test_what_go_refuses_is_refused(read: Read, body: bytes, error: str) -> None:
+def test_a_body_that_go_refuses_is_refused(read: Read, body: bytes, error: str) -> None:
     if read is padded and body in WITHIN_A_LARGE_VALUE:
         assert demand_of(read(body)).model == "m"  # nobody but the server looks into a value of a large body
         return
@@ -224,7 +224,7 @@ def test_what_go_refuses_is_refused(read: Read, body: bytes, error: str) -> None
 
 @each_reader
 @pytest.mark.parametrize(("body", "error"), LEFT_TO_THE_SERVER, ids=short)
-def test_what_is_not_balanced_on_is_left_to_the_server(read: Read, body: bytes, error: str) -> None:
+def test_errors_in_other_members_are_left_to_the_server(read: Read, body: bytes, error: str) -> None:
     assert demand_of(read(body)) == demand_of(small(b'{"model":"m"}'))
 
 
@@ -288,9 +288,7 @@ def test_the_members_are_those_of_the_document(made: tuple[bytes, list[tuple[str
 
 
 @given(documents(), st.text(max_size=8))
-def test_a_body_that_is_written_anew_reads_the_same_to_every_server(
-    made: tuple[bytes, list[tuple[str, Any]]], model: str
-) -> None:
+def test_a_rewritten_body_reads_the_same_to_every_server(made: tuple[bytes, list[tuple[str, Any]]], model: str) -> None:
     body, pairs = made
     for read in (small, in_pieces):
         try:
@@ -363,7 +361,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("made", LARGE.values(), ids=LARGE.keys())
-def test_a_large_body_is_read_in_short_pieces(made: Callable[[int], bytes]) -> None:
+def test_a_large_body_is_scanned_in_short_steps(made: Callable[[int], bytes]) -> None:
     body = made(4 * MIB)
     longest, work = 0.0, json_members.scan_members(body)
     model = None
@@ -385,7 +383,7 @@ def test_a_model_has_a_short_name(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, SMALL_BODY_BYTES])
-def test_nobody_needs_a_thousand_members(size: int) -> None:
+def test_a_body_of_more_than_a_thousand_members_is_refused(size: int) -> None:
     body = b'{"model":"m"' + b"".join(b',"%d":1' % number for number in range(MAX_MEMBERS)) + b" " * size + b"}"
     with pytest.raises(BadRequest, match="more than 1000 members"):
         small(body)

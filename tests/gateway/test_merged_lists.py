@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gpumesh.gateway import merged_lists
 
 
-def test_tags_are_the_union_and_the_newest_of_one_name_stands() -> None:
+def test_tags_are_the_union_with_the_newest_entry_of_each_name() -> None:
     a = json.dumps({"models": [{"name": "m:1", "modified_at": "2026-01-01", "size": 1}, {"name": "x"}]}).encode()
     b = json.dumps({"models": [{"name": "M:1", "modified_at": "2026-02-01", "size": 2}]}).encode()
     merged = json.loads(merged_lists.merge_tags([a, b]))
@@ -15,7 +15,7 @@ def test_tags_are_the_union_and_the_newest_of_one_name_stands() -> None:
     assert merged["models"][0]["size"] == 2
 
 
-def test_a_model_in_two_memories_is_listed_once() -> None:
+def test_a_model_that_two_nodes_have_loaded_is_listed_once() -> None:
     bodies = [
         json.dumps({"models": [{"name": "m", "expires_at": f"2026-0{month}-01"}]}).encode() for month in (1, 3, 2)
     ]
@@ -24,7 +24,7 @@ def test_a_model_in_two_memories_is_listed_once() -> None:
     }
 
 
-def test_openai_models() -> None:
+def test_openai_models_are_in_the_order_of_first_mention() -> None:
     bodies = [json.dumps({"data": [{"id": "a"}, {"id": "b"}]}).encode(), json.dumps({"data": [{"id": "a"}]}).encode()]
     assert [entry["id"] for entry in json.loads(merged_lists.merge_openai_models(bodies))["data"]] == ["a", "b"]
 
@@ -48,7 +48,7 @@ def test_nonsense_from_a_node_is_passed_over(bodies: list[bytes]) -> None:
         assert isinstance(json.loads(merged), dict)
 
 
-def test_a_list_of_far_more_than_a_server_has_is_left_out() -> None:
+def test_a_list_that_is_too_long_is_left_out() -> None:
     began = time.thread_time()
     many = b'{"models":[' + b",".join([b'{"name":"x"}'] * 1_000_000) + b"]}"
     lists = b'{"models":[' + b",".join([b"[]"] * 4_000_000) + b"]}"

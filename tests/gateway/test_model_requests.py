@@ -68,7 +68,7 @@ def body(**document: object) -> bytes:
     return json.dumps(document).encode()
 
 
-def test_what_a_native_request_asks_for() -> None:
+def test_the_demand_of_an_ollama_request() -> None:
     headers = {"X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
     asked = body(model="qwen2.5:7b", options={"num_predict": 64})
     demand = demand_of(CHAT, asked, headers, node="iceland", request_id="r1")
@@ -79,13 +79,13 @@ def test_what_a_native_request_asks_for() -> None:
     assert demand.max_tokens == 64
 
 
-def test_openai_routes_go_to_either_kind() -> None:
+def test_openai_routes_go_to_every_kind() -> None:
     demand = demand_of(MODEL_ROUTES["/v1/chat/completions"], body(model="m", max_completion_tokens=9))
     assert demand.kinds == ALL_KINDS
     assert demand.max_tokens == 9
 
 
-def test_the_default_model_fills_in_and_show_may_say_name() -> None:
+def test_the_default_model_is_used_where_none_is_named_and_show_may_say_name() -> None:
     assert demand_of(CHAT, body(messages=[]), default_model="d").model == "d"
     assert read_model(CHAT, members_of(body(messages=[]))) is None
     shown = demand_of(MODEL_ROUTES["/api/show"], body(name="n"))
@@ -105,25 +105,25 @@ def test_the_default_model_fills_in_and_show_may_say_name() -> None:
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_what_no_server_could_answer_is_refused(given_body: bytes, words: str) -> None:
+def test_a_body_that_no_server_could_answer_is_refused(given_body: bytes, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as refused:
         demand_of(CHAT, given_body)
     assert refused.value.status == 400
 
 
 @given(st.binary(max_size=200))
-def test_any_body_is_a_demand_or_a_refusal(given_body: bytes) -> None:
+def test_any_body_gives_a_demand_or_a_refusal(given_body: bytes) -> None:
     with contextlib.suppress(BadRequest):
         demand_of(CHAT, given_body, default_model="d")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e9", ""])
-def test_a_timeout_is_a_sane_number_of_seconds(value: str) -> None:
+def test_a_timeout_is_a_number_of_seconds_up_to_a_day(value: str) -> None:
     with pytest.raises(BadRequest):
         read_timeout({"X-GPUMesh-Timeout": value}, 1.0)
 
 
-def test_a_node_is_one_of_the_mesh() -> None:
+def test_a_named_node_must_be_in_the_mesh() -> None:
     nodes = tuple(NodeSpec(name, BackendSpec()) for name in ("iceland", "local"))
     topology = Topology("t", nodes)
     assert read_node({}, topology) is None
@@ -133,7 +133,7 @@ def test_a_node_is_one_of_the_mesh() -> None:
     assert "secret-word" not in refused.value.message
 
 
-def test_timeouts_and_priorities() -> None:
+def test_timeouts_and_priorities_are_read() -> None:
     assert read_timeout({"X-GPUMesh-Timeout": "2.5s"}, 1.0) == 2.5
     assert read_timeout({}, 600.0) == 600.0
     assert read_priority({}) is Priority.NORMAL
@@ -141,7 +141,7 @@ def test_timeouts_and_priorities() -> None:
         read_priority({"X-GPUMesh-Priority": "urgent"})
 
 
-def test_shapes_follow_the_path() -> None:
+def test_the_api_follows_from_the_path() -> None:
     assert find_client_api("/api/whatever") is ClientApi.OLLAMA
     assert find_client_api("/v1/whatever") is ClientApi.OPENAI
     assert find_client_api("/v1/messages") is ClientApi.ANTHROPIC

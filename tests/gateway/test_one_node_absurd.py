@@ -209,7 +209,7 @@ def tagged(**entry: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", ["0.²", "²", "½.0", "٣.٤", "0." + "1" * 5000, "latest", "-1", "\ud800", ""])
-def test_a_version_that_is_none_is_not_the_oldest(ollama: Fleet, version: str) -> None:
+def test_a_nonsensical_version_is_not_the_oldest(ollama: Fleet, version: str) -> None:
     ollama.check({"/api/version": {"version": version}, "/api/tags": {"models": []}})
 
     async def merged() -> Any:
@@ -245,7 +245,7 @@ def test_a_version_that_is_none_is_not_the_oldest(ollama: Fleet, version: str) -
     }
 )
 @example({**VERSION, "/api/tags": {"models": Raw("[" + "[]," * 1_000_000 + "[]]")}})
-def test_an_ollama(ollama: Fleet, answers: Mapping[str, Any]) -> None:
+def test_absurd_answers_of_an_ollama_leave_the_other_node_usable(ollama: Fleet, answers: Mapping[str, Any]) -> None:
     ollama.check(answers)
 
 
@@ -253,7 +253,7 @@ def test_an_ollama(ollama: Fleet, answers: Mapping[str, Any]) -> None:
 @given(openai_answers(*NAMES))
 @example({"/v1/models": {"data": [{"id": "m", "owned_by": ["vllm"]}]}})
 @example({"/v1/models": {"data": [{"id": "m", "owned_by": {}}]}, "/props": {"total_slots": 10**18}})
-def test_a_server_of_another_kind(openai: Fleet, answers: Mapping[str, Any]) -> None:
+def test_absurd_answers_of_another_kind_leave_the_other_node_usable(openai: Fleet, answers: Mapping[str, Any]) -> None:
     openai.check(answers)
 
 
@@ -263,7 +263,7 @@ UNREADABLE = (b"", b"[]", b"<html>", b'{"a":NaN}', b'{"a":"\\ud800"}', b'{"a":"\
 
 
 @pytest.mark.parametrize("body", UNREADABLE)
-async def test_a_document_that_no_client_reads_is_asked_of_another_node(body: bytes) -> None:
+async def test_an_unreadable_document_is_asked_of_another_node(body: bytes) -> None:
     model = QWEN_7B.name
     lists = {"/api/version": b'{"version":"0.12.6"}', "/api/tags": json_bytes({"models": [{"name": model}]})}
     asked = {"/api/show": body, f"/v1/models/{model}": body}
@@ -279,7 +279,7 @@ async def test_a_document_that_no_client_reads_is_asked_of_another_node(body: by
             assert (named.status_code, named.json()["error"]) == (502, "its answer is not the JSON that it should be")
 
 
-async def test_a_list_without_an_end_is_missing_and_costs_no_memory() -> None:
+async def test_an_endless_list_is_left_out_and_costs_no_memory() -> None:
     async def endless(exchange: Exchange) -> None:
         path = exchange.head.split(b" ")[1]
         if len(server.requests) <= 3:  # the first probe
@@ -312,7 +312,7 @@ FIGURES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("figures", FIGURES)
-async def test_what_a_server_says_of_its_own_speed_is_believed_within_reason(figures: dict[str, Any]) -> None:
+async def test_the_speed_that_a_server_reports_is_bounded(figures: dict[str, Any]) -> None:
     model = QWEN_7B.name
     frame = {"message": {"role": "assistant", "content": "hi"}, "done": True, "done_reason": "stop", **figures}
     lists = {"/api/version": b'{"version":"0.12.6"}', "/api/tags": json_bytes({"models": [{"name": model}]})}

@@ -89,7 +89,7 @@ async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, mo
         await wait_until(lambda: fleet.count_running() == 0, "no host works on")
 
 
-async def test_cut_while_many_stream_at_once_all_are_whole() -> None:
+async def test_many_streams_that_are_cut_at_once_are_all_completed() -> None:
     async with preferring_a(tokens_per_s=200.0) as fleet:
         path = "/api/chat"
         bodies = [{**CHAT, "options": {"seed": seed}} for seed in range(16)]
@@ -103,7 +103,7 @@ async def test_cut_while_many_stream_at_once_all_are_whole() -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_forbidden_by_the_client_a_cut_answer_ends_with_an_error_in_its_dialect(path: str) -> None:
+async def test_without_resume_a_cut_answer_ends_with_an_error_in_the_clients_api(path: str) -> None:
     async with preferring_a() as fleet:
         await fleet.hosts["a"].set_faults(Faults(cut_after_tokens=3))
         response = await fleet.client.post(path, json=BODIES[path], headers={"X-GPUMesh-Resume": "off"})
@@ -125,7 +125,7 @@ async def test_forbidden_by_the_client_a_cut_answer_ends_with_an_error_in_its_di
     ("path", "more"),
     [("/v1/completions", {"prompt": "x"}), ("/v1/messages", {"max_tokens": 50}), ("/v1/responses", {"input": "x"})],
 )
-async def test_other_streams_end_with_an_error_of_their_own(path: str, more: dict[str, Any]) -> None:
+async def test_streams_that_cannot_be_continued_end_with_their_own_error(path: str, more: dict[str, Any]) -> None:
     async with preferring_a() as fleet:
         await fleet.hosts["a"].set_faults(Faults(cut_after_tokens=3))
         response = await fleet.client.post(path, json={**CHAT, "stream": True, **more})
@@ -135,7 +135,7 @@ async def test_other_streams_end_with_an_error_of_their_own(path: str, more: dic
         assert ("event: error\n" in response.text) == (path != "/v1/completions")
 
 
-async def test_the_deadline_in_mid_answer_is_told_in_its_dialect() -> None:
+async def test_a_deadline_in_mid_answer_is_an_error_in_the_clients_api() -> None:
     async with preferring_a(tokens_per_s=20.0) as fleet:
         response = await fleet.client.post("/api/chat", json=CHAT, headers={"X-GPUMesh-Timeout": "0.3"})
         assert response.status_code == 200
@@ -143,7 +143,7 @@ async def test_the_deadline_in_mid_answer_is_told_in_its_dialect() -> None:
 
 
 @pytest.mark.parametrize(("asked", "allowed"), [(None, True), ("on", True), (" OFF ", False), ("off", False)])
-def test_resume_is_read(asked: str | None, allowed: bool) -> None:
+def test_the_resume_header_is_read(asked: str | None, allowed: bool) -> None:
     assert read_resume({} if asked is None else {"X-GPUMesh-Resume": asked}) is allowed
 
 

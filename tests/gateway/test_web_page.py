@@ -21,12 +21,6 @@ KEY = {"Authorization": "Bearer sesame"}
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[RunningGateway]:
-    async with serve_hosts() as made:
-        yield made
-
-
-@pytest.fixture
 async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
     monkeypatch.setenv("PAGE_TEST_KEY", "sesame")
     async with serve_hosts(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as made:
@@ -52,7 +46,7 @@ async def first(fleet: RunningGateway, wanted: str, headers: dict[str, str] | No
     raise AssertionError(f"no event {wanted}")
 
 
-async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: RunningGateway) -> None:
+async def test_the_page_is_one_file_that_loads_nothing_from_elsewhere(fleet: RunningGateway) -> None:
     page = await fleet.client.get("/ui")
     assert page.headers["Content-Type"].startswith("text/html")
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"']+", page.text) == []
@@ -64,7 +58,7 @@ async def test_the_page_is_one_file_that_asks_nobody_else_for_anything(fleet: Ru
     assert "innerHTML" not in script, "what hosts say is set as text only"
 
 
-async def test_the_stream_tells_the_status_and_each_change(fleet: RunningGateway) -> None:
+async def test_the_stream_has_the_status_and_each_change(fleet: RunningGateway) -> None:
     assert await first(fleet, "hello") == {"writable": False}
     history = (await first(fleet, "history"))["history"]
     assert history["step_s"] == 15.0
@@ -87,7 +81,7 @@ async def test_without_a_key_in_mesh_yaml_nothing_can_be_changed(fleet: RunningG
     assert fleet.mesh.snapshot().node("a").health is Health.HEALTHY
 
 
-async def test_with_a_key_the_page_is_given_to_all_and_its_data_to_who_has_it(locked: RunningGateway) -> None:
+async def test_with_a_key_everybody_gets_the_page_and_only_the_key_its_data(locked: RunningGateway) -> None:
     assert (await locked.client.get("/ui")).status_code == 200
     assert (await locked.client.get("/mesh/events")).status_code == 401
     assert (await locked.client.post("/mesh/nodes/a/drain")).status_code == 401
@@ -108,7 +102,7 @@ async def test_with_its_key_a_node_is_drained_and_resumed(locked: RunningGateway
     assert (await locked.client.get("/mesh/nodes/a/drain", headers=KEY)).status_code == 405
 
 
-async def test_an_open_page_does_not_hold_up_the_end() -> None:
+async def test_an_open_page_does_not_hold_up_the_end_of_the_gateway() -> None:
     loop = asyncio.get_running_loop()
     told_once = asyncio.Event()
 
@@ -129,7 +123,7 @@ async def test_an_open_page_does_not_hold_up_the_end() -> None:
     assert loop.time() - began < fleet.gateway.drain_s / 2
 
 
-async def test_who_asks_for_the_streams_head_alone_has_it(fleet: RunningGateway) -> None:
+async def test_a_head_request_for_the_stream_is_answered(fleet: RunningGateway) -> None:
     asked = "{} /mesh/events HTTP/1.1\r\nHost: localhost\r\nConnection: {}\r\n\r\n"
     told = await send_raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
     assert told.count(b"Content-Type: text/event-stream\r\n") == told.count(b"\r\n\r\n") == 2

@@ -3,7 +3,7 @@ import asyncio
 from gpumesh.mesh.change_notifier import ChangeNotifier
 
 
-async def test_a_watcher_sees_the_present_and_then_one_step_for_all_that_changed() -> None:
+async def test_a_watcher_is_woken_at_once_and_then_once_for_all_changes() -> None:
     changes = ChangeNotifier()
     watcher = changes.watch()
     await anext(watcher)

@@ -46,7 +46,7 @@ async def test_every_kind_of_server(kind: BackendKind, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", BackendKind)
-async def test_a_cut_one_reads_as_if_it_never_was(kind: BackendKind) -> None:
+async def test_a_cut_answer_reads_as_if_it_was_never_cut(kind: BackendKind) -> None:
     async with mesh_of_hosts(host("a"), host("b")) as lab:
         specs = (
             node("a", lab.hosts["a"].url, weight=100.0, kind=kind),
@@ -62,7 +62,7 @@ async def test_a_cut_one_reads_as_if_it_never_was(kind: BackendKind) -> None:
             assert stream.counters.tokens == 40
 
 
-async def test_one_that_may_not_be_continued_ends_with_an_error_after_all_that_came() -> None:
+async def test_an_answer_that_may_not_be_continued_ends_with_an_error_after_what_came() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         stream = mesh.mesh.chat("m", "Wie groß?", resume=False)
@@ -73,7 +73,7 @@ async def test_one_that_may_not_be_continued_ends_with_an_error_after_all_that_c
         assert mesh.wait_settled()
 
 
-async def test_leaving_it_early_stops_the_generation() -> None:
+async def test_leaving_the_stream_early_stops_the_generation() -> None:
     async with mesh_of_hosts(host("a", tokens_per_s=50.0)) as mesh:
         async with mesh.mesh.chat("m", "Wie groß?") as stream:
             await anext(stream)
@@ -81,7 +81,7 @@ async def test_leaving_it_early_stops_the_generation() -> None:
         assert mesh.mesh.request_counters.cancelled == 1
 
 
-async def test_what_the_server_refuses_is_told_in_its_words() -> None:
+async def test_a_refusal_has_the_servers_error_message() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         request = ChatRequest("m", (Message("user", "x"),), think=True)
         with pytest.raises(BackendStatus, match="does not support thinking") as refused:
@@ -89,7 +89,7 @@ async def test_what_the_server_refuses_is_told_in_its_words() -> None:
         assert (refused.value.status, refused.value.node) == (400, "a")
 
 
-async def test_a_model_that_is_listed_and_gone() -> None:
+async def test_a_model_that_is_listed_and_gone_is_missing() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         mesh.hosts["a"].engine.store.clear()
         with pytest.raises(ModelMissing) as missing:
@@ -97,7 +97,7 @@ async def test_a_model_that_is_listed_and_gone() -> None:
         assert "a says:" in (missing.value.hint or "")
 
 
-async def test_closing_one_that_never_began_is_harmless() -> None:
+async def test_closing_a_stream_that_never_began_is_harmless() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         stream = mesh.mesh.chat("m", "x")
         await stream.aclose()

@@ -25,7 +25,7 @@ def state(after_s: float, busy: int | None, rate: float | None = 10.0, in_flight
     return MeshState("m", START + timedelta(seconds=after_s), gateway, compute_totals((node,)), (node,))
 
 
-def test_a_step_is_the_mean_of_what_was_seen_in_it() -> None:
+def test_a_step_is_the_mean_of_its_values() -> None:
     recorder = Recorder()
     for after_s, busy in ((0.0, 10), (1.0, 20), (STEP_S, 90)):
         recorder.add(state(after_s, busy, in_flight=2))
@@ -36,7 +36,7 @@ def test_a_step_is_the_mean_of_what_was_seen_in_it() -> None:
     assert history.memory[0].values[-1] == 1000.0
 
 
-def test_what_was_not_known_and_when_nobody_looked_is_none() -> None:
+def test_unknown_values_and_steps_without_a_state_are_none() -> None:
     recorder = Recorder()
     recorder.add(state(0.0, None, rate=None))
     recorder.add(state(3 * STEP_S, 50))
@@ -51,7 +51,7 @@ def test_only_the_last_steps_are_kept() -> None:
     assert recorder.history().gpu_utilization("GPU-1") == (7.0, 8.0, 9.0)
 
 
-def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
+def test_a_recorder_continues_a_history_that_crossed_the_socket() -> None:
     first = Recorder()
     for step in range(4):
         first.add(state(step * STEP_S, 10 * step))
@@ -63,12 +63,12 @@ def test_it_goes_on_from_an_earlier_one_that_crossed_the_socket() -> None:
     assert other.history() == History(), "steps of another length do not fit"
 
 
-def test_nothing_seen_is_an_empty_history() -> None:
+def test_no_state_gives_an_empty_history() -> None:
     assert Recorder().history() == History()
     assert History().gpu_utilization("GPU-1") == ()
 
 
-def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_nobody() -> None:
+def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_no_other() -> None:
     recorder = Recorder(step_s=15.0, steps=240)
     honest = state(0.0, 50).nodes[0]
     for look in range(240 * 6):

@@ -48,13 +48,13 @@ async def test_the_first_report_knows_every_node() -> None:
             assert [one.name for one in mesh.candidates()] == ["a", "gone"]
 
 
-async def test_a_report_that_is_not_in_by_the_deadline_says_what_is_known() -> None:
+async def test_at_the_deadline_the_first_report_has_what_is_known() -> None:
     async with Mesh(Topology("home", (node("gone", "http://127.0.0.1:9"),))) as mesh:
         state = await mesh.wait_first_report(0.0)
         assert [one.name for one in state.nodes] == ["gone"]
 
 
-async def test_usable_is_awaited_and_never_is_told_as_soon_as_it_is_known() -> None:
+async def test_wait_usable_returns_a_node_or_raises_as_soon_as_none_can_serve() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         assert await mesh.mesh.wait_usable("m", timeout_s=5.0) == "a"
         with pytest.raises(ModelMissing):
@@ -66,7 +66,7 @@ async def test_usable_is_awaited_and_never_is_told_as_soon_as_it_is_known() -> N
             await lost.wait_usable("m", timeout_s=60.0)
 
 
-async def test_requests_in_flight_and_in_the_queue_are_told_apart() -> None:
+async def test_requests_in_flight_and_in_the_queue_are_counted_apart() -> None:
     async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
         answer = await send(mesh.mesh, make_call())
         waits = asyncio.create_task(send(mesh.mesh, make_call()))
@@ -79,7 +79,7 @@ async def test_requests_in_flight_and_in_the_queue_are_told_apart() -> None:
         assert mesh.mesh.in_flight == 0
 
 
-async def test_the_gateway_is_shown_as_it_says() -> None:
+async def test_the_snapshot_has_the_state_that_the_gateway_set() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         changes = mesh.mesh.watch_changes()
         await anext(changes)
@@ -88,7 +88,7 @@ async def test_the_gateway_is_shown_as_it_says() -> None:
         assert mesh.mesh.snapshot().gateway.url == "http://127.0.0.1:1"
 
 
-async def test_a_drained_node_gets_nothing_new_and_what_runs_there_ends() -> None:
+async def test_a_drained_node_gets_no_new_request_and_finishes_its_own() -> None:
     async with mesh_of_hosts(host("a", tokens_per_s=100.0), host("b")) as mesh:
         on_a = await send(mesh.mesh, make_call())
         mesh.mesh.drain("a")
@@ -115,7 +115,7 @@ async def test_a_model_that_was_added_is_known_after_a_refresh() -> None:
         assert "new:1b" in (mesh.mesh.snapshot().nodes[0].backend.models or ())
 
 
-async def test_names_that_mesh_yaml_does_not_have() -> None:
+async def test_a_name_that_mesh_yaml_does_not_have_is_an_error() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         for ask in (mesh.mesh.drain, mesh.mesh.resume, mesh.mesh.tunnel):
             with pytest.raises(UsageError, match="there is no node"):
@@ -143,7 +143,7 @@ async def test_commands_run_only_where_the_server_is() -> None:
             await mesh.mesh.exec("a", ["gpumesh-has-no-such-command"], timeout_s=10.0)
 
 
-def test_from_file_tells_all_problems(tmp_path: Path) -> None:
+def test_from_file_raises_all_problems_at_once(tmp_path: Path) -> None:
     file = tmp_path / "mesh.yaml"
     file.write_text("version: 1\nnodes:\n  - name: a\n    backend: {prot: 1}\n  - nam: b\n")
     with pytest.raises(ConfigError) as wrong:
@@ -154,7 +154,7 @@ def test_from_file_tells_all_problems(tmp_path: Path) -> None:
 # -- requests --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_costs_no_inference_is_in_no_book() -> None:
+async def test_a_request_without_inference_is_not_counted() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         answer = await mesh.mesh.send(Demand(None, needs_slot=False), TAGS, timeout_s=5.0)
         assert MODEL.encode() in await answer.read()
@@ -185,7 +185,7 @@ async def test_priorities_decide_who_is_next() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int) -> None:
+async def test_under_random_faults_each_request_ends_once_and_no_slot_is_lost(seed: int) -> None:
     """Faults come and go, clients leave at any moment: each request ends once, each place is given back once."""
     rng = Random(seed)
     kinds = [
@@ -244,7 +244,7 @@ async def test_whatever_happens_the_books_balance_and_nothing_is_held(seed: int)
         assert sum(count for name in mesh.hosts for count in mesh.attempts(name).values()) >= books.served
 
 
-async def test_a_request_that_is_cancelled_before_it_has_a_place_is_cancelled_in_the_books() -> None:
+async def test_a_request_cancelled_in_the_queue_is_counted_as_cancelled() -> None:
     async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
         holder = await send(mesh.mesh, make_call())
         waits = asyncio.create_task(send(mesh.mesh, make_call()))
@@ -269,7 +269,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("stream", [False, True])
-async def test_who_waits_for_a_server_that_hangs_is_served_elsewhere(stream: bool) -> None:
+async def test_a_request_to_a_server_that_hangs_is_served_by_another_node(stream: bool) -> None:
     """It closes no connection, and its tunnel lives: that it answers no probe is what tells."""
 
     async def ask() -> Answer:
@@ -287,7 +287,7 @@ async def test_who_waits_for_a_server_that_hangs_is_served_elsewhere(stream: boo
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_who_waits_for_the_only_server_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_to_the_only_server_goes_on_waiting_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may only be slow; and nobody else would be faster."""
     async with mesh_of_hosts(host("a")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True))

@@ -54,7 +54,7 @@ async def serving(path: Path, answer: bytes = WHOLE, *, greets: bool = False) ->
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind"])
-async def test_the_hot_paths_client(path: Path, prefix: str) -> None:
+async def test_the_upstream_client_over_a_unix_socket(path: Path, prefix: str) -> None:
     url = unix_url(path, prefix=prefix)
     async with asyncio.timeout(20), serving(path) as heads, Upstream() as upstream:
         for headers in ([], [("Host", "127.0.0.1:11434")]):
@@ -66,7 +66,7 @@ async def test_the_hot_paths_client(path: Path, prefix: str) -> None:
     assert b"Host: 127.0.0.1:11434\r\n" in second
 
 
-async def test_nobody_is_there(path: Path) -> None:
+async def test_a_socket_without_a_server_is_unreachable(path: Path) -> None:
     async with asyncio.timeout(20), Upstream() as upstream:
         with pytest.raises(BackendUnreachable, match="no connection"):
             await upstream.request(unix_url(path), CALL, [], node="n", server_name=None)
@@ -76,7 +76,7 @@ async def test_nobody_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind"])
-async def test_the_probes_client(path: Path, prefix: str) -> None:
+async def test_the_probes_client_over_a_unix_socket(path: Path, prefix: str) -> None:
     url = unix_url(path, prefix=prefix)
     async with asyncio.timeout(20), serving(path) as heads, http_client() as client:
         assert (await client.get(url + CALL.path)).text == "ok"
@@ -87,7 +87,7 @@ async def test_the_probes_client(path: Path, prefix: str) -> None:
     assert b"host: 127.0.0.1:11434\r\n" in second.lower()
 
 
-async def test_who_is_no_inference_server(path: Path) -> None:
+async def test_a_server_that_is_no_inference_server_is_identified(path: Path) -> None:
     async with asyncio.timeout(20), serving(path, b"SSH-2.0-OpenSSH_9.2\r\n", greets=True):
         found = await identify_wrong_server(unix_url(path))
         assert found is not None
@@ -98,5 +98,5 @@ async def test_who_is_no_inference_server(path: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["http://unix/v1/models/a:b", "http://unix:8080/x.sock:/", "http://127.0.0.1:1/x.sock:/"]
 )
-def test_a_host_that_is_called_unix_is_a_host(url: str) -> None:
+def test_a_host_named_unix_is_a_host(url: str) -> None:
     assert parse_unix_url(httpx.URL(url)) is None

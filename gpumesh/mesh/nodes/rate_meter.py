@@ -1,7 +1,8 @@
-"""What a node produces, counted as it passes by: tokens/s over the last seconds, and smoothed rates per model.
+"""How fast a node generates: tokens/s over the last seconds, and smoothed rates per model.
 
-An NDJSON line or an SSE event of a generating request is about one token; the exact figures come from the server's own
-counters at the end of each answer. This is for people who watch, and for ranking; benchmarks use the counters.
+The meter counts frames: an NDJSON line or an SSE event of a generated answer is about one token. The exact figures come
+from the server's own counters at the end of each answer. The meter's rate is for people who watch; the smoothed rates,
+of the counters, rank nodes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Callable
 
 WINDOW_S = 5.0
 BUCKET_S = 0.25
-SMOOTHING = 0.3  # weight of the newest figure; a change of load is half forgotten after two answers
+SMOOTHING = 0.3  # weight of the newest figure: after two answers an old figure weighs half
 
 
 class RateMeter:
-    """Events per second over a sliding window."""
+    """Tokens per second over a sliding window."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -34,7 +35,7 @@ class RateMeter:
             self._buckets.popleft()
 
     def rate(self) -> float:
-        """Per second, over the part of the window since the first event in it, at least one second."""
+        """Tokens per second since the first count in the window; over one second at least."""
         now = self._clock()
         self._trim(now)
         if not self._buckets:
@@ -44,7 +45,7 @@ class RateMeter:
 
 
 class Smoothed:
-    """Exponentially weighted means by name; bounded, the oldest forgotten first."""
+    """Exponentially weighted means by name. Past the bound the name that was added longest ago is forgotten."""
 
     def __init__(self, bound: int = 256) -> None:
         self._bound = bound

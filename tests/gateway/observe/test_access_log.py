@@ -38,7 +38,7 @@ def written(path: Path) -> list[Any]:
     return lines(path.read_text()) if path.exists() else []
 
 
-def test_a_line() -> None:
+def test_the_line_of_a_request() -> None:
     answer = Answer("iceland", BackendKind.OLLAMA, 200, ())
     answer.attempts, answer.queue_ms, answer.continuations = 2, 12.34, 1
     made = record(answer=answer, node="iceland", first_byte_at=10.25, demand=Demand("qwen2.5:7b"))
@@ -61,7 +61,7 @@ def test_a_line() -> None:
     }
 
 
-def test_what_is_not_known_is_null() -> None:
+def test_unknown_values_are_null() -> None:
     whole = record(answer=WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), first_byte_at=11.0)
     assert build_entry(whole, AT, client=None, request_id=None)["ttft_ms"] is None, (
         "there was no first token to be seen"
@@ -71,7 +71,7 @@ def test_what_is_not_known_is_null() -> None:
     assert len(str(refused["path"])) == access_log.MAX_TEXT_CHARS
 
 
-async def test_what_a_gateway_writes(tmp_path: Path) -> None:
+async def test_the_lines_that_a_gateway_writes(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "access.jsonl"
     log = AccessLog(path)
     async with serve_hosts(spec=GatewaySpec(policy=PolicyKind.ROUND_ROBIN), access_log=log) as fleet:
@@ -129,7 +129,7 @@ async def test_lines_are_written_soon_and_together(tmp_path: Path, monkeypatch: 
     log.close()
 
 
-async def test_rotation_keeps_so_many(tmp_path: Path) -> None:
+async def test_rotation_keeps_the_configured_number_of_files(tmp_path: Path) -> None:
     path = tmp_path / "access.jsonl"
     log = AccessLog(path, rotate_bytes=1000, rotated_files=2)
     for number in range(40):
@@ -169,7 +169,7 @@ async def test_a_full_disk_costs_lines_and_no_answer(
     assert len(written(path)) == 1, "it goes on when there is room again"
 
 
-async def test_hostile_names_stay_one_line(tmp_path: Path) -> None:
+async def test_hostile_names_stay_within_their_line(tmp_path: Path) -> None:
     path = tmp_path / "access.jsonl"
     log = AccessLog(path)
     log.add(record(demand=Demand('x\n{"at": "forged"}\x1b[31m')), client=None, request_id=None)

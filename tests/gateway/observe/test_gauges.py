@@ -16,7 +16,7 @@ ATTEMPTS = {"iceland": Counter({Outcome.SERVED: 120, Outcome.CUT: 2}), "runpod":
 MIB = 1 << 20
 
 
-def test_the_state_of_a_fleet() -> None:
+def test_the_metrics_of_a_fleet() -> None:
     text = render(gauges.mesh_families(states.typical(), ATTEMPTS))
 
     def of(name: str, node: str, **more: str) -> float:
@@ -42,7 +42,7 @@ def test_the_state_of_a_fleet() -> None:
     assert metric(text, "gpumesh_requests_in_flight") == 1
 
 
-def test_what_is_unknown_has_no_sample() -> None:
+def test_an_unknown_value_has_no_sample() -> None:
     text = render(gauges.mesh_families(states.typical(), {}))
     samples = [
         sample
@@ -61,7 +61,7 @@ def test_what_is_unknown_has_no_sample() -> None:
     assert {sample.value for sample in samples} == {0.0}
 
 
-def test_no_series_is_there_twice_and_a_name_breaks_nothing() -> None:
+def test_no_series_stands_twice_and_no_name_breaks_the_format() -> None:
     odd = GpuState(0, "GPU-1", 'RTX "4090"\\\n# HELP evil', memory_total_mib=1)
     node = states.healthy("iceland", gpus=(odd, odd))
     text = render(gauges.mesh_families(states.mesh(node), ATTEMPTS))
@@ -74,7 +74,7 @@ def test_no_series_is_there_twice_and_a_name_breaks_nothing() -> None:
     assert "\n# HELP evil" not in text
 
 
-def test_this_process() -> None:
+def test_the_metrics_of_this_process() -> None:
     text = render(gauges.process_families())
     assert metric(text, "process_cpu_seconds_total") > 0
     assert 1 << 20 < metric(text, "process_resident_memory_bytes") < 1 << 40
@@ -82,7 +82,7 @@ def test_this_process() -> None:
     assert os.path.exists("/proc/self/fd"), "on Linux"
 
 
-def test_the_server() -> None:
+def test_the_metrics_of_the_server() -> None:
     text = render(gauges.server_families(3, 7, 2))
     assert metric(text, "gpumesh_client_connections") == 3
     assert metric(text, "gpumesh_client_connections_refused_total") == 7

@@ -78,7 +78,7 @@ def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
     assert metric(text, "gpumesh_continuations_total", **PLACE) == 1
 
 
-def test_a_continued_answer_is_of_the_node_that_ended_it_but_for_its_first_token() -> None:
+def test_a_continued_answer_counts_for_its_last_node_and_its_ttft_for_the_first() -> None:
     metrics = RequestMetrics()
     made = record(Streamed(ServerCounters(tokens=21)))
     assert made.answer is not None
@@ -99,14 +99,14 @@ def test_an_answer_in_one_piece_is_timed_by_the_servers_clock() -> None:
     assert metric(text, "gpumesh_time_to_first_token_seconds_count") == 0, "there was no first token to be seen"
 
 
-def test_what_costs_no_inference_is_counted_and_not_timed() -> None:
+def test_a_request_without_inference_is_counted_and_not_timed() -> None:
     metrics = RequestMetrics()
     metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), place=False))
     assert metric(told(metrics), "gpumesh_requests_total", **PLACE) == 1
     assert metric(told(metrics), "gpumesh_request_duration_seconds_count") == 0
 
 
-def test_a_request_that_no_node_saw_names_none() -> None:
+def test_a_request_that_no_node_got_has_no_node_label() -> None:
     metrics = RequestMetrics()
     metrics.add(record(None, fate=RequestOutcome.REFUSED, status=404))
     metrics.add(record(None, fate=RequestOutcome.CANCELLED, status=499))
@@ -115,7 +115,7 @@ def test_a_request_that_no_node_saw_names_none() -> None:
     assert metric(text, "gpumesh_requests_total", node="", model="", outcome="cancelled", code="499") == 1
 
 
-def test_one_model_is_one_label_however_it_is_written() -> None:
+def test_all_spellings_of_a_model_have_one_label() -> None:
     metrics = RequestMetrics()
     for name in ("m", "M", "m:latest", " M:Latest "):
         metrics.add(record(Streamed(None), model=name))
@@ -145,7 +145,7 @@ def test_a_server_that_makes_up_statuses_is_bounded_too() -> None:
     assert MAX_SERIES > MAX_MODELS
 
 
-def test_a_million_names_need_no_memory() -> None:
+def test_a_million_model_names_need_no_memory() -> None:
     metrics = RequestMetrics()
     one = record(Streamed(None, status=404), status=404)
     assert one.demand is not None
@@ -161,7 +161,7 @@ def test_a_million_names_need_no_memory() -> None:
     assert size() == before
 
 
-def test_a_histogram() -> None:
+def test_a_histogram_counts_by_bounds() -> None:
     one = Histogram((1.0, 2.0))
     for value in (0.0, 1.0, 1.5, 2.0, 9.0):
         one.observe(value)

@@ -10,7 +10,7 @@ class Clock:
         return self.now
 
 
-def test_the_rate_is_over_the_window() -> None:
+def test_the_rate_is_the_mean_over_the_window() -> None:
     clock = Clock()
     meter = RateMeter(clock)
     assert meter.rate() == 0.0
@@ -20,7 +20,7 @@ def test_the_rate_is_over_the_window() -> None:
     assert meter.rate() == pytest.approx(100.0, rel=0.02)
 
 
-def test_what_is_older_than_the_window_is_forgotten() -> None:
+def test_counts_older_than_the_window_are_forgotten() -> None:
     clock = Clock()
     meter = RateMeter(clock)
     meter.add(500)
@@ -28,7 +28,7 @@ def test_what_is_older_than_the_window_is_forgotten() -> None:
     assert meter.rate() == 0.0
 
 
-def test_smoothing_follows_and_is_bounded() -> None:
+def test_smoothed_rates_follow_new_ones_and_are_bounded() -> None:
     rates = Smoothed(bound=2)
     rates.add("a", 100.0)
     rates.add("a", 50.0)
