@@ -1,4 +1,4 @@
-"""What answers at ``redis.url`` and is no Redis, or a Redis out of order: each gateway goes on alone, and says so."""
+"""A server at ``redis.url`` that is no Redis, or a broken one: the gateway goes on alone, and a finding says so."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ async def no_loads() -> AsyncIterator[Loads]:
     yield {}
 
 
-@pytest.mark.parametrize("well", [0, OK_FIRST])
+@pytest.mark.parametrize("good_answers", [0, OK_FIRST])
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_wrong_answers_do_not_end_the_gateway(answer: bytes, well: int) -> None:
-    """It ended the mesh."""
-    told = asyncio.Event()
+async def test_wrong_answers_do_not_end_the_gateway(answer: bytes, good_answers: int) -> None:
+    """An unexpected answer must not end the mesh."""
+    problem_set = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         questions = 0
         while await reader.read(4096):
             questions += 1
-            writer.write(b"+OK\r\n" if questions <= well else answer)
+            writer.write(b"+OK\r\n" if questions <= good_answers else answer)
         writer.close()
 
     def changed() -> None:
         if loads.problem is not None:
-            told.set()
+            problem_set.set()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     loads = RedisCoordination(f"redis://127.0.0.1:{port}/0", password=lambda: None, on_change=changed)
     running = asyncio.create_task(loads.run(no_loads()))
-    problem = asyncio.create_task(told.wait())
+    problem = asyncio.create_task(problem_set.wait())
     try:
         await asyncio.wait((running, problem), timeout=5.0, return_when=asyncio.FIRST_COMPLETED)
         assert not running.done()

@@ -87,3 +87,9 @@ def test_an_absurd_gateway_does_not_change_the_loads_of_others(message: Any) -> 
     peers.receive(encode_loads("a", {"GPU-1": 2}), 0.0)
     peers.receive(json_bytes(message), 0.0)
     assert 2 <= peers.total_load("GPU-1", 0.0) <= 1_000_002
+
+
+def test_repr_tells_the_state() -> None:
+    peers = Peers("me")
+    peers.receive(encode_loads("a", {"GPU-1": 2}), 0.0)
+    assert repr(peers) == "<Peers 1 known>"

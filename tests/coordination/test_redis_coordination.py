@@ -75,75 +75,75 @@ async def no_loads() -> AsyncIterator[Loads]:
 
 @asynccontextmanager
 async def gateway(url: str, password: Callable[[], str | None] = lambda: None) -> AsyncIterator[Gateway]:
-    made: Gateway
-    made = Gateway(
-        RedisCoordination(url, password=password, on_change=lambda: made.changes.append(made.shared.problem))
+    running: Gateway
+    running = Gateway(
+        RedisCoordination(url, password=password, on_change=lambda: running.changes.append(running.shared.problem))
     )
-    task = asyncio.create_task(made.shared.run(no_loads()))
+    task = asyncio.create_task(running.shared.run(no_loads()))
     try:
-        yield made
+        yield running
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_two_gateways_know_each_others_loads_until_one_leaves(redis: Redis) -> None:
-    async with gateway(redis.url) as one:
-        async with gateway(redis.url) as two:
-            await wait_until(lambda: len(one.changes) > 0 and len(two.changes) > 0, "both are connected")
-            one.shared.publish_loads({"GPU-1": 3, "GPU-2": 0})
-            await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 3, "it is heard")
-            assert one.shared.other_gateways_load("GPU-1") == 0, "one's own load is not elsewhere"
-            one.shared.publish_loads({})
-            await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 0, "it is heard")
-            two.shared.publish_loads({"GPU-1": 1})
-            await wait_until(lambda: one.shared.other_gateways_load("GPU-1") == 1, "it is heard")
-        await wait_until(lambda: one.shared.other_gateways_load("GPU-1") == 0, "it left")
+    async with gateway(redis.url) as first:
+        async with gateway(redis.url) as second:
+            await wait_until(lambda: len(first.changes) > 0 and len(second.changes) > 0, "both are connected")
+            first.shared.publish_loads({"GPU-1": 3, "GPU-2": 0})
+            await wait_until(lambda: second.shared.other_gateways_load("GPU-1") == 3, "the load is known")
+            assert first.shared.other_gateways_load("GPU-1") == 0, "a gateway's own load is not counted"
+            first.shared.publish_loads({})
+            await wait_until(lambda: second.shared.other_gateways_load("GPU-1") == 0, "the load is known")
+            second.shared.publish_loads({"GPU-1": 1})
+            await wait_until(lambda: first.shared.other_gateways_load("GPU-1") == 1, "the load is known")
+        await wait_until(lambda: first.shared.other_gateways_load("GPU-1") == 0, "it left")
 
 
 async def test_a_new_gateway_learns_the_loads_from_heartbeats(redis: Redis) -> None:
-    async with gateway(redis.url) as one:
-        one.shared.publish_loads({"GPU-1": 2})
+    async with gateway(redis.url) as first:
+        first.shared.publish_loads({"GPU-1": 2})
         async with gateway(redis.url) as late:
-            await wait_until(lambda: late.shared.other_gateways_load("GPU-1") == 2, "the heartbeat told it")
+            await wait_until(lambda: late.shared.other_gateways_load("GPU-1") == 2, "the heartbeat has it")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_redis_goes_and_comes_back(redis: Redis, how: signal.Signals) -> None:
-    async with gateway(redis.url) as one, gateway(redis.url) as two:
-        one.shared.publish_loads({"GPU-1": 2})
-        await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 2, "it is heard")
+    async with gateway(redis.url) as first, gateway(redis.url) as second:
+        first.shared.publish_loads({"GPU-1": 2})
+        await wait_until(lambda: second.shared.other_gateways_load("GPU-1") == 2, "the load is known")
         assert redis.process is not None
         if how is signal.SIGSTOP:
             os.kill(redis.process.pid, how)
         else:
             redis.stop()
-        await wait_until(lambda: bool(one.shared.problem and two.shared.problem), "both say so")
-        assert two.shared.other_gateways_load("GPU-1") == 0
+        await wait_until(lambda: bool(first.shared.problem and second.shared.problem), "both have a problem")
+        assert second.shared.other_gateways_load("GPU-1") == 0
         if how is signal.SIGSTOP:
             os.kill(redis.process.pid, signal.SIGCONT)
         else:
             await redis.start()
-        await wait_until(lambda: two.shared.other_gateways_load("GPU-1") == 2, "it is heard again")
-        assert one.shared.problem is two.shared.problem is None
+        await wait_until(lambda: second.shared.other_gateways_load("GPU-1") == 2, "the load is known again")
+        assert first.shared.problem is second.shared.problem is None
 
 
 async def test_a_password_that_is_wrong_or_missing_is_a_problem_that_does_not_name_it(tmp_path: Path) -> None:
     server = Redis(tmp_path, password="open-sesame")
     await server.start()
     try:
-        async with gateway(server.url, lambda: "wrong-word") as one:
-            await wait_until(lambda: one.shared.problem is not None, "it is refused")
-            assert "wrong-word" not in (one.shared.problem or "")
-        async with gateway(server.url, lambda: "open-sesame") as two:
-            await wait_until(lambda: bool(two.changes) and two.shared.problem is None, "it is let in")
+        async with gateway(server.url, lambda: "wrong-word") as first:
+            await wait_until(lambda: first.shared.problem is not None, "it is refused")
+            assert "wrong-word" not in (first.shared.problem or "")
+        async with gateway(server.url, lambda: "open-sesame") as second:
+            await wait_until(lambda: bool(second.changes) and second.shared.problem is None, "it is let in")
     finally:
         server.stop()
 
 
 async def test_two_meshes_over_one_gpu_share_its_slots(redis: Redis) -> None:
-    """With one place on the node, the second mesh's request waits for the first one's."""
+    """With one slot on the node, the second mesh's request waits for the first one's."""
     slow = profile.make_host("one", tokens_per_s=50.0, load_s=0.0, answer_tokens=(60, 60))
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(SimOllama(slow))
@@ -173,4 +173,6 @@ async def test_without_redis_a_mesh_serves_and_has_a_finding(tmp_path: Path) -> 
         async with Mesh(topology) as mesh:
             await mesh.wait_first_report(20.0)
             assert await read(mesh.chat("qwen2.5:7b", "hello"))
-            await wait_until(lambda: "redis-away" in [one.code for one in mesh.snapshot().findings], "it is said")
+            await wait_until(
+                lambda: "redis-away" in [finding.code for finding in mesh.snapshot().findings], "the finding is there"
+            )

@@ -1,4 +1,4 @@
-"""A real gateway over a real mesh of in-process stand-ins, reached directly."""
+"""A real gateway over a real mesh of simulated servers in this process, reached directly."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def serve_hosts(
 ) -> AsyncIterator[RunningGateway]:
     """``more`` as for ``serve_nodes``. Without profiles: A and B."""
     async with AsyncExitStack() as stack:
-        hosts = {one.name: await stack.enter_async_context(SimOllama(one)) for one in profiles or (A, B)}
+        hosts = {profile.name: await stack.enter_async_context(SimOllama(profile)) for profile in profiles or (A, B)}
         nodes = tuple(node(name, host.url, kind=kind, max_parallel=max_parallel) for name, host in hosts.items())
         yield await stack.enter_async_context(serve_nodes(nodes, hosts, **more))
 
@@ -112,7 +112,7 @@ def lines(text: str) -> list[Any]:
 def events(text: str) -> list[Any]:
     """The data of server-sent events; ``[DONE]`` as it is."""
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    return [one if one == "[DONE]" else json.loads(one) for one in data]
+    return [event if event == "[DONE]" else json.loads(event) for event in data]
 
 
 def metric(text: str, name: str, **labels: str) -> float:

@@ -94,12 +94,12 @@ def test_either_header_may_hold_the_key(headers: dict[str, str], allowed: bool) 
 
 
 def test_the_headers_of_a_preflights_answer() -> None:
-    asks = {"Access-Control-Request-Headers": "x-one, x-two", "Access-Control-Request-Private-Network": "true"}
-    told = OPEN.cors_headers("https://chat.example.org", asks)
-    assert told["Access-Control-Allow-Origin"] == "https://chat.example.org"
-    assert told["Access-Control-Allow-Headers"] == "x-one, x-two"
-    assert told["Access-Control-Allow-Private-Network"] == "true"
-    assert "X-GPUMesh-Node" in told["Access-Control-Expose-Headers"]
+    headers = {"Access-Control-Request-Headers": "x-one, x-two", "Access-Control-Request-Private-Network": "true"}
+    fields = OPEN.cors_headers("https://chat.example.org", headers)
+    assert fields["Access-Control-Allow-Origin"] == "https://chat.example.org"
+    assert fields["Access-Control-Allow-Headers"] == "x-one, x-two"
+    assert fields["Access-Control-Allow-Private-Network"] == "true"
+    assert "X-GPUMesh-Node" in fields["Access-Control-Expose-Headers"]
     plain = OPEN.cors_headers("https://chat.example.org", {})
     assert plain["Vary"] == "Origin", "a cache must not give one page the answer to another"
     assert "Access-Control-Allow-Private-Network" not in plain

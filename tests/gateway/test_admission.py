@@ -22,12 +22,12 @@ PAGE = "https://chat.example.org"
 
 async def test_a_page_on_the_list_may_read_answers_and_streams() -> None:
     async with serve_hosts(A, spec=GatewaySpec(cors_origins=(PAGE,))) as fleet:
-        asks = {
+        preflight_headers = {
             "Origin": PAGE,
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "content-type, x-stainless-os",
         }
-        preflight = await fleet.client.options("/api/chat", headers=asks)
+        preflight = await fleet.client.options("/api/chat", headers=preflight_headers)
         assert preflight.status_code == 204
         assert preflight.headers["Access-Control-Allow-Origin"] == PAGE
         assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
@@ -42,16 +42,16 @@ async def test_a_page_on_the_list_may_read_answers_and_streams() -> None:
 async def test_a_preflight_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
     async with serve_hosts(A, spec=GatewaySpec(cors_origins=(PAGE,), api_key_env="GATEWAY_KEY")) as fleet:
-        asks = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
-        assert (await fleet.client.options("/api/chat", headers=asks)).status_code == 204
+        preflight_headers = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+        assert (await fleet.client.options("/api/chat", headers=preflight_headers)).status_code == 204
         assert (await fleet.client.post("/api/chat", json=CHAT, headers={"Origin": PAGE})).status_code == 401
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "http://[", "::"])
 async def test_other_pages_may_not_even_ask(fleet: RunningGateway, origin: str) -> None:
-    asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    preflight_headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     for answer in (
-        await fleet.client.options("/api/chat", headers=asks),
+        await fleet.client.options("/api/chat", headers=preflight_headers),
         await fleet.client.post("/api/chat", json=CHAT, headers={"Origin": origin}),
         await fleet.client.get("/api/tags", headers={"Origin": origin}),
     ):
@@ -67,7 +67,7 @@ async def test_a_name_that_was_rebound_to_this_machine_gets_nothing(fleet: Runni
     assert MODEL.encode() not in answer
 
 
-# -- nothing of one client in another's ------------------------------------------------------------------------------
+# -- clients do not see each other ------------------------------------------------------------------------------------
 
 
 async def test_nothing_that_a_client_sends_reaches_other_clients(fleet: RunningGateway) -> None:
@@ -81,7 +81,7 @@ async def test_nothing_that_a_client_sends_reaches_other_clients(fleet: RunningG
     await fleet.client.post("/api/generate", json={"model": MODEL, "prompt": mark})
     await fleet.client.get(f"/{mark}", headers={"User-Agent": mark})
     await send_raw(fleet.port, f"{mark} {mark} {mark}\r\n\r\n".encode())
-    seen = [
+    answers = [
         await fleet.client.post("/api/generate", json={"model": MODEL, "prompt": "mine"}),
         await fleet.chat(model="other:1b"),
         await fleet.client.get("/mesh/status"),
@@ -89,4 +89,4 @@ async def test_nothing_that_a_client_sends_reaches_other_clients(fleet: RunningG
         await fleet.client.get("/healthz"),
         await fleet.client.get("/nowhere"),
     ]
-    assert [mark in answer.text for answer in seen] == [False] * 6
+    assert [mark in answer.text for answer in answers] == [False] * 6

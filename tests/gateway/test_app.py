@@ -72,9 +72,9 @@ async def test_a_client_that_leaves_leaves_the_queue_and_stops_the_generation() 
         assert fleet.count_running() == 1
         first.cancel()
         await wait_until(lambda: fleet.count_running() == 0, "the host has stopped")
-        await wait_until(lambda: fleet.mesh.request_counters.in_flight == 0, "the books are closed")
-        books = fleet.mesh.request_counters
-        assert (books.accepted, books.cancelled, books.failed) == (2, 2, 0)
+        await wait_until(lambda: fleet.mesh.request_counters.in_flight == 0, "every request has ended")
+        counters = fleet.mesh.request_counters
+        assert (counters.accepted, counters.cancelled, counters.failed) == (2, 2, 0)
 
 
 async def test_a_full_queue_refuses_clients_with_a_retry_time() -> None:
@@ -119,8 +119,8 @@ async def test_a_drained_node_finishes_its_requests_and_gets_no_new_ones() -> No
     hosts = (replace(SLOW, name="a"), quick_host("b"))
     async with serve_hosts(*hosts, max_parallel=4) as fleet:
         body = {**CHAT, "options": {"num_predict": 15}}
-        async with fleet.client.stream("POST", "/api/chat", json=body, headers={"X-GPUMesh-Node": "a"}) as begun:
-            pieces = begun.aiter_lines()
+        async with fleet.client.stream("POST", "/api/chat", json=body, headers={"X-GPUMesh-Node": "a"}) as stream:
+            pieces = stream.aiter_lines()
             await anext(pieces)
             fleet.mesh.drain("a")
             answers = [await fleet.chat() for _ in range(5)]
@@ -141,13 +141,13 @@ async def test_a_drained_node_finishes_its_requests_and_gets_no_new_ones() -> No
 @pytest.mark.slow
 async def test_closing_finishes_requests_in_flight_and_accepts_no_new_ones() -> None:
     profile = quick_host("a", tokens_per_s=50.0, answer_tokens=(25, 25), slots=4)
-    async with serve_hosts(profile, max_parallel=2) as fleet, AsyncExitStack() as ends:
-        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0))
+    async with serve_hosts(profile, max_parallel=2) as fleet, AsyncExitStack() as closing_stack:
+        gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0))
         async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=20) as client:
             await client.get("/")  # a kept connection, which must not hold up the end
             answers = [asyncio.create_task(client.post("/api/chat", json=CHAT)) for _ in range(3)]
-            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "two are in flight, one waits")
-            closing = asyncio.create_task(ends.aclose())
+            await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "two are in flight, a third waits")
+            closing = asyncio.create_task(closing_stack.aclose())
             await wait_until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
             with pytest.raises(httpx.TransportError):
                 await client.get("/healthz")
@@ -162,41 +162,41 @@ async def test_past_the_drain_time_requests_end_with_an_error_that_says_why() ->
     async with AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(serve_hosts(SLOW, max_parallel=1))
         client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
-        ends = AsyncExitStack()
-        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=0.1))
-        begun = await stack.enter_async_context(client.stream("POST", f"{gateway.url}/api/chat", json=CHAT))
-        told = begun.aiter_lines()
-        await anext(told)
+        closing_stack = AsyncExitStack()
+        gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=0.1))
+        stream = await stack.enter_async_context(client.stream("POST", f"{gateway.url}/api/chat", json=CHAT))
+        received = stream.aiter_lines()
+        await anext(received)
         waiting = asyncio.create_task(client.post(f"{gateway.url}/v1/chat/completions", json=CHAT))
         await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 1, "the second waits")
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        await ends.aclose()
+        await closing_stack.aclose()
         assert loop.time() - asked < 10.0
-        rest = [json.loads(line) async for line in told]
+        rest = [json.loads(line) async for line in received]
         assert rest[-1] == {"error": "the gateway was stopped"}
         refused = await waiting
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
         assert refused.json()["error"]["message"].startswith("the gateway was stopped")
         await wait_until(lambda: fleet.count_running() == 0, "the host has stopped")
-        books = fleet.mesh.request_counters
-        assert (books.accepted, books.in_flight) == (2, 0)
+        counters = fleet.mesh.request_counters
+        assert (counters.accepted, counters.in_flight) == (2, 0)
 
 
 async def test_progress_that_is_cut_ends_with_an_error_too() -> None:
-    """It is no generated stream, which would hear of its deadline; and it is told at once when it is hurried."""
+    """Progress is no generated stream, so it does not notice a deadline. Once ``stop_now`` is set it ends at once."""
     async with AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(serve_hosts(quick_host("a", pull_s=60.0)))
         client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
-        ends, hurried = AsyncExitStack(), asyncio.Event()
-        gateway = await ends.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, stop_now=hurried))
+        closing_stack, stop_now = AsyncExitStack(), asyncio.Event()
+        gateway = await closing_stack.enter_async_context(Gateway(fleet.mesh, port=0, drain_s=60.0, stop_now=stop_now))
         pull = client.stream("POST", f"{gateway.url}/api/pull", json={"model": "llama3.2:1b"})
-        told = (await stack.enter_async_context(pull)).aiter_lines()
-        await anext(told)
-        closing = asyncio.create_task(ends.aclose())
+        received = (await stack.enter_async_context(pull)).aiter_lines()
+        await anext(received)
+        closing = asyncio.create_task(closing_stack.aclose())
         await wait_until(lambda: fleet.mesh.gateway.state is GatewayPhase.DRAINING, "it drains")
-        hurried.set()
-        assert json.loads([line async for line in told][-1]) == {"error": "the gateway was stopped"}
+        stop_now.set()
+        assert json.loads([line async for line in received][-1]) == {"error": "the gateway was stopped"}
         await closing
 
 
@@ -243,3 +243,7 @@ async def test_a_bug_in_a_handler_costs_one_answer_and_is_logged(
     assert "a bug with a secret in it" in caplog.text
     monkeypatch.undo()
     assert (await fleet.client.get("/api/tags")).status_code == 200
+
+
+async def test_repr_tells_the_state(fleet: RunningGateway) -> None:
+    assert repr(fleet.gateway) == f"<Gateway {fleet.gateway.url} serving 0 active>"

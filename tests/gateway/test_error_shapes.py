@@ -71,6 +71,6 @@ def test_the_frame_of_an_error_in_each_api() -> None:
 
 
 def test_the_message_of_a_missing_model_begins_as_ollamas_does() -> None:
-    words = error_shapes.client_message(ModelMissing("m:7b", hint="there are: a, b"))
-    assert words.startswith("model 'm:7b' not found")
-    assert "there are: a, b" in words
+    message = error_shapes.client_message(ModelMissing("m:7b", hint="there are: a, b"))
+    assert message.startswith("model 'm:7b' not found")
+    assert "there are: a, b" in message

@@ -30,19 +30,19 @@ async def test_a_model_that_no_node_has(fleet: RunningGateway, path: str, model:
     assert answer.status_code == 404
     error = answer.json()["error"]
     if path.startswith("/api/"):
-        words = error
+        message = error
     else:
         assert error["type"] == "not_found_error"
-        words = error["message"]
+        message = error["message"]
     if path == "/v1/messages":
         assert answer.json()["type"] == "error"
-    assert words.startswith("model 'nobody:1b' not found")
-    assert "could be pulled to a, b" in words
-    assert MODEL in words
+    assert message.startswith("model 'nobody:1b' not found")
+    assert "could be pulled to a, b" in message
+    assert MODEL in message
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "status", "words"),
+    ("method", "path", "body", "status", "message"),
     [
         ("POST", "/api/chat", b"", 400, "missing request body"),
         ("POST", "/api/chat", b"{", 400, "not JSON"),
@@ -58,12 +58,12 @@ async def test_a_model_that_no_node_has(fleet: RunningGateway, path: str, model:
     ],
 )
 async def test_mistakes_of_the_client_are_refused(
-    fleet: RunningGateway, method: str, path: str, body: bytes, status: int, words: str
+    fleet: RunningGateway, method: str, path: str, body: bytes, status: int, message: str
 ) -> None:
     answer = await fleet.client.request(method, path, content=body)
     assert answer.status_code == status
     error = answer.json()["error"]
-    assert words in (error if path.startswith("/api/") or path == "/" else error["message"])
+    assert message in (error if path.startswith("/api/") or path == "/" else error["message"])
     assert fleet.hosts["a"].counters.started == 0
 
 

@@ -1,4 +1,4 @@
-"""Lists and answers made of all nodes' own."""
+"""Routes about the whole fleet: lists that are merged, version, health, status and metrics."""
 
 from __future__ import annotations
 

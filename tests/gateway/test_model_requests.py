@@ -94,7 +94,7 @@ def test_the_default_model_is_used_where_none_is_named_and_show_may_say_name() -
 
 
 @pytest.mark.parametrize(
-    ("given_body", "words"),
+    ("given_body", "message"),
     [
         (b"", "missing request body"),
         (b"{", "not JSON"),
@@ -105,8 +105,8 @@ def test_the_default_model_is_used_where_none_is_named_and_show_may_say_name() -
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_a_body_that_no_server_could_answer_is_refused(given_body: bytes, words: str) -> None:
-    with pytest.raises(BadRequest, match=words) as refused:
+def test_a_body_that_no_server_could_answer_is_refused(given_body: bytes, message: str) -> None:
+    with pytest.raises(BadRequest, match=message) as refused:
         demand_of(CHAT, given_body)
     assert refused.value.status == 400
 

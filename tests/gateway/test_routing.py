@@ -57,22 +57,22 @@ async def test_ollamas_routes_answer_streamed_and_whole(
     answer = await fleet.client.post(path, json={**body, "stream": False})
     assert answer.headers["Content-Type"].startswith("application/json")
     document = answer.json()
-    said = document["message"]["content"] if key == "message" else document["response"]
-    told = [piece["message"]["content"] if key == "message" else piece["response"] for piece in pieces]
-    assert "".join(told) == said
-    for one in (streamed, answer):
-        assert one.headers["X-GPUMesh-Node"] in ("a", "b")
-        assert one.headers["X-GPUMesh-Attempts"] == "1"
-        assert float(one.headers["X-GPUMesh-Queue-Ms"]) >= 0.0
+    whole_text = document["message"]["content"] if key == "message" else document["response"]
+    streamed_texts = [piece["message"]["content"] if key == "message" else piece["response"] for piece in pieces]
+    assert "".join(streamed_texts) == whole_text
+    for response in (streamed, answer):
+        assert response.headers["X-GPUMesh-Node"] in ("a", "b")
+        assert response.headers["X-GPUMesh-Attempts"] == "1"
+        assert float(response.headers["X-GPUMesh-Queue-Ms"]) >= 0.0
 
 
 async def test_tools_format_and_thinking(fleet: RunningGateway) -> None:
     called = (await fleet.chat(tools=[TOOL])).json()
     assert called["message"]["tool_calls"][0]["function"]["name"] == "weather"
-    made = (await fleet.chat(format=SCHEMA)).json()
-    assert set(json.loads(made["message"]["content"])) == {"city"}
-    thought = (await fleet.chat(model="qwen3:8b", think=True)).json()
-    assert thought["message"]["thinking"]
+    formatted = (await fleet.chat(format=SCHEMA)).json()
+    assert set(json.loads(formatted["message"]["content"])) == {"city"}
+    thinking = (await fleet.chat(model="qwen3:8b", think=True)).json()
+    assert thinking["message"]["thinking"]
     streamed = await fleet.client.post("/api/chat", json={**CHAT, "model": "qwen3:8b"})
     assert any(line["message"].get("thinking") for line in lines(streamed.text) if "message" in line)
 
@@ -100,9 +100,9 @@ async def test_embeddings(fleet: RunningGateway) -> None:
     embedder = "nomic-embed-text"
     many = await fleet.client.post("/api/embed", json={"model": embedder, "input": ["one", "two"]})
     assert len(many.json()["embeddings"]) == 2
-    one = await fleet.client.post("/api/embeddings", json={"model": embedder, "prompt": "one"})
-    assert one.json()["embedding"] == many.json()["embeddings"][0]
-    assert {answer.headers["X-GPUMesh-Node"] for answer in (many, one)} == {"a"}, "only it has the model"
+    single = await fleet.client.post("/api/embeddings", json={"model": embedder, "prompt": "one"})
+    assert single.json()["embedding"] == many.json()["embeddings"][0]
+    assert {answer.headers["X-GPUMesh-Node"] for answer in (many, single)} == {"a"}, "only it has the model"
 
 
 async def test_show_is_asked_of_a_node_that_has_the_model(fleet: RunningGateway) -> None:
@@ -118,8 +118,8 @@ async def test_questions_about_a_server_go_to_any_node(fleet: RunningGateway) ->
     answer = await fleet.client.get("/api/status")
     assert answer.status_code == 200
     assert answer.headers["X-GPUMesh-Node"] in ("a", "b")
-    there = await fleet.client.post("/api/me", headers={"X-GPUMesh-Node": "b"})
-    assert (there.status_code, there.headers["X-GPUMesh-Node"]) == (404, "b"), "the stand-in has no such route"
+    on_b = await fleet.client.post("/api/me", headers={"X-GPUMesh-Node": "b"})
+    assert (on_b.status_code, on_b.headers["X-GPUMesh-Node"]) == (404, "b"), "the stand-in has no such route"
 
 
 # -- /v1 -----------------------------------------------------------------------------------------------------------
@@ -151,16 +151,16 @@ async def test_v1_routes_answer_streamed_and_whole(path: str, kind: BackendKind)
         assert streamed.headers["Content-Type"].startswith("text/event-stream")
         last = events(streamed.text)[-1]
         assert ENDS[path] in (last, isinstance(last, dict) and last.get("type"))
-        for one in (whole_answer, streamed):
-            assert one.headers["X-GPUMesh-Node"] in ("a", "b")
+        for response in (whole_answer, streamed):
+            assert response.headers["X-GPUMesh-Node"] in ("a", "b")
 
 
 async def test_v1_embeddings_and_the_entry_of_a_model(fleet: RunningGateway) -> None:
-    made = await fleet.client.post("/v1/embeddings", json={"model": "nomic-embed-text", "input": "one"})
-    assert len(made.json()["data"]) == 1
-    one = await fleet.client.get("/v1/models/llama3.1:8b")
-    assert one.json()["id"] == "llama3.1:8b"
-    assert one.headers["X-GPUMesh-Node"] == "b"
+    embedded = await fleet.client.post("/v1/embeddings", json={"model": "nomic-embed-text", "input": "one"})
+    assert len(embedded.json()["data"]) == 1
+    entry = await fleet.client.get("/v1/models/llama3.1:8b")
+    assert entry.json()["id"] == "llama3.1:8b"
+    assert entry.headers["X-GPUMesh-Node"] == "b"
     absent = await fleet.client.get("/v1/models/nobody/has:it")
     assert absent.status_code == 404
     assert absent.json()["error"]["type"] == "not_found_error"
@@ -174,7 +174,7 @@ async def test_ollamas_routes_need_an_ollama() -> None:
         assert (await fleet.client.get("/v1/models")).json()["data"]
 
 
-# -- what the request's head says ------------------------------------------------------------------------------------
+# -- headers of the request ------------------------------------------------------------------------------------------
 
 
 async def test_a_node_can_be_named(fleet: RunningGateway) -> None:
@@ -209,10 +209,10 @@ async def test_the_default_model_is_put_into_the_body() -> None:
 
 
 class Recorder:
-    """An Ollama that answers every chat with one line and keeps what it was sent."""
+    """An Ollama that answers every chat with one line and keeps the requests that it got."""
 
     def __init__(self) -> None:
-        self.seen: list[Exchange] = []
+        self.requests: list[Exchange] = []
 
     async def __call__(self, exchange: Exchange) -> None:
         answers = {
@@ -224,12 +224,12 @@ class Recorder:
             if exchange.head.startswith(start):
                 await exchange.send(whole_response(body))
                 return
-        self.seen.append(exchange)
+        self.requests.append(exchange)
         await exchange.send(whole_response(b'{"done": true}'))
 
     @property
     def head(self) -> dict[str, str]:
-        heads = self.seen[-1].head.decode().split("\r\n")[1:-2]
+        heads = self.requests[-1].head.decode().split("\r\n")[1:-2]
         return {name.lower(): value for name, _, value in (line.partition(": ") for line in heads)}
 
 
@@ -251,8 +251,8 @@ async def test_a_backend_gets_the_body_as_the_client_sent_it() -> None:
         }
         answer = await fleet.client.post("/api/chat?debug=1", content=body, headers=headers)
         assert answer.status_code == 200
-        assert recorder.seen[-1].body == body, "byte for byte"
-        assert recorder.seen[-1].head.startswith(b"POST /api/chat?debug=1 HTTP/1.1\r\n")
+        assert recorder.requests[-1].body == body, "byte for byte"
+        assert recorder.requests[-1].head.startswith(b"POST /api/chat?debug=1 HTTP/1.1\r\n")
         head = recorder.head
         assert head["host"] == f"127.0.0.1:{backend.port}"
         assert head["content-type"] == headers["Content-Type"]
@@ -270,7 +270,7 @@ async def test_a_compressed_body_is_decompressed() -> None:
         body = json.dumps({**CHAT, "stream": False}).encode()
         packed = {"Content-Encoding": "gzip"}
         assert (await fleet.client.post("/api/chat", content=gzip.compress(body), headers=packed)).status_code == 200
-        assert recorder.seen[-1].body == body
+        assert recorder.requests[-1].body == body
         assert "content-encoding" not in recorder.head
         wrong = await fleet.client.post("/api/chat", content=b"no gzip at all", headers=packed)
         assert wrong.status_code == 400

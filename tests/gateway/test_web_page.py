@@ -23,11 +23,11 @@ KEY = {"Authorization": "Bearer sesame"}
 @pytest.fixture
 async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
     monkeypatch.setenv("PAGE_TEST_KEY", "sesame")
-    async with serve_hosts(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as made:
-        yield made
+    async with serve_hosts(spec=GatewaySpec(api_key_env="PAGE_TEST_KEY")) as running:
+        yield running
 
 
-async def told(fleet: RunningGateway, wanted: str, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:
+async def read_events(fleet: RunningGateway, wanted: str, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:
     """The documents of the events of one name."""
     async with fleet.client.stream("GET", "/mesh/events", headers=headers) as response:
         assert response.headers["Content-Type"] == "text/event-stream"
@@ -41,7 +41,7 @@ async def told(fleet: RunningGateway, wanted: str, headers: dict[str, str] | Non
 
 async def first(fleet: RunningGateway, wanted: str, headers: dict[str, str] | None = None) -> Any:
     async with asyncio.timeout(20):
-        async for document in told(fleet, wanted, headers):
+        async for document in read_events(fleet, wanted, headers):
             return document
     raise AssertionError(f"no event {wanted}")
 
@@ -64,7 +64,7 @@ async def test_the_stream_has_the_status_and_each_change(fleet: RunningGateway) 
     assert history["step_s"] == 15.0
     assert {series["key"] for series in history["mesh"]} == {"in_flight", "queued"}
     async with asyncio.timeout(20):
-        async for status in told(fleet, "status"):
+        async for status in read_events(fleet, "status"):
             assert status["schema"] == "gpumesh.status/1"
             health = {node["name"]: node["health"] for node in status["nodes"]}
             if health["a"] == "healthy":
@@ -125,5 +125,5 @@ async def test_an_open_page_does_not_hold_up_the_end_of_the_gateway() -> None:
 
 async def test_a_head_request_for_the_stream_is_answered(fleet: RunningGateway) -> None:
     asked = "{} /mesh/events HTTP/1.1\r\nHost: localhost\r\nConnection: {}\r\n\r\n"
-    told = await send_raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
-    assert told.count(b"Content-Type: text/event-stream\r\n") == told.count(b"\r\n\r\n") == 2
+    answers = await send_raw(fleet.port, (asked.format("HEAD", "keep-alive") + asked.format("HEAD", "close")).encode())
+    assert answers.count(b"Content-Type: text/event-stream\r\n") == answers.count(b"\r\n\r\n") == 2

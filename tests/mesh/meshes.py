@@ -1,4 +1,4 @@
-"""A mesh over in-process stand-ins and scripted servers, reached directly; the first node is the preferred one."""
+"""A mesh over simulated and scripted servers in this process, reached directly. The first node is preferred."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class RunningMesh:
         return sum(node.load.in_flight for node in self.mesh.snapshot().nodes)
 
     def wait_settled(self) -> bool:
-        """The books balance and nothing is held: neither a place here nor one on a host."""
-        books = self.mesh.request_counters
+        """Every request has ended and no slot is held, here or on a host."""
+        counters = self.mesh.request_counters
         return (
-            books.accepted == books.served + books.failed + books.cancelled
+            counters.accepted == counters.served + counters.failed + counters.cancelled
             and self.in_flight() == 0
             and all(host.counters.running == 0 for host in self.hosts.values())
         )
@@ -81,10 +81,10 @@ async def mesh_of_hosts(
     *profiles: HostProfile, max_parallel: int | None = 64, **gateway: Any
 ) -> AsyncIterator[RunningMesh]:
     async with AsyncExitStack() as stack:
-        hosts = {one.name: await stack.enter_async_context(SimOllama(one)) for one in profiles}
+        hosts = {profile.name: await stack.enter_async_context(SimOllama(profile)) for profile in profiles}
         nodes = [
-            node(name, host.url, weight=0.01**place, max_parallel=max_parallel)
-            for place, (name, host) in enumerate(hosts.items())
+            node(name, host.url, weight=0.01**index, max_parallel=max_parallel)
+            for index, (name, host) in enumerate(hosts.items())
         ]
         yield await stack.enter_async_context(mesh_of_nodes(*nodes, hosts=hosts, **gateway))
 
@@ -133,16 +133,16 @@ def frames(data: bytes) -> list[dict[str, Any]]:
 
 
 def text_of(data: bytes) -> str:
-    said = []
+    texts = []
     for frame in frames(data):
         assert "error" not in frame, frame
         if "message" in frame:
-            said.append(frame["message"]["content"])
+            texts.append(frame["message"]["content"])
         elif "response" in frame:
-            said.append(frame["response"])
+            texts.append(frame["response"])
         elif frame.get("choices"):
-            said.append(frame["choices"][0]["delta"].get("content", ""))
-    return "".join(said)
+            texts.append(frame["choices"][0]["delta"].get("content", ""))
+    return "".join(texts)
 
 
 def count_final_frames(data: bytes) -> int:

@@ -52,7 +52,7 @@ async def serve(script: Script) -> AsyncIterator[ScriptedServer]:
     writers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Noted before it runs: one that comes just before the end is cancelled without having run at all."""
+        """Registers the task before it runs: a connection just before the end is cancelled without having run."""
         scripted.connections += 1
         writers[asyncio.create_task(connected(reader, writer))] = writer
 

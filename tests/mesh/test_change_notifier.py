@@ -27,3 +27,11 @@ async def test_a_change_between_two_steps_is_not_missed() -> None:
     changes.notify()
     async with asyncio.timeout(5):
         await anext(watcher)
+
+
+async def test_repr_tells_the_state() -> None:
+    changes = ChangeNotifier()
+    watcher = changes.watch()
+    await anext(watcher)
+    changes.notify()
+    assert repr(changes) == "<ChangeNotifier version 1, 1 watchers>"

@@ -66,8 +66,8 @@ async def test_an_answer_that_may_not_be_continued_ends_with_an_error_after_what
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         stream = mesh.mesh.chat("m", "Wie groß?", resume=False)
-        said = [await anext(stream) for _ in range(4)]
-        assert all(chunk.text for chunk in said)
+        received = [await anext(stream) for _ in range(4)]
+        assert all(chunk.text for chunk in received)
         with pytest.raises(StreamCut):
             await anext(stream)
         assert mesh.wait_settled()
@@ -102,3 +102,14 @@ async def test_closing_a_stream_that_never_began_is_harmless() -> None:
         stream = mesh.mesh.chat("m", "x")
         await stream.aclose()
         assert mesh.mesh.request_counters.accepted == 0
+
+
+async def test_repr_tells_the_state() -> None:
+    async with mesh_of_hosts(host("a")) as mesh:
+        stream = mesh.mesh.chat("m", "x")
+        assert repr(stream) == "<ChatStream m not started>"
+        await anext(stream)
+        assert repr(stream) == "<ChatStream m from a>"
+        async for _ in stream:
+            pass
+        assert repr(stream) == "<ChatStream m ended>"

@@ -1,4 +1,4 @@
-"""The running whole: what it shows, and that its books balance whatever happens to requests."""
+"""A running mesh: what it shows, and that each request ends once, whatever happens to it."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ async def test_the_first_report_knows_every_node() -> None:
         async with Mesh(Topology("home", specs)) as mesh:
             state = await mesh.wait_first_report(10.0)
             assert state.mesh == "home"
-            health = {one.name: one.health for one in state.nodes}
+            health = {node_state.name: node_state.health for node_state in state.nodes}
             assert health["a"] in (Health.HEALTHY, Health.DEGRADED)
             assert health["gone"] is Health.DOWN
             assert state.totals.nodes == 2
             assert mesh.usable_nodes() == ("a",)
             assert mesh.usable_nodes(frozenset({BackendKind.OPENAI})) == ()
-            assert [one.name for one in mesh.candidates()] == ["a", "gone"]
+            assert [candidate.name for candidate in mesh.candidates()] == ["a", "gone"]
 
 
 async def test_at_the_deadline_the_first_report_has_what_is_known() -> None:
     async with Mesh(Topology("home", (node("gone", "http://127.0.0.1:9"),))) as mesh:
         state = await mesh.wait_first_report(0.0)
-        assert [one.name for one in state.nodes] == ["gone"]
+        assert [node_state.name for node_state in state.nodes] == ["gone"]
 
 
 async def test_wait_usable_returns_a_node_or_raises_as_soon_as_none_can_serve() -> None:
@@ -70,7 +70,7 @@ async def test_requests_in_flight_and_in_the_queue_are_counted_apart() -> None:
     async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), max_parallel=1) as mesh:
         answer = await send(mesh.mesh, make_call())
         waits = asyncio.create_task(send(mesh.mesh, make_call()))
-        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "a second waits")
         shown = mesh.mesh.snapshot()
         assert (shown.gateway.in_flight, shown.gateway.queued) == (1, 1)
         assert shown.gateway.waiting[0].model == "m"
@@ -151,6 +151,12 @@ def test_from_file_raises_all_problems_at_once(tmp_path: Path) -> None:
     assert len(wrong.value.problems) >= 2
 
 
+async def test_repr_tells_the_state() -> None:
+    async with mesh_of_hosts(host("a")) as mesh:
+        await (await send(mesh.mesh, make_call())).read()
+        assert repr(mesh.mesh) == "<Mesh test 0 in flight, 1 served, <Fleet 1 nodes, 1 reachable>>"
+
+
 # -- requests --------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +209,7 @@ async def test_under_random_faults_each_request_ends_once_and_no_slot_is_lost(se
     ) as mesh:
         want: dict[str, str] = {}
 
-        async def one(path: str) -> None:
+        async def send_request(path: str) -> None:
             try:
                 answer = await send(mesh.mesh, make_call(path), resume=rng.random() < 0.8)
                 try:
@@ -218,30 +224,30 @@ async def test_under_random_faults_each_request_ends_once_and_no_slot_is_lost(se
                 # Models "a" and "c" close no turns, "b" does, and all say the same.
                 assert text_of(data) == want[path]
             else:
-                ends["told"] += 1
+                ends["failed"] += 1
 
         for path in BODIES:
             want[path] = text_of(await (await send(mesh.mesh, make_call(path))).read())
         tasks: set[asyncio.Task[None]] = set()
         for _ in range(150):
-            tasks.add(asyncio.create_task(one(rng.choice(list(BODIES)))))
+            tasks.add(asyncio.create_task(send_request(rng.choice(list(BODIES)))))
             await asyncio.sleep(rng.random() * 0.01)
             if rng.random() < 0.2:
                 await mesh.hosts[rng.choice("abc")].set_faults(rng.choice(kinds))
             if rng.random() < 0.3:
                 rng.choice(list(tasks)).cancel()
-        for one_host in mesh.hosts.values():
-            await one_host.set_faults(Faults())
+        for simulated in mesh.hosts.values():
+            await simulated.set_faults(Faults())
         results = await asyncio.gather(*tasks, return_exceptions=True)
         wrong = [result for result in results if isinstance(result, BaseException)]
         assert all(isinstance(result, asyncio.CancelledError) for result in wrong), wrong
         await wait_until(mesh.wait_settled, "every place is given back")
-        books = mesh.mesh.request_counters
-        assert books.cancelled <= len(wrong)
-        assert books.accepted >= books.cancelled + ends.total()
+        counters = mesh.mesh.request_counters
+        assert counters.cancelled <= len(wrong)
+        assert counters.accepted >= counters.cancelled + ends.total()
         assert ends["served"] > 30
         assert mesh.mesh.snapshot().gateway.queued == 0
-        assert sum(count for name in mesh.hosts for count in mesh.attempts(name).values()) >= books.served
+        assert sum(count for name in mesh.hosts for count in mesh.attempts(name).values()) >= counters.served
 
 
 async def test_a_request_cancelled_in_the_queue_is_counted_as_cancelled() -> None:
@@ -253,8 +259,8 @@ async def test_a_request_cancelled_in_the_queue_is_counted_as_cancelled() -> Non
         with contextlib.suppress(asyncio.CancelledError):
             await waits
         await holder.aclose()
-        books = mesh.mesh.request_counters
-        assert (books.accepted, books.cancelled, books.in_flight) == (2, 2, 0)
+        counters = mesh.mesh.request_counters
+        assert (counters.accepted, counters.cancelled, counters.in_flight) == (2, 2, 0)
         assert mesh.attempts("a") == {Outcome.CLIENT_GONE: 1}
 
 
@@ -262,12 +268,12 @@ async def test_a_request_cancelled_in_the_queue_is_counted_as_cancelled() -> Non
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prober, "BACKEND_INTERVAL_S", 0.1)
     monkeypatch.setattr(prober, "BACKEND_TIMEOUT_S", 0.3)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("quick_probes")
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_to_a_server_that_hangs_is_served_by_another_node(stream: bool) -> None:
     """It closes no connection, and its tunnel lives: that it answers no probe is what tells."""
@@ -286,7 +292,7 @@ async def test_a_request_to_a_server_that_hangs_is_served_by_another_node(stream
         assert mesh.mesh.request_counters.served == 2
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("quick_probes")
 async def test_a_request_to_the_only_server_goes_on_waiting_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may only be slow; and nobody else would be faster."""
     async with mesh_of_hosts(host("a")) as mesh:

@@ -89,9 +89,9 @@ async def test_the_probes_client_over_a_unix_socket(path: Path, prefix: str) -> 
 
 async def test_a_server_that_is_no_inference_server_is_identified(path: Path) -> None:
     async with asyncio.timeout(20), serving(path, b"SSH-2.0-OpenSSH_9.2\r\n", greets=True):
-        found = await identify_wrong_server(unix_url(path))
-        assert found is not None
-        assert "an SSH server" in found.message
+        error = await identify_wrong_server(unix_url(path))
+        assert error is not None
+        assert "an SSH server" in error.message
     assert "https://127.0.0.1:PORT" in (wrong_scheme_error(unix_url(path)).hint or "")
 
 

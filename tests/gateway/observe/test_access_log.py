@@ -27,11 +27,16 @@ AT = datetime(2026, 11, 24, 4, 10, tzinfo=UTC)
 
 
 def record(**changes: Any) -> RequestRecord:
-    made = RequestRecord(lambda: 0.0, 10.0, "POST", "/api/chat", "/api/chat")
-    made.ended_at, made.status, made.outcome, made.sent_bytes = 12.5, 200, RequestOutcome.SERVED, 321
+    request_record = RequestRecord(lambda: 0.0, 10.0, "POST", "/api/chat", "/api/chat")
+    request_record.ended_at, request_record.status, request_record.outcome, request_record.sent_bytes = (
+        12.5,
+        200,
+        RequestOutcome.SERVED,
+        321,
+    )
     for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+        setattr(request_record, name, value)
+    return request_record
 
 
 def written(path: Path) -> list[Any]:
@@ -41,8 +46,8 @@ def written(path: Path) -> list[Any]:
 def test_the_line_of_a_request() -> None:
     answer = Answer("iceland", BackendKind.OLLAMA, 200, ())
     answer.attempts, answer.queue_ms, answer.continuations = 2, 12.34, 1
-    made = record(answer=answer, node="iceland", first_byte_at=10.25, demand=Demand("qwen2.5:7b"))
-    assert build_entry(made, AT, client="10.0.0.7", request_id="r-1") == {
+    request_record = record(answer=answer, node="iceland", first_byte_at=10.25, demand=Demand("qwen2.5:7b"))
+    assert build_entry(request_record, AT, client="10.0.0.7", request_id="r-1") == {
         "at": "2026-11-24T04:10:00.000Z",
         "client": "10.0.0.7",
         "method": "POST",
@@ -87,9 +92,9 @@ async def test_the_lines_that_a_gateway_writes(tmp_path: Path) -> None:
     assert chat["client"] == "127.0.0.1"
     assert chat["bytes"] > 100
     assert 0 <= chat["queue_ms"] <= chat["total_ms"]
-    assert {one["node"] for one in generated} == {"b"}
-    assert sorted(one["attempts"] for one in generated) == [1, 2]
-    assert all(0 < one["ttft_ms"] <= one["total_ms"] for one in generated)
+    assert {line["node"] for line in generated} == {"b"}
+    assert sorted(line["attempts"] for line in generated) == [1, 2]
+    assert all(0 < line["ttft_ms"] <= line["total_ms"] for line in generated)
     assert (missing["model"], missing["status"], missing["node"]) == ("nobody:1b", 404, None)
     assert (nowhere["method"], nowhere["outcome"]) == ("GET", "refused")
     assert "secret" not in path.read_text()
@@ -136,7 +141,7 @@ async def test_rotation_keeps_the_configured_number_of_files(tmp_path: Path) -> 
         log.add(record(path=f"/{number}"), client=None, request_id=None)
         log.flush()
     log.close()
-    files = sorted(one.name for one in tmp_path.iterdir())
+    files = sorted(file.name for file in tmp_path.iterdir())
     assert files == ["access.jsonl", "access.jsonl.1", "access.jsonl.2"]
     assert all((tmp_path / name).stat().st_size <= 1000 for name in files)
     kept = [line["path"] for name in reversed(files) for line in written(tmp_path / name)]
@@ -163,8 +168,10 @@ async def test_a_full_disk_costs_lines_and_no_answer(
             for _ in range(3):
                 assert (await fleet.chat()).status_code == 200
                 log.flush()
-        warnings = [one for one in caplog.records if one.levelno == logging.WARNING and "access log" in one.message]
-        assert len(warnings) == 1, "said once"
+        warnings = [
+            entry for entry in caplog.records if entry.levelno == logging.WARNING and "access log" in entry.message
+        ]
+        assert len(warnings) == 1, "logged once"
         await fleet.chat()
     assert len(written(path)) == 1, "it goes on when there is room again"
 
@@ -178,3 +185,14 @@ async def test_hostile_names_stay_within_their_line(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert "\x1b" not in text
     assert json.loads(text)["model"].startswith("x\n")
+
+
+async def test_repr_tells_the_state(tmp_path: Path) -> None:
+    path = tmp_path / "access.jsonl"
+    log = AccessLog(path)
+    assert repr(log) == f"<AccessLog {path} not open 0 pending>"
+    log.add(record(), client=None, request_id=None)
+    assert repr(log) == f"<AccessLog {path} not open 1 pending>"
+    log.flush()
+    assert repr(log) == f"<AccessLog {path} open 0 pending>"
+    log.close()

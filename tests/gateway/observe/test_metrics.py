@@ -43,20 +43,26 @@ def record(
     answer: Answer | None,
     *,
     model: str = "m",
-    fate: RequestOutcome = RequestOutcome.SERVED,
+    outcome: RequestOutcome = RequestOutcome.SERVED,
     status: int = 200,
-    place: bool = True,
+    needs_slot: bool = True,
     first: float | None = 0.5,
     ended: float = 2.5,
 ) -> RequestRecord:
-    made = RequestRecord(lambda: 0.0, 0.0, "POST", "/api/chat", "/api/chat")
-    made.demand = Demand(model, priority=Priority.BATCH, needs_slot=place)
-    made.node = None if answer is None else answer.node
-    made.answer, made.first_byte_at, made.ended_at, made.outcome, made.status = answer, first, ended, fate, status
-    return made
+    request_record = RequestRecord(lambda: 0.0, 0.0, "POST", "/api/chat", "/api/chat")
+    request_record.demand = Demand(model, priority=Priority.BATCH, needs_slot=needs_slot)
+    request_record.node = None if answer is None else answer.node
+    (
+        request_record.answer,
+        request_record.first_byte_at,
+        request_record.ended_at,
+        request_record.outcome,
+        request_record.status,
+    ) = answer, first, ended, outcome, status
+    return request_record
 
 
-def told(metrics: RequestMetrics) -> str:
+def rendered(metrics: RequestMetrics) -> str:
     return render(metrics.families())
 
 
@@ -66,7 +72,7 @@ def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
     answer.queue_ms = 40.0
     answer.continuations = 1
     metrics.add(record(answer))
-    text = told(metrics)
+    text = rendered(metrics)
     labels = {"route": "/api/chat", "outcome": "served", "code": "200", **PLACE}
     assert metric(text, "gpumesh_requests_total", **labels) == 1
     assert metric(text, "gpumesh_time_to_first_token_seconds_sum", **PLACE) == 0.5
@@ -80,11 +86,11 @@ def test_a_streamed_answer_is_timed_by_its_tokens() -> None:
 
 def test_a_continued_answer_counts_for_its_last_node_and_its_ttft_for_the_first() -> None:
     metrics = RequestMetrics()
-    made = record(Streamed(ServerCounters(tokens=21)))
-    assert made.answer is not None
-    made.answer.node = "b"
-    metrics.add(made)
-    text = told(metrics)
+    request_record = record(Streamed(ServerCounters(tokens=21)))
+    assert request_record.answer is not None
+    request_record.answer.node = "b"
+    metrics.add(request_record)
+    text = rendered(metrics)
     assert metric(text, "gpumesh_time_to_first_token_seconds_count", node="a") == 1
     assert metric(text, "gpumesh_time_per_output_token_seconds_count", node="b") == 1
     assert metric(text, "gpumesh_output_tokens_total", node="b") == 21
@@ -94,23 +100,23 @@ def test_an_answer_in_one_piece_is_timed_by_the_servers_clock() -> None:
     metrics = RequestMetrics()
     counters = ServerCounters(tokens=10, eval_ms=500.0)
     metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}", counters)))
-    text = told(metrics)
+    text = rendered(metrics)
     assert metric(text, "gpumesh_time_per_output_token_seconds_sum", **PLACE) == pytest.approx(0.05)
     assert metric(text, "gpumesh_time_to_first_token_seconds_count") == 0, "there was no first token to be seen"
 
 
 def test_a_request_without_inference_is_counted_and_not_timed() -> None:
     metrics = RequestMetrics()
-    metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), place=False))
-    assert metric(told(metrics), "gpumesh_requests_total", **PLACE) == 1
-    assert metric(told(metrics), "gpumesh_request_duration_seconds_count") == 0
+    metrics.add(record(WholeAnswer("a", BackendKind.OLLAMA, 200, (), b"{}"), needs_slot=False))
+    assert metric(rendered(metrics), "gpumesh_requests_total", **PLACE) == 1
+    assert metric(rendered(metrics), "gpumesh_request_duration_seconds_count") == 0
 
 
 def test_a_request_that_no_node_got_has_no_node_label() -> None:
     metrics = RequestMetrics()
-    metrics.add(record(None, fate=RequestOutcome.REFUSED, status=404))
-    metrics.add(record(None, fate=RequestOutcome.CANCELLED, status=499))
-    text = told(metrics)
+    metrics.add(record(None, outcome=RequestOutcome.REFUSED, status=404))
+    metrics.add(record(None, outcome=RequestOutcome.CANCELLED, status=499))
+    text = rendered(metrics)
     assert metric(text, "gpumesh_requests_total", node="", model="", outcome="refused", code="404") == 1
     assert metric(text, "gpumesh_requests_total", node="", model="", outcome="cancelled", code="499") == 1
 
@@ -119,22 +125,22 @@ def test_all_spellings_of_a_model_have_one_label() -> None:
     metrics = RequestMetrics()
     for name in ("m", "M", "m:latest", " M:Latest "):
         metrics.add(record(Streamed(None), model=name))
-    assert metric(told(metrics), "gpumesh_requests_total", **PLACE) == 4
+    assert metric(rendered(metrics), "gpumesh_requests_total", **PLACE) == 4
 
 
 def test_a_client_that_makes_up_names_adds_no_label() -> None:
-    """A node said 404 to each; or a server takes any name at all."""
+    """A node answered 404 to each name; or a server accepts any name at all."""
     metrics = RequestMetrics()
     for number in range(10_000):
         metrics.add(record(Streamed(None, status=404), model=f"made-up-{number}", status=404))
-    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="404") == 10_000
+    assert metric(rendered(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="404") == 10_000
     assert len(metrics.requests) == 1
     for number in range(10_000):
         metrics.add(record(Streamed(ServerCounters(tokens=3)), model=f"taken-{number}"))
     assert len(metrics.requests) <= MAX_MODELS + 2
     assert len(metrics._labels) <= MAX_SPELLINGS
-    assert metric(told(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="200") == 10_000 - MAX_MODELS
-    assert metric(told(metrics), "gpumesh_output_tokens_total") == 30_000, "nothing is lost"
+    assert metric(rendered(metrics), "gpumesh_requests_total", model=OTHER_LABEL, code="200") == 10_000 - MAX_MODELS
+    assert metric(rendered(metrics), "gpumesh_output_tokens_total") == 30_000, "nothing is lost"
 
 
 def test_a_server_that_makes_up_statuses_is_bounded_too() -> None:
@@ -147,33 +153,33 @@ def test_a_server_that_makes_up_statuses_is_bounded_too() -> None:
 
 def test_a_million_model_names_need_no_memory() -> None:
     metrics = RequestMetrics()
-    one = record(Streamed(None, status=404), status=404)
-    assert one.demand is not None
+    request_record = record(Streamed(None, status=404), status=404)
+    assert request_record.demand is not None
 
     def size() -> int:
         return sum(sys.getsizeof(part) for part in (metrics._labels, metrics._models, metrics.requests._values))
 
-    metrics.add(one)
+    metrics.add(request_record)
     before = size()
     for number in range(100_000):
-        one.demand = Demand(f"{number}")
-        metrics.add(one)
+        request_record.demand = Demand(f"{number}")
+        metrics.add(request_record)
     assert size() == before
 
 
 def test_a_histogram_counts_by_bounds() -> None:
-    one = Histogram((1.0, 2.0))
+    histogram = Histogram((1.0, 2.0))
     for value in (0.0, 1.0, 1.5, 2.0, 9.0):
-        one.observe(value)
-    assert one.counts == [2, 2, 1]
-    assert one.sum == 13.5
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 1]
+    assert histogram.sum == 13.5
 
 
 def test_names_are_as_prometheus_wants_them() -> None:
     """Base units, ``_total`` for what only grows, and one prefix."""
     metrics = RequestMetrics()
     metrics.add(record(Streamed(ServerCounters(tokens=2, prompt_tokens=1))))
-    for family in text_string_to_metric_families(told(metrics)):
+    for family in text_string_to_metric_families(rendered(metrics)):
         assert family.name.startswith("gpumesh_")
         assert family.documentation.endswith(".")
         assert not family.name.endswith(("_ms", "_mib", "_percent", "_count"))
