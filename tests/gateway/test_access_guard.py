@@ -66,7 +66,7 @@ def test_the_gateways_own_page_is_allowed_under_the_address_at_which_it_was_open
     for address in (host, "localhost:11430", "[fd00::5]:11430"):
         assert OPEN.origin_allowed(f"http://{address}", host=address)
     assert KEYED.origin_allowed("https://gpu.example", host="GPU.example")
-    assert not OPEN.origin_allowed("http://rebound.local", host="rebound.local"), "without a key a name proves nothing"
+    assert not OPEN.origin_allowed("http://rebound.local", host="rebound.local"), "without a key a name is no proof"
     for other in ("http://192.168.1.5:3000", "http://192.168.1.5", "ftp://192.168.1.5:11430", f"http://a@{host}"):
         assert not OPEN.origin_allowed(other, host=host)
     assert not OPEN.origin_allowed("http://", host="")

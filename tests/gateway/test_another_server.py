@@ -1,5 +1,7 @@
-"""What becomes of a request at which servers fail before they have answered: one more is asked, and not a third. On
-real sockets; where a server is killed, on a process that really dies."""
+"""A request at which servers fail before they have answered: a second server is asked, and not a third.
+
+On real sockets. Where a server is killed, a real process dies.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,9 @@ STREAMED = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages"
 
 @dataclass
 class Fleet:
-    """``asked`` counts for each server what came that was no probe; ``says``: ``500``, ``ok`` or ``dies``."""
+    """``asked`` counts the requests to each server, without probes. ``behaviour`` is ``500``, ``ok`` or ``dies``."""
 
-    says: dict[str, str]
+    behaviour: dict[str, str]
     asked: Counter[str] = field(default_factory=Counter)
     running: RunningGateway | None = None
 
@@ -58,18 +60,18 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(**says: str) -> AsyncIterator[Fleet]:
+async def fleet(**behaviour: str) -> AsyncIterator[Fleet]:
     """Servers in the order in which they are asked."""
-    made = Fleet(dict(says))
+    made = Fleet(dict(behaviour))
 
     def of(name: str) -> Any:
         async def answer(exchange: Exchange) -> None:
             made.asked[name] += 1
-            if made.says[name] == "500":
+            if made.behaviour[name] == "500":
                 await exchange.send(
                     whole_response(json.dumps({"error": WORDS}).encode(), status="500 Internal Server Error")
                 )
-            elif made.says[name] == "dies":
+            elif made.behaviour[name] == "dies":
                 exchange.close()
             else:
                 await exchange.send(whole_response(b'{"done":true}'))
@@ -78,7 +80,7 @@ async def fleet(**says: str) -> AsyncIterator[Fleet]:
 
     async with AsyncExitStack() as stack:
         nodes = []
-        for place, name in enumerate(says):
+        for place, name in enumerate(behaviour):
             server = await stack.enter_async_context(serve(of(name)))
             nodes.append(replace(node(name, server.url, max_parallel=8), weight=0.001**place))
         made.running = await stack.enter_async_context(serve_nodes(tuple(nodes)))
@@ -104,7 +106,7 @@ async def test_no_third_server_is_asked_where_two_have_failed(path: str) -> None
             assert response.status_code == 500
             assert response.headers["X-GPUMesh-Attempts"] == "2"
             assert WORDS in response.text
-            assert error_shapes.is_error_body(find_client_api(path), response.json()), "in the dialect of the route"
+            assert error_shapes.is_error_body(find_client_api(path), response.json()), "in the shape of the route's API"
             assert servers.asked.total() == len(servers.asked) == 2
 
 
@@ -116,13 +118,13 @@ async def test_both_of_two_servers_are_asked() -> None:
 
 
 async def test_a_prompt_that_fails_everywhere_opens_no_breaker() -> None:
-    """A client that asks it again and again would else shut the breakers of all nodes, and the others out."""
+    """Otherwise a client that repeats the request would open the breakers of all nodes, and lock out other clients."""
     async with fleet(a="500", b="500", c="500") as servers:
         for _ in range(5 * THRESHOLD):
             assert (await servers.ask("/api/chat")).status_code == 500
         assert servers.running is not None
         assert all(one.usable for one in servers.running.mesh.candidates())
-        servers.says.update(a="ok", b="ok", c="ok")
+        servers.behaviour.update(a="ok", b="ok", c="ok")
         assert (await servers.ask("/api/chat")).headers["X-GPUMesh-Attempts"] == "1"
 
 
@@ -134,15 +136,16 @@ async def test_the_breaker_of_a_node_that_fails_alone_opens() -> None:
 
 
 async def test_a_node_with_an_open_breaker_is_asked_rather_than_none() -> None:
-    """Its breaker may be open for half a minute after it is well; the client would get the other's 500 meanwhile."""
+    """Its breaker may be open for half a minute after it works again. Meanwhile the client would get the other node's
+    500."""
     async with fleet(a="500", b="ok") as servers:
         assert servers.running is not None
         mesh = servers.running.mesh
-        shut = mesh.fleet["b"]
-        shut.ledger.breaker = Breaker(THRESHOLD, mesh._clock() + 30.0, 30.0)  # after faults that took minutes
+        open_node = mesh.fleet["b"]
+        open_node.ledger.breaker = Breaker(THRESHOLD, mesh._clock() + 30.0, 30.0)  # after faults that took minutes
         response = await servers.ask("/api/chat")
         assert (response.status_code, response.headers["X-GPUMesh-Attempts"]) == (200, "2")
-        assert shut.ledger.breaker == Breaker(), "it is well"
+        assert open_node.ledger.breaker == Breaker(), "it works again"
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
@@ -163,7 +166,7 @@ async def test_a_server_that_hangs_up_and_one_that_answers_500_are_two_failures(
 
 
 async def test_a_proxys_502_is_not_blamed_on_the_request() -> None:
-    """502 and 503: no server had it, so all may be asked."""
+    """502 and 503: no server had the request, so every node may be asked."""
     async with AsyncExitStack() as stack:
         nodes = []
         asked: Counter[str] = Counter()
@@ -195,16 +198,16 @@ async def test_a_proxys_502_is_not_blamed_on_the_request() -> None:
         ("DELETE", "/api/delete", {"model": MODEL}),
     ],
 )
-@pytest.mark.parametrize("says", ["500", "dies"])
+@pytest.mark.parametrize("behaviour", ["500", "dies"])
 async def test_a_change_of_a_store_is_sent_to_each_server_once(
-    method: str, path: str, body: dict[str, Any], says: str
+    method: str, path: str, body: dict[str, Any], behaviour: str
 ) -> None:
-    async with fleet(a=says, b="ok") as servers:
+    async with fleet(a=behaviour, b="ok") as servers:
         response = await servers.client.request(
             method, path, json={**body, "stream": False}, headers={"X-GPUMesh-Node": "a"}
         )
-        if (path, says) == ("/api/pull", "dies"):
-            return  # Ollama goes on where it was cut, so a pull is begun anew
+        if (path, behaviour) == ("/api/pull", "dies"):
+            return  # Ollama continues a pull where it was cut, so it is started again
         assert response.status_code >= 500
         assert servers.asked == {"a": 1}
 
@@ -259,7 +262,7 @@ async def test_a_prompt_that_kills_its_server_is_not_sent_to_a_third(stream: boo
         waits = [asyncio.ensure_future(process.wait()) for process in processes]
         assert [await ended for ended in islice(asyncio.as_completed(waits), 2)] == [9, 9]
         (third,) = (process for process in processes if process.returncode is None)
-        third.kill()  # not before the others' ends are known: asyncio asks a process for its end as it is killed
+        third.kill()  # after the ends of the others are known: asyncio checks a process when it kills it
         assert await third.wait() == -9
         await asyncio.gather(*waits)
 

@@ -1,5 +1,7 @@
-"""What a browser is told and refused, on real sockets, whatever a hostile host answers. In a real browser:
-tests/real/test_hostile_pages.py."""
+"""What a browser gets and what is refused to it, whatever a hostile host answers, on real sockets.
+
+The same with a real browser: tests/real/test_hostile_pages.py.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ OWN += [("GET", "/v1/nothing"), ("POST", "/"), ("DELETE", "/ui"), ("GET", "/ui/"
 
 
 class Host:
-    """An Ollama to the probes; whatever else it is asked it answers as it was told, and counts."""
+    """Answers probes as an Ollama does, and every other request with the answer that was set; counts these."""
 
     def __init__(self) -> None:
         self.answer = whole_response(b"{}")
@@ -84,7 +86,7 @@ class Host:
         self.asked += 1
         await exchange.send(self.answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else self.answer)
 
-    def says(self, body: bytes, kind: str, *, status: str = "200 OK", headers: bytes = b"") -> None:
+    def set_answer(self, body: bytes, kind: str, *, status: str = "200 OK", headers: bytes = b"") -> None:
         self.answer = whole_response(body, status=status, kind=kind).replace(b"\r\n", b"\r\n" + headers, 1)
 
 
@@ -110,7 +112,7 @@ async def ask(fleet: RunningGateway, method: str, path: str, body: Any = CHAT, *
 
 
 def checked(response: httpx.Response, *, more: frozenset[str] = frozenset()) -> Mapping[str, str]:
-    """The answer's headers, of which each browser header stands there once, as it should, and no other but ours."""
+    """The answer's headers. Each header for browsers must be there once with its value, and no foreign header."""
     for name, value in FOR_BROWSERS.items():
         assert response.headers.get_list(name) == [value]
     unknown = {name.lower() for name in response.headers} - OURS - FATE - more
@@ -118,13 +120,13 @@ def checked(response: httpx.Response, *, more: frozenset[str] = frozenset()) -> 
     return response.headers
 
 
-# -- what a host says ------------------------------------------------------------------------------------------------
+# -- answers of a host ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
 async def test_a_hosts_page_never_leaves_the_gateway(fleet: RunningGateway, host: Host, method: str, path: str) -> None:
     for kind in ("text/html", "text/plain;text/html"):
-        host.says(PAGE, kind, headers=EVIL_HEADERS)
+        host.set_answer(PAGE, kind, headers=EVIL_HEADERS)
         answer = await ask(fleet, method, path)
         assert answer.status_code == 502
         assert checked(answer)["Content-Type"] == "application/json"
@@ -139,7 +141,7 @@ async def test_a_hosts_page_never_leaves_the_gateway(fleet: RunningGateway, host
 async def test_only_the_headers_that_clients_read_are_passed_on(
     fleet: RunningGateway, host: Host, method: str, path: str
 ) -> None:
-    host.says(b'{"done":true}', "Application/JSON; charset=UTF-8", headers=EVIL_HEADERS + KEPT_HEADERS)
+    host.set_answer(b'{"done":true}', "Application/JSON; charset=UTF-8", headers=EVIL_HEADERS + KEPT_HEADERS)
     answer = await ask(fleet, method, path)
     assert answer.status_code == 200
     headers = checked(answer, more=frozenset({"retry-after", "x-ratelimit-remaining-requests"}))
@@ -151,13 +153,13 @@ async def test_only_the_headers_that_clients_read_are_passed_on(
 
 @pytest.mark.parametrize("status", ["200 OK", "201 Created", "302 Found", "401 Unauthorized", "500 Oh", "999 Odd"])
 async def test_routes_of_stores_pass_on_text_only(fleet: RunningGateway, host: Host, status: str) -> None:
-    said = [(PAGE, "text/html"), (b'{"error":"<b>no</b>"}', "application/json")]
-    if status.startswith("2"):  # else a pull would be begun anew until it succeeds
-        said.append((b'{"status":"<b>x</b>"}\n{"status":"success"}\n', "application/x-ndjson"))
+    answers = [(PAGE, "text/html"), (b'{"error":"<b>no</b>"}', "application/json")]
+    if status.startswith("2"):  # otherwise a pull would be started again until it succeeds
+        answers.append((b'{"status":"<b>x</b>"}\n{"status":"success"}\n', "application/x-ndjson"))
     else:
-        said.append((PAGE, "application/json"))
-    for page, kind in said:
-        host.says(page, kind, status=status, headers=EVIL_HEADERS)
+        answers.append((PAGE, "application/json"))
+    for page, kind in answers:
+        host.set_answer(page, kind, status=status, headers=EVIL_HEADERS)
         for method, path, body in STORES:
             answer = await ask(fleet, method, path, body)
             headers = checked(answer)
@@ -166,19 +168,19 @@ async def test_routes_of_stores_pass_on_text_only(fleet: RunningGateway, host: H
             if answer.content:
                 assert "Content-Type" in headers
                 for line in answer.text.splitlines():
-                    json.loads(line)  # a document of ours, whatever it quotes
+                    json.loads(line)  # the gateway's own document, whatever it quotes
 
 
 async def test_a_redirect_is_not_passed_on(fleet: RunningGateway, host: Host) -> None:
     for status in ("301 Moved", "302 Found", "307 Temporary", "304 Not Modified", "799 Odd", "999 Odd"):
-        host.says(b"", "text/html", status=status, headers=EVIL_HEADERS)
+        host.set_answer(b"", "text/html", status=status, headers=EVIL_HEADERS)
         answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
         assert answer.status_code == 502
         checked(answer)
 
 
 async def test_the_page_of_an_error_becomes_an_error_in_the_clients_api(fleet: RunningGateway, host: Host) -> None:
-    host.says(b"<html><title>413 Too Large</title>", "text/html", status="413 Too Large", headers=EVIL_HEADERS)
+    host.set_answer(b"<html><title>413 Too Large</title>", "text/html", status="413 Too Large", headers=EVIL_HEADERS)
     answer = await ask(fleet, "POST", "/v1/messages")
     assert answer.status_code == 413
     assert answer.json() == {
@@ -186,7 +188,7 @@ async def test_the_page_of_an_error_becomes_an_error_in_the_clients_api(fleet: R
         "error": {"type": "request_too_large", "message": 'evil: HTTP 413 and a web page, "413 Too Large"'},
     }
     checked(answer)
-    host.says(PAGE, "text/html", status="401 Unauthorized", headers=EVIL_HEADERS)
+    host.set_answer(PAGE, "text/html", status="401 Unauthorized", headers=EVIL_HEADERS)
     challenged = await ask(fleet, "GET", f"/v1/models/{MODEL}")
     assert challenged.status_code == 401
     assert "WWW-Authenticate" not in challenged.headers, "a browser would ask its user for a password"
@@ -209,14 +211,14 @@ async def test_a_body_without_a_type_gets_one_that_no_browser_shows(fleet: Runni
     answer = await ask(fleet, "POST", "/api/chat")
     assert checked(answer)["Content-Type"] == "application/octet-stream"
     answer = await ask(fleet, "GET", f"/v1/models/{MODEL}")
-    assert answer.status_code == 502, "where a document is asked for, it is none"
+    assert answer.status_code == 502, "a page is not the document that was asked for"
     assert checked(answer)["Content-Type"] == "application/json"
 
 
 async def test_another_node_answers_in_place_of_a_page(host: Host) -> None:
-    host.says(PAGE, "text/html")
+    host.set_answer(PAGE, "text/html")
     good = Host()
-    good.says(b'{"done":true}', "application/json")
+    good.set_answer(b'{"done":true}', "application/json")
     async with (
         serve(host) as one,
         serve(good) as other,
@@ -230,14 +232,14 @@ async def test_another_node_answers_in_place_of_a_page(host: Host) -> None:
 
 async def test_a_packed_body_is_not_asked_for_nor_taken(host: Host) -> None:
     async with serve(host) as server, serve_nodes((node("evil", server.url),)) as fleet:
-        host.says(b"\x1f\x8b\x08", "application/json", headers=b"Content-Encoding: gzip\r\n")
+        host.set_answer(b"\x1f\x8b\x08", "application/json", headers=b"Content-Encoding: gzip\r\n")
         answer = await ask(fleet, "POST", "/api/chat")
         assert answer.status_code == 502
         heads = [exchange.head for exchange in server.requests if exchange.head.startswith(b"POST")]
         assert all(b"\r\nAccept-Encoding: identity\r\n" in head for head in heads)
 
 
-# -- what the gateway says by itself ---------------------------------------------------------------------------------
+# -- answers of the gateway itself ----------------------------------------------------------------------------------
 
 
 async def test_every_answer_of_the_gateway_itself_has_the_headers_against_browsers(fleet: RunningGateway) -> None:
@@ -285,7 +287,7 @@ async def test_the_answer_to_a_connection_too_many_has_the_headers_against_brows
 
 async def test_the_page_has_a_policy_of_its_own_and_no_frame_shows_it(fleet: RunningGateway) -> None:
     page = await fleet.client.get("/ui", headers={"Sec-Fetch-Dest": "document", "Sec-Fetch-Site": "cross-site"})
-    assert page.status_code == 200, "also by a link from somewhere else"
+    assert page.status_code == 200, "also by a link of another site"
     (policy,) = page.headers.get_list("Content-Security-Policy")
     assert "sandbox" not in policy
     assert "frame-ancestors 'none'" in policy
@@ -294,7 +296,7 @@ async def test_the_page_has_a_policy_of_its_own_and_no_frame_shows_it(fleet: Run
         assert page.headers.get_list(name) == [FOR_BROWSERS[name]]
 
 
-# -- what a browser asks for -----------------------------------------------------------------------------------------
+# -- requests of a browser ------------------------------------------------------------------------------------------
 
 DESTINATIONS = (
     "audio audioworklet document embed fencedframe font frame iframe image json manifest object paintworklet report "
@@ -331,7 +333,7 @@ async def test_no_script_becomes_a_service_worker(fleet: RunningGateway) -> None
         ({"Sec-Fetch-Dest": "empty"}, 200),
         ({"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}, 200),
         ({"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "none"}, 200),  # an extension
-        ({"Sec-Fetch-Mode": "cors"}, 200),  # Node's fetch says no more
+        ({"Sec-Fetch-Mode": "cors"}, 200),  # Node's fetch sends nothing else
         ({"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
@@ -343,13 +345,13 @@ async def test_no_script_becomes_a_service_worker(fleet: RunningGateway) -> None
     ],
 )
 async def test_which_requests_of_pages_are_answered(host: Host, headers: dict[str, str], status: int) -> None:
-    host.says(b'{"done":true}', "application/json", headers=EVIL_HEADERS)
+    host.set_answer(b'{"done":true}', "application/json", headers=EVIL_HEADERS)
     async with over(host, spec=GatewaySpec(cors_origins=("https://chat.example.org",))) as fleet:
         for method, path in (("GET", "/mesh/status"), ("POST", "/api/chat"), ("GET", f"/v1/models/{MODEL}")):
             answer = await ask(fleet, method, path, headers=headers)
             assert answer.status_code == status
             allowed = [headers["Origin"]] if "Origin" in headers and status == 200 else []
-            assert answer.headers.get_list("Access-Control-Allow-Origin") == allowed, "ours, or none"
+            assert answer.headers.get_list("Access-Control-Allow-Origin") == allowed, "the gateway's header, or none"
             assert "Access-Control-Allow-Credentials" not in answer.headers
 
 

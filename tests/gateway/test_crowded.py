@@ -1,4 +1,4 @@
-"""Clients that hold what others need: connections, and slots on nodes."""
+"""Clients that hold connections, or slots on nodes, that others need."""
 
 from __future__ import annotations
 
@@ -39,35 +39,36 @@ def connections(fleet: RunningGateway) -> int:
 
 
 @asynccontextmanager
-async def crowd(port: int, count: int, said: bytes) -> AsyncIterator[list[asyncio.StreamReader]]:
-    """So many connections, one after the other, each of which sends this and then waits."""
+async def crowd(port: int, count: int, sent: bytes) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """Opens so many connections one after the other; each sends these bytes and then waits."""
     async with AsyncExitStack() as stack:
         readers = []
         for _ in range(count):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             stack.callback(writer.close)
-            writer.write(said)
+            writer.write(sent)
             readers.append(reader)
         yield readers
 
 
 @both
 @pytest.mark.parametrize(
-    "said", [b"", GET, GET[:-2], b"GET", b"\r\n"], ids=["nothing", "a request", "half", "a word", "blank"]
+    "sent", [b"", GET, GET[:-2], b"GET", b"\r\n"], ids=["nothing", "a request", "half", "a word", "blank"]
 )
-def test_idle_connections_do_not_lock_out_new_clients(run: Run, said: bytes) -> None:
+def test_idle_connections_do_not_lock_out_new_clients(run: Run, sent: bytes) -> None:
     async def main() -> None:
-        async with serve_hosts(A, bounds=Bounds(max_connections=16)) as fleet, crowd(fleet.port, 40, said) as crowded:
+        async with serve_hosts(A, bounds=Bounds(max_connections=16)) as fleet, crowd(fleet.port, 40, sent) as crowded:
             await wait_until(lambda: connections(fleet) == 16, "all are taken")
             for _ in range(3):
                 assert b"Ollama is running" in await send_raw(
                     fleet.port, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
                 )
             assert (await fleet.chat()).status_code == 200
-            told = (await fleet.client.get("/metrics")).text
-            assert metric(told, "gpumesh_client_connections_refused_total") == 0
-            assert metric(told, "gpumesh_client_connections_closed_for_others_total") >= 24
-            await asyncio.wait_for(crowded[0].read(), 10)  # the first has been closed, after its answer if it asked
+            received = (await fleet.client.get("/metrics")).text
+            assert metric(received, "gpumesh_client_connections_refused_total") == 0
+            assert metric(received, "gpumesh_client_connections_closed_for_others_total") >= 24
+            # the first was closed, after its answer if it had sent a request
+            await asyncio.wait_for(crowded[0].read(), 10)
             assert crowded[0].at_eof()
             assert connections(fleet) <= 16
 
@@ -111,7 +112,7 @@ async def test_connections_without_a_key_are_closed_before_those_with_one(monkey
         writer.write(authorized)
         await known.readuntil(b"Ollama is running")
         healthy = GET.replace(b"GET /", b"GET /healthz")
-        async with crowd(fleet.port, 40, healthy):  # whoever asks that needs no key
+        async with crowd(fleet.port, 40, healthy):  # a health check needs no key
             await wait_until(lambda: connections(fleet) == 8, "all are taken")
             writer.write(authorized)
             await asyncio.wait_for(known.readuntil(b"Ollama is running"), 10)
@@ -160,7 +161,7 @@ async def probed(exchange: Exchange) -> None:
 
 
 async def much_or_little(exchange: Exchange) -> None:
-    """More than any buffer holds to who asks for much, a word to others."""
+    """Answers a long prompt with more than any buffer holds, other prompts with one word."""
     if not exchange.head.startswith(b"POST"):
         await probed(exchange)
         return
@@ -190,16 +191,17 @@ def test_a_client_that_does_not_read_loses_its_slot_while_others_wait(run: Run) 
             reader, writer = await small_window(fleet.port)
             writer.write(post(chat("much", stream=True), "Connection: close"))
             await wait_until(
-                lambda: any(one.writer.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+                lambda: any(connection.writer.backpressured for connection in fleet.gateway._server._connections),
+                "it takes no more",
             )
             async with asyncio.timeout(20):
                 assert (await fleet.chat("little", stream=True)).status_code == 200
             assert fleet.mesh.request_counters.cancelled == 1
-            told = b""
+            received = b""
             while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
-                told = (told + piece)[-1000:]
-            assert b'{"error":"the client took nothing of this answer for 0.3 s' in told
-            assert told.endswith(b"0\r\n\r\n"), "it is told so, when it reads on"
+                received = (received + piece)[-1000:]
+            assert b'{"error":"the client took nothing of this answer for 0.3 s' in received
+            assert received.endswith(b"0\r\n\r\n"), "the client gets the error when it reads on"
             writer.close()
 
     run(main())
@@ -211,7 +213,8 @@ async def test_a_client_that_does_not_read_keeps_its_slot_while_nobody_waits(mon
         reader, writer = await small_window(fleet.port)
         writer.write(post(chat("much", stream=True), "Connection: close"))
         await wait_until(
-            lambda: any(one.writer.backpressured for one in fleet.gateway._server._connections), "it takes no more"
+            lambda: any(connection.writer.backpressured for connection in fleet.gateway._server._connections),
+            "it takes no more",
         )
         is_wanted, asked = fleet.mesh._dispatcher.slot_is_wanted, 0
 
@@ -221,12 +224,12 @@ async def test_a_client_that_does_not_read_keeps_its_slot_while_nobody_waits(mon
             return is_wanted(name)
 
         monkeypatch.setattr(fleet.mesh._dispatcher, "slot_is_wanted", counted)
-        await wait_until(lambda: asked >= 3, "it has taken nothing for three times as long as it may")
+        await wait_until(lambda: asked >= 3, "the client has taken nothing for three stall time-outs")
         assert fleet.mesh.request_counters.in_flight == 1
-        told = b""
+        received = b""
         while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
-            told = (told + piece)[-1000:]
-        assert DONE in told
+            received = (received + piece)[-1000:]
+        assert DONE in received
         writer.close()
 
 
@@ -242,11 +245,11 @@ async def test_a_slow_but_steady_reader_keeps_its_slot() -> None:
         await reader.readuntil(b"\r\n\r\n")
         waiting = asyncio.create_task(fleet.chat("little", stream=True))
         await wait_until(lambda: fleet.mesh._dispatcher.queued == 1, "another waits")
-        told, began = b"", asyncio.get_running_loop().time()
+        received, began = b"", asyncio.get_running_loop().time()
         while piece := await asyncio.wait_for(reader.read(1 << 17), 20):
-            told = (told + piece)[-1000:]
+            received = (received + piece)[-1000:]
             await asyncio.sleep(0.01)  # a slow reader is what is tested
         assert asyncio.get_running_loop().time() - began > 2 * bounds.stall_timeout_s
-        assert DONE in told
+        assert DONE in received
         assert (await waiting).status_code == 200
         writer.close()

@@ -1,4 +1,4 @@
-"""What one host sends stops neither the other hosts nor their clients' streams."""
+"""Whatever one host sends, other hosts and the streams of their clients are not delayed."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ async def test_a_part_that_never_ends_does_not_delay_other_streams(part: str) ->
             async with track_longest_loop_turn() as turn:
                 status, last = await stream(fleet, "hostile", 1)
                 assert status in (502, 503) or b"error" in last
-                for _ in range(3):  # to whatever node they go first, the honest one answers them
+                for _ in range(3):  # whichever node they go to first, the honest one answers
                     assert (await fleet.chat()).status_code == 200
                 assert b'"done":true' in (await honest)[1]
                 assert turn() < STALL_S
             assert "/api/chat" in hostile.paths
-            assert hostile.sent < 32 << 20, "the buffers of some sockets, not what would have come"
+            assert hostile.sent < 32 << 20, "buffers of some sockets, not the whole answer"
             assert most_memory_mib() - before < MEMORY_MIB
             health = {one.name: one.health for one in fleet.mesh.snapshot().nodes}
             assert health["honest"] is Health.HEALTHY
@@ -117,8 +117,10 @@ def test_many_hostile_answers_at_once_do_not_delay_other_streams(part: str, run:
                     for task in attacked:
                         task.cancel()
                     await asyncio.gather(*attacked, return_exceptions=True)
-                    assert turn() < 2 * STALL_S, "with what its own 32 clients cost, which are in this process, too"
-                assert hostile.paths.count(path) >= 8, "those whose turn has come until the honest one was served"
+                    assert turn() < 2 * STALL_S, (
+                        "including the cost of its own 32 clients, which run in this process, too"
+                    )
+                assert hostile.paths.count(path) >= 8, "the requests that were sent before the honest one was served"
                 assert most_memory_mib() - before < 2 * MEMORY_MIB
 
     run(check())

@@ -1,4 +1,4 @@
-"""What one client sends stops nobody else's stream."""
+"""Whatever one client sends, the streams of other clients are not delayed."""
 
 from __future__ import annotations
 

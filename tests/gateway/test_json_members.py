@@ -24,7 +24,7 @@ CHAT = MODEL_ROUTES["/api/chat"]
 # What Go 1.26 said of each, asked with ``json.NewDecoder(body).Decode(&request)`` as gin does it for Ollama, where
 # ``request`` has ``Model string `json:"model"```, ``Name``, ``Stream *bool`` and ``Options map[string]any``.
 
-# Body, model, num_predict: read here just so.
+# Body, model, num_predict: the gateway reads the same.
 AS_GO: list[tuple[bytes, str, int | None]] = [
     (b'{"model":"m"}', "m", None),
     (b' \t\r\n{"model":"m"} \n', "m", None),
@@ -65,7 +65,7 @@ AS_GO: list[tuple[bytes, str, int | None]] = [
     (b'{"x":' + b'{"a":' * 9999 + b"1" + b"}" * 9999 + b',"model":"m"}', "m", None),
 ]
 
-# Body, the model that Go reads: refused here. Other servers read another one, or Ollama has no model in it either.
+# Body, the model that Go reads. The gateway refuses them: other servers read another model, or Ollama finds none.
 REFUSED_THOUGH_GO_READS: list[tuple[bytes, str, str]] = [
     (b'{"model":"a","model":"b"}', "b", "the request body has `model` twice"),
     (b'{"model":"a","Model":"b"}', "b", "the request body has `model` twice"),
@@ -90,7 +90,7 @@ REFUSED_THOUGH_GO_READS: list[tuple[bytes, str, str]] = [
     (b'{"model":"m","mo\\u0064el":"n","x":1}', "n", "the request body has `model` twice"),
 ]
 
-# Body, Go's error: refused here too.
+# Body, Go's error. The gateway refuses them, too.
 REFUSED: list[tuple[bytes, str]] = [
     (b'{"model":["m"]}', "json: cannot unmarshal array into Go struct field Req.model of type string"),
     (b'{"model":1}', "json: cannot unmarshal number into Go struct field Req.model of type string"),
@@ -147,7 +147,8 @@ REFUSED: list[tuple[bytes, str]] = [
     (b'{"x":' + b'{"a":' * 10000 + b"1" + b"}" * 10000 + b"}", "invalid character '[' exceeded max depth"),
 ]
 
-# Body, Go's error: passed on, since it concerns nothing that is balanced on. The server's own words reach the client.
+# Body, Go's error. The gateway passes them on: the error is in a value that it does not use. The client gets the
+# server's own error.
 LEFT_TO_THE_SERVER: list[tuple[bytes, str]] = [
     (
         b'{"model":"m","options":[]}',
@@ -162,7 +163,7 @@ LEFT_TO_THE_SERVER: list[tuple[bytes, str]] = [
 WITHIN_A_LARGE_VALUE = (b'{"model":"m","x":[1,]}', b'{"model":"m","x":{]}', b'{"model":"m","x":"\\u00g0"}')
 
 
-def ended(work: Generator[None, None, T]) -> T:
+def run_to_end(work: Generator[None, None, T]) -> T:
     while True:
         try:
             next(work)
@@ -172,24 +173,24 @@ def ended(work: Generator[None, None, T]) -> T:
 
 
 def small(body: bytes) -> Members:
-    return json_members.read_small_members(body) or ended(json_members.scan_members(body))
+    return json_members.read_small_members(body) or run_to_end(json_members.scan_members(body))
 
 
 def in_pieces(body: bytes) -> Members:
-    return ended(json_members.scan_members(body))
+    return run_to_end(json_members.scan_members(body))
 
 
 def padded(body: bytes) -> Members:
-    """As a body is read that is too large to be read at once."""
-    return ended(json_members.scan_members(body + b" " * SMALL_BODY_BYTES if body.strip() else body))
+    """Reads it as a body is read that is too large to be read at once."""
+    return run_to_end(json_members.scan_members(body + b" " * SMALL_BODY_BYTES if body.strip() else body))
 
 
 each_reader = pytest.mark.parametrize("read", [small, in_pieces, padded])
 Read = Callable[[bytes], Members]
 
 
-def demand_of(found: Members) -> Demand:
-    return read_demand(CHAT, {}, found, size=1, model=read_model(CHAT, found))
+def demand_of(members: Members) -> Demand:
+    return read_demand(CHAT, {}, members, size=1, model=read_model(CHAT, members))
 
 
 def short(value: object) -> str | None:
@@ -205,9 +206,9 @@ def test_a_body_is_read_as_go_reads_it(read: Read, body: bytes, model: str, max_
 
 
 @each_reader
-@pytest.mark.parametrize(("body", "reading", "words"), REFUSED_THOUGH_GO_READS, ids=short)
-def test_a_body_that_servers_read_differently_is_refused(read: Read, body: bytes, reading: str, words: str) -> None:
-    with pytest.raises(BadRequest, match=words if body != b"null" else "object|not JSON") as refused:
+@pytest.mark.parametrize(("body", "reading", "message"), REFUSED_THOUGH_GO_READS, ids=short)
+def test_a_body_that_servers_read_differently_is_refused(read: Read, body: bytes, reading: str, message: str) -> None:
+    with pytest.raises(BadRequest, match=message if body != b"null" else "object|not JSON") as refused:
         demand_of(read(body))
     assert refused.value.status == 400
 
@@ -216,7 +217,7 @@ def test_a_body_that_servers_read_differently_is_refused(read: Read, body: bytes
 @pytest.mark.parametrize(("body", "error"), REFUSED, ids=short)
 def test_a_body_that_go_refuses_is_refused(read: Read, body: bytes, error: str) -> None:
     if read is padded and body in WITHIN_A_LARGE_VALUE:
-        assert demand_of(read(body)).model == "m"  # nobody but the server looks into a value of a large body
+        assert demand_of(read(body)).model == "m"  # only the server looks into a value of a large body
         return
     with pytest.raises(BadRequest):
         demand_of(read(body))
@@ -271,20 +272,20 @@ def test_the_members_are_those_of_the_document(made: tuple[bytes, list[tuple[str
             with pytest.raises(BadRequest, match="twice"):
                 read(body)
             continue
-        found = read(body)
-        assert {name: json.loads(bytes(value)) for name, value in found.known.items()} == expected
-        assert found.has_common_spelling == all(
+        members = read(body)
+        assert {name: json.loads(bytes(value)) for name, value in members.known.items()} == expected
+        assert members.has_common_spelling == all(
             name == fold_name(name) for name, _ in pairs if fold_name(name) in KNOWN_MEMBERS
         )
         model, options = expected.get("model"), expected.get("options")
         if isinstance(model, str) and model.strip():
-            demand = demand_of(found)
+            demand = demand_of(members)
             assert demand.model == model
             max_tokens = options.get("num_predict") if isinstance(options, dict) else None
             assert demand.max_tokens == (max_tokens or None)
         else:
             with pytest.raises(BadRequest):
-                demand_of(found)
+                demand_of(members)
 
 
 @given(documents(), st.text(max_size=8))
@@ -292,15 +293,15 @@ def test_a_rewritten_body_reads_the_same_to_every_server(made: tuple[bytes, list
     body, pairs = made
     for read in (small, in_pieces):
         try:
-            found = read(body)
+            members = read(body)
         except BadRequest:
             continue
-        anew = ended(join_pieces(found.render_pieces(model=model)))
-        assert anew == b"".join(found.render_pieces(model=model))
+        rewritten = run_to_end(join_pieces(members.render_pieces(model=model)))
+        assert rewritten == b"".join(members.render_pieces(model=model))
         expected = {fold_name(name) if fold_name(name) in KNOWN_MEMBERS else name: value for name, value in pairs}
-        assert json.loads(anew) == {**expected, "model": model}  # the last of two, as Python reads it
-        assert small(anew).text("model") == model
-        assert small(anew).has_common_spelling
+        assert json.loads(rewritten) == {**expected, "model": model}  # the last of two, as Python reads it
+        assert small(rewritten).text("model") == model
+        assert small(rewritten).has_common_spelling
 
 
 @given(st.binary(max_size=300) | st.text(alphabet='{}[]",:\\ 1aemdlo', max_size=300).map(str.encode))
@@ -326,8 +327,8 @@ def test_where_a_value_ends_does_not_depend_on_the_windows(tokens: list[str], wi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_scanner, "WINDOW", window)
         patch.setattr(json_scanner, "FIRST_WINDOW", window)
-        found = in_pieces(body)
-    assert found.text("model") == expected
+        members = in_pieces(body)
+    assert members.text("model") == expected
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------

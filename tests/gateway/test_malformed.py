@@ -1,4 +1,4 @@
-"""Whatever comes in on a socket gets an answer or an end, soon, and leaves nothing behind.
+"""Whatever bytes a client sends: it soon gets an answer or the end of its connection, and nothing is left behind.
 
 A few hundred requests by default; GPUMESH_MALFORMED=10000 makes it that many.
 """
@@ -29,7 +29,7 @@ from tests.mesh.servers import Exchange, serve, whole_response
 
 REQUESTS = int(os.environ.get("GPUMESH_MALFORMED", "400"))
 TOGETHER = 25
-KEPT = 4 * TOGETHER  # idle connections to the backends, which are kept: both ends of them, and a task of the server
+KEPT = 4 * TOGETHER  # idle connections to the backends that are kept: both ends, and a task of the server
 HANGS_S = 20.0
 BOUNDS = Bounds(
     head_timeout_s=0.3, body_timeout_s=0.3, linger_s=0.1, keepalive_s=0.5, write_timeout_s=5.0, max_body_bytes=100_000
@@ -39,7 +39,7 @@ BOUNDS = Bounds(
 
 
 async def answers_anything(exchange: Exchange) -> None:
-    """So that a 5xx can only be the gateway's own."""
+    """A backend that answers everything with 200, so that a 5xx can only be the gateway's own."""
     if exchange.head.startswith(b"HEAD"):
         await exchange.send(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
         return
@@ -59,7 +59,7 @@ class Served:
     over: asyncio.Event
 
     def call(self, function: Any) -> Any:
-        """Runs it in the gateway's loop."""
+        """Calls the function on the gateway's event loop."""
 
         async def inside() -> Any:
             return function()
@@ -195,7 +195,7 @@ bodies = (
 
 @st.composite
 def nearly_right(draw: st.DrawFn) -> bytes:
-    """HTTP as it should be; what is odd is the path, the document or the values of headers."""
+    """Valid HTTP with an odd path, document or header value."""
     body = draw(bodies)
     lines = [f"POST {draw(st.sampled_from(PATHS[:24]))} HTTP/1.1".encode(), b"Host: localhost"]
     lines.append(b"Content-Length: %d" % len(body))
@@ -209,7 +209,7 @@ def nearly_right(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def broken(draw: st.DrawFn) -> bytes:
-    """Anything may be wrong: the first line, a header, the framing, or some bytes of all of it."""
+    """Anything may be wrong: the request line, a header, the framing, or some bytes anywhere."""
     path = draw(st.sampled_from(PATHS).map(str.encode) | odd_bytes)
     body = draw(bodies)
     lines = [draw(methods) + b" " + path + b" " + draw(versions)]
@@ -231,7 +231,7 @@ def broken(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """Mostly as it was."""
+    """The bytes with a few of them changed."""
     for _ in range(draw(st.sampled_from([0] * 4 + [1, 1, 3]))):
         at = draw(st.integers(0, min(len(data), 300)))
         extra = draw(st.binary(min_size=1, max_size=3))
@@ -253,7 +253,7 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 class Batch(list[bytes]):
-    """Told by its size: hypothesis would print all of it."""
+    """Shown by its size: hypothesis would print all of it."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} requests>"
@@ -261,7 +261,7 @@ class Batch(list[bytes]):
 
 @dataclass
 class Seen:
-    """What clients saw, for a summary and for the test to be sure that it reached something."""
+    """What clients saw: for a summary, and to make sure that the requests reached something."""
 
     statuses: dict[int, int] = field(default_factory=dict)
     requests: int = 0
@@ -276,7 +276,7 @@ class Seen:
 
 
 async def answer_to(port: int, data: bytes) -> bytes:
-    """All that comes until the other side closes: it must, whatever was said."""
+    """All that is received until the other side closes, which it must do, whatever was sent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(HANGS_S):
@@ -284,7 +284,7 @@ async def answer_to(port: int, data: bytes) -> bytes:
                 writer.write(data)
                 return await reader.read()
             except ConnectionError:
-                return b""  # a reset: it was not interested in the rest
+                return b""  # a reset: the gateway did not want the rest
     finally:
         writer.close()
 

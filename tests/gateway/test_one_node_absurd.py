@@ -1,5 +1,7 @@
-"""One node says absurd things: what the gateway makes of all nodes still holds for the others. Over real HTTP, with a
-server that says what hypothesis thinks of beside an honest one."""
+"""One node answers absurd values: lists and figures over all nodes still hold for the others.
+
+Over real HTTP, with a server whose answers hypothesis generates, and an honest server.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from tests.mesh.servers import Exchange, serve, whole_response
 HONEST = quick_host("honest", models=(QWEN_7B, LLAMA_8B), version="0.12.6")
 NAMES = {QWEN_7B.name, LLAMA_8B.name}
 SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())
-QUICKLY_S = 5.0  # generous: two cores, shared
+MAX_DURATION_S = 5.0  # generous: two cores, shared
 MOST_BYTES = 4 << 20
 # Not shrunk: each example is a dozen requests.
 EXAMPLES = settings(
@@ -44,7 +46,7 @@ EXAMPLES = settings(
 
 @dataclass
 class Hostile:
-    """Says ``answers`` by path; ``{}`` to what it was not told."""
+    """Answers each path with its entry in ``answers``, and other paths with ``{}``."""
 
     answers: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class Hostile:
 
 @dataclass
 class Fleet:
-    """Runs on one event loop as long as the module's tests do: an example costs some requests, and no start."""
+    """Runs on one event loop as long as the module's tests: an example costs a few requests, and no start."""
 
     runner: asyncio.Runner
     running: RunningGateway
@@ -73,7 +75,7 @@ class Fleet:
         await self.running.mesh.refresh(["hostile"])
         began = time.monotonic()
         await everything_holds(self.running)
-        assert time.monotonic() - began < QUICKLY_S
+        assert time.monotonic() - began < MAX_DURATION_S
 
 
 def fleet_of(kind: BackendKind) -> Iterator[Fleet]:
@@ -133,7 +135,7 @@ def wholes(value: Any) -> Iterator[int]:
 
 
 def as_ollamas_client(entries: list[dict[str, Any]]) -> None:
-    """As Go's encoding/json wants it for api.ListModelResponse and api.ProcessModelResponse."""
+    """Whether Go's encoding/json can read it as api.ListModelResponse or api.ProcessModelResponse."""
     texts, wholes = ("name", "model", "digest", "remote_model", "remote_host"), ("size", "size_vram", "context_length")
     for entry in entries:
         assert all(isinstance(entry[key], str) for key in texts if key in entry)
@@ -193,13 +195,13 @@ async def metrics_hold(client: httpx.AsyncClient) -> None:
             seen.add(series)
 
 
-# -- and does, whatever the other node says --------------------------------------------------------------------------
+# -- whatever the other node answers -------------------------------------------------------------------------------
 
 VERSION = {"/api/version": {"version": "0.12.6"}}
 
 
 def tagged(**entry: Any) -> dict[str, Any]:
-    """An Ollama whose lists have one entry, of these keys."""
+    """The answers of an Ollama whose lists have one entry with these keys."""
     return {
         **VERSION,
         "/api/tags": {"models": [entry]},
@@ -257,7 +259,7 @@ def test_absurd_answers_of_another_kind_leave_the_other_node_usable(openai: Flee
     openai.check(answers)
 
 
-# -- what any one node could answer ----------------------------------------------------------------------------------
+# -- questions that any node could answer ------------------------------------------------------------------------------
 
 UNREADABLE = (b"", b"[]", b"<html>", b'{"a":NaN}', b'{"a":"\\ud800"}', b'{"a":"\xff"}', b'{"a":' * 3000, b'{"a":1')
 
@@ -270,7 +272,7 @@ async def test_an_unreadable_document_is_asked_of_another_node(body: bytes) -> N
     async with SimOllama(HONEST) as host, serve(Hostile(lists | asked)) as server:
         nodes = (node("hostile", server.url), node("honest", host.url))
         async with serve_nodes(nodes, {"honest": host}) as fleet:
-            for _ in range(4):  # whichever is asked first
+            for _ in range(4):  # whichever node is asked first
                 show = await fleet.client.post("/api/show", json={"model": model})
                 assert strict(show)["details"]
                 assert show.headers["X-GPUMesh-Node"] == "honest"

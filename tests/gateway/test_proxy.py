@@ -1,4 +1,4 @@
-"""The hot path, as clients see it: one seamless answer whatever becomes of nodes, and nothing left by clients."""
+"""The hot path as clients see it: one seamless answer, whatever happens to nodes or clients."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read(path: str, response: httpx.Response) -> str:
     "fault", [pytest.param(name, marks=[pytest.mark.slow] if name == "stall" else []) for name in FAULTS]
 )
 async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 1.0)  # more than what a busy machine may hold up a token
+    monkeypatch.setattr(silence_watch, "MIN_TIMEOUT_S", 1.0)  # longer than a busy machine may delay a token
     monkeypatch.setattr(silence_watch, "PAUSE_FACTOR", 1.0)
     async with preferring_a(continues=continues) as fleet:
         for path, body in BODIES.items():
@@ -81,11 +81,11 @@ async def test_a_client_sees_one_seamless_answer(fault: str, continues: bool, mo
             response = await fleet.client.post(path, json=body)
             await fleet.hosts["a"].set_faults(Faults())
             assert response.status_code == 200
-            assert response.headers["X-GPUMesh-Node"] == "a"  # who began it: the head was sent before the cut
+            assert response.headers["X-GPUMesh-Node"] == "a"  # the node that began: the head was sent before the cut
             assert read(path, response) == want
             assert '"gpumesh":{"continued":1,"tokens_before":9}' in response.text
-        books = fleet.mesh.request_counters
-        assert (books.accepted, books.served, books.failed, books.cancelled) == (6, 6, 0, 0)
+        counters = fleet.mesh.request_counters
+        assert (counters.accepted, counters.served, counters.failed, counters.cancelled) == (6, 6, 0, 0)
         await wait_until(lambda: fleet.count_running() == 0, "no host works on")
 
 
@@ -95,7 +95,7 @@ async def test_many_streams_that_are_cut_at_once_are_all_completed() -> None:
         bodies = [{**CHAT, "options": {"seed": seed}} for seed in range(16)]
         want = [read(path, await fleet.client.post(path, json=body)) for body in bodies[:4]]
         asking = [asyncio.create_task(fleet.client.post(path, json=body)) for body in bodies]
-        await wait_until(lambda: fleet.hosts["a"].counters.tokens > 300, "they are under way")
+        await wait_until(lambda: fleet.hosts["a"].counters.tokens > 300, "the streams run")
         await fleet.hosts["a"].set_faults(Faults(refuse=True))
         texts = [read(path, response) for response in await asyncio.gather(*asking)]
         assert texts[:4] == want
@@ -173,7 +173,7 @@ async def test_a_client_that_leaves_stops_the_generation(moment: str) -> None:
         first = None
         if moment == "in the queue":
             first = asyncio.create_task(fleet.client.post("/api/chat", json=CHAT))
-            await wait_until(lambda: a.counters.running == 1, "the place is taken")
+            await wait_until(lambda: a.counters.running == 1, "the slot is taken")
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(request("/api/chat", CHAT))
         if moment == "in mid-answer":
@@ -190,11 +190,11 @@ async def test_a_client_that_leaves_stops_the_generation(moment: str) -> None:
             await wait_until(lambda: fleet.mesh.snapshot().gateway.queued == 0, "it left the queue")
             assert a.counters.started == 1
         assert time.monotonic() - left < 5.0  # benchmarks have the true figure: this machine may be busy
-        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "the books say so")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "it is counted as cancelled")
         if first is not None:
             assert (await first).status_code == 200
-        books = fleet.mesh.request_counters
-        assert books.accepted == books.served + books.failed + books.cancelled
+        counters = fleet.mesh.request_counters
+        assert counters.accepted == counters.served + counters.failed + counters.cancelled
 
 
 async def test_a_client_that_leaves_while_its_answer_is_continued() -> None:
@@ -204,10 +204,10 @@ async def test_a_client_that_leaves_while_its_answer_is_continued() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", fleet.port)
         writer.write(request("/api/chat", CHAT))
         await reader.readuntil(b'"done":false')
-        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 1, "b was asked to go on")
+        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 1, "b was asked to continue")
         writer.transport.abort()
-        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 0, "b's place is free again")
-        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "the books say so")
+        await wait_until(lambda: fleet.mesh.snapshot().nodes[1].load.in_flight == 0, "b's slot is free again")
+        await wait_until(lambda: fleet.mesh.request_counters.cancelled == 1, "it is counted as cancelled")
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ async def test_a_slow_reader_does_not_fill_memory() -> None:
             client.sendall(request("/api/chat", {**CHAT, "model": "m"}))
             seen = -1
             await wait_until(lambda: sent > 0, "it has begun")
-            while sent != seen:  # until it stands still
+            while sent != seen:  # until nothing more is sent
                 seen = sent
                 await asyncio.sleep(0.3)
             assert sent < 48 << 20  # of 240 MB: what the kernel's buffers of two connections take
