@@ -53,7 +53,9 @@ class Disturbance(Protocol):
     async def end(self) -> None: ...
 
 
-class RequestOutcome(StrEnum):
+class SampleOutcome(StrEnum):
+    """How a request ended, as the client of a benchmark sees it."""
+
     SERVED = "served"
     FAILED = "failed"
     CUT = "cut"
@@ -61,7 +63,7 @@ class RequestOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRecord:
+class LoadSample:
     """The outcome of one request. Times are seconds since the start of the stage. ``arrivals_s`` has one per piece.
 
     ``tokens`` is the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
@@ -69,7 +71,7 @@ class RequestRecord:
 
     stage: str
     index: int
-    outcome: RequestOutcome
+    outcome: SampleOutcome
     intended_s: float
     sent_s: float
     ended_s: float
@@ -92,7 +94,7 @@ class RequestRecord:
 
     @property
     def end_to_end_ms(self) -> float | None:
-        return (self.ended_s - self.intended_s) * 1000.0 if self.outcome is RequestOutcome.SERVED else None
+        return (self.ended_s - self.intended_s) * 1000.0 if self.outcome is SampleOutcome.SERVED else None
 
     @property
     def last_token_ms(self) -> float | None:
@@ -117,7 +119,7 @@ class StageRun:
     """A stage as it was run. ``disturbed_s`` is when the disturbance began and ended, ``disturbance`` what it did."""
 
     stage: Stage
-    records: tuple[RequestRecord, ...]
+    records: tuple[LoadSample, ...]
     duration_s: float
     client: ClientLoad
     disturbed_s: tuple[float, float] | None = None
@@ -144,16 +146,16 @@ class _Run:
 
     stage: Stage
     clock: Callable[[], float]
-    on_record: Callable[[RequestRecord], None]
+    on_record: Callable[[LoadSample], None]
     start: float = 0.0
-    records: list[RequestRecord] = field(default_factory=list)
+    records: list[LoadSample] = field(default_factory=list)
     late_sends: int = 0
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> float:
         return self.clock() - self.start
 
-    def add(self, record: RequestRecord) -> None:
+    def add(self, record: LoadSample) -> None:
         self.records.append(record)
         self.progress.set()
         self.on_record(record)
@@ -165,7 +167,7 @@ async def run_stage(
     *,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    on_record: Callable[[RequestRecord], None] = lambda _: None,
+    on_record: Callable[[LoadSample], None] = lambda _: None,
     disturbance: Disturbance | None = None,
 ) -> StageRun:
     """Sends all requests of a stage and waits until they have ended. A failed request is a record, not an error."""
@@ -207,7 +209,7 @@ async def run_interleaved(
     stage: Stage,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    on_record: Callable[[RequestRecord], None] = lambda _: None,
+    on_record: Callable[[LoadSample], None] = lambda _: None,
 ) -> StageRun:
     """Sends one request at a time and changes the route after each, so that drift affects all routes alike.
 
@@ -277,11 +279,11 @@ async def _send_request(
         error = raised
         node = raised.node or node
     tokens = counters.tokens if counters is not None else None
-    outcome = RequestOutcome.SERVED
+    outcome = SampleOutcome.SERVED
     if error is not None:
-        outcome = RequestOutcome.CUT if arrivals or isinstance(error, StreamCut) else RequestOutcome.FAILED
+        outcome = SampleOutcome.CUT if arrivals or isinstance(error, StreamCut) else SampleOutcome.FAILED
     run.add(
-        RequestRecord(
+        LoadSample(
             stage=run.stage.name,
             index=index,
             outcome=outcome,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from gpumesh.bench import svg
-from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.load import LoadSample
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario
 from gpumesh.bench.stats import SampleSummary
@@ -47,7 +47,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 """
 
 
-def report_html(result: BenchResult, records: Sequence[RequestRecord] = ()) -> str:
+def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
     """The page. With ``records`` it also plots every request over time."""
     title = f"gpumesh bench: {result.scenario} of {result.settings.model}"
     body = [
@@ -201,7 +201,7 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
     ]
 
 
-def _timeline(records: Sequence[RequestRecord]) -> str:
+def _timeline(records: Sequence[LoadSample]) -> str:
     """A plot of every request of the last stage: when it was sent and how long it took, with a series for each node."""
     last = records[-1].stage if records else None
     by_node: dict[str, list[tuple[float, float]]] = {}

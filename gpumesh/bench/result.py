@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from gpumesh import __version__
-from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.load import LoadSample
 from gpumesh.bench.scenarios import BenchSettings, Scenario
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import RouteCost, Scaling, StageResult, request_tpot_ms
@@ -116,7 +116,7 @@ def result_from_json(document: object) -> BenchResult:
         raise ValueError(str(error)) from error
 
 
-def record_json(record: RequestRecord) -> dict[str, Any]:
+def record_json(record: LoadSample) -> dict[str, Any]:
     """A line of ``requests.jsonl``. Prompts and answers are not kept, only sizes and times."""
     return {
         "stage": record.stage,

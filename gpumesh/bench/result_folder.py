@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpumesh import atomic_file
-from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.load import LoadSample
 from gpumesh.bench.report import report_html
 from gpumesh.bench.result import BenchResult, record_json, result_from_json, result_json
 from gpumesh.errors import UsageError
@@ -42,7 +42,7 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
         ) from None
 
 
-def write_result(folder: Path, result: BenchResult, records: Sequence[RequestRecord], *, force: bool = False) -> None:
+def write_result(folder: Path, result: BenchResult, records: Sequence[LoadSample], *, force: bool = False) -> None:
     """Writes all three files, ``result.json`` last: where it exists, the others exist too. Raises UsageError."""
     check_result_folder(folder, force=force)
     lines = "".join(json.dumps(record_json(record), allow_nan=False) + "\n" for record in records)

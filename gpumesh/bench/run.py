@@ -13,8 +13,8 @@ from gpumesh.bench import scenarios
 from gpumesh.bench.gpu_meter import gpu_use, sample_gpus
 from gpumesh.bench.load import (
     Disturbance,
-    RequestOutcome,
-    RequestRecord,
+    LoadSample,
+    SampleOutcome,
     SendPrompt,
     StageRun,
     run_interleaved,
@@ -54,13 +54,13 @@ class ProgressReporter(Protocol):
 
     def start_stage(self, stage: Stage) -> None: ...
 
-    def add_record(self, record: RequestRecord) -> None: ...
+    def add_record(self, record: LoadSample) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOutput:
     result: BenchResult
-    records: tuple[RequestRecord, ...]
+    records: tuple[LoadSample, ...]
 
 
 class DrainDisturbance:
@@ -132,7 +132,7 @@ async def run_benchmark(
     if disturbance is None and scenario is Scenario.FAILOVER:
         disturbance = DrainDisturbance(target, [node.name for node in nodes])
     stages: list[StageResult] = []
-    records: list[RequestRecord] = []
+    records: list[LoadSample] = []
     notes: list[str] = _node_notes(nodes, state.findings)
     if only_node is None:
         left_out = (node for node in state.nodes if node not in nodes)
@@ -205,7 +205,7 @@ def _warm_up_notes(run: StageRun) -> list[str]:
     return [
         f"{record.node}: the warm-up request failed: {record.error}"
         for record in run.records
-        if record.outcome is not RequestOutcome.SERVED
+        if record.outcome is not SampleOutcome.SERVED
     ]
 
 

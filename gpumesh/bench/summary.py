@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import ClientLoad, RequestOutcome, RequestRecord, StageRun
+from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.scenarios import Stage, StageKind
 from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, summarize_sample, tpot_ms
 
@@ -144,9 +144,9 @@ def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = No
 
 
 def _summarize_route(
-    run: StageRun, records: Sequence[RequestRecord], route: str | None, objective: Objective, gpu: GpuUse | None
+    run: StageRun, records: Sequence[LoadSample], route: str | None, objective: Objective, gpu: GpuUse | None
 ) -> StageResult:
-    served = [record for record in records if record.outcome is RequestOutcome.SERVED]
+    served = [record for record in records if record.outcome is SampleOutcome.SERVED]
     output = sum(record.tokens or 0 for record in records)
     prompt = sum(record.prompt_tokens or 0 for record in records)
     # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
@@ -161,8 +161,8 @@ def _summarize_route(
         duration_s=seconds,
         requests=len(records),
         served=len(served),
-        failed=sum(record.outcome is RequestOutcome.FAILED for record in records),
-        cut=sum(record.outcome is RequestOutcome.CUT for record in records),
+        failed=sum(record.outcome is SampleOutcome.FAILED for record in records),
+        cut=sum(record.outcome is SampleOutcome.CUT for record in records),
         retried=sum(record.attempts > 1 for record in served),
         prompt_tokens=prompt,
         output_tokens=output,
@@ -183,12 +183,12 @@ def _summarize_route(
     )
 
 
-def request_tpot_ms(record: RequestRecord) -> float | None:
+def request_tpot_ms(record: LoadSample) -> float | None:
     """Up to the last token; the final frame carries no text and does not count."""
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
-def _latency(served: Sequence[RequestRecord]) -> Latency:
+def _latency(served: Sequence[LoadSample]) -> Latency:
     return Latency(
         ttft=summarize_sample(record.ttft_ms for record in served),
         tpot=summarize_sample(request_tpot_ms(record) for record in served),
@@ -199,13 +199,13 @@ def _latency(served: Sequence[RequestRecord]) -> Latency:
     )
 
 
-def _outside_server_ms(record: RequestRecord) -> float | None:
+def _outside_server_ms(record: LoadSample) -> float | None:
     total = record.counters.total_ms if record.counters else None
     return None if total is None else (record.ended_s - record.sent_s) * 1000.0 - total
 
 
 def _rates(
-    served: Sequence[RequestRecord], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
+    served: Sequence[LoadSample], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
 ) -> Rates:
     good_count = sum(_meets_objective(record, objective) for record in served)
     return Rates(
@@ -219,26 +219,26 @@ def _rates(
     )
 
 
-def _loaded_rate(stage: Stage, records: Sequence[RequestRecord]) -> float | None:
+def _loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
     if stage.concurrency is None or len(records) <= stage.concurrency:
         return None
     last = max(record.sent_s for record in records)
     return rate(_tokens_between(records, 0.0, last), last)
 
 
-def _meets_objective(record: RequestRecord, objective: Objective) -> bool:
+def _meets_objective(record: LoadSample, objective: Objective) -> bool:
     """For an answer of one token only the TTFT counts: it has no TPOT."""
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
     return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
 
 
-def _wall_rate(record: RequestRecord) -> float | None:
+def _wall_rate(record: LoadSample) -> float | None:
     tpot = request_tpot_ms(record)
     return 1000.0 / tpot if tpot else None
 
 
-def _shares(served: Sequence[RequestRecord]) -> tuple[NodeShare, ...]:
-    by_node: dict[str, list[RequestRecord]] = {}
+def _shares(served: Sequence[LoadSample]) -> tuple[NodeShare, ...]:
+    by_node: dict[str, list[LoadSample]] = {}
     for record in served:
         if record.node is not None:
             by_node.setdefault(record.node, []).append(record)
@@ -254,7 +254,7 @@ def _shares(served: Sequence[RequestRecord]) -> tuple[NodeShare, ...]:
     )
 
 
-def _failures(records: Iterable[RequestRecord]) -> tuple[FailureCount, ...]:
+def _failures(records: Iterable[LoadSample]) -> tuple[FailureCount, ...]:
     counts: dict[tuple[str, str], int] = {}
     for record in records:
         if record.error_code is not None:
@@ -264,7 +264,7 @@ def _failures(records: Iterable[RequestRecord]) -> tuple[FailureCount, ...]:
     return tuple(FailureCount(code, message, count) for (code, message), count in ordered[:10])
 
 
-def _phases(run: StageRun, records: Sequence[RequestRecord]) -> tuple[Phase, ...]:
+def _phases(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
     if run.disturbed_s is None:
         return ()
     begin_s, end_s = run.disturbed_s
@@ -280,11 +280,11 @@ def _phases(run: StageRun, records: Sequence[RequestRecord]) -> tuple[Phase, ...
     )
 
 
-def _phase(name: str, records: Sequence[RequestRecord], tokens: float, seconds: float) -> Phase:
+def _phase(name: str, records: Sequence[LoadSample], tokens: float, seconds: float) -> Phase:
     return Phase(
         name,
         len(records),
-        sum(record.outcome is not RequestOutcome.SERVED for record in records),
+        sum(record.outcome is not SampleOutcome.SERVED for record in records),
         sum(record.attempts > 1 for record in records),
         summarize_sample(record.end_to_end_ms for record in records),
         rate(tokens, seconds),
@@ -292,7 +292,7 @@ def _phase(name: str, records: Sequence[RequestRecord], tokens: float, seconds: 
     )
 
 
-def _tokens_between(records: Sequence[RequestRecord], low: float, high: float) -> float:
+def _tokens_between(records: Sequence[LoadSample], low: float, high: float) -> float:
     """The tokens that arrived in this time. Each piece of an answer counts for an equal share of its tokens."""
     return math.fsum(
         (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)

@@ -34,7 +34,7 @@ class ClientApi(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ModelRoute:
     """``needs_slot``: it costs inference, so it takes a slot on its node. ``model_keys``: the members that may name the
     model, in order; the first that is there does (``server/routes.go`` of Ollama)."""
 
@@ -48,18 +48,18 @@ class Route:
 _POST = frozenset({"POST"})
 
 # Routes that go to one node which has the model. All other routes are in routing.py.
-MODEL_ROUTES: Mapping[str, Route] = {
-    "/api/chat": Route(_POST),
-    "/api/generate": Route(_POST),
-    "/api/embed": Route(_POST),
-    "/api/embeddings": Route(_POST),
-    "/api/show": Route(_POST, needs_slot=False, model_keys=("model", "name")),
-    "/v1/chat/completions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/completions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/embeddings": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/responses": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
-    "/v1/messages": Route(_POST, ClientApi.ANTHROPIC, ALL_KINDS),
-    "/v1/audio/transcriptions": Route(_POST, ClientApi.OPENAI, ALL_KINDS),
+MODEL_ROUTES: Mapping[str, ModelRoute] = {
+    "/api/chat": ModelRoute(_POST),
+    "/api/generate": ModelRoute(_POST),
+    "/api/embed": ModelRoute(_POST),
+    "/api/embeddings": ModelRoute(_POST),
+    "/api/show": ModelRoute(_POST, needs_slot=False, model_keys=("model", "name")),
+    "/v1/chat/completions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/completions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/embeddings": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/responses": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
+    "/v1/messages": ModelRoute(_POST, ClientApi.ANTHROPIC, ALL_KINDS),
+    "/v1/audio/transcriptions": ModelRoute(_POST, ClientApi.OPENAI, ALL_KINDS),
 }
 
 
@@ -72,7 +72,7 @@ def find_client_api(path: str) -> ClientApi:
 
 
 def read_demand(
-    route: Route,
+    route: ModelRoute,
     headers: Mapping[str, str],
     members: Members,
     *,
@@ -103,7 +103,7 @@ def read_demand(
     )
 
 
-def read_model(route: Route, members: Members) -> str | None:
+def read_model(route: ModelRoute, members: Members) -> str | None:
     """The model that the client names; ``None`` where it names none. Raises BadRequest."""
     for name in route.model_keys:
         model = members.text(name)

@@ -23,7 +23,7 @@ from gpumesh.gateway.model_requests import (
     ALL_KINDS,
     MODEL_ROUTES,
     OLLAMA_ONLY,
-    Route,
+    ModelRoute,
     find_client_api,
     read_demand,
     read_model,
@@ -98,7 +98,7 @@ class Router:
     # -- to one node ---------------------------------------------------------------------------------------------
 
     async def _forward_to_model(
-        self, request: Request, record: RequestRecord, route: Route
+        self, request: Request, record: RequestRecord, route: ModelRoute
     ) -> Response | StreamingResponse:
         """To a node that has the model."""
         demand, body = await self._read_demand(request, route)
@@ -114,7 +114,7 @@ class Router:
             require_json=not route.needs_slot,
         )
 
-    async def _read_demand(self, request: Request, route: Route) -> tuple[Demand, bytes]:
+    async def _read_demand(self, request: Request, route: ModelRoute) -> tuple[Demand, bytes]:
         """What a request asks for, and its body as it is sent on: with the name of its model where every server looks
         for it."""
         body = await request.read_body()

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpumesh.backends.base import ChatRequest, Message, ServerCounters
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import ClientLoad, RequestOutcome, RequestRecord, StageRun
+from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.result import BenchResult, Environment, NodeEnvironment
 from gpumesh.bench.scenarios import BenchSettings, PlannedRequest, Scenario, Stage, StageKind
 from gpumesh.bench.stats import Objective
@@ -27,7 +27,7 @@ def record(
     tokens: int = 11,
     server_ms: float | None = None,
     **changes: Any,
-) -> RequestRecord:
+) -> LoadSample:
     """An answer whose first piece comes after ``ttft_ms`` and whose others follow each ``gap_ms``; its last frame with
     the last of them. ``server_ms``: the server's own total; then it has counters, with ``gap_ms`` a token."""
     arrivals = tuple(sent_s + (ttft_ms + gap_ms * number) / 1000.0 for number in range(tokens))
@@ -39,7 +39,7 @@ def record(
     usual: dict[str, Any] = {
         "stage": "mesh",
         "index": index,
-        "outcome": RequestOutcome.SERVED,
+        "outcome": SampleOutcome.SERVED,
         "intended_s": sent_s,
         "sent_s": sent_s,
         "ended_s": arrivals[-1] if arrivals else sent_s,
@@ -51,15 +51,15 @@ def record(
         "counters": counters,
         "done_reason": "length",
     }
-    return RequestRecord(**{**usual, **changes})
+    return LoadSample(**{**usual, **changes})
 
 
-def failed_record(index: int = 0, *, sent_s: float = 0.0, error: str = "no answer", **changes: Any) -> RequestRecord:
+def failed_record(index: int = 0, *, sent_s: float = 0.0, error: str = "no answer", **changes: Any) -> LoadSample:
     """One that never began."""
     usual: dict[str, Any] = {
         "stage": "mesh",
         "index": index,
-        "outcome": RequestOutcome.FAILED,
+        "outcome": SampleOutcome.FAILED,
         "intended_s": sent_s,
         "sent_s": sent_s,
         "ended_s": sent_s + 0.5,
@@ -68,7 +68,7 @@ def failed_record(index: int = 0, *, sent_s: float = 0.0, error: str = "no answe
         "error_code": "backend-unreachable",
         "error": error,
     }
-    return RequestRecord(**{**usual, **changes})
+    return LoadSample(**{**usual, **changes})
 
 
 def stage(name: str = "mesh", *, count: int = 1, concurrency: int | None = 1, **changes: Any) -> Stage:
@@ -78,7 +78,7 @@ def stage(name: str = "mesh", *, count: int = 1, concurrency: int | None = 1, **
 
 
 def make_stage_run(
-    *records: RequestRecord, duration_s: float | None = None, of: Stage | None = None, **changes: Any
+    *records: LoadSample, duration_s: float | None = None, of: Stage | None = None, **changes: Any
 ) -> StageRun:
     duration = max((one.ended_s for one in records), default=0.0) if duration_s is None else duration_s
     return StageRun(of or stage(count=len(records)), records, duration, changes.pop("client", IDLE), **changes)

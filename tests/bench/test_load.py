@@ -11,8 +11,8 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest, Chunk, ServerCounters
 from gpumesh.bench.load import (
-    RequestOutcome,
-    RequestRecord,
+    LoadSample,
+    SampleOutcome,
     StageRun,
     judge_client,
     run_interleaved,
@@ -82,7 +82,7 @@ async def turns() -> None:
 
 
 async def test_a_request_from_its_sending_to_its_end() -> None:
-    seen: list[RequestRecord] = []
+    seen: list[LoadSample] = []
     server = Server()
     done = await run_stage(server, stage(count=1), on_record=seen.append)
     assert isinstance(done, StageRun)
@@ -91,7 +91,7 @@ async def test_a_request_from_its_sending_to_its_end() -> None:
     assert (only.stage, only.index, only.outcome, only.node, only.attempts) == (
         "mesh",
         0,
-        RequestOutcome.SERVED,
+        SampleOutcome.SERVED,
         "alpha",
         2,
     )
@@ -132,10 +132,10 @@ async def test_more_places_than_requests() -> None:
 async def test_what_fails_is_a_record_and_the_others_go_on() -> None:
     done = await run_stage(Server(fail=frozenset({1}), cut=frozenset({2})), stage(count=4))
     assert [one.outcome for one in done.records] == [
-        RequestOutcome.SERVED,
-        RequestOutcome.FAILED,
-        RequestOutcome.CUT,
-        RequestOutcome.SERVED,
+        SampleOutcome.SERVED,
+        SampleOutcome.FAILED,
+        SampleOutcome.CUT,
+        SampleOutcome.SERVED,
     ]
     failed, cut = done.records[1:3]
     assert (failed.error_code, failed.error, failed.node, failed.tokens) == (
@@ -255,7 +255,7 @@ class Away:
 
 
 async def test_a_node_is_away_for_the_middle_third() -> None:
-    seen: list[RequestRecord] = []
+    seen: list[LoadSample] = []
     away = Away(lambda: len(seen))
     done = await run_stage(Server(), stage(count=9, disturb=True), on_record=seen.append, disturbance=away)
     assert away.begun is not None

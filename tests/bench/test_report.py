@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import RequestRecord
+from gpumesh.bench.load import LoadSample
 from gpumesh.bench.report import MAX_POINTS, report_html
 from gpumesh.bench.result import BenchResult
 from gpumesh.bench.scenarios import Scenario, StageKind
@@ -52,7 +52,7 @@ class Page(HTMLParser):
             self.words.append(data.strip())
 
 
-def page(made: BenchResult, records: tuple[RequestRecord, ...] = ()) -> Page:
+def page(made: BenchResult, records: tuple[LoadSample, ...] = ()) -> Page:
     text = report_html(made, records)
     parsed = Page(text)
     assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", text), "it needs nothing else"

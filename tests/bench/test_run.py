@@ -14,7 +14,7 @@ import pytest
 
 from gpumesh.backends.base import ChatRequest
 from gpumesh.bench import run as bench
-from gpumesh.bench.load import AnswerStream, RequestRecord, SendPrompt
+from gpumesh.bench.load import AnswerStream, LoadSample, SendPrompt
 from gpumesh.bench.routes import ApiKeys
 from gpumesh.bench.run import BenchOutput, has_model, usable_nodes
 from gpumesh.bench.scenarios import BenchSettings, Plan, Scenario, Stage, StageKind
@@ -73,7 +73,7 @@ class Heard:
 
     plans: list[Plan] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
-    records: list[RequestRecord] = field(default_factory=list)
+    records: list[LoadSample] = field(default_factory=list)
 
     def set_plan(self, plan: Plan) -> None:
         self.plans.append(plan)
@@ -81,7 +81,7 @@ class Heard:
     def start_stage(self, stage: Stage) -> None:
         self.stages.append(stage.name)
 
-    def add_record(self, record: RequestRecord) -> None:
+    def add_record(self, record: LoadSample) -> None:
         self.records.append(record)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpumesh.backends.base import ServerCounters
 from gpumesh.bench.gpu_meter import GpuUse
-from gpumesh.bench.load import RequestOutcome
+from gpumesh.bench.load import SampleOutcome
 from gpumesh.bench.scenarios import StageKind
 from gpumesh.bench.stats import Objective
 from gpumesh.bench.summary import FailureCount, StageResult, request_tpot_ms, route_costs, scaling, summarize_stage
@@ -63,7 +63,7 @@ def test_the_final_frame_is_not_a_token() -> None:
 
 
 def test_failures_are_no_latency_and_told_by_reason() -> None:
-    cut = record(3, outcome=RequestOutcome.CUT, error_code="stream-cut", error="stopped short", tokens=2)
+    cut = record(3, outcome=SampleOutcome.CUT, error_code="stream-cut", error="stopped short", tokens=2)
     many = [failed_record(number) for number in (1, 2)]
     made = summarize_only(make_stage_run(record(0), *many, cut, failed_record(4, error="another"), duration_s=2.0))
     assert (made.requests, made.served, made.failed, made.cut) == (5, 1, 3, 1)

@@ -15,7 +15,7 @@ from gpumesh.gateway.model_requests import (
     MODEL_ROUTES,
     OLLAMA_ONLY,
     ClientApi,
-    Route,
+    ModelRoute,
     find_client_api,
     read_demand,
     read_model,
@@ -30,7 +30,7 @@ CHAT = MODEL_ROUTES["/api/chat"]
 
 
 def demand_of(
-    route: Route,
+    route: ModelRoute,
     given: bytes,
     headers: Mapping[str, str] | None = None,
     *,

@@ -14,7 +14,7 @@ from gpumesh.cli.open_session import open_session
 if TYPE_CHECKING:
     from gpumesh.backends.base import ChatRequest
     from gpumesh.bench import scenarios
-    from gpumesh.bench.load import AnswerStream, RequestRecord, SendPrompt
+    from gpumesh.bench.load import AnswerStream, LoadSample, SendPrompt
     from gpumesh.bench.routes import ApiKeys
     from gpumesh.bench.run import BenchOutput
     from gpumesh.bench.stats import Objective
@@ -134,7 +134,7 @@ class _ProgressBar:
         self._stage = stage.name
         self._update(self._done, self._stage)
 
-    def add_record(self, record: RequestRecord) -> None:
+    def add_record(self, record: LoadSample) -> None:
         self._done += 1
         self._failed += record.error_code is not None
         failed = f", {self._failed} failed" if self._failed else ""
