@@ -1,5 +1,5 @@
-"""gpumesh: GPUs behind SSH as one fast endpoint. ``Mesh`` is the whole as a library; importing it is lazy, for the
-command line's sake."""
+"""gpumesh: GPUs behind SSH as one fast endpoint. ``Mesh`` is the library; it is imported on first use, so that the
+command line starts quickly."""
 
 from __future__ import annotations
 

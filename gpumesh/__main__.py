@@ -1,4 +1,4 @@
-"""``python -m gpumesh``: the command line, where the command itself is not on PATH."""
+"""``python -m gpumesh``: the command line, for when the command `gpumesh` is not on PATH."""
 
 from __future__ import annotations
 

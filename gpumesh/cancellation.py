@@ -1,4 +1,4 @@
-"""A cancellation that others lose: looked for where it must not be."""
+"""Notices a cancellation that other code has swallowed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 
 def raise_if_cancelled() -> None:
-    """Raises CancelledError if this task was asked to end and is still here.
+    """Raises CancelledError if this task was cancelled and goes on all the same.
 
-    Up to Python 3.12 a TaskGroup that ends by an error of its own keeps a cancellation that came meanwhile to itself,
-    and so do libraries that retry what was interrupted.
+    Up to Python 3.12 a TaskGroup that ends with an error of its own swallows a cancellation that comes meanwhile. So do
+    libraries that retry an interrupted call.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

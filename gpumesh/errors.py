@@ -1,17 +1,17 @@
-"""Every error that gpumesh raises on purpose, and the exit codes of the command line.
+"""The tree of errors that gpumesh raises on purpose, and the exit codes of the command line.
 
 ::
 
     GPUMeshError                     exit 1
     ├── UsageError                   exit 2   the command line was wrong
-    │   └── ConfigError              exit 2   mesh.yaml was wrong; holds every problem found
+    │   └── ConfigError              exit 2   mesh.yaml was wrong; holds every problem of it
     ├── NoNodeError                  exit 4   no node can serve this
     │   └── ModelMissing             exit 4   nodes are up, none has the model
     ├── DeadlineExceeded             exit 1   the caller's overall deadline passed
     ├── QueueFull                    exit 1   the gateway's queue is at its bound (503)
     ├── MeshAlreadyRunning           exit 1
     ├── MeshNotRunning               exit 1
-    ├── TunnelError                  one node's tunnel; ``needs_person`` tells who must act
+    ├── TunnelError                  one node's tunnel; ``needs_person``: see (p)
     │   ├── HostUnresolved           DNS does not know the host
     │   ├── ConnectRefused           nothing listens on the SSH port
     │   ├── ConnectTimeout           no answer to TCP or to the SSH handshake
@@ -34,9 +34,9 @@
         ├── BackendStatus            an HTTP status that is an error; holds status and body
         └── StreamCut                the answer ended before its final frame
 
-(p): a person must act; retrying alone cannot help. A ``code`` is stable: it stands in JSON, in logs and in
-``gpumesh explain CODE``. An error's text is one sentence that says what is wrong and where; ``hint`` says
-what to do. No secret ever stands in either.
+(p): a person must act; retrying alone cannot help. A ``code`` is stable: JSON, logs and ``gpumesh explain CODE`` use it
+(docs/codes.md lists them all). An error's text is one sentence that says what is wrong and where; ``hint`` says what to
+do. Neither ever contains a secret.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from typing import ClassVar
 
 
 class ExitCode(IntEnum):
-    """The command line's exit codes (DESIGN section 2)."""
+    """The exit codes of the command line. Scripts rely on them."""
 
     OK = 0
     FAILED = 1
@@ -59,7 +59,7 @@ class ExitCode(IntEnum):
 
 
 class GPUMeshError(Exception):
-    """The root. ``node`` names the node at fault, if one is; ``hint`` says what to do."""
+    """The root of the tree. ``node`` names the node at fault, if there is one; ``hint`` says what to do."""
 
     code: ClassVar[str] = "failed"
     exit_code: ClassVar[ExitCode] = ExitCode.FAILED
@@ -87,7 +87,7 @@ def unknown_node(name: str, known: Iterable[str]) -> UsageError:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong in mesh.yaml. ``line`` and ``column`` count from 1; ``path`` is like ``nodes[1].ssh.port``."""
+    """One problem of mesh.yaml. ``line`` and ``column`` count from 1; ``path`` is like ``nodes[1].ssh.port``."""
 
     message: str
     file: str
@@ -103,7 +103,7 @@ class Problem:
 
 
 class ConfigError(UsageError):
-    """mesh.yaml cannot be used; ``problems`` holds all that is wrong with it, in the order of the file."""
+    """mesh.yaml cannot be used. ``problems`` holds all its problems, in the order of the file."""
 
     code = "config"
 
@@ -119,7 +119,7 @@ class NoNodeError(GPUMeshError):
 
 
 class ModelMissing(NoNodeError):
-    """Nodes are up, but none has the model. ``available`` lists what they do have."""
+    """Nodes are up, but none has the model. ``available`` lists the models that they have."""
 
     code = "model-missing"
 
@@ -134,7 +134,7 @@ class DeadlineExceeded(GPUMeshError):
 
 
 class QueueFull(GPUMeshError):
-    """``retry_after_s`` is an estimate of when a place will be free."""
+    """``retry_after_s`` is an estimate of when a slot will be free."""
 
     code = "queue-full"
 
@@ -230,7 +230,7 @@ class ExecError(GPUMeshError):
 
 
 class ProbeError(GPUMeshError):
-    """``code`` of the finding it becomes is given per instance (``driver-broken``, ``wrong-server`` …)."""
+    """Becomes a finding with the code ``finding_code`` (``driver-broken``, ``wrong-server`` …)."""
 
     code = "probe"
 
@@ -244,7 +244,7 @@ class BackendError(GPUMeshError):
 
 
 class BackendUnreachable(BackendError):
-    """``request_sent``: the request had been sent, so the server may have worked on it."""
+    """``request_sent``: the request had been sent, so the server may have begun to work on it."""
 
     code = "backend-unreachable"
 
@@ -269,7 +269,7 @@ class StreamCut(BackendError):
 
 
 def tunnel_error_from_code(code: str, message: str, *, hint: str | None = None, node: str | None = None) -> TunnelError:
-    """Rebuilds a tunnel error that crossed a process boundary as its code and text."""
+    """Rebuilds a tunnel error that came from another process as its code and text."""
     pending: list[type[TunnelError]] = [TunnelError]
     while pending:
         kind = pending.pop()

@@ -1,7 +1,7 @@
-"""What a remote machine says, made safe to print: no terminal escapes, no control characters, no endless lines.
+"""Makes text from a remote machine safe to print: no terminal escapes, no control characters, no endless lines.
 
-Hosts are hostile until parsed (STYLE, habit 10): a GPU may be called ``\\x1b]0;…``. Whoever turns remote bytes into a
-name or a message passes them through here first, so that nothing further up has to think of it.
+What a host sends is hostile until it is parsed: a GPU may be called ``\\x1b]0;…``. Code that turns remote bytes into a
+name or a message calls ``printable`` first, so that no code above has to.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _BLANKS = re.compile(r"\s+")
 _PLAIN = re.compile(r"[ -~]*")
 
 
-def printable(said: str | bytes, limit: int = 300) -> str:
+def printable(text: str | bytes, limit: int = 300) -> str:
     """One line of at most ``limit`` characters; runs of white space become one blank. Never raises."""
-    said = said[: limit * 16]
-    # Nearly all that servers send is of this kind, and of a list of models there is much.
-    if isinstance(said, str) and len(said) <= limit and said.isascii() and said.isprintable() and " " not in said:
-        return said
-    if isinstance(said, bytes):
-        said = said.decode("utf-8", "replace")
-    if not _PLAIN.fullmatch(said):
-        said = "".join(map(_visible, _ESCAPES.sub("", said)))
-    said = _BLANKS.sub(" ", said).strip()
-    return said if len(said) <= limit else said[: limit - 1] + "…"
+    text = text[: limit * 16]
+    # A quick way for almost every text of a server; a list of models has thousands of them.
+    if isinstance(text, str) and len(text) <= limit and text.isascii() and text.isprintable() and " " not in text:
+        return text
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    if not _PLAIN.fullmatch(text):
+        text = "".join(map(_visible, _ESCAPES.sub("", text)))
+    text = _BLANKS.sub(" ", text).strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _visible(character: str) -> str:
-    """White space of any kind as a blank; controls, marks of direction, surrogates and private use as nothing."""
+    """White space of any kind becomes a blank. Controls, direction marks, surrogates and private use become nothing."""
     kind = unicodedata.category(character)
     if character in "\t\n\v\f\r" or kind.startswith("Z"):
         return " "

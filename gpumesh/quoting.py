@@ -1,8 +1,8 @@
-"""Text of others that a shell, a person's clipboard or a YAML reader will take in: one function for each.
+"""Quotes names from outside for a shell, for a command that a person pastes, and for YAML: one function for each.
 
-A host names its models, a client names the one that it wants, and the mesh.yaml of a stranger names users and paths.
-Such a name may hold ``$(…)``, a quote, a line break or ``${VAR}``. Code that puts one into a command, a completion or a
-file takes the function from here, so that no place has a rule of its own.
+Hosts name models, clients name the model they want, and somebody else's mesh.yaml names users and paths. Such a name
+may contain ``$(…)``, a quote, a line break or ``${VAR}``. Code that puts a name into a command, a completion or a file
+uses a function from here, and no rule of its own.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import json
 import re
 from collections.abc import Iterable
 
-LONGEST_PASTED = 300  # characters
+MAX_PASTED_LENGTH = 300  # characters
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@+-]+")
-# In fish a backslash inside single quotes takes the sign of these two behind it; in a POSIX shell it takes none.
+# In fish a backslash inside single quotes escapes a backslash or a quote after it. In a POSIX shell it escapes nothing.
 _FISH_ESCAPE = re.compile(r"\\(?:[\\']|$)")
 _RUNS = re.compile(r"\\+|'+|[^\\']+")
-_POWERSHELL_QUOTES = re.compile("['\u2018\u2019\u201a\u201b]")  # it takes typographic ones for the same
-# What JSON leaves as it is and YAML does not: controls, line breaks of other scripts, what may not stand in a file.
+_POWERSHELL_QUOTES = re.compile("['\u2018\u2019\u201a\u201b]")  # PowerShell reads typographic quotes as quotes too
+# Characters that JSON allows and YAML does not: controls, line breaks of other scripts, non-characters.
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def is_plain(word: str) -> bool:
-    """Whether every shell takes ``word`` for itself wherever it stands, and no program takes it for an option."""
+    """Whether every shell reads ``word`` as itself in every position, and no program reads it as an option."""
     return _PLAIN.fullmatch(word) is not None and not word.startswith("-")
 
 
 def shell_word(text: str) -> str:
     """``text`` as one word of a command line, for POSIX shells, zsh and fish alike.
 
-    ``shlex.quote`` would not do: it leaves ``=ls`` as it is, which zsh expands, and knows nothing of fish.
+    ``shlex.quote`` is not enough: it does not quote ``=ls``, which zsh expands, and it does not know fish.
     """
     if _PLAIN.fullmatch(text):
         return text
@@ -55,30 +55,30 @@ def _quoted_run(run: str) -> str:
 
 
 def powershell_word(text: str) -> str:
-    return f"'{_POWERSHELL_QUOTES.sub(lambda quote: quote[0] * 2, text)}'"
+    return f"'{_POWERSHELL_QUOTES.sub(lambda match: match[0] * 2, text)}'"
 
 
 def paste_command(template: str, **values: str) -> str:
     """A command for a person to paste, between backticks: ``paste_command("gpumesh trust {NODE}", NODE=name)``.
 
-    Each value becomes one word. One that must not be pasted at all (it cannot be seen as it is, or a program would take
-    it for an option, or nobody would read it to its end) is left out: its place keeps the name that it has in the
-    template, and the text says why.
+    Each value becomes one word. A value that must not be pasted is left out: one with invisible characters, one that a
+    program would read as an option, and one that is too long to read. Its name in the template then stays, and the text
+    says why.
     """
-    left_out = [place for place, value in values.items() if not _may_be_pasted(value)]
-    words = {place: place if place in left_out else shell_word(value) for place, value in values.items()}
-    line = f"`{template.format(**words)}`"
+    left_out = [name for name, value in values.items() if not _may_be_pasted(value)]
+    quoted = {name: name if name in left_out else shell_word(value) for name, value in values.items()}
+    line = f"`{template.format(**quoted)}`"
     if left_out:
         line += f" ({' and '.join(left_out)} left out: not safe to paste)"
     return line
 
 
 def _may_be_pasted(value: str) -> bool:
-    return 0 < len(value) <= LONGEST_PASTED and value.isprintable() and not value.startswith("-")
+    return 0 < len(value) <= MAX_PASTED_LENGTH and value.isprintable() and not value.startswith("-")
 
 
 def yaml_text(text: str) -> str:
-    """``text`` between double quotes, so that mesh.yaml is read as exactly that: no variable in it is expanded. Valid
-    as JSON too."""
+    """``text`` between double quotes. The reader of mesh.yaml gives back exactly ``text`` and expands no variable in
+    it. The result is valid JSON too."""
     whole = _SURROGATES.sub("\ufffd", text).replace("${", "$${")
-    return _NOT_IN_YAML.sub(lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(whole, ensure_ascii=False))
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(whole, ensure_ascii=False))

@@ -1,7 +1,8 @@
-"""What was observed: frozen snapshots, one field for each key of ``gpumesh.status/1`` (DESIGN section 4).
+"""What was observed: frozen snapshots of the mesh, its nodes, tunnels, GPUs and backends, and findings.
 
-Unknown is ``None``, never 0. Times are UTC ``datetime``; sizes MiB; powers W; temperatures °C; latencies ms.
-The field names are the contract: renaming one changes the JSON. ``gpumesh.wire`` turns snapshots to JSON and back.
+Each field is a key of the JSON document ``gpumesh.status/1`` (docs/status-json.md). Renaming a field changes that
+contract. Unknown is ``None``, never 0. Times are UTC ``datetime``; sizes MiB; powers W; temperatures °C; latencies ms.
+``gpumesh.wire`` turns snapshots to JSON and back.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be. ``code`` is stable (DESIGN section 7); ``hint`` can be acted on."""
+    """Something that is not as it should be. ``code`` is stable (docs/codes.md); ``hint`` says what to do."""
 
     code: str
     severity: Severity
@@ -61,15 +62,15 @@ class LocalAccess(StrEnum):
 
     OWN_USER = "own-user"  # the user who runs the mesh, and root
     ANY_USER = "any-user"
-    UNCHECKED = "unchecked"  # any user: the system does not tell whose a connection is
-    KEY = "key"  # who sends the API key
+    UNCHECKED = "unchecked"  # any user: the system does not say which user a connection belongs to
+    KEY = "key"  # clients that send the API key
 
 
 @dataclass(frozen=True, slots=True)
 class TunnelState:
     """``transport`` is ``sshtunnel``, ``openssh`` or ``direct``. ``local_port``, or ``local_socket`` in its place,
-    stays the same over reconnects; ``local_access`` is who can connect to it. A direct node has none of the three.
-    ``host_keys`` are the fingerprints on record of the host that was reached last."""
+    stays the same over reconnects; ``local_access`` says who can connect to it. A direct node has none of these three.
+    ``host_keys`` are the recorded fingerprints of the host that was reached last."""
 
     transport: str
     state: TunnelPhase = TunnelPhase.IDLE
@@ -88,7 +89,7 @@ class TunnelState:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """``store_free_mib``: what is left where models are kept, as the last inspection found it."""
+    """``store_free_mib``: the free space where models are kept; an inspection finds it out."""
 
     hostname: str | None = None
     driver: str | None = None
@@ -97,7 +98,7 @@ class HostState:
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """A compute process as nvidia-smi names it; inside a container the pid is the host's."""
+    """A compute process as nvidia-smi names it. Inside a container ``pid`` is that of the host."""
 
     pid: int
     name: str
@@ -106,7 +107,7 @@ class ProcessState:
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """One GPU. Identify it by ``uuid``: ``index`` can change at each boot."""
+    """One GPU. ``uuid`` identifies it: ``index`` can change at each boot."""
 
     index: int
     uuid: str
@@ -130,7 +131,7 @@ class GpuState:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory. ``size_vram_mib`` < ``size_mib`` means that part of it runs on the CPU."""
+    """A model in memory. If ``size_vram_mib`` is less than ``size_mib``, a part of it runs on the CPU."""
 
     name: str
     size_vram_mib: int | None = None
@@ -141,7 +142,8 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model in a backend's store. ``modified_at`` keeps the server's own text: its nanoseconds are a fingerprint."""
+    """A model in a backend's store. ``modified_at`` is the server's own text: its nanoseconds serve as a
+    fingerprint."""
 
     name: str
     digest: str | None = None
@@ -154,7 +156,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class BackendState:
-    """``models`` are names, as in section 4; ``catalog`` has the details. ``url`` is the route in use."""
+    """``models`` are names; ``catalog`` has the details. ``url`` is the route in use."""
 
     kind: str
     state: BackendPhase = BackendPhase.UNKNOWN
@@ -171,11 +173,12 @@ class BackendState:
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """One way to a node's server. ``target`` is the server as its own host knows it, ``url`` the same from here, and
-    ``via`` the transport. What follows is known after an inspection only: ``latency_ms`` is the median of several round
-    trips, ``store`` a fingerprint of the models' store, ``kind`` what the server turned out to be.
+    """One route to a node's server. ``target`` is the server's address on its own host, ``url`` its address from here,
+    ``via`` the transport. The fields after them are known after an inspection only: ``latency_ms`` is the median of
+    several round trips, ``store`` a fingerprint of the models' store, ``kind`` the kind of server that was found.
 
-    ``offered``: not in mesh.yaml; the host's own address answers without SSH as well. ``exposed``: to the internet.
+    ``offered``: the route is not in mesh.yaml; the host's own address answers without SSH too. ``exposed``: anybody on
+    the internet can use it.
     """
 
     target: str
@@ -193,7 +196,7 @@ class RouteState:
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """``limit`` is how many requests the node truly runs in parallel; ``None`` while that is not known."""
+    """``limit`` is how many requests the node really runs in parallel; ``None`` while that is unknown."""
 
     in_flight: int = 0
     queued: int = 0
@@ -205,8 +208,8 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """``gpus`` is ``None`` when they could not be asked for, and empty when there truly are none. ``noticed`` is what
-    the probes found by themselves; audit's rules add to it what follows from mesh.yaml."""
+    """``gpus`` is ``None`` when they could not be asked for, and empty when the host has none. ``noticed`` are the
+    findings of the probes; the rules of `audit` add those that follow from mesh.yaml."""
 
     name: str
     health: Health
@@ -224,7 +227,7 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The pool. A GPU that two nodes share is counted once (by UUID). Sums of unknowns are ``None``."""
+    """Sums over the pool. A GPU that two nodes share counts once (by UUID). A sum of unknown values is ``None``."""
 
     nodes: int
     nodes_up: int
@@ -244,9 +247,9 @@ class GatewayPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WaitingState:
-    """A request that waits for a place. ``position`` 0 is next; ``id`` is what its client called it (X-Request-Id).
+    """A request that waits for a slot. ``position`` 0 is next; ``id`` is the client's X-Request-Id.
 
-    ``node``: the only one that will do, if the client named one.
+    ``node``: the only node that may serve it, if the client named one.
     """
 
     position: int
@@ -259,8 +262,8 @@ class WaitingState:
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
-    """``waiting``: the first of those that are ``queued``. ``url`` is ``unix:PATH`` where there is only a Unix socket,
-    whose path is ``socket``."""
+    """``waiting``: the first of the ``queued`` requests. ``socket`` is the path of the Unix socket. ``url`` is
+    ``unix:PATH`` when the gateway listens on that socket only."""
 
     url: str | None = None
     state: GatewayPhase = GatewayPhase.OFF
@@ -291,11 +294,11 @@ class MeshState:
 
 
 def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
-    """The totals of these nodes, each GPU counted once by its UUID."""
+    """The totals of these nodes. Each GPU counts once, by its UUID."""
     gpus = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
     known = [node for node in nodes if node.gpus is not None]
 
-    def added(values: list[int | None]) -> int | None:
+    def sum_known(values: list[int | None]) -> int | None:
         numbers = [value for value in values if value is not None]
         return sum(numbers) if numbers else None
 
@@ -303,15 +306,15 @@ def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
         nodes=len(nodes),
         nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
         gpus=len(gpus) if known else None,
-        vram_total_mib=added([gpu.memory_total_mib for gpu in gpus.values()]),
-        vram_used_mib=added([gpu.memory_used_mib for gpu in gpus.values()]),
-        vram_free_mib=added([free_mib(gpu) for gpu in gpus.values()]),
+        vram_total_mib=sum_known([gpu.memory_total_mib for gpu in gpus.values()]),
+        vram_used_mib=sum_known([gpu.memory_used_mib for gpu in gpus.values()]),
+        vram_free_mib=sum_known([free_mib(gpu) for gpu in gpus.values()]),
         tokens_per_s=sum(node.backend.tokens_per_s or 0.0 for node in nodes),
     )
 
 
 def free_mib(gpu: GpuState) -> int | None:
-    """As the driver says; it keeps a reserve, so that used + free is less than total."""
+    """The driver's own figure, if there is one. The driver keeps a reserve, so used + free is less than total."""
     if gpu.memory_free_mib is not None:
         return gpu.memory_free_mib
     if gpu.memory_total_mib is None or gpu.memory_used_mib is None:

@@ -1,7 +1,7 @@
-"""What mesh.yaml says (DESIGN section 3): frozen specs, already validated, with defaults merged and variables
-expanded. Nothing observed stands here, and no secret: only the names of the variables that hold them.
+"""What mesh.yaml says (docs/configuration.md): frozen specs, validated, with defaults merged and variables expanded.
 
-Durations are seconds, sizes MiB, ports 1 to 65535.
+Specs hold nothing observed, and no secret: only the names of the variables that hold secrets. Durations are seconds,
+sizes MiB, ports 1 to 65535.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class TunnelListen(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """The one endpoint. ``listen`` gives ``host`` and ``port`` (0: any free one), ``socket`` (a Unix socket's path), or
-    both. ``host`` is ``None`` where it listens on the Unix socket alone."""
+    """The one endpoint. ``listen`` gives ``host`` and ``port`` (0: any free port), ``socket`` (the path of a Unix
+    socket), or both. ``host`` is ``None`` when the gateway listens on the Unix socket only."""
 
     host: str | None = "127.0.0.1"
     port: int = 11430
@@ -68,7 +68,7 @@ class AddressCommand:
 
 @dataclass(frozen=True, slots=True)
 class SshSpec:
-    """How to reach a host by SSH. ``user`` is always concrete; ``identity_files`` may be empty (agent, password)."""
+    """How to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be (agent, password)."""
 
     host: str
     port: int = 22
@@ -89,7 +89,7 @@ class SshSpec:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place as seen from the node's host (through SSH) or from here (direct): one candidate for the backend."""
+    """An address of a backend, as seen from the node's host (through SSH) or from here (direct)."""
 
     host: str
     port: int
@@ -104,7 +104,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """The inference server. ``targets`` are candidates in order of preference: the first that answers is used."""
+    """The inference server. ``targets`` are in order of preference: the first that answers is used."""
 
     kind: BackendKind = BackendKind.OLLAMA
     targets: tuple[Target, ...] = (Target("127.0.0.1", 11434),)
@@ -114,7 +114,7 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpectSpec:
-    """What the user believes to be there; ``None`` means: no opinion."""
+    """What the user expects to be there; ``None`` means that any value is fine."""
 
     hostname: str | None = None
     gpus: int | None = None
@@ -139,8 +139,8 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class TunnelsSpec:
-    """The local ends of all SSH nodes' tunnels. ``share``: all users of this machine may use them. ``listen``: a port
-    on loopback for each, or a Unix socket, which is this user's alone."""
+    """The local ends of the tunnels of all SSH nodes. ``share``: every user of this machine may use them. ``listen``: a
+    port on loopback for each, or a Unix socket that only this user can open."""
 
     share: bool = False
     listen: TunnelListen = TunnelListen.TCP
@@ -157,7 +157,7 @@ class RedisSpec:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A whole mesh. ``source`` is the file it was read from, resolved, or ``None`` if it was made in memory."""
+    """A whole mesh. ``source`` is the resolved path of its file, or ``None`` if it was made in memory."""
 
     name: str
     nodes: tuple[NodeSpec, ...]
@@ -168,7 +168,7 @@ class Topology:
 
     @property
     def secret_variables(self) -> frozenset[str]:
-        """The names of all variables that hold a secret of this mesh."""
+        """The names of the variables that hold this mesh's secrets."""
         names = [self.gateway.api_key_env, self.redis.password_env if self.redis is not None else None]
         for node in self.nodes:
             names.append(node.backend.api_key_env)

@@ -1,4 +1,4 @@
-"""Snapshots to JSON and back, by the fields of the frozen dataclasses; nothing here knows a particular one."""
+"""Frozen dataclasses to JSON and back, by their fields. This module knows no particular class but ``MeshState``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """A tree of dataclasses, enums, datetimes and tuples as what ``json.dumps`` takes. A number that is none is unknown
-    (``None``): JSON has no word for it."""
+    """A tree of dataclasses, enums, datetimes and tuples as values that ``json.dumps`` accepts. NaN and infinity become
+    ``None``, because JSON cannot express them."""
     kind = type(value)
     if value is None or kind is str or kind is int or kind is bool:
         return value
@@ -29,7 +29,7 @@ def to_json(value: Any) -> Any:
     if kind is tuple or kind is list:
         return [to_json(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: to_json(getattr(value, name)) for name in _names(kind)}  # type: ignore[arg-type]
+        return {name: to_json(getattr(value, name)) for name in _field_names(kind)}  # type: ignore[arg-type]
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, PurePath):
@@ -44,12 +44,12 @@ def to_json(value: Any) -> Any:
 
 
 @cache
-def _names(kind: Any) -> tuple[str, ...]:
+def _field_names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def status_json(state: MeshState) -> dict[str, Any]:
-    """The document of DESIGN section 4."""
+    """The document ``gpumesh.status/1`` (docs/status-json.md)."""
     return {"schema": STATUS_SCHEMA, **to_json(state)}
 
 
@@ -61,19 +61,19 @@ def status_from_json(document: Mapping[str, Any]) -> MeshState:
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Builds ``kind`` from what ``to_json`` gave; unknown keys are passed over (adding keys is compatible).
+    """Builds ``kind`` from the result of ``to_json``. Unknown keys are ignored: adding keys is compatible.
 
     Raises ``ValueError`` where a value is not of its field's type or a required field is missing.
     """
     try:
         result: T = _read(kind, value)
-    except ValueError as error:  # it repeats the value, which may be megabytes
+    except ValueError as error:  # its text repeats the value, which may have megabytes
         raise ValueError(printable(str(error), 300)) from error
     return result
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _field_types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -83,7 +83,7 @@ def _read(kind: Any, value: Any) -> Any:
         if value is None:
             return None
         inner = [argument for argument in get_args(kind) if argument is not type(None)]
-        for argument in inner[:-1]:  # of several (bool | str) the first that fits
+        for argument in inner[:-1]:  # of several types (bool | str) the first that fits
             try:
                 return _read(argument, value)
             except ValueError:
@@ -99,9 +99,9 @@ def _read(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ValueError(f"expected an object, got {value!r}")
-        hints = _hints(kind)  # type: ignore[arg-type]
+        types_of = _field_types(kind)  # type: ignore[arg-type]
         known = {
-            field.name: _read(hints[field.name], value[field.name])
+            field.name: _read(types_of[field.name], value[field.name])
             for field in dataclasses.fields(kind)
             if field.name in value
         }
@@ -113,7 +113,7 @@ def _read(kind: Any, value: Any) -> Any:
         return kind(value)
     if isinstance(kind, type) and issubclass(kind, (datetime, PurePath)):
         text = _read(str, value)
-        return _moment(text) if issubclass(kind, datetime) else kind(text)
+        return _read_datetime(text) if issubclass(kind, datetime) else kind(text)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -124,7 +124,7 @@ def _read(kind: Any, value: Any) -> Any:
     return value
 
 
-def _moment(text: str) -> datetime:
-    """Without a zone it is taken for UTC: moments are compared."""
-    read = datetime.fromisoformat(text)
-    return read if read.tzinfo is not None else read.replace(tzinfo=UTC)
+def _read_datetime(text: str) -> datetime:
+    """A text without a zone means UTC, so that all times can be compared."""
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

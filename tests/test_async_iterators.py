@@ -21,7 +21,7 @@ class Items:
         return self.left
 
 
-async def test_a_generator_ends_with_the_block_and_not_some_day() -> None:
+async def test_a_generator_is_closed_with_the_block() -> None:
     ended = []
 
     async def items() -> AsyncGenerator[int]:
@@ -39,6 +39,6 @@ async def test_a_generator_ends_with_the_block_and_not_some_day() -> None:
     assert ended == [True]
 
 
-async def test_what_cannot_be_closed() -> None:
+async def test_an_iterator_without_aclose_is_accepted() -> None:
     async with closing_iterator(Items()) as found:
         assert [item async for item in found] == [1, 0]

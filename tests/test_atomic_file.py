@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_replaced_with_its_mode(tmp_path: Path) -> None:
+def test_replace_sets_content_and_mode(tmp_path: Path) -> None:
     target = tmp_path / "mesh.yaml"
     atomic_file.replace(target, "one\n", mode=0o640)
     atomic_file.replace(target, "zwei ☃\n", mode=0o644)
@@ -36,7 +36,7 @@ def test_it_is_replaced_with_its_mode(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mesh.yaml"]
 
 
-def test_what_fails_leaves_it_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_replacement_leaves_the_file_unchanged(tmp_path: Path) -> None:
     target = tmp_path / "mesh.yaml"
     target.write_text("old")
     with pytest.raises(UnicodeEncodeError):
@@ -44,7 +44,7 @@ def test_what_fails_leaves_it_as_it_was(tmp_path: Path) -> None:
     assert (target.read_text(), names(tmp_path)) == ("old", ["mesh.yaml"])
 
 
-def test_what_a_killed_writer_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+def test_the_next_writer_removes_files_of_a_killed_writer(tmp_path: Path) -> None:
     target = tmp_path / "mesh.yaml"
     target.write_text("old")
     kept = [tmp_path / name for name in (".mesh.yaml.20261124", ".mesh.yaml.gpumesh-mine", ".other.gpumesh-abcdefgh")]
@@ -58,7 +58,7 @@ def test_what_a_killed_writer_left_is_taken_away_by_the_next(tmp_path: Path) -> 
     assert names(tmp_path) == sorted(["mesh.yaml", *(path.name for path in kept)])
 
 
-def test_what_is_being_written_stays(tmp_path: Path) -> None:
+def test_a_file_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
     target = tmp_path / "mesh.yaml"
     with subprocess.Popen(
         [sys.executable, "-P", "-c", KILLED, str(target), "waits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -73,3 +73,12 @@ def test_what_is_being_written_stays(tmp_path: Path) -> None:
         process.kill()
     atomic_file.replace(target, "newer")
     assert half.exists() == (os.geteuid() == 0), "another user's is not ours to remove"
+
+
+def test_create_never_overwrites(tmp_path: Path) -> None:
+    target = tmp_path / "mesh.yaml"
+    atomic_file.create(target, "first", mode=0o640)
+    with pytest.raises(FileExistsError):
+        atomic_file.create(target, "second")
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("first", 0o640)
+    assert names(tmp_path) == ["mesh.yaml"]

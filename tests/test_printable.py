@@ -42,16 +42,16 @@ FAMILY = "\U0001f469\u200d\U0001f680"
         (b"", ""),
     ],
 )
-def test_what_a_terminal_would_act_on_is_gone(said: str | bytes, shown: str) -> None:
+def test_control_characters_are_removed(said: str | bytes, shown: str) -> None:
     assert printable(said) == shown
 
 
-def test_no_escape_is_made_by_taking_another_out() -> None:
+def test_removing_an_escape_makes_no_other() -> None:
     assert printable("\x1b\x1b[31m[31mx") == "[31mx"
     assert "\x1b" not in printable("\x1b]a\x1b]b\x07c\x07[31md")
 
 
-def test_long_text_is_cut_with_a_sign() -> None:
+def test_long_text_ends_with_an_ellipsis() -> None:
     assert printable("x" * 301) == "x" * 299 + "…"
     assert printable("x" * 300) == "x" * 300
     assert printable("abcdef", 3) == "ab…"
@@ -67,7 +67,7 @@ SAID = st.text() | st.text(alphabet="\x1b\x9b\x9d\x9c\x07[]0;m\\Pab \n\u202e") |
 
 
 @given(SAID, st.integers(1, 400))
-def test_whatever_a_host_says_is_one_plain_line(said: str | bytes, limit: int) -> None:
+def test_any_text_becomes_one_plain_line(said: str | bytes, limit: int) -> None:
     shown = printable(said, limit)
     assert len(shown) <= limit
     assert not any(unicodedata.category(character).startswith("C") for character in shown)
@@ -78,6 +78,6 @@ def test_whatever_a_host_says_is_one_plain_line(said: str | bytes, limit: int) -
 
 
 @given(SAID)
-def test_what_is_clean_stays_as_it_is(said: str | bytes) -> None:
+def test_clean_text_is_unchanged(said: str | bytes) -> None:
     shown = printable(said)
     assert printable(shown) == shown

@@ -19,19 +19,19 @@ PACKAGE = Path(gpumesh.__file__).parent
 
 
 @pytest.mark.parametrize("word", ["qwen2.5:7b", "hf.co/me/x-GGUF:Q4_K_M", "u@h", "a+b", "/x/y", "1"])
-def test_plain_words_stay_as_they_are(word: str) -> None:
+def test_plain_words_are_not_quoted(word: str) -> None:
     assert is_plain(word)
     assert shell_word(word) == word
     assert paste_command("gpumesh models pull {MODEL}", MODEL=word) == f"`gpumesh models pull {word}`"
 
 
 @pytest.mark.parametrize("word", [*NAMES, "", "x\n", "a=b", "%1", "^x", "a{b,c}", "é"])
-def test_what_a_shell_or_a_program_reads_more_into_is_not_plain(word: str) -> None:
+def test_special_words_are_not_plain(word: str) -> None:
     assert not is_plain(word)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_each_shell_makes_the_same_one_word_of_it(shell: str, tmp_path: Path) -> None:
+def test_each_shell_reads_the_quoted_text_as_one_word(shell: str, tmp_path: Path) -> None:
     randomness = random.Random(20261129)
     signs = "`$(){}[];&|<>'\"\\\\\\'!*?~=#%:,-@ \n\té日ab"
     made = ["".join(randomness.choices(signs, k=randomness.randrange(1, 9))) for _ in range(1500)]
@@ -113,7 +113,7 @@ _CHECKED = {
 }
 
 
-def test_each_command_with_something_put_in_is_made_by_quoting() -> None:
+def test_commands_with_values_are_made_by_quoting_py() -> None:
     """A new f-string with a command around a value comes here: take ``quoting.paste_command``, or say above why not."""
     wrong = set()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -125,7 +125,7 @@ def test_each_command_with_something_put_in_is_made_by_quoting() -> None:
     assert wrong - _CHECKED == set()
 
 
-def test_nobody_quotes_by_other_means() -> None:
+def test_all_quoting_is_done_by_quoting_py() -> None:
     """``shlex.quote`` is not enough for fish; on the host and in files of ours a POSIX shell reads what it quotes."""
     allowed = {"quoting.py", "tunnels/remote_command.py", "tunnels/supervisor.py", "tunnels/openssh/prompts.py"}
     allowed.add("probes/combined_commands.py")

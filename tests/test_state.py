@@ -37,14 +37,14 @@ def test_an_empty_mesh_knows_nothing() -> None:
     assert compute_totals(()) == Totals(0, 0, None, None, None, None, 0.0)
 
 
-def test_what_is_unknown_is_not_nothing() -> None:
+def test_unknown_is_not_zero() -> None:
     blind = replace(node("a"), gpus=None)
     assert compute_totals((blind,)).gpus is None
     assert compute_totals((blind, node("b"))).gpus == 0, "truly none there"
     assert compute_totals((blind, node("b", GPU))) == Totals(2, 2, 1, 24564, 5632, 18560, 0.0)
 
 
-def test_two_ways_to_one_gpu_count_once() -> None:
+def test_a_shared_gpu_counts_once() -> None:
     other = replace(GPU, uuid="GPU-2")
     sums = compute_totals((node("a", GPU), node("b", GPU, other), node("c", other)))
     assert (sums.gpus, sums.vram_total_mib, sums.vram_used_mib, sums.vram_free_mib) == (2, 49128, 11264, 37120)
@@ -56,7 +56,7 @@ def test_figures_that_a_gpu_keeps_to_itself() -> None:
     assert compute_totals((node("a", silent, GPU),)).vram_total_mib == 24564
 
 
-def test_who_is_up() -> None:
+def test_nodes_up_are_healthy_or_degraded() -> None:
     nodes = tuple(node(health.value, health=health) for health in Health)
     assert compute_totals(nodes).nodes_up == 2, "healthy and degraded serve; draining, down and unknown do not"
 

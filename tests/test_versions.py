@@ -33,7 +33,7 @@ def test_the_order() -> None:
 @pytest.mark.parametrize(
     "text", ["", "²", "0.²", "²-0.1", "½", "٣.٤", "1.", ".1", "1..2", "latest", "-1", "1" * 5000, "0." + "1" * 5000]
 )
-def test_what_is_no_version_has_no_place_in_it(text: str) -> None:
+def test_a_text_that_is_no_version_has_no_order(text: str) -> None:
     assert version_key(text) is None
     assert oldest_version([text]) is None
     assert oldest_version([text, "0.12.6", text]) == "0.12.6"

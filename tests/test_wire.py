@@ -40,7 +40,7 @@ def through_json(value: Any) -> Any:
 
 @settings(deadline=None, max_examples=60)
 @given(st.from_type(MeshState))
-def test_a_status_comes_back_as_it_was(state: MeshState) -> None:
+def test_a_status_survives_to_json_and_back(state: MeshState) -> None:
     document = json.loads(json.dumps(status_json(state)))
     assert document["schema"] == STATUS_SCHEMA
     assert status_from_json(document) == state
@@ -48,7 +48,7 @@ def test_a_status_comes_back_as_it_was(state: MeshState) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.from_type(NodeState), st.from_type(SshSpec), st.from_type(Target))
-def test_parts_come_back_as_they_were(node: NodeState, ssh: SshSpec, target: Target) -> None:
+def test_values_survive_to_json_and_back(node: NodeState, ssh: SshSpec, target: Target) -> None:
     assert from_json(NodeState, through_json(node)) == node
     assert from_json(SshSpec, through_json(ssh)) == ssh
     assert from_json(Target, through_json(target)) == target
@@ -106,14 +106,14 @@ def test_every_form_of_a_field() -> None:
     )
 
 
-def test_a_whole_number_may_stand_for_a_float() -> None:
+def test_an_integer_is_accepted_for_a_float() -> None:
     read = from_json(Sample, {"name": "x", "rate": 5})
     assert read.rate == 5.0
     assert isinstance(read.rate, float)
     assert from_json(Sample, {"name": "x", "either": True}).either is True
 
 
-def test_a_moment_without_a_zone_is_utc() -> None:
+def test_a_time_without_a_zone_is_utc() -> None:
     assert from_json(Sample, {"name": "x", "at": "2026-11-24T04:10:00"}).at == datetime(2026, 11, 24, 4, 10, tzinfo=UTC)
 
 
@@ -154,7 +154,7 @@ def test_unknown_keys_are_passed_over_and_defaults_hold() -> None:
         {"name": "x", "where": 5},
     ],
 )
-def test_what_does_not_fit_is_a_value_error(document: Any) -> None:
+def test_a_value_of_the_wrong_type_is_a_value_error(document: Any) -> None:
     with pytest.raises(ValueError):
         from_json(Sample, document)
 

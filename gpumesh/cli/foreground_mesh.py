@@ -28,26 +28,28 @@ FIRST_REPORT_TIMEOUT_S = 7.0
 REDRAW_S = 0.5
 
 
-async def show_mesh(session: LocalSession, stop: Shutdown, chosen: GlobalOptions, *, notes: Sequence[str] = ()) -> None:
+async def show_mesh(
+    session: LocalSession, stop: Shutdown, options: GlobalOptions, *, notes: Sequence[str] = ()
+) -> None:
     """Returns when ``stop`` is requested. On a terminal it shows the live table with ``notes`` below; elsewhere it
     prints ``notes``, the first report, and then a line for each change."""
-    live = not chosen.quiet and sys.stdout.isatty() and not environment.dumb_terminal()
+    live = not options.quiet and sys.stdout.isatty() and not environment.dumb_terminal()
     if not live:
         for line in notes:
             typer.echo(line)
         sys.stdout.flush()
-    if chosen.quiet:
+    if options.quiet:
         await stop.wait()
     elif live:
         from gpumesh.cli.views.live.live_table import LiveTable
         from gpumesh.cli.views.node_selection import ViewSelection
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
-        table = LiveTable(session, ViewSelection(verbose=chosen.verbose), footer="Ctrl-C ends it", notes=notes)
+        table = LiveTable(session, ViewSelection(verbose=options.verbose), footer="Ctrl-C ends it", notes=notes)
         last = await table.run(until_stopped(session.watch(REDRAW_S), stop))
         stop.request()
         if last is not None:
-            print_status(last, ViewOptions(verbose=chosen.verbose))
+            print_status(last, ViewOptions(verbose=options.verbose))
     else:
         await _print_changes(session, stop)
 

@@ -31,7 +31,7 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def open_session(chosen: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
+async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
     """The running mesh of this configuration; without one, a mesh in this process while the context is open.
 
     Raises MeshNotRunning when no mesh runs and ``embed`` is false.
@@ -40,7 +40,7 @@ async def open_session(chosen: GlobalOptions, *, embed: bool = True) -> AsyncGen
     from gpumesh.daemon.mesh_lock import LockWatch
     from gpumesh.errors import MeshNotRunning
 
-    paths = chosen.paths()
+    paths = options.paths()
     watch = LockWatch.open(paths)
     if watch is not None:
         with watch:
@@ -55,7 +55,7 @@ async def open_session(chosen: GlobalOptions, *, embed: bool = True) -> AsyncGen
     from gpumesh.mesh.mesh import Mesh
 
     leftovers.remove_leftovers()
-    async with Mesh(chosen.topology()) as mesh:
+    async with Mesh(options.topology()) as mesh:
         yield LocalSession(mesh)
 
 

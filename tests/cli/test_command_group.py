@@ -30,7 +30,7 @@ def leaves(command: Any = None, words: tuple[str, ...] = ()) -> list[tuple[tuple
     return [leaf for name, inner in commands.items() for leaf in leaves(inner, (*words, name))]
 
 
-def test_the_overview_names_every_command_and_imports_none() -> None:
+def test_help_lists_every_command_and_imports_none() -> None:
     text = helped()
     for name, (_, said) in COMMANDS.items():
         assert f"  {name} " in text
@@ -69,7 +69,7 @@ def test_every_help_text(words: tuple[str, ...]) -> None:
     "name",
     ["up", "status", "run", "bench", "audit", "init", "models", "env", "exec", "logs", "drain"],
 )
-def test_what_people_use_has_examples(name: str) -> None:
+def test_common_commands_have_examples(name: str) -> None:
     text = helped(name)
     if "Examples:" not in text and "Example:" not in text:
         text = helped(name, "run")
@@ -77,19 +77,19 @@ def test_what_people_use_has_examples(name: str) -> None:
 
 
 @pytest.mark.parametrize("words", [words for words, _ in leaves()], ids=" ".join)
-def test_the_options_of_gpumesh_itself_may_stand_behind_the_command(words: tuple[str, ...]) -> None:
+def test_global_options_may_follow_the_command(words: tuple[str, ...]) -> None:
     (command,) = [command for name, command in leaves() if name == words]
     names = [name for parameter in command.params for name in parameter.opts]
     assert {"--config", "--quiet", "--verbose"} <= set(names)
     assert len(names) == len(set(names)), "no option is there twice"
 
 
-def test_an_unknown_command_is_guessed() -> None:
+def test_an_unknown_command_gets_a_suggestion() -> None:
     result = RUNNER.invoke(app, ["staus"])
     assert result.exit_code == 2
     assert "status" in result.output
 
 
-def test_nothing_at_all_shows_the_help() -> None:
+def test_no_arguments_show_the_help() -> None:
     result = RUNNER.invoke(app, [])
     assert "Commands:" in result.output

@@ -18,17 +18,17 @@ def printed(error: GPUMeshError, capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_what_is_wrong_where_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_a_sentence_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     error = AuthRefused("the host refuses the login of root", hint="check the key", node="iceland")
     assert printed(error, capsys) == "error: iceland: the host refuses the login of root\nhint: check the key\n"
     assert printed(GPUMeshError("no", hint=""), capsys) == "error: no\n"
 
 
-def test_a_node_that_the_sentence_names_already(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_in_the_message_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(NoNodeError("iceland is down", node="iceland", hint=""), capsys) == "error: iceland is down\n"
 
 
-def test_one_problem_and_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_of_a_config_error_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     one = Problem("is missing", "mesh.yaml", 3, 5, "nodes[0].name")
     assert printed(ConfigError((one,)), capsys) == "error: mesh.yaml:3:5: nodes[0].name: is missing\n"
     assert printed(ConfigError((one, one)), capsys).splitlines() == [

@@ -9,7 +9,7 @@ from gpumesh.cli.foreground_mesh import until_stopped
 from gpumesh.daemon.shutdown import Shutdown
 
 
-async def test_items_until_somebody_asks_to_stop() -> None:
+async def test_until_stopped_ends_with_the_request() -> None:
     stop = Shutdown()
     closed = False
 
@@ -31,7 +31,7 @@ async def test_items_until_somebody_asks_to_stop() -> None:
     assert closed
 
 
-async def test_items_that_end_or_fail_by_themselves() -> None:
+async def test_until_stopped_passes_on_the_end_and_errors() -> None:
     async def few() -> AsyncIterator[int]:
         yield 1
 

@@ -12,7 +12,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture
-def surroundings(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process finds what the command finds."""
     for name in ("HOME", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, gpumesh.environment()[name])
@@ -20,12 +20,14 @@ def surroundings(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPUMESH_CONFIG", raising=False)
 
 
-def test_the_options_that_may_stand_behind_a_command() -> None:
+def test_repeated_global_options() -> None:
     assert [option.name for option in repeat_global_options()] == ["config", "quiet", "verbose"]
     assert not any(option.expose_value for option in repeat_global_options())
 
 
-def test_no_mesh_yaml_at_all(tmp_path: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_mesh_yaml_is_an_error(
+    tmp_path: Path, clean_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"there is no mesh\.yaml"):
         GlobalOptions().config_file()

@@ -7,7 +7,7 @@ from gpumesh.tunnels.hostkeys import HostKeyCheck, HostKeyStatus
 from gpumesh.tunnels.known_hosts import HostKey
 
 
-def test_what_the_verdicts_mean() -> None:
+def test_each_judgement_is_explained() -> None:
     known = Path("known_hosts")
     key = HostKey("ssh-ed25519", b"x")
     changed = "\n".join(explain_judgement(HostKeyCheck(HostKeyStatus.CHANGED, (key,)), known))

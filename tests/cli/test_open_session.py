@@ -22,7 +22,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture
-def surroundings(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process finds what the command finds."""
     for name in ("HOME", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, gpumesh.environment()[name])
@@ -30,7 +30,7 @@ def surroundings(gpumesh: Gpumesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPUMESH_CONFIG", raising=False)
 
 
-def test_a_result_and_an_interruption() -> None:
+def test_run_async_gives_the_result_and_exits_130_on_ctrl_c() -> None:
     async def good() -> int:
         return 5
 
@@ -60,13 +60,15 @@ except BaseException as error:
 """
 
 
-def test_an_interruption_before_anything_has_begun() -> None:
+def test_ctrl_c_before_the_coroutine_has_begun() -> None:
     done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("Exit 130\n", "")
 
 
 @slow
-async def test_the_running_mesh_else_one_of_its_own(direct: SimulatedMesh, surroundings: None) -> None:
+async def test_open_session_takes_the_running_mesh_or_embeds_one(
+    direct: SimulatedMesh, clean_environment: None
+) -> None:
     chosen = GlobalOptions(direct.gpumesh.config)
     with pytest.raises(MeshNotRunning, match="no mesh is running"):
         async with open_session(chosen, embed=False):

@@ -12,20 +12,20 @@ def texts(text: str, name: str = "p.txt") -> list[str]:
     return [prompt.text for prompt in read_prompts(text, name=name)]
 
 
-def test_a_line_is_a_prompt_and_blank_lines_are_none() -> None:
+def test_each_line_is_a_prompt_but_blank_lines() -> None:
     assert texts("one\n\n  two \r\nthree") == ["one", "  two ", "three"]
     assert texts("[1, 2]\n5\n") == ["[1, 2]", "5"], "only an object makes it JSON lines"
     assert texts('{not json}\n"x"\n') == ["{not json}", '"x"']
 
 
-def test_json_lines_by_their_first_line_or_by_the_name() -> None:
+def test_json_lines_are_recognized_by_name_or_first_line() -> None:
     assert texts('{"prompt": "one"}\n"two"\n') == ["one", "two"]
     assert texts('"one"\n"two"\n', "p.jsonl") == ["one", "two"]
     assert texts('"one"\n', "p.ndjson") == ["one"]
     assert texts('"one"\n') == ['"one"']
 
 
-def test_what_an_object_may_say() -> None:
+def test_keys_of_a_json_prompt() -> None:
     (prompt,) = read_prompts(
         '{"prompt": "p", "model": "m", "system": "s", "node": "n", "options": {"seed": 1}}', name="x"
     )
@@ -36,7 +36,7 @@ def test_what_an_object_may_say() -> None:
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 1, "top_k": 3})
 
 
-def test_what_it_does_not_say_is_what_the_command_line_says() -> None:
+def test_missing_keys_come_from_the_command_line() -> None:
     ask = PromptEntry("p").make_request(PromptRequest((), model="m", node="n", options={"seed": 2}), "s")
     assert ask.messages == (Message("system", "s"), Message("user", "p"))
     assert (ask.model, ask.node, dict(ask.options)) == ("m", "n", {"seed": 2})
@@ -75,12 +75,12 @@ def test_messages_with_images() -> None:
         ("[" * 100_000, "p.jsonl:1: not JSON: nested too deeply"),
     ],
 )
-def test_every_problem_has_its_line(text: str, said: str) -> None:
+def test_each_problem_names_its_line(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_prompts(text, name="p.jsonl")
 
 
-def test_options_are_json_where_they_can_be() -> None:
+def test_option_values_are_json_or_text() -> None:
     pairs = ["temperature=0.2", "stop=[\"###\"]", "num_predict = 5", "format=json", "empty=", "a=b=c"]  # fmt: skip
     assert read_options(pairs) == {
         "temperature": 0.2,
@@ -93,6 +93,6 @@ def test_options_are_json_where_they_can_be() -> None:
 
 
 @pytest.mark.parametrize("pair", ["temperature", "=5", " =5", ""])
-def test_what_is_no_option(pair: str) -> None:
+def test_an_option_without_a_value_is_an_error(pair: str) -> None:
     with pytest.raises(UsageError, match="is not key=value"):
         read_options([pair])

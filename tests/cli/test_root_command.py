@@ -25,7 +25,7 @@ def test_version() -> None:
     assert done.stdout == f"gpumesh {__version__}\n"
 
 
-def test_a_stream_that_cannot_carry_a_character_is_no_reason_to_fail() -> None:
+def test_a_character_that_stdout_cannot_encode_does_not_fail() -> None:
     script = RAISING.format(raising="print('Öl …'); raise GPUMeshError('Öl', hint='')")
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=False, env={"PYTHONIOENCODING": "ascii"}
@@ -35,14 +35,14 @@ def test_a_stream_that_cannot_carry_a_character_is_no_reason_to_fail() -> None:
 
 
 @pytest.mark.parametrize("command", [("--help",), ("--version",)])
-def test_a_full_disk_is_told_in_one_sentence(command: tuple[str, ...]) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(command: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([str(GPUMESH), *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: no space left on device\nhint: make room there\n")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed(closed: str) -> None:
+def test_closed_standard_streams(closed: str) -> None:
     for words, code in (("--version", 0), ("explain host-key-changed", 0), ("explain nothing-of-the-kind", 2)):
         done = subprocess.run(["sh", "-c", f"{GPUMESH} {words} {closed}"], capture_output=True, text=True, check=False)
         assert done.returncode == code

@@ -19,7 +19,7 @@ GPUMESH = Path(sys.executable).with_name("gpumesh")
 
 
 @pytest.mark.slow
-async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> None:
+async def test_the_working_directory_is_not_imported_from(tmp_path: Path) -> None:
     """Python puts the current folder before its own libraries, unless it is told not to."""
     (tmp_path / "gpumesh").mkdir()
     (tmp_path / "yaml.py").write_text("raise SystemExit('this is not the YAML that was meant')\n")
@@ -54,7 +54,7 @@ async def test_where_the_user_happens_to_be_does_not_matter(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-async def test_a_mesh_whose_socket_is_gone_is_stopped_in_order(tmp_path: Path) -> None:
+async def test_a_mesh_without_its_socket_is_stopped_by_a_signal(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")
@@ -65,7 +65,7 @@ async def test_a_mesh_whose_socket_is_gone_is_stopped_in_order(tmp_path: Path) -
 
 
 @pytest.mark.slow
-async def test_a_mesh_whose_mesh_yaml_is_gone_can_be_looked_at_and_stopped(tmp_path: Path) -> None:
+async def test_a_mesh_without_its_mesh_yaml_can_be_shown_and_stopped(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")

@@ -49,7 +49,7 @@ async def started(gpumesh: Gpumesh, *arguments: str) -> Background:
     return Background(process, reader)
 
 
-async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None:
+async def test_it_reports_when_it_serves_and_ends_cleanly(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)) as made:
             background = await started(gpumesh)
@@ -72,7 +72,7 @@ async def test_it_tells_when_it_serves_and_ends_in_order(tmp_path: Path) -> None
         (None, ["--listen=nonsense"], 2, "is not HOST:PORT"),
     ],
 )
-async def test_it_tells_why_it_cannot(
+async def test_it_reports_why_it_cannot_start(
     tmp_path: Path, text: str | None, arguments: list[str], code: int, said: str
 ) -> None:
     with isolated_command(tmp_path) as gpumesh:
@@ -92,7 +92,7 @@ async def test_it_tells_why_it_cannot(
         assert await background.process.stderr.read() == b""
 
 
-async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None:
+async def test_it_serves_without_its_parent(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             background = await started(gpumesh)
@@ -105,7 +105,7 @@ async def test_a_parent_that_is_gone_is_no_reason_to_end(tmp_path: Path) -> None
                 await background.process.wait()
 
 
-async def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
+async def test_an_error_of_the_system_is_reported(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
             await gpumesh("up", "-d")

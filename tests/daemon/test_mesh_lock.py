@@ -44,7 +44,7 @@ def test_the_folder_is_private(paths: MeshPaths) -> None:
     lock.release()
 
 
-def test_only_one_holds_it_and_the_other_learns_who(paths: MeshPaths) -> None:
+def test_only_one_process_holds_the_lock_and_others_learn_its_pid(paths: MeshPaths) -> None:
     process = holder(paths)
     try:
         with pytest.raises(MeshAlreadyRunning, match=rf"pid {process.pid}"):
@@ -58,7 +58,7 @@ def test_only_one_holds_it_and_the_other_learns_who(paths: MeshPaths) -> None:
         end(process)
 
 
-def test_what_a_killed_process_left_is_swept(paths: MeshPaths) -> None:
+def test_the_files_of_a_killed_process_are_removed(paths: MeshPaths) -> None:
     process = holder(paths)
     paths.socket.touch()
     end(process)
@@ -76,7 +76,7 @@ def test_a_stale_lock_file_is_taken_over(paths: MeshPaths) -> None:
     lock.release()
 
 
-def test_sweeping_late_does_not_take_away_a_newer_mesh(paths: MeshPaths) -> None:
+def test_late_removal_of_stale_files_spares_a_newer_mesh(paths: MeshPaths) -> None:
     end(holder(paths))
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
         paths.remove_files()
@@ -86,7 +86,7 @@ def test_sweeping_late_does_not_take_away_a_newer_mesh(paths: MeshPaths) -> None
         lock.release()
 
 
-def test_who_waits_for_the_lock_waits_for_the_process(paths: MeshPaths) -> None:
+def test_the_lock_is_held_until_the_process_ends(paths: MeshPaths) -> None:
     process = holder(paths)
     with LockWatch.open(paths) or pytest.fail("no lock file") as watch:
         paths.remove_files()
@@ -95,19 +95,19 @@ def test_who_waits_for_the_lock_waits_for_the_process(paths: MeshPaths) -> None:
         assert not watch.held
 
 
-def test_a_socket_path_that_is_too_long_is_told(tmp_path: Path) -> None:
+def test_a_socket_path_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / ("x" * 100), tmp_path / "log")
     with pytest.raises(GPUMeshError, match="longer than a Unix socket"):
         MeshLock.acquire(paths)
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(GPUMeshError, match="cannot use the runtime folder"):
         MeshLock.acquire(MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run" / "0123", tmp_path / "log"))
 
 
-def test_a_lock_that_was_taken_away_is_put_back(paths: MeshPaths) -> None:
+def test_a_removed_lock_file_is_restored(paths: MeshPaths) -> None:
     lock = MeshLock.acquire(paths)
     os.utime(paths.lock, (1, 1))
     lock.restore_file(paths)
@@ -121,7 +121,7 @@ def test_a_lock_that_was_taken_away_is_put_back(paths: MeshPaths) -> None:
     lock.release()
 
 
-def test_a_lock_that_another_mesh_has_by_now(paths: MeshPaths) -> None:
+def test_a_lock_that_another_mesh_has_taken_is_not_restored(paths: MeshPaths) -> None:
     lock = MeshLock.acquire(paths)
     paths.lock.unlink()
     process = holder(paths)
@@ -133,8 +133,19 @@ def test_a_lock_that_another_mesh_has_by_now(paths: MeshPaths) -> None:
         lock.release()
 
 
-def test_a_lock_file_that_is_none(paths: MeshPaths) -> None:
+def test_a_lock_file_that_is_a_folder_is_an_error(paths: MeshPaths) -> None:
     paths.lock.mkdir(parents=True)
     for ask in (MeshLock.acquire, LockWatch.open):
         with pytest.raises(GPUMeshError, match="cannot use the lock file"):
             ask(paths)
+
+
+def test_reprs_show_the_owner(tmp_path: Path) -> None:
+    paths = MeshPaths(tmp_path / "mesh.yaml", tmp_path / "run", tmp_path / "log")
+    lock = MeshLock.acquire(paths)
+    assert repr(lock) == f"<MeshLock fd {lock._descriptor} pid {os.getpid()}>"
+    watch = LockWatch.open(paths)
+    assert watch is not None
+    with watch:
+        assert repr(watch).endswith(f"of pid {os.getpid()}>")
+    lock.release()

@@ -20,7 +20,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_one_mesh_yaml_has_one_place_however_it_is_named(
+def test_paths_do_not_depend_on_how_mesh_yaml_is_named(
     tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mesh.yaml"
@@ -36,7 +36,7 @@ def test_one_mesh_yaml_has_one_place_however_it_is_named(
     assert not paths.folder.exists()
 
 
-def test_made_private_and_taken_away(tmp_path: Path) -> None:
+def test_the_folder_is_private_and_can_be_removed(tmp_path: Path) -> None:
     paths = for_config(tmp_path / "mesh.yaml")
     paths.create_folder()
     paths.create_folder()
@@ -51,7 +51,7 @@ def test_made_private_and_taken_away(tmp_path: Path) -> None:
     assert not paths.stderr_log.exists()
 
 
-def test_what_python_said_at_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_stderr_log_that_is_not_empty_is_kept(tmp_path: Path) -> None:
     paths = for_config(tmp_path / "mesh.yaml")
     paths.create_folder()
     paths.stderr_log.parent.mkdir(parents=True)

@@ -28,7 +28,7 @@ FIRST_REPORT_TIMEOUT_S = 7.0
 
 
 async def measure(
-    chosen: GlobalOptions,
+    options: GlobalOptions,
     scenario: scenarios.Scenario,
     model: str | None,
     make_settings: Callable[[str], scenarios.BenchSettings],
@@ -42,8 +42,8 @@ async def measure(
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
 
-    default = model or chosen.topology().gateway.default_model
-    async with open_session(chosen) as session:
+    default = model or options.topology().gateway.default_model
+    async with open_session(options) as session:
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
         name = default or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
@@ -52,12 +52,12 @@ async def measure(
                 target,
                 scenario,
                 make_settings(name),
-                progress=_ProgressBar(stack, quiet=chosen.quiet),
+                progress=_ProgressBar(stack, quiet=options.quiet),
                 rng=Random(time.time_ns()),
                 objective=objective,
                 trace=trace,
                 only_node=node,
-                keys=_read_api_keys(chosen.topology()),
+                keys=_read_api_keys(options.topology()),
             )
 
 

@@ -78,7 +78,7 @@ def run(
     from gpumesh.cli.bench.measure import measure
     from gpumesh.cli.views import bench_tables
 
-    chosen = global_options(ctx)
+    options = global_options(ctx)
     chosen_scenario = bench_options.parse_scenario(scenario)
     traced = bench_options.read_trace(trace, requests)
     levels = bench_options.parse_levels(concurrency)
@@ -93,7 +93,7 @@ def run(
     try:
         output = run_async(
             measure(
-                chosen, chosen_scenario, model, make_settings, Objective(slo_ttft, slo_tpot), trace=traced, node=node
+                options, chosen_scenario, model, make_settings, Objective(slo_ttft, slo_tpot), trace=traced, node=node
             )
         )
     finally:
@@ -102,11 +102,11 @@ def run(
     if as_json:
         typer.echo(json_text(result_json(output.result), indent=2))
     else:
-        bench_tables.print_result(output.result, notes=not chosen.quiet)
-    if not chosen.quiet:
+        bench_tables.print_result(output.result, notes=not options.quiet)
+    if not options.quiet:
         typer.echo(f"result in {folder} (report.html opens in a browser)", err=True)
     if output.result.failed:
-        if not chosen.quiet:
+        if not options.quiet:
             count = "1 request" if output.result.failed == 1 else f"{output.result.failed} requests"
             typer.echo(f"{count} failed; the report says why", err=True)
         raise typer.Exit(int(ExitCode.FAILED))

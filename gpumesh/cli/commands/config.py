@@ -1,4 +1,4 @@
-"""`gpumesh config`: mesh.yaml, checked and shown."""
+"""`gpumesh config`: checks mesh.yaml, shows it as it is in effect, prints its JSON Schema."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def check(ctx: typer.Context) -> None:
     from gpumesh.cli.views.safe_text import clean_line
     from gpumesh.state import Severity
 
-    chosen = global_options(ctx)
-    topology = chosen.topology()
-    advice = configuration.check(topology)
-    for finding in advice:
+    options = global_options(ctx)
+    topology = options.topology()
+    findings = configuration.check(topology)
+    for finding in findings:
         typer.echo(clean_line(f"{finding.severity}: {finding.node or topology.name}: {finding.message}"), err=True)
         if finding.hint:
             typer.echo(clean_line(f"  hint: {finding.hint}"), err=True)
     enabled = sum(node.enabled for node in topology.nodes)
-    broken = any(finding.severity is Severity.ERROR for finding in advice)
-    if not chosen.quiet:
+    broken = any(finding.severity is Severity.ERROR for finding in findings)
+    if not options.quiet:
         count = len(topology.nodes)
         off = f", {count - enabled} of them disabled" if enabled < count else ""
         but = "; but not all of it can work from here" if broken else ""

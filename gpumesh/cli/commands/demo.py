@@ -1,4 +1,4 @@
-"""`gpumesh demo`: what gpumesh does, shown on simulated GPU hosts that are real processes with real SSH."""
+"""`gpumesh demo`: shows what gpumesh does, on simulated GPU hosts that are real processes with real SSH."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MODEL = "qwen2.5:7b"
 PROMPT_COUNT = 24
-PROMPTS_BEFORE_KILL = 6  # answers that are in when a host dies; by then all hosts are busy
-ANSWER_TOKENS = (16, 48)  # short ones: a few slow hosts must answer all prompts while somebody watches
+PROMPTS_BEFORE_KILL = 6  # answers before a host is killed; by then all hosts are busy
+ANSWER_TOKENS = (16, 48)  # short answers: a few slow hosts must answer all prompts while a person watches
 FIRST_REPORT_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 12.0
 REDRAW_S = 0.25
@@ -58,13 +58,13 @@ def demo(
 
     try:
         code = event_loop.run(_demo(global_options(ctx), nodes, keep))
-    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: a third signal
+    except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(int(code))
 
 
-async def _demo(chosen: GlobalOptions, count: int, keep: bool) -> ExitCode:
+async def _demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
     from gpumesh.cli.views.live.demo_display import DemoDisplay
     from gpumesh.daemon.mesh_lock import MeshLock
@@ -86,25 +86,25 @@ async def _demo(chosen: GlobalOptions, count: int, keep: bool) -> ExitCode:
                 async with run_mesh(config.load(file), paths, gateway=True, shutdown=stop, lock=lock) as session:
                     with DemoDisplay() as scene:
                         scene.print_line(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
-                        async with _drawn(scene, session):
-                            code = await _story(scene, session, lab)
+                        async with _redrawing(scene, session):
+                            code = await _tell_story(scene, session, lab)
                         scene.print_table(await session.status())
                     if keep:
                         handle_signals(stop)
-                        await _stay(session, stop, file, chosen)
+                        await _keep_running(session, stop, file, options)
                     else:
                         stop.request(1.0)
             finally:
                 lock.release()
                 paths.log.unlink(missing_ok=True)
-    if not keep and not chosen.quiet:
+    if not keep and not options.quiet:
         typer.echo(NEXT_STEPS.rstrip())
     return code
 
 
 @asynccontextmanager
-async def _drawn(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
-    """Redraws the table as long as the context is open."""
+async def _redrawing(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
+    """Redraws the table while the context is open."""
     from gpumesh.async_iterators import closing_iterator
 
     async def draw() -> None:
@@ -120,7 +120,7 @@ async def _drawn(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[No
         await asyncio.gather(drawing, return_exceptions=True)
 
 
-async def _story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
+async def _tell_story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
     began = time.monotonic()
     state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
     up = [node.name for node in state.nodes if node.health is Health.HEALTHY]
@@ -131,23 +131,23 @@ async def _story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCod
     if len(up) < 2:
         scene.print_line("Too few hosts came up on this machine to go on.", "red")
         return ExitCode.NO_NODE
-    await _one_answer(scene, session)
+    await _show_one_answer(scene, session)
     victim = up[0]
     scene.print_line(
         f"→ Now {PROMPT_COUNT} prompts at once, and after {PROMPTS_BEFORE_KILL} answers {victim} is killed (SIGKILL)."
     )
-    results, spent_s = await _under_load(scene, session, lab, victim)
-    code = _count(scene, results, spent_s, victim)
+    results, spent_s = await _send_and_kill(scene, session, lab, victim)
+    code = _print_results(scene, results, spent_s, victim)
     scene.print_table(await session.status())
     await lab.host(victim).restart()
-    if await _healthy_again(session, victim):
+    if await _wait_healthy(session, victim):
         scene.print_line(f"→ {victim} was started again, and is back in the mesh by itself.")
     else:
         scene.print_line(f"→ {victim} was started again; it is still coming back.", "yellow")
     return code
 
 
-async def _one_answer(scene: DemoDisplay, session: LocalSession) -> None:
+async def _show_one_answer(scene: DemoDisplay, session: LocalSession) -> None:
     from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.cli.views.figures import shorten
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
@@ -162,44 +162,44 @@ async def _one_answer(scene: DemoDisplay, session: LocalSession) -> None:
     scene.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
 
 
-async def _under_load(
+async def _send_and_kill(
     scene: DemoDisplay, session: LocalSession, lab: Lab, victim: str
 ) -> tuple[Sequence[PromptResult], float]:
-    """All prompts at once, and the host's death as soon as some answers are in and it is at work itself."""
+    """Sends all prompts at once. Kills the host when some answers are in and the host itself works on one."""
     from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.daemon.sessions.prompt_sender import send_with_retries
     from gpumesh.daemon.sessions.session import PromptRequest
 
-    done = 0
-    some_are_in = asyncio.Event()
+    answered = 0
+    some_answered = asyncio.Event()
 
-    async def one(index: int) -> PromptResult:
-        nonlocal done
+    async def send(index: int) -> PromptResult:
+        nonlocal answered
         text = f"Tell me something about the number {index}."
         result = await send_with_retries(
             session, PromptEntry(text).make_request(PromptRequest((), model=MODEL), None), index, text
         )
-        done += 1
-        if done >= PROMPTS_BEFORE_KILL:
-            some_are_in.set()
+        answered += 1
+        if answered >= PROMPTS_BEFORE_KILL:
+            some_answered.set()
         return result
 
     async def kill() -> None:
-        await some_are_in.wait()
+        await some_answered.wait()
         async for state in session.watch(0.02):
-            if state.node(victim).load.in_flight or done >= PROMPT_COUNT:
+            if state.node(victim).load.in_flight or answered >= PROMPT_COUNT:
                 break
         await lab.host(victim).kill()
-        scene.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - done} prompts still to answer.", "red")
+        scene.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answered} prompts still to answer.", "red")
 
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index)) for index in range(PROMPT_COUNT)]
+        tasks = [group.create_task(send(index)) for index in range(PROMPT_COUNT)]
         group.create_task(kill())
     return [task.result() for task in tasks], time.monotonic() - began
 
 
-def _count(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
+def _print_results(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
     lost = [result for result in results if result.error is not None or not result.response]
     moved = sum(result.attempts > 1 for result in results)
     served = Counter(result.node or "?" for result in results if result.error is None)
@@ -215,7 +215,7 @@ def _count(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, 
     return ExitCode.OK
 
 
-async def _healthy_again(session: LocalSession, name: str) -> bool:
+async def _wait_healthy(session: LocalSession, name: str) -> bool:
     from gpumesh.async_iterators import closing_iterator
 
     try:
@@ -228,12 +228,12 @@ async def _healthy_again(session: LocalSession, name: str) -> bool:
     return False
 
 
-async def _stay(session: LocalSession, stop: Shutdown, file: Path, chosen: GlobalOptions) -> None:
-    """``--keep``: the live table on a terminal, else only waiting; Ctrl-C ends it."""
+async def _keep_running(session: LocalSession, stop: Shutdown, file: Path, options: GlobalOptions) -> None:
+    """``--keep``: shows the mesh until Ctrl-C."""
     from gpumesh.cli.foreground_mesh import show_mesh
 
     state: MeshState = await session.status()
-    below = (
+    notes = (
         "",
         "It stays up until Ctrl-C. In another terminal:",
         f"  export GPUMESH_CONFIG={shell_word(str(file))}",
@@ -242,4 +242,4 @@ async def _stay(session: LocalSession, stop: Shutdown, file: Path, chosen: Globa
         f"  OLLAMA_HOST={shell_word(state.gateway.url or '')} ollama run {MODEL}",
         "",
     )
-    await show_mesh(session, stop, chosen, notes=below)
+    await show_mesh(session, stop, options, notes=notes)

@@ -1,4 +1,4 @@
-"""`gpumesh down`: ends the background mesh; nothing of it is left."""
+"""`gpumesh down`: drains and stops the background mesh."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def down(
     """
     from gpumesh.daemon.background import stop_background
 
-    chosen = global_options(ctx)
+    options = global_options(ctx)
     waiting = 0
 
     def on_state(state: MeshState) -> None:
         nonlocal waiting
         now = state.gateway.in_flight + state.gateway.queued
-        if now and now != waiting and not chosen.quiet:
+        if now and now != waiting and not options.quiet:
             typer.echo(f"waiting for {now} request{'' if now == 1 else 's'} to end", err=True)
         waiting = now
 
-    in_order = run_async(stop_background(chosen.paths(), wait, on_state=on_state))
-    if not in_order:
+    stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=on_state))
+    if not stopped_by_itself:
         typer.echo("the mesh did not end by itself and was killed; `gpumesh logs` may say why", err=True)
         raise typer.Exit(1)
-    if not chosen.quiet:
+    if not options.quiet:
         typer.echo("stopped", err=True)

@@ -1,4 +1,4 @@
-"""`gpumesh drain NODE`: no new work to a node of the running mesh; what runs there ends by itself."""
+"""`gpumesh drain NODE`: gives a node of the running mesh no new work."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def drain(
     Example:
       gpumesh drain iceland && gpumesh status -n iceland -w
     """
-    chosen = global_options(ctx)
+    options = global_options(ctx)
 
     async def main() -> None:
-        async with open_session(chosen, embed=False) as session:
+        async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.drain(node)
 

@@ -1,4 +1,4 @@
-"""`gpumesh env`: the variables that make other programs use the mesh."""
+"""`gpumesh env`: prints the environment variables that make other programs use the mesh."""
 
 from __future__ import annotations
 
@@ -39,50 +39,50 @@ def env(
       gpumesh env --shell fish | source
       gpumesh env --shell powershell | Out-String | iex
     """
-    typer.echo(export_lines(client_variables(_gateway(global_options(ctx))), shell or _shell()))
+    typer.echo(export_lines(client_variables(_gateway_url(global_options(ctx))), shell or _user_shell()))
 
 
 def client_variables(url: str) -> dict[str, str]:
-    """By the names under which clients look for them. A client of OpenAI's or Anthropic's wants some key; the gateway
-    asks for none on loopback, and one's own stays as it is when it is set."""
+    """The base URLs by the names of variables that clients read. No keys are among them: the gateway needs none on
+    loopback, and a key that the user has set stays as it is."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
 
 
-def export_lines(wanted: Mapping[str, str], shell: ShellKind) -> str:
+def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
     match shell:
         case ShellKind.FISH:
-            return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in wanted.items())
+            return "\n".join(f"set -gx {name} {shell_word(value)};" for name, value in variables.items())
         case ShellKind.POWERSHELL:
-            return "\n".join(f"$Env:{name} = {powershell_word(value)}" for name, value in wanted.items())
+            return "\n".join(f"$Env:{name} = {powershell_word(value)}" for name, value in variables.items())
         case _:
-            return "\n".join(f"export {name}={shell_word(value)}" for name, value in wanted.items())
+            return "\n".join(f"export {name}={shell_word(value)}" for name, value in variables.items())
 
 
-def _gateway(chosen: GlobalOptions) -> str:
-    """The running mesh's own URL (its port may be any free one), else the one that mesh.yaml says."""
+def _gateway_url(options: GlobalOptions) -> str:
+    """The URL of the running mesh, whose port may be any free port; without one, the URL of mesh.yaml."""
     from gpumesh.daemon.control_socket.quick_status import fetch_status
 
-    state = fetch_status(chosen.paths().socket)
+    state = fetch_status(options.paths().socket)
     if state is not None:
         url = state.get("gateway", {}).get("url")
         if not isinstance(url, str):
             raise MeshNotRunning("the running mesh has no gateway", hint="`gpumesh down`, then `gpumesh up -d`")
         if url.startswith(UNIX_PREFIX):
-            raise _unix_only(url)
+            raise _unix_only_error(url)
         return url
-    spec = chosen.topology().gateway
+    spec = options.topology().gateway
     if spec.host is None:
-        raise _unix_only(f"{UNIX_PREFIX}{spec.socket}")
+        raise _unix_only_error(f"{UNIX_PREFIX}{spec.socket}")
     if spec.port == 0:
         raise MeshNotRunning("no mesh is running, and mesh.yaml lets the gateway take any port")
-    if not chosen.quiet:
+    if not options.quiet:
         typer.echo("no mesh is running now: `gpumesh up -d` starts it", err=True)
     host = f"[{spec.host}]" if ":" in spec.host else spec.host
     return f"http://{host}:{spec.port}"
 
 
-def _unix_only(place: str) -> UsageError:
-    path = place.removeprefix(UNIX_PREFIX)
+def _unix_only_error(address: str) -> UsageError:
+    path = address.removeprefix(UNIX_PREFIX)
     return UsageError(
         f"the gateway listens on the Unix socket {path} alone, which these variables cannot name",
         hint=f"add a port, `gateway: {{listen: [127.0.0.1:11430, {yaml_text(UNIX_PREFIX + path)}]}}`,"
@@ -91,7 +91,7 @@ def _unix_only(place: str) -> UsageError:
     )
 
 
-def _shell() -> ShellKind:
+def _user_shell() -> ShellKind:
     from gpumesh.config import environment
 
     name = Path(environment.shell() or "sh").name

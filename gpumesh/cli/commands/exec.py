@@ -1,4 +1,4 @@
-"""`gpumesh exec`: a command on a node's host, over the connection that its tunnel has open."""
+"""`gpumesh exec`: runs a command on a node's host, over the open connection of its tunnel."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def exec_(
       gpumesh exec --all -- df -h /
       gpumesh exec iceland -- sh -c 'du -sh ~/.ollama/models | sort'
     """
-    chosen = global_options(ctx)
+    options = global_options(ctx)
     node, command = (None, words) if everywhere else (words[0], words[1:])
     command = command[1:] if command[:1] == ["--"] else command
     if not command:
         raise UsageError("which command?", hint="for example: gpumesh exec NODE -- nvidia-smi")
-    status = run_async(_everywhere(chosen, command) if node is None else _here(chosen, node, command))
+    status = run_async(_run_on_all(options, command) if node is None else _run_on_node(options, node, command))
     if status:
         raise typer.Exit(status)
 
 
-async def _here(chosen: GlobalOptions, node: str, command: list[str]) -> int:
-    """Output as it comes: bytes untouched into a pipe or file, made safe on a terminal."""
+async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) -> int:
+    """Passes output on as it comes: unchanged into a pipe or file, made safe for a terminal."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
-    safe = {
-        OutputStream.STDOUT: _Safe() if sys.stdout.isatty() else None,
-        OutputStream.STDERR: _Safe() if sys.stderr.isatty() else None,
+    cleaners = {
+        OutputStream.STDOUT: _TerminalCleaner() if sys.stdout.isatty() else None,
+        OutputStream.STDERR: _TerminalCleaner() if sys.stderr.isatty() else None,
     }
     status: int | None = None
-    async with open_session(chosen) as session, closing_iterator(session.exec(node, command)) as chunks:
+    async with open_session(options) as session, closing_iterator(session.exec(node, command)) as chunks:
         async for chunk in chunks:
             out = sys.stdout if chunk.stream is OutputStream.STDOUT else sys.stderr
-            cleaner = safe[chunk.stream]
+            cleaner = cleaners[chunk.stream]
             out.buffer.write(chunk.data if cleaner is None else cleaner.feed(chunk.data).encode("utf-8", "replace"))
             out.buffer.flush()
             if chunk.ended:
@@ -75,8 +75,8 @@ async def _here(chosen: GlobalOptions, node: str, command: list[str]) -> int:
     return _exit_code(status, node)
 
 
-class _Safe:
-    """Bytes as text for a terminal; a character may come in two pieces."""
+class _TerminalCleaner:
+    """Bytes as safe text for a terminal. A character may come in two pieces."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -91,20 +91,20 @@ def _exit_code(status: int | None, node: str) -> int:
     return min(max(status, 0), 255)
 
 
-async def _everywhere(chosen: GlobalOptions, command: list[str]) -> int:
-    async with open_session(chosen) as session:
+async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
+    async with open_session(options) as session:
         nodes = [node.name for node in (await session.status()).nodes]
         width = max(map(len, nodes), default=0)
-        codes = await asyncio.gather(*(_prefixed(session, node, command, width) for node in nodes))
+        codes = await asyncio.gather(*(_run_with_prefix(session, node, command, width) for node in nodes))
     return int(any(codes))
 
 
-async def _prefixed(session: Session, node: str, command: list[str], width: int) -> int:
-    """Whole lines only, so that two nodes' output never mixes within one."""
+async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
+    """Prints whole lines only, so that the output of two nodes never mixes within a line."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
-    rest = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}
+    partial = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}
 
     def write(stream: OutputStream, line: bytes) -> None:
         text = f"{node:<{width}}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
@@ -114,15 +114,15 @@ async def _prefixed(session: Session, node: str, command: list[str], width: int)
         status: int | None = None
         async with closing_iterator(session.exec(node, command)) as chunks:
             async for chunk in chunks:
-                *lines, rest[chunk.stream] = (rest[chunk.stream] + chunk.data).split(b"\n")
+                *lines, partial[chunk.stream] = (partial[chunk.stream] + chunk.data).split(b"\n")
                 for line in lines:
                     write(chunk.stream, line)
-                if len(rest[chunk.stream]) > LINE_LIMIT:
-                    write(chunk.stream, rest[chunk.stream])
-                    rest[chunk.stream] = b""
+                if len(partial[chunk.stream]) > LINE_LIMIT:
+                    write(chunk.stream, partial[chunk.stream])
+                    partial[chunk.stream] = b""
                 if chunk.ended:
                     status = chunk.exit_status
-        for stream, line in rest.items():
+        for stream, line in partial.items():
             if line:
                 write(stream, line)
         code = _exit_code(status, node)

@@ -1,4 +1,4 @@
-"""`gpumesh explain CODE`: what a code means that stands in a finding, an error, the log or the JSON."""
+"""`gpumesh explain CODE`: says what the code of a finding or an error means, and what to do."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def explain(
 ) -> None:
     """What a finding or an error code means, and what to do. Without a code: all of them, a line each."""
     from gpumesh.audit.catalog import CATALOG
-    from gpumesh.audit.catalog import explain as found_for
+    from gpumesh.audit.catalog import explain as find_entry
 
     if code is None:
         width = max(map(len, CATALOG))
-        for name, entry in CATALOG.items():
-            typer.echo(f"{name:<{width}}  {entry.title}")
+        for name, listed in CATALOG.items():
+            typer.echo(f"{name:<{width}}  {listed.title}")
         return
-    found = found_for(code)
-    if found is None:
+    entry = find_entry(code)
+    if entry is None:
         from difflib import get_close_matches
 
         near = get_close_matches(code.lower(), CATALOG, 3)
         hint = f"did you mean {', '.join(near)}?" if near else "`gpumesh explain` lists all codes"
         raise UsageError(f"there is no code {code!r}", hint=hint)
-    typer.echo(f"{found.code} ({found.severity}): {found.title}\n")
-    for paragraph in (found.meaning, f"What to do: {found.remedy}"):
-        typer.echo(_wrapped(paragraph))
+    typer.echo(f"{entry.code} ({entry.severity}): {entry.title}\n")
+    for paragraph in (entry.meaning, f"What to do: {entry.remedy}"):
+        typer.echo(_wrap(paragraph))
 
 
-def _wrapped(paragraph: str) -> str:
-    """At the words' ends, as wide as a person reads well; left alone for a program that reads lines."""
+def _wrap(paragraph: str) -> str:
+    """Wrapped to a readable width on a terminal; unchanged for a program that reads lines."""
     if not sys.stdout.isatty():
         return paragraph
     width = max(min(shutil.get_terminal_size().columns, MAX_TEXT_WIDTH), 20)

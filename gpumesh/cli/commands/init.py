@@ -62,7 +62,7 @@ def init(
       gpumesh init --from iceland='ssh root@203.0.113.7 -p 13323' --from-ssh-config workstation
       vastai show instances --raw | gpumesh init --from - --yes
     """
-    chosen = global_options(ctx)
+    options = global_options(ctx)
     check_output(output, force=force)
     lines, pods = read_hosts(from_ or ())
     if not (from_ or from_ssh_config) and not yes and sys.stdin.isatty():
@@ -72,7 +72,7 @@ def init(
             typer.echo(clean_line(f"{pod.name} is left out: {pod.unreachable_reason}"), err=True)
     drafts = make_drafts(lines, from_ssh_config or (), pods, identity=identity)
     _confirm_host_keys(drafts, yes=yes)
-    if not chosen.quiet:
+    if not options.quiet:
         remote = sum(draft.ssh is not None for draft in drafts)
         places = f"{remote} host{'' if remote == 1 else 's'} and this machine" if remote else "this machine"
         typer.echo(f"looking at {places} …", err=True)
@@ -84,7 +84,7 @@ def init(
             hint="gpumesh init --from 'ssh root@HOST -p PORT'",
         )
     write_output(output, "\n".join(mesh_yaml_lines(kept)) + "\n", force=force)
-    _print_report(chosen, output, kept)
+    _print_report(options, output, kept)
     if not all(draft.is_serving for draft in kept):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
@@ -105,8 +105,8 @@ def _confirm_host_keys(drafts: Sequence[Draft], *, yes: bool) -> None:
                 typer.echo(clean_line(f"{spec.name}: {error.message}"), err=True)
 
 
-def _print_report(chosen: GlobalOptions, output: Path, drafts: Sequence[Draft]) -> None:
-    if not chosen.quiet:
+def _print_report(options: GlobalOptions, output: Path, drafts: Sequence[Draft]) -> None:
+    if not options.quiet:
         for draft in drafts:
             typer.echo(summarize_draft(draft), err=True)
             hint = None if draft.state is None or draft.is_serving else draft.state.tunnel.hint

@@ -1,4 +1,4 @@
-"""`gpumesh logs`: what the mesh wrote about itself, also after it ended."""
+"""`gpumesh logs`: shows the log of the mesh, or the log of the gateway's requests; also after the mesh has ended."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def logs(
       gpumesh logs -n 1000 --json | jq 'select(.node == "iceland")'
     """
     paths = global_options(ctx).paths()
-    # Made with the first request; `gpumesh run` hands its own to the mesh without the gateway.
+    # The access log is made with the first request. `gpumesh run` does not go through the gateway.
     hint = "a line is written for each request that comes to the gateway" if access and paths.log.exists() else None
     path = paths.access_log if access else paths.log
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in deque(file, lines):
-                _show(line, as_json)
+                _print_line(line, as_json)
             if follow:
-                for line in _following(path, file):
-                    _show(line, as_json)
+                for line in _follow(path, file):
+                    _print_line(line, as_json)
     except FileNotFoundError:
         raise GPUMeshError(
             f"there is no log yet at {path}", hint=hint or "`gpumesh up -d` starts a mesh, which writes it"
@@ -59,30 +59,30 @@ def logs(
         raise typer.Exit(130) from None
 
 
-def _show(line: str, as_json: bool) -> None:
+def _print_line(line: str, as_json: bool) -> None:
     typer.echo(clean_line(line, 1 << 16) if as_json else format_log_line(line))
 
 
 def format_log_line(line: str) -> str:
-    """A line of the log for people; one that is no JSON as it is."""
+    """A line of the log for people. A line that is no JSON is shown as it is."""
     try:
         entry = json.loads(line)
         if "path" in entry:
-            return clean_line(_request(entry))
+            return clean_line(_format_request(entry))
         at, level = str(entry["at"]), str(entry["level"])
-        words = [_local(at), f"{clean_line(level):<7}", f"{clean_line(str(entry.get('node') or '-')):<12}"]
-        words.append(clean_line(str(entry["message"])))
+        parts = [_local_time(at), f"{clean_line(level):<7}", f"{clean_line(str(entry.get('node') or '-')):<12}"]
+        parts.append(clean_line(str(entry["message"])))
     except (ValueError, KeyError, TypeError, RecursionError):
         return clean_line(line)
-    text = "  ".join(words)
+    text = "  ".join(parts)
     trace = entry.get("trace")
     return f"{text}\n{clean_text(trace).rstrip()}" if isinstance(trace, str) else text
 
 
-def _request(entry: dict[str, Any]) -> str:
+def _format_request(entry: dict[str, Any]) -> str:
     """A line of the access log."""
-    words = [
-        _local(str(entry["at"])),
+    parts = [
+        _local_time(str(entry["at"])),
         str(entry.get("client") or "-"),
         f"{entry['method']} {entry['path']}",
         str(entry.get("status") or "-"),
@@ -91,18 +91,18 @@ def _request(entry: dict[str, Any]) -> str:
     ]
     for key, unit in (("ttft_ms", " ms"), ("queue_ms", " ms"), ("attempts", "")):
         if entry.get(key):
-            words.append(f"{key.removesuffix('_ms')} {entry[key]:.0f}{unit}")
-    words += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
-    return "  ".join(words)
+            parts.append(f"{key.removesuffix('_ms')} {entry[key]:.0f}{unit}")
+    parts += [str(entry[key]) for key in ("model", "node", "id") if entry.get(key)]
+    return "  ".join(parts)
 
 
-def _local(at: str) -> str:
-    """The log has UTC; people live in their own time."""
+def _local_time(at: str) -> str:
+    """A time of the log, which is UTC, in the local time zone."""
     return f"{datetime.fromisoformat(at).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def _following(path: Path, file: TextIO) -> Iterator[str]:
-    """New lines, through rotations and restarts of the mesh, until interrupted."""
+def _follow(path: Path, file: TextIO) -> Iterator[str]:
+    """New lines, also after rotations and restarts of the mesh, until interrupted."""
     part = ""
     while True:
         piece = file.readline()
@@ -112,19 +112,19 @@ def _following(path: Path, file: TextIO) -> Iterator[str]:
                 yield part
                 part = ""
             continue
-        if _replaced(path, file):
-            file = path.open(encoding="utf-8", errors="replace")  # lives on in the next round
+        if _is_replaced(path, file):
+            file = path.open(encoding="utf-8", errors="replace")  # used by the next iteration
             continue
-        _pause()
+        _wait_or_raise()
 
 
-def _pause() -> None:
-    """Until it is time to look again. Raises BrokenPipeError when nobody reads our output any more: a log that stays
-    silent would never find out."""
+def _wait_or_raise() -> None:
+    """Waits until it is time to look again. Raises BrokenPipeError when nobody reads our output any more; without new
+    lines to write, that would go unnoticed."""
     try:
         output = sys.stdout.fileno()
     except (AttributeError, ValueError):
-        time.sleep(POLL_S)  # no file: somebody has taken its place
+        time.sleep(POLL_S)  # stdout is no real file (in tests)
         return
     watched = select.poll()
     watched.register(output, 0)
@@ -132,9 +132,9 @@ def _pause() -> None:
         raise BrokenPipeError
 
 
-def _replaced(path: Path, file: TextIO) -> bool:
+def _is_replaced(path: Path, file: TextIO) -> bool:
     try:
-        there = path.stat()
+        at_path = path.stat()
     except FileNotFoundError:
         return False
-    return there.st_ino != os.fstat(file.fileno()).st_ino
+    return at_path.st_ino != os.fstat(file.fileno()).st_ino

@@ -1,4 +1,4 @@
-"""`gpumesh reconnect NODE`: tries a tunnel again now, rather than when its pause is over."""
+"""`gpumesh reconnect NODE`: connects a tunnel at once, without waiting for the end of its pause."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def reconnect(
 
     A tunnel that is up is checked, and what runs over it goes on; one that waits or has given up tries at once.
     """
-    chosen = global_options(ctx)
+    options = global_options(ctx)
 
     async def main() -> None:
-        async with open_session(chosen, embed=False) as session:
+        async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.reconnect(node)
 

@@ -1,4 +1,4 @@
-"""`gpumesh resume NODE`: ends a drain."""
+"""`gpumesh resume NODE`: gives a drained node work again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def resume(
     nodes: Annotated[list[str], typer.Argument(metavar="NODE", autocompletion=completion.complete_nodes)],
 ) -> None:
     """Give drained nodes of the running mesh work again."""
-    chosen = global_options(ctx)
+    options = global_options(ctx)
 
     async def main() -> None:
-        async with open_session(chosen, embed=False) as session:
+        async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.resume(node)
 

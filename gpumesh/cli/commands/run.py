@@ -101,13 +101,13 @@ def run(
     )
     if priority is not None:
         common = replace(common, priority=_parse_priority(priority))
-    chosen = global_options(ctx)
+    options = global_options(ctx)
     if file is not None:
         prompts = read_prompts(_read_input(file), name="stdin" if file == "-" else file)
         requests = [entry.make_request(common, system) for entry in prompts]
-        failed = run_async(_send_file(chosen, requests, [entry.text for entry in prompts], concurrency))
+        failed = run_async(_send_file(options, requests, [entry.text for entry in prompts], concurrency))
         if failed:
-            if not chosen.quiet:
+            if not options.quiet:
                 typer.echo(f"{failed} of {len(requests)} prompts failed; `error` in their lines says why", err=True)
             raise typer.Exit(int(ExitCode.FAILED))
         return
@@ -116,7 +116,7 @@ def run(
     if not text.strip():
         raise UsageError("the prompt is empty", hint='gpumesh run "Why is the sky blue?"')
     request = PromptEntry(text).make_request(common, system)
-    run_async(_send_single(chosen, request, text, as_json=as_json, stream=not no_stream and not as_json))
+    run_async(_send_single(options, request, text, as_json=as_json, stream=not no_stream and not as_json))
 
 
 def _parse_priority(text: str) -> Priority:
@@ -144,13 +144,13 @@ def _read_input(name: str) -> str:
 
 
 async def _send_single(
-    chosen: GlobalOptions, request: PromptRequest, text: str, *, as_json: bool, stream: bool
+    options: GlobalOptions, request: PromptRequest, text: str, *, as_json: bool, stream: bool
 ) -> None:
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
 
     printer = _StreamPrinter()
     try:
-        async with open_session(chosen) as session:
+        async with open_session(options) as session:
             result = await send_prompt(session, request, 0, text, on_text=printer.feed if stream else None)
     except BaseException:
         printer.end()  # the error or the shell's prompt that follows gets a line of its own
@@ -161,7 +161,7 @@ async def _send_single(
         printer.end()
     else:
         typer.echo(clean_text(result.response or ""))
-    if chosen.verbose:
+    if options.verbose:
         rate = "" if result.tokens_per_s is None else f", {result.tokens} tokens at {result.tokens_per_s:.1f}/s"
         first = "" if result.ttft_ms is None else f", first token after {result.ttft_ms:.0f} ms"
         typer.echo(f"from {result.node} in {result.total_ms:.0f} ms{first}{rate}", err=True)
@@ -192,21 +192,21 @@ class _StreamPrinter:
 
 
 async def _send_file(
-    chosen: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
+    options: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
 ) -> int:
     """Writes the results in order; returns how many failed."""
     from gpumesh.cli.views.progress_bar import show_progress
     from gpumesh.daemon.sessions.prompt_sender import send_with_retries
 
     failed = 0
-    async with open_session(chosen) as session:
+    async with open_session(options) as session:
         slots = asyncio.Semaphore(concurrency or await _default_concurrency(session))
 
         async def send(index: int) -> PromptResult:
             async with slots:
                 return await send_with_retries(session, requests[index], index, texts[index])
 
-        with show_progress(len(requests), "prompts", quiet=chosen.quiet) as progress:
+        with show_progress(len(requests), "prompts", quiet=options.quiet) as progress:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(send(index)) for index in range(len(requests))]
                 done = 0

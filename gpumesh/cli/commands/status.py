@@ -1,4 +1,4 @@
-"""`gpumesh status`: what people look at all day. On a running mesh it must be quick, so nothing heavy is imported."""
+"""`gpumesh status`: shows every node and GPU. It must be quick on a running mesh, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -68,30 +68,25 @@ def status(
       gpumesh status --json | jq '.totals.vram_free_mib'
       gpumesh status --check --quiet || echo "look at the GPUs"
     """
-    chosen = global_options(ctx)
-    order = _sort_key(sort)
+    options = global_options(ctx)
+    order = _parse_sort_key(sort)
     if watch:
-        with _ended_in_order():
-            run_async(_watch(chosen, node or [], label or [], order, interval, as_json=as_json))
+        with _signals_as_interrupt():
+            run_async(_watch(options, node or [], label or [], order, interval, as_json=as_json))
         return
-    state, history_document = _now(chosen, with_history=not as_json)
+    state, history = _read_state(options, with_history=not as_json)
     state = sort_nodes(select_nodes(state, node or [], label or []), order)
     if as_json:
-        typer.echo(json_text(_document(state), indent=2))
-    elif not (check and chosen.quiet):
+        typer.echo(json_text(_status_document(state), indent=2))
+    elif not (check and options.quiet):
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
-        print_status(
-            state,
-            ViewOptions(verbose=chosen.verbose)
-            if history_document is None
-            else ViewOptions(chosen.verbose, history=history_document),
-        )
+        print_status(state, ViewOptions(verbose=options.verbose, history=history))
     if check and (code := health_exit_code(state)):
         raise typer.Exit(int(code))
 
 
-def _sort_key(text: str) -> SortKey:
+def _parse_sort_key(text: str) -> SortKey:
     from gpumesh.errors import UsageError
 
     try:
@@ -101,7 +96,7 @@ def _sort_key(text: str) -> SortKey:
 
 
 def health_exit_code(state: MeshState) -> ExitCode:
-    """Whether the mesh is as it should be: 0, 3 (works, but something is wrong), 4 (no node can serve)."""
+    """0 when all is well, 3 when the mesh works but something is wrong, 4 when no node can serve."""
     healths = [node.health for node in state.nodes]
     if not any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths):
         return ExitCode.NO_NODE
@@ -111,54 +106,55 @@ def health_exit_code(state: MeshState) -> ExitCode:
     return ExitCode.DEGRADED
 
 
-def _now(chosen: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History | None]:
+def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
+    """The state of the running mesh, or of one that is opened for a probe; and the last minute, if a mesh kept it."""
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
 
-    socket = chosen.paths().socket
-    seen = fetch_status(socket)
-    if seen is None:
-        return run_async(_probe(chosen)), None
-    kept = fetch_history(socket) if with_history else None
-    return from_json(MeshState, seen), None if kept is None else from_json(History, kept)
+    socket = options.paths().socket
+    state = fetch_status(socket)
+    if state is None:
+        return run_async(_probe_once(options)), History()
+    history = fetch_history(socket) if with_history else None
+    return from_json(MeshState, state), History() if history is None else from_json(History, history)
 
 
-async def _probe(chosen: GlobalOptions) -> MeshState:
-    async with open_session(chosen) as session:
-        if not chosen.quiet and sys.stderr.isatty():
+async def _probe_once(options: GlobalOptions) -> MeshState:
+    async with open_session(options) as session:
+        if not options.quiet and sys.stderr.isatty():
             typer.echo("no mesh is running: probing once …", err=True)
         return await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
 
 
 async def _watch(
-    chosen: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
+    options: GlobalOptions, names: list[str], labels: list[str], sort: SortKey, interval: float, *, as_json: bool
 ) -> None:
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.cli.views.live.live_table import LiveTable
     from gpumesh.cli.views.node_selection import ViewSelection
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
-    wanted = ViewSelection(names, labels, sort, chosen.verbose)
-    async with open_session(chosen) as session, closing_iterator(session.watch(interval)) as states:
+    view = ViewSelection(names, labels, sort, options.verbose)
+    async with open_session(options) as session, closing_iterator(session.watch(interval)) as states:
         if not as_json and sys.stdout.isatty() and not environment.dumb_terminal():
-            await LiveTable(session, wanted, footer="Ctrl-C leaves").run(states)
+            await LiveTable(session, view, footer="Ctrl-C leaves").run(states)
             return
         async for state in states:
             if as_json:
-                typer.echo(json_text(_document(wanted.apply(state))))
+                typer.echo(json_text(_status_document(view.apply(state))))
             else:
-                print_status(wanted.apply(state), ViewOptions(verbose=chosen.verbose))
+                print_status(view.apply(state), ViewOptions(verbose=options.verbose))
             sys.stdout.flush()
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that the terminal is as it was, and then end the process as ever."""
-    asked: list[int] = []
+def _signals_as_interrupt() -> Iterator[None]:
+    """Treats SIGTERM and SIGHUP as Ctrl-C, which restores the terminal; then lets the signal end the process."""
+    received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
-        asked.append(number)
+        received.append(number)
         signal.raise_signal(signal.SIGINT)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -167,11 +163,11 @@ def _ended_in_order() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if asked:
-            os.kill(os.getpid(), asked[0])
+        if received:
+            os.kill(os.getpid(), received[0])
 
 
-def _document(state: MeshState) -> dict[str, object]:
+def _status_document(state: MeshState) -> dict[str, object]:
     from gpumesh.wire import status_json
 
     return status_json(state)

@@ -53,32 +53,32 @@ def up(
     """
     from gpumesh.daemon.up_options import UpOptions
 
-    options = UpOptions(tuple(nodes or ()), not no_gateway, listen)
-    chosen = global_options(ctx)
+    up_options = UpOptions(tuple(nodes or ()), not no_gateway, listen)
+    options = global_options(ctx)
     if detach:
-        _run_in_background(chosen, options)
+        _run_in_background(options, up_options)
     else:
         from gpumesh.daemon.process import event_loop
 
         try:
-            interrupted = event_loop.run(_run_in_foreground(chosen, options))
+            interrupted = event_loop.run(_run_in_foreground(options, up_options))
         except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
             interrupted = True
         if interrupted:
             raise typer.Exit(130)
 
 
-def _run_in_background(chosen: GlobalOptions, options: UpOptions) -> None:
+def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     from gpumesh.cli.views.status.status_view import ViewOptions, print_status
     from gpumesh.daemon.background import start_background
     from gpumesh.daemon.control_socket.quick_status import fetch_status
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.daemon.up_options import apply_options
 
-    apply_options(chosen.topology(), options)  # reports problems here, on this terminal
-    paths = chosen.paths()
-    pid = start_background(paths, options)
-    if not chosen.quiet:
+    apply_options(options.topology(), up_options)  # reports problems here, on this terminal
+    paths = options.paths()
+    pid = start_background(paths, up_options)
+    if not options.quiet:
         # Printed before the first report, which may wait for a host that hangs. A person who presses Ctrl-C meanwhile
         # knows that the mesh runs.
         gateway = (fetch_status(paths.socket) or {}).get("gateway") or {}
@@ -86,28 +86,28 @@ def _run_in_background(chosen: GlobalOptions, options: UpOptions) -> None:
         typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
         _warn_if_open(gateway)
     state = run_async(RemoteSession(paths.socket).wait_first_report(FIRST_REPORT_TIMEOUT_S))
-    if not chosen.quiet:
-        print_status(state, ViewOptions(verbose=chosen.verbose))
+    if not options.quiet:
+        print_status(state, ViewOptions(verbose=options.verbose))
 
 
-async def _run_in_foreground(chosen: GlobalOptions, options: UpOptions) -> bool:
+async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> bool:
     """True when a person pressed Ctrl-C twice."""
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.shutdown import Shutdown, handle_signals
     from gpumesh.daemon.up_options import apply_options
 
-    paths = chosen.paths()
-    topology = apply_options(chosen.topology(), options)
+    paths = options.paths()
+    topology = apply_options(options.topology(), up_options)
     lock = MeshLock.acquire(paths)  # held until this process ends
     stop = Shutdown()
     handle_signals(stop)
-    async with run_mesh(topology, paths, gateway=options.gateway, shutdown=stop, lock=lock) as session:
+    async with run_mesh(topology, paths, gateway=up_options.gateway, shutdown=stop, lock=lock) as session:
         try:
-            if not chosen.quiet:
+            if not options.quiet:
                 _warn_if_open(asdict(session.mesh.snapshot().gateway))
-            await show_mesh(session, stop, chosen)
-            if not chosen.quiet:
+            await show_mesh(session, stop, options)
+            if not options.quiet:
                 typer.echo("closing; Ctrl-C once more does not wait for what is in flight", err=True)
         except OSError as error:
             if error.errno != errno.EIO:

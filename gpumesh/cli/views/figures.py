@@ -31,8 +31,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float | None], most: float) -> str:
-    """One character for each value, from 0 (the lowest) to ``most`` (the highest); a blank where the value is
-    unknown."""
+    """One character for each value, from 0 to ``most``; a blank where the value is unknown."""
     top = len(_LEVELS) - 1
     return "".join(
         " " if value is None else _LEVELS[min(max(math.ceil(value / most * top), 0), top)] for value in values
@@ -58,8 +57,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time_left(until: datetime | None, now: datetime) -> str | None:
-    """How long a model stays in memory. Ollama writes a date centuries away for ``keep_alive: -1``: that is for
-    ever."""
+    """How long a model stays in memory; ``∞`` for a date more than a year away, which Ollama writes for ``keep_alive:
+    -1``."""
     if until is None:
         return None
     seconds = (until - now).total_seconds()

@@ -26,12 +26,12 @@ def found(draft: Draft, **changes: object) -> Draft:
     return replace(draft, state=replace(healthy(draft.name), **changes), ports=(11434,))  # type: ignore[arg-type]
 
 
-def test_before_it_was_looked_at_every_candidate_is_a_url() -> None:
+def test_an_unprobed_draft_lists_all_urls() -> None:
     node = read_back([Draft("a", {"host": "h", "port": 22, "user": "root"}, ports=(1, 2))]).nodes[0]
     assert node.backend.targets == (Target("127.0.0.1", 1), Target("127.0.0.1", 2))
 
 
-def test_what_was_found_is_expected() -> None:
+def test_what_the_probe_found_becomes_expected() -> None:
     remote = found(Draft("a", {"host": "h", "port": 22, "user": "root"}), gpus=(gpu(0), gpu(1)))
     local = replace(found(Draft("b", None)), kind=BackendKind.OPENAI, ports=(8000,))
     mesh = read_back([remote, local])
@@ -57,7 +57,7 @@ def test_gpus_that_differ_are_only_counted() -> None:
     assert (expect.gpus, expect.gpu) == (2, None)
 
 
-def test_a_host_that_was_not_seen_stands_there_with_the_reason() -> None:
+def test_an_unreachable_host_is_written_with_the_reason() -> None:
     draft = replace(Draft("x", {"host": "h", "port": 22, "user": "root"}), state=down("x", "it refuses\nthe key"))
     text = "\n".join(mesh_yaml_lines([draft]))
     assert "    # not seen when this was written: it refuses the key\n" in text
@@ -91,7 +91,7 @@ def test_a_host_that_was_not_seen_stands_there_with_the_reason() -> None:
         "東京",
     ],
 )
-def test_what_a_host_says_is_text_and_nothing_else(said: str) -> None:
+def test_text_from_a_host_is_quoted(said: str) -> None:
     draft = found(Draft("a", None), host=replace(healthy("a").host, hostname="h"))
     assert draft.state is not None
     backend = replace(draft.state.backend, models=(said,), catalog=())
@@ -102,7 +102,7 @@ def test_what_a_host_says_is_text_and_nothing_else(said: str) -> None:
     assert yaml.safe_load(text)["nodes"][0]["expect"]["models"] == [model.replace("${", "$${")]
 
 
-def test_the_default_is_the_model_to_chat_with_that_most_have() -> None:
+def test_the_default_is_the_chat_model_on_most_nodes() -> None:
     def with_models(name: str, *models: str) -> Draft:
         draft = found(Draft(name, None))
         assert draft.state is not None

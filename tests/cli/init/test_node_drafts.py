@@ -22,7 +22,7 @@ def found(draft: Draft, **changes: object) -> Draft:
     return replace(draft, state=replace(healthy(draft.name), **changes), ports=(11434,))  # type: ignore[arg-type]
 
 
-def test_one_for_each_place_and_each_usual_port_of_this_machine() -> None:
+def test_one_draft_for_each_host_and_each_local_port() -> None:
     made = make_drafts(
         [parse_ssh_line("ssh root@h -p 22010 -i ~/k -J b"), parse_ssh_line("h")],
         ["work"],
@@ -41,7 +41,7 @@ def test_one_for_each_place_and_each_usual_port_of_this_machine() -> None:
     assert len({draft.name for draft in made}) == len(made)
 
 
-def test_what_the_line_forwards_is_tried_first() -> None:
+def test_forwarded_ports_come_first() -> None:
     draft = make_drafts([parse_ssh_line("ssh h -L 8080:localhost:8000")], [])[0]
     assert draft.ports[0] == 8000
     assert len(set(draft.ports)) == len(draft.ports)

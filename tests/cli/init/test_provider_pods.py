@@ -46,7 +46,7 @@ def test_runpod() -> None:
         ({"publicIp": None, "desiredStatus": None}, "it has no address yet (it is starting)"),
     ],
 )
-def test_a_runpod_pod_that_cannot_be_reached(changes: dict[str, Any], why: str) -> None:
+def test_an_unreachable_runpod_pod_has_a_reason(changes: dict[str, Any], why: str) -> None:
     assert one({**RUNPOD, **changes}) == Pod("my pod", "RunPod", unreachable_reason=why)
 
 
@@ -81,7 +81,7 @@ def test_lists_and_wrapped_lists(key: str) -> None:
         ('{"a": 1, "\\u001b[31m": 2}', "neither a pod of RunPod nor an instance of vast.ai"),
     ],
 )
-def test_what_is_no_list_of_pods(text: str, said: str) -> None:
+def test_other_json_is_an_error(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         read_pods(text)
     assert "vastai" in str(caught.value.hint)

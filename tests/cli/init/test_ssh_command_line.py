@@ -30,7 +30,7 @@ from gpumesh.errors import UsageError
         ("iceland=ssh root@h -p 22", SshLine("h", 22, "root", given_name="iceland")),
     ],
 )  # fmt: skip
-def test_as_ssh_reads_it(line: str, expected: SshLine) -> None:
+def test_lines_are_read_as_ssh_reads_them(line: str, expected: SshLine) -> None:
     assert parse_ssh_line(line) == expected
 
 
@@ -49,7 +49,7 @@ def test_as_ssh_reads_it(line: str, expected: SshLine) -> None:
         ("ssh abc-6441@ssh.runpod.io -i ~/.ssh/id_ed25519", "RunPod's proxy"),
     ],
 )
-def test_what_is_no_place(line: str, said: str) -> None:
+def test_a_line_without_a_host_is_an_error(line: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse_ssh_line(line)
 

@@ -65,6 +65,6 @@ def test_shorten() -> None:
     assert shorten("abcd", 0) == "…"
 
 
-def test_a_sparkline_tells_nothing_from_zero_and_little_from_nothing() -> None:
+def test_a_sparkline_distinguishes_unknown_zero_and_small_values() -> None:
     assert sparkline((None, 0, 0.4, 50, 100, 130), 100) == " ▁▂▅██"
     assert sparkline((), 100) == ""

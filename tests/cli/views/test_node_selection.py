@@ -31,7 +31,7 @@ def test_names_are_patterns_and_the_order_stays() -> None:
     assert names(select_nodes(typical(), ["*land*", "?ttic"])) == ["iceland", "attic"]
 
 
-def test_totals_and_findings_are_those_of_what_is_shown() -> None:
+def test_totals_and_findings_are_those_of_the_shown_nodes() -> None:
     pair = Finding("same-gpu", Severity.WARNING, None, "one GPU", nodes=("iceland", "oslo"))
     state = mesh(healthy("iceland"), healthy("oslo"), down("x"), findings=(pair,))
     one = select_nodes(state, ["iceland"])
@@ -40,7 +40,7 @@ def test_totals_and_findings_are_those_of_what_is_shown() -> None:
     assert select_nodes(typical(), ["iceland"]).findings == ()
 
 
-def test_a_name_that_nobody_has() -> None:
+def test_a_name_without_a_node_is_an_error() -> None:
     with pytest.raises(UsageError, match="no node 'icland'") as caught:
         select_nodes(typical(), ["iceland", "icland"])
     assert caught.value.hint == "the nodes are: iceland, vengeance, runpod, attic"
@@ -54,7 +54,7 @@ def test_labels_must_all_be_there(labels: list[str], expected: list[str]) -> Non
     assert names(select_nodes(labelled(), labels=labels)) == expected
 
 
-def test_labels_that_leave_nobody() -> None:
+def test_labels_without_a_node_are_an_error() -> None:
     with pytest.raises(UsageError, match=r"no node has site=home and tier=2") as caught:
         select_nodes(labelled(), labels=["site=home", "tier=2"])
     assert caught.value.hint == "the labels are: site=home, site=rented, tier=1"
@@ -77,7 +77,7 @@ def test_labels_that_leave_nobody() -> None:
         (SortKey.RTT, ["iceland", "vengeance", "attic", "runpod"]),
     ],
 )
-def test_what_is_not_known_comes_last_and_equals_stay(key: SortKey, expected: list[str]) -> None:
+def test_unknown_figures_come_last_and_equal_ones_keep_their_order(key: SortKey, expected: list[str]) -> None:
     assert names(sort_nodes(typical(), key)) == expected
 
 
@@ -88,11 +88,11 @@ def test_the_hottest_and_the_busiest_first() -> None:
     assert names(sort_nodes(mesh(idle, healthy("busy")), SortKey.BUSY)) == ["busy", "idle"]
 
 
-def test_every_health_has_a_place() -> None:
+def test_every_health_has_a_rank() -> None:
     assert sorted(health_rank(replace(healthy("a"), health=health)) for health in Health) == list(range(len(Health)))
 
 
-def test_what_is_wanted_of_a_state() -> None:
+def test_a_view_selection_is_applied_to_a_state() -> None:
     wanted = ViewSelection(names=["*e*"], sort=SortKey.NAME)
     assert [node.name for node in wanted.apply(typical()).nodes] == ["iceland", "vengeance"]
     with pytest.raises(UsageError):

@@ -22,20 +22,20 @@ def column(title: str, *cells: str, rank: int = 0, least: int | None = None) -> 
     return Column(title, rank, min_width=least), [Text(cell) for cell in cells]
 
 
-def test_all_columns_where_there_is_room() -> None:
+def test_all_columns_are_shown_when_they_fit() -> None:
     lines = drawn([column("A", "one", "two"), column("B", "1", "2", rank=1), column("C", "x", "y", rank=2)], 40)
     assert lines[0] == "A    B  C"
     assert lines[2].split() == ["one", "1", "x"]
 
 
-def test_the_least_important_go_first_and_none_is_broken() -> None:
+def test_the_least_important_columns_are_dropped_first() -> None:
     columns = [column("NAME", "iceland"), column("LONG", "x" * 20, rank=2), column("B", "12345", rank=1)]
     assert drawn(columns, 36)[2] == "iceland  " + "x" * 20 + "  12345"
     assert drawn(columns, 35)[2] == "iceland  12345"
     assert drawn(columns, 12)[2] == "iceland"
 
 
-def test_a_column_that_may_shrink_does_and_takes_what_is_left() -> None:
+def test_a_column_with_min_width_shrinks_and_takes_the_rest() -> None:
     columns = [
         column("NAME", "iceland"),
         column("LONG", "abcdefghijklmnop", rank=2, least=6),
@@ -47,11 +47,11 @@ def test_a_column_that_may_shrink_does_and_takes_what_is_left() -> None:
     assert drawn(columns, 18)[2] == "iceland  12"
 
 
-def test_the_first_column_stays_even_where_it_must_be_cut() -> None:
+def test_the_first_column_is_cut_rather_than_dropped() -> None:
     assert drawn([column("NAME", "vengeance")], 5)[2] == "veng…"
 
 
-def test_columns_that_say_nothing_go_if_they_are_not_important() -> None:
+def test_empty_columns_are_dropped_unless_important() -> None:
     columns = [column("A", "x"), column("B", "–", rank=2), column("C", "–", "", rank=3)]  # noqa: RUF001
     assert drawn(columns, 40)[0].split() == ["A", "B"]
 
@@ -62,7 +62,7 @@ def test_wide_letters_count_twice() -> None:
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-def test_a_table_shows_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str], wrap: bool) -> None:
+def test_cells_are_cleaned(capsys: pytest.CaptureFixture[str], wrap: bool) -> None:
     tables.print_table(("A", "B"), [(HOSTILE, Cell(HOSTILE, "red"))], wrap=wrap)
     tables.print_fitted_table((Column("A"), Column("B")), [(HOSTILE, Cell(HOSTILE, "red"))])
     out = capsys.readouterr().out

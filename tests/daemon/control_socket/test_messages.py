@@ -46,25 +46,25 @@ REPLIES: list[ControlReply] = [
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda each: type(each).__name__)
-def test_requests_there_and_back_in_one_line(request_: ControlRequest) -> None:
+def test_requests_survive_encoding_in_one_line(request_: ControlRequest) -> None:
     line = messages.encode_message(request_)
     assert line.count(b"\n") == 1
     assert messages.decode_request(line) == request_
 
 
 @pytest.mark.parametrize("reply", REPLIES, ids=lambda each: type(each).__name__)
-def test_replies_there_and_back_in_one_line(reply: ControlReply) -> None:
+def test_replies_survive_encoding_in_one_line(reply: ControlReply) -> None:
     line = messages.encode_message(reply)
     assert line.count(b"\n") == 1
     assert messages.decode_reply(line) == reply
 
 
-def test_every_kind_is_here() -> None:
+def test_every_kind_of_message_is_tested() -> None:
     assert {type(each).__name__ for each in REQUESTS} == set(messages._REQUESTS)
     assert {type(each).__name__ for each in REPLIES} == set(messages._REPLIES)
 
 
-def test_a_field_of_a_newer_version_is_passed_over_and_a_kind_is_not() -> None:
+def test_an_unknown_field_is_ignored_and_an_unknown_kind_is_an_error() -> None:
     document = {**json.loads(messages.encode_message(messages.Drain("n"))), "gently": True}
     assert messages.decode_request(json.dumps(document).encode()) == messages.Drain("n")
     for line in (b'{"kind": "Dance"}', b'{"kind": "End"}', b"5", b"{}", b'{"kind": []}', b'{"kind": "Drain"}', b"x"):
@@ -84,7 +84,7 @@ def test_a_field_of_a_newer_version_is_passed_over_and_a_kind_is_not() -> None:
         StreamCut("m", hint="h", node="n"),
     ],
 )
-def test_an_error_keeps_what_people_and_callers_act_on(error: GPUMeshError) -> None:
+def test_an_error_keeps_its_code_hint_and_detail(error: GPUMeshError) -> None:
     told = messages.decode_reply(messages.encode_message(messages.message_from_error(error)))
     assert isinstance(told, messages.Error)
     back = messages.error_from_message(told)
@@ -98,7 +98,7 @@ def test_an_error_keeps_what_people_and_callers_act_on(error: GPUMeshError) -> N
         assert back.available == error.available
 
 
-def test_an_error_that_says_odd_things() -> None:
+def test_an_error_with_odd_details_is_still_an_error() -> None:
     odd = messages.Error("queue-full", "m", exit_code=77, detail={"retry_after_s": "soon"})
     back = messages.error_from_message(odd)
     assert (type(back), back.exit_code) == (messages.RemoteError, ExitCode.FAILED)

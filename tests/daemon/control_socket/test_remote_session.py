@@ -47,7 +47,7 @@ async def test_history_and_reconnect(tmp_path: Path) -> None:
     assert session.reconnected == ["iceland"]
 
 
-async def test_a_mesh_that_ends_in_the_middle(tmp_path: Path) -> None:
+async def test_a_mesh_that_ends_before_its_answer_does_is_an_error(tmp_path: Path) -> None:
     async with saying(tmp_path / "s", b"") as remote:
         with pytest.raises(GPUMeshError, match="ended in the middle") as caught:
             await remote.status()
@@ -63,20 +63,20 @@ async def test_a_mesh_that_ends_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reply", [b"nonsense\n", b"{}\n", b'{"kind": "Dance"}\n', b'{"kind": "State", "state": 5}\n', b"[" * 9999 + b"\n"]
 )
-async def test_what_cannot_be_read(tmp_path: Path, reply: bytes) -> None:
+async def test_an_unreadable_reply_is_an_error(tmp_path: Path, reply: bytes) -> None:
     async with saying(tmp_path / "s", reply) as remote:
         with pytest.raises(GPUMeshError, match="cannot read"):
             await remote.status()
 
 
-async def test_output_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+async def test_output_that_is_no_base64_is_an_error(tmp_path: Path) -> None:
     line = messages.encode_message(messages.Output("stdout", "not base64!"))
     async with saying(tmp_path / "s", line) as remote:
         with pytest.raises(GPUMeshError, match="cannot read"):
             _ = [chunk async for chunk in remote.exec("n", ("true",))]
 
 
-async def test_an_end_without_a_state(tmp_path: Path) -> None:
+async def test_an_end_without_a_state_is_an_error(tmp_path: Path) -> None:
     async with saying(tmp_path / "s", messages.encode_message(messages.End())) as remote:
         with pytest.raises(GPUMeshError, match="without telling its state"):
             await remote.status()
@@ -93,6 +93,6 @@ async def test_nobody_is_there(tmp_path: Path) -> None:
         await RemoteSession(tmp_path / "file").status()
 
 
-async def test_where_no_socket_can_be_nobody_listens(tmp_path: Path) -> None:
+async def test_a_path_too_long_for_a_socket_means_that_no_mesh_runs(tmp_path: Path) -> None:
     with pytest.raises(MeshNotRunning):
         await RemoteSession(tmp_path / ("x" * 120) / "control.sock").status()

@@ -50,30 +50,30 @@ def ask(text: str, model: str | None = None) -> PromptRequest:
     return PromptRequest((Message("user", text),), model=model, options={"temperature": 0.5}, think=False)
 
 
-async def test_the_socket_is_for_its_user_alone_and_goes_with_the_server(tmp_path: Path) -> None:
+async def test_the_socket_is_private_and_removed_with_the_server(tmp_path: Path) -> None:
     made = Running(tmp_path / "control.sock")
     async with made.server:
         assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert not made.path.exists()
 
 
-async def test_status_is_the_same_on_both_sides(running: Running) -> None:
+async def test_status_survives_the_socket_unchanged(running: Running) -> None:
     assert await running.remote.status() == running.session.state
     assert (await running.remote.wait_first_report(1.5)).mesh == "after 1.5"
 
 
-async def test_a_glance_without_an_event_loop(running: Running) -> None:
+async def test_quick_status_reads_the_real_server(running: Running) -> None:
     seen = await asyncio.to_thread(fetch_status, running.path)
     assert seen is not None
     assert from_json(MeshState, seen) == running.session.state
 
 
-async def test_watching_goes_on_until_it_is_closed(running: Running) -> None:
+async def test_watching_goes_on_until_the_client_closes(running: Running) -> None:
     async with aclosing(running.remote.watch(0.0)) as states:
         assert [(await anext(states)).mesh, (await anext(states)).mesh] == ["one", "two"]
 
 
-async def test_a_chat_streams_with_its_fate(running: Running) -> None:
+async def test_a_chat_streams_chunks_node_and_attempts(running: Running) -> None:
     async with running.remote.chat(ask("hello there")) as stream:
         chunks = [chunk async for chunk in stream]
     assert [chunk.text for chunk in chunks] == ["hello", "there", ""]
@@ -83,13 +83,13 @@ async def test_a_chat_streams_with_its_fate(running: Running) -> None:
     assert running.session.prompts == [ask("hello there")]
 
 
-async def test_leaving_a_chat_ends_it_in_the_mesh(running: Running) -> None:
+async def test_leaving_a_chat_cancels_it_in_the_mesh(running: Running) -> None:
     async with running.remote.chat(ask("hang on")) as stream:
         assert (await anext(aiter(stream))).text == "hang"
     await running.session.chat_ended.wait()
 
 
-async def test_a_client_that_dies_in_a_chat_ends_it(running: Running) -> None:
+async def test_a_killed_client_cancels_its_chat(running: Running) -> None:
     _, writer = await asyncio.open_unix_connection(running.path)
     writer.write(messages.encode_message(messages.Chat(ask("hang on"))))
     await writer.drain()
@@ -127,7 +127,7 @@ async def test_errors_keep_their_code_hint_and_exit_code(running: Running) -> No
     assert caught.value.hint == "the nodes are: iceland"
 
 
-async def test_errors_that_someone_acts_on_keep_their_type(running: Running) -> None:
+async def test_errors_that_callers_handle_keep_their_type(running: Running) -> None:
     with pytest.raises(ModelMissing) as missing:
         async with running.remote.chat(ask("x", "missing")) as stream:
             await anext(aiter(stream))
@@ -139,7 +139,7 @@ async def test_errors_that_someone_acts_on_keep_their_type(running: Running) -> 
     assert full.value.retry_after_s == 3.0
 
 
-async def test_a_bug_in_one_request_is_told_and_ends_nothing_else(running: Running) -> None:
+async def test_a_bug_in_one_request_is_reported_and_ends_nothing_else(running: Running) -> None:
     with pytest.raises(GPUMeshError, match="ZeroDivisionError"):
         async with running.remote.chat(ask("x", "bug")) as stream:
             await anext(aiter(stream))
@@ -174,7 +174,7 @@ async def test_down_says_how_long_draining_may_take_and_ends_with_the_socket(tmp
         b"\xff\xfe\n",
     ],
 )
-async def test_nonsense_is_answered_with_an_error(running: Running, line: bytes) -> None:
+async def test_an_unreadable_request_is_answered_with_an_error(running: Running, line: bytes) -> None:
     reader, writer = await asyncio.open_unix_connection(running.path)
     writer.write(line)
     answer = json.loads(await reader.readline())
@@ -185,7 +185,7 @@ async def test_nonsense_is_answered_with_an_error(running: Running, line: bytes)
     await writer.wait_closed()
 
 
-async def test_a_connection_that_says_nothing_does_not_keep_the_server_from_closing(tmp_path: Path) -> None:
+async def test_a_silent_connection_does_not_delay_closing(tmp_path: Path) -> None:
     made = Running(tmp_path / "control.sock")
     async with asyncio.timeout(20):
         async with made.server:
@@ -210,7 +210,7 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
         assert (await made.remote.status()).mesh == "home"
 
 
-async def test_who_connects_and_says_nothing_is_let_go(tmp_path: Path) -> None:
+async def test_a_silent_connection_is_closed_after_the_timeout(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     async with (
         ControlServer(ScriptedSession(), path, on_stop=lambda _: None, request_timeout_s=0.05),
@@ -222,7 +222,7 @@ async def test_who_connects_and_says_nothing_is_let_go(tmp_path: Path) -> None:
         await writer.wait_closed()
 
 
-async def test_hundreds_that_connect_at_once(running: Running) -> None:
+async def test_hundreds_of_concurrent_connections(running: Running) -> None:
     def connect() -> list[socket.socket]:
         made = [socket.socket(socket.AF_UNIX) for _ in range(400)]
         for one in made:
@@ -239,7 +239,7 @@ async def test_hundreds_that_connect_at_once(running: Running) -> None:
 
 
 @pytest.mark.parametrize("taken", ["removed", "a file", "a link"])
-async def test_a_socket_that_was_taken_away_is_put_back(running: Running, taken: str) -> None:
+async def test_a_removed_socket_is_restored(running: Running, taken: str) -> None:
     async with aclosing(running.remote.watch(0.01)) as watching:
         await anext(watching)
         running.path.unlink()
@@ -255,7 +255,16 @@ async def test_a_socket_that_was_taken_away_is_put_back(running: Running, taken:
         await anext(watching)  # who was connected still is
 
 
-async def test_a_socket_that_is_there_stays(running: Running) -> None:
+async def test_an_existing_socket_is_not_replaced(running: Running) -> None:
     before = running.path.stat().st_ino
     await running.server.restore_socket()
     assert running.path.stat().st_ino == before
+
+
+async def test_reprs_show_the_state(tmp_path: Path) -> None:
+    made = Running(tmp_path / "s")
+    assert repr(made.server) == f"<ControlServer {made.path} CLOSED 0 connections>"
+    async with made.server:
+        assert repr(made.server) == f"<ControlServer {made.path} LISTENING 0 connections>"
+    assert repr(made.server) == f"<ControlServer {made.path} CLOSED 0 connections>"
+    assert repr(made.remote) == f"<RemoteSession {made.path}>"

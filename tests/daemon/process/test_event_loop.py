@@ -12,7 +12,7 @@ from gpumesh.daemon.process import event_loop
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_result_and_the_error_of_what_is_run(fast: bool) -> None:
+def test_run_gives_the_result_or_raises_the_error(fast: bool) -> None:
     async def good() -> int:
         await asyncio.sleep(0)
         return 5
@@ -42,7 +42,7 @@ def test_ctrl_c_cancels_and_then_interrupts(fast: bool) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_ctrl_c_while_the_loop_is_made_leaves_no_words_behind(fast: bool) -> None:
+def test_ctrl_c_while_the_loop_is_being_made_prints_nothing(fast: bool) -> None:
     """At each line of asyncio that runs before the command's own first line, one after the other."""
     script = f"""
 import os, signal, sys

@@ -24,11 +24,11 @@ INFINITE = resource.RLIM_INFINITY
         (INFINITE, INFINITE, ()),
     ],
 )
-def test_what_is_tried(soft: int, hard: int, tried: tuple[int, ...]) -> None:
+def test_candidate_limits(soft: int, hard: int, tried: tuple[int, ...]) -> None:
     assert candidate_limits(soft, hard) == tried
 
 
-def test_it_is_raised_for_this_process_and_its_children_and_put_back() -> None:
+def test_the_limit_is_raised_for_children_too_and_restored() -> None:
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = min(1024, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
@@ -45,7 +45,7 @@ def test_it_is_raised_for_this_process_and_its_children_and_put_back() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
 
 
-def test_what_the_system_refuses_is_not_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_limit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """As macOS does, whose hard limit says nothing."""
     held = [256, INFINITE]
 

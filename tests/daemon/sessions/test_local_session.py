@@ -55,7 +55,7 @@ async def test_a_prompt_waits_for_the_first_node_that_can_take_it(direct: Simula
             await said(session, PromptRequest(ASK.messages, node="gamma"))
 
 
-async def test_a_prompt_waits_for_a_node_that_is_only_just_away(one: SimulatedMesh) -> None:
+async def test_a_prompt_waits_for_a_node_that_reconnects(one: SimulatedMesh) -> None:
     async with session_of(one) as session:
         assert await said(session, ASK)
         await one.hosts["alpha"].drop_connections()
@@ -91,6 +91,7 @@ async def test_a_mesh_that_stops_takes_no_new_prompts(direct: SimulatedMesh) -> 
 async def test_drain_resume_and_watch(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
         await session.wait_first_report(20)
+        assert repr(session) == f"<LocalSession {session.mesh.topology.name} RUNNING 2 nodes>"
         await session.drain("alpha")
         assert (await session.status()).node("alpha").health is Health.DRAINING
         await session.resume("alpha")
@@ -105,7 +106,7 @@ async def test_drain_resume_and_watch(direct: SimulatedMesh) -> None:
                 await act("gamma")
 
 
-async def test_the_last_minute_is_what_somebody_has_kept(direct: SimulatedMesh) -> None:
+async def test_history_holds_what_was_recorded(direct: SimulatedMesh) -> None:
     async with session_of(direct) as session:
         assert (await session.history()).nodes == ()
         session.recorder.add(await session.wait_first_report(20))
@@ -144,7 +145,7 @@ async def test_exec_where_nobody_listens(one: SimulatedMesh) -> None:
             _ = [chunk async for chunk in session.exec("alpha", ("hostname",))]
 
 
-async def test_reconnect_tries_at_once(one: SimulatedMesh) -> None:
+async def test_reconnect_connects_at_once(one: SimulatedMesh) -> None:
     await one.hosts["alpha"].set_faults(Faults(ssh_refuse_key=True))
     async with session_of(one) as session:
         state = await session.wait_first_report(20)

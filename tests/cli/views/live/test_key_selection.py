@@ -33,11 +33,11 @@ def pressed(*keys: str, nodes: list[str] | None = None) -> KeySelection:
         (["x", "?"], ""),
     ],
 )
-def test_choosing_a_node(keys: list[str], selected: str) -> None:
+def test_keys_select_a_node(keys: list[str], selected: str) -> None:
     assert pressed(*keys).selected == selected
 
 
-def test_a_node_that_went_away_is_chosen_no_more() -> None:
+def test_a_node_that_is_gone_is_not_selected() -> None:
     choice = pressed("down")
     choice.nodes = ["x", "y"]
     choice.handle_key("down")
@@ -45,13 +45,13 @@ def test_a_node_that_went_away_is_chosen_no_more() -> None:
     assert pressed("down", nodes=[]).selected == ""
 
 
-def test_what_keys_do() -> None:
+def test_keys_give_actions() -> None:
     choice = pressed("down")
     assert [choice.handle_key(key) for key in "drcqQ"] == ["drain", "resume", "reconnect", "quit", "quit"]
     assert choice.handle_key("z") is None
 
 
-def test_doing_something_needs_a_node_unless_there_is_only_one() -> None:
+def test_an_action_needs_a_selected_node_unless_there_is_only_one() -> None:
     choice = pressed()
     assert choice.handle_key("d") is None
     assert "choose a node" in choice.note
@@ -60,7 +60,7 @@ def test_doing_something_needs_a_node_unless_there_is_only_one() -> None:
     assert alone.selected == "only"
 
 
-def test_order_and_processes() -> None:
+def test_keys_change_sort_order_and_verbosity() -> None:
     choice = pressed(*["s"] * len(SortKey), "v")
     assert choice.view == ViewSelection(sort=SortKey.CONFIG, verbose=True)
     choice.handle_key("s")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from gpumesh.cli.views.live.live_table import LiveTable
+from gpumesh.cli.views.node_selection import ViewSelection
 from tests.cli.meshes import SimulatedMesh
 from tests.cli.terminals import Terminal, terminal
+from tests.daemon.scripted import ScriptedSession
 from tests.tunnels.polling import wait_until
 
 # -- on a terminal ---------------------------------------------------------------------------------------------------
@@ -48,7 +51,7 @@ async def test_keys_drain_resume_reconnect_sort_and_quit(two: SimulatedMesh) -> 
 
 @slow
 @pytest.mark.parametrize("way", ["ctrl-c", "SIGTERM", "SIGHUP", "mesh ends", "a node that is not there"])
-async def test_the_terminal_is_as_it_was_after_every_way_out(direct: SimulatedMesh, way: str) -> None:
+async def test_the_terminal_is_restored_on_every_way_out(direct: SimulatedMesh, way: str) -> None:
     await direct.gpumesh("up", "-d")
     arguments = ("-n", "nobody") if way.startswith("a node") else ()
     async with terminal(direct.gpumesh, "status", "-w", *arguments) as table:
@@ -74,7 +77,7 @@ async def test_the_terminal_is_as_it_was_after_every_way_out(direct: SimulatedMe
 
 
 @slow
-async def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(direct: SimulatedMesh) -> None:
+async def test_ctrl_z_restores_the_terminal_and_fg_redraws(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status", "-w") as table:
         await drawn(table)
         os.kill(table.process.pid, signal.SIGTSTP)
@@ -94,7 +97,7 @@ def state_of(pid: int) -> str:
 
 
 @slow
-async def test_another_size_is_drawn_anew(direct: SimulatedMesh) -> None:
+async def test_a_resized_terminal_is_redrawn(direct: SimulatedMesh) -> None:
     async with terminal(direct.gpumesh, "status", "-w", columns=200) as table:
         await drawn(table)
         assert "BACKEND" in table.plain_text
@@ -113,3 +116,8 @@ async def test_on_a_dumb_terminal_it_only_prints(direct: SimulatedMesh) -> None:
         assert "\x1b" not in table.written
         table.press("\x03")
         assert await table.wait_exit() == 130
+
+
+async def test_repr_shows_the_state() -> None:
+    table = LiveTable(ScriptedSession(), ViewSelection(), footer="Ctrl-C leaves")
+    assert repr(table) == "<LiveTable WAITING 0 nodes selected ''>"

@@ -55,14 +55,14 @@ class Screen:
         (["", "x"], ["x", ""]),
     ],
 )
-def test_a_frame_makes_one_screen_of_another(old: list[str], new: list[str]) -> None:
+def test_diff_screen_turns_one_screen_into_another(old: list[str], new: list[str]) -> None:
     screen = Screen(5)
     screen.lines = [*old, *[""] * (5 - len(old))]
     screen.write(diff_screen(old, new))
     assert screen.lines == [*new, *[""] * (5 - len(new))]
 
 
-def test_only_what_changed_is_written_and_at_once() -> None:
+def test_only_changed_lines_are_written_in_one_update() -> None:
     assert diff_screen(["a", "b"], ["a", "b"]) == ""
     text = diff_screen(["unchanged", "b", "unchanged too"], ["unchanged", "c", "unchanged too"])
     assert "unchanged" not in text

@@ -32,28 +32,28 @@ def test_each_width_has_the_columns_that_fit(width: int) -> None:
     assert max(map(cell_len, shown)) <= width
 
 
-def test_columns_stand_under_their_titles() -> None:
+def test_cells_are_aligned_with_their_titles() -> None:
     shown = draw_lines(typical(), 200)
     for title, value in (("BUSY", "1/1 +2"), ("RTT", "41 ms"), ("TEMP", "61°"), ("POWER", "212/450 W")):
         end = shown[1].index(title) + len(title)
         assert shown[3][:end].endswith(value), title
 
 
-def test_a_node_that_works() -> None:
+def test_the_row_of_a_healthy_node() -> None:
     row = row_of("iceland", typical())
     for part in ("● iceland", "healthy", "RTX 4090", "5.5/24.0", "42%", "61°", "212/450 W", "qwen2.5:7b 4m", "73",
                  "1/1 +2", "41 ms", "sshtunnel up 4m ↻1", "ollama 0.12.6", "120"):  # fmt: skip
         assert part in row, part
 
 
-def test_what_is_not_known_is_a_dash_and_never_zero() -> None:
+def test_unknown_is_a_dash_and_never_zero() -> None:
     row = row_of("runpod", typical())
     assert "0.0" not in row
     assert "%" not in row
     assert row.split()[:4] == ["✗", "runpod", "down", "–"]  # noqa: RUF001
 
 
-def test_several_gpus_of_a_host_are_told_apart() -> None:
+def test_several_gpus_of_a_host_have_their_index() -> None:
     state = mesh(healthy("v", gpus=(gpu(0), gpu(1, name="NVIDIA H100 80GB HBM3", busy=3))))
     rows = [line for line in draw_lines(state, 160) if "RTX 4090" in line or "H100" in line]
     assert "0 RTX 4090" in rows[0]
@@ -71,7 +71,7 @@ def test_no_gpus_and_a_slice_of_one() -> None:
     assert "MIG 1g.10g" in row_of("a", mesh(healthy("a", gpus=(part, part)), healthy("b")), 80), "not only the card"
 
 
-def test_on_a_wide_screen_no_name_is_cut_for_the_sake_of_lesser_columns() -> None:
+def test_a_wide_terminal_shows_names_in_full() -> None:
     long = healthy("a-node-with-a-long-name", gpus=(replace(gpu(), name="NVIDIA RTX PRO 6000 Blackwell Server"),))
     state = mesh(*typical().nodes, long)
     row = row_of("a-node-with-a-long-name", state, 200)
@@ -108,6 +108,6 @@ def test_bars(part: float | None, bar: str) -> None:
     assert bar_text(part, 4, 0.1, 0.8).plain == bar
 
 
-def test_bars_have_the_colours_that_people_know() -> None:
+def test_bars_have_colours_by_their_thresholds() -> None:
     styles = [str(bar_text(part, 4, 0.10, 0.75).spans[0].style) for part in (0.05, 0.3, 0.9)]
     assert styles == ["green", "yellow", "red"]

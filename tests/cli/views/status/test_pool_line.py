@@ -12,7 +12,7 @@ from tests.cli.states import healthy, mesh, typical
 from tests.cli.views.status.drawing import draw_lines, draw_text
 
 
-def test_the_pool_in_one_line() -> None:
+def test_the_pool_line() -> None:
     shown = draw_text(typical(), 160)
     line = "2 of 4 nodes up · 3 GPUs · 21.6 of 72.0 GiB free · 154 tok/s · 1 in flight"
     assert f"{line} · a 14B Q4 fits on 1 node, a 3B on 2\n" in shown
@@ -22,7 +22,7 @@ def test_the_pool_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80])
-def test_of_the_pool_only_whole_parts_are_shown(width: int) -> None:
+def test_the_pool_line_drops_whole_parts(width: int) -> None:
     (line,) = [line for line in draw_lines(typical(), width) if "nodes up" in line]
     assert "…" not in line
     assert cell_len(line) <= width

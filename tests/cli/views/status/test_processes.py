@@ -10,7 +10,7 @@ from tests.cli.states import gpu, healthy, mesh
 from tests.cli.views.status.drawing import draw_lines, draw_text
 
 
-def test_processes_the_largest_first() -> None:
+def test_processes_are_sorted_by_memory() -> None:
     procs = (ProcessState(1, "small", 10), ProcessState(2, "of unknown size"), ProcessState(3, "large", 9000))
     state = mesh(healthy("a", gpus=(replace(gpu(), processes=procs),)))
     shown = draw_lines(state, 120, ViewOptions(verbose=True))

@@ -16,7 +16,7 @@ from tests.cli.states import down, healthy, mesh, typical
 from tests.cli.views.status.drawing import draw_lines, draw_text
 
 
-def test_a_reason_once_with_what_to_do() -> None:
+def test_a_reason_is_shown_once_with_its_hint() -> None:
     shown = draw_text(typical())
     assert shown.count("nothing listens on 203.0.113.7:22") == 1
     assert "✗ runpod down: nothing listens on 203.0.113.7:22 (again in 4s)\n  → is the pod running?" in shown
@@ -32,7 +32,7 @@ def test_the_reason_of_a_node_that_is_up_has_the_hint_of_its_finding() -> None:
     assert "→ modprobe nvidia" in shown
 
 
-def test_what_is_the_same_for_many_nodes_is_said_once() -> None:
+def test_equal_findings_of_many_nodes_are_merged() -> None:
     nodes = [healthy(f"n{number}", gpus=None) for number in range(100)]
     missing = Finding("nvidia-smi-missing", Severity.INFO, None, "nvidia-smi is on no usual path", "install it")
     findings = [replace(missing, node=node.name) for node in nodes]
@@ -48,7 +48,7 @@ def test_what_is_the_same_for_many_nodes_is_said_once() -> None:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("height", [20, 30, 40])
-def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: int, height: int) -> None:
+def test_remarks_of_several_lines_are_never_cut_off(width: int, height: int) -> None:
     long = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver; " * 2
     nodes = [replace(healthy(f"node-{number:03d}"), health=Health.DEGRADED, reason=long) for number in range(20)]
     shown = draw_lines(mesh(*nodes), width, ViewOptions(height=height))
@@ -58,6 +58,6 @@ def test_remarks_that_take_several_lines_are_counted_so_and_not_cut_off(width: i
     assert sum(line.startswith("◐ node-") for line in shown) > 3, "the nodes have their rows"
 
 
-def test_there_is_nothing_more_to_say_when_all_is_said() -> None:
+def test_no_count_of_remarks_when_all_are_shown() -> None:
     assert "remark" not in draw_text(mesh(down("a"), healthy("b")), 80, ViewOptions(height=40))
     assert "remark" not in draw_text(mesh(*(down(f"n{number}") for number in range(30))), 80), "it scrolls"

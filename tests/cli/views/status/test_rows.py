@@ -19,13 +19,13 @@ from tests.cli.views.status.drawing import draw_lines, draw_text, row_of
 
 
 @pytest.mark.parametrize(("code", "words"), NO_GPU_REASONS.items())
-def test_why_gpus_are_not_shown(code: str, words: str) -> None:
+def test_the_row_says_why_gpus_are_missing(code: str, words: str) -> None:
     node = replace(healthy("a"), health=Health.DEGRADED, reason="x", gpus=None)
     found = Finding(code, Severity.ERROR, "a", "something")
     assert words in row_of("a", mesh(node, findings=(found,)), 120)
 
 
-def test_one_lost_gpu_beside_others_that_answer() -> None:
+def test_a_lost_gpu_has_a_row_of_its_own() -> None:
     found = Finding("gpu-lost", Severity.ERROR, "v", "a GPU has fallen off the bus")
     shown = draw_lines(mesh(healthy("v", gpus=(gpu(0), gpu(2, busy=3))), findings=(found,)), 120)
     rows = shown[3:6]
@@ -40,12 +40,12 @@ def many(count: int) -> MeshState:
     return mesh(*nodes)
 
 
-def test_it_is_scrolled_to_what_is_selected() -> None:
+def test_rows_are_scrolled_to_the_selected_node() -> None:
     shown = "\n".join(draw_lines(many(100), 120, ViewOptions(height=24, selected="node-050")))
     assert "node-050" in shown
     assert "node-045" in shown
     assert "node-001" not in shown
 
 
-def test_what_fits_is_shown_whole() -> None:
+def test_all_rows_are_shown_when_they_fit() -> None:
     assert "more rows" not in draw_text(many(10), 120, ViewOptions(height=30))

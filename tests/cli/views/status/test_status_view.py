@@ -29,7 +29,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202e[bold]"
 
 
 @pytest.mark.parametrize("width", range(8, 260, 7))
-def test_nothing_is_wider_than_the_screen_and_no_node_is_missing(width: int) -> None:
+def test_every_width_shows_all_nodes_and_fits(width: int) -> None:
     shown = draw_lines(typical(), width)
     assert max(map(cell_len, shown)) <= width
     table = "\n".join(shown)
@@ -40,7 +40,7 @@ def test_nothing_is_wider_than_the_screen_and_no_node_is_missing(width: int) -> 
 # -- what it says ----------------------------------------------------------------------------------------------------
 
 
-def test_simulated_hosts_are_said_to_be() -> None:
+def test_simulated_hosts_are_marked() -> None:
     assert "simulated hosts" in draw_text(mesh(replace(healthy("a"), simulated=True)))
     assert "simulated" not in draw_text(mesh(healthy("a")))
 
@@ -55,7 +55,7 @@ def many(count: int) -> MeshState:
 
 
 @pytest.mark.parametrize("height", [6, 10, 24, 50])
-def test_it_is_no_higher_than_the_screen_and_shows_what_is_wrong(height: int) -> None:
+def test_the_view_fits_the_screen_and_keeps_unhealthy_nodes(height: int) -> None:
     shown = draw_lines(many(100), 120, ViewOptions(height=height))
     assert len(shown) <= max(height, 9)
     assert any(line.startswith("✗ node-099") for line in shown)
@@ -80,7 +80,7 @@ def hostile(node: NodeState) -> NodeState:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200, 400])
-def test_nothing_that_a_host_says_reaches_the_terminal_as_it_is(width: int) -> None:
+def test_hostile_text_of_hosts_is_cleaned(width: int) -> None:
     found = Finding(HOSTILE, Severity.ERROR, HOSTILE, HOSTILE, HOSTILE, (HOSTILE,))
     state = replace(mesh(hostile(healthy("a")), findings=(found,)), mesh=HOSTILE)
     state = replace(state, gateway=GatewayState(HOSTILE))
@@ -92,9 +92,7 @@ def test_nothing_that_a_host_says_reaches_the_terminal_as_it_is(width: int) -> N
 # -- bars ------------------------------------------------------------------------------------------------------------
 
 
-def test_printed_to_a_pipe_there_is_no_colour(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_colours_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     print_status(typical())
     out = capsys.readouterr().out
