@@ -18,6 +18,7 @@ from gpumesh.errors import GPUMeshError, UsageError
 
 if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
+    from gpumesh.tunnels.base import ExecChunk, OutputStream
 
 LINE_LIMIT = 1 << 16
 
@@ -100,31 +101,17 @@ async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
 
 
 async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
-    """Prints whole lines only, so that the output of two nodes never mixes within a line."""
     from gpumesh.async_iterators import closing_iterator
-    from gpumesh.tunnels.base import OutputStream
 
-    partial = {OutputStream.STDOUT: b"", OutputStream.STDERR: b""}
-
-    def write(stream: OutputStream, line: bytes) -> None:
-        text = f"{node:<{width}}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
-        typer.echo(text.rstrip(), err=stream is OutputStream.STDERR)
-
+    printer = _PrefixPrinter(f"{node:<{width}}")
     try:
         status: int | None = None
         async with closing_iterator(session.exec(node, command)) as chunks:
             async for chunk in chunks:
-                *lines, partial[chunk.stream] = (partial[chunk.stream] + chunk.data).split(b"\n")
-                for line in lines:
-                    write(chunk.stream, line)
-                if len(partial[chunk.stream]) > LINE_LIMIT:
-                    write(chunk.stream, partial[chunk.stream])
-                    partial[chunk.stream] = b""
+                printer.feed(chunk)
                 if chunk.ended:
                     status = chunk.exit_status
-        for stream, line in partial.items():
-            if line:
-                write(stream, line)
+        printer.finish()
         code = _exit_code(status, node)
     except GPUMeshError as error:
         typer.echo(f"{node:<{width}}  error: {clean_line(error.message)}", err=True)
@@ -132,3 +119,31 @@ async def _run_with_prefix(session: Session, node: str, command: list[str], widt
     if code:
         typer.echo(f"{node:<{width}}  exit status {code}", err=True)
     return code
+
+
+class _PrefixPrinter:
+    """Prints whole lines only, each with the prefix, so that the output of two nodes never mixes within a line. A line
+    longer than the limit is printed in parts."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._partial: dict[OutputStream, bytes] = {}
+
+    def feed(self, chunk: ExecChunk) -> None:
+        stream = chunk.stream
+        *lines, partial = (self._partial.get(stream, b"") + chunk.data).split(b"\n")
+        if len(partial) > LINE_LIMIT:
+            lines, partial = [*lines, partial], b""
+        self._partial[stream] = partial
+        for line in lines:
+            self._print(stream, line)
+
+    def finish(self) -> None:
+        """Prints last lines that have no end."""
+        for stream, line in self._partial.items():
+            if line:
+                self._print(stream, line)
+
+    def _print(self, stream: OutputStream, line: bytes) -> None:
+        text = f"{self._prefix}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
+        typer.echo(text.rstrip(), err=stream.value == "stderr")
