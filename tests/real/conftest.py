@@ -14,8 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
-from tests.parts import needs
+from tests.parts import needs, program
 from tests.real.command import Gpumesh, write_config
 from tests.real.hosts import LlamaServer, RealHost, hosts
 from tests.real.netns import private_network
@@ -72,6 +73,20 @@ def alone(tmp_path: Path) -> Iterator[Gpumesh]:
     command.kill_all()
     shutil.rmtree(runtime, ignore_errors=True)
     assert not left, f"processes were left: {left}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Any]:
+    """A headless Chromium for all tests of a module, which run in the module's event loop. Each test opens contexts of
+    its own, which share neither cookies nor service workers."""
+    from playwright.async_api import async_playwright
+
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+        try:
+            yield chromium
+        finally:
+            await chromium.close()
 
 
 @pytest.fixture

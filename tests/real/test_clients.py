@@ -7,16 +7,20 @@ import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
-import ollama
-import openai
 import pytest
 
 from gpumesh.lab.profile import Faults
 from gpumesh.topology import GatewaySpec, PolicyKind
 from tests.gateway.fleet import MODEL, RunningGateway, serve_hosts
+
+if (
+    TYPE_CHECKING
+):  # each test imports its own client: together they take five seconds, which every test process would pay
+    import anthropic
+    import ollama
+    import openai
 
 pytestmark = pytest.mark.real
 
@@ -52,6 +56,8 @@ def weather(city: str) -> str:
 
 @pytest.fixture
 async def ollama_client(fleet: RunningGateway) -> AsyncIterator[ollama.AsyncClient]:
+    import ollama
+
     async with ollama.AsyncClient(host=fleet.gateway.url) as client:
         yield client
 
@@ -91,6 +97,8 @@ async def test_ollama_embeds_and_lists(ollama_client: ollama.AsyncClient) -> Non
 
 
 async def test_ollama_changes_stores(fleet: RunningGateway, ollama_client: ollama.AsyncClient) -> None:
+    import ollama
+
     steps = [step async for step in await ollama_client.pull("new:1b", stream=True)]
     assert steps[-1].status == "success"
     assert any(step.total and step.completed == step.total for step in steps)
@@ -115,6 +123,8 @@ async def test_ollama_sends_a_model_file(
 
 
 async def test_ollama_is_told_what_is_wrong(fleet: RunningGateway, ollama_client: ollama.AsyncClient) -> None:
+    import ollama
+
     with pytest.raises(ollama.ResponseError, match="model 'nobody:1b' not found") as missing:
         await ollama_client.chat("nobody:1b", messages=SAID)
     assert missing.value.status_code == 404
@@ -138,6 +148,8 @@ ASKED: Any = SAID
 
 @pytest.fixture
 async def openai_client(fleet: RunningGateway) -> AsyncIterator[openai.AsyncOpenAI]:
+    import openai
+
     url = f"{fleet.gateway.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
@@ -185,6 +197,8 @@ async def test_openai_embeds_and_lists(openai_client: openai.AsyncOpenAI) -> Non
 
 
 async def test_openai_is_told_what_is_wrong(fleet: RunningGateway, openai_client: openai.AsyncOpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="nobody:1b"):
         await openai_client.chat.completions.create(model="nobody:1b", messages=ASKED)
     with pytest.raises(openai.NotFoundError):
@@ -202,6 +216,8 @@ async def test_openai_is_told_what_is_wrong(fleet: RunningGateway, openai_client
 
 @pytest.fixture
 async def anthropic_client(fleet: RunningGateway) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    import anthropic
+
     async with anthropic.AsyncAnthropic(base_url=fleet.gateway.url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -229,6 +245,8 @@ async def test_anthropic_calls_tools(anthropic_client: anthropic.AsyncAnthropic)
 
 
 async def test_anthropic_is_told_what_is_wrong(anthropic_client: anthropic.AsyncAnthropic) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError, match="nobody:1b"):
         await anthropic_client.messages.create(model="nobody:1b", max_tokens=5, messages=ASKED)
     with pytest.raises(anthropic.BadRequestError):
@@ -239,6 +257,10 @@ async def test_anthropic_is_told_what_is_wrong(anthropic_client: anthropic.Async
 
 
 async def test_each_client_sends_its_key_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    import anthropic
+    import ollama
+    import openai
+
     monkeypatch.setenv("GATEWAY_KEY", "k-12345")
     async with serve_hosts(spec=GatewaySpec(api_key_env="GATEWAY_KEY")) as fleet:
         url = fleet.gateway.url

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from gpumesh import config
 from gpumesh.gateway.app import Gateway
@@ -28,9 +29,15 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, RunningGateway, node, serve_nodes
 from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
-from tests.parts import needs, program
+from tests.parts import needs
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("chromium"), pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    needs("chromium"),
+    pytest.mark.timeout(180),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 PATIENCE_MS = 20_000.0
 GETS = (f"/v1/models/{MODEL}", "/api/status")
@@ -75,9 +82,7 @@ class Attack:
 
 
 @asynccontextmanager
-async def attacked(**gateway: Any) -> AsyncIterator[Attack]:
-    from playwright.async_api import async_playwright
-
+async def attacked(browser: Any, **gateway: Any) -> AsyncIterator[Attack]:
     loot: list[str] = []
     asked: list[str] = []
     kind = ["text/html"]
@@ -117,21 +122,21 @@ async def attacked(**gateway: Any) -> AsyncIterator[Attack]:
         fleet = await stack.enter_async_context(
             serve_nodes((node("evil", server.url),), spec=GatewaySpec(**gateway), drain_s=1.0)
         )
-        browsers = await stack.enter_async_context(async_playwright())
-        browser = await browsers.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
-        stack.push_async_callback(browser.close)
         context = await browser.new_context()
+        stack.push_async_callback(context.close)
         page = await context.new_page()
         page.set_default_timeout(PATIENCE_MS)
         await page.goto(f"http://127.0.0.1:{collector.port}/")
         yield Attack(fleet, browser, context, page, collector, loot, kind, asked)
 
 
-@pytest.fixture(params=["without a key", "with a key"])
-async def attack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Attack]:
+@pytest_asyncio.fixture(params=["without a key", "with a key"], loop_scope="module")
+async def attack(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, browser: Any
+) -> AsyncIterator[Attack]:
     monkeypatch.setenv("HOSTILE_TEST_KEY", "sesame")
     more = {"api_key_env": "HOSTILE_TEST_KEY"} if request.param == "with a key" else {}
-    async with attacked(**more) as made:
+    async with attacked(browser, **more) as made:
         yield made
         made.clean()
 
@@ -288,8 +293,8 @@ async def test_the_host_is_not_asked_by_a_foreign_page_without_a_name(attack: At
     assert attack.asked == []
 
 
-async def test_pages_of_this_machine_may_ask_and_see_no_page_of_the_host() -> None:
-    async with attacked() as attack:
+async def test_pages_of_this_machine_may_ask_and_see_no_page_of_the_host(browser: Any) -> None:
+    async with attacked(browser) as attack:
         ask = """([url, body]) => fetch(url, {method: "POST", body: JSON.stringify(body)})
             .then(async (a) => [a.status, a.headers.get("Content-Type"), await a.text()])"""
         body = {"model": MODEL, "prompt": "x", "stream": False}
@@ -300,9 +305,9 @@ async def test_pages_of_this_machine_may_ask_and_see_no_page_of_the_host() -> No
         assert SEEN in seen
 
 
-async def test_a_page_behind_a_nodes_port_may_not_ask_the_gateway() -> None:
+async def test_a_page_behind_a_nodes_port_may_not_ask_the_gateway(browser: Any) -> None:
     """The host's own page, opened on the port that leads to it, whose address is this machine's."""
-    async with attacked() as attack:
+    async with attacked(browser) as attack:
         backend = attack.fleet.mesh.topology.nodes[0].backend.targets[0].url
         page = await attack.context.new_page()
         await page.goto(backend.rstrip("/") + "/")

@@ -15,9 +15,15 @@ from gpumesh.gateway.app import Gateway
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh
-from tests.parts import needs, program
+from tests.parts import needs
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, needs("chromium"), pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    needs("chromium"),
+    pytest.mark.timeout(120),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>4090"
 HOSTS = (
@@ -39,32 +45,30 @@ class Open:
 
 
 @asynccontextmanager
-async def opened(folder: Path, **gateway: Any) -> AsyncIterator[Open]:
-    from playwright.async_api import async_playwright
-
+async def opened(browser: Any, folder: Path, **gateway: Any) -> AsyncIterator[Open]:
     async with Lab(HOSTS, folder) as lab:
         file = lab.write_config(folder / "mesh.yaml", gateway=gateway)
-        async with Mesh(config.load(file)) as mesh, AsyncExitStack() as serving, async_playwright() as browsers:
+        async with Mesh(config.load(file)) as mesh, AsyncExitStack() as serving:
             served = await serving.enter_async_context(Gateway(mesh))
             await mesh.wait_first_report(20.0)
-            browser = await browsers.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+            context = await browser.new_context()
             try:
-                page = await browser.new_page()
+                page = await context.new_page()
                 page.set_default_timeout(PATIENCE_MS)
                 asked: list[str] = []
                 page.on("request", lambda request: asked.append(request.url))
                 await page.goto(f"{served.url}/ui")
                 yield Open(page, lab, mesh, served, asked, serving.aclose)
             finally:
-                await browser.close()
+                await context.close()
 
 
 def card(page: Any, name: str) -> Any:
     return page.get_by_role("article", name=name, exact=True)
 
 
-async def test_a_nodes_death_and_return_are_seen_live(tmp_path: Path) -> None:
-    async with opened(tmp_path) as seen:
+async def test_a_nodes_death_and_return_are_seen_live(browser: Any, tmp_path: Path) -> None:
+    async with opened(browser, tmp_path) as seen:
         page = seen.page
         await card(page, "one").get_by_text("healthy").wait_for()
         await card(page, "two").get_by_text("healthy").wait_for()
@@ -89,15 +93,15 @@ async def test_a_nodes_death_and_return_are_seen_live(tmp_path: Path) -> None:
         assert {url.removeprefix(seen.gateway.url) for url in seen.asked} <= {"/ui", "/mesh/events", "data:,"}
 
 
-async def test_read_only_without_a_key(tmp_path: Path) -> None:
-    async with opened(tmp_path) as seen:
+async def test_read_only_without_a_key(browser: Any, tmp_path: Path) -> None:
+    async with opened(browser, tmp_path) as seen:
         await card(seen.page, "one").get_by_text("healthy").wait_for()
         assert await seen.page.get_by_role("button").count() == 0
 
 
-async def test_by_keyboard_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_by_keyboard_with_a_key(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAGE_TEST_KEY", "sesame")
-    async with opened(tmp_path, api_key_env="PAGE_TEST_KEY") as seen:
+    async with opened(browser, tmp_path, api_key_env="PAGE_TEST_KEY") as seen:
         page = seen.page
         await page.get_by_text("an API key is needed").wait_for()
         await page.get_by_label("API key").focus()
@@ -116,8 +120,8 @@ async def test_by_keyboard_with_a_key(tmp_path: Path, monkeypatch: pytest.Monkey
         assert "sesame" not in "".join(seen.asked)
 
 
-async def test_light_and_dark_and_narrow(tmp_path: Path) -> None:
-    async with opened(tmp_path) as seen:
+async def test_light_and_dark_and_narrow(browser: Any, tmp_path: Path) -> None:
+    async with opened(browser, tmp_path) as seen:
         page = seen.page
         await card(page, "one").get_by_text("healthy").wait_for()
         grounds = []
@@ -129,8 +133,8 @@ async def test_light_and_dark_and_narrow(tmp_path: Path) -> None:
         assert await page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing to scroll sideways"
 
 
-async def test_the_page_comes_back_when_the_gateway_does(tmp_path: Path) -> None:
-    async with opened(tmp_path) as seen:
+async def test_the_page_comes_back_when_the_gateway_does(browser: Any, tmp_path: Path) -> None:
+    async with opened(browser, tmp_path) as seen:
         await seen.page.get_by_text("● live").wait_for()
         port = int(seen.gateway.url.rpartition(":")[2])
         # A second one takes the first one's place at the same address, as after `gpumesh down` and `up -d`.

@@ -35,16 +35,19 @@ from tests.tunnels.sshd import Sshd, keygen
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(180), needs("sshd", "ssh")]
 
+# Different in each test process: two may run tests of this module at the same time, and all processes are searched.
+_OWN = f"{os.getpid():x}"
 SECRETS = {
-    "HOST_PASSWORD": "Planted+password/9xKq2",
-    "WRONG_PASSWORD": "Planted+wrong/password/7mW",
-    "KEY_PASSPHRASE": "Planted correct horse 3bT",
-    "WRONG_PASSPHRASE": "Planted wrong horse 5nR",
-    "GATEWAY_KEY": "Planted-gateway-key-8vL",
-    "BACKEND_KEY": "Planted-backend-key-4dJ",
-    "REDIS_SECRET": "Planted-redis-secret-6hC",
+    "HOST_PASSWORD": f"Planted+password/9xKq2{_OWN}",
+    "WRONG_PASSWORD": f"Planted+wrong/password/7mW{_OWN}",
+    "KEY_PASSPHRASE": f"Planted correct horse 3bT {_OWN}",
+    "WRONG_PASSPHRASE": f"Planted wrong horse 5nR {_OWN}",
+    "GATEWAY_KEY": f"Planted-gateway-key-8vL{_OWN}",
+    "BACKEND_KEY": f"Planted-backend-key-4dJ{_OWN}",
+    "REDIS_SECRET": f"Planted-redis-secret-6hC{_OWN}",
 }
 NOBODY_ID = 65534
+PAUSE_S = 0.02  # between two looks at all processes, which are shorter than the life of any that is looked for
 
 
 def forms(secret: str) -> set[bytes]:
@@ -80,11 +83,15 @@ class Arguments:
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
-        while not self._over.is_set():
+        seen: set[bytes] = set()
+        while not self._over.wait(PAUSE_S):
             for entry in os.scandir("/proc"):
                 if entry.name.isdigit():
-                    with contextlib.suppress(OSError):
-                        arguments = Path(entry.path, "cmdline").read_bytes()
+                    with contextlib.suppress(OSError), open(f"{entry.path}/cmdline", "rb") as file:
+                        arguments = file.read()
+                        if arguments in seen:
+                            continue
+                        seen.add(arguments)
                         self.programs.add(os.path.basename(arguments.split(b"\0")[0].decode(errors="replace")))
                         self.found |= {(name, arguments.decode(errors="replace")) for name in found_in(arguments)}
             self.looks += 1
@@ -357,7 +364,7 @@ class Environments:
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(PAUSE_S):
             for entry in os.scandir("/proc"):
                 if entry.name.isdigit():
                     with contextlib.suppress(OSError):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from gpumesh.lab.profile import QWEN_7B
 from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
 from tests.parts import needs
-from tests.real.command import Gpumesh
 from tests.real.shells import SHELLS, shell
 
-pytestmark = [pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 HONEST = ("qwen2.5:7b", "qwen2.5:14b", "hf.co/me/Llama-3.2-1B-GGUF:Q4_K_M", "user@corp/x+y")
 # Each begins with letters of its own, so that TAB has one to complete.
@@ -37,21 +37,25 @@ HOSTILE = (
 EXPANDED = ("zm x", "zn'x", "zo${HOME}", "zp*", "zq\\x", "zr\u00e9x", "~root", "=ls", "-rf", "--help", "")
 
 
-@pytest.fixture
-def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
-    with isolated_command(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def mesh(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimulatedMesh]:
+    """A mesh in the background for all tests of this module, which only ask it for names."""
     models = tuple(replace(QWEN_7B, name=name) for name in (*HONEST, *HOSTILE, *EXPANDED))
-    async with simulated_mesh(
-        gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
-    ) as made:
-        await gpumesh("up", "-d")
-        yield made
-        await gpumesh("down")
+    with isolated_command(tmp_path_factory.mktemp("mesh")) as gpumesh:
+        async with simulated_mesh(
+            gpumesh, quick_host("alpha", ssh=False, models=models), quick_host("beta", ssh=False)
+        ) as made:
+            await gpumesh("up", "-d")
+            yield made
+            await gpumesh("down")
+
+
+@pytest.fixture
+def mesh(running_mesh: SimulatedMesh, tmp_path: Path) -> SimulatedMesh:
+    """The running mesh, used from a new home folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return replace(running_mesh, gpumesh=replace(running_mesh.gpumesh, home=home))
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in SHELLS])
