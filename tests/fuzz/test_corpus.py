@@ -19,7 +19,7 @@ from tests.fuzz import mutators, parsers, wire
 from tests.fuzz.cases import CORPUS, Case, Part, corpus, dump, load, save
 
 FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
-STALL_MS = 400.0  # of the gateway's own; the 15 minutes of benchmarks/fuzz.py hold it to 100
+STALL_MS = 400.0  # caused by the gateway itself; the 15 minutes of benchmarks/fuzz.py allow 100
 
 IN_PROCESS = corpus(*parsers.TARGETS)
 UPSTREAM = corpus("upstream")
@@ -72,7 +72,9 @@ async def test_on_a_mesh(tmp_path: Path) -> None:
     assert figures["failed"] == []
     assert figures["streams"]["lost"] == 0
     assert figures["streams"]["tokens"] > 100
-    assert [stall for stall in figures["streams"]["stalls"] if stall["own_ms"] > STALL_MS] == []
+    # A parser that blocks the loop uses CPU time. A delay in which the gateway did not run is caused by the machine.
+    stalls = [stall for stall in figures["streams"]["stalls"] if min(stall["own_ms"], stall["ran_ms"]) > STALL_MS]
+    assert stalls == []
 
 
 def test_a_case_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ async def send_case(port: int, case: Case) -> bytes:
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
-        writer.transport.abort()
+        abort(writer)
     return bytes(got)
 
 
@@ -138,13 +138,19 @@ async def send_request(
     except ConnectionError:
         answer = b""
     finally:
-        writer.transport.abort()
+        abort(writer)
     head, _, rest = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 "), f"no answer to {path}: {answer[:100]!r}"
     return int(head[9:12]), rest
 
 
 # -- a server --------------------------------------------------------------------------------------------------------
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """Resets the connection. A closed transport must not be aborted: asyncio raises AttributeError then."""
+    if not writer.transport.is_closing():
+        writer.transport.abort()
 
 
 async def close_writer(writer: asyncio.StreamWriter) -> None:
@@ -218,7 +224,7 @@ async def serving(speak: ConnectionHandler) -> AsyncIterator[int]:
             pass  # it is left, or `serving` ends, and nobody else cancels it
         finally:
             tasks.discard(task)
-            writer.transport.abort()
+            abort(writer)
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:

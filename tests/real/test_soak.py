@@ -1,4 +1,4 @@
-"""Load with faults, a short piece of what benchmarks/soak.py does for hours."""
+"""Load with faults: a short run of benchmarks/soak.py, which otherwise runs for hours."""
 
 import asyncio
 import json
@@ -11,7 +11,6 @@ SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
 @pytest.mark.slow
-@pytest.mark.exclusive
 @pytest.mark.timeout(240)
 async def test_nothing_is_lost_and_nothing_grows() -> None:
     arguments = ("--minutes", "0.5", "--fault-every", "4.5", "--clients", "8", "--json", "--check")
