@@ -23,7 +23,7 @@ from typer.main import get_command
 from gpumesh import config, state
 from gpumesh.cli.global_options import GlobalOptions
 from gpumesh.cli.root_command import app
-from gpumesh.config.model import MeshFile, Node
+from gpumesh.config.mesh_file.file_schema import MeshFile, Node
 from gpumesh.gateway.model_requests import MODEL_ROUTES
 from gpumesh.wire import status_from_json
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 
 import gpumesh
-from gpumesh.config import document, expand
+from gpumesh.config.mesh_file import variable_expansion, yaml_tree
 from gpumesh.quoting import is_plain, paste_command, powershell_word, shell_word, yaml_text
 from tests.hostile import ANY_NAME, NAMES, SHELLS, split_with_shell
 
@@ -70,9 +70,9 @@ def test_a_command_is_one_line_that_a_terminal_shows_as_it_is(name: str) -> None
 def test_mesh_yaml_is_read_as_the_same_text_and_no_variable_is_expanded(name: str) -> None:
     quoted = yaml_text(name)
     for text in (f"a: {quoted}   # a comment", f"a: [{quoted}, {quoted}]", f'{{"a": {quoted}}}'):
-        tree, faults = document.parse_yaml(text)
+        tree, faults = yaml_tree.parse_yaml(text)
         assert tree is not None
-        values, more = expand.expand_tree(tree, {"HOME": "expanded", "GPUMESH_API_KEY": "secret"})
+        values, more = variable_expansion.expand_tree(tree, {"HOME": "expanded", "GPUMESH_API_KEY": "secret"})
         assert more == []
         if faults:  # mesh.yaml takes no such text, however it is written
             assert "has no place in a setting" in faults[0].message
@@ -103,9 +103,9 @@ _CHECKED = {
     ("cli/commands/init.py", "wrote \0; when a server is there: gpumesh audit\0"),
     ("config/advice.py", "export \0=… before `gpumesh up`"),
     ("config/credentials.py", "set it before starting gpumesh, for example: export \0=…"),
-    ("config/forms.py", "holds a port as well: write `port: \0` apart"),
-    ("config/messages.py", "; such as `\0`"),
-    ("config/rules.py", "nodes are a list: write `- name: \0`"),
+    ("config/value_parsers.py", "holds a port as well: write `port: \0` apart"),
+    ("config/mesh_file/error_messages.py", "; such as `\0`"),
+    ("config/mesh_file/rules.py", "nodes are a list: write `- name: \0`"),
     ("gateway/json_members.py", "the request body has `\0` twice"),
     ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("quoting.py", "`\0`"),

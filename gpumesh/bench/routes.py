@@ -14,7 +14,7 @@ import aiohttp
 from gpumesh.backends.base import ChatRequest, Chunk, HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.bench.load import AnswerStream
-from gpumesh.config.locate import UNIX_PREFIX
+from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import BackendStatus, BackendUnreachable, StreamCut
 from gpumesh.topology import BackendKind
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url

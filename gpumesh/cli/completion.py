@@ -28,7 +28,8 @@ def complete_nodes(ctx: typer.Context, incomplete: str) -> list[str]:
     """The nodes of mesh.yaml. No command of mesh.yaml is run, and ssh is not asked about aliases."""
     with contextlib.suppress(GPUMeshError, OSError):
         from gpumesh import config
-        from gpumesh.config import environment, reader
+        from gpumesh.config import environment
+        from gpumesh.config.mesh_file import reader
 
         path = config.find_config(_config_option(ctx))
         text = reader.read_text(path, path.name)

@@ -64,7 +64,7 @@ def print_error(error: GPUMeshError) -> None:
 
     node = f"{error.node}: " if error.node and error.node not in error.message else ""
     if isinstance(error, ConfigError) and len(error.problems) > 1:
-        from gpumesh.config.reader import MAX_PROBLEMS
+        from gpumesh.config.mesh_file.reader import MAX_PROBLEMS
 
         more = len(error.problems) > MAX_PROBLEMS  # the last problem says how many are left out
         count = f"more than {MAX_PROBLEMS}" if more else len(error.problems)

@@ -1,7 +1,8 @@
-"""From mesh.yaml's text to a ``Topology``, with all problems at once; and the only room that reads the environment.
+"""The configuration: from mesh.yaml to a ``Topology`` with all problems reported at once (``mesh_file``). Also the only
+room that reads the environment.
 
-What may not enter: the network, an inference server, a running mesh. Importing this room stays cheap: a command that
-only needs to know *which* file it is about (`status` on a running mesh) pays for neither yaml nor pydantic.
+Not allowed here: the network, an inference server, a running mesh. Importing this room stays cheap: a command that only
+needs to know *which* file is meant (`status` on a running mesh) imports neither yaml nor pydantic.
 """
 
 from __future__ import annotations
@@ -10,19 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpumesh.addresses import is_loopback
 from gpumesh.config.credentials import read_secret, withhold_variables
-from gpumesh.config.locate import (
-    find_config,
-    is_loopback,
-    parse_listen_address,
-    parse_listen_option,
-    require_key_beyond_loopback,
-    search_paths,
-)
+from gpumesh.config.find_file import find_config, search_paths
+from gpumesh.config.listen_address import parse_listen_address, parse_listen_option, require_key_beyond_loopback
 from gpumesh.topology import Topology
 
 if TYPE_CHECKING:
-    from gpumesh.config.specs import ResolveAlias
+    from gpumesh.config.mesh_file.topology_builder import ResolveAlias
     from gpumesh.state import Finding
 
 __all__ = [
@@ -43,8 +39,8 @@ __all__ = [
 
 
 def load(path: Path | None = None) -> Topology:
-    """Finds, reads and checks mesh.yaml. Raises UsageError when there is none, ConfigError with all that is wrong."""
-    from gpumesh.config import reader
+    """Finds, reads and checks mesh.yaml. Raises UsageError when there is none, ConfigError with all problems."""
+    from gpumesh.config.mesh_file import reader
 
     return reader.load(find_config(path))
 
@@ -58,25 +54,25 @@ def parse(
     source: Path | None = None,
     resolve_alias: ResolveAlias | None = None,
 ) -> Topology:
-    """As ``load``, without touching files or the environment. ``source`` is the file's own absolute path: relative
-    paths in it start from its folder. Without ``resolve_alias`` an ``alias`` is taken for a host's name.
+    """Like ``load``, but uses neither files nor the environment. ``source`` is the absolute path of the file: relative
+    paths in it start from its folder. Without ``resolve_alias`` an ``alias`` is used as the host's name.
 
-    Raises ConfigError with all that is wrong.
+    Raises ConfigError with all problems.
     """
-    from gpumesh.config import reader
+    from gpumesh.config.mesh_file import reader
 
     return reader.parse(text, file=file, env=env, home=home, source=source, resolve_alias=resolve_alias)
 
 
 def check(topology: Topology) -> list[Finding]:
-    """What is right in form, and will probably not work from here: `config check` says it, nothing else does."""
+    """Findings about a valid topology that will probably not work on this machine. Only `config check` shows them."""
     from gpumesh.config import advice
 
     return advice.check(topology)
 
 
 def dump_effective(topology: Topology) -> str:
-    """The topology as YAML, every default written out; anything secret that got into it is masked."""
+    """The topology as YAML with every default written out. Secrets in it are masked."""
     from gpumesh.config import show
 
     return show.dump_effective(topology)
@@ -84,6 +80,6 @@ def dump_effective(topology: Topology) -> str:
 
 def schema() -> dict[str, Any]:
     """A JSON Schema of mesh.yaml, for editors."""
-    from gpumesh.config import model
+    from gpumesh.config.mesh_file import file_schema
 
-    return model.schema()
+    return file_schema.schema()

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpumesh.config import credentials, environment, locate, providers
+from gpumesh.addresses import is_loopback
+from gpumesh.config import credentials, environment, providers
 from gpumesh.config.ssh import key_files, ssh_config
 from gpumesh.quoting import paste_command
 from gpumesh.sentences import join_all
@@ -36,7 +37,7 @@ def _gateway(topology: Topology) -> Iterator[Finding]:
     gateway = topology.gateway
     if gateway.api_key_env is not None:
         yield from _variable(gateway.api_key_env, "gateway.api_key_env", None)
-    if gateway.host is not None and not locate.is_loopback(gateway.host):
+    if gateway.host is not None and not is_loopback(gateway.host):
         message = (
             f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"
         )

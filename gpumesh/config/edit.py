@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from gpumesh import atomic_file
-from gpumesh.config import locate, reader
+from gpumesh.config import find_file
+from gpumesh.config.mesh_file import reader
 from gpumesh.errors import GPUMeshError
 from gpumesh.printable import printable
 from gpumesh.quoting import yaml_text
@@ -50,7 +51,7 @@ def apply_edits(text: str, edits: Sequence[Edit]) -> str:
 
 def read(path: Path) -> str:
     """The file's text. Raises ConfigError."""
-    return reader.read_text(path, locate.display_path(path))
+    return reader.read_text(path, find_file.display_path(path))
 
 
 def parse_edited(path: Path, text: str) -> Topology:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gpumesh.config import forms, locate
+from gpumesh.config import listen_address, value_parsers
 from gpumesh.config.credentials import mask_secrets
 from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, SshSpec, Topology
 
@@ -37,7 +37,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
     if spec.host is not None:
         listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
     if spec.socket is not None:
-        listen.append(f"{locate.UNIX_PREFIX}{spec.socket}")
+        listen.append(f"{listen_address.UNIX_PREFIX}{spec.socket}")
     return _said(
         {
             "listen": listen[0] if len(listen) == 1 else listen,
@@ -46,7 +46,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
             "policy": spec.policy.value,
             "max_queue": spec.max_queue,
             "body_memory_mib": spec.body_memory_mib,
-            "timeout": forms.format_duration(spec.timeout_s),
+            "timeout": value_parsers.format_duration(spec.timeout_s),
             "cors_origins": list(spec.cors_origins),
             "access_log": spec.access_log,
         }
@@ -61,7 +61,7 @@ def _node(node: NodeSpec) -> dict[str, Any]:
             address = node.ssh.address_from
             said["address_from"] = {
                 "command": list(address.command),
-                "timeout": forms.format_duration(address.timeout_s),
+                "timeout": value_parsers.format_duration(address.timeout_s),
             }
     said["backend"] = _backend(node.backend)
     said["expect"] = _expect(node.expect)
@@ -84,8 +84,8 @@ def _ssh(spec: SshSpec) -> dict[str, Any]:
             "passphrase_env": spec.passphrase_env,
             "agent": spec.agent,
             "transport": spec.transport.value,
-            "connect_timeout": forms.format_duration(spec.connect_timeout_s),
-            "keepalive": forms.format_duration(spec.keepalive_s),
+            "connect_timeout": value_parsers.format_duration(spec.connect_timeout_s),
+            "keepalive": value_parsers.format_duration(spec.keepalive_s),
         }
     )
     # Written out even when empty: not said, it would mean the usual keys.

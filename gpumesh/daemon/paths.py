@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpumesh.config import environment
-from gpumesh.config.locate import SOCKET_PATH_LIMIT as SOCKET_PATH_LIMIT  # noqa: PLC0414 - the limit for all our sockets
+from gpumesh.config.listen_address import SOCKET_PATH_LIMIT as SOCKET_PATH_LIMIT  # noqa: PLC0414 - the limit for all our sockets
 from gpumesh.errors import GPUMeshError
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 from gpumesh import config
 from gpumesh.balancer.outcomes import RequestOutcome
-from gpumesh.config.locate import UNIX_PREFIX
+from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, NoNodeError
 from gpumesh.gateway.access_guard import Guard
 from gpumesh.gateway.error_shapes import error_frame, error_reply, error_reply_without_path, error_status

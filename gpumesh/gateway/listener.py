@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from gpumesh.config.locate import UNIX_PREFIX
+from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import GPUMeshError, MeshAlreadyRunning
 from gpumesh.tunnels.local_system.unix_sockets import PathInUse, UnixListener
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gpumesh.cli.error_exit import print_error
-from gpumesh.config.reader import MAX_PROBLEMS
+from gpumesh.config.mesh_file.reader import MAX_PROBLEMS
 from gpumesh.errors import AuthRefused, ConfigError, GPUMeshError, NoNodeError, Problem
 
 

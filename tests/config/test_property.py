@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpumesh import config
-from gpumesh.config import forms
-from gpumesh.config.messages import keys_at
+from gpumesh.config import value_parsers
+from gpumesh.config.mesh_file.error_messages import keys_at
 from gpumesh.errors import ConfigError
 from gpumesh.topology import Topology
 from tests.config.build import HOME
@@ -119,20 +119,20 @@ def test_a_good_file_cut_or_changed_anywhere(data: st.DataObject) -> None:
 
 @given(st.integers(1, 10**9).map(lambda microseconds: microseconds / 1e6) | st.floats(0.001, 86400))
 def test_durations_are_written_as_they_are_read(seconds: float) -> None:
-    assert abs(forms.parse_duration(forms.format_duration(seconds)) - seconds) < 1e-6
+    assert abs(value_parsers.parse_duration(value_parsers.format_duration(seconds)) - seconds) < 1e-6
 
 
 @given(st.text(max_size=40))
 def test_every_form_gives_a_value_or_a_sentence(text: str) -> None:
     for form in (
-        forms.parse_host,
-        forms.parse_user,
-        forms.parse_jump,
-        forms.parse_alias,
-        forms.parse_path,
-        forms.parse_command,
-        forms.parse_url,
-        forms.parse_redis_url,
+        value_parsers.parse_host,
+        value_parsers.parse_user,
+        value_parsers.parse_jump,
+        value_parsers.parse_alias,
+        value_parsers.parse_path,
+        value_parsers.parse_command,
+        value_parsers.parse_url,
+        value_parsers.parse_redis_url,
     ):
         try:
             form(text)

@@ -126,7 +126,7 @@ def test_who_became_root_by_sudo_is_still_its_user(here: Path, monkeypatch: pyte
 AS_ANOTHER = """
 import grp, os, pathlib, pwd, sys  # all of it now: another user may not read where Python lies
 from gpumesh import config
-import gpumesh.config.reader
+import gpumesh.config.mesh_file.reader
 from gpumesh.errors import GPUMeshError
 folder = os.open(sys.argv[1], os.O_RDONLY)
 os.setgroups([])

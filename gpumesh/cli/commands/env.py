@@ -11,7 +11,7 @@ import typer
 
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
-from gpumesh.config.locate import UNIX_PREFIX
+from gpumesh.config.listen_address import UNIX_PREFIX
 from gpumesh.errors import MeshNotRunning, UsageError
 from gpumesh.quoting import paste_command, powershell_word, shell_word, yaml_text
 

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpumesh.config import environment, forms
+from gpumesh.config import environment, value_parsers
 from gpumesh.config.ssh import ssh_files
 from gpumesh.quoting import paste_command
 
@@ -81,7 +81,7 @@ def _with_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
 
 
 def _resolve(alias: str, home: Path) -> AliasSettings:
-    forms.parse_alias(alias)
+    value_parsers.parse_alias(alias)
     if shutil.which("ssh") is None:
         return _answer(alias, ssh_files.read_host_options(alias, home), home)
     own = home / ".ssh" / "config"

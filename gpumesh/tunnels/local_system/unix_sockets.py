@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpumesh import file_lock
 from gpumesh.config import environment
-from gpumesh.config.locate import SOCKET_PATH_LIMIT
+from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 
 SUFFIX = ".sock"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumesh.config.locate import SOCKET_PATH_LIMIT
+from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 from gpumesh.topology import Target, TunnelListen, TunnelsSpec
 from gpumesh.tunnels.listeners import Listeners

@@ -11,9 +11,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from gpumesh.config.document import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
-from gpumesh.config.forms import SensitiveError
-from gpumesh.config.model import MeshFile, Section
+from gpumesh.config.mesh_file.file_schema import MeshFile, Section
+from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
+from gpumesh.config.value_parsers import SensitiveError
 
 _EXPECTED = {
     "model_type": "keys with values are",

@@ -10,9 +10,8 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from gpumesh.config import locate
-from gpumesh.config.document import Fault, KeyPath
-from gpumesh.config.model import (
+from gpumesh.config import listen_address
+from gpumesh.config.mesh_file.file_schema import (
     AddressFrom,
     Backend,
     Expect,
@@ -24,6 +23,7 @@ from gpumesh.config.model import (
     Ssh,
     Tunnels,
 )
+from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath
 from gpumesh.config.ssh.ssh_config import AliasSettings
 from gpumesh.topology import (
     DEFAULT_TUNNELS,
@@ -192,7 +192,7 @@ class TopologyBuilder:
     def _socket(self, text: str) -> Path:
         path = self._path(text)
         try:
-            locate.socket_path(str(path))  # which may have become longer
+            listen_address.check_socket_path(str(path))  # which may have become longer
         except ValueError as error:
             self.faults.append(Fault(f"{path} {error}", None, ("gateway", "listen")))
         return path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config import reader
+from gpumesh.config.mesh_file import reader
 from gpumesh.errors import ConfigError, ExitCode
 from tests.config.build import DIRECT, problem, problems, topology
 

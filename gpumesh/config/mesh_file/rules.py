@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpumesh.config import locate
-from gpumesh.config.document import KeyPath
-from gpumesh.config.forms import NAME_PATTERN
-from gpumesh.config.messages import quote_value
+from gpumesh.addresses import is_loopback
+from gpumesh.config import listen_address
+from gpumesh.config.mesh_file.error_messages import quote_value
+from gpumesh.config.mesh_file.yaml_tree import KeyPath
+from gpumesh.config.value_parsers import NAME_PATTERN
 
 _WHERE = ("port", "url", "urls")
 
@@ -52,7 +53,7 @@ def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     for index, text in enumerate(listen if isinstance(listen, list) else [listen]):
         path: KeyPath = ("gateway", "listen", index) if isinstance(listen, list) else ("gateway", "listen")
         try:
-            place = locate.parse_listen_entry(text) if isinstance(text, str) else None
+            place = listen_address.parse_listen_entry(text) if isinstance(text, str) else None
         except ValueError:
             continue  # said by its form
         if place is None:
@@ -63,8 +64,11 @@ def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
                 f"{quote_value(seen[type(place)])} stands here already: give one HOST:PORT, one unix:PATH, or both",
             )
         seen.setdefault(type(place), text)
-        if isinstance(place, tuple) and gateway.get("api_key_env") is None and not locate.is_loopback(place[0]):
-            yield path, f"listening on {place[0]} {locate.OPEN_LISTEN_MESSAGE}; {locate.OPEN_LISTEN_HINT}"
+        if isinstance(place, tuple) and gateway.get("api_key_env") is None and not is_loopback(place[0]):
+            yield (
+                path,
+                f"listening on {place[0]} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}",
+            )
 
 
 def _tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:

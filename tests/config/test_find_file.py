@@ -1,3 +1,5 @@
+"""Which mesh.yaml is used, and what is refused."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gpumesh import config
-from gpumesh.config import locate
 from gpumesh.errors import UsageError
 
 
@@ -20,7 +21,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_order_in_which_places_are_looked_at(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_search(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     platform = here.parent / "xdg" / "gpumesh" / "mesh.yaml"
     platform.parent.mkdir(parents=True)
     platform.write_text("platform")
@@ -41,7 +42,7 @@ def test_a_link_is_followed_so_that_one_file_has_one_name(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_none_anywhere() -> None:
+def test_no_file_at_all() -> None:
     with pytest.raises(UsageError, match=r"there is no mesh\.yaml") as caught:
         config.find_config()
     assert "gpumesh init" in (caught.value.hint or "")
@@ -54,7 +55,7 @@ def test_a_mesh_yml_is_noticed(here: Path) -> None:
     assert "rename it to mesh.yaml" in (caught.value.hint or "")
 
 
-def test_what_is_named_must_be_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_path_must_be_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is a folder") as caught:
         config.find_config(here)
     assert "name the mesh.yaml itself" in (caught.value.hint or "")
@@ -73,7 +74,7 @@ def test_what_is_named_must_be_a_file(here: Path, monkeypatch: pytest.MonkeyPatc
         config.find_config()
 
 
-def test_links_that_lead_nowhere_or_in_circles(here: Path) -> None:
+def test_dangling_and_circular_links_are_refused(here: Path) -> None:
     (here / "mesh.yaml").symlink_to("gone.yaml")
     with pytest.raises(UsageError) as caught:
         config.find_config()
@@ -81,62 +82,3 @@ def test_links_that_lead_nowhere_or_in_circles(here: Path) -> None:
     (here / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(UsageError):
         config.find_config(Path("loop.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("127.0.0.1:11430", ("127.0.0.1", 11430)),
-        ("8080", ("127.0.0.1", 8080)),
-        ("localhost:0", ("localhost", 0)),
-        ("[::1]:80", ("::1", 80)),
-        (" 127.0.0.2:1 ", ("127.0.0.2", 1)),
-    ],
-)
-def test_addresses_to_listen_on(text: str, address: tuple[str, int]) -> None:
-    assert config.parse_listen_address(text, api_key_env=None) == address
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", ":80", "[::1", "::1:80", "[x]:1", "a b:1", "127.0.0.1:70000", "-x:1", "h:-1"]
-)
-def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(UsageError):
-        config.parse_listen_address(text, api_key_env="KEY")
-
-
-@pytest.mark.parametrize(
-    ("text", "listen"),
-    [
-        ("8080", ("127.0.0.1", 8080, None)),
-        ("unix:/run/x.sock", (None, 0, Path("/run/x.sock"))),
-        ("[::1]:1,unix:/run/a,b.sock", ("::1", 1, Path("/run/a,b.sock"))),
-    ],
-)
-def test_a_port_a_socket_or_both(text: str, listen: tuple[object, ...]) -> None:
-    assert config.parse_listen_option(text, api_key_env=None) == listen
-
-
-def test_a_socket_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert config.parse_listen_option("unix:x.sock", api_key_env=None).socket == tmp_path / "x.sock"
-
-
-@pytest.mark.parametrize(
-    "text", ["unix:", "unix:/run/", "unix:a\nb", f"unix:/{'x' * 103}", "unix:~bob/x", "unix:x\0", "0.0.0.0:1,unix:/x"]
-)
-def test_what_is_no_socket(text: str) -> None:
-    with pytest.raises(UsageError):
-        config.parse_listen_option(text, api_key_env=None)
-
-
-@pytest.mark.parametrize("text", ["0.0.0.0:1", "[::]:1", "192.168.1.5:1", "box:1", "[fe80::1]:1"])
-def test_beyond_this_machine_only_with_a_key(text: str) -> None:
-    with pytest.raises(UsageError, match="no API key is asked for"):
-        config.parse_listen_address(text, api_key_env=None)
-    assert config.parse_listen_address(text, api_key_env="KEY")[1] == 1
-
-
-def test_loopback() -> None:
-    assert all(map(locate.is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST")))
-    assert not any(map(locate.is_loopback, ("0.0.0.0", "::", "example.com", "localhost.example.com", "")))

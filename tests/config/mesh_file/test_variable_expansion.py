@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.config import document
-from gpumesh.config.expand import MAX_EXPANDED, UNUSABLE, expand_tree, expand_variables
+from gpumesh.config.mesh_file import yaml_tree
+from gpumesh.config.mesh_file.variable_expansion import MAX_EXPANDED, UNUSABLE, expand_tree, expand_variables
 
 ENV = {"HOST": "iceland", "EMPTY": "", "LONG": "x" * MAX_EXPANDED, "POD_API_KEY": "hunter2"}
 
@@ -45,7 +45,7 @@ def test_what_cannot_be_expanded(text: str, said: str) -> None:
 
 
 def test_a_tree_with_its_faults_in_their_places() -> None:
-    tree, faults = document.parse_yaml("a: ['${HOST}', '${NOPE}', ~]\nb: {c: '${POD_API_KEY}', d: 5}\n")
+    tree, faults = yaml_tree.parse_yaml("a: ['${HOST}', '${NOPE}', ~]\nb: {c: '${POD_API_KEY}', d: 5}\n")
     assert tree is not None
     assert faults == []
     value, faults = expand_tree(tree, ENV)
@@ -55,7 +55,7 @@ def test_a_tree_with_its_faults_in_their_places() -> None:
 
 
 def test_what_was_broken_already_is_not_told_twice() -> None:
-    tree, faults = document.parse_yaml("a: *nobody\n")
+    tree, faults = yaml_tree.parse_yaml("a: *nobody\n")
     assert tree is not None
     assert len(faults) == 1
     assert expand_tree(tree, ENV) == ({"a": UNUSABLE}, [])

@@ -1,6 +1,6 @@
 """The form of mesh.yaml, by pydantic: which keys there are and what each takes. What spans several keys is in rules.py.
 
-All values arrive as text (document.py), so each type here reads text. Everything is optional in form, because a node's
+All values arrive as text (yaml_tree.py), so each type here reads text. Everything is optional in form, because a node's
 value may come from ``defaults``; ``None`` means: not said. Descriptions go into the JSON Schema and the docs.
 """
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from gpumesh.config import forms, locate
+from gpumesh.config import listen_address, value_parsers
 from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, TransportKind, TunnelListen
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
@@ -38,12 +38,12 @@ def _jumps(value: Any) -> Any:
 
 def _command(value: Any) -> Any:
     if isinstance(value, str):
-        return forms.parse_command(value)
-    return forms.check_argv(value) if value == [] else value
+        return value_parsers.parse_command(value)
+    return value_parsers.check_argv(value) if value == [] else value
 
 
 def _whole(least: int, most: int) -> BeforeValidator:
-    return _read(lambda text: forms.check_range(forms.parse_integer(text), least, most, str))
+    return _read(lambda text: value_parsers.check_range(value_parsers.parse_integer(text), least, most, str))
 
 
 def _whole_schema(least: int, most: int) -> WithJsonSchema:
@@ -52,7 +52,11 @@ def _whole_schema(least: int, most: int) -> WithJsonSchema:
 
 def _between(least: float, most: float) -> BeforeValidator:
     """Seconds, from text such as ``500ms``."""
-    return _read(lambda text: forms.check_range(forms.parse_duration(text), least, most, forms.format_duration))
+    return _read(
+        lambda text: value_parsers.check_range(
+            value_parsers.parse_duration(text), least, most, value_parsers.format_duration
+        )
+    )
 
 
 def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
@@ -61,40 +65,40 @@ def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
 
 _TEXT = {"type": "string"}
 
-Name = Annotated[str, _read(forms.parse_name), WithJsonSchema({**_TEXT, "pattern": forms.NAME_PATTERN})]
-Line = Annotated[str, _read(forms.parse_line)]
+Name = Annotated[str, _read(value_parsers.parse_name), WithJsonSchema({**_TEXT, "pattern": value_parsers.NAME_PATTERN})]
+Line = Annotated[str, _read(value_parsers.parse_line)]
 Port = Annotated[int, _whole(1, 65535), _whole_schema(1, 65535)]
-Host = Annotated[str, _read(forms.parse_host)]
-User = Annotated[str, _read(forms.parse_user)]
-Alias = Annotated[str, _read(forms.parse_alias)]
+Host = Annotated[str, _read(value_parsers.parse_host)]
+User = Annotated[str, _read(value_parsers.parse_user)]
+Alias = Annotated[str, _read(value_parsers.parse_alias)]
 Variable = Annotated[
-    str, _read(forms.parse_variable_name), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})
+    str, _read(value_parsers.parse_variable_name), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})
 ]
-FilePath = Annotated[str, _read(forms.parse_path)]
+FilePath = Annotated[str, _read(value_parsers.parse_path)]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_many), _list_schema(_TEXT)]
-Jump = Annotated[str, _read(forms.parse_jump)]
+Jump = Annotated[str, _read(value_parsers.parse_jump)]
 Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_jumps), _list_schema(_TEXT)]
 LineList = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
 Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
 _LISTEN_SCHEMA = {**_TEXT, "examples": ["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"]}
-ListenPlace = Annotated[tuple[str, int] | str, _read(locate.parse_listen_entry)]
+ListenPlace = Annotated[tuple[str, int] | str, _read(listen_address.parse_listen_entry)]
 Listen = Annotated[
     tuple[ListenPlace, ...], BeforeValidator(_many), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
 ]
 _URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
-Url = Annotated[Target, _read(forms.parse_url), WithJsonSchema(_URL_SCHEMA)]
+Url = Annotated[Target, _read(value_parsers.parse_url), WithJsonSchema(_URL_SCHEMA)]
 Urls = Annotated[
     tuple[Url, ...],
     BeforeValidator(_many),
     WithJsonSchema({"type": "array", "items": _URL_SCHEMA, "minItems": 1, "maxItems": 16}),
 ]
-_DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": forms.DURATION_PATTERN, "examples": ["5s"]})
+_DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": value_parsers.DURATION_PATTERN, "examples": ["5s"]})
 Interval = Annotated[float, _between(0.1, 300), _DURATION_SCHEMA]
 LongWait = Annotated[float, _between(0.1, 86400), _DURATION_SCHEMA]
 RedisUrl = Annotated[
-    str, _read(forms.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
+    str, _read(value_parsers.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
 ]
-Origin = Annotated[str, _read(forms.parse_origin)]
+Origin = Annotated[str, _read(value_parsers.parse_origin)]
 Origins = Annotated[tuple[Origin, ...], BeforeValidator(_many), _list_schema(_TEXT)]
 
 
@@ -190,7 +194,9 @@ class NodeDefaults(Section):
     expect: Expect | None = None
     weight: (
         Annotated[
-            float, _read(forms.parse_weight), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000})
+            float,
+            _read(value_parsers.parse_weight),
+            WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000}),
         ]
         | None
     ) = Field(default=None, description="Share of the work relative to other nodes; 1 if not given.")

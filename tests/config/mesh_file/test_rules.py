@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gpumesh.config.rules import find_broken_rules
+from gpumesh.config.mesh_file.rules import find_broken_rules
 
 SSH = {"host": "h"}
 DIRECT = {"name": "a", "backend": {"url": "http://h:1"}}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpumesh.config.model import MeshFile, schema
+from gpumesh.config.mesh_file.file_schema import MeshFile, schema
 
 
 def test_every_section_refuses_keys_that_it_does_not_know() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpumesh.config.credentials import names_secret
-from gpumesh.config.document import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value
+from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value
 
 MAX_EXPANDED = 8192
 

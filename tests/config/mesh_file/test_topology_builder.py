@@ -195,7 +195,7 @@ def test_a_user_that_is_not_named_is_the_one_that_ssh_would_take() -> None:
 
 
 def test_usual_keys_are_tried_where_nothing_to_log_in_with_is_named() -> None:
-    from gpumesh.config import reader
+    from gpumesh.config.mesh_file import reader
 
     def keys(text: str) -> tuple[Path, ...]:
         mesh = reader.parse(
@@ -314,7 +314,7 @@ def test_what_ssh_says_is_held_to_the_same_forms() -> None:
 
 # -- the files that ship ---------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(

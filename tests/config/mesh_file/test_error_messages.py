@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.config.messages import did_you_mean, keys_at, not_one_of, quote_value
+from gpumesh.config.mesh_file.error_messages import did_you_mean, keys_at, not_one_of, quote_value
 from gpumesh.errors import ConfigError
 from tests.config.build import topology
 

@@ -10,16 +10,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpumesh.config import credentials, document, environment, locate, messages, rules
-from gpumesh.config.document import Fault, KeyPath, MappingValue, Value
-from gpumesh.config.expand import UNUSABLE, expand_tree
-from gpumesh.config.model import MeshFile
-from gpumesh.config.specs import ResolveAlias, TopologyBuilder
+from gpumesh.config import credentials, environment, find_file
+from gpumesh.config.mesh_file import error_messages, rules, yaml_tree
+from gpumesh.config.mesh_file.file_schema import MeshFile
+from gpumesh.config.mesh_file.topology_builder import ResolveAlias, TopologyBuilder
+from gpumesh.config.mesh_file.variable_expansion import UNUSABLE, expand_tree
+from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, MappingValue, Value
 from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
 
-MAX_BYTES = 4 * document.MAX_CHARACTERS
+MAX_BYTES = 4 * yaml_tree.MAX_CHARACTERS
 MAX_PROBLEMS = 100
 # What ssh tries when it is told of no key, without the kinds that only ssh itself can use (ssh_config(5)).
 _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -27,7 +28,7 @@ _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 def load(path: Path) -> Topology:
     """Raises ConfigError."""
-    return parse_file_text(read_text(path, locate.display_path(path)), path)
+    return parse_file_text(read_text(path, find_file.display_path(path)), path)
 
 
 def parse_file_text(text: str, path: Path) -> Topology:
@@ -36,7 +37,7 @@ def parse_file_text(text: str, path: Path) -> Topology:
     keys = tuple(key for name in _USUAL_KEYS if (key := home / ".ssh" / name).is_file())
     return parse(
         text,
-        file=locate.display_path(path),
+        file=find_file.display_path(path),
         env=environment.variables(),
         home=home,
         source=path,
@@ -67,7 +68,7 @@ def read_text(path: Path, file: str) -> str:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             problem = Problem("is UTF-16: save it as UTF-8", file)
         else:
-            spot = document.position_at(data[: error.start].decode("utf-8"), len(data))
+            spot = yaml_tree.position_at(data[: error.start].decode("utf-8"), len(data))
             problem = Problem(f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8", file, *_place(spot))
         raise ConfigError((problem,)) from error
 
@@ -92,8 +93,8 @@ def parse(
 ) -> Topology:
     """Pure, as far as ``resolve_alias`` is, and ``withhold_secrets``, which is told before it what variables the file
     names for secrets. Raises ConfigError."""
-    tree, faults = document.parse_yaml(text)
-    if tree is None or (isinstance(tree, document.ScalarValue) and tree.text is None):
+    tree, faults = yaml_tree.parse_yaml(text)
+    if tree is None or (isinstance(tree, yaml_tree.ScalarValue) and tree.text is None):
         hint = None
         if not faults:
             faults = [Fault("is empty")]
@@ -131,7 +132,7 @@ def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
         return MeshFile.model_validate(values)
     except ValidationError as error:
         told = {fault.path for fault in faults}
-        for fault in messages.translate_errors(error, tree):
+        for fault in error_messages.translate_errors(error, tree):
             if fault.path not in told and not _unusable(values, fault.path):
                 faults.append(fault)
         return None
@@ -166,8 +167,8 @@ def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None 
     for fault in faults:
         spot = fault.position
         if spot is None and fault.path and tree is not None:
-            _, spot, _ = document.follow_path(tree, fault.path)
-        problems.append(Problem(fault.message, file, *_place(spot), document.format_path(fault.path)))
+            _, spot, _ = yaml_tree.follow_path(tree, fault.path)
+        problems.append(Problem(fault.message, file, *_place(spot), yaml_tree.format_path(fault.path)))
     problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
     if len(problems) > MAX_PROBLEMS:
         left = len(problems) - MAX_PROBLEMS
@@ -175,5 +176,5 @@ def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None 
     return ConfigError(tuple(problems), hint=hint)
 
 
-def _place(spot: document.Position | None) -> tuple[int | None, int | None]:
+def _place(spot: yaml_tree.Position | None) -> tuple[int | None, int | None]:
     return (spot.line, spot.column) if spot is not None else (None, None)

@@ -5,8 +5,8 @@ import time
 import pytest
 import yaml
 
-from gpumesh.config import document
-from gpumesh.config.document import ListValue, MappingValue, ScalarValue
+from gpumesh.config.mesh_file import yaml_tree
+from gpumesh.config.mesh_file.yaml_tree import ListValue, MappingValue, ScalarValue
 
 
 @pytest.fixture(params=["CSafeLoader", "SafeLoader"], autouse=True)
@@ -14,19 +14,19 @@ def _each_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """PyYAML comes with and without libyaml, and both must read the same."""
     if not hasattr(yaml, request.param):
         pytest.skip(f"PyYAML has no {request.param} here")
-    monkeypatch.setattr(document, "_LOADER", getattr(yaml, request.param))
+    monkeypatch.setattr(yaml_tree, "_LOADER", getattr(yaml, request.param))
 
 
 def faults(text: str) -> list[str]:
     return [
         f"{fault.position.line}:{fault.position.column} {fault.message}"
-        for fault in document.parse_yaml(text)[1]
+        for fault in yaml_tree.parse_yaml(text)[1]
         if fault.position
     ]
 
 
 def test_scalars_stay_text() -> None:
-    tree, found = document.parse_yaml("a: no\nb: 22:30\nc: 12e5\nd: 0123\ne: 2026-11-24\nf:\ng: ~\nh: '~'\n")
+    tree, found = yaml_tree.parse_yaml("a: no\nb: 22:30\nc: 12e5\nd: 0123\ne: 2026-11-24\nf:\ng: ~\nh: '~'\n")
     assert found == []
     assert isinstance(tree, MappingValue)
     values = {key: value.text for key, (_, value) in tree.entries.items() if isinstance(value, ScalarValue)}
@@ -35,12 +35,12 @@ def test_scalars_stay_text() -> None:
 
 
 def test_every_value_knows_its_place() -> None:
-    tree, _ = document.parse_yaml("nodes:\n  - name: a\n    ssh: {port: 22}\n")
+    tree, _ = yaml_tree.parse_yaml("nodes:\n  - name: a\n    ssh: {port: 22}\n")
     assert tree is not None
-    steps, key, value = document.follow_path(tree, ("nodes", 0, "ssh", "port"))
+    steps, key, value = yaml_tree.follow_path(tree, ("nodes", 0, "ssh", "port"))
     assert (steps, key.line, key.column) == (4, 3, 11)
     assert (value.position.line, value.position.column) == (3, 17)
-    steps, _, value = document.follow_path(tree, ("nodes", 0, "ssh", "host", 3))
+    steps, _, value = yaml_tree.follow_path(tree, ("nodes", 0, "ssh", "host", 3))
     assert steps == 3
     assert value.position.line == 3
 
@@ -50,7 +50,7 @@ def test_a_key_given_twice_is_told_with_the_place_of_the_first() -> None:
 
 
 def test_merge_keys_fill_in_what_is_not_given() -> None:
-    tree, found = document.parse_yaml("x: &x {a: 1, b: 2}\ny: &y {b: 3, c: 4}\nz: {<<: [*x, *y], a: 5}\n")
+    tree, found = yaml_tree.parse_yaml("x: &x {a: 1, b: 2}\ny: &y {b: 3, c: 4}\nz: {<<: [*x, *y], a: 5}\n")
     assert found == []
     assert isinstance(tree, MappingValue)
     merged = tree.entries["z"][1]
@@ -75,7 +75,7 @@ def test_every_tab_is_named_and_a_fault_elsewhere_too() -> None:
 
 
 def test_a_tab_in_quotes_does_no_harm() -> None:
-    assert document.parse_yaml("a: 'b\tc'\n")[1] == []
+    assert yaml_tree.parse_yaml("a: 'b\tc'\n")[1] == []
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_the_same_through_merges() -> None:
 
 
 def test_a_file_that_is_too_large_is_not_read() -> None:
-    tree, found = document.parse_yaml("# " + "x" * document.MAX_CHARACTERS)
+    tree, found = yaml_tree.parse_yaml("# " + "x" * yaml_tree.MAX_CHARACTERS)
     assert tree is None
     assert "is larger than" in found[0].message
 
 
 def test_a_byte_order_mark_does_no_harm() -> None:
-    tree, found = document.parse_yaml("\ufeffa: 1")
+    tree, found = yaml_tree.parse_yaml("\ufeffa: 1")
     assert isinstance(tree, MappingValue)
     assert list(tree.entries) == ["a"]
     assert found == []
@@ -133,17 +133,17 @@ def test_a_byte_order_mark_does_no_harm() -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n...\n", "\n\n"])
 def test_nothing(text: str) -> None:
-    tree, found = document.parse_yaml(text)
+    tree, found = yaml_tree.parse_yaml(text)
     assert found == []
     assert tree is None or (isinstance(tree, ScalarValue) and tree.text is None)
 
 
 def test_lists_are_lists() -> None:
-    tree, _ = document.parse_yaml("- a\n- b\n")
+    tree, _ = yaml_tree.parse_yaml("- a\n- b\n")
     assert isinstance(tree, ListValue)
     assert tree.size == 3
 
 
 def test_paths_are_written_as_a_person_would() -> None:
-    assert document.format_path(("nodes", 2, "ssh", "port")) == "nodes[2].ssh.port"
-    assert document.format_path(()) == ""
+    assert yaml_tree.format_path(("nodes", 2, "ssh", "port")) == "nodes[2].ssh.port"
+    assert yaml_tree.format_path(()) == ""

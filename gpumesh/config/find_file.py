@@ -1,0 +1,96 @@
+"""Finds the mesh.yaml to use: named by the user, in the current folder, or in the user's configuration folder.
+
+Imports neither yaml nor pydantic, so that quick commands stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpumesh.config import environment, untrusted_file
+from gpumesh.errors import UsageError
+from gpumesh.quoting import paste_command
+
+FILE_NAME = "mesh.yaml"
+
+
+def find_config(explicit: Path | None = None) -> Path:
+    """The resolved path of the mesh.yaml to use: ``explicit``, else ``$GPUMESH_CONFIG``, else ``./mesh.yaml``, else the
+    file in the user's configuration folder.
+
+    Raises UsageError when there is no such file, when the named path is not a file, or when another user may have
+    written the file in the current folder.
+    """
+    if explicit is not None:
+        return _resolve_file(Path(explicit), "")
+    variable = environment.get("GPUMESH_CONFIG")
+    if variable is not None:
+        return _resolve_file(Path(variable), " (named by $GPUMESH_CONFIG)")
+    here = Path(FILE_NAME)
+    platform = environment.config_dir() / FILE_NAME
+    if _name_exists(here):
+        path = _resolve_file(here, "")
+        _refuse_untrusted(here)
+        return path
+    if _name_exists(platform):
+        return _resolve_file(platform, "")
+    hint = "`gpumesh init` writes one, `gpumesh demo` needs none, `--config FILE` names one"
+    if _name_exists(Path("mesh.yml")):
+        hint = "there is a mesh.yml here: rename it to mesh.yaml, or name it with --config"
+    raise UsageError(f"there is no {FILE_NAME}: neither here nor at {platform}", hint=hint)
+
+
+def search_paths(explicit: Path | None = None) -> tuple[Path, ...]:
+    """The paths at which ``find_config`` looks, in its order, whether or not the files exist."""
+    named = explicit or environment.get("GPUMESH_CONFIG")
+    if named is not None:
+        return (Path(named),)
+    return Path(FILE_NAME), environment.config_dir() / FILE_NAME
+
+
+def display_path(path: Path) -> str:
+    """The path as a person would write it: relative if it is below the current folder."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def _name_exists(path: Path) -> bool:
+    """Whether something has that name. A dangling link counts: it must be reported, not ignored."""
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def _refuse_untrusted(here: Path) -> None:
+    """Raises UsageError for a file that the user did not name and that another user may have written."""
+    try:
+        reason = untrusted_file.untrusted_reason(here)
+    except OSError as error:
+        raise UsageError(f"cannot use {here}: {error.strerror}") from error
+    if reason is not None:
+        raise UsageError(
+            f"the {here} in this folder {reason}, so it is not used without being named",
+            hint="look at what it does, and if you want that, name it: "
+            + paste_command("gpumesh --config {FILE} …", FILE=f"./{here}"),
+        )
+
+
+def _resolve_file(path: Path, origin: str) -> Path:
+    """The resolved path of an existing file. ``origin`` says in an error who named it. Raises UsageError."""
+    name = (str(path) if str(path).isprintable() else repr(str(path))) + origin
+    try:
+        if path.is_dir():
+            inner = path / FILE_NAME
+            hint = f"did you mean {display_path(inner)}?" if inner.is_file() else f"name the {FILE_NAME} itself"
+            raise UsageError(f"{name} is a folder, not a {FILE_NAME}", hint=hint)
+        if not path.exists():
+            hint = "it is a link that leads nowhere" if path.is_symlink() else "`gpumesh init` writes one"
+            raise UsageError(f"{name} does not exist", hint=hint)
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, circular links
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"cannot use {name}: {reason}") from error
