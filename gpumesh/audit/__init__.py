@@ -1,9 +1,8 @@
 """Expected against found: rules that turn specs and states into findings. Pure; one file for each family of rules.
 
-Each fault has its own finding and only that: a node whose tunnel is down says nothing of its models. What only the
-probes can see (a driver's failure, an ERR! in the table) they notice themselves (``NodeState.noticed``), and the rules
-take it in; ``catalog`` explains theirs as well.
-"""
+Each fault has one finding: nothing is said of the models of a node whose tunnel is down. What only a probe can see (a
+driver's failure, an ERR! in nvidia-smi's table) the probe reports as a finding (``NodeState.noticed``), and the rules
+take it over. ``catalog`` explains the codes of all findings."""
 
 from gpumesh.audit.catalog import CATALOG, Explanation, explain
 from gpumesh.audit.identity import Machine, Proof, find_machines, gpu_groups, identifying_marks

@@ -11,7 +11,7 @@ from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severit
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
-NAMED = 4  # models, in a sentence
+MAX_NAMED = 4  # models, in a sentence
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
@@ -19,20 +19,20 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP:
         return
     if backend.state is BackendPhase.DOWN:
-        # As a mesh tells it that noticed nothing more: of an older version, or one that has only just begun.
+        # For a state whose probe reported no finding: of a mesh of an older version, or one that has just started.
         code = backend.error_code or "backend-down"
-        known = explain(code) or explain("backend-down")
-        hint = None if known is None else known.remedy
+        explanation = explain(code) or explain("backend-down")
+        hint = None if explanation is None else explanation.remedy
         yield Finding(code, Severity.ERROR, node, backend.last_error or "its server does not answer", hint)
     if backend.state is not BackendPhase.UP:
         return
-    spilled = describe_cpu_models(backend.loaded)
-    if spilled is not None and state.gpus != ():  # without any GPU there is nothing to spill from: gpu-missing says it
+    cpu_models = describe_cpu_models(backend.loaded)
+    if cpu_models is not None and state.gpus != ():  # where no GPU is there, gpu-missing says so
         yield Finding(
             "backend-on-cpu",
             Severity.WARNING,
             node,
-            spilled,
+            cpu_models,
             "choose a smaller model, quantisation or `num_ctx`, or unload others; "
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
@@ -50,9 +50,10 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
-    """Which models are not wholly on the GPU; as a node's reason says it too, so that nobody reads it twice."""
-    spilled = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
-    return f"runs on the CPU: {join_some(spilled, NAMED)}" if spilled else None
+    """Names the models that are not wholly on the GPU. A node's reason uses the same sentence, so that it is recognised
+    as the same fault."""
+    names = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
+    return f"runs on the CPU: {join_some(names, MAX_NAMED)}" if names else None
 
 
 def cpu_share_pct(model: LoadedModel) -> int:

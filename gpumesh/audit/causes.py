@@ -1,4 +1,4 @@
-"""One fault, one finding: what only follows from another finding of the same node is not said. Pure."""
+"""One finding for one fault: drops findings that only follow from another finding of the same node. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpumesh.topology import NodeSpec
 
 _NO_DRIVER = frozenset({"driver-broken", "driver-hung", "driver-mismatch", "gpu-cgroup-lost"})
 _NO_GPU = frozenset({"gpu-lost", "gpu-missing"})
-# A finding, and those of which it is a mere consequence.
+# For each code the codes of which it is a mere consequence.
 CAUSES: Mapping[str, frozenset[str]] = {
     "backend-on-cpu": _NO_DRIVER | _NO_GPU,
     "gpu-count": _NO_GPU,
@@ -20,7 +20,7 @@ CAUSES: Mapping[str, frozenset[str]] = {
 
 
 def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
-    """Of one node's findings the first of each code, without consequences."""
+    """The first of one node's findings of each code, without consequences."""
     first: dict[str, Finding] = {}
     for finding in findings:
         first.setdefault(finding.code, finding)
@@ -28,16 +28,17 @@ def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
-    """What the probes noticed, by what is expected: that there is no NVIDIA GPU is news only where one should be."""
+    """The probes' findings, weighed by what mesh.yaml expects: a missing NVIDIA GPU matters only where one is
+    expected."""
     expect = spec.expect
-    wanted = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
-    weighed = []
+    gpu_expected = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
+    adjusted = []
     for finding in noticed:
         if finding.code == "gpu-missing" and expect.gpus == 0:
             continue
-        if finding.code == "nvidia-smi-missing" and not wanted:
-            finding = Finding(  # noqa: PLW2901 - the same one, weighed
+        if finding.code == "nvidia-smi-missing" and not gpu_expected:
+            finding = Finding(  # noqa: PLW2901 - the same finding, less severe
                 finding.code, Severity.INFO, finding.node, finding.message, finding.hint, finding.nodes
             )
-        weighed.append(finding)
-    return weighed
+        adjusted.append(finding)
+    return adjusted

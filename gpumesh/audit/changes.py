@@ -1,11 +1,11 @@
-"""What mesh.yaml would have to say to be true: for `audit --write`. Pure.
+"""The changes that make mesh.yaml true, for `audit --write`. Pure.
 
-Only what the *file* says wrongly is corrected: who the host is, what GPUs it has, which kind of server, and nodes that
-are another node once more or lead nowhere. What is wrong with a *host* (a broken driver, a model that is missing, a
-server that does not run) is not made right by no longer expecting it; that stays a finding.
+Only errors of the *file* are corrected: who the host is, which GPUs it has, which kind of server it runs, and nodes
+that duplicate another node or lead nowhere. An error of a *host* (a broken driver, a missing model, a server that does
+not run) is not mended by no longer expecting it: it stays a finding.
 
-A node is switched off, never deleted: one word brings it back. And none is, as long as nobody can be reached at all:
-that is this machine's network.
+A node is switched off, never deleted: one word brings it back. No node is switched off while no node at all can be
+reached: then the fault is this machine's network.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from gpumesh.audit import gpus, identity, routes
 from gpumesh.state import BackendPhase, Finding, NodeState, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 
-# Nobody was there. What a person must decide about (keys) and what passes by itself (a connection lost) is not that.
-_NOBODY = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
-_IN_EXPECT = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-differs", "driver-differs"})
+# No host was there. A fault that a person must decide about (keys) or that passes by itself (a lost connection) is not
+# among these.
+_NO_HOST = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
+_EXPECT_CODES = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-differs", "driver-differs"})
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """``path`` is below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that it
-    settles, on the ``node`` or, for one that concerns several, on all of those. ``why`` may stand beside it as a
-    comment."""
+    """``path`` is below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that the
+    change settles: findings about ``node``, or about several nodes of which ``node`` is one. ``why`` is for a comment
+    in the file."""
 
     node: str
     path: tuple[str, ...]
@@ -40,18 +41,18 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
     states = {state.name: state for state in nodes}
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
     reached = any(states[name].backend.state is BackendPhase.UP for name in specs)
-    switched_off = dict(_redundant(specs, states, findings))
+    switched_off = dict(_switch_off_duplicates(specs, states, findings))
     if reached:
-        switched_off = {**dict(_nowhere(specs, states, findings)), **switched_off}
-    found = []
+        switched_off = {**dict(_switch_off_absent(specs, states, findings)), **switched_off}
+    changes = []
     for name, spec in specs.items():
         if name in switched_off:
-            found.append(switched_off[name])
+            changes.append(switched_off[name])
             continue
         codes = {finding.code for finding in findings if finding.node == name}
-        found += _expected(spec, states[name], codes)
-        found += _kind(spec, states[name], codes)
-    return tuple(found)
+        changes += _correct_expectations(spec, states[name], codes)
+        changes += _correct_kind(spec, states[name], codes)
+    return tuple(changes)
 
 
 def unsettled_findings(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Finding, ...]:
@@ -65,31 +66,31 @@ def unsettled_findings(findings: Sequence[Finding], made: Sequence[Change]) -> t
 
 
 def apply_changes(topology: Topology, made: Sequence[Change]) -> Topology:
-    """What the file must mean once they are written: how the writing is checked."""
+    """What the file must mean once the changes are written: the written file is checked against it."""
     nodes = []
     for spec in topology.nodes:
         changed = spec
         for change in made:
             if change.node == spec.name:
-                changed = _applied(changed, change)
+                changed = _apply_change(changed, change)
         nodes.append(changed)
     return replace(topology, nodes=tuple(nodes))
 
 
-def _applied(spec: NodeSpec, change: Change) -> NodeSpec:
+def _apply_change(spec: NodeSpec, change: Change) -> NodeSpec:
     match change.path:
         case ("enabled",):
             return replace(spec, enabled=bool(change.value))
         case ("backend", "kind"):
             return replace(spec, backend=replace(spec.backend, kind=BackendKind(str(change.value))))
         case ("expect", key):
-            # By the key: which of them takes what is the form's business, and is checked when the file is read.
+            # Which key takes which type is checked when the file is read.
             return replace(spec, expect=replace(spec.expect, **{key: change.value}))  # type: ignore[arg-type]
         case _:
             raise ValueError(f"no such change: {change.path}")
 
 
-def _redundant(
+def _switch_off_duplicates(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
     for finding in findings:
@@ -103,7 +104,7 @@ def _redundant(
                 yield name, Change(name, ("enabled",), False, frozenset({finding.code}), f"{why} as {keep}")
 
 
-def _nowhere(
+def _switch_off_absent(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
     for finding in findings:
@@ -111,16 +112,16 @@ def _nowhere(
         if state is None or finding.node not in specs or finding.code not in ("node-unreachable", "backend-down"):
             continue
         tunnel = state.tunnel
-        if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _NOBODY:
+        if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _NO_HOST:
             why = f"not found: {finding.message}"
             yield state.name, Change(state.name, ("enabled",), False, frozenset({finding.code}), why)
 
 
-def _expected(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """All of ``expect`` is set right at once: behind a GPU of another name its memory differs as well."""
-    if not codes & _IN_EXPECT:
+def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
+    """Corrects all of ``expect`` at once: where the GPU has another name, its memory differs as well."""
+    if not codes & _EXPECT_CODES:
         return
-    expect, found = spec.expect, state.gpus or ()
+    expect, present = spec.expect, state.gpus or ()
 
     def change(key: str, value: str | int, code: str) -> Change:
         return Change(spec.name, ("expect", key), value, frozenset({code}))
@@ -132,19 +133,19 @@ def _expected(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Cha
         and not identity.hostname_matches(expect.hostname, hostname)
     ):
         yield change("hostname", hostname, "hostname-differs")
-    if not found:
+    if not present:
         return
     if "gpu-count" in codes and expect.gpus is not None:
-        yield change("gpus", len(found), "gpu-count")
-    names = {gpu.name for gpu in found}
+        yield change("gpus", len(present), "gpu-count")
+    names = {gpu.name for gpu in present}
     if (
         expect.gpu is not None
         and not all(gpus.gpu_name_matches(expect.gpu, name) for name in names)
         and len(names) == 1
     ):
         yield change("gpu", names.pop(), "gpu-differs")
-    sizes = {gpu.memory_total_mib for gpu in found}
-    if expect.vram_mib is not None and not gpus.vram_matches(expect.vram_mib, found) and len(sizes) == 1:
+    sizes = {gpu.memory_total_mib for gpu in present}
+    if expect.vram_mib is not None and not gpus.vram_matches(expect.vram_mib, present) and len(sizes) == 1:
         size = sizes.pop()
         if size is not None:
             yield change("vram_mib", size, "vram-differs")
@@ -152,8 +153,8 @@ def _expected(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Cha
         yield change("driver", state.host.driver, "driver-differs")
 
 
-def _kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Where every candidate that answers is of the one other kind."""
+def _correct_kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
+    """Names the kind of the server, where all candidates that answer are of the same other kind."""
     if "wrong-server" not in codes:
         return
     kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}

@@ -1,4 +1,4 @@
-"""The host below the server: room for models."""
+"""The rule about a host's disk: free space for models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# Less than the smallest model that people use takes.
-LEAST_FREE_MIB = 2048
+MIN_FREE_MIB = 2048  # less than the smallest model in wide use takes
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     free = state.host.store_free_mib
-    if free is None or free >= LEAST_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
+    if free is None or free >= MIN_FREE_MIB or state.tunnel.state is not TunnelPhase.UP:
         return
     yield Finding(
         "disk-full",

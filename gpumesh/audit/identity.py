@@ -1,11 +1,12 @@
-"""Who a node is: the right host, and not one that another node is already.
+"""Rules about identity: whether a node is the expected host, and which nodes are one machine.
 
-Two nodes are ways to one machine when nvidia-smi shows them a common GPU UUID: that is certain. Where it cannot be
-asked, the host key tells, and else the model store: ``modified_at`` is the nanosecond at which *this* host stored a
-model, so two routes that agree in every one of them reach one store (shared facts: ollama-api.md). Images made from
-one template can share a host key, and a store may be on a network share: so both are said as likely, not as certain.
+Two nodes are routes to one machine when nvidia-smi shows a common GPU UUID on both: that is certain. Where nvidia-smi
+cannot be asked, the SSH host key tells, and else the model store: ``modified_at`` is the nanosecond at which *this*
+host stored a model, so two nodes that agree in every ``modified_at`` reach one store (docs/internals/ollama.md). Images
+made from one template can share a host key, and a store may be on a network share: so both count as likely, not as
+certain.
 
-Where GPUs are known on both sides they have spoken: no key and no store makes one machine of different GPUs.
+Where GPUs are known on both sides, only they decide: no key and no store makes one machine of different GPUs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from gpumesh.sentences import join_all
 from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# Hosts stamp nanoseconds; a store copied or made by tools has whole seconds, equal by chance or by design.
-_FINE = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
+# Ollama writes nanoseconds. A store that tools copied or made has whole seconds, which can be equal by chance.
+_HAS_NANOSECONDS = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
 
 
 class Proof(StrEnum):
-    """By what nodes were found to be one machine, the strongest first."""
+    """What shows that nodes are one machine, the strongest first."""
 
     GPU = "gpu"
     HOST_KEY = "host-key"
@@ -35,8 +36,8 @@ class Proof(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest link between them, ``None``
-    for a node alone; ``shared_mark`` is what they have in common by it: a UUID, a fingerprint."""
+    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest link between them, ``None`` for
+    a single node; ``shared_mark`` is the UUID or fingerprint that makes this link."""
 
     nodes: tuple[str, ...]
     gpus: tuple[GpuState, ...]
@@ -49,7 +50,7 @@ class Machine:
 
 
 def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
-    """Each node is in exactly one; in the order of their first nodes."""
+    """Each node is in exactly one machine; the machines are in the order of their first nodes."""
     group = {node.name: node.name for node in nodes}
     order = {node.name: place for place, node in enumerate(nodes)}
     weakest: dict[str, tuple[Proof, str]] = {}
@@ -60,36 +61,36 @@ def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
             name = group[name]
         return name
 
-    # The strong links first: what a weaker one then still joins is joined by that one alone.
+    # Strong links first: nodes that a weaker link joins after that are joined by this link alone.
     for proof in Proof:
-        for mark, alike in _alike(nodes, proof).items():
-            for one, other in _pairs(alike):
-                if group[one.name] == group[other.name] or not _may_be_one(one, other, proof):
+        for mark, holders in _group_by_mark(nodes, proof).items():
+            for node, other in _pairs(holders):
+                if group[node.name] == group[other.name] or not _may_be_one_machine(node, other, proof):
                     continue
-                first, second = sorted((root(one.name), root(other.name)), key=order.__getitem__)
+                first, second = sorted((root(node.name), root(other.name)), key=order.__getitem__)
                 if first != second:
                     group[second] = first
                     weakest[first] = (proof, mark)
     members: dict[str, list[NodeState]] = {}
     for node in nodes:
         members.setdefault(root(node.name), []).append(node)
-    found = []
-    for first, those in members.items():
-        gpus = {gpu.uuid: gpu for node in those for gpu in node.gpus or ()}
-        proof_, mark_ = weakest.get(first, (None, None)) if len(those) > 1 else (None, None)
-        found.append(Machine(tuple(node.name for node in those), tuple(gpus.values()), proof_, mark_))
-    return tuple(found)
+    machines = []
+    for first, group_nodes in members.items():
+        gpus = {gpu.uuid: gpu for node in group_nodes for gpu in node.gpus or ()}
+        proof_, mark_ = weakest.get(first, (None, None)) if len(group_nodes) > 1 else (None, None)
+        machines.append(Machine(tuple(node.name for node in group_nodes), tuple(gpus.values()), proof_, mark_))
+    return tuple(machines)
 
 
 def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
-    """Each node's group: nodes that share a GPU have the same, named for the first of them in order."""
+    """Each node's group. Nodes that share a GPU have the same group, named after the first of them in order."""
     return {name: machine.nodes[0] for machine in find_machines(nodes) for name in machine.nodes}
 
 
 def identifying_marks(node: NodeState) -> frozenset[str]:
-    """What ``find_machines`` knows this node by: when it changes, it is time to ask again."""
+    """The marks by which ``find_machines`` recognises this node: when they change, machines must be found anew."""
     return frozenset(mark for proof in Proof for mark in _marks(node, proof)) | frozenset(
-        filter(None, (_server(node),))
+        filter(None, (_server_port(node),))
     )
 
 
@@ -112,18 +113,21 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def hostname_matches(expected: str, found: str) -> bool:
-    """``box`` and ``box.example.org`` are one; ``box.a`` and ``box.b`` are not."""
-    one, other = expected.strip().lower(), found.strip().lower()
-    return one == other or (("." in one) != ("." in other) and one.split(".")[0] == other.split(".")[0])
+    """``box`` and ``box.example.org`` match; ``box.a`` and ``box.b`` do not."""
+    expected, found = expected.strip().lower(), found.strip().lower()
+    if expected == found:
+        return True
+    only_one_has_domain = ("." in expected) != ("." in found)
+    return only_one_has_domain and expected.split(".")[0] == found.split(".")[0]
 
 
 def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[Finding]:
-    """``same-gpu`` and ``tunnel-duplicate``: nodes that are one machine, under several names."""
+    """The findings ``same-gpu`` and ``tunnel-duplicate``: several nodes that are one machine."""
     specs = {spec.name: spec for spec, _ in pairs}
     states = {state.name: state for _, state in pairs}
-    told: set[str] = set()
+    reported: set[str] = set()
     for names in find_duplicates([spec for spec, _ in pairs]):
-        told.update(names)
+        reported.update(names)
         yield Finding(
             "tunnel-duplicate",
             Severity.WARNING,
@@ -133,21 +137,21 @@ def check_across_nodes(pairs: Sequence[tuple[NodeSpec, NodeState]]) -> Iterator[
             nodes=tuple(names),
         )
     for machine in find_machines([state for _, state in pairs]):
-        if machine.proof is None or told.issuperset(machine.nodes):
+        if machine.proof is None or reported.issuperset(machine.nodes):
             continue
         keep = choose_node_to_keep(machine.nodes, specs, states)
         yield Finding(
             "same-gpu",
             Severity.WARNING,
             machine.nodes[0],
-            f"{join_all(machine.nodes)} are {_how_known(machine)}",
+            f"{join_all(machine.nodes)} are {_describe_proof(machine)}",
             f"they count once in every total and are balanced as one; keep {keep} and delete the rest "
             "(`gpumesh audit --write` switches them off)",
             nodes=machine.nodes,
         )
 
 
-def _how_known(machine: Machine) -> str:
+def _describe_proof(machine: Machine) -> str:
     match machine.proof:
         case Proof.GPU:
             return f"one GPU, that is certain: nvidia-smi shows {machine.shared_mark} to each"
@@ -158,18 +162,19 @@ def _how_known(machine: Machine) -> str:
 
 
 def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
-    """Of several ways to one GPU: one that serves, that sees the GPU, and that has no tunnel between."""
+    """Of several nodes with one GPU the first that serves, that shows the GPU, and that needs no tunnel; in this
+    order of importance."""
 
-    def worth(name: str) -> tuple[bool, bool, bool]:
+    def rank(name: str) -> tuple[bool, bool, bool]:
         state = states[name]
         return state.backend.state is BackendPhase.UP, bool(hardware_uuids(state)), specs[name].ssh is None
 
-    return max(names, key=worth)  # of equals the first
+    return max(names, key=rank)  # max takes the first of equals
 
 
 def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
-    """By mesh.yaml alone: the same address, user and candidates."""
-    ways: dict[object, list[str]] = {}
+    """Nodes that are the same by mesh.yaml alone: address, user and candidates."""
+    by_way: dict[object, list[str]] = {}
     for spec in specs:
         ssh = spec.ssh
         way = None
@@ -177,8 +182,8 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
             if not ssh.host and ssh.address_from is None:
                 continue
             way = (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump, ssh.address_from)
-        ways.setdefault((way, spec.backend.targets), []).append(spec.name)
-    for names in ways.values():
+        by_way.setdefault((way, spec.backend.targets), []).append(spec.name)
+    for names in by_way.values():
         if len(names) > 1:
             yield names
 
@@ -187,15 +192,15 @@ def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
 
 
 def hardware_uuids(node: NodeState) -> set[str]:
-    """Those that name one piece of hardware in the world; what a probe made up for an unknown one does not."""
+    """The UUIDs of real hardware, without those that a probe made up for a GPU whose UUID is unknown."""
     return {gpu.uuid for gpu in node.gpus or () if gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12}
 
 
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
-    """A fingerprint of a model store; ``None`` for one that looks like others by chance."""
+    """A fingerprint of a model store; ``None`` for a store that another one could equal by chance."""
     models = tuple(catalog)
     stamps = sorted((model.name, model.modified_at) for model in models if model.modified_at)
-    if not stamps or len(stamps) != len(models) or not any(_FINE.search(stamp) for _, stamp in stamps):
+    if not stamps or len(stamps) != len(models) or not any(_HAS_NANOSECONDS.search(stamp) for _, stamp in stamps):
         return None
     return "store:" + hashlib.sha256(repr(stamps).encode(errors="surrogatepass")).hexdigest()[:16]
 
@@ -210,37 +215,38 @@ def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
             return filter(None, (store_fingerprint(node.backend.catalog),))
 
 
-def _alike(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
-    found: dict[str, list[NodeState]] = {}
+def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
+    holders: dict[str, list[NodeState]] = {}
     for node in nodes:
         for mark in sorted(_marks(node, proof)):
-            found.setdefault(mark, []).append(node)
-    return found
+            holders.setdefault(mark, []).append(node)
+    return holders
 
 
-def _pairs(alike: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
-    return ((one, other) for place, other in enumerate(alike) for one in alike[:place])
+def _pairs(nodes: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
+    return ((earlier, node) for index, node in enumerate(nodes) for earlier in nodes[:index])
 
 
-def _may_be_one(one: NodeState, other: NodeState, proof: Proof) -> bool:
-    return (proof is Proof.GPU or not (hardware_uuids(one) and hardware_uuids(other))) and not _different_servers(
-        one, other
-    )
-
-
-def _different_servers(one: NodeState, other: NodeState) -> bool:
-    """Two servers on one machine with several GPUs may well have one each: they are not taken for one.
-
-    By their ports as the host knows them, so of SSH nodes only. Servers that share the host's only GPU are one to the
-    balancer, however many they are.
-    """
-    first, second = _server(one), _server(other)
-    if first is None or second is None or first == second:
+def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
+    if _may_have_own_gpus(node, other):
         return False
-    return all(len(node.gpus) != 1 for node in (one, other) if node.gpus)
+    return proof is Proof.GPU or not (hardware_uuids(node) and hardware_uuids(other))
 
 
-def _server(node: NodeState) -> str | None:
+def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
+    """Whether these are two servers of a machine with several GPUs: each may have GPUs of its own, so the nodes do not
+    count as one machine.
+
+    Servers are distinguished by their ports on the host, which are known of SSH nodes only. Servers that share the
+    host's only GPU are one to the balancer, however many they are.
+    """
+    port, other_port = _server_port(node), _server_port(other)
+    if port is None or other_port is None or port == other_port:
+        return False
+    return all(len(each.gpus) != 1 for each in (node, other) if each.gpus)
+
+
+def _server_port(node: NodeState) -> str | None:
     """The port in use, as the node's host knows it."""
     if node.tunnel.transport == "direct" or node.backend.url is None:
         return None

@@ -1,4 +1,4 @@
-"""The models that are expected, and whether one name means one thing everywhere."""
+"""Rules about models: those that are expected, and whether one name means the same model on all nodes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-NAMED = 10  # in a sentence
+MAX_NAMED = 10  # models, in a sentence
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     up = state.tunnel.state is TunnelPhase.UP and state.backend.state is BackendPhase.UP
     if not up or not spec.expect.models:
         return
-    there = {full_name(name) for name in state.backend.models}
-    missing = [name for name in spec.expect.models if full_name(name) not in there]
+    present = {full_name(name) for name in state.backend.models}
+    missing = [name for name in spec.expect.models if full_name(name) not in present]
     if not missing:
         return
     dialect = find_dialect(state.backend.kind)
@@ -27,7 +27,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
-    """One name, several digests: the same prompt gets another answer depending on the node."""
+    """Finds names with several digests: there the answer to a prompt depends on the node."""
     first: dict[str, tuple[str, str]] = {}
     differing: set[str] = set()
     for state in states:
@@ -47,7 +47,7 @@ def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
             "model-differs",
             Severity.WARNING,
             None,
-            f"{join_some(sorted(differing), NAMED)} is not the same on {', '.join(nodes)}",
+            f"{join_some(sorted(differing), MAX_NAMED)} is not the same on {', '.join(nodes)}",
             "`ollama pull` it again on each of them, so that an answer does not depend on the node",
             nodes=nodes,
         )

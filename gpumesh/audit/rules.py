@@ -1,4 +1,4 @@
-"""All rules over a whole mesh."""
+"""All rules applied to a whole mesh: ``collect_findings``."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from gpumesh.state import Finding, NodeState, Severity
 from gpumesh.topology import NodeSpec, Topology
 
 _NODE_RULES = (tunnel.check, identity.check, gpus.check, backend.check, models.check, routes.check, host.check)
-_RANK = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
+SEVERITY_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def collect_findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, ...]:
-    """What the probes noticed and what follows from mesh.yaml: worst first, then in the order of mesh.yaml. For one
-    node at most one finding of a code, and none that only follows from another."""
+    """The probes' findings and those that follow from mesh.yaml: worst first, then in the order of mesh.yaml. A node
+    has at most one finding of each code, and no finding that only follows from another one."""
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]
-    found = [finding for spec, state in pairs for finding in check_node(spec, state)]
+    findings = [finding for spec, state in pairs for finding in check_node(spec, state)]
     shared = list(identity.check_across_nodes(pairs))
-    # What GPU a node has is known as soon as another way to it shows it.
-    seen = {name for finding in shared for name in finding.nodes if any(states[each].gpus for each in finding.nodes)}
-    found = [finding for finding in found if not (finding.code == "gpu-unknown" and finding.node in seen)]
-    found += [*shared, *models.check_across_nodes([state for _, state in pairs])]
-    return tuple(sorted(found, key=lambda finding: _RANK[finding.severity]))
+    # The GPU of a node is known as soon as another route to the same machine shows it.
+    with_known_gpu = {
+        name for finding in shared for name in finding.nodes if any(states[other].gpus for other in finding.nodes)
+    }
+    findings = [
+        finding for finding in findings if not (finding.code == "gpu-unknown" and finding.node in with_known_gpu)
+    ]
+    findings += [*shared, *models.check_across_nodes([state for _, state in pairs])]
+    return tuple(sorted(findings, key=lambda finding: SEVERITY_RANKS[finding.severity]))
 
 
 def check_node(spec: NodeSpec, state: NodeState) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Nodes that cannot be reached."""
+"""The rule about tunnels: nodes that cannot be reached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A person must act: each has a cure of its own, so each keeps its own code.
+# A person must act. Each of these has a remedy of its own, so each keeps its own code.
 _OWN_CODES = frozenset(
     {
         "auth-refused",
@@ -28,22 +28,22 @@ _HINTS = {
     "host-unreachable": "check this machine's network, and that the address is still the host's",
     "not-ssh": "check `ssh.port`: another service listens there",
 }
-_WAITING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)
+_PHASES_WITHOUT_FINDING = (TunnelPhase.IDLE, TunnelPhase.UP, TunnelPhase.CLOSED)
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     tunnel = state.tunnel
-    if tunnel.state in _WAITING or tunnel.last_error is None:
+    if tunnel.state in _PHASES_WITHOUT_FINDING or tunnel.last_error is None:
         return
     code = tunnel.error_code or "tunnel"
-    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: {_by_hand(spec)}"
+    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: {_test_command(spec)}"
     if code not in _OWN_CODES:
-        # Without SSH between, a refused connection tells that the host is there and its server is not.
+        # For a direct node a refused connection means that the host is there and its server is not.
         code = "backend-down" if spec.ssh is None and code == "connect-refused" else "node-unreachable"
     yield Finding(code, Severity.ERROR, spec.name, tunnel.last_error, hint)
 
 
-def _by_hand(spec: NodeSpec) -> str:
+def _test_command(spec: NodeSpec) -> str:
     if spec.ssh is None:
         url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
         return paste_command("curl {URL}", URL=url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpumesh.audit.backend import describe_cpu_models
 from gpumesh.audit.gpus import describe_gpu_count
+from gpumesh.audit.rules import SEVERITY_RANKS
 from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
@@ -11,7 +12,6 @@ from gpumesh.state import BackendPhase, Health, Severity, TunnelPhase, TunnelSta
 from gpumesh.topology import NodeSpec
 
 _GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")
-_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def assess_health(
@@ -38,7 +38,7 @@ def _find_gpu_problem(gpu: GpuReport, spec: NodeSpec) -> str | None:
     """Why the GPU is not, or not wholly, usable, though the node serves. A warning counts where mesh.yaml expects
     something of the GPU."""
     expected = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
-    for finding in sorted(gpu.findings, key=lambda finding: _RANKS[finding.severity]):
+    for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):
         if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
             return finding.message
     if gpu.error is None and spec.expect.gpus is not None and len(gpu.gpus) < spec.expect.gpus:
