@@ -1,4 +1,4 @@
-"""What `audit` says as rows, and the real topology as a drawing. Pure; audit_screen.py puts both on the screen."""
+"""The comparison that `audit` shows, as rows, and the real topology as a drawing. Pure; audit_screen.py prints both."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROUTE, SERVER = "route", "server"
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """``severity`` is that of the finding whose code ``verdict`` then is; ``None`` where all is as it should be or
-    nothing is known. ``todo`` is what to do."""
+    """``verdict`` is the code of a finding, and ``severity`` that finding's; or a word, and ``severity`` is ``None``,
+    where all is as expected or nothing is known. ``todo`` is the finding's hint."""
 
     node: str
     what: str
@@ -33,8 +33,8 @@ class ComparisonRow:
     todo: str | None = None
 
 
-# Which row a finding belongs to; the others get rows of their own.
-_ROW_OF = {
+# The row that a finding belongs to. All other findings get rows of their own.
+_ROW_BY_CODE = {
     "hostname-differs": "hostname",
     "gpu-count": "GPUs",
     "gpu-missing": "GPUs",
@@ -43,8 +43,8 @@ _ROW_OF = {
     "driver-differs": "driver",
     "model-missing": "models",
 }
-# The others' rows, by how their codes begin.
-_FAMILIES = (
+# The names of the other findings' rows, by how their codes begin.
+_ROW_BY_PREFIX = (
     (("gpu", "driver", "nvidia", "persistence"), "GPUs"),
     (("route", "backend-exposed"), "routes"),
     (("backend", "version"), "server"),
@@ -52,7 +52,7 @@ _FAMILIES = (
     (("disk",), "disk"),
     (("same", "tunnel-duplicate"), "nodes"),
 )
-_OF_SERVER = frozenset(
+_SERVER_CODES = frozenset(
     {
         "answer-broken",
         "backend-down",
@@ -71,7 +71,7 @@ _OF_SERVER = frozenset(
 def compare_nodes(
     topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
 ) -> Iterator[ComparisonRow]:
-    """For each node how it is reached, its server and what is expected of it; then whatever else was found."""
+    """For each node its route, its server and what is expected of it; then the findings about several nodes."""
     known = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
@@ -80,53 +80,59 @@ def compare_nodes(
         if spec.name not in known:
             yield ComparisonRow(spec.name, ROUTE, describe_route(spec), UNKNOWN, "not in the running mesh")
             continue
-        yield from _of_node(spec, known[spec.name], [each for each in findings if _about(each) == spec.name])
+        own = [finding for finding in findings if _only_node(finding) == spec.name]
+        yield from _compare_node(spec, known[spec.name], own)
     for finding in findings:
-        if _about(finding) is None:
-            where = ", ".join(finding.nodes) or topology.name
-            yield _told(ComparisonRow(where, _family(finding.code), UNKNOWN, finding.message, ""), finding)
+        if _only_node(finding) is None:
+            yield _finding_row(", ".join(finding.nodes) or topology.name, finding)
 
 
-def _family(code: str) -> str:
-    return next((family for starts, family in _FAMILIES if code.startswith(starts)), "node")
-
-
-def _about(finding: Finding) -> str | None:
-    """The node that it is about alone."""
+def _only_node(finding: Finding) -> str | None:
+    """The node of a finding about a single node."""
     return None if finding.nodes else finding.node
 
 
-def _of_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
+def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
     up = state.tunnel.state is TunnelPhase.UP
     left = {finding.code: finding for finding in findings}
-    made = [_route(spec, state)]
+    rows = [_route_row(spec, state)]
     if up:
-        made += [_server(spec, state), *_expectations(spec, state)]
-    for row in made:
-        here = [code for code in left if (_ROW_OF.get(code) or _place(code, up)) == row.what]
-        if not here:
+        rows += [_server_row(spec, state), *_expectation_rows(spec, state)]
+    for row in rows:
+        codes = [code for code in left if _row_of(code, up) == row.what]
+        if not codes:
             yield row
             continue
-        finding = left.pop(here[0])
-        # Of how it is reached and of the server the finding says more than a word of state.
-        said = finding.message.removeprefix(f"{row.expected}: ")  # where: that stands beside it
-        found = said if row.what in (ROUTE, SERVER) else row.found
-        yield _told(replace(row, found=found), finding)
+        finding = left.pop(codes[0])
+        # About a route and a server the finding says more than the state does. The URL at its beginning is already in
+        # the row, as what is expected.
+        message = finding.message.removeprefix(f"{row.expected}: ")
+        found = message if row.what in (ROUTE, SERVER) else row.found
+        yield _add_verdict(replace(row, found=found), finding)
     for finding in left.values():
-        yield _told(ComparisonRow(spec.name, _family(finding.code), UNKNOWN, finding.message, ""), finding)
+        yield _finding_row(spec.name, finding)
 
 
-def _place(code: str, up: bool) -> str | None:
+def _row_of(code: str, up: bool) -> str | None:
+    """The row of the node's comparison to which a finding of this code belongs."""
+    if code in _ROW_BY_CODE:
+        return _ROW_BY_CODE[code]
     if not up:
         return ROUTE
-    return SERVER if code in _OF_SERVER else None
+    return SERVER if code in _SERVER_CODES else None
 
 
-def _told(row: ComparisonRow, finding: Finding) -> ComparisonRow:
+def _finding_row(where: str, finding: Finding) -> ComparisonRow:
+    """A row of the finding's own."""
+    what = next((name for prefixes, name in _ROW_BY_PREFIX if finding.code.startswith(prefixes)), "node")
+    return _add_verdict(ComparisonRow(where, what, UNKNOWN, finding.message, ""), finding)
+
+
+def _add_verdict(row: ComparisonRow, finding: Finding) -> ComparisonRow:
     return replace(row, verdict=finding.code, severity=finding.severity, todo=finding.hint)
 
 
-def _route(spec: NodeSpec, state: NodeState) -> ComparisonRow:
+def _route_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     tunnel = state.tunnel
     up = tunnel.state is TunnelPhase.UP
     found = f"up, {format_milliseconds(tunnel.rtt_ms)}" if up and tunnel.rtt_ms is not None else str(tunnel.state)
@@ -134,7 +140,7 @@ def _route(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     return ComparisonRow(spec.name, ROUTE, describe_route(spec), found, verdict)
 
 
-def _server(spec: NodeSpec, state: NodeState) -> ComparisonRow:
+def _server_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     backend = state.backend
     expected = ", ".join(target.url for target in spec.backend.targets)
     if backend.state is not BackendPhase.UP:
@@ -148,7 +154,7 @@ def _server(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     return ComparisonRow(spec.name, SERVER, expected, found, AS_EXPECTED)
 
 
-def _expectations(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
+def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
     expect, gpus = spec.expect, state.gpus
 
     def row(what: str, expected: str, found: str | None, same: bool) -> ComparisonRow:
@@ -164,25 +170,32 @@ def _expectations(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
     if expect.gpu is not None:
         same = gpus is not None and bool(gpus) and all(gpu_name_matches(expect.gpu, gpu.name) for gpu in gpus)
         yield row(
-            "GPU", short_gpu(expect.gpu), None if gpus is None else _all(short_gpu(gpu.name) for gpu in gpus), same
+            "GPU",
+            short_gpu(expect.gpu),
+            None if gpus is None else _join_different(short_gpu(gpu.name) for gpu in gpus),
+            same,
         )
     if expect.vram_mib is not None:
-        sizes = None if gpus is None else _all(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
+        sizes = (
+            None
+            if gpus is None
+            else _join_different(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
+        )
         yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_matches(expect.vram_mib, gpus or ()))
     if expect.driver is not None:
         driver = state.host.driver
         yield row("driver", expect.driver, driver, driver is not None and f"{driver}.".startswith(f"{expect.driver}."))
     if expect.models:
         known = state.backend.state is BackendPhase.UP
-        there = {full_name(name) for name in state.backend.models}
-        found_ = [name for name in expect.models if full_name(name) in there]
+        present = {full_name(name) for name in state.backend.models}
+        models = [name for name in expect.models if full_name(name) in present]
         yield row(
-            "models", ", ".join(expect.models), ", ".join(found_) if known else None, len(found_) == len(expect.models)
+            "models", ", ".join(expect.models), ", ".join(models) if known else None, len(models) == len(expect.models)
         )
 
 
-def _all(found: Iterator[str]) -> str:
-    return ", ".join(sorted(set(found)))
+def _join_different(values: Iterator[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
 def describe_route(spec: NodeSpec) -> str:
@@ -200,7 +213,7 @@ def describe_route(spec: NodeSpec) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RouteLine:
-    """One line of the drawing below a machine. ``dim`` for what is not in use."""
+    """One line of the drawing below a machine. ``dim``: the route is not in use."""
 
     node: str
     route: str
@@ -210,7 +223,7 @@ class RouteLine:
 
 @dataclass(frozen=True, slots=True)
 class MachineBranch:
-    """A machine, or those nodes of which none is known. ``remark``: how it is known that its nodes are one."""
+    """A machine, or the nodes whose machine is not known. ``remark``: what shows that its nodes are one machine."""
 
     title: str
     lines: tuple[RouteLine, ...]
@@ -219,72 +232,74 @@ class MachineBranch:
 
 
 def draw_topology(topology: Topology, states: Sequence[NodeState]) -> tuple[MachineBranch, ...]:
-    """Which node reaches which GPU by which way: machines first, then what is not reached."""
+    """Which node reaches which GPU by which route: machines first, then the nodes that are not reached."""
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     known = {state.name: state for state in states if state.name in specs}
     reached = [state for state in known.values() if state.tunnel.state is TunnelPhase.UP]
-    branches = [_machine(machine, specs, known) for machine in find_machines(reached)]
+    branches = [_machine_branch(machine, specs, known) for machine in find_machines(reached)]
     away = [state for state in known.values() if state.tunnel.state is not TunnelPhase.UP]
     if away:
-        twigs = tuple(
+        lines = tuple(
             RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True) for state in away
         )
-        branches.append(MachineBranch("not reached", twigs, reached=False))
+        branches.append(MachineBranch("not reached", lines, reached=False))
     return tuple(branches)
 
 
-_HOW = {
+_PROOF_REMARKS = {
     Proof.GPU: "one GPU: certain, by its UUID",
     Proof.HOST_KEY: "most likely one machine, by its SSH host key",
     Proof.STORE: "most likely one machine, by its model store",
 }
 
 
-def _machine(machine: Machine, specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> MachineBranch:
+def _machine_branch(machine: Machine, specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> MachineBranch:
     hosts = sorted({name for node in machine.nodes if (name := states[node].host.hostname) is not None})
-    title = _gpus(machine.gpus, [states[node] for node in machine.nodes])
+    title = _describe_gpus(machine.gpus, [states[node] for node in machine.nodes])
     if hosts:
         title += f" on {', '.join(hosts)}"
-    twigs = [twig for node in machine.nodes for twig in _twigs(specs[node], states[node])]
-    return MachineBranch(title, tuple(twigs), "" if machine.proof is None else _HOW[machine.proof])
+    lines = [line for node in machine.nodes for line in _route_lines(specs[node], states[node])]
+    return MachineBranch(title, tuple(lines), "" if machine.proof is None else _PROOF_REMARKS[machine.proof])
 
 
-def _gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
+def _describe_gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
     if not gpus:
         return "no GPU" if any(node.gpus is not None for node in nodes) else "GPU not known"
     kinds: dict[str, list[GpuState]] = {}
     for gpu in gpus:
         size = "" if gpu.memory_total_mib is None else f", {format_gib(gpu.memory_total_mib)} GiB"
         kinds.setdefault(f"{short_gpu(gpu.name)}{size}", []).append(gpu)
-    said = [kind if len(alike) == 1 else f"{len(alike)} x {kind}" for kind, alike in kinds.items()]
-    return f"{' + '.join(said)} ({gpus[0].uuid[:12]}…)" if len(gpus) == 1 else " + ".join(said)
+    parts = [kind if len(alike) == 1 else f"{len(alike)} x {kind}" for kind, alike in kinds.items()]
+    return f"{' + '.join(parts)} ({gpus[0].uuid[:12]}…)" if len(gpus) == 1 else " + ".join(parts)
 
 
-def _twigs(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
+def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
     routes = state.routes
     used = route_in_use(state)
-    first = spec.name
+    name = spec.name
     for route in sorted(routes, key=lambda route: route is not used):
-        yield RouteLine(first, _way(spec, route), _remark(route, used, state), dim=route is not used)
-        first = ""
+        yield RouteLine(name, _describe_way(spec, route), _remark(route, used, state), dim=route is not used)
+        name = ""
     if not routes:
         yield RouteLine(spec.name, describe_route(spec))
 
 
-def _way(spec: NodeSpec, route: RouteState) -> str:
+def _describe_way(spec: NodeSpec, route: RouteState) -> str:
     if spec.ssh is None or route.offered:
         return route.target + (" without SSH" if route.offered else "")
     return f"{describe_route(spec)} → {route.target}"
 
 
 def _remark(route: RouteState, used: RouteState | None, state: NodeState) -> str:
-    said = []
+    parts = []
     if route.state is BackendPhase.DOWN:
-        said.append("does not serve")
+        parts.append("does not serve")
     elif route is used:
-        said.append(format_milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms))
+        parts.append(
+            format_milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms)
+        )
     else:
-        said.append("not in use")
+        parts.append("not in use")
         if route.latency_ms is not None:
-            said.append(format_milliseconds(route.latency_ms))
-    return ", ".join(said)
+            parts.append(format_milliseconds(route.latency_ms))
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""`audit` on the screen: a table where there is room for six columns, else the same as a list; then the drawing."""
+"""Prints `audit`: the comparison as a table where six columns fit, else as a list; then the drawing of the topology."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
 
 def print_comparison(rows: Sequence[ComparisonRow]) -> None:
     out = console()
-    print_plain(out, _table(rows) if out.width >= MIN_TABLE_WIDTH else _list(rows))
+    print_plain(out, _comparison_table(rows) if out.width >= MIN_TABLE_WIDTH else _comparison_list(rows))
 
 
 def print_drawing(branches: Sequence[MachineBranch]) -> None:
@@ -33,25 +33,25 @@ def print_drawing(branches: Sequence[MachineBranch]) -> None:
         head = Table.grid(padding=(0, 1))
         head.add_row(mark, title)
         print_plain(out, head)
-        print_plain(out, _below(branch))
+        print_plain(out, _branch_lines(branch))
 
 
-def _below(branch: MachineBranch) -> Table:
+def _branch_lines(branch: MachineBranch) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    last = max((place for place, twig in enumerate(branch.lines) if twig.node), default=0)
-    for place, twig in enumerate(branch.lines):
-        sign = " " if place > last else "│" if not twig.node else "└" if place == last else "├"
-        way = Text(clean_line(twig.route), "dim" if twig.dim else "")
-        if twig.remark:
-            way.append(f"  {clean_line(twig.remark, 200)}", "cyan" if not twig.dim else "dim")
-        table.add_row(sign, Text(clean_line(twig.node, 24), "bold"), way)
+    last = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
+    for index, line in enumerate(branch.lines):
+        sign = " " if index > last else "│" if not line.node else "└" if index == last else "├"
+        way = Text(clean_line(line.route), "dim" if line.dim else "")
+        if line.remark:
+            way.append(f"  {clean_line(line.remark, 200)}", "cyan" if not line.dim else "dim")
+        table.add_row(sign, Text(clean_line(line.node, 24), "bold"), way)
     return table
 
 
-def _table(rows: Sequence[ComparisonRow]) -> Table:
+def _comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     table = tables.new_table()
     for title in TITLES:
         table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
@@ -60,14 +60,14 @@ def _table(rows: Sequence[ComparisonRow]) -> Table:
         table.add_row(
             Text(clean_line(row.node, 40) if row.node != last else "", "bold"),
             *(Text(clean_line(text, 400)) for text in (row.what, row.expected, row.found)),
-            Text(clean_line(row.verdict), _style(row)),
+            Text(clean_line(row.verdict), _verdict_style(row)),
             Text(clean_line(row.todo or "", 400), "dim"),
         )
         last = row.node
     return table
 
 
-def _list(rows: Sequence[ComparisonRow]) -> Table:
+def _comparison_list(rows: Sequence[ComparisonRow]) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -76,11 +76,11 @@ def _list(rows: Sequence[ComparisonRow]) -> Table:
         if row.node != last:
             table.add_row(Text(""), Text(clean_line(row.node, 60), "bold"))
         last = row.node
-        table.add_row(_mark(row), Text.assemble(*_said(row)))
+        table.add_row(_severity_mark(row), Text.assemble(*_list_item_parts(row)))
     return table
 
 
-def _said(row: ComparisonRow) -> Iterator[tuple[str, str]]:
+def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
     yield f"{clean_line(row.what, 40)}: ", ""
     if row.expected == UNKNOWN:
@@ -96,18 +96,18 @@ def _said(row: ComparisonRow) -> Iterator[tuple[str, str]]:
     else:
         yield f"expected {expected}, found {found}", ""
     if row.verdict not in (AS_EXPECTED, row.what):
-        yield f" [{clean_line(row.verdict)}]", _style(row)
+        yield f" [{clean_line(row.verdict)}]", _verdict_style(row)
     if row.todo:
         yield f"\n→ {clean_line(row.todo, 400)}", "dim"
 
 
-def _mark(row: ComparisonRow) -> Text:
+def _severity_mark(row: ComparisonRow) -> Text:
     if row.severity is not None:
         return Text(*SEVERITY_MARKS[row.severity])
     return Text("●", "green") if row.verdict == AS_EXPECTED else Text("?", "dim")
 
 
-def _style(row: ComparisonRow) -> str:
+def _verdict_style(row: ComparisonRow) -> str:
     if row.severity is not None:
         return SEVERITY_MARKS[row.severity][1]
     return "green" if row.verdict == AS_EXPECTED else "dim"
