@@ -2,7 +2,8 @@
 
 Each fault has one finding: nothing is said of the models of a node whose tunnel is down. What only a probe can see (a
 driver's failure, an ERR! in nvidia-smi's table) the probe reports as a finding (``NodeState.noticed``), and the rules
-take it over. ``catalog`` explains the codes of all findings."""
+take it over. ``catalog`` explains the codes of all findings.
+"""
 
 from gpumesh.audit.catalog import CATALOG, Explanation, explain
 from gpumesh.audit.identity import Machine, Proof, find_machines, gpu_groups, identifying_marks

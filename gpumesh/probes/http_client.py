@@ -1,7 +1,8 @@
 """The HTTP client of probes and of other rare requests: no proxies from the environment, no redirects, no compression.
 
 The caller bounds how much of a body it reads, and for how long. It reads the body as it came (``aiter_raw``), because
-the size of an unpacked body has no bound."""
+the size of an unpacked body has no bound.
+"""
 
 from __future__ import annotations
 

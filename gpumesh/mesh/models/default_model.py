@@ -1,21 +1,21 @@
-"""Which model a prompt means that names none. Pure."""
+"""The model of a prompt that names no model: the only one with which the fleet can chat. Pure."""
 
 from __future__ import annotations
 
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import Health, MeshState
 
-# Families of models that turn text into vectors and cannot chat.
-EMBEDDERS = ("bert", "embed")
+# Parts of the names and families of models that turn text into vectors and cannot chat.
+EMBEDDER_MARKS = ("bert", "embed")
 
 
 def is_embedding_model(name: str, family: str | None) -> bool:
-    said = f"{family or ''} {name}".lower()
-    return any(mark in said for mark in EMBEDDERS)
+    text = f"{family or ''} {name}".lower()
+    return any(mark in text for mark in EMBEDDER_MARKS)
 
 
 def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
-    """The models that nodes which are up could chat with, each once, in the order of the nodes."""
+    """The models for chats on nodes that are up, each once, in the order of the nodes."""
     names: dict[str, None] = {}
     for entry in state.nodes:
         if node not in (None, entry.name) or entry.health not in (Health.HEALTHY, Health.DEGRADED):
@@ -28,7 +28,8 @@ def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
 
 
 def choose_model(state: MeshState, node: str | None = None) -> str:
-    """The only model there is. Raises UsageError that lists them when there are several, NoNodeError when none."""
+    """The only model for chats. Raises UsageError that lists the models when there are several, NoNodeError when there
+    is none."""
     models = chat_models(state, node)
     if len(models) == 1:
         return models[0]

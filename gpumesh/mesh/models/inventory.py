@@ -1,4 +1,4 @@
-"""Which models the fleet has, where, and what a command about them is to do on which node. Pure."""
+"""Which models the fleet has on which nodes, and what a command about models must do on which node. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT_DIGEST = 12  # as `ollama list` shows them
 
 @dataclass(frozen=True, slots=True)
 class LoadedCopy:
-    """Where a model is in memory. ``left_s``: for how long still; ``None`` when that is not known."""
+    """A model in a node's memory. ``left_s``: how long it will stay there; ``None`` when that is not known."""
 
     node: str
     size_vram_mib: int | None
@@ -26,7 +26,7 @@ class LoadedCopy:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One model of the fleet: what goes by this name and digest. ``copies``: how many digests go by the name."""
+    """One model of the fleet: one name and digest. ``copies``: how many digests the name has."""
 
     name: str
     digest: str | None
@@ -42,14 +42,14 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelTask:
-    """Something to do with a model on a node."""
+    """An operation's model and node."""
 
     node: NodeState
     model: str
 
 
 def list_model_rows(state: MeshState) -> list[ModelRow]:
-    """Every model that a node which is up has, by name; one row for each digest, the most widespread first."""
+    """The models of all nodes that are up, by name; one row for each digest, the most widespread digest first."""
     nodes: dict[tuple[str, str | None], list[str]] = {}
     infos: dict[tuple[str, str | None], ModelInfo] = {}
     loaded: dict[tuple[str, str | None], list[LoadedCopy]] = {}
@@ -63,12 +63,12 @@ def list_model_rows(state: MeshState) -> list[ModelRow]:
         for model in node.backend.loaded:
             left = None if model.expires_at is None else (model.expires_at - state.at).total_seconds()
             key = (model.name, catalog.get(model.name, ModelInfo(model.name)).digest)
-            there = LoadedCopy(node.name, model.size_vram_mib, left, model.context_length)
-            loaded.setdefault(key, []).append(there)
+            copy = LoadedCopy(node.name, model.size_vram_mib, left, model.context_length)
+            loaded.setdefault(key, []).append(copy)
     digests: dict[str, set[str]] = {}
     for name, digest in nodes:
         digests.setdefault(name, set()).update({digest} if digest else ())
-    found = [
+    rows = [
         ModelRow(
             name=name,
             digest=digest,
@@ -76,21 +76,22 @@ def list_model_rows(state: MeshState) -> list[ModelRow]:
             parameters=infos[name, digest].parameter_size,
             quantization=infos[name, digest].quantization,
             family=infos[name, digest].family,
-            nodes=tuple(where),
+            nodes=tuple(names),
             loaded=tuple(loaded.get((name, digest), ())),
             copies=len(digests[name]) or 1,
         )
-        for (name, digest), where in nodes.items()
+        for (name, digest), names in nodes.items()
     ]
-    return sorted(found, key=lambda row: (row.name, -len(row.nodes)))
+    return sorted(rows, key=lambda row: (row.name, -len(row.nodes)))
 
 
-def add_context_lengths(found: Sequence[ModelRow], contexts: Mapping[tuple[str, str], int]) -> list[ModelRow]:
-    """The rows with the context lengths that are known by node and name."""
-    return [
-        replace(row, context_length=next((contexts[n, row.name] for n in row.nodes if (n, row.name) in contexts), None))
-        for row in found
-    ]
+def add_context_lengths(rows: Sequence[ModelRow], lengths: Mapping[tuple[str, str], int]) -> list[ModelRow]:
+    """The rows with their context lengths; ``lengths`` is by node and model."""
+
+    def find_length(row: ModelRow) -> int | None:
+        return next((lengths[node, row.name] for node in row.nodes if (node, row.name) in lengths), None)
+
+    return [replace(row, context_length=find_length(row)) for row in rows]
 
 
 def list_up_nodes(state: MeshState) -> list[NodeState]:
@@ -103,12 +104,12 @@ def list_store_nodes(state: MeshState) -> list[NodeState]:
 
 
 def has_model(node: NodeState, model: str) -> bool:
-    """Also when the tag is left out."""
+    """Whether the node lists the model; its tag may be left out."""
     return full_name(model) in {full_name(name) for name in node.backend.models}
 
 
 def is_embedder_on(node: NodeState, model: str) -> bool:
-    """Whether it turns text into vectors: such a model is loaded by another call."""
+    """Whether the model turns text into vectors: such a model is loaded by another call."""
     family = next((info.family for info in node.backend.catalog if full_name(info.name) == full_name(model)), None)
     return is_embedding_model(model, family)
 
@@ -116,21 +117,21 @@ def is_embedder_on(node: NodeState, model: str) -> bool:
 def choose_nodes(
     state: MeshState, names: Sequence[str], *, everywhere: bool, required_model: str | None
 ) -> list[NodeState]:
-    """The nodes that a command is for. Raises UsageError when that is not clear, NoNodeError when none can take it.
+    """The nodes that a command is for. Raises UsageError when that is not clear, NoNodeError when no node can take it.
 
-    ``required_model``: only nodes that have this model can; it may be named without its tag.
+    ``required_model``: only nodes that have this model can take the command; its tag may be left out.
     """
     known = [node.name for node in state.nodes]
     for name in names:
         if name not in known:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(known)}")
-    able = list_store_nodes(state)
+    capable = list_store_nodes(state)
     if names:
-        there = {node.name: node for node in able}
-        away = [name for name in names if name not in there]
-        if away:
-            raise NoNodeError(f"{', '.join(away)}: no Ollama server that answers there now", node=away[0])
-        chosen = [there[name] for name in dict.fromkeys(names)]
+        by_name = {node.name: node for node in capable}
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            raise NoNodeError(f"{', '.join(missing)}: no Ollama server that answers there now", node=missing[0])
+        chosen = [by_name[name] for name in dict.fromkeys(names)]
         without = [node.name for node in chosen if required_model is not None and not has_model(node, required_model)]
         if without:
             raise UsageError(
@@ -138,13 +139,15 @@ def choose_nodes(
             )
         return chosen
     if required_model is not None:
-        able = [node for node in able if has_model(node, required_model)]
-    if not able:
-        what = "no Ollama node is up" if required_model is None else f"no Ollama node that is up has {required_model!r}"
-        raise NoNodeError(what)
-    if len(able) > 1 and not everywhere:
-        raise UsageError("on which node?", hint=f"--node {able[0].name}, or --all for {len(able)} nodes")
-    return able
+        capable = [node for node in capable if has_model(node, required_model)]
+    if not capable:
+        message = (
+            "no Ollama node is up" if required_model is None else f"no Ollama node that is up has {required_model!r}"
+        )
+        raise NoNodeError(message)
+    if len(capable) > 1 and not everywhere:
+        raise UsageError("on which node?", hint=f"--node {capable[0].name}, or --all for {len(capable)} nodes")
+    return capable
 
 
 def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Sequence[str]) -> list[ModelTask]:
@@ -161,15 +164,20 @@ def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Seque
     for node in targets:
         if node.name == source:
             continue
-        there = {full_name(name): ModelInfo(name) for name in node.backend.models}
-        there |= {full_name(info.name): info for info in node.backend.catalog}
+        own_infos = {full_name(name): ModelInfo(name) for name in node.backend.models}
+        own_infos |= {full_name(info.name): info for info in node.backend.catalog}
         for name in origin.backend.models:
             if wanted and full_name(name) not in wanted:
                 continue
-            here, other = infos.get(name, ModelInfo(name)), there.get(full_name(name))
-            if other is None or (here.digest is not None and other.digest is not None and here.digest != other.digest):
+            own = own_infos.get(full_name(name))
+            if own is None or _digests_differ(infos.get(name, ModelInfo(name)), own):
                 tasks.append(ModelTask(node, name))
     return tasks
+
+
+def _digests_differ(info: ModelInfo, other: ModelInfo) -> bool:
+    """False when a digest is not known."""
+    return info.digest is not None and other.digest is not None and info.digest != other.digest
 
 
 def shorten_digest(digest: str | None) -> str | None:

@@ -1,20 +1,20 @@
-"""What still fits: which sizes of model could be loaded now, and on how many nodes. Pure, and an estimate.
+"""Estimates which sizes of model still fit into the fleet's free GPU memory, and on how many nodes. Pure.
 
-A size's need is its weights at Q4_K_M (4.85 bits each: llama.cpp's table of quantisations), the KV cache of 8192
-tokens in 16 bits (2 x layers x KV heads x head size x 2 bytes for each token, from the models' own configurations), and
-an allowance of 600 MiB for the CUDA context and the compute buffers.
+A size needs the memory of its weights at Q4_K_M (4.85 bits each: llama.cpp's table of quantisations), the KV cache of
+8192 tokens in 16 bits (2 x layers x KV heads x head size x 2 bytes for each token, from the models' own
+configurations), and an allowance of 600 MiB for the CUDA context and the compute buffers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpumesh.state import BackendPhase, GpuState, Health, MeshState, NodeState, free_mib
+from gpumesh.state import BackendPhase, Health, MeshState, NodeState, free_mib
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """By the name that people know it by; the figures are those of the usual models of that name."""
+    """A size by its usual name; the figures are those of the usual models of that size."""
 
     name: str
     need_mib: int
@@ -39,34 +39,34 @@ class Fit:
 def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
     """The largest size that fits somewhere, and the largest that fits on more nodes than that. Empty when nothing is
     known of free memory; one Fit of no node when nothing fits."""
-    free = _free(state)
+    free = _list_free_mib(state)
     if not free:
         return ()
-    found: list[Fit] = []
+    fits: list[Fit] = []
     for size in SIZES:
         count = sum(mib >= size.need_mib for mib in free)
-        if count > (found[-1].nodes if found else 0):
-            found.append(Fit(size.name, count))
-        if len(found) == 2:
+        if count > (fits[-1].nodes if fits else 0):
+            fits.append(Fit(size.name, count))
+        if len(fits) == 2:
             break
-    return tuple(found) or (Fit(SIZES[-1].name, 0),)
+    return tuple(fits) or (Fit(SIZES[-1].name, 0),)
 
 
-def format_fits(found: tuple[Fit, ...]) -> str | None:
+def format_fits(fits: tuple[Fit, ...]) -> str | None:
     """``a 14B Q4 fits on 2 nodes``"""
-    if not found:
+    if not fits:
         return None
-    first, *more = found
+    first, *more = fits
     if not first.nodes:
         return "no model fits now"
     article = "an" if first.size.startswith("8") else "a"
-    said = f"{article} {first.size} Q4 fits on {first.nodes} node{'' if first.nodes == 1 else 's'}"
-    return said + "".join(f", {'an' if fit.size.startswith('8') else 'a'} {fit.size} on {fit.nodes}" for fit in more)
+    text = f"{article} {first.size} Q4 fits on {first.nodes} node{'' if first.nodes == 1 else 's'}"
+    return text + "".join(f", {'an' if fit.size.startswith('8') else 'a'} {fit.size} on {fit.nodes}" for fit in more)
 
 
-def _free(state: MeshState) -> list[int]:
-    """Free memory of each node that could load a model, MiB: over all its GPUs, among which the server splits it.
-    GPUs that two nodes share are counted for the first."""
+def _list_free_mib(state: MeshState) -> list[int]:
+    """The free memory of each node that could load a model, in MiB: of all its GPUs together, because the server splits
+    a model among them. A GPU that two nodes share counts for the first node."""
     seen: set[str] = set()
     free = []
     for node in state.nodes:
@@ -74,15 +74,11 @@ def _free(state: MeshState) -> list[int]:
             continue
         gpus = [gpu for gpu in node.gpus or () if gpu.uuid not in seen]
         seen.update(gpu.uuid for gpu in gpus)
-        known = _known(gpus)
-        if known:
-            free.append(sum(known))
+        known_mib = [mib for gpu in gpus if (mib := free_mib(gpu)) is not None]
+        if known_mib:
+            free.append(sum(known_mib))
     return free
 
 
 def _serves(node: NodeState) -> bool:
     return node.health in (Health.HEALTHY, Health.DEGRADED) and node.backend.state is BackendPhase.UP
-
-
-def _known(gpus: list[GpuState]) -> list[int]:
-    return [mib for gpu in gpus if (mib := free_mib(gpu)) is not None]
