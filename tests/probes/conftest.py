@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.probes.probed_servers import PATIENCE_S
 from tests.probes.shell_host import ShellHost
 
 
@@ -12,3 +15,9 @@ def host(tmp_path: Path) -> ShellHost:
     made = ShellHost(tmp_path)
     made.command("hostname", "echo af4a84245990")
     return made
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as made:
+        yield made
