@@ -1,7 +1,7 @@
-"""The hot path: a client's request to the mesh, the answer back as it comes.
+"""The hot path: a client's request goes to the mesh, and the answer is pushed into the client's stream as it comes.
 
-Nothing is taken apart that need not be: the body goes on as it came, the answer's pieces as they come. Writing waits
-when the client is slow, the upstream's buffer is bounded, so that memory does not grow.
+Nothing is parsed that need not be: the request's body goes on as it came, and so do the answer's pieces. A client that
+reads slowly pauses the connection to its node, so that memory does not grow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
-# What is the client's or this hop's own affair and says nothing to a backend.
+# Headers that concern only the client or this hop, and not a backend.
 _NOT_FORWARDED = frozenset(
     {
         "host",
@@ -46,7 +46,7 @@ _NOT_FORWARDED = frozenset(
         "cookie",
         "accept-encoding",
         "content-encoding",  # the body is unpacked when it is read here
-        # About what a client has kept of an answer, or a part of one: an answer goes on whole, without such names.
+        # They ask for a part of an answer, or for none if the client has it already: an answer is sent on whole.
         "range",
         "if-range",
         "if-match",
@@ -58,7 +58,7 @@ _NOT_FORWARDED = frozenset(
 
 
 def build_call(request: Request, body: bytes) -> HttpCall:
-    """The client's request as it is sent on: the same path, query and body; headers without what is the hop's own."""
+    """The client's request as it is sent on: the same path, query and body, and the headers that concern a backend."""
     headers = tuple(
         (name, value)
         for name, value in request.headers.pairs
@@ -79,8 +79,8 @@ async def forward_request(
     on_answer: Callable[[Answer], None],
     require_json: bool = False,
 ) -> Response | StreamingResponse:
-    """``on_answer`` is told of the answer when its first bytes are there, for the books. ``require_json``: it is an
-    object that any node could give as well; one that a client could not read is asked of another node.
+    """``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
+    answer is a JSON object that any node could give; if a client could not read it, another node is asked.
 
     Raises GPUMeshError only while nothing was sent to the client.
     """
@@ -92,23 +92,23 @@ async def forward_request(
         resume=read_resume(request.headers),
         try_reserve_memory=request.try_reserve_memory,
     )
-    if require_json and not _readable(answer):
-        answer = await _of_another(mesh, demand, calls, answer, timeout_s)
+    if require_json and not _is_readable(answer):
+        answer = await _ask_other_nodes(mesh, demand, calls, answer, timeout_s)
     on_answer(answer)
     try:
-        return await _pass_on(request, answer, shape)
+        return await _respond(request, answer, shape)
     finally:
         await answer.aclose()
 
 
-def _readable(answer: Answer) -> bool:
+def _is_readable(answer: Answer) -> bool:
     return answer.body is not None and (answer.status != 200 or safe_json.is_strict_object(answer.body))
 
 
-async def _of_another(
+async def _ask_other_nodes(
     mesh: Mesh, demand: Demand, calls: Mapping[BackendKind, HttpCall], answer: Answer, timeout_s: float
 ) -> Answer:
-    """The first answer of another node that a client can read. Raises BackendError if there is none."""
+    """The first answer of another node that a client can read. Raises BackendError if no node gives one."""
     await answer.aclose()
     for candidate in mesh.candidates():
         fits = candidate.usable and candidate.kind in demand.kinds and has_model(candidate, demand.model)
@@ -118,54 +118,53 @@ async def _of_another(
             other = await mesh.send(replace(demand, node=candidate.name), calls, timeout_s=timeout_s)
         except GPUMeshError:
             continue
-        if _readable(other):
+        if _is_readable(other):
             other.attempts += answer.attempts
             return other
         await other.aclose()
     raise BackendError("its answer is not the JSON that it should be", node=answer.node)
 
 
-async def _pass_on(request: Request, answer: Answer, shape: ClientApi) -> Response | StreamingResponse:
+async def _respond(request: Request, answer: Answer, shape: ClientApi) -> Response | StreamingResponse:
     if answer.body is not None:
-        problem = answer.error_message
-        if (
-            problem is None
-            and answer.status >= 500
-            and not error_shapes.is_error_body(shape, safe_json.parse_object(answer.body))
-        ):
-            return _reshaped(answer, answer.body, shape)
-        body = answer.body if problem is None else error_shapes.error_body(shape, answer.status, problem)
-        return Response(body, status=answer.status, headers=_headers(answer))
-    stream = request.start_stream(_headers(answer), status=answer.status)
+        return _whole_response(answer, answer.body, shape)
+    stream = request.start_stream(_response_headers(answer), status=answer.status)
     try:
         await answer.send_to(stream)
     except GPUMeshError as error:
-        words = error_shapes.client_message(error)
-        stream.write(
-            answer.error_frame(words) or error_shapes.error_frame(shape, error_shapes.error_status(error), words)
-        )
+        message = error_shapes.client_message(error)
+        frame = answer.error_frame(message)
+        stream.write(frame or error_shapes.error_frame(shape, error_shapes.error_status(error), message))
     stream.finish()
     return stream
 
 
-def _reshaped(answer: Answer, body: bytes, shape: ClientApi) -> Response:
-    """A server's failure that is not said in the client's dialect: its server knows another, or said it as an event."""
-    words = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
-    headers = tuple(pair for pair in _headers(answer) if pair[0].lower() != "content-type")
-    return json_response(error_shapes.error_body(shape, answer.status, words), status=answer.status, headers=headers)
+def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
+    if answer.error_message is not None:
+        body = error_shapes.error_body(shape, answer.status, answer.error_message)
+    elif answer.status >= 500 and not error_shapes.is_error_body(shape, safe_json.parse_object(body)):
+        return _translate_error(answer, body, shape)
+    return Response(body, status=answer.status, headers=_response_headers(answer))
+
+
+def _translate_error(answer: Answer, body: bytes, shape: ClientApi) -> Response:
+    """A server's failure in the client's dialect: the server speaks another one, or sent the failure as an event."""
+    message = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
+    headers = tuple(pair for pair in _response_headers(answer) if pair[0].lower() != "content-type")
+    return json_response(error_shapes.error_body(shape, answer.status, message), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:
     """Whether a cut answer may be continued by another node."""
-    asked = headers.get("X-GPUMesh-Resume")
-    if asked is None or asked.strip().lower() == "on":
+    value = headers.get("X-GPUMesh-Resume")
+    if value is None or value.strip().lower() == "on":
         return True
-    if asked.strip().lower() == "off":
+    if value.strip().lower() == "off":
         return False
-    raise BadRequest(f"X-GPUMesh-Resume is on or off, not {asked!r}")
+    raise BadRequest(f"X-GPUMesh-Resume is on or off, not {value!r}")
 
 
-def _headers(answer: Answer) -> HeaderPairs:
+def _response_headers(answer: Answer) -> HeaderPairs:
     return (
         *answer.headers,
         ("X-GPUMesh-Node", answer.node),

@@ -1,6 +1,6 @@
-"""A body that is too large to hold, on its way to one node: read once, so there is one attempt and no failover.
+"""The upload of a body that is too large to hold. It is read once, so there is one attempt and no failover.
 
-On httpx, which streams request bodies; the hot path's client (upstream.py) has no use for that.
+Sent with httpx, which streams request bodies. The hot path's client (upstream.py) does not need that.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ANSWER_BYTES = 1 << 20
 async def upload(
     http: httpx.AsyncClient, lease: Lease, path: str, body: AsyncIterable[bytes], *, timeout_s: float
 ) -> WholeAnswer:
-    """Posts it and releases the lease. Raises BackendUnreachable and DeadlineExceeded."""
+    """Posts the body and releases the lease. Raises BackendUnreachable and DeadlineExceeded."""
     node, loop = lease.node, asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s) as scope:
             lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
             limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
             async with http.stream(
-                "POST", node.base_url + path, content=body, headers=_headers(lease), timeout=limits
+                "POST", node.base_url + path, content=body, headers=_request_headers(lease), timeout=limits
             ) as response:
                 received = bytearray()
-                async for piece in response.aiter_raw():  # as it came: a little that is packed can be gigabytes
+                async for piece in response.aiter_raw():  # not decompressed: a few bytes can become gigabytes
                     received += piece[: ANSWER_BYTES - len(received)]
                     if len(received) == ANSWER_BYTES:
-                        break  # it may have no end
+                        break  # the answer may have no end
     except TimeoutError:
         if lease.aborted:
             lease.release(Outcome.UNREACHABLE, error="the way to it was lost")
@@ -45,25 +45,25 @@ async def upload(
         lease.release(Outcome.DEADLINE)
         raise DeadlineExceeded(f"not done within {timeout_s:.0f} s", node=node.name) from None
     except httpx.HTTPError as error:
-        words = f"the upload broke off: {error or type(error).__name__}"
-        lease.release(Outcome.UNREACHABLE, error=words)
-        raise BackendUnreachable(words, node=node.name) from error
+        message = f"the upload broke off: {error or type(error).__name__}"
+        lease.release(Outcome.UNREACHABLE, error=message)
+        raise BackendUnreachable(message, node=node.name) from error
     except BaseException:
         lease.release(Outcome.CLIENT_GONE)
         raise
-    status, said = response.status_code, bytes(received)
-    head = read_head(status, response.headers.raw, empty=not said)
+    status, answer = response.status_code, bytes(received)
+    head = read_head(status, response.headers.raw, empty=not answer)
     if head.problem is not None and not 400 <= status < 600:
         lease.release(Outcome.SERVER_ERROR, error=head.problem)
         return error_answer(node.name, node.kind, 502, head.headers, head.problem)
     lease.release(classify_status(status, model_asked=False))
     if head.problem is not None:
-        problem = error_text(status, said) if is_web_page(said) else head.problem
+        problem = error_text(status, answer) if is_web_page(answer) else head.problem
         return error_answer(node.name, node.kind, status, head.headers, problem)
-    return WholeAnswer(node.name, node.kind, status, head.headers, said)
+    return WholeAnswer(node.name, node.kind, status, head.headers, answer)
 
 
-def _headers(lease: Lease) -> dict[str, str]:
+def _request_headers(lease: Lease) -> dict[str, str]:
     headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
     if lease.node.target is not None:
         headers["Host"] = host_header(lease.node.target)

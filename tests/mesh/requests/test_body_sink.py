@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from gpumesh.mesh.requests.body_sink import BUFFER_BYTES, BufferedSink, Wakeup
 
@@ -55,7 +56,8 @@ async def test_each_change_wakes_the_reader() -> None:
     changed = Wakeup()
     changed.wake()  # nobody waits: nothing is kept of it
     sink = BufferedSink(changed)
-    for change in (lambda: sink.write(b"x"), sink.finish, lambda: sink.fail("gone"), changed.wake):
+    changes: list[Callable[[], None]] = [lambda: sink.write(b"x"), sink.finish, lambda: sink.fail("x"), changed.wake]
+    for change in changes:
         reader = asyncio.create_task(sink.wait_changed())
         await asyncio.sleep(0)
         assert not reader.done()
