@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 MIB = 1 << 20
 # What it costs to parse a document goes by its values, not by its bytes: a few MiB of `[[],[],…` take a second and a
 # gigabyte. What a report of a server holds at most: 4,000 models of Ollama are 60,000 values.
@@ -38,6 +40,10 @@ def parse(data: bytes) -> Any:
     that holds far more than any answer does."""
     if _exceeds_answers(data):
         return None
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        pass  # it takes a third of the time of Python's parser, but no NaN, no half of a surrogate pair, no UTF-16
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

@@ -70,14 +70,18 @@ class Request:
     def __init__(self, connection: RequestConnection, head: RequestHead, received_at: float) -> None:
         self._connection = connection
         self.method = head.method
-        self.target = target = _strip_origin(head.target)
+        target = head.target
+        if "#" in target or not target.startswith("/"):
+            target = _strip_origin(target)
+        self.target = target
         path = target.partition("?")[0] if "?" in target else target
         self.path = unquote(path) if "%" in path else path
         self.headers = head.headers
         self.is_http10 = head.is_http10
         self.keep_alive = head.keep_alive
         self.received_at = received_at
-        self.id = _safe_id(head.headers.get("x-request-id"))
+        request_id = head.headers.get("x-request-id")
+        self.id = None if request_id is None else _safe_id(request_id)
         self.cors: dict[str, str] | None = None
         self.body = RequestBody(connection.memory)
         self.stream: StreamingResponse | None = None
@@ -262,7 +266,7 @@ def _strip_origin(target: str) -> str:
     return target.partition("#")[0] if "#" in target else target
 
 
-def _safe_id(request_id: str | None) -> str | None:
+def _safe_id(request_id: str) -> str | None:
     """What a client calls its request: a short text that is safe in a header and in a log, or nothing."""
     if not request_id or not request_id.isascii() or not request_id.isprintable():
         return None
