@@ -120,8 +120,9 @@ class Forwarder:
             self._state = ForwarderState.RUNNING
         for listener, dialer in self._listeners:
             self._watch_listener(listener, dialer)
+        running = ForwarderState.RUNNING  # looked up once: in Python 3.11 that is a function call
         try:
-            while self._state is ForwarderState.RUNNING:
+            while self._state is running:
                 for key, mask in self._selector.select(self._next_timeout()):
                     handler: Handler = key.data
                     handler(mask)

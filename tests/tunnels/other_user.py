@@ -1,4 +1,4 @@
-"""A process of another user of this machine, that connects to a local port or a Unix socket and sends a few bytes."""
+"""A process of another user of this machine: it connects to a local port or a Unix socket and sends a few bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ NOBODY = 65534
 ANOTHER = 12345  # in no /etc/passwd
 
 _PROGRAM = """
-import encodings.idna, errno, os, socket, sys  # all before: the other user may not read where Python is
+import encodings.idna, errno, os, socket, sys  # imported first: the other user may not read Python's files
 uid, place, way = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-if way == "before":  # the socket is made by who we are now, and used by another
+if way == "before":  # the present user makes the socket, another user uses it
     sock = socket.create_connection(("127.0.0.1", int(place)))
 os.setgroups([])
 os.setgid(uid)
@@ -33,7 +33,7 @@ try:
     answer = b""
     while piece := sock.recv(65536):
         answer += piece
-except OSError as error:  # whichever call comes first after a reset says it in its own way
+except OSError as error:  # each call reports a reset in its own way
     reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or error.errno == errno.ENOTCONN
     print("reset" if reset else type(error).__name__)
 else:
@@ -44,8 +44,8 @@ else:
 async def connect_as(place: int | str, *, uid: int = NOBODY, way: str = "ipv4") -> str:
     """``answer hello`` from an echo, ``reset``, or the name of another error.
 
-    ``way``: ipv4, ipv6, mapped, unix, goes (sends and is gone), before (connects as who runs the tests, and is the
-    other user from then on)."""
+    ``way``: ipv4, ipv6, mapped, unix, goes (sends and ends), before (connects as the user of the tests, and becomes
+    the other user after that)."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-c", _PROGRAM, str(uid), str(place), way, stdout=asyncio.subprocess.PIPE
     )

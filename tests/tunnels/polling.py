@@ -1,4 +1,4 @@
-"""Waiting for what other processes do: by looking until it is so, under a generous deadline."""
+"""Polls until a condition holds that other processes bring about, under a generous deadline."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DEADLINE_S = 20.0
 async def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Returns when ``condition`` holds; fails with ``what`` after ``DEADLINE_S``."""
     loop = asyncio.get_running_loop()
-    ends = loop.time() + DEADLINE_S
+    deadline = loop.time() + DEADLINE_S
     while not condition():
-        assert loop.time() < ends, f"not within {DEADLINE_S:g} s: {what}"
+        assert loop.time() < deadline, f"not within {DEADLINE_S:g} s: {what}"
         await asyncio.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead but not yet reaped does not."""
+    """Whether a process runs. A dead process that is not reaped yet does not run."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -29,11 +29,11 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Its child processes, those that are dead and not reaped, too. Not by pathlib, which keeps every number that it
-    has seen for ever: some tests watch the memory."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # it has just ended
+    """Its child processes, also dead ones that are not reaped yet. Without pathlib, which keeps each part of a path for
+    ever: some tests watch the memory."""
+    child_pids: list[int] = []
+    with contextlib.suppress(OSError):  # the process has just ended
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/children") as file:
-                found += [int(child) for child in file.read().split()]
-    return found
+                child_pids += [int(child) for child in file.read().split()]
+    return child_pids

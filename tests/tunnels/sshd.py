@@ -32,9 +32,9 @@ def keygen(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
 
 @dataclass
 class Sshd:
-    """``async with Sshd(folder, {"AllowTcpForwarding": "no"}) as sshd``. ``spec`` is a node's way to it.
+    """``async with Sshd(folder, {"AllowTcpForwarding": "no"}) as sshd``. ``spec`` is the spec of a node for it.
 
-    ``prefix`` is put before the command, for an sshd in a network namespace; its ``address`` is then there.
+    ``prefix`` comes before the command, for an sshd in a network namespace, where its ``address`` is then.
     """
 
     folder: Path
@@ -67,8 +67,8 @@ class Sshd:
             "PermitRootLogin": "yes",
             "MaxStartups": "200",
             "LogLevel": "DEBUG1",
-            # A shell that sshd starts reads ~/.bashrc; that of whoever runs the tests may do anything, and killing it
-            # in the middle may harm it (pyenv's leaves a lock for which every later shell waits 60 s).
+            # A shell that sshd starts reads ~/.bashrc. The one of the person who runs the tests may do anything, and a
+            # kill in the middle may do harm (pyenv's leaves a lock, for which every later shell waits 60 s).
             "SetEnv": f"HOME={self.folder}",
             **self.options,
         }
@@ -108,20 +108,20 @@ class Sshd:
         return (self.folder / "sshd.log").read_text(errors="replace")
 
     def children(self) -> list[int]:
-        """The processes of its sessions, each with its own children, oldest first."""
+        """The processes of its sessions and their children, the oldest first."""
         assert self.process is not None
-        found: list[int] = []
+        pids_of_sessions: list[int] = []
         pending = [self.process.pid]
         while pending:
             pids = children(pending.pop())
-            found += pids
+            pids_of_sessions += pids
             pending += pids
-        return found
+        return pids_of_sessions
 
-    def kill_sessions(self, sign: int = signal.SIGKILL) -> None:
+    def kill_sessions(self, signal_number: int = signal.SIGKILL) -> None:
         for pid in self.children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
+                os.kill(pid, signal_number)
 
     async def stop(self) -> None:
         if self.process is None:
@@ -152,7 +152,7 @@ class Sshd:
 
 
 def listener() -> socket.socket:
-    """As the supervisor's: on loopback, any port."""
+    """Like the supervisor's: on loopback, any port."""
     return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 

@@ -1,4 +1,4 @@
-"""Tunnels as the mesh runs them, with all they said kept, for tests."""
+"""Tunnels as the mesh runs them, with all their states recorded, for tests."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ FAILED, CLOSED = TunnelPhase.FAILED, TunnelPhase.CLOSED
 
 @dataclass
 class WatchedTunnel:
-    """``states`` holds every state that it told of."""
+    """``states`` holds every state that the tunnel announced."""
 
     tunnel: SshTunnel
     states: list[TunnelState] = field(default_factory=list)
 
     @property
     def phases(self) -> list[TunnelPhase]:
-        """In order, each once until it changed."""
-        told = [state.state for state in self.states]
-        return [phase for index, phase in enumerate(told) if index == 0 or told[index - 1] is not phase]
+        """The phases in order, without repetitions."""
+        phases = [state.state for state in self.states]
+        return [phase for index, phase in enumerate(phases) if index == 0 or phases[index - 1] is not phase]
 
     @property
     def phase(self) -> TunnelPhase:
@@ -52,7 +52,7 @@ class WatchedTunnel:
         return [int(url.rpartition(":")[2]) for url in self.tunnel.urls.values()]
 
     def has_passed(self, *phases: TunnelPhase) -> bool:
-        """Whether it went through these, in this order, others between them or not."""
+        """Whether it went through these phases in this order, perhaps with others between them."""
         remaining = iter(self.phases)
         return all(phase in remaining for phase in phases)
 
@@ -62,18 +62,18 @@ def node(ssh: SshSpec, *ports: int) -> NodeSpec:
     return NodeSpec("iceland", BackendSpec(targets=targets), ssh)
 
 
-def watched(
+def make_watched(
     pool: WorkerPool,
     ssh: SshSpec,
     *ports: int,
-    ask: Prompter | None = None,
-    grace_s: float = CLIENT_WAIT_S,
+    prompter: Prompter | None = None,
+    client_wait_s: float = CLIENT_WAIT_S,
     tunnels: TunnelsSpec = DEFAULT_TUNNELS,
 ) -> WatchedTunnel:
     states: list[TunnelState] = []
     tunnel = SshTunnel(
         node(ssh, *ports), ssh, clock=time.monotonic, rng=random.Random(0), workers=pool, on_change=states.append,
-        prompter=ask, client_wait_s=grace_s, tunnels_spec=tunnels, mesh_name="home",
+        prompter=prompter, client_wait_s=client_wait_s, tunnels_spec=tunnels, mesh_name="home",
     )  # fmt: skip
     return WatchedTunnel(tunnel, states)
 
@@ -83,46 +83,46 @@ async def supervised(
     pool: WorkerPool,
     ssh: SshSpec,
     *ports: int,
-    ask: Prompter | None = None,
-    grace_s: float = CLIENT_WAIT_S,
+    prompter: Prompter | None = None,
+    client_wait_s: float = CLIENT_WAIT_S,
     tunnels: TunnelsSpec = DEFAULT_TUNNELS,
 ) -> AsyncIterator[WatchedTunnel]:
-    one = watched(pool, ssh, *ports, ask=ask, grace_s=grace_s, tunnels=tunnels)
-    async with run_tunnel(one.tunnel):
-        yield one
+    watched = make_watched(pool, ssh, *ports, prompter=prompter, client_wait_s=client_wait_s, tunnels=tunnels)
+    async with run_tunnel(watched.tunnel):
+        yield watched
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that it started, and theirs."""
-    found: list[int] = []
+    """All children of a process, their children, and so on."""
+    descendant_pids: list[int] = []
     pending = [pid]
     while pending:
         for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                pids = [int(one) for one in task.read_text().split()]
-                found += pids
+                pids = [int(child) for child in task.read_text().split()]
+                descendant_pids += pids
                 pending += pids
-    return found
+    return descendant_pids
 
 
 def descriptors() -> list[str]:
-    """What this process has open."""
-    found = []
+    """The open files of this process."""
+    open_files = []
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing itself
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sorted(found)
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
+            open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(open_files)
 
 
-LONG_S = 600.0  # a keepalive interval in which nothing is noticed by it
+LONG_S = 600.0  # a keepalive interval in which the keepalive notices nothing
 
 
 both = pytest.mark.parametrize("transport", list(TransportKind))
 
 
-async def until_phase(one: WatchedTunnel, phase: TunnelPhase) -> None:
-    await wait_until(lambda: one.phase is phase, f"{phase}; it is {one.tunnel.state}")
+async def wait_phase(watched: WatchedTunnel, phase: TunnelPhase) -> None:
+    await wait_until(lambda: watched.phase is phase, f"{phase}; it is {watched.tunnel.state}")
 
 
-async def until_reconnected(one: WatchedTunnel, times: int) -> None:
-    await wait_until(lambda: one.tunnel.state.reconnects == times and one.phase is UP, f"reconnect {times}")
+async def wait_reconnects(watched: WatchedTunnel, times: int) -> None:
+    await wait_until(lambda: watched.tunnel.state.reconnects == times and watched.phase is UP, f"reconnect {times}")

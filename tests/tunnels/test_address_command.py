@@ -33,7 +33,7 @@ from tests.tunnels.polling import alive, wait_until
         ('{"host": "1.2.3.4"}', "1.2.3.4", 22),
     ],
 )
-def test_forms(text: str, host: str, port: int) -> None:
+def test_forms_of_an_address(text: str, host: str, port: int) -> None:
     assert parse_address(text, default_port=22) == (host, port)
 
 
@@ -67,7 +67,7 @@ def test_forms(text: str, host: str, port: int) -> None:
         ("x" * 10_000, "not a host"),
     ],
 )
-def test_what_is_no_address_is_told_in_a_sentence(text: str, says: str) -> None:
+def test_text_without_an_address_raises_one_sentence(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says.replace("(", r"\(")) as caught:
         parse_address(text, default_port=22)
     assert len(str(caught.value)) < 160
@@ -75,7 +75,7 @@ def test_what_is_no_address_is_told_in_a_sentence(text: str, says: str) -> None:
 
 @given(st.text(), st.integers(1, 65535))
 @example("\u0661.\u0662 \u0662\u0662", 22)  # digits, but not ASCII's
-def test_whatever_it_prints_a_host_is_safe_to_pass_on(text: str, default: int) -> None:
+def test_a_parsed_host_is_always_safe_as_an_argument(text: str, default: int) -> None:
     try:
         host, port = parse_address(text, default_port=default)
     except ValueError:
@@ -115,7 +115,7 @@ async def test_a_command_is_run() -> None:
         (AddressCommand(("sh", "-c", "a\0b")), "NUL"),
     ],
 )
-async def test_a_command_that_gives_no_address_is_retried_and_told(asked: AddressCommand, says: str) -> None:
+async def test_a_command_without_an_address_raises_an_error_that_is_retried(asked: AddressCommand, says: str) -> None:
     with pytest.raises(HostUnresolved) as caught:
         await ask(asked)
     assert says in caught.value.message
@@ -126,15 +126,15 @@ async def test_a_command_that_gives_no_address_is_retried_and_told(asked: Addres
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-async def test_what_it_started_is_ended(tmp_path: Path, cancelled: bool) -> None:
+async def test_the_command_and_its_children_are_ended(tmp_path: Path, cancelled: bool) -> None:
     pids = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait"
-    run_questioning_server = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
+    asking = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
     await wait_until(pids.exists, "the command's start")
     started = [int(pid) for pid in pids.read_text().split()]
     assert all(alive(pid) for pid in started)
     if cancelled:
-        run_questioning_server.cancel()
+        asking.cancel()
     with pytest.raises((HostUnresolved, asyncio.CancelledError)):
-        await run_questioning_server
+        await asking
     await wait_until(lambda: not any(alive(pid) for pid in started), f"the end of {started}")

@@ -26,7 +26,7 @@ def test_a_deadline_passes() -> None:
     assert (deadline.remaining_s, deadline.expired) == (0.0, True)
 
 
-def test_a_persons_time_does_not_count_up_to_a_bound() -> None:
+def test_a_pause_does_not_count_up_to_its_limit() -> None:
     clock = Clock()
     deadline = Deadline(5.0, clock)
     clock.now += 1.0
@@ -49,7 +49,7 @@ def test_a_persons_time_does_not_count_up_to_a_bound() -> None:
     assert deadline.remaining_s == 3.0
 
 
-async def test_a_call_gives_its_result_or_its_error() -> None:
+async def test_a_call_returns_its_result_or_raises_its_error() -> None:
     assert await run_in_thread(divmod, 7, 2) == (3, 1)
 
     def quit_all() -> None:
@@ -61,7 +61,7 @@ async def test_a_call_gives_its_result_or_its_error() -> None:
         await run_in_thread(quit_all)
 
 
-async def test_a_call_that_hangs_keeps_nobody_waiting() -> None:
+async def test_a_call_that_hangs_delays_no_other_call() -> None:
     go, left = threading.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -81,7 +81,7 @@ async def test_a_call_that_hangs_keeps_nobody_waiting() -> None:
         await asyncio.gather(*hanging)
 
 
-def test_a_call_that_outlives_its_loop_ends_in_silence() -> None:
+def test_a_call_that_outlives_its_loop_raises_nothing() -> None:
     go = threading.Event()
 
     async def leave() -> None:

@@ -19,40 +19,40 @@ from tests.tunnels.supervised import (
     UP,
     both,
     supervised,
-    until_phase,
+    wait_phase,
 )
 from tests.tunnels.traffic import exchange
 
 pytestmark = [pytest.mark.real, needs("sshd", "ssh")]
 
 
-async def test_a_missing_secret_is_failed_and_named(
+async def test_a_missing_secret_makes_the_tunnel_failed_and_is_named(
     sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GPUMESH_TEST_PASSWORD", raising=False)
-    async with supervised(pool, sshd.spec(password_env="GPUMESH_TEST_PASSWORD"), 1) as one:
+    async with supervised(pool, sshd.spec(password_env="GPUMESH_TEST_PASSWORD"), 1) as watched:
         with pytest.raises(TunnelError, match="GPUMESH_TEST_PASSWORD"):
-            await one.tunnel.wait_up()
-        assert one.tunnel.state.error_code == "secret-missing"
+            await watched.tunnel.wait_up()
+        assert watched.tunnel.state.error_code == "secret-missing"
 
 
 @both
 async def test_runpods_proxy_is_refused_by_its_name(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
-    """Also where a command gave it; nothing is sent to it."""
-    async with supervised(pool, sshd.spec(host="ssh.runpod.io", transport=transport), 1) as one:
+    """Also when address_from printed it. Nothing is sent to the proxy."""
+    async with supervised(pool, sshd.spec(host="ssh.runpod.io", transport=transport), 1) as watched:
         with pytest.raises(TunnelError, match="terminals") as caught:
-            await one.tunnel.wait_up()
+            await watched.tunnel.wait_up()
         assert caught.value.code == "transport-unsupported"
         assert "exposed TCP" in (caught.value.hint or "")
-        assert one.phase is FAILED
+        assert watched.phase is FAILED
     asker = AddressCommand(("echo", "eu.ssh.runpod.io 22"))
-    async with supervised(pool, sshd.spec(transport=transport, address_from=asker), 1) as one:
+    async with supervised(pool, sshd.spec(transport=transport, address_from=asker), 1) as watched:
         with pytest.raises(TunnelError, match="terminals"):
-            await one.tunnel.wait_up()
+            await watched.tunnel.wait_up()
 
 
 @both
-async def test_the_address_is_asked_for_again_when_a_connect_failed(
+async def test_the_address_command_runs_before_each_attempt(
     sshd: Sshd, pool: WorkerPool, backend: int, tmp_path: Path, transport: TransportKind
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
@@ -64,14 +64,14 @@ async def test_the_address_is_asked_for_again_when_a_connect_failed(
         host="unused.invalid", transport=transport, address_from=AddressCommand(("sh", "-c", script)),
         keepalive_s=LONG_S,
     )  # fmt: skip
-    async with supervised(pool, ssh, backend, grace_s=60.0) as one:
-        await wait_until(lambda: one.tunnel.state.error_code == "host-unresolved", "the empty answer told")
-        assert "address_from" in (one.tunnel.state.last_error or "")
+    async with supervised(pool, ssh, backend, client_wait_s=60.0) as watched:
+        await wait_until(lambda: watched.tunnel.state.error_code == "host-unresolved", "the error of the empty answer")
+        assert "address_from" in (watched.tunnel.state.last_error or "")
         answer.write_text(f"127.0.0.1 {dead}\n")
-        await wait_until(lambda: one.tunnel.state.error_code == "connect-refused", "the dead address told")
+        await wait_until(lambda: watched.tunnel.state.error_code == "connect-refused", "the error of the dead address")
         answer.write_text(f'{{"host": "127.0.0.1", "port": {sshd.port}}}')
-        await until_phase(one, UP)
-        ports = one.ports
+        await wait_phase(watched, UP)
+        ports = watched.ports
         assert await exchange(ports[0], b"x") == b"x"
         count = len(asked.read_text().split())
         assert count >= 3
@@ -80,7 +80,7 @@ async def test_the_address_is_asked_for_again_when_a_connect_failed(
         sshd.port = 0
         await sshd.start()
         answer.write_text(f"127.0.0.1:{sshd.port}")
-        await wait_until(lambda: one.tunnel.state.reconnects == 1, "it is found at its new port")
+        await wait_until(lambda: watched.tunnel.state.reconnects == 1, "the connection to the new port")
         assert await exchange(ports[0], b"moved") == b"moved"
         assert len(asked.read_text().split()) > count
-        assert FAILED not in one.phases
+        assert FAILED not in watched.phases

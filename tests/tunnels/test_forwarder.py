@@ -32,7 +32,7 @@ async def test_closing_resets_clients_and_leaves_the_listener(local: socket.sock
             assert await waiting == b"for the next one"
 
 
-async def test_closed_before_it_ran(local: socket.socket) -> None:
+async def test_close_before_run(local: socket.socket) -> None:
     ended: list[str] = []
     forwarder = Forwarder(lambda: ended.append("end"))
     forwarder.listen(local, relay_to_unix("/nonexistent"))
@@ -42,7 +42,7 @@ async def test_closed_before_it_ran(local: socket.socket) -> None:
     assert ended == ["end"]
 
 
-async def test_an_error_in_a_handler_ends_it_and_is_told(local: socket.socket) -> None:
+async def test_an_error_in_a_handler_ends_the_loop_and_calls_on_end(local: socket.socket) -> None:
     """Not in silence: whoever waits for the connection has to hear that nothing is forwarded any more."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -56,7 +56,7 @@ def test_names_and_patterns(hosts: str, host: str, port: int, known: bool) -> No
     assert status is (HostKeyStatus.KNOWN if known else HostKeyStatus.UNKNOWN)
 
 
-def test_unknown_is_not_changed() -> None:
+def test_unknown_and_changed_keys_differ() -> None:
     assert check_status("", A) is HostKeyStatus.UNKNOWN
     assert check_status(f"5.6.7.8 {A.public_key_text}\n", A) is HostKeyStatus.UNKNOWN
     text = f"1.2.3.4 {B.public_key_text}\n"
@@ -67,7 +67,7 @@ def test_unknown_is_not_changed() -> None:
     )  # one of several
 
 
-def test_the_nodes_own_entry_decides_alone() -> None:
+def test_the_nodes_own_entry_is_preferred_to_the_address() -> None:
     moved = (
         f"{host_key_alias('iceland')} {A.public_key_text}\n"
         f"[9.9.9.9]:1 {A.public_key_text}\n1.2.3.4 {B.public_key_text}\n"
@@ -110,7 +110,7 @@ def test_a_certificate_authority_is_no_host_key() -> None:
         "\x00\xff",
     ],
 )
-def test_lines_that_cannot_be_read_are_passed_over(line: str) -> None:
+def test_lines_that_cannot_be_parsed_are_skipped(line: str) -> None:
     assert check_status(f"{line}\n1.2.3.4 {A.public_key_text} comment\n", A) is HostKeyStatus.KNOWN
     assert check_status(f"{line}\n", A) is HostKeyStatus.UNKNOWN
 
@@ -135,7 +135,7 @@ def test_nothing_is_recorded_in_a_file_of_another_kind(tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "junk\nother ssh-ed25519 AAAA\n"])
-def test_a_file_with_a_line_that_nobody_can_read_is_still_one(tmp_path: Path, text: str) -> None:
+def test_a_known_hosts_file_may_have_lines_that_cannot_be_parsed(tmp_path: Path, text: str) -> None:
     known = tmp_path / "known_hosts"
     known.write_text(text)
     verify(known, A, HostKeyPolicy.ACCEPT_NEW)
@@ -147,7 +147,7 @@ def verify(known: Path, key: HostKey, policy: HostKeyPolicy = HostKeyPolicy.STRI
     hostkeys.verify_host_key(key, node="iceland", host="1.2.3.4", port=2222, known_hosts=known, policy=policy)
 
 
-def test_strict_refuses_the_unknown_and_says_what_to_do(tmp_path: Path) -> None:
+def test_strict_refuses_an_unknown_key_with_a_hint(tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
     with pytest.raises(HostKeyUnknown) as caught:
         verify(known, A)
@@ -168,7 +168,7 @@ def test_accept_new_records_the_unknown_and_refuses_the_changed(tmp_path: Path) 
     assert known.read_bytes() == before
 
 
-def test_revoked_and_authority(tmp_path: Path) -> None:
+def test_a_revoked_key_and_a_certificate_authority_raise_errors(tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
     known.write_text(
         f"@revoked * {A.public_key_text}\n"

@@ -26,6 +26,6 @@ def test_jump_hosts(jump: str, expected: tuple[str, str, int]) -> None:
 
 
 @pytest.mark.parametrize("jump", ["", "root@", ":22", "root@:22", "host:port", "[::1]:port"])
-def test_what_is_no_jump_host(jump: str) -> None:
+def test_malformed_jump_hosts(jump: str) -> None:
     with pytest.raises(ValueError):
         parse_jump(jump, "me")

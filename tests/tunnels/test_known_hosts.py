@@ -27,7 +27,7 @@ B = HostKey("ssh-ed25519", b"\0\0\0\x0bssh-ed25519\0\0\0 " + b"B" * 32)
 RSA = HostKey("ssh-rsa", b"\0\0\0\x07ssh-rsa" + b"R" * 64)
 
 
-def test_kinds_are_those_on_record() -> None:
+def test_key_types_are_those_on_record() -> None:
     known = parse_known_hosts(
         f"1.2.3.4 {RSA.public_key_text}\n1.2.3.4 {A.public_key_text}\n"
         f"1.2.3.4 {B.public_key_text}\n@revoked 1.2.3.4 x x\n"
@@ -55,7 +55,7 @@ def test_fingerprint_and_hashes_are_those_of_openssh(tmp_path: Path) -> None:
     assert found.returncode == 0
 
 
-def test_record_replaces_what_it_supersedes_and_nothing_else(tmp_path: Path) -> None:
+def test_record_replaces_the_keys_of_its_names_only(tmp_path: Path) -> None:
     known = tmp_path / "deep" / "known_hosts"
     record_host_key(known, A, node="iceland", host="1.2.3.4", port=13323)
     assert known.stat().st_mode & 0o777 == 0o600
@@ -87,7 +87,7 @@ def test_record_keeps_a_link_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert read_known_hosts(link).keys(node="n", host="h", port=22) == (A,)
 
 
-def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_or_written_raise_errors(tmp_path: Path) -> None:
     assert read_known_hosts(tmp_path / "none") == KnownHosts()
     with pytest.raises(TunnelError, match="cannot be read"):
         read_known_hosts(tmp_path)
@@ -106,7 +106,7 @@ for number in range(10):
 """
 
 
-def test_writers_at_once_lose_no_line(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_line(tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
     writers = [
         subprocess.Popen([sys.executable, "-c", RECORD_MANY, str(known), name], cwd=Path(__file__).parents[2])

@@ -71,7 +71,7 @@ def test_it_never_gives_up(history: list[tuple[LifecycleEvent, float, float]]) -
 
 
 @given(histories)
-def test_what_it_shows_is_consistent(history: list[tuple[LifecycleEvent, float, float]]) -> None:
+def test_the_state_is_consistent(history: list[tuple[LifecycleEvent, float, float]]) -> None:
     life, now = play(history)
     assert (life.retry_at is not None) == life.waiting
     assert life.since <= now
@@ -81,7 +81,7 @@ def test_what_it_shows_is_consistent(history: list[tuple[LifecycleEvent, float, 
 
 
 @given(histories, st.sampled_from([ConnectionFailed(REFUSED), ConnectionFailed(KEY)]), jitters)
-def test_delays_are_within_their_bounds(
+def test_delays_are_within_their_limits(
     history: list[tuple[LifecycleEvent, float, float]], broke: ConnectionFailed, jitter: float
 ) -> None:
     life, now = play(history)
@@ -114,7 +114,7 @@ def test_closed_is_final(
 
 
 @given(histories, st.sampled_from([Woke(), RetryRequested()]))
-def test_a_wake_or_a_person_is_answered_at_once(
+def test_a_wake_or_a_persons_request_acts_at_once(
     history: list[tuple[LifecycleEvent, float, float]], event: LifecycleEvent
 ) -> None:
     life, now = play(history)
@@ -141,7 +141,7 @@ def test_a_burst_of_network_changes_is_one_attempt(gaps: list[float], jitter: fl
     assert connects == 1
 
 
-def test_intervals_double_to_the_longest_and_stay_there() -> None:
+def test_intervals_double_up_to_the_maximum() -> None:
     life, now = play([])
     delays = []
     for _ in range(5000):
@@ -168,7 +168,7 @@ def test_a_stable_connection_that_breaks_is_tried_again_at_once() -> None:
     assert stable.retry_at - (now + TIMING.stable_s) <= TIMING.immediate_retry_s + 1e-6
 
 
-def test_after_a_wake_it_stays_eager_for_a_while() -> None:
+def test_intervals_stay_short_for_a_while_after_a_wake() -> None:
     life, now = play(
         [(ConnectionFailed(REFUSED), 0, 0.5)] + [(RetryDue(), 60, 0.5), (ConnectionFailed(REFUSED), 0, 0.5)] * 10
     )

@@ -27,7 +27,7 @@ def test_each_target_has_a_port_of_its_own_on_loopback() -> None:
         socket.create_connection(("127.0.0.1", first))
 
 
-async def test_clients_wait_are_turned_away_and_wait_again() -> None:
+async def test_clients_wait_are_reset_and_wait_again() -> None:
     listeners = Listeners(TWO)
     loop = asyncio.get_running_loop()
     waiting = [asyncio.create_task(exchange(port, b"x" * 100_000)) for port in listeners.ports for _ in range(100)]
@@ -52,7 +52,7 @@ async def test_clients_wait_are_turned_away_and_wait_again() -> None:
     assert all(listener.fileno() == -1 for listener in listeners.sockets)
 
 
-async def test_turning_away_survives_a_lack_of_descriptors() -> None:
+async def test_resetting_clients_survives_a_lack_of_descriptors() -> None:
     listeners = Listeners(TWO[:1])
     with socket.socket() as client:
         client.setblocking(False)
@@ -72,7 +72,7 @@ async def test_turning_away_survives_a_lack_of_descriptors() -> None:
     listeners.close()
 
 
-async def test_what_cannot_be_bound_leaves_nothing() -> None:
+async def test_a_failed_bind_leaves_no_descriptor() -> None:
     before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""Who on this machine can use the local ends of a tunnel: real processes of other users, a real sshd, both
+"""Which users of this machine can use the local ends of a tunnel: real processes of other users, a real sshd, both
 transports."""
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 from tests.tunnels.polling import wait_until
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, listener, serving
-from tests.tunnels.supervised import WatchedTunnel, descriptors, supervised, watched
+from tests.tunnels.supervised import WatchedTunnel, descriptors, make_watched, supervised
 from tests.tunnels.traffic import echo, exchange
 
 pytestmark = [
     pytest.mark.real,
     needs("sshd", "ssh"),
-    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which identifies peers"),
 ]
 
 both = pytest.mark.parametrize("transport", list(TransportKind))
@@ -56,13 +56,13 @@ async def pool() -> AsyncIterator[WorkerPool]:
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Short, as a Unix socket's path has to be."""
+    """A short path, because the path of a Unix socket has a limit."""
     folder = tmp_path_factory.mktemp("r")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     return folder
 
 
-class Counted:
+class CountingBackend:
     """A backend that counts its connections."""
 
     def __init__(self) -> None:
@@ -81,11 +81,11 @@ class Counted:
 async def test_a_port_serves_its_own_user_and_resets_others(
     sshd: Sshd, pool: WorkerPool, transport: TransportKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend = Counted()
-    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as one:
-        await one.tunnel.wait_up()
-        (local,) = one.ports
-        assert one.tunnel.state.local_access is LocalAccess.OWN_USER
+    backend = CountingBackend()
+    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as watched:
+        await watched.tunnel.wait_up()
+        (local,) = watched.ports
+        assert watched.tunnel.state.local_access is LocalAccess.OWN_USER
         assert await exchange(local, b"hello") == b"hello"
         assert await connect_as(local, uid=0) == "answer hello"
         before = backend.connections
@@ -93,9 +93,9 @@ async def test_a_port_serves_its_own_user_and_resets_others(
             for way in ("ipv4", "mapped"):
                 for uid in (NOBODY, ANOTHER):
                     assert await connect_as(local, uid=uid, way=way) == "reset"
-            await wait_until(lambda: len(caplog.messages) >= 2, "both are told of")
+            await wait_until(lambda: len(caplog.messages) >= 2, "both users reported")
         assert backend.connections == before
-        nobody, another = caplog.messages  # once for each, though each tried twice
+        nobody, another = caplog.messages  # each user once, though each tried twice
         assert f"nobody (uid {NOBODY}) tried to connect to port {local}, the local end of iceland's tunnel" in nobody
         assert "share: true" in nobody
         assert f"user uid {ANOTHER} tried" in another
@@ -104,35 +104,36 @@ async def test_a_port_serves_its_own_user_and_resets_others(
 
 @needs("root")
 @both
-async def test_shared_ports_serve_everybody(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
+async def test_shared_ports_serve_all_users(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
     async with (
         serving(echo) as port,
-        supervised(pool, sshd.spec(transport=transport), port, tunnels=SHARED) as one,
+        supervised(pool, sshd.spec(transport=transport), port, tunnels=SHARED) as watched,
     ):
-        await one.tunnel.wait_up()
-        assert one.tunnel.state.local_access is LocalAccess.ANY_USER
-        assert await connect_as(one.ports[0], uid=ANOTHER) == "answer hello"
+        await watched.tunnel.wait_up()
+        assert watched.tunnel.state.local_access is LocalAccess.ANY_USER
+        assert await connect_as(watched.ports[0], uid=ANOTHER) == "answer hello"
 
 
 @needs("root")
 @both
-async def test_who_waits_while_the_tunnel_is_away_is_looked_at_when_it_is_back(
+async def test_waiting_clients_are_checked_when_the_tunnel_is_up(
     sshd: Sshd, pool: WorkerPool, transport: TransportKind
 ) -> None:
-    backend = Counted()
+    backend = CountingBackend()
     async with serving(backend) as port:
-        one = watched(pool, sshd.spec(transport=transport), port)
-        (local,) = one.ports
+        watched = make_watched(pool, sshd.spec(transport=transport), port)
+        (local,) = watched.ports
         early = [asyncio.create_task(connect_as(local, uid=uid)) for uid in (0, ANOTHER)]
-        gone = await connect_as(local, uid=ANOTHER, way="goes")  # in the queue, with uid 0 for the kernel by now
+        gone = await connect_as(
+            local, uid=ANOTHER, way="goes"
+        )  # it is still in the queue, and for the kernel it has uid 0 by now
         assert gone == ""
-        running = asyncio.create_task(one.tunnel.run())
+        running = asyncio.create_task(watched.tunnel.run())
         try:
             assert await asyncio.gather(*early) == ["answer hello", "reset"]
             assert await exchange(local, b"last") == b"last"
-            assert backend.connections == 2 + (
-                transport is TransportKind.OPENSSH
-            )  # its question whether it may forward
+            checks = 1 if transport is TransportKind.OPENSSH else 0  # it checks whether forwarding is allowed
+            assert backend.connections == 2 + checks
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -140,12 +141,12 @@ async def test_who_waits_while_the_tunnel_is_away_is_looked_at_when_it_is_back(
 
 @needs("root")
 @both
-async def test_who_sends_and_is_gone_reaches_nothing(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
-    """The kernel shows a socket without a process as root's."""
-    backend = Counted()
-    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as one:
-        await one.tunnel.wait_up()
-        (local,) = one.ports
+async def test_a_client_that_has_gone_reaches_nothing(sshd: Sshd, pool: WorkerPool, transport: TransportKind) -> None:
+    """For the kernel a socket without a process has the uid of root."""
+    backend = CountingBackend()
+    async with serving(backend) as port, supervised(pool, sshd.spec(transport=transport), port) as watched:
+        await watched.tunnel.wait_up()
+        (local,) = watched.ports
         assert await exchange(local, b"hello") == b"hello"
         before = backend.connections
         await asyncio.gather(*(connect_as(local, uid=ANOTHER, way="goes") for _ in range(20)))
@@ -154,10 +155,10 @@ async def test_who_sends_and_is_gone_reaches_nothing(sshd: Sshd, pool: WorkerPoo
 
 
 @needs("root")
-async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sshtunnels_own_forwarding_refuses_other_users_too(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_multiplexer, "find_missing_feature", lambda _: "for this test")
     events = RecordedEvents()
-    backend = Counted()
+    backend = CountingBackend()
     async with serving(backend) as port, connected(sshd.spec(), port, events=events) as (connection, (local,)):
         assert connection._forwarder is not None
         assert not connection._forwarder.uses_channels
@@ -170,7 +171,7 @@ async def test_sshtunnels_own_forwarding_keeps_others_out_as_well(sshd: Sshd, mo
 
 
 @both
-async def test_a_worker_that_cannot_tell_does_not_serve(
+async def test_a_worker_that_cannot_identify_peers_does_not_serve(
     sshd: Sshd, transport: TransportKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(peer_users, "open_socket_lookup", lambda _: None)
@@ -186,16 +187,16 @@ async def test_a_worker_that_cannot_tell_does_not_serve(
 
 
 @needs("root")
-async def test_the_sockets_of_ssh_itself_are_closed_to_others(
+async def test_the_sockets_of_ssh_refuse_other_users(
     sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transport openssh: its master's control socket, and those at which it forwards."""
+    """Transport openssh: the master's control socket, and the sockets at which it forwards."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o711)
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         ssh = sshd.spec(transport=TransportKind.OPENSSH)
-        async with serving(echo) as port, supervised(pool, ssh, port, tunnels=SHARED) as one:
-            await one.tunnel.wait_up()
+        async with serving(echo) as port, supervised(pool, ssh, port, tunnels=SHARED) as watched:
+            await watched.tunnel.wait_up()
             inner = Path(folder) / "gpumesh"
             inner.chmod(0o711)
             sockets = [path for path in inner.rglob("*") if path.is_socket()]
@@ -207,18 +208,18 @@ async def test_the_sockets_of_ssh_itself_are_closed_to_others(
                 path.parent.chmod(0o700)
 
 
-def test_where_the_system_does_not_tell_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_is_unchecked_where_the_system_does_not_identify_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listeners, "can_identify_peers", lambda _: False)
-    one = listeners.Listeners([Target("127.0.0.1", 1)])
-    assert one.access is LocalAccess.UNCHECKED
-    one.close()
+    watched = listeners.Listeners([Target("127.0.0.1", 1)])
+    assert watched.access is LocalAccess.UNCHECKED
+    watched.close()
 
 
 # -- Unix sockets ----------------------------------------------------------------------------------------------------
 
 
-def sock_of(one: WatchedTunnel) -> str:
-    path = one.tunnel.state.local_socket
+def local_socket(watched: WatchedTunnel) -> str:
+    path = watched.tunnel.state.local_socket
     assert path is not None
     return path
 
@@ -227,12 +228,15 @@ def sock_of(one: WatchedTunnel) -> str:
 async def test_a_unix_socket_in_place_of_a_port(
     sshd: Sshd, pool: WorkerPool, runtime: Path, transport: TransportKind
 ) -> None:
-    async with serving(echo) as port, supervised(pool, sshd.spec(transport=transport), port, 1, tunnels=UNIX) as one:
-        await one.tunnel.wait_up()
-        state = one.tunnel.state
+    async with (
+        serving(echo) as port,
+        supervised(pool, sshd.spec(transport=transport), port, 1, tunnels=UNIX) as watched,
+    ):
+        await watched.tunnel.wait_up()
+        state = watched.tunnel.state
         path = runtime / "gpumesh" / "home-iceland.sock"
         assert (state.local_port, state.local_socket, state.local_access) == (None, str(path), LocalAccess.OWN_USER)
-        assert list(one.tunnel.urls.values()) == [
+        assert list(watched.tunnel.urls.values()) == [
             f"http://unix:{path}:",
             f"http://unix:{path.with_stem(path.stem + '-2')}:",
         ]
@@ -242,7 +246,9 @@ async def test_a_unix_socket_in_place_of_a_port(
         writer.write(b"hello")
         assert await asyncio.wait_for(reader.readexactly(5), 20) == b"hello"
         sshd.kill_sessions()
-        await wait_until(lambda: one.tunnel.state.reconnects == 1 and one.phase is TunnelPhase.UP, "it is back")
+        await wait_until(
+            lambda: watched.tunnel.state.reconnects == 1 and watched.phase is TunnelPhase.UP, "the reconnect"
+        )
         assert await asyncio.wait_for(reader.read(), 20) == b""  # a Unix socket has no reset to send
         writer.close()
         assert await connect_as(str(path), uid=0, way="unix") == "answer hello"
@@ -250,33 +256,31 @@ async def test_a_unix_socket_in_place_of_a_port(
 
 
 @needs("root")
-async def test_a_unix_socket_lets_no_other_user_in(
-    sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_unix_socket_refuses_other_users(sshd: Sshd, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        Path(folder).chmod(0o711)  # so that it is ours below it that keeps others out
+        Path(folder).chmod(0o711)  # so that only our folder inside it keeps others out
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        async with serving(echo) as port, supervised(pool, sshd.spec(), port, tunnels=UNIX) as one:
-            await one.tunnel.wait_up()
-            path = sock_of(one)
+        async with serving(echo) as port, supervised(pool, sshd.spec(), port, tunnels=UNIX) as watched:
+            await watched.tunnel.wait_up()
+            path = local_socket(watched)
             assert await connect_as(path, uid=ANOTHER, way="unix") == "PermissionError"
             Path(path).parent.chmod(0o711)
             assert await connect_as(path, uid=ANOTHER, way="unix") == "PermissionError"
 
 
-async def test_clients_of_a_unix_socket_wait_and_are_turned_away(sshd: Sshd, pool: WorkerPool) -> None:
-    """As those of a port: they wait while the tunnel is away for a moment, and are let go when it is for longer."""
+async def test_clients_of_a_unix_socket_wait_and_are_reset(sshd: Sshd, pool: WorkerPool) -> None:
+    """Like clients of a port: they wait during a short outage, and are reset during a long one."""
     async with serving(echo) as port:
-        one = watched(pool, sshd.spec(), port, tunnels=UNIX, grace_s=0.2)
-        waiting = asyncio.create_task(connect_as(sock_of(one), uid=0, way="unix"))
+        watched = make_watched(pool, sshd.spec(), port, tunnels=UNIX, client_wait_s=0.2)
+        waiting = asyncio.create_task(connect_as(local_socket(watched), uid=0, way="unix"))
         await sshd.stop()
-        running = asyncio.create_task(one.tunnel.run())
+        running = asyncio.create_task(watched.tunnel.run())
         try:
             assert await waiting in ("reset", "answer")
             await sshd.start()
-            one.tunnel.retry_now()
-            await one.tunnel.wait_up()
-            assert await connect_as(sock_of(one), uid=0, way="unix") == "answer hello"
+            watched.tunnel.retry_now()
+            await watched.tunnel.wait_up()
+            assert await connect_as(local_socket(watched), uid=0, way="unix") == "answer hello"
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -84,7 +84,7 @@ async def test_the_end_of_input_ends_the_command_and_what_it_started(shell: Path
         assert await process.wait() == 137
 
 
-async def test_a_grandchild_ends_too_where_there_is_a_setsid(shell: Path) -> None:
+async def test_a_grandchild_ends_too_where_the_host_has_setsid(shell: Path) -> None:
     add_setsid(shell)
     process = await start(shell, shlex.join(["sh", "-c", "sh -c 'sleep 600 & echo $!; wait'; true"]))
     assert process.stdout is not None
@@ -117,7 +117,7 @@ async def test_streams_may_be_one_socket(shell: Path) -> None:
             assert said == b"over\n"
 
 
-async def test_a_signal_shows_as_a_shell_shows_it(shell: Path) -> None:
+async def test_a_signal_shows_as_128_plus_its_number(shell: Path) -> None:
     add_setsid(shell)
     process = await start(shell, shlex.join(["sh", "-c", "kill -9 $$"]))
     async with asyncio.timeout(20):
@@ -148,5 +148,5 @@ def test_the_command_can_be_read_back(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize("script", ["", "nvidia-smi", "exec 3<&0; rm -rf x", os.linesep])
-def test_other_scripts_are_not_taken_for_it(script: str) -> None:
+def test_other_scripts_are_not_unwrapped(script: str) -> None:
     assert unwrap_killable(script) is None

@@ -5,7 +5,7 @@ from itertools import islice
 from gpumesh.tunnels.stagger import stagger_intervals
 
 
-def test_a_hundred_nodes_take_turns() -> None:
+def test_a_hundred_nodes_are_spread_over_the_interval() -> None:
     """No tenth of the time between has more than a fifth of them."""
     second = [next(stagger_intervals(f"node-{number:03d}", 2.0)) for number in range(100)]
     tenths = [int((wait - 1.0) / 0.2) for wait in second]
@@ -13,7 +13,7 @@ def test_a_hundred_nodes_take_turns() -> None:
     assert max(tenths.count(tenth) for tenth in range(10)) <= 20
 
 
-def test_then_all_wait_alike() -> None:
+def test_later_intervals_are_equal() -> None:
     first, *others = islice(stagger_intervals("iceland", 2.0), 5)
     assert 1.0 <= first < 3.0
     assert others == [2.0] * 4

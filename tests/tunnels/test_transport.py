@@ -1,4 +1,4 @@
-"""What a worker may expect of any transport: the same tests for both, against a real OpenSSH sshd."""
+"""The interface of a transport: the same tests for both transports, against a real OpenSSH sshd."""
 
 from __future__ import annotations
 
@@ -59,45 +59,43 @@ async def connected(
             ConnectRequest("iceland", ssh, targets, control_dir=str(folder)), listeners, RecordedEvents()
         )
         try:
-            yield connection, [one.getsockname()[1] for one in listeners]
+            yield connection, [sock.getsockname()[1] for sock in listeners]
         finally:
             await connection.close()
 
 
-async def first_line(running: RemoteCommand) -> bytes:
+async def read_first_line(running: RemoteCommand) -> bytes:
     piece = await asyncio.wait_for(running.read(), 20)
     assert piece is not None
     assert piece[0] is OutputStream.STDOUT
     return piece[1]
 
 
-async def to_the_end(running: RemoteCommand) -> None:
+async def read_to_end(running: RemoteCommand) -> None:
     async with asyncio.timeout(20):
         while await running.read():
             pass
 
 
-async def test_a_command_is_read_in_pieces_to_its_end_and_beyond(
-    connect: ConnectFunction, sshd: Sshd, folder: Path
-) -> None:
+async def test_reading_a_command_after_its_end_returns_none(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
     async with connected(connect, sshd.spec(), folder) as (connection, _):
         running = await connection.start_command("sh -c 'head -c 200000 /dev/zero; echo err >&2; exit 9'")
-        said = {OutputStream.STDOUT: 0, OutputStream.STDERR: 0}
+        counts = {OutputStream.STDOUT: 0, OutputStream.STDERR: 0}
         async with asyncio.timeout(20):
             while piece := await running.read():
                 assert 0 < len(piece[1]) <= 32 * 1024
-                said[piece[0]] += len(piece[1])
+                counts[piece[0]] += len(piece[1])
             assert await running.read() is None
-        assert (said[OutputStream.STDOUT], said[OutputStream.STDERR], running.exit_status) == (200_000, 4, 9)
+        assert (counts[OutputStream.STDOUT], counts[OutputStream.STDERR], running.exit_status) == (200_000, 4, 9)
         await running.kill()
         await running.kill()
         assert running.exit_status == 9
 
 
-async def test_who_does_not_read_stops_the_host(
+async def test_a_command_that_is_not_read_stops_on_the_host(
     connect: ConnectFunction, sshd: Sshd, folder: Path, tmp_path: Path
 ) -> None:
-    """An endless output waits on the host, not in our memory."""
+    """Endless output waits on the host, not in our memory."""
     count = tmp_path / "count"
     script = f"i=0; while [ $i -lt 4000 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {count}; done"
     async with connected(connect, sshd.spec(), folder) as (connection, _):
@@ -121,30 +119,32 @@ async def test_who_does_not_read_stops_the_host(
         await running.kill()
 
 
-async def test_after_the_end_nothing_more_is_to_be_had(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
+async def test_a_lost_connection_gives_errors_to_later_callers(
+    connect: ConnectFunction, sshd: Sshd, folder: Path
+) -> None:
     async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
         running = await connection.start_command("sh -c 'echo go; exec sleep 600'")
-        assert await first_line(running) == b"go\n"
+        assert await read_first_line(running) == b"go\n"
         lost = asyncio.create_task(connection.wait_lost())
         await asyncio.sleep(0)
         assert not lost.done()
         sshd.kill_sessions(signal.SIGKILL)
         error = await asyncio.wait_for(lost, 20)
         assert (error.code, error.needs_person) == ("tunnel-lost", False)
-        assert (await connection.wait_lost()).code == "tunnel-lost"  # for whoever asks later
+        assert (await connection.wait_lost()).code == "tunnel-lost"  # a later caller gets it too
         with pytest.raises(ExecError):
-            await to_the_end(running)
+            await read_to_end(running)
         await running.kill()
         assert await connection.ping(5.0) is None
         with pytest.raises(ExecError):
-            await to_the_end(await connection.start_command("true"))
+            await read_to_end(await connection.start_command("true"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
     connect: ConnectFunction, sshd: Sshd, folder: Path
 ) -> None:
-    """Clients of a port behind which nothing moves any more would wait for ever."""
+    """Otherwise clients of the port would wait for ever."""
     async with connected(connect, sshd.spec(), folder, 1) as (connection, _):
         waiting = asyncio.create_task(connection.wait_lost())
         if isinstance(connection, OpensshConnection):
@@ -153,7 +153,7 @@ async def test_an_error_in_the_forwarding_thread_is_a_lost_connection(
             assert isinstance(connection, ParamikoConnection)
             assert connection._forwarder is not None
             forwarder = connection._forwarder._server_list[0]._forwarder
-        forwarder.post([].pop)  # an error of ours
+        forwarder.post([].pop)  # raises IndexError in the selector's thread
         assert (await asyncio.wait_for(waiting, 20)).code == "tunnel-lost"
 
 
@@ -171,7 +171,7 @@ async def test_closing_leaves_nothing_here_or_there(connect: ConnectFunction, ss
             await asyncio.wait_for(reader.read(), 20)
         writer.close()
         await wait_until(lambda: not sshd.children(), "the end of the session")
-        for path in folder.iterdir():  # the supervisor's folder, which goes with its connection
+        for path in folder.iterdir():  # the supervisor would remove this folder
             path.unlink()
     await wait_until(lambda: descriptors() == before, f"{before} as before, not {descriptors()}")
     assert sshd.process is not None
@@ -179,7 +179,7 @@ async def test_closing_leaves_nothing_here_or_there(connect: ConnectFunction, ss
 
 
 @pytest.mark.exclusive
-async def test_small_answers_are_not_held_back(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
+async def test_small_answers_are_not_delayed(connect: ConnectFunction, sshd: Sshd, folder: Path) -> None:
     """docs/internals/tunnels.md says how. Otherwise each of these answers takes 40 ms or more, on any machine."""
 
     async def in_two_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -190,11 +190,11 @@ async def test_small_answers_are_not_held_back(connect: ConnectFunction, sshd: S
 
     async with serving(in_two_pieces) as port, connected(connect, sshd.spec(), folder, port) as (_, (local,)):
         reader, writer = await asyncio.open_connection("127.0.0.1", local)
-        took = []
+        times_s = []
         for _ in range(60):
             began = time.perf_counter()
             writer.write(b"?")
             await asyncio.wait_for(reader.readexactly(10), 20)
-            took.append(time.perf_counter() - began)
+            times_s.append(time.perf_counter() - began)
         writer.close()
-        assert statistics.median(took) < 0.030
+        assert statistics.median(times_s) < 0.030

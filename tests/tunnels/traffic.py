@@ -1,4 +1,4 @@
-"""What goes through a tunnel in tests."""
+"""Traffic through a tunnel, for tests: an echo server, and a client that sends and reads to the end."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ DEADLINE_S = 30.0
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """For ``sshd.serving``: sends back what comes, and ends when it has ended."""
+    """For ``sshd.serving``: sends everything back, and ends its direction when the client has ended."""
     try:
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
         writer.write_eof()
     except OSError:
-        pass  # the client has gone; ENOTCONN is no ConnectionError
+        pass  # the client is gone; ENOTCONN is no ConnectionError
 
 
 async def exchange(port: int, data: bytes) -> bytes:
-    """Sends ``data`` to a local port, ends, and reads to the end. Raises ``ConnectionResetError`` when it is cut."""
+    """Sends ``data`` to a local port, then EOF, and reads to the end. Raises ``ConnectionResetError`` after a reset."""
     loop = asyncio.get_running_loop()
     with socket.socket() as sock:
         sock.setblocking(False)
@@ -37,7 +37,7 @@ async def exchange(port: int, data: bytes) -> bytes:
 
         async with asyncio.timeout(DEADLINE_S):
             await loop.sock_connect(sock, ("127.0.0.1", port))
-            # Whichever comes first gets the reset; the other may see an ordinary end.
+            # The reset shows in one of the two; the other may see an ordinary end.
             sent, received = await asyncio.gather(send(), receive(), return_exceptions=True)
     for outcome in (sent, received):
         if isinstance(outcome, OSError):

@@ -1,4 +1,4 @@
-"""Who listens on a local port: with sockets and processes of this machine, and with a /proc made up for the rest."""
+"""Which process listens on a local port: with real sockets and processes, and with a fake /proc for the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpumesh.tunnels.direct import port_owners
 from gpumesh.tunnels.direct.port_owners import PortOwner, PortOwnerLookup
 
 
-def ask(ports: PortOwnerLookup, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
+def find_owner(ports: PortOwnerLookup, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
     return ports.find_owners([(host, port)])[host, port]
 
 
@@ -24,7 +24,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 @linux_only
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 async def test_a_server_on_this_machine(address: str) -> None:
-    """That of a plain Python: its own name and arguments are no forwarder's."""
+    """A server in plain Python: neither its name nor its arguments are those of a forwarder."""
     script = (
         "import socket, sys; s = socket.create_server((sys.argv[1], 0), family=int(sys.argv[2]));"
         "print(s.getsockname()[1], flush=True); sys.stdin.read()"
@@ -37,26 +37,26 @@ async def test_a_server_on_this_machine(address: str) -> None:
     assert server.stdout is not None
     port = int(await asyncio.wait_for(server.stdout.readline(), 20))
     loopback = "::1" if ":" in address else "127.0.0.1"
-    assert ask(PortOwnerLookup(), loopback, port) == PortOwner(True)
-    assert ask(PortOwnerLookup(), "localhost", port).is_local
+    assert find_owner(PortOwnerLookup(), loopback, port) == PortOwner(True)
+    assert find_owner(PortOwnerLookup(), "localhost", port).is_local
     if address == "127.0.0.1":
-        other = ask(PortOwnerLookup(), "127.0.0.2", port)
+        other = find_owner(PortOwnerLookup(), "127.0.0.2", port)
         assert (other.is_local, "not known" in other.reason) == (False, True)
     server.kill()
     await server.communicate()
-    gone = ask(PortOwnerLookup(), loopback, port)
+    gone = find_owner(PortOwnerLookup(), loopback, port)
     assert not gone.is_local
     assert str(port) in gone.reason
 
 
-def test_elsewhere_it_is_not_known() -> None:
-    owner = ask(PortOwnerLookup(platform="darwin"))
+def test_other_systems_do_not_know_the_owner() -> None:
+    owner = find_owner(PortOwnerLookup(platform="darwin"))
     assert not owner.is_local
     assert "not known" in owner.reason
 
 
-class MadeUp:
-    """A /proc. ``listen`` adds a socket, ``process`` one that holds it."""
+class FakeProc:
+    """A /proc. ``listen`` adds a socket, ``process`` adds a process that holds sockets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,15 +87,15 @@ class MadeUp:
             (folder / "fd" / str(number)).symlink_to(f"socket:[{inode}]")
 
     def owner(self, host: str = "127.0.0.1", port: int = 11434) -> PortOwner:
-        return ask(self.ports(), host, port)
+        return find_owner(self.ports(), host, port)
 
     def ports(self) -> PortOwnerLookup:
         return PortOwnerLookup(proc=self.folder, platform="linux")
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> MadeUp:
-    return MadeUp(tmp_path / "proc")
+def proc(tmp_path: Path) -> FakeProc:
+    return FakeProc(tmp_path / "proc")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def proc(tmp_path: Path) -> MadeUp:
         ("systemd-socket-", ("/lib/systemd/systemd-socket-proxyd", "gpu:11434")),
     ],
 )
-def test_who_passes_on_is_not_the_server(proc: MadeUp, name: str, arguments: tuple[str, ...]) -> None:
+def test_a_forwarding_process_is_not_local(proc: FakeProc, name: str, arguments: tuple[str, ...]) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, name, *arguments, inodes=(76, 77))
     owner = proc.owner()
@@ -133,14 +133,14 @@ def test_who_passes_on_is_not_the_server(proc: MadeUp, name: str, arguments: tup
         ("docker-proxy", ("docker-proxy", "-host-port", "11434")),  # leads to a container of this machine
     ],
 )
-def test_who_serves_is(proc: MadeUp, name: str, arguments: tuple[str, ...]) -> None:
+def test_a_server_process_is_local(proc: FakeProc, name: str, arguments: tuple[str, ...]) -> None:
     proc.listen("0.0.0.0", 11434, 77)
     proc.process(42, name, *arguments, inodes=(77,))
     assert proc.owner().is_local
 
 
-def test_another_users_process_is_the_server_only_under_a_servers_account(
-    proc: MadeUp, monkeypatch: pytest.MonkeyPatch
+def test_a_process_of_another_user_is_local_only_under_a_servers_account(
+    proc: FakeProc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {999: "ollama", 1001: "somebody"}
     monkeypatch.setattr(port_owners, "_find_account", names.get)
@@ -150,25 +150,25 @@ def test_another_users_process_is_the_server_only_under_a_servers_account(
     owner = proc.owner(port=8080)
     assert not owner.is_local
     assert "another user" in owner.reason
-    proc.listen("127.0.0.1", 8081, 79, uid=4242)  # of nobody
+    proc.listen("127.0.0.1", 8081, 79, uid=4242)  # a uid without an account
     assert not proc.owner(port=8081).is_local
 
 
-def test_one_forwarder_among_several_is_enough_to_doubt(proc: MadeUp) -> None:
-    """SO_REUSEPORT, or a socket that was inherited: the kernel chooses."""
+def test_a_socket_that_a_forwarder_holds_too_is_not_local(proc: FakeProc) -> None:
+    """With SO_REUSEPORT, or an inherited socket, the kernel chooses the process."""
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     proc.process(43, "ssh", "ssh", "-L", "x", inodes=(77,))
     assert not proc.owner().is_local
 
 
-def test_only_who_listens_counts(proc: MadeUp) -> None:
+def test_only_listening_sockets_count(proc: FakeProc) -> None:
     proc.listen("127.0.0.1", 11434, 77, state="01")  # an established connection
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     assert "not known" in proc.owner().reason
 
 
-def test_ipv4_clients_reach_an_ipv6_socket(proc: MadeUp) -> None:
+def test_ipv4_clients_reach_an_ipv6_socket(proc: FakeProc) -> None:
     proc.listen("::ffff:127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     assert proc.owner().is_local
@@ -177,7 +177,7 @@ def test_ipv4_clients_reach_an_ipv6_socket(proc: MadeUp) -> None:
     assert proc.owner(port=8080).is_local
 
 
-def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> None:
+def test_a_process_that_just_ended_and_malformed_tables(proc: FakeProc) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     (proc.folder / "42" / "comm").unlink()
@@ -187,26 +187,26 @@ def test_a_process_that_ends_meanwhile_and_tables_that_are_odd(proc: MadeUp) -> 
     assert not proc.owner().is_local
 
 
-def test_what_was_found_stands_while_the_socket_is_the_same(proc: MadeUp) -> None:
+def test_an_owner_is_kept_while_the_socket_is_the_same(proc: FakeProc) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     ports = proc.ports()
-    assert ask(ports).is_local
-    (proc.folder / "42" / "comm").write_text("ssh\n")  # which no process does: it is only not looked at again
-    assert ask(ports).is_local
-    proc.listen("127.0.0.1", 11434, 78)  # a second one beside it
+    assert find_owner(ports).is_local
+    (proc.folder / "42" / "comm").write_text("ssh\n")  # the name is not read again
+    assert find_owner(ports).is_local
+    proc.listen("127.0.0.1", 11434, 78)  # a second socket
     proc.process(43, "ollama", "ollama", "serve", inodes=(78,))
-    assert ask(ports) == PortOwner(False, "ssh listens on port 11434, which may lead to another machine")
+    assert find_owner(ports) == PortOwner(False, "ssh listens on port 11434, which may lead to another machine")
 
 
-def test_who_ended_while_being_looked_at_is_looked_for_again(proc: MadeUp) -> None:
+def test_a_process_that_just_ended_is_looked_up_again(proc: FakeProc) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     (proc.folder / "42" / "comm").rename(proc.folder / "42" / "gone")
     ports = proc.ports()
-    assert not ask(ports).is_local
+    assert not find_owner(ports).is_local
     (proc.folder / "42" / "gone").rename(proc.folder / "42" / "comm")
-    assert ask(ports).is_local
+    assert find_owner(ports).is_local
 
 
 def test_accounts() -> None:
@@ -214,19 +214,19 @@ def test_accounts() -> None:
     assert port_owners._find_account(3_999_999) is None
 
 
-def test_several_places_are_looked_for_together(proc: MadeUp) -> None:
+def test_several_addresses_are_looked_up_together(proc: FakeProc) -> None:
     proc.listen("127.0.0.1", 11434, 77)
     proc.listen("::", 8080, 78)
     proc.process(42, "ollama", "ollama", "serve", inodes=(77,))
     proc.process(43, "ssh", "ssh", "-L", "x", inodes=(78,))
     ports = proc.ports()
-    places = [("127.0.0.1", 11434), ("localhost", 8080), ("127.0.0.1", 8080), ("127.0.0.1", 9)]
+    addresses = [("127.0.0.1", 11434), ("localhost", 8080), ("127.0.0.1", 8080), ("127.0.0.1", 9)]
     elsewhere = PortOwner(False, "ssh listens on port 8080, which may lead to another machine")
-    assert ports.find_owners(places) == dict(
+    assert ports.find_owners(addresses) == dict(
         zip(
-            places,
+            addresses,
             [PortOwner(True), elsewhere, elsewhere, PortOwner(False, "which process listens on port 9 is not known")],
             strict=True,
         )
     )
-    assert ports.find_owners(places[:1]) == {places[0]: PortOwner(True)}
+    assert ports.find_owners(addresses[:1]) == {addresses[0]: PortOwner(True)}

@@ -26,47 +26,49 @@ from tests.tunnels.traffic import echo
 HERE, ELSEWHERE = PortOwner(True), PortOwner(False, "ssh listens on port 1, which may lead to another machine")
 
 
-class Always(PortOwnerLookup):
-    """Says the same of each port: who listens there is test_owners.py's."""
+class FixedOwners(PortOwnerLookup):
+    """Returns the same owner for each port."""
 
     def __init__(self, owner: PortOwner) -> None:
         super().__init__()
-        self._owner_of_all = owner
+        self._owner = owner
 
-    def find_owners(self, places: Collection[HostPort]) -> dict[HostPort, PortOwner]:
-        return dict.fromkeys(places, self._owner_of_all)
+    def find_owners(self, addresses: Collection[HostPort]) -> dict[HostPort, PortOwner]:
+        return dict.fromkeys(addresses, self._owner)
 
 
 @dataclass
-class RecordedEvents:
+class RunningTunnel:
     tunnel: DirectTunnel
     states: list[TunnelState] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
-async def direct(*targets: Target, owner: PortOwner = HERE) -> AsyncIterator[RecordedEvents]:
+async def direct(*targets: Target, owner: PortOwner = HERE) -> AsyncIterator[RunningTunnel]:
     states: list[TunnelState] = []
     spec = NodeSpec("local", BackendSpec(targets=targets))
-    tunnel = DirectTunnel(spec, clock=time.monotonic, on_change=states.append, this_machine=ThisMachine(Always(owner)))
+    tunnel = DirectTunnel(
+        spec, clock=time.monotonic, on_change=states.append, this_machine=ThisMachine(FixedOwners(owner))
+    )
     task = asyncio.create_task(tunnel.run())
     try:
-        yield RecordedEvents(tunnel, states)
+        yield RunningTunnel(tunnel, states)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
 
-def unused() -> int:
+def find_closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 async def test_up_while_one_of_its_targets_answers() -> None:
-    dead = Target("127.0.0.1", unused())
-    async with serving(echo) as port, direct(dead, Target("localhost", port, path="/api/")) as told:
-        await asyncio.wait_for(told.tunnel.wait_up(), 20)
-        state = told.tunnel.state
+    dead = Target("127.0.0.1", find_closed_port())
+    async with serving(echo) as port, direct(dead, Target("localhost", port, path="/api/")) as running:
+        await asyncio.wait_for(running.tunnel.wait_up(), 20)
+        state = running.tunnel.state
         assert (state.transport, state.state, state.error_code, state.local_port) == (
             "direct",
             TunnelPhase.UP,
@@ -74,34 +76,34 @@ async def test_up_while_one_of_its_targets_answers() -> None:
             None,
         )
         assert state.rtt_ms is not None
-        assert told.tunnel.urls[Target("localhost", port, path="/api/")] == f"http://localhost:{port}/api"
-    assert told.tunnel.state.state is TunnelPhase.CLOSED
+        assert running.tunnel.urls[Target("localhost", port, path="/api/")] == f"http://localhost:{port}/api"
+    assert running.tunnel.state.state is TunnelPhase.CLOSED
     with pytest.raises(TunnelDown):
-        await told.tunnel.wait_up()
+        await running.tunnel.wait_up()
 
 
-async def test_a_loss_is_seen_when_suspected_and_the_return_when_nudged() -> None:
+async def test_suspect_finds_a_loss_and_retry_now_finds_the_return() -> None:
     async with contextlib.AsyncExitStack() as stack:
         server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        told = await stack.enter_async_context(direct(Target("127.0.0.1", port)))
-        await asyncio.wait_for(told.tunnel.wait_up(), 20)
+        running = await stack.enter_async_context(direct(Target("127.0.0.1", port)))
+        await asyncio.wait_for(running.tunnel.wait_up(), 20)
         server.close()
         await server.wait_closed()
-        told.tunnel.suspect("a request failed")
-        await wait_until(lambda: told.tunnel.state.state is TunnelPhase.BACKOFF, "the loss")
-        state = told.tunnel.state
+        running.tunnel.suspect("a request failed")
+        await wait_until(lambda: running.tunnel.state.state is TunnelPhase.BACKOFF, "the loss")
+        state = running.tunnel.state
         assert state.error_code == "connect-refused"
         assert str(port) in (state.last_error or "")
         assert state.hint
         assert state.retry_in_s
         with pytest.raises(TunnelDown):
-            await told.tunnel.exec(["true"], timeout_s=5)
+            await running.tunnel.exec(["true"], timeout_s=5)
         server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
         async with server:
-            told.tunnel.retry_now()
-            await asyncio.wait_for(told.tunnel.wait_up(), 20)
-            state = told.tunnel.state
+            running.tunnel.retry_now()
+            await asyncio.wait_for(running.tunnel.wait_up(), 20)
+            state = running.tunnel.state
             assert state.reconnects == 1
             assert state.last_error  # why it was away
             assert state.error_code is None
@@ -113,18 +115,18 @@ async def test_a_loss_is_seen_when_suspected_and_the_return_when_nudged() -> Non
         (Target("gpumesh-no-such-host.invalid", 80), "host-unresolved"),
         (Target("a" * 300, 80), "host-unresolved"),
         (Target("a..b", 80), "host-unresolved"),
-        (Target("127.0.0.1", unused()), "connect-refused"),
+        (Target("127.0.0.1", find_closed_port()), "connect-refused"),
         (Target("255.255.255.255", 80), "host-unreachable"),  # our own kernel refuses it: nothing is sent
     ],
 )
-async def test_true_reasons(target: Target, code: str) -> None:
-    async with direct(target) as told:
-        await wait_until(lambda: told.tunnel.state.error_code is not None, "a reason")
-        assert told.tunnel.state.error_code == code
+async def test_error_codes(target: Target, code: str) -> None:
+    async with direct(target) as running:
+        await wait_until(lambda: running.tunnel.state.error_code is not None, "a reason")
+        assert running.tunnel.state.error_code == code
 
 
 @pytest.mark.slow
-async def test_a_black_hole_hides_no_other_and_has_an_end() -> None:
+async def test_a_target_that_never_answers_times_out_and_delays_no_other() -> None:
     """A listener whose queue is full drops what comes."""
     with socket.socket() as hole, contextlib.ExitStack() as stack:
         hole.bind(("127.0.0.1", 0))
@@ -135,57 +137,57 @@ async def test_a_black_hole_hides_no_other_and_has_an_end() -> None:
             filling.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 filling.connect(("127.0.0.1", port))
-        async with direct(Target("127.0.0.1", port)) as told:
-            await wait_until(lambda: told.tunnel.state.error_code == "connect-timeout", "the time-out")
-        async with serving(echo) as good, direct(Target("127.0.0.1", port), Target("127.0.0.1", good)) as told:
-            await asyncio.wait_for(told.tunnel.wait_up(), 20)
+        async with direct(Target("127.0.0.1", port)) as running:
+            await wait_until(lambda: running.tunnel.state.error_code == "connect-timeout", "the time-out")
+        async with serving(echo) as good, direct(Target("127.0.0.1", port), Target("127.0.0.1", good)) as running:
+            await asyncio.wait_for(running.tunnel.wait_up(), 20)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
 async def test_commands_run_here_if_the_server_is_here() -> None:
-    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as told:
-        await told.tunnel.wait_up()
-        result = await told.tunnel.exec(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=20)
+    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as running:
+        await running.tunnel.wait_up()
+        result = await running.tunnel.exec(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=20)
         assert (result.exit_status, result.stdout, result.stderr, result.truncated) == (3, b"out\n", b"err\n", False)
-        assert (await told.tunnel.exec(["echo", "$HOME; id"], timeout_s=20)).stdout == b"$HOME; id\n"  # no shell
-        assert (await told.tunnel.exec(["sh", "-c", "kill -9 $$"], timeout_s=20)).exit_status is None
-        cut = await told.tunnel.exec(["head", "-c", "100000", "/dev/zero"], timeout_s=20, limit_bytes=10)
+        assert (await running.tunnel.exec(["echo", "$HOME; id"], timeout_s=20)).stdout == b"$HOME; id\n"  # no shell
+        assert (await running.tunnel.exec(["sh", "-c", "kill -9 $$"], timeout_s=20)).exit_status is None
+        cut = await running.tunnel.exec(["head", "-c", "100000", "/dev/zero"], timeout_s=20, limit_bytes=10)
         assert (cut.stdout, cut.truncated) == (bytes(10), True)
         with pytest.raises(ExecError, match="not installed"):
-            await told.tunnel.exec(["gpumesh-no-such-command"], timeout_s=20)
+            await running.tunnel.exec(["gpumesh-no-such-command"], timeout_s=20)
         with pytest.raises(ExecError, match="cannot be run"):
-            await told.tunnel.exec(["/"], timeout_s=20)
+            await running.tunnel.exec(["/"], timeout_s=20)
 
 
 async def test_commands_do_not_run_for_a_server_elsewhere() -> None:
     async with serving(echo) as port:
-        async with direct(Target("127.0.0.1", port), owner=ELSEWHERE) as told:
-            await told.tunnel.wait_up()
+        async with direct(Target("127.0.0.1", port), owner=ELSEWHERE) as running:
+            await running.tunnel.wait_up()
             with pytest.raises(ExecError, match="another machine") as caught:
-                await told.tunnel.exec(["true"], timeout_s=5)
+                await running.tunnel.exec(["true"], timeout_s=5)
             assert "ssh:" in (caught.value.hint or "")
             with pytest.raises(ExecError, match="another machine"):
-                await anext(told.tunnel.exec_stream(["true"]))
+                await anext(running.tunnel.exec_stream(["true"]))
         name = socket.gethostname()
-        async with serving(echo, host="0.0.0.0") as open_port, direct(Target(name, open_port)) as told:
+        async with serving(echo, host="0.0.0.0") as open_port, direct(Target(name, open_port)) as running:
             try:
-                await asyncio.wait_for(told.tunnel.wait_up(), 5)
+                await asyncio.wait_for(running.tunnel.wait_up(), 5)
             except TimeoutError:
                 pytest.skip("this machine does not know its own name")
             with pytest.raises(ExecError, match="not on this machine"):
-                await told.tunnel.exec(["true"], timeout_s=5)
+                await running.tunnel.exec(["true"], timeout_s=5)
 
 
 async def test_a_command_that_does_not_end_is_ended() -> None:
     before = descriptors()
-    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as told:
-        await told.tunnel.wait_up()
+    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as running:
+        await running.tunnel.wait_up()
         with pytest.raises(ExecError, match=r"within 0\.2 s"):
-            await told.tunnel.exec(["sleep", "600"], timeout_s=0.2)
+            await running.tunnel.exec(["sleep", "600"], timeout_s=0.2)
         pid = 0
-        stream = told.tunnel.exec_stream(["sh", "-c", "echo $$; exec sleep 600"])
+        stream = running.tunnel.exec_stream(["sh", "-c", "echo $$; exec sleep 600"])
         async for chunk in stream:
             pid = int(chunk.data)
             break
@@ -195,10 +197,10 @@ async def test_a_command_that_does_not_end_is_ended() -> None:
 
 
 async def test_a_stream_has_all_output_and_the_status() -> None:
-    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as told:
-        await told.tunnel.wait_up()
+    async with serving(echo) as port, direct(Target("127.0.0.1", port)) as running:
+        await running.tunnel.wait_up()
         chunks: list[ExecChunk] = []
-        async for chunk in told.tunnel.exec_stream(["sh", "-c", "head -c 3000000 /dev/zero; echo err >&2; exit 5"]):
+        async for chunk in running.tunnel.exec_stream(["sh", "-c", "head -c 3000000 /dev/zero; echo err >&2; exit 5"]):
             chunks.append(chunk)
         assert sum(len(chunk.data) for chunk in chunks if chunk.stream is OutputStream.STDOUT) == 3_000_000
         assert b"".join(chunk.data for chunk in chunks if chunk.stream is OutputStream.STDERR) == b"err\n"

@@ -89,7 +89,7 @@ def who(*identities: Path, password: str | None = None) -> Credentials:
 # -- several factors and refusals ------------------------------------------------------------------------------------
 
 
-async def test_a_key_and_then_a_code(tmp_path: Path) -> None:
+async def test_a_login_with_two_factors(tmp_path: Path) -> None:
     """The first factor is no connect_error, and what the host asks for next is done next."""
     host = Host("publickey,keyboard-interactive", publickey=AUTH_PARTIALLY_SUCCESSFUL, password=AUTH_SUCCESSFUL)
     key = keygen(tmp_path / "id")
@@ -101,7 +101,7 @@ async def test_a_key_and_then_a_code(tmp_path: Path) -> None:
     assert "password" not in host.log
 
 
-async def test_a_refusal_says_what_was_tried_and_what_would_be_taken(tmp_path: Path) -> None:
+async def test_a_refused_login_names_what_was_tried_and_what_the_host_accepts(tmp_path: Path) -> None:
     host = Host("password", publickey=AUTH_FAILED)
     key = keygen(tmp_path / "id")
     async with transport_to(host) as (client, _):
@@ -133,7 +133,7 @@ async def test_a_host_that_hangs_up_in_the_middle(tmp_path: Path) -> None:
     assert host.log == ["publickey"]
 
 
-async def test_a_host_that_does_not_answer_has_an_end(tmp_path: Path) -> None:
+async def test_a_host_that_does_not_answer_the_login_times_out(tmp_path: Path) -> None:
     hold = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -149,7 +149,7 @@ async def test_a_host_that_does_not_answer_has_an_end(tmp_path: Path) -> None:
         hold.set()
 
 
-async def test_questions_have_an_end() -> None:
+async def test_the_number_of_questions_is_limited() -> None:
     host = Host("keyboard-interactive")
     asked: list[str] = []
 
@@ -163,7 +163,7 @@ async def test_questions_have_an_end() -> None:
     assert len(asked) <= authentication.MAX_QUESTIONS
 
 
-async def test_questions_of_a_host_get_no_password_twice() -> None:
+async def test_a_password_answers_one_question_only() -> None:
     host = Host("keyboard-interactive")
     async with transport_to(host) as (client, _):
         with pytest.raises(AuthRefused, match="answers to its questions"):
@@ -214,7 +214,7 @@ def test_secrets_are_in_no_repr() -> None:
 
 
 @pytest.mark.real
-async def test_a_certificate_that_lies_beside_its_key(tmp_path: Path) -> None:
+async def test_a_certificate_next_to_its_key_is_used(tmp_path: Path) -> None:
     """As ssh does: where the host trusts the authority, our key need not be in its authorized_keys."""
     authority = keygen(tmp_path / "ca")
     key = keygen(tmp_path / "id")
@@ -232,9 +232,7 @@ async def test_a_certificate_that_lies_beside_its_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-async def test_an_agent_that_is_none_or_talks_nonsense_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_missing_or_broken_agent_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"\xff" * 100)
         writer.close()

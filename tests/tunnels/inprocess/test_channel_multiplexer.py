@@ -26,7 +26,7 @@ from tests.tunnels.traffic import exchange
 pytestmark = [pytest.mark.real, needs_sshd]
 
 
-def test_paramiko_is_as_channels_py_expects_it() -> None:
+def test_paramiko_has_the_private_parts_that_channels_need() -> None:
     """Fails loudly when a new paramiko changes what is used of its private parts: then read channels.py against it."""
     here, there = socket.socketpair()
     with here, there:
@@ -48,7 +48,7 @@ def test_paramiko_is_as_channels_py_expects_it() -> None:
     assert 4 <= major < 6, "pyproject.toml pins the range that was tried"
 
 
-async def test_channels_of_paramikos_own_work_beside_it(host: ChannelHost) -> None:
+async def test_paramikos_own_channels_work_on_the_same_transport(host: ChannelHost) -> None:
     exchanging = asyncio.create_task(exchange(host.port, b"x"))
     channel = await host.accept()
     session = await run_in_thread(host.client.open_session, timeout=PATIENCE_S)
@@ -68,7 +68,7 @@ async def test_channels_of_paramikos_own_work_beside_it(host: ChannelHost) -> No
 
 
 @pytest.mark.parametrize("reason", [OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED, OPEN_FAILED_CONNECT_FAILED])
-async def test_a_refused_channel_is_a_reset_and_is_told(host: ChannelHost, reason: int) -> None:
+async def test_a_refused_channel_resets_the_client_and_is_reported(host: ChannelHost, reason: int) -> None:
     host.policy.answer = reason
     with pytest.raises(ConnectionResetError):
         await exchange(host.port, b"x")
@@ -78,7 +78,7 @@ async def test_a_refused_channel_is_a_reset_and_is_told(host: ChannelHost, reaso
         await run_in_thread(host.client.open_channel, "direct-tcpip", ("a", 1), ("b", 2), timeout=PATIENCE_S)
 
 
-async def test_an_open_that_is_not_answered_has_an_end(
+async def test_a_channel_open_without_an_answer_times_out(
     host: ChannelHost, unanswered_opens: list[paramiko.Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_multiplexer, "OPEN_TIMEOUT_S", 0.2)

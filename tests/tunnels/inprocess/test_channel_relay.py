@@ -46,7 +46,7 @@ async def test_bytes_go_both_ways(host: ChannelHost) -> None:
     assert channel.closed
 
 
-async def test_the_host_may_end_first(host: ChannelHost) -> None:
+async def test_the_host_may_send_eof_first(host: ChannelHost) -> None:
     sock, channel = await host.connect()
     with sock:
         channel.sendall(b"all I have to say")
@@ -118,7 +118,7 @@ async def test_a_client_that_does_not_read_stops_the_host(host: ChannelHost) -> 
         assert not relay._pending
 
 
-async def test_a_full_window_of_the_host_holds_up_only_its_own_connection(host: ChannelHost) -> None:
+async def test_a_full_window_delays_no_other_connection(host: ChannelHost) -> None:
     """The selector's thread may not wait for it: it serves all connections."""
     stuck, channel = await host.connect()
     with stuck:
@@ -140,7 +140,7 @@ async def test_a_full_window_of_the_host_holds_up_only_its_own_connection(host: 
         assert await reading == data
 
 
-async def test_a_host_that_ignores_our_window_is_cut(host: ChannelHost) -> None:
+async def test_a_channel_that_ignores_our_window_is_aborted(host: ChannelHost) -> None:
     """It would fill our memory."""
     sock, channel = await host.connect()
     good, other = await host.connect()
@@ -158,7 +158,7 @@ async def test_a_host_that_ignores_our_window_is_cut(host: ChannelHost) -> None:
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_close_without_an_end_is_a_reset(host: ChannelHost) -> None:
+async def test_a_close_without_eof_resets_the_client(host: ChannelHost) -> None:
     """So an sshd closes that was told to: half an answer must not look whole."""
     sock, channel = await host.connect()
     with sock:
@@ -170,7 +170,7 @@ async def test_a_close_without_an_end_is_a_reset(host: ChannelHost) -> None:
     await host.wait_until_removed()
 
 
-async def test_a_close_after_the_end_is_an_end_with_all_that_came_before(host: ChannelHost) -> None:
+async def test_a_close_after_eof_delivers_all_data_and_ends_in_order(host: ChannelHost) -> None:
     sock, channel = await host.connect()
     with sock:
         sent = await run_in_thread(pour, channel, WINDOW, PATIENCE_S)
@@ -179,7 +179,7 @@ async def test_a_close_after_the_end_is_an_end_with_all_that_came_before(host: C
     await host.wait_until_removed()
 
 
-async def test_a_client_that_resets_is_told_to_the_host(host: ChannelHost) -> None:
+async def test_a_reset_by_the_client_closes_the_channel_on_the_host(host: ChannelHost) -> None:
     sock, channel = await host.connect()
     await run_in_thread(pour, channel, WINDOW // 2, PATIENCE_S)
     sock.close()  # with unread data: a reset
@@ -207,7 +207,7 @@ async def test_the_end_of_the_transport_resets_all(host: ChannelHost) -> None:
 # -- nonsense --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_has_no_meaning_on_a_forward_is_passed_over(host: ChannelHost) -> None:
+async def test_messages_without_meaning_for_a_forward_are_ignored(host: ChannelHost) -> None:
     sock, channel = await host.connect()
     with sock:
         host.send_message(channel, cMSG_CHANNEL_EXTENDED_DATA, 1, b"stderr of what?")
@@ -220,7 +220,7 @@ async def test_what_has_no_meaning_on_a_forward_is_passed_over(host: ChannelHost
         assert await run_in_thread(channel.recv, 4) == b"back"
 
 
-async def test_the_time_to_serve_does_not_grow_with_those_that_wait(host: ChannelHost) -> None:
+async def test_idle_connections_cost_no_cpu_time(host: ChannelHost) -> None:
     """A hundred connections that do nothing cost nothing."""
     idle = [(await host.connect())[0] for _ in range(100)]
     began = time.process_time()

@@ -65,7 +65,7 @@ async def test_other_ciphers_work_where_gcm_is_not_offered(tmp_path: Path) -> No
 # -- forwarding ------------------------------------------------------------------------------------------------------
 
 
-async def test_several_targets_each_to_its_own(sshd: Sshd) -> None:
+async def test_each_listener_leads_to_its_own_target(sshd: Sshd) -> None:
     async def name(letter: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(letter)
 
@@ -78,7 +78,7 @@ async def test_several_targets_each_to_its_own(sshd: Sshd) -> None:
         assert await exchange(to_b, b"") == b"b"
 
 
-async def test_forwarding_forbidden_and_a_target_that_is_not_there(tmp_path: Path) -> None:
+async def test_forbidden_and_unreachable_targets_are_reported(tmp_path: Path) -> None:
     events = RecordedEvents()
     async with (
         Sshd(tmp_path / "sshd", {"AllowTcpForwarding": "no"}) as sshd,

@@ -35,14 +35,14 @@ def test_the_next_address_is_tried_when_one_does_not_answer(monkeypatch: pytest.
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_when_none_answers_the_last_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_error_is_raised_when_no_address_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses(closed_port(), closed_port()))
     with pytest.raises(ConnectRefused, match="gpu:2222") as caught:
         connect_tcp("gpu", 2222, Deadline(10.0, time.monotonic))
     assert caught.value.hint
 
 
-def test_a_black_hole_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_never_answers_gets_its_share_of_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as hole, contextlib.ExitStack() as stack, listener() as alive:
         hole.bind(("127.0.0.1", 0))
         hole.listen(0)

@@ -20,7 +20,7 @@ FROZEN_S = 2.5 * PING_RESEND_S
 @pytest.mark.real
 @pytest.mark.slow
 @needs("sshd")
-async def test_it_asks_again_while_no_answer_comes_and_each_answer_is_that_of_its_question(tmp_path: Path) -> None:
+async def test_a_ping_is_sent_again_and_each_answer_belongs_to_its_own_ping(tmp_path: Path) -> None:
     async with Sshd(tmp_path / "sshd") as sshd, connected(sshd.spec()) as (connection, _):
         asked_before = sshd.log().count("keepalive@openssh.com")
         sshd.kill_sessions(signal.SIGSTOP)

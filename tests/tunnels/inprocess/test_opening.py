@@ -141,7 +141,7 @@ async def test_nothing_listens(sshd: Sshd) -> None:
         (b"SSH-2.0-broken\r\n" + b"\xff" * 100, "tunnel-lost"),
     ],
 )
-async def test_what_listens_is_no_sshd(sshd: Sshd, says: bytes, code: str) -> None:
+async def test_servers_that_are_no_sshd(sshd: Sshd, says: bytes, code: str) -> None:
     async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(says)
         await writer.drain()

@@ -29,7 +29,7 @@ from tests.tunnels.traffic import echo, exchange
     st.lists(st.binary(min_size=1, max_size=300), max_size=20),
     st.lists(st.tuples(st.booleans(), st.integers(1, 500)), max_size=60),
 )
-def test_reading_ahead_changes_nothing_of_what_is_read(pieces: list[bytes], reads: list[tuple[bool, int]]) -> None:
+def test_read_ahead_does_not_change_the_bytes(pieces: list[bytes], reads: list[tuple[bool, int]]) -> None:
     here, there = socket.socketpair()
     with here, there:
         buffered = BufferedSocket(here)
@@ -58,7 +58,7 @@ def _some(piece: bytes, size: int) -> bytes:
 
 @needs("sshd")
 @pytest.mark.real
-async def test_a_connection_that_comes_in_crumbs(tmp_path: object) -> None:
+async def test_packets_that_arrive_a_few_bytes_at_a_time(tmp_path: object) -> None:
     """Packets that arrive in pieces of a few bytes, in the handshake and after it: reading ahead must not mix them."""
     rng = random.Random(4253)
 
@@ -104,7 +104,7 @@ async def test_a_connection_that_comes_in_crumbs(tmp_path: object) -> None:
     ],
     ids=["a line", "a version", "lines", "a packet"],
 )
-def test_what_never_gets_whole_is_not_collected(start: bytes, unit: bytes) -> None:
+def test_lines_and_packets_without_an_end_are_not_collected(start: bytes, unit: bytes) -> None:
     """paramiko alone takes it until its time is over, joining it anew with each piece."""
     with HostileBannerServer(lambda: repeat_bytes(start, unit)) as host:
         sock = socket.create_connection(("127.0.0.1", host.port))

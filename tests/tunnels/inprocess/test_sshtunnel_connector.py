@@ -14,9 +14,7 @@ from tests.tunnels.traffic import echo, exchange
 pytestmark = [pytest.mark.real, needs_sshd]
 
 
-async def test_without_the_private_parts_of_paramiko_sshtunnel_forwards(
-    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_fallback_forwards(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_multiplexer, "find_missing_feature", lambda _: "for this test")
     async with serving(echo) as port, connected(sshd.spec(), port) as (connection, (local,)):
         answers = await asyncio.gather(*(exchange(local, b"%d" % number) for number in range(40)))

@@ -1,4 +1,4 @@
-"""In processes made for it: what is asked for cannot be taken back."""
+"""In child processes, because neither setting can be undone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("title", ["gpumesh tunnel iceland", "gpumesh tunnel eyjafjallajökull", "x" * 5000, ""])
-async def test_a_title_takes_the_place_of_all_arguments(title: str) -> None:
+async def test_a_title_replaces_all_arguments(title: str) -> None:
     process = await start(TITLE, title, "an argument that is to be gone")
     assert await line_of(process) == b"done"
     shown = Path(f"/proc/{process.pid}/cmdline").read_bytes().rstrip(b"\0")
@@ -45,7 +45,7 @@ async def test_a_title_takes_the_place_of_all_arguments(title: str) -> None:
     assert shown == expected[: len(shown)]
     assert len(shown) == len(expected) or len(expected) > 1000
     assert Path(f"/proc/{process.pid}/comm").read_bytes().strip() == expected[:15].strip()
-    # The environment lies behind the arguments in memory, and is not to be touched.
+    # The environment follows the arguments in memory, and must not change.
     environ = Path(f"/proc/{process.pid}/environ").read_bytes()
     assert environ.split(b"\0")[0].decode() in {f"{name}={value}" for name, value in os.environ.items()}
     process.kill()
@@ -60,17 +60,17 @@ if pid == 0:
     die_with_parent()
     print(os.getpid(), flush=True)
     while True:
-        os.pipe()  # never looks up: it cannot notice by itself
+        os.pipe()  # it never reads anything: it cannot notice by itself
         import time; time.sleep(1)
 os.waitpid(pid, 0)
 """
 
 
-async def test_it_dies_with_its_parent() -> None:
+async def test_a_process_dies_with_its_parent() -> None:
     parent = await start(PARENT)
     child = int(await line_of(parent))
     assert alive(child)
-    os.kill(child, signal.SIGSTOP)  # nor may it be able to
+    os.kill(child, signal.SIGSTOP)  # a stopped process cannot notice either
     parent.kill()
     try:
         await wait_until(lambda: not alive(child), "the child's end")

@@ -1,3 +1,5 @@
+"""Commands on this machine: output, limits, and that nothing of them is left."""
+
 from __future__ import annotations
 
 import asyncio
@@ -22,14 +24,14 @@ async def test_output_and_status() -> None:
 async def test_output_beyond_the_limit_is_dropped_and_the_command_can_end() -> None:
     async with local_command(["head", "-c", "5000000", "/dev/zero"], stderr=False) as process:
         assert process.stderr is None
-        output, cut = await read_at_most(process.stdout, 1000)
-        assert (len(output), cut) == (1000, True)
+        output, truncated = await read_at_most(process.stdout, 1000)
+        assert (len(output), truncated) == (1000, True)
         assert await process.wait() == 0
     async with local_command(["head", "-c", "1000", "/dev/zero"]) as process:
         assert await read_at_most(process.stdout, 1000) == (bytes(1000), False)
 
 
-async def test_leaving_ends_it_and_all_it_started() -> None:
+async def test_leaving_the_block_ends_the_command_and_its_children() -> None:
     before = descriptors()
     for _ in range(3):
         async with local_command(["sh", "-c", "trap '' TERM; (sleep 600 & echo $$ $!; wait) & wait"]) as process:
@@ -40,16 +42,16 @@ async def test_leaving_ends_it_and_all_it_started() -> None:
     await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 
-def running(mark: str) -> bool:
-    found = []
+def is_running(mark: str) -> bool:
+    command_lines = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            found.append((folder / "cmdline").read_text())
-    return any(mark in line for line in found)
+            command_lines.append((folder / "cmdline").read_text())
+    return any(mark in line for line in command_lines)
 
 
-async def test_a_cancellation_at_any_moment_of_its_start_leaves_nothing_of_it() -> None:
-    """asyncio starts it, and then waits for its pipes: a cancellation there ended it and not what it had started."""
+async def test_a_cancelled_start_leaves_no_process_and_no_descriptor() -> None:
+    """asyncio starts the process and then waits for its pipes. A cancellation there must also end its children."""
     before = descriptors()
     for steps in range(16):
         mark = f"600.{os.getpid()}{steps:02}"
@@ -64,12 +66,12 @@ async def test_a_cancellation_at_any_moment_of_its_start_leaves_nothing_of_it() 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await wait_until(lambda mark=mark: not running(mark), "the command ended")  # type: ignore[misc]
+        await wait_until(lambda mark=mark: not is_running(mark), "the command ended")  # type: ignore[misc]
     await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 
-async def test_a_grandchild_in_a_group_of_its_own_does_not_hold_us_up() -> None:
-    """It keeps the pipe open; leaving waits a moment for it, not for its ten minutes."""
+async def test_a_grandchild_in_another_process_group_is_not_waited_for() -> None:
+    """It keeps the pipe open. Leaving the block waits for it a moment, not for its ten minutes."""
     async with asyncio.timeout(20):
         async with local_command(["setsid", "-f", "sh", "-c", "echo $$; exec sleep 600"]) as process:
             assert process.stdout is not None
@@ -77,7 +79,7 @@ async def test_a_grandchild_in_a_group_of_its_own_does_not_hold_us_up() -> None:
     os.kill(pid, 9)
 
 
-async def test_what_cannot_be_started() -> None:
+async def test_commands_that_cannot_be_started() -> None:
     for argv, error in ((["gpumesh-no-such-command"], FileNotFoundError), (["a\0b"], ValueError)):
         with pytest.raises(error):
             async with local_command(argv):

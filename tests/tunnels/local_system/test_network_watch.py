@@ -1,4 +1,4 @@
-"""Sleep and changes of the network: told of at once, and only then."""
+"""Sleep and changes of the network are reported once, and nothing else is."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's ke
 
 
 class Clocks:
-    """A machine's, by steps: each tick asks each clock once. A step is (seconds that passed, seconds slept of it)."""
+    """A machine's two clocks, read once in each tick. A step is (seconds that passed, seconds slept of them)."""
 
     def __init__(self, *steps: tuple[float, float]) -> None:
         self._steps = [(0.0, 0.0), *steps]
-        self.asked = 0
+        self.ticks = 0
         self.over = asyncio.Event()
         self._slept = self._now = 0.0
 
     def slept(self) -> float:
-        if self.asked < len(self._steps):
-            passed, slept = self._steps[self.asked]
+        if self.ticks < len(self._steps):
+            passed, slept = self._steps[self.ticks]
             self._slept += slept
             self._now += passed - slept  # this clock stands still in sleep
         else:
             self.over.set()
-        self.asked += 1
+        self.ticks += 1
         return self._slept
 
     def clock(self) -> float:
         return self._now
 
 
-async def wakes(*steps: tuple[float, float], tick_s: float = 1e-3) -> list[int]:
-    """At which of the steps (from 1) a wake was told."""
+async def reported_wakes(*steps: tuple[float, float], tick_s: float = 1e-3) -> list[int]:
+    """The steps (from 1) at which a wake was reported."""
     clocks = Clocks(*steps)
-    told: list[int] = []
+    reported: list[int] = []
     watch = asyncio.create_task(
-        watch_sleep(lambda: told.append(clocks.asked - 1), slept=clocks.slept, clock=clocks.clock, tick_s=tick_s)
+        watch_sleep(lambda: reported.append(clocks.ticks - 1), slept=clocks.slept, clock=clocks.clock, tick_s=tick_s)
     )
     await asyncio.wait_for(clocks.over.wait(), 10)
     watch.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await watch
-    return told
+    return reported
 
 
-async def test_a_sleep_is_told_once() -> None:
-    assert await wakes((1, 0), (3600, 3599), (1, 0), (1, 0)) == [2]
+async def test_a_sleep_is_reported_once() -> None:
+    assert await reported_wakes((1, 0), (3600, 3599), (1, 0), (1, 0)) == [2]
 
 
-async def test_being_stopped_is_as_good_as_a_sleep() -> None:
+async def test_a_stopped_process_counts_as_a_sleep() -> None:
     """SIGSTOP, or a virtual machine that was paused: no clock tells, but the tick comes late."""
-    assert await wakes((1, 0), (60, 0), (1, 0)) == [2]
+    assert await reported_wakes((1, 0), (60, 0), (1, 0)) == [2]
 
 
-async def test_a_short_delay_is_no_sleep() -> None:
-    assert await wakes((1, 0), (MIN_SLEEP_S - 0.1, 0), (MIN_SLEEP_S - 0.1, MIN_SLEEP_S - 0.1), (1, 0)) == []
+async def test_a_short_delay_is_not_reported() -> None:
+    assert await reported_wakes((1, 0), (MIN_SLEEP_S - 0.1, 0), (MIN_SLEEP_S - 0.1, MIN_SLEEP_S - 0.1), (1, 0)) == []
 
 
-async def test_each_sleep_is_told() -> None:
-    assert await wakes((600, 599), (600, 599), (1, 0), (MIN_SLEEP_S + 2, MIN_SLEEP_S + 1)) == [1, 2, 4]
+async def test_each_sleep_is_reported() -> None:
+    assert await reported_wakes((600, 599), (600, 599), (1, 0), (MIN_SLEEP_S + 2, MIN_SLEEP_S + 1)) == [1, 2, 4]
 
 
 def test_this_machine_has_not_slept_meanwhile() -> None:
@@ -79,17 +79,17 @@ import asyncio, sys
 from gpumesh.tunnels.local_system.network_watch import watch_network
 
 async def main():
-    told = asyncio.Event()
-    watch = asyncio.create_task(watch_network(told.set))
+    changed = asyncio.Event()
+    watch = asyncio.create_task(watch_network(changed.set))
     await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    print("ready", told.is_set(), flush=True)
+    print("ready", changed.is_set(), flush=True)
     while await reader.readline():  # each line: something was changed
-        await asyncio.wait_for(told.wait(), 20)
-        told.clear()
-        print("told", flush=True)
+        await asyncio.wait_for(changed.wait(), 20)
+        changed.clear()
+        print("reported", flush=True)
     watch.cancel()
 
 asyncio.run(main())
@@ -100,7 +100,7 @@ asyncio.run(main())
 @needs("netns")
 @pytest.mark.real
 @pytest.mark.slow
-async def test_the_kernel_tells_of_links_addresses_and_routes() -> None:
+async def test_changes_of_links_addresses_and_routes_are_reported() -> None:
     """In a network namespace of its own, which ends with its process."""
     watcher = await asyncio.create_subprocess_exec(
         "unshare", "-n", sys.executable, "-c", WATCH,
@@ -123,12 +123,12 @@ async def test_the_kernel_tells_of_links_addresses_and_routes() -> None:
             done = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=False, timeout=20)
             assert done.returncode == 0, (change, done.stderr)
             watcher.stdin.write(b"changed\n")
-            assert await watcher.stdout.readline() == b"told\n", change
+            assert await watcher.stdout.readline() == b"reported\n", change
         watcher.stdin.close()
         await watcher.wait()
 
 
-async def test_without_word_from_a_kernel_it_waits_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_kernel_events_it_only_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError("as a sandbox would")
 

@@ -1,4 +1,4 @@
-"""Whose a connection on loopback is: asked of this machine's kernel, about real sockets, some of another user."""
+"""Which user is at the other end of a connection: with real sockets, some of them of another user."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def make_filter(
     return OwnUserFilter(lookup, lambda port, uid: kept.append((port, uid)), clock=clock)
 
 
-# -- who is let in ---------------------------------------------------------------------------------------------------
+# -- allowed and refused----------------------------------------------------------------------------------------------
 
 
-def test_our_own_connections_are_ours(lookup: SocketLookup, listener: socket.socket) -> None:
+def test_our_own_connections_are_allowed(lookup: SocketLookup, listener: socket.socket) -> None:
     own_user_filter = make_filter(lookup)
     with socket.create_connection(address(listener)) as client:
         accepted, peer = listener.accept()
@@ -93,7 +93,7 @@ def test_an_ipv4_client_on_a_socket_of_ipv6_is_found(lookup: SocketLookup, ipv4:
 @needs("root")
 @pytest.mark.parametrize("uid", [NOBODY, ANOTHER])
 @pytest.mark.parametrize("way", ["ipv4", "mapped"])
-async def test_another_user_is_not_let_in(lookup: SocketLookup, ipv4: socket.socket, uid: int, way: str) -> None:
+async def test_another_user_is_refused(lookup: SocketLookup, ipv4: socket.socket, uid: int, way: str) -> None:
     reports: list[tuple[int, int]] = []
     own_user_filter = make_filter(lookup, reports)
     connecting = asyncio.create_task(connect_as(ipv4.getsockname()[1], uid=uid, way=way))
@@ -106,7 +106,7 @@ async def test_another_user_is_not_let_in(lookup: SocketLookup, ipv4: socket.soc
 
 
 @needs("root")
-async def test_another_user_on_ipv6_is_not_let_in(lookup: SocketLookup) -> None:
+async def test_another_user_on_ipv6_is_refused(lookup: SocketLookup) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as ipv6:
         connecting = asyncio.create_task(connect_as(ipv6.getsockname()[1], way="ipv6"))
         accepted, peer = await asyncio.to_thread(ipv6.accept)
@@ -117,8 +117,10 @@ async def test_another_user_on_ipv6_is_not_let_in(lookup: SocketLookup) -> None:
 
 
 @needs("root")
-async def test_a_socket_that_we_made_is_ours_whoever_uses_it(lookup: SocketLookup, ipv4: socket.socket) -> None:
-    """A process that root starts, and that then becomes another user, was given the connection."""
+async def test_a_socket_that_we_made_is_ours_even_in_a_process_of_another_user(
+    lookup: SocketLookup, ipv4: socket.socket
+) -> None:
+    """Root made the connection; its process has become another user since then."""
     connecting = asyncio.create_task(connect_as(ipv4.getsockname()[1], way="before"))
     accepted, peer = await asyncio.to_thread(ipv4.accept)
     with accepted:
@@ -128,17 +130,17 @@ async def test_a_socket_that_we_made_is_ours_whoever_uses_it(lookup: SocketLooku
     assert await connecting == "answer served"
 
 
-def test_a_unix_socket_is_left_to_its_mode(lookup: SocketLookup, tmp_path: Path) -> None:
-    one, other = socket.socketpair()
-    with one, other:
-        assert make_filter(lookup).allows(one, "")
+def test_a_unix_socket_is_always_allowed(lookup: SocketLookup, tmp_path: Path) -> None:
+    first, second = socket.socketpair()
+    with first, second:
+        assert make_filter(lookup).allows(first, "")
 
 
-# -- who is not there any more ---------------------------------------------------------------------------------------
+# -- clients that have gone -----------------------------------------------------------------------------------------
 
 
-def test_who_has_gone_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
-    """Linux shows uid 0 for a socket that no process holds any more, or what its user was: neither is to be let in."""
+def test_a_client_that_has_closed_has_no_user(lookup: SocketLookup, ipv4: socket.socket) -> None:
+    """A socket that no process holds any more has uid 0 or the uid of its last user on Linux. It must be refused."""
     reports: list[tuple[int, int]] = []
     own_user_filter = make_filter(lookup, reports)
     client = socket.create_connection(ipv4.getsockname())
@@ -152,9 +154,11 @@ def test_who_has_gone_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> No
     assert reports == []
 
 
-def test_ports_that_another_took_over_are_not_the_first_ones(lookup: SocketLookup, ipv4: socket.socket) -> None:
-    """Who sends a request, resets, and leaves its port to a process of ours would be taken for that process, and what
-    it sent is still there to be read."""
+def test_a_port_that_another_process_has_taken_does_not_identify_the_first_client(
+    lookup: SocketLookup, ipv4: socket.socket
+) -> None:
+    """A client sends a request, resets, and leaves its port to a process of ours. It would be taken for that process,
+    and its request can still be read."""
     with socket.socket() as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         while True:
@@ -181,7 +185,7 @@ def test_ports_that_another_took_over_are_not_the_first_ones(lookup: SocketLooku
 
 @pytest.mark.parametrize("state", [2, 3, 6, 7, 10, 12])
 def test_only_a_connection_is_a_peer(ipv4: socket.socket, state: int) -> None:
-    """A listener at the client's old port, of our own_user_filter user, is info where no connection has its ports."""
+    """Where no connection has the client's ports, the lookup returns a listener of our own user at its old port."""
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
@@ -194,7 +198,7 @@ def test_only_a_connection_is_a_peer(ipv4: socket.socket, state: int) -> None:
 
 
 class FixedLookup:
-    """A kernel that says this of every socket, or does not answer."""
+    """A kernel that returns the same for every socket, or raises."""
 
     def __init__(self, answer: SocketInfo | OSError | None) -> None:
         self._answer = answer
@@ -205,10 +209,10 @@ class FixedLookup:
         return self._answer
 
     def close(self) -> None:
-        """Nothing is held."""
+        """It holds nothing open."""
 
 
-def test_netlink_without_room_is_made_up_for_by_proc(ipv4: socket.socket) -> None:
+def test_proc_is_read_when_netlink_fails(ipv4: socket.socket) -> None:
     with socket.create_connection(ipv4.getsockname()):
         accepted, peer = ipv4.accept()
         with accepted:
@@ -218,10 +222,10 @@ def test_netlink_without_room_is_made_up_for_by_proc(ipv4: socket.socket) -> Non
             )
 
 
-# -- who is reported -------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_user_is_reported_once_in_a_while(ipv4: socket.socket) -> None:
+def test_a_refused_user_is_reported_once_a_minute(ipv4: socket.socket) -> None:
     now = [0.0]
     reports: list[tuple[int, int]] = []
     port = ipv4.getsockname()[1]
@@ -236,7 +240,7 @@ def test_a_user_is_reported_once_in_a_while(ipv4: socket.socket) -> None:
             now[0] = REPORT_EVERY_S
             assert not own_user_filter.allows(accepted, peer)
             assert len(reports) == 2
-            for uid in range(100_000, 100_000 + 2 * REPORTED_USERS):  # of whoever has a range of them to use up
+            for uid in range(100_000, 100_000 + 2 * REPORTED_USERS):  # somebody may own a range of uids
                 answer._answer = SocketInfo(1, uid, 7)
                 assert not own_user_filter.allows(accepted, peer)
             assert len(reports) == 2 + REPORTED_USERS - 1
@@ -247,9 +251,7 @@ def test_names_of_users() -> None:
     assert find_user_name(ANOTHER) is None
 
 
-def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
-    ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_filter_that_cannot_be_opened_raises_an_error(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as probe:
         highest = probe.fileno()
@@ -269,16 +271,15 @@ def test_what_is_kept_to_us_is_not_opened_for_want_of_an_answer(
 
 @needs("root", "netns")
 async def test_a_user_that_our_namespace_does_not_know_is_not_us() -> None:
-    """In a user namespace every unknown user shows as 65534. A mesh that runs there as 65534 must not take them for
-    itself."""
+    """In a user namespace every unknown user has uid 65534. A mesh that runs there as 65534 must refuse them."""
     program = (
         "import os, socket, sys\n"
         "from gpumesh.tunnels.local_system.peer_users import open_own_user_filter, overflow_uid\n"
         "listener = socket.create_server(('127.0.0.1', 0))\n"
         "print(listener.getsockname()[1], overflow_uid(), os.geteuid(), flush=True)\n"
-        "door = open_own_user_filter(listener, lambda port, uid: print('refused', uid))\n"
+        "own_user_filter = open_own_user_filter(listener, lambda port, uid: None)\n"
         "accepted, peer = listener.accept()\n"
-        "print('admitted' if door.allows(accepted, peer) else 'not admitted', flush=True)\n"
+        "print('allowed' if own_user_filter.allows(accepted, peer) else 'refused', flush=True)\n"
     )
     process = await asyncio.create_subprocess_exec(
         "unshare", "--user", "--map-user=65534", sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE
@@ -288,5 +289,5 @@ async def test_a_user_that_our_namespace_does_not_know_is_not_us() -> None:
     assert (unknown, uid) == (b"65534", b"65534")
     result = await connect_as(int(port), uid=ANOTHER)
     output, _ = await asyncio.wait_for(process.communicate(), 30)
-    assert output.split(b"\n")[-2] == b"not admitted"
+    assert output.split(b"\n")[-2] == b"refused"
     assert result in ("reset", "answer")

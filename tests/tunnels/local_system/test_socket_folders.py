@@ -1,3 +1,5 @@
+"""Private folders for sockets, and which old folders are removed."""
+
 from __future__ import annotations
 
 import os
@@ -17,19 +19,19 @@ from gpumesh.tunnels.local_system.socket_folders import private_folder, remove_s
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as name:  # short: it holds sockets
         monkeypatch.setenv("XDG_RUNTIME_DIR", name)
-        place = Path(name) / "gpumesh"
-        place.mkdir(mode=0o700)
-        yield place
+        folder = Path(name) / "gpumesh"
+        folder.mkdir(mode=0o700)
+        yield folder
 
 
-def left(runtime: Path, name: str = "sabcdefgh") -> Path:
+def make_old_folder(runtime: Path, name: str = "sabcdefgh") -> Path:
     folder = runtime / name
     folder.mkdir(mode=0o700)
     (folder / "askpass").touch()
     return folder
 
 
-def test_one_is_there_while_it_is_used_and_then_no_more(runtime: Path) -> None:
+def test_a_private_folder_exists_during_its_block(runtime: Path) -> None:
     with private_folder() as folder:
         (folder / "x").touch()
         remove_stale_folders(runtime)
@@ -38,7 +40,7 @@ def test_one_is_there_while_it_is_used_and_then_no_more(runtime: Path) -> None:
     assert not folder.exists()
 
 
-MAKES = """
+MAKE_FOLDER = """
 import sys
 from gpumesh.tunnels.local_system.socket_folders import private_folder
 with private_folder() as folder:
@@ -47,9 +49,9 @@ with private_folder() as folder:
 """
 
 
-def test_that_of_another_process_stays_until_it_is_killed(runtime: Path) -> None:
+def test_the_folder_of_another_process_stays_until_that_ends(runtime: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", MAKES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", MAKE_FOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
@@ -63,14 +65,16 @@ def test_that_of_another_process_stays_until_it_is_killed(runtime: Path) -> None
     assert not folder.exists()
 
 
-def test_only_what_is_named_so_and_is_a_folder_of_ours_is_taken_away(runtime: Path, tmp_path: Path) -> None:
-    others = [left(runtime, name) for name in ("state", "sshort", "0123456789abcdef", "Sabcdefgh", "sabcdefghi")]
+def test_only_our_own_folders_with_such_a_name_are_removed(runtime: Path, tmp_path: Path) -> None:
+    others = [
+        make_old_folder(runtime, name) for name in ("state", "sshort", "0123456789abcdef", "Sabcdefgh", "sabcdefghi")
+    ]
     (runtime / "sijklmnop").touch()
-    target = left(tmp_path)
+    target = make_old_folder(tmp_path)
     (runtime / "sqrstuvwx").symlink_to(target)
-    gone = left(runtime)
+    gone = make_old_folder(runtime)
     if os.geteuid() == 0:
-        others.append(left(runtime, "sstranger"))
+        others.append(make_old_folder(runtime, "sstranger"))
         os.chown(others[-1], 54321, 54321)
     remove_stale_folders(runtime)
     assert not gone.exists()
@@ -80,9 +84,9 @@ def test_only_what_is_named_so_and_is_a_folder_of_ours_is_taken_away(runtime: Pa
 
 
 @pytest.mark.parametrize("name", ["c", "n", "ask"])
-def test_where_something_answers_somebody_lives(runtime: Path, name: str) -> None:
-    """A gpumesh of before, which holds no lock."""
-    folder = left(runtime)
+def test_a_folder_with_a_listening_socket_stays(runtime: Path, name: str) -> None:
+    """An older gpumesh holds no lock on its folder."""
+    folder = make_old_folder(runtime)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / name))
         listener.listen(1)

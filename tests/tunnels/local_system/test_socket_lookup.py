@@ -13,7 +13,7 @@ from gpumesh.tunnels.local_system.peer_users import can_identify_peers
 from gpumesh.tunnels.local_system.proc_net import make_address_pair
 from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SockDiag, SocketLookup, open_socket_lookup
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
 @pytest.fixture(params=[SockDiag, ProcNet])
@@ -30,17 +30,17 @@ def ipv4() -> Iterator[socket.socket]:
         yield made
 
 
-def test_time_wait_is_nobody(lookup: SocketLookup, ipv4: socket.socket) -> None:
+def test_a_socket_in_time_wait_has_no_inode(lookup: SocketLookup, ipv4: socket.socket) -> None:
     client = socket.create_connection(ipv4.getsockname())
     accepted, peer = ipv4.accept()
     pair = make_address_pair(peer, ipv4.getsockname(), socket.AF_INET)
     client.close()
     accepted.close()
     info = lookup(pair)
-    assert info is None or info.inode == 0  # what makes ``uid_of`` say that nobody is there
+    assert info is None or info.inode == 0  # so ``find_peer_uid`` returns None
 
 
-def test_the_quick_way_is_taken_where_it_works(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sock_diag_is_preferred_to_proc(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     made = open_socket_lookup(ipv4)
     assert isinstance(made, SockDiag)
     made.close()
@@ -52,7 +52,7 @@ def test_the_quick_way_is_taken_where_it_works(ipv4: socket.socket, monkeypatch:
     assert not can_identify_peers(ipv4)
 
 
-def test_elsewhere_nothing_is_told(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_systems_have_no_lookup(ipv4: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OSError, match="netlink"):
         SockDiag()

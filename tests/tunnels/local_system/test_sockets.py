@@ -10,7 +10,7 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 from tests.tunnels.sshd import listener
 
 
-def test_a_reset_is_a_reset() -> None:
+def test_close_with_reset_sends_a_reset() -> None:
     with listener() as local, socket.create_connection(local.getsockname()) as client:
         peer, _ = local.accept()
         close_with_reset(peer)
@@ -19,5 +19,5 @@ def test_a_reset_is_a_reset() -> None:
             client.recv(1)
     here, there = socket.socketpair()
     with here:
-        close_with_reset(there)  # which a Unix socket does not know
+        close_with_reset(there)  # a Unix socket has no reset
         assert here.recv(1) == b""

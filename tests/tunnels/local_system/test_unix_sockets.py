@@ -1,4 +1,4 @@
-"""Unix sockets at paths where something is already, and their URLs."""
+"""Listening Unix sockets: what may be replaced at a path, and the names of tunnels' sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     return folder
 
 
-def answers(path: Path) -> bool:
+def has_listener(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
 
@@ -46,7 +46,7 @@ def answers(path: Path) -> bool:
 # -- taking a path -----------------------------------------------------------------------------------------------------
 
 
-def test_a_socket_is_for_its_user_from_the_first_moment(tmp_path: Path) -> None:
+def test_a_socket_has_mode_0600_from_the_start(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     before = os.umask(0)
     try:
@@ -54,7 +54,7 @@ def test_a_socket_is_for_its_user_from_the_first_moment(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.lstat().st_mode) == 0o600
-    assert answers(path)
+    assert has_listener(path)
     listener.close()
     listener.close()
     assert not path.exists()
@@ -76,7 +76,7 @@ def test_the_socket_of_a_mesh_that_was_killed_is_replaced(tmp_path: Path) -> Non
         killed.wait(30)
     assert path.is_socket()
     listener = UnixListener(path, 5)
-    assert answers(path)
+    assert has_listener(path)
     listener.close()
 
 
@@ -99,7 +99,7 @@ def test_a_full_queue_is_no_stale_socket(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to nothing", "link to a stale socket"])
-def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+def test_paths_that_are_no_socket_stay(tmp_path: Path, kind: str) -> None:
     path, other = tmp_path / "x.sock", tmp_path / "other"
     if kind == "file":
         path.write_text("precious")
@@ -130,17 +130,17 @@ def test_the_socket_of_another_user_is_left_alone(tmp_path: Path) -> None:
     assert path.lstat().st_uid == 12345
 
 
-def test_a_path_that_is_somebody_elses_by_now_is_not_removed(tmp_path: Path) -> None:
+def test_close_does_not_remove_a_path_that_another_listener_has_taken(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     first = UnixListener(path, 5)
     path.unlink()
     second = UnixListener(path, 5)
     first.close()
-    assert answers(path)
+    assert has_listener(path)
     second.close()
 
 
-async def test_of_two_that_find_the_same_stale_socket_one_gets_it(tmp_path: Path) -> None:
+async def test_of_several_processes_one_replaces_a_stale_socket(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom gpumesh.errors import GPUMeshError\n"
         "from gpumesh.tunnels.local_system.unix_sockets import UnixListener\n"
@@ -159,14 +159,14 @@ async def test_of_two_that_find_the_same_stale_socket_one_gets_it(tmp_path: Path
     for racer in racers:
         assert racer.stdin is not None
         racer.stdin.write(b"\n")
-    said = [await asyncio.wait_for(racer.stdout.readline(), 60) for racer in racers if racer.stdout is not None]
-    assert sorted(said) == [b"no\n"] * 3 + [b"yes\n"]
-    assert answers(path)
+    results = [await asyncio.wait_for(racer.stdout.readline(), 60) for racer in racers if racer.stdout is not None]
+    assert sorted(results) == [b"no\n"] * 3 + [b"yes\n"]
+    assert has_listener(path)
     for racer in racers:
         await racer.communicate(b"\n")
 
 
-def test_what_cannot_be_bound_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_bind_leaves_no_descriptor(tmp_path: Path) -> None:
     before = descriptors()
     with pytest.raises(FileNotFoundError):
         UnixListener(tmp_path / "no" / "x.sock", 5)
@@ -178,7 +178,7 @@ def test_what_cannot_be_bound_leaves_nothing(tmp_path: Path) -> None:
 # -- names of tunnels' sockets -----------------------------------------------------------------------------------------
 
 
-def test_names_stay_and_meshes_with_the_same_names_do_not_meet(runtime: Path) -> None:
+def test_names_are_stable_and_meshes_with_equal_names_get_different_paths(runtime: Path) -> None:
     folder = runtime / "gpumesh"
     first = open_tunnel_listener("home", "iceland", 0, 5)
     assert first.path == folder / "home-iceland.sock"
@@ -188,8 +188,8 @@ def test_names_stay_and_meshes_with_the_same_names_do_not_meet(runtime: Path) ->
     (folder / "home-iceland.sock").write_text("a user's file")
     third = open_tunnel_listener("home", "iceland", 0, 5)
     assert third.path == folder / "home-iceland.3.sock"
-    for one in (second, third):
-        one.close()
+    for listener in (second, third):
+        listener.close()
     assert (folder / "home-iceland.sock").read_text() == "a user's file"
     (folder / "home-iceland.sock").unlink()
     again = open_tunnel_listener("home", "iceland", 0, 5)
@@ -197,19 +197,19 @@ def test_names_stay_and_meshes_with_the_same_names_do_not_meet(runtime: Path) ->
     again.close()
 
 
-def test_long_names_are_cut_and_do_not_meet(runtime: Path) -> None:
-    listeners = [open_tunnel_listener("m" * 63, "n" * 60 + end, 0, 5) for end in "abc"]
-    paths = [one.path for one in listeners]
+def test_long_names_are_shortened_to_different_paths(runtime: Path) -> None:
+    listeners = [open_tunnel_listener("m" * 63, "n" * 60 + letter, 0, 5) for letter in "abc"]
+    paths = [listener.path for listener in listeners]
     assert len(set(paths)) == 3
     assert all(len(os.fsencode(path)) <= SOCKET_PATH_LIMIT for path in paths)
-    assert all(answers(path) for path in paths)
+    assert all(has_listener(path) for path in paths)
     listeners.append(open_tunnel_listener("a/../b", "c\n", 0, 5))
     assert listeners[-1].path.parent == runtime / "gpumesh"
-    for one in listeners:
-        one.close()
+    for listener in listeners:
+        listener.close()
 
 
-def test_a_folder_with_too_long_a_path_is_said(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_folder_with_too_long_a_path_raises_an_error(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = runtime / ("d" * 90)
     deep.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
@@ -218,7 +218,7 @@ def test_a_folder_with_too_long_a_path_is_said(runtime: Path, monkeypatch: pytes
     assert "listen: tcp" in (caught.value.hint or "")
 
 
-def test_listeners_give_their_paths_back(runtime: Path) -> None:
+def test_closed_listeners_remove_their_paths(runtime: Path) -> None:
     listeners = Listeners(
         [Target("127.0.0.1", 1), Target("::1", 2, "https", "/api/")], UNIX, mesh_name="home", node="n"
     )
@@ -249,5 +249,5 @@ def test_a_url_leads_back_to_its_path(name: str, scheme: str, prefix: str, call:
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:80/api", "http://unix/api", "http://unix:80/x", "http://unix:/a/b", ""]
 )
-def test_other_urls_are_none_of_a_unix_socket(url: str) -> None:
+def test_other_urls_are_not_split(url: str) -> None:
     assert split_unix_url(url) is None

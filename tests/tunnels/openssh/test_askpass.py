@@ -27,7 +27,7 @@ def run(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
         (b"12\n", 1, b""),
     ],
 )
-def test_the_answer_is_printed(tmp_path: Path, answer: bytes, status: int, out: bytes) -> None:
+def test_the_programs_output_and_exit_status(tmp_path: Path, answer: bytes, status: int, out: bytes) -> None:
     path = tmp_path / "ask"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -42,7 +42,7 @@ def test_the_answer_is_printed(tmp_path: Path, answer: bytes, status: int, out: 
             assert (program.returncode, said) == (status, out)
 
 
-def test_nobody_is_there(tmp_path: Path) -> None:
+def test_the_program_fails_without_a_server(tmp_path: Path) -> None:
     with run(tmp_path / "ask", "question") as program:
         said, _ = program.communicate(timeout=20)
         assert program.returncode != 0

@@ -46,7 +46,7 @@ async def test_killing_a_command_ends_it_on_the_host(sshd: Sshd, folder: Path) -
         assert await connection.ping(10.0) is not None
 
 
-async def test_a_command_that_the_connections_end_cut_off_has_no_status(sshd: Sshd, folder: Path) -> None:
+async def test_a_command_that_lost_its_connection_has_no_exit_status(sshd: Sshd, folder: Path) -> None:
     """ssh says 255 then, which may be a command's own as well."""
     async with connected(sshd.spec(), folder) as (connection, _):
         assert (await run_command(connection, "sh -c 'exit 255'"))[2] == 255

@@ -31,7 +31,7 @@ async def test_forwards_with_half_close_and_many_at_once(sshd: Sshd, folder: Pat
         assert answers == [bytes([n]) * 50_000 for n in range(20)]
 
 
-async def test_sockets_are_for_us_alone_and_gone_afterwards(sshd: Sshd, folder: Path) -> None:
+async def test_sockets_have_mode_0600(sshd: Sshd, folder: Path) -> None:
     async with connected(sshd.spec(password_env="P"), folder, 1, password="x"):
         sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
         assert len(sockets) >= 2

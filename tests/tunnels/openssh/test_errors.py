@@ -81,21 +81,21 @@ CHANGED = [
         ([], "tunnel"),
     ],
 )
-def test_words(lines: list[str], code: str) -> None:
+def test_texts_of_ssh(lines: list[str], code: str) -> None:
     error = error_from_stderr(lines, WHERE)
     assert error.code == code
     assert WHERE in error.message or code == "transport-unsupported"
     assert error.hint or code == "tunnel-lost"
 
 
-def test_a_lost_connection_is_lost_whatever_was_said() -> None:
+def test_a_lost_connection_is_tunnel_lost_whatever_ssh_printed() -> None:
     for lines in (CHANGED, ["me@gpu: Permission denied (publickey)."], []):
         error = error_from_stderr(lines, WHERE, was_up=True)
         assert error.code == "tunnel-lost"
         assert not error.needs_person
 
 
-def test_a_jump_hosts_trouble_is_not_taken_for_the_hosts_end() -> None:
+def test_an_error_of_a_jump_host_is_recognised() -> None:
     lines = ["channel 0: open failed: connect failed: Connection refused", "stdio forwarding failed",
              "Connection closed by UNKNOWN port 65535"]  # fmt: skip
     assert error_from_stderr(lines, WHERE).code == "connect-refused"
@@ -111,5 +111,5 @@ def test_a_jump_hosts_trouble_is_not_taken_for_the_hosts_end() -> None:
         ("Shared connection to 1.2.3.4 closed.", False),
     ],
 )
-def test_a_host_that_gives_no_session(line: str, no_session: bool) -> None:
+def test_texts_of_a_host_that_gives_no_session(line: str, no_session: bool) -> None:
     assert bool(NO_SESSION_PATTERN.search(line)) is no_session

@@ -41,7 +41,7 @@ async def test_forwarding_allowed_to_one_of_two(tmp_path: Path, folder: Path) ->
         assert events.forward_failures == [(Target("127.0.0.1", bad), "forwarding-forbidden")]
 
 
-async def test_a_backend_that_is_away_is_told(sshd: Sshd, folder: Path) -> None:
+async def test_a_backend_that_does_not_listen_is_reported(sshd: Sshd, folder: Path) -> None:
     events = RecordedEvents()
     with socket.create_server(("127.0.0.1", 0)) as closing:
         port = closing.getsockname()[1]

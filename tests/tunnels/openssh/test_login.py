@@ -84,13 +84,13 @@ async def test_unknown_changed_and_revoked_host_key(sshd: Sshd, folder: Path) ->
     assert (await connect_error(sshd.spec(), folder)).code == "host-key-revoked"
 
 
-async def test_a_nodes_own_entry_decides_alone(sshd: Sshd, folder: Path) -> None:
+async def test_a_nodes_own_entry_decides(sshd: Sshd, folder: Path) -> None:
     sshd.known_hosts.write_text(f"{known_hosts.host_key_alias('iceland')} {sshd.public_host_key}\n")
     async with connected(sshd.spec(), folder):
         pass
 
 
-async def test_a_first_key_is_kept_for_the_node_so_that_it_may_move(sshd: Sshd, folder: Path) -> None:
+async def test_a_first_key_is_recorded_for_the_node_and_known_after_a_move(sshd: Sshd, folder: Path) -> None:
     sshd.known_hosts.write_text("")
     first = sshd.spec(host_key_policy=HostKeyPolicy.ACCEPT_NEW)
     async with connected(first, folder):
@@ -111,7 +111,7 @@ async def test_a_first_key_is_kept_for_the_node_so_that_it_may_move(sshd: Sshd, 
     assert error.code == "host-key-changed"
 
 
-async def test_what_is_revoked_for_the_address_is_for_the_node(sshd: Sshd, folder: Path) -> None:
+async def test_a_key_revoked_for_the_address_is_revoked_for_the_node(sshd: Sshd, folder: Path) -> None:
     """ssh itself would look under one name only."""
     own = f"{known_hosts.host_key_alias('iceland')} {sshd.public_host_key}\n"
     sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
@@ -121,7 +121,7 @@ async def test_what_is_revoked_for_the_address_is_for_the_node(sshd: Sshd, folde
         pass
 
 
-async def test_a_certificate_authority_vouches_for_hosts(tmp_path: Path, folder: Path) -> None:
+async def test_a_host_key_signed_by_a_certificate_authority_is_trusted(tmp_path: Path, folder: Path) -> None:
     """OpenSSH's client checks certificates; the other transport says that it cannot."""
     sshd = Sshd(tmp_path / "certified", {"LogLevel": "INFO"})
     authority = keygen(tmp_path / "ca")

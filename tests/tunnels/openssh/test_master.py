@@ -27,7 +27,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-async def test_an_echo_is_asked_for_again_while_none_comes(tmp_path: Path) -> None:
+async def test_a_line_is_sent_again_while_no_echo_comes(tmp_path: Path) -> None:
     """A program in place of ``ssh``; the first two lines are lost on the way."""
     master = await OpensshMaster.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
     try:
@@ -46,7 +46,7 @@ pytestmark = [
 ]
 
 
-async def test_nothing_of_it_is_left(sshd: Sshd, folder: Path) -> None:
+async def test_a_closed_connection_leaves_no_process(sshd: Sshd, folder: Path) -> None:
     async with connected(sshd.spec(), folder) as (connection, _):
         master = connection._master.process.pid
     assert not alive(master)

@@ -50,7 +50,7 @@ async def through(path: Path, data: bytes) -> bytes:
 
 @pytest.mark.real
 @needs("sshd", "ssh")
-async def test_a_real_master(tmp_path: Path) -> None:
+async def test_requests_to_a_real_master(tmp_path: Path) -> None:
     async with serving(echo) as v4, serving(echo, host="::1") as v6, master(tmp_path) as control:
         assert await is_master_alive(control)
         a, b = tmp_path / "f 0", tmp_path / "f%d"
@@ -93,7 +93,7 @@ HELLO = packet(1, 4)
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "too long"),
     ],
 )
-async def test_what_is_no_master(tmp_path: Path, says: bytes, told: str) -> None:
+async def test_servers_that_are_no_master(tmp_path: Path, says: bytes, told: str) -> None:
     async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(says)
         writer.close()

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-def test_arguments_hold_no_secret_and_no_option_by_way_of_a_host(tmp_path: Path) -> None:
+def test_no_secret_is_an_argument_and_no_host_name_is_an_option(tmp_path: Path) -> None:
     ssh = SshSpec("-oProxyCommand=evil", user="me", alias=None, known_hosts=tmp_path / "a b%c", agent=False)
     setup = ConnectRequest("n", ssh, (), (("password", "hunter2"), ("passphrase", "hunter3")), control_dir="/x")
     command = master_command(setup, Path("/x/c"), batch=False, session=True)

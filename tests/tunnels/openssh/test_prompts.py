@@ -40,7 +40,7 @@ async def ask(program: Path, question: str) -> tuple[int, str]:
     return process.returncode, out.decode()
 
 
-async def test_secrets_are_given_to_who_asks(tmp_path: Path) -> None:
+async def test_secrets_answer_ssh_once(tmp_path: Path) -> None:
     server, _ = make_server(tmp_path)
     async with server:
         assert stat.S_IMODE((tmp_path / "ask").stat().st_mode) == 0o600
@@ -62,7 +62,7 @@ async def test_the_same_passphrase_opens_several_keys(tmp_path: Path) -> None:
     assert await server.answer_question(PASSPHRASE) is None
 
 
-async def test_a_person_is_asked_for_the_rest_in_words_that_are_safe(tmp_path: Path) -> None:
+async def test_other_questions_go_to_a_person_as_printable_text(tmp_path: Path) -> None:
     server, events = make_server(tmp_path, {}, "123", interactive=True)
     async with server:
         assert await ask(server.askpass_path, "Code\x1b[2J\nfor you: ") == (0, "123\n")
@@ -73,13 +73,13 @@ async def test_a_person_is_asked_for_the_rest_in_words_that_are_safe(tmp_path: P
     assert echo is False
 
 
-async def test_whether_to_trust_a_host_is_asked_of_nobody(tmp_path: Path) -> None:
+async def test_questions_about_trust_get_no_answer(tmp_path: Path) -> None:
     server, events = make_server(tmp_path, None, "yes", interactive=True)
     assert await server.answer_question(TRUST) is None
     assert events.questions == []
 
 
-async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) -> None:
+async def test_the_deadline_is_paused_while_a_key_waits_for_a_touch(tmp_path: Path) -> None:
     events, deadline = RecordedEvents(), Deadline(5.0, time.monotonic)
     server = AskpassServer(tmp_path, {}, events, deadline, interactive=False)
     waiting = asyncio.create_task(server.answer_question(TOUCH))
@@ -91,14 +91,14 @@ async def test_while_a_key_is_to_be_touched_time_stands_still(tmp_path: Path) ->
     assert deadline.remaining_s <= 5.0
 
 
-async def test_without_secrets_and_people_nothing_is_set_up(tmp_path: Path) -> None:
+async def test_without_secrets_and_people_no_server_is_started(tmp_path: Path) -> None:
     server, _ = make_server(tmp_path, {})
     async with server:
         assert not server.can_answer
         assert list(tmp_path.iterdir()) == []
 
 
-async def test_noise_on_its_socket_gets_no_secret(tmp_path: Path) -> None:
+async def test_noise_on_the_socket_gets_no_secret(tmp_path: Path) -> None:
     server, _ = make_server(tmp_path)
     async with server:
         for line in (b"", b"{}\n", b"nonsense\n", b"12\n", b"x" * 100_000 + b"\n", b"\xff\xfe\n"):

@@ -24,7 +24,7 @@ async def test_bytes_go_both_ways_and_nothing_is_left(local: socket.socket, tmp_
         await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
-async def test_each_direction_ends_by_itself(local: socket.socket, tmp_path: Path) -> None:
+async def test_each_direction_ends_separately(local: socket.socket, tmp_path: Path) -> None:
     """The host ends first and goes on reading; and the other way round."""
     heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
@@ -106,7 +106,7 @@ async def test_a_host_that_does_not_read_stops_the_client(local: socket.socket, 
             assert heard == total
 
 
-async def test_who_is_stuck_does_not_hold_up_others(local: socket.socket, tmp_path: Path) -> None:
+async def test_a_stuck_connection_delays_no_other(local: socket.socket, tmp_path: Path) -> None:
     sent = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,14 +131,14 @@ async def test_who_is_stuck_does_not_hold_up_others(local: socket.socket, tmp_pa
                 assert await exchange(port_of(local), b"e%d" % number) == b"%d" % number
 
 
-async def test_nothing_listens_there(local: socket.socket, tmp_path: Path) -> None:
+async def test_a_path_without_a_listener_resets_the_client(local: socket.socket, tmp_path: Path) -> None:
     async with running_forwarder(local, tmp_path / "nobody") as forwarder:
         with pytest.raises(ConnectionResetError):
             await exchange(port_of(local), b"x")
         await wait_until(lambda: forwarder.connections == 0, "it is forgotten")  # by the selector's thread
 
 
-async def test_a_host_that_cuts_is_a_reset(local: socket.socket, tmp_path: Path) -> None:
+async def test_a_connection_that_the_host_cuts_is_reset(local: socket.socket, tmp_path: Path) -> None:
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(1)
         writer.transport.abort()  # with unread input a Unix socket's peer sees a reset
@@ -148,7 +148,7 @@ async def test_a_host_that_cuts_is_a_reset(local: socket.socket, tmp_path: Path)
             await exchange(port_of(local), b"x" * 3_000_000)
 
 
-async def test_a_full_queue_at_the_host_is_waited_for(local: socket.socket, tmp_path: Path) -> None:
+async def test_a_full_listen_queue_delays_connections(local: socket.socket, tmp_path: Path) -> None:
     """A Unix socket's connect fails with EAGAIN when ssh's own queue is full, and tells nobody when it is not."""
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as server:

@@ -83,7 +83,7 @@ messages: st.SearchStrategy[ToWorker | FromWorker] = st.one_of(
 
 
 @given(messages)
-def test_what_is_said_arrives(message: ToWorker | FromWorker) -> None:
+def test_a_message_survives_encoding_and_decoding(message: ToWorker | FromWorker) -> None:
     line = encode_message(message)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
@@ -104,7 +104,7 @@ def test_secrets_are_in_no_repr() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_noise_is_an_error_of_one_kind(line: bytes) -> None:
+def test_noise_raises_value_error(line: bytes) -> None:
     with pytest.raises(ValueError):
         decode_message(line)
 
@@ -117,7 +117,7 @@ jsons = st.recursive(
 
 
 @given(st.sampled_from(sorted(protocol._KINDS)), st.dictionaries(st.sampled_from(["id", "ssh", "code", "x"]), jsons))
-def test_a_message_with_wrong_fields_is_an_error_of_one_kind(kind: str, fields: dict[str, object]) -> None:
+def test_a_message_with_wrong_fields_raises_value_error(kind: str, fields: dict[str, object]) -> None:
     line = json.dumps({**fields, "kind": kind}).encode()
     try:
         message = decode_message(line)
@@ -127,6 +127,6 @@ def test_a_message_with_wrong_fields_is_an_error_of_one_kind(kind: str, fields: 
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"null", b'{"kind": []}', b'{"kind": "Setupp"}', b"[" * 100_000])
-def test_lines_of_nobody(line: bytes) -> None:
+def test_malformed_lines_raise_value_error(line: bytes) -> None:
     with pytest.raises(ValueError):
         decode_message(line)

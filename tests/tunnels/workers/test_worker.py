@@ -1,4 +1,4 @@
-"""A worker's process, spoken to as a supervisor does, against a real OpenSSH sshd."""
+"""A worker's process; the test plays the supervisor, against a real OpenSSH sshd."""
 
 from __future__ import annotations
 
@@ -67,39 +67,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def setup_of(ssh: SshSpec, folder: Path, *ports: int) -> ConnectRequest:
+def make_setup(ssh: SshSpec, folder: Path, *ports: int) -> ConnectRequest:
     return ConnectRequest("iceland", ssh, tuple(Target("127.0.0.1", port) for port in ports), control_dir=str(folder))
 
 
 @contextlib.asynccontextmanager
-async def started(pool: WorkerPool, setup: ConnectRequest) -> AsyncIterator[tuple[WorkerHandle, list[int]]]:
+async def started_worker(pool: WorkerPool, setup: ConnectRequest) -> AsyncIterator[tuple[WorkerHandle, list[int]]]:
     """A worker, and the local port of each target."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener()) for _ in setup.targets]
         async with await pool.spawn(setup, listeners) as worker:
-            yield worker, [one.getsockname()[1] for one in listeners]
+            yield worker, [sock.getsockname()[1] for sock in listeners]
 
 
-async def heard(worker: WorkerHandle) -> FromWorker | None:
+async def receive(worker: WorkerHandle) -> FromWorker | None:
     return await asyncio.wait_for(worker.receive(), 20)
 
 
-async def until_up(worker: WorkerHandle) -> None:
-    message = await heard(worker)
+async def wait_up(worker: WorkerHandle) -> None:
+    message = await receive(worker)
     assert isinstance(message, ConnectionInfo), message
 
 
-async def output_of(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Done]:
-    """All that it says of a command, to its end; nothing else may come meanwhile."""
-    said = {"stdout": b"", "stderr": b""}
-    while isinstance(message := await heard(worker), Output):
+async def collect_output(worker: WorkerHandle, number: int) -> tuple[bytes, bytes, Done]:
+    """All output of a command, to its end. No other message may come meanwhile."""
+    output = {"stdout": b"", "stderr": b""}
+    while isinstance(message := await receive(worker), Output):
         assert message.id == number
         data = base64.b64decode(message.data)
         assert len(data) <= CHUNK_BYTES
-        said[message.stream] += data
+        output[message.stream] += data
     assert isinstance(message, Done)
     assert message.id == number
-    return said["stdout"], said["stderr"], message
+    return output["stdout"], output["stderr"], message
 
 
 def test_each_transport_has_its_connect() -> None:
@@ -111,24 +111,27 @@ def test_each_transport_has_its_connect() -> None:
 async def test_a_connection_from_setup_to_close(
     sshd: Sshd, pool: WorkerPool, folder: Path, transport: TransportKind
 ) -> None:
-    async with serving(echo) as port, started(pool, setup_of(sshd.spec(transport=transport), folder, port)) as made:
+    async with (
+        serving(echo) as port,
+        started_worker(pool, make_setup(sshd.spec(transport=transport), folder, port)) as made,
+    ):
         worker, (local,) = made
         await worker.send(Exec(1, "true", 5.0, 10))  # too early
-        assert await heard(worker) == Done(1, None, error="the tunnel is not up")
-        await until_up(worker)
+        assert await receive(worker) == Done(1, None, error="the tunnel is not up")
+        await wait_up(worker)
         assert await exchange(local, b"hello") == b"hello"
         await worker.send(Ping(2, 10.0))
-        pong = await heard(worker)
+        pong = await receive(worker)
         assert isinstance(pong, Pong)
         assert pong.rtt_ms is not None
         await worker.send(Exec(3, "sh -c 'echo out; echo err >&2; exit 3'", 20.0, 100))
-        assert await output_of(worker, 3) == (b"out\n", b"err\n", Done(3, 3))
+        assert await collect_output(worker, 3) == (b"out\n", b"err\n", Done(3, 3))
         await worker.send(Exec(4, "head -c 100000 /dev/zero", 20.0, 50_000))
-        assert await output_of(worker, 4) == (bytes(50_000), b"", Done(4, 0, truncated=True))
+        assert await collect_output(worker, 4) == (bytes(50_000), b"", Done(4, 0, truncated=True))
         await worker.send(Exec(5, "sleep 600", 0.2, 100))
-        assert (await output_of(worker, 5))[2].error == "no end of the command within 0.2 s"
+        assert (await collect_output(worker, 5))[2].error == "no end of the command within 0.2 s"
         await worker.send(Close())
-        assert await heard(worker) is None
+        assert await receive(worker) is None
         await wait_until(lambda: not alive(worker.pid), "the worker's end")
         await wait_until(lambda: not sshd.children(), "the end of the session")
         with pytest.raises(TunnelDown):
@@ -136,76 +139,76 @@ async def test_a_connection_from_setup_to_close(
 
 
 @both
-async def test_a_stream_is_passed_on_as_it_comes_and_can_be_killed(
+async def test_streamed_output_is_sent_at_once_and_the_command_can_be_killed(
     sshd: Sshd, pool: WorkerPool, folder: Path, transport: TransportKind
 ) -> None:
-    async with started(pool, setup_of(sshd.spec(transport=transport), folder)) as (worker, _):
-        await until_up(worker)
+    async with started_worker(pool, make_setup(sshd.spec(transport=transport), folder)) as (worker, _):
+        await wait_up(worker)
         await worker.send(Exec(1, "sh -c 'echo $$; exec sleep 600'", None, 0, stream=True))
-        first = await heard(worker)
+        first = await receive(worker)
         assert isinstance(first, Output)
         pid = int(base64.b64decode(first.data))
         await worker.send(Kill(1))
-        assert await heard(worker) == Done(1, None, error="stopped")
+        assert await receive(worker) == Done(1, None, error="stopped")
         await wait_until(lambda: not alive(pid), "the command's end")
         await worker.send(Kill(1))  # there is none any more
         await worker.send(Exec(2, "head -c 3000000 /dev/zero", None, 0, stream=True))
-        assert len((await output_of(worker, 2))[0]) == 3_000_000
+        assert len((await collect_output(worker, 2))[0]) == 3_000_000
 
 
 @both
-async def test_a_lost_connection_is_told_and_the_process_ends(
+async def test_a_lost_connection_is_reported_and_ends_the_process(
     sshd: Sshd, pool: WorkerPool, folder: Path, transport: TransportKind
 ) -> None:
-    async with started(pool, setup_of(sshd.spec(transport=transport), folder, 1)) as (worker, _):
-        await until_up(worker)
+    async with started_worker(pool, make_setup(sshd.spec(transport=transport), folder, 1)) as (worker, _):
+        await wait_up(worker)
         sshd.kill_sessions()
-        lost = await heard(worker)
+        lost = await receive(worker)
         assert isinstance(lost, Lost)
         assert lost.code == "tunnel-lost"
-        assert await heard(worker) is None
+        assert await receive(worker) is None
         await wait_until(lambda: not alive(worker.pid), "the worker's end")
 
 
-async def test_a_refused_forward_is_told(sshd: Sshd, pool: WorkerPool, folder: Path) -> None:
+async def test_a_refused_forward_is_reported(sshd: Sshd, pool: WorkerPool, folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    async with started(pool, setup_of(sshd.spec(), folder, port)) as (worker, (local,)):
-        await until_up(worker)
+    async with started_worker(pool, make_setup(sshd.spec(), folder, port)) as (worker, (local,)):
+        await wait_up(worker)
         with pytest.raises(ConnectionResetError):
             await exchange(local, b"x")
-        told = await heard(worker)
-        assert isinstance(told, ForwardFailed)
-        assert (told.target.port, told.code) == (port, "backend-unreachable")
+        failed = await receive(worker)
+        assert isinstance(failed, ForwardFailed)
+        assert (failed.target.port, failed.code) == (port, "backend-unreachable")
 
 
 async def test_a_question_goes_to_the_supervisor(tmp_path: Path, pool: WorkerPool) -> None:
     server = QuestioningServer("keyboard-interactive", "", [("Code: ", True)], ["123"])
     async with run_questioning_server(tmp_path, server) as ssh:
-        setup = replace(setup_of(ssh, tmp_path), interactive=True)
-        async with started(pool, setup) as (worker, _):
-            prompt = await heard(worker)
+        setup = replace(make_setup(ssh, tmp_path), interactive=True)
+        async with started_worker(pool, setup) as (worker, _):
+            prompt = await receive(worker)
             assert isinstance(prompt, Prompt)
             assert "Code" in prompt.text
             assert prompt.echo
             await worker.send(Reply(99, "to nobody"))
             await worker.send(Reply(prompt.id, "123"))
             await worker.send(Reply(prompt.id, "too late"))
-            await until_up(worker)
-        async with started(pool, setup) as (worker, _):
-            prompt = await heard(worker)
+            await wait_up(worker)
+        async with started_worker(pool, setup) as (worker, _):
+            prompt = await receive(worker)
             assert isinstance(prompt, Prompt)
             await worker.send(Reply(prompt.id, None))
-            failed = await heard(worker)
+            failed = await receive(worker)
             assert isinstance(failed, Failed)
             assert failed.code == "auth-refused"
 
 
 @pytest.mark.parametrize("how", ["end of the socket", "noise", "a second setup", "SIGTERM"])
-async def test_what_ends_it(sshd: Sshd, pool: WorkerPool, folder: Path, how: str) -> None:
-    setup = setup_of(sshd.spec(), folder, 1)
-    async with started(pool, setup) as (worker, _):
-        await until_up(worker)
+async def test_events_that_end_a_worker(sshd: Sshd, pool: WorkerPool, folder: Path, how: str) -> None:
+    setup = make_setup(sshd.spec(), folder, 1)
+    async with started_worker(pool, setup) as (worker, _):
+        await wait_up(worker)
         match how:
             case "end of the socket":
                 await worker.close()
@@ -221,18 +224,18 @@ async def test_what_ends_it(sshd: Sshd, pool: WorkerPool, folder: Path, how: str
 
 
 async def test_many_commands_at_once(sshd: Sshd, pool: WorkerPool, folder: Path) -> None:
-    async with started(pool, setup_of(sshd.spec(), folder)) as (worker, _):
-        await until_up(worker)
+    async with started_worker(pool, make_setup(sshd.spec(), folder)) as (worker, _):
+        await wait_up(worker)
         count = 8
         for number in range(count):
             await worker.send(Exec(number, f"echo {number}", 30.0, 100))
-        said: dict[int, bytes] = {}
+        output: dict[int, bytes] = {}
         done: dict[int, Done] = {}
         while len(done) < count:
-            message = await heard(worker)
+            message = await receive(worker)
             if isinstance(message, Output):
-                said[message.id] = base64.b64decode(message.data)
+                output[message.id] = base64.b64decode(message.data)
             elif isinstance(message, Done):
                 done[message.id] = message
-        assert said == {number: b"%d\n" % number for number in range(count)}
-        assert all(one.exit_status == 0 for one in done.values())
+        assert output == {number: b"%d\n" % number for number in range(count)}
+        assert all(message.exit_status == 0 for message in done.values())

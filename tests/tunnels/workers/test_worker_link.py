@@ -1,4 +1,4 @@
-"""The supervisor's side, while the test speaks the worker's part over a real socket."""
+"""The supervisor's side of a connection; the test plays the worker over a real socket."""
 
 from __future__ import annotations
 
@@ -40,75 +40,75 @@ from tests.tunnels.polling import wait_until
 
 
 @dataclass
-class Talk:
-    """``talk`` and, as the worker, ``hear`` and ``say``."""
+class LinkWithWorker:
+    """``link``, and the worker's part: ``receive`` and ``send``."""
 
-    talk: WorkerLink
+    link: WorkerLink
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    ups: list[ConnectionInfo] = field(default_factory=list)
+    connected: list[ConnectionInfo] = field(default_factory=list)
     refused: list[ForwardFailed] = field(default_factory=list)
     peers: list[PeerRefused] = field(default_factory=list)
 
-    async def hear(self) -> ToWorker | FromWorker:
+    async def receive(self) -> ToWorker | FromWorker:
         return protocol.decode_message(await asyncio.wait_for(self.reader.readline(), 20))
 
-    def say(self, *messages: FromWorker) -> None:
+    def send(self, *messages: FromWorker) -> None:
         for message in messages:
             self.writer.write(protocol.encode_message(message))
 
-    def output(self, number: int, stream: OutputStream, data: bytes) -> None:
-        self.say(Output(number, stream.value, base64.b64encode(data).decode()))
+    def send_output(self, number: int, stream: OutputStream, data: bytes) -> None:
+        self.send(Output(number, stream.value, base64.b64encode(data).decode()))
 
 
 @contextlib.asynccontextmanager
-async def talking(ask: Prompter | None = None) -> AsyncIterator[Talk]:
+async def running_link(ask: Prompter | None = None) -> AsyncIterator[LinkWithWorker]:
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
     far_reader, far_writer = await asyncio.open_unix_connection(sock=theirs, limit=LINE_LIMIT)
-    ups: list[ConnectionInfo] = []
+    connected: list[ConnectionInfo] = []
     refused: list[ForwardFailed] = []
     peers: list[PeerRefused] = []
     async with WorkerHandle("iceland", 0, reader, writer, WorkerPool()) as handle:
-        talk = WorkerLink(
+        link = WorkerLink(
             "iceland",
             handle,
             prompter=ask,
-            on_connected=ups.append,
+            on_connected=connected.append,
             on_forward_failed=refused.append,
             on_peer_refused=peers.append,
         )
         try:
             async with asyncio.TaskGroup() as group:
-                listening = group.create_task(talk.receive_messages(group))
-                yield Talk(talk, far_reader, far_writer, ups, refused, peers)
+                listening = group.create_task(link.receive_messages(group))
+                yield LinkWithWorker(link, far_reader, far_writer, connected, refused, peers)
                 listening.cancel()
         finally:
             far_writer.close()
 
 
-async def ended(one: Talk) -> Cause:
-    return await asyncio.wait_for(asyncio.shield(one.talk.end_cause), 20)
+async def wait_end_cause(pair: LinkWithWorker) -> Cause:
+    return await asyncio.wait_for(asyncio.shield(pair.link.end_cause), 20)
 
 
 # -- how it ends -----------------------------------------------------------------------------------------------------
 
 
 async def test_up_and_what_ends_it() -> None:
-    async with talking() as one:
-        assert not one.talk.connected.is_set()
-        one.say(ConnectionInfo(1.5, "SSH-2.0-x", "aes"))
-        await asyncio.wait_for(one.talk.connected.wait(), 20)
-        assert one.ups == [ConnectionInfo(1.5, "SSH-2.0-x", "aes")]
-        one.say(Lost("tunnel-lost", "the connection broke", "a hint"), Lost("tunnel", "and more"))
-        assert await ended(one) == Cause("tunnel-lost", "the connection broke", "a hint")
+    async with running_link() as pair:
+        assert not pair.link.connected.is_set()
+        pair.send(ConnectionInfo(1.5, "SSH-2.0-x", "aes"))
+        await asyncio.wait_for(pair.link.connected.wait(), 20)
+        assert pair.connected == [ConnectionInfo(1.5, "SSH-2.0-x", "aes")]
+        pair.send(Lost("tunnel-lost", "the connection broke", "a hint"), Lost("tunnel", "and more"))
+        assert await wait_end_cause(pair) == Cause("tunnel-lost", "the connection broke", "a hint")
 
 
 @pytest.mark.parametrize(("code", "needs_person"), [("auth-refused", True), ("connect-refused", False), ("new", False)])
-async def test_who_must_act_is_known_by_the_code(code: str, needs_person: bool) -> None:
-    async with talking() as one:
-        one.say(Failed(code, "why", "hint"))
-        cause = await ended(one)
+async def test_the_error_code_decides_whether_a_person_must_act(code: str, needs_person: bool) -> None:
+    async with running_link() as pair:
+        pair.send(Failed(code, "why", "hint"))
+        cause = await wait_end_cause(pair)
         assert (cause.message, cause.hint, cause.needs_person) == ("why", "hint", needs_person)
         error = error_from_cause(cause, "iceland")
         assert (error.message, error.hint, error.node) == ("why", "hint", "iceland")
@@ -116,121 +116,126 @@ async def test_who_must_act_is_known_by_the_code(code: str, needs_person: bool) 
 
 
 @pytest.mark.parametrize("line", [b"", b"{}\n", b"\xff\n", b'{"kind": "Up"}\n', b'{"kind": "Po'])
-async def test_a_worker_that_ends_or_talks_nonsense_is_a_lost_tunnel(line: bytes) -> None:
-    async with talking() as one:
-        one.writer.write(line)
-        one.writer.close()
-        cause = await ended(one)
+async def test_a_worker_that_ends_or_sends_nonsense_loses_the_tunnel(line: bytes) -> None:
+    async with running_link() as pair:
+        pair.writer.write(line)
+        pair.writer.close()
+        cause = await wait_end_cause(pair)
         assert cause.code == "tunnel-lost"
         assert "iceland" in cause.message
         assert not cause.needs_person
 
 
-async def test_refused_forwards_are_passed_on() -> None:
+async def test_refused_forwards_are_reported() -> None:
     refused = ForwardFailed(Target("127.0.0.1", 80), "backend-unreachable", "nothing answers")
-    async with talking() as one:
-        one.say(refused)
-        await wait_until(lambda: one.refused == [refused], "the refusal")
+    async with running_link() as pair:
+        pair.send(refused)
+        await wait_until(lambda: pair.refused == [refused], "the refusal")
 
 
-async def test_users_who_were_refused_are_passed_on() -> None:
+async def test_refused_users_are_reported() -> None:
     other = PeerRefused(40123, 1001, "bob")
-    async with talking() as one:
-        one.say(other)
-        await wait_until(lambda: one.peers == [other], "the refusal")
+    async with running_link() as pair:
+        pair.send(other)
+        await wait_until(lambda: pair.peers == [other], "the refusal")
 
 
 # -- pings -----------------------------------------------------------------------------------------------------------
 
 
 async def test_each_ping_gets_its_own_answer() -> None:
-    async with talking() as one:
-        pings = [asyncio.create_task(one.talk.ping(20.0)) for _ in range(3)]
-        asked = [await one.hear() for _ in pings]
-        assert all(isinstance(ping, Ping) for ping in asked)
-        for ping in reversed(asked):
+    async with running_link() as pair:
+        pings = [asyncio.create_task(pair.link.ping(20.0)) for _ in range(3)]
+        received = [await pair.receive() for _ in pings]
+        assert all(isinstance(ping, Ping) for ping in received)
+        for ping in reversed(received):
             assert isinstance(ping, Ping)
-            one.say(Pong(ping.id, float(ping.id)), Pong(ping.id, 99.0), Pong(12345, 1.0))
-        assert await asyncio.gather(*pings) == [float(ping.id) for ping in asked if isinstance(ping, Ping)]
+            pair.send(Pong(ping.id, float(ping.id)), Pong(ping.id, 99.0), Pong(12345, 1.0))
+        assert await asyncio.gather(*pings) == [float(ping.id) for ping in received if isinstance(ping, Ping)]
 
 
-async def test_no_answer_is_no_sign_of_life() -> None:
-    async with talking() as one:
-        assert await one.talk.ping(0.01) is None  # the worker itself is silent
-        run_questioning_server = asyncio.create_task(one.talk.ping(20.0))
-        while not isinstance(ping := await one.hear(), Ping) or ping.timeout_s < 1:
+async def test_a_ping_without_an_answer_is_none() -> None:
+    async with running_link() as pair:
+        assert await pair.link.ping(0.01) is None  # the worker itself is silent
+        pinging = asyncio.create_task(pair.link.ping(20.0))
+        while not isinstance(ping := await pair.receive(), Ping) or ping.timeout_s < 1:
             pass
-        one.say(Pong(ping.id, None))  # the host is
-        assert await run_questioning_server is None
-        waiting = asyncio.create_task(one.talk.ping(20.0))
-        await one.hear()
-        one.talk.finish(Cause("tunnel-lost", "it is over"))
+        pair.send(Pong(ping.id, None))  # the host is
+        assert await pinging is None
+        waiting = asyncio.create_task(pair.link.ping(20.0))
+        await pair.receive()
+        pair.link.finish(Cause("tunnel-lost", "it is over"))
         assert await waiting is None
-    assert await one.talk.ping(5.0) is None  # the worker is gone
+    assert await pair.link.ping(5.0) is None  # the worker is gone
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_question_holds_nothing_up() -> None:
+async def test_a_question_to_a_person_delays_no_other_message() -> None:
     answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    asked: list[tuple[str, str, bool]] = []
+    received: list[tuple[str, str, bool]] = []
 
     async def ask(node: str, text: str, *, echo: bool) -> str | None:
-        asked.append((node, text, echo))
+        received.append((node, text, echo))
         return await answer
 
-    async with talking(ask) as one:
-        one.say(Prompt(7, "Code: ", True))
-        await wait_until(lambda: bool(asked), "the question")
-        assert one.talk.open_prompts == 1
-        one.say(ConnectionInfo(None, "x"))
-        await asyncio.wait_for(one.talk.connected.wait(), 20)
+    async with running_link(ask) as pair:
+        pair.send(Prompt(7, "Code: ", True))
+        await wait_until(lambda: bool(received), "the question")
+        assert pair.link.open_prompts == 1
+        pair.send(ConnectionInfo(None, "x"))
+        await asyncio.wait_for(pair.link.connected.wait(), 20)
         answer.set_result("123")
-        assert await one.hear() == Reply(7, "123")
-        assert asked == [("iceland", "Code: ", True)]
-        await wait_until(lambda: one.talk.open_prompts == 0, "the end of the question")
+        assert await pair.receive() == Reply(7, "123")
+        assert received == [("iceland", "Code: ", True)]
+        await wait_until(lambda: pair.link.open_prompts == 0, "the end of the question")
 
 
-async def test_without_a_person_the_answer_is_none_at_once() -> None:
-    async with talking() as one:
-        one.say(Prompt(7, "Code: ", False))
-        assert await one.hear() == Reply(7, None)
+async def test_without_a_prompter_the_answer_is_none() -> None:
+    async with running_link() as pair:
+        pair.send(Prompt(7, "Code: ", False))
+        assert await pair.receive() == Reply(7, None)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_command_and_its_output() -> None:
-    async with talking() as one:
-        running = asyncio.create_task(one.talk.run_command("nvidia-smi -L", timeout_s=20.0, limit_bytes=100))
-        order = await one.hear()
-        assert isinstance(order, Exec)
-        assert (order.command, order.timeout_s, order.limit_bytes, order.stream) == ("nvidia-smi -L", 20.0, 100, False)
-        one.output(order.id, OutputStream.STDOUT, b"GPU ")
-        one.output(order.id, OutputStream.STDERR, b"\xff")
-        one.output(order.id, OutputStream.STDOUT, b"0")
-        one.output(999, OutputStream.STDOUT, b"of nobody")
-        one.say(Done(order.id, 3, truncated=True))
+    async with running_link() as pair:
+        running = asyncio.create_task(pair.link.run_command("nvidia-smi -L", timeout_s=20.0, limit_bytes=100))
+        request = await pair.receive()
+        assert isinstance(request, Exec)
+        assert (request.command, request.timeout_s, request.limit_bytes, request.stream) == (
+            "nvidia-smi -L",
+            20.0,
+            100,
+            False,
+        )
+        pair.send_output(request.id, OutputStream.STDOUT, b"GPU ")
+        pair.send_output(request.id, OutputStream.STDERR, b"\xff")
+        pair.send_output(request.id, OutputStream.STDOUT, b"0")
+        pair.send_output(999, OutputStream.STDOUT, b"of nobody")
+        pair.send(Done(request.id, 3, truncated=True))
         result = await running
         assert (result.exit_status, result.stdout, result.stderr, result.truncated) == (3, b"GPU 0", b"\xff", True)
 
 
 @pytest.mark.parametrize("how", ["error", "cut", "ended before"])
 async def test_a_command_that_fails(how: str) -> None:
-    async with talking() as one:
+    async with running_link() as pair:
         if how == "ended before":
-            one.talk.finish(Cause("tunnel-lost", "the line is down"))
+            pair.link.finish(Cause("tunnel-lost", "the line is down"))
             with pytest.raises(TunnelDown, match="iceland"):
-                await one.talk.run_command("true", timeout_s=5.0, limit_bytes=10)
+                await pair.link.run_command("true", timeout_s=5.0, limit_bytes=10)
             return
-        running = asyncio.create_task(one.talk.run_command("true", timeout_s=20.0, limit_bytes=10))
-        order = await one.hear()
-        assert isinstance(order, Exec)
+        running = asyncio.create_task(pair.link.run_command("true", timeout_s=20.0, limit_bytes=10))
+        request = await pair.receive()
+        assert isinstance(request, Exec)
         if how == "error":
-            one.say(Done(order.id, None, error="the host gives no session"))
+            pair.send(Done(request.id, None, error="the host gives no session"))
         else:
-            one.talk.finish(Cause("tunnel-lost", "the line is down"))
+            pair.link.finish(Cause("tunnel-lost", "the line is down"))
         with pytest.raises(ExecError, match="no session" if how == "error" else "the line is down") as caught:
             await running
         assert caught.value.node == "iceland"
@@ -238,51 +243,51 @@ async def test_a_command_that_fails(how: str) -> None:
 
 async def test_a_worker_that_does_not_keep_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_link, "DEADLINE_SLACK_S", 0.05)
-    async with talking() as one:
+    async with running_link() as pair:
         with pytest.raises(ExecError, match=r"within 0\.05 s"):
-            await one.talk.run_command("sleep 600", timeout_s=0.05, limit_bytes=10)
-        order = await one.hear()
-        assert isinstance(order, Exec)
-        assert await one.hear() == Kill(order.id)
-        one.say(Done(order.id, None, error="late"))  # nobody waits for it any more
-        assert not one.talk._commands
+            await pair.link.run_command("sleep 600", timeout_s=0.05, limit_bytes=10)
+        request = await pair.receive()
+        assert isinstance(request, Exec)
+        assert await pair.receive() == Kill(request.id)
+        pair.send(Done(request.id, None, error="late"))  # nobody waits for it any more
+        assert not pair.link._commands
 
 
 async def test_a_cancelled_command_is_killed() -> None:
-    async with talking() as one:
-        running = asyncio.create_task(one.talk.run_command("sleep 600", timeout_s=60.0, limit_bytes=10))
-        order = await one.hear()
+    async with running_link() as pair:
+        running = asyncio.create_task(pair.link.run_command("sleep 600", timeout_s=60.0, limit_bytes=10))
+        request = await pair.receive()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert isinstance(order, Exec)
-        assert await one.hear() == Kill(order.id)
+        assert isinstance(request, Exec)
+        assert await pair.receive() == Kill(request.id)
 
 
-async def test_output_beyond_what_was_asked_for_is_not_kept() -> None:
+async def test_output_beyond_the_limit_fails_the_command() -> None:
     """A worker that does not keep to ``limit_bytes``: it may be what a hostile host has taken over."""
-    async with talking() as one:
-        running = asyncio.create_task(one.talk.run_command("yes", timeout_s=60.0, limit_bytes=1000))
-        order = await one.hear()
-        assert isinstance(order, Exec)
+    async with running_link() as pair:
+        running = asyncio.create_task(pair.link.run_command("yes", timeout_s=60.0, limit_bytes=1000))
+        request = await pair.receive()
+        assert isinstance(request, Exec)
         for _ in range(100):
-            one.output(order.id, OutputStream.STDOUT, bytes(32 * 1024))
+            pair.send_output(request.id, OutputStream.STDOUT, bytes(32 * 1024))
         with pytest.raises(ExecError, match="faster"):
             await running
 
 
-async def test_a_stream_gives_what_comes_and_stops_what_is_not_read() -> None:
-    async with talking() as one:
+async def test_a_stream_yields_output_and_closing_it_kills_the_command() -> None:
+    async with running_link() as pair:
         chunks: list[ExecChunk] = []
-        stream = one.talk.stream_command("tail -f x")
+        stream = pair.link.stream_command("tail -f x")
         first = asyncio.ensure_future(anext(stream))
-        order = await one.hear()
-        assert isinstance(order, Exec)
-        assert (order.stream, order.timeout_s) == (True, None)
-        one.output(order.id, OutputStream.STDOUT, b"one")
+        request = await pair.receive()
+        assert isinstance(request, Exec)
+        assert (request.stream, request.timeout_s) == (True, None)
+        pair.send_output(request.id, OutputStream.STDOUT, b"one")
         chunks.append(await first)
-        one.output(order.id, OutputStream.STDERR, b"two")
-        one.say(Done(order.id, 0))
+        pair.send_output(request.id, OutputStream.STDERR, b"two")
+        pair.send(Done(request.id, 0))
         async for chunk in stream:
             chunks.append(chunk)
         assert [(chunk.stream, chunk.data, chunk.ended) for chunk in chunks] == [
@@ -291,25 +296,25 @@ async def test_a_stream_gives_what_comes_and_stops_what_is_not_read() -> None:
             (OutputStream.STDOUT, b"", True),
         ]
         assert chunks[-1].exit_status == 0
-        stream = one.talk.stream_command("yes")
+        stream = pair.link.stream_command("yes")
         first = asyncio.ensure_future(anext(stream))
-        order = await one.hear()
-        assert isinstance(order, Exec)
-        one.output(order.id, OutputStream.STDOUT, b"y\n")
+        request = await pair.receive()
+        assert isinstance(request, Exec)
+        pair.send_output(request.id, OutputStream.STDOUT, b"y\n")
         await first
         await stream.aclose()
-        assert await one.hear() == Kill(order.id)
+        assert await pair.receive() == Kill(request.id)
 
 
 # -- closing ---------------------------------------------------------------------------------------------------------
 
 
-async def test_closing_waits_for_the_worker_and_not_for_ever() -> None:
+async def test_close_waits_for_the_worker_until_its_timeout() -> None:
     async with contextlib.AsyncExitStack() as stack:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         handle = await stack.enter_async_context(WorkerHandle("iceland", 0, reader, writer, WorkerPool()))
-        talk = WorkerLink(
+        link = WorkerLink(
             "iceland",
             handle,
             prompter=None,
@@ -319,11 +324,11 @@ async def test_closing_waits_for_the_worker_and_not_for_ever() -> None:
         )
         stack.enter_context(theirs)
         theirs.settimeout(20)
-        await talk.close(0.05)  # says nothing: it is left to the caller to kill it
+        await link.close(0.05)  # says nothing: it is left to the caller to kill it
         assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
-        closing = asyncio.create_task(talk.close(20.0))
+        closing = asyncio.create_task(link.close(20.0))
         assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
         theirs.sendall(protocol.encode_message(Lost("tunnel-lost", "some last word")) + b"nonsense\n")
         theirs.close()
         await closing
-        await talk.close(20.0)  # it has gone
+        await link.close(20.0)  # it has gone
