@@ -104,10 +104,10 @@ async def test_the_time_of_a_persons_answer_does_not_count(
 
     async def prompter(node: str, text: str, *, echo: bool) -> str | None:
         prompts.append((node, text, echo))
-        await asyncio.sleep(1.5)  # more than the time that connecting may take
+        await asyncio.sleep(2.5)  # more than the time that connecting may take
         return "correct horse"
 
-    spec = sshd.spec(transport=transport, identity_files=(locked,), connect_timeout_s=1.0)
+    spec = sshd.spec(transport=transport, identity_files=(locked,), connect_timeout_s=2.0)
     async with supervised(pool, spec, 1, prompter=prompter) as watched:
         if transport is TransportKind.OPENSSH:
             await watched.tunnel.wait_up()
