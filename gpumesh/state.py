@@ -156,7 +156,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class BackendState:
-    """``models`` are names; ``catalog`` has the details. ``url`` is the route in use."""
+    """``models`` are names; ``catalog`` has the details. ``url`` is the route in use.
+
+    The server itself says ``running`` and ``waiting``, the requests of all its clients, and ``kv_cache_pct``, the share
+    of the memory for contexts that is in use."""
 
     kind: str
     state: BackendPhase = BackendPhase.UNKNOWN
@@ -169,6 +172,9 @@ class BackendState:
     last_error: str | None = None
     error_code: str | None = None
     catalog: tuple[ModelInfo, ...] = ()
+    running: int | None = None
+    waiting: int | None = None
+    kv_cache_pct: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

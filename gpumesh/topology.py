@@ -24,8 +24,14 @@ class HostKeyPolicy(StrEnum):
 
 
 class BackendKind(StrEnum):
+    """A kind of inference server. ``AUTO`` stands in a spec only: the server is asked which one it is."""
+
+    AUTO = "auto"
     OLLAMA = "ollama"
+    LLAMACPP = "llamacpp"
+    VLLM = "vllm"
     OPENAI = "openai"
+    """Any other server with OpenAI's API."""
 
 
 class PolicyKind(StrEnum):
@@ -106,7 +112,7 @@ class Target:
 class BackendSpec:
     """The inference server. ``targets`` are in order of preference: the first that answers is used."""
 
-    kind: BackendKind = BackendKind.OLLAMA
+    kind: BackendKind = BackendKind.AUTO
     targets: tuple[Target, ...] = (Target("127.0.0.1", 11434),)
     api_key_env: str | None = None
     max_parallel: int | None = None

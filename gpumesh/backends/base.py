@@ -94,6 +94,11 @@ class Chunk:
     counters: ServerCounters | None = None
 
 
+ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
+"""Status and body by the names of ``Dialect.probe_calls``; ``None`` for what was not answered."""
+JSON_HEADERS = (("Content-Type", "application/json"),)
+
+
 class FrameReader(Protocol):
     """Turns a response body's bytes into chunks, however they were cut up on the way.
 
@@ -108,6 +113,16 @@ class FrameReader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """How busy a server says it is, whoever its clients are; ``None`` where it does not say. ``kv_cache_pct`` is the
+    share of the memory for contexts that is in use."""
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_cache_pct: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """What a backend says it is: the result of a backend probe. ``unusable`` counts what it lists that has no name by
     which it could be asked for (``model_list.py``)."""
@@ -117,6 +132,7 @@ class Inventory:
     loaded: tuple[LoadedModel, ...]
     parallel: int | None = None
     unusable: int = 0
+    load: ServerLoad = ServerLoad()
 
 
 class ParallelismSource(StrEnum):
@@ -159,6 +175,12 @@ class Dialect(Protocol):
     """The names in ``probe_calls`` without whose answers there is no inventory."""
     latency_probe: str
     """The name in ``probe_calls`` of the cheapest one."""
+    identity_probe: str
+    """The name in ``probe_calls`` of the one whose answer ``recognizes`` reads."""
+    is_generic: bool
+    """Whether servers of other kinds would be recognized as this one, too."""
+    usual_port: int | None
+    """Where such a server listens unless it is told otherwise."""
     oldest_version: str | None
     """Older versions lack something that the mesh relies on."""
     update_hint: str | None
@@ -166,6 +188,10 @@ class Dialect(Protocol):
 
     def serves(self, path: str) -> bool:
         """Whether it answers requests to this path of the gateway."""
+        ...
+
+    def recognizes(self, status: int, body: bytes) -> bool:
+        """Whether this answer to ``identity_probe`` is such a server's, in whatever state that is."""
         ...
 
     def missing_model_hint(self, models: Sequence[str]) -> str:
@@ -184,6 +210,6 @@ class Dialect(Protocol):
         """What to GET to learn the inventory, by name; ``read_inventory`` takes the answers by the same names."""
         ...
 
-    def read_inventory(self, answers: Mapping[str, tuple[int, bytes] | None]) -> Inventory:
+    def read_inventory(self, answers: ProbeAnswers) -> Inventory:
         """Raises ProbeError (finding ``wrong-server``) when the answers are not of this kind of server."""
         ...

@@ -9,11 +9,19 @@ from typing import Any
 
 from gpumesh.backends import ollama, openai, safe_json
 from gpumesh.backends.base import Dialect, ServerCounters
+from gpumesh.backends.llamacpp import LlamacppDialect
 from gpumesh.backends.ollama import OllamaDialect
 from gpumesh.backends.openai import OpenAIDialect
+from gpumesh.backends.vllm import VllmDialect
 from gpumesh.topology import BackendKind, Target
 
-DIALECTS: Mapping[BackendKind, Dialect] = {BackendKind.OLLAMA: OllamaDialect(), BackendKind.OPENAI: OpenAIDialect()}
+# In the order in which a server is asked what it is: what all servers with OpenAI's API have in common comes last.
+DIALECTS: Mapping[BackendKind, Dialect] = {
+    BackendKind.OLLAMA: OllamaDialect(),
+    BackendKind.LLAMACPP: LlamacppDialect(),
+    BackendKind.VLLM: VllmDialect(),
+    BackendKind.OPENAI: OpenAIDialect(),
+}
 
 # A request that one kind began is continued on kinds of the same API only: their streams differ.
 _KINDS_BY_CHAT_PATH = {

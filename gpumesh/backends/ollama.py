@@ -8,6 +8,7 @@ from typing import Any
 
 from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
+    JSON_HEADERS,
     ChatRequest,
     Chunk,
     ContinuationMethod,
@@ -15,6 +16,7 @@ from gpumesh.backends.base import (
     Inventory,
     Message,
     ParallelismSource,
+    ProbeAnswers,
     ServerCounters,
     duration_ms,
     token_count,
@@ -27,9 +29,7 @@ from gpumesh.printable import printable
 from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
 
-JSON_HEADERS = (("Content-Type", "application/json"),)
 _MISSING = object()
-ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
 
 
 class OllamaDialect:
@@ -42,12 +42,21 @@ class OllamaDialect:
     continuation = ContinuationMethod.TEMPLATE
     required_probes = frozenset({"version", "tags"})
     latency_probe = "version"
+    identity_probe = "version"
+    is_generic = False
+    usual_port: int | None = 11434
     # `think` came with 0.9: older servers ignore it, and a model that thinks does so in the text of its answer.
     oldest_version: str | None = "0.9.0"
     update_hint: str | None = "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image"
 
     def serves(self, path: str) -> bool:
         return path.startswith(("/api/", "/v1/"))
+
+    def recognizes(self, status: int, body: bytes) -> bool:
+        """By its version, or by the empty 403 with which it refuses a Host header."""
+        document = (safe_json.parse_report(body) if status == 200 else None) or {}
+        named = safe_json.as_text(document.get("version")) is not None and "error" not in document
+        return named or (status == 403 and not body.strip())
 
     def missing_model_hint(self, models: Sequence[str]) -> str:
         return "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in models)
@@ -176,7 +185,7 @@ def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None
         what = describe_web_page(body)
     elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
         what = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
-        hint = "set `backend.kind: openai` for it, or " + hint
+        hint = "leave out `backend.kind`, which is found by asking, or " + hint
     else:
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
         if path == "/api/tags":  # /api/version was asked before, and was right

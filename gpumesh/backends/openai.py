@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers: llama-server, vLLM, SGLang, LM Studio, and Ollama's own ``/v1``. Server-sent events."""
+"""Any server with OpenAI's API: SGLang, LM Studio, and what llama-server and vLLM have in common with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from gpumesh.backends import model_list, safe_json, unusable_answers
 from gpumesh.backends.base import (
+    JSON_HEADERS,
     ChatRequest,
     Chunk,
     ContinuationMethod,
@@ -14,13 +15,13 @@ from gpumesh.backends.base import (
     Inventory,
     Message,
     ParallelismSource,
+    ProbeAnswers,
     ServerCounters,
     duration_ms,
     token_count,
 )
-from gpumesh.backends.error_text import describe_web_page, error_text, find_error_message, is_web_page, printable_label
+from gpumesh.backends.error_text import error_text, find_error_message, printable_label
 from gpumesh.backends.frames import BODY_LIMIT, BaseFrameReader, EventSplitter, final_chunk, wrong_dialect_error
-from gpumesh.backends.ollama import JSON_HEADERS, ProbeAnswers
 from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
@@ -42,6 +43,7 @@ _OPTIONS = {
 # Servers whose list of models is what they hold in memory, by ``owned_by``; others list what they have on disk.
 _RESIDENT = frozenset({"llamacpp", "vllm", "sglang"})
 MOST_SLOTS = 4096
+MAX_OWNERS = 64  # entries of a list that are looked at for whose they are
 MOST_PARAMETERS = 10**15
 _IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 
@@ -56,11 +58,18 @@ class OpenAIDialect:
     continuation = ContinuationMethod.MARKED
     required_probes = frozenset({"models"})
     latency_probe = "models"
+    identity_probe = "models"
+    is_generic = True
+    usual_port: int | None = None
     oldest_version: str | None = None
     update_hint: str | None = None
 
     def serves(self, path: str) -> bool:
         return path.startswith("/v1/")
+
+    def recognizes(self, status: int, body: bytes) -> bool:
+        """By its list of models: what other kinds have in common with it, so that they must have been tried before."""
+        return status == 200 and isinstance((safe_json.parse_report(body) or {}).get("data"), list)
 
     def missing_model_hint(self, models: Sequence[str]) -> str:  # noqa: ARG002 - the names stand in the message
         return "start the server with this model, or under this name (`--alias`, `--served-model-name`)"
@@ -109,7 +118,7 @@ class OpenAIDialect:
         document = safe_json.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
             half = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
-            raise half or _wrong_server(status, body)
+            raise half or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
         too_many = unusable_answers.long_list_error(document["data"])
         if too_many is not None:
             raise too_many
@@ -206,6 +215,15 @@ class OpenAIBodyReader(BaseFrameReader):
         chunks.append(final_chunk(text, thinking, reason=reason, counters=parse_counters(frame)))
 
 
+def owner_names(body: bytes) -> frozenset[str]:
+    """Who owns the models of a list of ``/v1/models``: servers write their own name there."""
+    document = safe_json.parse_report(body) or {}
+    names = (
+        safe_json.as_text(entry.get("owned_by")) for entry in safe_json.as_objects(document.get("data"), MAX_OWNERS)
+    )
+    return frozenset(name for name in names if name is not None)
+
+
 def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
     """From OpenAI's ``usage`` and llama-server's ``timings`` (ms), which count what was computed here and now."""
     usage, timings = frame.get("usage"), frame.get("timings")
@@ -235,16 +253,6 @@ def _piece(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
     text = safe_json.as_text(source.get("content")) or safe_json.as_text(choices[0].get("text")) or ""
     thinking = safe_json.as_text(source.get("reasoning_content")) or safe_json.as_text(source.get("reasoning")) or ""
     return text, thinking, safe_json.as_text(choices[0].get("finish_reason"))
-
-
-def _wrong_server(status: int, body: bytes) -> ProbeError:
-    hint = "point `backend.port` or `backend.url` at the server's /v1, or set `backend.kind: ollama` if it is one"
-    if is_web_page(body):
-        what = describe_web_page(body)
-    else:
-        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
-    message = f"the port answers, but not as an OpenAI-compatible server: /v1/models gave {what}"
-    return ProbeError(message, finding_code="wrong-server", hint=hint)
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -42,6 +42,24 @@ def unavailable_error(status: int, body: bytes) -> ProbeError:
     return ProbeError(f"the server says {said}", finding_code="backend-down", hint=hint)
 
 
+OTHER_KIND_HINT = (
+    "point `backend.port` or `backend.url` at the server itself, or leave out `backend.kind`: it is found by asking"
+)
+
+
+def other_server_error(label: str, path: str, status: int, body: bytes, *, hint: str = OTHER_KIND_HINT) -> ProbeError:
+    """For an answer that no server of the kind ``label`` gives."""
+    if error_text.is_web_page(body):
+        what = error_text.describe_web_page(body)
+    else:
+        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+    message = f"the port answers, but not as {label}: {path} gave {what}"
+    hint = (
+        "point `backend.port` or `backend.url` at the server itself, or leave out `backend.kind`: it is found by asking"
+    )
+    return ProbeError(message, finding_code="wrong-server", hint=hint)
+
+
 def broken_json_error(body: bytes, path: str) -> ProbeError | None:
     """For what begins as a JSON object and is none, or is too much of one."""
     if not body.lstrip().startswith(b"{"):

@@ -14,6 +14,7 @@ from gpumesh.backends import unusable_answers
 from gpumesh.backends.base import Inventory
 from gpumesh.errors import ProbeError
 from gpumesh.probes.server_inventory import TimedInventory, ask_server
+from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.state import BackendPhase, BackendState, Finding, Severity
 from gpumesh.topology import BackendSpec
 
@@ -41,29 +42,38 @@ async def probe_backend(
     api_key: str | None,
     timeout_s: float,
     node: str,
+    known_kinds: KnownKinds | None = None,
 ) -> BackendReport:
     """Asks all candidates side by side; the first in order that answers as a server of this kind is used.
 
-    ``urls`` are the routes to ``spec.targets``, in the same order. Never raises on a server's account. The client
-    must have ``trust_env`` off: a request through a tunnel must not go to a proxy that the environment names.
+    ``urls`` are the routes to ``spec.targets``, in the same order. ``known_kinds`` is kept by the caller from one probe
+    to the next, so that with kind ``auto`` a server is asked once which kind it is. Never raises on a server's account.
+    The client must have ``trust_env`` off: a request through a tunnel must not go to a proxy that the environment
+    names.
     """
+    known_kinds = KnownKinds() if known_kinds is None else known_kinds
     if not urls:
-        return _down_report(spec, ProbeError("there is no way to it now", finding_code="backend-down"), node)
+        return _down_report(
+            spec, ProbeError("there is no way to it now", finding_code="backend-down"), node, known_kinds
+        )
     targets = spec.targets if len(spec.targets) == len(urls) else (None,) * len(urls)
     tasks = [
-        asyncio.ensure_future(ask_server(client, spec.kind, url, target, api_key=api_key, timeout_s=timeout_s))
+        asyncio.ensure_future(
+            ask_server(client, spec.kind, url, target, api_key=api_key, timeout_s=timeout_s, known_kinds=known_kinds)
+        )
         for url, target in zip(urls, targets, strict=True)
     ]
     try:
         index = await _wait_for_first_in_order(tasks)
         if index is None:
-            return _down_report(spec, _most_telling([_error_of(task) for task in tasks]), node)
+            return _down_report(spec, _most_telling([_error_of(task) for task in tasks]), node, known_kinds)
         answer = tasks[index].result()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return _up_report(spec, urls[index], answer, node)
+    known_kinds.last = answer.kind
+    return _up_report(urls[index], answer, node)
 
 
 async def _wait_for_first_in_order(tasks: Sequence[asyncio.Future[TimedInventory]]) -> int | None:
@@ -104,10 +114,10 @@ def _most_telling(errors: Sequence[ProbeError]) -> ProbeError:
     return next((error for error in errors if error.finding_code != "backend-down"), errors[0])
 
 
-def _up_report(spec: BackendSpec, url: str, answer: TimedInventory, node: str) -> BackendReport:
+def _up_report(url: str, answer: TimedInventory, node: str) -> BackendReport:
     inventory = answer.inventory
     state = BackendState(
-        kind=spec.kind.value,
+        kind=answer.kind.value,
         state=BackendPhase.UP,
         url=url,
         version=inventory.version,
@@ -115,6 +125,9 @@ def _up_report(spec: BackendSpec, url: str, answer: TimedInventory, node: str) -
         loaded=inventory.loaded,
         latency_ms=round(answer.latency_ms, 3),
         catalog=inventory.catalog,
+        running=inventory.load.running,
+        waiting=inventory.load.waiting,
+        kv_cache_pct=inventory.load.kv_cache_pct,
     )
     return BackendReport(state, _find_unusable_models(inventory, node), url, inventory)
 
@@ -129,8 +142,9 @@ def _find_unusable_models(inventory: Inventory, node: str) -> tuple[Finding, ...
     return (Finding("model-unusable", Severity.WARNING, node, message, hint),)
 
 
-def _down_report(spec: BackendSpec, error: ProbeError, node: str) -> BackendReport:
+def _down_report(spec: BackendSpec, error: ProbeError, node: str, known_kinds: KnownKinds) -> BackendReport:
+    kind = known_kinds.last or spec.kind
     state = BackendState(
-        kind=spec.kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code
+        kind=kind.value, state=BackendPhase.DOWN, last_error=error.message, error_code=error.finding_code
     )
     return BackendReport(state, (Finding(error.finding_code, Severity.ERROR, node, error.message, error.hint),))

@@ -127,15 +127,15 @@ class _RouteProber:
             state = replace(
                 state,
                 state=BackendPhase.UP,
-                latency_ms=await self._measure_latency(route, left_s) or answer.latency_ms,
+                latency_ms=await self._measure_latency(route, answer.kind, left_s) or answer.latency_ms,
                 store=store_fingerprint(answer.inventory.catalog),
-                kind=self.kind.value,
+                kind=answer.kind.value,
             )
         return replace(state, exposed=await _is_public(route.url)) if route.offered else state
 
-    async def _measure_latency(self, route: BackendRoute, timeout_s: float) -> float | None:
+    async def _measure_latency(self, route: BackendRoute, kind: BackendKind, timeout_s: float) -> float | None:
         """The median of some round trips on a warm connection, in ms; ``None`` when none came back in time."""
-        dialect = DIALECTS[self.kind]
+        dialect = DIALECTS[kind]
         call = dialect.probe_calls()[dialect.latency_probe]
         headers, extensions = build_request_options(self._target_of(route), self._key_for(route))
         latencies_ms: list[float] = []
@@ -152,10 +152,8 @@ class _RouteProber:
 
     async def _find_other_kind(self, route: BackendRoute) -> str | None:
         """The kind of the server, if it is another one that mesh.yaml could name."""
-        for kind in BackendKind:
-            if kind is not self.kind and isinstance(await self.ask(route, kind), TimedInventory):
-                return kind.value
-        return None
+        answer = await self.ask(route, BackendKind.AUTO)
+        return answer.kind.value if isinstance(answer, TimedInventory) else None
 
 
 def _is_in_use(route: BackendRoute, state: NodeState) -> bool:

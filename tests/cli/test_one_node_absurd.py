@@ -34,6 +34,7 @@ from gpumesh.probes.backend import BackendReport, _down_report, _find_unusable_m
 from gpumesh.probes.combined_commands import CommandOutput
 from gpumesh.probes.health import assess_health
 from gpumesh.probes.nvidia_smi import build_gpu_report
+from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS
 from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, compute_totals
 from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Topology
@@ -87,7 +88,7 @@ def observed(kind: BackendKind, answers: Mapping[str, Any], table: bytes, proces
         )
         backend = BackendReport(state, _find_unusable_models(inventory, "hostile"), "http://127.0.0.1:1", inventory)
     except ProbeError as error:
-        backend = _down_report(spec, error, "hostile")
+        backend = _down_report(spec, error, "hostile", KnownKinds())
     gpus = build_gpu_report(CommandOutput(0, table), CommandOutput(0, processes), hostname="box", node="hostile")
     tunnel = TunnelState("sshtunnel", TunnelPhase.UP, since=AT, rtt_ms=1.0, local_port=1)
     health, reason = assess_health(tunnel, gpus, backend, NodeSpec("hostile", spec, expect=EXPECT), False)

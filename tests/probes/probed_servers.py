@@ -12,7 +12,7 @@ from gpumesh.topology import BackendKind, BackendSpec, Target
 from tests.mesh.servers import Exchange, whole_response
 
 PATIENCE_S = 20.0
-OLLAMA = BackendSpec(targets=(Target("127.0.0.1", 11434),))
+OLLAMA = BackendSpec(BackendKind.OLLAMA, targets=(Target("127.0.0.1", 11434),))
 OPENAI = BackendSpec(kind=BackendKind.OPENAI, targets=(Target("127.0.0.1", 8080),))
 
 

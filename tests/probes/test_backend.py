@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from gpumesh.audit.catalog import CATALOG
-from gpumesh.backends.base import Inventory
+from gpumesh.backends.base import Inventory, ProbeAnswers
 from gpumesh.backends.dialects import DIALECTS
-from gpumesh.backends.ollama import OllamaDialect, ProbeAnswers
+from gpumesh.backends.ollama import OllamaDialect
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.state import BackendPhase, Severity

@@ -168,7 +168,7 @@ async def test_a_server_of_another_kind_is_recognised(client: httpx.AsyncClient)
             await exchange.send(whole_response(b'{"error":{"message":"not found"}}', status="404 Not Found"))
 
     async with serve(script) as server:
-        spec, state = behind(server.url, ssh=None)
+        spec, state = behind(server.url, ssh=None, kind=BackendKind.OLLAMA)
         (only,) = await asked(client, (spec, replace(state, backend=BackendState("ollama"))))
     assert (only.state, only.error_code, only.kind) == (BackendPhase.DOWN, "wrong-server", "openai")
 

@@ -109,7 +109,7 @@ class WrongAnswer:
 WRONG_ANSWERS = {
     "a web page": WrongAnswer(page, "wrong-server", 'a web page, "nginx"', "11434"),
     "an OpenAI server": WrongAnswer(
-        openai_server, "wrong-server", "an OpenAI-compatible server", "backend.kind: openai"
+        openai_server, "wrong-server", "an OpenAI-compatible server", "leave out `backend.kind`"
     ),
     "other JSON": WrongAnswer(other_json, "wrong-server", "hello", "backend.port"),
     "a list": WrongAnswer(json_list, "wrong-server", "[1, 2, 3]", "backend.port"),
@@ -187,7 +187,7 @@ async def test_an_ollama_where_an_openai_server_should_be(client: httpx.AsyncCli
         assert (await probe(client, server.url, spec=OPENAI)).state.models == ("qwen2.5:7b",)
     async with serve(page) as other:
         (finding,) = (await probe(client, other.url, spec=OPENAI)).findings
-    assert (finding.code, "backend.kind: ollama" in (finding.hint or "")) == ("wrong-server", True)
+    assert (finding.code, "leave out `backend.kind`" in (finding.hint or "")) == ("wrong-server", True)
 
 
 @pytest.mark.parametrize("location", ["http://xn--zzzzzzz--/", "http://[", "//xn--a-/"])

@@ -28,14 +28,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gpumesh.backends.base import HttpCall, ServerCounters
+from gpumesh.backends.base import JSON_HEADERS, HttpCall, ServerCounters
 from gpumesh.backends.continuation.planner import ContinuationPlanner, ContinuationStrategies
 from gpumesh.backends.continuation.received_text import UNREAD_BYTES, ReceivedText, split_frames
 from gpumesh.backends.continuation.stream_format import Frame, PartialAnswer, StreamFormat
 from gpumesh.backends.continuation.stream_formats import stream_format_for
 from gpumesh.backends.dialects import find_counters
 from gpumesh.backends.frames import LINE_LIMIT, FrameAssembler
-from gpumesh.backends.ollama import JSON_HEADERS
 from gpumesh.topology import BackendKind
 
 MAX_CUTS = 3

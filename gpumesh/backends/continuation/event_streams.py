@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gpumesh.backends import error_text, safe_json
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import JSON_HEADERS, HttpCall
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat, raw_prompt_call
 from gpumesh.backends.continuation.stream_format import (
     SENTINEL,
@@ -26,7 +26,6 @@ from gpumesh.backends.continuation.stream_format import (
     read_debug_rendering,
 )
 from gpumesh.backends.frames import EVENT_LINES, find_last_event_end, read_event_line
-from gpumesh.backends.ollama import JSON_HEADERS
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(
@@ -34,7 +33,7 @@ _MARKS = re.compile(
     rb'|response\.(?:completed|incomplete|failed)")'
 )
 _TEXTS = re.compile(rb'"content"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 class EventStreamFormat:
@@ -108,11 +107,11 @@ class EventStreamFormat:
 
     def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
         if frame.document is None:
-            return _DONE if frame.ends_stream else b""
+            return DONE if frame.ends_stream else b""
         return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"
 
     def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
-        return _DONE
+        return DONE
 
     def error_frame(self, message: str) -> bytes:
         if self._path.startswith("/v1/messages"):
@@ -196,10 +195,10 @@ class OpenAIChatFormat(EventStreamFormat):
         options, budget = _native_options(request), self.budget(request)
         if budget is not None:
             options["num_predict"] = budget - sofar.tokens
-        asked = request.get("stream_options")
-        usage = isinstance(asked, dict) and asked.get("include_usage") is True
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, options), OllamaAsOpenAIFormat(usage=usage))
+        return ContinuationCall(
+            raw_prompt_call(body, prompt + sofar.text, options), OllamaAsOpenAIFormat(usage=wants_usage(request))
+        )
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
@@ -215,21 +214,21 @@ class OpenAIChatFormat(EventStreamFormat):
 
     def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
         if frame.document is None:
-            return _DONE if frame.ends_stream else b""
+            return DONE if frame.ends_stream else b""
         has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
         if not (frame.text or frame.thinking or frame.text_complete or has_figures) and sofar.first_frame is not None:
             return b""  # the opening delta with its role: the client has had one
         document = {**frame.document, **_head(sofar)}
         if has_figures:
-            document |= _figures(document, sofar)
+            document |= correct_figures(document, sofar)
         if has_figures or frame.text_complete:
             document["gpumesh"] = continuation_note(sofar)
-        return _event(document)
+        return encode_event(document)
 
     def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
         if not reason:  # the client has had the finish frame
-            return _DONE
-        return _event(_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)}) + _DONE
+            return DONE
+        return encode_event(make_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)}) + DONE
 
 
 class MarkedChatFormat(OpenAIChatFormat):
@@ -260,19 +259,30 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
         self._usage = usage
 
     def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
-        out = _event(_chunk(sofar, {"content": frame.text}, None)) if frame.text else b""
+        out = encode_event(make_chunk(sofar, {"content": frame.text}, None)) if frame.text else b""
         if not frame.ends_stream or frame.document is None:
             return out
         reason = "length" if frame.document.get("done_reason") == "length" else "stop"
-        out += _event(_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)})
-        if self._usage:
-            counts = {
-                "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
-                "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
-            }
-            figures = _figures({"usage": counts}, sofar)
-            out += _event({**_chunk(sofar, {}, None), "choices": [], **figures, "gpumesh": continuation_note(sofar)})
-        return out + _DONE
+        counts = {
+            "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
+            "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
+        }
+        return out + finish_events(sofar, reason, {"usage": counts} if self._usage else {})
+
+
+def wants_usage(request: JsonObject) -> bool:
+    """Whether the client asked for a last chunk with the number of tokens."""
+    options = request.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def finish_events(sofar: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
+    """The end of a chat's stream: the chunk with the reason, one with the figures if there are any, and the mark."""
+    out = encode_event(make_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)})
+    if figures:
+        chunk = {**make_chunk(sofar, {}, None), "choices": [], **correct_figures(figures, sofar)}
+        out += encode_event(chunk | {"gpumesh": continuation_note(sofar)})
+    return out + DONE
 
 
 def without_thinking(request: JsonObject) -> JsonObject:
@@ -287,7 +297,7 @@ def event_data(frame: bytes) -> bytes:
     return b"\n".join([part for part in parts if part is not None]).strip()
 
 
-def _event(document: JsonObject) -> bytes:
+def encode_event(document: JsonObject) -> bytes:
     return b"data: " + safe_json.dump_compact(document) + b"\n\n"
 
 
@@ -310,7 +320,7 @@ def _head(sofar: PartialAnswer) -> dict[str, Any]:
     return {key: head[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in head}
 
 
-def _chunk(sofar: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
+def make_chunk(sofar: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
     return {**_head(sofar), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
@@ -348,7 +358,7 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     return out
 
 
-def _figures(document: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
+def correct_figures(document: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
     """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
     out: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from gpumesh.backends import error_text, safe_json
-from gpumesh.backends.base import HttpCall
+from gpumesh.backends.base import JSON_HEADERS, HttpCall
 from gpumesh.backends.continuation.stream_format import (
     SENTINEL,
     ContinuationCall,
@@ -24,7 +24,6 @@ from gpumesh.backends.continuation.stream_format import (
     read_debug_rendering,
 )
 from gpumesh.backends.frames import find_last_line_end
-from gpumesh.backends.ollama import JSON_HEADERS
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from gpumesh.backends.base import ContinuationMethod
 from gpumesh.backends.continuation.event_streams import EventStreamFormat, MarkedChatFormat, OpenAIChatFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
+from gpumesh.backends.continuation.rendered_prompts import RenderedPromptFormat
 from gpumesh.backends.continuation.stream_format import StreamFormat
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.topology import BackendKind
@@ -17,6 +18,7 @@ _CHAT = "/v1/chat/completions"
 _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
     ContinuationMethod.TEMPLATE: OpenAIChatFormat,
     ContinuationMethod.MARKED: MarkedChatFormat,
+    ContinuationMethod.RENDERED_PROMPT: RenderedPromptFormat,
 }
 
 

@@ -147,10 +147,12 @@ class Backend(Section):
     """The inference server of a node. One of `port`, `url` and `urls` says where it is."""
 
     kind: BackendKind | None = Field(
-        default=None, description="ollama (default) or openai (vLLM, llama.cpp, LM Studio, …)."
+        default=None,
+        description="auto (default): found by asking; ollama, llamacpp, vllm, or openai: any other with its API.",
     )
     port: Port | None = Field(
-        default=None, description="Its port on 127.0.0.1 of the SSH host; 11434 if nothing is given."
+        default=None,
+        description="Its port on 127.0.0.1 of the SSH host; its kind's usual one, 11434 for auto, if not given.",
     )
     url: Url | None = Field(
         default=None, description="Where it is, as seen from the SSH host, or from here without ssh."

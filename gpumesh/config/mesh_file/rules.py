@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpumesh.addresses import is_loopback
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
 from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
@@ -103,8 +104,9 @@ def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -
         named = any(source.get(key) is not None for source in (_table(ssh), shared_ssh) for key in ("host", "alias"))
         if not named:
             yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
-    if where is None and kind == "openai":
-        yield (*path, "backend"), "servers of kind openai have no usual port: give `port` or `url`"
+    dialect = find_dialect(kind) if isinstance(kind, str) else None
+    if where is None and dialect is not None and dialect.usual_port is None:
+        yield (*path, "backend"), f"servers of kind {kind} have no usual port: give `port` or `url`"
 
 
 def _table(value: Any) -> Mapping[str, Any]:

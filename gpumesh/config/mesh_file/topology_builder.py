@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.config import listen_address
 from gpumesh.config.mesh_file.file_schema import (
     AddressFrom,
@@ -47,7 +48,7 @@ S = TypeVar("S", bound=Section)
 
 ResolveAlias = Callable[[str], AliasSettings]
 DEFAULT_NAME = "mesh"
-OLLAMA = Target("127.0.0.1", 11434)
+USUAL_PORT = 11434  # of a server whose kind nobody has said yet: Ollama's, which is by far the most common
 # For their defaults, which topology.py alone gives.
 _USUAL_SSH = SshSpec("")
 _USUAL_ADDRESS = AddressCommand(())
@@ -209,6 +210,7 @@ def _tunnels(tunnels: Tunnels) -> TunnelsSpec:
 
 
 def _backend(backend: Backend) -> BackendSpec:
+    kind = _first(backend.kind, None, BackendKind.AUTO)
     if backend.urls is not None:
         targets = tuple(dict.fromkeys(backend.urls))
     elif backend.url is not None:
@@ -216,8 +218,9 @@ def _backend(backend: Backend) -> BackendSpec:
     elif backend.port is not None:
         targets = (Target("127.0.0.1", backend.port),)
     else:
-        targets = (OLLAMA,)
-    kind = _first(backend.kind, None, BackendKind.OLLAMA)
+        dialect = find_dialect(kind)
+        port = None if dialect is None else dialect.usual_port
+        targets = (Target("127.0.0.1", USUAL_PORT if port is None else port),)
     return BackendSpec(kind, targets, backend.api_key_env, backend.max_parallel)
 
 

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from gpumesh.backends.base import ParallelismSource, ServerCounters
-from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
@@ -178,8 +177,7 @@ class Ledger:
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """How the attempts that took a slot ended."""
         self.last_release_at = clock()
-        learns_from_durations = DIALECTS[spec.kind].parallelism is ParallelismSource.DURATIONS
-        self._learns_limit = spec.max_parallel is None and learns_from_durations
+        self._learns_limit = spec.max_parallel is None
         self._clock = clock
         self._on_slot_freed = on_slot_freed
         self._on_change = on_change

@@ -24,7 +24,7 @@ from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.state import NodeState, TunnelPhase, TunnelState
-from gpumesh.topology import NodeSpec, Target
+from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.base import Tunnel
 
 
@@ -48,7 +48,6 @@ class Node:
     ) -> None:
         self.spec = spec
         self.name = spec.name
-        self.kind = spec.backend.kind
         self.uses_ssh = spec.ssh is not None
         self.role = NodeRole(group=spec.name)
         self.meter = RateMeter(clock)
@@ -206,6 +205,11 @@ class Node:
         """The server as its own host knows it: the Host header must name it, because Ollama answers 403 to a Host that
         is neither local nor its own."""
         return self._prober.reports.target
+
+    @property
+    def kind(self) -> BackendKind:
+        """The kind of its server, which with kind ``auto`` is known from the first probe on that it answered."""
+        return self._prober.reports.kind
 
     def api_key(self) -> str | None:
         """The server's key, read from its variable at each use and kept nowhere. Raises SecretMissing."""

@@ -14,15 +14,18 @@ from functools import partial
 import httpx
 
 from gpumesh import config
+from gpumesh.backends.base import ParallelismSource
+from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.model_names import full_name
 from gpumesh.probes.backend import BackendReport, probe_backend
 from gpumesh.probes.nvidia_smi import GpuReport, probe_gpus
+from gpumesh.probes.server_kind import KnownKinds
 from gpumesh.probes.smi_tables import OUTPUT_BYTES
 from gpumesh.state import BackendPhase
-from gpumesh.topology import NodeSpec, Target
+from gpumesh.topology import BackendKind, NodeSpec, Target
 from gpumesh.tunnels.stagger import stagger_intervals
 
 BACKEND_INTERVAL_S = 2.0
@@ -38,6 +41,7 @@ class NodeReports:
     """What is known of a node from its probes. ``backend`` and ``gpus`` are ``None`` until the host was asked over the
     present connection; the rest is kept over reconnects.
 
+    ``kind`` is the server's, ``limit_source`` where it is known from how many requests that runs at once.
     ``models`` holds each listed name as it is and in full; ``None`` while no list was read. ``target`` is the target in
     use. ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU while we had nothing in flight there.
     """
@@ -45,6 +49,8 @@ class NodeReports:
     backend: BackendReport | None = None
     gpus: GpuReport | None = None
     missing_secret: SecretMissing | None = None
+    kind: BackendKind = BackendKind.AUTO
+    limit_source: ParallelismSource | None = None
     models: frozenset[str] | None = None
     loaded: frozenset[str] = frozenset()
     target: Target | None = None
@@ -68,7 +74,8 @@ class Prober:
         http: httpx.AsyncClient,
         on_report: Callable[[], None],
     ) -> None:
-        self.reports = NodeReports()
+        self.reports = NodeReports(kind=spec.backend.kind)
+        self._known_kinds = KnownKinds()
         self._spec = spec
         self._link = link
         self._ledger = ledger
@@ -151,6 +158,7 @@ class Prober:
             api_key=api_key,
             timeout_s=BACKEND_TIMEOUT_S,
             node=self._spec.name,
+            known_kinds=self._known_kinds,
         )
         if not self._link.is_up:
             return  # the answer came over a connection that is lost
@@ -173,8 +181,11 @@ class Prober:
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
             names = report.state.models
+            kind = BackendKind(report.state.kind)
             self.reports = replace(
                 self.reports,
+                kind=kind,
+                limit_source=DIALECTS[kind].parallelism,
                 models=frozenset(names) | frozenset(full_name(name) for name in names),
                 loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
             )

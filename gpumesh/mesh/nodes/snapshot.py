@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from gpumesh.backends.base import ParallelismSource
-from gpumesh.backends.dialects import DIALECTS
 from gpumesh.balancer.base import Candidate
 from gpumesh.coordination.base import Coordination
 from gpumesh.mesh.nodes.ledger import Ledger
@@ -71,7 +70,6 @@ class SnapshotBuilder:
         self._meter = meter
         self._clock = clock
         self._coordination = coordination
-        self._probes_tell_limit = DIALECTS[spec.backend.kind].parallelism is ParallelismSource.PROBE
         self._key = coordination_key(spec, prober.reports)
         self._key_reports = prober.reports
 
@@ -102,7 +100,7 @@ class SnapshotBuilder:
         usable = self.reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
         return Candidate(
             name=self._spec.name,
-            kind=self._spec.backend.kind,
+            kind=reports.kind,
             usable=usable,
             models=reports.models,
             loaded=reports.loaded,
@@ -123,10 +121,14 @@ class SnapshotBuilder:
         backend = self._spec.backend
         if backend.max_parallel is not None:
             return backend.max_parallel
-        if self._probes_tell_limit:
+        if not self._learns_limit:
             report = self._prober.reports.backend
             return report.inventory.parallel if report is not None and report.inventory is not None else None
         return self._ledger.learned_limit.max_in_flight(now)
+
+    @property
+    def _learns_limit(self) -> bool:
+        return self._prober.reports.limit_source is ParallelismSource.DURATIONS
 
     @property
     def coordination_key(self) -> str:
@@ -179,7 +181,7 @@ class SnapshotBuilder:
 
     def _shown_limit(self) -> int | None:
         """The proven limit; the balancer's is one more where it tries whether that runs in parallel, too."""
-        if self._spec.backend.max_parallel is not None or self._probes_tell_limit:
+        if self._spec.backend.max_parallel is not None or not self._learns_limit:
             return self._limit(self._clock())
         return self._ledger.learned_limit.proven if self._ledger.served else None
 
@@ -187,9 +189,7 @@ class SnapshotBuilder:
         reports = self._prober.reports
         if reports.backend is None or tunnel.state is not TunnelPhase.UP:
             missing = reports.missing_secret
-            return BackendState(
-                kind=self._spec.backend.kind.value, last_error=None if missing is None else missing.message
-            )
+            return BackendState(kind=reports.kind.value, last_error=None if missing is None else missing.message)
         rate = self._meter.rate()
         return replace(reports.backend.state, tokens_per_s=rate if rate or self._ledger.served else None)
 

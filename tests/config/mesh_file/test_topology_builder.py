@@ -68,7 +68,7 @@ def test_three_lines_are_enough() -> None:
     (iceland,) = mesh.nodes
     assert iceland.ssh == SshSpec("209.170.80.132", 13323, "root", known_hosts=HOME / ".ssh/known_hosts")
     assert iceland.backend.targets == (Target("127.0.0.1", 11434),)
-    assert iceland.backend.kind is BackendKind.OLLAMA
+    assert iceland.backend.kind is BackendKind.AUTO
 
 
 def test_everything_that_can_be_said() -> None:
