@@ -1,379 +1,48 @@
-"""A stand-in for Ollama: a real HTTP server with its native API and /v1, its timing, its errors, and set faults.
+"""A stand-in for Ollama: its native API and its /v1, its check of Host and Origin, and the form of its errors.
 
-What it does follows the facts in Ollama's source: no byte, not even a header, before the first token; requests past
-the slots wait in silence; a client that goes away frees its slot at once; Host and Origin are checked. It generates
-no text of meaning (see text.py), and says in its version that it is a lab.
+It behaves as Ollama's source says (``docs/internals/ollama.md``), and says in its version that it is a lab.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
-import socket
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
-from types import TracebackType
-from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from gpumesh.lab.answers import ApiError, GenerationRequest, PlannedAnswer, ToolCall, plan_answer
-from gpumesh.lab.engine import Engine, Pacer, Timings
-from gpumesh.lab.profile import Faults, HostProfile, LoggedRequest, SimCounters
-from gpumesh.lab.replies import abort_connection, dump_json, error_response
-
-RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MAX_BODY = 64 << 20
+from gpumesh.lab.profile import HostProfile
+from gpumesh.lab.servers import native_routes, v1_routes
+from gpumesh.lab.servers.server import SimServer
 
 
-class AnswerFrames(Protocol):
-    """One API's way to write an answer. ``encode_piece`` and ``encode_final`` give what goes on the wire when
-    streaming."""
-
-    content_type: str
-
-    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes: ...
-
-    def encode_final(self, reason: str, timings: Timings) -> bytes: ...
-
-    def encode_error(self, message: str) -> bytes:
-        """A failure in mid-stream."""
-        ...
-
-    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
-        """The answer as one JSON document."""
-        ...
-
-
-class SimOllama:
-    """One Ollama. An async context manager; ``url`` and ``port`` hold from its start to its end.
-
-    ``port`` 0 takes a free one. A ``sock`` that is given is used as it is and stays the caller's.
-    """
+class SimOllama(SimServer):
+    """One Ollama. ``blobs`` are the digests of the files that clients have uploaded."""
 
     def __init__(self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.profile = profile
-        self.engine = Engine(profile)
-        self._host = host
-        self._wanted_port = port
-        self._port = 0
-        self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
-        self._faults = Faults()
-        self._faults_left: int | None = None
-        self._gate = asyncio.Lock()
-        self._lifted = asyncio.Event()
-        self._log: deque[_Entry] = deque(maxlen=10_000)
-        self._count = SimCounters()
-        self._http = 0
+        super().__init__(profile, host=host, port=port)
         self.blobs: set[str] = set()
 
-    async def __aenter__(self) -> Self:
-        app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
-        from gpumesh.lab import native, v1  # they build on this module's types
+    def add_routes(self, app: web.Application) -> None:
+        native_routes.add_routes(app, self, self.blobs)
+        v1_routes.add_routes(app, self)
 
-        native.add_routes(app, self)
-        v1.add_routes(app, self)
-        # Ollama stops generating when its client goes: the handler is cancelled as soon as the connection ends.
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await self._listen()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._runner is not None:
-            self._reset_connections()
-            await self._runner.cleanup()
-            self._runner = self._site = None
-
-    @property
-    def port(self) -> int:
-        return self._port
-
-    @property
-    def url(self) -> str:
-        return f"http://{self._host}:{self._port}"
-
-    @property
-    def faults(self) -> Faults:
-        return self._faults
-
-    async def set_faults(self, faults: Faults) -> None:
-        """From now on, for requests that come and answers that are being written; ``refuse`` is done on return."""
-        async with self._gate:
-            self._faults = self.engine.faults = faults
-            lifted, self._lifted = self._lifted, asyncio.Event()
-            lifted.set()
-            self._faults_left = faults.times
-            if faults.refuse and self._site is not None:
-                site, self._site = self._site, None
-                await site.stop()
-                self._reset_connections()
-            elif not faults.refuse and self._site is None and self._runner is not None:
-                await self._listen()
-
-    @property
-    def counters(self) -> SimCounters:
-        return replace(
-            self._count,
-            running=self.engine.running,
-            max_running=self.engine.max_running,
-            loads=self.engine.loads,
-            http=self._http,
-            requests=tuple(entry.log for entry in self._log),
-        )
-
-    # -- answers -----------------------------------------------------------------------------------------------------
-
-    async def write_answer(
-        self, request: web.Request, work: GenerationRequest, frames: AnswerFrames, *, stream: bool
-    ) -> web.StreamResponse:
-        """Generates the answer and writes it, counting it in exactly one of finished, cancelled and failed."""
-        asked = self.engine.clock()
-        said = plan_answer(work, self.profile)
-        entry = _Entry(LoggedRequest(request.path, work.model.name, asked, said.prompt[-400:]))
-        self._log.append(entry)
-        count = self._count
-        self._count = replace(
-            count,
-            started=count.started + 1,
-            in_flight=count.in_flight + 1,
-            max_in_flight=max(count.max_in_flight, count.in_flight + 1),
-        )
-        outcome = "failed"
-        try:
-            async with self.engine.lease_slot(work.model, work.options, work.keep_alive) as lease:
-                tokens, prefill_s = await self.engine.prefill(lease, said.prompt)
-                entry.log = replace(entry.log, prompt_tokens=tokens, queued_s=lease.queued_s, load_s=lease.load_s)
-                pacer = Pacer(said.total, lease.rate, self.engine.clock, self.engine.clock())
-                writer = _Writer(request, frames, said, stream=stream)
-                fault = await self._write(writer, pacer, entry)
-                if fault is None:
-                    timings = Timings(
-                        total_ns=int((self.engine.clock() - asked) * 1e9),
-                        load_ns=int(lease.load_s * 1e9),
-                        prompt_tokens=tokens,
-                        prompt_ns=max(1, int(prefill_s * 1e9)),
-                        tokens=said.total,
-                        eval_ns=max(1, round(said.total / lease.rate * 1e9)),
-                    )
-                    response = await writer.end(timings)
-                    outcome = "finished"
-                    return response
-                return await self._break(request, writer, fault)
-        except (asyncio.CancelledError, ConnectionError):
-            # aiohttp cancels the handler, or its write finds the connection gone: the client went away.
-            outcome = "cancelled" if outcome == "failed" and not entry.broken else outcome
-            raise
-        finally:
-            self._end(entry, outcome)
-
-    def _end(self, entry: _Entry, outcome: str) -> None:
-        entry.log = replace(entry.log, outcome=outcome)
-        count = self._count
-        self._count = replace(
-            count,
-            in_flight=count.in_flight - 1,
-            finished=count.finished + (outcome == "finished"),
-            cancelled=count.cancelled + (outcome == "cancelled"),
-            failed=count.failed + (outcome == "failed"),
-        )
-
-    async def _write(self, writer: _Writer, pacer: Pacer, entry: _Entry) -> str | None:
-        """Sends the tokens as they are due; returns the name of the fault that stopped it, if one did."""
-        sent = 0
-        while True:
-            kind, at = self._cut(writer.request.path)
-            if at is not None and sent >= at and self._take(writer.request.path):
-                if kind == "stall_after_tokens":
-                    await self._lifted.wait()
-                    continue
-                entry.broken = True
-                return kind
-            if sent >= writer.said.total:
-                return None
-            due = await pacer.wait_due()
-            if at is not None and due > at:
-                due = max(at, sent)
-                pacer.sent = due
-            if due > sent:
-                await writer.tokens(sent, due)
-                count = self._count
-                self._count = replace(count, tokens=count.tokens + due - sent)
-                entry.log = replace(entry.log, tokens=due)
-                sent = due
-
-    def _cut(self, path: str) -> tuple[str, int | None]:
-        faults = self._faults
-        if self._faults_left != 0 and _hits(faults, path):
-            for kind in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):
-                if (at := getattr(faults, kind)) is not None:
-                    return kind, at
-        return "", None
-
-    async def _break(self, request: web.Request, writer: _Writer, fault: str) -> web.StreamResponse:
-        if fault == "error_line_after_tokens":
-            return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
-        if fault == "end_after_tokens":
-            return await writer.stop()
-        return await abort_connection(request, writer.response)
-
-    # -- every request -----------------------------------------------------------------------------------------------
-
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
-        self._http += 1
-        if not self._allowed(request.headers.get("Host", ""), request.headers.get("Origin")):
-            return web.Response(status=403)
-        faults = self._faults
-        if (faults.hang or faults.status or faults.disconnect) and self._take(request.path):
-            await request.read()
-            if faults.hang:
-                await self._lifted.wait()
-            elif faults.status:
-                return error_response(request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault"))
-            else:
-                return await abort_connection(request, None)
-        try:
-            return await handler(request)
-        except ApiError as refused:
-            return error_response(request.path, refused.status, refused.message)
-        except web.HTTPMethodNotAllowed as error:
-            return web.Response(status=405, text="405 method not allowed", headers={"Allow": error.headers["Allow"]})
-        except web.HTTPNotFound:
-            return web.Response(status=404, text="404 page not found")
-
-    def _take(self, path: str) -> bool:
-        """Whether a fault hits this request; counts it if it does."""
-        if not _hits(self._faults, path) or self._faults_left == 0:
-            return False
-        if self._faults_left is not None:
-            self._faults_left -= 1
-        return True
-
-    def _allowed(self, host: str, origin: str | None) -> bool:
-        """Ollama's rules while it listens on loopback."""
-        name = urlsplit(f"//{host}").hostname or ""
-        return _local(name, self.profile.hostname) and (origin is None or _origin(origin))
-
-    def read_generation_request(self, body: Mapping[str, Any], **more: Any) -> GenerationRequest:
-        """The parts that all APIs have in common. Raises Refused when there is no such model."""
-        name = body.get("model")
-        if not isinstance(name, str) or not name:
-            raise ApiError(400, "model is required")
-        model = self.engine.find_model(name)
-        if model is None:
-            raise ApiError(404, f"model '{name}' not found")
-        return GenerationRequest(model, name, **more)
-
-    async def _listen(self) -> None:
-        assert self._runner is not None
-        sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((self._host, self._port or self._wanted_port))
-            self._port = sock.getsockname()[1]
-            self._site = web.SockSite(self._runner, sock, backlog=1024)
-            await self._site.start()
-        except BaseException:
-            sock.close()
-            raise
-
-    def _reset_connections(self) -> None:
-        server = self._runner.server if self._runner is not None else None
-        for connection in list(server.connections) if server is not None else ():
-            if connection.transport is not None:
-                connection.transport.abort()
+    def find_refusal(self, request: web.Request) -> web.Response | None:
+        """While it listens on loopback it answers 403, without a body, to a Host or Origin that is not its own."""
+        name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        origin = request.headers.get("Origin")
+        allowed = _is_local_name(name, self.profile.hostname) and (origin is None or _is_local_origin(origin))
+        return None if allowed else web.Response(status=403)
 
 
-class _Entry:
-    """A request in the log; ``broken`` once a fault has hit it."""
-
-    def __init__(self, log: LoggedRequest) -> None:
-        self.log = log
-        self.broken = False
-
-
-class _Writer:
-    """An answer on its way: headers go with the first token; a whole answer goes at its end."""
-
-    def __init__(self, request: web.Request, frames: AnswerFrames, said: PlannedAnswer, *, stream: bool) -> None:
-        self.request = request
-        self.said = said
-        self.response: web.StreamResponse | None = None
-        self._frames = frames
-        self._stream = stream
-
-    async def tokens(self, start: int, end: int) -> None:
-        if not self._stream:
-            return
-        said, frames, thinking = self.said, self._frames, len(self.said.thinking)
-        parts = [frames.encode_piece("", token, None) for token in said.thinking[start:end]]
-        if said.tool is None:
-            parts += (
-                [
-                    frames.encode_piece(token, "", None)
-                    for token in said.tokens[max(0, start - thinking) : end - thinking]
-                ]
-                if (end > thinking)
-                else []
-            )
-        elif end == said.total:
-            parts.append(frames.encode_piece("", "", said.tool))
-        if parts:
-            await self._send(b"".join(parts))
-
-    async def end(self, timings: Timings) -> web.StreamResponse:
-        if not self._stream:
-            return web.json_response(self._frames.build_document(self.said, timings), dumps=dump_json)
-        await self._send(self._frames.encode_final(self.said.done_reason, timings))
-        return await self.stop()
-
-    async def fail(self, message: str) -> web.StreamResponse:
-        if self.response is None:
-            return error_response(self.request.path, 500, message)
-        await self._send(self._frames.encode_error(message))
-        return await self.stop()
-
-    async def stop(self) -> web.StreamResponse:
-        if self.response is None:
-            return web.Response(status=200, content_type=self._frames.content_type)
-        await self.response.write_eof()
-        return self.response
-
-    async def _send(self, data: bytes) -> None:
-        if self.response is None:
-            self.response = web.StreamResponse(headers={"Content-Type": self._frames.content_type})
-            self.response.enable_chunked_encoding()
-            await self.response.prepare(self.request)
-        await self.response.write(data)
-
-
-_STATUS_TEXTS = {
-    429: "too many requests",
-    500: "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error",
-    502: "bad gateway",
-    503: "server busy, please try again.  maximum pending requests exceeded",
-}
-
-
-def _hits(faults: Faults, path: str) -> bool:
-    return not faults.paths or path.startswith(faults.paths)
-
-
-def _local(name: str, own: str) -> bool:
+def _is_local_name(name: str, own: str) -> bool:
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name)
         return address.is_loopback or address.is_private or address.is_unspecified
     return name in ("", "localhost", own.lower()) or name.endswith((".localhost", ".local", ".internal"))
 
 
-def _origin(origin: str) -> bool:
+def _is_local_origin(origin: str) -> bool:
     parts = urlsplit(origin)
     if parts.scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file"):
         return True

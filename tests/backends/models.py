@@ -9,9 +9,9 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.lab import profile
 from gpumesh.lab.answers import GenerationRequest, PlannedAnswer, plan_answer, render_request
 from gpumesh.lab.engine import Timings
-from gpumesh.lab.native import NativeFrames
 from gpumesh.lab.profile import ModelProfile
-from gpumesh.lab.v1 import ChatFrames
+from gpumesh.lab.servers.chat_frames import ChatFrames
+from gpumesh.lab.servers.native_frames import NativeFrames
 
 EVAL_NS = 10_000_000
 

@@ -8,25 +8,23 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from gpumesh.lab import text
-from gpumesh.lab.answers import ApiError, PlannedAnswer, ToolCall, render_request
-from gpumesh.lab.engine import Timings, parse_keep_alive
+from gpumesh.lab.answers import ApiError, GenerationRequest, render_request
+from gpumesh.lab.engine import parse_keep_alive
 from gpumesh.lab.profile import ModelProfile
-from gpumesh.lab.replies import dump_json, json_response, read_json
-
-if TYPE_CHECKING:
-    from gpumesh.lab.ollama import SimOllama
+from gpumesh.lab.servers.native_frames import NDJSON, NativeFrames, build_message, format_now
+from gpumesh.lab.servers.replies import dump_json, json_response, read_json
+from gpumesh.lab.servers.server import SimServer
 
 MIB = 1 << 20
-NDJSON = "application/x-ndjson"
 
 
-def add_routes(app: web.Application, server: SimOllama) -> None:
-    routes = _Native(server)
+def add_routes(app: web.Application, server: SimServer, blobs: set[str]) -> None:
+    routes = NativeRoutes(server, blobs)
     add = app.router
     add.add_get("/", routes.root)  # aiohttp adds HEAD to each GET
     add.add_get("/api/version", routes.version)
@@ -46,58 +44,12 @@ def add_routes(app: web.Application, server: SimOllama) -> None:
     add.add_post("/api/blobs/{digest}", routes.add_blob)
 
 
-class NativeFrames:
-    """NDJSON of /api/chat (``chat``) or /api/generate. ``raw`` answers have no ``context``."""
+class NativeRoutes:
+    """Handlers of Ollama's own routes. ``blobs`` are the digests that were uploaded."""
 
-    content_type = NDJSON
-
-    def __init__(self, name: str, *, chat: bool, raw: bool = False) -> None:
-        self._name = name
-        self._chat = chat
-        self._raw = raw
-        # The part that all lines share is encoded once: these lines are most of what a stream costs.
-        self._head = f'{{"model":{dump_json(name)},"created_at":'
-
-    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
-        if self._chat:
-            middle = f'"message":{dump_json(_message(content, thinking, tool))}'
-        else:
-            middle = f'"response":{dump_json(content)}' + (f',"thinking":{dump_json(thinking)}' if thinking else "")
-        return f'{self._head}"{format_now()}",{middle},"done":false}}\n'.encode()
-
-    def encode_final(self, reason: str, timings: Timings) -> bytes:
-        said: dict[str, Any] = {"message": _message("", "", None)} if self._chat else {"response": ""}
-        return (dump_json(self._document(said, reason, timings)) + "\n").encode()
-
-    def encode_error(self, message: str) -> bytes:
-        return (dump_json({"error": message}) + "\n").encode()
-
-    def build_document(self, said: PlannedAnswer, timings: Timings) -> dict[str, Any]:
-        content = "" if said.tool else "".join(said.tokens)
-        thinking = "".join(said.thinking)
-        if self._chat:
-            return self._document({"message": _message(content, thinking, said.tool)}, said.done_reason, timings)
-        document: dict[str, Any] = {"response": content} | ({"thinking": thinking} if thinking else {})
-        return self._document(document, said.done_reason, timings)
-
-    def _document(self, said: Mapping[str, Any], reason: str, timings: Timings) -> dict[str, Any]:
-        document = {"model": self._name, "created_at": format_now(), **said, "done": True, "done_reason": reason}
-        if not self._chat and not self._raw:
-            document["context"] = [number % 32000 for number in range(min(timings.prompt_tokens + timings.tokens, 64))]
-        figures = {
-            "total_duration": timings.total_ns,
-            "load_duration": timings.load_ns,
-            "prompt_eval_count": timings.prompt_tokens,
-            "prompt_eval_duration": timings.prompt_ns,
-            "eval_count": timings.tokens,
-            "eval_duration": timings.eval_ns,
-        }
-        return document | {name: value for name, value in figures.items() if value}
-
-
-class _Native:
-    def __init__(self, server: SimOllama) -> None:
+    def __init__(self, server: SimServer, blobs: set[str]) -> None:
         self._server = server
+        self._blobs = blobs
         self._engine = server.engine
 
     async def root(self, _request: web.Request) -> web.Response:
@@ -118,9 +70,9 @@ class _Native:
         models = []
         for runner in self._engine.list_runners():
             left = runner.expires_at - now
-            far = math.isinf(left)
+            never = math.isinf(left)
             expires = (
-                datetime.now(UTC) + timedelta(days=365 * 292) if far else datetime.now(UTC) + timedelta(seconds=left)
+                datetime.now(UTC) + timedelta(days=365 * 292) if never else datetime.now(UTC) + timedelta(seconds=left)
             )
             model = runner.model
             models.append(
@@ -162,55 +114,60 @@ class _Native:
         body = await read_json(request)
         raw = body.get("raw") is True
         prompt = str(body.get("prompt") or "")
-        work = self._server.read_generation_request(body)
-        if work.model.embedding:
-            raise ApiError(400, f'"{work.name}" does not support generate')
+        generation = self._server.read_generation_request(body)
+        if generation.model.embedding:
+            raise ApiError(400, f'"{generation.name}" does not support generate')
         if not prompt and not body.get("suffix"):
             return await self._preload(body, {"response": ""})
         messages = None if raw else [{"role": "user", "content": prompt}]
         if messages is not None and body.get("system"):
             messages.insert(0, {"role": "system", "content": str(body["system"])})
-        work = self._server.read_generation_request(
-            body, **_common(body), messages=messages, prompt=prompt if raw else None
+        generation = self._server.read_generation_request(
+            body, **read_common_parts(body), messages=messages, prompt=prompt if raw else None
         )
         if body.get("_debug_render_only") is True:
             return json_response(
-                {"model": work.name, "created_at": format_now(), **_debug(render_request(work)), "response": ""}
+                {
+                    "model": generation.name,
+                    "created_at": format_now(),
+                    **_rendering(generation),
+                    "response": "",
+                }
             )
-        frames = NativeFrames(work.name, chat=False, raw=raw)
-        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is not False)
+        frames = NativeFrames(generation.name, chat=False, raw=raw)
+        return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         messages = body.get("messages") or []
-        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
             raise ApiError(400, "json: cannot unmarshal messages into Go struct field ChatRequest.messages")
-        work = self._server.read_generation_request(
-            body, **_common(body), messages=messages, tools=body.get("tools") or ()
+        generation = self._server.read_generation_request(
+            body, **read_common_parts(body), messages=messages, tools=body.get("tools") or ()
         )
-        if work.model.embedding:
-            raise ApiError(400, f'"{work.name}" does not support chat')
+        if generation.model.embedding:
+            raise ApiError(400, f'"{generation.name}" does not support chat')
         if not messages:
-            return await self._preload(body, {"message": _message("", "", None)})
+            return await self._preload(body, {"message": build_message("", "", None)})
         if body.get("_debug_render_only") is True:
-            return json_response({"model": work.name, "created_at": format_now(), **_debug(render_request(work))})
-        frames = NativeFrames(work.name, chat=True)
-        return await self._server.write_answer(request, work, frames, stream=body.get("stream") is not False)
+            return json_response({"model": generation.name, "created_at": format_now(), **_rendering(generation)})
+        frames = NativeFrames(generation.name, chat=True)
+        return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
 
-    async def _preload(self, body: Mapping[str, Any], said: Mapping[str, Any]) -> web.Response:
-        work = self._server.read_generation_request(body, **_common(body))
-        await self._engine.preload(work.model, work.options, work.keep_alive)
-        unload = parse_keep_alive(work.keep_alive, 1.0) == 0
+    async def _preload(self, body: Mapping[str, Any], content: Mapping[str, Any]) -> web.Response:
+        generation = self._server.read_generation_request(body, **read_common_parts(body))
+        await self._engine.preload(generation.model, generation.options, generation.keep_alive)
+        unload = parse_keep_alive(generation.keep_alive, 1.0) == 0
         reason = "unload" if unload else "load"
         return json_response(
-            {"model": work.name, "created_at": format_now(), **said, "done": True, "done_reason": reason}
+            {"model": generation.name, "created_at": format_now(), **content, "done": True, "done_reason": reason}
         )
 
     async def embed(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         given = body.get("input", "")
-        texts = [given] if isinstance(given, str) else [str(one) for one in given or []]
-        return json_response(await self.embeddings_of(body, [one for one in texts if one or len(texts) > 1]))
+        texts = [given] if isinstance(given, str) else [str(entry) for entry in given or []]
+        return json_response(await self.embeddings_of(body, [entry for entry in texts if entry or len(texts) > 1]))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
@@ -222,15 +179,15 @@ class _Native:
         name = body.get("model")
         if isinstance(name, str) and name and self._engine.find_model(name) is None:
             raise ApiError(404, f'model "{name}" not found, try pulling it first')
-        work = self._server.read_generation_request(body, **_common(body))
+        generation = self._server.read_generation_request(body, **read_common_parts(body))
         asked = self._engine.clock()
         count = 0
-        async with self._engine.lease_slot(work.model, work.options, work.keep_alive) as lease:
-            for one in texts:
-                count += (await self._engine.prefill(lease, one))[0]
+        async with self._engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
+            for entry in texts:
+                count += (await self._engine.prefill(lease, entry))[0]
         return {
-            "model": work.name,
-            "embeddings": [text.make_embedding(one) for one in texts],
+            "model": generation.name,
+            "embeddings": [text.make_embedding(entry) for entry in texts],
             "total_duration": int((self._engine.clock() - asked) * 1e9),
             "load_duration": int(lease.load_s * 1e9),
             "prompt_eval_count": count,
@@ -288,13 +245,13 @@ class _Native:
         return web.Response()
 
     async def has_blob(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if request.match_info["digest"] in self._server.blobs else 404)
+        return web.Response(status=200 if request.match_info["digest"] in self._blobs else 404)
 
     async def add_blob(self, request: web.Request) -> web.Response:
         digest = request.match_info["digest"]
         if f"sha256:{hashlib.sha256(await request.read()).hexdigest()}" != digest:
             raise ApiError(400, "digest mismatch")
-        self._server.blobs.add(digest)
+        self._blobs.add(digest)
         return web.Response(status=201)
 
     def _copy(self, base: ModelProfile, name: str) -> None:
@@ -323,12 +280,8 @@ def format_timestamp(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "417Z"
 
 
-def format_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def _common(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises Refused for a keep_alive that Go could not read."""
+def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ApiError for a keep_alive that Go could not read."""
     options = body.get("options") or {}
     try:
         parse_keep_alive(body.get("keep_alive"), 0.0)
@@ -342,17 +295,8 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _debug(template: str) -> dict[str, Any]:
-    return {"_debug_info": {"rendered_template": template}}
-
-
-def _message(content: str, thinking: str, tool: ToolCall | None) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if thinking:
-        message["thinking"] = thinking
-    if tool is not None:
-        message["tool_calls"] = [{"function": {"index": 0, "name": tool.name, "arguments": dict(tool.arguments)}}]
-    return message
+def _rendering(generation: GenerationRequest) -> dict[str, Any]:
+    return {"_debug_info": {"rendered_template": render_request(generation)}}
 
 
 def _details(model: ModelProfile) -> dict[str, Any]:
@@ -379,14 +323,14 @@ def _tag(name: str, model: ModelProfile, stored: datetime) -> dict[str, Any]:
 
 
 async def _steps(*texts: str) -> AsyncIterator[dict[str, Any]]:
-    for one in texts:
-        yield {"status": one}
+    for entry in texts:
+        yield {"status": entry}
 
 
 async def _progress(
     request: web.Request, body: Mapping[str, Any], steps: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Lines as they come; or with ``stream`` false the last one alone, an error then having a status."""
+    """Lines as they come; or with ``stream`` false the last entry alone, an error then having a status."""
     if body.get("stream") is False:
         last = [step async for step in steps][-1]
         return json_response(last, status=500 if "error" in last else 200)

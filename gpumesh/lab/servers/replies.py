@@ -1,4 +1,4 @@
-"""What every route of the stand-in needs to read a request, answer it, refuse it, or break off."""
+"""How a route of a stand-in reads a request, answers it, refuses it, or breaks the connection off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dump_json(value: Any) -> str:
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:
-    """The body, whatever its declared type. Raises Refused."""
+    """The body, whatever its declared type. Raises ApiError."""
     data = await request.read()
     if not data:
         raise ApiError(400, "missing request body")
@@ -42,7 +42,7 @@ async def abort_connection(request: web.Request, response: web.StreamResponse | 
 
 
 def error_response(path: str, status: int, message: str) -> web.Response:
-    """An error in the dialect of the path."""
+    """An error in the form that Ollama gives it on this path."""
     document: dict[str, Any] = {"error": message}
     if path.startswith("/v1/messages"):
         kind = {404: "not_found_error", 400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "api_error")

@@ -1,0 +1,120 @@
+"""The frames of ``/v1/chat/completions`` and ``/v1/completions``, OpenAI's."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+from gpumesh.lab.answers import PlannedAnswer, ToolCall
+from gpumesh.lab.engine import Timings
+from gpumesh.lab.servers.replies import dump_json
+
+SSE = "text/event-stream"
+_numbers = count(1)
+
+
+def encode_event(document: Any, name: str | None = None) -> bytes:
+    return ((f"event: {name}\n" if name else "") + f"data: {dump_json(document)}\n\n").encode()
+
+
+class ChatFrames:
+    """/v1/chat/completions."""
+
+    content_type = SSE
+
+    def __init__(self, name: str, *, usage: bool) -> None:
+        self._usage = usage
+        self._called = False
+        self._base = {
+            "id": f"chatcmpl-{next(_numbers)}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": "fp_ollama_lab",
+        }
+
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        delta: dict[str, Any] = {"role": "assistant", "content": content}
+        if thinking:
+            delta["reasoning"] = thinking
+        if tool is not None:
+            self._called = True
+            delta["tool_calls"] = [build_tool_call(tool)]
+        return encode_event(self._chunk(delta, None))
+
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
+        parts = [
+            encode_event(self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called else reason))
+        ]
+        if self._usage:
+            parts.append(encode_event({**self._base, "choices": [], "usage": build_usage(timings)}))
+        return b"".join([*parts, b"data: [DONE]\n\n"])
+
+    def encode_error(self, message: str) -> bytes:
+        # As in Ollama: the message of an error in mid-stream is lost, and no [DONE] follows.
+        del message
+        return encode_event(self._chunk({"role": "assistant", "content": ""}, None))
+
+    def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "" if answer.tool else "".join(answer.tokens)}
+        if answer.thinking:
+            message["reasoning"] = "".join(answer.thinking)
+        if answer.tool is not None:
+            message["tool_calls"] = [build_tool_call(answer.tool)]
+        reason = "tool_calls" if answer.tool else answer.done_reason
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        return {**self._base, "object": "chat.completion", "choices": [choice], "usage": build_usage(timings)}
+
+    def _chunk(self, delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        return {**self._base, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+
+class CompletionFrames:
+    """/v1/completions."""
+
+    content_type = SSE
+
+    def __init__(self, name: str, *, usage: bool) -> None:
+        self._usage = usage
+        self._base = {
+            "id": f"cmpl-{next(_numbers)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": "fp_ollama_lab",
+        }
+
+    def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
+        del thinking, tool  # a raw prompt has neither
+        return encode_event(self._chunk(content, None))
+
+    def encode_final(self, reason: str, timings: Timings) -> bytes:
+        usage = encode_event({**self._base, "choices": [], "usage": build_usage(timings)}) if self._usage else b""
+        return encode_event(self._chunk("", reason)) + usage + b"data: [DONE]\n\n"
+
+    def encode_error(self, message: str) -> bytes:
+        del message
+        return encode_event(self._chunk("", None))
+
+    def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
+        return {**self._chunk("".join(answer.tokens), answer.done_reason), "usage": build_usage(timings)}
+
+    def _chunk(self, content: str, reason: str | None) -> dict[str, Any]:
+        return {**self._base, "choices": [{"text": content, "index": 0, "finish_reason": reason}]}
+
+
+def build_usage(timings: Timings) -> dict[str, int]:
+    return {
+        "prompt_tokens": timings.prompt_tokens,
+        "completion_tokens": timings.tokens,
+        "total_tokens": timings.prompt_tokens + timings.tokens,
+    }
+
+
+def build_tool_call(tool: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(dict(tool.arguments), ensure_ascii=False)
+    function = {"name": tool.name, "arguments": arguments}
+    return {"id": f"call_{next(_numbers)}", "index": 0, "type": "function", "function": function}

@@ -1,0 +1,125 @@
+"""A stand-in for vLLM's OpenAI-compatible server, after the source of vLLM 0.11 (``docs/internals/server-kinds.md``).
+
+What differs from other servers with this API: a last message of the assistant is continued only with
+``continue_final_message``; the figures of ``/metrics``; the form of its errors, and a key that guards ``/v1`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from gpumesh.lab.answers import ApiError, GenerationRequest
+from gpumesh.lab.profile import HostProfile
+from gpumesh.lab.servers.chat_frames import ChatFrames, CompletionFrames, encode_event
+from gpumesh.lab.servers.replies import json_response, read_json
+from gpumesh.lab.servers.server import SimServer
+from gpumesh.lab.servers.v1_routes import read_messages, read_options, wants_usage
+
+VERSION = "0.11.0-lab"
+_ERROR_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+
+
+class SimVllm(SimServer):
+    """One vLLM. It serves all models of its profile, each from the start; ``slots`` is its ``--max-num-seqs``."""
+
+    def __init__(
+        self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
+    ) -> None:
+        served = tuple(replace(model, resident=True) for model in profile.models)
+        super().__init__(replace(profile, models=served, load_s=0.0), host=host, port=port)
+        self._api_key = api_key
+
+    def add_routes(self, app: web.Application) -> None:
+        add = app.router
+        add.add_get("/health", self._health)
+        add.add_get("/version", self._version)
+        add.add_get("/metrics", self._metrics)
+        add.add_get("/v1/models", self._models)
+        add.add_post("/v1/chat/completions", self._chat)
+        add.add_post("/v1/completions", self._completions)
+
+    def find_refusal(self, request: web.Request) -> web.Response | None:
+        wanted = None if self._api_key is None else f"Bearer {self._api_key}"
+        if wanted is None or not request.path.startswith("/v1") or request.headers.get("Authorization") == wanted:
+            return None
+        return json_response({"error": "Unauthorized"}, status=401)
+
+    def build_error(self, path: str, status: int, message: str) -> web.Response:  # noqa: ARG002 - one form for all
+        kind = _ERROR_TYPES.get(status, HTTPStatus(status).phrase)
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        return json_response({"error": error}, status=status)
+
+    def build_unknown_route_error(self) -> web.Response:
+        return json_response({"detail": "Not Found"}, status=404)
+
+    # -- routes ------------------------------------------------------------------------------------------------------
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return json_response({"version": VERSION})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        text = "\n".join(self._metric_lines()) + "\n"
+        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    def _metric_lines(self) -> Iterator[str]:
+        counters = self.counters
+        running = counters.running
+        gauges = {
+            "num_requests_running": ("Number of requests in model execution batches.", float(running)),
+            "num_requests_waiting": (
+                "Number of requests waiting to be processed.",
+                counters.in_flight - float(running),
+            ),
+            "kv_cache_usage_perc": ("KV-cache usage. 1 means 100 percent usage.", running / self.profile.slots),
+        }
+        for name, (text, value) in gauges.items():
+            yield f"# HELP vllm:{name} {text}"
+            yield f"# TYPE vllm:{name} gauge"
+            yield f'vllm:{name}{{engine="0",model_name="{self.profile.models[0].name}"}} {value}'
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": [self._model_card(name) for name in self.engine.store]})
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        model, stored_at = self.engine.store[name]
+        card = {"id": name, "object": "model", "created": int(stored_at.timestamp()), "owned_by": "vllm"}
+        return card | {"root": name, "parent": None, "max_model_len": model.context_length}
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        continues = body.get("continue_final_message") is True
+        if continues and body.get("add_generation_prompt", True) is True:
+            raise ApiError(400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+        generation = self._read_request(body, messages=read_messages(body), options=read_options(body))
+        # The template closes each message: what the mark does is to leave the last one open.
+        generation = replace(generation, model=replace(generation.model, continues=continues))
+        frames = VllmChatFrames(generation.name, usage=wants_usage(body))
+        return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await read_json(request)
+        generation = self._read_request(body, prompt=str(body.get("prompt") or ""), options=read_options(body))
+        frames = CompletionFrames(generation.name, usage=wants_usage(body))
+        return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
+
+    def _read_request(self, body: Mapping[str, Any], **parts: Any) -> GenerationRequest:
+        name = body.get("model")
+        if isinstance(name, str) and name not in self.engine.store:
+            raise ApiError(404, f"The model `{name}` does not exist.")
+        return self.read_generation_request(body, **parts)
+
+
+class VllmChatFrames(ChatFrames):
+    """``/v1/chat/completions``; an error in mid-stream is told, and ``[DONE]`` follows it."""
+
+    def encode_error(self, message: str) -> bytes:
+        error = {"message": message, "type": _ERROR_TYPES[500], "param": None, "code": 500}
+        return encode_event({"error": error}) + b"data: [DONE]\n\n"
