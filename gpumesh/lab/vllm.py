@@ -71,12 +71,12 @@ class SimVllm(SimServer):
 
     def _metric_lines(self) -> Iterator[str]:
         counters = self.counters
-        running = counters.running
+        running, waiting = float(counters.running), float(counters.in_flight - counters.running)
         gauges = {
-            "num_requests_running": ("Number of requests in model execution batches.", float(running)),
+            "num_requests_running": ("Number of requests in model execution batches.", running),
             "num_requests_waiting": (
                 "Number of requests waiting to be processed.",
-                counters.in_flight - float(running),
+                waiting,
             ),
             "kv_cache_usage_perc": ("KV-cache usage. 1 means 100 percent usage.", running / self.profile.slots),
         }

@@ -1,4 +1,4 @@
-"""What vLLM says of itself, read: answers as its source gives them, and answers that no server should give."""
+"""What vLLM says of itself: answers as its source gives them, and answers that no server should give."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_message_of_an_error(body: bytes, text: str) -> None:
     assert DIALECT.error_text(400, body) == text
 
 
-@given(st.sampled_from(("models", "version", "metrics", "health")), st.integers(200, 599), st.binary(max_size=99))
+@given(st.sampled_from(tuple(DIALECT.probe_calls())), st.integers(200, 599), st.binary(max_size=99))
 def test_no_answer_is_a_bug(name: str, status: int, body: bytes) -> None:
     try:
         read(**{name: (status, body)})

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from gpumesh.backends.base import ServerCounters
+from gpumesh.backends.base import ParallelismSource, ServerCounters
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
@@ -177,7 +178,9 @@ class Ledger:
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """How the attempts that took a slot ended."""
         self.last_release_at = clock()
-        self._learns_limit = spec.max_parallel is None
+        dialect = find_dialect(spec.kind)
+        learns_from_durations = dialect is None or dialect.parallelism is ParallelismSource.DURATIONS
+        self._learns_limit = spec.max_parallel is None and learns_from_durations
         self._clock = clock
         self._on_slot_freed = on_slot_freed
         self._on_change = on_change

@@ -15,7 +15,7 @@ import httpx
 
 from gpumesh import config
 from gpumesh.backends.base import ParallelismSource
-from gpumesh.backends.dialects import DIALECTS
+from gpumesh.backends.dialects import find_dialect
 from gpumesh.errors import SecretMissing
 from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.tunnel_link import TunnelLink
@@ -41,20 +41,25 @@ class NodeReports:
     """What is known of a node from its probes. ``backend`` and ``gpus`` are ``None`` until the host was asked over the
     present connection; the rest is kept over reconnects.
 
-    ``kind`` is the server's, ``limit_source`` where it is known from how many requests that runs at once.
-    ``models`` holds each listed name as it is and in full; ``None`` while no list was read. ``target`` is the target in
-    use. ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU while we had nothing in flight there.
+    ``kind`` is the server's; with ``auto`` in mesh.yaml it is known from the first answered probe on. ``models`` holds
+    each listed name as it is and in full; ``None`` while no list was read. ``target`` is the target in use.
+    ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU while we had nothing in flight there.
     """
 
     backend: BackendReport | None = None
     gpus: GpuReport | None = None
     missing_secret: SecretMissing | None = None
     kind: BackendKind = BackendKind.AUTO
-    limit_source: ParallelismSource | None = None
     models: frozenset[str] | None = None
     loaded: frozenset[str] = frozenset()
     target: Target | None = None
     foreign_load: float | None = None
+
+    @property
+    def learns_limit(self) -> bool:
+        """Whether the durations in its answers tell how many requests the server runs at once."""
+        dialect = find_dialect(self.kind)
+        return dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
 
     @property
     def backend_is_up(self) -> bool:
@@ -181,11 +186,9 @@ class Prober:
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
             names = report.state.models
-            kind = BackendKind(report.state.kind)
             self.reports = replace(
                 self.reports,
-                kind=kind,
-                limit_source=DIALECTS[kind].parallelism,
+                kind=BackendKind(report.state.kind),
                 models=frozenset(names) | frozenset(full_name(name) for name in names),
                 loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
             )

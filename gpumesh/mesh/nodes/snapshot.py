@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from gpumesh.backends.base import ParallelismSource
 from gpumesh.balancer.base import Candidate
 from gpumesh.coordination.base import Coordination
 from gpumesh.mesh.nodes.ledger import Ledger
@@ -121,14 +120,10 @@ class SnapshotBuilder:
         backend = self._spec.backend
         if backend.max_parallel is not None:
             return backend.max_parallel
-        if not self._learns_limit:
+        if not self._prober.reports.learns_limit:
             report = self._prober.reports.backend
             return report.inventory.parallel if report is not None and report.inventory is not None else None
         return self._ledger.learned_limit.max_in_flight(now)
-
-    @property
-    def _learns_limit(self) -> bool:
-        return self._prober.reports.limit_source is ParallelismSource.DURATIONS
 
     @property
     def coordination_key(self) -> str:
@@ -181,7 +176,7 @@ class SnapshotBuilder:
 
     def _shown_limit(self) -> int | None:
         """The proven limit; the balancer's is one more where it tries whether that runs in parallel, too."""
-        if self._spec.backend.max_parallel is not None or not self._learns_limit:
+        if self._spec.backend.max_parallel is not None or not self._prober.reports.learns_limit:
             return self._limit(self._clock())
         return self._ledger.learned_limit.proven if self._ledger.served else None
 

@@ -19,14 +19,16 @@ from gpumesh.mesh.nodes.tunnel_link import TunnelLink
 from gpumesh.probes.backend import BackendReport
 from gpumesh.probes.nvidia_smi import GpuReport
 from gpumesh.state import BackendPhase, BackendState, Finding, GpuState, Health, TunnelPhase, TunnelState
-from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target
+from gpumesh.topology import BackendKind, BackendSpec, NodeSpec, SshSpec, Target
 from tests.mesh.nodes.build import NodeEvents
 
 TARGET = Target("127.0.0.1", 11434)
 SPEC = NodeSpec("one", BackendSpec(targets=(TARGET,)))
 UP = TunnelState("direct", TunnelPhase.UP, rtt_ms=7.0)
 SERVER = BackendReport(BackendState("ollama", BackendPhase.UP, version="0.12.6"), url="http://127.0.0.1:1")
-PROBED = NodeReports(SERVER, models=frozenset({"m:latest"}), loaded=frozenset({"m:latest"}), target=TARGET)
+PROBED = NodeReports(
+    SERVER, kind=BackendKind.OLLAMA, models=frozenset({"m:latest"}), loaded=frozenset({"m:latest"}), target=TARGET
+)
 
 
 class BusyOthers:
