@@ -54,9 +54,6 @@ def other_server_error(label: str, path: str, status: int, body: bytes, *, hint:
     else:
         what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
     message = f"the port answers, but not as {label}: {path} gave {what}"
-    hint = (
-        "point `backend.port` or `backend.url` at the server itself, or leave out `backend.kind`: it is found by asking"
-    )
     return ProbeError(message, finding_code="wrong-server", hint=hint)
 
 
