@@ -51,7 +51,8 @@ async def read(http: aiohttp.ClientSession, url: str, *, kill: LlamaServer | Non
     return "".join(said), last
 
 
-async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [BackendKind.AUTO, BackendKind.LLAMACPP, BackendKind.OPENAI])
+async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: BackendKind) -> None:
     # Its tokenizer reads a blank as other tokens than the model writes: answers without any can be read back.
     from tests.real import tiny_model  # numpy takes its time, and is for these tests only
 
@@ -60,8 +61,8 @@ async def test_another_llama_server_goes_on(tmp_path: Path, monkeypatch: pytest.
     model = tiny_model.write_tiny_model(tmp_path / "slow.gguf", layers=16, dim=512)
     async with LlamaServer(model) as one, LlamaServer(model) as other:
         specs = (
-            node("one", one.url, weight=100.0, kind=BackendKind.OPENAI, max_parallel=2),
-            node("other", other.url, kind=BackendKind.OPENAI, max_parallel=2),
+            node("one", one.url, weight=100.0, kind=kind, max_parallel=2),
+            node("other", other.url, kind=kind, max_parallel=2),
         )
         async with (
             mesh_of_nodes(*specs) as mesh,

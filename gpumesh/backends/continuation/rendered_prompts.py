@@ -30,6 +30,7 @@ from gpumesh.backends.continuation.stream_format import (
     RenderedPrompt,
 )
 
+COMPLETION_PATH = "/completion"
 # Members of a chat's request that mean nothing, or something else, to ``/completion``. All others are passed on: the
 # names of the sampling parameters are the same.
 _CHAT_ONLY = frozenset(
@@ -76,7 +77,7 @@ class RenderedPromptFormat(MarkedChatFormat):
             body["n_predict"] = max(budget - sofar.tokens, 1)
         if isinstance(request.get("stop"), str):
             body["stop"] = [request["stop"]]
-        call = HttpCall("POST", "/completion", safe_json.dump_compact(body), JSON_HEADERS)
+        call = HttpCall("POST", COMPLETION_PATH, safe_json.dump_compact(body), JSON_HEADERS)
         return ContinuationCall(call, CompletionAsChatFormat(usage=wants_usage(request)))
 
 

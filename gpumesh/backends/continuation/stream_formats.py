@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from gpumesh.backends.base import ContinuationMethod
 from gpumesh.backends.continuation.event_streams import EventStreamFormat, MarkedChatFormat, OpenAIChatFormat
 from gpumesh.backends.continuation.ollama_streams import OllamaStreamFormat
-from gpumesh.backends.continuation.rendered_prompts import RenderedPromptFormat
+from gpumesh.backends.continuation.rendered_prompts import COMPLETION_PATH, RenderedPromptFormat
 from gpumesh.backends.continuation.stream_format import StreamFormat
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.topology import BackendKind
@@ -25,7 +25,7 @@ _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
 def generates_text(path: str) -> bool:
     """Whether this route generates text, so that its stream has a final frame. ``path`` may have a query."""
     bare = path.partition("?")[0]
-    return bare in _NATIVE or bare in _EVENTS or bare == _CHAT
+    return bare in _NATIVE or bare in _EVENTS or bare in (_CHAT, COMPLETION_PATH)
 
 
 def stream_format_for(path: str) -> StreamFormat:

@@ -15,6 +15,7 @@ from gpumesh.backends.continuation.stream_formats import generates_text, stream_
         ("/v1/completions", EventStreamFormat, False),
         ("/v1/responses", EventStreamFormat, False),
         ("/v1/messages", EventStreamFormat, False),
+        ("/completion", EventStreamFormat, False),
     ],
 )
 def test_each_route_that_generates_has_its_form(path: str, kind: type, keeps: bool) -> None:
