@@ -57,7 +57,7 @@ async def ask_server(
 
 
 async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: KnownKinds) -> TimedInventory:
-    """Asks it as a server of the kind that it was at the last probe; if it is of that kind no more, asks which it is."""
+    """Asks it as a server of the kind that it was at the last probe; if it is so no more, asks which it is."""
     known = known_kinds.find(url)
     if known is not None:
         try:
