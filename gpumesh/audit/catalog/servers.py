@@ -17,8 +17,8 @@ EXPLANATIONS = (
         E,
         "another kind of server answers",
         "The port answers, but not as this kind of server: a web page, another API, or no HTTP at all.",
-        "Point `backend.port` or `backend.url` at the server itself, or set `backend.kind: openai` for llama-server, "
-        "vLLM and LM Studio.",
+        "Point `backend.port` or `backend.url` at the server itself. If it is an inference server, leave out "
+        "`backend.kind`: which kind it is, is found by asking.",
     ),
     Explanation(
         "wrong-scheme",

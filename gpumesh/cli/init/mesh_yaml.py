@@ -51,14 +51,13 @@ def _node_lines(draft: Draft) -> Iterator[str]:
         yield f"    # not seen when this was written: {clean_line(node.reason or 'no answer', 200)}"
     if draft.ssh is not None:
         yield f"    ssh: {_flow_mapping(draft.ssh)}"
-    kind = draft.kind.value
     if len(draft.ports) > 1:
         joined = ", ".join(_scalar(f"http://127.0.0.1:{port}") for port in draft.ports)
-        yield f"    backend: {{kind: {kind}, urls: [{joined}]}}   # as the host sees them; the first that answers"
+        yield f"    backend: {{urls: [{joined}]}}   # as the host sees them; the first that answers"
     elif draft.ssh is not None:
-        yield f"    backend: {{kind: {kind}, port: {draft.ports[0]}}}   # as the host sees it"
+        yield f"    backend: {{port: {draft.ports[0]}}}   # as the host sees it"
     else:
-        yield f"    backend: {{kind: {kind}, url: {_scalar(f'http://127.0.0.1:{draft.ports[0]}')}}}"
+        yield f"    backend: {{url: {_scalar(f'http://127.0.0.1:{draft.ports[0]}')}}}"
     if node is not None and draft.is_serving:
         yield from _expect_lines(node)
 

@@ -11,7 +11,6 @@ from gpumesh.cli.init.provider_pods import Pod
 from gpumesh.cli.init.ssh_command_line import SshLine
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.state import BackendPhase, NodeState
-from gpumesh.topology import BackendKind
 
 # Where inference servers listen on a host: Ollama, then behind a provider's proxy, llama.cpp, vLLM, LM Studio.
 HOST_PORTS = (11434, 80, 8080, 8000, 1234)
@@ -29,7 +28,6 @@ class Draft:
 
     name: str
     ssh: SshValues | None
-    kind: BackendKind = BackendKind.OLLAMA
     ports: tuple[int, ...] = HOST_PORTS
     state: NodeState | None = None
     note: str | None = None
@@ -93,4 +91,5 @@ def summarize_draft(draft: Draft) -> str:
     gpus = Counter(gpu.name for gpu in node.gpus or ())
     cards = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in gpus.items()) or "no GPU seen"
     models = f"{len(backend.models)} model{'' if len(backend.models) == 1 else 's'}"
-    return clean_line(f"{draft.name}: {draft.kind} {backend.version or ''} on port {draft.ports[0]}, {cards}, {models}")
+    server = f"{backend.kind} {backend.version or ''}"
+    return clean_line(f"{draft.name}: {server} on port {draft.ports[0]}, {cards}, {models}")

@@ -8,27 +8,14 @@ from dataclasses import replace
 from gpumesh.cli.init.mesh_yaml import mesh_yaml_lines
 from gpumesh.cli.init.node_drafts import Draft
 from gpumesh.errors import ConfigError, UsageError
-from gpumesh.state import BackendPhase, TunnelPhase
-from gpumesh.topology import BackendKind, Topology
+from gpumesh.state import BackendPhase
+from gpumesh.topology import Topology
 
 FIRST_REPORT_TIMEOUT_S = 12.0
 
 
 async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts with their states. A node is asked as Ollama first, and as a server of OpenAI's kind if that fails."""
-    first = await _probe_once(list(drafts))
-    again = [
-        replace(draft, kind=BackendKind.OPENAI) for draft in first if not draft.is_serving and _is_reachable(draft)
-    ]
-    second = {draft.name: draft for draft in await _probe_once(again)} if again else {}
-    return [second[draft.name] if draft.name in second and second[draft.name].is_serving else draft for draft in first]
-
-
-def _is_reachable(draft: Draft) -> bool:
-    return draft.state is None or draft.state.tunnel.state is TunnelPhase.UP
-
-
-async def _probe_once(drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts with their states. Each server is asked which kind it is: the file names none."""
     from gpumesh.mesh.mesh import Mesh
 
     async with Mesh(topology_of(drafts)) as mesh:

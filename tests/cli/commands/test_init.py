@@ -50,7 +50,7 @@ async def test_from_a_providers_line_to_the_first_answer(pod: SimulatedMesh) -> 
     document = yaml.safe_load(text)
     (node,) = document["nodes"]
     assert document["gateway"]["default_model"] == "qwen2.5:7b", "not the one that only embeds"
-    assert node["backend"] == {"kind": "ollama", "port": 11434}
+    assert node["backend"] == {"port": 11434}
     assert node["expect"] == {
         "hostname": pod.hosts["pod"].profile.hostname,
         "gpus": 2,

@@ -33,7 +33,7 @@ def test_an_unprobed_draft_lists_all_urls() -> None:
 
 def test_what_the_probe_found_becomes_expected() -> None:
     remote = found(Draft("a", {"host": "h", "port": 22, "user": "root"}), gpus=(gpu(0), gpu(1)))
-    local = replace(found(Draft("b", None)), kind=BackendKind.OPENAI, ports=(8000,))
+    local = replace(found(Draft("b", None)), ports=(8000,))
     mesh = read_back([remote, local])
     expect = mesh.nodes[0].expect
     assert (expect.hostname, expect.gpus, expect.gpu, expect.vram_mib) == (
@@ -46,7 +46,7 @@ def test_what_the_probe_found_becomes_expected() -> None:
     assert mesh.nodes[0].backend.targets == (Target("127.0.0.1", 11434),)
     assert mesh.nodes[1].ssh is None
     assert (mesh.nodes[1].backend.kind, mesh.nodes[1].backend.targets) == (
-        BackendKind.OPENAI,
+        BackendKind.AUTO,
         (Target("127.0.0.1", 8000),),
     )
     assert mesh.gateway.default_model == "qwen2.5:7b"
