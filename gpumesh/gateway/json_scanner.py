@@ -47,15 +47,12 @@ class JsonScanner:
 
     def __init__(self, body: bytes) -> None:
         self._body = body
+        self._view = memoryview(body)
         self._size = len(body)
         self._position = 0
 
-    def __repr__(self) -> str:
-        return f"<JsonScanner {self._position} of {self._size} bytes>"
-
     def scan_members(self) -> Generator[None, None, Members]:
         """Raises BadRequest for what is no JSON object, as far as it is looked at."""
-        body, view = self._body, memoryview(self._body)
         pairs: list[tuple[str, memoryview]] = []
         written_names: list[memoryview] = []
         yield from self._skip_blanks()
@@ -65,19 +62,11 @@ class JsonScanner:
         yield from self._skip_blanks()
         more = self._next_byte() != b"}"
         while more:
-            start = self._position
-            yield from self._skip_string()
-            name = body[start : self._position] if self._position - start <= MAX_NAME_BYTES else b'""'
-            written_names.append(view[start : self._position])
-            yield from self._skip_blanks()
-            self._expect(b":")
-            yield from self._skip_blanks()
-            start = self._position
-            yield from self._skip_value()
-            pairs.append((_decode_name(name), view[start : self._position]))
+            written_name, value = yield from self._scan_member()
+            written_names.append(written_name)
+            pairs.append((_decode_name(written_name), value))
             if len(pairs) > MAX_MEMBERS:
                 raise too_many_members_error()
-            yield from self._skip_blanks()
             more = self._next_byte() == b","
             if more:
                 self._position += 1
@@ -87,6 +76,20 @@ class JsonScanner:
         if self._position != self._size:
             raise not_json_error(f"something follows after it, at byte {self._position}")
         return pairs, written_names
+
+    def _scan_member(self) -> Generator[None, None, tuple[memoryview, memoryview]]:
+        """A member's name and value as they are written; the blanks after it are skipped."""
+        start = self._position
+        yield from self._skip_string()
+        written_name = self._view[start : self._position]
+        yield from self._skip_blanks()
+        self._expect(b":")
+        yield from self._skip_blanks()
+        start = self._position
+        yield from self._skip_value()
+        value = self._view[start : self._position]
+        yield from self._skip_blanks()
+        return written_name, value
 
     def _next_byte(self) -> bytes:
         return self._body[self._position : self._position + 1]
@@ -226,8 +229,10 @@ def _depth_after(brackets: bytes, depth: int) -> int:
     return depth
 
 
-def _decode_name(written: bytes) -> str:
-    """A member's name. Empty for what no server would know: bytes that are no UTF-8, half of a surrogate pair."""
+def _decode_name(written: memoryview) -> str:
+    """A member's name. Empty for what no server would know: long names, no UTF-8, half of a surrogate pair."""
+    if len(written) > MAX_NAME_BYTES:
+        return ""
     try:
         return _decode_string(written)
     except (msgspec.MsgspecError, ValueError):

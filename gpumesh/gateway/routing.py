@@ -66,9 +66,6 @@ class Router:
         self._spec = mesh.topology.gateway
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
-    def __repr__(self) -> str:
-        return f"<Router {len(MODEL_ROUTES) + len(ANY_NODE_ROUTES) + len(self._handlers)} routes>"
-
     async def route_request(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
         """Raises GPUMeshError while nothing was sent: BadRequest for a path that is not served."""
         path = request.path

@@ -19,7 +19,7 @@ from gpumesh.balancer.queue import WaitQueue
 from gpumesh.balancer.select import gpu_group, has_model, no_node_error, select_candidates
 from gpumesh.errors import DeadlineExceeded, QueueFull
 from gpumesh.mesh.nodes.fleet import Fleet
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 

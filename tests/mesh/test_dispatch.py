@@ -20,7 +20,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.dispatch import Dispatcher
 from gpumesh.mesh.nodes.fleet import Fleet
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import TunnelPhase, TunnelState
 from gpumesh.topology import PolicyKind
 from gpumesh.tunnels.direct.tunnel import DirectTunnel

@@ -18,6 +18,7 @@ from gpumesh.lab.profile import Faults, ModelProfile
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.nodes import prober
 from gpumesh.mesh.requests.answer import Answer
+from gpumesh.mesh.requests.delivery import RequestDelivery
 from gpumesh.state import GatewayPhase, GatewayState, Health
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 from tests.mesh.meshes import BODIES, MODEL, frames, host, make_call, mesh_of_hosts, mesh_of_nodes, node, send, text_of
@@ -155,6 +156,8 @@ async def test_repr_tells_the_state() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         await (await send(mesh.mesh, make_call())).read()
         assert repr(mesh.mesh) == "<Mesh test 0 in flight, 1 served, <Fleet 1 nodes, 1 reachable>>"
+        delivery = RequestDelivery(mesh.mesh._send_context, Demand("m"), TAGS, timeout_s=1.0, resume=True)
+        assert repr(delivery) == "<RequestDelivery model m attempt 0 failed: none>"
 
 
 # -- requests --------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """A node's ledger: the leases that are out, the breaker, the learned limit and rates, and the counts of how attempts
 ended.
 
-A lease is a slot on a node for one attempt. All of this runs on the mesh's event loop, without I/O.
+All of this runs on the mesh's event loop, without I/O.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 from gpumesh.backends.base import ParallelismSource, ServerCounters
 from gpumesh.backends.dialects import find_dialect
@@ -16,136 +15,14 @@ from gpumesh.balancer.base import Demand
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.limits import ParallelLimit, learn_limit
 from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
-from gpumesh.mesh.nodes.rate_meter import RateMeter, Smoothed
+from gpumesh.mesh.nodes.lease import Lease, LeasedNode
+from gpumesh.mesh.nodes.rate_meter import Smoothed
 from gpumesh.model_names import full_name
-from gpumesh.state import TunnelState
-from gpumesh.topology import BackendKind, BackendSpec, Target
-from gpumesh.tunnels.base import Tunnel
+from gpumesh.topology import BackendSpec
 
 MIN_LOAD_MS = 200.0  # a model that is in memory already reports a load_duration of some ms, too
 MAX_SESSIONS = 256
 MIN_RATE_TOKENS = 4  # an answer of fewer tokens says little about tokens/s
-
-
-class LeasedNode(Protocol):
-    """What a request knows of the node on which it holds a lease."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> BackendKind: ...
-
-    @property
-    def meter(self) -> RateMeter: ...
-
-    @property
-    def uses_ssh(self) -> bool:
-        """Whether requests reach the server over a connection that can be lost apart from the server."""
-
-    @property
-    def base_url(self) -> str:
-        """Where requests go, without a slash at the end. Only while ``reachable``."""
-
-    @property
-    def target(self) -> Target | None:
-        """The server as its own host knows it: what the Host header must name."""
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the tunnel is up and the server answered its last probe."""
-
-    @property
-    def tunnel(self) -> Tunnel | None: ...
-
-    @property
-    def tunnel_state(self) -> TunnelState: ...
-
-    @property
-    def connection_count(self) -> int:
-        """How many connections its tunnel has had so far."""
-
-    def api_key(self) -> str | None:
-        """The server's API key. Raises SecretMissing."""
-
-    def is_same_connection(self, lease: Lease) -> bool:
-        """Whether the connection over which this lease was sent is still the tunnel's connection."""
-
-    def forgive_failure(self) -> None:
-        """Takes back a failure that was counted against the node: it was the request's fault."""
-
-
-class Lease:
-    """A slot on a node. It is released exactly once, whatever happens.
-
-    ``concurrent`` counts the leases that were out when this one was given, itself included. ``connection_number`` is
-    the number of the tunnel's connection that it uses. ``can_move`` tells, until the answer has begun, whether another
-    node could give the answer instead. ``abort_callback`` is set by the attempt that uses the lease. Both are dropped
-    at the release: they hold the request, which must not wait for the garbage collector.
-    """
-
-    __slots__ = (
-        "_ledger",
-        "_released",
-        "abort_callback",
-        "aborted",
-        "can_move",
-        "concurrent",
-        "connection_number",
-        "model",
-        "node",
-    )
-
-    def __init__(self, node: LeasedNode, ledger: Ledger, model: str | None, concurrent: int) -> None:
-        self.node = node
-        self.connection_number = node.connection_count
-        self.model = model
-        self.concurrent = concurrent
-        self.abort_callback: Callable[[], None] | None = None
-        self.can_move: Callable[[], bool] | None = None
-        self.aborted = False
-        self._ledger = ledger
-        self._released = False
-
-    def __repr__(self) -> str:
-        phase = "released" if self._released else "aborted" if self.aborted else "held"
-        return f"<Lease {self.node.name} {phase} model {self.model} connection {self.connection_number}>"
-
-    @property
-    def released(self) -> bool:
-        return self._released
-
-    def release(self, outcome: Outcome, *, counters: ServerCounters | None = None, error: str | None = None) -> None:
-        """Gives the slot back and counts the outcome. A second call does nothing."""
-        if not self._released:
-            self._mark_released()
-            self._ledger.settle(self, outcome, counters, error)
-
-    def discard(self) -> None:
-        """Gives back a slot that was never used: nothing is counted."""
-        if not self._released:
-            self._mark_released()
-            self._ledger.discard(self)
-
-    def _mark_released(self) -> None:
-        self._released = True
-        self.abort_callback = self.can_move = None
-
-    def mark_answer_started(self) -> None:
-        """From now on no other node can give the answer, and a half-open breaker may let the next trial through."""
-        self.can_move = None
-        self._ledger.end_trial_early()
-
-    def set_abort_callback(self, abort: Callable[[], None]) -> None:
-        """Sets what ``abort_attempt`` does until the release."""
-        if not self._released:
-            self.abort_callback = abort
-
-    def abort_attempt(self) -> None:
-        """Ends the attempt at once, since the connection to the node is lost, rather than at some time-out."""
-        self.aborted = True
-        if self.abort_callback is not None:
-            self.abort_callback()
 
 
 class Ledger:

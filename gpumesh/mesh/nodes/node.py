@@ -18,7 +18,8 @@ from gpumesh.balancer.outcomes import Outcome, rule_for_outcome
 from gpumesh.coordination.base import Coordination
 from gpumesh.coordination.single_gateway import SingleGateway
 from gpumesh.mesh.change_notifier import ChangeNotifier
-from gpumesh.mesh.nodes.ledger import Lease, Ledger
+from gpumesh.mesh.nodes.lease import Lease
+from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.mesh.nodes.prober import Prober, read_api_key
 from gpumesh.mesh.nodes.rate_meter import RateMeter
 from gpumesh.mesh.nodes.snapshot import NodeRole, SnapshotBuilder
@@ -32,7 +33,7 @@ class Node:
     """``on_slot_freed`` is called when a slot may have become free or the node usable, ``on_gpus_identified`` when it
     turns out that the node has other GPUs than was known. ``coordination`` knows the load of other gateways.
 
-    Implements ``ledger.LeasedNode``, which is what a request sees of it.
+    Implements ``lease.LeasedNode``, which is what a request sees of it.
     """
 
     def __init__(

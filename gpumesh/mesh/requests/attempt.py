@@ -14,7 +14,7 @@ from gpumesh.backends.dialects import find_counters, host_header
 from gpumesh.backends.error_text import error_text, is_web_page
 from gpumesh.balancer.outcomes import Outcome, classify_status, rule_for_outcome
 from gpumesh.errors import BackendStatus, BackendUnreachable, DeadlineExceeded, GPUMeshError, StreamCut
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 

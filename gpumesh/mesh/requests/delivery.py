@@ -24,7 +24,7 @@ from gpumesh.balancer.outcomes import (
 )
 from gpumesh.errors import BackendStatus, DeadlineExceeded, GPUMeshError, NoNodeError
 from gpumesh.mesh.dispatch import Dispatcher
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import Answer, WholeAnswer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
 from gpumesh.mesh.requests.silence_watch import PauseTracker

@@ -15,7 +15,7 @@ from gpumesh.backends.dialects import host_header
 from gpumesh.backends.error_text import error_text, is_web_page
 from gpumesh.balancer.outcomes import Outcome, classify_status
 from gpumesh.errors import BackendUnreachable, DeadlineExceeded
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 
 ANSWER_BYTES = 1 << 20

@@ -8,7 +8,8 @@ from gpumesh.backends.base import ServerCounters
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.breaker import Breaker
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.mesh.nodes.ledger import Lease, Ledger
+from gpumesh.mesh.nodes.lease import Lease
+from gpumesh.mesh.nodes.ledger import Ledger
 from gpumesh.topology import BackendKind, BackendSpec
 from tests.mesh.nodes.build import NodeEvents, make_node, make_spec
 

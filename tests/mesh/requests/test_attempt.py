@@ -14,7 +14,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.mesh.nodes.ledger import Lease
+from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests import attempt as module
 from gpumesh.mesh.requests.answer import WholeAnswer
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream, ask_node, run_attempt
