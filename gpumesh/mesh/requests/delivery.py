@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 
 from gpumesh.backends.base import HttpCall
@@ -96,7 +97,7 @@ class RequestDelivery:
             if lease is None:
                 return self._with_history(self._last_error_answer())
             call = self._calls[lease.node.kind]
-            result = await self._attempt(lease, call, lambda call=call: self._start_continuation(call))  # type: ignore[misc]
+            result = await self._attempt(lease, call, partial(self._start_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
                 if await self._request_breaks_servers():

@@ -1,4 +1,4 @@
-"""A request on its way from node to node, before its answer's first byte: who is tried, how often, and who is told."""
+"""A request on its way from node to node: which nodes are tried, how often, and what the client gets in the end."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from tests.tunnels.polling import wait_until
 CHATS = ("/api/chat", "/api/generate", "/v1/chat/completions")
 
 
-async def moved_on(mesh: RunningMesh, call: HttpCall, outcome: Outcome) -> None:
+async def assert_moved_on(mesh: RunningMesh, call: HttpCall, outcome: Outcome) -> None:
     answer = await send(mesh.mesh, call)
     assert answer.status == 200
     assert await answer.read()
     assert (answer.node, answer.attempts) == ("b", 2)
     assert mesh.attempts("a") == {outcome: 1}
     assert mesh.attempts("b") == {Outcome.SERVED: 1}
-    books = mesh.mesh.request_counters
-    assert (books.accepted, books.served, books.failed, books.cancelled) == (1, 1, 0, 0)
+    counters = mesh.mesh.request_counters
+    assert (counters.accepted, counters.served, counters.failed, counters.cancelled) == (1, 1, 0, 0)
     assert mesh.wait_settled()
 
 
@@ -64,14 +64,14 @@ async def test_any_failure_of_a_node_moves_the_request_on(faults: Faults, outcom
     for path in CHATS:
         async with mesh_of_hosts(host("a"), host("b")) as mesh:
             await mesh.hosts["a"].set_faults(Faults(**{**_fields(faults), "paths": CHATS}))
-            await moved_on(mesh, make_call(path, stream=stream), outcome)
+            await assert_moved_on(mesh, make_call(path, stream=stream), outcome)
 
 
 def _fields(faults: Faults) -> dict[str, Any]:
     return {name: getattr(faults, name) for name in Faults.__slots__}
 
 
-async def test_a_whole_body_that_stops_short_moves_it_on() -> None:
+async def test_a_whole_body_that_stops_short_moves_the_request_on() -> None:
     async def short(exchange: Exchange) -> None:
         await exchange.send(whole_response(b'{"message":{"content":"x"},"done":true}')[:-5])
         exchange.close()
@@ -80,14 +80,14 @@ async def test_a_whole_body_that_stops_short_moves_it_on() -> None:
         await exchange.send(whole_response(b'{"message":{"content":"y"},"done":true}'))
 
     async with (
-        serve(ollama_script(short)) as one,
-        serve(ollama_script(good)) as other,
-        mesh_of_nodes(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
+        serve(ollama_script(short)) as first,
+        serve(ollama_script(good)) as second,
+        mesh_of_nodes(node("a", first.url, weight=100.0), node("b", second.url)) as mesh,
     ):
-        await moved_on(mesh, make_call(stream=False), Outcome.CUT)
+        await assert_moved_on(mesh, make_call(stream=False), Outcome.CUT)
 
 
-async def test_a_refused_connection_moves_it_on() -> None:
+async def test_a_refused_connection_moves_the_request_on() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(refuse=True))
         answer = await send(mesh.mesh, make_call())
@@ -96,15 +96,15 @@ async def test_a_refused_connection_moves_it_on() -> None:
         assert mesh.wait_settled()
 
 
-async def test_a_model_that_is_listed_and_gone_moves_it_on_without_blame() -> None:
+async def test_a_model_that_is_listed_and_gone_moves_the_request_on_without_blame() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         mesh.hosts["a"].engine.store.clear()
-        await moved_on(mesh, make_call(), Outcome.MODEL_NOT_FOUND)
+        await assert_moved_on(mesh, make_call(), Outcome.MODEL_NOT_FOUND)
         assert mesh.mesh.snapshot().nodes[0].load.failed == 0
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 413])
-async def test_a_clients_own_mistake_is_told_at_once_and_asked_of_nobody_else(status: int) -> None:
+async def test_a_mistake_of_the_client_is_answered_at_once_and_asked_of_no_other_node(status: int) -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=status, paths=CHATS))
         answer = await send(mesh.mesh, make_call())
@@ -115,10 +115,10 @@ async def test_a_clients_own_mistake_is_told_at_once_and_asked_of_nobody_else(st
         assert mesh.mesh.snapshot().nodes[0].load.failed == 0
 
 
-async def test_when_every_node_fails_the_last_ones_words_are_the_answer() -> None:
+async def test_when_every_node_fails_the_last_servers_error_is_the_answer() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
-        for one in mesh.hosts.values():
-            await one.set_faults(Faults(status=500, paths=CHATS))
+        for simulated in mesh.hosts.values():
+            await simulated.set_faults(Faults(status=500, paths=CHATS))
         answer = await send(mesh.mesh, make_call())
         assert isinstance(answer, WholeAnswer)
         assert (answer.status, answer.attempts) == (500, 2)
@@ -128,10 +128,10 @@ async def test_when_every_node_fails_the_last_ones_words_are_the_answer() -> Non
 
 
 @pytest.mark.slow
-async def test_when_nobody_said_anything_each_nodes_failure_is_told() -> None:
+async def test_when_no_server_answered_the_error_names_each_nodes_failure() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
-        for one in mesh.hosts.values():
-            await one.set_faults(Faults(disconnect=True, paths=CHATS))
+        for simulated in mesh.hosts.values():
+            await simulated.set_faults(Faults(disconnect=True, paths=CHATS))
         with pytest.raises(NoNodeError, match=r"a: no answer.*b: no answer|b: no answer.*a: no answer"):
             await send(mesh.mesh, make_call())
         tried = sum(sum(mesh.attempts(name).values()) for name in mesh.hosts)
@@ -140,7 +140,7 @@ async def test_when_nobody_said_anything_each_nodes_failure_is_told() -> None:
         assert mesh.wait_settled()
 
 
-async def test_a_node_that_is_only_just_busy_is_asked_again() -> None:
+async def test_a_busy_node_is_asked_again() -> None:
     async with mesh_of_hosts(host("a")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=429, paths=CHATS, times=2))
         answer = await send(mesh.mesh, make_call())
@@ -149,7 +149,7 @@ async def test_a_node_that_is_only_just_busy_is_asked_again() -> None:
         assert mesh.attempts("a") == {Outcome.BUSY: 2, Outcome.SERVED: 1}
 
 
-async def test_one_deadline_for_all_tries() -> None:
+async def test_all_attempts_have_one_deadline() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(status=500, paths=CHATS))
         await mesh.hosts["b"].set_faults(Faults(hang=True, paths=CHATS))
@@ -179,7 +179,7 @@ async def test_a_host_that_dies_while_it_reads_the_prompt_is_left_at_once() -> N
         assert (answer.node, answer.attempts) == ("b", 2)
 
 
-async def test_a_client_that_leaves_is_nobodys_fault() -> None:
+async def test_a_client_that_leaves_is_no_failure_of_a_node() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as mesh:
         await mesh.hosts["a"].set_faults(Faults(hang=True, paths=CHATS))
         sending = asyncio.create_task(send(mesh.mesh, make_call()))
@@ -193,7 +193,7 @@ async def test_a_client_that_leaves_is_nobodys_fault() -> None:
         assert mesh.wait_settled()
 
 
-async def test_waiting_is_told_apart_from_the_rest() -> None:
+async def test_the_time_in_the_queue_is_reported() -> None:
     async with mesh_of_hosts(host("a", slots=1, tokens_per_s=100.0, answer_tokens=(20, 20)), max_parallel=1) as mesh:
         first = await send(mesh.mesh, make_call())
         assert first.queue_ms < 100.0
@@ -206,25 +206,25 @@ async def test_waiting_is_told_apart_from_the_rest() -> None:
 
 
 @pytest.mark.slow
-async def test_a_full_queue_turns_new_ones_away_but_not_who_was_accepted() -> None:
+async def test_a_full_queue_refuses_new_requests_but_not_those_that_were_accepted() -> None:
     async with mesh_of_hosts(host("a", slots=1, tokens_per_s=50.0), host("b"), max_parallel=1, max_queue=1) as mesh:
         await mesh.hosts["b"].set_faults(Faults(cut_after_tokens=3))
-        one = await send(mesh.mesh, make_call(), node="a")
-        await anext(one)
+        holder = await send(mesh.mesh, make_call(), node="a")
+        await anext(holder)
         waits = asyncio.create_task(send(mesh.mesh, make_call(), node="a"))
-        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "one waits")
+        await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 1, "a second waits")
         with pytest.raises(QueueFull):
             await send(mesh.mesh, make_call(), node="a")
         answer = await send(mesh.mesh, make_call())  # on b, which will fail it
         reading = asyncio.create_task(answer.read())
         await wait_until(lambda: mesh.mesh.snapshot().gateway.queued == 2, "the rest of an answer waits past the bound")
-        await one.aclose()
+        await holder.aclose()
         assert text_of(await (await waits).read())
         assert text_of(await reading)
         await wait_until(mesh.wait_settled, "nothing is in flight")
 
 
-# -- the rest of an answer -------------------------------------------------------------------------------------------
+# -- continuing a cut answer ------------------------------------------------------------------------------------------
 
 
 async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
@@ -233,14 +233,12 @@ async def test_how_a_model_continues_is_asked_once_for_the_whole_mesh() -> None:
         for _ in range(3):
             for path in BODIES:
                 await (await send(mesh.mesh, make_call(path))).read()
-        assert mesh.mesh._send_context.strategies == {
-            ("b", "m"): ContinuationStrategy.ASSISTANT_LAST
-        }  # nobody but requests has it
+        assert mesh.mesh._send_context.strategies == {("b", "m"): ContinuationStrategy.ASSISTANT_LAST}
 
 
-async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> None:
+async def test_a_node_that_does_not_say_how_its_model_continues_is_passed_over() -> None:
     async def closes(exchange: Exchange) -> None:
-        """Streams one token and dies; knows no way to show its prompt."""
+        """Streams one token and dies; cannot render its prompt."""
         if b"_debug_render_only" in exchange.body:
             await exchange.send(whole_response(b"{}", status="404 Gone"))
         elif b"stream" in exchange.body:
@@ -248,9 +246,9 @@ async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> Non
             exchange.close()
 
     async with (
-        serve(ollama_script(closes)) as one,
-        serve(ollama_script(closes)) as other,
-        mesh_of_nodes(node("a", one.url, weight=100.0), node("b", other.url)) as mesh,
+        serve(ollama_script(closes)) as first,
+        serve(ollama_script(closes)) as second,
+        mesh_of_nodes(node("a", first.url, weight=100.0), node("b", second.url)) as mesh,
     ):
         answer = await send(mesh.mesh, make_call(stream=True))
         with pytest.raises(StreamCut, match="could not be continued"):
@@ -259,8 +257,8 @@ async def test_a_node_without_an_answer_to_that_question_is_passed_over() -> Non
         assert mesh.wait_settled()
 
 
-async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
-    """A template that allows no last message of the assistant: 400, and not the client's fault."""
+async def test_a_node_that_refuses_to_continue_is_not_the_end() -> None:
+    """A template that allows no last message of the assistant answers 400, which is not the client's fault."""
     refusals = 0
 
     async def picky(exchange: Exchange) -> None:
@@ -289,15 +287,15 @@ async def test_a_node_that_refuses_the_rest_is_no_end() -> None:
             assert mesh.mesh.snapshot().nodes[1].load.failed == 0
 
 
-async def test_the_rest_carries_the_clients_own_headers() -> None:
+async def test_the_request_to_continue_has_the_clients_headers() -> None:
     heads: list[bytes] = []
 
-    async def noting(exchange: Exchange) -> None:
+    async def record_head(exchange: Exchange) -> None:
         heads.append(exchange.head)
         await exchange.send(chunked_head() + chunk(b'{"message":{"content":"x"},"done":false}\n'))
         exchange.close()
 
-    async with serve(ollama_script(noting)) as server, mesh_of_nodes(node("a", server.url)) as mesh:
+    async with serve(ollama_script(record_head)) as server, mesh_of_nodes(node("a", server.url)) as mesh:
         mesh.mesh._send_context.strategies["a", "m"] = ContinuationStrategy.ASSISTANT_LAST
         call = make_call()
         call = HttpCall(call.method, call.path, call.body, (*JSON, ("X-Trace", "7")))
@@ -309,7 +307,7 @@ async def test_the_rest_carries_the_clients_own_headers() -> None:
 
 
 @pytest.mark.slow
-async def test_servers_of_another_kind_are_not_asked_to_go_on() -> None:
+async def test_servers_of_another_kind_are_not_asked_to_continue() -> None:
     async with mesh_of_hosts(host("a"), host("b")) as lab:
         await lab.hosts["a"].set_faults(Faults(cut_after_tokens=4))
         specs = (
@@ -323,7 +321,7 @@ async def test_servers_of_another_kind_are_not_asked_to_go_on() -> None:
             assert mesh.attempts("b") == {}
 
 
-async def test_what_nobody_has_is_told_with_what_there_is() -> None:
+async def test_the_error_of_a_missing_model_lists_the_models_that_there_are() -> None:
     async with mesh_of_hosts(host("a", models=(ModelProfile("other:1b"),))) as mesh:
         with pytest.raises(ModelMissing) as missing:
             await send(mesh.mesh, make_call())
