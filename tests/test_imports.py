@@ -24,7 +24,7 @@ LAYERS = {
     "quoting": 0,
     "async_iterators": 0,
     "slice_queue": 0,
-    "atomic_file": 0,
+    "atomic_file": 1,
     "versions": 0,
     "topology": 1,
     "state": 1,

@@ -28,12 +28,12 @@ ALL = [*RUNTIME, *DEV, *map(Requirement, [*EXTRAS["docs"], *PROJECT["build-syste
 # until somebody has tried it.
 PRIVATE = {
     "httpx": ("gpumesh/probes/http_client.py", "transport._pool"),
-    "paramiko": ("gpumesh/tunnels/inprocess/channels.py", "transport._send_user_message("),
-    "sshtunnel": ("gpumesh/tunnels/inprocess/connection.py", "._make_ssh_forward_handler_class("),
-    "typer": ("gpumesh/cli/command_group.py", "parameter._runtime_param"),
+    "paramiko": ("gpumesh/tunnels/inprocess/channel_multiplexer.py", "transport._send_user_message("),
+    "sshtunnel": ("gpumesh/tunnels/inprocess/sshtunnel_connector.py", "._make_ssh_forward_handler_class("),
+    "typer": ("gpumesh/cli/deferred_parameters.py", "parameter._runtime_param"),
 }
 # Those whose distribution has another name than what is imported.
-DISTRIBUTION = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+DISTRIBUTION = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "pytest_asyncio": "pytest-asyncio"}
 
 
 def by_name(requirements: list[Requirement]) -> list[object]:
