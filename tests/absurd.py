@@ -1,5 +1,5 @@
-"""What a host or its server may say instead of the truth: values of wrong types and without bounds, as JSON text, and
-nvidia-smi's tables. Strategies for hypothesis."""
+"""Absurd answers of a host or its server, as strategies for hypothesis: JSON with values of wrong types and without
+bounds, and tables of nvidia-smi."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Raw:
-    """JSON text as it is: what Python would not write."""
+    """JSON text that Python would not write."""
 
     text: str
 
@@ -113,7 +113,7 @@ def sampled_or_absurd(*values: Any) -> st.SearchStrategy[Any]:
 
 
 def object_documents(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Any of these keys, and some that nobody knows."""
+    """Objects with any of these keys, and with unknown ones."""
     return st.fixed_dictionaries({}, optional={**fields, "unknown": ABSURD})
 
 
@@ -153,7 +153,7 @@ def make_model_entries(count: int) -> list[dict[str, Any]]:
 
 
 def ollama_answers(*names: str) -> st.SearchStrategy[Mapping[str, Any]]:
-    """By path, what it says; the values are documents for ``json_bytes``."""
+    """The answers of an Ollama by path; the values are documents for ``json_bytes``."""
     return st.fixed_dictionaries(
         {
             "/api/version": st.one_of(

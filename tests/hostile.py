@@ -1,4 +1,5 @@
-"""What an attacker would call a model, a host or a user; and a shell that tells whether a text is safe to paste."""
+"""Names that an attacker would give a model, a host or a user; and a check with real shells that a text is safe to
+paste."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.parts import needs, program
 
-RAN = "ran"  # the file that each of them would make
+RAN = "ran"  # the file that each of these names would make if a shell ran it
 NAMES = (
     "zed\\$(touch ran)",
     "zed$(touch ran)",
@@ -56,7 +57,7 @@ _AVAILABLE = tuple(name for name in _KINDS if program(name))
 
 
 def split_with_shell(shell: str, line: str, folder: Path) -> list[str]:
-    """The words that a shell makes of a line, and nothing else may come of it."""
+    """The words that a shell makes of a line. Fails if the shell runs anything of it."""
     script = f"printf '%s\\0' {line}"
     result = subprocess.run([shell, "-c", script], cwd=folder, capture_output=True, timeout=60, check=False)
     assert result.returncode == 0, f"{shell}: {line!r}: {result.stderr!r}"
@@ -65,18 +66,18 @@ def split_with_shell(shell: str, line: str, folder: Path) -> list[str]:
 
 
 def find_commands(text: str) -> list[str]:
-    """What stands between backticks, where the names themselves have none."""
+    """The texts between backticks, for names that have no backticks themselves."""
     return re.findall(r"`([^`]*)`", text)
 
 
 def check_safe_to_paste(text: str, name: str, folder: Path) -> None:
-    """Fails where a command in ``text`` would do more than name ``name``, or where a terminal would act on it."""
+    """Fails if a command in ``text`` does more than name ``name``, or if a terminal would act on ``text``."""
     assert text.isprintable(), repr(text)
     if "`" in name:
-        return  # which of the backticks are ours cannot be told here: see the tests of ``quoting``
+        return  # here nothing tells our backticks from those of the name; test_quoting.py covers such names
     for line in find_commands(text):
         if not set(line) & set(name) - set(_LETTERS) and "zed" not in line:
-            continue  # a command of ours without it
+            continue  # a command without the name
         for shell in _AVAILABLE:
-            made = split_with_shell(shell, line, folder)
-            assert all(name in word for word in made if "zed" in word), made
+            words = split_with_shell(shell, line, folder)
+            assert all(name in word for word in words if "zed" in word), words

@@ -1,4 +1,4 @@
-"""Simulated hosts in the test's own process, and the installed command with a mesh.yaml of them."""
+"""Simulated hosts in the test's own process, and the installed command with a mesh.yaml that names them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "qwen2.5:7b"
 
 @dataclass(frozen=True)
 class SimulatedMesh:
-    """``gpumesh`` is the command; ``hosts`` are what it may reach."""
+    """``gpumesh`` is the command; ``hosts`` are the hosts that it can reach."""
 
     gpumesh: Gpumesh
     hosts: Mapping[str, SimHost]
@@ -40,7 +40,7 @@ class SimulatedMesh:
         }
 
     def write(self, nodes: Sequence[Mapping[str, Any]] | None = None, **gateway: Any) -> Path:
-        """JSON is YAML. All hosts, unless ``nodes`` are given."""
+        """Writes mesh.yaml (JSON is YAML) with all hosts, or with ``nodes``."""
         document = {
             "version": 1,
             "name": "tested",
@@ -54,18 +54,18 @@ class SimulatedMesh:
 
 @contextlib.contextmanager
 def isolated_command(folder: Path) -> Iterator[Gpumesh]:
-    """The command with nothing of this machine's user; its mesh.yaml is still to be written. Nothing may be left."""
+    """The command with a home of its own and no mesh.yaml yet. Fails if processes are left at the end."""
     home = folder / "home"
     home.mkdir()
     runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds a Unix socket
     made = Gpumesh(folder / "mesh.yaml", home, runtime)
     try:
         yield made
-        left = made.processes()
+        remaining = made.processes()
     finally:
         made.kill_all()
         shutil.rmtree(runtime, ignore_errors=True)
-    assert not left, f"processes were left: {left}"
+    assert not remaining, f"processes were left: {remaining}"
 
 
 @contextlib.asynccontextmanager
@@ -79,10 +79,10 @@ async def simulated_mesh(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncItera
     hosts: dict[str, SimHost] = {}
     lines = []
     async with contextlib.AsyncExitStack() as stack:
-        for each in profiles:
+        for host_profile in profiles:
             host_key = keys.new_key()
-            host = SimHost(HostStart(each, host_key, (keys.public_key_line(visitor),)))
-            hosts[each.name] = await stack.enter_async_context(host)
+            host = SimHost(HostStart(host_profile, host_key, (keys.public_key_line(visitor),)))
+            hosts[host_profile.name] = await stack.enter_async_context(host)
             if host.ssh_port is not None:
                 lines.append(keys.known_hosts_line(host_key, host.ssh_port))
         known_hosts.write_text("".join(f"{line}\n" for line in lines))
@@ -93,6 +93,6 @@ async def simulated_mesh(gpumesh: Gpumesh, *profiles: HostProfile) -> AsyncItera
 
 
 def quick_host(name: str, **changes: Any) -> HostProfile:
-    """A host that answers soon and says little, so that tests are short."""
+    """A host with quick, short answers, so that tests are short."""
     usual: dict[str, Any] = {"tokens_per_s": 400.0, "load_s": 0.0, "answer_tokens": (6, 12), "slots": 2, "pull_s": 0.05}
     return profile.make_host(name, **{**usual, **changes})

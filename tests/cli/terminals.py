@@ -1,5 +1,5 @@
-"""The command on a terminal that somebody sits at: keys go in, what is written is seen, and the terminal's modes are
-looked at before and after."""
+"""Runs the command on a pseudo-terminal: tests press keys, read what is written, and compare the terminal's modes
+before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 
 @dataclass
 class Terminal:
-    """``written`` is all that was written to it so far."""
+    """``written`` is everything that the command has written."""
 
     process: asyncio.subprocess.Process
     controller: int
@@ -35,7 +35,7 @@ class Terminal:
 
     @property
     def plain_text(self) -> str:
-        """Without colours and movements."""
+        """The written text without escape sequences."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.written)
 
     def add_output(self, data: bytes) -> None:
@@ -43,12 +43,12 @@ class Terminal:
         self._changed.set()
 
     async def wait_for_text(self, text: str, *, after: int = 0) -> int:
-        """Returns when ``text`` was written past the place ``after``: the place behind it."""
+        """Waits until ``text`` is written after the position ``after``. Gives the position behind it."""
         async with asyncio.timeout(LIMIT_S):
-            while (place := self.plain_text.find(text, after)) < 0:
+            while (position := self.plain_text.find(text, after)) < 0:
                 self._changed.clear()
                 await self._changed.wait()
-        return place + len(text)
+        return position + len(text)
 
     def press(self, keys: str) -> None:
         os.write(self.controller, keys.encode())
@@ -63,7 +63,7 @@ class Terminal:
     async def wait_exit(self) -> int:
         async with asyncio.timeout(LIMIT_S):
             code = await self.process.wait()
-        await asyncio.sleep(0)  # what it wrote last is read
+        await asyncio.sleep(0)  # the last output is read
         return code
 
     async def exits_within(self, seconds: float) -> bool:
@@ -89,24 +89,24 @@ async def terminal(
     out: Path | None = None,
     **environment: str,
 ) -> AsyncIterator[Terminal]:
-    """The command, running on a terminal of its own; killed when the context ends before it does. ``out``: where its
-    standard output goes instead."""
+    """Runs the command on a terminal of its own, and kills it when the context ends first. ``out``: a file for its
+    standard output."""
     stack = contextlib.ExitStack()
-    controller, its_end = pty.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    controller, command_end = pty.openpty()
+    fcntl.ioctl(command_end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     modes = termios.tcgetattr(controller)
     loop = asyncio.get_running_loop()
 
     def own_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there is a signal to the command
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C there is a signal to the command
 
     try:
         process = await asyncio.create_subprocess_exec(
             str(GPUMESH),
             *arguments,
-            stdin=its_end,
-            stdout=its_end if out is None else stack.enter_context(out.open("wb")),
-            stderr=its_end,
+            stdin=command_end,
+            stdout=command_end if out is None else stack.enter_context(out.open("wb")),
+            stderr=command_end,
             env=gpumesh.environment(**environment),
             cwd=gpumesh.home,
             start_new_session=True,
@@ -117,7 +117,7 @@ async def terminal(
         def read() -> None:
             try:
                 made.add_output(os.read(controller, 65536))
-            except OSError:  # EIO: nobody has the terminal open any more
+            except OSError:  # EIO: no process has the terminal open any more
                 loop.remove_reader(controller)
 
         loop.add_reader(controller, read)
@@ -131,4 +131,4 @@ async def terminal(
     finally:
         stack.close()
         os.close(controller)
-        os.close(its_end)
+        os.close(command_end)

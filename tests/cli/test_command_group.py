@@ -15,14 +15,14 @@ from gpumesh.cli.root_command import app
 RUNNER = CliRunner()
 
 
-def helped(*words: str) -> str:
+def help_text(*words: str) -> str:
     result = RUNNER.invoke(app, [*words, "--help"])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def leaves(command: Any = None, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, with the words that lead to it."""
+    """Every command without subcommands, with the words that call it."""
     command = command or get_command(app)
     commands = dict(getattr(command, "commands", {}))
     if not commands:
@@ -31,7 +31,7 @@ def leaves(command: Any = None, words: tuple[str, ...] = ()) -> list[tuple[tuple
 
 
 def test_help_lists_every_command_and_imports_none() -> None:
-    text = helped()
+    text = help_text()
     for name, (_, said) in COMMANDS.items():
         assert f"  {name} " in text
         assert said.split(",")[0][:40] in text
@@ -55,7 +55,7 @@ def test_every_command_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("words", [words for words, _ in leaves()], ids=" ".join)
 def test_every_help_text(words: tuple[str, ...]) -> None:
-    text = helped(*words)
+    text = help_text(*words)
     usage = text.splitlines()[0]
     assert usage.startswith((f"Usage: gpumesh {' '.join(words)} ", f"Usage: root {' '.join(words)} ")), usage
     assert "{" not in usage, "arguments are written as ssh and kubectl write them"
@@ -70,9 +70,9 @@ def test_every_help_text(words: tuple[str, ...]) -> None:
     ["up", "status", "run", "bench", "audit", "init", "models", "env", "exec", "logs", "drain"],
 )
 def test_common_commands_have_examples(name: str) -> None:
-    text = helped(name)
+    text = help_text(name)
     if "Examples:" not in text and "Example:" not in text:
-        text = helped(name, "run")
+        text = help_text(name, "run")
     assert f"    gpumesh {name}" in text or f"gpumesh {name}" in text.partition("Example")[2]
 
 

@@ -20,7 +20,7 @@ GPUMESH = Path(sys.executable).with_name("gpumesh")
 
 @pytest.mark.slow
 async def test_the_working_directory_is_not_imported_from(tmp_path: Path) -> None:
-    """Python puts the current folder before its own libraries, unless it is told not to."""
+    """Without -P, Python imports from the current folder before its own libraries."""
     (tmp_path / "gpumesh").mkdir()
     (tmp_path / "yaml.py").write_text("raise SystemExit('this is not the YAML that was meant')\n")
     environment = {**os.environ, "HOME": str(tmp_path)}

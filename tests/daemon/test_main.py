@@ -20,13 +20,13 @@ pytestmark = [pytest.mark.slow]
 
 
 class Background:
-    """``told``: the one message on the pipe."""
+    """A background process; ``read_report`` gives the one message on its pipe."""
 
     def __init__(self, process: asyncio.subprocess.Process, reader: int) -> None:
         self.process = process
         self._reader = reader
 
-    async def told(self) -> messages.ControlReply:
+    async def read_report(self) -> messages.ControlReply:
         async with asyncio.timeout(30):
             data = await asyncio.to_thread(self._read)
         return messages.decode_reply(data)
@@ -36,7 +36,7 @@ class Background:
             return pipe.readline()
 
 
-async def started(gpumesh: Gpumesh, *arguments: str) -> Background:
+async def start_background(gpumesh: Gpumesh, *arguments: str) -> Background:
     reader, writer = os.pipe()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "gpumesh.daemon", str(gpumesh.config), "--ready-fd", str(writer), *arguments),
@@ -52,8 +52,8 @@ async def started(gpumesh: Gpumesh, *arguments: str) -> Background:
 async def test_it_reports_when_it_serves_and_ends_cleanly(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)) as made:
-            background = await started(gpumesh)
-            assert await background.told() == messages.End()
+            background = await start_background(gpumesh)
+            assert await background.read_report() == messages.End()
             assert (await gpumesh("run", "x", "-o", "num_predict=1")).out.strip()
             background.process.send_signal(signal.SIGHUP)
             assert (await gpumesh("status", "--json")).json()["gateway"]["state"] == "serving", "its terminal may close"
@@ -65,7 +65,7 @@ async def test_it_reports_when_it_serves_and_ends_cleanly(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "code", "said"),
+    ("text", "arguments", "code", "reason"),
     [
         ("nodes: []", [], 2, "names no node"),
         (None, ["--node=gamma"], 2, "no node 'gamma'"),
@@ -73,7 +73,7 @@ async def test_it_reports_when_it_serves_and_ends_cleanly(tmp_path: Path) -> Non
     ],
 )
 async def test_it_reports_why_it_cannot_start(
-    tmp_path: Path, text: str | None, arguments: list[str], code: int, said: str
+    tmp_path: Path, text: str | None, arguments: list[str], code: int, reason: str
 ) -> None:
     with isolated_command(tmp_path) as gpumesh:
         good = {
@@ -81,11 +81,11 @@ async def test_it_reports_why_it_cannot_start(
             "nodes": [{"name": "a", "backend": {"url": "http://127.0.0.1:1"}}],
         }
         gpumesh.config.write_text(text or json.dumps(good))
-        background = await started(gpumesh, *arguments)
-        told = await background.told()
-        assert isinstance(told, messages.Error)
-        assert said in told.message
-        assert messages.error_from_message(told).exit_code == UsageError.exit_code
+        background = await start_background(gpumesh, *arguments)
+        report = await background.read_report()
+        assert isinstance(report, messages.Error)
+        assert reason in report.message
+        assert messages.error_from_message(report).exit_code == UsageError.exit_code
         async with asyncio.timeout(20):
             assert await background.process.wait() == code
         assert background.process.stderr is not None
@@ -95,7 +95,7 @@ async def test_it_reports_why_it_cannot_start(
 async def test_it_serves_without_its_parent(tmp_path: Path) -> None:
     with isolated_command(tmp_path) as gpumesh:
         async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False)):
-            background = await started(gpumesh)
+            background = await start_background(gpumesh)
             os.close(background._reader)
             async with asyncio.timeout(30):
                 while (await gpumesh("status", "--json", code=None)).json()["gateway"]["state"] != "serving":

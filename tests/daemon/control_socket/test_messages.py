@@ -45,14 +45,14 @@ REPLIES: list[ControlReply] = [
 ]
 
 
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda message: type(message).__name__)
 def test_requests_survive_encoding_in_one_line(request_: ControlRequest) -> None:
     line = messages.encode_message(request_)
     assert line.count(b"\n") == 1
     assert messages.decode_request(line) == request_
 
 
-@pytest.mark.parametrize("reply", REPLIES, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda message: type(message).__name__)
 def test_replies_survive_encoding_in_one_line(reply: ControlReply) -> None:
     line = messages.encode_message(reply)
     assert line.count(b"\n") == 1
@@ -60,8 +60,8 @@ def test_replies_survive_encoding_in_one_line(reply: ControlReply) -> None:
 
 
 def test_every_kind_of_message_is_tested() -> None:
-    assert {type(each).__name__ for each in REQUESTS} == set(messages._REQUESTS)
-    assert {type(each).__name__ for each in REPLIES} == set(messages._REPLIES)
+    assert {type(message).__name__ for message in REQUESTS} == set(messages._REQUESTS)
+    assert {type(message).__name__ for message in REPLIES} == set(messages._REPLIES)
 
 
 def test_an_unknown_field_is_ignored_and_an_unknown_kind_is_an_error() -> None:
@@ -85,9 +85,9 @@ def test_an_unknown_field_is_ignored_and_an_unknown_kind_is_an_error() -> None:
     ],
 )
 def test_an_error_keeps_its_code_hint_and_detail(error: GPUMeshError) -> None:
-    told = messages.decode_reply(messages.encode_message(messages.message_from_error(error)))
-    assert isinstance(told, messages.Error)
-    back = messages.error_from_message(told)
+    message = messages.decode_reply(messages.encode_message(messages.message_from_error(error)))
+    assert isinstance(message, messages.Error)
+    back = messages.error_from_message(message)
     assert (back.message, back.hint, back.node) == (error.message, error.hint, error.node)
     assert (back.code, back.exit_code) == (error.code, error.exit_code)
     if isinstance(error, (QueueFull, ModelMissing, StreamCut)):

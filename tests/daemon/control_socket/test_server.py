@@ -46,7 +46,7 @@ async def running(tmp_path: Path) -> AsyncGenerator[Running]:
         yield made
 
 
-def ask(text: str, model: str | None = None) -> PromptRequest:
+def make_prompt(text: str, model: str | None = None) -> PromptRequest:
     return PromptRequest((Message("user", text),), model=model, options={"temperature": 0.5}, think=False)
 
 
@@ -74,24 +74,24 @@ async def test_watching_goes_on_until_the_client_closes(running: Running) -> Non
 
 
 async def test_a_chat_streams_chunks_node_and_attempts(running: Running) -> None:
-    async with running.remote.chat(ask("hello there")) as stream:
+    async with running.remote.chat(make_prompt("hello there")) as stream:
         chunks = [chunk async for chunk in stream]
     assert [chunk.text for chunk in chunks] == ["hello", "there", ""]
     assert chunks[-1].counters is not None
     assert chunks[-1].counters.tokens_per_s == 100.0
     assert (stream.node, stream.attempts) == ("iceland", 2)
-    assert running.session.prompts == [ask("hello there")]
+    assert running.session.prompts == [make_prompt("hello there")]
 
 
 async def test_leaving_a_chat_cancels_it_in_the_mesh(running: Running) -> None:
-    async with running.remote.chat(ask("hang on")) as stream:
+    async with running.remote.chat(make_prompt("hang on")) as stream:
         assert (await anext(aiter(stream))).text == "hang"
     await running.session.chat_ended.wait()
 
 
 async def test_a_killed_client_cancels_its_chat(running: Running) -> None:
     _, writer = await asyncio.open_unix_connection(running.path)
-    writer.write(messages.encode_message(messages.Chat(ask("hang on"))))
+    writer.write(messages.encode_message(messages.Chat(make_prompt("hang on"))))
     await writer.drain()
     while not running.session.prompts:
         await asyncio.sleep(0)
@@ -129,19 +129,19 @@ async def test_errors_keep_their_code_hint_and_exit_code(running: Running) -> No
 
 async def test_errors_that_callers_handle_keep_their_type(running: Running) -> None:
     with pytest.raises(ModelMissing) as missing:
-        async with running.remote.chat(ask("x", "missing")) as stream:
+        async with running.remote.chat(make_prompt("x", "missing")) as stream:
             await anext(aiter(stream))
     assert missing.value.available == ("a", "b")
     assert missing.value.hint == "pull it"
     with pytest.raises(QueueFull) as full:
-        async with running.remote.chat(ask("x", "full")) as stream:
+        async with running.remote.chat(make_prompt("x", "full")) as stream:
             await anext(aiter(stream))
     assert full.value.retry_after_s == 3.0
 
 
 async def test_a_bug_in_one_request_is_reported_and_ends_nothing_else(running: Running) -> None:
     with pytest.raises(GPUMeshError, match="ZeroDivisionError"):
-        async with running.remote.chat(ask("x", "bug")) as stream:
+        async with running.remote.chat(make_prompt("x", "bug")) as stream:
             await anext(aiter(stream))
     assert (await running.remote.status()).mesh == "home"
 
@@ -252,7 +252,7 @@ async def test_a_removed_socket_is_restored(running: Running, taken: str) -> Non
         await running.server.restore_socket()
         assert await running.remote.status() == running.session.state
         assert stat.S_IMODE(running.path.stat().st_mode) == 0o600
-        await anext(watching)  # who was connected still is
+        await anext(watching)  # an open connection goes on
 
 
 async def test_an_existing_socket_is_not_replaced(running: Running) -> None:
