@@ -38,7 +38,7 @@ def test_a_good_input_is_read(target: str) -> None:
 
 
 @pytest.mark.parametrize("path", named(IN_PROCESS))
-def test_a_parser(path: Path) -> None:
+def test_a_parser_survives_the_corpus(path: Path) -> None:
     parsers.run(load(path))
 
 
@@ -48,7 +48,7 @@ async def test_the_client_of_the_hot_path(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", named(GREETINGS))
-async def test_what_a_port_says(path: Path) -> None:
+async def test_a_greeting_survives_the_probes(path: Path) -> None:
     await wire.greet(load(path))
 
 
@@ -77,7 +77,7 @@ async def test_on_a_mesh(tmp_path: Path) -> None:
     assert stalls == []
 
 
-def test_a_case_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:
+def test_a_case_survives_saving_and_loading(tmp_path: Path) -> None:
     case = Case("request", (Part(bytes(range(256))), Part(b"a", 1000, apart=True), Part(b"\r\n")), "a note")
     path = save(case, tmp_path)
     assert load(path) == case
@@ -85,7 +85,7 @@ def test_a_case_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:
     assert case.data == bytes(range(256)) + b"a" * 1000 + b"\r\n"
 
 
-def test_a_seed_gives_the_same_cases_again() -> None:
+def test_a_seed_reproduces_its_cases() -> None:
     def cases(seed: int) -> list[str]:
         rng = Random(seed)
         return [dump(mutators.mutate("request", wire.request_seeds("m"), rng, http=True)) for _ in range(15)]
@@ -94,7 +94,7 @@ def test_a_seed_gives_the_same_cases_again() -> None:
     assert cases(1) != cases(2)
 
 
-def test_a_parser_that_is_too_slow_or_raises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_slow_greedy_and_raising_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: what it looks for, it sees."""
 
     def slow(_pieces: Sequence[bytes]) -> None:

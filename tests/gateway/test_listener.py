@@ -54,7 +54,7 @@ def only(path: Path, **more: object) -> GatewaySpec:
     return replace(GatewaySpec(host=None, socket=path), **more)  # type: ignore[arg-type]
 
 
-async def test_a_socket_alone_serves_all_that_a_port_does(path: Path, tmp_path: Path) -> None:
+async def test_a_unix_socket_alone_serves_everything(path: Path, tmp_path: Path) -> None:
     log = tmp_path / "access.jsonl"
     async with listening(only(path), AccessLog(log)) as (mesh, gateway), client_of(path) as client:
         state = mesh.snapshot().gateway
@@ -73,7 +73,7 @@ async def test_a_socket_alone_serves_all_that_a_port_does(path: Path, tmp_path: 
     assert {json.loads(line)["client"] for line in log.read_text().splitlines()} == {"unix"}
 
 
-async def test_a_socket_beside_a_port(path: Path) -> None:
+async def test_a_unix_socket_and_a_port(path: Path) -> None:
     async with listening(GatewaySpec(port=0, socket=path)) as (mesh, gateway), client_of(path) as client:
         state = mesh.snapshot().gateway
         assert gateway.url.startswith("http://127.0.0.1:")
@@ -83,7 +83,7 @@ async def test_a_socket_beside_a_port(path: Path) -> None:
             assert (await other.get("/", headers={"Host": "localhost"})).status_code == 200
 
 
-async def test_a_key_is_asked_for_there_as_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_unix_socket_asks_for_a_key_as_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "hunter2")
     async with listening(only(path, api_key_env="KEY")) as (mesh, _gateway), client_of(path) as client:
         assert mesh.snapshot().gateway.access is LocalAccess.KEY
@@ -92,13 +92,13 @@ async def test_a_key_is_asked_for_there_as_well(path: Path, monkeypatch: pytest.
 
 
 @needs("root")
-async def test_another_user_cannot_open_it(path: Path) -> None:
+async def test_another_user_cannot_open_the_unix_socket(path: Path) -> None:
     async with listening(only(path)):
         assert await connect_as(str(path), uid=ANOTHER, way="unix") == "PermissionError"
         assert (await connect_as(str(path), uid=0, way="unix")).startswith("answer HTTP/1.1 400")
 
 
-async def test_what_is_there_already(path: Path) -> None:
+async def test_a_path_that_is_taken(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     async with listening(only(path)) as (mesh, _), client_of(path) as client:  # nobody listens there any more
@@ -113,7 +113,7 @@ async def test_what_is_there_already(path: Path) -> None:
     assert path.read_text() == "precious"
 
 
-async def test_what_cannot_be_made_leaves_nothing(path: Path) -> None:
+async def test_a_failed_start_leaves_nothing_behind(path: Path) -> None:
     async with SimOllama(A) as host:
         topology = Topology("test", (node("a", host.url),), GatewaySpec(port=0, socket=path.parent / "no" / "x.sock"))
         async with Mesh(topology) as mesh:

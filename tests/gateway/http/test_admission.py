@@ -41,7 +41,7 @@ def test_a_connection_is_denied_when_all_are_busy() -> None:
     assert admission.admit(11, None) == Admitted()
 
 
-def test_those_that_never_had_a_request_accepted_go_first() -> None:
+def test_connections_without_an_accepted_request_are_evicted_first() -> None:
     admission = full(None, None, None)
     for number in (0, 1):
         admission.mark_busy(number)
@@ -52,7 +52,7 @@ def test_those_that_never_had_a_request_accepted_go_first() -> None:
     assert admission.admit(12, None) == Admitted(evicted=11)
 
 
-def test_one_address_cannot_hold_all_and_makes_room_by_its_own() -> None:
+def test_one_address_cannot_hold_all_connections() -> None:
     admission: Admission[int] = Admission(8)
     admission.admit(100, "198.51.100.1")
     for number in range(6):
@@ -66,7 +66,7 @@ def test_one_address_cannot_hold_all_and_makes_room_by_its_own() -> None:
     assert admission.admit(8, "203.0.113.9") == Admitted()
 
 
-def test_this_machines_own_have_no_bound_of_their_own() -> None:
+def test_local_connections_have_no_bound_per_address() -> None:
     assert full(*[None] * 8).count == 8
 
 
@@ -105,13 +105,13 @@ def test_one_key_cannot_hold_all() -> None:
         ("what is this", "what is this"),
     ],
 )
-def test_whose_address_it_is(host: str | None, address: str | None) -> None:
+def test_normalize_address(host: str | None, address: str | None) -> None:
     assert normalize_address(host) == address
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_whatever_happens_the_bounds_hold_and_only_idle_ones_are_closed(data: st.DataObject) -> None:
+def test_the_bounds_hold_and_only_idle_connections_are_evicted(data: st.DataObject) -> None:
     admission: Admission[int] = Admission(6)
     idle: dict[int, bool] = {}
     addresses: dict[int, str | None] = {}
@@ -148,8 +148,8 @@ def test_whatever_happens_the_bounds_hold_and_only_idle_ones_are_closed(data: st
     assert len(admission._groups) == 2, "nothing is kept of those that left"
 
 
-def test_a_decision_takes_as_long_among_many_as_among_few() -> None:
-    def took(count: int) -> float:
+def test_a_decision_takes_constant_time() -> None:
+    def measure_admission(count: int) -> float:
         admission = full(*["203.0.113.9", None] * (count // 2))
         best = 1.0
         for turn in range(20):
@@ -159,4 +159,4 @@ def test_a_decision_takes_as_long_among_many_as_among_few() -> None:
             best = min(best, time.thread_time() - began)
         return best
 
-    assert took(20_000) < 20 * took(200) + 0.001
+    assert measure_admission(20_000) < 20 * measure_admission(200) + 0.001

@@ -25,7 +25,7 @@ def said(answer: bytes) -> list[str]:
     return [first, *(line for line in lines if not line.startswith("Date: ") and line not in FOR_BROWSERS)]
 
 
-def test_names_have_no_case_and_the_first_counts() -> None:
+def test_header_names_have_no_case_and_the_first_value_counts() -> None:
     headers = Headers((("Host", "a"), ("HOST", "b"), ("X-One", "1")))
     assert (headers.get("host"), headers["x-ONE"], headers.get("none"), headers.get("none", "x")) == (
         "a",
@@ -54,13 +54,13 @@ def test_a_whole_answers_head() -> None:
         (0, False, False, ["Content-Length: 0", "Connection: close"]),
     ],
 )
-def test_how_a_body_ends_and_whether_the_connection_does(
+def test_the_head_says_how_the_body_and_the_connection_end(
     length: int | None, keep: bool, old: bool, lines: list[str]
 ) -> None:
     assert said(render_head(200, (), length=length, keep_alive=keep, is_http10=old))[2:] == lines
 
 
-def test_what_has_no_body() -> None:
+def test_has_no_body() -> None:
     assert said(render_head(204, (), length=0, keep_alive=True, is_http10=False)) == [
         "HTTP/1.1 204 No Content",
         "Server: gpumesh",
@@ -75,7 +75,7 @@ def test_what_has_no_body() -> None:
     assert said(render_head(799, (), length=0, keep_alive=True, is_http10=False))[0] == "HTTP/1.1 799 Unknown"
 
 
-def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
+def test_a_response_may_have_a_policy_of_its_own() -> None:
     text = render_head(
         200, (), length=0, keep_alive=True, is_http10=False, content_security_policy="script-src 'sha256-x'"
     ).decode()
@@ -84,11 +84,11 @@ def test_a_page_of_ours_has_a_policy_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\n", "\rb"])
-def test_no_value_ends_its_line(value: str) -> None:
+def test_a_header_value_with_a_line_end_is_an_error(value: str) -> None:
     with pytest.raises(ValueError, match="line end"):
         render_head(200, (("X-Any", value),), length=0, keep_alive=True, is_http10=False)
 
 
-def test_a_reply() -> None:
+def test_a_response_with_a_content_type() -> None:
     reply = Response(b"x", content_type="a/b", headers=(("X-One", "1"),))
     assert (reply.status, reply.headers, reply.close) == (200, (("Content-Type", "a/b"), ("X-One", "1")), False)
