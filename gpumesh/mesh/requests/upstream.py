@@ -125,6 +125,9 @@ class Upstream:
     def __init__(self) -> None:
         self._pool = ConnectionPool()
 
+    def __repr__(self) -> str:
+        return f"<Upstream {self._pool!r}>"
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -358,3 +358,28 @@ async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, mon
     async with serve(script) as server:
         assert await read_all(await send(upstream, server.url)) == b"{}"
         await gone.wait()
+
+
+async def test_what_a_debugger_shows_of_a_connection_its_pool_and_its_response(upstream: Upstream) -> None:
+    go_on = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked_head() + chunk(b"one\n"))
+        await go_on.wait()
+        await exchange.send(LAST_CHUNK)
+
+    async with serve(script) as server:
+        assert repr(upstream) == "<Upstream <ConnectionPool 0 connections, 0 idle>>"
+        response = await send(upstream, server.url)
+        connection = response._exchange.connection
+        assert repr(connection) == f"<UpstreamConnection 127.0.0.1:{server.port} RECEIVING_BODY, 1 requests>"
+        await response.read()
+        assert repr(response) == "<UpstreamResponse n 200 under way <BufferedSink 0 bytes>>"
+        go_on.set()
+        assert await read_all(response) == b""
+        assert repr(response) == "<UpstreamResponse n 200 ended <BufferedSink 0 bytes complete>>"
+        assert repr(connection) == f"<UpstreamConnection 127.0.0.1:{server.port} IDLE, 1 requests>"
+        assert repr(upstream) == "<Upstream <ConnectionPool 1 connections, 1 idle>>"
+        assert connection is not None
+        connection.abort()
+        assert "CLOSED" in repr(connection)
