@@ -79,6 +79,12 @@ class Continuation:
         strategies = {} if strategies is None else strategies
         self._planner = ContinuationPlanner(path, request, self._form, strategies, reserve_bytes)
         self._received = ReceivedText(self._form, keeps=resume and self._form.supports_continuation)
+        self._unread = self._received.unread
+        # The first upstream has sent text, which is kept: so text is passed on as it comes, until a frame ends the text
+        # or the stream is cut.
+        self._passes_text = False
+        self._frames = 0  # that were sent since they were taken, but for those in ``_unread`` past ``_counted_bytes``
+        self._counted_bytes = 0
         self._read_with(self._form)
         # Of the current upstream: when its first and its last whole frames came.
         self._first_at: float | None = None
@@ -99,19 +105,19 @@ class Continuation:
     @property
     def tokens(self) -> int:
         """Frames with text that the client has received: about as many tokens."""
-        self._received.read_unread()
+        self._read_unread()
         return self._received.tokens
 
     @property
     def text(self) -> str:
         """The answer's text that the client has received."""
-        self._received.read_unread()
+        self._read_unread()
         return "".join(self._received.texts)
 
     @property
     def continuable(self) -> bool:
         """Whether another node could go on, if this upstream were cut now."""
-        self._received.read_unread()
+        self._read_unread()
         return self.cuts < MAX_CUTS and self._refusal() is None
 
     def error_frame(self, message: str) -> bytes:
@@ -120,28 +126,51 @@ class Continuation:
 
     # -- upstream to client --------------------------------------------------------------------------------------
 
-    def feed(self, data: bytes) -> bytes:
-        """What the client gets for these bytes of the current upstream; empty after its end or a cut."""
+    def feed(self, data: bytes, now: float | None = None) -> bytes:
+        """What the client gets for these bytes of the current upstream; empty after its end or a cut. ``now`` is the
+        clock's time, for a caller that knows it. Each streamed token passes here."""
+        now = self._clock() if now is None else now
+        if (
+            self._passes_text
+            and not self._held
+            and data.endswith(self.frame_separator)
+            and self._find_marks(data) is None
+        ):
+            self._last_at = now
+            unread = self._unread
+            unread += data
+            if len(unread) > UNREAD_BYTES:
+                self._read_unread()
+            return data
+        return self._feed_frames(data, now)
+
+    def _feed_frames(self, data: bytes, now: float) -> bytes:
+        """All but the most common case."""
         if self.finished or self.cut_reason is not None:
             return b""
-        if self._assembler.held or not data.endswith(self.frame_separator):
+        if self._held or not data.endswith(self.frame_separator):
             data = self._assemble(data)
             if not data:
                 return b""
-        self._last_at = self._clock()
-        if self._first_at is None:
-            self._first_at = self._last_at
+        self._note_time(now)
         if self.cuts or self._find_marks(data) is not None:
+            self._frames += data.count(self.frame_separator)
             return self._pass_on_frames(data)
-        # By far the most common: text as the client shall have it, read only if it is ever needed.
+        # Text as the client shall have it. It is read only if it is ever needed.
         received = self._received
         received.started = True
         if received.keeps:
-            unread = received.unread
-            unread += data
-            if len(unread) > UNREAD_BYTES:
-                received.read_unread()
+            received.unread += data
+            self._passes_text = True
+        else:
+            self._frames += data.count(self.frame_separator)
         return data
+
+    def take_frame_count(self) -> int:
+        """How many frames the upstreams sent since the last call: about as many tokens."""
+        count = self._frames + self._unread.count(self.frame_separator, self._counted_bytes)
+        self._frames, self._counted_bytes = 0, len(self._unread)
+        return count
 
     def finish_body(self) -> bytes:
         """The upstream's body ended as HTTP says: its last frame may lack its end mark. Half a frame is a cut."""
@@ -150,37 +179,57 @@ class Continuation:
             return b""
         frame = self._source.read(raw)
         self.cut_reason = frame.error
+        self._passes_text = False
         if frame.error is not None or (frame.document is None and not frame.ends_stream):
             return b""
-        self._last_at = self._clock()
+        self._note_time(self._clock())
         return self._pass_on_frames(raw)
 
     def abandon_upstream(self) -> None:
         """The current upstream failed before it gave anything: another one takes its place."""
+        self._passes_text = False
         self._assembler.take_rest()
         self.cut_reason = None
         self.counters = None
         self._first_at = None
+        self._frames = 0
 
     def _read_with(self, form: StreamFormat) -> None:
         """The current upstream's stream has this form."""
         self._source = form
         self._find_marks = form.find_marks
         self._assembler = FrameAssembler(form.find_last_frame_end)
+        self._held = self._assembler.held
         self.frame_separator = form.frame_separator
 
     def _assemble(self, data: bytes) -> bytes:
         whole = self._assembler.feed(data)
         if self._assembler.is_too_long:
             self._assembler.take_rest()
+            self._passes_text = False
             self.cut_reason = f"a frame of more than {LINE_LIMIT >> 20} MiB"
         return whole
 
-    def _pass_on_frames(self, frames: bytes) -> bytes:
+    def _note_time(self, now: float) -> None:
+        self._last_at = now
+        if self._first_at is None:
+            self._first_at = now
+
+    def _read_unread(self) -> None:
+        self._frames = self.take_frame_count()
+        self._counted_bytes = 0
         self._received.read_unread()
-        return b"".join([self._pass_on(raw) for raw in split_frames(self._source, frames)])
+        self._passes_text = self._passes_text and self._received.keeps
+
+    def _pass_on_frames(self, frames: bytes) -> bytes:
+        self._read_unread()
+        passed_on = b"".join([self._pass_on(raw) for raw in split_frames(self._source, frames)])
+        if self.finished or self.cut_reason is not None:
+            self._passes_text = False
+        return passed_on
 
     def _pass_on(self, raw: bytes) -> bytes:
+        """One frame that is read."""
         if self.finished or self.cut_reason is not None:
             return b""
         frame = self._source.read(raw)
@@ -212,8 +261,8 @@ class Continuation:
         """The current upstream is over, and ``finished`` is false. ``None``: another node may go on."""
         assert not self.finished, "the client has the whole answer"
         self._cut_message = reason or self.cut_reason or "the stream ended before its final frame"
+        self._read_unread()
         received = self._received
-        received.read_unread()
         if self._first_at is not None:
             self._spent_ms += (self._last_at - self._first_at) * 1000.0
         self.abandon_upstream()

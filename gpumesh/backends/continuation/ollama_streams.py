@@ -25,7 +25,7 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import find_last_line_end
 
-# One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
+# One quotation mark stands before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
 _TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
@@ -48,7 +48,7 @@ class OllamaStreamFormat:
         document = safe_json.parse_object(frame)
         if document is None:
             return Frame(error="a line that is no JSON")
-        text, thinking, source = _said(document)
+        text, thinking, source = _read_texts(document)
         done = document.get("done") is True
         return Frame(
             document,
@@ -64,7 +64,7 @@ class OllamaStreamFormat:
         if b'"thinking"' not in frames and (found := find_strings(_TEXTS, frames)) is not None:
             return found
         lines = [line for line in frames.split(b"\n") if line.strip()]
-        return collect_texts(_said(document)[:2] for document in safe_json.parse_objects(lines))
+        return collect_texts(_read_texts(document)[:2] for document in safe_json.parse_objects(lines))
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         for key in ("tools", "format", "suffix", "context", "template", "logprobs"):
@@ -171,8 +171,8 @@ def raw_prompt_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) 
     )
 
 
-def _said(document: JsonObject) -> tuple[str, str, JsonObject]:
-    """Text, thinking, and the object that they stand in."""
+def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
+    """Text, thinking, and the object that holds them."""
     message = document.get("message")
     if isinstance(message, dict):
         return (

@@ -1,8 +1,8 @@
-"""What a form of stream is, to ``continuation.Continuation``: how it is read, continued and ended. Pure.
+"""The interface of a stream's form for ``continuation.Continuation``: how it is read, continued and ended. Pure.
 
-From the source of Ollama and llama-server (shared facts: ollama-api.md, "Continuing a cut answer"): most templates
-continue a last message of the assistant, so that the reply holds only the new text; those that close the turn are
-continued as raw text after the prompt as the server itself renders it.
+Most models' templates continue a last message of the assistant, so that the reply holds only the new text. Templates
+that close the turn are continued as raw text after the prompt, as the server itself renders the prompt. Where this is
+known from: docs/internals/ollama.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
 
 JsonObject = Mapping[str, Any]
-# Stands for the text so far when a server is asked to render a prompt; no model says it.
+# Takes the place of the answer's text when a server is asked to render a prompt. No model generates it.
 SENTINEL = "gpumesh8f1d2c7e5b3a9046"
 
 

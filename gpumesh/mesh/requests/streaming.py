@@ -65,7 +65,6 @@ class StreamingAnswer(Answer):
         "_expired",
         "_failover",
         "_first_bytes",
-        "_frames",
         "_lease",
         "_loop",
         "_loss",
@@ -108,7 +107,6 @@ class StreamingAnswer(Answer):
         self._loop = asyncio.get_running_loop()
         message = "the deadline passed while the answer was on its way"
         self._timer = self._loop.call_later(deadline_in_s, self.expire, message)
-        self._frames = 0  # that the node's meter does not know yet
         self._count_at = 0.0
         self._begin(opened)
 
@@ -140,7 +138,6 @@ class StreamingAnswer(Answer):
             self._lose(Outcome.DEADLINE, self._expired)
             return
         if self._continuation is not None:
-            self._frames += opened.first_bytes.count(self._continuation.frame_separator)
             self._check_frames(self._continuation)
             if self._state is StreamState.FLOWING:
                 self._watch.start(lambda: not self.backpressured, self._handle_silence)
@@ -173,10 +170,9 @@ class StreamingAnswer(Answer):
         if now - watch.waits_since > watch.longest_s:  # noqa: PLR1730 - a call of max costs more
             watch.longest_s = now - watch.waits_since
         watch.waits_since = now
-        self._frames += data.count(continuation.frame_separator)
         if now > self._count_at:
             self._count_tokens(now)
-        out = continuation.feed(data)
+        out = continuation.feed(data, now)
         if out is not data:  # most often it is the same object: text that was passed on as it came
             self._check_frames(continuation)
             if not out:
@@ -249,9 +245,9 @@ class StreamingAnswer(Answer):
             self._lose(Outcome.STREAM_ERROR, continuation.cut_reason)
 
     def _count_tokens(self, now: float) -> None:
-        """Frames are about as many tokens. They are counted now and then, because a call for each would cost more."""
-        self._lease.node.meter.add(self._frames)
-        self._frames = 0
+        """They are counted now and then, because a call for each would cost more."""
+        if self._continuation is not None:
+            self._lease.node.meter.add(self._continuation.take_frame_count())
         self._count_at = now + COUNT_S
 
     def _complete(self, continuation: Continuation) -> None:

@@ -308,3 +308,22 @@ def test_a_run_of_blank_lines_costs_as_little_as_one(path: str) -> None:
         answer.feed(blank * 70_000 + end)
         assert time.process_time() - began < 0.05
         assert answer.finished or answer.cut_reason == "no"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_frames_are_counted_once_however_they_come(form: str) -> None:
+    call, server = FORMS[form](), ModelServer(tokens=20)
+    stream = server.stream(call)
+    separators = stream.count(b"\n\n" if form == "openai" else b"\n")
+    for piece in (1, 7, 300, len(stream)):
+        answer = start_answer(call)
+        count = 0
+        for start in range(0, len(stream), piece):
+            answer.feed(stream[start : start + piece])
+            if start % 3 == 0:
+                count += answer.take_frame_count()
+            if start % 5 == 0:
+                assert answer.continuable or answer.finished  # reads what was kept
+        assert answer.finished
+        assert count + answer.take_frame_count() == separators
+        assert answer.take_frame_count() == 0
