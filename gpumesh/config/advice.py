@@ -1,6 +1,6 @@
-"""What `config check` says of a mesh.yaml that is right in form: what will probably not work from this machine.
+"""The findings of `config check` about a valid mesh.yaml: what will probably not work on this machine.
 
-Looks at files, variables and ``~/.ssh/config``; never at the network. One family of remarks a function.
+Looks at files, variables and ``~/.ssh/config``, never at the network. Each function makes one family of findings.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, Transpo
 
 
 def check(topology: Topology) -> list[Finding]:
-    """In the order of the file; the gateway first."""
-    found = list(_gateway(topology))
+    """In the order of the file, the gateway first."""
+    findings = list(_check_gateway(topology))
     if not any(node.enabled for node in topology.nodes):
         message = "every node has `enabled: false`, so there is nothing to use"
-        found.append(Finding("no-node", Severity.WARNING, None, message))
+        findings.append(Finding("no-node", Severity.WARNING, None, message))
     for node in topology.nodes:
         if node.enabled:
-            found += _node(node)
-    found += _shared_routes(topology)
-    return found
+            findings += _check_node(node)
+    findings += _find_shared_servers(topology)
+    return findings
 
 
-def _gateway(topology: Topology) -> Iterator[Finding]:
+def _check_gateway(topology: Topology) -> Iterator[Finding]:
     gateway = topology.gateway
     if gateway.api_key_env is not None:
-        yield from _variable(gateway.api_key_env, "gateway.api_key_env", None)
+        yield from _check_variable(gateway.api_key_env, "gateway.api_key_env", None)
     if gateway.host is not None and not is_loopback(gateway.host):
         message = (
             f"the gateway listens on {gateway.host} without encryption: prompts and the key can be read on the way"
@@ -44,27 +44,27 @@ def _gateway(topology: Topology) -> Iterator[Finding]:
         hint = "keep it to a network that you trust, or put a proxy with TLS before it"
         yield Finding("plain-http", Severity.WARNING, None, message, hint)
     if topology.redis is not None and topology.redis.password_env is not None:
-        yield from _variable(topology.redis.password_env, "redis.password_env", None)
+        yield from _check_variable(topology.redis.password_env, "redis.password_env", None)
 
 
-def _node(node: NodeSpec) -> Iterator[Finding]:
+def _check_node(node: NodeSpec) -> Iterator[Finding]:
     if node.backend.api_key_env is not None:
-        yield from _variable(node.backend.api_key_env, "backend.api_key_env", node.name)
+        yield from _check_variable(node.backend.api_key_env, "backend.api_key_env", node.name)
     if node.ssh is None:
         return
     if node.ssh.alias is not None:
-        yield from _alias(node.ssh.alias, node.ssh, node.name)
-    yield from _credentials(node.ssh, node.name)
-    yield from _host(node.ssh, node.name)
+        yield from _check_alias(node.ssh.alias, node.ssh, node.name)
+    yield from _check_credentials(node.ssh, node.name)
+    yield from _check_host(node.ssh, node.name)
 
 
-def _variable(variable: str, key: str, node: str | None) -> Iterator[Finding]:
+def _check_variable(variable: str, key: str, node: str | None) -> Iterator[Finding]:
     if not credentials.is_secret_set(variable):
         message = f"{key} names the variable {variable}, which is not set here"
         yield Finding("secret-missing", Severity.ERROR, node, message, f"export {variable}=… before `gpumesh up`")
 
 
-def _alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
+def _check_alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
     try:
         answer = ssh_config.resolve_alias(alias, home=environment.home())
     except ValueError as error:
@@ -83,12 +83,12 @@ def _alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
         )
 
 
-def _credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
+def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
     for variable, key in ((ssh.password_env, "ssh.password_env"), (ssh.passphrase_env, "ssh.passphrase_env")):
         if variable is not None:
-            yield from _variable(variable, key, node)
+            yield from _check_variable(variable, key, node)
     for path in ssh.identity_files:
-        yield from _identity(path, ssh, node)
+        yield from _check_key_file(path, ssh, node)
     agent = ssh.agent and environment.ssh_auth_sock() is not None
     if not (ssh.identity_files or agent or ssh.password_env or ssh.transport is TransportKind.OPENSSH):
         message = "there is nothing to log in with: no key file, no SSH agent, no password"
@@ -96,7 +96,7 @@ def _credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
         yield Finding("no-credentials", Severity.WARNING, node, message, hint)
 
 
-def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
+def _check_key_file(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
     try:
         mode = path.stat().st_mode
         kind = key_files.detect_key_kind(path)
@@ -117,7 +117,7 @@ def _identity(path: Path, ssh: SshSpec, node: str) -> Iterator[Finding]:
             yield Finding("transport-unsupported", Severity.WARNING, node, message, hint)
 
 
-def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
+def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     proxy = providers.describe_terminal_proxy(ssh.host)
     if proxy is not None:
         yield Finding("transport-unsupported", Severity.ERROR, node, proxy, providers.EXPOSED_TCP_HINT)
@@ -136,8 +136,8 @@ def _host(ssh: SshSpec, node: str) -> Iterator[Finding]:
         yield Finding("address-from", Severity.ERROR, node, message, "give its whole path, and make it executable")
 
 
-def _shared_routes(topology: Topology) -> Iterator[Finding]:
-    """Two nodes that name one server: balanced as two, it would get twice its share."""
+def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
+    """Nodes that name the same server: the balancer would give it the share of two."""
     users: dict[str, list[str]] = defaultdict(list)
     for node in topology.nodes:
         if not node.enabled or (node.ssh is not None and node.ssh.address_from is not None):

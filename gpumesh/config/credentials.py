@@ -1,4 +1,4 @@
-"""The only reader of secrets. They live in environment variables; mesh.yaml and the specs know only their names."""
+"""The only reader of secrets. Secrets are in environment variables; mesh.yaml and the specs hold only the names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 from gpumesh.errors import SecretMissing
 
-# Variables that some mesh.yaml of this process names for a secret. Of the whole process, as the environment itself is:
-# whoever starts a program must not have to know whose mesh the variables belong to.
+# The variables that a mesh.yaml of this process names for a secret. One set for the whole process, like the environment
+# itself: code that starts a program need not know which mesh the variables belong to.
 _withheld: set[str] = set()
 
-# Variables that by their name hold a secret: their values enter neither the specs nor anything printed.
+# Names of variables that hold a secret. Their values enter neither the specs nor any output.
 _SECRET_NAME = re.compile(
     r"(PASSWORD|PASSWD|PASSPHRASE|SECRET|API_?KEY|((^|_)(PASS|SECRET_?KEY|TOKEN|ACCESS_?KEY|CREDENTIALS?)))$",
     re.IGNORECASE,
@@ -33,12 +33,12 @@ def read_secret(variable: str, *, node: str | None = None) -> str:
 
 
 def is_secret_set(variable: str) -> bool:
-    """Whether ``read_secret`` would find something; does not tell what."""
+    """Whether ``read_secret`` would return a secret."""
     return bool(os.environ.get(variable))
 
 
 def withhold_variables(variables: Iterable[str]) -> None:
-    """From now on no program that this process starts is given these variables (``environment.child``)."""
+    """From now on the programs that this process starts do not get these variables (``child_environment``)."""
     _withheld.update(variables)
 
 
@@ -47,12 +47,12 @@ def withheld_variables() -> frozenset[str]:
 
 
 def names_secret(variable: str) -> bool:
-    """Whether a variable's name says that it holds a secret (``RUNPOD_API_KEY``, ``DB_PASSWORD``)."""
+    """Whether the variable holds a secret, judged by its name (``RUNPOD_API_KEY``, ``DB_PASSWORD``)."""
     return _SECRET_NAME.search(variable) is not None
 
 
 def mask_secrets(text: str) -> str:
-    """``text`` without the value of any variable that by its name holds a secret."""
+    """``text`` with the values of all variables masked whose names say that they hold a secret."""
     values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 6}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "********")

@@ -1,9 +1,8 @@
-"""Single values of a mesh.yaml set from outside, with all else left as it was, to the byte: comments, blanks, quotes,
-order. A person's file is theirs.
+"""Edits single values of a mesh.yaml and leaves every other byte as it was: comments, blanks, quotes, order.
 
-So the text is not written out anew from a tree (a round trip through ruamel.yaml keeps comments, but sets the blanks
-and line breaks of every flow mapping its own way): each edit is spliced in where YAML's own parser says that the value
-stands. What cannot be set that way without touching more (a value behind an alias, a block scalar) is refused.
+The text is not written anew from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
+breaks of every flow mapping. Instead each edit is inserted at the position that the YAML parser reports for the value.
+An edit that would have to change more text (a value behind an alias, a block scalar) is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from gpumesh.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """``node`` is the place in ``nodes``; ``path`` is below it. ``comment`` is put beside the value where the line has
-    room for one."""
+    """``node`` is the index in ``nodes``, ``path`` the keys below it. ``comment`` is added behind the value if the rest
+    of the line is empty."""
 
     node: int
     path: tuple[str, ...]
@@ -36,16 +35,16 @@ class Edit:
 
 
 class CannotEdit(GPUMeshError):
-    """The file says this in a way that only a person can change."""
+    """The value is written in a way that only a person can change."""
 
     code = "config-edit"
     default_hint = "change it by hand"
 
 
 def apply_edits(text: str, edits: Sequence[Edit]) -> str:
-    """Raises CannotEdit. ``text`` must be a mesh.yaml that can be read."""
+    """The edited text. ``text`` must be a valid mesh.yaml. Raises CannotEdit."""
     for edit in edits:
-        text = _one(text, edit)
+        text = _apply_edit(text, edit)
     return text
 
 
@@ -55,14 +54,14 @@ def read(path: Path) -> str:
 
 
 def parse_edited(path: Path, text: str) -> Topology:
-    """What ``text`` would mean if it stood in the file. Raises ConfigError."""
+    """The topology that the file would give with this text. Raises ConfigError."""
     return reader.parse_file_text(text, path)
 
 
 def write(path: Path, old: str, new: str) -> None:
-    """Replaces the file, whole or not at all: written beside, then renamed. Its mode stays, and a link stays a link.
+    """Replaces the file atomically. Its mode stays the same, and a link stays a link.
 
-    Raises GPUMeshError when it cannot be written, or does not hold ``old`` any more.
+    Raises GPUMeshError when the file cannot be written, or when its text is not ``old`` any more.
     """
     target = Path(os.path.realpath(path))
     if read(target) != old:
@@ -83,7 +82,7 @@ ALIAS = "alias"
 
 
 class _Loader(yaml.SafeLoader):
-    """In Python: its marks count characters, libyaml's may not. An alias stays what stands there."""
+    """The parser in Python, whose marks count characters; those of libyaml may not. Aliases are not resolved."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -92,16 +91,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _one(text: str, edit: Edit) -> str:
-    parent = _item(text, edit.node)
+def _apply_edit(text: str, edit: Edit) -> str:
+    parent = _node_entry(text, edit.node)
     for depth, key in enumerate(edit.path):
-        pair = _pair(parent, key)
+        pair = _find_pair(parent, key)
         if pair is None:
-            return _inserted(text, parent, edit.path[depth:], edit)
+            return _insert_entry(text, parent, edit.path[depth:], edit)
         value = pair[1]
         if depth == len(edit.path) - 1:
-            return _replaced(text, value, edit)
-        if _is_nothing(value):
+            return _replace_value(text, value, edit)
+        if _is_empty(value):
             raise CannotEdit(f"{_where(edit, depth)} has nothing behind it")
         if not isinstance(value, yaml.MappingNode):
             raise CannotEdit(f"{_where(edit, depth)} is not written out there")
@@ -113,66 +112,66 @@ def _where(edit: Edit, depth: int) -> str:
     return ".".join((f"nodes[{edit.node}]", *edit.path[: depth + 1]))
 
 
-def _item(text: str, number: int) -> yaml.MappingNode:
+def _node_entry(text: str, number: int) -> yaml.MappingNode:
     root = yaml.compose(text, Loader=_Loader)
-    pair = _pair(root, "nodes") if isinstance(root, yaml.MappingNode) else None
+    pair = _find_pair(root, "nodes") if isinstance(root, yaml.MappingNode) else None
     nodes = pair[1].value if pair is not None and isinstance(pair[1], yaml.SequenceNode) else ()
     if number < len(nodes) and isinstance(nodes[number], yaml.MappingNode):
-        item: yaml.MappingNode = nodes[number]
-        return item
+        entry: yaml.MappingNode = nodes[number]
+        return entry
     raise CannotEdit(f"nodes[{number}] is not written out as an entry of `nodes`")
 
 
-def _pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+def _find_pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
     for name, value in mapping.value:
         if isinstance(name, yaml.ScalarNode) and name.value == key:
             return name, value
     return None
 
 
-def _is_nothing(node: yaml.Node) -> bool:
+def _is_empty(node: yaml.Node) -> bool:
     """``expect:`` with nothing behind it."""
     return bool(node.start_mark.index == node.end_mark.index)
 
 
-def _replaced(text: str, value: yaml.Node, edit: Edit) -> str:
+def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
     if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
         raise CannotEdit(f"{_where(edit, len(edit.path))} is no plain value")
     quoted = value.style == '"' and isinstance(edit.value, str)
-    written = yaml_text(str(edit.value)) if quoted else _written(edit.value)
-    if _is_nothing(value):
+    written = yaml_text(str(edit.value)) if quoted else _format_value(edit.value)
+    if _is_empty(value):
         written = f" {written}"
     return text[: value.start_mark.index] + written + text[value.end_mark.index :]
 
 
-def _inserted(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
+def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
     # A file that is JSON stays JSON.
     as_json = bool(parent.flow_style and parent.value and parent.value[0][0].style == '"')
-    entry = yaml_text(edit.value) if as_json and isinstance(edit.value, str) else _written(edit.value)
+    entry = yaml_text(edit.value) if as_json and isinstance(edit.value, str) else _format_value(edit.value)
     for depth, key in enumerate(reversed(path)):
         entry = f'"{key}": {entry}' if as_json else f"{key}: {entry}"
         if depth < len(path) - 1:
             entry = f"{{{entry}}}" if as_json else f"{{ {entry} }}"
-    # What a host said may stand in it: a line break would end the comment.
+    # The comment may hold text from a host. A line break in it would end the comment.
     comment = None if as_json or edit.comment is None else printable(edit.comment)
-    return (_into_flow if parent.flow_style else _into_block)(text, parent, entry, comment)
+    return (_insert_into_flow if parent.flow_style else _insert_into_block)(text, parent, entry, comment)
 
 
-def _into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
+def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
     start, end = parent.start_mark.index, parent.end_mark.index
     if not parent.value:
-        return f"{text[:start]}{{ {entry} }}{_commented(text[end:], comment)}"
+        return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
     last = parent.value[-1][1].end_mark.index
     tail = text[last : end - 1]
     if not tail.strip():
-        return f"{text[:last]}, {entry}{tail}{text[end - 1]}{_commented(text[end:], comment)}"
-    # After a comma or a comment the end is no safe place; the beginning always is.
+        return f"{text[:last]}, {entry}{tail}{text[end - 1]}{_add_comment(text[end:], comment)}"
+    # After a comma or a comment the end is not a safe position; the start always is.
     begin = text[start + 1 :]
     entry = f" {entry}," if begin[0] == " " else f"{entry}," if begin[0].isspace() else f"{entry}, "
     return text[: start + 1] + entry + begin
 
 
-def _into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
+def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
     leaf = _last_leaf(parent)
     if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):
         raise CannotEdit("the entry ends in a block of text")
@@ -184,26 +183,27 @@ def _into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | 
 
 
 def _last_leaf(node: yaml.Node) -> yaml.Node:
-    """Block collections end where the next token begins, far behind what they hold; flow ones and scalars do not."""
+    """The last scalar or flow collection below ``node``. Its end is exact, while that of a block collection is reported
+    where the next token begins."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         if isinstance(node, yaml.SequenceNode):
             node = node.value[-1]
             continue
         key, value = node.value[-1]
-        node = key if _is_nothing(value) else value  # nothing behind a key stands where the next token does
+        node = key if _is_empty(value) else value  # an empty value is reported where the next token begins
     return node
 
 
-def _commented(rest: str, comment: str | None) -> str:
-    """``rest``, which begins behind a value, with the comment at the end of the line, if nothing else is there."""
+def _add_comment(rest: str, comment: str | None) -> str:
+    """``rest``, which begins behind a value, with the comment in front, if the rest of the line is empty."""
     line = rest.split("\n", 1)[0]
     if comment is None or line.strip():
         return rest
     return f" # {comment}" + rest
 
 
-def _written(value: str | int | bool) -> str:
-    """As YAML, plain where that means the same to every reader."""
+def _format_value(value: str | int | bool) -> str:
+    """The value as YAML, without quotes if every YAML reader then reads the same value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):

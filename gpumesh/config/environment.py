@@ -1,7 +1,7 @@
-"""What the environment says about the person and the machine: the only reader of it besides ``credentials``.
+"""Reads the environment: facts about the user and the machine, and our folders. ``credentials`` reads the secrets.
 
-Folders are made here, private to the user, because what stands in them (a control socket, ControlMaster sockets) lets
-whoever can open it use the user's hosts.
+Our folders are made here, private to the user: their sockets (control socket, ControlMaster) give access to the user's
+hosts.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def get(name: str) -> str | None:
 
 
 def variables() -> dict[str, str]:
-    """A copy of all, for ``${VAR}`` in mesh.yaml. The user's name is there even where the system forgot to set it."""
+    """A copy of all variables, for ``${VAR}`` in mesh.yaml. LOGNAME is included even if the system did not set it."""
     return {"LOGNAME": user(), **os.environ}
 
 
 def child_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment for a program we start: ours without the secrets that mesh.yaml names, and with ``changes``
-    (``None`` takes a variable away).
+    """The environment for a program that we start: ours without the secrets that mesh.yaml names, and with ``changes``
+    (``None`` removes a variable).
 
-    What one user's process has in its environment stands in /proc for all others of the same user, in crash reports,
-    and in whatever that process starts in turn. Nothing that we start needs our secrets from there.
+    The environment of a process can be read in /proc by all processes of the same user. It appears in crash reports and
+    is inherited by the process's own children. No program that we start needs our secrets from it.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in credentials.withheld_variables()}
-    inherited: dict[str, str | None] = {**kept, **(changes or {})}
+    allowed = {name: value for name, value in os.environ.items() if name not in credentials.withheld_variables()}
+    inherited: dict[str, str | None] = {**allowed, **(changes or {})}
     return {name: value for name, value in inherited.items() if value is not None}
 
 
@@ -52,7 +52,7 @@ def force_color() -> bool:
 
 
 def is_ci() -> bool:
-    """Whether a build service runs us: nobody is there to answer a question."""
+    """Whether a build service runs us, so that nobody can answer a question."""
     return (get("CI") or "").lower() not in ("", "0", "false")
 
 
@@ -61,13 +61,13 @@ def dumb_terminal() -> bool:
 
 
 def shell() -> str | None:
-    """The person's shell by its file name (``bash``, ``fish``), or ``None``."""
+    """The file name of the user's shell (``bash``, ``fish``), or ``None``."""
     named = get("SHELL")
     return Path(named).name if named else None
 
 
 def ssh_auth_sock() -> Path | None:
-    """Where the SSH agent listens, if one is told of."""
+    """The socket of the SSH agent, if the environment names one."""
     named = get("SSH_AUTH_SOCK")
     return Path(named) if named else None
 
@@ -77,7 +77,7 @@ def display() -> str | None:
 
 
 def user() -> str:
-    """Who runs us, as ssh would take it for the remote user; ``root`` where the system does not say."""
+    """The name of our user, which ssh would use for the remote user; ``root`` if the system does not tell."""
     named = get("LOGNAME") or get("USER") or get("USERNAME")
     if named:
         return named
@@ -92,7 +92,7 @@ def user() -> str:
 
 
 def home() -> Path:
-    """Raises GPUMeshError where there is none (a service without HOME and without an entry in passwd)."""
+    """Raises GPUMeshError if there is no home folder (a service without HOME and without an entry in passwd)."""
     try:
         return Path.home()
     except RuntimeError as error:
@@ -100,7 +100,7 @@ def home() -> Path:
 
 
 def config_dir() -> Path:
-    """The platform's folder for our configuration; may not exist."""
+    """The folder for our configuration on this platform. It may not exist."""
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP
     if (named := _absolute("XDG_CONFIG_HOME")) is not None:
@@ -114,7 +114,7 @@ def runtime_dir() -> Path:
     """The folder for sockets and locks, made private (0700). Emptied by the system at logout or restart.
 
     ``$XDG_RUNTIME_DIR/gpumesh``, else ``/tmp/gpumesh-UID``: short, since a Unix socket's path may not be long.
-    Raises GPUMeshError when somebody else could get at it.
+    Raises GPUMeshError when another user could access the folder.
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP / "run")
@@ -126,24 +126,24 @@ def runtime_dir() -> Path:
 
 
 def runtime_dirs() -> tuple[Path, ...]:
-    """All that ``runtime_dir`` may have been for this user, as far as they are there and private: a service or a cron
-    job has no XDG_RUNTIME_DIR, the same user's shell has."""
+    """The existing, private folders that ``runtime_dir`` may have returned for this user. There can be two: a service
+    or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has."""
     if sys.platform == "win32":
         return ()
     base = _absolute("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
     candidates = (base / _APP, Path("/tmp") / f"{_APP}-{os.geteuid()}")  # noqa: S108 - checked below
-    found = []
+    folders = []
     for folder in candidates:
         with contextlib.suppress(OSError):
-            if _why_not_private(folder.lstat()) is None:
-                found.append(folder)
-    return tuple(found)
+            if _privacy_problem(folder.lstat()) is None:
+                folders.append(folder)
+    return tuple(folders)
 
 
 def state_dir() -> Path:
-    """The folder for what outlives a run (logs, measured results), made private (0700).
+    """The folder for files that outlive a run (logs, measured results), made private (0700).
 
-    Below the runtime folder for a user without a home to write to (a container's, a service's).
+    It is below the runtime folder if the user's home cannot be written to (in a container, for a service).
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP)
@@ -158,33 +158,33 @@ def state_dir() -> Path:
 
 
 def _absolute(name: str) -> Path | None:
-    """The XDG specification: a relative path in these variables is to be ignored."""
+    """The path in a variable, if absolute: the XDG specification says that relative paths are to be ignored."""
     named = get(name)
     return Path(named) if named and os.path.isabs(named) else None
 
 
 def _is_ours(folder: Path) -> bool:
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(folder, os.W_OK | os.X_OK)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes ``folder`` if need be, and checks that it is a real folder of ours that nobody else may enter.
+    """Makes ``folder`` if it is missing, and checks that it is a real folder of ours that nobody else may enter.
 
-    In a shared place such as /tmp anybody can be there first: with a link to elsewhere, or with a folder of theirs.
+    In a shared folder such as /tmp another user may have made a link or a folder of that name first.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        found = folder.lstat()
+        status = folder.lstat()
         if sys.platform == "win32":
             return folder
-        problem = _why_not_private(found)
-        if problem is None and stat.S_IMODE(found.st_mode) & 0o077:
+        problem = _privacy_problem(status)
+        if problem is None and stat.S_IMODE(status.st_mode) & 0o077:
             folder.chmod(0o700)
     except OSError as error:
         raise GPUMeshError(
@@ -200,13 +200,13 @@ def _make_private(folder: Path) -> Path:
     return folder
 
 
-def _why_not_private(found: os.stat_result) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
+def _privacy_problem(status: os.stat_result) -> str | None:
+    if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return "is not a folder"
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         return "belongs to another user"
-    if stat.S_IMODE(found.st_mode) & 0o022:
+    if stat.S_IMODE(status.st_mode) & 0o022:
         return "may be written to by other users"
     return None

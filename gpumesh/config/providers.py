@@ -1,4 +1,4 @@
-"""What is known of providers' ways in, by the names of their hosts."""
+"""Facts about GPU providers' SSH access, by the names of their hosts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ EXPOSED_TCP_HINT = "use the pod's `SSH over exposed TCP`, like: ssh root@213.173
 
 
 def describe_terminal_proxy(host: str) -> str | None:
-    """What ``host`` is, if it is a provider's proxy that gives people a terminal and forwards no ports; else ``None``.
+    """Describes ``host`` if it is a provider's proxy that gives people a terminal and forwards no ports; else ``None``.
 
-    RunPod shows two ways to each pod, and ``ssh PODID-HASH@ssh.runpod.io`` comes first.
+    RunPod offers two kinds of SSH access to each pod, and shows ``ssh PODID-HASH@ssh.runpod.io`` first.
     """
     host = host.rstrip(".").lower()
     if host == "ssh.runpod.io" or host.endswith(".ssh.runpod.io"):

@@ -1,5 +1,5 @@
-"""A topology as a mesh.yaml with every default written out: what is in effect. Reading it back gives the same
-topology, so it can be kept as a file."""
+"""Writes a topology as a mesh.yaml with every default (`config show`). Reading that text gives the same topology, so it
+can be kept as a file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, Ssh
 
 
 def dump_effective(topology: Topology) -> str:
-    """YAML. Specs hold no secrets; should one have got in all the same, it is masked."""
+    """The topology as YAML. Specs hold no secrets; a secret that is in one nevertheless is masked."""
     document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway(topology.gateway)}
     document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
     document["nodes"] = [_node(node) for node in topology.nodes]
     if topology.redis is not None:
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
-        document["redis"] = _said({"url": url, "password_env": topology.redis.password_env})
+        document["redis"] = _without_empty({"url": url, "password_env": topology.redis.password_env})
     text = yaml.dump(_masked(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return str(text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """No anchors: a list that two nodes share is written twice."""
+    """Writes no anchors: a list that two nodes share is written twice."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - the base class's signature
         return True
@@ -38,7 +38,7 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
         listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
     if spec.socket is not None:
         listen.append(f"{listen_address.UNIX_PREFIX}{spec.socket}")
-    return _said(
+    return _without_empty(
         {
             "listen": listen[0] if len(listen) == 1 else listen,
             "api_key_env": spec.api_key_env,
@@ -54,24 +54,24 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
 
 
 def _node(node: NodeSpec) -> dict[str, Any]:
-    said: dict[str, Any] = {"name": node.name}
+    entries: dict[str, Any] = {"name": node.name}
     if node.ssh is not None:
-        said["ssh"] = _ssh(node.ssh)
+        entries["ssh"] = _ssh(node.ssh)
         if node.ssh.address_from is not None:
             address = node.ssh.address_from
-            said["address_from"] = {
+            entries["address_from"] = {
                 "command": list(address.command),
                 "timeout": value_parsers.format_duration(address.timeout_s),
             }
-    said["backend"] = _backend(node.backend)
-    said["expect"] = _expect(node.expect)
-    said["weight"] = node.weight
-    said["labels"] = dict(node.labels)
-    return {**_said(said), "enabled": node.enabled}
+    entries["backend"] = _backend(node.backend)
+    entries["expect"] = _expect(node.expect)
+    entries["weight"] = node.weight
+    entries["labels"] = dict(node.labels)
+    return {**_without_empty(entries), "enabled": node.enabled}
 
 
 def _ssh(spec: SshSpec) -> dict[str, Any]:
-    said = _said(
+    entries = _without_empty(
         {
             "host": spec.host or None,
             "alias": spec.alias,
@@ -88,12 +88,12 @@ def _ssh(spec: SshSpec) -> dict[str, Any]:
             "keepalive": value_parsers.format_duration(spec.keepalive_s),
         }
     )
-    # Written out even when empty: not said, it would mean the usual keys.
-    return {**said, "identity_file": [str(path) for path in spec.identity_files]}
+    # Written even when it is empty: without this key the default key files would be used.
+    return {**entries, "identity_file": [str(path) for path in spec.identity_files]}
 
 
 def _backend(spec: BackendSpec) -> dict[str, Any]:
-    return _said(
+    return _without_empty(
         {
             "kind": spec.kind.value,
             "urls": [target.url for target in spec.targets],
@@ -104,7 +104,7 @@ def _backend(spec: BackendSpec) -> dict[str, Any]:
 
 
 def _expect(spec: ExpectSpec) -> dict[str, Any]:
-    return _said(
+    return _without_empty(
         {
             "hostname": spec.hostname,
             "gpus": spec.gpus,
@@ -116,17 +116,17 @@ def _expect(spec: ExpectSpec) -> dict[str, Any]:
     )
 
 
-def _said(entries: dict[str, Any]) -> dict[str, Any]:
-    """Without what is not said; ``false`` and 0 are."""
+def _without_empty(entries: dict[str, Any]) -> dict[str, Any]:
+    """Without ``None`` and empty collections; ``false`` and 0 stay."""
     return {key: value for key, value in entries.items() if value is not None and value not in ([], {})}
 
 
 def _masked(value: Any) -> Any:
     if isinstance(value, str):
-        # What would be taken for a variable when read back.
+        # "${" is escaped, or it would be read back as a variable.
         return mask_secrets(value).replace("${", "$${")
     if isinstance(value, list):
-        return [_masked(item) for item in value]
+        return [_masked(member) for member in value]
     if isinstance(value, dict):
-        return {key: _masked(item) for key, item in value.items()}
+        return {key: _masked(member) for key, member in value.items()}
     return value

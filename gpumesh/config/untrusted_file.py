@@ -1,8 +1,8 @@
-"""Whether a mesh.yaml that nobody named, but that lay in the current folder, may be somebody else's.
+"""Checks a mesh.yaml in the current folder that the user did not name: could another user have written it?
 
-Such a file does whatever its writer wants: it runs `address_from`, sends variables of ours to URLs of theirs, and
-offers our keys to their hosts. So one that another user owns, or could have written, is refused as a whole, as git
-refuses such a repository (safe.directory). Whoever wants it names it with ``--config``.
+Such a file could run any program (`address_from`), send our variables to foreign URLs, and offer our keys to foreign
+hosts. So a file that another user owns or could have written is refused, as git refuses such a repository
+(safe.directory). A user who wants to use the file names it with ``--config``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from pathlib import Path
 
 from gpumesh.config import environment
 
-MOST_LINKS = 40  # as the kernel has it
+MAX_LINKS = 40  # the kernel's limit
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """What completes a sentence that begins with the file's name; ``None``: only root and we could have written it.
+    """Why the file is not trusted, as the end of a sentence that begins with its name. ``None`` if only root and our
+    user could have written it.
 
-    Links count, and what they lead to, and the folder of each. Raises OSError.
+    Links are checked, their targets, and the folder of each. Raises OSError.
     """
     if not hasattr(os, "geteuid"):
         return None
-    trusted = _trusted()
-    for place in _chain(path):
-        reason = _folder_problem(place.parent, trusted) or _file_problem(place, trusted)
+    trusted = _trusted_users()
+    for link in _follow_links(path):
+        reason = _folder_problem(link.parent, trusted) or _file_problem(link, trusted)
         if reason is not None:
-            return reason if place == path else f"leads to {place}, which {reason}"
+            return reason if link == path else f"leads to {link}, which {reason}"
     return None
 
 
-def _trusted() -> frozenset[int]:
-    """We, root, and who has become root by sudo."""
+def _trusted_users() -> frozenset[int]:
+    """Our user, root, and the user who became root by sudo."""
     ours = {0, os.geteuid()}
     if os.geteuid() == 0:
         before = environment.get("SUDO_UID") or ""
@@ -42,9 +43,9 @@ def _trusted() -> frozenset[int]:
     return frozenset(ours)
 
 
-def _chain(path: Path) -> Iterator[Path]:
-    """The file's name and, if it is a link, all that it leads to."""
-    for _ in range(MOST_LINKS):
+def _follow_links(path: Path) -> Iterator[Path]:
+    """The path itself and, while it is a link, the path that it leads to."""
+    for _ in range(MAX_LINKS):
         yield path
         if not path.is_symlink():
             return
@@ -52,30 +53,30 @@ def _chain(path: Path) -> Iterator[Path]:
 
 
 def _folder_problem(folder: Path, trusted: frozenset[int]) -> str | None:
-    found = folder.stat()
-    if found.st_uid not in trusted:
-        return f"lies in a folder of another user ({_name(found.st_uid)})"
-    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+    status = folder.stat()
+    if status.st_uid not in trusted:
+        return f"lies in a folder of another user ({_user_label(status.st_uid)})"
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         return "lies in a folder that every user of this machine may write to"
     return None
 
 
 def _file_problem(path: Path, trusted: frozenset[int]) -> str | None:
-    found = path.lstat()
-    if found.st_uid not in trusted:
-        return f"belongs to another user ({_name(found.st_uid)})"
-    if stat.S_ISLNK(found.st_mode):
-        return None  # its mode means nothing
-    if found.st_mode & stat.S_IWOTH:
+    status = path.lstat()
+    if status.st_uid not in trusted:
+        return f"belongs to another user ({_user_label(status.st_uid)})"
+    if stat.S_ISLNK(status.st_mode):
+        return None  # the mode of a link has no meaning
+    if status.st_mode & stat.S_IWOTH:
         return "may be written to by every user of this machine"
-    if found.st_mode & stat.S_IWGRP and not _private(found.st_gid, found.st_uid):
-        return f"may be written to by others ({_group(found.st_gid)})"
+    if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, status.st_uid):
+        return f"may be written to by others ({_group_label(status.st_gid)})"
     return None
 
 
-def _private(gid: int, uid: int) -> bool:
-    """Whether the group is that user's own and has nobody else in it, as many systems make one for each user (whose
-    files are then writable for it). Root's never counts: it is `wheel` in some places."""
+def _is_private_group(gid: int, uid: int) -> bool:
+    """Whether the group belongs to that user alone. Many systems make such a group for each user, whose files are then
+    group-writable. Root's group never counts: on some systems it is `wheel`, with other members."""
     import grp
     import pwd
 
@@ -87,7 +88,7 @@ def _private(gid: int, uid: int) -> bool:
     return gid != 0 and mine and set(group.gr_mem) <= {user.pw_name}
 
 
-def _name(uid: int) -> str:
+def _user_label(uid: int) -> str:
     import pwd
 
     try:
@@ -96,7 +97,7 @@ def _name(uid: int) -> str:
         return f"uid {uid}"
 
 
-def _group(gid: int) -> str:
+def _group_label(gid: int) -> str:
     import grp
 
     try:
