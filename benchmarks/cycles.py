@@ -1,4 +1,4 @@
-"""Many times killed and recovered: does a tunnel that lives for months leak?
+"""A connection is killed and recovers many times: does a tunnel that runs for months leak?
 
     python benchmarks/cycles.py [--cycles N] [--warm-up N] [--transport NAME] [--json] [--check]
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpumesh.topology import TransportKind
 from tests.real.belongings import ProcessResources
-from tests.real.cycles import CycleReport, churn
+from tests.real.cycles import CycleReport, run_cycles
 
 MEMORY_SHARE = 0.02
 
@@ -36,28 +36,30 @@ def measure(transport: TransportKind, cycles: int, warm_up: int) -> CycleReport:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="gm-", dir="/tmp") as runtime:
         os.environ["XDG_RUNTIME_DIR"] = runtime
         result = asyncio.run(
-            churn(Path(folder), Path(runtime), transport, cycles=cycles, warm_up=warm_up, progress=progress)
+            run_cycles(Path(folder), Path(runtime), transport, cycles=cycles, warm_up=warm_up, progress=progress)
         )
     print(file=sys.stderr)
     return result
 
 
-def problems(result: CycleReport) -> list[str]:
-    """What is not at the end as it was at the start."""
-    found = []
-    for who, before, after in (
+def list_problems(result: CycleReport) -> list[str]:
+    """The resources that changed between start and end."""
+    problem_texts = []
+    for process, before, after in (
         ("mesh", result.before.mesh, result.after.mesh),
         ("zygote", result.before.zygote, result.after.zygote),
     ):
         if before.countable != after.countable:
-            found.append(f"{result.transport}, {who}: fds, threads, children {before.countable} -> {after.countable}")
+            problem_texts.append(
+                f"{result.transport}, {process}: fds, threads, children {before.countable} -> {after.countable}"
+            )
         if abs(growth(before, after)) > MEMORY_SHARE:
-            found.append(f"{result.transport}, {who}: memory {growth(before, after):+.1%}")
+            problem_texts.append(f"{result.transport}, {process}: memory {growth(before, after):+.1%}")
     if len(result.ports) != 1:
-        found.append(f"{result.transport}: the local port changed: {sorted(result.ports)}")
+        problem_texts.append(f"{result.transport}: the local port changed: {sorted(result.ports)}")
     if result.leftover_files:
-        found.append(f"{result.transport}: files left: {', '.join(result.leftover_files)}")
-    return found
+        problem_texts.append(f"{result.transport}: files left: {', '.join(result.leftover_files)}")
+    return problem_texts
 
 
 def growth(before: ProcessResources, after: ProcessResources) -> float:
@@ -70,7 +72,7 @@ def table(results: list[CycleReport]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        for who, before, after in (
+        for process, before, after in (
             ("mesh", result.before.mesh, result.after.mesh),
             ("zygote", result.before.zygote, result.after.zygote),
         ):
@@ -78,7 +80,7 @@ def table(results: list[CycleReport]) -> str:
                 f"{was} → {is_now}" for was, is_now in zip(before.countable, after.countable, strict=True)
             )
             memory = f"{before.rss_kib / 1024:.1f} → {after.rss_kib / 1024:.1f} MiB ({growth(before, after):+.1%})"
-            rows.append(f"| {result.transport} | {result.count} | {who} | {counts} | {memory} |")
+            rows.append(f"| {result.transport} | {result.count} | {process} | {counts} | {memory} |")
     return "\n".join(rows)
 
 
@@ -96,10 +98,10 @@ def main() -> int:
         print(json.dumps([asdict(result) | {"ports": sorted(result.ports)} for result in results], indent=2))
     else:
         print(table(results))
-    found = [problem for result in results for problem in problems(result)]
-    for problem in found:
+    problem_texts = [problem for result in results for problem in list_problems(result)]
+    for problem in problem_texts:
         print(problem, file=sys.stderr)
-    return 1 if found and arguments.check else 0
+    return 1 if problem_texts and arguments.check else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunnel_routes import child, stock_ssh
+from tunnel_routes import child_server, stock_ssh
 
 from tests.tunnels.sshd import Sshd
 
@@ -172,7 +172,7 @@ async def client(kind: str, port: int, *arguments: str) -> dict[str, float]:
 
 
 def stand_in(*arguments: str) -> contextlib.AbstractAsyncContextManager[int]:
-    return child(sys.executable, str(HERE / "fast_ollama.py"), *arguments)
+    return child_server(sys.executable, str(HERE / "fast_ollama.py"), *arguments)
 
 
 def direct_node(name: str, port: int, parallel: int = 1024) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python benchmarks/open_many.py [--nodes 32] [--transport sshtunnel] [--slow-ms 1500] [--rounds N] [--json] [--check]
 
-One of the nodes is slow: what stands between us and its sshd holds its greeting back for ``--slow-ms``. First each kind
-of node is opened alone, then all at once. ``--check`` exits 1 unless all are up within the time of the slowest alone
-+ 0.5 s. All hosts are this machine: it computes both sides of every key exchange, which hosts would do by themselves.
+One of the nodes is slow: a proxy in front of its sshd delays the greeting by ``--slow-ms``. First each kind of node is
+opened alone, then all at once. ``--check`` exits 1 unless all are up within the time of the slowest alone
++ 0.5 s. All hosts are this machine: it computes both sides of every key exchange, where real hosts compute their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunnel_routes import setting
+from tunnel_routes import benchmark_setup
 
 from gpumesh.topology import BackendSpec, NodeSpec, SshSpec, Target, TransportKind
 from gpumesh.tunnels.supervisor import open_tunnel, run_tunnel
@@ -48,31 +48,31 @@ class Figures:
 
 
 @contextlib.asynccontextmanager
-async def held_back(sshd: Sshd, delay_s: float) -> AsyncIterator[int]:
-    """A port that leads to the sshd, whose first word comes late."""
+async def slow_port_to(sshd: Sshd, delay_s: float) -> AsyncIterator[int]:
+    """A port that leads to the sshd, with a delayed greeting."""
 
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(delay_s)
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", sshd.port)
 
-        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(65536):
                     sink.write(data)
                     await sink.drain()
             sink.close()
 
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
 
-    server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
     async with server:
         yield server.sockets[0].getsockname()[1]
 
 
 async def time_to_open(pool: WorkerPool, specs: list[SshSpec], target: int) -> list[float]:
-    """When each was up, in seconds from the start; in order of time."""
+    """The seconds after which each node was up, sorted."""
     async with contextlib.AsyncExitStack() as stack:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         tunnels = [
             await stack.enter_async_context(
                 run_tunnel(
@@ -89,20 +89,20 @@ async def time_to_open(pool: WorkerPool, specs: list[SshSpec], target: int) -> l
 
         async def up(number: int) -> float:
             await tunnels[number].wait_up()
-            return time.perf_counter() - began
+            return time.perf_counter() - started_at
 
         return sorted(await asyncio.gather(*(up(number) for number in range(len(tunnels)))))
 
 
 async def measure(transport: TransportKind, nodes: int, slow_s: float, rounds: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
-        async with setting(Path(folder)) as (sshd, pool, target), held_back(sshd, slow_s) as slow_port:
+        async with benchmark_setup(Path(folder)) as (sshd, pool, target), slow_port_to(sshd, slow_s) as slow_port:
             known = sshd.known_hosts.read_text()
             sshd.known_hosts.write_text(known + known.replace(f":{sshd.port} ", f":{slow_port} "))
             usual = sshd.spec(transport=transport, connect_timeout_s=30.0)
             slow = sshd.spec(transport=transport, connect_timeout_s=30.0, port=slow_port)
             await pool.prestart()
-            await time_to_open(pool, [usual], target)  # what is loaded once is loaded
+            await time_to_open(pool, [usual], target)  # warm-up
             alone = [(await time_to_open(pool, [usual], target))[-1] for _ in range(5)]
             slowest = [(await time_to_open(pool, [slow], target))[-1] for _ in range(2)]
             together = [await time_to_open(pool, [*[usual] * (nodes - 1), slow], target) for _ in range(rounds)]
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=32)
     parser.add_argument("--transport", action="append", choices=[kind.value for kind in TransportKind])
     parser.add_argument("--slow-ms", type=float, default=1500.0)
-    parser.add_argument("--rounds", type=int, default=3, help="the best counts: what else the machine does only adds")
+    parser.add_argument("--rounds", type=int, default=3, help="the best counts: other load only adds time")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
@@ -124,20 +124,20 @@ def main() -> int:
         for kind in arguments.transport or [kind.value for kind in TransportKind]
     ]
     if arguments.json:
-        print(json.dumps({"runs": [{**asdict(one), "over_s": one.over_s} for one in results]}, indent=2))
+        print(json.dumps({"runs": [{**asdict(figures), "over_s": figures.over_s} for figures in results]}, indent=2))
     else:
         print(
             f"{'transport':<12}{'nodes':>6}{'one alone':>11}{'slowest':>9}{'first up':>10}{'all up':>8}{'over':>7}  (s)"
         )
-        for one in results:
+        for figures in results:
             print(
-                f"{one.transport:<12}{one.nodes:>6}{one.alone_s:>11.2f}{one.slowest_alone_s:>9.2f}{one.first_s:>10.2f}"
-                f"{one.all_s:>8.2f}{one.over_s:>7.2f}"
+                f"{figures.transport:<12}{figures.nodes:>6}{figures.alone_s:>11.2f}{figures.slowest_alone_s:>9.2f}{figures.first_s:>10.2f}"
+                f"{figures.all_s:>8.2f}{figures.over_s:>7.2f}"
             )
-    missed = [one.transport for one in results if one.over_s > ALLOWED_S]
-    if missed:
-        print(f"more than the slowest + {ALLOWED_S:g} s: {', '.join(missed)}", file=sys.stderr)
-    return 1 if missed and arguments.check else 0
+    too_slow = [figures.transport for figures in results if figures.over_s > ALLOWED_S]
+    if too_slow:
+        print(f"more than the slowest + {ALLOWED_S:g} s: {', '.join(too_slow)}", file=sys.stderr)
+    return 1 if too_slow and arguments.check else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The routes that the tunnel benchmarks compare, over one real sshd on loopback, and the small HTTP server behind them.
 
 ``GET /api/version`` answers at once; with ``?apart=US`` its body comes so many microseconds after its head. ``GET
-/stream?tokens=N&rate=R`` sends N lines at R a second, each with the time (monotonic, ns) at which it should have been
-sent: so a delay counts from the intended send. Run as a program this file is that server: it prints its port.
+/stream?tokens=N&rate=R`` sends N lines at R a second, each with the time (monotonic, ns) of its intended send, from
+which a delay counts. Run as a program, this file is that server and prints its port.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ forwarder.stop(force=True)
 """
 
 
-class Standin(asyncio.Protocol):
-    """Just enough HTTP/1.1 with keep-alive; one ``write`` for each token, as an inference server does it."""
+class StandInServer(asyncio.Protocol):
+    """A minimum of HTTP/1.1 with keep-alive; one ``write`` for each token, like an inference server."""
 
     def __init__(self) -> None:
         self._transport: Any = None
@@ -59,41 +59,41 @@ class Standin(asyncio.Protocol):
         self._buffer += data
         while b"\r\n\r\n" in self._buffer:
             head_of_request, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
-            found = re.match(rb"GET /stream\?tokens=(\d+)&rate=(\d+)", head_of_request)
-            if found:
-                self._streaming = asyncio.create_task(self._stream(int(found[1]), int(found[2])))
+            stream = re.match(rb"GET /stream\?tokens=(\d+)&rate=(\d+)", head_of_request)
+            if stream:
+                self._streaming = asyncio.create_task(self._stream(int(stream[1]), int(stream[2])))
             else:
                 body = b'{"version":"0.12.6"}'
-                # Head and body as two writes, as uvicorn does it: two SSH packets; Nagle holds back the second.
+                # Head and body are two writes, as in uvicorn: two SSH packets. Nagle's algorithm delays the second.
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 self._transport.write(head % len(body))
                 apart = re.search(rb"\?apart=(\d+)", head_of_request)
                 if apart:
-                    # Not by the loop's timer, which counts in milliseconds: nobody else is being served.
+                    # The loop's timer counts in milliseconds, and no other client is served meanwhile.
                     time.sleep(int(apart[1]) / 1e6)
                 self._transport.write(body)
 
     async def _stream(self, tokens: int, rate: int) -> None:
         self._transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        began = time.monotonic()
+        started_at = time.monotonic()
         for number in range(1, tokens + 1):
-            due = began + number / rate
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            line = b"%020d\n" % int(due * 1e9)
+            due_at = started_at + number / rate
+            await asyncio.sleep(max(0.0, due_at - time.monotonic()))
+            line = b"%020d\n" % int(due_at * 1e9)
             self._transport.write(b"%x\r\n%s\r\n" % (len(line), line))
         self._transport.write(b"0\r\n\r\n")
 
 
 async def serve() -> None:
-    server = await asyncio.get_running_loop().create_server(Standin, "127.0.0.1", 0, backlog=4096)
+    server = await asyncio.get_running_loop().create_server(StandInServer, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     gc.freeze()
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
 @contextlib.asynccontextmanager
-async def child(*argv: str, prints_port: bool = True) -> AsyncIterator[int]:
-    """A process that lives until its stdin is closed; the port that it prints."""
+async def child_server(*argv: str, prints_port: bool = True) -> AsyncIterator[int]:
+    """The port that a child process prints. The process lives until its stdin is closed."""
     process = await asyncio.create_subprocess_exec(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -153,17 +153,17 @@ async def stock_ssh(sshd: Sshd, target: int) -> AsyncIterator[int]:
 async def stock_sshtunnel(sshd: Sshd, target: int) -> AsyncIterator[int]:
     spec = sshd.spec()
     argv = (spec.host, str(spec.port), spec.user, str(sshd.identity), str(target))
-    async with child(sys.executable, "-c", STOCK_SSHTUNNEL, *argv) as port:
+    async with child_server(sys.executable, "-c", STOCK_SSHTUNNEL, *argv) as port:
         yield port
 
 
 @contextlib.asynccontextmanager
-async def setting(folder: Path) -> AsyncIterator[tuple[Sshd, WorkerPool, int]]:
+async def benchmark_setup(folder: Path) -> AsyncIterator[tuple[Sshd, WorkerPool, int]]:
     """An sshd, a pool, and the port of a stand-in server in a process of its own."""
     async with (
         Sshd(folder / "sshd", {"LogLevel": "ERROR"}) as sshd,
         WorkerPool(stderr=None) as pool,
-        child(sys.executable, __file__) as target,
+        child_server(sys.executable, __file__) as target,
     ):
         yield sshd, pool, target
 

@@ -1,11 +1,11 @@
-"""Many streams of tokens at once through one tunnel, in one run, over a real sshd.
+"""Many streams of tokens at once through outcome tunnel, in outcome run, over a real sshd.
 
     python benchmarks/tunnel_streams.py [--streams 32,128,256] [--tokens 200] [--rate 100] [--stock] [--json] [--check]
 
 For each route and number of streams: the wall time (ideal: tokens / rate), streams that failed, and the delay of a
 token from the moment at which it should have been sent (p50, p99). ``--check`` exits 1 unless each gpumesh transport
-has no error, takes at most 10 % longer than the direct way, and has a p99 of at most 10 ms, up to 256 streams. It needs
-the machine for itself: sshd, tunnel, server and clients all run on it.
+has no error, takes at most 10 % longer than the direct route, and has a p99 of at most 10 ms, up to 256 streams. No
+other load may run: sshd, tunnel, server and clients share the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tunnel_routes import gpumesh_route, percentile, setting, stock_ssh, stock_sshtunnel
+from tunnel_routes import benchmark_setup, gpumesh_route, percentile, stock_ssh, stock_sshtunnel
 
 from gpumesh.topology import TransportKind
 
@@ -41,7 +41,7 @@ class Result:
 
 
 class Reader(asyncio.Protocol):
-    """One stream: asks, and notes each token's delay. ``done`` gives whether all tokens came."""
+    """One stream: sends the request and records each token's delay. ``done``: whether all tokens came."""
 
     def __init__(self, request: bytes, tokens: int, delays_ms: list[float]) -> None:
         self._request = request
@@ -73,9 +73,9 @@ async def run(route: str, port: int, streams: int, tokens: int, rate: int) -> Re
     request = b"GET /stream?tokens=%d&rate=%d HTTP/1.1\r\nHost: x\r\n\r\n" % (tokens, rate)
     loop = asyncio.get_running_loop()
     gc.collect()
-    began = time.monotonic()
+    started_at = time.monotonic()
 
-    async def one() -> bool:
+    async def run_stream() -> bool:
         try:
             async with asyncio.timeout(20 * tokens / rate + 30):
                 transport, reader = await loop.create_connection(
@@ -86,9 +86,9 @@ async def run(route: str, port: int, streams: int, tokens: int, rate: int) -> Re
         except OSError:
             return False
 
-    whole = await asyncio.gather(*(one() for _ in range(streams)))
-    result.seconds = time.monotonic() - began
-    result.errors = whole.count(False)
+    completed = await asyncio.gather(*(run_stream() for _ in range(streams)))
+    result.seconds = time.monotonic() - started_at
+    result.errors = completed.count(False)
     if result.delays_ms:
         result.delay_p50_ms = percentile(result.delays_ms, 0.5)
         result.delay_p99_ms = percentile(result.delays_ms, 0.99)
@@ -99,7 +99,7 @@ async def measure(arguments: argparse.Namespace) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         async with contextlib.AsyncExitStack() as stack:
-            sshd, pool, target = await stack.enter_async_context(setting(Path(folder)))
+            sshd, pool, target = await stack.enter_async_context(benchmark_setup(Path(folder)))
             ports = {"direct": target}
             for kind in arguments.transport or [kind.value for kind in TransportKind]:
                 route = gpumesh_route(sshd, pool, target, TransportKind(kind))
@@ -120,17 +120,17 @@ async def measure(arguments: argparse.Namespace) -> list[Result]:
     return results
 
 
-def misses(results: list[Result]) -> Iterator[str]:
-    """Each goal that was not reached, in a sentence."""
-    direct = {one.streams: one.seconds for one in results if one.route == "direct"}
-    for one in results:
-        if not one.route.startswith("gpumesh") or one.streams > GOAL_STREAMS:
+def list_missed_goals(results: list[Result]) -> Iterator[str]:
+    """A sentence for each goal that was missed_goals."""
+    direct = {outcome.streams: outcome.seconds for outcome in results if outcome.route == "direct"}
+    for outcome in results:
+        if not outcome.route.startswith("gpumesh") or outcome.streams > GOAL_STREAMS:
             continue
-        where = f"{one.streams} streams, {one.route}"
-        if one.seconds > direct[one.streams] * (1 + GOAL_LONGER):
-            yield f"{where}: {one.seconds:.2f} s, where the direct way took {direct[one.streams]:.2f} s"
-        if one.delay_p99_ms > GOAL_P99_MS:
-            yield f"{where}: a token delay of {one.delay_p99_ms:.1f} ms at p99"
+        where = f"{outcome.streams} streams, {outcome.route}"
+        if outcome.seconds > direct[outcome.streams] * (1 + GOAL_LONGER):
+            yield f"{where}: {outcome.seconds:.2f} s, where the direct route took {direct[outcome.streams]:.2f} s"
+        if outcome.delay_p99_ms > GOAL_P99_MS:
+            yield f"{where}: a token delay of {outcome.delay_p99_ms:.1f} ms at p99"
 
 
 def main() -> int:
@@ -144,12 +144,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     results = asyncio.run(measure(arguments := parser.parse_args()))
     if arguments.json:
-        rows = [{name: value for name, value in asdict(one).items() if name != "delays_ms"} for one in results]
+        rows = [{name: value for name, value in asdict(outcome).items() if name != "delays_ms"} for outcome in results]
         print(json.dumps({"tokens": arguments.tokens, "rate": arguments.rate, "runs": rows}, indent=2))
-    missed = list(misses(results)) if arguments.check else []
-    for miss in missed:
+    missed_goals = list(list_missed_goals(results)) if arguments.check else []
+    for miss in missed_goals:
         print(miss, file=sys.stderr)
-    return 1 if missed or any(one.errors for one in results if one.route.startswith("gpumesh")) else 0
+    return 1 if missed_goals or any(outcome.errors for outcome in results if outcome.route.startswith("gpumesh")) else 0
 
 
 if __name__ == "__main__":

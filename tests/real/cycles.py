@@ -1,5 +1,5 @@
-"""One supervised tunnel whose connection is killed again and again while it is being used, and what its mesh's process
-and the zygote have before and after. test_chaos_cycles.py asks for a few cycles, benchmarks/cycles.py for hundreds."""
+"""Kills the connection of one supervised tunnel again and again while it is used, and compares the resources of the
+mesh's process and of the zygote before and after. test_chaos_cycles.py runs a few cycles, benchmarks/cycles.py many."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTLE_S = 5.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Of the mesh's process and of the zygote that forks its tunnels' processes."""
+    """The resources of the mesh's process, and of the zygote that forks the workers."""
 
     mesh: ProcessResources
     zygote: ProcessResources
@@ -41,8 +41,8 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class CycleReport:
-    """``before`` is after the warm-up. ``ports``: the local ports that the tunnel had; ``leftover_files``: files in the
-    runtime folder when all was over."""
+    """``before`` is taken after the warm-up. ``ports``: the local ports that the tunnel had. ``leftover_files``: files
+    in the runtime folder at the end."""
 
     transport: str
     count: int
@@ -54,7 +54,7 @@ class CycleReport:
     leftover_files: tuple[str, ...]
 
 
-async def churn(
+async def run_cycles(
     folder: Path, runtime: Path, transport: TransportKind, *, cycles: int, warm_up: int, progress: Callable[[int], None]
 ) -> CycleReport:
     """``runtime``: what XDG_RUNTIME_DIR is. Raises AssertionError when a cycle does not do what it should."""
@@ -64,28 +64,28 @@ async def churn(
         )
         async with run_tunnel(open_tunnel(spec, workers=workers, on_change=lambda _: None)) as tunnel:
             for _ in range(warm_up):
-                await _cycle(tunnel, sshd)
+                await _run_cycle(tunnel, sshd)
                 gc.collect()
             await tunnel.wait_up()
-            before = await _settled(None)
+            before = await _wait_settled(None)
             reconnects = tunnel.state.reconnects
             ports = set()
-            began = time.monotonic()
+            started_at = time.monotonic()
             for number in range(cycles):
-                ports.add(await _cycle(tunnel, sshd))
-                # Else what is measured is how much garbage piles up until Python looks for it: up to 1 MiB.
+                ports.add(await _run_cycle(tunnel, sshd))
+                # Otherwise the garbage that waits for a collection is measured as well: up to 1 MiB.
                 gc.collect()
                 progress(number + 1)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started_at
             await tunnel.wait_up()
-            after = await _settled(before)
+            after = await _wait_settled(before)
             reconnects = tunnel.state.reconnects - reconnects
-    left = tuple(str(path.relative_to(runtime)) for path in runtime.rglob("*") if not path.is_dir())
-    return CycleReport(transport.value, cycles, seconds, before, after, frozenset(ports), reconnects, left)
+    leftovers = tuple(str(path.relative_to(runtime)) for path in runtime.rglob("*") if not path.is_dir())
+    return CycleReport(transport.value, cycles, seconds, before, after, frozenset(ports), reconnects, leftovers)
 
 
-async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
-    """Used, killed, noticed, told to come back; the local port."""
+async def _run_cycle(tunnel: Tunnel, sshd: Sshd) -> int:
+    """Uses the tunnel, kills its connection, waits for the loss, and asks for a retry. Returns the local port."""
     await tunnel.wait_up()
     port = tunnel.state.local_port
     assert port is not None
@@ -94,7 +94,7 @@ async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
         writer.write(b"%d" % number)
         async with asyncio.timeout(SETTLE_S):
             assert await reader.readexactly(1) == b"%d" % number
-    command = asyncio.create_task(_endless(tunnel))
+    command = asyncio.create_task(_run_endless_command(tunnel))
     await asyncio.sleep(0)
     sshd.kill_sessions()
     await wait_until(lambda: tunnel.state.state is not TunnelPhase.UP, "the kill noticed")
@@ -106,25 +106,25 @@ async def _cycle(tunnel: Tunnel, sshd: Sshd) -> int:
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
         await command
-    # A host that flaps like this is backed off from, up to 30 s each time; a person who says "now" is obeyed.
+    # Without this, the backoff of a flapping host would be up to 30 s each time.
     tunnel.retry_now()
     return port
 
 
-async def _endless(tunnel: Tunnel) -> None:
-    """A command that is under way, or about to be, when the connection goes. It is killed as well, and may be the
-    first: then the host still tells that it ended, but not how."""
+async def _run_endless_command(tunnel: Tunnel) -> None:
+    """A command that runs, or is about to run, when the connection is killed. If the command is killed first, the host
+    still reports its end, but no exit status."""
     with contextlib.suppress(ExecError, TunnelDown):
         result = await tunnel.exec(["sleep", "600"], timeout_s=600.0)
         assert result.exit_status is None, result
 
 
-async def _settled(wanted: Snapshot | None) -> Snapshot:
-    """What there is once it is as ``wanted``, or, for ``None``, has been the same for a second. After ``SETTLE_S``
-    what there is then."""
-    ends = time.monotonic() + SETTLE_S
+async def _wait_settled(wanted: Snapshot | None) -> Snapshot:
+    """The first snapshot that equals ``wanted``; for ``None``, the first that stays the same for a second. After
+    ``SETTLE_S`` the last snapshot."""
+    deadline = time.monotonic() + SETTLE_S
     last, since = _snapshot(), time.monotonic()
-    while time.monotonic() < ends:
+    while time.monotonic() < deadline:
         await asyncio.sleep(0.1)
         now = _snapshot()
         if now.countable != last.countable:

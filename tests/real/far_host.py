@@ -1,4 +1,4 @@
-"""A GPU host beyond a network: OpenSSH's sshd and a stand-in for Ollama, in a network namespace of their own."""
+"""A GPU host behind a network: OpenSSH's sshd and a stand-in for Ollama, in their own network namespace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ESTABLISHED = "01"  # as /proc/net/tcp has it
 
 
 def lively_host(name: str) -> profile.HostProfile:
-    """A host that answers within half a second, to many at once."""
+    """A host that answers within half a second, also many clients at once."""
     return profile.make_host(
         name,
         tokens_per_s=150.0,
@@ -40,8 +40,8 @@ def lively_host(name: str) -> profile.HostProfile:
 
 
 class FarHost:
-    """An async context manager. ``sshd`` is its SSH server, ``net`` the cable to it, ``known_hosts`` what we know of
-    it: nothing, until ``trust``."""
+    """An async context manager. ``sshd`` is its SSH server, ``net`` the cable to it. Its ``known_hosts`` is empty until
+    ``trust``."""
 
     def __init__(self, folder: Path) -> None:
         self.net = Namespace()
@@ -65,7 +65,7 @@ class FarHost:
         await self._stack.aclose()
 
     def node(self, name: str, transport: TransportKind, **changes: Any) -> NodeSpec:
-        """``changes`` are of its ``ssh``."""
+        """``changes`` are fields of its ``ssh``."""
         backend = BackendSpec(targets=(Target("127.0.0.1", OLLAMA),))
         changes = {"transport": transport, "known_hosts": self.known_hosts, **changes}
         return NodeSpec(name, backend, ssh=self.sshd.spec(**changes))
@@ -109,18 +109,18 @@ class FarHost:
 
     def sessions(self) -> set[int]:
         """The processes of all its SSH connections, also of those whose listener is gone."""
-        apart = {self._ollama.pid if self._ollama is not None else 0}
+        others = {self._ollama.pid if self._ollama is not None else 0}
         if self.sshd.process is not None:
-            apart.add(self.listener)
-        return self.net.processes() - apart
+            others.add(self.listener)
+        return self.net.processes() - others
 
-    def signal(self, pids: Iterable[int], sign: signal.Signals) -> None:
+    def signal(self, pids: Iterable[int], signal_number: signal.Signals) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
+                os.kill(pid, signal_number)
 
     async def kill_listener(self) -> None:
-        """SIGKILL for the one that listens; connections that it had accepted have processes of their own."""
+        """SIGKILL for the listening process. Accepted connections have processes of their own."""
         assert self.sshd.process is not None
         self.sshd.process.kill()
         await asyncio.to_thread(self.sshd.process.wait)
@@ -130,7 +130,7 @@ class FarHost:
         self.signal(self.sessions(), signal.SIGKILL)
 
     async def restart_sshd(self, **options: str) -> None:
-        """As after a change of its sshd_config: the connections that it had are ended, too."""
+        """As after a change of sshd_config; existing connections are ended as well."""
         before = self.sessions()
         await self.sshd.stop()
         self.signal(before, signal.SIGKILL)
@@ -138,6 +138,6 @@ class FarHost:
         await self.sshd.start()
 
     def connections(self) -> int:
-        """How many SSH connections its kernel holds for alive."""
+        """How many SSH connections are established in its kernel."""
         rows = [line.split() for line in Path(f"/proc/{self.net.pid}/net/tcp").read_text().splitlines()[1:]]
         return sum(row[3] == ESTABLISHED and int(row[1].rpartition(":")[2], 16) == self.sshd.port for row in rows)

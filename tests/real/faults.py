@@ -1,5 +1,5 @@
-"""What happens to a GPU host, its network and our own processes: each fault with how it comes, how it ends, and what
-gpumesh must make of it. test_chaos.py asserts that it does; benchmarks/faults.py measures how quickly."""
+"""Faults of a GPU host, its network and our own processes: how each starts, how it ends, and what gpumesh must do.
+test_chaos.py asserts that gpumesh does it; benchmarks/faults.py measures how quickly."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ BOUND_S = 60.0
 
 
 class NoticedBy(StrEnum):
-    """Whose business a fault is."""
+    """Which part of a node has to notice a fault."""
 
     TUNNEL = "tunnel"
     BACKEND = "backend"
-    """The tunnel stays up: the server behind it is away."""
-    NOBODY = "nobody"
-    """It does no harm, and must not be taken for one."""
+    """The tunnel stays up, but the server behind it is down."""
+    NOTHING = "nothing"
+    """The fault does no harm, and nothing may react to it."""
 
 
 @dataclass(frozen=True)
 class NetworkLine:
-    """The way to the host is long and loses packets, each way; and there is no other host to go to."""
+    """The network to the host is slow and loses packets in both directions; and there is no other host."""
 
     round_trip_s: float
     lost_of_1000: int
@@ -50,8 +50,8 @@ class NetworkLine:
 
 @dataclass
 class FaultSetup:
-    """A host whose node is there once for each transport (``VICTIMS``), and another host, which stays well; a mesh and
-    a gateway over all of them; clients at work."""
+    """A host with a node for each transport (``VICTIMS``), another host that stays healthy, a mesh and a gateway over
+    all of them, and clients that send requests."""
 
     folder: Path
     host: FarHost
@@ -60,7 +60,7 @@ class FaultSetup:
     load: Load
     holding: list[asyncio.StreamWriter] = field(default_factory=list)
 
-    def nudge(self) -> None:
+    def retry_tunnels(self) -> None:
         for node in VICTIMS:
             self.mesh.tunnel(node).retry_now()
 
@@ -85,130 +85,130 @@ class InjectedFault:
     line: NetworkLine | None = None
 
 
-# -- how each comes and goes -----------------------------------------------------------------------------------------
+# -- starting and ending faults --------------------------------------------------------------------------------------
 
 
-async def do_nothing(stage: FaultSetup) -> None:
-    """It is there from the start."""
+async def do_nothing(setup: FaultSetup) -> None:
+    """The fault exists from the start."""
 
 
-async def kill_sessions(stage: FaultSetup) -> None:
-    await stage.host.kill_sessions()
+async def kill_sessions(setup: FaultSetup) -> None:
+    await setup.host.kill_sessions()
 
 
-async def kill_listener(stage: FaultSetup) -> None:
-    await stage.host.kill_listener()
+async def kill_listener(setup: FaultSetup) -> None:
+    await setup.host.kill_listener()
 
 
-async def kill_sshd(stage: FaultSetup) -> None:
-    await stage.host.kill_listener()
-    await stage.host.kill_sessions()
+async def kill_sshd(setup: FaultSetup) -> None:
+    await setup.host.kill_listener()
+    await setup.host.kill_sessions()
 
 
-async def start_sshd(stage: FaultSetup) -> None:
-    await stage.host.sshd.start()
+async def start_sshd(setup: FaultSetup) -> None:
+    await setup.host.sshd.start()
 
 
-async def freeze_sessions(stage: FaultSetup) -> None:
-    stage.host.signal(stage.host.sessions(), signal.SIGSTOP)
+async def freeze_sessions(setup: FaultSetup) -> None:
+    setup.host.signal(setup.host.sessions(), signal.SIGSTOP)
 
 
-async def thaw_sessions(stage: FaultSetup) -> None:
-    stage.host.signal(stage.host.sessions(), signal.SIGCONT)
+async def thaw_sessions(setup: FaultSetup) -> None:
+    setup.host.signal(setup.host.sessions(), signal.SIGCONT)
 
 
-async def freeze_sshd(stage: FaultSetup) -> None:
-    stage.host.signal({stage.host.listener}, signal.SIGSTOP)
-    await freeze_sessions(stage)
+async def freeze_sshd(setup: FaultSetup) -> None:
+    setup.host.signal({setup.host.listener}, signal.SIGSTOP)
+    await freeze_sessions(setup)
 
 
-async def thaw_sshd(stage: FaultSetup) -> None:
-    stage.host.signal({stage.host.listener}, signal.SIGCONT)
-    await thaw_sessions(stage)
+async def thaw_sshd(setup: FaultSetup) -> None:
+    setup.host.signal({setup.host.listener}, signal.SIGCONT)
+    await thaw_sessions(setup)
 
 
-async def reset(stage: FaultSetup) -> None:
-    await stage.host.net.reset(stage.host.sshd.port)
+async def reset(setup: FaultSetup) -> None:
+    await setup.host.net.reset(setup.host.sshd.port)
 
 
-async def swallow(stage: FaultSetup) -> None:
-    await stage.host.net.swallow()
+async def swallow(setup: FaultSetup) -> None:
+    await setup.host.net.swallow()
 
 
-async def heal(stage: FaultSetup) -> None:
-    await stage.host.net.heal()
+async def heal(setup: FaultSetup) -> None:
+    await setup.host.net.heal()
 
 
-async def pull_out(stage: FaultSetup) -> None:
-    await stage.host.net.pull_out()
+async def pull_out(setup: FaultSetup) -> None:
+    await setup.host.net.pull_out()
 
 
-async def plug_in(stage: FaultSetup) -> None:
-    await stage.host.net.plug_in()
+async def plug_in(setup: FaultSetup) -> None:
+    await setup.host.net.plug_in()
 
 
-async def move_port(stage: FaultSetup) -> None:
-    stage.host.sshd.port += 1
-    publish_address(stage.folder, stage.host.sshd.address, stage.host.sshd.port)
-    await stage.host.restart_sshd()
+async def move_port(setup: FaultSetup) -> None:
+    setup.host.sshd.port += 1
+    publish_address(setup.folder, setup.host.sshd.address, setup.host.sshd.port)
+    await setup.host.restart_sshd()
 
 
-async def change_key(stage: FaultSetup) -> None:
-    sshd = stage.host.sshd
+async def change_key(setup: FaultSetup) -> None:
+    sshd = setup.host.sshd
     sshd.host_key = keygen(sshd.folder / "another_host_key")
-    await stage.host.restart_sshd()
+    await setup.host.restart_sshd()
 
 
-async def trust(stage: FaultSetup) -> None:
-    await stage.host.trust(*VICTIMS)
-    stage.nudge()
+async def trust(setup: FaultSetup) -> None:
+    await setup.host.trust(*VICTIMS)
+    setup.retry_tunnels()
 
 
-async def exhaust_logins(stage: FaultSetup) -> None:
-    """As many connections that never log in as sshd takes; then those that had logged in are cut."""
-    logged_in = stage.host.sessions()
-    connected = stage.host.connections()
+async def exhaust_logins(setup: FaultSetup) -> None:
+    """Opens as many connections without a login as sshd accepts; then cuts the connections that had logged in."""
+    logged_in = setup.host.sessions()
+    connected = setup.host.connections()
     for _ in range(LOGINS):
-        _, writer = await asyncio.open_connection(stage.host.sshd.address, stage.host.sshd.port)
-        stage.holding.append(writer)
-    await wait_until(lambda: stage.host.connections() >= connected + LOGINS, "sshd's places for logins all taken")
-    stage.host.signal(logged_in, signal.SIGKILL)
+        _, writer = await asyncio.open_connection(setup.host.sshd.address, setup.host.sshd.port)
+        setup.holding.append(writer)
+    await wait_until(lambda: setup.host.connections() >= connected + LOGINS, "all of sshd's slots for logins in use")
+    setup.host.signal(logged_in, signal.SIGKILL)
 
 
-async def free_logins(stage: FaultSetup) -> None:
-    while stage.holding:
-        stage.holding.pop().close()
+async def free_logins(setup: FaultSetup) -> None:
+    while setup.holding:
+        setup.holding.pop().close()
 
 
-async def forbid_forwarding(stage: FaultSetup) -> None:
-    await stage.host.restart_sshd(AllowTcpForwarding="no")
+async def forbid_forwarding(setup: FaultSetup) -> None:
+    await setup.host.restart_sshd(AllowTcpForwarding="no")
 
 
-async def allow_forwarding(stage: FaultSetup) -> None:
-    await stage.host.restart_sshd(AllowTcpForwarding="yes")
-    stage.nudge()
+async def allow_forwarding(setup: FaultSetup) -> None:
+    await setup.host.restart_sshd(AllowTcpForwarding="yes")
+    setup.retry_tunnels()
 
 
-async def stop_ollama(stage: FaultSetup) -> None:
-    await stage.host.stop_ollama()
+async def stop_ollama(setup: FaultSetup) -> None:
+    await setup.host.stop_ollama()
 
 
-async def start_ollama(stage: FaultSetup) -> None:
-    await stage.host.start_ollama()
+async def start_ollama(setup: FaultSetup) -> None:
+    await setup.host.start_ollama()
 
 
-async def kill_workers(stage: FaultSetup) -> None:
-    stage.host.signal(belongings.workers(os.getpid()), signal.SIGKILL)
+async def kill_workers(setup: FaultSetup) -> None:
+    setup.host.signal(belongings.workers(os.getpid()), signal.SIGKILL)
 
 
-async def kill_zygote(stage: FaultSetup) -> None:
-    stage.host.signal(belongings.zygotes(os.getpid()), signal.SIGKILL)
+async def kill_zygote(setup: FaultSetup) -> None:
+    setup.host.signal(belongings.zygotes(os.getpid()), signal.SIGKILL)
 
 
 FAULTS = (
     InjectedFault("sshd's session killed (kill -9)", kill_sessions),
     InjectedFault(
-        "sshd's listener killed (kill -9)", kill_listener, start_sshd, noticed_by=NoticedBy.NOBODY, lasts_s=5.0
+        "sshd's listener killed (kill -9)", kill_listener, start_sshd, noticed_by=NoticedBy.NOTHING, lasts_s=5.0
     ),
     InjectedFault("sshd killed, listener and sessions", kill_sshd, start_sshd, error_code="connect-refused"),
     InjectedFault("sshd's session frozen (SIGSTOP)", freeze_sessions, goal_s=5.0, cleanup=thaw_sessions),
@@ -217,7 +217,7 @@ FAULTS = (
     InjectedFault("black hole, both ways", swallow, heal, goal_s=5.0),
     InjectedFault("outage", swallow, heal, goal_s=5.0, lasts_s=6.0),
     InjectedFault(
-        "200 ms, 5 % of packets lost", do_nothing, noticed_by=NoticedBy.NOBODY, lasts_s=15.0, line=NetworkLine(0.2, 50)
+        "200 ms, 5 % of packets lost", do_nothing, noticed_by=NoticedBy.NOTHING, lasts_s=15.0, line=NetworkLine(0.2, 50)
     ),
     InjectedFault("cable pulled, and plugged in again", pull_out, plug_in, goal_s=5.0),
     InjectedFault("port moved (a pod restarted)", move_port),
@@ -230,13 +230,13 @@ FAULTS = (
 )
 
 
-# -- the play --------------------------------------------------------------------------------------------------------
+# -- running a fault----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FaultResult:
-    """Of one fault on one node. ``noticed_s``: until the mesh gave it no more requests. ``recovered_s``: from the
-    fault's end until it got requests again. ``None``: never, which is right where nobody should notice."""
+    """One fault on one node. ``noticed_s``: until the mesh sent it no more requests. ``recovered_s``: from the fault's
+    end until it got requests again. ``None``: never, which is right for a fault that nothing should notice."""
 
     fault: str
     transport: str
@@ -250,13 +250,13 @@ class FaultResult:
 
 
 def publish_address(folder: Path, host: str, port: int) -> None:
-    """What ``address_from`` prints from now on."""
+    """Makes ``address_from`` print this address from now on."""
     (folder / "address").write_text(f"{host} {port}\n")
 
 
 @contextlib.asynccontextmanager
 async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients: int = 8) -> AsyncIterator[FaultSetup]:
-    """When both transports are up and the clients have had their first answers."""
+    """Ready when both transports are up and the clients have had their first answers."""
     async with contextlib.AsyncExitStack() as stack:
         host = FarHost(folder)
         host.sshd.options["MaxStartups"] = f"{LOGINS}:100:{LOGINS}"
@@ -282,68 +282,70 @@ async def fault_setup(folder: Path, *, line: NetworkLine | None = None, clients:
         yield FaultSetup(folder, host, mesh, watch, load)
 
 
-async def run_fault(stage: FaultSetup, fault: InjectedFault) -> list[FaultResult]:
-    """The fault, from before it to after it, with requests all the time. Raises ``TimeoutError`` when something that
-    must come does not come within ``BOUND_S``."""
-    before = {node: stage.watch.now(node) for node in VICTIMS}
-    stage.load.slowest_s = 0.0
-    answers, failures = stage.load.answers, len(stage.load.failures)
-    began = time.monotonic()
-    await fault.strike(stage)
-    noticed = {node: await _noticed(stage, fault, node, began) for node in VICTIMS}
-    await asyncio.sleep(max(0.0, began + fault.lasts_s - time.monotonic()))
-    lifted = began
+async def run_fault(setup: FaultSetup, fault: InjectedFault) -> list[FaultResult]:
+    """Starts and ends the fault, with requests all the time. Raises ``TimeoutError`` when an expected state does not
+    come within ``BOUND_S``."""
+    before = {node: setup.watch.now(node) for node in VICTIMS}
+    setup.load.slowest_s = 0.0
+    answers, failures = setup.load.answers, len(setup.load.failures)
+    started_at = time.monotonic()
+    await fault.strike(setup)
+    noticed = {node: await _wait_noticed(setup, fault, node, started_at) for node in VICTIMS}
+    await asyncio.sleep(max(0.0, started_at + fault.lasts_s - time.monotonic()))
+    lifted_at = started_at
     if fault.lift is not None:
-        await fault.lift(stage)
-        lifted = time.monotonic()
-    recovered = {node: await _recovered(stage, node, noticed[node], lifted) for node in VICTIMS}
+        await fault.lift(setup)
+        lifted_at = time.monotonic()
+    recovered = {node: await _wait_recovered(setup, node, noticed[node], lifted_at) for node in VICTIMS}
     if fault.cleanup is not None:
-        await fault.cleanup(stage)
-    await stage.load.wait_for_answers(20)
+        await fault.cleanup(setup)
+    await setup.load.wait_for_answers(20)
     return [
         FaultResult(
             fault=fault.name,
             transport=node,
-            noticed_s=_between(began, noticed[node]),
-            recovered_s=_between(lifted, recovered[node]),
-            reconnects=stage.watch.now(node).reconnects - before[node].reconnects,
-            same_port=stage.watch.now(node).port == before[node].port,
-            answers=stage.load.answers - answers,
-            failures=tuple(stage.load.failures[failures:]),
-            slowest_s=stage.load.slowest_s,
+            noticed_s=_seconds_until(started_at, noticed[node]),
+            recovered_s=_seconds_until(lifted_at, recovered[node]),
+            reconnects=setup.watch.now(node).reconnects - before[node].reconnects,
+            same_port=setup.watch.now(node).port == before[node].port,
+            answers=setup.load.answers - answers,
+            failures=tuple(setup.load.failures[failures:]),
+            slowest_s=setup.load.slowest_s,
         )
         for node in VICTIMS
     ]
 
 
-async def _noticed(stage: FaultSetup, fault: InjectedFault, node: str, began: float) -> NodeObservation | None:
-    """The first sign of it, once the node shows its true reason."""
+async def _wait_noticed(
+    setup: FaultSetup, fault: InjectedFault, node: str, started_at: float
+) -> NodeObservation | None:
+    """The first observation of the loss; waits until the node shows the true reason."""
 
-    def is_the_reason(seen: NodeObservation) -> bool:
-        return seen.code == fault.error_code
+    def is_the_reason(observation: NodeObservation) -> bool:
+        return observation.code == fault.error_code
 
-    def is_down(seen: NodeObservation) -> bool:
-        return seen.phase is not TunnelPhase.UP
+    def is_down(observation: NodeObservation) -> bool:
+        return observation.phase is not TunnelPhase.UP
 
-    if fault.noticed_by is NoticedBy.NOBODY:
-        await asyncio.sleep(max(0.0, began + fault.lasts_s - time.monotonic()))
-        return stage.watch.first(node, began, is_down)
+    if fault.noticed_by is NoticedBy.NOTHING:
+        await asyncio.sleep(max(0.0, started_at + fault.lasts_s - time.monotonic()))
+        return setup.watch.first(node, started_at, is_down)
     if fault.noticed_by is NoticedBy.BACKEND:
-        return await stage.watch.wait(node, began, lambda seen: not seen.usable, within_s=BOUND_S)
-    await stage.watch.wait(node, began, is_the_reason, within_s=BOUND_S)
-    return stage.watch.first(node, began, is_down)
+        return await setup.watch.wait(node, started_at, lambda observation: not observation.usable, within_s=BOUND_S)
+    await setup.watch.wait(node, started_at, is_the_reason, within_s=BOUND_S)
+    return setup.watch.first(node, started_at, is_down)
 
 
-async def _recovered(
-    stage: FaultSetup, node: str, noticed: NodeObservation | None, lifted: float
+async def _wait_recovered(
+    setup: FaultSetup, node: str, noticed: NodeObservation | None, lifted_at: float
 ) -> NodeObservation | None:
     if noticed is None:
         return None
-    since = max(noticed.at, lifted)
-    return await stage.watch.wait(
-        node, since, lambda seen: seen.usable and seen.phase is TunnelPhase.UP, within_s=BOUND_S
+    since = max(noticed.at, lifted_at)
+    return await setup.watch.wait(
+        node, since, lambda observation: observation.usable and observation.phase is TunnelPhase.UP, within_s=BOUND_S
     )
 
 
-def _between(moment: float, seen: NodeObservation | None) -> float | None:
-    return None if seen is None else seen.at - moment
+def _seconds_until(moment: float, observation: NodeObservation | None) -> float | None:
+    return None if observation is None else observation.at - moment

@@ -1,7 +1,7 @@
 """An alias of ~/.ssh/config that only ssh itself understands, from mesh.yaml to a command on the host.
 
 ssh takes the home folder from the account, not from $HOME. So the command runs in a mount namespace in which the
-account has another one.
+account has another home folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.exclusive, needs("sshd", "ssh", "net
 
 
 @dataclass(frozen=True)
-class Aliased:
+class AliasedHost:
     gpumesh: Gpumesh
     used: Path  # a line for each time that the ProxyCommand ran
     passwd: Path
@@ -49,7 +49,7 @@ class Aliased:
 
 
 @pytest.fixture
-async def aliased(tmp_path: Path) -> AsyncIterator[Aliased]:
+async def aliased(tmp_path: Path) -> AsyncIterator[AliasedHost]:
     with isolated_command(tmp_path) as gpumesh:
         async with Sshd(tmp_path / "host") as host, Sshd(tmp_path / "jump") as jump:
             jump.authorized_keys.write_text(host.authorized_keys.read_text())
@@ -78,12 +78,12 @@ async def aliased(tmp_path: Path) -> AsyncIterator[Aliased]:
                     for line in lines
                 )
             )
-            yield Aliased(gpumesh, used, passwd)
+            yield AliasedHost(gpumesh, used, passwd)
 
 
 @pytest.mark.slow
-async def test_what_only_ssh_understands_goes_through_transport_openssh(aliased: Aliased) -> None:
-    aliased.write()  # the transport is chosen by what the alias needs
+async def test_an_alias_that_needs_ssh_uses_transport_openssh(aliased: AliasedHost) -> None:
+    aliased.write()  # the options of the alias decide the transport
     code, out, err = await aliased("exec", "gpu", "--", "sh", "-c", "echo hello; echo $SSH_CONNECTION | wc -w")
     assert (code, out) == (0, "hello\n4\n"), err
     assert aliased.used.read_text() == "used\n"
@@ -92,7 +92,7 @@ async def test_what_only_ssh_understands_goes_through_transport_openssh(aliased:
 
 
 @pytest.mark.slow
-async def test_config_check_says_which_transport_it_needs(aliased: Aliased) -> None:
+async def test_config_check_names_the_transport_that_an_alias_needs(aliased: AliasedHost) -> None:
     aliased.write()
     code, _, err = await aliased("config", "check")
     assert code == 0
@@ -104,7 +104,7 @@ async def test_config_check_says_which_transport_it_needs(aliased: Aliased) -> N
 
 
 @pytest.mark.slow
-async def test_trust_gets_there_by_the_same_way(aliased: Aliased) -> None:
+async def test_trust_uses_the_same_proxy_command(aliased: AliasedHost) -> None:
     known = aliased.gpumesh.home / ".ssh" / "known_hosts"
     jump_only = known.read_text().splitlines()[1]
     known.write_text(jump_only + "\n")

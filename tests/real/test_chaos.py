@@ -1,9 +1,9 @@
-"""What goes wrong between a person and their GPU host, with real parts: OpenSSH's sshd in a network of its own, both
-transports side by side, another host that stays well, and clients that ask all the time.
+"""Faults between a person and their GPU host, with real parts: OpenSSH's sshd in a network of its own, both transports
+at the same time, another host that stays healthy, and clients that send requests all the time.
 
-Of each fault: it is noticed with its true reason, the tunnel comes back by itself on the same local port, no request
-fails, and nothing is left behind. How quickly is measured by benchmarks/faults.py; the bounds here are for a machine
-that has other things to do.
+For each fault: it is noticed with its true reason, the tunnel comes back by itself on the same local port, no request
+fails, and nothing is left behind. benchmarks/faults.py measures how quickly; the limits here are for a machine under
+load.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NOTICE_S = 10.0
 RECOVER_S = 30.0
 
 
-def held() -> tuple[int, int, list[str]]:
-    """What this process has: descriptors, child processes, and threads, but for those of asyncio's own pool."""
+def list_resources() -> tuple[int, int, list[str]]:
+    """This process's descriptors, child processes, and threads without those of asyncio's pool."""
     mine = ProcessResources.of(os.getpid())
     names = sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_"))
     return mine.fds, mine.children, names
@@ -45,30 +45,30 @@ def held() -> tuple[int, int, list[str]]:
 
 @contextlib.asynccontextmanager
 async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | None = None) -> AsyncIterator[FaultSetup]:
-    """A stage; when it is taken down, nothing is left of the mesh: no process, thread, descriptor or file."""
-    before = held()
-    async with fault_setup(folder, line=line) as stage:
-        yield stage
+    """A setup. After it, nothing of the mesh may be left: no process, thread, descriptor or file."""
+    before = list_resources()
+    async with fault_setup(folder, line=line) as setup:
+        yield setup
         ours = {pid for zygote in belongings.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
-    await wait_until(lambda: held() == before, f"{before} again")
+    await wait_until(lambda: list_resources() == before, f"{before} again")
     assert not [pid for pid in ours if alive(pid)]
     assert [path for path in runtime.rglob("*") if not path.is_dir()] == []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-async def test_a_fault_is_noticed_and_mended_and_no_client_sees_it(
+async def test_a_fault_is_noticed_and_repaired_without_a_failed_request(
     fault: InjectedFault, tmp_path: Path, runtime: Path
 ) -> None:
-    async with leaving_nothing(tmp_path, runtime, line=fault.line) as stage:
-        results = await run_fault(stage, fault)
-        # Whatever was there of the old connections is gone, here and at the host.
+    async with leaving_nothing(tmp_path, runtime, line=fault.line) as setup:
+        results = await run_fault(setup, fault)
+        # Nothing of the old connections is left, neither here nor at the host.
         await wait_until(lambda: len(belongings.workers(os.getpid())) == len(VICTIMS), "no stale process here")
-        await wait_until(lambda: stage.host.connections() == len(VICTIMS), "no stale connection at the host")
+        await wait_until(lambda: setup.host.connections() == len(VICTIMS), "no stale connection at the host")
     for result in results:
         assert result.failures == (), result
         assert result.answers >= 20, result
         assert result.same_port, result
-        if fault.noticed_by is NoticedBy.NOBODY:
+        if fault.noticed_by is NoticedBy.NOTHING:
             assert result.noticed_s is None, result
             assert result.reconnects == 0, result
             continue
@@ -79,20 +79,24 @@ async def test_a_fault_is_noticed_and_mended_and_no_client_sees_it(
         assert (result.reconnects > 0) == (fault.noticed_by is NoticedBy.TUNNEL), result
 
 
-async def test_a_changed_host_key_is_not_accepted_by_trying_again(tmp_path: Path, runtime: Path) -> None:
-    """It is failed, and says which command accepts the key."""
+async def test_a_retry_does_not_accept_a_changed_host_key(tmp_path: Path, runtime: Path) -> None:
+    """The tunnel is failed, and its hint names the command that accepts the key."""
     fault = next(fault for fault in FAULTS if fault.error_code == "host-key-changed")
-    async with leaving_nothing(tmp_path, runtime) as stage:
-        await fault.strike(stage)
+    async with leaving_nothing(tmp_path, runtime) as setup:
+        await fault.strike(setup)
         for node in VICTIMS:
-            await stage.watch.wait(node, 0.0, lambda seen: seen.code == fault.error_code, within_s=NOTICE_S)
-        again = time.monotonic()
-        stage.nudge()
+            await setup.watch.wait(
+                node, 0.0, lambda observation: observation.code == fault.error_code, within_s=NOTICE_S
+            )
+        retried_at = time.monotonic()
+        setup.retry_tunnels()
         for node in VICTIMS:
-            await stage.watch.wait(node, again, lambda seen: seen.phase is TunnelPhase.CONNECTING, within_s=NOTICE_S)
-            failed = await stage.watch.wait(
-                node, again, lambda seen: seen.phase is TunnelPhase.FAILED, within_s=NOTICE_S
+            await setup.watch.wait(
+                node, retried_at, lambda observation: observation.phase is TunnelPhase.CONNECTING, within_s=NOTICE_S
+            )
+            failed = await setup.watch.wait(
+                node, retried_at, lambda observation: observation.phase is TunnelPhase.FAILED, within_s=NOTICE_S
             )
             assert failed.code == fault.error_code
-            assert "gpumesh trust" in (stage.mesh.tunnel(node).state.hint or "")
-            assert stage.watch.first(node, again, lambda seen: seen.phase is TunnelPhase.UP) is None
+            assert "gpumesh trust" in (setup.mesh.tunnel(node).state.hint or "")
+            assert setup.watch.first(node, retried_at, lambda observation: observation.phase is TunnelPhase.UP) is None

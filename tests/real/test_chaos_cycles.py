@@ -1,5 +1,5 @@
-"""A tunnel that breaks again and again leaves nothing behind. benchmarks/cycles.py asks for hundreds of cycles, and
-looks at the memory as well."""
+"""A tunnel that breaks again and again leaves nothing behind. benchmarks/cycles.py runs hundreds of cycles, and checks
+the memory as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from gpumesh.topology import TransportKind
 from tests.parts import needs
-from tests.real.cycles import churn
+from tests.real.cycles import run_cycles
 
 pytestmark = [
     pytest.mark.real,
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("transport", TransportKind)
 async def test_killed_and_recovered_25_times(tmp_path: Path, runtime: Path, transport: TransportKind) -> None:
-    result = await churn(tmp_path, runtime, transport, cycles=25, warm_up=3, progress=lambda _: None)
+    result = await run_cycles(tmp_path, runtime, transport, cycles=25, warm_up=3, progress=lambda _: None)
     assert result.reconnects == 25
     assert len(result.ports) == 1, "the local port stays"
     assert result.after.mesh.countable == result.before.mesh.countable

@@ -1,4 +1,4 @@
-"""``address_from``: what a user's command may print, and that nothing of it is left whatever it does."""
+"""``address_from``: what a user's command may print, and that none of its processes is left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_forms_of_an_address(text: str, host: str, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "nothing"),
         ("\n", "nothing"),
@@ -67,14 +67,14 @@ def test_forms_of_an_address(text: str, host: str, port: int) -> None:
         ("x" * 10_000, "not a host"),
     ],
 )
-def test_text_without_an_address_raises_one_sentence(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says.replace("(", r"\(")) as caught:
+def test_text_without_an_address_raises_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
         parse_address(text, default_port=22)
     assert len(str(caught.value)) < 160
 
 
 @given(st.text(), st.integers(1, 65535))
-@example("\u0661.\u0662 \u0662\u0662", 22)  # digits, but not ASCII's
+@example("\u0661.\u0662 \u0662\u0662", 22)  # digits, but not ASCII digits
 def test_a_parsed_host_is_always_safe_as_an_argument(text: str, default: int) -> None:
     try:
         host, port = parse_address(text, default_port=default)
@@ -91,23 +91,23 @@ def command(script: str, *, timeout_s: float = 20.0) -> AddressCommand:
     return AddressCommand(("sh", "-c", script), timeout_s)
 
 
-async def ask(asked: AddressCommand) -> tuple[str, int]:
-    return await ask_address(asked, default_port=2222, node="pod")
+async def ask_default(command_spec: AddressCommand) -> tuple[str, int]:
+    return await ask_address(command_spec, default_port=2222, node="pod")
 
 
 async def test_a_command_is_run() -> None:
-    assert await ask(command("echo 1.2.3.4; echo progress >&2")) == ("1.2.3.4", 2222)
+    assert await ask_default(command("echo 1.2.3.4; echo progress >&2")) == ("1.2.3.4", 2222)
     python = AddressCommand((sys.executable, "-c", 'print(\'{"host": "h", "port": 5}\')'))
-    assert await ask(python) == ("h", 5)
+    assert await ask_default(python) == ("h", 5)
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("command_spec", "message"),
     [
         (command("exit 3"), "exit status 3"),
         (command("echo 1.2.3.4; exit 1"), "exit status 1"),
         (command("kill -9 $$"), "exit status -9"),
-        (command("cat"), "printed nothing"),  # it gets no input to wait for
+        (command("cat"), "printed nothing"),  # its input is empty
         (command("sleep 600", timeout_s=0.2), "within 0.2 s"),
         (command("head -c 300000 /dev/zero | tr '\\0' x"), "not a host"),
         (AddressCommand(("gpumesh-no-such-command",)), "cannot run"),
@@ -115,10 +115,12 @@ async def test_a_command_is_run() -> None:
         (AddressCommand(("sh", "-c", "a\0b")), "NUL"),
     ],
 )
-async def test_a_command_without_an_address_raises_an_error_that_is_retried(asked: AddressCommand, says: str) -> None:
+async def test_a_command_without_an_address_raises_an_error_that_is_retried(
+    command_spec: AddressCommand, message: str
+) -> None:
     with pytest.raises(HostUnresolved) as caught:
-        await ask(asked)
-    assert says in caught.value.message
+        await ask_default(command_spec)
+    assert message in caught.value.message
     assert "address_from" in caught.value.message
     assert caught.value.node == "pod"
     assert not caught.value.needs_person
@@ -129,7 +131,7 @@ async def test_a_command_without_an_address_raises_an_error_that_is_retried(aske
 async def test_the_command_and_its_children_are_ended(tmp_path: Path, cancelled: bool) -> None:
     pids = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait"
-    asking = asyncio.create_task(ask(command(script, timeout_s=60.0 if cancelled else 1.0)))
+    asking = asyncio.create_task(ask_default(command(script, timeout_s=60.0 if cancelled else 1.0)))
     await wait_until(pids.exists, "the command's start")
     started = [int(pid) for pid in pids.read_text().split()]
     assert all(alive(pid) for pid in started)

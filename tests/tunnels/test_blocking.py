@@ -1,3 +1,5 @@
+"""Blocking calls in threads, and deadlines that can be paused."""
+
 from __future__ import annotations
 
 import asyncio
@@ -72,7 +74,7 @@ async def test_a_call_that_hangs_delays_no_other_call() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await run_in_thread(hang)
-    # Not from a pool: however many hang, another is not held up.
+    # There is no pool: any number of calls may hang without delaying another.
     hanging = [asyncio.create_task(run_in_thread(hang)) for _ in range(100)]
     assert await asyncio.wait_for(run_in_thread(divmod, 7, 2), 20) == (3, 1)
     go.set()

@@ -36,14 +36,16 @@ async def test_close_before_run(local: socket.socket) -> None:
     ended: list[str] = []
     forwarder = Forwarder(lambda: ended.append("end"))
     forwarder.listen(local, relay_to_unix("/nonexistent"))
+    assert repr(forwarder) == "<Forwarder NEW 1 listeners 0 connections>"
     assert forwarder.close()
-    forwarder.run()  # as a thread would that is late: returns
+    assert repr(forwarder) == "<Forwarder ENDED 1 listeners 0 connections>"
+    forwarder.run()  # like a thread that starts late: it returns
     forwarder.post(lambda: ended.append("posted"))  # dropped
     assert ended == ["end"]
 
 
 async def test_an_error_in_a_handler_ends_the_loop_and_calls_on_end(local: socket.socket) -> None:
-    """Not in silence: whoever waits for the connection has to hear that nothing is forwarded any more."""
+    """The owner of the connection has to know that nothing is forwarded any more."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -96,7 +98,8 @@ async def test_a_thousand_connections_at_once(local: socket.socket, tmp_path: Pa
 
 @pytest.mark.parametrize("left", [0, 1])
 async def test_out_of_descriptors(local: socket.socket, tmp_path: Path, left: int) -> None:
-    """A connection takes two. While there is none, clients wait; with one, they are reset. Neither ends the others."""
+    """A connection takes two descriptors. With none left clients wait, with one left they are reset. Neither ends other
+    connections."""
     async with forwarded_to(echo, local, tmp_path) as forwarder:
         clients = [socket.socket() for _ in range(6)]
         with contextlib.ExitStack() as stack:
@@ -108,7 +111,7 @@ async def test_out_of_descriptors(local: socket.socket, tmp_path: Path, left: in
             probe.close()
             with descriptor_limit(highest + left):
                 for client in clients:
-                    with contextlib.suppress(ConnectionError):  # one that was reset so soon
+                    with contextlib.suppress(ConnectionError):  # a client may be reset as soon as this
                         client.connect(("127.0.0.1", port_of(local)))  # the kernel's queue takes them
                 await asyncio.sleep(0.3)
             served = 0

@@ -64,7 +64,7 @@ def test_unknown_and_changed_keys_differ() -> None:
     assert check_host_key(parse_known_hosts(text), A, node="n", host="1.2.3.4", port=22).expected == (B,)
     assert (
         check_status(f"1.2.3.4 {B.public_key_text}\n1.2.3.4 {A.public_key_text}\n", A) is HostKeyStatus.KNOWN
-    )  # one of several
+    )  # several keys are on record
 
 
 def test_the_nodes_own_entry_is_preferred_to_the_address() -> None:
@@ -72,7 +72,7 @@ def test_the_nodes_own_entry_is_preferred_to_the_address() -> None:
         f"{host_key_alias('iceland')} {A.public_key_text}\n"
         f"[9.9.9.9]:1 {A.public_key_text}\n1.2.3.4 {B.public_key_text}\n"
     )
-    assert check_status(moved, A) is HostKeyStatus.KNOWN  # its pod has moved to an address that another pod had
+    assert check_status(moved, A) is HostKeyStatus.KNOWN  # the pod has moved to an address that another pod had
     assert check_status(moved, B) is HostKeyStatus.CHANGED
     assert (
         check_status(moved, B, node="other") is HostKeyStatus.KNOWN

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpumesh.tunnels.jump_hosts import parse_jump
+from gpumesh.topology import SshSpec
+from gpumesh.tunnels.jump_hosts import list_hops, parse_jump
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,12 @@ def test_jump_hosts(jump: str, expected: tuple[str, str, int]) -> None:
 def test_malformed_jump_hosts(jump: str) -> None:
     with pytest.raises(ValueError):
         parse_jump(jump, "me")
+
+
+def test_each_hop_is_reached_through_the_hops_before_it() -> None:
+    ssh = SshSpec("gpu", 2222, "me", proxy_jump=("root@one:22", "two"))
+    assert [(hop.user, hop.host, hop.port, hop.proxy_jump) for hop in list_hops(ssh)] == [
+        ("root", "one", 22, ()),
+        ("me", "two", 22, ("root@one:22",)),
+        ("me", "gpu", 2222, ("root@one:22", "two")),
+    ]

@@ -51,8 +51,8 @@ def test_fingerprint_and_hashes_are_those_of_openssh(tmp_path: Path) -> None:
     assert hashed.keys(node="n", host="1.2.3.4", port=22) == ()
     record_host_key(known, key, node="n", host="5.6.7.8", port=22)
     assert "5.6.7.8" not in known.read_text()
-    found = subprocess.run(["ssh-keygen", "-F", "5.6.7.8", "-f", str(known)], capture_output=True, check=False)
-    assert found.returncode == 0
+    search = subprocess.run(["ssh-keygen", "-F", "5.6.7.8", "-f", str(known)], capture_output=True, check=False)
+    assert search.returncode == 0
 
 
 def test_record_replaces_the_keys_of_its_names_only(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_record_replaces_the_keys_of_its_names_only(tmp_path: Path) -> None:
     assert lines[:4] == ["# mine", f"other {A.public_key_text}", f"@revoked * {RSA.public_key_text}", "garbage\x0bline"]
     assert lines[4:] == [f"gpumesh-node-iceland {B.public_key_text}", f"[1.2.3.4]:13323 {B.public_key_text}", ""]
     assert known.stat().st_mode & 0o777 == 0o600
-    assert [path.name for path in known.parent.iterdir()] == ["known_hosts"]  # nothing left beside
+    assert [path.name for path in known.parent.iterdir()] == ["known_hosts"]  # no temporary file is left
     before = known.read_bytes()
     record_host_key(known, B, node="iceland", host="1.2.3.4", port=13323)
     assert known.read_bytes() == before

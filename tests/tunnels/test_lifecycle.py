@@ -1,4 +1,4 @@
-"""The lifecycle over any sequence of events: it never gives up, never hammers, and says what is so."""
+"""The lifecycle over any sequence of events: it never gives up, keeps its intervals, and its state is consistent."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ events: st.SearchStrategy[LifecycleEvent] = st.sampled_from(
     ]
 )
 jitters = st.floats(0.0, 1.0, exclude_max=True)
-# (event, seconds since the one before, jitter)
+# (event, seconds since the event before, jitter)
 histories = st.lists(st.tuples(events, st.floats(0.0, 120.0), jitters), max_size=60)
 
 
@@ -124,7 +124,7 @@ def test_a_wake_or_a_persons_request_acts_at_once(
     elif life.waiting:
         assert decision is Decision.CONNECT
     elif isinstance(event, Woke):
-        assert decision is Decision.RECONNECT  # an attempt from before the sleep hangs on a dead connection
+        assert decision is Decision.RECONNECT  # an attempt from before the sleep waits on a dead connection
     assert after.phase in (TunnelPhase.CONNECTING, TunnelPhase.UP)
 
 

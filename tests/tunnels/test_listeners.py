@@ -1,3 +1,5 @@
+"""The permanent local ends: bound once, holding or resetting clients while there is no worker."""
+
 from __future__ import annotations
 
 import asyncio
@@ -31,24 +33,26 @@ async def test_clients_wait_are_reset_and_wait_again() -> None:
     listeners = Listeners(TWO)
     loop = asyncio.get_running_loop()
     waiting = [asyncio.create_task(exchange(port, b"x" * 100_000)) for port in listeners.ports for _ in range(100)]
-    await asyncio.sleep(0.05)  # nothing is to happen in it
-    assert not any(one.done() for one in waiting)
+    await asyncio.sleep(0.05)  # nothing may happen in this time
+    assert not any(task.done() for task in waiting)
+    assert repr(listeners) == f"<Listeners {listeners.ports[0]}, {listeners.ports[1]} clients held>"
     listeners.reset_clients()
     listeners.reset_clients()
+    assert repr(listeners).endswith("clients reset>")
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, ConnectionResetError)
     with pytest.raises(ConnectionResetError):
         await exchange(listeners.ports[0], b"new")
     listeners.hold_clients()
     listeners.hold_clients()
-    one = asyncio.create_task(exchange(listeners.ports[1], b"x"))
+    held = asyncio.create_task(exchange(listeners.ports[1], b"x"))
     peer, _ = await asyncio.wait_for(loop.sock_accept(listeners.sockets[1]), 20)  # as a worker would
     with peer:
         await loop.sock_sendall(peer, await loop.sock_recv(peer, 10))
         assert await loop.sock_recv(peer, 10) == b""
-    assert await one == b"x"
+    assert await held == b"x"
     listeners.reset_clients()
-    listeners.close()  # and watches nothing any more
+    listeners.close()  # this also ends its watch
     assert all(listener.fileno() == -1 for listener in listeners.sockets)
 
 

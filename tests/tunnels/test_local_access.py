@@ -95,10 +95,13 @@ async def test_a_port_serves_its_own_user_and_resets_others(
                     assert await connect_as(local, uid=uid, way=way) == "reset"
             await wait_until(lambda: len(caplog.messages) >= 2, "both users reported")
         assert backend.connections == before
-        nobody, another = caplog.messages  # each user once, though each tried twice
-        assert f"nobody (uid {NOBODY}) tried to connect to port {local}, the local end of iceland's tunnel" in nobody
-        assert "share: true" in nobody
-        assert f"user uid {ANOTHER} tried" in another
+        message_of_nobody, message_of_another = caplog.messages  # each user once, though each tried twice
+        assert (
+            f"nobody (uid {NOBODY}) tried to connect to port {local}, the local end of iceland's tunnel"
+            in message_of_nobody
+        )
+        assert "share: true" in message_of_nobody
+        assert f"user uid {ANOTHER} tried" in message_of_another
         assert await exchange(local, b"still") == b"still"
 
 

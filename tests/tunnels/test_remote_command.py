@@ -1,4 +1,4 @@
-"""The script, run by this machine's own shells as an sshd would run it: standard streams that are pipes or sockets."""
+"""The script, run by this machine's shells as an sshd runs it: its standard streams are pipes or a socket."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ async def start(folder: Path, command: str) -> Process:
     )
 
 
-async def output_of(process: Process) -> tuple[bytes, bytes]:
-    """Not ``communicate``, which from Python 3.12 on closes the input at once: that ends the command."""
+async def read_output(process: Process) -> tuple[bytes, bytes]:
+    """Without ``communicate``: since Python 3.12 that closes the input at once, which ends the command."""
     assert process.stdout is not None
     assert process.stderr is not None
     out, err, _status = await asyncio.gather(process.stdout.read(), process.stderr.read(), process.wait())
@@ -62,7 +62,7 @@ async def test_output_and_status_come_through_and_nothing_is_left(shell: Path, s
         add_setsid(shell)
     process = await start(shell, shlex.join(["sh", "-c", "echo 'a  b'; echo err >&2; cat; exit 7"]))
     async with asyncio.timeout(20):
-        out, err = await output_of(process)  # its own input is empty: ``cat`` ends at once
+        out, err = await read_output(process)  # its own input is empty: ``cat`` ends at once
     assert (out, err, process.returncode) == (b"a  b\n", b"err\n", 7)
 
 
@@ -80,7 +80,7 @@ async def test_the_end_of_input_ends_the_command_and_what_it_started(shell: Path
         assert all(alive(pid) for pid in pids)
         process.stdin.close()
         await wait_until(lambda: not any(alive(pid) for pid in pids), f"the end of {pids}")
-        assert await process.stdout.read() == b""  # nobody holds it any more
+        assert await process.stdout.read() == b""  # no process holds it open
         assert await process.wait() == 137
 
 
@@ -97,7 +97,7 @@ async def test_a_grandchild_ends_too_where_the_host_has_setsid(shell: Path) -> N
 
 
 async def test_streams_may_be_one_socket(shell: Path) -> None:
-    """As an sshd without pipes has it: whoever holds the input then holds the output open, too."""
+    """An sshd without pipes uses one socket: a process that holds the input open also holds the output open."""
     add_setsid(shell)
     ours, theirs = socket.socketpair()
     with ours:
@@ -111,10 +111,10 @@ async def test_streams_may_be_one_socket(shell: Path) -> None:
         async with asyncio.timeout(20):
             assert await process.wait() == 0
             ours.shutdown(socket.SHUT_WR)  # as sshd does when the command has ended
-            said = b""
+            output = b""
             while piece := await loop.sock_recv(ours, 100):
-                said += piece
-            assert said == b"over\n"
+                output += piece
+            assert output == b"over\n"
 
 
 async def test_a_signal_shows_as_128_plus_its_number(shell: Path) -> None:
@@ -124,7 +124,7 @@ async def test_a_signal_shows_as_128_plus_its_number(shell: Path) -> None:
         assert await process.wait() == 137
     process = await start(shell, "no-such-command-here")
     async with asyncio.timeout(20):
-        out, err = await output_of(process)
+        out, err = await read_output(process)
     assert (out, process.returncode) == (b"", 127)
     assert b"no-such-command-here" in err
 

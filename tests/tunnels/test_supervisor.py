@@ -66,6 +66,7 @@ async def test_opens_forwards_runs_commands_and_leaves_nothing(
         result = await tunnel.exec(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=20)
         assert (result.exit_status, result.stdout, result.stderr) == (3, b"out\n", b"err\n")
         assert sshd.children()
+        assert repr(tunnel) == "<SshTunnel iceland UP 0 reconnects>"
     assert watched.phases == [CONNECTING, UP, CLOSED]
     with pytest.raises(ConnectionRefusedError):
         await exchange(port, b"closed")

@@ -72,8 +72,8 @@ class FakeProc:
         raw = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
         words = [raw[start : start + 4] for start in range(0, len(raw), 4)]
         kernel = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-        nobody, zeros = "0" * len(kernel), "00000000:00000000 00:00000000 00000000"
-        line = f"  0: {kernel}:{port:04X} {nobody}:0000 {state} {zeros} {uid} 0 {inode} 1"
+        any_address, zeros = "0" * len(kernel), "00000000:00000000 00:00000000 00000000"
+        line = f"  0: {kernel}:{port:04X} {any_address}:0000 {state} {zeros} {uid} 0 {inode} 1"
         self._tables["tcp6" if ":" in address else "tcp"].append(line)
         self._write()
 

@@ -76,6 +76,7 @@ async def test_up_while_one_of_its_targets_answers() -> None:
             None,
         )
         assert state.rtt_ms is not None
+        assert repr(running.tunnel) == "<DirectTunnel local UP 1 targets answer>"
         assert running.tunnel.urls[Target("localhost", port, path="/api/")] == f"http://localhost:{port}/api"
     assert running.tunnel.state.state is TunnelPhase.CLOSED
     with pytest.raises(TunnelDown):
@@ -127,7 +128,7 @@ async def test_error_codes(target: Target, code: str) -> None:
 
 @pytest.mark.slow
 async def test_a_target_that_never_answers_times_out_and_delays_no_other() -> None:
-    """A listener whose queue is full drops what comes."""
+    """A listener with a full queue drops further connections."""
     with socket.socket() as hole, contextlib.ExitStack() as stack:
         hole.bind(("127.0.0.1", 0))
         hole.listen(0)
@@ -192,7 +193,7 @@ async def test_a_command_that_does_not_end_is_ended() -> None:
             pid = int(chunk.data)
             break
         await stream.aclose()  # type: ignore[attr-defined]
-        await wait_until(lambda: not alive(pid), "the command's end, when nobody reads on")
+        await wait_until(lambda: not alive(pid), "the command's end, after the iterator is closed")
     await wait_until(lambda: descriptors() == before, "all descriptors closed")
 
 

@@ -36,7 +36,7 @@ def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
 
 
 class ServerPolicy(paramiko.ServerInterface):
-    """Lets everybody in and, unless told otherwise, everything be reached."""
+    """Accepts every login. ``answer`` is the reply to requests for channels."""
 
     answer = OPEN_SUCCEEDED
     requested_target: tuple[str, int] | None = None
@@ -62,7 +62,7 @@ class ServerPolicy(paramiko.ServerInterface):
 
 @dataclass
 class ChannelHost:
-    """The far end. ``accept`` gives the channel of the next connection, a blocking one."""
+    """The host's end. ``accept`` returns the blocking channel of the next connection."""
 
     server: Any
     client: Any
@@ -101,12 +101,12 @@ class ChannelHost:
 
     @property
     def relays(self) -> list[ChannelRelay]:
-        return [one for one in self.client._channels.values() if type(one) is ChannelRelay]
+        return [relay for relay in self.client._channels.values() if type(relay) is ChannelRelay]
 
     async def wait_until_removed(self) -> None:
         await wait_until(
             lambda: not self.relays and not self.forwarder.connections and not self.multiplexer._opening,
-            "every relay forgotten",
+            "the removal of every relay",
         )
         assert len(self.client.channels_seen) == 0
 

@@ -28,16 +28,16 @@ async def connected(
         setup = ConnectRequest("iceland", ssh, targets, tuple(secrets.items()), interactive)
         connection = await connect(setup, listeners, events or RecordedEvents())
         try:
-            yield connection, [one.getsockname()[1] for one in listeners]
+            yield connection, [sock.getsockname()[1] for sock in listeners]
         finally:
             await connection.close()
     finally:
-        for one in listeners:
-            one.close()
+        for sock in listeners:
+            sock.close()
 
 
 async def connect_error(ssh: SshSpec, events: RecordedEvents | None = None, **secrets: str) -> TunnelError:
-    """Why it cannot be connected."""
+    """The error of a connection that cannot be made."""
     with pytest.raises(TunnelError) as caught:
         async with connected(ssh, 1, events=events, interactive=events is not None, **secrets):
             pass
@@ -57,8 +57,8 @@ async def run_command(connection: ParamikoConnection, command: str) -> tuple[byt
 
 
 async def read_first_output(running: RemoteCommand) -> bytes:
-    """Of its standard output; an sshd that is told to debug says so on a command's standard error."""
+    """The first piece of its stdout. An sshd with a debug log level writes to a command's stderr."""
     while piece := await running.read():
         if piece[0] is OutputStream.STDOUT:
             return piece[1]
-    raise AssertionError("it said nothing")
+    raise AssertionError("there was no output")

@@ -1,5 +1,5 @@
-"""Logging in where OpenSSH's sshd alone cannot show it: several factors, a host that hangs up, an agent that hangs.
-The ordinary ways are in test_via_sshtunnel.py."""
+"""Logins that OpenSSH's sshd alone cannot show: several factors, a host that hangs up, an agent that hangs. Ordinary
+logins are in test_opening.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = needs("sshd")  # for its ssh-keygen
 
 
 class Host(paramiko.ServerInterface):
-    """Each method's answer is given by the test; ``log`` tells what was tried."""
+    """The test gives each method's answer. ``log`` has the methods that were tried."""
 
     def __init__(self, allowed: str, **answers: int | Callable[[], int]) -> None:
         self._allowed = allowed
@@ -76,13 +76,13 @@ async def transport_to(host: Host) -> AsyncIterator[tuple[paramiko.Transport, pa
 
 
 async def log_in(
-    transport: paramiko.Transport, who: Credentials, *, ask: AskPerson | None = None, timeout_s: float = 20.0
+    transport: paramiko.Transport, credentials: Credentials, *, ask: AskPerson | None = None, timeout_s: float = 20.0
 ) -> None:
     deadline = Deadline(timeout_s, time.monotonic)
-    await asyncio.to_thread(authenticate, transport, who, address="gpu", deadline=deadline, ask=ask)
+    await asyncio.to_thread(authenticate, transport, credentials, address="gpu", deadline=deadline, ask=ask)
 
 
-def who(*identities: Path, password: str | None = None) -> Credentials:
+def make_credentials(*identities: Path, password: str | None = None) -> Credentials:
     return Credentials("me", identities, agent=False, password=password)
 
 
@@ -94,8 +94,8 @@ async def test_a_login_with_two_factors(tmp_path: Path) -> None:
     host = Host("publickey,keyboard-interactive", publickey=AUTH_PARTIALLY_SUCCESSFUL, password=AUTH_SUCCESSFUL)
     key = keygen(tmp_path / "id")
     async with transport_to(host) as (client, _):
-        # In a paramiko server the list of methods is constant; so the password stays untried, because it is not in it.
-        await log_in(client, who(key, password="hunter2"), ask=lambda text, echo: "123")
+        # A paramiko server has a constant list of methods. The password is not in it, so it is not tried.
+        await log_in(client, make_credentials(key, password="hunter2"), ask=lambda text, echo: "123")
         assert client.is_authenticated()
     assert host.log == ["publickey", "interactive"] or host.log[-1] == "interactive"
     assert "password" not in host.log
@@ -106,12 +106,12 @@ async def test_a_refused_login_names_what_was_tried_and_what_the_host_accepts(tm
     key = keygen(tmp_path / "id")
     async with transport_to(host) as (client, _):
         with pytest.raises(AuthRefused) as caught:
-            await log_in(client, who(key, tmp_path / "missing", password="planted-secret"))
+            await log_in(client, make_credentials(key, tmp_path / "missing", password="planted-secret"))
     message, hint = caught.value.message, caught.value.hint or ""
     assert "gpu refuses the login of me" in message
     assert str(key) in message
     assert "the password" in message
-    assert "missing" in message  # one that could not be used is told, too
+    assert "missing" in message  # a key file that cannot be used is named, too
     assert "it takes password" in hint
     assert "planted-secret" not in message + hint
 
@@ -128,7 +128,7 @@ async def test_a_host_that_hangs_up_in_the_middle(tmp_path: Path) -> None:
     async with transport_to(host) as (client, server):
         servers.append(server)
         with pytest.raises(TunnelError) as caught:
-            await log_in(client, who(*keys))
+            await log_in(client, make_credentials(*keys))
     assert caught.value.code in ("auth-refused", "tunnel-lost")
     assert host.log == ["publickey"]
 
@@ -145,7 +145,7 @@ async def test_a_host_that_does_not_answer_the_login_times_out(tmp_path: Path) -
     async with transport_to(host) as (client, _):
         client.auth_timeout = 0.3
         with pytest.raises(ConnectTimeout):
-            await log_in(client, who(password="x"), timeout_s=0.3)
+            await log_in(client, make_credentials(password="x"), timeout_s=0.3)
         hold.set()
 
 
@@ -159,7 +159,7 @@ async def test_the_number_of_questions_is_limited() -> None:
 
     async with transport_to(host) as (client, _):
         with pytest.raises(TunnelError):
-            await log_in(client, who(), ask=answer)
+            await log_in(client, make_credentials(), ask=answer)
     assert len(asked) <= authentication.MAX_QUESTIONS
 
 
@@ -167,8 +167,8 @@ async def test_a_password_answers_one_question_only() -> None:
     host = Host("keyboard-interactive")
     async with transport_to(host) as (client, _):
         with pytest.raises(AuthRefused, match="answers to its questions"):
-            await log_in(client, who(password="hunter2"))
-    assert host.log == ["password", "interactive"]  # which of the two it takes it does not say; each gets it once
+            await log_in(client, make_credentials(password="hunter2"))
+    assert host.log == ["password", "interactive"]  # the host accepts either method, so each gets the password once
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_keys_of_all_kinds(tmp_path: Path, kind: str, passphrase: str) -> None:
     key = load_key(path, passphrase or None)
     assert key.get_base64() == path.with_suffix(".pub").read_text().split()[1]
     if not passphrase:
-        load_key(path, "one that it does not need")
+        load_key(path, "not needed")
         return
     with pytest.raises(KeyUnreadable, match="needs a passphrase") as caught:
         load_key(path, None)
@@ -215,7 +215,7 @@ def test_secrets_are_in_no_repr() -> None:
 
 @pytest.mark.real
 async def test_a_certificate_next_to_its_key_is_used(tmp_path: Path) -> None:
-    """As ssh does: where the host trusts the authority, our key need not be in its authorized_keys."""
+    """As ssh does it: the host trusts the authority, and our key is not in its authorized_keys."""
     authority = keygen(tmp_path / "ca")
     key = keygen(tmp_path / "id")
     signing = await asyncio.create_subprocess_exec(

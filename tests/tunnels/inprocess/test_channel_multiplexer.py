@@ -74,7 +74,7 @@ async def test_a_refused_channel_resets_the_client_and_is_reported(host: Channel
         await exchange(host.port, b"x")
     assert host.refused == [(TARGET, reason)]
     await host.wait_until_removed()
-    with pytest.raises(paramiko.ChannelException):  # paramiko's own are refused as before
+    with pytest.raises(paramiko.ChannelException):  # paramiko's own channels are refused as before
         await run_in_thread(host.client.open_channel, "direct-tcpip", ("a", 1), ("b", 2), timeout=PATIENCE_S)
 
 
@@ -83,12 +83,12 @@ async def test_a_channel_open_without_an_answer_times_out(
 ) -> None:
     monkeypatch.setattr(channel_multiplexer, "OPEN_TIMEOUT_S", 0.2)
     exchanging = [asyncio.create_task(exchange(host.port, b"x")) for _ in range(3)]
-    for one in exchanging:
+    for task in exchanging:
         with pytest.raises(ConnectionResetError):
-            await one
+            await task
     assert len(unanswered_opens) == 3
     assert not host.multiplexer._opening
-    # The host answers after all: the channel is closed again, and its number is free.
+    # The host answers late: the channel is closed again, and its number is free.
     for message in unanswered_opens:
         host.server._parse_channel_open(message)
         channel = await host.accept()
@@ -112,7 +112,7 @@ async def test_a_client_may_go_before_the_channel_is_open(
 
 
 async def test_short_connections_leave_nothing_behind(host: ChannelHost) -> None:
-    """Not a timer, either: at a thousand requests a second they would add up."""
+    """No timer either: at a thousand requests a second they would add up."""
     for _ in range(100):
         exchanging = asyncio.create_task(exchange(host.port, b"x"))
         channel = await host.accept()

@@ -1,11 +1,12 @@
-"""Forwarded connections over a paramiko transport, whose host is paramiko's server: so that each of its words, right
-or wrong, can be said by the test. Against OpenSSH's sshd they are tested in test_via_sshtunnel.py."""
+"""Forwarded connections over a paramiko transport to paramiko's own server, so that the test can send any message.
+test_connection.py has the tests against OpenSSH's sshd."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import time
 
@@ -59,7 +60,7 @@ async def test_the_host_may_send_eof_first(host: ChannelHost) -> None:
 
 
 async def test_random_traffic_over_many_connections_while_keys_are_changed(host: ChannelHost) -> None:
-    """A key exchange stops all that is sent, at any moment; nothing may be lost, mixed up or waited for in a ring."""
+    """A key exchange stops all sending, at any moment. Nothing may be lost, mixed up, or wait for itself."""
     rng = random.Random(4253)
     payloads = [rng.randbytes(rng.choice((0, 1, 100, 40_000, 300_000))) for _ in range(40)]
     stop = asyncio.Event()
@@ -70,7 +71,7 @@ async def test_random_traffic_over_many_connections_while_keys_are_changed(host:
         channel.shutdown_write()
 
     async def change_keys() -> None:
-        # Begun by us; paramiko's server has faults of its own when it begins. An sshd does in test_via_sshtunnel.py.
+        # We start it: paramiko's server has bugs when it starts one. In test_connection.py an sshd starts it.
         for _ in range(6):
             if not stop.is_set():
                 await run_in_thread(host.client.renegotiate_keys)
@@ -91,7 +92,7 @@ async def test_random_traffic_over_many_connections_while_keys_are_changed(host:
 
 
 def pour(channel: paramiko.Channel, limit: int, still_s: float) -> int:
-    """Sends until ``limit``, or until nothing was taken for ``still_s``; how much was."""
+    """Sends until ``limit``, or until the other end takes nothing for ``still_s``. The number of bytes sent."""
     channel.settimeout(still_s)
     sent = 0
     with contextlib.suppress(TimeoutError):
@@ -108,9 +109,10 @@ async def test_a_client_that_does_not_read_stops_the_host(host: ChannelHost) -> 
         sent = await run_in_thread(pour, channel, total, 0.5)
         assert WINDOW <= sent < total // 2
         (relay,) = host.relays
+        assert re.fullmatch(r"<ChannelRelay \d+ to 127\.0\.0\.1:80 OPEN>", repr(relay))
         held = sum(len(piece) for piece in relay._pending)
         assert 0 < held <= WINDOW
-        # All of it arrives, and then the host may go on.
+        # All of it arrives, and then the host may send more.
         assert len(await receive_bytes(sock, sent)) == sent
         going_on = asyncio.ensure_future(run_in_thread(pour, channel, 4 * WINDOW, PATIENCE_S))
         assert len(await receive_bytes(sock, 4 * WINDOW)) == 4 * WINDOW
@@ -119,7 +121,7 @@ async def test_a_client_that_does_not_read_stops_the_host(host: ChannelHost) -> 
 
 
 async def test_a_full_window_delays_no_other_connection(host: ChannelHost) -> None:
-    """The selector's thread may not wait for it: it serves all connections."""
+    """The selector's thread serves all connections, so it must not wait."""
     stuck, channel = await host.connect()
     with stuck:
         data = b"y" * (16 << 20)
@@ -141,7 +143,7 @@ async def test_a_full_window_delays_no_other_connection(host: ChannelHost) -> No
 
 
 async def test_a_channel_that_ignores_our_window_is_aborted(host: ChannelHost) -> None:
-    """It would fill our memory."""
+    """Otherwise it would fill our memory."""
     sock, channel = await host.connect()
     good, other = await host.connect()
     with sock, good:
@@ -150,7 +152,7 @@ async def test_a_channel_that_ignores_our_window_is_aborted(host: ChannelHost) -
             await run_in_thread(pour, channel, 64 << 20, 1.0)
         with pytest.raises(ConnectionResetError):
             await receive_bytes(sock, 64 << 20)
-        await wait_until(lambda: len(host.relays) == 1, "the cut relay forgotten")
+        await wait_until(lambda: len(host.relays) == 1, "the removal of the aborted relay")
         other.sendall(b"others live on")
         assert await receive_bytes(good, 14) == b"others live on"
 
@@ -159,7 +161,7 @@ async def test_a_channel_that_ignores_our_window_is_aborted(host: ChannelHost) -
 
 
 async def test_a_close_without_eof_resets_the_client(host: ChannelHost) -> None:
-    """So an sshd closes that was told to: half an answer must not look whole."""
+    """An sshd that is stopped closes so: half an answer must not look like a whole one."""
     sock, channel = await host.connect()
     with sock:
         channel.sendall(b"half")
@@ -174,7 +176,7 @@ async def test_a_close_after_eof_delivers_all_data_and_ends_in_order(host: Chann
     sock, channel = await host.connect()
     with sock:
         sent = await run_in_thread(pour, channel, WINDOW, PATIENCE_S)
-        channel.close()  # an end, and a close at once
+        channel.close()  # EOF and CLOSE at once
         assert len(await receive_bytes(sock, sent + 1)) == sent
     await host.wait_until_removed()
 
@@ -190,7 +192,7 @@ async def test_a_reset_by_the_client_closes_the_channel_on_the_host(host: Channe
 async def test_the_end_of_the_transport_resets_all(host: ChannelHost) -> None:
     ends = [await host.connect() for _ in range(5)]
     waiting = asyncio.create_task(exchange(host.port, b"x"))
-    _held = await host.accept()  # dropped, it would be closed in order
+    _held = await host.accept()  # kept: paramiko closes a channel that is dropped
     host.server.close()
     for sock, _ in ends:
         with sock, pytest.raises(ConnectionResetError):
@@ -198,7 +200,7 @@ async def test_the_end_of_the_transport_resets_all(host: ChannelHost) -> None:
     with pytest.raises(ConnectionResetError):
         await waiting
     await host.wait_until_removed()
-    # Whoever comes now is reset, too; when nobody listens any more is for the supervisor to say.
+    # A later client is reset, too. It is for the supervisor to stop listening.
     with pytest.raises(ConnectionResetError):
         await exchange(host.port, b"x")
     await host.wait_until_removed()

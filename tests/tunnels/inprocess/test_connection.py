@@ -1,4 +1,4 @@
-"""Through a worker's ``connect``, in this process, against a real OpenSSH sshd."""
+"""A connection of paramiko, in this process, against a real OpenSSH sshd."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ async def test_up_ping_and_a_clean_end(sshd: Sshd) -> None:
         assert connection.info.server.startswith("SSH-2.0-OpenSSH")
         assert connection.info.cipher == "aes128-gcm@openssh.com"
         assert connection.info.rtt_ms is not None
+        assert repr(connection) == f"<ParamikoConnection 127.0.0.1:{sshd.port} UP>"
         answers = await asyncio.gather(*(connection.ping(10.0) for _ in range(5)))
         assert all(rtt_ms is not None for rtt_ms in answers)
         session = sshd.children()
@@ -41,7 +42,7 @@ async def test_a_killed_session_is_noticed_at_once_and_a_frozen_one_by_ping(sshd
     async with connected(sshd.spec()) as (connection, _):
         sshd.kill_sessions(signal.SIGSTOP)
         assert await connection.ping(0.2) is None
-        assert await connection.ping(0.05) is None  # not the late answer of the one before
+        assert await connection.ping(0.05) is None  # not the late answer to the ping before
         sshd.kill_sessions(signal.SIGKILL)
         async with asyncio.timeout(10):
             error = await connection.wait_lost()
@@ -87,7 +88,7 @@ async def test_forbidden_and_unreachable_targets_are_reported(tmp_path: Path) ->
     ):
         with pytest.raises(ConnectionResetError):
             await exchange(local, b"x")
-        await wait_until(lambda: bool(events.forward_failures), "the connect_error told")
+        await wait_until(lambda: bool(events.forward_failures), "the report")
         assert events.forward_failures == [(Target("127.0.0.1", port), "forwarding-forbidden")]
         assert await connection.ping(10.0) is not None
     events = RecordedEvents()
@@ -97,10 +98,10 @@ async def test_forbidden_and_unreachable_targets_are_reported(tmp_path: Path) ->
         Sshd(tmp_path / "other", {"PermitOpen": f"127.0.0.1:{port}"}) as sshd,
         connected(sshd.spec(), port, 9, events=events) as (_, (local, forbidden)),
     ):
-        for one in (local, forbidden):
+        for port_of_target in (local, forbidden):
             with pytest.raises(ConnectionResetError):
-                await exchange(one, b"x")
-        await wait_until(lambda: len(events.forward_failures) == 2, "both refusals told")
+                await exchange(port_of_target, b"x")
+        await wait_until(lambda: len(events.forward_failures) == 2, "both reports")
         assert [code for _, code in events.forward_failures] == ["backend-unreachable", "forwarding-forbidden"]
 
 
@@ -111,13 +112,13 @@ async def test_traffic_goes_on_while_the_host_changes_keys(tmp_path: Path) -> No
         connected(sshd.spec(), port) as (connection, (local,)),
     ):
         data = [bytes([number]) * 2_000_000 for number in range(6)]
-        assert await asyncio.gather(*(exchange(local, one) for one in data)) == data
+        assert await asyncio.gather(*(exchange(local, payload) for payload in data)) == data
         assert await connection.ping(10.0) is not None
         assert sshd.log().count("SSH2_MSG_NEWKEYS received") > 3
 
 
 async def test_a_lost_connection_resets_its_clients(sshd: Sshd) -> None:
-    """Not an ordinary end: half an answer must not look whole."""
+    """A reset, not an ordinary end: half an answer must not look like a whole one."""
     async with serving(echo) as port, connected(sshd.spec(), port) as (connection, (local,)):
         reader, writer = await asyncio.open_connection("127.0.0.1", local)
         writer.write(b"half")

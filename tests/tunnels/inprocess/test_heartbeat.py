@@ -27,9 +27,9 @@ async def test_a_ping_is_sent_again_and_each_answer_belongs_to_its_own_ping(tmp_
         asyncio.get_running_loop().call_later(FROZEN_S, sshd.kill_sessions, signal.SIGCONT)
         waited_ms = await connection.ping(30.0)
         assert waited_ms is not None
-        assert waited_ms >= FROZEN_S * 900  # the first question's answer, not that of one asked later
-        await wait_until(lambda: sshd.log().count("keepalive@openssh.com") >= asked_before + 3, "three questions")
-        # Whatever answers are still under way, none of them is taken for this question's.
+        assert waited_ms >= FROZEN_S * 900  # the first ping's answer, not the answer to a later ping
+        await wait_until(lambda: sshd.log().count("keepalive@openssh.com") >= asked_before + 3, "three pings")
+        # No late answer is taken for the answer to a newer ping.
         for _ in range(3):
             sshd.kill_sessions(signal.SIGSTOP)
             assert await connection.ping(0.05) is None

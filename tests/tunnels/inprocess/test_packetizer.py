@@ -1,4 +1,4 @@
-"""Reading ahead, against what paramiko would read by itself; and hosts that send without end."""
+"""Read-ahead does not change what paramiko reads; hosts that send without end are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _some(piece: bytes, size: int) -> bytes:
 @needs("sshd")
 @pytest.mark.real
 async def test_packets_that_arrive_a_few_bytes_at_a_time(tmp_path: object) -> None:
-    """Packets that arrive in pieces of a few bytes, in the handshake and after it: reading ahead must not mix them."""
+    """Packets that arrive in pieces of a few bytes, in the handshake and after it: read-ahead must not mix them up."""
     rng = random.Random(4253)
 
     async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd, serving(echo) as backend:  # type: ignore[operator]
@@ -105,11 +105,11 @@ async def test_packets_that_arrive_a_few_bytes_at_a_time(tmp_path: object) -> No
     ids=["a line", "a version", "lines", "a packet"],
 )
 def test_lines_and_packets_without_an_end_are_not_collected(start: bytes, unit: bytes) -> None:
-    """paramiko alone takes it until its time is over, joining it anew with each piece."""
+    """paramiko itself collects it until its deadline, and joins all of it again with each piece."""
     with HostileBannerServer(lambda: repeat_bytes(start, unit)) as host:
         sock = socket.create_connection(("127.0.0.1", host.port))
         before = time.process_time()
         with pytest.raises(TunnelError):
             handshake.perform_handshake(sock, host="127.0.0.1", port=host.port, deadline=Deadline(20.0, time.monotonic))
         assert time.process_time() - before < 5.0
-        assert host.sent < 16 << 20, "the buffers of two sockets, not what would have come"
+        assert host.sent < 16 << 20, "no more than the buffers of two sockets"

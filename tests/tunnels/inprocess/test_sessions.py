@@ -1,4 +1,4 @@
-"""Commands on a host, against a real sshd: they end each by itself, and never the connection that they share."""
+"""Commands on a host, against a real sshd: output, exit status, kill, and that the connection outlives them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ async def end(connection: ParamikoConnection, command: str) -> int | None:
 
 @pytest.mark.slow
 async def test_a_command_that_ends_by_itself_does_not_end_the_connection(tmp_path: Path) -> None:
-    """The host closes a command's channel while we send our last words on it: sshd ends the whole connection when they
-    come after our own close. It was so after some hundred commands: within the hour, at the pace of nvidia-smi."""
+    """The host closes a command's channel while we still send messages on it. sshd ends the whole connection when one
+    of them comes after our own close. Without care that happens every few hundred commands."""
     commands, at_once = 1500, 3
 
     async def some(connection: ParamikoConnection) -> None:
@@ -83,9 +83,9 @@ async def test_a_lost_connection_ends_its_commands_on_the_host(sshd: Sshd) -> No
 
 
 async def test_a_host_without_a_posix_shell_gets_commands_as_they_are(tmp_path: Path) -> None:
-    """As Windows' cmd.exe would: it does not know ``exec``, and says so to everything."""
-    said = tmp_path / "asked"
-    forced = f"/bin/sh -c 'echo \"$SSH_ORIGINAL_COMMAND\" >> {said}; echo unknown'"
+    """Like Windows' cmd.exe, which does not know ``exec`` and answers every command with an error."""
+    commands_seen = tmp_path / "asked"
+    forced = f"/bin/sh -c 'echo \"$SSH_ORIGINAL_COMMAND\" >> {commands_seen}; echo unknown'"
     async with (
         Sshd(tmp_path / "sshd", {"ForceCommand": forced}) as sshd,
         connected(sshd.spec()) as (connection, _),
@@ -93,7 +93,7 @@ async def test_a_host_without_a_posix_shell_gets_commands_as_they_are(tmp_path: 
         assert await run_command(connection, "nvidia-smi -L") == (b"unknown\n", 0)
         running = await connection.start_command("anything")
         await running.kill()
-    assert "nvidia-smi -L" in said.read_text().splitlines()
+    assert "nvidia-smi -L" in commands_seen.read_text().splitlines()
 
 
 async def test_a_command_that_is_not_read_does_not_fill_memory(sshd: Sshd) -> None:

@@ -104,7 +104,7 @@ async def test_changes_of_links_addresses_and_routes_are_reported() -> None:
     """In a network namespace of its own, which ends with its process."""
     watcher = await asyncio.create_subprocess_exec(
         "unshare", "-n", sys.executable, "-c", WATCH,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert watcher.stdin is not None
     assert watcher.stdout is not None

@@ -32,14 +32,14 @@ async def connected(
         setup = make_setup(ssh, folder, *ports, interactive=events is not None and events.has_person, **secrets)
         connection = await connect(setup, listeners, events or RecordedEvents())
         try:
-            yield connection, [one.getsockname()[1] for one in listeners]
+            yield connection, [sock.getsockname()[1] for sock in listeners]
         finally:
             await connection.close()
             for path in folder.iterdir():
                 path.unlink()
     finally:
-        for one in listeners:
-            one.close()
+        for sock in listeners:
+            sock.close()
 
 
 async def connect_error(

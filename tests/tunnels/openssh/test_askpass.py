@@ -1,4 +1,4 @@
-"""The program by itself: what ssh gets from it when the tunnel's process is there, silent, or gone."""
+"""The askpass program alone: with a tunnel's process that answers, sends nothing, or is gone."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_the_programs_output_and_exit_status(tmp_path: Path, answer: bytes, stat
             with peer, peer.makefile("rb") as questions:
                 assert json.loads(questions.readline()) == "me@gpu's password: "
                 peer.sendall(answer)
-            said, _ = program.communicate(timeout=20)
-            assert (program.returncode, said) == (status, out)
+            output, _ = program.communicate(timeout=20)
+            assert (program.returncode, output) == (status, out)
 
 
 def test_the_program_fails_without_a_server(tmp_path: Path) -> None:
     with run(tmp_path / "ask", "question") as program:
-        said, _ = program.communicate(timeout=20)
+        output, _ = program.communicate(timeout=20)
         assert program.returncode != 0
-        assert said == b""
+        assert output == b""

@@ -25,8 +25,8 @@ pytestmark = [
 
 async def test_commands(sshd: Sshd, folder: Path) -> None:
     async with connected(sshd.spec(), folder) as (connection, _):
-        told = await run_command(connection, shlex.join(["sh", "-c", "echo 'a b'; echo err >&2; exit 7"]))
-        assert told == (b"a b\n", b"err\n", 7)
+        result = await run_command(connection, shlex.join(["sh", "-c", "echo 'a b'; echo err >&2; exit 7"]))
+        assert result == (b"a b\n", b"err\n", 7)
         output, _, status = await run_command(connection, "head -c 3000000 /dev/zero")
         assert (len(output), status) == (3_000_000, 0)
         assert (await run_command(connection, "no-such-command"))[2] == 127
@@ -47,7 +47,7 @@ async def test_killing_a_command_ends_it_on_the_host(sshd: Sshd, folder: Path) -
 
 
 async def test_a_command_that_lost_its_connection_has_no_exit_status(sshd: Sshd, folder: Path) -> None:
-    """ssh says 255 then, which may be a command's own as well."""
+    """ssh then has exit status 255, which a command may have as well."""
     async with connected(sshd.spec(), folder) as (connection, _):
         assert (await run_command(connection, "sh -c 'exit 255'"))[2] == 255
         cut_off = asyncio.create_task(run_command(connection, "sleep 600"))

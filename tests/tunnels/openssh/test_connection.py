@@ -27,6 +27,10 @@ pytestmark = [
 async def test_forwards_with_half_close_and_many_at_once(sshd: Sshd, folder: Path) -> None:
     async with serving(echo) as port, connected(sshd.spec(), folder, port) as (connection, (local,)):
         assert connection.info.rtt_ms is not None
+        master, forwarder = connection._master, connection._forwarder
+        assert repr(master) == f"<OpensshMaster pid {master.process.pid} ECHOING>"
+        assert repr(forwarder) == "<Forwarder RUNNING 1 listeners 0 connections>"
+        assert repr(connection) == f"<OpensshConnection 127.0.0.1:{sshd.port} {master!r} {forwarder!r}>"
         answers = await asyncio.gather(*(exchange(local, bytes([n]) * 50_000) for n in range(20)))
         assert answers == [bytes([n]) * 50_000 for n in range(20)]
 
@@ -40,7 +44,7 @@ async def test_sockets_have_mode_0600(sshd: Sshd, folder: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_login_shell_that_is_slow_to_start(tmp_path: Path, folder: Path) -> None:
-    """Its start-up files take longer than a sign of life may."""
+    """The shell's start-up files take longer than a ping may."""
     slow = {"ForceCommand": 'sleep 4.5; echo Welcome; exec sh -c "$SSH_ORIGINAL_COMMAND"'}
     async with (
         Sshd(tmp_path, slow) as sshd,

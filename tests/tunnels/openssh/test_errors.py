@@ -1,4 +1,4 @@
-"""What OpenSSH's own client says, word for word, and what it is taken for."""
+"""Texts of OpenSSH's client, copied word for word, and the errors that they become."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from gpumesh.errors import TunnelError
 from gpumesh.topology import HostKeyPolicy
 from gpumesh.tunnels import known_hosts
 from gpumesh.tunnels.openssh.connection import connect
+from gpumesh.tunnels.openssh.login import was_only_session_refused
 from tests.tunnels.inprocess.connecting import connect_error as sshtunnel_connect_error
 from tests.tunnels.openssh.connecting import connect_error, connected, make_other_key, make_setup
 from tests.tunnels.polling import wait_until
@@ -45,7 +46,7 @@ async def test_a_new_key_is_not_recorded_in_a_file_of_another_kind(sshd: Sshd, f
 async def test_no_variable_in_a_files_name_is_expanded(
     key: str, sshd: Sshd, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ssh would, and its error, or the file that it makes, would hold the secret."""
+    """ssh would expand it, and its error or the file that it writes would hold the secret."""
     monkeypatch.setenv("GPUMESH_API_KEY", "sekret")
     path = tmp_path / "${GPUMESH_API_KEY}"
     ssh = dataclasses.replace(sshd.spec(), host_key_policy=HostKeyPolicy.ACCEPT_NEW)
@@ -71,7 +72,7 @@ async def test_unknown_changed_and_revoked_host_key(sshd: Sshd, folder: Path) ->
     right = sshd.known_hosts.read_text()
     sshd.known_hosts.write_text("")
     assert (await connect_error(sshd.spec(), folder)).code == "host-key-unknown"
-    # A person is never asked this by ssh itself: `gpumesh trust` is for that.
+    # ssh never asks a person about trust: `gpumesh trust` is for that.
     assert (await connect_error(sshd.spec(), folder, RecordedEvents("yes"))).code == "host-key-unknown"
     async with connected(sshd.spec(host_key_policy=HostKeyPolicy.ACCEPT_NEW), folder):
         pass
@@ -112,7 +113,7 @@ async def test_a_first_key_is_recorded_for_the_node_and_known_after_a_move(sshd:
 
 
 async def test_a_key_revoked_for_the_address_is_revoked_for_the_node(sshd: Sshd, folder: Path) -> None:
-    """ssh itself would look under one name only."""
+    """ssh itself checks one of the two names only."""
     own = f"{known_hosts.host_key_alias('iceland')} {sshd.public_host_key}\n"
     sshd.known_hosts.write_text(f"{own}@revoked [127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
     assert (await connect_error(sshd.spec(), folder)).code == "host-key-revoked"
@@ -122,7 +123,7 @@ async def test_a_key_revoked_for_the_address_is_revoked_for_the_node(sshd: Sshd,
 
 
 async def test_a_host_key_signed_by_a_certificate_authority_is_trusted(tmp_path: Path, folder: Path) -> None:
-    """OpenSSH's client checks certificates; the other transport says that it cannot."""
+    """OpenSSH's client checks certificates; the error of the other transport says that it cannot."""
     sshd = Sshd(tmp_path / "certified", {"LogLevel": "INFO"})
     authority = keygen(tmp_path / "ca")
     command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "host", "-h", "-n", "127.0.0.1"]
@@ -134,11 +135,11 @@ async def test_a_host_key_signed_by_a_certificate_authority_is_trusted(tmp_path:
         for policy in HostKeyPolicy:
             async with connected(sshd.spec(host_key_policy=policy), folder):
                 pass
-        assert len(known_hosts.read_known_hosts(sshd.known_hosts).entries) == 1  # nothing had to be recorded
-        told = await sshtunnel_connect_error(sshd.spec())
-        assert told.code == "host-key-unknown"
-        assert "certificate authority" in told.message
-        assert "openssh" in (told.hint or "")
+        assert len(known_hosts.read_known_hosts(sshd.known_hosts).entries) == 1  # nothing was recorded
+        error = await sshtunnel_connect_error(sshd.spec())
+        assert error.code == "host-key-unknown"
+        assert "certificate authority" in error.message
+        assert "openssh" in (error.hint or "")
         sshd.known_hosts.write_text(f"@cert-authority [127.0.0.1]:* {make_other_key(sshd)}\n")
         assert (await connect_error(sshd.spec(), folder)).code == "host-key-unknown"
 
@@ -181,7 +182,7 @@ async def test_a_password_is_given_once(tmp_path: Path, folder: Path) -> None:
 async def test_questions_go_to_a_person(tmp_path: Path, folder: Path) -> None:
     server = QuestioningServer("keyboard-interactive", "", [("Code:\x07 ", True), ("Pin: ", False)], ["123", "456"])
     async with run_questioning_server(tmp_path, server) as ssh:
-        # Twice: this host lets us in and then gives no session, and ssh logs in anew without one.
+        # Twice: this host accepts the login and then gives no session, so ssh logs in again without a session.
         events = RecordedEvents("123", "456", "123", "456")
         async with connected(ssh, folder, events=events):
             pass
@@ -206,7 +207,7 @@ async def test_passphrase_and_who_is_asked_for_it(sshd: Sshd, folder: Path, tmp_
 
 
 async def test_secrets_are_not_seen_in_any_process(sshd: Sshd, folder: Path, tmp_path: Path) -> None:
-    """While ssh asks, the arguments and environments of all processes are looked through."""
+    """While ssh asks, the arguments and environments of all processes are searched."""
     locked = keygen(tmp_path / "locked", passphrase="correct horse")
     sshd.authorized_keys.write_text(locked.with_suffix(".pub").read_text())
     seen: list[Path] = []
@@ -273,3 +274,18 @@ async def test_through_jump_hosts(sshd: Sshd, tmp_path: Path, folder: Path) -> N
             assert await exchange(local, b"far") == b"far"
         sshd.known_hosts.write_text(f"[127.0.0.1]:{sshd.port} {sshd.public_host_key}\n")
         assert (await connect_error(sshd.spec(proxy_jump=(hop,)), folder)).code == "host-key-unknown"
+
+
+@pytest.mark.parametrize(
+    ("lines", "returncode", "only_session"),
+    [
+        (["exec request failed on channel 0"], 255, True),
+        (["channel 0: open failed: administratively prohibited: open failed"], 255, True),
+        ([], 1, True),  # the host ran a command of its own, which has ended
+        (["me@gpu: Permission denied (publickey)."], 255, False),
+        ([], 255, False),
+        (["Error: Your SSH client doesn't support PTY"], 1, False),
+    ],
+)
+def test_whether_only_the_session_was_refused(lines: list[str], returncode: int, only_session: bool) -> None:
+    assert was_only_session_refused(lines, returncode) is only_session

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from gpumesh.tunnels.openssh.master import OpensshMaster
+from gpumesh.tunnels.blocking import Deadline
+from gpumesh.tunnels.openssh.master import MasterState, OpensshMaster
 from gpumesh.tunnels.transport import PING_RESEND_S
 from tests.tunnels.openssh.connecting import connected
 from tests.tunnels.polling import alive, wait_until
@@ -28,12 +30,18 @@ sys.stdin.read()
 
 @pytest.mark.slow
 async def test_a_line_is_sent_again_while_no_echo_comes(tmp_path: Path) -> None:
-    """A program in place of ``ssh``; the first two lines are lost on the way."""
-    master = await OpensshMaster.start([sys.executable, "-c", ANSWERS_THE_THIRD], tmp_path / "control", None)
+    """A program in place of ``ssh``, which drops the first two lines."""
+    control = tmp_path / "control"
+    control.touch()
+    master = await OpensshMaster.start([sys.executable, "-c", ANSWERS_THE_THIRD], control, None)
     try:
+        assert repr(master).endswith(" STARTING>")
+        assert await master.wait_logged_in(Deadline(30.0, time.monotonic), session=True)
+        assert repr(master).endswith(" SILENT>")
         waited_ms = await master.measure_round_trip_ms(30.0)
         assert waited_ms is not None
         assert waited_ms >= 2 * PING_RESEND_S * 900
+        assert master.state is MasterState.ECHOING
         assert await master.measure_round_trip_ms(0.1) is None
     finally:
         await master.close()
@@ -54,7 +62,7 @@ async def test_a_closed_connection_leaves_no_process(sshd: Sshd, folder: Path) -
 
 
 async def test_the_master_ends_when_its_process_is_killed(sshd: Sshd, tmp_path: Path, folder: Path) -> None:
-    """In a process of its own, which is killed as hard as can be."""
+    """The connection is in another process, which is killed by SIGKILL."""
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     spec = sshd.spec()
@@ -85,3 +93,16 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_a_program_that_ends_before_the_login(tmp_path: Path) -> None:
+    """The control socket never appears. A late event does not change the state any more."""
+    master = await OpensshMaster.start([sys.executable, "-c", "pass"], tmp_path / "control", None)
+    try:
+        assert not await master.wait_logged_in(Deadline(30.0, time.monotonic), session=True)
+        assert master.state is MasterState.EXITED
+        assert master.exited
+        master._advance(MasterState.ECHOING)
+        assert repr(master) == f"<OpensshMaster pid {master.process.pid} EXITED>"
+    finally:
+        await master.close()

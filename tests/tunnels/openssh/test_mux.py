@@ -1,4 +1,4 @@
-"""Spoken with a real master, and with what only pretends to be one."""
+"""Requests to a real master, and to servers that only look like one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_requests_to_a_real_master(tmp_path: Path) -> None:
         with pytest.raises(MuxError) as caught:
             await open_forwards(control, [(tmp_path / "none" / "f", Target("localhost", v4))])
         assert str(caught.value).isprintable()
-        assert await is_master_alive(control)  # a refused order ends nothing
+        assert await is_master_alive(control)  # a refused request ends nothing
         await open_forwards(control, [])
     assert not await is_master_alive(control)
     with pytest.raises(MuxError, match="control socket"):
@@ -69,15 +69,15 @@ async def test_requests_to_a_real_master(tmp_path: Path) -> None:
 
 
 def packet(*numbers: int, text: bytes = b"") -> bytes:
-    said = struct.pack(f">{len(numbers)}I", *numbers) + text
-    return struct.pack(">I", len(said)) + said
+    content = struct.pack(f">{len(numbers)}I", *numbers) + text
+    return struct.pack(">I", len(content)) + content
 
 
 HELLO = packet(1, 4)
 
 
 @pytest.mark.parametrize(
-    ("says", "told"),
+    ("sent", "message"),
     [
         (b"", "ended the talk"),
         (b"\0", "ended the talk"),
@@ -93,14 +93,14 @@ HELLO = packet(1, 4)
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "too long"),
     ],
 )
-async def test_servers_that_are_no_master(tmp_path: Path, says: bytes, told: str) -> None:
+async def test_servers_that_are_no_master(tmp_path: Path, sent: bytes, message: str) -> None:
     async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(says)
+        writer.write(sent)
         writer.close()
 
     path = tmp_path / "c"
     async with await asyncio.start_unix_server(speak, path):
-        with pytest.raises(MuxError, match=told) as caught:
+        with pytest.raises(MuxError, match=message) as caught:
             await open_forwards(path, [(tmp_path / "f", Target("localhost", 1))])
         assert str(caught.value).isprintable()
         assert not await is_master_alive(path)

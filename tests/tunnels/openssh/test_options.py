@@ -32,16 +32,18 @@ def test_no_secret_is_an_argument_and_no_host_name_is_an_option(tmp_path: Path) 
 
 
 def test_jump_hosts_are_a_chain_that_ssh_can_read(tmp_path: Path) -> None:
-    """Each ``ssh`` of the chain unquotes and expands its ProxyCommand once; ``ssh -G`` tells what it would use."""
+    """Each ``ssh`` of the chain unquotes and expands its ProxyCommand once."""
     ssh = SshSpec(
         "gpu", known_hosts=tmp_path / "k%h", proxy_jump=("a@one:2201", "two"), transport=TransportKind.OPENSSH
     )
     command = master_command(ConnectRequest("n", ssh, ()), Path("/x/c"), batch=True, session=True)
-    (last,) = [word.removeprefix("ProxyCommand=") for word in command if word.startswith("ProxyCommand=")]
-    words = shlex.split(re.sub("%([hp%])", lambda found: {"h": "gpu", "p": "22", "%": "%"}[found[1]], last))
-    assert words[-1] == "two"
-    assert words[words.index("-W") + 1] == "[gpu]:22"
-    (first,) = [word.removeprefix("ProxyCommand=") for word in words if word.startswith("ProxyCommand=")]
+    (last,) = [argument.removeprefix("ProxyCommand=") for argument in command if argument.startswith("ProxyCommand=")]
+    arguments = shlex.split(re.sub("%([hp%])", lambda match: {"h": "gpu", "p": "22", "%": "%"}[match[1]], last))
+    assert arguments[-1] == "two"
+    assert arguments[arguments.index("-W") + 1] == "[gpu]:22"
+    (first,) = [
+        argument.removeprefix("ProxyCommand=") for argument in arguments if argument.startswith("ProxyCommand=")
+    ]
     inner = shlex.split(first)
     assert inner[-1] == "one"
     assert inner[inner.index("-W") + 1] == "[%h]:%p"

@@ -1,4 +1,4 @@
-"""What ssh asks, answered through the program that it runs for that: a real one, by the real way."""
+"""ssh's questions, answered through the real askpass program."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_secrets_answer_ssh_once(tmp_path: Path) -> None:
         assert "hunter2" not in server.askpass_path.read_text()
         assert await ask(server.askpass_path, PASSPHRASE) == (0, "correct horse\n")
         assert await ask(server.askpass_path, PASSWORD) == (0, "hunter2\n")
-        # A second time it was wrong: not again, or accounts are locked.
+        # A second question means that it was wrong: another try could lock the account.
         assert await ask(server.askpass_path, PASSWORD) == (1, "")
         assert await ask(server.askpass_path, TRUST) == (1, "")
         assert await ask(server.askpass_path, "Something else entirely: ") == (1, "")

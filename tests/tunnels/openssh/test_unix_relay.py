@@ -25,26 +25,26 @@ async def test_bytes_go_both_ways_and_nothing_is_left(local: socket.socket, tmp_
 
 
 async def test_each_direction_ends_separately(local: socket.socket, tmp_path: Path) -> None:
-    """The host ends first and goes on reading; and the other way round."""
-    heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    """The host ends first and goes on reading; then the client ends."""
+    received: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def ends_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"all I have to say")
         writer.write_eof()
-        heard.set_result(await reader.read())
+        received.set_result(await reader.read())
         writer.close()
 
     async with forwarded_to(ends_first, local, tmp_path) as forwarder:
         loop = asyncio.get_running_loop()
         with await connect(local) as sock:
-            said = b""
+            answer = b""
             async with asyncio.timeout(20):
                 while piece := await loop.sock_recv(sock, 1000):
-                    said += piece
+                    answer += piece
                 await loop.sock_sendall(sock, b"still here")
                 sock.shutdown(socket.SHUT_WR)
-                assert await heard == b"still here"
-        assert said == b"all I have to say"
+                assert await received == b"still here"
+        assert answer == b"all I have to say"
         await wait_until(lambda: forwarder.connections == 0, "no connection left")
 
 
@@ -62,10 +62,10 @@ async def test_a_client_that_does_not_read_stops_the_sender(local: socket.socket
     async with forwarded_to(pour, local, tmp_path) as forwarder:
         with await connect(local) as sock:
             await wait_until_still(lambda: sent)
-            assert sent < total // 2  # what the kernel's buffers hold; we hold one CHUNK
-            (link,) = forwarder._relays
-            assert isinstance(link, UnixRelay)
-            assert sum(len(one) for one in link._pending) <= 2 * CHUNK_BYTES
+            assert sent < total // 2  # the kernel's buffers; we hold one chunk
+            (relay,) = forwarder._relays
+            assert isinstance(relay, UnixRelay)
+            assert sum(len(data) for data in relay._pending) <= 2 * CHUNK_BYTES
             received = 0
             async with asyncio.timeout(30):
                 while piece := await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
@@ -75,13 +75,13 @@ async def test_a_client_that_does_not_read_stops_the_sender(local: socket.socket
 
 async def test_a_host_that_does_not_read_stops_the_client(local: socket.socket, tmp_path: Path) -> None:
     go = asyncio.Event()
-    heard = 0
+    received = 0
 
     async def wait_then_read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal heard
+        nonlocal received
         await go.wait()
         while piece := await reader.read(1 << 20):
-            heard += len(piece)
+            received += len(piece)
         writer.close()
 
     total, sent = 64 << 20, 0
@@ -103,7 +103,7 @@ async def test_a_host_that_does_not_read_stops_the_client(local: socket.socket, 
             async with asyncio.timeout(30):
                 await sending
                 assert await loop.sock_recv(sock, 1) == b""
-            assert heard == total
+            assert received == total
 
 
 async def test_a_stuck_connection_delays_no_other(local: socket.socket, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ async def test_a_path_without_a_listener_resets_the_client(local: socket.socket,
     async with running_forwarder(local, tmp_path / "nobody") as forwarder:
         with pytest.raises(ConnectionResetError):
             await exchange(port_of(local), b"x")
-        await wait_until(lambda: forwarder.connections == 0, "it is forgotten")  # by the selector's thread
+        await wait_until(lambda: forwarder.connections == 0, "the removal of the relay")
 
 
 async def test_a_connection_that_the_host_cuts_is_reset(local: socket.socket, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ async def test_a_connection_that_the_host_cuts_is_reset(local: socket.socket, tm
 
 
 async def test_a_full_listen_queue_delays_connections(local: socket.socket, tmp_path: Path) -> None:
-    """A Unix socket's connect fails with EAGAIN when ssh's own queue is full, and tells nobody when it is not."""
+    """A Unix socket's connect fails with EAGAIN while ssh's queue is full, and no event comes when there is room."""
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -157,7 +157,7 @@ async def test_a_full_listen_queue_delays_connections(local: socket.socket, tmp_
         server.setblocking(False)
         async with running_forwarder(local, path):
             asked = [asyncio.create_task(exchange(port_of(local), b"x")) for _ in range(8)]
-            await asyncio.sleep(0.05)  # so that some find it full; whether they do or not, all must be served
+            await asyncio.sleep(0.05)  # so that some clients meet a full queue; all of them must be served
             loop = asyncio.get_running_loop()
             for _ in asked:
                 peer, _ = await loop.sock_accept(server)

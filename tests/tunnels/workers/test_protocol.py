@@ -1,4 +1,4 @@
-"""Whatever a supervisor and its worker say to each other arrives as it was, on one line."""
+"""Messages between a supervisor and its worker survive encoding, each on one line."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_message_survives_encoding_and_decoding(message: ToWorker | FromWorker
 
 
 def test_every_kind_of_message_is_known() -> None:
-    """One that ``decode_message`` does not know would end the tunnel that gets it."""
+    """A kind that ``decode_message`` does not know would end the tunnel."""
     kinds = {*ToWorker.__args__, *FromWorker.__args__}
     assert set(protocol._KINDS.values()) == kinds
     assert set(protocol._KINDS) == {kind.__name__ for kind in kinds}

@@ -35,7 +35,7 @@ from gpumesh.tunnels.workers.protocol import (
     Prompt,
     Reply,
 )
-from gpumesh.tunnels.workers.worker import CHUNK_BYTES
+from gpumesh.tunnels.workers.worker import CHUNK_BYTES, Worker
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 from tests.parts import needs
 from tests.tunnels.polling import alive, wait_until
@@ -239,3 +239,7 @@ async def test_many_commands_at_once(sshd: Sshd, pool: WorkerPool, folder: Path)
                 done[message.id] = message
         assert output == {number: b"%d\n" % number for number in range(count)}
         assert all(message.exit_status == 0 for message in done.values())
+
+
+def test_a_worker_shows_its_state() -> None:
+    assert repr(Worker([])) == "<Worker without a node CONNECTING 0 commands>"

@@ -97,9 +97,11 @@ async def wait_end_cause(pair: LinkWithWorker) -> Cause:
 async def test_up_and_what_ends_it() -> None:
     async with running_link() as pair:
         assert not pair.link.connected.is_set()
+        assert repr(pair.link) == "<WorkerLink iceland CONNECTING 0 commands>"
         pair.send(ConnectionInfo(1.5, "SSH-2.0-x", "aes"))
         await asyncio.wait_for(pair.link.connected.wait(), 20)
         assert pair.connected == [ConnectionInfo(1.5, "SSH-2.0-x", "aes")]
+        assert repr(pair.link) == "<WorkerLink iceland UP 0 commands>"
         pair.send(Lost("tunnel-lost", "the connection broke", "a hint"), Lost("tunnel", "and more"))
         assert await wait_end_cause(pair) == Cause("tunnel-lost", "the connection broke", "a hint")
 
@@ -156,11 +158,11 @@ async def test_each_ping_gets_its_own_answer() -> None:
 
 async def test_a_ping_without_an_answer_is_none() -> None:
     async with running_link() as pair:
-        assert await pair.link.ping(0.01) is None  # the worker itself is silent
+        assert await pair.link.ping(0.01) is None  # the worker itself does not answer
         pinging = asyncio.create_task(pair.link.ping(20.0))
         while not isinstance(ping := await pair.receive(), Ping) or ping.timeout_s < 1:
             pass
-        pair.send(Pong(ping.id, None))  # the host is
+        pair.send(Pong(ping.id, None))  # the host does not answer
         assert await pinging is None
         waiting = asyncio.create_task(pair.link.ping(20.0))
         await pair.receive()
@@ -215,7 +217,7 @@ async def test_a_command_and_its_output() -> None:
         pair.send_output(request.id, OutputStream.STDOUT, b"GPU ")
         pair.send_output(request.id, OutputStream.STDERR, b"\xff")
         pair.send_output(request.id, OutputStream.STDOUT, b"0")
-        pair.send_output(999, OutputStream.STDOUT, b"of nobody")
+        pair.send_output(999, OutputStream.STDOUT, b"of no command")
         pair.send(Done(request.id, 3, truncated=True))
         result = await running
         assert (result.exit_status, result.stdout, result.stderr, result.truncated) == (3, b"GPU 0", b"\xff", True)
@@ -249,7 +251,7 @@ async def test_a_worker_that_does_not_keep_the_deadline(monkeypatch: pytest.Monk
         request = await pair.receive()
         assert isinstance(request, Exec)
         assert await pair.receive() == Kill(request.id)
-        pair.send(Done(request.id, None, error="late"))  # nobody waits for it any more
+        pair.send(Done(request.id, None, error="late"))  # its caller is gone
         assert not pair.link._commands
 
 
@@ -324,11 +326,11 @@ async def test_close_waits_for_the_worker_until_its_timeout() -> None:
         )
         stack.enter_context(theirs)
         theirs.settimeout(20)
-        await link.close(0.05)  # says nothing: it is left to the caller to kill it
+        await link.close(0.05)  # the worker does not answer: the caller has to kill it
         assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
         closing = asyncio.create_task(link.close(20.0))
         assert protocol.decode_message(await asyncio.to_thread(theirs.recv, 1000)) == Close()
-        theirs.sendall(protocol.encode_message(Lost("tunnel-lost", "some last word")) + b"nonsense\n")
+        theirs.sendall(protocol.encode_message(Lost("tunnel-lost", "a last message")) + b"nonsense\n")
         theirs.close()
         await closing
-        await link.close(20.0)  # it has gone
+        await link.close(20.0)  # the worker is gone

@@ -17,6 +17,7 @@ from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.workers.protocol import Close, Failed, Ping, Pong
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
+from gpumesh.tunnels.workers.zygote import Zygote
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import listener
 
@@ -67,8 +68,11 @@ async def test_messages_go_both_ways_while_it_connects(pool: WorkerPool, silent_
     async with await spawn(pool, make_setup(silent_port)) as worker:
         await worker.send(Ping(7, 1.0))
         assert await worker.receive() == Pong(7, None)
+        assert repr(worker) == f"<WorkerHandle iceland pid {worker.pid} RUNNING>"
+        assert repr(pool) == f"<WorkerPool zygote {pool.zygote_pid} 0 forks pending>"
         await worker.send(Close())
         assert await worker.receive() is None
+        assert repr(worker) == f"<WorkerHandle iceland pid {worker.pid} ENDED>"
 
 
 @linux_only
@@ -243,7 +247,7 @@ asyncio.run(main())
 async def test_kill_9_of_the_parent_leaves_no_process(silent_port: int, frozen: bool) -> None:
     """``frozen``: workers that cannot read their sockets (SIGSTOP) end all the same, by PR_SET_PDEATHSIG."""
     parent = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PARENT, str(silent_port), stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
+        sys.executable, "-c", PARENT, str(silent_port), stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[3]
     )
     assert parent.stdout is not None
     pids = [int(pid) for pid in (await parent.stdout.readline()).split()]
@@ -259,3 +263,10 @@ async def test_kill_9_of_the_parent_leaves_no_process(silent_port: int, frozen: 
         for pid in pids:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_pool_and_a_zygote_show_their_state() -> None:
+    assert repr(WorkerPool()) == "<WorkerPool NOT STARTED 0 forks pending>"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert repr(Zygote(ours)) == f"<Zygote {os.getpid()} 0 workers>"
