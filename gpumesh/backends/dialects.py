@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from gpumesh.addresses import format_address, is_loopback
 from gpumesh.backends import ollama, openai, safe_json
 from gpumesh.backends.base import Dialect, ServerCounters
 from gpumesh.backends.llamacpp import LlamacppDialect
@@ -78,13 +78,4 @@ def _nested(document: Mapping[str, Any]) -> ServerCounters | None:
 def host_header(target: Target) -> str:
     """What to say as ``Host``: the place as its own host knows it. Ollama on loopback answers 403, without a word, to
     a name that is not its own; the port of our end of a tunnel is not its own either."""
-    host = target.host
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host.lower() == "localhost"
-    if loopback:
-        host = "127.0.0.1"
-    elif ":" in host:
-        host = f"[{host}]"
-    return f"{host}:{target.port}"
+    return format_address("127.0.0.1" if is_loopback(target.host) else target.host, target.port)

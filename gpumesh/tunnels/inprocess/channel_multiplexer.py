@@ -156,12 +156,12 @@ class ChannelMultiplexer:
 
         methods = {
             MSG_CHANNEL_DATA: ChannelRelay.on_data,
-            MSG_CHANNEL_EXTENDED_DATA: ChannelRelay.ignore_message,
+            MSG_CHANNEL_EXTENDED_DATA: _ignore_message,
             MSG_CHANNEL_WINDOW_ADJUST: ChannelRelay.on_window_adjust,
             MSG_CHANNEL_EOF: ChannelRelay.on_eof,
-            MSG_CHANNEL_REQUEST: ChannelRelay.ignore_message,
-            MSG_CHANNEL_SUCCESS: ChannelRelay.ignore_message,
-            MSG_CHANNEL_FAILURE: ChannelRelay.ignore_message,
+            MSG_CHANNEL_REQUEST: _ignore_message,
+            MSG_CHANNEL_SUCCESS: _ignore_message,
+            MSG_CHANNEL_FAILURE: _ignore_message,
         }
         self.transport._channel_handler_table = {
             **originals,
@@ -183,9 +183,15 @@ class ChannelMultiplexer:
         self.transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = handle_open_failure
 
 
+def _ignore_message(relay: ChannelRelay, message: paramiko.Message) -> None:
+    """For messages that have no meaning on a forwarded connection."""
+
+
 def _route_handler(
     method: Callable[[ChannelRelay, paramiko.Message], None], original: ChannelHandler
 ) -> ChannelHandler:
+    """A handler that calls ``method`` for our channels, ``original`` for paramiko's."""
+
     def handle(channel: Any, message: paramiko.Message) -> None:
         if type(channel) is ChannelRelay:
             method(channel, message)

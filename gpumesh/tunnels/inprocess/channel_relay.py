@@ -54,8 +54,8 @@ class Multiplexer(Protocol):
 class ChannelRelay:
     """One forwarded connection: a local socket and a channel.
 
-    It takes the place of a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers. The
-    methods ``_set_remote_channel`` and ``_unlink`` have the names that paramiko calls.
+    It replaces a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers. paramiko itself
+    calls ``_set_remote_channel`` and ``_unlink``.
     """
 
     def __init__(self, multiplexer: Multiplexer, local: socket.socket, target: Target) -> None:
@@ -64,28 +64,22 @@ class ChannelRelay:
         self._local = local
         self._target = target
         self._lock = ThreadLock()  # for what follows: both threads use it
-        self._number = -1
-        self._remote_number = -1  # the host's number of this channel; -1: not open yet
+        self._number = self._remote_number = -1  # ours and the host's number of this channel; -1: not open yet
         self._send_window = 0
         self._send_packet_limit = 0
         self._receive_window = WINDOW
-        self._uncredited = 0  # bytes that the local socket has taken, and the host has not been told of
+        self._uncredited = 0  # bytes that the local socket has taken, and for which the host has no credit yet
         self._pending: deque[bytes] = deque()  # arrived while the local socket had no room
         self._local_ended = False  # the client has sent its last byte
         self._host_ended = False  # the host has sent its last byte
-        self._end_written = False  # the client was told that
+        self._end_written = False  # the client has got the host's EOF
         self._close_sent = False
         self._host_closed = False
         self._local_closed = False
         self._events = 0
 
     def __repr__(self) -> str:
-        if self._local_closed:
-            state = "CLOSED"
-        elif self._remote_number < 0:
-            state = "OPENING"
-        else:
-            state = "CLOSING" if self._close_sent or self._host_closed else "OPEN"
+        state = "CLOSED" if self._local_closed else "OPENING" if self._remote_number < 0 else "OPEN"
         return f"<ChannelRelay {self._number} to {self._target.host}:{self._target.port} {state}>"
 
     # -- in the selector's thread ------------------------------------------------------------------------------------
@@ -186,7 +180,7 @@ class ChannelRelay:
                 self.abort()
                 return
         if empty and (self._host_closed or (self._end_written and self._local_ended)):
-            # A host that closes without ending its data first has cut it: its sshd was told to, or died.
+            # A host that closes without EOF has cut its data: its sshd was stopped, or died.
             self._close_local(reset=not self._host_ended)
             self._send_close()
             return
@@ -248,7 +242,7 @@ class ChannelRelay:
     # -- in the transport's thread -----------------------------------------------------------------------------------
 
     def _set_remote_channel(self, number: int, window: int, max_packet: int) -> None:
-        """paramiko calls this when the host has opened the channel."""
+        """The host has opened the channel."""
         with self._lock:
             self._send_window = window
             self._send_packet_limit = min(max_packet, MAX_PACKET)
@@ -304,11 +298,8 @@ class ChannelRelay:
         self._host_closed = True
         self._forwarder.post(self._on_host_closed)
 
-    def ignore_message(self, _: paramiko.Message) -> None:
-        """For messages that have no meaning on a forwarded connection."""
-
     def _unlink(self) -> None:
-        """paramiko calls this when the transport has ended."""
+        """The transport has ended."""
         self._forwarder.post(self._on_ended_by_host)
 
 
