@@ -88,11 +88,18 @@ class AskpassServer:
             with self._deadline.paused(ANSWER_TIMEOUT_S):
                 await asyncio.sleep(ANSWER_TIMEOUT_S)  # ssh ends askpass when the key was touched
             return None
-        name = "passphrase" if _PASSPHRASE.search(question) else "password" if _PASSWORD.search(question) else ""
-        if name in self._secrets and question not in self._answered_questions:
+        secret = self._secrets.get(_find_secret_name(question))
+        if secret is not None and question not in self._answered_questions:
             self._answered_questions.add(question)
-            return self._secrets[name]
+            return secret
         if not self._interactive:
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
             return await self._events.ask_person(printable(question), echo=False)
+
+
+def _find_secret_name(question: str) -> str:
+    """The secret that ssh asks for; "" for another question. A question for a passphrase may hold "password" too."""
+    if _PASSPHRASE.search(question):
+        return "passphrase"
+    return "password" if _PASSWORD.search(question) else ""
