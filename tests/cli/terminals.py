@@ -9,6 +9,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import termios
@@ -63,8 +64,14 @@ class Terminal:
     async def wait_exit(self) -> int:
         async with asyncio.timeout(LIMIT_S):
             code = await self.process.wait()
-        await asyncio.sleep(0)  # the last output is read
+        self._read_rest()
         return code
+
+    def _read_rest(self) -> None:
+        """Reads what the command wrote last. The event loop may not have come to that yet."""
+        with contextlib.suppress(OSError):
+            while select.select([self.controller], [], [], 0)[0]:
+                self.add_output(os.read(self.controller, 65536))
 
     async def exits_within(self, seconds: float) -> bool:
         try:

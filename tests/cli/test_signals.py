@@ -191,7 +191,8 @@ async def test_the_third_ends_it_at_once(endless: SimulatedMesh) -> None:
 
 
 async def test_a_terminal_that_is_closed_says_so_twice_and_cuts_nothing(gpumesh: Gpumesh) -> None:
-    host = quick_host("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(30, 30))
+    # The answer lasts longer than it takes, on a busy machine, to see that the mesh drains.
+    host = quick_host("alpha", ssh=False, tokens_per_s=20.0, answer_tokens=(80, 80))
     async with simulated_mesh(gpumesh, host), gpumesh.started("up") as process:
         url = await url_of(gpumesh)
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
