@@ -14,8 +14,9 @@ import typer
 
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import open_session, run_async
-from gpumesh.cli.views.safe_text import clean_line, clean_text, json_text
+from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import ExitCode, GPUMeshError, UsageError
 from gpumesh.state import Finding, MeshState, Severity
 from gpumesh.topology import Topology
@@ -30,7 +31,7 @@ app = new_app()
 @app.command()
 def audit(
     ctx: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: Annotated[bool, json_option()] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Propose the corrected mesh.yaml as a diff, and write it if you agree.")
     ] = False,
@@ -61,7 +62,7 @@ def audit(
     plan = propose_correction(path, text, topology, state) if write else None
     if as_json:
         written = plan is not None and yes and plan.write()
-        typer.echo(json_text(audit_document(topology, state, plan, written=written), indent=2))
+        print_json(audit_document(topology, state, plan, written=written))
         findings: Sequence[Finding] = plan.remaining_findings if plan is not None and written else state.findings
     else:
         audit_screen.print_comparison(list(audit_rows.compare_nodes(topology, state.nodes, state.findings)))

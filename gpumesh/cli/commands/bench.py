@@ -14,8 +14,8 @@ from gpumesh.cli import completion
 from gpumesh.cli.bench import bench_options
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import global_options
+from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import run_async
-from gpumesh.cli.views.safe_text import json_text
 from gpumesh.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 app = new_app(no_args_is_help=True, help="Measure latency and throughput, per node and for the mesh.")
 
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the result goes.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON (schema gpumesh.bench/1).")]
+JsonOption = Annotated[bool, json_option("As JSON (schema gpumesh.bench/1).")]
 
 
 @app.command()
@@ -100,7 +100,7 @@ def run(
         bench_options.remove_if_empty(folder)
     write_result(folder, output.result, output.records, force=force)
     if as_json:
-        typer.echo(json_text(result_json(output.result), indent=2))
+        print_json(result_json(output.result))
     else:
         bench_tables.print_result(output.result, notes=not options.quiet)
     if not options.quiet:
@@ -128,7 +128,7 @@ def show(
         raise UsageError("nothing was measured yet", hint="`gpumesh bench run` does it")
     result = read_result(folder)
     if as_json:
-        typer.echo(json_text(result_json(result), indent=2))
+        print_json(result_json(result))
         return
     bench_tables.print_result(result, notes=not global_options(ctx).quiet)
 
@@ -147,6 +147,6 @@ def compare(
 
     comparison = compare_results(read_result(a), read_result(b))
     if as_json:
-        typer.echo(json_text({"schema": "gpumesh.bench-compare/1", **to_json(comparison)}, indent=2))
+        print_json({"schema": "gpumesh.bench-compare/1", **to_json(comparison)})
     else:
         bench_tables.print_comparison(comparison)

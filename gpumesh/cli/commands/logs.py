@@ -17,6 +17,7 @@ import typer
 
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import global_options
+from gpumesh.cli.json_output import json_option
 from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError
 
@@ -31,7 +32,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show what comes.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last lines.")] = 100,
     access: Annotated[bool, typer.Option("--access", help="The gateway's requests instead, one a line.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The lines as they are: JSON objects.")] = False,
+    as_json: Annotated[bool, json_option("The lines as they are: JSON objects.")] = False,
 ) -> None:
     """The mesh's log: every change of state with its reason. It stays after the mesh has ended.
 

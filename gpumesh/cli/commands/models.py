@@ -11,9 +11,10 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.figures import UNKNOWN, format_duration, format_gib
-from gpumesh.cli.views.safe_text import clean_line, json_text
+from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.errors import ExitCode, GPUMeshError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ NodesOption = Annotated[
 ]
 ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", autocompletion=completion.complete_models)]
 AllOption = Annotated[bool, typer.Option("--all", "-a", help="On every node that is up.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+JsonOption = Annotated[bool, json_option()]
 
 app = new_app(invoke_without_command=True)
 
@@ -80,7 +81,7 @@ async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
         lengths = await stores.context_lengths(to_ask)
     rows = inventory.add_context_lengths(rows, lengths)
     if as_json:
-        typer.echo(json_text({"schema": "gpumesh.models/1", "models": to_json(rows)}, indent=2))
+        print_json({"schema": "gpumesh.models/1", "models": to_json(rows)})
     else:
         _print_table(rows)
     if not chosen.quiet:

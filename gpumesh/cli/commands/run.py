@@ -14,6 +14,7 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.json_output import json_option
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.safe_text import clean_text, json_text
 from gpumesh.errors import ExitCode, UsageError
@@ -62,7 +63,7 @@ def run(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A model option; repeatable.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as a JSON object.")] = False,
+    as_json: Annotated[bool, json_option("The result as a JSON object.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is whole.")] = False,
     concurrency: Annotated[
         int | None,

@@ -14,6 +14,7 @@ import typer
 from gpumesh.cli import completion
 from gpumesh.cli.command_group import new_app
 from gpumesh.cli.global_options import GlobalOptions, global_options
+from gpumesh.cli.json_output import json_option, print_json
 from gpumesh.cli.open_session import open_session, run_async
 from gpumesh.cli.views.node_selection import SortKey, select_nodes, sort_nodes
 from gpumesh.cli.views.safe_text import json_text
@@ -33,7 +34,7 @@ app = new_app()
 def status(
     ctx: typer.Context,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and redraw when something changes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON (schema gpumesh.status/1).")] = False,
+    as_json: Annotated[bool, json_option("As JSON (schema gpumesh.status/1).")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 3 if anything is wrong, 4 if no node is up.")] = False,
     node: Annotated[
         list[str] | None,
@@ -77,7 +78,7 @@ def status(
     state, history = _read_state(options, with_history=not as_json)
     state = sort_nodes(select_nodes(state, node or [], label or []), order)
     if as_json:
-        typer.echo(json_text(_status_document(state), indent=2))
+        print_json(_status_document(state))
     elif not (check and options.quiet):
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
