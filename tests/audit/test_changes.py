@@ -27,22 +27,22 @@ from tests.audit.build import (
 from tests.probes.shell_host import OTHER_UUID, row
 
 
-def proposed(*pairs: tuple[NodeSpec, NodeState]) -> tuple[Change, ...]:
+def plan(*pairs: tuple[NodeSpec, NodeState]) -> tuple[Change, ...]:
     made = topology(*(one for one, _ in pairs))
     states = [replace(each, name=one.name) for one, each in pairs]
     return plan_changes(made, states, audit.collect_findings(made, states))
 
 
 def values(*pairs: tuple[NodeSpec, NodeState]) -> dict[str, Any]:
-    return {f"{change.node}.{'.'.join(change.path)}": change.value for change in proposed(*pairs)}
+    return {f"{change.node}.{'.'.join(change.path)}": change.value for change in plan(*pairs)}
 
 
 WELL = (direct("well"), state(gpus=(replace(GPU, uuid="GPU-00000000-1"),), backend=backend(catalog=())))
 REFUSED = state_with_error(errors.ConnectRefused("nothing listens on x"))
 
 
-def test_what_is_right_is_left() -> None:
-    assert proposed((spec(), state())) == ()
+def test_a_file_that_is_right_is_not_changed() -> None:
+    assert plan((spec(), state())) == ()
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_what_is_right_is_left() -> None:
     ],
     ids=["hostname", "count", "driver", "slice", "another card", "cards of two kinds"],
 )
-def test_what_the_file_says_wrongly_of_the_hardware(found: NodeState, corrected: dict[str, Any]) -> None:
+def test_wrong_expectations_of_the_hardware_are_corrected(found: NodeState, corrected: dict[str, Any]) -> None:
     assert values((spec(), found)) == {f"iceland.expect.{key}": value for key, value in corrected.items()}
 
 
-def test_corrected_it_is_clean() -> None:
+def test_the_corrected_file_has_no_findings() -> None:
     found = state_with_smi_output(
         row(name="NVIDIA H100 80GB HBM3", memory_total="81559"), host=HostState("box", "590.48")
     )
@@ -96,7 +96,7 @@ def test_corrected_it_is_clean() -> None:
         state(backend=BackendState("ollama", BackendPhase.DOWN, last_error="refused")),
     ],
 )
-def test_what_is_a_hosts_fault_is_not_written_away(found: NodeState) -> None:
+def test_the_fault_of_a_host_changes_nothing(found: NodeState) -> None:
     made = topology(spec())
     findings = audit.collect_findings(made, [found])
     assert findings
@@ -106,7 +106,7 @@ def test_what_is_a_hosts_fault_is_not_written_away(found: NodeState) -> None:
 
 def test_a_lost_gpu_is_still_expected() -> None:
     found = state_with_smi_output(row() + "\nGPU is lost", 15, gpus=(GPU,))
-    assert proposed((spec(expect=ExpectSpec(gpus=2)), found)) == ()
+    assert plan((spec(expect=ExpectSpec(gpus=2)), found)) == ()
 
 
 # -- nodes that lead nowhere -----------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ def test_a_lost_gpu_is_still_expected() -> None:
         errors.NotSsh("HTTP"),
     ],
 )
-def test_nobody_there(error: errors.TunnelError) -> None:
-    (change,) = proposed(WELL, (spec(), state_with_error(error)))
+def test_a_node_without_a_host_is_switched_off(error: errors.TunnelError) -> None:
+    (change,) = plan(WELL, (spec(), state_with_error(error)))
     assert (change.node, change.path, change.value) == ("iceland", ("enabled",), False)
     assert change.why == f"not found: {error.message}"
 
@@ -139,25 +139,25 @@ def test_nobody_there(error: errors.TunnelError) -> None:
         errors.ForwardingForbidden("no"),
     ],
 )
-def test_somebody_there(error: errors.TunnelError) -> None:
-    assert proposed(WELL, (spec(), state_with_error(error))) == ()
+def test_a_node_with_a_host_is_not_switched_off(error: errors.TunnelError) -> None:
+    assert plan(WELL, (spec(), state_with_error(error))) == ()
 
 
-def test_nothing_is_switched_off_when_nobody_can_be_reached() -> None:
+def test_no_node_is_switched_off_when_none_can_be_reached() -> None:
     """Then it is this machine's network."""
-    assert proposed((spec("a"), REFUSED), (direct("b"), REFUSED)) == ()
+    assert plan((spec("a"), REFUSED), (direct("b"), REFUSED)) == ()
 
 
 def test_a_direct_node_without_its_server() -> None:
-    (change,) = proposed(WELL, (direct("vengeance", "http://127.0.0.1:1"), REFUSED))
+    (change,) = plan(WELL, (direct("vengeance", "http://127.0.0.1:1"), REFUSED))
     assert (change.node, change.value, change.settled_codes) == ("vengeance", False, frozenset({"backend-down"}))
 
 
 # -- nodes that are another one once more ----------------------------------------------------------------------------
 
 
-def test_the_same_gpu_twice() -> None:
-    (change,) = proposed((spec(), state()), (direct(), without_gpus(state())))
+def test_of_two_nodes_with_one_gpu_one_is_switched_off() -> None:
+    (change,) = plan((spec(), state()), (direct(), without_gpus(state())))
     assert (change.node, change.path, change.value, change.why) == (
         "local",
         ("enabled",),
@@ -166,18 +166,18 @@ def test_the_same_gpu_twice() -> None:
     )
 
 
-def test_the_same_server_twice() -> None:
+def test_of_two_nodes_with_one_server_one_is_switched_off() -> None:
     specs = (spec(), state()), (spec("copy"), state()), (spec("again"), state())
     assert values(*specs) == {"copy.enabled": False, "again.enabled": False}
 
 
-def test_a_node_is_switched_off_for_one_reason_and_not_corrected_besides() -> None:
+def test_a_node_that_is_switched_off_is_not_corrected() -> None:
     wrong = replace(state(), host=HostState("box", "560.1"))
-    first, second = proposed((spec("first", expect=ExpectSpec()), state()), (spec("second"), wrong)), ()
+    first, second = plan((spec("first", expect=ExpectSpec()), state()), (spec("second"), wrong)), ()
     assert [(change.node, change.path) for change in (*first, *second)] == [("second", ("enabled",))]
 
 
-def test_all_of_it_settles_its_findings() -> None:
+def test_the_changes_settle_their_findings() -> None:
     made = topology(spec(), direct(), direct("gone", "http://127.0.0.1:1"))
     states = [
         state(host=HostState("box", "550.1")),
@@ -205,13 +205,13 @@ def wrong_server(*kinds: str | None) -> NodeState:
     return state(backend=down, noticed=(WRONG,), routes=ways)
 
 
-def test_a_server_of_the_other_kind() -> None:
+def test_the_kind_of_a_server_is_corrected() -> None:
     assert values((spec(), wrong_server("openai"))) == {"iceland.backend.kind": "openai"}
     assert values((spec(), wrong_server(None, "openai"))) == {"iceland.backend.kind": "openai"}
     assert values((spec(), wrong_server(None))) == {}
 
 
-def test_applied_to_the_specs() -> None:
+def test_changes_are_applied_to_the_specs() -> None:
     made = topology(spec(), direct())
     done = apply_changes(
         made,

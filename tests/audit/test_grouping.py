@@ -21,7 +21,7 @@ PATIENCE_S = 40.0
 PLACES = 2
 
 
-def quick(name: str) -> HostProfile:
+def quick_host(name: str) -> HostProfile:
     return profile.make_host(name, tokens_per_s=400.0, load_s=0.0, answer_tokens=(20, 20), slots=2 * PLACES)
 
 
@@ -50,24 +50,24 @@ async def hosts(folder: Path, *profiles: HostProfile) -> AsyncIterator[tuple[lis
             await host.__aexit__(None, None, None)
 
 
-def behind(name: str, host: SimHost, ssh: SshSpec) -> NodeSpec:
+def ssh_node(name: str, host: SimHost, ssh: SshSpec) -> NodeSpec:
     assert host.ssh_port is not None
     targets = (Target("127.0.0.1", host.profile.backend_port),)
     return NodeSpec(name, BackendSpec(targets=targets, max_parallel=PLACES), ssh=replace(ssh, port=host.ssh_port))
 
 
-async def ask(mesh: Mesh, number: int) -> None:
+async def send_request(mesh: Mesh, number: int) -> None:
     async for _ in mesh.chat(MODEL, f"prompt {number}"):
         pass
 
 
 @pytest.mark.slow
-async def test_two_ways_to_one_server_share_its_places(tmp_path: Path) -> None:
+async def test_two_nodes_of_one_server_share_its_slots(tmp_path: Path) -> None:
     """By the model store alone: the direct way leads to no nvidia-smi. What runs there at once is what one may run."""
-    async with hosts(tmp_path, quick("iceland")) as ((host,), ssh):
+    async with hosts(tmp_path, quick_host("iceland")) as ((host,), ssh):
         url = Target("127.0.0.1", host.backend_port)
         specs = (
-            behind("iceland", host, ssh),
+            ssh_node("iceland", host, ssh),
             NodeSpec("local", BackendSpec(targets=(url,), max_parallel=PLACES)),
         )
         async with Mesh(Topology("home", specs)) as mesh:
@@ -75,21 +75,21 @@ async def test_two_ways_to_one_server_share_its_places(tmp_path: Path) -> None:
             assert [finding.code for finding in state.findings if finding.nodes] == ["same-gpu"]
             assert (state.totals.gpus, state.totals.vram_total_mib) == (1, 24564)
             async with asyncio.timeout(PATIENCE_S):
-                await asyncio.gather(*(ask(mesh, number) for number in range(12)))
+                await asyncio.gather(*(send_request(mesh, number) for number in range(12)))
         assert host.counters.finished == 12
         assert host.counters.max_in_flight == PLACES
 
 
 @pytest.mark.slow
-async def test_two_hosts_have_places_of_their_own(tmp_path: Path) -> None:
-    async with hosts(tmp_path, quick("iceland"), quick("norway")) as (started, ssh):
-        specs = tuple(behind(each.profile.name, each, ssh) for each in started)
+async def test_two_hosts_have_slots_of_their_own(tmp_path: Path) -> None:
+    async with hosts(tmp_path, quick_host("iceland"), quick_host("norway")) as (started, ssh):
+        specs = tuple(ssh_node(each.profile.name, each, ssh) for each in started)
         async with Mesh(Topology("home", specs)) as mesh:
             state = await mesh.wait_first_report(PATIENCE_S)
             assert state.findings == ()
             assert state.totals.gpus == 2
             assert all(node.tunnel.host_keys for node in state.nodes)
             async with asyncio.timeout(PATIENCE_S):
-                await asyncio.gather(*(ask(mesh, number) for number in range(12)))
+                await asyncio.gather(*(send_request(mesh, number) for number in range(12)))
         assert sum(each.counters.finished for each in started) == 12
         assert [each.counters.max_in_flight for each in started] == [PLACES, PLACES]

@@ -42,7 +42,7 @@ def node(
     return replace(state(name, tunnel=tunnel, backend=server, routes=routes, gpus=gpus or None), **more)
 
 
-def grouped(*nodes: NodeState) -> list[tuple[str, ...]]:
+def machines_of(*nodes: NodeState) -> list[tuple[str, ...]]:
     return [machine.nodes for machine in find_machines(nodes)]
 
 
@@ -50,13 +50,13 @@ FINE = "2026-08-01T12:00:00.123456789Z"
 LATER = "2026-08-02T12:00:00.987654321Z"
 
 
-def test_nodes_that_have_nothing_in_common_are_apart() -> None:
+def test_nodes_without_a_common_mark_are_two_machines() -> None:
     nodes = (node("1", GPU, keys=("a",), stored=FINE), node("2", OTHER, keys=("b",), stored=LATER), node("3"))
     assert find_machines(nodes) == (Machine(("1",), (GPU,)), Machine(("2",), (OTHER,)), Machine(("3",), ()))
     assert gpu_groups(nodes) == {"1": "1", "2": "2", "3": "3"}
 
 
-def test_a_common_gpu_is_certain() -> None:
+def test_a_common_gpu_is_a_certain_proof() -> None:
     (machine,) = find_machines([node("1", GPU), node("2", GPU, port=None)])
     assert (machine.nodes, machine.proof, machine.shared_mark, machine.certain) == (
         ("1", "2"),
@@ -67,66 +67,66 @@ def test_a_common_gpu_is_certain() -> None:
     assert machine.gpus == (GPU,), "counted once"
 
 
-def test_a_common_key_is_likely() -> None:
+def test_a_common_key_is_a_likely_proof() -> None:
     (machine,) = find_machines([node("1", keys=("x", KEY)), node("2", GPU, keys=(KEY,))])
     assert (machine.proof, machine.shared_mark, machine.certain) == (Proof.HOST_KEY, KEY, False)
 
 
-def test_a_common_store_is_likely() -> None:
+def test_a_common_store_is_a_likely_proof() -> None:
     (machine,) = find_machines([node("1", stored=FINE, port=None), node("2", GPU, stored=FINE)])
     assert (machine.proof, machine.certain) == (Proof.STORE, False)
 
 
-def test_gpus_have_the_last_word() -> None:
+def test_different_gpus_outweigh_a_common_key_and_store() -> None:
     """Containers of one image have one host key, a network share one store: their GPUs tell them apart."""
-    assert grouped(node("1", GPU, keys=(KEY,), stored=FINE), node("2", OTHER, keys=(KEY,), stored=FINE)) == [
+    assert machines_of(node("1", GPU, keys=(KEY,), stored=FINE), node("2", OTHER, keys=(KEY,), stored=FINE)) == [
         ("1",),
         ("2",),
     ]
 
 
-def test_the_weakest_link_is_told() -> None:
+def test_the_proof_is_the_weakest_link() -> None:
     (machine,) = find_machines([node("1", GPU), node("2", GPU, keys=(KEY,)), node("3", keys=(KEY,))])
     assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.HOST_KEY)
     (machine,) = find_machines([node("1", stored=FINE), node("2", keys=(KEY,), stored=FINE), node("3", keys=(KEY,))])
     assert (machine.nodes, machine.proof) == (("1", "2", "3"), Proof.STORE)
 
 
-def test_the_order_of_mesh_yaml_names_a_group() -> None:
+def test_a_group_is_named_after_its_first_node() -> None:
     nodes = [node("3", OTHER), node("2", GPU), node("1", OTHER, GPU)]
     assert gpu_groups(nodes) == {"3": "3", "2": "3", "1": "3"}
-    assert grouped(*nodes) == [("3", "2", "1")]
+    assert machines_of(*nodes) == [("3", "2", "1")]
 
 
 @pytest.mark.parametrize("uuid", ["unknown-host-00000000:01:00.0", "GPU-", "GPU-0000", "", "gpu-8f2c1d5e-3b6a"])
-def test_a_made_up_uuid_is_nobodys(uuid: str) -> None:
+def test_a_made_up_uuid_is_no_mark(uuid: str) -> None:
     gpu = replace(GPU, uuid=uuid)
-    assert grouped(node("1", gpu), node("2", gpu)) == [("1",), ("2",)]
+    assert machines_of(node("1", gpu), node("2", gpu)) == [("1",), ("2",)]
 
 
 # -- several servers on one machine ----------------------------------------------------------------------------------
 
 
-def test_two_servers_on_a_machine_with_two_gpus_are_two() -> None:
+def test_two_servers_of_a_machine_with_two_gpus_are_two_machines() -> None:
     """Each may well be pinned to a GPU of its own: as one they would get half of the work that they can do."""
-    assert grouped(node("1", GPU, OTHER, port=11434), node("2", GPU, OTHER, port=11435)) == [("1",), ("2",)]
-    assert grouped(node("1", GPU, OTHER, port=80), node("2", GPU, OTHER, port=80)) == [("1", "2")]
+    assert machines_of(node("1", GPU, OTHER, port=11434), node("2", GPU, OTHER, port=11435)) == [("1",), ("2",)]
+    assert machines_of(node("1", GPU, OTHER, port=80), node("2", GPU, OTHER, port=80)) == [("1", "2")]
 
 
-def test_two_servers_on_a_machine_with_one_gpu_are_one() -> None:
+def test_two_servers_of_a_machine_with_one_gpu_are_one_machine() -> None:
     """They share it: what runs on one slows the other."""
-    assert grouped(node("1", GPU, port=11434), node("2", GPU, port=11435)) == [("1", "2")]
-    assert grouped(node("1", GPU, keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1", "2")]
+    assert machines_of(node("1", GPU, port=11434), node("2", GPU, port=11435)) == [("1", "2")]
+    assert machines_of(node("1", GPU, keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1", "2")]
 
 
-def test_two_servers_on_a_machine_of_which_no_gpu_is_known_are_two() -> None:
-    assert grouped(node("1", keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1",), ("2",)]
-    assert grouped(node("1", keys=(KEY,)), node("2", keys=(KEY,))) == [("1", "2")]
+def test_two_servers_of_a_machine_with_unknown_gpus_are_two_machines() -> None:
+    assert machines_of(node("1", keys=(KEY,), port=1), node("2", keys=(KEY,), port=2)) == [("1",), ("2",)]
+    assert machines_of(node("1", keys=(KEY,)), node("2", keys=(KEY,))) == [("1", "2")]
 
 
-def test_from_here_ports_say_nothing() -> None:
+def test_the_ports_of_direct_nodes_distinguish_no_servers() -> None:
     """``ssh -L 11435:localhost:11434``"""
-    assert grouped(node("1", stored=FINE, port=None), node("2", stored=FINE, port=11434)) == [("1", "2")]
+    assert machines_of(node("1", stored=FINE, port=None), node("2", stored=FINE, port=11434)) == [("1", "2")]
 
 
 # -- stores ----------------------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ def model(name: str, stored: str | None) -> ModelInfo:
         (model("a", "2026-08-01T12:00:00.123Z"), model("b", "2026-08-01T12:00:00Z")),
     ],
 )
-def test_a_store_that_could_be_anybodys(catalog: tuple[ModelInfo, ...]) -> None:
+def test_a_store_without_nanoseconds_has_no_fingerprint(catalog: tuple[ModelInfo, ...]) -> None:
     assert store_fingerprint(catalog) is None
 
 
-def test_a_store_is_known_by_all_of_its_models() -> None:
+def test_the_fingerprint_covers_all_models_of_a_store() -> None:
     one = store_fingerprint((model("a", FINE), model("b", LATER)))
     assert one is not None
     assert store_fingerprint((model("b", LATER), model("a", FINE))) == one
@@ -162,7 +162,7 @@ def test_a_store_is_known_by_all_of_its_models() -> None:
 # -- marks -----------------------------------------------------------------------------------------------------------
 
 
-def test_marks_change_with_whatever_makes_a_difference() -> None:
+def test_marks_change_with_what_distinguishes_machines() -> None:
     plain = node("1", GPU, keys=(KEY,), stored=FINE)
     assert identifying_marks(plain) == identifying_marks(replace(plain, reason="busy", load=state().load))
     others = [
@@ -206,32 +206,40 @@ def test_each_node_is_in_one_machine_and_groups_agree(nodes: list[NodeState]) ->
 # -- by mesh.yaml alone ----------------------------------------------------------------------------------------------
 
 
-def ways(*specs: NodeSpec) -> list[list[str]]:
+def duplicates_of(*specs: NodeSpec) -> list[list[str]]:
     return list(find_duplicates(specs))
 
 
-def behind(name: str, host: str = "203.0.113.7", **changes: Any) -> NodeSpec:
+def ssh_spec(name: str, host: str = "203.0.113.7", **changes: Any) -> NodeSpec:
     return spec(name, ssh=replace(SshSpec(host, 13323), **changes))
 
 
-def test_duplicates_are_the_same_way_in_every_part() -> None:
-    assert ways(behind("a"), behind("b"), direct("c"), direct("d")) == [["a", "b"], ["c", "d"]]
-    assert ways(behind("a"), behind("b", "EXAMPLE.org"), behind("c", "example.org")) == [["b", "c"]]
-    assert ways(behind("a"), behind("b", port=22), behind("c", user="ada"), behind("d", proxy_jump=("j",))) == []
-    assert ways(behind("a"), replace(behind("b"), backend=direct().backend)) == []
+def test_duplicates_have_the_same_address_user_and_candidates() -> None:
+    assert duplicates_of(ssh_spec("a"), ssh_spec("b"), direct("c"), direct("d")) == [["a", "b"], ["c", "d"]]
+    assert duplicates_of(ssh_spec("a"), ssh_spec("b", "EXAMPLE.org"), ssh_spec("c", "example.org")) == [["b", "c"]]
     assert (
-        ways(direct("a"), direct("b", "http://127.0.0.1:1"), direct("c", "http://127.0.0.1:11434", "http://x:1")) == []
+        duplicates_of(
+            ssh_spec("a"), ssh_spec("b", port=22), ssh_spec("c", user="ada"), ssh_spec("d", proxy_jump=("j",))
+        )
+        == []
+    )
+    assert duplicates_of(ssh_spec("a"), replace(ssh_spec("b"), backend=direct().backend)) == []
+    assert (
+        duplicates_of(
+            direct("a"), direct("b", "http://127.0.0.1:1"), direct("c", "http://127.0.0.1:11434", "http://x:1")
+        )
+        == []
     )
 
 
-def test_addresses_that_a_command_tells_are_the_same_only_by_the_same_command() -> None:
+def test_addresses_from_commands_are_the_same_only_by_the_same_command() -> None:
     one, other = AddressCommand(("pod", "1")), AddressCommand(("pod", "2"))
-    assert ways(behind("a", "", address_from=one), behind("b", "", address_from=other)) == []
-    assert ways(behind("a", "", address_from=one), behind("b", "", address_from=one)) == [["a", "b"]]
-    assert ways(behind("a", ""), behind("b", "")) == [], "hosts of which nothing is known"
+    assert duplicates_of(ssh_spec("a", "", address_from=one), ssh_spec("b", "", address_from=other)) == []
+    assert duplicates_of(ssh_spec("a", "", address_from=one), ssh_spec("b", "", address_from=one)) == [["a", "b"]]
+    assert duplicates_of(ssh_spec("a", ""), ssh_spec("b", "")) == [], "hosts of which nothing is known"
 
 
-def test_which_one_to_keep() -> None:
+def test_the_node_to_keep() -> None:
     down = replace(state(), backend=backend(state=BackendPhase.DOWN))
     specs = {"a": spec("a"), "b": spec("b"), "c": direct("c")}
 
@@ -256,5 +264,5 @@ def test_which_one_to_keep() -> None:
         ("box", "other.box", False),
     ],
 )
-def test_names_of_hosts(one: str, other: str, same: bool) -> None:
+def test_hostname_matches(one: str, other: str, same: bool) -> None:
     assert hostname_matches(one, other) is same

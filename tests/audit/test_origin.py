@@ -24,7 +24,7 @@ def gpumesh(tmp_path: Path) -> Iterator[Gpumesh]:
         yield made
 
 
-def scene(lab: Lab, iceland: LabHost, expected: str) -> str:
+def stage_hosts(lab: Lab, iceland: LabHost, expected: str) -> str:
     """As a person writes it, with what they believed to be there."""
     return f"""\
 # My two 4090s.
@@ -54,16 +54,16 @@ nodes:
 """
 
 
-def said(ended: CommandResult) -> str:
+def output_of(ended: CommandResult) -> str:
     return " ".join(ended.out.split())
 
 
-async def test_where_is_my_second_4090(gpumesh: Gpumesh, tmp_path: Path) -> None:
+async def test_a_second_4090_that_is_the_first_one(gpumesh: Gpumesh, tmp_path: Path) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
     async with Lab([profile.make_host("iceland")], folder) as lab:
         iceland = lab.host("iceland")
-        text = scene(lab, iceland, "af4a84245990")
+        text = stage_hosts(lab, iceland, "af4a84245990")
         gpumesh.config.write_text(text)
 
         document = (await gpumesh("audit", "--json", code=3)).json()
@@ -110,11 +110,11 @@ async def test_where_is_my_second_4090(gpumesh: Gpumesh, tmp_path: Path) -> None
 
         clean = await gpumesh("audit", code=0)
         assert "all is as mesh.yaml says" in clean.out
-        assert said(clean).count("switched off") == 2
+        assert output_of(clean).count("switched off") == 2
         assert (await gpumesh("audit", "--json", code=0)).json()["findings"] == []
 
 
-async def test_what_nvidia_smi_sees_is_certain(gpumesh: Gpumesh, tmp_path: Path) -> None:
+async def test_a_common_gpu_by_nvidia_smi_is_certain(gpumesh: Gpumesh, tmp_path: Path) -> None:
     """Two addresses of one host: an old port that still works, say. Neither name nor store is needed to know it."""
     folder = tmp_path / "lab"
     folder.mkdir()
@@ -134,7 +134,9 @@ async def test_what_nvidia_smi_sees_is_certain(gpumesh: Gpumesh, tmp_path: Path)
 
 
 @pytest.mark.parametrize("transport", ["sshtunnel", pytest.param("openssh", marks=needs("ssh"))])
-async def test_where_nvidia_smi_is_missing_the_host_key_tells(gpumesh: Gpumesh, tmp_path: Path, transport: str) -> None:
+async def test_without_nvidia_smi_the_host_key_shows_one_machine(
+    gpumesh: Gpumesh, tmp_path: Path, transport: str
+) -> None:
     folder = tmp_path / "lab"
     folder.mkdir()
     async with Lab([profile.make_host("iceland", models=())], folder) as lab:

@@ -26,11 +26,11 @@ async def fleet() -> AsyncIterator[RunningGateway]:
         yield made
 
 
-def having(fleet: RunningGateway, model: str) -> set[str]:
+def nodes_with(fleet: RunningGateway, model: str) -> set[str]:
     return {name for name, host in fleet.hosts.items() if model in host.engine.store}
 
 
-async def away(fleet: RunningGateway, name: str) -> None:
+async def take_away(fleet: RunningGateway, name: str) -> None:
     """The node's server is gone, and the mesh knows it."""
     await fleet.hosts[name].set_faults(Faults(refuse=True))
     await wait_until(lambda: name not in fleet.mesh.usable_nodes(), f"{name} is known to be away")
@@ -39,7 +39,7 @@ async def away(fleet: RunningGateway, name: str) -> None:
 # -- pull ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_pull_goes_to_all_and_reads_as_one(fleet: RunningGateway) -> None:
+async def test_a_pull_goes_to_all_nodes_and_its_progress_is_one(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": NEW})
     assert answer.headers["Content-Type"] == "application/x-ndjson"
     assert answer.headers["X-GPUMesh-Node"] == "a, b"
@@ -55,10 +55,10 @@ async def test_a_pull_goes_to_all_and_reads_as_one(fleet: RunningGateway) -> Non
     shares = [line["completed"] for line in layers]
     assert shares == sorted(shares)
     assert shares[-1] == layers[0]["total"]
-    assert having(fleet, NEW) == {"a", "b"}
+    assert nodes_with(fleet, NEW) == {"a", "b"}
 
 
-async def test_what_was_pulled_can_be_used_at_once(fleet: RunningGateway) -> None:
+async def test_a_pulled_model_can_be_used_at_once(fleet: RunningGateway) -> None:
     """Not when the next probe has come round."""
     for number in range(5):
         name = f"new{number}:1b"
@@ -73,17 +73,17 @@ async def test_a_pull_to_one_node(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": NEW}, headers={"X-GPUMesh-Node": "b"})
     assert lines(answer.text)[-1] == {"status": "success"}
     assert answer.headers["X-GPUMesh-Node"] == "b"
-    assert having(fleet, NEW) == {"b"}
+    assert nodes_with(fleet, NEW) == {"b"}
 
 
-async def test_a_pull_in_one_piece(fleet: RunningGateway) -> None:
+async def test_a_pull_without_a_stream(fleet: RunningGateway) -> None:
     answer = await fleet.client.post("/api/pull", json={"name": NEW, "stream": False})
     assert answer.json() == {"status": "success"}
-    assert having(fleet, NEW) == {"a", "b"}
+    assert nodes_with(fleet, NEW) == {"a", "b"}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_model_that_the_library_has_not(fleet: RunningGateway, stream: bool) -> None:
+async def test_a_pull_of_a_model_that_the_library_lacks(fleet: RunningGateway, stream: bool) -> None:
     answer = await fleet.client.post("/api/pull", json={"model": "missing:1b", "stream": stream})
     error = {"error": "pull model manifest: file does not exist"}
     if stream:
@@ -92,18 +92,18 @@ async def test_a_model_that_the_library_has_not(fleet: RunningGateway, stream: b
         assert (answer.status_code, answer.json()) == (500, error)
 
 
-async def test_a_node_that_fails_is_named_and_the_others_have_it(fleet: RunningGateway) -> None:
+async def test_a_node_where_the_pull_fails_is_named_and_the_others_have_the_model(fleet: RunningGateway) -> None:
     await fleet.hosts["b"].set_faults(Faults(status=500, paths=("/api/pull",)))
     last = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)[-1]
     assert last["error"].startswith("pulled on a; not on b: model runner")
     whole = await fleet.client.post("/api/pull", json={"model": NEW, "stream": False})
     assert whole.status_code == 502
-    assert having(fleet, NEW) == {"a"}
+    assert nodes_with(fleet, NEW) == {"a"}
     assert (await fleet.chat(model=NEW)).status_code == 200
 
 
 @pytest.mark.slow
-async def test_when_all_refuse_it_is_in_their_own_words(fleet: RunningGateway) -> None:
+async def test_when_all_nodes_refuse_their_own_error_is_answered(fleet: RunningGateway) -> None:
     for host in fleet.hosts.values():
         await host.set_faults(Faults(status=429, paths=("/api/pull",)))
     answer = await fleet.client.post("/api/pull", json={"model": NEW})
@@ -111,8 +111,8 @@ async def test_when_all_refuse_it_is_in_their_own_words(fleet: RunningGateway) -
 
 
 @pytest.mark.slow
-async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: RunningGateway) -> None:
-    await away(fleet, "b")
+async def test_a_node_that_cannot_be_used_is_left_out_and_named(fleet: RunningGateway) -> None:
+    await take_away(fleet, "b")
     told = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)
     assert {"status": "b cannot be used now and is left out"} in told
     assert told[-1] == {"status": "success"}
@@ -121,7 +121,7 @@ async def test_a_node_that_is_away_is_said_to_be_left_out(fleet: RunningGateway)
 
 
 @pytest.mark.slow
-async def test_a_pull_goes_on_when_the_way_was_lost_and_came_back() -> None:
+async def test_a_pull_is_retried_when_the_connection_was_lost() -> None:
     async with serve_hosts(A, quick_host("b", pull_s=1.0)) as fleet:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
             told = []
@@ -133,7 +133,7 @@ async def test_a_pull_goes_on_when_the_way_was_lost_and_came_back() -> None:
         assert told[-1] == {"status": "success"}
         shares = [line["completed"] for line in told if "completed" in line]
         assert shares == sorted(shares), "a bar does not go backwards"
-        assert having(fleet, NEW) == {"a", "b"}
+        assert nodes_with(fleet, NEW) == {"a", "b"}
 
 
 async def test_a_client_that_leaves_stops_the_pull() -> None:
@@ -143,10 +143,10 @@ async def test_a_client_that_leaves_stops_the_pull() -> None:
         await wait_until(
             lambda: not [task for task in asyncio.all_tasks() if "/api/pull on" in task.get_name()], "all tasks end"
         )
-        assert having(fleet, NEW) == set()
+        assert nodes_with(fleet, NEW) == set()
 
 
-async def test_without_an_ollama_there_is_no_store() -> None:
+async def test_without_an_ollama_a_pull_is_refused() -> None:
     async with serve_hosts(kind=BackendKind.OPENAI) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
         assert answer.status_code == 503
@@ -160,7 +160,7 @@ async def test_delete_is_from_every_node_that_has_it(fleet: RunningGateway) -> N
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["X-GPUMesh-Node"] == "a, b"
-    assert having(fleet, MODEL) == set()
+    assert nodes_with(fleet, MODEL) == set()
     assert (await fleet.chat()).status_code == 404, "at once"
     again = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert again.status_code == 404
@@ -170,23 +170,23 @@ async def test_delete_is_from_every_node_that_has_it(fleet: RunningGateway) -> N
 async def test_delete_from_one_node(fleet: RunningGateway) -> None:
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL}, headers={"X-GPUMesh-Node": "a"})
     assert answer.status_code == 200
-    assert having(fleet, MODEL) == {"b"}
+    assert nodes_with(fleet, MODEL) == {"b"}
     assert (await fleet.chat()).headers["X-GPUMesh-Node"] == "b"
 
 
-async def test_a_model_that_went_meanwhile_is_no_error(fleet: RunningGateway) -> None:
+async def test_deleting_a_model_that_is_already_gone_on_a_node_is_no_error(fleet: RunningGateway) -> None:
     del fleet.hosts["b"].engine.store[MODEL]
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert (answer.status_code, answer.headers["X-GPUMesh-Node"]) == (200, "a")
 
 
 @pytest.mark.slow
-async def test_delete_tells_of_a_node_that_is_away_and_has_it_still(fleet: RunningGateway) -> None:
-    await away(fleet, "b")
+async def test_delete_names_a_node_out_of_reach_that_still_has_the_model(fleet: RunningGateway) -> None:
+    await take_away(fleet, "b")
     answer = await fleet.client.request("DELETE", "/api/delete", json={"model": MODEL})
     assert answer.status_code == 502
     assert answer.json() == {"error": "deleted on a; not on b: it cannot be reached now"}
-    assert having(fleet, MODEL) == {"b"}
+    assert nodes_with(fleet, MODEL) == {"b"}
     only = await fleet.client.request("DELETE", "/api/delete", json={"model": "nomic-embed-text"})
     assert only.status_code == 200, "b never had it"
 
@@ -195,7 +195,7 @@ async def test_a_copy_is_made_where_the_source_is(fleet: RunningGateway) -> None
     for source, where in ((MODEL, {"a", "b"}), ("llama3.1:8b", {"b"})):
         answer = await fleet.client.post("/api/copy", json={"source": source, "destination": f"my-{source}"})
         assert answer.status_code == 200
-        assert having(fleet, f"my-{source}") == where
+        assert nodes_with(fleet, f"my-{source}") == where
         assert (await fleet.chat(model=f"my-{source}")).headers["X-GPUMesh-Node"] in where
     missing = await fleet.client.post("/api/copy", json={"source": "nobody:1b", "destination": "x"})
     assert missing.status_code == 404
@@ -211,7 +211,7 @@ async def test_create_is_where_its_base_is(fleet: RunningGateway) -> None:
         body = {"model": f"made-{base}", "from": base, "system": "You are brief."}
         answer = await fleet.client.post("/api/create", json=body)
         assert lines(answer.text)[-1] == {"status": "success"}
-        assert having(fleet, f"made-{base}") == where
+        assert nodes_with(fleet, f"made-{base}") == where
     nowhere = await fleet.client.post("/api/create", json={"model": "x", "from": "nobody:1b", "stream": False})
     assert (nowhere.status_code, nowhere.json()) == (404, {"error": "model 'nobody:1b' not found"})
 
@@ -256,14 +256,14 @@ async def test_a_large_blob_streams_through(fleet: RunningGateway) -> None:
     assert (await fleet.client.head(path)).status_code == 200
 
 
-async def test_a_blob_that_is_not_what_it_says(fleet: RunningGateway) -> None:
+async def test_a_blob_with_a_wrong_digest_is_refused(fleet: RunningGateway) -> None:
     answer = await fleet.client.post(f"/api/blobs/{digest_of(b'other')}", content=b"this")
     assert (answer.status_code, answer.json()) == (400, {"error": "digest mismatch"})
     assert (await fleet.client.post("/api/blobs/md5:123", content=b"this")).status_code == 400
     assert (await fleet.client.head("/api/blobs/..%2F..%2Fetc")).status_code == 400
 
 
-async def test_a_node_that_drops_out_does_not_hold_up_the_others() -> None:
+async def test_a_node_that_drops_out_of_an_upload_does_not_hold_up_the_others() -> None:
     async def breaks_off(exchange: Exchange) -> None:
         if exchange.head.startswith(b"HEAD /api/blobs/"):
             await exchange.send(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -355,7 +355,7 @@ async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("gpumesh.mesh.models.fleet_store.MAX_PULL_ATTEMPTS", 2)
     async with with_nonsense(body) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
-        assert having(fleet, NEW) == {"a"}
+        assert nodes_with(fleet, NEW) == {"a"}
         told = [json.loads(line, parse_constant=pytest.fail) for line in answer.text.splitlines()]
         json.dumps(told, ensure_ascii=False).encode()
         assert any(line.get("status") == "success" or "pulled on a" in line.get("error", "") for line in told)
@@ -371,7 +371,7 @@ async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPat
         whole_response(b"[" * 100_000),
     ],
 )
-async def test_what_is_answered_of_nonsense_is_json(body: bytes) -> None:
+async def test_a_copy_beside_nonsense_is_answered_in_json(body: bytes) -> None:
     async with with_nonsense(body) as fleet:
         for headers in ({}, {"X-GPUMesh-Node": "b"}):
             call = {"source": MODEL, "destination": "copied:1b"}

@@ -15,7 +15,7 @@ from gpumesh.tunnels.base import ExecResult
 
 UUID = "GPU-8f2c1d5e-3b6a-4c1f-9a77-0a1b2c3d4e5f"
 OTHER_UUID = "GPU-31bd7a90-55aa-4e0e-8c11-9d8c7b6a5f4e"
-# As captured (facts: nvidia-smi.md): an idle card, a busy one, the parent of MIG slices.
+# As captured (docs/internals/nvidia-smi.md): an idle card, a busy one, the parent of MIG slices.
 IDLE = (
     f"0, {UUID}, 00000000:01:00.0, NVIDIA GeForce RTX 4080 SUPER, 595.71.05, 16376, 596, 15348, 0, 23, 43, 26.20,"
     " 320.00, 210, 0, P8, Disabled, 0x0000000000000001"

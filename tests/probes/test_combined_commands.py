@@ -23,7 +23,7 @@ from tests.probes.shell_host import ShellHost
 PATIENCE_S = 20.0
 
 
-async def test_each_command_has_its_own_answer_and_status(host: ShellHost) -> None:
+async def test_each_command_has_its_own_output_and_status(host: ShellHost) -> None:
     host.command("loud", "echo out; echo err >&2; exit 3")
     host.command("silent", "exit 0")
     commands: list[Argv] = [("loud",), ("silent",), ("hostname",), ("no-such-command", "x")]
@@ -35,7 +35,7 @@ async def test_each_command_has_its_own_answer_and_status(host: ShellHost) -> No
     assert len(host.calls) == 1
 
 
-async def test_words_reach_the_command_as_they_are(host: ShellHost) -> None:
+async def test_arguments_reach_the_command_unchanged(host: ShellHost) -> None:
     hostile = "a b; echo $(id) `id` \"'\\ *"
     host.command("show", 'printf "%s" "$1"')
     (said,) = await run_commands(host.exec, [("show", hostile)], timeout_s=PATIENCE_S)
@@ -48,7 +48,7 @@ async def test_output_without_a_line_end_is_kept_apart(host: ShellHost) -> None:
     assert (first, second) == (CommandOutput(0, b"abc"), CommandOutput(0, b"abc"))
 
 
-async def test_output_that_holds_the_mark_cannot_shift_the_answers(host: ShellHost) -> None:
+async def test_output_that_holds_the_marker_does_not_shift_the_outputs(host: ShellHost) -> None:
     """A host may lie about itself, never about who is asked: the first answer is cut short, and that is all."""
     host.command("liar", f"echo '{OUTPUT_MARKER} 0'; echo lies; exit 1")
     answers = await run_commands(host.exec, [("liar",), ("hostname",)], timeout_s=PATIENCE_S)
@@ -56,7 +56,7 @@ async def test_output_that_holds_the_mark_cannot_shift_the_answers(host: ShellHo
     assert answers[0] == CommandOutput(0, b"")
 
 
-def test_the_text_is_one_line() -> None:
+def test_the_script_is_one_line() -> None:
     """sshd hands it to the user's shell, and csh takes no line break inside quotes."""
     assert "\n" not in build_script([("hostname",), ("nvidia-smi", "--x=y")])
 
@@ -83,13 +83,13 @@ async def test_output_that_was_cut_leaves_the_rest_unknown() -> None:
     assert answers == [CommandOutput(0, b"box"), CommandOutput(None, b""), CommandOutput(None, b"")]
 
 
-async def test_its_deadline_is_ours_and_not_the_connections(host: ShellHost) -> None:
+async def test_a_command_that_is_too_slow_raises_timeout_error(host: ShellHost) -> None:
     host.command("forever", "exec sleep 600")
     with pytest.raises(TimeoutError):
         await run_commands(host.exec, [("forever",)], timeout_s=0.2)
 
 
-async def test_a_connection_that_fails_is_said_as_it_is() -> None:
+async def test_the_error_of_a_connection_is_raised_unchanged() -> None:
     async def fails(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         raise ExecError("the host gives no session")
 
@@ -102,7 +102,7 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
-def test_what_a_shell_says_is_read_back(answers: list[tuple[str, int]], returns: bool) -> None:
+def test_the_output_of_a_shell_is_split(answers: list[tuple[str, int]], returns: bool) -> None:
     end = "\r\n" if returns else "\n"
     said = "".join(f"{text}{end}{OUTPUT_MARKER} {status}{end}" for text, status in answers).encode()
     read = split_script_output(said, len(answers))
@@ -111,5 +111,5 @@ def test_what_a_shell_says_is_read_back(answers: list[tuple[str, int]], returns:
 
 
 @given(st.binary(max_size=300), st.integers(0, 5))
-def test_any_output_gives_at_most_the_answers_asked_for(output: bytes, count: int) -> None:
+def test_any_output_gives_at_most_one_output_for_each_command(output: bytes, count: int) -> None:
     assert len(split_script_output(output, count)) <= count

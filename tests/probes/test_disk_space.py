@@ -24,11 +24,11 @@ HEAD = "Filesystem     1024-blocks      Used Available Capacity Mounted on\n"
         ("df: /x: No such file or directory\n", None),
     ],
 )
-def test_what_df_says(rows: str, free: int | None) -> None:
+def test_df_output_is_read(rows: str, free: int | None) -> None:
     assert read_free_mib((HEAD + rows).encode()) == free
 
 
-async def test_it_asks_where_the_models_are(host: ShellHost) -> None:
+async def test_the_disk_with_the_models_is_asked_for(host: ShellHost) -> None:
     host.command("df", f'echo "{HEAD.strip()}"; echo "disk 9999999 1 2097152 1% $2"')
     nothing = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     assert read_free_mib(nothing.stdout) is None, "no store, nothing to say"
@@ -38,7 +38,7 @@ async def test_it_asks_where_the_models_are(host: ShellHost) -> None:
     assert said.stdout.decode().endswith(f"{host.folder}/.ollama/models\n")
 
 
-async def test_the_real_df(host: ShellHost) -> None:
+async def test_the_output_of_a_real_df_is_read(host: ShellHost) -> None:
     (host.folder / ".ollama").mkdir()
     said = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     free = read_free_mib(said.stdout)
@@ -46,7 +46,7 @@ async def test_the_real_df(host: ShellHost) -> None:
     assert 0 < free < 1 << 40
 
 
-async def test_a_variable_of_the_hosts_own_comes_first(host: ShellHost, tmp_path: Path) -> None:
+async def test_the_hosts_ollama_models_variable_comes_first(host: ShellHost, tmp_path: Path) -> None:
     elsewhere = tmp_path / "my models; echo no"
     elsewhere.mkdir()
     host.command("df", f'echo "{HEAD.strip()}"; echo "disk 9 1 4096 1% $2"')
@@ -55,6 +55,6 @@ async def test_a_variable_of_the_hosts_own_comes_first(host: ShellHost, tmp_path
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_crash(output: bytes) -> None:
+def test_no_output_raises(output: bytes) -> None:
     found = read_free_mib(output)
     assert found is None or found >= 0

@@ -111,7 +111,7 @@ def test_health_and_its_reason(name: str) -> None:
         ("qwen2.5", "qwen2.5:7b", ("qwen2.5",)),
     ],
 )
-def test_names_of_models(wanted: str, there: str, missing: tuple[str, ...]) -> None:
+def test_missing_models_by_full_name(wanted: str, there: str, missing: tuple[str, ...]) -> None:
     spec = NodeSpec("iceland", BackendSpec(), expect=ExpectSpec(models=(wanted,)))
     assert missing_models(spec, backend(there)) == missing
 
@@ -128,6 +128,6 @@ def test_names_of_models(wanted: str, there: str, missing: tuple[str, ...]) -> N
         LoadedModel("m", 0, 0),
     ],
 )
-def test_what_is_on_the_gpu_or_unknown_is_no_fault(model: LoadedModel) -> None:
+def test_a_model_on_the_gpu_or_of_unknown_place_is_no_fault(model: LoadedModel) -> None:
     spec = NodeSpec("iceland", BackendSpec())
     assert assess_health(UP, None, backend(loaded=(model,)), spec, draining=False) == (Health.HEALTHY, None)

@@ -18,7 +18,7 @@ from tests.mesh.servers import Exchange, answer_with, serve
 
 
 @contextlib.contextmanager
-def resetting() -> Iterator[str]:
+def resetting_server() -> Iterator[str]:
     """A server that resets each connection as soon as it stands: so is the end of a tunnel with nobody behind it."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=64)
 
@@ -50,7 +50,7 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
                 with pytest.raises(httpx.HTTPError):
                     await client.get(url)
 
-    with resetting() as url:
+    with resetting_server() as url:
         event_loop.run(ask(url))
 
 
@@ -86,7 +86,7 @@ async def test_each_server_has_a_pool_of_its_own() -> None:
         await asyncio.gather(*(task for task in served if task is not None))
 
 
-async def test_no_server_is_told_what_another_one_wanted_to_be_told_again() -> None:
+async def test_cookies_of_a_server_are_not_sent_to_any_server() -> None:
     """Cookies know no ports: those of one node's server came with the questions to all others on loopback, until these
     refused heads of that size."""
     heads: list[bytes] = []
@@ -107,7 +107,7 @@ async def test_no_server_is_told_what_another_one_wanted_to_be_told_again() -> N
 @pytest.mark.parametrize(
     "location", [b"http://xn--zzzzzzz--/", b"http://[", b"http://\xff\xfe/", b"//xn--a-/", b"", b"x" * 9000]
 )
-async def test_a_redirect_to_nowhere_is_an_answer_like_any_other(location: bytes) -> None:
+async def test_a_redirect_to_an_invalid_target_is_a_plain_answer(location: bytes) -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 2\r\n\r\n{}"
     async with http_client() as client, serve(answer_with(answer)) as server:
         assert (await client.get(server.url)).status_code == 302

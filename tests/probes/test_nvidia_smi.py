@@ -1,4 +1,4 @@
-"""Every failure and trap of shared facts, nvidia-smi.md, staged on a host whose shell is a real one."""
+"""Every failure of nvidia-smi that docs/internals/nvidia-smi.md describes, staged on a host with a real shell."""
 
 from __future__ import annotations
 
@@ -183,15 +183,15 @@ FAULTS = {
 }
 
 
-async def asked(host: ShellHost, timeout_s: float = PATIENCE_S) -> GpuReport:
+async def probe(host: ShellHost, timeout_s: float = PATIENCE_S) -> GpuReport:
     return await probe_gpus(host.exec, timeout_s=timeout_s, node="iceland")
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_each_fault_is_one_finding_of_its_own(host: ShellHost, name: str) -> None:
+async def test_each_fault_gives_its_own_finding(host: ShellHost, name: str) -> None:
     fault = FAULTS[name]
     host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer(fault.text, fault.status))
-    report = await asked(host)
+    report = await probe(host)
     (finding,) = report.findings
     assert (finding.code, finding.severity, finding.node) == (fault.code, fault.severity, "iceland")
     assert fault.message in finding.message
@@ -202,13 +202,13 @@ async def test_each_fault_is_one_finding_of_its_own(host: ShellHost, name: str) 
     assert report.hostname == "af4a84245990", "whatever happens to the GPU, who answers is known"
 
 
-def test_the_table_has_enough_faults() -> None:
+def test_faults_of_all_kinds_are_staged() -> None:
     assert len(FAULTS) >= 25
 
 
 async def test_a_good_card_gives_no_finding(host: ShellHost) -> None:
     host.nvidia_smi(SmiAnswer(f"{UUID}, 4711, /usr/bin/ollama runner, 5120\n", when=APPS), SmiAnswer(row() + "\n"))
-    report = await asked(host)
+    report = await probe(host)
     (gpu,) = report.gpus
     assert report == GpuReport(report.gpus, driver="550.54.15", hostname="af4a84245990")
     assert (gpu.name, gpu.uuid, gpu.memory_total_mib, gpu.memory_free_mib) == (
@@ -222,9 +222,9 @@ async def test_a_good_card_gives_no_finding(host: ShellHost) -> None:
     assert len(host.calls) == 1, "all in one round trip"
 
 
-async def test_busy_card_and_mig_parent(host: ShellHost) -> None:
+async def test_a_busy_card_and_the_parent_of_mig_slices(host: ShellHost) -> None:
     host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer(f"{BUSY}\n{MIG.replace('0, GPU', '1, GPU', 1)}\n"))
-    report = await asked(host)
+    report = await probe(host)
     busy, mig = report.gpus
     assert (busy.utilization_pct, busy.power_w, busy.pstate, busy.throttle) == (7, 84.24, "P2", "none")
     assert (mig.utilization_pct, mig.memory_utilization_pct, mig.fan_pct) == (None, None, None), "[N/A] is unknown"
@@ -232,13 +232,13 @@ async def test_busy_card_and_mig_parent(host: ShellHost) -> None:
     assert busy.processes == (), "that the list is empty says nothing"
 
 
-async def test_a_driver_that_lacks_a_field_is_asked_for_what_all_know(host: ShellHost) -> None:
+async def test_a_driver_that_lacks_a_field_is_asked_for_the_old_fields(host: ShellHost) -> None:
     host.nvidia_smi(
         SmiAnswer("", when=APPS),
         SmiAnswer('Field "fan.speed" is not a valid field to query.\n\n', 2, when="fan.speed"),
         SmiAnswer(old_row() + "\n"),
     )
-    report = await asked(host)
+    report = await probe(host)
     (gpu,) = report.gpus
     assert (report.error, report.findings) == (None, ())
     assert (gpu.memory_used_mib, gpu.temperature_c, gpu.fan_pct, gpu.persistence) == (5632, 61, None, None)
@@ -254,7 +254,7 @@ async def test_one_lost_gpu_does_not_hide_the_others(host: ShellHost) -> None:
         SmiAnswer("No devices were found\n", 6, when="-i "),
         SmiAnswer(lost, 15),
     )
-    report = await asked(host)
+    report = await probe(host)
     assert [gpu.uuid for gpu in report.gpus] == [UUID, OTHER_UUID]
     assert report.gpus[1].processes[0].name == "python3"
     assert report.error is None
@@ -263,17 +263,17 @@ async def test_one_lost_gpu_does_not_hide_the_others(host: ShellHost) -> None:
     assert host.calls[1][2].count(" -i ") == MAX_GPUS_ASKED_SINGLY
 
 
-async def test_not_on_the_path(host: ShellHost) -> None:
+async def test_nvidia_smi_outside_the_path_is_found(host: ShellHost) -> None:
     if shutil.which("nvidia-smi", path=EXTRA_SEARCH_PATH):
         pytest.skip("there is a real one on this machine")
-    report = await asked(host)
+    report = await probe(host)
     assert [finding.code for finding in report.findings] == ["nvidia-smi-missing"]
     assert report.hostname == "af4a84245990"
 
 
-async def test_a_hung_driver_is_told_from_a_slow_one(host: ShellHost) -> None:
+async def test_a_hung_driver_and_a_slow_one_differ(host: ShellHost) -> None:
     host.command("nvidia-smi", "exec sleep 600")
-    report = await asked(host, 0.3)
+    report = await probe(host, 0.3)
     (finding,) = report.findings
     assert (finding.code, finding.severity) == ("driver-hung", ERROR)
     assert "0.3 s" in finding.message
@@ -292,7 +292,7 @@ async def test_a_host_without_sessions_says_that_gpus_are_unknown() -> None:
     assert report.error == "ssh.runpod.io runs no commands"
 
 
-async def test_a_tunnel_that_is_down_is_no_second_finding() -> None:
+async def test_a_tunnel_that_is_down_gives_no_second_finding() -> None:
     async def down(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         raise TunnelDown("the tunnel is backoff")
 
@@ -300,11 +300,11 @@ async def test_a_tunnel_that_is_down_is_no_second_finding() -> None:
     assert (report.findings, report.error) == ((), "the tunnel is backoff")
 
 
-async def test_names_from_a_host_are_harmless(host: ShellHost) -> None:
+async def test_names_from_a_host_are_made_printable(host: ShellHost) -> None:
     host.command("hostname", r"printf '\033]0;owned\007box\n'")
     hostile = row(name="\x1b[2J\x1b[31mNVIDIA\x1b]0;owned\x07 GeForce RTX 4090\x9b5m\u202e")
     host.nvidia_smi(SmiAnswer(f"{UUID}, 1, \x1b[31mrm -rf\x1b[0m, 5\n", when=APPS), SmiAnswer(hostile))
-    report = await asked(host)
+    report = await probe(host)
     (gpu,) = report.gpus
     assert gpu.name == "NVIDIA GeForce RTX 4090"
     assert gpu.processes[0].name == "rm -rf"
@@ -324,7 +324,7 @@ async def test_names_from_a_host_are_harmless(host: ShellHost) -> None:
 async def test_a_hostname_is_a_name_or_unknown(host: ShellHost, said: str, name: str | None) -> None:
     host.command("hostname", f"echo '{said}'")
     host.nvidia_smi(SmiAnswer(row()))
-    assert (await asked(host)).hostname == name
+    assert (await probe(host)).hostname == name
 
 
 async def test_several_faults_of_several_gpus_are_one_finding_of_a_kind(host: ShellHost) -> None:
@@ -334,22 +334,22 @@ async def test_several_faults_of_several_gpus_are_one_finding_of_a_kind(host: Sh
         row(**off, index="1", uuid=OTHER_UUID, clocks_throttle_reasons_active="0x20", fan_speed="ERR!"),
     )
     host.nvidia_smi(SmiAnswer("", when=APPS), SmiAnswer("\n".join(rows)))
-    report = await asked(host)
+    report = await probe(host)
     assert [finding.code for finding in report.findings] == ["gpu-faulty", "gpu-throttled", "persistence-off"]
     assert report.findings[2].message.startswith("GPUs 0, 1: ")
     assert report.findings[1].message.startswith("GPU 1: ")
 
 
-async def test_a_slow_host_costs_no_more_than_its_time(host: ShellHost) -> None:
+async def test_a_slow_host_takes_no_longer_than_the_timeout(host: ShellHost) -> None:
     host.command("nvidia-smi", "exec sleep 600")
     loop = asyncio.get_running_loop()
     began = loop.time()
-    await asked(host, 0.2)
+    await probe(host, 0.2)
     assert loop.time() - began < 10.0
 
 
 @pytest.mark.parametrize("status", [1, 127])
-async def test_a_shell_that_runs_nothing_is_no_missing_nvidia_smi(status: int) -> None:
+async def test_a_shell_that_runs_no_command_is_not_a_missing_nvidia_smi(status: int) -> None:
     async def run(argv: Sequence[str], *, timeout_s: float) -> ExecResult:
         del argv, timeout_s
         return ExecResult(status, b"", b"This account is currently not available.\n")

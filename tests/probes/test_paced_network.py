@@ -29,18 +29,18 @@ SMALL_PARTS = {
 }
 
 
-async def warmed(client: httpx.AsyncClient) -> None:
+async def warm_client(client: httpx.AsyncClient) -> None:
     """What is imported at the first request is no cost of an answer."""
     with HostileServer(lambda _: iter([json_answer({})])) as server:
         assert (await client.get(server.url)).json() == {}
 
 
 @pytest.mark.parametrize("part", [*UNFINISHED_ANSWERS, *SMALL_PARTS])
-async def test_whatever_a_server_sends_others_have_their_turn(part: str) -> None:
+async def test_other_tasks_run_whatever_a_server_sends(part: str) -> None:
     start, unit = {**UNFINISHED_ANSWERS, **SMALL_PARTS}[part]
     with HostileServer(lambda _: repeat_bytes(start, unit)) as server:
         async with http_client() as client:
-            await warmed(client)
+            await warm_client(client)
             async with track_longest_loop_turn() as turn:
                 with pytest.raises((ProbeError, TimeoutError)):
                     async with asyncio.timeout(1.5):
@@ -58,7 +58,7 @@ async def test_a_body_has_a_bound_whatever_its_head_says() -> None:
         assert server.sent < BODY_LIMIT + (16 << 20)
 
 
-async def test_nothing_is_unpacked() -> None:
+async def test_compressed_bodies_are_not_unpacked() -> None:
     bomb = gzip.compress(b"x" * (64 << 20))
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
     heads: list[bytes] = []

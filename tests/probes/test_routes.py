@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +22,7 @@ PATIENCE_S = 20.0
 SSH = SshSpec("127.0.0.1", 22)
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as made:
-        yield made
-
-
-def behind(
+def ssh_node(
     *urls: str, ports: tuple[int, ...] = (), ssh: SshSpec | None = SSH, **changes: Any
 ) -> tuple[NodeSpec, NodeState]:
     """An SSH node whose tunnel ends at ``urls``; ``ports`` are its targets' on the host. The first is in use."""
@@ -46,15 +39,15 @@ def behind(
     return NodeSpec("iceland", BackendSpec(targets=targets, **changes), ssh=ssh), state
 
 
-async def asked(client: httpx.AsyncClient, node: tuple[NodeSpec, NodeState], **more: Any) -> tuple[RouteState, ...]:
+async def probe(client: httpx.AsyncClient, node: tuple[NodeSpec, NodeState], **more: Any) -> tuple[RouteState, ...]:
     return await probe_routes(client, *node, **{"api_key": None, "timeout_s": PATIENCE_S, **more})
 
 
 # -- which ways there are --------------------------------------------------------------------------------------------
 
 
-def test_candidates_first_then_the_hosts_own_address() -> None:
-    spec, state = behind("http://127.0.0.1:40001", "http://127.0.0.1:40002", ssh=SshSpec("203.0.113.7", 13323))
+def test_the_candidates_come_before_the_hosts_own_address() -> None:
+    spec, state = ssh_node("http://127.0.0.1:40001", "http://127.0.0.1:40002", ssh=SshSpec("203.0.113.7", 13323))
     assert [(way.target.port, way.url, way.via, way.offered) for way in list_backend_routes(spec, state)] == [
         (1, "http://127.0.0.1:40001", "sshtunnel", False),
         (2, "http://127.0.0.1:40002", "sshtunnel", False),
@@ -73,27 +66,27 @@ def test_candidates_first_then_the_hosts_own_address() -> None:
     ],
 )
 def test_no_address_is_guessed(ssh: SshSpec | None) -> None:
-    spec, state = behind("http://127.0.0.1:40001", ssh=ssh)
+    spec, state = ssh_node("http://127.0.0.1:40001", ssh=ssh)
     assert [way.offered for way in list_backend_routes(spec, state)] == [False]
 
 
-def test_a_server_on_another_machine_of_the_hosts_network_is_not_asked_for_here() -> None:
-    spec, state = behind("http://127.0.0.1:40001")
+def test_a_server_elsewhere_in_the_hosts_network_is_not_offered() -> None:
+    spec, state = ssh_node("http://127.0.0.1:40001")
     there = replace(spec, backend=BackendSpec(targets=(Target("10.0.0.7", 80),)))
     assert [way.offered for way in list_backend_routes(there, replace(state, routes=()))] == []
 
 
-def test_what_has_no_url_now_is_no_way() -> None:
-    spec, state = behind("http://127.0.0.1:40001", ssh=None)
+def test_a_candidate_without_a_url_is_no_route() -> None:
+    spec, state = ssh_node("http://127.0.0.1:40001", ssh=None)
     assert list_backend_routes(spec, replace(state, routes=())) == ()
 
 
 # -- what they lead to -----------------------------------------------------------------------------------------------
 
 
-async def test_each_candidate_is_told_by_itself(client: httpx.AsyncClient) -> None:
+async def test_each_candidate_has_its_own_state(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
-        found = await asked(client, behind(one.url, two.url, "http://127.0.0.1:1", ssh=None))
+        found = await probe(client, ssh_node(one.url, two.url, "http://127.0.0.1:1", ssh=None))
     first, second, dead = found
     assert [route.state for route in found] == [BackendPhase.UP, BackendPhase.UP, BackendPhase.DOWN]
     assert first.latency_ms is not None
@@ -106,29 +99,29 @@ async def test_each_candidate_is_told_by_itself(client: httpx.AsyncClient) -> No
     assert dead.error.startswith("http://127.0.0.1:3: ")
 
 
-async def test_two_ways_to_one_server_have_one_store(client: httpx.AsyncClient) -> None:
+async def test_two_routes_to_one_server_have_one_store(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one:
-        first, second = await asked(client, behind(one.url, one.url, ssh=None))
+        first, second = await probe(client, ssh_node(one.url, one.url, ssh=None))
     assert first.store == second.store is not None
 
 
-async def test_the_way_without_ssh_is_told_when_it_leads_to_the_same_server(client: httpx.AsyncClient) -> None:
+async def test_a_route_without_ssh_is_reported_when_it_leads_to_the_same_server(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one:
-        _, direct = await asked(client, behind(one.url, ports=(one.port,)))
+        _, direct = await probe(client, ssh_node(one.url, ports=(one.port,)))
     assert (direct.via, direct.offered, direct.exposed) == ("direct", True, False)
     assert (direct.target, direct.url) == (one.url, one.url), "it is another place than the target on the host"
     assert direct.latency_ms is not None
 
 
-async def test_another_server_at_that_address_is_not_the_nodes(client: httpx.AsyncClient) -> None:
+async def test_a_route_without_ssh_to_another_server_is_not_reported(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
-        (only,) = await asked(client, behind(one.url, ports=(two.port,)))
+        (only,) = await probe(client, ssh_node(one.url, ports=(two.port,)))
     assert not only.offered
 
 
-async def test_nobody_at_that_address_is_nothing_to_tell(client: httpx.AsyncClient) -> None:
+async def test_a_route_without_ssh_to_no_server_is_not_reported(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one:
-        (only,) = await asked(client, behind(one.url, ports=(1,)))
+        (only,) = await probe(client, ssh_node(one.url, ports=(1,)))
     assert only.state is BackendPhase.UP
 
 
@@ -139,11 +132,11 @@ async def test_without_a_store_this_machines_own_server_is_not_taken_for_the_hos
         await exchange.send(whole_response(json.dumps({"data": [{"id": "tiny"}]}).encode()))
 
     async with serve(script) as server:
-        (only,) = await asked(client, behind(server.url, ports=(server.port,), kind=BackendKind.OPENAI))
+        (only,) = await probe(client, ssh_node(server.url, ports=(server.port,), kind=BackendKind.OPENAI))
     assert not only.offered
 
 
-async def test_no_key_goes_the_way_that_nobody_chose(client: httpx.AsyncClient) -> None:
+async def test_no_key_is_sent_by_a_route_that_is_not_in_mesh_yaml(client: httpx.AsyncClient) -> None:
     keys: dict[str, set[bool]] = {"chosen": set(), "offered": set()}
 
     async def script(exchange: Exchange, name: str) -> None:
@@ -155,7 +148,7 @@ async def test_no_key_goes_the_way_that_nobody_chose(client: httpx.AsyncClient) 
         serve(lambda exchange: script(exchange, "chosen")) as chosen,
         serve(lambda exchange: script(exchange, "offered")) as offered,
     ):
-        _, direct = await asked(client, behind(chosen.url, ports=(offered.port,)), api_key="secret")
+        _, direct = await probe(client, ssh_node(chosen.url, ports=(offered.port,)), api_key="secret")
     assert direct.offered
     assert keys == {"chosen": {True}, "offered": {False}}
 
@@ -168,17 +161,17 @@ async def test_a_server_of_another_kind_is_recognised(client: httpx.AsyncClient)
             await exchange.send(whole_response(b'{"error":{"message":"not found"}}', status="404 Not Found"))
 
     async with serve(script) as server:
-        spec, state = behind(server.url, ssh=None, kind=BackendKind.OLLAMA)
-        (only,) = await asked(client, (spec, replace(state, backend=BackendState("ollama"))))
+        spec, state = ssh_node(server.url, ssh=None, kind=BackendKind.OLLAMA)
+        (only,) = await probe(client, (spec, replace(state, backend=BackendState("ollama"))))
     assert (only.state, only.error_code, only.kind) == (BackendPhase.DOWN, "wrong-server", "openai")
 
 
-async def test_a_way_that_hangs_costs_no_more_than_its_time(client: httpx.AsyncClient) -> None:
+async def test_a_route_that_hangs_takes_no_longer_than_the_timeout(client: httpx.AsyncClient) -> None:
     async with SimOllama(profile.make_host("one")) as one, SimOllama(profile.make_host("two")) as two:
         await two.set_faults(profile.Faults(hang=True))
         loop = asyncio.get_running_loop()
         began = loop.time()
-        first, second = await asked(client, behind(one.url, two.url, ssh=None), timeout_s=1.0)
+        first, second = await probe(client, ssh_node(one.url, two.url, ssh=None), timeout_s=1.0)
         assert loop.time() - began < 15.0
     assert (first.state, second.state) == (BackendPhase.UP, BackendPhase.DOWN)
     assert first.latency_ms is not None, "it was measured all the same"
@@ -186,7 +179,7 @@ async def test_a_way_that_hangs_costs_no_more_than_its_time(client: httpx.AsyncC
     assert "1 s" in second.error
 
 
-async def test_the_time_is_the_middle_one_of_several(client: httpx.AsyncClient) -> None:
+async def test_the_latency_is_the_median_of_several_round_trips(client: httpx.AsyncClient) -> None:
     """One slow answer among them does not make a way slow."""
     delays = iter([0.0] * 3 + [0.0, 1.0] + [0.0] * 50)
 
@@ -196,7 +189,7 @@ async def test_the_time_is_the_middle_one_of_several(client: httpx.AsyncClient) 
 
     server: ScriptedServer
     async with serve(script) as server:
-        (only,) = await asked(client, behind(server.url, ssh=None))
+        (only,) = await probe(client, ssh_node(server.url, ssh=None))
     assert only.latency_ms is not None
     assert only.latency_ms < 900.0
 
@@ -212,5 +205,5 @@ async def test_the_time_is_the_middle_one_of_several(client: httpx.AsyncClient) 
         ("http://[2606:4700::1111]:80", True),
     ],
 )
-async def test_what_the_whole_internet_can_reach(url: str, public: bool) -> None:
+async def test_public_addresses(url: str, public: bool) -> None:
     assert await routes._is_public(url) is public

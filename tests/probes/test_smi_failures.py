@@ -30,24 +30,24 @@ WORDS = st.sampled_from(
 
 
 @pytest.mark.parametrize("status", [OK, INFOROM])
-def test_a_table_is_no_failure(status: int) -> None:
+def test_a_table_is_not_a_failure(status: int) -> None:
     assert classify_failure(CommandOutput(status, row().encode())) is None
 
 
 @pytest.mark.parametrize("status", [NOT_FOUND, NOT_EXECUTABLE])
-def test_a_missing_tool_is_a_remark_more_than_an_error(status: int) -> None:
+def test_a_missing_nvidia_smi_is_a_warning(status: int) -> None:
     found = classify_failure(CommandOutput(status, b""))
     assert found is not None
     assert (found.code, found.severity) == ("nvidia-smi-missing", "warning")
 
 
-def test_ended_by_a_signal() -> None:
+def test_nvidia_smi_that_a_signal_ended() -> None:
     found = classify_failure(CommandOutput(None, b""))
     assert found is not None
     assert (found.code, found.message) == ("driver-broken", "nvidia-smi was ended by a signal")
 
 
-def test_only_a_lost_gpu_leaves_others_to_be_asked() -> None:
+def test_only_a_lost_gpu_leaves_other_gpus_usable() -> None:
     texts = (b"GPU is lost", b"No devices were found", b"Failed to initialize NVML: Unknown Error", b"")
     found = [classify_failure(CommandOutput(1, text)) for text in texts]
     assert [one.affects_whole_host for one in found if one] == [False, True, True, True]

@@ -61,14 +61,14 @@ def one(text: str) -> GpuState:
 
 @pytest.mark.parametrize("field", NUMBERS)
 @pytest.mark.parametrize("said", UNKNOWNS)
-def test_what_is_no_number_is_unknown(field: str, said: str) -> None:
+def test_a_value_that_is_not_a_number_is_unknown(field: str, said: str) -> None:
     gpu = one(row(**{field.replace(".", "_"): said}))
     assert getattr(gpu, NUMBERS[field]) is None
     assert gpu.uuid == UUID
 
 
 @pytest.mark.parametrize("said", WORDLESS)
-def test_words_that_say_nothing_are_unknown(said: str) -> None:
+def test_a_text_that_stands_for_no_value_is_unknown(said: str) -> None:
     table = read_gpus(row(pci_bus_id=said, driver_version=said, name=said).encode())
     assert (table.driver, table.gpus[0].pci_bus_id, table.gpus[0].name) == (None, None, "unknown GPU")
 
@@ -105,7 +105,7 @@ def test_reasons_of_throttling(mask: str, said: str) -> None:
     assert one(row(clocks_throttle_reasons_active=mask)).throttle == said
 
 
-def test_the_old_query_has_the_rest_unknown() -> None:
+def test_fields_that_the_old_query_lacks_are_unknown() -> None:
     (gpu,) = read_gpus(old_row().encode(), OLD_FIELDS).gpus
     assert (gpu.memory_used_mib, gpu.temperature_c) == (5632, 61)
     assert (gpu.power_w, gpu.fan_pct, gpu.throttle, gpu.persistence) == (None, None, None, None)
@@ -116,7 +116,7 @@ def test_a_name_with_commas() -> None:
     assert (gpu.name, gpu.memory_total_mib) == ("NVIDIA RTX 4090, special, edition", 24564)
 
 
-def test_warnings_between_rows_are_passed_over() -> None:
+def test_warnings_between_rows_are_skipped() -> None:
     table = read_gpus(f"WARNING: something\n{row()}\n\nWARNING: infoROM is corrupted at gpu 0000:01:00.0\n".encode())
     assert len(table.gpus) == 1
     assert table.unread_line == "WARNING: something"
@@ -128,7 +128,7 @@ def test_carriage_returns_and_missing_line_end() -> None:
 
 
 @pytest.mark.parametrize("said", ["[N/A]", "", "GARBAGE"])
-def test_a_gpu_without_uuid_is_nobody_elses(said: str) -> None:
+def test_a_gpu_without_uuid_gets_one_of_its_own(said: str) -> None:
     here, there = (read_gpus(row(uuid=said).encode(), hostname=name).gpus[0].uuid for name in ("one", "other"))
     assert here != there
     assert "01:00.0" in here
@@ -136,7 +136,7 @@ def test_a_gpu_without_uuid_is_nobody_elses(said: str) -> None:
     assert len({gpu.uuid for gpu in two.gpus}) == 2
 
 
-def test_a_gpu_that_is_told_twice_counts_once() -> None:
+def test_a_gpu_that_is_listed_twice_counts_once() -> None:
     assert len(read_gpus(f"{row()}\n{row()}".encode()).gpus) == 1
 
 
@@ -151,7 +151,7 @@ def test_the_driver_is_read_from_any_row() -> None:
 
 
 @pytest.mark.parametrize("text", ["hello", ",".join("a" * 18), ", " * 17, "0,1,2"])
-def test_a_line_that_is_no_row(text: str) -> None:
+def test_a_line_that_is_not_a_row_is_skipped(text: str) -> None:
     table = read_gpus(text.encode())
     assert table.gpus == ()
     assert table.unread_line
@@ -173,7 +173,7 @@ def test_process_names_hold_blanks_and_commas() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "No running processes found\n", f"{UUID}, x, name, 5", f"{UUID}, -4, name, 5"])
-def test_lines_that_are_no_process(text: str) -> None:
+def test_lines_that_are_not_a_process_are_skipped(text: str) -> None:
     assert read_processes(text.encode()) == {}
 
 
@@ -190,7 +190,7 @@ VALUE = st.sampled_from((*UNKNOWNS, "0", "5", "99999999999", "0x41", "P2", "GPU-
 LINES = st.lists(st.lists(VALUE, min_size=1, max_size=22).map(", ".join), max_size=6).map("\n".join)
 
 
-def harmless(table: GpuTable) -> None:
+def assert_printable(table: GpuTable) -> None:
     assert len({gpu.uuid for gpu in table.gpus}) == len(table.gpus)
     for gpu in table.gpus:
         for said in (gpu.name, gpu.uuid, gpu.pci_bus_id or "", gpu.pstate or "", gpu.throttle or ""):
@@ -204,23 +204,23 @@ def harmless(table: GpuTable) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=400) | LINES.map(str.encode))
-def test_garbage_never_crashes(output: bytes) -> None:
+def test_no_output_raises(output: bytes) -> None:
     for fields in (FIELDS, OLD_FIELDS):
-        harmless(read_gpus(output, fields))
+        assert_printable(read_gpus(output, fields))
     for processes in read_processes(output).values():
         assert all(process.name.isprintable() and process.pid >= 0 for process in processes)
 
 
 @settings(deadline=None)
 @given(st.integers(0, len(row())), st.binary(max_size=8))
-def test_a_good_row_spoilt_anywhere_never_crashes(place: int, noise: bytes) -> None:
+def test_a_row_with_noise_anywhere_never_raises(place: int, noise: bytes) -> None:
     good = row().encode()
-    harmless(read_gpus(good[:place] + noise + good[place:]))
-    harmless(read_gpus(good[:place]))
+    assert_printable(read_gpus(good[:place] + noise + good[place:]))
+    assert_printable(read_gpus(good[:place]))
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_characters=",\n")), min_size=len(FIELDS), max_size=30))
-def test_a_row_has_all_fields_or_is_none(parts: list[str]) -> None:
+def test_a_row_has_all_fields_or_is_not_read(parts: list[str]) -> None:
     read = split_row(",".join(parts), FIELDS)
     assert read is not None
     assert set(read) == set(FIELDS)
@@ -230,7 +230,7 @@ def test_a_row_has_all_fields_or_is_none(parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", [b"\n", b"0,\n", b", ".join([b"1"] * len(FIELDS)) + b"\n", b"a" * 100, b","])
-def test_whatever_a_host_prints_without_end_costs_little(line: bytes) -> None:
+def test_endless_output_of_any_kind_is_read_quickly(line: bytes) -> None:
     output = line * ((1 << 20) // len(line))
     began = time.thread_time()
     read_gpus(output, FIELDS, hostname="h")
@@ -255,14 +255,14 @@ def test_whatever_a_host_prints_without_end_costs_little(line: bytes) -> None:
         ("fan_speed", "fan_pct", "1000"),
     ],
 )
-def test_what_no_gpu_has_is_unknown(field: str, attribute: str, said: str) -> None:
+def test_a_figure_that_no_gpu_has_is_unknown(field: str, attribute: str, said: str) -> None:
     """A pool's total would be that figure, or all of the others' requests go where nobody works."""
     assert getattr(one(row()), attribute) is not None
     assert getattr(one(row(**{field: said})), attribute) is None
 
 
 @pytest.mark.parametrize("said", ["${HOME}", "`id`", "$(id)", "-rf", "a b", "²", "x" * 41, ""])
-def test_a_drivers_version_is_one(said: str) -> None:
+def test_only_a_version_is_read_as_a_driver(said: str) -> None:
     """`audit --write` writes it into mesh.yaml."""
     assert read_gpus(row(driver_version=said).encode()).driver is None
     assert read_gpus(row(driver_version="550.54.15").encode()).driver == "550.54.15"

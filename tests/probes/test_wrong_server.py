@@ -105,7 +105,7 @@ async def test_https_to_a_port_that_speaks_plain_http(client: httpx.AsyncClient)
     assert "url: http://127.0.0.1" in (finding.hint or "")
 
 
-async def test_a_certificate_that_nobody_vouches_for(client: httpx.AsyncClient, certificate: Path) -> None:
+async def test_a_certificate_of_no_known_authority(client: httpx.AsyncClient, certificate: Path) -> None:
     async with tls_server(certificate) as port:
         finding = await finding_of(client, f"https://127.0.0.1:{port}")
     assert finding.code == "tls-refused"

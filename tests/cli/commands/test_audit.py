@@ -23,15 +23,15 @@ def by_code(document: Any) -> dict[str, Any]:
     return {finding["code"]: finding for finding in document["findings"]}
 
 
-def expected(two: SimulatedMesh, name: str, **changes: Any) -> dict[str, Any]:
+def node_as_expected(two: SimulatedMesh, name: str, **changes: Any) -> dict[str, Any]:
     """A host's entry with all that is true of it expected, but for ``changes``."""
     made = two.hosts[name].profile
     truth = {"hostname": made.hostname, "gpus": 1, "gpu": GPU_4090, "vram_mib": 24564, "models": [MODEL]}
     return two.node(name, expect={**truth, **changes})
 
 
-async def test_all_is_as_expected(two: SimulatedMesh) -> None:
-    two.write([expected(two, "alpha"), expected(two, "beta")])
+async def test_a_mesh_as_expected_has_no_findings(two: SimulatedMesh) -> None:
+    two.write([node_as_expected(two, "alpha"), node_as_expected(two, "beta")])
     ended = await two.gpumesh("audit", code=0)
     assert ended.err == ""
     assert ended.out.endswith("all is as mesh.yaml says\n")
@@ -49,9 +49,11 @@ async def test_all_is_as_expected(two: SimulatedMesh) -> None:
     assert "mesh.yaml is as it should be" in nothing.out
 
 
-async def test_what_differs_is_corrected_and_what_is_ill_is_not(two: SimulatedMesh) -> None:
-    wrong = expected(two, "alpha", hostname="af4a84245990", gpus=2, gpu="NVIDIA GeForce RTX 3090", vram_mib=24576)
-    file = two.write([wrong, expected(two, "beta", models=[MODEL, "llama3:70b"])])
+async def test_write_corrects_the_file_and_not_the_faults_of_hosts(two: SimulatedMesh) -> None:
+    wrong = node_as_expected(
+        two, "alpha", hostname="af4a84245990", gpus=2, gpu="NVIDIA GeForce RTX 3090", vram_mib=24576
+    )
+    file = two.write([wrong, node_as_expected(two, "beta", models=[MODEL, "llama3:70b"])])
     before = file.read_text()
     await two.hosts["beta"].set_faults(Faults(nvidia_smi=SmiMode.NO_DRIVER))
 
@@ -95,8 +97,8 @@ async def test_what_differs_is_corrected_and_what_is_ill_is_not(two: SimulatedMe
     assert set(left) == {"model-missing"}
 
 
-async def test_it_asks_on_a_terminal(two: SimulatedMesh) -> None:
-    file = two.write([expected(two, "alpha", gpus=3)])
+async def test_write_asks_on_a_terminal(two: SimulatedMesh) -> None:
+    file = two.write([node_as_expected(two, "alpha", gpus=3)])
     before = file.read_text()
     async with terminal(two.gpumesh, "audit", "--write") as asking:
         await asking.wait_for_text("[y/N]")
@@ -115,8 +117,8 @@ async def test_it_asks_on_a_terminal(two: SimulatedMesh) -> None:
     assert "\x1b[3" not in plain.written
 
 
-async def test_over_a_mesh_that_runs(two: SimulatedMesh) -> None:
-    file = two.write([expected(two, "alpha", gpus=3), expected(two, "beta")])
+async def test_audit_of_a_running_mesh(two: SimulatedMesh) -> None:
+    file = two.write([node_as_expected(two, "alpha", gpus=3), node_as_expected(two, "beta")])
     await two.gpumesh("up", "-d")
     document = (await two.gpumesh("audit", "--json", code=3)).json()
     assert set(by_code(document)) == {"gpu-count"}
@@ -144,7 +146,7 @@ async def test_candidates_are_compared(direct: SimulatedMesh) -> None:
     assert [way["state"] for way in document["nodes"][0]["routes"]] == ["up", "up", "down"]
 
 
-async def test_a_server_of_another_kind_is_named_in_the_file(direct: SimulatedMesh, gpumesh: Gpumesh) -> None:
+async def test_write_corrects_the_kind_of_a_server(direct: SimulatedMesh, gpumesh: Gpumesh) -> None:
     """The stand-in without its native API is what llama-server is to a mesh.yaml that says ollama."""
     await direct.hosts["alpha"].set_faults(Faults(status=404, paths=("/api",)))
     file = direct.write([direct.node("alpha")])
@@ -154,7 +156,7 @@ async def test_a_server_of_another_kind_is_named_in_the_file(direct: SimulatedMe
     await gpumesh("audit", code=0)
 
 
-async def test_what_cannot_be_written_is_left_to_a_person(two: SimulatedMesh) -> None:
+async def test_a_change_that_cannot_be_written_is_left_to_a_person(two: SimulatedMesh) -> None:
     file = two.gpumesh.config
     ssh = json.dumps(dict(two.ssh))
     node = two.node("alpha")
@@ -170,7 +172,7 @@ async def test_what_cannot_be_written_is_left_to_a_person(two: SimulatedMesh) ->
     assert file.read_text() == text
 
 
-async def test_comments_and_everything_else_stay(two: SimulatedMesh, tmp_path: Path) -> None:
+async def test_write_keeps_comments_and_everything_else(two: SimulatedMesh, tmp_path: Path) -> None:
     node = two.node("alpha")
     text = (
         "# The GPUs of a person who writes comments.\r\nversion: 1\r\n\r\ndefaults:\r\n"
@@ -192,7 +194,7 @@ async def test_comments_and_everything_else_stay(two: SimulatedMesh, tmp_path: P
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-async def test_nobody_can_be_reached(gpumesh: Gpumesh) -> None:
+async def test_write_switches_nothing_off_when_no_node_can_be_reached(gpumesh: Gpumesh) -> None:
     """Then it is this machine's network, and nothing is written off."""
     nodes = [{"name": name, "backend": {"url": f"http://127.0.0.1:{port}"}} for name, port in (("a", 1), ("b", 2))]
     gpumesh.config.write_text(json.dumps({"nodes": nodes}))
@@ -203,7 +205,7 @@ async def test_nobody_can_be_reached(gpumesh: Gpumesh) -> None:
     assert edit.read(gpumesh.config) == before
 
 
-async def test_a_host_that_says_nothing_is_a_finding_in_time(two: SimulatedMesh) -> None:
+async def test_a_silent_host_is_a_finding_in_time(two: SimulatedMesh) -> None:
     """However patient mesh.yaml is: who asks now is told by now. The others are looked at meanwhile."""
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -214,7 +216,7 @@ async def test_a_host_that_says_nothing_is_a_finding_in_time(two: SimulatedMesh)
     async with server:
         hung = two.node("beta")
         hung["ssh"] = {"host": "127.0.0.1", "port": server.sockets[0].getsockname()[1], "connect_timeout": "60s"}
-        two.write([expected(two, "alpha"), hung])
+        two.write([node_as_expected(two, "alpha"), hung])
         ended = await two.gpumesh("audit", "--json", code=3)
     document = ended.json()
     (finding,) = document["findings"]
@@ -225,7 +227,7 @@ async def test_a_host_that_says_nothing_is_a_finding_in_time(two: SimulatedMesh)
     assert ended.wall_s < 30.0
 
 
-async def test_usage(gpumesh: Gpumesh) -> None:
+async def test_wrong_usage_is_refused(gpumesh: Gpumesh) -> None:
     gpumesh.config.write_text("nodes: [{name: a, backend: {url: 'http://127.0.0.1:1'}}]")
     assert "--yes belongs to --write" in (await gpumesh("audit", "--yes", code=2)).err
     gpumesh.config.write_text("nodes: [{nmae: a}]")

@@ -30,11 +30,11 @@ async def fleet(gpumesh: Gpumesh) -> AsyncIterator[SimulatedMesh]:
         await gpumesh("down")
 
 
-def stored(made: SimulatedMesh, name: str) -> set[str]:
+def stored_models(made: SimulatedMesh, name: str) -> set[str]:
     return set(made.hosts[name].backend.engine.store)
 
 
-async def test_one_table_over_the_fleet(fleet: SimulatedMesh) -> None:
+async def test_list_is_one_table_over_the_fleet(fleet: SimulatedMesh) -> None:
     gpumesh = fleet.gpumesh
     await gpumesh("models", "load", "qwen2.5:7b", "-n", "gamma", "--keep-alive", "30m")
     ended = await gpumesh("models")
@@ -62,7 +62,7 @@ async def test_one_table_over_the_fleet(fleet: SimulatedMesh) -> None:
     assert "qwen2.5:7b" in ended.out
 
 
-async def test_a_node_that_is_away_is_named(gpumesh: Gpumesh) -> None:
+async def test_list_names_a_node_that_is_down(gpumesh: Gpumesh) -> None:
     async with simulated_mesh(gpumesh, quick_host("alpha", ssh=False), quick_host("beta", ssh=False)) as made:
         await made.hosts["beta"].set_faults(Faults(refuse=True))
         ended = await gpumesh("models")
@@ -71,7 +71,7 @@ async def test_a_node_that_is_away_is_named(gpumesh: Gpumesh) -> None:
         assert (await gpumesh("models", "list", "-q")).err == ""
 
 
-async def test_pull_to_several_nodes_with_progress_for_each(fleet: SimulatedMesh) -> None:
+async def test_pull_shows_progress_for_each_node(fleet: SimulatedMesh) -> None:
     ended = await fleet.gpumesh("models", "pull", "phi4:latest", "-n", "alpha", "-n", "beta")
     assert sorted(ended.out.splitlines()) == ["alpha: phi4:latest pulled", "beta: phi4:latest pulled"]
     for name in ("alpha", "beta"):
@@ -79,15 +79,15 @@ async def test_pull_to_several_nodes_with_progress_for_each(fleet: SimulatedMesh
         assert steps[0] == "pulling manifest"
         assert [step.split()[-2] for step in steps if step.endswith("%")] == [str(n) for n in range(0, 101, 10)]
         assert steps[-1] == "success"
-        assert "phi4:latest" in stored(fleet, name)
-    assert "phi4:latest" not in stored(fleet, "gamma")
+        assert "phi4:latest" in stored_models(fleet, name)
+    assert "phi4:latest" not in stored_models(fleet, "gamma")
     assert "phi4" in (await fleet.gpumesh("models")).out, "it is there at once"
     ended = await fleet.gpumesh("models", "pull", "a:1", "b:1", "--all", "-q")
     assert len(ended.out.splitlines()) == 6
     assert ended.err == ""
 
 
-async def test_progress_on_a_terminal(fleet: SimulatedMesh) -> None:
+async def test_pull_draws_bars_on_a_terminal(fleet: SimulatedMesh) -> None:
     async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all") as shown:
         assert await shown.wait_exit() == 0
         for name in ("alpha", "beta", "gamma"):
@@ -101,7 +101,7 @@ async def test_progress_on_a_terminal(fleet: SimulatedMesh) -> None:
     assert len(out.read_text().splitlines()) == 3
 
 
-async def test_one_that_fails_does_not_stop_the_others(fleet: SimulatedMesh) -> None:
+async def test_a_node_where_the_pull_fails_does_not_stop_the_others(fleet: SimulatedMesh) -> None:
     await fleet.hosts["beta"].set_faults(Faults(status=500, paths=("/api/pull",)))
     ended = await fleet.gpumesh("models", "pull", "phi4", "--all", code=1)
     assert sorted(ended.out.splitlines()) == ["alpha: phi4 pulled", "gamma: phi4 pulled"]
@@ -126,12 +126,12 @@ async def test_rm_load_unload(fleet: SimulatedMesh) -> None:
     await gpumesh("models", "unload", "qwen2.5:7b", "--all")
     assert [loaded(name) for name in ("alpha", "beta", "gamma")] == [set(), set(), set()]
     await gpumesh("models", "rm", "llama3.1:8b")
-    assert stored(fleet, "beta") == {"qwen2.5:7b"}
+    assert stored_models(fleet, "beta") == {"qwen2.5:7b"}
     ended = await gpumesh("models", "rm", "qwen2.5:7b", code=2)
     assert "on which node?" in ended.err
     assert "--all for 3 nodes" in ended.err
     await gpumesh("models", "rm", "qwen2.5:7b", "--all")
-    assert stored(fleet, "gamma") == set()
+    assert stored_models(fleet, "gamma") == set()
 
 
 async def test_sync(fleet: SimulatedMesh) -> None:
@@ -144,10 +144,10 @@ async def test_sync(fleet: SimulatedMesh) -> None:
         "gamma: nomic-embed-text:latest would be pulled",
         "gamma: phi3:latest would be pulled",
     ]
-    assert "phi3:latest" not in stored(fleet, "gamma")
+    assert "phi3:latest" not in stored_models(fleet, "gamma")
     ended = await gpumesh("models", "sync", "phi3", "--from", "alpha")
     assert sorted(ended.out.splitlines()) == ["beta: phi3:latest pulled", "gamma: phi3:latest pulled"]
-    assert {"phi3:latest"} == stored(fleet, "beta") & stored(fleet, "gamma") - {"qwen2.5:7b"}
+    assert {"phi3:latest"} == stored_models(fleet, "beta") & stored_models(fleet, "gamma") - {"qwen2.5:7b"}
     ended = await gpumesh("models", "sync", "phi3", "--from", "alpha", "-n", "gamma")
     assert ended.err == "nothing to do: the others have all that alpha has\n"
     ended = await gpumesh("models", "sync", "qwen2.5:7b", "--from", "alpha")
@@ -169,7 +169,7 @@ async def test_sync(fleet: SimulatedMesh) -> None:
         (["list", "extra"], 2, "unexpected extra argument"),
     ],
 )
-async def test_what_is_refused(fleet: SimulatedMesh, arguments: list[str], code: int, said: str) -> None:
+async def test_wrong_arguments_are_refused(fleet: SimulatedMesh, arguments: list[str], code: int, said: str) -> None:
     ended = await fleet.gpumesh("models", *arguments, code=code)
     assert said in ended.err
     assert ended.out == ""

@@ -34,14 +34,14 @@ from tests.audit.build import (
 from tests.probes.shell_host import row
 
 
-def compared(*pairs: tuple[NodeSpec, NodeState | None]) -> list[ComparisonRow]:
+def compare(*pairs: tuple[NodeSpec, NodeState | None]) -> list[ComparisonRow]:
     made = topology(*(one for one, _ in pairs))
     states = [replace(each, name=one.name) for one, each in pairs if each is not None]
     return list(compare_nodes(made, states, audit.collect_findings(made, states)))
 
 
-def test_what_is_as_expected_is_said_to_be() -> None:
-    found = compared((spec(), state()))
+def test_a_node_as_expected() -> None:
+    found = compare((spec(), state()))
     assert [(one.what, one.expected, one.found) for one in found] == [
         ("route", "ssh root@203.0.113.7:13323", "up, 41 ms"),
         ("server", "http://127.0.0.1:80", "ollama 0.12.6"),
@@ -67,25 +67,25 @@ def test_what_is_as_expected_is_said_to_be() -> None:
         (state(backend=backend(models=("phi3",))), "models", "qwen2.5:7b", "none", "model-missing"),
     ],
 )
-def test_what_differs_has_its_finding_in_its_row(
+def test_a_difference_has_its_finding_in_its_row(
     found: NodeState, what: str, expected: str, said: str, code: str
 ) -> None:
-    made = compared((spec(), found))
+    made = compare((spec(), found))
     (wrong,) = [one for one in made if one.severity is not None]
     assert (wrong.what, wrong.expected, wrong.found, wrong.verdict) == (what, expected, said, code)
     assert wrong.todo
 
 
-def test_what_is_not_known_is_not_said_to_be_wrong() -> None:
-    found = {one.what: one for one in compared((spec(), without_gpus(state())))}
+def test_unknown_values_are_not_known_rather_than_wrong() -> None:
+    found = {one.what: one for one in compare((spec(), without_gpus(state())))}
     assert {what: one.found for what, one in found.items() if one.verdict == "not known"} == dict.fromkeys(
         ("hostname", "GPUs", "GPU", "VRAM", "driver"), UNKNOWN
     )
     assert found["models"].verdict == AS_EXPECTED
 
 
-def test_a_node_that_is_not_reached_says_only_that() -> None:
-    (only,) = compared((spec(), state_with_error(errors.ConnectRefused("nothing listens on port 13323"))))
+def test_a_node_out_of_reach_has_only_its_route() -> None:
+    (only,) = compare((spec(), state_with_error(errors.ConnectRefused("nothing listens on port 13323"))))
     assert (only.what, only.found, only.verdict, only.severity) == (
         "route",
         "nothing listens on port 13323",
@@ -94,25 +94,25 @@ def test_a_node_that_is_not_reached_says_only_that() -> None:
     )
 
 
-def test_a_server_that_is_down_keeps_the_gpu_in_sight() -> None:
+def test_a_node_whose_server_is_down_still_has_its_gpu_rows() -> None:
     down = replace(backend(), state=BackendPhase.DOWN, last_error="nothing listens", error_code="backend-down")
-    found = {one.what: one for one in compared((spec(), state(backend=down)))}
+    found = {one.what: one for one in compare((spec(), state(backend=down)))}
     assert (found["route"].verdict, found["GPU"].verdict) == (AS_EXPECTED, AS_EXPECTED)
     assert (found["server"].verdict, found["server"].found) == ("backend-down", "nothing listens")
     assert found["models"].verdict == "not known"
 
 
-def test_a_server_that_answers_wrongly_has_its_address_beside_it_once() -> None:
+def test_the_address_of_a_wrong_server_stands_in_its_row_once() -> None:
     for code in ("wrong-server", "wrong-scheme", "redirected", "answer-broken", "models-too-many", "tls-refused"):
         message = "http://127.0.0.1:80: it is another one"
         down = BackendState("ollama", BackendPhase.DOWN, last_error=message, error_code=code)
-        (found,) = (one for one in compared((spec(), state(backend=down))) if one.what == "server")
+        (found,) = (one for one in compare((spec(), state(backend=down))) if one.what == "server")
         assert (found.expected, found.found, found.verdict) == ("http://127.0.0.1:80", "it is another one", code)
 
 
 def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
     ill = state_with_smi_output(row(persistence_mode="Disabled", fan_speed="ERR!"), backend=backend(version="0.1.0"))
-    own = [one for one in compared((spec(), ill)) if one.expected == UNKNOWN]
+    own = [one for one in compare((spec(), ill)) if one.expected == UNKNOWN]
     assert [(one.what, one.verdict) for one in own] == [
         ("GPUs", "gpu-faulty"),
         ("server", "version-old"),
@@ -121,29 +121,29 @@ def test_findings_without_an_expectation_have_rows_of_their_own() -> None:
     assert all(one.found and one.todo for one in own)
 
 
-def test_what_concerns_several_nodes_comes_last() -> None:
-    found = compared((spec(), state()), (direct(), without_gpus(state())))
+def test_findings_about_several_nodes_come_last() -> None:
+    found = compare((spec(), state()), (direct(), without_gpus(state())))
     assert (found[-1].node, found[-1].what, found[-1].verdict) == ("iceland, local", "nodes", "same-gpu")
     other = replace(GPU, uuid="GPU-00000000-1")
     third = state(
         gpus=(other,), backend=backend(catalog=(replace(backend().catalog[0], digest="x", modified_at=None),))
     )
-    found = compared((spec(), state()), (direct(), third))
+    found = compare((spec(), state()), (direct(), third))
     assert (found[-1].node, found[-1].what, found[-1].verdict) == ("iceland, local", "models", "model-differs")
 
 
-def test_nodes_that_are_off_or_unknown_to_the_running_mesh() -> None:
-    off, new = compared((replace(spec("old"), enabled=False), state()), (spec("new"), None))
+def test_disabled_nodes_and_nodes_unknown_to_the_running_mesh() -> None:
+    off, new = compare((replace(spec("old"), enabled=False), state()), (spec("new"), None))
     assert (off.verdict, new.verdict) == ("switched off", "not in the running mesh")
     assert off.severity is new.severity is None
 
 
-def test_candidates_say_which_one_is_in_use_and_how_fast() -> None:
+def test_of_several_candidates_the_one_in_use_is_named_with_its_latency() -> None:
     made = state_with_routes(
         route("http://a:1", latency_ms=4.25), route("http://b:1", state=BackendPhase.DOWN, error="refused")
     )
     several = direct("iceland", "http://a:1", "http://b:1")
-    found = {one.what: one for one in compared((several, made))}
+    found = {one.what: one for one in compare((several, made))}
     assert found["server"].found == "ollama 0.12.6 at http://a:1, 4.2 ms"
     assert found["routes"].verdict == "route-dead"
 
@@ -157,20 +157,20 @@ def test_candidates_say_which_one_is_in_use_and_how_fast() -> None:
         (SshSpec("", address_from=AddressCommand(("pod-address", "x"))), "ssh, address from pod-address"),
     ],
 )
-def test_how_a_node_is_reached(ssh: SshSpec, way: str) -> None:
+def test_the_description_of_a_route(ssh: SshSpec, way: str) -> None:
     assert describe_route(spec(ssh=ssh)) == way
 
 
 # -- the drawing -----------------------------------------------------------------------------------------------------
 
 
-def drawn(*pairs: tuple[NodeSpec, NodeState]) -> tuple[MachineBranch, ...]:
+def draw(*pairs: tuple[NodeSpec, NodeState]) -> tuple[MachineBranch, ...]:
     return draw_topology(topology(*(one for one, _ in pairs)), [replace(each, name=one.name) for one, each in pairs])
 
 
-def test_two_ways_to_one_gpu_and_one_to_nowhere() -> None:
+def test_two_nodes_of_one_gpu_and_one_out_of_reach() -> None:
     gone = state_with_error(errors.ConnectRefused("nothing listens"))
-    machine, away = drawn(
+    machine, away = draw(
         (spec(), state()), (direct(), without_gpus(state())), (direct("vengeance", "http://127.0.0.1:1"), gone)
     )
     assert machine.title == "RTX 4090, 24.0 GiB (GPU-8f2c1d5e…) on af4a84245990"
@@ -182,21 +182,21 @@ def test_two_ways_to_one_gpu_and_one_to_nowhere() -> None:
     )
 
 
-def test_certain_or_likely() -> None:
-    (certain,) = drawn((spec(), state()), (direct(), state()))
+def test_the_remark_tells_certain_from_likely() -> None:
+    (certain,) = draw((spec(), state()), (direct(), state()))
     assert certain.remark == "one GPU: certain, by its UUID"
-    (alone,) = drawn((spec(), state()))
+    (alone,) = draw((spec(), state()))
     assert alone.remark == ""
 
 
-def test_every_way_of_a_node() -> None:
+def test_every_route_of_a_node_has_a_line() -> None:
     made = state_with_routes(
         route("http://a:1", via="sshtunnel", latency_ms=41.0),
         route("http://b:1", via="sshtunnel", latency_ms=3.0),
         route("http://c:1", via="sshtunnel", state=BackendPhase.DOWN, latency_ms=None),
         route("http://203.0.113.7:80", latency_ms=20.0, offered=True),
     )
-    (machine,) = drawn((spec(), made))
+    (machine,) = draw((spec(), made))
     assert [(twig.node, twig.route, twig.remark, twig.dim) for twig in machine.lines] == [
         ("iceland", "ssh root@203.0.113.7:13323 → http://a:1", "41 ms", False),
         ("", "ssh root@203.0.113.7:13323 → http://b:1", "not in use, 3.0 ms", True),
@@ -218,10 +218,10 @@ def test_every_way_of_a_node() -> None:
         (None, "GPU not known"),
     ],
 )
-def test_what_a_machine_has(gpus: tuple[object, ...] | None, title: str) -> None:
-    (machine,) = drawn((spec(expect=ExpectSpec()), state(gpus=gpus, host=HostState())))
+def test_the_title_of_a_machine_names_its_gpus(gpus: tuple[object, ...] | None, title: str) -> None:
+    (machine,) = draw((spec(expect=ExpectSpec()), state(gpus=gpus, host=HostState())))
     assert machine.title == title
 
 
-def test_nodes_that_are_off_are_not_drawn() -> None:
-    assert drawn((replace(spec(), enabled=False), state())) == ()
+def test_disabled_nodes_are_not_drawn() -> None:
+    assert draw((replace(spec(), enabled=False), state())) == ()

@@ -28,7 +28,7 @@ NODES: list[tuple[NodeSpec, NodeState]] = [
 ]
 
 
-def shown(
+def render(
     monkeypatch: pytest.MonkeyPatch,
     width: int,
     nodes: list[tuple[NodeSpec, NodeState]] = NODES,
@@ -46,8 +46,8 @@ def shown(
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 109, 110, 120, 160, 200])
-def test_it_fits_and_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    text = shown(monkeypatch, width)
+def test_the_output_fits_its_width_and_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    text = render(monkeypatch, width)
     assert max(map(cell_len, text.splitlines())) <= width
     together = " ".join(text.split())
     for said in ("hostname-differs", "gpu-differs", "gpu-faulty", "backend-down", "same-gpu", "switched off"):
@@ -57,14 +57,14 @@ def test_it_fits_and_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, width:
     assert text.count("not reached") == 1
 
 
-def test_wide_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = shown(monkeypatch, 160).splitlines()
+def test_a_wide_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = render(monkeypatch, 160).splitlines()
     assert lines[0].split() == ["NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT", "TO", "DO"]
     assert sum(line.startswith("iceland ") for line in lines) == 1, "a node's name once"
 
 
-def test_narrow_it_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = shown(monkeypatch, 80).splitlines()
+def test_a_narrow_terminal_gets_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = render(monkeypatch, 80).splitlines()
     assert lines[0] == "  iceland"
     assert lines[1] == "● route: ssh root@203.0.113.7:13323 (up, 41 ms)"
     assert "! hostname: expected af4a84245990, found box [hostname-differs]" in lines
@@ -74,18 +74,18 @@ def test_narrow_it_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_drawing_is_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     other = (spec("oslo"), OTHER)
-    lines = shown(monkeypatch, 100, [(spec(), state()), (direct(), state()), other]).splitlines()
+    lines = render(monkeypatch, 100, [(spec(), state()), (direct(), state()), other]).splitlines()
     tree = lines[lines.index(next(line for line in lines if line.startswith("● RTX"))) :]
     assert [line.split()[0] for line in tree] == ["●", "├", "└", "●", "└"]
 
 
-def test_signs_that_the_stream_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch, 80, encoding="ascii")
+def test_a_stream_without_unicode_gets_ascii_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = render(monkeypatch, 80, encoding="ascii")
     assert "* route: " in text
     assert "\n+ iceland" in text or "\n| iceland" in text
 
 
-def test_what_hosts_say_is_no_markup_and_no_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_from_hosts_is_neither_markup_nor_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "[bold]x[/bold] \x1b]0;owned\x07[red]"
     ill = state(
         host=HostState(hostile, "1"),
@@ -94,6 +94,6 @@ def test_what_hosts_say_is_no_markup_and_no_escape(monkeypatch: pytest.MonkeyPat
         backend=replace(state().backend, version=hostile, models=(hostile,)),
     )
     for width in (60, 160):
-        text = shown(monkeypatch, width, [(spec(), ill)])
+        text = render(monkeypatch, width, [(spec(), ill)])
         assert "\x1b" not in text
         assert "[bold]" in text

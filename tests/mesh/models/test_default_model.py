@@ -26,7 +26,7 @@ def node(name: str, *models: str, family: str | None = None) -> NodeState:
         ("m", None, False),
     ],
 )
-def test_what_only_embeds(name: str, family: str | None, embeds: bool) -> None:
+def test_models_that_only_embed(name: str, family: str | None, embeds: bool) -> None:
     assert is_embedding_model(name, family) is embeds
 
 
@@ -42,7 +42,7 @@ def test_models_of_nodes_that_are_up_each_once() -> None:
     assert chat_models(state, "d") == ()
 
 
-def test_the_only_one_is_meant() -> None:
+def test_the_only_model_is_chosen() -> None:
     assert choose_model(mesh(node("a", "x", "nomic-embed-text"), node("b", "x"))) == "x"
     with pytest.raises(UsageError, match="which model") as caught:
         choose_model(mesh(node("a", "x", "y")))

@@ -48,12 +48,12 @@ def test_a_row_for_each_digest_of_a_name() -> None:
     assert inventory.shorten_digest(None) is None
 
 
-def test_contexts_are_those_of_any_node_that_told() -> None:
+def test_context_lengths_are_those_of_any_node_that_said() -> None:
     rows = inventory.add_context_lengths(inventory.list_model_rows(state()), {("c", "qwen2.5:7b"): 32768})
     assert [row.context_length for row in rows] == [None, 32768, None, None]
 
 
-def test_choosing_nodes() -> None:
+def test_chosen_nodes() -> None:
     def chosen(names: list[str], *, everywhere: bool = False, holding: str | None = None) -> list[str]:
         return [
             each.name for each in inventory.choose_nodes(state(), names, everywhere=everywhere, required_model=holding)
@@ -76,17 +76,19 @@ def test_choosing_nodes() -> None:
         ([], "phi4", NoNodeError, "no Ollama node that is up has 'phi4'"),
     ],
 )
-def test_when_that_is_not_clear(names: list[str], holding: str | None, error: type[Exception], said: str) -> None:
+def test_a_choice_that_is_not_clear_is_refused(
+    names: list[str], holding: str | None, error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said):
         inventory.choose_nodes(state(), names, everywhere=False, required_model=holding)
 
 
-def test_no_store_at_all() -> None:
+def test_without_a_model_store_no_node_is_chosen() -> None:
     with pytest.raises(NoNodeError, match="no Ollama node is up"):
         inventory.choose_nodes(mesh(down("a")), [], everywhere=True, required_model=None)
 
 
-def test_sync_pulls_what_others_lack_or_have_with_another_digest() -> None:
+def test_sync_pulls_models_that_others_lack_or_have_with_another_digest() -> None:
     def plan(source: str, *models: str, names: tuple[str, ...] = ()) -> list[tuple[str, str]]:
         return [(task.node.name, task.model) for task in inventory.plan_sync(state(), source, names, models)]
 
@@ -102,7 +104,7 @@ def test_sync_pulls_what_others_lack_or_have_with_another_digest() -> None:
         plan("b", "nomic-embed-text")
 
 
-def test_what_embeds_is_known_by_family_or_name() -> None:
+def test_embedders_are_recognised_by_family_or_name() -> None:
     assert inventory.is_embedder_on(node("a", EMBED), "nomic-embed-text")
     assert inventory.is_embedder_on(node("a", replace(QWEN, family="bert")), "qwen2.5:7b")
     assert not inventory.is_embedder_on(node("a", QWEN), "qwen2.5:7b")
