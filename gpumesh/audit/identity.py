@@ -52,7 +52,7 @@ class Machine:
 def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
     """Each node is in exactly one machine; the machines are in the order of their first nodes."""
     group = {node.name: node.name for node in nodes}
-    order = {node.name: place for place, node in enumerate(nodes)}
+    order = {node.name: index for index, node in enumerate(nodes)}
     weakest: dict[str, tuple[Proof, str]] = {}
 
     def root(name: str) -> str:

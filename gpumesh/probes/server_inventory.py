@@ -51,9 +51,9 @@ async def ask_server(
             return await session.ask_inventory(kind)
         return await _ask_unknown_server(session, url, KnownKinds() if known_kinds is None else known_kinds)
     except ProbeError as error:
-        place = url if target is None else target.url
+        address = url if target is None else target.url
         hint = _WRONG_KEY_HINT if error.finding_code == "key-refused" and api_key is not None else error.hint
-        raise ProbeError(f"{place}: {error.message}", finding_code=error.finding_code, hint=hint) from error
+        raise ProbeError(f"{address}: {error.message}", finding_code=error.finding_code, hint=hint) from error
 
 
 async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: KnownKinds) -> TimedInventory:

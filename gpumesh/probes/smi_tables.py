@@ -128,9 +128,9 @@ def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
     extra = len(parts) - len(fields)
     if extra < 0:
         return None
-    place = next((number for number, field in enumerate(fields) if field in ("name", "process_name")), len(fields) - 1)
+    index = next((number for number, field in enumerate(fields) if field in ("name", "process_name")), len(fields) - 1)
     if extra:
-        parts[place : place + extra + 1] = [", ".join(parts[place : place + extra + 1])]
+        parts[index : index + extra + 1] = [", ".join(parts[index : index + extra + 1])]
     return dict(zip(fields, parts, strict=True))
 
 

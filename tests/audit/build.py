@@ -107,14 +107,14 @@ def state_with_error(error: TunnelError, *, phase: TunnelPhase | None = None) ->
 
 def state_with_smi_output(text: str = "", status: int = 0, *, apps: str = "", **changes: Any) -> NodeState:
     """A node whose nvidia-smi says that."""
-    told = build_gpu_report(
+    report = build_gpu_report(
         CommandOutput(status, (text or row()).encode()),
         CommandOutput(0, apps.encode()),
         hostname="af4a84245990",
         node="iceland",
     )
-    host = HostState(told.hostname, told.driver)
-    made = state(gpus=None if told.error is not None else told.gpus, noticed=told.findings, host=host)
+    host = HostState(report.hostname, report.driver)
+    made = state(gpus=None if report.error is not None else report.gpus, noticed=report.findings, host=host)
     return replace(made, **changes)
 
 

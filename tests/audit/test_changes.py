@@ -185,7 +185,7 @@ def test_the_changes_settle_their_findings() -> None:
         replace(REFUSED, name="gone"),
     ]
     findings = audit.collect_findings(made, states)
-    assert {one.code for one in findings} == {"hostname-differs", "same-gpu", "backend-down"}
+    assert {finding.code for finding in findings} == {"hostname-differs", "same-gpu", "backend-down"}
     done = plan_changes(made, states, findings)
     assert unsettled_findings(findings, done) == ()
     assert audit.collect_findings(apply_changes(made, done), states) == ()
@@ -222,6 +222,6 @@ def test_changes_are_applied_to_the_specs() -> None:
         ],
     )
     assert (done.nodes[0].backend.kind, done.nodes[0].expect.gpus) == (BackendKind.OPENAI, 3)
-    assert [one.enabled for one in done.nodes] == [True, False]
+    assert [node.enabled for node in done.nodes] == [True, False]
     with pytest.raises(ValueError, match="no such change"):
         apply_changes(made, [Change("local", ("name",), "x", frozenset())])

@@ -151,11 +151,11 @@ def test_a_store_without_nanoseconds_has_no_fingerprint(catalog: tuple[ModelInfo
 
 
 def test_the_fingerprint_covers_all_models_of_a_store() -> None:
-    one = store_fingerprint((model("a", FINE), model("b", LATER)))
-    assert one is not None
-    assert store_fingerprint((model("b", LATER), model("a", FINE))) == one
+    first = store_fingerprint((model("a", FINE), model("b", LATER)))
+    assert first is not None
+    assert store_fingerprint((model("b", LATER), model("a", FINE))) == first
     others = [(model("a", FINE),), (model("a", FINE), model("b", FINE)), (model("a", FINE), model("c", LATER))]
-    assert one not in {store_fingerprint(other) for other in others}
+    assert first not in {store_fingerprint(other) for other in others}
     assert store_fingerprint((model("a\ud800", FINE),)) is not None
 
 
@@ -187,18 +187,18 @@ NODES = st.lists(
     )
     | st.builds(node, st.just("x"), keys=st.sampled_from(((), ("a",))), stored=st.sampled_from((None, FINE))),
     max_size=6,
-).map(lambda nodes: [replace(one, name=f"n{number}") for number, one in enumerate(nodes)])
+).map(lambda nodes: [replace(node, name=f"n{number}") for number, node in enumerate(nodes)])
 
 
 @given(NODES)
 def test_each_node_is_in_one_machine_and_groups_agree(nodes: list[NodeState]) -> None:
-    found = find_machines(nodes)
-    names = [name for machine in found for name in machine.nodes]
-    assert sorted(names) == sorted(one.name for one in nodes)
-    assert [machine.nodes[0] for machine in found] == sorted(
-        (machine.nodes[0] for machine in found), key=[one.name for one in nodes].index
+    machines = find_machines(nodes)
+    names = [name for machine in machines for name in machine.nodes]
+    assert sorted(names) == sorted(node.name for node in nodes)
+    assert [machine.nodes[0] for machine in machines] == sorted(
+        (machine.nodes[0] for machine in machines), key=[node.name for node in nodes].index
     )
-    for machine in found:
+    for machine in machines:
         assert (machine.proof is None) == (len(machine.nodes) == 1)
         assert {gpu_groups(nodes)[name] for name in machine.nodes} == {machine.nodes[0]}
 
@@ -233,9 +233,9 @@ def test_duplicates_have_the_same_address_user_and_candidates() -> None:
 
 
 def test_addresses_from_commands_are_the_same_only_by_the_same_command() -> None:
-    one, other = AddressCommand(("pod", "1")), AddressCommand(("pod", "2"))
-    assert duplicates_of(ssh_spec("a", "", address_from=one), ssh_spec("b", "", address_from=other)) == []
-    assert duplicates_of(ssh_spec("a", "", address_from=one), ssh_spec("b", "", address_from=one)) == [["a", "b"]]
+    first, other = AddressCommand(("pod", "1")), AddressCommand(("pod", "2"))
+    assert duplicates_of(ssh_spec("a", "", address_from=first), ssh_spec("b", "", address_from=other)) == []
+    assert duplicates_of(ssh_spec("a", "", address_from=first), ssh_spec("b", "", address_from=first)) == [["a", "b"]]
     assert duplicates_of(ssh_spec("a", ""), ssh_spec("b", "")) == [], "hosts of which nothing is known"
 
 
@@ -253,7 +253,7 @@ def test_the_node_to_keep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("first", "other", "same"),
     [
         ("box", "box", True),
         ("box", "BOX ", True),
@@ -264,5 +264,5 @@ def test_the_node_to_keep() -> None:
         ("box", "other.box", False),
     ],
 )
-def test_hostname_matches(one: str, other: str, same: bool) -> None:
-    assert hostname_matches(one, other) is same
+def test_hostname_matches(first: str, other: str, same: bool) -> None:
+    assert hostname_matches(first, other) is same

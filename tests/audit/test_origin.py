@@ -67,18 +67,18 @@ async def test_a_second_4090_that_is_the_first_one(gpumesh: Gpumesh, tmp_path: P
         gpumesh.config.write_text(text)
 
         document = (await gpumesh("audit", "--json", code=3)).json()
-        found = {finding["code"]: finding for finding in document["findings"]}
-        assert set(found) == {"hostname-differs", "same-gpu", "backend-down"}
+        by_code = {finding["code"]: finding for finding in document["findings"]}
+        assert set(by_code) == {"hostname-differs", "same-gpu", "backend-down"}
         # Which are the same GPU, and how sure that is.
-        assert found["same-gpu"]["nodes"] == ["iceland", "local"]
-        assert "most likely one machine: one model store" in found["same-gpu"]["message"]
-        assert "keep iceland" in found["same-gpu"]["hint"]
+        assert by_code["same-gpu"]["nodes"] == ["iceland", "local"]
+        assert "most likely one machine: one model store" in by_code["same-gpu"]["message"]
+        assert "keep iceland" in by_code["same-gpu"]["hint"]
         same = document["machines"][0]
         assert (same["nodes"], same["certain"], same["proof"]) == (["iceland", "local"], False, "store")
         assert len(same["gpus"]) == 1
         # Which one is missing.
-        assert found["backend-down"]["node"] == "vengeance"
-        assert "nothing listens on 127.0.0.1:1" in found["backend-down"]["message"]
+        assert by_code["backend-down"]["node"] == "vengeance"
+        assert "nothing listens on 127.0.0.1:1" in by_code["backend-down"]["message"]
         # Both ways were measured.
         times = [
             route["latency_ms"] for node in document["nodes"] for route in node["routes"] if route["state"] == "up"

@@ -43,14 +43,14 @@ async def test_a_pull_goes_to_all_nodes_and_its_progress_is_one(fleet: RunningGa
     answer = await fleet.client.post("/api/pull", json={"model": NEW})
     assert answer.headers["Content-Type"] == "application/x-ndjson"
     assert answer.headers["X-GPUMesh-Node"] == "a, b"
-    told = lines(answer.text)
-    assert [line["status"] for line in told if "digest" not in line] == [
+    progress = lines(answer.text)
+    assert [line["status"] for line in progress if "digest" not in line] == [
         "pulling manifest",
         "verifying sha256 digest",
         "writing manifest",
         "success",
     ]
-    layers = [line for line in told if "digest" in line]
+    layers = [line for line in progress if "digest" in line]
     assert len({(line["digest"], line["total"]) for line in layers}) == 1, "one bar, of one length"
     shares = [line["completed"] for line in layers]
     assert shares == sorted(shares)
@@ -113,9 +113,9 @@ async def test_when_all_nodes_refuse_their_own_error_is_answered(fleet: RunningG
 @pytest.mark.slow
 async def test_a_node_that_cannot_be_used_is_left_out_and_named(fleet: RunningGateway) -> None:
     await take_away(fleet, "b")
-    told = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)
-    assert {"status": "b cannot be used now and is left out"} in told
-    assert told[-1] == {"status": "success"}
+    progress = lines((await fleet.client.post("/api/pull", json={"model": NEW})).text)
+    assert {"status": "b cannot be used now and is left out"} in progress
+    assert progress[-1] == {"status": "success"}
     named = await fleet.client.post("/api/pull", json={"model": NEW}, headers={"X-GPUMesh-Node": "b"})
     assert named.status_code == 503
 
@@ -124,14 +124,14 @@ async def test_a_node_that_cannot_be_used_is_left_out_and_named(fleet: RunningGa
 async def test_a_pull_is_retried_when_the_connection_was_lost() -> None:
     async with serve_hosts(A, quick_host("b", pull_s=1.0)) as fleet:
         async with fleet.client.stream("POST", "/api/pull", json={"model": NEW}) as pulling:
-            told = []
+            progress = []
             async for line in pulling.aiter_lines():
-                told += lines(line)
-                if len(told) == 4:
+                progress += lines(line)
+                if len(progress) == 4:
                     await fleet.hosts["b"].set_faults(Faults(refuse=True))
                     await fleet.hosts["b"].set_faults(Faults())
-        assert told[-1] == {"status": "success"}
-        shares = [line["completed"] for line in told if "completed" in line]
+        assert progress[-1] == {"status": "success"}
+        shares = [line["completed"] for line in progress if "completed" in line]
         assert shares == sorted(shares), "a bar does not go backwards"
         assert nodes_with(fleet, NEW) == {"a", "b"}
 
@@ -356,10 +356,10 @@ async def test_a_pull_beside_nonsense(body: bytes, monkeypatch: pytest.MonkeyPat
     async with with_nonsense(body) as fleet:
         answer = await fleet.client.post("/api/pull", json={"model": NEW})
         assert nodes_with(fleet, NEW) == {"a"}
-        told = [json.loads(line, parse_constant=pytest.fail) for line in answer.text.splitlines()]
-        json.dumps(told, ensure_ascii=False).encode()
-        assert any(line.get("status") == "success" or "pulled on a" in line.get("error", "") for line in told)
-        assert {"pulling manifest"} <= {line.get("status") for line in told}
+        progress = [json.loads(line, parse_constant=pytest.fail) for line in answer.text.splitlines()]
+        json.dumps(progress, ensure_ascii=False).encode()
+        assert any(line.get("status") == "success" or "pulled on a" in line.get("error", "") for line in progress)
+        assert {"pulling manifest"} <= {line.get("status") for line in progress}
 
 
 @pytest.mark.parametrize(
@@ -390,9 +390,9 @@ async def test_a_blob_beside_nonsense() -> None:
     async with with_nonsense(whole_response(b"{}")) as fleet:
         lacks = await fleet.client.head(path)
         assert (lacks.status_code, lacks.headers["X-GPUMesh-Node"]) == (404, "")
-        told = await fleet.client.post(path, content=data)
-        assert told.status_code == 502
-        assert told.json()["error"].startswith("stored on a; not on b: b did not say")
+        progress = await fleet.client.post(path, content=data)
+        assert progress.status_code == 502
+        assert progress.json()["error"].startswith("stored on a; not on b: b did not say")
         assert digest_of(data) in fleet.hosts["a"].blobs
         has = await fleet.client.head(path)
         assert (has.status_code, has.headers["X-GPUMesh-Node"]) == (200, "a")

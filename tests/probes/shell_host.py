@@ -94,9 +94,9 @@ class ShellHost:
         """The first answer that fits is given."""
         lines = ['case " $* " in']
         for number, answer in enumerate(answers):
-            said = self.folder / f"answer{number}"
-            said.write_bytes(answer.text if isinstance(answer.text, bytes) else answer.text.encode())
-            lines.append(f'*"{answer.when}"*) cat {said}; exit {answer.status};;')
+            answer_file = self.folder / f"answer{number}"
+            answer_file.write_bytes(answer.text if isinstance(answer.text, bytes) else answer.text.encode())
+            lines.append(f'*"{answer.when}"*) cat {answer_file}; exit {answer.status};;')
         lines.append("esac")
         self.command("nvidia-smi", "\n".join(lines))
 

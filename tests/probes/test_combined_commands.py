@@ -38,8 +38,8 @@ async def test_each_command_has_its_own_output_and_status(host: ShellHost) -> No
 async def test_arguments_reach_the_command_unchanged(host: ShellHost) -> None:
     hostile = "a b; echo $(id) `id` \"'\\ *"
     host.command("show", 'printf "%s" "$1"')
-    (said,) = await run_commands(host.exec, [("show", hostile)], timeout_s=PATIENCE_S)
-    assert said.output == hostile.encode()
+    (output,) = await run_commands(host.exec, [("show", hostile)], timeout_s=PATIENCE_S)
+    assert output.output == hostile.encode()
 
 
 async def test_output_without_a_line_end_is_kept_apart(host: ShellHost) -> None:
@@ -104,10 +104,10 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="@\r"), 
 @given(st.lists(st.tuples(TEXT, st.integers(0, 255)), min_size=1, max_size=5), st.booleans())
 def test_the_output_of_a_shell_is_split(answers: list[tuple[str, int]], returns: bool) -> None:
     end = "\r\n" if returns else "\n"
-    said = "".join(f"{text}{end}{OUTPUT_MARKER} {status}{end}" for text, status in answers).encode()
-    read = split_script_output(said, len(answers))
-    assert [one.exit_status for one in read] == [status for _, status in answers]
-    assert [one.output.removesuffix(b"\r") for one in read] == [text.encode() for text, _ in answers]
+    output = "".join(f"{text}{end}{OUTPUT_MARKER} {status}{end}" for text, status in answers).encode()
+    outputs = split_script_output(output, len(answers))
+    assert [item.exit_status for item in outputs] == [status for _, status in answers]
+    assert [item.output.removesuffix(b"\r") for item in outputs] == [text.encode() for text, _ in answers]
 
 
 @given(st.binary(max_size=300), st.integers(0, 5))

@@ -33,15 +33,15 @@ async def test_the_disk_with_the_models_is_asked_for(host: ShellHost) -> None:
     nothing = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
     assert read_free_mib(nothing.stdout) is None, "no store, nothing to say"
     (host.folder / ".ollama" / "models").mkdir(parents=True)
-    said = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
-    assert read_free_mib(said.stdout) == 2048
-    assert said.stdout.decode().endswith(f"{host.folder}/.ollama/models\n")
+    result = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
+    assert read_free_mib(result.stdout) == 2048
+    assert result.stdout.decode().endswith(f"{host.folder}/.ollama/models\n")
 
 
 async def test_the_output_of_a_real_df_is_read(host: ShellHost) -> None:
     (host.folder / ".ollama").mkdir()
-    said = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
-    free = read_free_mib(said.stdout)
+    result = await host.exec(FREE_SPACE_COMMAND, timeout_s=20.0)
+    free = read_free_mib(result.stdout)
     assert free is not None
     assert 0 < free < 1 << 40
 
@@ -50,11 +50,11 @@ async def test_the_hosts_ollama_models_variable_comes_first(host: ShellHost, tmp
     elsewhere = tmp_path / "my models; echo no"
     elsewhere.mkdir()
     host.command("df", f'echo "{HEAD.strip()}"; echo "disk 9 1 4096 1% $2"')
-    said = await host.exec(("env", f"OLLAMA_MODELS={elsewhere}", *FREE_SPACE_COMMAND), timeout_s=20.0)
-    assert said.stdout.decode().endswith(f"1% {elsewhere}\n")
+    result = await host.exec(("env", f"OLLAMA_MODELS={elsewhere}", *FREE_SPACE_COMMAND), timeout_s=20.0)
+    assert result.stdout.decode().endswith(f"1% {elsewhere}\n")
 
 
 @given(st.binary(max_size=300))
 def test_no_output_raises(output: bytes) -> None:
-    found = read_free_mib(output)
-    assert found is None or found >= 0
+    free_mib = read_free_mib(output)
+    assert free_mib is None or free_mib >= 0

@@ -96,8 +96,8 @@ async def test_cookies_of_a_server_are_not_sent_to_any_server() -> None:
         heads.append(exchange.head)
         await exchange.send(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 2\r\n\r\n{}")
 
-    async with http_client() as client, serve(script) as one, serve(script) as other:
-        for url in (one.url, other.url, one.url):
+    async with http_client() as client, serve(script) as first, serve(script) as other:
+        for url in (first.url, other.url, first.url):
             assert (await client.get(url)).status_code == 200
     assert len(heads) == 3
     assert not any(b"cookie" in head.lower() for head in heads)

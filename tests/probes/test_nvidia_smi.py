@@ -312,7 +312,7 @@ async def test_names_from_a_host_are_made_printable(host: ShellHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "name"),
+    ("output", "name"),
     [
         ("two words", None),
         ("", None),
@@ -321,8 +321,8 @@ async def test_names_from_a_host_are_made_printable(host: ShellHost) -> None:
         ("Welcome to the pod!\n\nbox", "box"),
     ],
 )
-async def test_a_hostname_is_a_name_or_unknown(host: ShellHost, said: str, name: str | None) -> None:
-    host.command("hostname", f"echo '{said}'")
+async def test_a_hostname_is_a_name_or_unknown(host: ShellHost, output: str, name: str | None) -> None:
+    host.command("hostname", f"echo '{output}'")
     host.nvidia_smi(SmiAnswer(row()))
     assert (await probe(host)).hostname == name
 

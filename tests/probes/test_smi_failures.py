@@ -36,31 +36,31 @@ def test_a_table_is_not_a_failure(status: int) -> None:
 
 @pytest.mark.parametrize("status", [NOT_FOUND, NOT_EXECUTABLE])
 def test_a_missing_nvidia_smi_is_a_warning(status: int) -> None:
-    found = classify_failure(CommandOutput(status, b""))
-    assert found is not None
-    assert (found.code, found.severity) == ("nvidia-smi-missing", "warning")
+    failure = classify_failure(CommandOutput(status, b""))
+    assert failure is not None
+    assert (failure.code, failure.severity) == ("nvidia-smi-missing", "warning")
 
 
 def test_nvidia_smi_that_a_signal_ended() -> None:
-    found = classify_failure(CommandOutput(None, b""))
-    assert found is not None
-    assert (found.code, found.message) == ("driver-broken", "nvidia-smi was ended by a signal")
+    failure = classify_failure(CommandOutput(None, b""))
+    assert failure is not None
+    assert (failure.code, failure.message) == ("driver-broken", "nvidia-smi was ended by a signal")
 
 
 def test_only_a_lost_gpu_leaves_other_gpus_usable() -> None:
     texts = (b"GPU is lost", b"No devices were found", b"Failed to initialize NVML: Unknown Error", b"")
-    found = [classify_failure(CommandOutput(1, text)) for text in texts]
-    assert [one.affects_whole_host for one in found if one] == [False, True, True, True]
+    failure = [classify_failure(CommandOutput(1, text)) for text in texts]
+    assert [each.affects_whole_host for each in failure if each] == [False, True, True, True]
 
 
 @settings(deadline=None)
 @given(STATUSES, st.binary(max_size=300) | st.lists(WORDS, max_size=8).map(lambda words: "".join(words).encode()))
 def test_any_failure_has_a_code_that_is_explained(status: int | None, output: bytes) -> None:
-    found = classify_failure(CommandOutput(status, output))
+    failure = classify_failure(CommandOutput(status, output))
     if status not in (OK, INFOROM):
-        assert found is not None, "a status that is no success is never taken for a table"
-    if found is not None:
-        assert found.code in CATALOG
-        assert found.message.isprintable()
-        assert len(found.message) < 300
-        assert found.hint
+        assert failure is not None, "a status that is no success is never taken for a table"
+    if failure is not None:
+        assert failure.code in CATALOG
+        assert failure.message.isprintable()
+        assert len(failure.message) < 300
+        assert failure.hint

@@ -36,7 +36,7 @@ UNKNOWNS = (
     "-",
     "1e5",
 )
-WORDLESS = tuple(said for said in UNKNOWNS if said not in ("nan", "inf", "-", "1e5"))
+WORDLESS = tuple(value for value in UNKNOWNS if value not in ("nan", "inf", "-", "1e5"))
 NUMBERS = {
     "memory.total": "memory_total_mib",
     "memory.used": "memory_used_mib",
@@ -54,43 +54,43 @@ NUMBERS = {
 }
 
 
-def one(text: str) -> GpuState:
+def read_gpu(text: str) -> GpuState:
     (gpu,) = read_gpus(text.encode()).gpus
     return gpu
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-@pytest.mark.parametrize("said", UNKNOWNS)
-def test_a_value_that_is_not_a_number_is_unknown(field: str, said: str) -> None:
-    gpu = one(row(**{field.replace(".", "_"): said}))
+@pytest.mark.parametrize("value", UNKNOWNS)
+def test_a_value_that_is_not_a_number_is_unknown(field: str, value: str) -> None:
+    gpu = read_gpu(row(**{field.replace(".", "_"): value}))
     assert getattr(gpu, NUMBERS[field]) is None
     assert gpu.uuid == UUID
 
 
-@pytest.mark.parametrize("said", WORDLESS)
-def test_a_text_that_stands_for_no_value_is_unknown(said: str) -> None:
-    table = read_gpus(row(pci_bus_id=said, driver_version=said, name=said).encode())
+@pytest.mark.parametrize("value", WORDLESS)
+def test_a_text_that_stands_for_no_value_is_unknown(value: str) -> None:
+    table = read_gpus(row(pci_bus_id=value, driver_version=value, name=value).encode())
     assert (table.driver, table.gpus[0].pci_bus_id, table.gpus[0].name) == (None, None, "unknown GPU")
 
 
 @pytest.mark.parametrize("field", [name for name in NUMBERS if name.startswith(("memory", "utilization", "power"))])
 def test_a_negative_amount_is_unknown(field: str) -> None:
-    assert getattr(one(row(**{field.replace(".", "_"): "-1"})), NUMBERS[field]) is None
+    assert getattr(read_gpu(row(**{field.replace(".", "_"): "-1"})), NUMBERS[field]) is None
 
 
 def test_values_as_the_driver_gives_them() -> None:
-    gpu = one(row(fan_speed="131", temperature_gpu="-3", memory_free="18000"))
+    gpu = read_gpu(row(fan_speed="131", temperature_gpu="-3", memory_free="18000"))
     assert (gpu.fan_pct, gpu.temperature_c) == (131, -3), "a fan may pass 100 %"
     assert gpu.memory_free_mib == 18000, "used + free is less than total: free is taken as given"
 
 
 def test_units_are_read_where_nounits_was_ignored() -> None:
-    gpu = one(row(memory_total="24564 MiB", power_draw="212.50 W", utilization_gpu="42 %", clocks_sm="2640 MHz"))
+    gpu = read_gpu(row(memory_total="24564 MiB", power_draw="212.50 W", utilization_gpu="42 %", clocks_sm="2640 MHz"))
     assert (gpu.memory_total_mib, gpu.power_w, gpu.utilization_pct, gpu.clock_sm_mhz) == (24564, 212.5, 42, 2640)
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "value"),
     [
         ("0x0000000000000000", "none"),
         ("0x0000000000000001", "idle"),
@@ -101,8 +101,8 @@ def test_units_are_read_where_nounits_was_ignored() -> None:
         ("0xffffffffffffffff", "power-cap,hw-slowdown,sync-boost,thermal,hw-thermal,power-brake,display"),
     ],
 )
-def test_reasons_of_throttling(mask: str, said: str) -> None:
-    assert one(row(clocks_throttle_reasons_active=mask)).throttle == said
+def test_reasons_of_throttling(mask: str, value: str) -> None:
+    assert read_gpu(row(clocks_throttle_reasons_active=mask)).throttle == value
 
 
 def test_fields_that_the_old_query_lacks_are_unknown() -> None:
@@ -112,7 +112,7 @@ def test_fields_that_the_old_query_lacks_are_unknown() -> None:
 
 
 def test_a_name_with_commas() -> None:
-    gpu = one(row(name="NVIDIA RTX 4090, special, edition"))
+    gpu = read_gpu(row(name="NVIDIA RTX 4090, special, edition"))
     assert (gpu.name, gpu.memory_total_mib) == ("NVIDIA RTX 4090, special, edition", 24564)
 
 
@@ -127,12 +127,12 @@ def test_carriage_returns_and_missing_line_end() -> None:
     assert [gpu.uuid for gpu in read_gpus(rows.encode()).gpus] == [UUID, OTHER_UUID]
 
 
-@pytest.mark.parametrize("said", ["[N/A]", "", "GARBAGE"])
-def test_a_gpu_without_uuid_gets_one_of_its_own(said: str) -> None:
-    here, there = (read_gpus(row(uuid=said).encode(), hostname=name).gpus[0].uuid for name in ("one", "other"))
+@pytest.mark.parametrize("value", ["[N/A]", "", "GARBAGE"])
+def test_a_gpu_without_uuid_gets_one_of_its_own(value: str) -> None:
+    here, there = (read_gpus(row(uuid=value).encode(), hostname=name).gpus[0].uuid for name in ("read_gpu", "other"))
     assert here != there
     assert "01:00.0" in here
-    two = read_gpus(f"{row(uuid=said)}\n{row(uuid=said, index='1', pci_bus_id='00000000:02:00.0')}".encode())
+    two = read_gpus(f"{row(uuid=value)}\n{row(uuid=value, index='1', pci_bus_id='00000000:02:00.0')}".encode())
     assert len({gpu.uuid for gpu in two.gpus}) == 2
 
 
@@ -166,8 +166,8 @@ def test_too_many_gpus_are_bounded() -> None:
 
 
 def test_process_names_hold_blanks_and_commas() -> None:
-    found = read_processes(f"{UUID}, 42, /opt/my app, v2, --x=1,2, 512\n{UUID}, 43, [N/A], [N/A]\n".encode())
-    first, second = found[UUID]
+    processes = read_processes(f"{UUID}, 42, /opt/my app, v2, --x=1,2, 512\n{UUID}, 43, [N/A], [N/A]\n".encode())
+    first, second = processes[UUID]
     assert (first.pid, first.name, first.used_memory_mib) == (42, "/opt/my app, v2, --x=1, 2", 512)
     assert (second.pid, second.name, second.used_memory_mib) == (43, "unknown", None)
 
@@ -193,8 +193,8 @@ LINES = st.lists(st.lists(VALUE, min_size=1, max_size=22).map(", ".join), max_si
 def assert_printable(table: GpuTable) -> None:
     assert len({gpu.uuid for gpu in table.gpus}) == len(table.gpus)
     for gpu in table.gpus:
-        for said in (gpu.name, gpu.uuid, gpu.pci_bus_id or "", gpu.pstate or "", gpu.throttle or ""):
-            assert said.isprintable()
+        for value in (gpu.name, gpu.uuid, gpu.pci_bus_id or "", gpu.pstate or "", gpu.throttle or ""):
+            assert value.isprintable()
         assert gpu.name
         assert gpu.index >= 0
         for amount in (gpu.memory_total_mib, gpu.memory_used_mib, gpu.utilization_pct, gpu.power_w, gpu.fan_pct):
@@ -239,7 +239,7 @@ def test_endless_output_of_any_kind_is_read_quickly(line: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "attribute", "said"),
+    ("field", "attribute", "value"),
     [
         ("utilization_gpu", "utilization_pct", "200"),
         ("utilization_memory", "memory_utilization_pct", "101"),
@@ -255,16 +255,16 @@ def test_endless_output_of_any_kind_is_read_quickly(line: bytes) -> None:
         ("fan_speed", "fan_pct", "1000"),
     ],
 )
-def test_a_figure_that_no_gpu_has_is_unknown(field: str, attribute: str, said: str) -> None:
+def test_a_figure_that_no_gpu_has_is_unknown(field: str, attribute: str, value: str) -> None:
     """A pool's total would be that figure, or all of the others' requests go where nobody works."""
-    assert getattr(one(row()), attribute) is not None
-    assert getattr(one(row(**{field: said})), attribute) is None
+    assert getattr(read_gpu(row()), attribute) is not None
+    assert getattr(read_gpu(row(**{field: value})), attribute) is None
 
 
-@pytest.mark.parametrize("said", ["${HOME}", "`id`", "$(id)", "-rf", "a b", "²", "x" * 41, ""])
-def test_only_a_version_is_read_as_a_driver(said: str) -> None:
+@pytest.mark.parametrize("value", ["${HOME}", "`id`", "$(id)", "-rf", "a b", "²", "x" * 41, ""])
+def test_only_a_version_is_read_as_a_driver(value: str) -> None:
     """`audit --write` writes it into mesh.yaml."""
-    assert read_gpus(row(driver_version=said).encode()).driver is None
+    assert read_gpus(row(driver_version=value).encode()).driver is None
     assert read_gpus(row(driver_version="550.54.15").encode()).driver == "550.54.15"
 
 
