@@ -36,15 +36,16 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        phase = self.phase(now)
-        return phase is BreakerPhase.CLOSED or (phase is BreakerPhase.HALF_OPEN and not self.trial_in_flight)
+        return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
         """A request was sent to the node."""
-        return replace(self, trial_in_flight=True) if self.phase(now) is BreakerPhase.HALF_OPEN else self
+        if self.open_until is None or now < self.open_until:
+            return self
+        return replace(self, trial_in_flight=True)
 
     def record_success(self) -> Breaker:
-        return Breaker()
+        return _CLOSED
 
     def record_failure(self, now: float) -> Breaker:
         """A request failed, and it was the node's fault."""
@@ -68,3 +69,6 @@ class Breaker:
     def cancel_trial(self) -> Breaker:
         """A request ended and says nothing about the node: the client left, for example."""
         return replace(self, trial_in_flight=False)
+
+
+_CLOSED = Breaker()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import httpx
@@ -55,15 +55,17 @@ class NodeReports:
     target: Target | None = None
     foreign_load: float | None = None
 
-    @property
-    def learns_limit(self) -> bool:
-        """Whether the durations in its answers tell how many requests the server runs at once."""
-        dialect = find_dialect(self.kind)
-        return dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
+    learns_limit: bool = field(init=False)
+    """Whether the durations in the server's answers tell how many requests it runs at once."""
+    backend_is_up: bool = field(init=False)
 
-    @property
-    def backend_is_up(self) -> bool:
-        return self.backend is not None and self.backend.state.state is BackendPhase.UP
+    def __post_init__(self) -> None:
+        """Both are read for each request, and the reports change only every few seconds."""
+        dialect = find_dialect(self.kind)
+        learns = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
+        up = self.backend is not None and self.backend.state.state is BackendPhase.UP
+        object.__setattr__(self, "learns_limit", learns)
+        object.__setattr__(self, "backend_is_up", up)
 
 
 class Prober:

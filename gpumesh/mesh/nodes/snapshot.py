@@ -95,8 +95,9 @@ class SnapshotBuilder:
         return phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
 
     def candidate(self, now: float, *, despite_breaker: bool) -> Candidate:
-        role, reports, ledger = self._role, self._prober.reports, self._ledger
-        usable = self.reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
+        role, link, reports, ledger = self._role, self._link, self._prober.reports, self._ledger
+        reachable = link.is_up and reports.backend_is_up
+        usable = reachable and not role.draining and (despite_breaker or ledger.breaker.allows(now))
         return Candidate(
             name=self._spec.name,
             kind=reports.kind,
@@ -111,7 +112,7 @@ class SnapshotBuilder:
             tokens_per_s=ledger.rates.values,
             load_s=ledger.load_times.values,
             foreign_load=reports.foreign_load,
-            rtt_ms=self._link.reported.rtt_ms,
+            rtt_ms=link.reported.rtt_ms,
             sessions=ledger.sessions.keys(),
         )
 

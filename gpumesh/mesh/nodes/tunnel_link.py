@@ -19,6 +19,7 @@ class TunnelLink:
     def __init__(self, spec: NodeSpec) -> None:
         self.tunnel: Tunnel | None = None
         self.reported = TunnelState(transport="direct" if spec.ssh is None else spec.ssh.transport.value)
+        self.is_up = False
         self.connection_count = 0
         self.command_lock = asyncio.Lock()
         """Held while a short command runs on the host: some hosts allow one session at a time."""
@@ -28,14 +29,11 @@ class TunnelLink:
     def __repr__(self) -> str:
         return f"<TunnelLink {self.reported.transport} {self.reported.state.value} connection {self.connection_count}>"
 
-    @property
-    def is_up(self) -> bool:
-        return self.reported.state is TunnelPhase.UP
-
     def update(self, state: TunnelState) -> None:
         """Takes over the state that the tunnel reports."""
         was_up = self.is_up
         self.reported = state
+        self.is_up = state.state is TunnelPhase.UP
         if not self.is_up:
             self._up.clear()
         elif not was_up:
