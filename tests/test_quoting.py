@@ -84,7 +84,7 @@ def test_mesh_yaml_is_read_as_the_same_text_and_no_variable_is_expanded(name: st
 
 # -- new places ------------------------------------------------------------------------------------------------------
 
-_SAFE = {"command", "shell_word", "shell_words", "powershell_word", "yaml_text"}
+_SAFE = {"paste_command", "shell_word", "shell_words", "powershell_word", "yaml_text"}
 _COMMAND = re.compile(
     r"\b(?:gpumesh [a-z-]+ |ssh -|ssh-keyscan |ssh-keygen |curl |ollama [a-z]+ |chmod |export |ls -|rm |set -gx |kill )"
     r"[^\n.:;]*\0"
@@ -107,6 +107,7 @@ _CHECKED = {
     ("config/mesh_file/error_messages.py", "; such as `\0`"),
     ("config/mesh_file/rules.py", "nodes are a list: write `- name: \0`"),
     ("gateway/json_members.py", "the request body has `\0` twice"),
+    ("lab/vllm.py", "The model `\0` does not exist."),  # as vLLM itself says it
     ("probes/wrong_server.py", "write `backend: {url: \0://\0:PORT}`, as the host knows it"),
     ("quoting.py", "`\0`"),
     ("tunnels/workers/zygote.py", "gpumesh tunnel \0"),
