@@ -30,10 +30,12 @@ async def call_handler(handler: Handler, request: Request, render_error: ErrorRe
         answer = render_error(500, "the gateway failed inside")
         answer.close = True
     finally:
-        request.body.release()
+        request.end()
     if isinstance(answer, Response):
         if request.answer_started:
             raise ConnectionError("a part of another answer has been sent already")
+        if answer.close:
+            request.keep_alive = False
     elif not answer.finished:
         raise ConnectionError("the answer was not ended")
     return answer

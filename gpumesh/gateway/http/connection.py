@@ -109,12 +109,9 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's classes do not inherit from it
-        peer = transport.get_extra_info("peername")
-        # A client of the Unix socket has no address: asyncio's name for it is "". Where it knows no name it says None.
-        self.client_address = peer[0] if isinstance(peer, tuple) else None if peer is None else UNIX_CLIENT
-        self._peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else f"{self.client_address}"
+        self.client_address, self._peer = _describe_peer(transport)
         self.writer = ClientWriter(transport, self.loop, self.bounds)
-        self._reader = RequestReader(self, transport, self.slices, self.loop, self.bounds)
+        self._reader = RequestReader(self, self._queue, transport, self.slices, self.loop, self.bounds)
         reason = self._server.admit(self)
         if reason is None:
             self._end_timer = self.loop.call_later(self.bounds.keepalive_s, self._check_idle)
@@ -174,12 +171,6 @@ class ClientConnection(asyncio.Protocol):
     def time_out_head(self) -> None:
         self._refuse(Refusal(408, "the request's head came too slowly"))
 
-    def may_read_on(self) -> bool:
-        return not self._queue.waiting
-
-    def body_fits(self) -> bool:
-        return self._queue.incoming_fits
-
     def _break_body(self) -> None:
         self.state = ConnectionState.REFUSING
         self._reader.stop()
@@ -235,20 +226,14 @@ class ClientConnection(asyncio.Protocol):
 
     async def _answer(self, request: Request) -> None:
         """Raises ConnectionError when there is no whole answer."""
-        try:
-            answer = await call_handler(self._server.handler, request, self._server.render_error)
-        finally:
-            self.writer.on_writable = None
-        if isinstance(answer, Response) and answer.close:
-            request.keep_alive = False
+        answer = await call_handler(self._server.handler, request, self._server.render_error)
         keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
             write_answer(self.writer, answer, request, keep_alive=keeps_alive)
-        if not keeps_alive:
-            if request.body.whole:
-                self._close()
-            else:
-                self._linger()
+        if not request.body.whole:
+            self._linger()
+        elif not keeps_alive:
+            self._close()
 
     # -- called by a request -----------------------------------------------------------------------------------------
 
@@ -304,8 +289,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _check_idle(self) -> None:
         """Runs now and then, so that no request has to start or stop a timer."""
-        idle_s = 0.0 if self._busy else self.loop.time() - self._idle_since
-        left_s = self.bounds.keepalive_s - idle_s
+        left_s = self.bounds.keepalive_s - (0.0 if self._busy else self.loop.time() - self._idle_since)
         if left_s > 0.001:
             self._end_timer = self.loop.call_later(left_s, self._check_idle)
         else:
@@ -346,3 +330,12 @@ class ClientConnection(asyncio.Protocol):
             task.cancel()
         self.abort()
         return task
+
+
+def _describe_peer(transport: asyncio.BaseTransport) -> tuple[str | None, str]:
+    """The client's address, and a text for a debugger."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        return peer[0], f"{peer[0]}:{peer[1]}"
+    # A client of the Unix socket has no address: asyncio's name for it is "". Where it knows no name it says None.
+    return (None, "unknown") if peer is None else (UNIX_CLIENT, UNIX_CLIENT)

@@ -120,6 +120,11 @@ class Request:
         if refusal is not None:
             raise QueueFull(refusal, retry_after_s=1.0)
 
+    def end(self) -> None:
+        """Its handler has ended: nothing is held or called for it any longer."""
+        self.body.release()
+        self._connection.writer.on_writable = None
+
     # -- the body ----------------------------------------------------------------------------------------------------
 
     async def read_body(self) -> bytes:

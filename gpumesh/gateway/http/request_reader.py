@@ -10,6 +10,7 @@ from typing import Protocol
 
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.parser import Event, ParserState, RequestParser
+from gpumesh.gateway.http.request_queue import RequestQueue
 from gpumesh.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 
 log = logging.getLogger(__name__)
@@ -25,12 +26,6 @@ class ReaderOwner(Protocol):
     def take_events(self, events: Sequence[Event]) -> None:
         """May pause or stop the reader."""
 
-    def may_read_on(self) -> bool:
-        """Whether nothing waits that has been read already."""
-
-    def body_fits(self) -> bool:
-        """Whether the handler has taken most of the body that is being read."""
-
     def fail_reading(self) -> None:
         """A bug kept the input from being understood."""
 
@@ -44,6 +39,7 @@ class RequestReader:
     def __init__(
         self,
         owner: ReaderOwner,
+        queue: RequestQueue,
         transport: asyncio.Transport,
         slices: SliceQueue,
         loop: asyncio.AbstractEventLoop,
@@ -51,6 +47,7 @@ class RequestReader:
     ) -> None:
         self.paused = False
         self._owner = owner
+        self._queue = queue
         self._transport = transport
         self._parser = RequestParser(bounds.max_head_bytes)
         self._slices = slices
@@ -117,7 +114,7 @@ class RequestReader:
         """The turn has come. Where a handler has not taken enough of the body, it resumes the reader by itself."""
         if self._queued:
             self._queued = False
-            if self._owner.body_fits():
+            if self._queue.incoming_fits:
                 self.resume()
 
     def pause(self) -> None:
@@ -129,7 +126,7 @@ class RequestReader:
 
     def resume(self) -> None:
         """Unless a turn is waited for, or something waits that has been read already."""
-        if not self.paused or self._closed or self._queued or not self._owner.may_read_on():
+        if not self.paused or self._closed or self._queued or self._queue.waiting:
             return
         self.paused = False
         self._parse_slices()
