@@ -1,4 +1,4 @@
-"""A server's own words for an error, from whatever shape it has, made safe to print."""
+"""The message of a server's error response, whatever shape that has, made safe to print."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _TITLE = re.compile(rb"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)
 
 def error_text(status: int, body: bytes) -> str:
     """At most a line. Understands Ollama's, OpenAI's, Anthropic's and FastAPI's shapes, a web page and plain text."""
-    said = _said(safe_json.parse(body[: 1 << 20]))
-    if said is None and not body.strip():
+    message = _find_message(safe_json.parse(body[: 1 << 20]))
+    if message is None and not body.strip():
         return f"HTTP {status} without a word"
-    if said is None and is_web_page(body):
+    if message is None and is_web_page(body):
         return f"HTTP {status} and {describe_web_page(body)}"
-    return printable(said if said is not None else body) or f"HTTP {status}"
+    return printable(message if message is not None else body) or f"HTTP {status}"
 
 
 def is_web_page(body: bytes) -> bool:
@@ -32,29 +32,29 @@ def describe_web_page(body: bytes) -> str:
 
 
 def find_error_message(document: dict[str, Any]) -> str | None:
-    """The words of an error object under status 200, or ``None`` if it is none."""
+    """The message of an error object under status 200; ``None`` for what is no error."""
     if document.get("error") in (None, ""):
         return None
-    return printable(_said(document) or "an error without words") or "an error without words"
+    return printable(_find_message(document) or "an error without words") or "an error without words"
 
 
-def _said(document: Any, depth: int = 0) -> str | None:
+def _find_message(document: Any, depth: int = 0) -> str | None:
     if isinstance(document, str):
         return document if document.strip() else None
     if depth > 4:
         return None
     if isinstance(document, list):
-        return _said(document[0], depth + 1) if document else None
+        return _find_message(document[0], depth + 1) if document else None
     if not isinstance(document, dict):
         return None
     for key in ("error", "message", "detail", "msg", "type"):
-        said = _said(document.get(key), depth + 1)
-        if said is not None:
-            return said
+        message = _find_message(document.get(key), depth + 1)
+        if message is not None:
+            return message
     return None
 
 
 def printable_label(value: Any) -> str | None:
-    """A server's word for something, made safe to print; ``None`` for what is no text, or nothing of it is left."""
-    said = safe_json.as_text(value)
-    return printable(said, 100) or None if said is not None else None
+    """A label that a server gives, made safe to print; ``None`` for what is no text, or nothing of it is left."""
+    message = safe_json.as_text(value)
+    return printable(message, 100) or None if message is not None else None

@@ -49,9 +49,9 @@ def read_listing(entries: Any, *names: str, key: Callable[[str], str] = str) -> 
     seen: set[str] = set()
     unusable = 0
     for entry in safe_json.as_objects(entries):
-        said = next((text for each in names if (text := safe_json.as_text(entry.get(each)))), None)
-        name = clean_name(said)
-        unusable += name is None or name != said
+        listed_name = next((text for key_name in names if (text := safe_json.as_text(entry.get(key_name)))), None)
+        name = clean_name(listed_name)
+        unusable += name is None or name != listed_name
         if name is not None and (same := key(name)) not in seen:
             seen.add(same)
             named[name] = entry

@@ -1,4 +1,4 @@
-"""Ollama's native API: NDJSON frames, nanoseconds, and silent endings (shared facts: ollama-api.md)."""
+"""Ollama's native API: NDJSON frames, durations in nanoseconds, and silent endings (``docs/internals/ollama.md``)."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
 
 
 def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
-    """A port that answers, but not as Ollama: says as what, where that can be told."""
+    """For a port that answers, but not as Ollama. The message says as what, where the answer shows it."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
     if is_web_page(body):
         what = describe_web_page(body)

@@ -20,26 +20,26 @@ def raise_for_status(status: int, body: bytes) -> None:
 
 
 def key_refused_error(status: int, body: bytes) -> ProbeError:
-    """401, and 403 with words."""
-    said = error_text.error_text(status, body)
+    """401, and 403 with a body."""
+    message = error_text.error_text(status, body)
     hint = "set `backend.api_key_env` to the variable that holds its key"
     if error_text.is_web_page(body):
         hint = f"a proxy stands before it: point `backend.port` or `backend.url` at the server itself, or {hint}"
-    return ProbeError(f"the server refuses us: {said}", finding_code="key-refused", hint=hint)
+    return ProbeError(f"the server refuses us: {message}", finding_code="key-refused", hint=hint)
 
 
 def unavailable_error(status: int, body: bytes) -> ProbeError:
     """429 and 5xx."""
-    said = error_text.error_text(status, body)
+    message = error_text.error_text(status, body)
     if status == 429:
         hint = "it has too much to do, or a limit of requests: raise that, if it stays so; it is asked again by itself"
     elif error_text.is_web_page(body) or status in (502, 504):
         hint = "a proxy answers, and the server behind it does not: start that, or point `backend.url` at it directly"
-    elif status == 503 and "loading" in said.lower():
+    elif status == 503 and "loading" in message.lower():
         hint = "wait until it has loaded its model; it is asked again by itself"
     else:
         hint = "see the server's log on its host (`journalctl -u ollama`, `docker logs`), and restart it"
-    return ProbeError(f"the server says {said}", finding_code="backend-down", hint=hint)
+    return ProbeError(f"the server says {message}", finding_code="backend-down", hint=hint)
 
 
 OTHER_KIND_HINT = (
@@ -74,7 +74,7 @@ def broken_answer_error(message: str) -> ProbeError:
 
 
 def long_list_error(models: Any) -> ProbeError | None:
-    """For a list that is longer than is read: rather no node than one whose last models are said to be missing."""
+    """For a list that is longer than is read: rather no node than one whose last models are message to be missing."""
     if not isinstance(models, list) or len(models) <= MAX_MODELS:
         return None
     return too_many_models_error(f"it lists {len(models)} models")

@@ -1,4 +1,4 @@
-"""From a request to what will be said, whatever API it came by: pure."""
+"""From a request to the answer that a stand-in gives, whichever API the request came by. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpumesh.lab.profile import HostProfile, ModelProfile
 
 
 class ApiError(Exception):
-    """The request gets an error status and these words, in its dialect."""
+    """The request gets an error status and this message, in the form of its API."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAnswer:
-    """All that will be said, token by token: first thinking, then text; a tool call counts as its JSON's tokens."""
+    """A whole answer, token by token: first thinking, then text. A tool call counts as the tokens of its JSON."""
 
     prompt: str
     thinking: tuple[str, ...]
@@ -57,62 +57,64 @@ class PlannedAnswer:
         return len(self.thinking) + len(self.tokens)
 
 
-def render_request(work: GenerationRequest) -> str:
-    if work.messages is not None:
-        return text.render_messages(work.messages, continues=work.model.continues)
-    return work.prompt or ""
+def render_request(request: GenerationRequest) -> str:
+    if request.messages is not None:
+        return text.render_messages(request.messages, continues=request.model.continues)
+    return request.prompt or ""
 
 
-def plan_answer(work: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
-    """What the model will say. Raises Refused where Ollama would, before anything is generated."""
-    prompt = render_request(work)
-    options = work.options
+def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
+    """The answer of the model. Raises ApiError where Ollama would, before anything is generated."""
+    prompt = render_request(request)
+    options = request.options
     seed = options.get("seed")
     limit = options.get("num_predict")
     bound = limit if isinstance(limit, int) and limit >= 0 else None
     stop = options.get("stop") or ()
-    said = text.generate_text(
+    generated = text.generate_text(
         prompt,
-        model=work.model.name,
+        model=request.model.name,
         seed=seed if isinstance(seed, int) else 0,
         num_predict=bound,
         length_range=profile.answer_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(str(mark) for mark in stop),
     )
-    tool = _tool_call(work, said.tokens)
+    tool = _tool_call(request, generated.tokens)
     if tool is not None:
         tokens = text.split_tokens(
             json.dumps({"name": tool.name, "arguments": dict(tool.arguments)}, ensure_ascii=False)
         )
-        said = _bounded(tokens, bound)
-        tool = tool if said.done_reason == "stop" else None
-    elif work.format:
-        words = [token.strip() for token in said.tokens] or ["nothing"]
+        generated = _bounded(tokens, bound)
+        tool = tool if generated.done_reason == "stop" else None
+    elif request.format:
+        words = [token.strip() for token in generated.tokens] or ["nothing"]
         value = (
-            {"answer": " ".join(words[:12])} if work.format == "json" else text.make_schema_example(work.format, words)
+            {"answer": " ".join(words[:12])}
+            if request.format == "json"
+            else text.make_schema_example(request.format, words)
         )
-        said = _bounded(text.split_tokens(json.dumps(value, ensure_ascii=False)), bound)
+        generated = _bounded(text.split_tokens(json.dumps(value, ensure_ascii=False)), bound)
     thinking: tuple[str, ...] = ()
-    if _thinks(work) and not prompt.endswith("</think>"):
-        thinking = text.generate_text(f"{prompt}<think>", model=work.model.name, num_predict=12).tokens
-    return PlannedAnswer(prompt, thinking, said.tokens, tool, said.done_reason)
+    if _thinks(request) and not prompt.endswith("</think>"):
+        thinking = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=12).tokens
+    return PlannedAnswer(prompt, thinking, generated.tokens, tool, generated.done_reason)
 
 
-def _thinks(work: GenerationRequest) -> bool:
+def _thinks(request: GenerationRequest) -> bool:
     """On by default where the model can; asked of another model it is an error."""
-    if work.think and not work.model.thinking:
-        raise ApiError(400, f'"{work.name}" does not support thinking')
-    continued = bool(work.messages and work.messages[-1].get("role") == "assistant")
-    return work.model.thinking and work.think is not False and work.messages is not None and not continued
+    if request.think and not request.model.thinking:
+        raise ApiError(400, f'"{request.name}" does not support thinking')
+    continued = bool(request.messages and request.messages[-1].get("role") == "assistant")
+    return request.model.thinking and request.think is not False and request.messages is not None and not continued
 
 
-def _tool_call(work: GenerationRequest, words: tuple[str, ...]) -> ToolCall | None:
+def _tool_call(request: GenerationRequest, words: tuple[str, ...]) -> ToolCall | None:
     """The first of the tools is called whenever the user has the last word."""
-    if not work.tools or not work.messages or work.messages[-1].get("role") != "user":
+    if not request.tools or not request.messages or request.messages[-1].get("role") != "user":
         return None
-    if not work.model.tools:
-        raise ApiError(400, f"registry.ollama.ai/library/{work.name} does not support tools")
-    function = work.tools[0].get("function") or work.tools[0]
+    if not request.model.tools:
+        raise ApiError(400, f"registry.ollama.ai/library/{request.name} does not support tools")
+    function = request.tools[0].get("function") or request.tools[0]
     schema = function.get("parameters") or function.get("input_schema") or {}
     value = text.make_schema_example(schema, [word.strip() for word in words])
     return ToolCall(str(function.get("name", "tool")), value if isinstance(value, dict) else {})

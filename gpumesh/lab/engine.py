@@ -255,10 +255,10 @@ class Engine:
     async def _make_room(self, need_mib: int) -> None:
         """Unloads the models whose time ends first until the new one fits; waits while all are in use."""
         room = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
-        while self.runners and sum(self.vram_mib(one.model) for one in self.runners.values()) + need_mib > room:
-            idle = [one for one in self.runners.values() if not one.users]
+        while self.runners and sum(self.vram_mib(runner.model) for runner in self.runners.values()) + need_mib > room:
+            idle = [runner for runner in self.runners.values() if not runner.users]
             if idle:
-                del self.runners[min(idle, key=lambda one: one.expires_at).model.name]
+                del self.runners[min(idle, key=lambda runner: runner.expires_at).model.name]
             else:
                 await self._wait_released()
 
@@ -282,7 +282,7 @@ class Engine:
         """How many of the prompt's tokens the runner has seen as the start of a recent one."""
         if not self.profile.prefix_cache:
             return 0
-        best = max((_common(prompt, other) for other in runner.prompts), default=0)
+        best = max((_common_prefix_length(prompt, recent) for recent in runner.prompts), default=0)
         runner.prompts[prompt] = None
         runner.prompts.move_to_end(prompt)
         while len(runner.prompts) > self.profile.slots:
@@ -331,12 +331,12 @@ def hash_us(*parts: str) -> int:
     return zlib.crc32("/".join(parts).encode()) % 86_400_000_000
 
 
-def _common(one: str, other: str) -> int:
+def _common_prefix_length(first: str, second: str) -> int:
     """The length of the common prefix, by halving: prompts may be long."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1

@@ -90,8 +90,8 @@ def generate_text(
     left: int | None = None
     if start is not None:
         opening = zlib.crc32(prompt[:start].encode(errors="replace"), basis)
-        said = count_tokens(prompt[start:])
-        left = low + _mix(opening + 7) % (high - low + 1) - said
+        spoken = count_tokens(prompt[start:])
+        left = low + _mix(opening + 7) % (high - low + 1) - spoken
     bound = num_predict if num_predict is not None and num_predict >= 0 else 1 << 16
     chance = max(1, (low + high) // 2)
 
@@ -154,7 +154,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
             return make_schema_example(schema[key][0], words, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     if isinstance(kind, list):
-        kind = next((one for one in kind if one != "null"), "null")
+        kind = next((name for name in kind if name != "null"), "null")
     if kind == "object":
         properties = schema.get("properties") or {}
         return {name: make_schema_example(inner, words, depth + 1) for name, inner in properties.items()}
