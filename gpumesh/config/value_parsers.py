@@ -1,4 +1,4 @@
-"""How single values are written: durations, URLs, jumps, commands. Pure, and without pydantic.
+"""How single values of mesh.yaml are written: durations, URLs, jumps, commands. Pure, and without pydantic.
 
 Each function raises ValueError whose text completes a sentence that begins with the value, and itself repeats no more
 of it than digits: it may be a secret that was meant for a variable.

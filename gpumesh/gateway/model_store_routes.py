@@ -1,9 +1,9 @@
-"""Ollama's routes that change model stores: pull, push, create, copy, delete and blobs.
+"""Ollama's routes that change model stores, and what a client is told when only some nodes did it.
 
-A client may name one node (``X-GPUMesh-Node``). What a request means over several nodes, and how it is carried out
-there, is in ``gpumesh/mesh/models/fleet_store.py``; here requests are read, and results are written as HTTP answers and
-lines of NDJSON. What is partly done is answered as an error that says where it was done and where not, never as a
-success.
+The routes are pull, push, create, copy, delete and blobs. A client may name one node (``X-GPUMesh-Node``). What a
+request means over several nodes, and how it is carried out there, is in ``gpumesh/mesh/models/fleet_store.py``; here
+requests are read, and results are written as HTTP answers and lines of NDJSON. What is partly done is answered as an
+error that says where it was done and where not, never as a success.
 """
 
 from __future__ import annotations

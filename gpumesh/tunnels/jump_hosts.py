@@ -7,7 +7,7 @@ from dataclasses import replace
 from gpumesh.topology import SshSpec
 
 
-def parse_jump(jump: str, default_user: str) -> tuple[str, str, int]:
+def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
     """``[user@]host[:port]`` as (user, host, port). Raises ``ValueError``."""
     user, _, rest = jump.rpartition("@")
     if rest.startswith("["):
@@ -26,7 +26,7 @@ def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
     """Each host on the route to ``ssh``'s host, reached through the hosts before it; ``ssh`` itself is the last."""
     hops = []
     for index, jump in enumerate(ssh.proxy_jump):
-        user, host, port = parse_jump(jump, ssh.user)
+        user, host, port = split_jump(jump, ssh.user)
         before = ssh.proxy_jump[:index]
         hops.append(replace(ssh, host=host, port=port, user=user, proxy_jump=before, alias=None, address_from=None))
     return (*hops, ssh)

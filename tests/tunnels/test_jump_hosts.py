@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpumesh.topology import SshSpec
-from gpumesh.tunnels.jump_hosts import list_hops, parse_jump
+from gpumesh.tunnels.jump_hosts import list_hops, split_jump
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ from gpumesh.tunnels.jump_hosts import list_hops, parse_jump
     ],
 )
 def test_jump_hosts(jump: str, expected: tuple[str, str, int]) -> None:
-    assert parse_jump(jump, "me") == expected
+    assert split_jump(jump, "me") == expected
 
 
 @pytest.mark.parametrize("jump", ["", "root@", ":22", "root@:22", "host:port", "[::1]:port"])
 def test_malformed_jump_hosts(jump: str) -> None:
     with pytest.raises(ValueError):
-        parse_jump(jump, "me")
+        split_jump(jump, "me")
 
 
 def test_each_hop_is_reached_through_the_hops_before_it() -> None:

@@ -1,4 +1,6 @@
-"""One answer to the client out of several upstream streams: a cut stream is continued where it stopped. Pure, no I/O.
+"""One answer out of several upstream streams: a cut stream is continued, a few times at most, or ended with an error.
+
+Pure, no I/O.
 
 How a proxy drives it::
 

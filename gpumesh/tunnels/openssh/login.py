@@ -1,4 +1,4 @@
-"""Logs a master in: first with an echoing session, then without a session where the host allows no command."""
+"""Logs a master in, or says why that failed: first with an echoing session, then without a session."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from gpumesh.printable import printable
 from gpumesh.quoting import shell_words
 from gpumesh.topology import HostKeyPolicy, SshSpec
 from gpumesh.tunnels.hostkeys import host_key_algorithms, uses_node_alias
-from gpumesh.tunnels.jump_hosts import parse_jump
+from gpumesh.tunnels.jump_hosts import split_jump
 from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
@@ -86,7 +86,7 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
     command = ""
     for jump in ssh.proxy_jump:
         user, _, address = jump.rpartition("@")
-        _, host, port = parse_jump(address, "")
+        _, host, port = split_jump(address, "")
         options = {"ControlPath": "none", **_connect_options(ssh, batch=batch)}
         arguments = ["ssh", *_option_arguments(options), *_identity_arguments(ssh)]
         if command:

@@ -1,4 +1,4 @@
-"""Answers the questions that ``ssh`` asks through askpass.py: from the node's secrets, or else by a person."""
+"""Answers the questions that ``ssh`` asks through askpass.py, and notices a wrong secret, because ssh asks again."""
 
 from __future__ import annotations
 
