@@ -59,6 +59,9 @@ class Continuation:
 
     ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` gives seconds, and ``started_at`` is when the request
     came, if that was before now. ``reserve_bytes``: see ``ContinuationPlanner``.
+
+    A little longer than other classes: a third of it hands questions on to the planner and to the text that was
+    received, so that a proxy deals with one object.
     """
 
     def __init__(

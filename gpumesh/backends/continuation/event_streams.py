@@ -89,8 +89,8 @@ class EventStreamFormat:
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         return self.continuation_refusal(request)
 
-    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
-        return self.continue_assistant_message(request, sofar)
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:  # noqa: ARG002
+        return self.continue_assistant_message(request, partial_answer)
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         return read_debug_rendering(document)
@@ -101,16 +101,16 @@ class EventStreamFormat:
     def continue_assistant_message(
         self,
         request: JsonObject,
-        sofar: PartialAnswer,  # noqa: ARG002
+        partial_answer: PartialAnswer,  # noqa: ARG002
     ) -> ContinuationCall:
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(request), JSON_HEADERS), self)
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
         if frame.document is None:
             return DONE if frame.ends_stream else b""
         return b"data: " + safe_json.dump_compact(frame.document) + b"\n\n"
 
-    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:  # noqa: ARG002
+    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:  # noqa: ARG002
         return DONE
 
     def error_frame(self, message: str) -> bytes:
@@ -133,7 +133,7 @@ class OpenAIChatFormat(EventStreamFormat):
         read = super().read(frame)
         if read.document is None:
             return read
-        text, thinking, choice, delta = _said(read.document)
+        text, thinking, choice, delta = _read_texts(read.document)
         return replace(
             read,
             text=text,
@@ -152,7 +152,7 @@ class OpenAIChatFormat(EventStreamFormat):
             if event
         ]
         return collect_texts(
-            _said(document)[:2] for document in safe_json.parse_objects([piece for piece in data if piece])
+            _read_texts(document)[:2] for document in safe_json.parse_objects([piece for piece in data if piece])
         )
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
@@ -190,45 +190,53 @@ class OpenAIChatFormat(EventStreamFormat):
             return "its template closes the turn that the client began"
         return None
 
-    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         """Only Ollama's own API takes a prompt as it is."""
         options, budget = _native_options(request), self.budget(request)
         if budget is not None:
-            options["num_predict"] = budget - sofar.tokens
+            options["num_predict"] = budget - partial_answer.tokens
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         return ContinuationCall(
-            raw_prompt_call(body, prompt + sofar.text, options), OllamaAsOpenAIFormat(usage=wants_usage(request))
+            raw_prompt_call(body, prompt + partial_answer.text, options),
+            OllamaAsOpenAIFormat(usage=wants_usage(request)),
         )
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
 
-    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
         body = dict(request)
-        body["messages"] = append_answer(list(request["messages"]), sofar.text, "reasoning_content", sofar.thinking)
+        body["messages"] = append_answer(
+            list(request["messages"]), partial_answer.text, "reasoning_content", partial_answer.thinking
+        )
         for key in ("max_completion_tokens", "max_tokens"):
             bound = positive_count(request.get(key))
             if bound is not None:
-                body[key] = max(bound - sofar.tokens, 1)
+                body[key] = max(bound - partial_answer.tokens, 1)
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         if frame.document is None:
             return DONE if frame.ends_stream else b""
         has_figures = isinstance(frame.document.get("usage"), dict) or isinstance(frame.document.get("timings"), dict)
-        if not (frame.text or frame.thinking or frame.text_complete or has_figures) and sofar.first_frame is not None:
+        if (
+            not (frame.text or frame.thinking or frame.text_complete or has_figures)
+            and partial_answer.first_frame is not None
+        ):
             return b""  # the opening delta with its role: the client has had one
-        document = {**frame.document, **_head(sofar)}
+        document = {**frame.document, **_head(partial_answer)}
         if has_figures:
-            document |= correct_figures(document, sofar)
+            document |= correct_figures(document, partial_answer)
         if has_figures or frame.text_complete:
-            document["gpumesh"] = continuation_note(sofar)
+            document["gpumesh"] = continuation_note(partial_answer)
         return encode_event(document)
 
-    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
+    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         if not reason:  # the client has had the finish frame
             return DONE
-        return encode_event(make_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)}) + DONE
+        return (
+            encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)}) + DONE
+        )
 
 
 class MarkedChatFormat(OpenAIChatFormat):
@@ -246,9 +254,9 @@ class MarkedChatFormat(OpenAIChatFormat):
             return "the client began the turn, and servers differ in what that means"
         return None
 
-    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
         marks = {"continue_final_message": True, "add_generation_prompt": False}
-        return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, sofar)
+        return super().continue_assistant_message({**request, **marks, **without_thinking(request)}, partial_answer)
 
 
 class OllamaAsOpenAIFormat(OllamaStreamFormat):
@@ -258,8 +266,8 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
         super().__init__(generate=True)
         self._usage = usage
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
-        out = encode_event(make_chunk(sofar, {"content": frame.text}, None)) if frame.text else b""
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
         if not frame.ends_stream or frame.document is None:
             return out
         reason = "length" if frame.document.get("done_reason") == "length" else "stop"
@@ -267,7 +275,7 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
             "prompt_tokens": safe_json.as_count(frame.document.get("prompt_eval_count")) or 0,
             "completion_tokens": safe_json.as_count(frame.document.get("eval_count")) or 0,
         }
-        return out + finish_events(sofar, reason, {"usage": counts} if self._usage else {})
+        return out + finish_events(partial_answer, reason, {"usage": counts} if self._usage else {})
 
 
 def wants_usage(request: JsonObject) -> bool:
@@ -276,12 +284,12 @@ def wants_usage(request: JsonObject) -> bool:
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
-def finish_events(sofar: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
+def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
     """The end of a chat's stream: the chunk with the reason, one with the figures if there are any, and the mark."""
-    out = encode_event(make_chunk(sofar, {}, reason) | {"gpumesh": continuation_note(sofar)})
+    out = encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)})
     if figures:
-        chunk = {**make_chunk(sofar, {}, None), "choices": [], **correct_figures(figures, sofar)}
-        out += encode_event(chunk | {"gpumesh": continuation_note(sofar)})
+        chunk = {**make_chunk(partial_answer, {}, None), "choices": [], **correct_figures(figures, partial_answer)}
+        out += encode_event(chunk | {"gpumesh": continuation_note(partial_answer)})
     return out + DONE
 
 
@@ -301,8 +309,8 @@ def encode_event(document: JsonObject) -> bytes:
     return b"data: " + safe_json.dump_compact(document) + b"\n\n"
 
 
-def _said(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """Text, thinking, and the choice and the delta that they stand in."""
+def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
+    """Text, thinking, and the choice and the delta that hold them."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
@@ -314,14 +322,14 @@ def _said(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
     return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
 
 
-def _head(sofar: PartialAnswer) -> dict[str, Any]:
+def _head(partial_answer: PartialAnswer) -> dict[str, Any]:
     """What names the answer, the same in each of its chunks."""
-    head = sofar.first_frame or {}
+    head = partial_answer.first_frame or {}
     return {key: head[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in head}
 
 
-def make_chunk(sofar: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
-    return {**_head(sofar), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+def make_chunk(partial_answer: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
+    return {**_head(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
 def _native_body(request: JsonObject) -> dict[str, Any]:
@@ -342,7 +350,7 @@ def _native_options(request: JsonObject) -> dict[str, Any]:
 def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     """Messages as Ollama's ``/v1`` hands them on: each part of a content is a message of its own.
 
-    What cannot be told as text (images, calls of tools) is left out, or, if ``exact``, makes it ``None``.
+    What is no text (images, tool calls) is left out; or, if ``exact``, the result is ``None``.
     """
     out: list[Any] = []
     for message in messages:
@@ -358,18 +366,18 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
     return out
 
 
-def correct_figures(document: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
+def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
     out: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):
-        prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - sofar.tokens, 0)
-        tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + sofar.tokens
+        prompt = max((safe_json.as_count(usage.get("prompt_tokens")) or 0) - partial_answer.tokens, 0)
+        tokens = (safe_json.as_count(usage.get("completion_tokens")) or 0) + partial_answer.tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
         out["usage"] = {**usage, **counts}
     if isinstance(timings, dict):
-        tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + sofar.tokens
-        took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + sofar.spent_ms
+        tokens = (safe_json.as_count(timings.get("predicted_n")) or 0) + partial_answer.tokens
+        took_ms = (safe_json.as_number(timings.get("predicted_ms")) or 0.0) + partial_answer.spent_ms
         out["timings"] = {**timings, "predicted_n": tokens, "predicted_ms": took_ms}
         if tokens and took_ms:
             rates = {"predicted_per_token_ms": took_ms / tokens, "predicted_per_second": 1000.0 * tokens / took_ms}

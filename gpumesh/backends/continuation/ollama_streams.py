@@ -97,9 +97,11 @@ class OllamaStreamFormat:
             return "its template closes the turn that the client began"
         return None
 
-    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
-        return ContinuationCall(raw_prompt_call(body, prompt + sofar.text, self._bounded(request, sofar)), self)
+        return ContinuationCall(
+            raw_prompt_call(body, prompt + partial_answer.text, self._bounded(request, partial_answer)), self
+        )
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
         return read_debug_rendering(document)
@@ -107,16 +109,20 @@ class OllamaStreamFormat:
     def assistant_message_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
         return None
 
-    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
-        options = self._bounded(request, sofar)
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
+        options = self._bounded(request, partial_answer)
         if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}
-            return ContinuationCall(raw_prompt_call(body, str(request.get("prompt")) + sofar.text, options), self)
-        return ContinuationCall(_chat(self._as_chat(request, sofar.text, sofar.thinking), options), self)
+            return ContinuationCall(
+                raw_prompt_call(body, str(request.get("prompt")) + partial_answer.text, options), self
+            )
+        return ContinuationCall(
+            _chat(self._as_chat(request, partial_answer.text, partial_answer.thinking), options), self
+        )
 
-    def _bounded(self, request: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
+    def _bounded(self, request: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
         budget, options = self.budget(request), _options(request)
-        return options if budget is None else options | {"num_predict": budget - sofar.tokens}
+        return options if budget is None else options | {"num_predict": budget - partial_answer.tokens}
 
     def _as_chat(self, request: JsonObject, text: str, thinking: str) -> dict[str, Any]:
         """A chat whose last message is the answer so far. A generate's prompt is one to the server as well: its
@@ -134,27 +140,31 @@ class OllamaStreamFormat:
         body["messages"] = append_answer(messages, text, "thinking", thinking)
         return body
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         if frame.document is None:
             return b""
         known = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
         out: dict[str, Any] = {key: known.pop(key) for key in ("model", "created_at") if key in known}
-        if sofar.first_frame is not None and "model" in sofar.first_frame:
-            out["model"] = sofar.first_frame["model"]
+        if partial_answer.first_frame is not None and "model" in partial_answer.first_frame:
+            out["model"] = partial_answer.first_frame["model"]
         piece: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
         if frame.thinking:
             piece["thinking"] = frame.thinking
         out |= piece if self._generate else {"message": {"role": "assistant", **piece}}
         out |= known
         if frame.ends_stream:
-            out |= _figures(known, sofar)
+            out |= _figures(known, partial_answer)
         return safe_json.dump_compact(out) + b"\n"
 
-    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
+    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         document = {"done": True, "done_reason": reason, "eval_count": 0}
-        if sofar.first_frame is not None:
-            document |= {key: sofar.first_frame[key] for key in ("model", "created_at") if key in sofar.first_frame}
-        return self.translate(Frame(document, ends_stream=True), sofar)
+        if partial_answer.first_frame is not None:
+            document |= {
+                key: partial_answer.first_frame[key]
+                for key in ("model", "created_at")
+                if key in partial_answer.first_frame
+            }
+        return self.translate(Frame(document, ends_stream=True), partial_answer)
 
     def error_frame(self, message: str) -> bytes:
         return safe_json.dump_compact({"error": message}) + b"\n"
@@ -217,12 +227,16 @@ def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
     return safe_json.as_objects(request.get("messages"))
 
 
-def _figures(figures: JsonObject, sofar: PartialAnswer) -> dict[str, Any]:
+def _figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
     """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
-    out: dict[str, Any] = {"eval_count": (safe_json.as_count(figures.get("eval_count")) or 0) + sofar.tokens}
+    out: dict[str, Any] = {"eval_count": (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens}
     prompt = safe_json.as_count(figures.get("prompt_eval_count"))
     if prompt is not None:
-        out["prompt_eval_count"] = max(prompt - sofar.tokens, 0)
-    out["eval_duration"] = (safe_json.as_count(figures.get("eval_duration")) or 0) + round(sofar.spent_ms * 1e6)
-    out["total_duration"] = max(round(sofar.elapsed_ms * 1e6), safe_json.as_count(figures.get("total_duration")) or 0)
-    return out | {"gpumesh": continuation_note(sofar)}
+        out["prompt_eval_count"] = max(prompt - partial_answer.tokens, 0)
+    out["eval_duration"] = (safe_json.as_count(figures.get("eval_duration")) or 0) + round(
+        partial_answer.spent_ms * 1e6
+    )
+    out["total_duration"] = max(
+        round(partial_answer.elapsed_ms * 1e6), safe_json.as_count(figures.get("total_duration")) or 0
+    )
+    return out | {"gpumesh": continuation_note(partial_answer)}

@@ -69,12 +69,12 @@ class RenderedPromptFormat(MarkedChatFormat):
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002 - ``uses_template`` was asked
         return None
 
-    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         body: dict[str, Any] = {key: value for key, value in request.items() if key not in _CHAT_ONLY}
-        body |= {"prompt": prompt + sofar.text, "stream": True}
+        body |= {"prompt": prompt + partial_answer.text, "stream": True}
         budget = self.budget(request)
         if budget is not None:
-            body["n_predict"] = max(budget - sofar.tokens, 1)
+            body["n_predict"] = max(budget - partial_answer.tokens, 1)
         if isinstance(request.get("stop"), str):
             body["stop"] = [request["stop"]]
         call = HttpCall("POST", COMPLETION_PATH, safe_json.dump_compact(body), JSON_HEADERS)
@@ -96,8 +96,8 @@ class CompletionAsChatFormat(EventStreamFormat):
         last = read.document.get("stop") is True
         return replace(read, text=text, text_complete=last, ends_stream=last)
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
-        out = encode_event(make_chunk(sofar, {"content": frame.text}, None)) if frame.text else b""
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
         document = frame.document
         if not frame.ends_stream or document is None:
             return out
@@ -108,7 +108,9 @@ class CompletionAsChatFormat(EventStreamFormat):
             figures["usage"] = {"prompt_tokens": prompt, "completion_tokens": tokens}
         if isinstance(document.get("timings"), dict):
             figures["timings"] = document["timings"]
-        return out + finish_events(sofar, "length" if document.get("stop_type") == "limit" else "stop", figures)
+        return out + finish_events(
+            partial_answer, "length" if document.get("stop_type") == "limit" else "stop", figures
+        )
 
 
 def _is_text(message: Any) -> bool:

@@ -91,7 +91,7 @@ class StreamFormat(Protocol):
     def read(self, frame: bytes) -> Frame: ...
 
     def extract_texts(self, frames: bytes) -> TextPieces:
-        """What many plain frames say: as ``read`` gives it, for a tenth of its cost."""
+        """The texts of many frames that hold text only: what ``read`` returns for each, for a tenth of the cost."""
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         """Why an answer to this request cannot be continued rightly; ``None`` if it can."""
@@ -108,22 +108,22 @@ class StreamFormat(Protocol):
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         """Why ``continue_raw_prompt`` cannot do it rightly; ``None`` if it can."""
 
-    def continue_raw_prompt(self, request: JsonObject, sofar: PartialAnswer, prompt: str) -> ContinuationCall:
+    def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         """As text after the rendered prompt: for templates that close a message of the assistant."""
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
-        """What the answer to ``render_call`` says; ``None`` where it says nothing."""
+        """The prompt in the answer to ``render_call``; ``None`` where it holds none."""
 
     def assistant_message_refusal(self, request: JsonObject) -> str | None:
         """Why ``continue_assistant_message`` cannot do it rightly; ``None`` if it can."""
 
-    def continue_assistant_message(self, request: JsonObject, sofar: PartialAnswer) -> ContinuationCall:
+    def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
         """As a last message of the assistant."""
 
-    def translate(self, frame: Frame, sofar: PartialAnswer) -> bytes:
-        """A frame of a later attempt as one of the client's own stream, figures corrected; may be empty."""
+    def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
+        """A frame of a later attempt as a frame of the client's own stream, with corrected figures; may be empty."""
 
-    def closing_frames(self, reason: str, sofar: PartialAnswer) -> bytes:
+    def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
         """What is missing for an answer whose text is complete."""
 
     def error_frame(self, message: str) -> bytes: ...
@@ -167,9 +167,9 @@ def collect_texts(pairs: Iterable[tuple[str, str]]) -> TextPieces:
     return TextPieces(texts, tuple(thinking for _, thinking in all_pairs if thinking))
 
 
-def continuation_note(sofar: PartialAnswer) -> dict[str, int]:
-    """What the last frame says of what happened."""
-    return {"continued": sofar.cuts, "tokens_before": sofar.tokens}
+def continuation_note(partial_answer: PartialAnswer) -> dict[str, int]:
+    """What the last frame reports of the continuations."""
+    return {"continued": partial_answer.cuts, "tokens_before": partial_answer.tokens}
 
 
 def positive_count(value: Any) -> int | None:

@@ -53,7 +53,11 @@ _FLOWING = StreamState.FLOWING  # where each token passes, a global costs less t
 
 
 class StreamingAnswer(Answer):
-    """Its slot on a node is free as soon as the final frame was seen. Implements ``BodySink`` for the node's stream."""
+    """Its slot on a node is free as soon as the final frame was seen. Implements ``BodySink`` for the node's stream.
+
+    Longer than other classes, because the node's stream, the client's side, failover and the timers change one state,
+    and a token passes through fewer objects where they are one.
+    """
 
     __slots__ = (
         "_changed",

@@ -103,8 +103,8 @@ def test_the_budget_is_the_lower_of_two_names_for_it() -> None:
 
 def test_timings_of_llama_server_are_those_of_the_whole_answer() -> None:
     timings = {"prompt_n": 5, "predicted_n": 6, "predicted_ms": 60.0, "predicted_per_second": 100.0}
-    sofar = PartialAnswer(text="x", tokens=4, spent_ms=40.0, cuts=1, first_frame=HEAD)
-    document = json.loads(CHAT.translate(CHAT.read(event({}, "stop", timings=timings)), sofar)[6:])
+    partial_answer = PartialAnswer(text="x", tokens=4, spent_ms=40.0, cuts=1, first_frame=HEAD)
+    document = json.loads(CHAT.translate(CHAT.read(event({}, "stop", timings=timings)), partial_answer)[6:])
     assert document["timings"] == {
         **timings,
         "predicted_n": 10,
@@ -158,9 +158,9 @@ def test_the_effort_of_reasoning_is_ollamas_think(effort: str, think: object) ->
 
 def test_a_native_rest_ends_as_openais_streams_end() -> None:
     form = OllamaAsOpenAIFormat(usage=True)
-    sofar = PartialAnswer(text="x", tokens=2, cuts=1, first_frame=HEAD)
+    partial_answer = PartialAnswer(text="x", tokens=2, cuts=1, first_frame=HEAD)
     final = b'{"response":"","done":true,"done_reason":"length","prompt_eval_count":7,"eval_count":3}\n'
-    lines = form.translate(form.read(final), sofar).split(b"\n\n")
+    lines = form.translate(form.read(final), partial_answer).split(b"\n\n")
     finish, usage = json.loads(lines[0][6:]), json.loads(lines[1][6:])
     assert finish["choices"][0]["finish_reason"] == "length"
     assert usage["choices"] == []
@@ -170,13 +170,15 @@ def test_a_native_rest_ends_as_openais_streams_end() -> None:
 
 def test_only_other_kinds_are_told_to_go_on() -> None:
     request = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
-    sofar = PartialAnswer(text="x", thinking="t", tokens=3)
-    body = json.loads(CHAT.continue_assistant_message(request, sofar).call.body)
+    partial_answer = PartialAnswer(text="x", thinking="t", tokens=3)
+    body = json.loads(CHAT.continue_assistant_message(request, partial_answer).call.body)
     assert not body.keys() & {"continue_final_message", "add_generation_prompt", "chat_template_kwargs"}
     assert body["max_tokens"] == 1
     assert body["messages"][-1]["reasoning_content"] == "t"
     request["chat_template_kwargs"] = {"a": 1, "enable_thinking": True}
-    body = json.loads(MarkedChatFormat("/v1/chat/completions").continue_assistant_message(request, sofar).call.body)
+    body = json.loads(
+        MarkedChatFormat("/v1/chat/completions").continue_assistant_message(request, partial_answer).call.body
+    )
     assert body["continue_final_message"] is True
     assert body["add_generation_prompt"] is False
     assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}

@@ -83,8 +83,8 @@ def test_a_generate_becomes_the_chat_that_its_server_makes_of_it() -> None:
 
 def test_no_figures_are_made_up() -> None:
     frame = CHAT.read(b'{"model":"other","message":{"content":""},"done":true,"done_reason":"stop"}\n')
-    sofar = PartialAnswer(tokens=3, elapsed_ms=2.0, spent_ms=1.0, cuts=1, first_frame={"model": "m"})
-    document = json.loads(CHAT.translate(frame, sofar))
+    partial_answer = PartialAnswer(tokens=3, elapsed_ms=2.0, spent_ms=1.0, cuts=1, first_frame={"model": "m"})
+    document = json.loads(CHAT.translate(frame, partial_answer))
     assert document["model"] == "m"
     assert "prompt_eval_count" not in document
     assert (document["eval_count"], document["eval_duration"], document["total_duration"]) == (3, 1_000_000, 2_000_000)
