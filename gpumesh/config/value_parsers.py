@@ -1,7 +1,7 @@
-"""How single values of mesh.yaml are written: durations, URLs, jumps, commands. Pure, and without pydantic.
+"""Parses single values of mesh.yaml and the command line: durations, URLs, jump hosts, commands. Pure; no pydantic.
 
-Each function raises ValueError whose text completes a sentence that begins with the value, and itself repeats no more
-of it than digits: it may be a secret that was meant for a variable.
+Each function raises ValueError. Its text completes a sentence that begins with the value, and repeats at most digits of
+the value: a user may have written a secret in the wrong place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h)")
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
-_IN_A_SHELL = re.compile(r"""['"`;&<>|(){}]|\\$""")
+_SHELL_CHARACTERS = re.compile(r"""['"`;&<>|(){}]|\\$""")
 _USER = re.compile(r"[^\s\x00-\x20\x7f-\x9f,-][^\s\x00-\x20\x7f-\x9f,]{0,127}")
 _SCHEME_PORTS = {"http": 80, "https": 443}
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -29,7 +29,7 @@ DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h)$"
 
 
 class SensitiveError(ValueError):
-    """The value may be or hold a secret, and is not to be shown. The text completes a sentence beginning "this"."""
+    """The value may contain a secret and must not be shown. The text completes a sentence that begins with "this"."""
 
 
 def parse_name(text: str) -> str:
@@ -78,7 +78,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The form a person would write; ``parse_duration`` reads it back as the same number."""
+    """The duration as a person would write it; ``parse_duration`` gives the same number again."""
     whole_units = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
     fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
     forms = [*whole_units[:-1], fractions[0], whole_units[-1]] if seconds > 1 else whole_units
@@ -87,7 +87,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_host(text: str) -> str:
-    """A name or an address; an IPv6 address with or without its brackets, returned without."""
+    """A host name or an address. An IPv6 address may have brackets, which are removed."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if ":" in bare:
         address, _, zone = bare.partition("%")
@@ -109,15 +109,15 @@ def parse_host(text: str) -> str:
 
 
 def parse_user(text: str) -> str:
-    """As OpenSSH's own ``valid_ruser``: a leading hyphen could be taken for an option, and the shell of a
-    ``ProxyCommand`` that names the user would act on quotes, brackets and the like."""
-    if not _USER.fullmatch(text) or _IN_A_SHELL.search(text):
+    """The same rule as OpenSSH's ``valid_ruser``: a leading hyphen could be taken for an option, and the shell that
+    runs a ``ProxyCommand`` with the user's name would interpret quotes and brackets."""
+    if not _USER.fullmatch(text) or _SHELL_CHARACTERS.search(text):
         raise ValueError("is not a user's name")
     return text
 
 
 def parse_jump(text: str) -> str:
-    """``[user@]host[:port]``, as ``ssh -J`` takes it."""
+    """``[user@]host[:port]``, as ``ssh -J`` accepts it."""
     user, at, rest = text.strip().rpartition("@")
     if at:
         parse_user(user)
@@ -151,22 +151,22 @@ def parse_path(text: str) -> str:
 
 
 def parse_command(text: str) -> tuple[str, ...]:
-    """Words as a POSIX shell would split them; no shell runs it."""
+    """Splits a command as a POSIX shell would; no shell runs it."""
     try:
-        words = tuple(shlex.split(text))
+        arguments = tuple(shlex.split(text))
     except ValueError:
         raise ValueError("has a quote that is not closed") from None
-    return check_argv(words)
+    return check_argv(arguments)
 
 
-def check_argv(words: Sequence[str]) -> tuple[str, ...]:
-    if not words or not words[0]:
+def check_argv(arguments: Sequence[str]) -> tuple[str, ...]:
+    if not arguments or not arguments[0]:
         raise ValueError("names no program")
-    return tuple(words)
+    return tuple(arguments)
 
 
 def parse_url(text: str) -> Target:
-    """``http://host[:port][/path]``. A ``/v1`` at the end is dropped: gpumesh adds the API's path itself."""
+    """``http://host[:port][/path]``. A trailing ``/v1`` is removed: gpumesh adds the path of the API itself."""
     try:
         parts = urlsplit(text)
         port = parts.port

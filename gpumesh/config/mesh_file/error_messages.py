@@ -15,7 +15,7 @@ from gpumesh.config.mesh_file.file_schema import MeshFile, Section
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value, follow_path
 from gpumesh.config.value_parsers import SensitiveError
 
-_EXPECTED = {
+_EXPECTED_PHRASES = {
     "model_type": "keys with values are",
     "dict_type": "keys with values are",
     "tuple_type": "a list is",
@@ -25,9 +25,9 @@ _EXPECTED = {
     "bool_type": "true or false is",
     "enum": "a single value is",
 }
-# What a person would rather write there as text, in the form that is read.
-_FORMS = {"ssh": "{host: 203.0.113.7, port: 22}", "backend": "{port: 11434}"}
-_SECRETS = {
+# Examples of the mappings that people write as plain text instead.
+_EXAMPLES = {"ssh": "{host: 203.0.113.7, port: 22}", "backend": "{port: 11434}"}
+_SECRET_KEYS = {
     "password": "password_env",
     "passwd": "password_env",
     "pass": "password_env",
@@ -39,7 +39,7 @@ _SECRETS = {
     "bearer": "api_key_env",
     "secret": "api_key_env",
 }
-_OTHER_WORDS = {
+_SYNONYMS = {
     "hostname": "host",
     "address": "host",
     "ip": "host",
@@ -58,23 +58,25 @@ _OTHER_WORDS = {
     "tags": "labels",
     "vram": "vram_mib",
 }
-_SENTENCE_LIMIT = 60
+_MAX_QUOTED = 60
 
 
 def translate_errors(error: ValidationError, tree: Value) -> Iterator[Fault]:
-    for each in error.errors(include_url=False):
-        yield _fault(each["type"], each["loc"], each.get("ctx", {}), each["msg"], tree)
+    """Faults in our words, at their positions in the file, from the errors of pydantic."""
+    for detail in error.errors(include_url=False):
+        yield _translate(detail["type"], detail["loc"], detail.get("ctx", {}), detail["msg"], tree)
 
 
 def quote_value(text: str) -> str:
-    """A value in a sentence: quoted, on one line, not too long."""
-    return repr(text if len(text) <= _SENTENCE_LIMIT else text[: _SENTENCE_LIMIT - 1] + "…")
+    """A value for a sentence: quoted, on one line, cut if long."""
+    return repr(text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 1] + "…")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
-    by_form = {_form(choice): choice for choice in choices}
-    close = difflib.get_close_matches(_form(word[:64]), by_form, n=1, cutoff=0.6)
-    return by_form[close[0]] if close else None
+    """The choice that is most similar to ``word``, or ``None`` if none is similar."""
+    by_normal_form = {_normalize_key(choice): choice for choice in choices}
+    close = difflib.get_close_matches(_normalize_key(word[:64]), by_normal_form, n=1, cutoff=0.6)
+    return by_normal_form[close[0]] if close else None
 
 
 def not_one_of(text: str, choices: list[str]) -> str:
@@ -82,14 +84,14 @@ def not_one_of(text: str, choices: list[str]) -> str:
     return f"{quote_value(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
 
 
-def _fault(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
+def _translate(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
     if kind == "extra_forbidden":
         _, spot, _ = follow_path(tree, path)
-        return Fault(_unknown(path), spot, path)
+        return Fault(_explain_unknown_key(path), spot, path)
     steps, spot, value = follow_path(tree, path)
     if kind == "missing":
         return Fault("is missing", value.position, path)
-    # pydantic may name items of what stands as one value in the file.
+    # pydantic may name a member of a list that is written as a single value in the file.
     path = path[:steps]
     if kind == "value_error":
         reason = context["error"]
@@ -99,10 +101,12 @@ def _fault(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, t
         return Fault(not_one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.position, path)
     if kind == "bool_parsing":
         return Fault(f"{_subject(value)} is neither true nor false", value.position, path)
-    if kind in _EXPECTED:
-        form = _FORMS.get(str(path[-1])) if path and kind == "model_type" else None
-        such = f"; such as `{form}`" if form is not None else ""
-        return Fault(f"{_EXPECTED[kind]} expected here, not {_kind(value)}{such}", value.position, path)
+    if kind in _EXPECTED_PHRASES:
+        example = _EXAMPLES.get(str(path[-1])) if path and kind == "model_type" else None
+        such = f"; such as `{example}`" if example is not None else ""
+        return Fault(
+            f"{_EXPECTED_PHRASES[kind]} expected here, not {_describe_value(value)}{such}", value.position, path
+        )
     return Fault(f"{_subject(value)}: {message}", value.position, path)
 
 
@@ -110,7 +114,7 @@ def _subject(value: Value) -> str:
     return quote_value(value.text) if isinstance(value, ScalarValue) and value.text is not None else "this"
 
 
-def _kind(value: Value) -> str:
+def _describe_value(value: Value) -> str:
     if isinstance(value, ScalarValue):
         return "nothing" if value.text is None else f"the text {quote_value(value.text)}"
     if isinstance(value, ListValue):
@@ -118,28 +122,31 @@ def _kind(value: Value) -> str:
     return "keys with values" if isinstance(value, MappingValue) else "this"
 
 
-def _form(word: str) -> str:
+def _normalize_key(word: str) -> str:
     return re.sub(r"[\s-]+", "_", word.strip().lower())
 
 
-def _unknown(path: KeyPath) -> str:
+def _explain_unknown_key(path: KeyPath) -> str:
     word = str(path[-1])
     known = keys_at(path[:-1])
-    form = _form(word)
-    key = next((key for secret, key in _SECRETS.items() if form == secret or form.endswith(f"_{secret}")), None)
+    normal_form = _normalize_key(word)
+    key = next(
+        (key for secret, key in _SECRET_KEYS.items() if normal_form == secret or normal_form.endswith(f"_{secret}")),
+        None,
+    )
     if key is not None:
         if key not in known:
             key = next((other for other in ("password_env", "api_key_env") if other in known), "a key ending in _env")
         return f"a secret may not stand in the file: put it into a variable, and the variable's name under {key}"
     message = f"unknown key {quote_value(word)}"
-    guess = _OTHER_WORDS.get(form)
+    guess = _SYNONYMS.get(normal_form)
     if guess not in known:
         guess = did_you_mean(word, known)
     if guess is not None:
         return f"{message}; did you mean {guess}?"
-    places = _places(form)
+    places = _sections_with_key(normal_form)
     if places:
-        return f"{message}; {form} belongs under {' or '.join(places)}"
+        return f"{message}; {normal_form} belongs under {' or '.join(places)}"
     return f"{message}; known here: {', '.join(known)}"
 
 
@@ -163,17 +170,17 @@ def _section(info: FieldInfo) -> type[Section] | None:
     return None
 
 
-def _places(key: str) -> list[str]:
-    """The sections that know ``key``, by the path a person would write."""
-    found = []
+def _sections_with_key(key: str) -> list[str]:
+    """The sections that have ``key``, named by the path that a person would write."""
+    sections = []
     pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
     while pending:
         where, section = pending.pop(0)
         for name, info in section.model_fields.items():
             if name == key:
-                found.append(where)
+                sections.append(where)
             inner = _section(info)
             if inner is not None and name != "defaults":
                 label = "a node" if name == "nodes" else name
                 pending.append((label, inner))
-    return found
+    return sections

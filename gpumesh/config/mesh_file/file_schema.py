@@ -1,4 +1,5 @@
-"""The form of mesh.yaml, by pydantic: which keys there are and what each takes. What spans several keys is in rules.py.
+"""The schema of mesh.yaml as pydantic models: which keys exist and which values each takes. ``rules`` has the rules
+between keys.
 
 All values arrive as text (yaml_tree.py), so each type here reads text. Everything is optional in form, because a node's
 value may come from ``defaults``; ``None`` means: not said. Descriptions go into the JSON Schema and the docs.
@@ -17,22 +18,22 @@ from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, Tra
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
 
-def _read(form: Callable[[str], Any]) -> BeforeValidator:
-    """Reads text by ``form``; anything else is left to pydantic, which says that it is of the wrong kind."""
+def _read(parse: Callable[[str], Any]) -> BeforeValidator:
+    """Parses text with ``parse``. Anything else is left to pydantic, which reports the wrong type."""
 
     def read(value: Any) -> Any:
-        return form(value) if isinstance(value, str) else value
+        return parse(value) if isinstance(value, str) else value
 
     return BeforeValidator(read)
 
 
-def _many(value: Any) -> Any:
-    """One where several may stand."""
+def _as_tuple(value: Any) -> Any:
+    """A single value in the place of a list."""
     return (value,) if isinstance(value, str) else value
 
 
-def _jumps(value: Any) -> Any:
-    """``a,b`` as ssh writes a chain, or a list."""
+def _split_jumps(value: Any) -> Any:
+    """``a,b``, as ssh writes a chain of jump hosts, or a list."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
@@ -42,15 +43,15 @@ def _command(value: Any) -> Any:
     return value_parsers.check_argv(value) if value == [] else value
 
 
-def _whole(least: int, most: int) -> BeforeValidator:
+def _integer(least: int, most: int) -> BeforeValidator:
     return _read(lambda text: value_parsers.check_range(value_parsers.parse_integer(text), least, most, str))
 
 
-def _whole_schema(least: int, most: int) -> WithJsonSchema:
+def _integer_schema(least: int, most: int) -> WithJsonSchema:
     return WithJsonSchema({"type": "integer", "minimum": least, "maximum": most})
 
 
-def _between(least: float, most: float) -> BeforeValidator:
+def _duration(least: float, most: float) -> BeforeValidator:
     """Seconds, from text such as ``500ms``."""
     return _read(
         lambda text: value_parsers.check_range(
@@ -59,15 +60,15 @@ def _between(least: float, most: float) -> BeforeValidator:
     )
 
 
-def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item, **more}]})
+def _list_schema(member: dict[str, Any], **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [member, {"type": "array", "items": member, **more}]})
 
 
 _TEXT = {"type": "string"}
 
 Name = Annotated[str, _read(value_parsers.parse_name), WithJsonSchema({**_TEXT, "pattern": value_parsers.NAME_PATTERN})]
 Line = Annotated[str, _read(value_parsers.parse_line)]
-Port = Annotated[int, _whole(1, 65535), _whole_schema(1, 65535)]
+Port = Annotated[int, _integer(1, 65535), _integer_schema(1, 65535)]
 Host = Annotated[str, _read(value_parsers.parse_host)]
 User = Annotated[str, _read(value_parsers.parse_user)]
 Alias = Annotated[str, _read(value_parsers.parse_alias)]
@@ -75,35 +76,35 @@ Variable = Annotated[
     str, _read(value_parsers.parse_variable_name), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})
 ]
 FilePath = Annotated[str, _read(value_parsers.parse_path)]
-FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
 Jump = Annotated[str, _read(value_parsers.parse_jump)]
-Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_jumps), _list_schema(_TEXT)]
-LineList = Annotated[tuple[Line, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_split_jumps), _list_schema(_TEXT)]
+LineList = Annotated[tuple[Line, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
 Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
 _LISTEN_SCHEMA = {**_TEXT, "examples": ["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"]}
 ListenPlace = Annotated[tuple[str, int] | str, _read(listen_address.parse_listen_entry)]
 Listen = Annotated[
-    tuple[ListenPlace, ...], BeforeValidator(_many), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
+    tuple[ListenPlace, ...], BeforeValidator(_as_tuple), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
 ]
 _URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
 Url = Annotated[Target, _read(value_parsers.parse_url), WithJsonSchema(_URL_SCHEMA)]
 Urls = Annotated[
     tuple[Url, ...],
-    BeforeValidator(_many),
+    BeforeValidator(_as_tuple),
     WithJsonSchema({"type": "array", "items": _URL_SCHEMA, "minItems": 1, "maxItems": 16}),
 ]
 _DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": value_parsers.DURATION_PATTERN, "examples": ["5s"]})
-Interval = Annotated[float, _between(0.1, 300), _DURATION_SCHEMA]
-LongWait = Annotated[float, _between(0.1, 86400), _DURATION_SCHEMA]
+Interval = Annotated[float, _duration(0.1, 300), _DURATION_SCHEMA]
+LongWait = Annotated[float, _duration(0.1, 86400), _DURATION_SCHEMA]
 RedisUrl = Annotated[
     str, _read(value_parsers.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
 ]
 Origin = Annotated[str, _read(value_parsers.parse_origin)]
-Origins = Annotated[tuple[Origin, ...], BeforeValidator(_many), _list_schema(_TEXT)]
+Origins = Annotated[tuple[Origin, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors; inputs never stand in an error's text."""
+    """A mapping of mesh.yaml. Unknown keys are errors, and the text of an error never contains the input."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -161,7 +162,7 @@ class Backend(Section):
     api_key_env: Variable | None = Field(
         default=None, description="Name of the variable that holds the server's API key."
     )
-    max_parallel: Annotated[int, _whole(1, 4096), _whole_schema(1, 4096)] | None = Field(
+    max_parallel: Annotated[int, _integer(1, 4096), _integer_schema(1, 4096)] | None = Field(
         default=None, description="How many requests it runs at once; learned if not given."
     )
 
@@ -170,11 +171,11 @@ class Expect(Section):
     """What you believe to be there; `gpumesh audit` compares."""
 
     hostname: Line | None = Field(default=None, description="What `hostname` prints there.")
-    gpus: Annotated[int, _whole(0, 1024), _whole_schema(0, 1024)] | None = Field(
+    gpus: Annotated[int, _integer(0, 1024), _integer_schema(0, 1024)] | None = Field(
         default=None, description="Number of GPUs."
     )
     gpu: Line | None = Field(default=None, description="The GPU's name, as nvidia-smi prints it.")
-    vram_mib: Annotated[int, _whole(1, 1 << 30), _whole_schema(1, 1 << 30)] | None = Field(
+    vram_mib: Annotated[int, _integer(1, 1 << 30), _integer_schema(1, 1 << 30)] | None = Field(
         default=None, description="Memory of one GPU in MiB."
     )
     driver: Line | None = Field(default=None, description="The driver's version, or how it begins.")
@@ -226,10 +227,10 @@ class Gateway(Section):
     )
     default_model: Line | None = Field(default=None, description="Used where a command is given no model.")
     policy: PolicyKind | None = Field(default=None, description="How a node is chosen; adaptive if not given.")
-    max_queue: Annotated[int, _whole(0, 1_000_000), _whole_schema(0, 1_000_000)] | None = Field(
+    max_queue: Annotated[int, _integer(0, 1_000_000), _integer_schema(0, 1_000_000)] | None = Field(
         default=None, description="How many requests may wait; 1024 if not given. Past it clients get 503."
     )
-    body_memory_mib: Annotated[int, _whole(16, 1 << 20), _whole_schema(16, 1 << 20)] | None = Field(
+    body_memory_mib: Annotated[int, _integer(16, 1 << 20), _integer_schema(16, 1 << 20)] | None = Field(
         default=None, description="Memory for the bodies of all requests together; 512 if not given. Past it 503."
     )
     timeout: LongWait | None = Field(default=None, description="For one request as a whole; 10m if not given.")
@@ -267,7 +268,7 @@ class Redis(Section):
 class MeshFile(Section):
     """A mesh: GPUs behind SSH as one endpoint."""
 
-    version: Annotated[int, _whole(1, 1), _whole_schema(1, 1)] | None = Field(
+    version: Annotated[int, _integer(1, 1), _integer_schema(1, 1)] | None = Field(
         default=None, description="Of this format: 1."
     )
     name: Name | None = Field(default=None, description="Of the mesh; `mesh` if not given.")

@@ -1,4 +1,5 @@
-"""Reading a mesh.yaml from end to end: file, YAML, variables, form, rules, specs. Each step says all that it finds."""
+"""Reads a mesh.yaml from end to end: file, YAML, variables, schema, rules, specs. Each step reports all its
+problems."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from gpumesh.topology import Topology
 
 MAX_BYTES = 4 * yaml_tree.MAX_CHARACTERS
 MAX_PROBLEMS = 100
-# What ssh tries when it is told of no key, without the kinds that only ssh itself can use (ssh_config(5)).
-_USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
+# The key files that ssh tries by default, without the kinds that only ssh itself can use (ssh_config(5)).
+_DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def load(path: Path) -> Topology:
@@ -32,9 +33,9 @@ def load(path: Path) -> Topology:
 
 
 def parse_file_text(text: str, path: Path) -> Topology:
-    """As if ``text`` stood in the file. Raises ConfigError."""
+    """The topology that the file would give with this text. Raises ConfigError."""
     home = environment.home()
-    keys = tuple(key for name in _USUAL_KEYS if (key := home / ".ssh" / name).is_file())
+    keys = tuple(key for name in _DEFAULT_KEYS if (key := home / ".ssh" / name).is_file())
     return parse(
         text,
         file=find_file.display_path(path),
@@ -48,7 +49,7 @@ def parse_file_text(text: str, path: Path) -> Topology:
 
 
 def read_text(path: Path, file: str) -> str:
-    """Bounded, and never from something that could keep us waiting. Raises ConfigError."""
+    """Reads a regular file up to a maximum size; a pipe or device could block for ever. Raises ConfigError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
@@ -91,8 +92,8 @@ def parse(
     identities: tuple[Path, ...] = (),
     withhold_secrets: Callable[[Collection[str]], None] = lambda _: None,
 ) -> Topology:
-    """Pure, as far as ``resolve_alias`` is, and ``withhold_secrets``, which is told before it what variables the file
-    names for secrets. Raises ConfigError."""
+    """The topology. Pure if the two callbacks are. ``withhold_secrets`` gets the names of the variables that the file
+    names for secrets, before ``resolve_alias`` may start a program. Raises ConfigError."""
     tree, faults = yaml_tree.parse_yaml(text)
     if tree is None or (isinstance(tree, yaml_tree.ScalarValue) and tree.text is None):
         hint = None
@@ -105,14 +106,14 @@ def parse(
         raise _error(faults, file, tree)
     values, more = expand_tree(tree, env)
     faults += more
-    # A broken rule is told instead of what pydantic would say of the same key.
+    # A broken rule takes precedence over the error of pydantic for the same key.
     broken = [Fault(message, None, path) for path, message in rules.find_broken_rules(values)]
-    told = {fault.path for fault in faults}
-    faults += [fault for fault in broken if fault.path not in told]
-    checked = _form(values, tree, faults)
+    reported = {fault.path for fault in faults}
+    faults += [fault for fault in broken if fault.path not in reported]
+    checked = _validate_schema(values, tree, faults)
     if checked is None or faults:
         raise _error(faults, file, tree)
-    withhold_secrets(_variables(values))
+    withhold_secrets(_secret_variables(values))
     builder = TopologyBuilder(
         user=env.get("LOGNAME") or env.get("USER") or "root",
         home=home,
@@ -126,38 +127,38 @@ def parse(
     return topology
 
 
-def _form(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
-    """Adds to ``faults`` what is not there yet."""
+def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
+    """The validated file, or ``None``. Adds new problems to ``faults``."""
     try:
         return MeshFile.model_validate(values)
     except ValidationError as error:
-        told = {fault.path for fault in faults}
+        reported = {fault.path for fault in faults}
         for fault in error_messages.translate_errors(error, tree):
-            if fault.path not in told and not _unusable(values, fault.path):
+            if fault.path not in reported and not _is_unusable(values, fault.path):
                 faults.append(fault)
         return None
 
 
-def _variables(values: Any) -> set[str]:
-    """Of all keys that name one: ``api_key_env``, ``password_env``, a key's ``env``."""
+def _secret_variables(values: Any) -> set[str]:
+    """The variables that the file names for secrets: under ``api_key_env``, ``password_env``, ``env``."""
     if isinstance(values, list):
-        return {name for value in values for name in _variables(value)}
+        return {name for value in values for name in _secret_variables(value)}
     if not isinstance(values, dict):
         return set()
     names = {value for key, value in values.items() if _names_variable(key) and isinstance(value, str)}
-    return names.union(*(_variables(value) for value in values.values()))
+    return names.union(*(_secret_variables(value) for value in values.values()))
 
 
 def _names_variable(key: object) -> bool:
     return isinstance(key, str) and (key == "env" or key.endswith("_env"))
 
 
-def _unusable(values: Any, path: KeyPath) -> bool:
-    """Whether what stands there could not even be read: said already."""
+def _is_unusable(values: Any, path: KeyPath) -> bool:
+    """Whether the value at ``path`` could not be read. Then its problem has been reported already."""
     for part in path:
         try:
             values = values[part]
-        except (KeyError, IndexError, TypeError):  # pydantic's path goes further than the values
+        except (KeyError, IndexError, TypeError):  # the path of pydantic can be longer than the values are deep
             break
     return values is UNUSABLE
 
@@ -171,8 +172,8 @@ def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None 
         problems.append(Problem(fault.message, file, *_place(spot), yaml_tree.format_path(fault.path)))
     problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
     if len(problems) > MAX_PROBLEMS:
-        left = len(problems) - MAX_PROBLEMS
-        problems = [*problems[:MAX_PROBLEMS], Problem(f"and {left} more problems", file)]
+        remaining = len(problems) - MAX_PROBLEMS
+        problems = [*problems[:MAX_PROBLEMS], Problem(f"and {remaining} more problems", file)]
     return ConfigError(tuple(problems), hint=hint)
 
 

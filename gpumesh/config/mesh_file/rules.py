@@ -1,5 +1,8 @@
-"""What must hold between keys. Pure: from plain values, of which any may be of the wrong form, so that these problems
-are told together with those of form and not one round later."""
+"""The rules between keys of mesh.yaml. Pure.
+
+They are checked on plain values, of which any may have the wrong type, so that broken rules are reported together with
+the errors of the schema.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from gpumesh.config.mesh_file.error_messages import quote_value
 from gpumesh.config.mesh_file.yaml_tree import KeyPath
 from gpumesh.config.value_parsers import NAME_PATTERN
 
-_WHERE = ("port", "url", "urls")
+_LOCATION_KEYS = ("port", "url", "urls")
 
 BrokenRule = tuple[KeyPath, str]
 
 
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """Each broken rule, by the key it is about."""
+    """The broken rules, each with the path of its key."""
     yield from _gateway(document)
     yield from _tunnels(document)
-    defaults = _table(document.get("defaults"))
-    yield from _one_where(_table(defaults.get("backend")), ("defaults", "backend"))
+    defaults = _as_mapping(document.get("defaults"))
+    yield from _check_one_location(_as_mapping(defaults.get("backend")), ("defaults", "backend"))
     if document.get("nodes") is None or document["nodes"] == []:
         yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
     nodes = document.get("nodes")
@@ -34,8 +37,8 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     if not isinstance(nodes, list):
         return
     first: dict[str, int] = {}
-    for index, item in enumerate(nodes):
-        node = _table(item)
+    for index, entry in enumerate(nodes):
+        node = _as_mapping(entry)
         name = node.get("name")
         if isinstance(name, str):
             if name in first:
@@ -46,7 +49,7 @@ def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
 
 
 def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    gateway = _table(document.get("gateway"))
+    gateway = _as_mapping(document.get("gateway"))
     listen = gateway.get("listen")
     if listen == []:
         yield ("gateway", "listen"), "names no address"
@@ -56,7 +59,7 @@ def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
         try:
             place = listen_address.parse_listen_entry(text) if isinstance(text, str) else None
         except ValueError:
-            continue  # said by its form
+            continue  # the schema reports it
         if place is None:
             continue
         if type(place) in seen:
@@ -73,13 +76,13 @@ def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
 
 
 def _tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    tunnels = _table(document.get("tunnels"))
+    tunnels = _as_mapping(document.get("tunnels"))
     if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
         yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
-def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
-    given = [key for key in backend if key in _WHERE and backend[key] is not None]
+def _check_one_location(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
+    given = [key for key in backend if key in _LOCATION_KEYS and backend[key] is not None]
     if len(given) > 1:
         yield (*path, given[1]), f"{given[0]} stands here already: give one of port, url and urls"
     if backend.get("urls") == []:
@@ -87,10 +90,10 @@ def _one_where(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule
 
 
 def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
-    backend = _table(node.get("backend"))
-    yield from _one_where(backend, (*path, "backend"))
-    shared = _table(defaults.get("backend"))
-    where = next((key for source in (backend, shared) for key in _WHERE if source.get(key) is not None), None)
+    backend = _as_mapping(node.get("backend"))
+    yield from _check_one_location(backend, (*path, "backend"))
+    shared = _as_mapping(defaults.get("backend"))
+    where = next((key for source in (backend, shared) for key in _LOCATION_KEYS if source.get(key) is not None), None)
     kind = backend.get("kind") or shared.get("kind")
     if node.get("ssh") is None and node.get("address_from") is None:
         if where == "port":
@@ -99,9 +102,11 @@ def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -
         elif where is None:
             yield path, "has neither `ssh` nor a URL: say how to reach it, by `ssh: {host: …}` or `backend: {url: …}`"
         return
-    ssh, shared_ssh = node.get("ssh"), _table(defaults.get("ssh"))
+    ssh, shared_ssh = node.get("ssh"), _as_mapping(defaults.get("ssh"))
     if (ssh is None or isinstance(ssh, Mapping)) and node.get("address_from") is None:
-        named = any(source.get(key) is not None for source in (_table(ssh), shared_ssh) for key in ("host", "alias"))
+        named = any(
+            source.get(key) is not None for source in (_as_mapping(ssh), shared_ssh) for key in ("host", "alias")
+        )
         if not named:
             yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
     dialect = find_dialect(kind) if isinstance(kind, str) else None
@@ -109,5 +114,5 @@ def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -
         yield (*path, "backend"), f"servers of kind {kind} have no usual port: give `port` or `url`"
 
 
-def _table(value: Any) -> Mapping[str, Any]:
+def _as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""From the checked form to the frozen specs: defaults merged, paths made absolute, aliases looked up."""
+"""Builds the specs from the validated file: merges defaults, makes paths absolute, resolves ssh aliases."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ S = TypeVar("S", bound=Section)
 
 ResolveAlias = Callable[[str], AliasSettings]
 DEFAULT_NAME = "mesh"
-USUAL_PORT = 11434  # of a server whose kind nobody has said yet: Ollama's, which is by far the most common
-# For their defaults, which topology.py alone gives.
-_USUAL_SSH = SshSpec("")
-_USUAL_ADDRESS = AddressCommand(())
+DEFAULT_PORT = 11434  # of a server whose kind is not given: the port of Ollama, the most common kind
+# For their default values, which only topology.py defines.
+_DEFAULT_SSH = SshSpec("")
+_DEFAULT_ADDRESS = AddressCommand(())
 
 
 @dataclass(slots=True)
 class TopologyBuilder:
-    """``base`` is where relative paths start. ``identities``: keys that ssh would try by itself."""
+    """``base`` is the folder of relative paths. ``identities``: the key files that ssh tries by default."""
 
     user: str
     home: Path
@@ -66,7 +66,7 @@ class TopologyBuilder:
     faults: list[Fault] = field(default_factory=list)
 
     def build_topology(self, file: MeshFile, source: Path | None) -> Topology:
-        """With ``faults`` added to, it is not to be used."""
+        """The topology. It must not be used if ``faults`` is not empty afterwards."""
         defaults = file.defaults or NodeDefaults()
         nodes = tuple(self._node(node, defaults, ("nodes", index)) for index, node in enumerate(file.nodes))
         redis = RedisSpec(file.redis.url, file.redis.password_env) if file.redis is not None else None
@@ -79,7 +79,7 @@ class TopologyBuilder:
         shared = defaults.backend or Backend()
         own = node.backend or Backend()
         if own.port is not None or own.url is not None or own.urls is not None:
-            # Where the server is, is one thing said in three ways: a node's way replaces the default's.
+            # port, url and urls are three forms of one setting: any of them replaces the default's.
             shared = shared.model_copy(update={"port": None, "url": None, "urls": None})
         return NodeSpec(
             name=node.name,
@@ -92,37 +92,37 @@ class TopologyBuilder:
         )
 
     def _ssh(self, node: Node, defaults: Ssh, path: KeyPath) -> SshSpec:
-        """The node's own words hold before its alias's, those before the defaults."""
+        """Settings of the node come before those of its alias, those before the defaults."""
         own = node.ssh or Ssh()
         alias = own.alias or defaults.alias
-        answer = self._alias(alias, (*path, "alias")) if alias is not None else None
-        said = _merged(defaults, own)
+        answer = self._resolve_alias(alias, (*path, "alias")) if alias is not None else None
+        settings = _merged(defaults, own)
         if answer is not None:
-            said = _merged(_merged(defaults, self._configured(answer, (*path, "alias"))), own)
-        files = said.identity_file or ()
+            settings = _merged(_merged(defaults, self._alias_settings(answer, (*path, "alias"))), own)
+        files = settings.identity_file or ()
         identities = tuple(self._path(file) for file in files)
-        if said.identity_file is None and said.password_env is None:
+        if settings.identity_file is None and settings.password_env is None:
             identities = self.identities
         address = node.address_from
         return SshSpec(
-            host=said.host or "",
-            port=_first(said.port, None, 22),
-            user=said.user or self.user,
+            host=settings.host or "",
+            port=_first(settings.port, None, 22),
+            user=settings.user or self.user,
             identity_files=identities,
-            known_hosts=self._path(said.known_hosts or "~/.ssh/known_hosts"),
-            host_key_policy=_first(said.host_key_policy, None, HostKeyPolicy.STRICT),
-            proxy_jump=said.proxy_jump or (),
-            password_env=said.password_env,
-            passphrase_env=said.passphrase_env,
-            agent=_first(said.agent, None, True),
+            known_hosts=self._path(settings.known_hosts or "~/.ssh/known_hosts"),
+            host_key_policy=_first(settings.host_key_policy, None, HostKeyPolicy.STRICT),
+            proxy_jump=settings.proxy_jump or (),
+            password_env=settings.password_env,
+            passphrase_env=settings.passphrase_env,
+            agent=_first(settings.agent, None, True),
             alias=alias,
-            transport=self._transport(said, answer, (*path, "transport")),
-            connect_timeout_s=_first(said.connect_timeout, None, _USUAL_SSH.connect_timeout_s),
-            keepalive_s=_first(said.keepalive, None, _USUAL_SSH.keepalive_s),
+            transport=self._transport(settings, answer, (*path, "transport")),
+            connect_timeout_s=_first(settings.connect_timeout, None, _DEFAULT_SSH.connect_timeout_s),
+            keepalive_s=_first(settings.keepalive, None, _DEFAULT_SSH.keepalive_s),
             address_from=None if address is None else self._address(address),
         )
 
-    def _alias(self, alias: str, path: KeyPath) -> AliasSettings | None:
+    def _resolve_alias(self, alias: str, path: KeyPath) -> AliasSettings | None:
         if self.resolve_alias is None:
             return AliasSettings(host=alias)
         try:
@@ -131,9 +131,9 @@ class TopologyBuilder:
             self.faults.append(Fault(str(error), None, path))
             return None
 
-    def _configured(self, answer: AliasSettings, path: KeyPath) -> Ssh:
-        """An alias's answer in mesh.yaml's words, held to the same forms."""
-        said = {
+    def _alias_settings(self, answer: AliasSettings, path: KeyPath) -> Ssh:
+        """The settings of an alias with mesh.yaml's keys, validated by the same schema."""
+        values = {
             "host": answer.host,
             "port": None if answer.port is None else str(answer.port),
             "user": answer.user,
@@ -142,33 +142,33 @@ class TopologyBuilder:
             "proxy_jump": answer.proxy_jump or None,
         }
         try:
-            return Ssh.model_validate(said)
+            return Ssh.model_validate(values)
         except ValidationError as error:
-            for each in error.errors(include_url=False):
-                reason = each.get("ctx", {}).get("error", each["msg"])
-                self.faults.append(Fault(f"in ~/.ssh/config its {each['loc'][0]} {reason}", None, path))
+            for detail in error.errors(include_url=False):
+                reason = detail.get("ctx", {}).get("error", detail["msg"])
+                self.faults.append(Fault(f"in ~/.ssh/config its {detail['loc'][0]} {reason}", None, path))
             return Ssh()
 
-    def _transport(self, said: Ssh, answer: AliasSettings | None, path: KeyPath) -> TransportKind:
-        """Without a word of the user's, the one that does what the alias asks. A ProxyCommand is a way around a wall:
-        passing it by in silence would reach another machine or none."""
+    def _transport(self, settings: Ssh, answer: AliasSettings | None, path: KeyPath) -> TransportKind:
+        """The user's transport, or else the one that supports the alias. A ProxyCommand cannot be ignored: without it a
+        connection would reach another machine or none."""
         needs = answer.openssh_features if answer is not None else ()
-        if said.transport is None:
+        if settings.transport is None:
             return TransportKind.OPENSSH if needs else TransportKind.SSHTUNNEL
-        if said.transport is TransportKind.SSHTUNNEL and "ProxyCommand" in needs:
-            message = f"sshtunnel cannot run the ProxyCommand of {said.alias!r} in ~/.ssh/config: write openssh"
+        if settings.transport is TransportKind.SSHTUNNEL and "ProxyCommand" in needs:
+            message = f"sshtunnel cannot run the ProxyCommand of {settings.alias!r} in ~/.ssh/config: write openssh"
             self.faults.append(Fault(message, None, path))
-        return said.transport
+        return settings.transport
 
     def _address(self, address: AddressFrom) -> AddressCommand:
-        program, *words = address.command
+        program, *arguments = address.command
         if program.startswith("~") or "/" in program:
             program = str(self._path(program))
-        return AddressCommand((program, *words), _first(address.timeout, None, _USUAL_ADDRESS.timeout_s))
+        return AddressCommand((program, *arguments), _first(address.timeout, None, _DEFAULT_ADDRESS.timeout_s))
 
     def _gateway(self, gateway: Gateway) -> GatewaySpec:
-        usual = GatewaySpec()
-        host, port, socket = usual.host, usual.port, None
+        default = GatewaySpec()
+        host, port, socket = default.host, default.port, None
         if gateway.listen is not None:
             host = None
             for place in gateway.listen:
@@ -183,17 +183,17 @@ class TopologyBuilder:
             api_key_env=gateway.api_key_env,
             default_model=gateway.default_model,
             policy=_first(gateway.policy, None, PolicyKind.ADAPTIVE),
-            max_queue=_first(gateway.max_queue, None, usual.max_queue),
-            body_memory_mib=_first(gateway.body_memory_mib, None, usual.body_memory_mib),
-            timeout_s=_first(gateway.timeout, None, usual.timeout_s),
+            max_queue=_first(gateway.max_queue, None, default.max_queue),
+            body_memory_mib=_first(gateway.body_memory_mib, None, default.body_memory_mib),
+            timeout_s=_first(gateway.timeout, None, default.timeout_s),
             cors_origins=gateway.cors_origins or (),
-            access_log=_first(gateway.access_log, None, usual.access_log),
+            access_log=_first(gateway.access_log, None, default.access_log),
         )
 
     def _socket(self, text: str) -> Path:
         path = self._path(text)
         try:
-            listen_address.check_socket_path(str(path))  # which may have become longer
+            listen_address.check_socket_path(str(path))  # the absolute path may be too long
         except ValueError as error:
             self.faults.append(Fault(f"{path} {error}", None, ("gateway", "listen")))
         return path
@@ -205,8 +205,8 @@ class TopologyBuilder:
 
 
 def _tunnels(tunnels: Tunnels) -> TunnelsSpec:
-    usual = DEFAULT_TUNNELS
-    return TunnelsSpec(_first(tunnels.share, None, usual.share), _first(tunnels.listen, None, usual.listen))
+    default = DEFAULT_TUNNELS
+    return TunnelsSpec(_first(tunnels.share, None, default.share), _first(tunnels.listen, None, default.listen))
 
 
 def _backend(backend: Backend) -> BackendSpec:
@@ -220,7 +220,7 @@ def _backend(backend: Backend) -> BackendSpec:
     else:
         dialect = find_dialect(kind)
         port = None if dialect is None else dialect.usual_port
-        targets = (Target("127.0.0.1", USUAL_PORT if port is None else port),)
+        targets = (Target("127.0.0.1", DEFAULT_PORT if port is None else port),)
     return BackendSpec(kind, targets, backend.api_key_env, backend.max_parallel)
 
 
@@ -229,15 +229,15 @@ def _expect(expect: Expect) -> ExpectSpec:
 
 
 def _merged(under: S, over: S) -> S:
-    """``over``'s values, and ``under``'s where it is silent."""
-    said = {name: value for name in type(over).model_fields if (value := getattr(over, name)) is not None}
-    return under.model_copy(update=said)
+    """The values of ``over``; those of ``under`` where ``over`` has none."""
+    given = {name: value for name in type(over).model_fields if (value := getattr(over, name)) is not None}
+    return under.model_copy(update=given)
 
 
 T = TypeVar("T")
 
 
-def _first(own: T | None, shared: T | None, usual: T) -> T:
+def _first(own: T | None, shared: T | None, default: T) -> T:
     if own is not None:
         return own
-    return shared if shared is not None else usual
+    return shared if shared is not None else default

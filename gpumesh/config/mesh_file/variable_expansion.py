@@ -1,6 +1,6 @@
-"""The tree as plain values, with ``${VAR}`` expanded. Pure: the variables are given.
+"""Expands ``${VAR}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure: the variables are given.
 
-Secrets are not expanded: the specs, the effective configuration and a command's arguments would hold them then.
+Secrets are not expanded. Otherwise the specs, the effective configuration and arguments of commands would contain them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _BODY = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re
 
 
 class Unusable:
-    """Stands where a value is broken: of no type that any key takes."""
+    """The placeholder of a broken value. No key accepts this type."""
 
 
 UNUSABLE = Unusable()
 
 
 def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tuple[Any, list[Fault]]:
-    """Dictionaries, lists, strings and ``None``; ``UNUSABLE`` where something is wrong, with the reason."""
+    """The tree as dictionaries, lists, strings and ``None``, with ``UNUSABLE`` for each broken value; and the
+    faults."""
     if isinstance(value, ScalarValue):
         if value.text is None or "${" not in value.text:
             return value.text, []
@@ -36,28 +37,28 @@ def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tup
             return UNUSABLE, [Fault(str(error), value.position, path)]
     faults: list[Fault] = []
     if isinstance(value, ListValue):
-        items = []
-        for index, item in enumerate(value.values):
-            result, more = expand_tree(item, env, (*path, index))
-            items.append(result)
+        members = []
+        for index, member in enumerate(value.values):
+            result, more = expand_tree(member, env, (*path, index))
+            members.append(result)
             faults += more
-        return items, faults
+        return members, faults
     if isinstance(value, MappingValue):
         entries = {}
-        for key, (_, item) in value.entries.items():
-            entries[key], more = expand_tree(item, env, (*path, key))
+        for key, (_, member) in value.entries.items():
+            entries[key], more = expand_tree(member, env, (*path, key))
             faults += more
         return entries, faults
     return UNUSABLE, []
 
 
 def expand_variables(text: str, env: Mapping[str, str]) -> str:
-    """``${VAR}``, ``${VAR:-used when VAR is not set or empty}``; ``$${`` is a literal ``${``.
+    """Expands ``${VAR}`` and ``${VAR:-default}`` (used when VAR is not set or empty); ``$${`` is a literal ``${``.
 
-    Raises ValueError, which never holds a variable's value.
+    Raises ValueError, whose text never contains the value of a variable.
     """
 
-    def one(match: re.Match[str]) -> str:
+    def expand_reference(match: re.Match[str]) -> str:
         if match[0] == "$${":
             return "${"
         body = _BODY.fullmatch(match["body"])
@@ -69,14 +70,14 @@ def expand_variables(text: str, env: Mapping[str, str]) -> str:
                 f"${{{name}}} holds a secret by its name, and secrets are not copied into the configuration: "
                 f"give the variable's name under a key that ends in _env"
             )
-        found = env.get(name)
-        if default is not None and not found:
+        value = env.get(name)
+        if default is not None and not value:
             return default
-        if found is None:
+        if value is None:
             raise ValueError(f"the variable {name} is not set; ${{{name}:-default}} would say what to use then")
-        return found
+        return value
 
-    expanded = _REFERENCE.sub(one, text)
+    expanded = _REFERENCE.sub(expand_reference, text)
     if len(expanded) > MAX_EXPANDED:
         raise ValueError(f"expands to more than {MAX_EXPANDED} characters")
     return expanded

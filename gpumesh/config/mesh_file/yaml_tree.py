@@ -1,8 +1,8 @@
-"""YAML text to a tree that remembers where everything stood. Knows YAML, and nothing of what mesh.yaml means.
+"""Parses YAML into a tree of values with their positions. Knows YAML, but not the keys of mesh.yaml.
 
-Scalars stay text: whether ``12e5`` is a number or a container's name is decided by the key it stands under, not by how
-it looks. So YAML's surprises (``no`` as false, ``22:30`` as 1350) do not arise. Everything is bounded, aliases by what
-they expand to, so that no file can make reading it long.
+Scalars stay text: the key decides whether ``12e5`` is a number or a container's name. So YAML's surprises (``no`` as
+false, ``22:30`` as 1350) do not occur. All sizes are bounded, those of aliases after expansion, so that no file takes
+long to read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ MAX_KEY_SHOWN = 60
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _CORE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
-# What YAML lets stand in a file; surrogates cannot come from UTF-8, but from a caller.
+# Characters that YAML forbids. Surrogates cannot come from UTF-8, but a caller may pass them.
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TAB_INDENT = re.compile(r"^[ ]*\t")
-# libyaml's parser where PyYAML was built with it: the same events, a hundred times faster.
+# The parser of libyaml if PyYAML was built with it: the same events, a hundred times as fast.
 _LOADER: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in the text; both count from 1."""
+    """A position in the text; line and column count from 1."""
 
     line: int
     column: int
@@ -53,7 +53,7 @@ class ListValue:
 
 @dataclass(frozen=True, slots=True)
 class MappingValue:
-    """``entries``: for each key, where it stands and its value."""
+    """``entries``: the position and the value of each key."""
 
     entries: dict[str, tuple[Position, Value]]
     position: Position
@@ -62,7 +62,7 @@ class MappingValue:
 
 @dataclass(frozen=True, slots=True)
 class BrokenValue:
-    """Something is wrong here, and was said already."""
+    """A value with a fault that has been reported already."""
 
     position: Position
 
@@ -73,7 +73,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong at a place. ``path`` is empty where the text is not even YAML."""
+    """A problem at a position. ``path`` is empty if the text is not YAML."""
 
     message: str
     position: Position | None = None
@@ -81,18 +81,19 @@ class Fault:
 
 
 def format_path(path: KeyPath) -> str:
-    """``nodes[2].ssh.port``; a key that no terminal should be shown as it is, or that has no end, in quotes and cut."""
-    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_key(part)}" for part in path)
+    """``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
+    parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_display_key(part)}" for part in path)
     return parts.removeprefix(".")
 
 
-def _key(part: str) -> str:
+def _display_key(part: str) -> str:
     cut = part if len(part) <= MAX_KEY_SHOWN else part[: MAX_KEY_SHOWN - 1] + "…"
     return cut if cut.isprintable() else repr(cut)
 
 
 def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
-    """Goes down ``path`` as far as it exists: how many steps, where the last key stands, and what is there."""
+    """Follows ``path`` as far as it exists. Returns the number of steps, the position of the last key, and its
+    value."""
     spot, value = tree.position, tree
     for steps, part in enumerate(path):
         if isinstance(value, MappingValue) and isinstance(part, str) and part in value.entries:
@@ -106,27 +107,29 @@ def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
 
 
 class _Stop(Exception):
-    """Leaves the recursion after a fault past which reading on makes no sense."""
+    """Leaves the recursion after a fault that makes reading on useless."""
 
 
 def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
-    """The tree and what is wrong with it as YAML. The tree is ``None`` for an empty file or one that is not YAML."""
+    """The tree and its faults. The tree is ``None`` for an empty text or one that is not YAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         return None, [Fault(f"is larger than {MAX_CHARACTERS // 1024} KiB, which no mesh.yaml is")]
     if match := _UNPRINTABLE.search(text):
-        return None, [Fault(f"the character {_name(match[0])} may not stand in YAML", position_at(text, match.start()))]
+        return None, [
+            Fault(f"the character {_character_name(match[0])} may not stand in YAML", position_at(text, match.start()))
+        ]
     composer = _Composer(yaml.parse(text, Loader=_LOADER))
     try:
-        return composer.document(), composer.faults
+        return composer.read_document(), composer.faults
     except _Stop:
         return None, composer.faults
     except yaml.YAMLError as error:
-        # What came before it (a key given twice) stands; the first fault in the grammar hides what comes after.
-        grammar = _grammar(error)
-        tabs = _tabs(text)
-        if not any(tab.position.line == grammar.position.line for tab in tabs if tab.position and grammar.position):
-            tabs.append(grammar)
+        # Earlier faults (a duplicate key) are kept. The first syntax error hides everything after it.
+        syntax = _syntax_fault(error)
+        tabs = _find_tab_indents(text)
+        if not any(tab.position.line == syntax.position.line for tab in tabs if tab.position and syntax.position):
+            tabs.append(syntax)
         return None, composer.faults + tabs
 
 
@@ -135,11 +138,11 @@ def position_at(text: str, index: int) -> Position:
     return Position(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
 
 
-def _name(character: str) -> str:
+def _character_name(character: str) -> str:
     return f"U+{ord(character):04X}" + (" (a UTF-16 file?)" if character == "\x00" else "")
 
 
-def _grammar(error: yaml.YAMLError) -> Fault:
+def _syntax_fault(error: yaml.YAMLError) -> Fault:
     if not isinstance(error, yaml.MarkedYAMLError):
         return Fault("is not YAML")
     mark = error.problem_mark or error.context_mark
@@ -148,8 +151,8 @@ def _grammar(error: yaml.YAMLError) -> Fault:
     return Fault(f"this is not YAML: {message or 'it cannot be read'}", spot)
 
 
-def _tabs(text: str) -> list[Fault]:
-    """The lines indented with a tab: the commonest reason that a file is not YAML, and the least visible."""
+def _find_tab_indents(text: str) -> list[Fault]:
+    """Faults for lines that are indented with a tab: the most common syntax error, and the least visible."""
     message = "a tab indents this line: YAML allows only spaces there"
     indents = ((number, _TAB_INDENT.match(line)) for number, line in enumerate(text.splitlines(), 1))
     return [Fault(message, Position(number, match.end())) for number, match in indents if match]
@@ -157,91 +160,93 @@ def _tabs(text: str) -> list[Fault]:
 
 @dataclass(slots=True)
 class _Composer:
-    """Events to values. Recursive, to a bounded depth."""
+    """Turns parser events into values. Recursive, with a bounded depth."""
 
     events: Iterator[yaml.Event]
     faults: list[Fault] = field(default_factory=list)
     anchors: dict[str, Value | None] = field(default_factory=dict)
     values: int = 0
 
-    def document(self) -> Value | None:
-        """All of the text is read, so that a fault in its last line is found."""
+    def read_document(self) -> Value | None:
+        """Reads all of the text, so that a fault in its last line is found."""
         result: Value | None = None
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent) and result is not None:
                 self.faults.append(Fault("a second document begins here: one file holds one mesh", _spot(event)))
                 raise _Stop
             if isinstance(event, yaml.NodeEvent):
-                result = self.value(event, ())
+                result = self.read_value(event, ())
         return result
 
-    def value(self, event: yaml.Event, path: KeyPath) -> Value:
+    def read_value(self, event: yaml.Event, path: KeyPath) -> Value:
         spot = _spot(event)
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(str(event.anchor), spot, path)
+            return self.resolve_alias(str(event.anchor), spot, path)
         if len(path) > MAX_DEPTH:
             self.faults.append(Fault(f"is nested more than {MAX_DEPTH} deep", spot, path[:4]))
             raise _Stop
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
-            self.anchors[anchor] = None  # until it is complete: an alias inside would have no end
-        result = self.new(event, spot, path)
+            self.anchors[anchor] = None  # until it is complete: an alias inside itself would be endless
+        result = self.read_node(event, spot, path)
         if anchor is not None:
             self.anchors[anchor] = result
         return result
 
-    def new(self, event: yaml.Event, spot: Position, path: KeyPath) -> Value:
-        self.count(1, spot, path)
+    def read_node(self, event: yaml.Event, spot: Position, path: KeyPath) -> Value:
+        self.add_size(1, spot, path)
         result: Value
         if isinstance(event, yaml.ScalarEvent):
-            result = self.scalar(event, spot, path)
+            result = self.read_scalar(event, spot, path)
         elif isinstance(event, yaml.SequenceStartEvent):
-            result = self.items(spot, path)
+            result = self.read_list(spot, path)
         else:
-            result = self.table(spot, path)
+            result = self.read_mapping(spot, path)
         tag = getattr(event, "tag", None)
         if tag not in (None, "!") and tag not in _CORE_TAGS:
             self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", spot, path))
             return BrokenValue(spot)
         return result
 
-    def alias(self, name: str, spot: Position, path: KeyPath) -> Value:
+    def resolve_alias(self, name: str, spot: Position, path: KeyPath) -> Value:
         known = self.anchors.get(name)
         if known is None:
             where = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
             self.faults.append(Fault(f"the alias *{name[:60]} {where}", spot, path))
             return BrokenValue(spot)
-        self.count(_size(known), spot, path)
+        self.add_size(_size(known), spot, path)
         return known
 
-    def count(self, more: int, spot: Position, path: KeyPath) -> None:
+    def add_size(self, more: int, spot: Position, path: KeyPath) -> None:
         self.values += more
         if self.values > MAX_VALUES:
             self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", spot, path))
             raise _Stop
 
-    def scalar(self, event: yaml.ScalarEvent, spot: Position, path: KeyPath) -> Value:
+    def read_scalar(self, event: yaml.ScalarEvent, spot: Position, path: KeyPath) -> Value:
         if _is_plain(event) and event.value in _NULLS:
             return ScalarValue(None, spot)
-        # An escape in double quotes can make what the file itself may not hold.
+        # An escape in double quotes can produce a character that the file itself may not contain.
         if match := _UNPRINTABLE.search(event.value):
-            self.faults.append(Fault(f"the character {_name(match[0])} has no place in a setting", spot, path))
+            self.faults.append(
+                Fault(f"the character {_character_name(match[0])} has no place in a setting", spot, path)
+            )
             return BrokenValue(spot)
         return ScalarValue(event.value, spot)
 
-    def items(self, spot: Position, path: KeyPath) -> ListValue:
-        found: list[Value] = []
+    def read_list(self, spot: Position, path: KeyPath) -> ListValue:
+        members: list[Value] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            found.append(self.value(event, (*path, len(found))))
-        return ListValue(tuple(found), spot, 1 + sum(map(_size, found)))
+            members.append(self.read_value(event, (*path, len(members))))
+        return ListValue(tuple(members), spot, 1 + sum(map(_size, members)))
 
-    def table(self, spot: Position, path: KeyPath) -> MappingValue:
+    def read_mapping(self, spot: Position, path: KeyPath) -> MappingValue:
         entries: dict[str, tuple[Position, Value]] = {}
         merged: list[Value] = []
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key_spot = _spot(event)
-            key = self.key(event, path)
-            value = self.value(next(self.events), (*path, key if key is not None else "?"))
+            key = self.read_key(event, path)
+            value = self.read_value(next(self.events), (*path, key if key is not None else "?"))
             if key is None:
                 continue
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
@@ -258,8 +263,8 @@ class _Composer:
                 self.faults.append(Fault("<< takes an alias of a mapping", other.position, path))
         return MappingValue(entries, spot, 1 + sum(_size(value) for _, value in entries.values()))
 
-    def key(self, event: yaml.Event, path: KeyPath) -> str | None:
-        value = self.value(event, path)
+    def read_key(self, event: yaml.Event, path: KeyPath) -> str | None:
+        value = self.read_value(event, path)
         if isinstance(value, ScalarValue) and value.text:
             return value.text
         if not isinstance(value, BrokenValue):
@@ -277,5 +282,5 @@ def _spot(event: yaml.Event) -> Position:
 
 
 def _is_plain(event: yaml.ScalarEvent) -> bool:
-    """Neither quoted nor a block. The two parsers say it differently."""
+    """Whether the scalar is neither quoted nor a block. The two parsers report this differently."""
     return not event.style and event.tag is None

@@ -1,4 +1,4 @@
-"""What a private key file is, as far as its unencrypted part tells: no passphrase is needed, and nothing is kept."""
+"""Detects the kind of a private key file from its unencrypted part, without a passphrase."""
 
 from __future__ import annotations
 

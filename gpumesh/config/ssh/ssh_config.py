@@ -1,7 +1,7 @@
-"""What ``~/.ssh/config`` says about a ``Host``: asked of the system's ssh (``ssh -G``), which knows Include, Match and
-every default; read by ourselves, in its plain parts, only where there is no ssh.
+"""The settings of a ``Host`` in ``~/.ssh/config``, from the system's ssh (``ssh -G``), which knows Include, Match and
+all defaults. Only without an installed ssh we read the plain parts of the files ourselves.
 
-``ssh -G`` prints defaults too. What the files configure is the difference to what it prints without them.
+``ssh -G`` also prints defaults. The configured settings are the difference to its output without the files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TIMEOUT_S = 10.0
 _MAX_HOPS = 4
 _LIMIT = 256 * 1024
 
-# What transport sshtunnel cannot do, with what to call it. Values that mean "not set" do not count.
-_NEEDS = {
+# Options that transport sshtunnel does not support, and their names. Values that mean "not set" do not count.
+_UNSUPPORTED = {
     ssh_files.MATCH_EXEC[0]: "Match exec",
     "proxycommand": "ProxyCommand",
     "identityagent": "IdentityAgent",
@@ -41,8 +41,8 @@ _NEEDS = {
 
 @dataclass(frozen=True, slots=True)
 class AliasSettings:
-    """``None`` and empty where nothing is configured. ``openssh_features``: the features that only transport openssh
-    has. ``configured``: whether anything at all is configured for it."""
+    """``None`` and empty where nothing is configured. ``openssh_features``: used features that only transport openssh
+    supports. ``configured``: whether anything is configured for the alias."""
 
     host: str
     port: int | None = None
@@ -55,12 +55,13 @@ class AliasSettings:
 
 
 def resolve_alias(alias: str, *, home: Path) -> AliasSettings:
-    """Raises ValueError with a sentence when ssh cannot read its configuration, or does not answer in time."""
-    return _with_hops(_resolve(alias, home), home, 0)
+    """The settings of ``alias``. Raises ValueError with a sentence when ssh cannot read its configuration or is too
+    slow."""
+    return _resolve_hops(_resolve(alias, home), home, 0)
 
 
-def _with_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
-    """The hosts of its ProxyJump are looked up as well: they may be aliases, with jumps of their own."""
+def _resolve_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
+    """Also resolves the hosts of its ProxyJump: they may be aliases that have jump hosts themselves."""
     if depth >= _MAX_HOPS and answer.proxy_jump:
         raise ValueError(f"its ProxyJump goes on through more than {_MAX_HOPS} hosts")
     hops: list[str] = []
@@ -70,7 +71,7 @@ def _with_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", hop) is None:
             hops.append(hop)
             continue
-        inner = _with_hops(_resolve(hop, home), home, depth + 1)
+        inner = _resolve_hops(_resolve(hop, home), home, depth + 1)
         host = f"[{inner.host}]" if ":" in inner.host else inner.host
         hops += inner.proxy_jump
         hops.append((f"{inner.user}@" if inner.user else "") + host + (f":{inner.port}" if inner.port else ""))
@@ -83,34 +84,36 @@ def _with_hops(answer: AliasSettings, home: Path, depth: int) -> AliasSettings:
 def _resolve(alias: str, home: Path) -> AliasSettings:
     value_parsers.parse_alias(alias)
     if shutil.which("ssh") is None:
-        return _answer(alias, ssh_files.read_host_options(alias, home), home)
+        return _settings_from_options(alias, ssh_files.read_host_options(alias, home), home)
     own = home / ".ssh" / "config"
-    # ssh takes the home from passwd, not from HOME: where they differ, it is told the file.
-    elsewhere = home != _passwd_home() and own.is_file()
-    configured = _ask_ssh(alias, ["-F", str(own)] if elsewhere else [])
+    # ssh takes the home folder from passwd, not from HOME. If they differ, ssh gets the file as an option.
+    other_home = home != _passwd_home() and own.is_file()
+    configured = _ask_ssh(alias, ["-F", str(own)] if other_home else [])
     defaults = set(_ask_ssh(alias, ["-F", "none"]))
     pairs = [pair for pair in configured if pair not in defaults]
-    # Its default is the user that passwd names; ours is the one that the environment names. Where they differ, what it
-    # says may have been configured, and is what it would do.
+    # ssh's default user comes from passwd, ours from the environment. If they differ, the user that ssh prints may be
+    # configured, and is the one that ssh would use.
     named = dict(configured).get("user")
     if named is not None and named != environment.user() and all(key != "user" for key, _ in pairs):
         pairs.append(("user", named))
-    # ssh has run the command of a Match exec by now, and its answer may be another at the next connection.
+    # ssh has already run the command of a Match exec; its result may be different at the next connection.
     pairs += [pair for pair in ssh_files.read_host_options(alias, home) if pair == ssh_files.MATCH_EXEC]
-    return _answer(alias, pairs, home)
+    return _settings_from_options(alias, pairs, home)
 
 
-def _answer(alias: str, pairs: ssh_files.SshOptions, home: Path) -> AliasSettings:
+def _settings_from_options(alias: str, pairs: ssh_files.SshOptions, home: Path) -> AliasSettings:
     first: dict[str, str] = {}
     for key, value in pairs:
         first.setdefault(key, value)
     host = first.get("hostname", alias).replace("%%", "%").replace("%h", alias)
-    needs = [name for key, name in _NEEDS.items() if first.get(key, "none").lower() != "none"]
+    needs = [name for key, name in _UNSUPPORTED.items() if first.get(key, "none").lower() != "none"]
     usual_agent = ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK", str(environment.ssh_auth_sock()))
     if "IdentityAgent" in needs and first["identityagent"] in usual_agent:
         needs.remove("IdentityAgent")
     tokens = {"%d": str(home), "%h": host, "%n": alias, "%r": first.get("user", ""), "%u": environment.user()}
-    files = [_tokens(value.strip('"'), tokens) for key, value in pairs if key == "identityfile" and value != "none"]
+    files = [
+        _expand_tokens(value.strip('"'), tokens) for key, value in pairs if key == "identityfile" and value != "none"
+    ]
     jump = first.get("proxyjump", "none")
     known = first.get("userknownhostsfile", "none").split()
     port = first.get("port", "")
@@ -126,7 +129,7 @@ def _answer(alias: str, pairs: ssh_files.SshOptions, home: Path) -> AliasSetting
     )
 
 
-def _tokens(text: str, tokens: dict[str, str]) -> str:
+def _expand_tokens(text: str, tokens: dict[str, str]) -> str:
     return re.sub(r"%.", lambda match: tokens.get(match[0], "%" if match[0] == "%%" else match[0]), text)
 
 
@@ -140,9 +143,9 @@ def _passwd_home() -> Path | None:
 
 
 def _ask_ssh(alias: str, options: list[str]) -> ssh_files.SshOptions:
-    """``ssh -G`` connects to nobody. A ``Match exec`` runs the user's own command, as ``ssh`` itself would."""
+    """Runs ``ssh -G``, which makes no connection. A ``Match exec`` runs the user's own command, as ssh itself would."""
     by_hand = paste_command("ssh -G {ALIAS}", ALIAS=alias)
-    # Files, not pipes: what a Match exec leaves running could hold a pipe open for ever.
+    # Files instead of pipes: a process that a Match exec leaves behind could keep a pipe open for ever.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             process = subprocess.Popen(
@@ -160,7 +163,7 @@ def _ask_ssh(alias: str, options: list[str]) -> ssh_files.SshOptions:
         except subprocess.TimeoutExpired:
             raise ValueError(f"{by_hand} did not answer within {TIMEOUT_S:g} s") from None
         finally:
-            if process.returncode is None:  # not reaped, so the number is still its own
+            if process.returncode is None:  # not reaped yet, so the process id is still valid
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

@@ -1,6 +1,6 @@
 """The plain parts of OpenSSH's configuration files: Host, Match host, Include, first value wins (ssh_config(5)).
 
-Only where there is no ssh to ask, and for what ``ssh -G`` does not tell.
+Used only without an installed ssh, and for facts that ``ssh -G`` does not print.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpumesh.config.ssh.patterns import matches_pattern_list
 
 SshOptions = list[tuple[str, str]]
 
-# Stands for a Match exec that may concern the host: no directive of that name exists.
+# Marks a Match exec that may apply to the host. There is no such option in ssh.
 MATCH_EXEC = ("match-exec", "yes")
 
 _LIMIT = 256 * 1024
@@ -24,13 +24,13 @@ _MAX_LINES = 20_000
 
 
 def read_host_options(alias: str, home: Path) -> SshOptions:
-    """What ``~/.ssh/config``, and what it includes, sets for ``alias``, in order. Conditions that cannot be judged
-    without running something do not hold. Unreadable files are passed over, as ssh does with what it includes."""
+    """The options that ``~/.ssh/config`` and its included files set for ``alias``, in order. Conditions that need a
+    program to run count as false. Unreadable files are skipped, as ssh does with included files."""
     pairs: SshOptions = []
-    for number, found in enumerate(_walk(home / ".ssh" / "config", alias, home, True, 0)):
+    for number, option in enumerate(_walk_options(home / ".ssh" / "config", alias, home, True, 0)):
         if number >= _MAX_LINES:
             break
-        pairs.append(found)
+        pairs.append(option)
     return pairs
 
 
@@ -40,7 +40,7 @@ def parse_option_line(line: str) -> tuple[str, str]:
     return (match[1].lower(), match[2].strip()) if match else ("", "")
 
 
-def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Iterator[tuple[str, str]]:
+def _walk_options(path: Path, alias: str, home: Path, active: bool, depth: int) -> Iterator[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(_LIMIT)
@@ -51,22 +51,22 @@ def _walk(path: Path, alias: str, home: Path, active: bool, depth: int) -> Itera
         if key == "host":
             active = matches_pattern_list(alias, value.replace('"', "").split())
         elif key == "match":
-            active, runs = _match(alias, value.split())
+            active, runs = _evaluate_match(alias, value.split())
             if runs:
                 yield MATCH_EXEC
         elif active and key == "include" and depth < _MAX_DEPTH:
             for name in value.replace('"', "").split():
-                whole = str(home / name[2:]) if name.startswith("~/") else os.path.join(home / ".ssh", name)
-                for inside in sorted(glob.glob(whole))[:64]:
-                    yield from _walk(Path(inside), alias, home, True, depth + 1)
+                pattern = str(home / name[2:]) if name.startswith("~/") else os.path.join(home / ".ssh", name)
+                for inside in sorted(glob.glob(pattern))[:64]:
+                    yield from _walk_options(Path(inside), alias, home, True, depth + 1)
         elif active and key:
             yield key, value
 
 
-def _match(alias: str, words: Sequence[str]) -> tuple[bool, bool]:
-    """Whether a Match holds, and whether that depends on a command."""
+def _evaluate_match(alias: str, criteria: Sequence[str]) -> tuple[bool, bool]:
+    """Whether a Match applies, and whether that depends on a command."""
     holds, runs = True, False
-    remaining = list(words)
+    remaining = list(criteria)
     while remaining:
         word = remaining.pop(0)
         criterion = word.removeprefix("!").lower()
@@ -77,7 +77,7 @@ def _match(alias: str, words: Sequence[str]) -> tuple[bool, bool]:
         elif criterion == "exec":
             runs = holds
             break
-        else:  # user, localuser, final, canonical: not known before connecting
+        else:  # user, localuser, final, canonical: unknown before connecting
             holds = False
             break
     return holds and not runs, runs
