@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpumesh.topology import TransportKind
-from tests.real.belongings import ProcessResources
 from tests.real.cycles import CycleReport, run_cycles
+from tests.real.process_resources import ProcessResources
 
 MEMORY_SHARE = 0.02
 

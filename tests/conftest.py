@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.parallel_runs import is_exclusive, machine_lock, order_tests
-from tests.parts import REASON, in_ci
+from tests.prerequisites import REASON, in_ci
 
 _LOCK_FOLDER = pytest.StashKey[Path]()
 

@@ -24,7 +24,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import AddressCommand, NodeSpec
 from gpumesh.tunnels.address_command import ask_address
-from tests.parts import needs
+from tests.prerequisites import needs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOPOLOGIES = sorted(EXAMPLES.glob("*.yaml"))

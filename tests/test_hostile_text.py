@@ -31,7 +31,7 @@ from gpumesh.tunnels.openssh.options import jump_command
 from tests.audit import build
 from tests.cli.states import AT, healthy
 from tests.gateway.fleet import serve_hosts
-from tests.hostile import ANY_NAME, NAMES, SHELLS, check_safe_to_paste, split_with_shell
+from tests.hostile_names import ANY_NAME, NAMES, SHELLS, check_safe_to_paste, split_with_shell
 
 # As a probe makes it of what a host says; and what mesh.yaml takes for a line of text.
 OBSERVED = ANY_NAME.map(printable).filter(bool)

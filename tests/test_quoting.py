@@ -13,7 +13,7 @@ from hypothesis import given
 import gpumesh
 from gpumesh.config.mesh_file import variable_expansion, yaml_tree
 from gpumesh.quoting import is_plain, paste_command, powershell_word, shell_word, yaml_text
-from tests.hostile import ANY_NAME, NAMES, SHELLS, split_with_shell
+from tests.hostile_names import ANY_NAME, NAMES, SHELLS, split_with_shell
 
 PACKAGE = Path(gpumesh.__file__).parent
 

@@ -12,7 +12,7 @@ import yaml
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab, LabHost
 from tests.cli.meshes import isolated_command
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import CommandResult, Gpumesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from gpumesh.backends import model_list
 from gpumesh.model_names import full_name
 from gpumesh.printable import printable
-from tests.absurd import ABSURD
+from tests.absurd_answers import ABSURD
 
 
 def test_entries_by_name_the_first_of_a_name_stands() -> None:

@@ -39,7 +39,7 @@ from gpumesh.probes.smi_tables import FIELDS, OLD_FIELDS, PROCESS_FIELDS
 from gpumesh.state import BackendPhase, BackendState, HostState, NodeState, TunnelPhase, TunnelState, compute_totals
 from gpumesh.topology import BackendKind, BackendSpec, ExpectSpec, NodeSpec, Topology
 from gpumesh.wire import status_from_json, status_json
-from tests.absurd import gpu_tables, json_bytes, make_model_entries, ollama_answers, openai_answers
+from tests.absurd_answers import gpu_tables, json_bytes, make_model_entries, ollama_answers, openai_answers
 from tests.cli.states import AT, gpu, healthy, mesh
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "real" / "status_schema.json").read_text())

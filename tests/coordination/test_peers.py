@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpumesh.coordination.peers import MAX_PEERS, STALE_S, Peers, decode_loads, encode_loads
-from tests.absurd import ABSURD, Raw, json_bytes
+from tests.absurd_answers import ABSURD, Raw, json_bytes
 
 
 def test_loads_of_others_are_added_up_and_ones_own_are_not() -> None:

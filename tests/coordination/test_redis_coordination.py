@@ -18,7 +18,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.chat import ChatStream
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import BackendSpec, NodeSpec, RedisSpec, Target, Topology
-from tests.parts import needs, program
+from tests.prerequisites import needs, program
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.real, needs("redis-server")]

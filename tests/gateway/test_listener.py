@@ -23,7 +23,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import GatewayPhase, LocalAccess
 from gpumesh.topology import GatewaySpec, Topology
 from tests.gateway.fleet import MODEL, A, lines, node
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.other_user import ANOTHER, connect_as
 from tests.tunnels.supervised import descriptors
 

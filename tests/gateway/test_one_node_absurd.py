@@ -26,7 +26,7 @@ from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import LLAMA_8B, QWEN_7B
 from gpumesh.topology import BackendKind
 from gpumesh.wire import status_from_json
-from tests.absurd import DEEPER, Raw, json_bytes, make_model_entries, ollama_answers, openai_answers
+from tests.absurd_answers import DEEPER, Raw, json_bytes, make_model_entries, ollama_answers, openai_answers
 from tests.gateway.fleet import RunningGateway, node, quick_host, serve_nodes
 from tests.mesh.servers import Exchange, serve, whole_response
 

@@ -13,7 +13,7 @@ import pytest
 from gpumesh.lab import keys, profile
 from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.lab.profile import Faults
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import wait_until
 
 GET = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -1,5 +1,8 @@
-"""Two real hosts, and the command with a mesh.yaml of them. With GPUMESH_TEST_OLLAMA=http://HOST:PORT the tests that
-take ``backends`` run a second time, with that Ollama behind both (GPUMESH_TEST_MODEL, else its first model)."""
+"""Fixtures of the tests with real parts: two hosts with sshd and llama-server, and the command with their mesh.yaml.
+
+With GPUMESH_TEST_OLLAMA=http://HOST:PORT the tests that use ``backends`` run a second time, with that Ollama behind
+both hosts (GPUMESH_TEST_MODEL, else its first model).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.parts import needs, program
+from tests.prerequisites import needs, program
 from tests.real.command import Gpumesh, write_config
 from tests.real.hosts import LlamaServer, RealHost, hosts
 from tests.real.netns import private_network
@@ -63,7 +66,7 @@ async def two_hosts(backends: Backends, tmp_path: Path) -> AsyncIterator[list[Re
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Gpumesh]:
-    """The command with nothing of this machine's user; its mesh.yaml is still to be written."""
+    """The command, without any files of this machine's user. A test writes its mesh.yaml."""
     home = tmp_path / "home"
     home.mkdir()
     runtime = Path(tempfile.mkdtemp(prefix="gm-", dir="/tmp"))  # short: it holds a Unix socket

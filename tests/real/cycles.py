@@ -18,8 +18,8 @@ from gpumesh.topology import BackendSpec, NodeSpec, Target, TransportKind
 from gpumesh.tunnels.base import Tunnel
 from gpumesh.tunnels.supervisor import open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.real import belongings
-from tests.real.belongings import ProcessResources
+from tests.real import process_resources
+from tests.real.process_resources import ProcessResources
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, serving
 
@@ -137,7 +137,7 @@ async def _wait_settled(wanted: Snapshot | None) -> Snapshot:
 
 def _snapshot() -> Snapshot:
     gc.collect()
-    (zygote,) = belongings.zygotes(os.getpid())
+    (zygote,) = process_resources.zygotes(os.getpid())
     return Snapshot(ProcessResources.of(os.getpid()), ProcessResources.of(zygote))
 
 

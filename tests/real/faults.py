@@ -18,7 +18,7 @@ from gpumesh.lab.lab import LabHost
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.state import TunnelPhase
 from gpumesh.topology import AddressCommand, BackendSpec, GatewaySpec, NodeSpec, Target, Topology, TransportKind
-from tests.real import belongings
+from tests.real import process_resources
 from tests.real.far_host import MODEL, FarHost, lively_host
 from tests.real.load import Load, NodeObservation, NodeWatch
 from tests.tunnels.polling import wait_until
@@ -198,11 +198,11 @@ async def start_ollama(setup: FaultSetup) -> None:
 
 
 async def kill_workers(setup: FaultSetup) -> None:
-    setup.host.signal(belongings.workers(os.getpid()), signal.SIGKILL)
+    setup.host.signal(process_resources.workers(os.getpid()), signal.SIGKILL)
 
 
 async def kill_zygote(setup: FaultSetup) -> None:
-    setup.host.signal(belongings.zygotes(os.getpid()), signal.SIGKILL)
+    setup.host.signal(process_resources.zygotes(os.getpid()), signal.SIGKILL)
 
 
 FAULTS = (

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import httpx
 
-from tests.parts import llama_server
+from tests.prerequisites import llama_server
 from tests.tunnels.sshd import Sshd
 
 GPU = "NVIDIA GeForce RTX 4090"

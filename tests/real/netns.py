@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from tests.parts import program
+from tests.prerequisites import program
 
 LINE = Path(__file__).with_name("long_line.py")
 _LIMIT_S = 20.0

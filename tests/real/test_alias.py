@@ -19,7 +19,7 @@ import pytest
 
 from gpumesh.errors import ExitCode
 from tests.cli.meshes import isolated_command
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels.sshd import Sshd
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from gpumesh.state import TunnelPhase
-from tests.parts import needs
-from tests.real import belongings
-from tests.real.belongings import ProcessResources
+from tests.prerequisites import needs
+from tests.real import process_resources
 from tests.real.faults import FAULTS, VICTIMS, FaultSetup, InjectedFault, NetworkLine, NoticedBy, fault_setup, run_fault
+from tests.real.process_resources import ProcessResources
 from tests.tunnels.polling import alive, children, wait_until
 
 pytestmark = [
@@ -49,7 +49,7 @@ async def leaving_nothing(folder: Path, runtime: Path, *, line: NetworkLine | No
     before = list_resources()
     async with fault_setup(folder, line=line) as setup:
         yield setup
-        ours = {pid for zygote in belongings.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
+        ours = {pid for zygote in process_resources.zygotes(os.getpid()) for pid in (zygote, *children(zygote))}
     await wait_until(lambda: list_resources() == before, f"{before} again")
     assert not [pid for pid in ours if alive(pid)]
     assert [path for path in runtime.rglob("*") if not path.is_dir()] == []
@@ -62,7 +62,7 @@ async def test_a_fault_is_noticed_and_repaired_without_a_failed_request(
     async with leaving_nothing(tmp_path, runtime, line=fault.line) as setup:
         results = await run_fault(setup, fault)
         # Nothing of the old connections is left, neither here nor at the host.
-        await wait_until(lambda: len(belongings.workers(os.getpid())) == len(VICTIMS), "no stale process here")
+        await wait_until(lambda: len(process_resources.workers(os.getpid())) == len(VICTIMS), "no stale process here")
         await wait_until(lambda: setup.host.connections() == len(VICTIMS), "no stale connection at the host")
     for result in results:
         assert result.failures == (), result

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.topology import TransportKind
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.cycles import run_cycles
 
 pytestmark = [

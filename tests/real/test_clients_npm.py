@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.fleet import MODEL, serve_hosts
-from tests.parts import REASON, needs, program
+from tests.prerequisites import REASON, needs, program
 from tests.real.test_clients import run
 
 PACKAGE = "ollama@0.6.4"

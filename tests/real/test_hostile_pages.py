@@ -29,7 +29,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.topology import GatewaySpec
 from tests.gateway.fleet import MODEL, RunningGateway, node, serve_nodes
 from tests.mesh.servers import Exchange, ScriptedServer, serve, whole_response
-from tests.parts import needs
+from tests.prerequisites import needs
 
 pytestmark = [
     pytest.mark.real,

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from gpumesh.topology import TransportKind
-from tests.parts import needs
-from tests.real.belongings import workers, zygotes
+from tests.prerequisites import needs
 from tests.real.command import Gpumesh, write_config
+from tests.real.process_resources import workers, zygotes
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd
 

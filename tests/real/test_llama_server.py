@@ -13,7 +13,7 @@ from gpumesh.errors import BackendStatus
 from gpumesh.state import BackendState
 from gpumesh.topology import BackendKind
 from tests.mesh.meshes import RunningMesh, mesh_of_nodes, node
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 from tests.tunnels.polling import wait_until
 

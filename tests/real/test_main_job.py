@@ -15,7 +15,7 @@ import pytest
 
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import Gpumesh, write_config
 from tests.real.conftest import Backends
 from tests.real.hosts import DRIVER, GPU, UTILIZATION_PCT, VRAM_MIB, LlamaServer, RealHost, hosts

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import CommandResult, Gpumesh, write_config
 from tests.real.conftest import Backends
 from tests.real.hosts import LlamaServer, RealHost

@@ -15,7 +15,7 @@ from gpumesh.gateway.app import Gateway
 from gpumesh.lab import profile
 from gpumesh.lab.lab import Lab
 from gpumesh.mesh.mesh import Mesh
-from tests.parts import needs
+from tests.prerequisites import needs
 
 pytestmark = [
     pytest.mark.real,

@@ -14,7 +14,7 @@ from gpumesh.backends.base import ChatRequest, Message
 from gpumesh.gateway.app import Gateway
 from gpumesh.topology import BackendKind
 from tests.mesh.meshes import mesh_of_nodes, node
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.hosts import LlamaServer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exclusive, needs("llama-server")]

@@ -28,7 +28,7 @@ from gpumesh.lab import keys
 from gpumesh.lab.host import HostStart, SimHost
 from gpumesh.topology import TransportKind
 from tests.cli.meshes import MODEL, quick_host
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import GPUMESH, CommandResult, Gpumesh
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from gpumesh.lab.profile import QWEN_7B
 from tests.cli.meshes import SimulatedMesh, isolated_command, quick_host, simulated_mesh
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.shells import SHELLS, shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]

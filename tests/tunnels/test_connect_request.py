@@ -10,7 +10,7 @@ import pytest
 from gpumesh.errors import TunnelError
 from gpumesh.topology import AddressCommand, TransportKind
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import (

@@ -22,7 +22,7 @@ from gpumesh.tunnels.local_system import peer_users
 from gpumesh.tunnels.transport import ConnectRequest
 from gpumesh.tunnels.transports import load_connect
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 from tests.tunnels.polling import wait_until

@@ -11,7 +11,7 @@ from gpumesh.errors import ExecError
 from gpumesh.topology import TransportKind
 from gpumesh.tunnels.base import OutputStream
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import (

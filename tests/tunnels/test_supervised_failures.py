@@ -11,7 +11,7 @@ import pytest
 from gpumesh.errors import AuthRefused, TunnelError
 from gpumesh.topology import TransportKind
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.sshd import Sshd, keygen
 from tests.tunnels.supervised import (
     CONNECTING,

@@ -20,7 +20,7 @@ from gpumesh.tunnels.direct.tunnel import DirectTunnel
 from gpumesh.tunnels.lifecycle import Woke
 from gpumesh.tunnels.supervisor import SshTunnel, open_tunnel, run_tunnel
 from gpumesh.tunnels.workers.worker_pool import WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.sshd import Sshd
 from tests.tunnels.supervised import (

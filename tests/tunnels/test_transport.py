@@ -20,7 +20,7 @@ from gpumesh.tunnels.inprocess.connection import ParamikoConnection
 from gpumesh.tunnels.openssh.connection import OpensshConnection
 from gpumesh.tunnels.transport import ConnectFunction, ConnectRequest, HostConnection, RemoteCommand
 from gpumesh.tunnels.transports import load_connect
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import wait_until
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, listener, serving

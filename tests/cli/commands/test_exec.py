@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.terminals import terminal
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.real.hosts import RealHost, hosts
 from tests.tunnels.polling import wait_until

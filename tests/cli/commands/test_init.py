@@ -16,7 +16,7 @@ import yaml
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.terminals import terminal
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd
 

@@ -13,7 +13,7 @@ import pytest
 from gpumesh.errors import ExitCode
 from gpumesh.tunnels.known_hosts import read_known_hosts
 from tests.cli.terminals import terminal
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd, keygen
 

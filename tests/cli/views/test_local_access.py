@@ -13,7 +13,7 @@ from gpumesh.cli.views.local_access import access_lines
 from gpumesh.state import GatewayPhase, GatewayState, LocalAccess, MeshState
 from tests.cli.meshes import SimulatedMesh
 from tests.cli.states import healthy, mesh
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.other_user import ANOTHER, connect_as
 
 slow = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from gpumesh.config.ssh.key_files import KeyKind, detect_key_kind
 from gpumesh.lab.keys import new_key
-from tests.parts import needs, program
+from tests.prerequisites import needs, program
 
 
 @needs("sshd")

@@ -13,7 +13,7 @@ from gpumesh.mesh.models.store_answers import (
     parse_document,
     parse_step,
 )
-from tests.absurd import ABSURD, DEEP, json_bytes
+from tests.absurd_answers import ABSURD, DEEP, json_bytes
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from gpumesh.errors import AuthRefused, ConnectTimeout, KeyUnreadable, TunnelErr
 from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.inprocess import authentication
 from gpumesh.tunnels.inprocess.authentication import AskPerson, Credentials, authenticate, load_key
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, keygen

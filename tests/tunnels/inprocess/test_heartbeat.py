@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.transport import PING_RESEND_S
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.inprocess.connecting import connected
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd

@@ -19,7 +19,7 @@ from gpumesh.tunnels.inprocess.connection import connect
 from gpumesh.tunnels.inprocess.packetizer import BufferedSocket
 from gpumesh.tunnels.transport import ConnectRequest
 from tests.hostile_peers import HostileBannerServer, repeat_bytes
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.recorded_events import RecordedEvents
 from tests.tunnels.sshd import Sshd, listener, serving
 from tests.tunnels.traffic import echo, exchange

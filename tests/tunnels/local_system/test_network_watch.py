@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpumesh.tunnels.local_system.network_watch import MIN_SLEEP_S, total_sleep_s, watch_network, watch_sleep
-from tests.parts import needs
+from tests.prerequisites import needs
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
 

@@ -25,7 +25,7 @@ from gpumesh.tunnels.local_system.peer_users import (
 )
 from gpumesh.tunnels.local_system.proc_net import AddressPair, SocketInfo
 from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SockDiag, SocketLookup
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.other_user import ANOTHER, NOBODY, connect_as
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells whose a connection is")

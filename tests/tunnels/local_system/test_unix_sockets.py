@@ -25,7 +25,7 @@ from gpumesh.tunnels.local_system.unix_sockets import (
     open_tunnel_listener,
 )
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url, unix_url
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.supervised import descriptors
 
 UNIX = TunnelsSpec(listen=TunnelListen.UNIX)

@@ -13,7 +13,7 @@ import pytest
 
 from gpumesh.topology import Target
 from gpumesh.tunnels.openssh.mux import MuxError, is_master_alive, open_forwards
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import wait_until
 from tests.tunnels.sshd import Sshd, serving
 from tests.tunnels.traffic import echo

@@ -37,7 +37,7 @@ from gpumesh.tunnels.workers.protocol import (
 )
 from gpumesh.tunnels.workers.worker import CHUNK_BYTES, Worker
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
-from tests.parts import needs
+from tests.prerequisites import needs
 from tests.tunnels.polling import alive, wait_until
 from tests.tunnels.questioning_server import QuestioningServer, run_questioning_server
 from tests.tunnels.sshd import Sshd, listener, serving

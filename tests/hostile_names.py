@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from tests.parts import needs, program
+from tests.prerequisites import needs, program
 
 RAN = "ran"  # the file that each of these names would make if a shell ran it
 NAMES = (

