@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import signal
 import sys
-import termios
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.tunnels.polling import wait_until
+from tests.real.terminal import Terminal, run_on_terminal
 
 GPUMESH = Path(sys.executable).with_name("gpumesh")
 LIMIT_S = 45.0  # for a hung command, so that a test ends; what a command may take is asserted by the tests
@@ -94,42 +91,21 @@ class Gpumesh:
                 await process.wait()
 
     @contextlib.asynccontextmanager
-    async def terminal(self, *arguments: str) -> AsyncIterator[Terminal]:
-        """A running one on a terminal of its own, of 120 columns; killed when the context ends before it does."""
-        controller, its_end = pty.openpty()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                str(GPUMESH),
-                *arguments,
-                stdin=its_end,
-                stdout=its_end,
-                stderr=its_end,
-                env=self.environment(COLUMNS="120", LINES="40"),
-                cwd=self.home,
-                start_new_session=True,
-                preexec_fn=take_terminal,
-            )
-        except BaseException:
-            os.close(controller)
-            raise
-        finally:
-            os.close(its_end)
-        terminal = Terminal(process, controller)
-        asyncio.get_running_loop().add_reader(controller, terminal.read)
-        try:
+    async def terminal(
+        self, *arguments: str, columns: int = 120, rows: int = 40, out: Path | None = None, **environment: str
+    ) -> AsyncIterator[Terminal]:
+        """A running command on a terminal of its own, killed if it still runs when the context ends. ``out``: the file
+        that gets its standard output instead."""
+        command = (str(GPUMESH), *arguments)
+        env = self.environment(**environment)
+        async with run_on_terminal(command, env=env, cwd=self.home, columns=columns, rows=rows, out=out) as terminal:
             yield terminal
-        finally:
-            asyncio.get_running_loop().remove_reader(controller)
-            os.close(controller)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
 
     async def run_on_terminal(self, *arguments: str) -> str:
         """What it writes to a terminal, stdout and stderr together, to its end."""
         async with self.terminal(*arguments) as terminal:
             await terminal.wait_exit()
-        return terminal.text
+        return terminal.written
 
     # -- what is there and what is left ------------------------------------------------------------------------------
 
@@ -170,48 +146,8 @@ class Gpumesh:
                 os.kill(pid, signal.SIGKILL)
 
 
-@dataclass
-class Terminal:
-    """A program's terminal, from the side of the person before it."""
-
-    process: asyncio.subprocess.Process
-    controller: int
-    written: bytearray = field(default_factory=bytearray)
-    hung_up: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def text(self) -> str:
-        return self.written.decode(errors="replace")
-
-    def read(self) -> None:
-        try:
-            self.written += os.read(self.controller, 65536)
-        except OSError:  # EIO: nobody has the terminal open any more
-            asyncio.get_running_loop().remove_reader(self.controller)
-            self.hung_up.set()
-
-    def press(self, keys: bytes) -> None:
-        """``b"\x03"`` is Ctrl-C: the terminal sends SIGINT to all that run on it."""
-        os.write(self.controller, keys)
-
-    async def wait_for_text(self, text: str) -> None:
-        await wait_until(lambda: text in self.text, f"{text!r} on the terminal")
-
-    async def wait_exit(self) -> int:
-        """Its exit status, when it and all that it left on the terminal have ended."""
-        async with asyncio.timeout(LIMIT_S):
-            status = await self.process.wait()
-            await self.hung_up.wait()
-        return status
-
-
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def take_terminal() -> None:
-    """In the new process, which leads a session: its stdin becomes the terminal that Ctrl-C reaches it through."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def write_config(path: Path, nodes: list[dict[str, Any]], *, model: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pty
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from tests.real.command import GPUMESH, Gpumesh, Terminal, take_terminal
+from tests.real.command import GPUMESH, Gpumesh
+from tests.real.terminal import Terminal, run_on_terminal
 from tests.tunnels.polling import wait_until
 
 # What each reads when it starts; its prompt shows how many lines have run.
@@ -37,20 +37,20 @@ class InteractiveShell:
     async def complete(self, typed: str) -> list[str]:
         self.count += 1
         # TAB; then Ctrl-A, to the beginning of the line.
-        self.terminal.press(f"gpumesh {typed}\t\x01show {self.count} \r".encode())
+        self.terminal.press(f"gpumesh {typed}\t\x01show {self.count} \r")
         await self._prompted()
         words = (self.gpumesh.home / f"words.{self.count}").read_bytes().decode().split("\0")
-        assert words[:2] == [str(self.count), "gpumesh"], self.terminal.text
+        assert words[:2] == [str(self.count), "gpumesh"], self.terminal.written
         return words[2:-1]
 
     async def run(self, line: str) -> None:
         """A line of the shell's own, to its end."""
         self.count += 1
-        self.terminal.press(f"{line}; show {self.count}\r".encode())
+        self.terminal.press(f"{line}; show {self.count}\r")
         await self._prompted()
 
     async def _prompted(self) -> None:
-        await wait_until(lambda: f"ready{self.count}> " in self.terminal.text, "the prompt")
+        await wait_until(lambda: f"ready{self.count}> " in self.terminal.written, "the prompt")
 
 
 @contextlib.asynccontextmanager
@@ -67,28 +67,10 @@ async def shell(gpumesh: Gpumesh, kind: str) -> AsyncIterator[InteractiveShell]:
     (home / file).parent.mkdir(parents=True, exist_ok=True)
     with (home / file).open("a") as settings:
         settings.write(f"\n{text}")
-    controller, its_end = pty.openpty()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            kind, "-i", stdin=its_end, stdout=its_end, stderr=its_end, env=environment, cwd=home,
-            start_new_session=True, preexec_fn=take_terminal,
-        )  # fmt: skip
-    except BaseException:
-        os.close(controller)
-        raise
-    finally:
-        os.close(its_end)
-    made = InteractiveShell(gpumesh, Terminal(process, controller))
-    asyncio.get_running_loop().add_reader(controller, made.terminal.read)
-    try:
-        await wait_until(lambda: "ready0> " in made.terminal.text, f"{kind}'s prompt")
+    async with run_on_terminal((kind, "-i"), env=environment, cwd=home) as terminal:
+        made = InteractiveShell(gpumesh, terminal)
+        await wait_until(lambda: "ready0> " in terminal.written, f"{kind}'s prompt")
         yield made
-    finally:
-        asyncio.get_running_loop().remove_reader(controller)
-        os.close(controller)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 async def _install_completion(environment: dict[str, str], gpumesh: Gpumesh, kind: str) -> None:

@@ -156,9 +156,9 @@ async def test_up_in_the_foreground_ends_with_ctrl_c_and_leaves_nothing(
         assert "already" in again.err
         answer = (await gpumesh("run", "--json", "-o", "num_predict=5", "Hello")).json()
         assert answer["error"] is None, "the other commands use it while it runs"
-        terminal.press(b"\x03")
+        terminal.press("\x03")
         assert await terminal.wait_exit() == 0
-    assert "Traceback" not in terminal.text
+    assert "Traceback" not in terminal.written
     await nothing_left(gpumesh, two_hosts)
 
 
@@ -222,10 +222,10 @@ async def test_a_gpus_name_does_nothing_to_the_terminal(gpumesh: Gpumesh, two_ho
     async with gpumesh.terminal("up") as terminal:
         await terminal.wait_for_text("4090")
         await terminal.wait_for_text("beta")
-        terminal.press(b"\x03")
+        terminal.press("\x03")
         await terminal.wait_exit()
     for sequence in ("\x1b]0;owned", "\x1b[2J\x1b[1;1H\x1b[31mG", "\u009b", "\u202e", "\x07"):
-        assert sequence not in terminal.text
+        assert sequence not in terminal.written
     (gpu,) = (await gpumesh("status", "--json")).json()["nodes"][0]["gpus"]
     assert gpu["name"] == GPU
 

@@ -13,7 +13,6 @@ import pytest
 from gpumesh.config import edit
 from gpumesh.lab.profile import GPU_4090, Faults, SmiMode
 from tests.cli.meshes import MODEL, SimulatedMesh
-from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -100,18 +99,18 @@ async def test_write_corrects_the_file_and_not_the_faults_of_hosts(two: Simulate
 async def test_write_asks_on_a_terminal(two: SimulatedMesh) -> None:
     file = two.write([node_as_expected(two, "alpha", gpus=3)])
     before = file.read_text()
-    async with terminal(two.gpumesh, "audit", "--write") as asking:
+    async with two.gpumesh.terminal("audit", "--write") as asking:
         await asking.wait_for_text("[y/N]")
         asking.press("n\r")
         assert await asking.wait_exit() == 1
     assert file.read_text() == before
-    async with terminal(two.gpumesh, "audit", "--write") as asking:
+    async with two.gpumesh.terminal("audit", "--write") as asking:
         await asking.wait_for_text("[y/N]")
         asking.press("y\r")
         assert await asking.wait_exit() == 0
     assert json.loads(file.read_text())["nodes"][0]["expect"]["gpus"] == 1
     assert "\x1b[" in asking.written, "in colours"
-    async with terminal(two.gpumesh, "audit", NO_COLOR="1") as plain:
+    async with two.gpumesh.terminal("audit", NO_COLOR="1") as plain:
         assert await plain.wait_exit() == 0
         await plain.wait_for_text("all is as mesh.yaml says")
     assert "\x1b[3" not in plain.written

@@ -10,7 +10,6 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
 GOOD = "nodes: [{name: a, backend: {url: 'http://127.0.0.1:1'}}]\n"
@@ -180,7 +179,7 @@ async def test_show_has_every_default_and_no_secret_and_can_be_read_again(gpumes
         "nodes:\n  - name: a\n    ssh: {host: '${SITE:-iceland}', password_env: POD_PASSWORD}\n"
         "    address_from: {command: [curl, -H, 'Authorization: hunter2-hunter2']}\n"
     )
-    async with terminal(gpumesh, "config", "show", POD_API_KEY="hunter2-hunter2") as shown:
+    async with gpumesh.terminal("config", "show", POD_API_KEY="hunter2-hunter2") as shown:
         assert await shown.wait_exit() == 0
         await shown.wait_for_text("Authorization: ********")
         assert "hunter2" not in shown.plain_text
@@ -225,7 +224,7 @@ async def test_which_file_is_meant(gpumesh: Gpumesh, tmp_path: Path) -> None:
     (folder / "mesh.yaml").write_text(named("of-the-platform"))
 
     async def name(*arguments: str, variable: str = str(gpumesh.config)) -> str:
-        async with terminal(gpumesh, *arguments, "config", "show", GPUMESH_CONFIG=variable) as shown:
+        async with gpumesh.terminal(*arguments, "config", "show", GPUMESH_CONFIG=variable) as shown:
             assert await shown.wait_exit() == 0
             await shown.wait_for_text("name: a")
             return str(yaml.safe_load(shown.plain_text)["name"])
@@ -236,6 +235,6 @@ async def test_which_file_is_meant(gpumesh: Gpumesh, tmp_path: Path) -> None:
     (gpumesh.home / "mesh.yaml").unlink()
     assert await name(variable="") == "of-the-platform"
     (folder / "mesh.yaml").unlink()
-    async with terminal(gpumesh, "status", GPUMESH_CONFIG="") as shown:
+    async with gpumesh.terminal("status", GPUMESH_CONFIG="") as shown:
         assert await shown.wait_exit() == 2
         await shown.wait_for_text("hint: `gpumesh init` writes one, `gpumesh demo` needs none")

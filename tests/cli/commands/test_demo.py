@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from tests.cli.terminals import ENTER_SCREEN, terminal
 from tests.real.command import Gpumesh
+from tests.real.terminal import ENTER_SCREEN
 from tests.tunnels.polling import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -33,7 +33,7 @@ async def test_into_a_pipe(gpumesh: Gpumesh) -> None:
 
 
 async def test_on_a_terminal_the_table_lives(gpumesh: Gpumesh) -> None:
-    async with terminal(gpumesh, "demo", "--nodes", "2", columns=100, rows=30) as shown:
+    async with gpumesh.terminal("demo", "--nodes", "2", columns=100, rows=30) as shown:
         async with asyncio.timeout(LIMIT_S):
             assert await shown.process.wait() == 0
         await shown.wait_for_text("What to try next")
@@ -43,7 +43,7 @@ async def test_on_a_terminal_the_table_lives(gpumesh: Gpumesh) -> None:
 
 
 async def test_keep_stays_to_be_played_with_until_ctrl_c(gpumesh: Gpumesh) -> None:
-    async with terminal(gpumesh, "demo", "--nodes", "2", "--keep", columns=80, rows=24) as shown:
+    async with gpumesh.terminal("demo", "--nodes", "2", "--keep", columns=80, rows=24) as shown:
         for step in ("is dead", "24 of 24 answered", "was started again"):
             await shown.wait_for_text(step)
         await wait_until(lambda: ENTER_SCREEN in shown.written, "the live table")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.terminals import terminal
 from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.real.hosts import RealHost, hosts
@@ -112,7 +111,7 @@ async def test_ctrl_c_ends_the_command_on_the_host(gpumesh: Gpumesh, two_sshd: l
 
 
 async def test_on_a_terminal_what_a_host_says_is_made_safe(gpumesh: Gpumesh, two_sshd: list[RealHost]) -> None:
-    async with terminal(gpumesh, "exec", "alpha", "--", "printf", r"a\033[31mb\033]0;owned\007c\n") as shown:
+    async with gpumesh.terminal("exec", "alpha", "--", "printf", r"a\033[31mb\033]0;owned\007c\n") as shown:
         assert await shown.wait_exit() == 0
         await shown.wait_for_text("c\r\n")
         assert own(shown.written) == ["a[31mb]0;ownedc"]

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 from gpumesh.audit import CATALOG
 from gpumesh.cli.commands.explain import MAX_TEXT_WIDTH, app, complete_codes
 from gpumesh.errors import UsageError
-from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 from tests.tunnels.polling import wait_until
 
@@ -55,7 +54,7 @@ def test_completion() -> None:
 @pytest.mark.parametrize("columns", [40, 200])
 async def test_on_a_terminal_its_lines_end_at_the_ends_of_words(tmp_path: Path, columns: int) -> None:
     gpumesh = Gpumesh(tmp_path / "mesh.yaml", tmp_path, tmp_path)
-    async with terminal(gpumesh, "explain", "same-gpu", columns=columns) as screen:
+    async with gpumesh.terminal("explain", "same-gpu", columns=columns) as screen:
         assert await screen.wait_exit() == 0
         await wait_until(lambda: "backend.urls" in screen.written, "its last words")
     lines = screen.written.replace("\r", "").splitlines()

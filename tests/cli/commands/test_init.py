@@ -15,7 +15,6 @@ import yaml
 
 from gpumesh.lab.profile import EMBEDDER, GPU_4090, QWEN_7B
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
-from tests.cli.terminals import terminal
 from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd
@@ -166,7 +165,7 @@ async def test_servers_on_this_machine_are_found_on_their_usual_ports(
 
 @slow
 async def test_asking_on_a_terminal(pod: SimulatedMesh) -> None:
-    async with terminal(pod.gpumesh, "init") as shown:
+    async with pod.gpumesh.terminal("init") as shown:
         place = await shown.wait_for_text("host 1: ")
         shown.press("ssh -p 22\n")
         place = await shown.wait_for_text("names no host", after=place)
@@ -183,7 +182,7 @@ async def test_asking_on_a_terminal(pod: SimulatedMesh) -> None:
 
 @slow
 async def test_a_key_that_is_not_the_right_one_ends_it_with_a_word(pod: SimulatedMesh) -> None:
-    async with terminal(pod.gpumesh, "init", "--from", line(pod)) as shown:
+    async with pod.gpumesh.terminal("init", "--from", line(pod)) as shown:
         await shown.wait_for_text("Record it?")
         shown.press("n\n")
         assert await shown.wait_exit() == 1
@@ -201,7 +200,7 @@ async def test_ctrl_c_leaves_no_file(pod: SimulatedMesh, when: str) -> None:
         await pod.gpumesh("init", "--from", line(pod), "-y", "-O", "x.yaml", "-q")
         (pod.gpumesh.home / "x.yaml").unlink()
         await pod.hosts["pod"].set_faults(Faults(hang=True))
-    async with terminal(pod.gpumesh, "init", *arguments) as shown:
+    async with pod.gpumesh.terminal("init", *arguments) as shown:
         await shown.wait_for_text(
             {"asked for a host": "host 1: ", "asked for a key": "Record it?", "looking": "looking at"}[when]
         )

@@ -8,7 +8,6 @@ import pytest
 
 from gpumesh.lab.profile import EMBEDDER, LLAMA_8B, QWEN_7B, Faults, ModelProfile
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
-from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -88,14 +87,14 @@ async def test_pull_shows_progress_for_each_node(fleet: SimulatedMesh) -> None:
 
 
 async def test_pull_draws_bars_on_a_terminal(fleet: SimulatedMesh) -> None:
-    async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all") as shown:
+    async with fleet.gpumesh.terminal("models", "pull", "phi4", "--all") as shown:
         assert await shown.wait_exit() == 0
         for name in ("alpha", "beta", "gamma"):
             await shown.wait_for_text(f"{name}: phi4 pulled")
         assert "━" in shown.plain_text
         assert shown.is_restored()
     out = fleet.gpumesh.home / "out.txt"
-    async with terminal(fleet.gpumesh, "models", "pull", "phi4", "--all", out=out) as shown:
+    async with fleet.gpumesh.terminal("models", "pull", "phi4", "--all", out=out) as shown:
         assert await shown.wait_exit() == 0
         assert "pulled" not in shown.plain_text
     assert len(out.read_text().splitlines()) == 3

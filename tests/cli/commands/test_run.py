@@ -14,7 +14,6 @@ import pytest
 
 from gpumesh.lab.profile import Faults
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
-from tests.cli.terminals import terminal
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels.polling import wait_until
 
@@ -127,20 +126,20 @@ async def test_progress_is_on_stderr_alone(direct: SimulatedMesh, tmp_path: Path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     out = tmp_path / "out.jsonl"
-    async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out) as shown:
+    async with direct.gpumesh.terminal("run", "-f", str(prompts), out=out) as shown:
         assert await shown.wait_exit() == 0
         await shown.wait_for_text("3/3")
         assert "index" not in shown.plain_text
     assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 1, 2]
-    async with terminal(direct.gpumesh, "run", "-f", str(prompts), out=out, columns=60) as shown:
+    async with direct.gpumesh.terminal("run", "-f", str(prompts), out=out, columns=60) as shown:
         assert await shown.wait_exit() == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(list(result) == KEYS for result in results)
-    async with terminal(direct.gpumesh, "run", "-f", str(prompts)) as shown:
+    async with direct.gpumesh.terminal("run", "-f", str(prompts)) as shown:
         assert await shown.wait_exit() == 0
         await shown.wait_for_text('"index": 2')
         assert "3/3" in shown.plain_text
-    async with terminal(direct.gpumesh, "run", "-f", str(prompts), "-q", out=out) as shown:
+    async with direct.gpumesh.terminal("run", "-f", str(prompts), "-q", out=out) as shown:
         assert await shown.wait_exit() == 0
         assert shown.written == ""
 

@@ -12,7 +12,6 @@ from gpumesh.lab.profile import Faults, SmiMode
 from gpumesh.state import Finding, Health, MeshState, Severity
 from tests.cli.meshes import SimulatedMesh, quick_host, simulated_mesh
 from tests.cli.states import down, healthy, mesh, typical
-from tests.cli.terminals import terminal
 from tests.real.command import Gpumesh
 
 pytestmark = [pytest.mark.slow]
@@ -104,7 +103,7 @@ async def test_a_host_that_says_nothing_delays_nobody_for_long(gpumesh: Gpumesh)
 async def test_what_a_host_says_is_not_obeyed_by_a_terminal(gpumesh: Gpumesh) -> None:
     async with simulated_mesh(gpumesh, quick_host("evil")) as made:
         await made.hosts["evil"].set_faults(Faults(nvidia_smi=SmiMode.ESCAPES))
-        async with terminal(gpumesh, "status", "-v") as shown:
+        async with gpumesh.terminal("status", "-v") as shown:
             assert await shown.wait_exit() == 0
             await shown.wait_for_text("no process is seen")
             written = shown.written
@@ -122,11 +121,11 @@ async def test_what_a_host_says_is_not_obeyed_by_a_terminal(gpumesh: Gpumesh) ->
 
 
 async def test_colours_only_on_terminals_and_never_with_no_color(direct: SimulatedMesh) -> None:
-    async with terminal(direct.gpumesh, "status") as coloured:
+    async with direct.gpumesh.terminal("status") as coloured:
         assert await coloured.wait_exit() == 0
         await coloured.wait_for_text("nodes up")
         assert "\x1b[32m" in coloured.written
-    async with terminal(direct.gpumesh, "status", NO_COLOR="1") as plain:
+    async with direct.gpumesh.terminal("status", NO_COLOR="1") as plain:
         assert await plain.wait_exit() == 0
         await plain.wait_for_text("nodes up")
         assert not re.search(r"\x1b\[[0-9;]*3[0-7]", plain.written)

@@ -12,7 +12,6 @@ import pytest
 
 from gpumesh.errors import ExitCode
 from gpumesh.tunnels.known_hosts import read_known_hosts
-from tests.cli.terminals import terminal
 from tests.prerequisites import needs
 from tests.real.command import Gpumesh
 from tests.tunnels.sshd import Sshd, keygen
@@ -161,13 +160,13 @@ async def test_what_cannot_be_asked_is_said(gpumesh: Gpumesh, sshd: Sshd, transp
 
 async def test_a_person_is_asked(gpumesh: Gpumesh, sshd: Sshd) -> None:
     write(gpumesh, sshd)
-    async with terminal(gpumesh, "trust", "iceland") as seen:
+    async with gpumesh.terminal("trust", "iceland") as seen:
         await seen.wait_for_text("Is this the right fingerprint?")
         seen.press("n\n")
         assert await seen.wait_exit() == 1
         assert "is not recorded, since you said that it is not the right one" in seen.plain_text
     assert sshd.known_hosts.read_text() == ""
-    async with terminal(gpumesh, "trust", "iceland") as seen:
+    async with gpumesh.terminal("trust", "iceland") as seen:
         await seen.wait_for_text("Is this the right fingerprint?")
         seen.press("y\n")
         assert await seen.wait_exit() == 0

@@ -20,7 +20,6 @@ from gpumesh.daemon.shutdown import Shutdown
 from gpumesh.lab.profile import Faults
 from gpumesh.mesh.mesh import Mesh
 from tests.cli.meshes import MODEL, SimulatedMesh, quick_host, simulated_mesh
-from tests.cli.terminals import terminal
 from tests.real.command import GPUMESH, Gpumesh
 from tests.tunnels import polling
 
@@ -56,7 +55,7 @@ async def test_in_the_background(direct: SimulatedMesh) -> None:
 async def test_who_does_not_wait_for_the_report_knows_that_it_runs(two: SimulatedMesh) -> None:
     """A host that hangs holds the report up; Ctrl-C ends the waiting, not the mesh."""
     await two.hosts["alpha"].set_faults(Faults(ssh_hang=True))
-    async with terminal(two.gpumesh, "up", "-d") as shown:
+    async with two.gpumesh.terminal("up", "-d") as shown:
         await shown.wait_for_text("`gpumesh down` stops it")
         assert re.search(r"runs in the background \(pid \d+\), serving http://127\.0\.0\.1:\d+;", shown.plain_text)
         assert "nodes up" not in shown.plain_text
@@ -109,7 +108,7 @@ async def test_what_cannot_be_is_said_and_leaves_nothing(
 @slow
 async def test_in_the_foreground_on_a_terminal(direct: SimulatedMesh) -> None:
     for way in ("q", "\x03"):
-        async with terminal(direct.gpumesh, "up") as shown:
+        async with direct.gpumesh.terminal("up") as shown:
             await shown.wait_for_text("2 of 2 nodes up")
             assert shown.modes() != shown.modes_before
             await direct.gpumesh("run", "x", "-o", "num_predict=2")

@@ -11,8 +11,8 @@ import pytest
 from gpumesh.cli.views.live.live_table import LiveTable
 from gpumesh.cli.views.node_selection import ViewSelection
 from tests.cli.meshes import SimulatedMesh
-from tests.cli.terminals import Terminal, terminal
 from tests.daemon.scripted import ScriptedSession
+from tests.real.terminal import Terminal
 from tests.tunnels.polling import wait_until
 
 # -- on a terminal ---------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ async def drawn(table: Terminal) -> None:
 @slow
 async def test_keys_drain_resume_reconnect_sort_and_quit(two: SimulatedMesh) -> None:
     await two.gpumesh("up", "-d")
-    async with terminal(two.gpumesh, "status", "-w", "--interval", "0.2") as table:
+    async with two.gpumesh.terminal("status", "-w", "--interval", "0.2") as table:
         await drawn(table)
         assert table.modes() != table.modes_before
         place = await table.wait_for_text("q quit")
@@ -54,7 +54,7 @@ async def test_keys_drain_resume_reconnect_sort_and_quit(two: SimulatedMesh) -> 
 async def test_the_terminal_is_restored_on_every_way_out(direct: SimulatedMesh, way: str) -> None:
     await direct.gpumesh("up", "-d")
     arguments = ("-n", "nobody") if way.startswith("a node") else ()
-    async with terminal(direct.gpumesh, "status", "-w", *arguments) as table:
+    async with direct.gpumesh.terminal("status", "-w", *arguments) as table:
         if not arguments:
             await drawn(table)
             assert table.modes() != table.modes_before
@@ -78,7 +78,7 @@ async def test_the_terminal_is_restored_on_every_way_out(direct: SimulatedMesh, 
 
 @slow
 async def test_ctrl_z_restores_the_terminal_and_fg_redraws(direct: SimulatedMesh) -> None:
-    async with terminal(direct.gpumesh, "status", "-w") as table:
+    async with direct.gpumesh.terminal("status", "-w") as table:
         await drawn(table)
         os.kill(table.process.pid, signal.SIGTSTP)
         await wait_until(lambda: state_of(table.process.pid) == "T", "it is stopped")
@@ -98,7 +98,7 @@ def state_of(pid: int) -> str:
 
 @slow
 async def test_a_resized_terminal_is_redrawn(direct: SimulatedMesh) -> None:
-    async with terminal(direct.gpumesh, "status", "-w", columns=200) as table:
+    async with direct.gpumesh.terminal("status", "-w", columns=200) as table:
         await drawn(table)
         assert "BACKEND" in table.plain_text
         place = len(table.plain_text)
@@ -111,7 +111,7 @@ async def test_a_resized_terminal_is_redrawn(direct: SimulatedMesh) -> None:
 
 @slow
 async def test_on_a_dumb_terminal_it_only_prints(direct: SimulatedMesh) -> None:
-    async with terminal(direct.gpumesh, "status", "-w", "--interval", "0.1", TERM="dumb") as table:
+    async with direct.gpumesh.terminal("status", "-w", "--interval", "0.1", TERM="dumb") as table:
         await table.wait_for_text("nodes up", after=await table.wait_for_text("nodes up"))
         assert "\x1b" not in table.written
         table.press("\x03")
