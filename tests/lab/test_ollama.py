@@ -1,4 +1,4 @@
-"""The stand-in for Ollama as a client sees it (facts: ollama-api.md), over real sockets."""
+"""The stand-in for Ollama as a client sees it (``docs/internals/ollama.md``), over real sockets."""
 
 import asyncio
 import json
