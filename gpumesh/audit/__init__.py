@@ -1,8 +1,8 @@
 """Expected against found: rules that turn specs and states into findings. Pure; one file for each family of rules.
 
-Each fault has one finding: nothing is said of the models of a node whose tunnel is down. What only a probe can see (a
-driver's failure, an ERR! in nvidia-smi's table) the probe reports as a finding (``NodeState.noticed``), and the rules
-take it over. ``catalog`` explains the codes of all findings.
+Each fault has one finding: a node whose tunnel is down has no finding about its models. Some faults are visible only to
+a probe (a driver's failure, an ERR! in nvidia-smi's table). The probe reports these as findings
+(``NodeState.noticed``), and the rules pass them on. ``catalog`` explains the codes of all findings.
 """
 
 from gpumesh.audit.catalog import CATALOG, Explanation, explain

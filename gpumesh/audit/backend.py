@@ -11,7 +11,7 @@ from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severit
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
-MAX_NAMED = 4  # models, in a sentence
+MAX_NAMED = 4  # models that a message names; it only counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
@@ -19,7 +19,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP:
         return
     if backend.state is BackendPhase.DOWN:
-        # For a state whose probe reported no finding: of a mesh of an older version, or one that has just started.
+        # The probe's own finding of this code comes first and replaces this one (`drop_consequences`). Some states lack
+        # the probe's finding: those of a mesh of an older version, or of a mesh that has just started.
         code = backend.error_code or "backend-down"
         explanation = explain(code) or explain("backend-down")
         hint = None if explanation is None else explanation.remedy
@@ -27,7 +28,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if backend.state is not BackendPhase.UP:
         return
     cpu_models = describe_cpu_models(backend.loaded)
-    if cpu_models is not None and state.gpus != ():  # where no GPU is there, gpu-missing says so
+    if cpu_models is not None and state.gpus != ():  # a host without any GPU has the finding gpu-missing
         yield Finding(
             "backend-on-cpu",
             Severity.WARNING,
@@ -50,14 +51,14 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:
-    """Names the models that are not wholly on the GPU. A node's reason uses the same sentence, so that it is recognised
-    as the same fault."""
+    """A sentence that names the models that are not wholly on the GPU; ``None`` if there is none. The reason of a
+    node's health uses the same sentence, so that a reader recognises the same fault."""
     names = [f"{model.name} ({share} %)" for model in loaded if (share := cpu_share_pct(model))]
     return f"runs on the CPU: {join_some(names, MAX_NAMED)}" if names else None
 
 
 def cpu_share_pct(model: LoadedModel) -> int:
-    """How much of a loaded model is outside the GPU's memory; 0 where that is not known."""
+    """The share of a loaded model that is outside the GPU's memory, in percent; 0 where that is not known."""
     if not model.size_mib or model.size_vram_mib is None:
         return 0
     return max(100 * (model.size_mib - model.size_vram_mib) // model.size_mib, 0)

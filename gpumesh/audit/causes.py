@@ -9,7 +9,7 @@ from gpumesh.topology import NodeSpec
 
 _NO_DRIVER = frozenset({"driver-broken", "driver-hung", "driver-mismatch", "gpu-cgroup-lost"})
 _NO_GPU = frozenset({"gpu-lost", "gpu-missing"})
-# For each code the codes of which it is a mere consequence.
+# A finding with a code on the left is only a consequence of a finding with one of the codes on the right.
 CAUSES: Mapping[str, frozenset[str]] = {
     "backend-on-cpu": _NO_DRIVER | _NO_GPU,
     "gpu-count": _NO_GPU,
@@ -20,16 +20,16 @@ CAUSES: Mapping[str, frozenset[str]] = {
 
 
 def drop_consequences(findings: Iterable[Finding]) -> list[Finding]:
-    """The first of one node's findings of each code, without consequences."""
-    first: dict[str, Finding] = {}
+    """One node's findings without consequences. Of several findings with one code only the first remains."""
+    by_code: dict[str, Finding] = {}
     for finding in findings:
-        first.setdefault(finding.code, finding)
-    return [finding for code, finding in first.items() if not CAUSES.get(code, frozenset()) & first.keys()]
+        by_code.setdefault(finding.code, finding)
+    return [finding for code, finding in by_code.items() if not CAUSES.get(code, frozenset()) & by_code.keys()]
 
 
 def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Finding]:
-    """The probes' findings, weighed by what mesh.yaml expects: a missing NVIDIA GPU matters only where one is
-    expected."""
+    """The probes' findings (``noticed``), with severities that fit mesh.yaml: a missing NVIDIA GPU matters only where
+    mesh.yaml expects a GPU."""
     expect = spec.expect
     gpu_expected = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
     adjusted = []

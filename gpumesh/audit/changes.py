@@ -1,11 +1,12 @@
 """The changes that make mesh.yaml true, for `audit --write`. Pure.
 
-Only errors of the *file* are corrected: who the host is, which GPUs it has, which kind of server it runs, and nodes
-that duplicate another node or lead nowhere. An error of a *host* (a broken driver, a missing model, a server that does
-not run) is not mended by no longer expecting it: it stays a finding.
+Only errors of the *file* are corrected: a wrong hostname, GPU or kind of server, and nodes that duplicate another node
+or lead nowhere. An error of a *host* (a broken driver, a missing model, a server that does not run) stays a finding:
+a file that no longer expects the GPU or the model would only hide the error.
 
-A node is switched off, never deleted: one word brings it back. No node is switched off while no node at all can be
-reached: then the fault is this machine's network.
+A node is switched off, never deleted: a person changes one word to get the node back. An absent node is switched off
+only if the host of some other node answers. If no host answers, the fault is probably this machine's network. A
+duplicate is switched off in any case: it adds nothing, and the node that it duplicates stays.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.audit import gpus, identity, routes
-from gpumesh.state import BackendPhase, Finding, NodeState, TunnelPhase
+from gpumesh.state import Finding, NodeState, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec, Topology
 
-# No host was there. A fault that a person must decide about (keys) or that passes by itself (a lost connection) is not
-# among these.
-_NO_HOST = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
+# The errors of a tunnel that mean: there is no such host. Not among them are errors that a person must decide about (a
+# host key), and errors that pass by themselves (a lost connection).
+_HOST_ABSENT_CODES = frozenset({"connect-refused", "connect-timeout", "host-unresolved", "host-unreachable", "not-ssh"})
 _EXPECT_CODES = frozenset({"hostname-differs", "gpu-differs", "gpu-count", "vram-differs", "driver-differs"})
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """``path`` is below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that the
-    change settles: findings about ``node``, or about several nodes of which ``node`` is one. ``why`` is for a comment
-    in the file."""
+    """A new value for one key of mesh.yaml.
+
+    ``path`` names the key below the node: ``("expect", "gpus")``. ``settled_codes`` are the codes of the findings that
+    the change settles: findings about ``node``, or about several nodes of which ``node`` is one. ``why`` is the reason,
+    for a comment in the file.
+    """
 
     node: str
     path: tuple[str, ...]
@@ -37,14 +41,15 @@ class Change:
 
 
 def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Sequence[Finding]) -> tuple[Change, ...]:
-    """In the order of mesh.yaml, at most one for each of its keys."""
+    """The changes in the order of mesh.yaml. A key of the file is changed at most once; a node that is switched off
+    gets no other change."""
     states = {state.name: state for state in nodes}
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
-    reached = any(states[name].backend.state is BackendPhase.UP for name in specs)
-    switched_off = dict(_switch_off_duplicates(specs, states, findings))
-    if reached:
-        switched_off = {**dict(_switch_off_absent(specs, states, findings)), **switched_off}
-    changes = []
+    any_host_answers = any(states[name].tunnel.state is TunnelPhase.UP for name in specs)
+    switched_off = dict(_switch_off_absent(specs, states, findings)) if any_host_answers else {}
+    # A node that is both gets the reason of a duplicate, because it stays true when the host comes back.
+    switched_off.update(_switch_off_duplicates(specs, states, findings))
+    changes: list[Change] = []
     for name, spec in specs.items():
         if name in switched_off:
             changes.append(switched_off[name])
@@ -55,9 +60,9 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
     return tuple(changes)
 
 
-def unsettled_findings(findings: Sequence[Finding], made: Sequence[Change]) -> tuple[Finding, ...]:
-    """The findings that no change settles."""
-    settled = {(change.node, code) for change in made for code in change.settled_codes}
+def unsettled_findings(findings: Sequence[Finding], changes: Sequence[Change]) -> tuple[Finding, ...]:
+    """The findings that none of ``changes`` settles."""
+    settled = {(change.node, code) for change in changes for code in change.settled_codes}
     return tuple(
         finding
         for finding in findings
@@ -65,12 +70,12 @@ def unsettled_findings(findings: Sequence[Finding], made: Sequence[Change]) -> t
     )
 
 
-def apply_changes(topology: Topology, made: Sequence[Change]) -> Topology:
-    """What the file must mean once the changes are written: the written file is checked against it."""
+def apply_changes(topology: Topology, changes: Sequence[Change]) -> Topology:
+    """The topology with ``changes``. It is what the file must mean after the changes are written into it."""
     nodes = []
     for spec in topology.nodes:
         changed = spec
-        for change in made:
+        for change in changes:
             if change.node == spec.name:
                 changed = _apply_change(changed, change)
         nodes.append(changed)
@@ -84,7 +89,7 @@ def _apply_change(spec: NodeSpec, change: Change) -> NodeSpec:
         case ("backend", "kind"):
             return replace(spec, backend=replace(spec.backend, kind=BackendKind(str(change.value))))
         case ("expect", key):
-            # Which key takes which type is checked when the file is read.
+            # mypy cannot know the type of the value for this key. The reader of mesh.yaml checks it.
             return replace(spec, expect=replace(spec.expect, **{key: change.value}))  # type: ignore[arg-type]
         case _:
             raise ValueError(f"no such change: {change.path}")
@@ -93,35 +98,38 @@ def _apply_change(spec: NodeSpec, change: Change) -> NodeSpec:
 def _switch_off_duplicates(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
+    """The nodes that duplicate another node, by name, each with its change."""
     for finding in findings:
         names = [name for name in finding.nodes if name in specs]
         if finding.code not in ("same-gpu", "tunnel-duplicate") or len(names) < 2:
             continue
-        keep = identity.choose_node_to_keep(names, specs, states)
-        why = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
+        node_to_keep = identity.choose_node_to_keep(names, specs, states)
+        shared = "the same server" if finding.code == "tunnel-duplicate" else "the same GPU"
         for name in names:
-            if name != keep:
-                yield name, Change(name, ("enabled",), False, frozenset({finding.code}), f"{why} as {keep}")
+            if name != node_to_keep:
+                why = f"{shared} as {node_to_keep}"
+                yield name, Change(name, ("enabled",), False, frozenset({finding.code}), why)
 
 
 def _switch_off_absent(
     specs: dict[str, NodeSpec], states: dict[str, NodeState], findings: Sequence[Finding]
 ) -> Iterator[tuple[str, Change]]:
+    """The nodes whose host is not there, by name, each with its change."""
     for finding in findings:
         state = states.get(finding.node or "")
         if state is None or finding.node not in specs or finding.code not in ("node-unreachable", "backend-down"):
             continue
         tunnel = state.tunnel
-        if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _NO_HOST:
+        if tunnel.state is not TunnelPhase.UP and tunnel.error_code in _HOST_ABSENT_CODES:
             why = f"not found: {finding.message}"
             yield state.name, Change(state.name, ("enabled",), False, frozenset({finding.code}), why)
 
 
 def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Corrects all of ``expect`` at once: where the GPU has another name, its memory differs as well."""
+    """Corrects all keys of ``expect`` together: another GPU has a single finding, but its memory differs as well."""
     if not codes & _EXPECT_CODES:
         return
-    expect, present = spec.expect, state.gpus or ()
+    expect, present = spec.expect, state.gpus or ()  # present: the GPUs that nvidia-smi shows
 
     def change(key: str, value: str | int, code: str) -> Change:
         return Change(spec.name, ("expect", key), value, frozenset({code}))
@@ -154,7 +162,7 @@ def _correct_expectations(spec: NodeSpec, state: NodeState, codes: set[str]) -> 
 
 
 def _correct_kind(spec: NodeSpec, state: NodeState, codes: set[str]) -> Iterator[Change]:
-    """Names the kind of the server, where all candidates that answer are of the same other kind."""
+    """Corrects the kind of the server if all candidates that answer are servers of one other kind."""
     if "wrong-server" not in codes:
         return
     kinds = {route.kind for route in state.routes if not route.offered and route.kind is not None}

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from gpumesh.state import Finding, GpuState, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# Drivers differ by some MiB in what they reserve; the next smaller card differs by far more.
+# A share of the expected memory. Drivers reserve amounts that differ by some MiB; the next smaller card differs by far
+# more.
 VRAM_TOLERANCE = 0.02
 
 
@@ -15,8 +16,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     gpus, expect, node = state.gpus, spec.expect, spec.name
     if gpus is None or state.tunnel.state is not TunnelPhase.UP:
         return
-    expected = expect.gpus != 0 and any(value is not None for value in (expect.gpus, expect.gpu, expect.vram_mib))
-    if expected and not gpus:
+    gpu_expected = expect.gpus != 0 and any(value is not None for value in (expect.gpus, expect.gpu, expect.vram_mib))
+    if gpu_expected and not gpus:
         expected_gpu = expect.gpu or "a GPU"
         yield Finding(
             "gpu-missing",
@@ -35,13 +36,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "one may have fallen off the bus (`dmesg | grep -i nvrm`), or be kept from the container; "
             "if it is meant so, change `expect.gpus`",
         )
-    others = [gpu for gpu in gpus if expect.gpu is not None and not gpu_name_matches(expect.gpu, gpu.name)]
-    if others:
+    other_gpus = [gpu for gpu in gpus if expect.gpu is not None and not gpu_name_matches(expect.gpu, gpu.name)]
+    if other_gpus:
         yield Finding(
             "gpu-differs",
             Severity.WARNING,
             node,
-            f"{_join_names(others)} is there, expected was {expect.gpu}",
+            f"{_join_names(other_gpus)} is there, expected was {expect.gpu}",
             "another machine may answer at this address; if it is the right one, change `expect.gpu`",
         )
     elif expect.vram_mib is not None:
@@ -58,26 +59,27 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def gpu_name_matches(expected: str, found: str) -> bool:
-    """``RTX 4090`` names an ``NVIDIA GeForce RTX 4090``; neither names an ``RTX 4090 D`` nor a ``Laptop GPU``."""
-    wanted, present = expected.lower().split(), found.lower().split()
-    return bool(wanted) and present[-len(wanted) :] == wanted
+    """Whether ``found`` ends with the words of ``expected``. ``RTX 4090`` matches ``NVIDIA GeForce RTX 4090``, but not
+    ``RTX 4090 D`` nor ``RTX 4090 Laptop GPU``."""
+    expected_words, found_words = expected.lower().split(), found.lower().split()
+    return bool(expected_words) and found_words[-len(expected_words) :] == expected_words
 
 
 def _check_vram(node: str, expected: int, gpus: Sequence[GpuState]) -> Iterator[Finding]:
-    """``vram_mib`` is meant of each GPU; the sum over all GPUs is accepted as well."""
+    """``expected`` is the memory of each GPU in MiB."""
     if not vram_matches(expected, gpus):
-        wrong = next(size for size in _list_sizes(gpus) if not _is_close(size, expected))
+        wrong_size = next(size for size in _list_sizes(gpus) if not _is_close(size, expected))
         yield Finding(
             "vram-differs",
             Severity.WARNING,
             node,
-            f"the GPU has {wrong} MiB of memory, expected were {expected}",
+            f"the GPU has {wrong_size} MiB of memory, expected were {expected}",
             "a slice of a card (MIG, vGPU) or another model has less; if it is meant so, change `expect.vram_mib`",
         )
 
 
 def vram_matches(expected: int, gpus: Sequence[GpuState]) -> bool:
-    """Also true while the sizes are not known."""
+    """Whether each GPU, or all GPUs together, have ``expected`` MiB. Also true while the sizes are not known."""
     sizes = _list_sizes(gpus)
     return not sizes or _is_close(sum(sizes), expected) or all(_is_close(size, expected) for size in sizes)
 
@@ -95,7 +97,7 @@ def _driver_matches(expected: str, found: str) -> bool:
 
 
 def describe_gpu_count(found: int, expected: int) -> str:
-    """A node's reason uses the same sentence, so that it is recognised as the same fault."""
+    """The reason of a node's health uses the same sentence, so that a reader recognises the same fault."""
     gpus = "1 GPU is" if found == 1 else f"{found} GPUs are"
     return f"{gpus} there, expected {'was' if expected == 1 else 'were'} {expected}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-MIN_FREE_MIB = 2048  # less than the smallest model in wide use takes
+MIN_FREE_MIB = 2048  # the smallest models in wide use take more than this
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:

@@ -1,12 +1,13 @@
 """Rules about identity: whether a node is the expected host, and which nodes are one machine.
 
-Two nodes are routes to one machine when nvidia-smi shows a common GPU UUID on both: that is certain. Where nvidia-smi
-cannot be asked, the SSH host key tells, and else the model store: ``modified_at`` is the nanosecond at which *this*
-host stored a model, so two nodes that agree in every ``modified_at`` reach one store (docs/internals/ollama.md). Images
-made from one template can share a host key, and a store may be on a network share: so both count as likely, not as
-certain.
+A common GPU UUID in both nodes' nvidia-smi proves that two nodes are routes to one machine. Where nvidia-smi cannot be
+asked, a common SSH host key shows it, and without a key the model store: ``modified_at`` is the nanosecond at which
+*this* host stored a model, so two nodes that agree in every ``modified_at`` reach one store
+(docs/internals/ollama.md). Images made from one template can share a host key, and a store may be on a network share.
+So these two proofs count as likely, not as certain.
 
-Where GPUs are known on both sides, only they decide: no key and no store makes one machine of different GPUs.
+If the GPUs of both nodes are known, only the GPUs decide. Two nodes with different GPUs are two machines, even if they
+have a host key or a store in common.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gpumesh.sentences import join_all
 from gpumesh.state import BackendPhase, Finding, GpuState, ModelInfo, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# Ollama writes nanoseconds. A store that tools copied or made has whole seconds, which can be equal by chance.
+# Ollama writes nanoseconds. A store that other tools copied or made has whole seconds, which can be equal by chance.
 _HAS_NANOSECONDS = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
 
 
@@ -36,8 +37,8 @@ class Proof(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest link between them, ``None`` for
-    a single node; ``shared_mark`` is the UUID or fingerprint that makes this link."""
+    """Nodes that use the same GPUs, in the order of mesh.yaml. ``proof`` is the weakest proof that was needed to join
+    them, ``None`` for a single node; ``shared_mark`` is the UUID or fingerprint of this proof."""
 
     nodes: tuple[str, ...]
     gpus: tuple[GpuState, ...]
@@ -50,45 +51,49 @@ class Machine:
 
 
 def find_machines(nodes: Sequence[NodeState]) -> tuple[Machine, ...]:
-    """Each node is in exactly one machine; the machines are in the order of their first nodes."""
-    group = {node.name: node.name for node in nodes}
+    """Groups the nodes: each node is in exactly one machine. The machines are in the order of their first nodes."""
+    # A union-find: `parent` leads from each node to the first node of its machine, which is its own parent.
+    parent = {node.name: node.name for node in nodes}
     order = {node.name: index for index, node in enumerate(nodes)}
-    weakest: dict[str, tuple[Proof, str]] = {}
+    last_join: dict[str, tuple[Proof, str]] = {}  # the proof and the mark, by the machine's first node
 
-    def root(name: str) -> str:
-        while group[name] != name:
-            group[name] = group[group[name]]
-            name = group[name]
+    def find_first_node(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
         return name
 
-    # Strong links first: nodes that a weaker link joins after that are joined by this link alone.
+    # The strongest proof first: so the last join of a machine is by its weakest proof.
     for proof in Proof:
         for mark, holders in _group_by_mark(nodes, proof).items():
             for node, other in _pairs(holders):
-                if group[node.name] == group[other.name] or not _may_be_one_machine(node, other, proof):
+                if parent[node.name] == parent[other.name] or not _may_be_one_machine(node, other, proof):
                     continue
-                first, second = sorted((root(node.name), root(other.name)), key=order.__getitem__)
-                if first != second:
-                    group[second] = first
-                    weakest[first] = (proof, mark)
+                first_nodes = find_first_node(node.name), find_first_node(other.name)
+                earlier, later = sorted(first_nodes, key=order.__getitem__)
+                if earlier != later:
+                    parent[later] = earlier
+                    last_join[earlier] = (proof, mark)
     members: dict[str, list[NodeState]] = {}
     for node in nodes:
-        members.setdefault(root(node.name), []).append(node)
+        members.setdefault(find_first_node(node.name), []).append(node)
     machines = []
-    for first, group_nodes in members.items():
-        gpus = {gpu.uuid: gpu for node in group_nodes for gpu in node.gpus or ()}
-        proof_, mark_ = weakest.get(first, (None, None)) if len(group_nodes) > 1 else (None, None)
-        machines.append(Machine(tuple(node.name for node in group_nodes), tuple(gpus.values()), proof_, mark_))
+    for first, machine_nodes in members.items():
+        gpus = {gpu.uuid: gpu for node in machine_nodes for gpu in node.gpus or ()}
+        weakest_proof, shared_mark = last_join.get(first, (None, None))
+        names = tuple(node.name for node in machine_nodes)
+        machines.append(Machine(names, tuple(gpus.values()), weakest_proof, shared_mark))
     return tuple(machines)
 
 
 def gpu_groups(nodes: Sequence[NodeState]) -> Mapping[str, str]:
-    """Each node's group. Nodes that share a GPU have the same group, named after the first of them in order."""
+    """Each node's group by the node's name. The nodes of one machine have one group, whose name is that of the first of
+    these nodes."""
     return {name: machine.nodes[0] for machine in find_machines(nodes) for name in machine.nodes}
 
 
 def identifying_marks(node: NodeState) -> frozenset[str]:
-    """The marks by which ``find_machines`` recognises this node: when they change, machines must be found anew."""
+    """The marks by which ``find_machines`` recognises this node. When they change, ``find_machines`` must run again."""
     return frozenset(mark for proof in Proof for mark in _marks(node, proof)) | frozenset(
         filter(None, (_server_port(node),))
     )
@@ -162,42 +167,42 @@ def _describe_proof(machine: Machine) -> str:
 
 
 def choose_node_to_keep(names: Sequence[str], specs: Mapping[str, NodeSpec], states: Mapping[str, NodeState]) -> str:
-    """Of several nodes with one GPU the first that serves, that shows the GPU, and that needs no tunnel; in this
-    order of importance."""
+    """The best of several nodes with one GPU: one that serves, then one that shows the GPU, then one without SSH. Of
+    equal nodes the first."""
 
     def rank(name: str) -> tuple[bool, bool, bool]:
         state = states[name]
         return state.backend.state is BackendPhase.UP, bool(hardware_uuids(state)), specs[name].ssh is None
 
-    return max(names, key=rank)  # max takes the first of equals
+    return max(names, key=rank)  # max returns the first of equals
 
 
 def find_duplicates(specs: Sequence[NodeSpec]) -> Iterator[list[str]]:
-    """Nodes that are the same by mesh.yaml alone: address, user and candidates."""
-    by_way: dict[object, list[str]] = {}
+    """Groups of nodes that have the same address, user and candidates in mesh.yaml."""
+    names_by_route: dict[object, list[str]] = {}
     for spec in specs:
         ssh = spec.ssh
-        way = None
+        login = None
         if ssh is not None:
             if not ssh.host and ssh.address_from is None:
-                continue
-            way = (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump, ssh.address_from)
-        by_way.setdefault((way, spec.backend.targets), []).append(spec.name)
-    for names in by_way.values():
+                continue  # an alias, whose address is not in mesh.yaml
+            login = (ssh.host.lower(), ssh.port, ssh.user, ssh.proxy_jump, ssh.address_from)
+        names_by_route.setdefault((login, spec.backend.targets), []).append(spec.name)
+    for names in names_by_route.values():
         if len(names) > 1:
             yield names
 
 
-# -- what tells machines apart ---------------------------------------------------------------------------------------
+# -- marks: what shows that nodes are one machine ----------------------------------------------------------------------
 
 
 def hardware_uuids(node: NodeState) -> set[str]:
-    """The UUIDs of real hardware, without those that a probe made up for a GPU whose UUID is unknown."""
+    """The UUIDs that nvidia-smi shows, without those that a probe made up for a GPU whose UUID is unknown."""
     return {gpu.uuid for gpu in node.gpus or () if gpu.uuid.startswith(("GPU-", "MIG-")) and len(gpu.uuid) >= 12}
 
 
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
-    """A fingerprint of a model store; ``None`` for a store that another one could equal by chance."""
+    """A fingerprint of a model store; ``None`` if another store could have the same one by chance."""
     models = tuple(catalog)
     stamps = sorted((model.name, model.modified_at) for model in models if model.modified_at)
     if not stamps or len(stamps) != len(models) or not any(_HAS_NANOSECONDS.search(stamp) for _, stamp in stamps):
@@ -216,6 +221,7 @@ def _marks(node: NodeState, proof: Proof) -> Iterable[str]:
 
 
 def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, list[NodeState]]:
+    """The nodes that have a mark, for each mark of this kind of proof."""
     holders: dict[str, list[NodeState]] = {}
     for node in nodes:
         for mark in sorted(_marks(node, proof)):
@@ -224,21 +230,23 @@ def _group_by_mark(nodes: Sequence[NodeState], proof: Proof) -> Mapping[str, lis
 
 
 def _pairs(nodes: Sequence[NodeState]) -> Iterator[tuple[NodeState, NodeState]]:
+    """Each two of the nodes."""
     return ((earlier, node) for index, node in enumerate(nodes) for earlier in nodes[:index])
 
 
 def _may_be_one_machine(node: NodeState, other: NodeState, proof: Proof) -> bool:
+    """Whether a common mark of this kind of proof may join the nodes."""
     if _may_have_own_gpus(node, other):
         return False
     return proof is Proof.GPU or not (hardware_uuids(node) and hardware_uuids(other))
 
 
 def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
-    """Whether these are two servers of a machine with several GPUs: each may have GPUs of its own, so the nodes do not
-    count as one machine.
+    """Whether the nodes may be two servers on one host with several GPUs. Then each may have GPUs of its own, so the
+    nodes do not count as one machine.
 
-    Servers are distinguished by their ports on the host, which are known of SSH nodes only. Servers that share the
-    host's only GPU are one to the balancer, however many they are.
+    Two servers of a host have different ports there. These ports are known of SSH nodes only. Servers that share the
+    host's only GPU are one machine to the balancer, however many they are.
     """
     port, other_port = _server_port(node), _server_port(other)
     if port is None or other_port is None or port == other_port:
@@ -247,7 +255,7 @@ def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
 
 
 def _server_port(node: NodeState) -> str | None:
-    """The port in use, as the node's host knows it."""
+    """The port of the server in use on the node's host, as a mark; ``None`` where it is not known."""
     if node.tunnel.transport == "direct" or node.backend.url is None:
         return None
     targets = [route.target for route in node.routes if route.url == node.backend.url]

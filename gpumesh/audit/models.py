@@ -1,4 +1,4 @@
-"""Rules about models: those that are expected, and whether one name means the same model on all nodes."""
+"""Rules about models: whether the expected ones are there, and whether a name means the same model on all nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpumesh.sentences import join_some
 from gpumesh.state import BackendPhase, Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-MAX_NAMED = 10  # models, in a sentence
+MAX_NAMED = 10  # models that a message names; it only counts the others
 
 
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
@@ -27,14 +27,14 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def check_across_nodes(states: Sequence[NodeState]) -> Iterator[Finding]:
-    """Finds names with several digests: there the answer to a prompt depends on the node."""
-    first: dict[str, tuple[str, str]] = {}
+    """Finds model names that have several digests: with such a name the answer to a prompt depends on the node."""
+    first_seen: dict[str, tuple[str, str]] = {}  # the node and the digest, by the model's name
     differing: set[str] = set()
     for state in states:
         for model in state.backend.catalog:
             if model.digest:
                 name = full_name(model.name)
-                node, digest = first.setdefault(name, (state.name, model.digest))
+                node, digest = first_seen.setdefault(name, (state.name, model.digest))
                 if digest != model.digest and node != state.name:
                     differing.add(name)
     if differing:

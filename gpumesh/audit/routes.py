@@ -1,6 +1,6 @@
-"""Rules about the routes to a node's server: which of them work, whether all lead to one server, which is faster.
+"""Rules about the routes to a node's server: which routes work, whether all lead to one server, which is faster.
 
-They say nothing before the node's first inspection, which asks the routes one by one.
+The rules yield no finding before the node's first inspection, which asks each route by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A route is faster when it takes at most this share of the latency of the route in use, and at least so much less.
+# A route counts as faster if its latency is at most this share of the latency in use, and lower by at least this gain.
 MAX_LATENCY_SHARE = 0.7
 MIN_GAIN_MS = 2.0
 
@@ -35,8 +35,8 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
         )
     if used is None:
         return
-    others = [route for route in candidates if route.state is BackendPhase.UP and route is not used]
-    other_servers = [route for route in others if used.store and route.store and route.store != used.store]
+    other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not used]
+    other_servers = [route for route in other_routes if used.store and route.store and route.store != used.store]
     if other_servers:
         targets = ", ".join(route.target for route in other_servers)
         yield Finding(
@@ -57,7 +57,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "let it listen on 127.0.0.1 of its host (OLLAMA_HOST=127.0.0.1), or close the port in the firewall: "
             "the tunnel works all the same",
         )
-    faster = [route for route in (*others, *offered) if route not in other_servers and _is_faster(route, used)]
+    faster = [route for route in (*other_routes, *offered) if route not in other_servers and _is_faster(route, used)]
     if faster:
         fastest = min(faster, key=lambda route: route.latency_ms or 0.0)
         hint = (
@@ -77,6 +77,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
 
 
 def route_in_use(state: NodeState) -> RouteState | None:
+    """The candidate of mesh.yaml to which requests are sent now."""
     return next((route for route in state.routes if route.url == state.backend.url and not route.offered), None)
 
 

@@ -15,24 +15,28 @@ SEVERITY_RANKS = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.INFO: 2}
 
 
 def collect_findings(topology: Topology, nodes: Sequence[NodeState]) -> tuple[Finding, ...]:
-    """The probes' findings and those that follow from mesh.yaml: worst first, then in the order of mesh.yaml. A node
-    has at most one finding of each code, and no finding that only follows from another one."""
+    """The findings of the probes and of all rules: worst first, then in the order of mesh.yaml. A node has at most one
+    finding of each code, and no finding that is only a consequence of another one."""
     states = {state.name: state for state in nodes}
     pairs = [(spec, states[spec.name]) for spec in topology.nodes if spec.enabled and spec.name in states]
     findings = [finding for spec, state in pairs for finding in check_node(spec, state)]
-    shared = list(identity.check_across_nodes(pairs))
-    # The GPU of a node is known as soon as another route to the same machine shows it.
+    identity_findings = list(identity.check_across_nodes(pairs))
+    # A node's GPU is known if another node that is the same machine shows it.
     with_known_gpu = {
-        name for finding in shared for name in finding.nodes if any(states[other].gpus for other in finding.nodes)
+        name
+        for finding in identity_findings
+        for name in finding.nodes
+        if any(states[other].gpus for other in finding.nodes)
     }
     findings = [
         finding for finding in findings if not (finding.code == "gpu-unknown" and finding.node in with_known_gpu)
     ]
-    findings += [*shared, *models.check_across_nodes([state for _, state in pairs])]
+    findings += [*identity_findings, *models.check_across_nodes([state for _, state in pairs])]
     return tuple(sorted(findings, key=lambda finding: SEVERITY_RANKS[finding.severity]))
 
 
 def check_node(spec: NodeSpec, state: NodeState) -> list[Finding]:
-    noticed = [replace(finding, node=spec.name) for finding in adjust_severities(spec, state.noticed)]
-    ruled = [finding for rule in _NODE_RULES for finding in rule(spec, state)]
-    return drop_consequences([*noticed, *ruled])
+    """The findings about one node by itself, the probes' findings first."""
+    of_probes = [replace(finding, node=spec.name) for finding in adjust_severities(spec, state.noticed)]
+    of_rules = [finding for rule in _NODE_RULES for finding in rule(spec, state)]
+    return drop_consequences([*of_probes, *of_rules])

@@ -8,7 +8,8 @@ from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 
-# A person must act. Each of these has a remedy of its own, so each keeps its own code.
+# Errors that a person must mend. Each has a remedy of its own, so the finding keeps the error's code. Other errors
+# become a finding with the code node-unreachable.
 _OWN_CODES = frozenset(
     {
         "auth-refused",
@@ -38,12 +39,13 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     code = tunnel.error_code or "tunnel"
     hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: {_test_command(spec)}"
     if code not in _OWN_CODES:
-        # For a direct node a refused connection means that the host is there and its server is not.
+        # If a direct node refuses the connection, its host is there and its server is not.
         code = "backend-down" if spec.ssh is None and code == "connect-refused" else "node-unreachable"
     yield Finding(code, Severity.ERROR, spec.name, tunnel.last_error, hint)
 
 
 def _test_command(spec: NodeSpec) -> str:
+    """A command with which a person can test the connection."""
     if spec.ssh is None:
         url = f"{spec.backend.targets[0].url}/api/version" if spec.backend.targets else "URL"
         return paste_command("curl {URL}", URL=url)

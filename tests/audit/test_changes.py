@@ -143,9 +143,20 @@ def test_a_node_with_a_host_is_not_switched_off(error: errors.TunnelError) -> No
     assert plan(WELL, (spec(), state_with_error(error))) == ()
 
 
-def test_no_node_is_switched_off_when_none_can_be_reached() -> None:
+def test_no_node_is_switched_off_when_no_host_answers() -> None:
     """Then it is this machine's network."""
     assert plan((spec("a"), REFUSED), (direct("b"), REFUSED)) == ()
+
+
+def test_an_absent_node_is_switched_off_when_another_host_answers_without_a_server() -> None:
+    down = BackendState("ollama", BackendPhase.DOWN, last_error="refused")
+    (change,) = plan((direct("a", "http://198.51.100.1:1"), state(backend=down)), (spec("b"), REFUSED))
+    assert (change.node, change.path, change.value) == ("b", ("enabled",), False)
+
+
+def test_a_duplicate_is_switched_off_even_when_no_host_answers() -> None:
+    (change,) = plan((spec("a"), REFUSED), (spec("b"), REFUSED))
+    assert (change.node, change.value, change.why) == ("b", False, "the same server as a")
 
 
 def test_a_direct_node_without_its_server() -> None:

@@ -1,7 +1,7 @@
 """What each code of a finding or an error means and what to do about it: the text of ``gpumesh explain CODE``.
 
-One file for each family of codes. They are read at the first look-up: a command that explains nothing does not pay for
-them.
+One file for each family of codes. These files are imported at the first look-up: a command that explains nothing does
+not pay for them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CATALOG: Mapping[str, Explanation] = _Catalog()
 
 
 def explain(code: str) -> Explanation | None:
-    """``None`` for a code that does not exist. Codes have lower case and dashes; case, blanks and underscores of
-    ``code`` do not matter."""
+    """The explanation of ``code``; ``None`` for a code that does not exist. Codes have lower case and dashes, but
+    ``code`` may have upper case, and blanks or underscores instead of dashes."""
     return CATALOG.get(code.strip().lower().replace("_", "-").replace(" ", "-"))
 
 

@@ -1,4 +1,4 @@
-"""Codes of errors that requests and commands end with."""
+"""Codes of the errors with which requests and commands end."""
 
 from __future__ import annotations
 

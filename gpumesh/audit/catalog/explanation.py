@@ -1,4 +1,4 @@
-"""What a row of the catalog holds: a code, its usual severity, what it means and what to do about it."""
+"""One row of the catalog: a code, its usual severity, its meaning and its remedy."""
 
 from __future__ import annotations
 
