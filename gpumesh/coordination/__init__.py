@@ -1,6 +1,7 @@
-"""Several gateways over the same GPUs: each publishes what it has in flight, so that two gateways do not send their
-requests to one node while another node idles. Without Redis, or while Redis is away, each gateway goes on alone.
+"""Coordination of several gateways that use the same GPUs. Each gateway publishes how many requests it has in flight.
+So two gateways do not send their requests to one node while another node idles. Without Redis, or while Redis is away,
+each gateway works alone.
 
-Only counts are published: no prompt, no model, no address. Nothing is stored. Messages of others are hostile until
-parsed.
+Gateways publish counts only: no prompt, no model, no address. Redis stores nothing. A message of another gateway is
+hostile until parsed.
 """

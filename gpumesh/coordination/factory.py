@@ -1,4 +1,4 @@
-"""Which coordination a mesh has, from ``redis`` in mesh.yaml."""
+"""Makes the coordination that a mesh has by ``redis`` in mesh.yaml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gpumesh.topology import RedisSpec
 def create_coordination(
     spec: RedisSpec | None, *, on_change: Callable[[], None], clock: Callable[[], float]
 ) -> Coordination:
-    """``on_change`` is called when the load of other gateways, or the findings, have changed."""
+    """``SingleGateway`` without a ``spec``. ``on_change`` is called when the load of other gateways, or the findings,
+    have changed. ``clock`` returns monotonic seconds."""
     if spec is None:
         return SingleGateway()
     from gpumesh.coordination.redis_coordination import RedisCoordination  # most meshes do not need redis-py

@@ -1,4 +1,4 @@
-"""The last loads of each other gateway, and the messages that carry them. Pure: bytes and times in, counts out."""
+"""The last loads of each other gateway, and the messages that carry the loads. Pure: bytes and times in, counts out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 
 VERSION = 1
-STALE_S = 3.0  # a gateway that is silent for so long is gone, and its requests in flight with it
+STALE_S = 3.0  # a gateway that is silent for longer has stopped, and its requests in flight do not count any more
+# Limits for what hostile messages may make us keep.
 MAX_BYTES = 1 << 16
 MAX_PEERS = 256
 MAX_NAME_CHARS = 64
@@ -14,12 +15,13 @@ MAX_LOAD = 1_000_000
 
 
 def encode_loads(gateway: str, loads: Mapping[str, int], *, leaving: bool = False) -> bytes:
+    """A message. ``leaving``: the gateway ends, so the others forget its loads."""
     busy = {key: count for key, count in loads.items() if count > 0}
     return json.dumps({"v": VERSION, "gateway": gateway, "loads": busy, "leaving": leaving}).encode()
 
 
 def decode_loads(data: bytes) -> tuple[str, dict[str, int], bool]:
-    """The sender's name, its loads, and whether it leaves. Raises ValueError for what is no message of this version."""
+    """The sender's name, its loads, and whether it leaves; in this order. Raises ValueError for any other bytes."""
     if len(data) > MAX_BYTES:
         raise ValueError("too long")
     try:
@@ -38,35 +40,38 @@ def decode_loads(data: bytes) -> tuple[str, dict[str, int], bool]:
 
 
 class Peers:
-    """``own_name`` is this gateway's name: its own messages come back and are not counted. Times are monotonic
-    seconds."""
+    """The loads of the other gateways. ``own_name`` is this gateway's name: Redis sends its own messages back, and they
+    are not counted. Times are monotonic seconds."""
 
     def __init__(self, own_name: str) -> None:
         self._own_name = own_name
+        # By gateway: its loads, and when they came. The gateway that was silent for the longest time comes first.
         self._loads: dict[str, tuple[dict[str, int], float]] = {}
 
     def __repr__(self) -> str:
         return f"<Peers {len(self._loads)} known>"
 
     def receive(self, data: bytes, now: float) -> bool:
-        """Whether the message has changed anything. A message that cannot be read, or is of another version, is passed
-        over."""
+        """Takes a message of any gateway. True when it has changed a load. A message that cannot be read, or that has
+        another version, is ignored."""
         try:
             gateway, loads, leaving = decode_loads(data)
         except ValueError:
             return False
         if gateway == self._own_name:
             return False
-        before = self._loads.pop(gateway, None)
+        old_entry = self._loads.pop(gateway, None)
         if leaving:
-            return before is not None
+            return old_entry is not None
         while len(self._loads) >= MAX_PEERS:
             self._loads.pop(next(iter(self._loads)))
         self._loads[gateway] = (loads, now)
-        return before is None or before[0] != loads
+        return old_entry is None or old_entry[0] != loads
 
     def total_load(self, key: str, now: float) -> int:
-        return sum(loads.get(key, 0) for loads, at in self._loads.values() if now - at <= STALE_S)
+        """Requests that all gateways together have in flight on the GPUs of ``key``, without those of stale
+        gateways."""
+        return sum(loads.get(key, 0) for loads, received_at in self._loads.values() if now - received_at <= STALE_S)
 
     def forget_all(self) -> None:
         self._loads.clear()

@@ -1,7 +1,7 @@
 """``RedisCoordination``: gateways that share a Redis publish their loads on one channel and receive the others' loads.
 
-A gateway publishes when its loads change, and as a heartbeat. Nothing is stored in Redis, so nothing is left there.
-While Redis is away, each gateway goes on alone, and a finding says so.
+A gateway publishes its loads when they change, and at each heartbeat. Redis stores nothing, so nothing is left there.
+While Redis is away, each gateway works alone, and a finding reports that.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from gpumesh.printable import printable
 from gpumesh.state import Finding, Severity
 
 CHANNEL = "gpumesh:loads:1"
-HEARTBEAT_S = 1.0
-MIN_INTERVAL_S = 0.01  # between two messages of a burst of changes
+HEARTBEAT_S = 1.0  # a third of ``peers.STALE_S``: a lost heartbeat or two do no harm
+MIN_INTERVAL_S = 0.01  # between two messages when the loads change in a burst
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 2.0
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0  # between two tries to connect while Redis is away
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0  # between two attempts to connect while Redis is away; each pause doubles
 
 
 class RedisCoordination:
-    """``on_change`` is called, on the event loop, when the loads of others or ``problem`` have changed.
+    """See ``base.Coordination``. ``on_change`` is called, on the event loop, when the loads of others or ``problem``
+    have changed.
 
-    ``url`` holds no password. ``password`` is called at each connect; its result is kept nowhere.
+    ``url`` holds no password. ``password`` is called at each connect, and its result is not stored.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class RedisCoordination:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.problem: str | None = None
-        """Why the other gateways are not known now."""
+        """Why the loads of the other gateways are not known now. ``None``: they are known."""
         self._url = url
         self._password = password
         self._on_change = on_change
@@ -59,7 +60,7 @@ class RedisCoordination:
         return f"<RedisCoordination {self._name} {self._peers!r} problem {self.problem!r}>"
 
     def publish_loads(self, loads: Loads) -> None:
-        """What this gateway has in flight now. Cheap: it is sent a moment later."""
+        """Sets the loads of this gateway. Cheap: another task sends them a moment later."""
         busy = {key: count for key, count in loads.items() if count > 0}
         if busy != self._own_loads:
             self._own_loads = busy
@@ -89,21 +90,23 @@ class RedisCoordination:
     async def _stay_connected(self) -> None:
         pause_s = FIRST_PAUSE_S
         while True:
-            began = self._clock()
+            started_at = self._clock()
             try:
                 await self._use_connection()
-            # Not only what redis-py documents: its parser raises ValueError, IndexError, TypeError or RecursionError
-            # for what is not Redis's protocol. Whatever answers there, this gateway then goes on alone, and says so.
+            # redis-py raises more than it documents: when a server answers in another protocol, its parser raises
+            # ValueError, IndexError, TypeError or RecursionError. In each case this gateway works alone, and a finding
+            # reports that.
             except* Exception as group:
                 self._record_problem(_describe_failure(group))
             raise_if_cancelled()
-            if self._clock() - began > MAX_PAUSE_S:
+            if self._clock() - started_at > MAX_PAUSE_S:  # it was connected for some time: Redis had come back
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
     async def _use_connection(self) -> None:
-        """Until the connection is lost. Raises RedisError, OSError or TimeoutError in a group."""
+        """Connects, then sends and receives until the connection is lost. Raises in an exception group, mostly
+        RedisError, OSError or TimeoutError."""
         client = redis.Redis.from_url(
             self._url,
             password=self._password(),
@@ -124,7 +127,8 @@ class RedisCoordination:
                 await self._receive_messages(subscription)
 
     async def _send_messages(self, client: redis.Redis) -> None:
-        """At each change and each heartbeat; at the end a message that this gateway leaves."""
+        """Sends the own loads at each change and at each heartbeat. At the end sends the message that this gateway
+        leaves."""
         try:
             while True:
                 self._own_loads_changed.clear()
@@ -144,7 +148,8 @@ class RedisCoordination:
             # Our own heartbeat comes back here: a longer silence means that the connection is dead.
             async with asyncio.timeout(HEARTBEAT_S + ANSWER_TIMEOUT_S):
                 message = await subscription.get_message(timeout=None)
-                await asyncio.sleep(0)  # hundreds may have come together: others get their turn
+                # hundreds of messages may come together, and ``get_message`` then does not yield
+                await asyncio.sleep(0)
             data = message.get("data") if message is not None else None
             raise_if_cancelled()
             if isinstance(data, bytes) and self._peers.receive(data, self._clock()):
@@ -158,7 +163,7 @@ class RedisCoordination:
 
 
 def _describe_failure(group: BaseExceptionGroup[BaseException]) -> str:
-    """The first reason, as a line. The texts of redis-py name host and port, never the password."""
+    """The first error of the group, as one line. redis-py's messages name host and port, never the password."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

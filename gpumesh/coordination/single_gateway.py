@@ -19,4 +19,4 @@ class SingleGateway:
         return ()
 
     async def run(self, own_loads: AsyncIterator[Loads]) -> None:
-        """Nobody reads the loads, so they are not asked for."""
+        """Returns at once and reads no loads: no other gateway would get them."""

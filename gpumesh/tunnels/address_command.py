@@ -11,17 +11,18 @@ from gpumesh.errors import HostUnresolved
 from gpumesh.topology import AddressCommand
 from gpumesh.tunnels.local_system.local_command import local_command, read_at_most
 
-_LIMIT = 64 * 1024
-# Letters, digits, dots, hyphens, underscores, and for IPv6 colons and a zone. A hyphen is never first: a program could
-# take the host for an option.
+_MAX_OUTPUT_BYTES = 64 * 1024
+# Letters, digits, dots, hyphens, underscores, and for IPv6 colons and a zone. A hyphen is never first: otherwise a
+# program could take the host for an option.
 _HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
 _BRACKETED = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
 
 
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
-    """``host port``, ``host:port``, ``[v6]:port``, ``host`` alone, or JSON with ``host`` and ``port``.
+    """Host and port from ``host port``, ``host:port``, ``[v6]:port``, ``host`` alone, or JSON with ``host`` and
+    ``port``.
 
-    Raises ``ValueError`` with a sentence that says what is wrong. It repeats at most 80 characters of the text.
+    Raises ``ValueError`` with a sentence that says what is wrong, and that repeats at most 80 characters of the text.
     """
     text = text.strip()
     if not text:
@@ -32,10 +33,10 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
         host, port = _parse_fields(text)
     if not _HOST.fullmatch(host):
         raise ValueError(f"{host[:80]!r} is not a host name or address")
-    number = default_port if port is None else port
-    if not 1 <= number <= 65535:
-        raise ValueError(f"port {number} is not between 1 and 65535")
-    return host, number
+    port = default_port if port is None else port
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port {port} is not between 1 and 65535")
+    return host, port
 
 
 def _parse_json(text: str) -> tuple[str, int | None]:
@@ -67,7 +68,7 @@ def _parse_fields(text: str) -> tuple[str, int | None]:
     if match := _BRACKETED.fullmatch(text):
         return match[1], int(match[2]) if match[2] else None
     host, colon, port = text.partition(":")
-    if not colon or ":" in port:  # no port, or an IPv6 address
+    if not colon or ":" in port:  # there is no port, or the text is an IPv6 address
         return text, None
     if not re.fullmatch(r"\d{1,5}", port):
         raise ValueError(f"{port[:80]!r} is not a port")
@@ -75,17 +76,17 @@ def _parse_fields(text: str) -> tuple[str, int | None]:
 
 
 async def ask_address(command: AddressCommand, *, default_port: int, node: str) -> tuple[str, int]:
-    """Runs the command (an argument list, without a shell) and parses its output.
+    """Runs the command (an argument list, without a shell) and returns the host and the port that it prints.
 
-    Raises HostUnresolved, which is retried, when it fails, takes longer than its ``timeout_s`` or prints no address.
-    The command and all processes that it started are ended in any case.
+    Raises HostUnresolved, which is retried, when the command fails, takes longer than its ``timeout_s`` or prints no
+    address. The command and all processes that it started are ended in any case.
     """
     name = command.command[0]
-    by_hand = quoting.paste_command("{COMMAND}", COMMAND=name)
-    hint = f"run {by_hand} by hand: it must print `host port`, or JSON with host and port, and exit 0"
+    quoted_name = quoting.paste_command("{COMMAND}", COMMAND=name)
+    hint = f"run {quoted_name} by hand: it must print `host port`, or JSON with host and port, and exit 0"
     try:
         async with local_command(command.command, stderr=False) as process, asyncio.timeout(command.timeout_s):
-            printed, _cut = await read_at_most(process.stdout, _LIMIT)
+            printed, _cut = await read_at_most(process.stdout, _MAX_OUTPUT_BYTES)
             status = await process.wait()
     except TimeoutError as error:
         message = f"address_from: {name!r} did not answer within {command.timeout_s:g} s"

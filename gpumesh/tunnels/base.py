@@ -1,4 +1,4 @@
-"""The interface of a tunnel, as the mesh uses it: ``Tunnel``, and the results of commands."""
+"""The interface of a tunnel for the mesh: ``Tunnel``, and the results of commands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gpumesh.topology import Target
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
-    """A finished command. ``exit_status`` is ``None`` when the host did not say (a signal, a broken connection).
+    """A finished command. ``exit_status`` is ``None`` when the host did not report it (a signal, a broken connection).
 
-    ``stdout`` and ``stderr`` are as the host sent them: hostile until parsed. ``truncated``: one of them was longer
-    than the limit.
+    ``stdout`` and ``stderr`` hold the bytes that the host sent: hostile until parsed. ``truncated``: at least one of
+    the two was longer than the limit.
     """
 
     exit_status: int | None
@@ -44,13 +44,13 @@ class Prompter(Protocol):
     """Passes a host's question on to a person (keyboard-interactive, a key's passphrase)."""
 
     async def __call__(self, node: str, text: str, *, echo: bool) -> str | None:
-        """The answer; ``None`` when nobody is there, or they declined. ``text`` is safe to print."""
+        """The person's answer; ``None`` when nobody is there, or the person declined. ``text`` is safe to print."""
 
 
 class Tunnel(Protocol):
     """One node's supervised route to its host: SSH (in a worker process) or direct.
 
-    ``run`` runs for as long as the tunnel is wanted. Everything else may be called meanwhile, on the same event loop.
+    ``run`` runs for as long as the tunnel is wanted. All other methods may be called meanwhile, on the same event loop.
     """
 
     @property
@@ -59,33 +59,35 @@ class Tunnel(Protocol):
 
     @property
     def urls(self) -> Mapping[Target, str]:
-        """For each candidate target of the backend the base URL to use on this machine, without a slash at its end.
+        """The base URL on this machine for each candidate target of the backend, without a slash at its end.
 
-        The URLs stay the same for the tunnel's life, because local ports are kept over reconnects. They can be used
-        while ``state.state`` is ``up``.
+        The URLs stay the same for the tunnel's life, because the local ports stay open during a reconnect. A URL can be
+        used while ``state.state`` is ``up``.
         """
 
     async def run(self) -> None:
-        """Opens, watches and reopens until cancelled; then closes everything. Never raises on a host's account."""
+        """Opens, watches and reopens the tunnel until cancelled, then closes everything. A host cannot make it
+        raise."""
 
     async def wait_up(self) -> None:
-        """Returns when the tunnel is up. Raises the last TunnelError as soon as a person must act."""
+        """Returns when the tunnel is up. Raises the last TunnelError as soon as only a person can mend the cause."""
 
     async def exec(
         self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int = 1 << 20, shareable: bool = False
     ) -> ExecResult:
         """Runs a command on the host over the same connection, quoted for a POSIX shell.
 
-        ``shareable``: the command changes nothing there, so the answer that another node of the same machine got a
-        moment ago may be used. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out or when the
+        ``shareable``: the command changes nothing on the host. So the result may be one that another node of the same
+        machine got a moment ago. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out or when the
         host gives no session.
         """
 
     def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:
-        """As ``exec``, without a deadline, with the output as it comes. Closing the iterator ends the command."""
+        """As ``exec``, but without a deadline, and yields each piece of output as it comes. Closing the iterator ends
+        the command."""
 
     def suspect(self, reason: str) -> None:
-        """A request through the tunnel failed: the tunnel is checked now, not at the next keepalive."""
+        """Checks the tunnel now, not at the next keepalive, because a request through it failed."""
 
     def retry_now(self) -> None:
-        """Tries again at once if it waits in backoff or failed. For a person's request."""
+        """Connects at once if the tunnel is in phase backoff or failed. Called when a person asks for it."""

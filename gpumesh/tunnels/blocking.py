@@ -1,4 +1,4 @@
-"""Blocking calls from asyncio, each in a thread of its own, and deadlines. Beside forwarder.py the only file with
+"""Blocking calls from asyncio, each in a thread of its own, and deadlines. Only this file and forwarder.py make
 threads."""
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ThreadEvent = threading.Event
-"""For a thread that waits for an event in another thread (inprocess/heartbeat.py)."""
+"""An event for which a thread waits and that another thread sets (inprocess/heartbeat.py)."""
 
 ThreadLock = threading.Lock
-"""For state that the transport's thread and the selector's thread share (inprocess/channel_relay.py)."""
+"""A lock for state that two threads share (inprocess/channel_relay.py)."""
 
 
 class Deadline:
-    """A moment on ``clock`` (monotonic seconds). It moves while a person is being asked a question."""
+    """The end of a time limit on ``clock`` (monotonic seconds). ``paused`` moves it while a person is asked a
+    question."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -28,7 +29,7 @@ class Deadline:
 
     @property
     def remaining_s(self) -> float:
-        """Never negative. While the deadline is paused, the pause counts as time that remains."""
+        """Seconds until the deadline, never negative. Inside ``paused`` the rest of the pause counts too."""
         return max(0.0, self._ends_at - self._clock())
 
     @property
@@ -43,14 +44,16 @@ class Deadline:
         try:
             yield
         finally:
-            self._ends_at -= max(0.0, max_pause_s - (self._clock() - paused_at))
+            unused_s = max_pause_s - (self._clock() - paused_at)
+            self._ends_at -= max(0.0, unused_s)
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs ``function`` in a new thread and returns its result.
 
     There is no pool of threads: a call that hangs must never delay another call. When the caller is cancelled
-    (``asyncio.timeout``), the thread goes on. It is a daemon, and it ends with the connection that it waits for.
+    (``asyncio.timeout``), the thread goes on. It is a daemon thread, and ends when the connection that it waits for
+    ends.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -63,7 +66,7 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         else:
             future.set_result(result)  # type: ignore[arg-type]  # None only where T allows it
 
-    def body() -> None:
+    def call_and_deliver() -> None:
         result: T | None = None
         error: BaseException | None = None
         try:
@@ -73,5 +76,5 @@ async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         with suppress(RuntimeError):  # the loop is closed: the process is ending
             loop.call_soon_threadsafe(deliver, result, error)
 
-    threading.Thread(target=body, name=getattr(function, "__name__", "call"), daemon=True).start()
+    threading.Thread(target=call_and_deliver, name=getattr(function, "__name__", "call"), daemon=True).start()
     return await future

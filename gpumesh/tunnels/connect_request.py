@@ -1,4 +1,5 @@
-"""Makes the ``ConnectRequest`` for one attempt of an SSH node: its address today, its secrets, a folder for sockets."""
+"""Makes the ``ConnectRequest`` for one attempt to connect to an SSH node: its current address, secrets, socket
+folder."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from gpumesh.tunnels.transport import ConnectRequest
 async def open_connect_request(
     node: str, ssh: SshSpec, targets: tuple[Target, ...], *, interactive: bool, share: bool
 ) -> AsyncIterator[ConnectRequest]:
-    """Its folder for sockets, which only transport openssh needs, is removed at the end of the block.
+    """The request for one attempt. At the end of the block its folder for sockets, which only transport openssh needs,
+    is removed.
 
     Raises SecretMissing, HostUnresolved (address_from), TransportUnsupported (a host that cannot carry a tunnel), and
     GPUMeshError when no folder can be made.
@@ -42,8 +44,8 @@ async def open_connect_request(
 
 
 async def resolve_address(node: str, ssh: SshSpec) -> SshSpec:
-    """``ssh`` with the address that ``address_from`` prints, if there is one. Raises HostUnresolved and
-    TransportUnsupported."""
+    """``ssh`` with the address that the command ``address_from`` prints, if the spec has one. Raises HostUnresolved,
+    and TransportUnsupported for a proxy that gives terminals only."""
     if ssh.address_from is not None:
         host, port = await ask_address(ssh.address_from, default_port=ssh.port, node=node)
         ssh = replace(ssh, host=host, port=port)
@@ -54,7 +56,8 @@ async def resolve_address(node: str, ssh: SshSpec) -> SshSpec:
 
 
 def read_secrets(node: str, ssh: SshSpec) -> tuple[tuple[str, str], ...]:
-    """``password`` and ``passphrase``, each if the spec names its variable. Raises SecretMissing."""
+    """Pairs of a name and a secret: ``password`` and ``passphrase``, each if the spec names its variable. Raises
+    SecretMissing."""
     return tuple(
         (name, config.read_secret(variable, node=node))
         for name, variable in (("password", ssh.password_env), ("passphrase", ssh.passphrase_env))

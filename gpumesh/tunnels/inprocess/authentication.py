@@ -1,4 +1,4 @@
-"""Logs in to an SSH host: with key files, the agent, a password, answers to questions; in this order. Blocking.
+"""Logs in to an SSH host. Tries key files, then the agent, a password, and answers to questions. Blocking.
 
 All attempts use one connection. When all fail, the error says what was tried and what the host would accept.
 """
@@ -18,15 +18,16 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 AskPerson = Callable[[str, bool], str | None]
-"""Asks a person: gets the text, and whether the answer may be shown. Blocks; ``None``: nobody answers."""
+"""Asks a person. Its arguments are the text, and whether the answer may be shown. Blocks. ``None``: nobody answers."""
 
-MAX_AGENT_KEYS = 5  # sshd gives up after six failures (MaxAuthTries)
-MAX_QUESTIONS = 10  # from one host
+MAX_AGENT_KEYS = 5  # sshd closes the connection after six failed attempts (MaxAuthTries)
+MAX_QUESTIONS = 10  # that one host may ask in one login
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What may be tried. ``password`` and ``passphrase`` are secrets, so the ``repr`` leaves them out."""
+    """The secrets and keys that a login may try. ``password`` and ``passphrase`` are secrets, so the ``repr`` leaves
+    them out."""
 
     user: str
     identity_files: tuple[Path, ...] = ()
@@ -40,28 +41,37 @@ class Credentials:
 
 def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
     """A private key, with the certificate next to it if there is one. Raises ``KeyUnreadable``."""
-    needs_passphrase = False
-    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+    key = _read_private_key(path, passphrase)
+    certificate = path.expanduser().with_name(path.name + "-cert.pub")
+    try:
+        if certificate.exists():
+            key.load_certificate(str(certificate))
+    except (paramiko.SSHException, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else printable(str(error), 120)
+        raise KeyUnreadable(
+            f"certificate {certificate} cannot be used with its key: {reason or type(error).__name__}",
+            hint="sign the key again, or move the certificate away; check its owner and mode",
+        ) from error
+    return key
+
+
+def _read_private_key(path: Path, passphrase: str | None) -> paramiko.PKey:
+    """Tries paramiko's key types in turn: paramiko has no function that finds the type. Raises ``KeyUnreadable``."""
+    for key_type in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         try:
-            key = kind.from_private_key_file(str(path.expanduser()), passphrase)
-            certificate = path.expanduser().with_name(path.name + "-cert.pub")
-            if certificate.exists():
-                key.load_certificate(str(certificate))
-            return key
+            return key_type.from_private_key_file(str(path.expanduser()), passphrase)
         except FileNotFoundError as error:
             raise KeyUnreadable(f"there is no key file {path}", hint="check `ssh.identity_file`") from error
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise KeyUnreadable(f"key file {path} cannot be read: {reason}", hint="check its owner and mode") from error
-        except paramiko.PasswordRequiredException:
-            needs_passphrase = True
+        except paramiko.PasswordRequiredException as error:
+            raise KeyUnreadable(
+                f"key file {path} needs a passphrase",
+                hint="name its variable in `ssh.passphrase_env`, or add the key to your agent (`ssh-add`)",
+            ) from error
         except (paramiko.SSHException, ValueError, TypeError):
-            continue  # another kind of key, or a wrong passphrase: the error does not tell which
-    if needs_passphrase:
-        raise KeyUnreadable(
-            f"key file {path} needs a passphrase",
-            hint="name its variable in `ssh.passphrase_env`, or add the key to your agent (`ssh-add`)",
-        )
+            continue  # paramiko raises the same errors for another type of key and for a wrong passphrase
     if passphrase is not None:
         raise KeyUnreadable(
             f"key file {path} does not open with the passphrase given",
@@ -76,8 +86,11 @@ def load_key(path: Path, passphrase: str | None) -> paramiko.PKey:
 def authenticate(
     transport: paramiko.Transport, credentials: Credentials, *, address: str, deadline: Deadline, ask: AskPerson | None
 ) -> None:
-    """Returns when the host has accepted us. Raises ``AuthRefused``, ``KeyUnreadable`` (when there was nothing to try
-    but key files that cannot be used), ``ConnectTimeout`` or ``TunnelLost``."""
+    """Returns when the host has accepted us.
+
+    Raises ``AuthRefused``, ``ConnectTimeout`` or ``TunnelLost``, and ``KeyUnreadable`` when no key file can be used and
+    there was nothing else to try.
+    """
     login = _Login(transport, credentials, address, deadline, ask)
     try:
         if not (login.try_keys() or login.try_password() or login.try_questions()):
@@ -85,7 +98,7 @@ def authenticate(
     except EOFError as error:
         raise TunnelLost(f"{address} closed the connection during the login") from error
     except paramiko.AuthenticationException as error:
-        # Only time-outs and dead connections come here: refusals are recorded where they happen.
+        # Only time-outs and dead connections come here: ``_Login._attempt`` handles a refusal.
         if transport.is_active():
             raise ConnectTimeout(f"{address} did not answer the login in time") from error
         raise login.make_refused_error(disconnected=True) from error
@@ -94,7 +107,8 @@ def authenticate(
 
 
 class _Agent(paramiko.Agent):
-    """Closes its socket also when the agent does not speak the protocol."""
+    """paramiko's agent. Its socket is closed also when the constructor fails, because no agent speaks at the other
+    end."""
 
     def __init__(self) -> None:
         try:
@@ -105,7 +119,7 @@ class _Agent(paramiko.Agent):
 
 
 class _Login:
-    """One login. ``allowed`` are the methods that the host last said it accepts; empty: it has not said."""
+    """One login. ``_allowed_methods`` are those that the host last named; empty: the host has not named any."""
 
     def __init__(
         self,
@@ -120,9 +134,9 @@ class _Login:
         self._address = address
         self._deadline = deadline
         self._ask_person = ask
-        self._tried: list[str] = []
+        self._attempts: list[str] = []
         self._unusable_keys: list[TunnelError] = []
-        self._allowed: tuple[str, ...] = ()
+        self._allowed_methods: tuple[str, ...] = ()
 
     def try_keys(self) -> bool:
         for path in self._credentials.identity_files:
@@ -131,7 +145,7 @@ class _Login:
             except KeyUnreadable as error:
                 self._unusable_keys.append(error)
                 continue
-            if self._try(f"key {path}", partial(self._transport.auth_publickey, self._credentials.user, key)):
+            if self._attempt(f"key {path}", partial(self._transport.auth_publickey, self._credentials.user, key)):
                 return True
         return self._credentials.agent and self._try_agent_keys()
 
@@ -141,10 +155,12 @@ class _Login:
             agent = _Agent()
             keys = agent.get_keys()[:MAX_AGENT_KEYS]
         except (paramiko.SSHException, OSError):
-            keys = ()  # there is no agent
+            keys = ()  # there is no agent, or it does not answer as an agent does
         try:
             return any(
-                self._try("a key of the agent", partial(self._transport.auth_publickey, self._credentials.user, key))
+                self._attempt(
+                    "a key of the agent", partial(self._transport.auth_publickey, self._credentials.user, key)
+                )
                 for key in keys
             )
         finally:
@@ -153,15 +169,16 @@ class _Login:
 
     def try_password(self) -> bool:
         password = self._credentials.password
-        if password is None or not self._accepts("password"):
+        if password is None or not self._host_accepts("password"):
             return False
-        return self._try(
+        return self._attempt(
             "the password", lambda: self._transport.auth_password(self._credentials.user, password, fallback=False)
         )
 
     def try_questions(self) -> bool:
-        """Keyboard-interactive: a question for a password gets our password, once. Other questions go to a person."""
-        if not self._accepts("keyboard-interactive") or (
+        """Keyboard-interactive. The first hidden question for a password gets our password; all others go to a
+        person."""
+        if not self._host_accepts("keyboard-interactive") or (
             self._credentials.password is None and self._ask_person is None
         ):
             return False
@@ -175,52 +192,53 @@ class _Login:
                 question_count += 1
                 if question_count > MAX_QUESTIONS:
                     raise paramiko.AuthenticationException("too many questions")
-                if unused_passwords and not echo and "assw" in prompt:
+                if unused_passwords and not echo and "assw" in prompt:  # "Password:" or "password for …"
                     answers.append(unused_passwords.pop())
                     continue
                 heading = printable(" ".join(part for part in (title, instructions) if part))
-                answers.append(self._ask_in_time(f"{heading} {printable(prompt)}".strip(), echo) or "")
+                answers.append(self._ask_outside_deadline(f"{heading} {printable(prompt)}".strip(), echo) or "")
             return answers
 
         if self._ask_person is not None:
             self._transport.auth_timeout = self._deadline.remaining_s + ANSWER_TIMEOUT_S
-        return self._try(
+        return self._attempt(
             "answers to its questions", lambda: self._transport.auth_interactive(self._credentials.user, answer)
         )
 
     def make_refused_error(self, *, disconnected: bool = False) -> TunnelError:
-        if self._unusable_keys and not self._tried:
+        if self._unusable_keys and not self._attempts:
             return self._unusable_keys[0]
-        tried = ", ".join(dict.fromkeys(self._tried)) or "nothing: no key, agent or password is set"
+        tried = ", ".join(dict.fromkeys(self._attempts)) or "nothing: no key, agent or password is set"
         message = f"{self._address} refuses the login of {self._credentials.user} (tried {tried})"
         if disconnected:
             message += " and hung up"
         if self._unusable_keys:
             message += f"; {self._unusable_keys[0].message}"
-        accepted = ", ".join(printable(method, 40) for method in self._allowed[:5])
+        accepted = ", ".join(printable(method, 40) for method in self._allowed_methods[:5])
         hint = f"it takes {accepted}: " if accepted else ""
         return AuthRefused(
             message, hint=hint + "check `ssh.user`, and that our public key is in the host's authorized_keys"
         )
 
-    def _ask_in_time(self, text: str, echo: bool) -> str | None:
+    def _ask_outside_deadline(self, text: str, echo: bool) -> str | None:
         if self._ask_person is None:
             return None
         with self._deadline.paused(ANSWER_TIMEOUT_S):
             return self._ask_person(text, echo)
 
-    def _accepts(self, method: str) -> bool:
-        return not self._allowed or method in self._allowed
+    def _host_accepts(self, method: str) -> bool:
+        return not self._allowed_methods or method in self._allowed_methods
 
-    def _try(self, description: str, attempt: Callable[[], list[str]]) -> bool:
-        """True when the host has accepted us. After the first of several factors, ``allowed`` are the next methods."""
+    def _attempt(self, description: str, log_in: Callable[[], list[str]]) -> bool:
+        """Calls ``log_in``. True when the host has accepted us; false after a refusal, or after the first of several
+        factors. Then ``_allowed_methods`` are the methods that may come next."""
         if self._deadline.expired:
             raise ConnectTimeout(f"{self._address} did not finish the login in time")
-        self._tried.append(description)
+        self._attempts.append(description)
         try:
-            self._allowed = tuple(attempt())
+            self._allowed_methods = tuple(log_in())
         except paramiko.BadAuthenticationType as error:
-            self._allowed = tuple(error.allowed_types)
+            self._allowed_methods = tuple(error.allowed_types)
             return False
         except paramiko.AuthenticationException:
             if not self._transport.is_active() or self._deadline.expired:

@@ -35,10 +35,10 @@ OPEN_TIMEOUT_S = 30.0  # for the host to reach its target; the kernel there may 
 ADMINISTRATIVELY_PROHIBITED = 1  # RFC 4254, section 5.1
 
 OnChannelRefused = Callable[[Target, int], None]
-"""Gets the target of a channel that the host did not open, and the reason of RFC 4254 section 5.1."""
+"""Called with the target of a channel that the host did not open, and the reason code of RFC 4254 section 5.1."""
 
 ChannelHandler = Callable[[Any, Any], None]
-"""Gets a channel and a message, in the transport's thread."""
+"""Called with a channel and a message, in the transport's thread."""
 
 _CHANNEL_MESSAGES = (
     MSG_CHANNEL_SUCCESS,
@@ -53,7 +53,7 @@ _CHANNEL_MESSAGES = (
 
 
 def find_missing_feature(transport: Any) -> str | None:
-    """A private part that this paramiko lacks; ``None``: it has all that is used here."""
+    """A private part of paramiko that this version lacks. ``None``: this version has all parts that this file uses."""
     table = getattr(transport, "_channel_handler_table", None)
     if not isinstance(table, dict) or set(table) != set(_CHANNEL_MESSAGES):
         return "Transport._channel_handler_table is not the table it was"
@@ -71,26 +71,26 @@ def find_missing_feature(transport: Any) -> str | None:
 
 
 class ChannelMultiplexer:
-    """One for a transport, made before any traffic."""
+    """One per transport. It must be made before the transport carries any channel."""
 
     def __init__(self, transport: paramiko.Transport, forwarder: Forwarder, on_refused: OnChannelRefused) -> None:
-        """``on_refused`` is called in the transport's thread."""
+        """``on_refused`` is called in the transport's thread. Raises NotImplementedError when paramiko lacks a part."""
         missing = find_missing_feature(transport)
         if missing is not None:
             raise NotImplementedError(missing)
         self.transport: Any = transport
         self.forwarder = forwarder
         self._on_refused = on_refused
-        self._opening: dict[ChannelRelay, float] = {}  # with the time when each is overdue, in this order
-        self._timer_runs = False
+        self._open_deadlines: dict[ChannelRelay, float] = {}  # monotonic seconds; the soonest deadline comes first
+        self._timer_is_running = False
         self._replace_channel_handlers()
         self._replace_open_failure_handler()
 
     def __repr__(self) -> str:
-        return f"<ChannelMultiplexer {len(self._opening)} channels opening>"
+        return f"<ChannelMultiplexer {len(self._open_deadlines)} channels opening>"
 
     def make_dialer(self, target: Target) -> Dialer:
-        """For ``Forwarder.listen``: connections go to ``target``, as seen from the host."""
+        """A dialer for ``Forwarder.listen``. It forwards connections to ``target``, an address as the host sees it."""
 
         def dial(forwarder: Forwarder, local: socket.socket) -> None:  # noqa: ARG001 - the same as self.forwarder
             ChannelRelay(self, local, target).open()
@@ -103,38 +103,41 @@ class ChannelMultiplexer:
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def send(self, message: paramiko.Message) -> None:
-        """Waits during a key exchange and while the SSH socket is full. Raises nothing: when the transport is gone,
-        the transport itself notifies each channel."""
+        """Blocks during a key exchange and while the SSH socket is full. Raises nothing: a transport that ends notifies
+        each channel itself."""
         try:
             self.transport._send_user_message(message)
         except (OSError, EOFError, paramiko.SSHException):
             self.transport.close()
 
     def start_open_timeout(self, relay: ChannelRelay) -> None:
-        """Aborts the relay if the host does not answer in time. There is one timer for all relays: a timer for each
-        would keep every relay that long, however short its life was."""
-        self._opening[relay] = time.monotonic() + OPEN_TIMEOUT_S
+        """Aborts the relay if the host does not answer within ``OPEN_TIMEOUT_S``.
+
+        All relays share one timer: a timer per relay would keep each relay in memory for that time, however short its
+        life was.
+        """
+        self._open_deadlines[relay] = time.monotonic() + OPEN_TIMEOUT_S
         self._start_timer()
 
     def cancel_open_timeout(self, relay: ChannelRelay) -> None:
-        self._opening.pop(relay, None)
+        self._open_deadlines.pop(relay, None)
 
     def _start_timer(self) -> None:
-        if self._opening and not self._timer_runs:
-            self._timer_runs = True
-            self.forwarder.call_later(next(iter(self._opening.values())) - time.monotonic(), self._abort_overdue)
+        if self._open_deadlines and not self._timer_is_running:
+            self._timer_is_running = True
+            self.forwarder.call_later(next(iter(self._open_deadlines.values())) - time.monotonic(), self._abort_overdue)
 
     def _abort_overdue(self) -> None:
-        self._timer_runs = False
+        self._timer_is_running = False
         now = time.monotonic()
-        for relay in [relay for relay, overdue_at in self._opening.items() if overdue_at <= now]:
+        for relay in [relay for relay, deadline in self._open_deadlines.items() if deadline <= now]:
             self.cancel_open_timeout(relay)
             relay.abort()
         self._start_timer()
 
     def _close_paramiko_channel(self, original: ChannelHandler, channel: Any, message: paramiko.Message) -> None:
-        """paramiko's own handler, which sends an answer. Without a transport the answer cannot be sent; the error must
-        not end this thread, which serves all other channels."""
+        """Calls ``original``, paramiko's handler of a close, which sends an answer. When the transport has ended, that
+        raises an error, which must not end the selector's thread: the thread serves all other channels."""
         try:
             original(channel, message)
         except (OSError, EOFError, paramiko.SSHException):
@@ -150,7 +153,8 @@ class ChannelMultiplexer:
             if type(channel) is ChannelRelay:
                 channel.on_close(message)
             else:
-                # paramiko answers in this thread, which during a key exchange would wait for itself (30 s).
+                # Not in this thread: paramiko's answer waits for the end of a key exchange, which only this thread can
+                # finish. The two would wait for each other for 30 s.
                 original = originals[MSG_CHANNEL_CLOSE]
                 self.forwarder.post(partial(self._close_paramiko_channel, original, channel, message))
 
@@ -184,7 +188,7 @@ class ChannelMultiplexer:
 
 
 def _ignore_message(relay: ChannelRelay, message: paramiko.Message) -> None:
-    """For messages that have no meaning on a forwarded connection."""
+    """The handler of messages that have no meaning on a forwarded connection."""
 
 
 def _route_handler(

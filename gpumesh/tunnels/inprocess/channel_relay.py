@@ -1,14 +1,14 @@
 """One forwarded connection as a channel of a paramiko transport, without a thread of its own.
 
-Two threads work here. The *transport's* thread (paramiko's own, one for each SSH connection) reads packets. Data that
-arrives for a channel it writes to the local socket at once, without blocking. The *selector's* thread (forwarder.py)
-does the rest: it reads local sockets, writes data for which a slow client had no room, and sends every packet. The
+Two threads work here. The *transport's* thread (paramiko's own, one for each SSH connection) reads packets. It writes
+the data of a channel to the local socket at once, without blocking. The *selector's* thread (forwarder.py) does the
+rest: it reads local sockets, writes the data for which a slow client had no room, and sends every packet. The
 transport's thread never sends, so it never waits: neither for a full SSH socket (both ends of a connection would then
 wait for each other) nor for a key exchange (which only that thread can finish).
 
 Back-pressure: the host gets window credit only for bytes that the local socket has taken. So a client that reads slowly
-stops the host, and at most ``WINDOW`` bytes a channel are held here. In the other direction a local socket is read only
-as far as the host's window allows.
+stops the host, and at most ``WINDOW`` bytes per channel are held here. In the other direction a local socket is read
+only as far as the host's window allows.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gpumesh.tunnels.blocking import ThreadLock
 from gpumesh.tunnels.forwarder import READ, WRITE, Forwarder
 from gpumesh.tunnels.local_system.sockets import close_with_reset
 
-WINDOW = 1 << 20  # bytes that the host may send before we have passed them on: 10 MB/s at 100 ms
-MAX_PACKET = 1 << 15
-CREDIT_AT = WINDOW // 8  # bytes passed on before the host gets credit for them
+WINDOW = 1 << 20  # bytes that the host may send before we have passed them on; allows 10 MB/s at a round trip of 100 ms
+MAX_PACKET = 1 << 15  # bytes of data in a packet; as paramiko and OpenSSH have it
+MIN_CREDIT = WINDOW // 8  # bytes; the host gets credit in pieces of this size, not in one message for each packet
 
 
 class Multiplexer(Protocol):
@@ -54,8 +54,8 @@ class Multiplexer(Protocol):
 class ChannelRelay:
     """One forwarded connection: a local socket and a channel.
 
-    It replaces a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers. paramiko itself
-    calls ``_set_remote_channel`` and ``_unlink``.
+    It stands in the place of a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers.
+    paramiko itself calls ``_set_remote_channel`` and ``_unlink``.
     """
 
     def __init__(self, multiplexer: Multiplexer, local: socket.socket, target: Target) -> None:
@@ -63,7 +63,7 @@ class ChannelRelay:
         self._forwarder = multiplexer.forwarder
         self._local = local
         self._target = target
-        self._lock = ThreadLock()  # for what follows: both threads use it
+        self._lock = ThreadLock()  # for the fields below, which both threads use
         self._number = self._remote_number = -1  # ours and the host's number of this channel; -1: not open yet
         self._send_window = 0
         self._send_packet_limit = 0
@@ -76,7 +76,7 @@ class ChannelRelay:
         self._close_sent = False
         self._host_closed = False
         self._local_closed = False
-        self._events = 0
+        self._events = 0  # for which the selector watches the local socket
 
     def __repr__(self) -> str:
         state = "CLOSED" if self._local_closed else "OPENING" if self._remote_number < 0 else "OPEN"
@@ -85,12 +85,16 @@ class ChannelRelay:
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def open(self) -> None:
+        """Asks the host for the channel. Aborts when the transport has ended, or when the host does not answer in
+        time."""
         transport = self._multiplexer.transport
         self._forwarder.add_relay(self)
         with transport.lock:
             self._number = transport._next_channel()
             transport._channels.put(self._number, self)
-            transport.channels_seen[self._number] = True
+            transport.channels_seen[self._number] = True  # else a late packet for this channel ends the transport
+        # Read after the relay is in the transport's map. So a transport that ends later calls ``_unlink``, and one that
+        # ended before is noticed here.
         if not transport.active:
             self.abort()
             return
@@ -112,7 +116,7 @@ class ChannelRelay:
         self._update()
 
     def _write_pending(self) -> None:
-        """Writes pending data, and gives the host credit for it."""
+        """Writes pending data to the local socket, and gives the host credit for the bytes that were written."""
         credit = 0
         with self._lock:
             try:
@@ -133,9 +137,10 @@ class ChannelRelay:
         self._send_credit()
 
     def _send_credit(self) -> None:
+        """Gives the host credit if enough bytes are due, and if the host can still send."""
         with self._lock:
             credit = self._uncredited
-            if credit < CREDIT_AT or self._host_ended or self._host_closed or self._close_sent:
+            if credit < MIN_CREDIT or self._host_ended or self._host_closed or self._close_sent:
                 return
             self._uncredited = 0
             self._receive_window += credit
@@ -166,7 +171,8 @@ class ChannelRelay:
         self._multiplexer.send(message)
 
     def _update(self) -> None:
-        """Passes on ends and closes, and watches the local socket for what is possible now."""
+        """Passes an end or a close on to the other side, and watches the local socket for the events that are wanted
+        now."""
         if self._local_closed:
             return
         with self._lock:
@@ -207,14 +213,16 @@ class ChannelRelay:
                 self._local.close()
 
     def _send_close(self) -> None:
-        """Once. A channel that is not open yet cannot be closed: ``_on_opened`` calls this again."""
+        """Sends CHANNEL_CLOSE, once. A channel that is not open yet cannot be closed: ``_on_opened`` calls this
+        again."""
         if not self._close_sent and self._remote_number >= 0 and self._multiplexer.transport.active:
             self._close_sent = True
             self._multiplexer.send(_make_message(cMSG_CHANNEL_CLOSE, self._remote_number))
-        self._remove_if_over()
+        self._remove_if_closed()
 
-    def _remove_if_over(self) -> None:
-        """After the host's close no message comes for this number any more, and it may be used again."""
+    def _remove_if_closed(self) -> None:
+        """Removes the relay when both ends are closed. After its close the host sends no message for this channel's
+        number, so that paramiko may use the number again."""
         transport = self._multiplexer.transport
         if self._local_closed and (self._host_closed or not transport.active):
             self._multiplexer.cancel_open_timeout(self)
@@ -233,7 +241,7 @@ class ChannelRelay:
         """The host has refused the channel, or the transport has ended."""
         self._host_closed = True
         self._close_local(reset=True)
-        self._remove_if_over()
+        self._remove_if_closed()
 
     def _on_host_closed(self) -> None:
         self._update()
@@ -254,7 +262,7 @@ class ChannelRelay:
         self._forwarder.post(self._on_ended_by_host)
 
     def on_data(self, message: paramiko.Message) -> None:
-        raw = message.asbytes()  # number, length, data; ``get_binary`` would cost three more calls for each token
+        raw = message.asbytes()  # 4 bytes number, 4 length, data; ``get_binary`` would cost three more calls per token
         data = raw[8 : 8 + int.from_bytes(raw[4:8], "big")]
         sent = 0
         with self._lock:
@@ -262,7 +270,7 @@ class ChannelRelay:
                 return
             self._receive_window -= len(data)
             if self._receive_window < 0:
-                self._forwarder.post(self.abort)  # the host sends more than it may: it would fill our memory
+                self._forwarder.post(self.abort)  # the host ignores the window: it could fill our memory
                 return
             had_pending = bool(self._pending)
             if not had_pending:
@@ -276,7 +284,7 @@ class ChannelRelay:
             if sent < len(data):
                 self._pending.append(data[sent:])
             self._uncredited += sent
-            credit_due = self._uncredited >= CREDIT_AT
+            credit_due = self._uncredited >= MIN_CREDIT
         if sent < len(data) and not had_pending:
             self._forwarder.post(self._update)
         if credit_due:
@@ -285,9 +293,9 @@ class ChannelRelay:
     def on_window_adjust(self, message: paramiko.Message) -> None:
         credit = message.get_int()
         with self._lock:
-            was_full = self._send_window <= 0
+            was_exhausted = self._send_window <= 0
             self._send_window += credit
-        if was_full:
+        if was_exhausted:
             self._forwarder.post(self._update)
 
     def on_eof(self, _: paramiko.Message) -> None:
@@ -319,7 +327,7 @@ def _make_open_message(number: int, target: Target) -> paramiko.Message:
 
 
 def _make_message(kind: bytes, remote_number: int) -> paramiko.Message:
-    """The beginning of a message for an open channel."""
+    """A message for an open channel: its kind and the host's number of the channel. The caller adds the rest."""
     message = paramiko.Message()
     message.add_byte(kind)
     message.add_int(remote_number)

@@ -29,6 +29,8 @@ from gpumesh.tunnels.inprocess.sshtunnel_connector import TransportForwarder
 from gpumesh.tunnels.local_system.peer_users import open_own_user_filter
 from gpumesh.tunnels.transport import ConnectionEvents, ConnectionInfo, ConnectRequest, RemoteCommand
 
+DEADLINE_SLACK_S = 0.5  # so that an error of the opening itself, which says more, comes first
+
 
 async def connect(
     setup: ConnectRequest, listeners: Sequence[socket.socket], events: ConnectionEvents
@@ -52,17 +54,18 @@ async def connect(
 
 
 async def _run_opening(opening: Opening, ssh: SshSpec, deadline: Deadline) -> OpenedConnection:
-    """Its steps keep the deadline by themselves, but DNS and an agent that hangs do not, so it is kept here as well."""
-    running = asyncio.ensure_future(blocking.run_in_thread(opening.run))
+    """Runs ``opening`` in a thread, and enforces the deadline from outside as well: the steps of the opening check it,
+    but a DNS lookup or an agent that hangs does not. Raises ``TunnelError``."""
+    opening_task = asyncio.ensure_future(blocking.run_in_thread(opening.run))
     try:
-        while not running.done():
-            await asyncio.wait({running}, timeout=deadline.remaining_s + 0.5)
-            if not running.done() and deadline.expired:
+        while not opening_task.done():  # a loop: the deadline moves while a person is being asked
+            await asyncio.wait({opening_task}, timeout=deadline.remaining_s + DEADLINE_SLACK_S)
+            if not opening_task.done() and deadline.expired:
                 address = format_address(ssh.host, ssh.port)
                 raise ConnectTimeout(f"no connection to {address} within {ssh.connect_timeout_s:g} s")
-        return await running
+        return await opening_task
     except BaseException:
-        running.cancel()
+        opening_task.cancel()
         opening.give_up()
         raise
 
@@ -124,7 +127,8 @@ class ParamikoConnection:
         return "backend-unreachable", f"nothing answers at {target.host}:{target.port} on the host"
 
     async def ping(self, timeout_s: float) -> float | None:
-        if self._ping_task is None or self._ping_task.done():  # the answer to a ping under way will do as well
+        # A ping under way serves this call too.
+        if self._ping_task is None or self._ping_task.done():
             self._ping_task = self._loop.create_task(blocking.run_in_thread(self._heartbeat.measure_round_trip_ms))
         try:
             async with asyncio.timeout(timeout_s):

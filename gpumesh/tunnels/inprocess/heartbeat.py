@@ -1,8 +1,8 @@
-"""Pings over a paramiko transport: does the host answer, and how long does that take? Blocking: see blocking.py.
+"""Pings a host over a paramiko transport and measures the round trip. Blocking: see blocking.py.
 
 paramiko's own ``global_request`` takes any answer for the answer to the last request. Answers come in the order of the
-requests (RFC 4254, section 4), so here each answer finds its own request. Unanswered requests are sent again:
-``transport.PING_RESEND_S`` has the reason.
+requests (RFC 4254, section 4), so this file assigns each answer to the oldest request without one. A request without an
+answer is sent again: ``transport.PING_RESEND_S`` has the reason.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from paramiko.common import MSG_REQUEST_FAILURE, MSG_REQUEST_SUCCESS, cMSG_GLOBA
 from gpumesh.tunnels.blocking import ThreadEvent
 from gpumesh.tunnels.transport import PING_RESEND_S
 
-POLL_S = 0.1  # how often it is checked whether the transport has ended
+POLL_S = 0.1  # time between two checks whether the transport has ended
 
 
 class Heartbeat:
-    """From now on, nothing else may send global requests on this transport."""
+    """Owns the global requests of a transport: no other code may send one on it."""
 
     def __init__(self, transport: paramiko.Transport) -> None:
-        self._transport = cast(Any, transport)  # its types lack what is used here
+        self._transport = cast(Any, transport)  # paramiko's types lack the private parts that are used here
         self._unanswered: deque[ThreadEvent] = deque()
         for kind in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
             self._transport._handler_table[kind] = self._on_answer
 
     def measure_round_trip_ms(self) -> float | None:
-        """Waits for the answer to a request that every SSH server answers, if only by refusing it.
+        """Sends a request that every SSH server answers, if only by a refusal, and waits for the answer.
 
         ``None``: the transport has ended. Raises what paramiko raises when the request cannot be sent.
         """

@@ -1,6 +1,7 @@
-"""Opens a connection to a host, jump by jump: each host is checked, logged in to, and its Nagle's algorithm turned off.
+"""Opens a connection to a host, jump by jump: checks each host's key, logs in, and turns Nagle's algorithm off there.
 
-Blocking; ``Opening.give_up`` ends it from another thread. ``fetch_host_key`` goes the same way, without the last login.
+Blocking. ``Opening.give_up`` ends an opening from another thread. ``fetch_host_key`` takes the same route, without the
+last login.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from gpumesh.tunnels.jump_hosts import list_hops
 from gpumesh.tunnels.known_hosts import HostKey, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
+TIMEOUT_SLACK_S = 0.5  # so that an error of the opening itself, which says more, comes first
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedConnection:
-    """``transports``: one for each hop, the host's own last. ``shell_test``: the session that tests the host for a
-    POSIX shell (``handshake.disable_nagle_on_host``)."""
+    """``transports``: one for each hop; the host's own is the last. ``shell_test``: the session that tests the host for
+    a POSIX shell (``handshake.disable_nagle_on_host``)."""
 
     transports: tuple[paramiko.Transport, ...]
     shell_test: paramiko.Channel | None
@@ -50,7 +53,7 @@ def credentials_from_setup(setup: ConnectRequest) -> Credentials:
 
 
 class Opening:
-    """One attempt."""
+    """One attempt to open a connection. ``run`` or ``fetch_host_key`` may be called, once."""
 
     def __init__(self, setup: ConnectRequest, deadline: Deadline, ask: AskPerson | None) -> None:
         """Raises ``SecretMissing``."""
@@ -68,7 +71,7 @@ class Opening:
         return f"<Opening {self._setup.node} {state} {len(self._transports)} transports>"
 
     def run(self) -> OpenedConnection:
-        """Raises ``TunnelError``; then everything is closed."""
+        """Opens the connection. Raises ``TunnelError``, after everything was closed."""
         try:
             for hop in self._hops():
                 transport = self._handshake(hop)
@@ -81,7 +84,8 @@ class Opening:
         return OpenedConnection(tuple(self._transports), self._sessions[-1], heartbeat, rtt_ms)
 
     def fetch_host_key(self) -> HostKey:
-        """The key that the host shows, trusted or not. The caller gives up after that. Raises ``TunnelError``."""
+        """The key that the host shows, trusted or not. The caller calls ``give_up`` afterwards. Raises
+        ``TunnelError``."""
         *jumps, host = self._hops()
         for hop in jumps:
             transport = self._handshake(hop)
@@ -89,13 +93,13 @@ class Opening:
         return handshake.get_host_key(self._handshake(host, check_key=False))
 
     def give_up(self) -> None:
-        """Closes everything; called from any thread."""
+        """Closes everything. May be called from any thread."""
         self._given_up = True
         for transport in reversed(self._transports):
             transport.close()
         if isinstance(self._last_socket, socket.socket):
-            with contextlib.suppress(OSError):  # it is not connected any more
-                self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake that is under way on it
+            with contextlib.suppress(OSError):  # the socket is not connected any more
+                self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake under way on the socket
 
     def _hops(self) -> list[_Hop]:
         *jumps, host = list_hops(self._setup.ssh)
@@ -129,7 +133,7 @@ class Opening:
         self._sessions.append(handshake.disable_nagle_on_host(transport, self._deadline))
 
     def _connect_through_last(self, host: str, port: int) -> socket.socket | paramiko.Channel:
-        """A connection to the next hop: through the last transport if there is one."""
+        """A connection to the next hop: through the last transport, or directly if there is no transport yet."""
         if not self._transports:
             return handshake.connect_tcp(host, port, self._deadline)
         try:
@@ -157,7 +161,7 @@ async def fetch_host_key(
     """The key that the host shows now, trusted or not. Logs in to jump hosts only. Raises ``TunnelError``."""
     opening = Opening(ConnectRequest(node, ssh, (), secrets), Deadline(timeout_s, time.monotonic), None)
     try:
-        async with asyncio.timeout(timeout_s + 0.5):
+        async with asyncio.timeout(timeout_s + TIMEOUT_SLACK_S):
             return await blocking.run_in_thread(opening.fetch_host_key)
     except TimeoutError as error:
         address = format_address(ssh.host, ssh.port)

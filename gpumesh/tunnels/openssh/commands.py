@@ -18,14 +18,14 @@ from gpumesh.tunnels.openssh.options import CLIENT_HOST, client_command
 from gpumesh.tunnels.remote_command import wrap_killable
 
 READ_BYTES = 32 * 1024
-KEPT_ERROR_BYTES = 1000
+STDERR_TAIL_BYTES = 1000
 STOP_TIMEOUT_S = 1.0
 
 
 async def start_client(
     control: Path, command: str, *, posix: bool, is_master_alive: Callable[[], Awaitable[bool]]
 ) -> MuxCommand:
-    """Starts ``command`` on the host. ``posix``: under a POSIX shell that ends it with its session
+    """Starts ``command`` on the host. ``posix``: it runs under a POSIX shell, which ends it when its session ends
     (remote_command.py)."""
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, wrap_killable(command) if posix else command),
@@ -53,13 +53,15 @@ async def request_session(control: Path) -> None:
 
 
 class MuxCommand:
-    """A command on the host; see ``transport.RemoteCommand``. ``is_master_alive`` asks the master for an answer."""
+    """A command on the host; see ``transport.RemoteCommand``. ``is_master_alive`` pings the master and returns
+    whether it answers."""
 
     def __init__(self, process: Process, is_master_alive: Callable[[], Awaitable[bool]]) -> None:
         self._process = process
         self._is_master_alive = is_master_alive
+        # Few pieces, so that a slow reader stops ssh. ``None``: one of the two pipes has ended.
         self._pieces: asyncio.Queue[tuple[OutputStream, bytes] | None] = asyncio.Queue(maxsize=4)
-        self._last_errors = b""
+        self._stderr_tail = b""  # shows whether ssh or the command failed
         self._open_streams = 2
         self._readers = [
             asyncio.create_task(self._read_pipe(OutputStream.STDOUT, process.stdout)),
@@ -84,15 +86,16 @@ class MuxCommand:
 
     async def kill(self) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()  # ``wrap_killable`` waits for this end of its input
+            self._process.stdin.close()  # ``wrap_killable`` ends the command when its input ends
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         await _end_process(self._process, patience_s=STOP_TIMEOUT_S)
 
     async def _ensure_ssh_worked(self) -> None:
-        """Raises ExecError. The exit status alone does not tell: the command may have ended with 255 as well."""
-        if NO_SESSION_PATTERN.search(self._last_errors.decode("latin-1")):
+        """Raises ExecError when ssh failed. The exit status alone does not show that: the command may end with 255
+        too."""
+        if NO_SESSION_PATTERN.search(self._stderr_tail.decode("latin-1")):
             raise ExecError(
                 "the host gives no session to run a command in",
                 hint="its sshd forbids it, or MaxSessions is reached",
@@ -104,13 +107,13 @@ class MuxCommand:
         assert pipe is not None
         while data := await pipe.read(READ_BYTES):
             if stream is OutputStream.STDERR:
-                self._last_errors = (self._last_errors + data)[-KEPT_ERROR_BYTES:]
+                self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
             await self._pieces.put((stream, data))
         await self._pieces.put(None)
 
 
 async def _end_process(process: Process, patience_s: float = 0.0) -> None:
-    """Kills it, unless it ends by itself within ``patience_s``."""
+    """Kills the process, unless it ends by itself within ``patience_s``."""
     if patience_s > 0.0:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

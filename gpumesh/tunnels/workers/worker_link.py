@@ -30,9 +30,10 @@ from gpumesh.tunnels.workers.protocol import (
 )
 from gpumesh.tunnels.workers.worker_pool import WorkerHandle
 
-STREAM_LIMIT_BYTES = 64 << 20  # of a streamed command's output that waits for its reader
-DEADLINE_SLACK_S = 2.0  # beyond a deadline that the worker keeps itself
-PING_SLACK_S = 0.25
+STREAM_LIMIT_BYTES = 64 << 20  # a streamed command is given up when more of its output waits for the reader
+DEADLINE_SLACK_S = 2.0  # the worker ends a command at its deadline; this is the extra time for that report
+PING_SLACK_S = 0.25  # the same for a ping
+KILL_TIMEOUT_S = 2.0
 
 
 def cause_from_error(error: TunnelError) -> Cause:
@@ -45,8 +46,8 @@ def error_from_cause(cause: Cause, node: str) -> TunnelError:
 
 @dataclass(slots=True)
 class _PendingCommand:
-    """A command on the host. ``queued_bytes`` counts the (base64) bytes in ``messages``, ``None`` in there: the
-    connection has ended."""
+    """A command on the host. ``None`` in ``messages``: the connection has ended. ``queued_bytes`` counts the bytes of
+    output (as base64) in ``messages``; above ``limit_bytes`` the command is given up."""
 
     limit_bytes: int
     messages: asyncio.Queue[Output | Done | None] = field(default_factory=asyncio.Queue)
@@ -54,8 +55,8 @@ class _PendingCommand:
 
 
 class WorkerLink:
-    """For one worker's life. ``connected`` is set when the worker is connected. ``end_cause`` has the reason when the
-    connection is over."""
+    """The link to one worker, for the worker's life. ``connected`` is set when the worker is connected. ``end_cause``
+    gets the reason when the connection is over."""
 
     def __init__(
         self,
@@ -85,7 +86,8 @@ class WorkerLink:
         return f"<WorkerLink {self._node} {state} {len(self._commands)} commands>"
 
     def finish(self, cause: Cause) -> None:
-        """The connection is over; the first cause stays. Pings and commands that wait get an error."""
+        """Marks the connection as over. The cause of the first call stays. Waiting pings and commands end with an
+        error."""
         if not self.end_cause.done():
             self.end_cause.set_result(cause)
         for ping in self._pings.values():
@@ -95,7 +97,8 @@ class WorkerLink:
             command.messages.put_nowait(None)
 
     async def receive_messages(self, group: asyncio.TaskGroup) -> None:
-        """Until the worker sends no more. Questions to a person wait in ``group``, so that other messages need not."""
+        """Handles the worker's messages until no more come. A question to a person waits in a task of ``group``, so
+        that other messages do not wait behind it."""
         while True:
             try:
                 message = await self._worker.receive()
@@ -139,7 +142,7 @@ class WorkerLink:
             self.open_prompts -= 1
 
     async def ping(self, timeout_s: float) -> float | None:
-        """The round trip in ms; ``None``: neither the host nor our own worker answered within ``timeout_s``."""
+        """The round trip in ms. ``None``: the host, or our own worker, did not answer within ``timeout_s``."""
         ping_id = next(self._ids)
         answer: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self._pings[ping_id] = answer
@@ -153,7 +156,7 @@ class WorkerLink:
             del self._pings[ping_id]
 
     async def close(self, timeout_s: float) -> None:
-        """Asks the worker to close and waits for its end. After ``timeout_s`` the caller has to kill it."""
+        """Asks the worker to close, and waits at most ``timeout_s`` for its end. The caller then kills the worker."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._worker.send(Close())
@@ -165,42 +168,43 @@ class WorkerLink:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def run_command(self, command: str, *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """Raises ExecError and TunnelDown."""
+        """The result of a finished command. Raises ExecError and TunnelDown."""
         request = Exec(next(self._ids), command, timeout_s, limit_bytes)
         output = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
-        ended = False
+        succeeded = False
         try:
             async with asyncio.timeout(timeout_s + DEADLINE_SLACK_S):
-                # Base64 takes 4 bytes for 3, and there are two streams, each with a short last piece.
+                # Two streams of ``limit_bytes`` take 8/3 of that as base64, and their short last pieces a little more.
                 pending = await self._start(request, limit_bytes=4 * limit_bytes + (1 << 20))
                 while isinstance(message := await pending.messages.get(), Output):
                     output[OutputStream(message.stream)] += base64.b64decode(message.data)
-            ended = message is not None and message.error is None
+            succeeded = message is not None and message.error is None
         except TimeoutError as error:
             raise ExecError(f"no end of the command within {timeout_s:g} s on {self._node}", node=self._node) from error
         finally:
-            await self._finish_command(request.id, ended=ended)
+            await self._forget_command(request.id, succeeded=succeeded)
         done = self._ensure_succeeded(message)
         stdout, stderr = bytes(output[OutputStream.STDOUT]), bytes(output[OutputStream.STDERR])
         return ExecResult(done.exit_status, stdout, stderr, truncated=done.truncated)
 
     async def stream_command(self, command: str) -> AsyncGenerator[ExecChunk, None]:
-        """As ``run_command``, piece by piece. Closing the iterator ends the command."""
+        """Yields the output piece by piece, without a deadline. Closing the iterator ends the command. Raises as
+        ``run_command``."""
         request = Exec(next(self._ids), command, None, 0, stream=True)
-        ended = False
+        succeeded = False
         try:
             pending = await self._start(request, limit_bytes=STREAM_LIMIT_BYTES)
             while isinstance(message := await pending.messages.get(), Output):
                 pending.queued_bytes -= len(message.data)
                 yield ExecChunk(OutputStream(message.stream), base64.b64decode(message.data))
-            ended = message is not None and message.error is None
+            succeeded = message is not None and message.error is None
             done = self._ensure_succeeded(message)
             yield ExecChunk(OutputStream.STDOUT, b"", ended=True, exit_status=done.exit_status)
         finally:
-            await self._finish_command(request.id, ended=ended)
+            await self._forget_command(request.id, succeeded=succeeded)
 
     async def _start(self, request: Exec, limit_bytes: int) -> _PendingCommand:
-        """Raises TunnelDown."""
+        """Sends the request; its answers then come into ``messages``. Raises TunnelDown."""
         pending = self._commands[request.id] = _PendingCommand(limit_bytes)
         if self.end_cause.done():
             raise TunnelDown(f"the tunnel of {self._node} is down", node=self._node)
@@ -210,7 +214,7 @@ class WorkerLink:
     def _deliver(self, message: Output | Done) -> None:
         command = self._commands.get(message.id)
         if command is None:
-            return  # its caller has gone
+            return  # the caller does not wait for the command any more
         if isinstance(message, Output):
             command.queued_bytes += len(message.data)
             if command.queued_bytes > command.limit_bytes:
@@ -228,12 +232,16 @@ class WorkerLink:
             raise ExecError(f"the command failed on {self._node}: {done.error}", node=self._node)
         return done
 
-    async def _finish_command(self, command_id: int, *, ended: bool) -> None:
-        """Kills a command that has not ended by itself."""
+    async def _forget_command(self, command_id: int, *, succeeded: bool) -> None:
+        """Removes the command from the table. Unless it succeeded, it may still run: then it is killed on the host."""
         self._commands.pop(command_id, None)
-        if not ended and not self.end_cause.done():
-            try:
-                async with asyncio.timeout(DEADLINE_SLACK_S):
-                    await self._worker.send(Kill(command_id))
-            except (TimeoutError, TunnelDown):
-                pass  # commands end with the connection
+        connection_ended = self.end_cause.done()
+        if succeeded or connection_ended:
+            return
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await self._worker.send(Kill(command_id))
+        except TunnelDown:
+            pass  # the host ends the commands of a connection that has ended
+        except TimeoutError:
+            pass  # the worker reads nothing: it hangs, the next ping fails, and the supervisor ends the connection

@@ -105,7 +105,7 @@ class ChannelHost:
 
     async def wait_until_removed(self) -> None:
         await wait_until(
-            lambda: not self.relays and not self.forwarder.connections and not self.multiplexer._opening,
+            lambda: not self.relays and not self.forwarder.connections and not self.multiplexer._open_deadlines,
             "the removal of every relay",
         )
         assert len(self.client.channels_seen) == 0

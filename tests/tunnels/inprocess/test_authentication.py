@@ -207,6 +207,18 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
             load_key(path, None)
 
 
+def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    """The key itself is good, so the error must not blame the key."""
+    path = keygen(tmp_path / "id")
+    certificate = tmp_path / "id-cert.pub"
+    other_type = keygen(tmp_path / "other", kind="rsa").with_suffix(".pub").read_text()
+    for text in ("no certificate\n", "ssh-ed25519-cert-v01@openssh.com %%%\n", other_type):
+        certificate.write_text(text)
+        with pytest.raises(KeyUnreadable, match=r"certificate .*id-cert\.pub cannot be used with its key: .") as caught:
+            load_key(path, None)
+        assert "sign the key again" in (caught.value.hint or "")
+
+
 def test_secrets_are_in_no_repr() -> None:
     shown = repr(Credentials("me", (), True, "planted-1", "planted-2"))
     assert "planted" not in shown

@@ -87,7 +87,7 @@ async def test_a_channel_open_without_an_answer_times_out(
         with pytest.raises(ConnectionResetError):
             await task
     assert len(unanswered_opens) == 3
-    assert not host.multiplexer._opening
+    assert not host.multiplexer._open_deadlines
     # The host answers late: the channel is closed again, and its number is free.
     for message in unanswered_opens:
         host.server._parse_channel_open(message)
