@@ -1,5 +1,7 @@
-"""pydantic's errors as sentences for a person, with the place each belongs to. Values are shown as they stand in the
-file, before ``${VAR}`` was expanded, and not at all where a secret may be."""
+"""Turns pydantic's errors into sentences for a person, each with its position in the file.
+
+A value is shown as it stands in the file, before ``${VAR}`` was expanded. A value that may be a secret is not shown.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ _EXPECTED_PHRASES = {
 }
 # Examples of the mappings that people write as plain text instead.
 _EXAMPLES = {"ssh": "{host: 203.0.113.7, port: 22}", "backend": "{port: 11434}"}
+# Keys under which people write a secret itself, and the keys that name its variable instead.
 _SECRET_KEYS = {
     "password": "password_env",
     "passwd": "password_env",
@@ -39,6 +42,7 @@ _SECRET_KEYS = {
     "bearer": "api_key_env",
     "secret": "api_key_env",
 }
+# Keys of other programs, and ours for the same setting.
 _SYNONYMS = {
     "hostname": "host",
     "address": "host",
@@ -80,33 +84,33 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
 
 
 def not_one_of(text: str, choices: list[str]) -> str:
+    """The message for a value that is none of ``choices``."""
     guess = did_you_mean(text, choices)
     return f"{quote_value(text)} is not one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else "")
 
 
-def _translate(kind: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
-    if kind == "extra_forbidden":
-        _, spot, _ = follow_path(tree, path)
-        return Fault(_explain_unknown_key(path), spot, path)
-    steps, spot, value = follow_path(tree, path)
-    if kind == "missing":
+def _translate(error_type: str, path: KeyPath, context: Mapping[str, Any], message: str, tree: Value) -> Fault:
+    if error_type == "extra_forbidden":
+        _, position, _ = follow_path(tree, path)
+        return Fault(_explain_unknown_key(path), position, path)
+    steps, _, value = follow_path(tree, path)
+    if error_type == "missing":
         return Fault("is missing", value.position, path)
     # pydantic may name a member of a list that is written as a single value in the file.
     path = path[:steps]
-    if kind == "value_error":
+    if error_type == "value_error":
         reason = context["error"]
         subject = "this" if isinstance(reason, SensitiveError) else _subject(value)
         return Fault(f"{subject} {reason}", value.position, path)
-    if kind == "enum" and isinstance(value, ScalarValue) and value.text is not None:
+    if error_type == "enum" and isinstance(value, ScalarValue) and value.text is not None:
         return Fault(not_one_of(value.text, re.findall(r"'([^']*)'", context["expected"])), value.position, path)
-    if kind == "bool_parsing":
+    if error_type == "bool_parsing":
         return Fault(f"{_subject(value)} is neither true nor false", value.position, path)
-    if kind in _EXPECTED_PHRASES:
-        example = _EXAMPLES.get(str(path[-1])) if path and kind == "model_type" else None
-        such = f"; such as `{example}`" if example is not None else ""
-        return Fault(
-            f"{_EXPECTED_PHRASES[kind]} expected here, not {_describe_value(value)}{such}", value.position, path
-        )
+    if error_type in _EXPECTED_PHRASES:
+        example = _EXAMPLES.get(str(path[-1])) if path and error_type == "model_type" else None
+        such_as = f"; such as `{example}`" if example is not None else ""
+        message = f"{_EXPECTED_PHRASES[error_type]} expected here, not {_describe_value(value)}{such_as}"
+        return Fault(message, value.position, path)
     return Fault(f"{_subject(value)}: {message}", value.position, path)
 
 
@@ -122,32 +126,35 @@ def _describe_value(value: Value) -> str:
     return "keys with values" if isinstance(value, MappingValue) else "this"
 
 
-def _normalize_key(word: str) -> str:
-    return re.sub(r"[\s-]+", "_", word.strip().lower())
+def _normalize_key(key: str) -> str:
+    return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
 def _explain_unknown_key(path: KeyPath) -> str:
-    word = str(path[-1])
-    known = keys_at(path[:-1])
-    normal_form = _normalize_key(word)
-    key = next(
+    unknown_key = str(path[-1])
+    known_keys = keys_at(path[:-1])
+    normal_form = _normalize_key(unknown_key)
+    variable_key = next(
         (key for secret, key in _SECRET_KEYS.items() if normal_form == secret or normal_form.endswith(f"_{secret}")),
         None,
     )
-    if key is not None:
-        if key not in known:
-            key = next((other for other in ("password_env", "api_key_env") if other in known), "a key ending in _env")
-        return f"a secret may not stand in the file: put it into a variable, and the variable's name under {key}"
-    message = f"unknown key {quote_value(word)}"
+    if variable_key is not None:
+        if variable_key not in known_keys:
+            others = (key for key in ("password_env", "api_key_env") if key in known_keys)
+            variable_key = next(others, "a key ending in _env")
+        return (
+            f"a secret may not stand in the file: put it into a variable, and the variable's name under {variable_key}"
+        )
+    message = f"unknown key {quote_value(unknown_key)}"
     guess = _SYNONYMS.get(normal_form)
-    if guess not in known:
-        guess = did_you_mean(word, known)
+    if guess not in known_keys:
+        guess = did_you_mean(unknown_key, known_keys)
     if guess is not None:
         return f"{message}; did you mean {guess}?"
-    places = _sections_with_key(normal_form)
-    if places:
-        return f"{message}; {normal_form} belongs under {' or '.join(places)}"
-    return f"{message}; known here: {', '.join(known)}"
+    sections = _sections_with_key(normal_form)
+    if sections:
+        return f"{message}; {normal_form} belongs under {' or '.join(sections)}"
+    return f"{message}; known here: {', '.join(known_keys)}"
 
 
 def keys_at(path: KeyPath) -> list[str]:
@@ -156,17 +163,18 @@ def keys_at(path: KeyPath) -> list[str]:
     for part in path:
         if isinstance(part, str) and section is not None:
             info = section.model_fields.get(part)
-            section = _section(info) if info is not None else None
+            section = _section_type(info) if info is not None else None
     return list(section.model_fields) if section is not None else []
 
 
-def _section(info: FieldInfo) -> type[Section] | None:
+def _section_type(info: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, alone, optional (``Ssh | None``) or in a list; ``None`` for a plain value."""
     pending: list[Any] = [info.annotation]
     while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-        pending.extend(get_args(kind))
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return annotation
+        pending.extend(get_args(annotation))
     return None
 
 
@@ -175,12 +183,11 @@ def _sections_with_key(key: str) -> list[str]:
     sections = []
     pending: list[tuple[str, type[Section]]] = [("the top level", MeshFile)]
     while pending:
-        where, section = pending.pop(0)
+        section_label, section = pending.pop(0)
         for name, info in section.model_fields.items():
             if name == key:
-                sections.append(where)
-            inner = _section(info)
-            if inner is not None and name != "defaults":
-                label = "a node" if name == "nodes" else name
-                pending.append((label, inner))
+                sections.append(section_label)
+            inner = _section_type(info)
+            if inner is not None and name != "defaults":  # a node has the same keys
+                pending.append(("a node" if name == "nodes" else name, inner))
     return sections

@@ -21,14 +21,14 @@ from gpumesh.config.ssh import ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
 
-MAX_BYTES = 4 * yaml_tree.MAX_CHARACTERS
-MAX_PROBLEMS = 100
+MAX_BYTES = 4 * yaml_tree.MAX_CHARACTERS  # a character of UTF-8 has 4 bytes at most
+MAX_PROBLEMS = 100  # in one ConfigError
 # The key files that ssh tries by default, without the kinds that only ssh itself can use (ssh_config(5)).
 _DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def load(path: Path) -> Topology:
-    """Raises ConfigError."""
+    """Reads the mesh.yaml at ``path``. Raises ConfigError."""
     return parse_file_text(read_text(path, find_file.display_path(path)), path)
 
 
@@ -49,7 +49,9 @@ def parse_file_text(text: str, path: Path) -> Topology:
 
 
 def read_text(path: Path, file: str) -> str:
-    """Reads a regular file up to a maximum size; a pipe or device could block for ever. Raises ConfigError."""
+    """The text of the file at ``path``. ``file`` is the file's name in messages. Raises ConfigError.
+
+    Only a regular file is read, up to a maximum size: a pipe or a device could block for ever."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
@@ -69,8 +71,10 @@ def read_text(path: Path, file: str) -> str:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             problem = Problem("is UTF-16: save it as UTF-8", file)
         else:
-            spot = yaml_tree.position_at(data[: error.start].decode("utf-8"), len(data))
-            problem = Problem(f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8", file, *_place(spot))
+            before_error = data[: error.start].decode("utf-8")
+            position = yaml_tree.position_at(before_error, len(before_error))
+            message = f"byte 0x{data[error.start]:02x} is not UTF-8: save it as UTF-8"
+            problem = Problem(message, file, *_line_and_column(position))
         raise ConfigError((problem,)) from error
 
 
@@ -94,25 +98,16 @@ def parse(
 ) -> Topology:
     """The topology. Pure if the two callbacks are. ``withhold_secrets`` gets the names of the variables that the file
     names for secrets, before ``resolve_alias`` may start a program. Raises ConfigError."""
-    tree, faults = yaml_tree.parse_yaml(text)
-    if tree is None or (isinstance(tree, yaml_tree.ScalarValue) and tree.text is None):
-        hint = None
-        if not faults:
-            faults = [Fault("is empty")]
-            hint = "`gpumesh init` writes one; the shortest has a list `nodes` with one `name` and how to reach it"
-        raise _error(faults, file, None, hint)
-    if not isinstance(tree, MappingValue):
-        faults.append(Fault("keys with values are expected at the top, such as `nodes:`", tree.position))
-        raise _error(faults, file, tree)
-    values, more = expand_tree(tree, env)
-    faults += more
-    # A broken rule takes precedence over the error of pydantic for the same key.
-    broken = [Fault(message, None, path) for path, message in rules.find_broken_rules(values)]
-    reported = {fault.path for fault in faults}
-    faults += [fault for fault in broken if fault.path not in reported]
-    checked = _validate_schema(values, tree, faults)
-    if checked is None or faults:
-        raise _error(faults, file, tree)
+    tree, faults = _parse_mapping(text, file)
+    values, expansion_faults = expand_tree(tree, env)
+    faults += expansion_faults
+    # The rules come before the schema: a broken rule takes precedence over the error of pydantic for the same key.
+    broken_rules = [Fault(message, None, path) for path, message in rules.find_broken_rules(values)]
+    reported_paths = {fault.path for fault in faults}
+    faults += [fault for fault in broken_rules if fault.path not in reported_paths]
+    mesh_file = _validate_schema(values, tree, faults)
+    if mesh_file is None or faults:
+        raise _make_error(faults, file, tree)
     withhold_secrets(_secret_variables(values))
     builder = TopologyBuilder(
         user=env.get("LOGNAME") or env.get("USER") or "root",
@@ -121,10 +116,25 @@ def parse(
         resolve_alias=resolve_alias,
         identities=identities,
     )
-    topology = builder.build_topology(checked, source)
+    topology = builder.build_topology(mesh_file, source)
     if builder.faults:
-        raise _error(builder.faults, file, tree)
+        raise _make_error(builder.faults, file, tree)
     return topology
+
+
+def _parse_mapping(text: str, file: str) -> tuple[MappingValue, list[Fault]]:
+    """The tree of a mesh.yaml, and its faults. Raises ConfigError when the text is no mapping at all."""
+    tree, faults = yaml_tree.parse_yaml(text)
+    if tree is None or (isinstance(tree, yaml_tree.ScalarValue) and tree.text is None):
+        hint = None
+        if not faults:
+            faults = [Fault("is empty")]
+            hint = "`gpumesh init` writes one; the shortest has a list `nodes` with one `name` and how to reach it"
+        raise _make_error(faults, file, None, hint)
+    if not isinstance(tree, MappingValue):
+        faults.append(Fault("keys with values are expected at the top, such as `nodes:`", tree.position))
+        raise _make_error(faults, file, tree)
+    return tree, faults
 
 
 def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile | None:
@@ -132,15 +142,15 @@ def _validate_schema(values: Any, tree: Value, faults: list[Fault]) -> MeshFile 
     try:
         return MeshFile.model_validate(values)
     except ValidationError as error:
-        reported = {fault.path for fault in faults}
+        reported_paths = {fault.path for fault in faults}
         for fault in error_messages.translate_errors(error, tree):
-            if fault.path not in reported and not _is_unusable(values, fault.path):
+            if fault.path not in reported_paths and not _is_unusable(values, fault.path):
                 faults.append(fault)
         return None
 
 
 def _secret_variables(values: Any) -> set[str]:
-    """The variables that the file names for secrets: under ``api_key_env``, ``password_env``, ``env``."""
+    """The names of the variables that hold secrets: the values of ``api_key_env``, ``password_env``, ``env``."""
     if isinstance(values, list):
         return {name for value in values for name in _secret_variables(value)}
     if not isinstance(values, dict):
@@ -163,13 +173,14 @@ def _is_unusable(values: Any, path: KeyPath) -> bool:
     return values is UNUSABLE
 
 
-def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:
+def _make_error(faults: list[Fault], file: str, tree: Value | None, hint: str | None = None) -> ConfigError:
+    """The faults in the order of the file. A fault without a position gets that of its path in ``tree``."""
     problems = []
     for fault in faults:
-        spot = fault.position
-        if spot is None and fault.path and tree is not None:
-            _, spot, _ = yaml_tree.follow_path(tree, fault.path)
-        problems.append(Problem(fault.message, file, *_place(spot), yaml_tree.format_path(fault.path)))
+        position = fault.position
+        if position is None and fault.path and tree is not None:
+            _, position, _ = yaml_tree.follow_path(tree, fault.path)
+        problems.append(Problem(fault.message, file, *_line_and_column(position), yaml_tree.format_path(fault.path)))
     problems.sort(key=lambda problem: (problem.line or 0, problem.column or 0))
     if len(problems) > MAX_PROBLEMS:
         remaining = len(problems) - MAX_PROBLEMS
@@ -177,5 +188,5 @@ def _error(faults: list[Fault], file: str, tree: Value | None, hint: str | None 
     return ConfigError(tuple(problems), hint=hint)
 
 
-def _place(spot: yaml_tree.Position | None) -> tuple[int | None, int | None]:
-    return (spot.line, spot.column) if spot is not None else (None, None)
+def _line_and_column(position: yaml_tree.Position | None) -> tuple[int | None, int | None]:
+    return (position.line, position.column) if position is not None else (None, None)

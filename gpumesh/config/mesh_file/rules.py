@@ -1,7 +1,7 @@
 """The rules between keys of mesh.yaml. Pure.
 
-They are checked on plain values, of which any may have the wrong type, so that broken rules are reported together with
-the errors of the schema.
+The rules read the plain YAML values, even those of the wrong type. So a person sees broken rules and the errors of the
+schema together, in one run.
 """
 
 from __future__ import annotations
@@ -23,94 +23,99 @@ BrokenRule = tuple[KeyPath, str]
 
 
 def find_broken_rules(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
-    """The broken rules, each with the path of its key."""
-    yield from _gateway(document)
-    yield from _tunnels(document)
+    """The broken rules, each as the path of its key and a message."""
+    yield from _check_gateway(document)
+    yield from _check_tunnels(document)
     defaults = _as_mapping(document.get("defaults"))
     yield from _check_one_location(_as_mapping(defaults.get("backend")), ("defaults", "backend"))
-    if document.get("nodes") is None or document["nodes"] == []:
-        yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
     nodes = document.get("nodes")
-    if isinstance(nodes, Mapping):
-        example = next((name for name in nodes if re.fullmatch(NAME_PATTERN, name)), "iceland")
-        yield ("nodes",), f"nodes are a list: write `- name: {example}`"
-    if not isinstance(nodes, list):
-        return
-    first: dict[str, int] = {}
+    if nodes is None or nodes == []:
+        yield ("nodes",), "names no node: write at least one, such as `- {name: local, backend: {url: …}}`"
+    elif isinstance(nodes, Mapping):
+        example_name = next((name for name in nodes if re.fullmatch(NAME_PATTERN, name)), "iceland")
+        yield ("nodes",), f"nodes are a list: write `- name: {example_name}`"
+    elif isinstance(nodes, list):
+        yield from _check_nodes(nodes, defaults)
+
+
+def _check_nodes(nodes: list[Any], defaults: Mapping[str, Any]) -> Iterator[BrokenRule]:
+    first_index_of: dict[str, int] = {}
     for index, entry in enumerate(nodes):
         node = _as_mapping(entry)
         name = node.get("name")
         if isinstance(name, str):
-            if name in first:
-                yield ("nodes", index, "name"), f"{quote_value(name)} is the name of nodes[{first[name]}] already"
-            first.setdefault(name, index)
+            first_index = first_index_of.setdefault(name, index)
+            if first_index != index:
+                yield ("nodes", index, "name"), f"{quote_value(name)} is the name of nodes[{first_index}] already"
         if node:
-            yield from _node(node, defaults, ("nodes", index))
+            yield from _check_node(node, defaults, ("nodes", index))
 
 
-def _gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
+def _check_gateway(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     gateway = _as_mapping(document.get("gateway"))
     listen = gateway.get("listen")
     if listen == []:
         yield ("gateway", "listen"), "names no address"
-    seen: dict[type, str] = {}
+    # The type tells the two kinds of address apart: a tuple is host and port, a string the path of a Unix socket.
+    first_of_kind: dict[type, str] = {}
     for index, text in enumerate(listen if isinstance(listen, list) else [listen]):
         path: KeyPath = ("gateway", "listen", index) if isinstance(listen, list) else ("gateway", "listen")
         try:
-            place = listen_address.parse_listen_entry(text) if isinstance(text, str) else None
+            address = listen_address.parse_listen_entry(text) if isinstance(text, str) else None
         except ValueError:
             continue  # the schema reports it
-        if place is None:
+        if address is None:
             continue
-        if type(place) in seen:
+        if type(address) in first_of_kind:
             yield (
                 path,
-                f"{quote_value(seen[type(place)])} stands here already: give one HOST:PORT, one unix:PATH, or both",
+                f"{quote_value(first_of_kind[type(address)])} stands here already: give one HOST:PORT, one unix:PATH, "
+                f"or both",
             )
-        seen.setdefault(type(place), text)
-        if isinstance(place, tuple) and gateway.get("api_key_env") is None and not is_loopback(place[0]):
+        first_of_kind.setdefault(type(address), text)
+        if isinstance(address, tuple) and gateway.get("api_key_env") is None and not is_loopback(address[0]):
             yield (
                 path,
-                f"listening on {place[0]} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}",
+                f"listening on {address[0]} {listen_address.OPEN_LISTEN_MESSAGE}; {listen_address.OPEN_LISTEN_HINT}",
             )
 
 
-def _tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
+def _check_tunnels(document: Mapping[str, Any]) -> Iterator[BrokenRule]:
     tunnels = _as_mapping(document.get("tunnels"))
     if tunnels.get("listen") == "unix" and str(tunnels.get("share")).lower() == "true":
         yield ("tunnels", "share"), "cannot hold for Unix sockets, which are your own user's: leave out one of the two"
 
 
 def _check_one_location(backend: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
-    given = [key for key in backend if key in _LOCATION_KEYS and backend[key] is not None]
-    if len(given) > 1:
-        yield (*path, given[1]), f"{given[0]} stands here already: give one of port, url and urls"
+    location_keys = [key for key in backend if key in _LOCATION_KEYS and backend[key] is not None]
+    if len(location_keys) > 1:
+        yield (*path, location_keys[1]), f"{location_keys[0]} stands here already: give one of port, url and urls"
     if backend.get("urls") == []:
         yield (*path, "urls"), "names no URL"
 
 
-def _node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
+def _check_node(node: Mapping[str, Any], defaults: Mapping[str, Any], path: KeyPath) -> Iterator[BrokenRule]:
     backend = _as_mapping(node.get("backend"))
     yield from _check_one_location(backend, (*path, "backend"))
-    shared = _as_mapping(defaults.get("backend"))
-    where = next((key for source in (backend, shared) for key in _LOCATION_KEYS if source.get(key) is not None), None)
-    kind = backend.get("kind") or shared.get("kind")
+    default_backend = _as_mapping(defaults.get("backend"))
+    location_key = next(
+        (key for section in (backend, default_backend) for key in _LOCATION_KEYS if section.get(key) is not None), None
+    )
     if node.get("ssh") is None and node.get("address_from") is None:
-        if where == "port":
-            at = (*path, "backend", "port") if "port" in backend else path
-            yield at, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"
-        elif where is None:
+        if location_key == "port":
+            key_path = (*path, "backend", "port") if "port" in backend else path
+            yield key_path, "a port is meant as seen from an ssh host: without `ssh`, write `url: http://127.0.0.1:…`"
+        elif location_key is None:
             yield path, "has neither `ssh` nor a URL: say how to reach it, by `ssh: {host: …}` or `backend: {url: …}`"
         return
-    ssh, shared_ssh = node.get("ssh"), _as_mapping(defaults.get("ssh"))
-    if (ssh is None or isinstance(ssh, Mapping)) and node.get("address_from") is None:
-        named = any(
-            source.get(key) is not None for source in (_as_mapping(ssh), shared_ssh) for key in ("host", "alias")
-        )
-        if not named:
+    ssh, default_ssh = node.get("ssh"), _as_mapping(defaults.get("ssh"))
+    if isinstance(ssh, Mapping) and node.get("address_from") is None:
+        names_host = any(section.get(key) is not None for section in (ssh, default_ssh) for key in ("host", "alias"))
+        if not names_host:
             yield (*path, "ssh"), "does not say which host: give `host`, `alias` or the node's `address_from`"
+    kind = backend.get("kind") or default_backend.get("kind")
     dialect = find_dialect(kind) if isinstance(kind, str) else None
-    if where is None and dialect is not None and dialect.usual_port is None:
+    if location_key is None and dialect is not None and dialect.usual_port is None:
         yield (*path, "backend"), f"servers of kind {kind} have no usual port: give `port` or `url`"
 
 

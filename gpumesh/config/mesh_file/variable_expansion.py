@@ -1,6 +1,7 @@
 """Expands ``${VAR}`` in the tree of a mesh.yaml, and turns the tree into plain values. Pure: the variables are given.
 
-Secrets are not expanded. Otherwise the specs, the effective configuration and arguments of commands would contain them.
+Variables that hold secrets are not expanded: otherwise the specs, the effective configuration and the arguments of
+commands would contain the secrets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from gpumesh.config.credentials import names_secret
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, ListValue, MappingValue, ScalarValue, Value
 
-MAX_EXPANDED = 8192
+MAX_EXPANDED = 8192  # characters of one value, so that a large variable does not fill the specs
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^}]*)(?P<end>\}?)")
 _BODY = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -39,21 +40,22 @@ def expand_tree(value: Value, env: Mapping[str, str], path: KeyPath = ()) -> tup
     if isinstance(value, ListValue):
         members = []
         for index, member in enumerate(value.values):
-            result, more = expand_tree(member, env, (*path, index))
+            result, member_faults = expand_tree(member, env, (*path, index))
             members.append(result)
-            faults += more
+            faults += member_faults
         return members, faults
     if isinstance(value, MappingValue):
         entries = {}
         for key, (_, member) in value.entries.items():
-            entries[key], more = expand_tree(member, env, (*path, key))
-            faults += more
+            entries[key], member_faults = expand_tree(member, env, (*path, key))
+            faults += member_faults
         return entries, faults
     return UNUSABLE, []
 
 
 def expand_variables(text: str, env: Mapping[str, str]) -> str:
-    """Expands ``${VAR}`` and ``${VAR:-default}`` (used when VAR is not set or empty); ``$${`` is a literal ``${``.
+    """Expands ``${VAR}`` and ``${VAR:-default}``; ``$${`` is a literal ``${``. The default is used when VAR is not set
+    or empty.
 
     Raises ValueError, whose text never contains the value of a variable.
     """

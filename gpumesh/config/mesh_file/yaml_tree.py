@@ -1,8 +1,8 @@
 """Parses YAML into a tree of values with their positions. Knows YAML, but not the keys of mesh.yaml.
 
 Scalars stay text: the key decides whether ``12e5`` is a number or a container's name. So YAML's surprises (``no`` as
-false, ``22:30`` as 1350) do not occur. All sizes are bounded, those of aliases after expansion, so that no file takes
-long to read.
+false, ``22:30`` as 1350) do not occur. All sizes are bounded, so that no file takes long to read. An alias counts with
+the size of the value that it stands for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import TypeAlias
 
 import yaml
 
+# These bounds are far above any real mesh.yaml: one of a thousand nodes with ten values each stays below all of them.
 MAX_CHARACTERS = 256 * 1024
 MAX_DEPTH = 24
 MAX_VALUES = 20_000
-MAX_KEY_SHOWN = 60
+MAX_KEY_SHOWN = 60  # characters of a key in a message
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _CORE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
@@ -81,33 +82,33 @@ class Fault:
 
 
 def format_path(path: KeyPath) -> str:
-    """``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
+    """The path as a person writes it: ``nodes[2].ssh.port``. Unprintable keys are quoted, and long keys are cut."""
     parts = "".join(f"[{part}]" if isinstance(part, int) else f".{_display_key(part)}" for part in path)
     return parts.removeprefix(".")
 
 
-def _display_key(part: str) -> str:
-    cut = part if len(part) <= MAX_KEY_SHOWN else part[: MAX_KEY_SHOWN - 1] + "…"
-    return cut if cut.isprintable() else repr(cut)
+def _display_key(key: str) -> str:
+    shown = key if len(key) <= MAX_KEY_SHOWN else key[: MAX_KEY_SHOWN - 1] + "…"
+    return shown if shown.isprintable() else repr(shown)
 
 
 def follow_path(tree: Value, path: KeyPath) -> tuple[int, Position, Value]:
     """Follows ``path`` as far as it exists. Returns the number of steps, the position of the last key, and its
     value."""
-    spot, value = tree.position, tree
+    position, value = tree.position, tree
     for steps, part in enumerate(path):
         if isinstance(value, MappingValue) and isinstance(part, str) and part in value.entries:
-            spot, value = value.entries[part]
+            position, value = value.entries[part]
         elif isinstance(value, ListValue) and isinstance(part, int) and part < len(value.values):
             value = value.values[part]
-            spot = value.position
+            position = value.position
         else:
-            return steps, spot, value
-    return len(path), spot, value
+            return steps, position, value
+    return len(path), position, value
 
 
 class _Stop(Exception):
-    """Leaves the recursion after a fault that makes reading on useless."""
+    """Ends the recursion after a fault that leaves nothing useful to read."""
 
 
 def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
@@ -126,14 +127,17 @@ def parse_yaml(text: str) -> tuple[Value | None, list[Fault]]:
         return None, composer.faults
     except yaml.YAMLError as error:
         # Earlier faults (a duplicate key) are kept. The first syntax error hides everything after it.
-        syntax = _syntax_fault(error)
-        tabs = _find_tab_indents(text)
-        if not any(tab.position.line == syntax.position.line for tab in tabs if tab.position and syntax.position):
-            tabs.append(syntax)
-        return None, composer.faults + tabs
+        syntax_fault = _syntax_fault(error)
+        tab_faults = _find_tab_indents(text)
+        # The parser reports a tab, too, but as a character that "cannot start any token": one message is enough.
+        tab_lines = {fault.position.line for fault in tab_faults if fault.position}
+        if syntax_fault.position is None or syntax_fault.position.line not in tab_lines:
+            tab_faults.append(syntax_fault)
+        return None, composer.faults + tab_faults
 
 
 def position_at(text: str, index: int) -> Position:
+    """The position of the character at ``index``."""
     before = text[:index].replace("\r\n", "\n").replace("\r", "\n")
     return Position(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
 
@@ -147,8 +151,8 @@ def _syntax_fault(error: yaml.YAMLError) -> Fault:
         return Fault("is not YAML")
     mark = error.problem_mark or error.context_mark
     message = " ".join(part for part in (error.context, error.problem) if part)
-    spot = Position(mark.line + 1, mark.column + 1) if mark is not None else None
-    return Fault(f"this is not YAML: {message or 'it cannot be read'}", spot)
+    position = Position(mark.line + 1, mark.column + 1) if mark is not None else None
+    return Fault(f"this is not YAML: {message or 'it cannot be read'}", position)
 
 
 def _find_tab_indents(text: str) -> list[Fault]:
@@ -160,108 +164,111 @@ def _find_tab_indents(text: str) -> list[Fault]:
 
 @dataclass(slots=True)
 class _Composer:
-    """Turns parser events into values. Recursive, with a bounded depth."""
+    """Turns parser events into values, recursively. An anchor whose value is still being read has ``None``."""
 
     events: Iterator[yaml.Event]
     faults: list[Fault] = field(default_factory=list)
     anchors: dict[str, Value | None] = field(default_factory=dict)
-    values: int = 0
+    value_count: int = 0
 
     def read_document(self) -> Value | None:
         """Reads all of the text, so that a fault in its last line is found."""
         result: Value | None = None
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent) and result is not None:
-                self.faults.append(Fault("a second document begins here: one file holds one mesh", _spot(event)))
+                self.faults.append(
+                    Fault("a second document begins here: one file holds one mesh", _event_position(event))
+                )
                 raise _Stop
             if isinstance(event, yaml.NodeEvent):
                 result = self.read_value(event, ())
         return result
 
     def read_value(self, event: yaml.Event, path: KeyPath) -> Value:
-        spot = _spot(event)
+        position = _event_position(event)
         if isinstance(event, yaml.AliasEvent):
-            return self.resolve_alias(str(event.anchor), spot, path)
+            return self.resolve_alias(str(event.anchor), position, path)
         if len(path) > MAX_DEPTH:
-            self.faults.append(Fault(f"is nested more than {MAX_DEPTH} deep", spot, path[:4]))
+            # The message names only the start of the path: all of it would be longer than a line.
+            self.faults.append(Fault(f"is nested more than {MAX_DEPTH} deep", position, path[:4]))
             raise _Stop
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
             self.anchors[anchor] = None  # until it is complete: an alias inside itself would be endless
-        result = self.read_node(event, spot, path)
+        result = self.read_node(event, position, path)
         if anchor is not None:
             self.anchors[anchor] = result
         return result
 
-    def read_node(self, event: yaml.Event, spot: Position, path: KeyPath) -> Value:
-        self.add_size(1, spot, path)
+    def read_node(self, event: yaml.Event, position: Position, path: KeyPath) -> Value:
+        self.count_values(1, position, path)
         result: Value
         if isinstance(event, yaml.ScalarEvent):
-            result = self.read_scalar(event, spot, path)
+            result = self.read_scalar(event, position, path)
         elif isinstance(event, yaml.SequenceStartEvent):
-            result = self.read_list(spot, path)
+            result = self.read_list(position, path)
         else:
-            result = self.read_mapping(spot, path)
+            result = self.read_mapping(position, path)
         tag = getattr(event, "tag", None)
         if tag not in (None, "!") and tag not in _CORE_TAGS:
-            self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", spot, path))
-            return BrokenValue(spot)
+            self.faults.append(Fault(f"the tag {str(tag)[:60]!r} has no meaning here", position, path))
+            return BrokenValue(position)
         return result
 
-    def resolve_alias(self, name: str, spot: Position, path: KeyPath) -> Value:
-        known = self.anchors.get(name)
-        if known is None:
-            where = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
-            self.faults.append(Fault(f"the alias *{name[:60]} {where}", spot, path))
-            return BrokenValue(spot)
-        self.add_size(_size(known), spot, path)
-        return known
+    def resolve_alias(self, name: str, position: Position, path: KeyPath) -> Value:
+        target = self.anchors.get(name)
+        if target is None:
+            reason = "stands inside what it refers to" if name in self.anchors else "refers to nothing before it"
+            self.faults.append(Fault(f"the alias *{name[:60]} {reason}", position, path))
+            return BrokenValue(position)
+        self.count_values(_size(target), position, path)
+        return target
 
-    def add_size(self, more: int, spot: Position, path: KeyPath) -> None:
-        self.values += more
-        if self.values > MAX_VALUES:
-            self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", spot, path))
+    def count_values(self, count: int, position: Position, path: KeyPath) -> None:
+        self.value_count += count
+        if self.value_count > MAX_VALUES:
+            self.faults.append(Fault(f"the file grows to more than {MAX_VALUES} values here", position, path))
             raise _Stop
 
-    def read_scalar(self, event: yaml.ScalarEvent, spot: Position, path: KeyPath) -> Value:
+    def read_scalar(self, event: yaml.ScalarEvent, position: Position, path: KeyPath) -> Value:
         if _is_plain(event) and event.value in _NULLS:
-            return ScalarValue(None, spot)
+            return ScalarValue(None, position)
         # An escape in double quotes can produce a character that the file itself may not contain.
         if match := _UNPRINTABLE.search(event.value):
             self.faults.append(
-                Fault(f"the character {_character_name(match[0])} has no place in a setting", spot, path)
+                Fault(f"the character {_character_name(match[0])} has no place in a setting", position, path)
             )
-            return BrokenValue(spot)
-        return ScalarValue(event.value, spot)
+            return BrokenValue(position)
+        return ScalarValue(event.value, position)
 
-    def read_list(self, spot: Position, path: KeyPath) -> ListValue:
+    def read_list(self, position: Position, path: KeyPath) -> ListValue:
         members: list[Value] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             members.append(self.read_value(event, (*path, len(members))))
-        return ListValue(tuple(members), spot, 1 + sum(map(_size, members)))
+        return ListValue(tuple(members), position, 1 + sum(map(_size, members)))
 
-    def read_mapping(self, spot: Position, path: KeyPath) -> MappingValue:
+    def read_mapping(self, position: Position, path: KeyPath) -> MappingValue:
         entries: dict[str, tuple[Position, Value]] = {}
-        merged: list[Value] = []
+        merge_values: list[Value] = []  # of `<<`: other mappings whose entries count where this one has none
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            key_spot = _spot(event)
+            key_position = _event_position(event)
             key = self.read_key(event, path)
             value = self.read_value(next(self.events), (*path, key if key is not None else "?"))
             if key is None:
                 continue
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and _is_plain(event):
-                merged.extend(value.values if isinstance(value, ListValue) else [value])
+                merge_values.extend(value.values if isinstance(value, ListValue) else [value])
             elif key in entries:
                 message = f"this key is given twice; it stands on line {entries[key][0].line} already"
-                self.faults.append(Fault(message, key_spot, (*path, key)))
+                self.faults.append(Fault(message, key_position, (*path, key)))
             else:
-                entries[key] = (key_spot, value)
-        for other in merged:
+                entries[key] = (key_position, value)
+        for other in merge_values:
             if isinstance(other, MappingValue):
                 entries = {**other.entries, **entries}
             elif not isinstance(other, BrokenValue):
                 self.faults.append(Fault("<< takes an alias of a mapping", other.position, path))
-        return MappingValue(entries, spot, 1 + sum(_size(value) for _, value in entries.values()))
+        return MappingValue(entries, position, 1 + sum(_size(value) for _, value in entries.values()))
 
     def read_key(self, event: yaml.Event, path: KeyPath) -> str | None:
         value = self.read_value(event, path)
@@ -273,14 +280,16 @@ class _Composer:
 
 
 def _size(value: Value) -> int:
+    """The number of values in it, itself included."""
     return value.size if isinstance(value, (ListValue, MappingValue)) else 1
 
 
-def _spot(event: yaml.Event) -> Position:
+def _event_position(event: yaml.Event) -> Position:
     mark = event.start_mark
     return Position(mark.line + 1, mark.column + 1) if mark is not None else Position(1, 1)
 
 
 def _is_plain(event: yaml.ScalarEvent) -> bool:
-    """Whether the scalar is neither quoted nor a block. The two parsers report this differently."""
+    """Whether the scalar is neither quoted nor a block. One of the two parsers then reports ``None`` as its style, the
+    other an empty string."""
     return not event.style and event.tag is None
