@@ -1,6 +1,6 @@
 """An HTTP/1.1 server: connections, requests, answers, and the bounds on what clients can hold.
 
-It knows nothing of models, meshes or nodes. A handler answers the requests; how an error looks that belongs to no
-request is given from outside (``Server(render_error=…)``), and so is what is recorded. Nothing of the other rooms of
-the gateway may be imported here.
+The server knows nothing of models, meshes or nodes. A handler, given from outside, answers the requests and records
+them. Some errors belong to no request: ``Server(render_error=…)`` decides how they look. The modules here must not
+import anything from the gateway's other packages.
 """

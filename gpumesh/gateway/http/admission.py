@@ -1,12 +1,14 @@
-"""Which connections stay when there are more clients than connections. Pure: a connection is an opaque value.
+"""Decides which connections stay when there are more clients than connections. Pure: a connection is an opaque value.
 
 An idle connection has no request under way: it was just opened, or waits for the next request, or has sent half of a
-head. When all connections are taken, the one that has been idle the longest is closed for the next. Connections that
-never had a request accepted are closed first, so that a stranger's connections go before those of clients with a key.
+head. When no connection is free, the server closes the one that has been idle the longest, and admits the new one.
+Connections without any accepted request are closed first, so that a stranger's connections go before those of clients
+with a key.
 
-No client may hold all connections: the connections of one address, and those whose last request had the same key, are
-at most ``SHARE`` of all. Past that, only the client's own idle connections are closed for its next. The machine's own
-addresses have no such bound: all its programs share them, and a reverse proxy in front of all clients may be one.
+No client may hold all connections. The connections from one address are at most ``MAX_SHARE`` of all connections. So
+are the connections whose last request had the same key. A client at this limit gets a new connection only in place of
+an idle one of its own. The addresses of this machine have no such limit: all its programs share them, and one of the
+programs may be a reverse proxy in front of all clients.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from typing import Generic, TypeVar
 
 C = TypeVar("C")
 
-SHARE = 0.75
-UNIX_CLIENT = "unix"  # the address of a client of a Unix socket
-FULL = "too many connections"
+MAX_SHARE = 0.75  # of all connections, for one client
+UNIX_CLIENT = "unix"  # stands for the address of a client of a Unix socket
+NO_ROOM = "too many connections"
 Group = tuple[str, str]
-"""What kind of group, and its name: the address or the key that its connections share."""
+"""The kind of the group ("address", "key", …), then its name: the address or the key that its connections share."""
 _ALL: Group = ("all", "")
-_NEW: Group = ("new", "")  # no request of theirs has been accepted
+_NEW: Group = ("new", "")  # the connections without any accepted request
 
 
 def normalize_address(host: str | None) -> str | None:
-    """The name of an address's client, for ``Admission.admit``; ``None`` for this machine's own. A provider's customer
-    has a whole /64 of IPv6, so that counts as one address."""
+    """The address that stands for the client in ``Admission.admit``; ``None`` for a client on this machine. A
+    provider's customer has a whole /64 network of IPv6, so such a network counts as one address."""
     if host is None or host == UNIX_CLIENT:
         return None
     try:
@@ -53,24 +55,24 @@ class _Members(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Generic[C]):
-    """``evicted``: the connection that must be closed for it."""
+    """The connection may stay. ``evicted``: another connection that must be closed to make room."""
 
     evicted: C | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """There is no room, for this reason."""
+    """The connection or its request must be refused. ``reason`` tells the client why."""
 
     reason: str
 
 
 class Admission(Generic[C]):
-    """Decides who is admitted. Each decision takes the same short time, however many connections there are."""
+    """Decides whether a connection is admitted. A decision takes the same short time for any number of connections."""
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
-        self._max_per_client = max(int(max_connections * SHARE), 1)
+        self._max_per_client = max(int(max_connections * MAX_SHARE), 1)
         self._groups: dict[Group, _Members[C]] = {_ALL: _Members(), _NEW: _Members()}
         self._groups_of: dict[C, tuple[Group, ...]] = {}
 
@@ -83,27 +85,30 @@ class Admission(Generic[C]):
         return self._groups[_ALL].count
 
     def admit(self, connection: C, address: str | None) -> Admitted[C] | Denied:
-        """``address``: as ``normalize_address`` names it. The evicted connection is forgotten already."""
+        """Decides on a new connection. ``address`` comes from ``normalize_address``. An evicted connection has been
+        forgotten already when this returns."""
         groups: tuple[Group, ...] = (_ALL, _NEW)
-        room: Admitted[C] | Denied = Admitted()
+        decision: Admitted[C] | Denied = Admitted()
         if address is not None:
-            own = ("address", address)
-            groups = (*groups, own)
-            room = self._make_room(own, self._max_per_client, f"{FULL} from this address")
-        if room == Admitted() and self.count >= self.max_connections:
-            room = self._make_room(_NEW, 0, FULL)
-            if isinstance(room, Denied):
-                room = self._make_room(_ALL, self.max_connections, FULL)
-        if isinstance(room, Admitted):
+            address_group = ("address", address)
+            groups = (*groups, address_group)
+            decision = self._make_room(address_group, self._max_per_client, f"{NO_ROOM} from this address")
+        # An eviction from the address's group has made room among all connections too.
+        if decision == Admitted() and self.count >= self.max_connections:
+            decision = self._make_room(_NEW, 0, NO_ROOM)
+            if isinstance(decision, Denied):
+                decision = self._make_room(_ALL, self.max_connections, NO_ROOM)
+        if isinstance(decision, Admitted):
             self._groups_of[connection] = groups
             for group in groups:
                 members = self._groups.setdefault(group, _Members())
                 members.count += 1
                 members.idle[connection] = None
-        return room
+        return decision
 
     def _make_room(self, group: Group, limit: int, reason: str) -> Admitted[C] | Denied:
-        """Room for one more connection in the group."""
+        """Makes room for one more connection in the group: forgets its longest idle connection if it has ``limit``
+        connections."""
         members = self._groups.get(group)
         if members is None or members.count < limit:
             return Admitted()
@@ -113,41 +118,42 @@ class Admission(Generic[C]):
         return Denied(reason)
 
     def register_key(self, connection: C, key: str | None) -> Admitted[C] | Denied:
-        """A request with this key is accepted; ``None`` where no key is asked for. Where it is denied, the connection
-        stays."""
-        groups = self._groups_of.get(connection)
-        if groups is None or (key is None and _NEW not in groups):
+        """Decides on a request with a valid key on this connection. ``key`` is ``None`` where the gateway asks for no
+        key. A connection whose request is denied stays in the groups that it is in."""
+        old_groups = self._groups_of.get(connection)
+        if old_groups is None or (key is None and _NEW not in old_groups):
             return Admitted()
-        own = None if key is None else ("key", key)
-        if own in groups:
+        key_group = None if key is None else ("key", key)
+        if key_group in old_groups:
             return Admitted()
-        room: Admitted[C] | Denied = Admitted()
-        if own is not None:
-            room = self._make_room(own, self._max_per_client, f"{FULL} with this key")
-            if isinstance(room, Denied):
-                return room
-        left = tuple(group for group in groups if group == _NEW or group[0] == "key")
-        kept = tuple(group for group in groups if group not in left)
-        for group in left:
+        decision: Admitted[C] | Denied = Admitted()
+        if key_group is not None:
+            decision = self._make_room(key_group, self._max_per_client, f"{NO_ROOM} with this key")
+            if isinstance(decision, Denied):
+                return decision
+        groups_to_leave = tuple(group for group in old_groups if group == _NEW or group[0] == "key")
+        new_groups = tuple(group for group in old_groups if group not in groups_to_leave)
+        for group in groups_to_leave:
             self._leave(connection, group)
-        if own is not None:
-            self._groups.setdefault(own, _Members()).count += 1  # not among the idle: it has a request under way
-            kept = (*kept, own)
-        self._groups_of[connection] = kept
-        return room
+        if key_group is not None:
+            # The connection is not among the idle ones of the group: it has a request under way.
+            self._groups.setdefault(key_group, _Members()).count += 1
+            new_groups = (*new_groups, key_group)
+        self._groups_of[connection] = new_groups
+        return decision
 
     def mark_busy(self, connection: C) -> None:
-        """The connection has a request under way."""
+        """From now on the connection has a request under way, so it must not be evicted."""
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle.pop(connection, None)
 
     def mark_idle(self, connection: C) -> None:
-        """All requests of the connection have been answered."""
+        """All requests of the connection have been answered, so it may be evicted."""
         for group in self._groups_of.get(connection, ()):
             self._groups[group].idle[connection] = None
 
     def forget(self, connection: C) -> None:
-        """The connection is gone, or about to go."""
+        """Removes a connection that is gone or about to go."""
         for group in self._groups_of.pop(connection, ()):
             self._leave(connection, group)
 

@@ -1,4 +1,4 @@
-"""One answer: the handler's call, with what must hold of what it returns, and how a whole answer is written."""
+"""Answers one request: calls the handler, checks its answer, and writes a whole answer to the client."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gpumesh.gateway.http.streaming_response import StreamingResponse
 
 log = logging.getLogger(__name__)
 
-JOINED_BYTES = 32 << 10  # a body below this is sent in one piece with its head
+JOINED_BYTES = 32 << 10  # a smaller body is sent in one piece with its head: to copy it costs less than a second write
 
 
 async def call_handler(handler: Handler, request: Request, render_error: ErrorRenderer) -> Response | StreamingResponse:
-    """A whole answer, or a stream that is finished. What is held of the request's body is free afterwards. Raises
-    ConnectionError where the connection must be cut, because only a part of an answer was sent."""
+    """Returns a whole answer, or a stream that is finished. Releases the request's body. Raises ConnectionError if the
+    connection must be cut, because only a part of an answer was sent."""
     try:
         answer = await handler(request)
     except (ConnectionError, asyncio.CancelledError) as error:
-        # Its frames refer to the request, whose body would wait for the garbage collector: some of the frames know the
-        # connection's task, which refers to the error.
+        # The traceback's frames refer to the request and to the connection's task, and the task refers to the error.
+        # This cycle would hold the request's body until the garbage collector runs.
         error.__traceback__ = None
         raise
-    except Exception as error:  # a bug: it must cost one client an error and not all of them the server
+    except Exception as error:  # a bug of ours: one client gets an error, and the server goes on for the others
         log.error("a request failed", exc_info=error, extra={"event": "request-failed"})  # noqa: TRY400
         answer = render_error(500, "the gateway failed inside")
         answer.close = True
@@ -42,7 +42,7 @@ async def call_handler(handler: Handler, request: Request, render_error: ErrorRe
 
 
 def write_answer(writer: ClientWriter, response: Response, request: Request, *, keep_alive: bool) -> None:
-    """The whole answer to a request."""
+    """Writes the whole answer to a request."""
     head = render_head(
         response.status,
         request.answer_headers(response.headers),
@@ -54,8 +54,8 @@ def write_answer(writer: ClientWriter, response: Response, request: Request, *, 
     _write(writer, head, b"" if has_no_body(request.method, response.status) else response.body)
 
 
-def write_response(writer: ClientWriter, response: Response, headers: HeaderPairs = ()) -> None:
-    """An answer to what is no request. The connection does not stay after it."""
+def write_refusal(writer: ClientWriter, response: Response, headers: HeaderPairs = ()) -> None:
+    """Writes an answer that belongs to no request: a refusal. It tells the client that the connection ends."""
     pairs = (*response.headers, *headers)
     head = render_head(response.status, pairs, length=len(response.body), keep_alive=False, is_http10=False)
     _write(writer, head, response.body)
@@ -64,6 +64,6 @@ def write_response(writer: ClientWriter, response: Response, headers: HeaderPair
 def _write(writer: ClientWriter, head: bytes, body: bytes) -> None:
     if len(body) < JOINED_BYTES:
         writer.write(head + body)
-    else:  # not copied
+    else:  # in two pieces, so that the body is not copied
         writer.write(head)
         writer.write(body)

@@ -1,8 +1,9 @@
-"""How a request's body is framed, for bodies behind an offer of another protocol (``Connection: Upgrade``).
+"""Finds the end of a request's body when the head offers another protocol (``Connection: Upgrade``).
 
-llhttp frames every other body. Behind such an offer it stops, because what follows an accepted offer is no HTTP. So
-the few bodies that follow one that was passed over are framed here: by their length, or in chunks (RFC 9112
-section 7.1). Pure, and at least as strict as llhttp: ``tests/gateway/http/test_body_framing.py`` compares them.
+llhttp does this for every other body. But llhttp stops after a head with such an offer, because the bytes that follow
+an accepted offer are no HTTP. The gateway accepts no offer, so a body may follow, and the decoders here read it: by its
+length, or in chunks (RFC 9112 section 7.1). They are pure, and at least as strict as llhttp:
+``tests/gateway/http/test_body_framing.py`` compares both.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Protocol
 
 from gpumesh.gateway.http.responses import Headers
 
-_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")  # an extension says nothing to us
+_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")  # the chunk's extension is ignored
 _TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
 
 class MalformedBody(Exception):
-    """A body is not framed as its head says."""
+    """The bytes of a body do not follow the framing that its head announces."""
 
 
 class BodyDecoder(Protocol):
@@ -33,7 +34,8 @@ class BodyDecoder(Protocol):
 
 
 def create_body_decoder(headers: Headers) -> BodyDecoder | None:
-    """``None``: there is no body. llhttp has seen these headers: a length is a number, and there is one at most."""
+    """Returns ``None`` if the request has no body. llhttp has checked these headers: there is at most one
+    Content-Length, and it is a number."""
     if "transfer-encoding" in headers:
         return ChunkedDecoder()
     length = (headers.get("content-length") or "").lstrip("0")  # int() takes no more than 4,300 digits
@@ -58,7 +60,7 @@ class CountedDecoder:
 
 
 class _Expected(Enum):
-    """What comes next in a chunked body."""
+    """The element of a chunked body that comes next."""
 
     SIZE_LINE = auto()
     CHUNK = auto()
@@ -72,8 +74,8 @@ class ChunkedDecoder:
 
     def __init__(self) -> None:
         self._expected = _Expected.SIZE_LINE
-        self._missing = 0  # of the chunk
-        self._line = b""  # of which the end is missing
+        self._missing = 0  # bytes of the chunk that have not come yet
+        self._line_start = b""  # the beginning of a line whose end has not come yet
 
     @property
     def complete(self) -> bool:
@@ -96,15 +98,15 @@ class ChunkedDecoder:
         return data[at:]
 
     def _feed_line(self, data: bytes, at: int) -> int:
-        """Takes a line, or the beginning of one, that starts there. Returns the place behind it."""
+        """Takes the line that starts at the index ``at``, or as much of it as has come. Returns the index after it."""
         end = data.find(b"\n", at) + 1
-        line = self._line + data[at : end or len(data)]
+        line = self._line_start + data[at : end or len(data)]
         if self._expected is _Expected.CHUNK_END and not b"\r\n".startswith(line):
             raise MalformedBody
         if not end:
-            self._line = line
+            self._line_start = line
             return len(data)
-        self._line = b""
+        self._line_start = b""
         self._take_line(line)
         return end
 
@@ -124,8 +126,8 @@ class ChunkedDecoder:
 
 
 def _take_whole_chunks(data: bytes, at: int, pieces: list[bytes]) -> int:
-    """Appends the chunks from there on that are complete. Returns the place behind them. They may be thousands, of one
-    byte each."""
+    """Appends the complete chunks from the index ``at`` on. Returns the index after them. This is a fast path: a client
+    may send thousands of chunks of one byte each."""
     while match := _SIZE_LINE.match(data, at):
         start = match.end()
         end = start + int(match[1], 16)

@@ -1,12 +1,12 @@
-"""The memory that the bodies of all requests may take together, and which request holds how much of it.
+"""Limits the memory that the bodies of all requests may take together, and counts how much of it each request holds.
 
-The bytes that are really held are counted: each byte from the moment at which it was read from its connection until
-its request has ended, also while the request waits in a queue or is sent a second time. So no client reserves memory
-by announcing a body that never comes. A body that finds no room is refused at once, and what it held becomes free. So
-bodies never wait for each other: of any number that together fill the memory, some get through. And no client can lock
-the others out:
+Only bytes that have arrived are counted. A byte counts from the moment when it is read from its connection until its
+request has ended, also while the request waits in a queue or is sent a second time. So a client cannot reserve memory
+by announcing a body that never comes. A body that finds no room is refused at once, and its bytes become free. So
+bodies never wait for each other: even when they fill the memory together, some of them are received whole. No client
+can lock the others out:
 
-- the last eighth is for bodies of up to a megabyte, as nearly all are;
+- the last eighth of the memory is for bodies of up to a megabyte (nearly all bodies are that small);
 - while there is no room, a body that has been arriving for longer than ``patience_s`` loses its memory, the oldest
   first.
 """
@@ -22,8 +22,9 @@ RETRY_AFTER_S = 5.0
 
 
 class BodyMemory:
-    """``total`` and ``held`` are bytes. ``reading_since``: the bodies that are being read, and since when, the oldest
-    first. ``clock`` gives seconds."""
+    """``total`` and ``held`` are bytes. ``large_body_bytes``: the part of the memory that large bodies may use.
+    ``reading_since``: the bodies that are being read, with the time when reading started, the oldest first. ``clock``
+    returns seconds."""
 
     def __init__(self, total: int, *, patience_s: float, clock: Callable[[], float]) -> None:
         self.total = total
@@ -38,16 +39,17 @@ class BodyMemory:
 
     @property
     def max_body_bytes(self) -> int:
-        """A larger body never finds room."""
+        """The size of the largest body that can find room at all."""
         return max(self.large_body_bytes, min(SMALL_BODY_BYTES, self.total))
 
     def has_room(self, held: int, size: int) -> bool:
-        """For ``size`` bytes more of a body that holds ``held`` bytes."""
-        return self.held + size <= (self.total if held + size <= SMALL_BODY_BYTES else self.large_body_bytes)
+        """Whether there is room for ``size`` bytes more of a body that holds ``held`` bytes already."""
+        limit = self.total if held + size <= SMALL_BODY_BYTES else self.large_body_bytes
+        return self.held + size <= limit
 
     def revoke_slow_bodies(self, reservation: MemoryReservation, size: int) -> bool:
-        """Makes room for ``size`` bytes more of ``reservation`` at the cost of bodies that have been arriving for too
-        long. Says whether there is room now."""
+        """Makes room for ``size`` bytes more of ``reservation`` by revoking bodies that have been arriving for too
+        long. Returns whether there is room now."""
         latest_start = self.clock() - self._patience_s
         while not self.has_room(reservation.size, size):
             oldest = next(iter(self.reading_since), None)
@@ -64,8 +66,8 @@ class BodyMemory:
 
 
 class MemoryReservation:
-    """What one request holds: ``size`` bytes. ``refused``: there was no room for all of its body, and it holds nothing.
-    ``released``: the request has ended."""
+    """The memory that one request holds: ``size`` bytes. ``refused``: there was no room for its whole body, so it holds
+    nothing. ``released``: the request has ended."""
 
     __slots__ = ("_memory", "_on_lost", "refused", "released", "size")
 
@@ -81,28 +83,28 @@ class MemoryReservation:
         return f"<MemoryReservation {self.size} bytes {state}>"
 
     def reserve(self, size: int) -> bool:
-        """Whether there is room for so many bytes more. If not, all that was held becomes free."""
+        """Reserves ``size`` bytes more. Without room it returns ``False``, and all bytes of the request become free."""
         memory = self._memory
         if self.refused or self.released:
             return False
-        held = self.size + size
-        # The same as ``has_room``, without its call: each request passes here.
-        if memory.held + size > (memory.total if held <= SMALL_BODY_BYTES else memory.large_body_bytes):
+        new_size = self.size + size
+        # ``has_room``, written out here: every request passes here, and the call would cost time.
+        if memory.held + size > (memory.total if new_size <= SMALL_BODY_BYTES else memory.large_body_bytes):
             if not memory.revoke_slow_bodies(self, size):
                 self.revoke()
                 return False
-            held = self.size + size
-        self.size = held
+            new_size = self.size + size
+        self.size = new_size
         memory.held += size
         return True
 
     def can_reserve(self, body_size: int) -> bool:
-        """Whether there is room now for a body of that size. Nothing is reserved."""
-        more = max(body_size - self.size, 0)
-        return self._memory.has_room(self.size, more) or self._memory.revoke_slow_bodies(self, more)
+        """Whether there is room now for a body of ``body_size`` bytes. May revoke slow bodies, but reserves nothing."""
+        missing = max(body_size - self.size, 0)
+        return self._memory.has_room(self.size, missing) or self._memory.revoke_slow_bodies(self, missing)
 
     def try_reserve(self, size: int) -> bool:
-        """As ``reserve``, but what is held stays where there is no room."""
+        """As ``reserve``, but without room the request keeps what it holds, and no other body is revoked."""
         if self.refused or self.released or not self._memory.has_room(self.size, size):
             return False
         self.size += size
@@ -110,23 +112,24 @@ class MemoryReservation:
         return True
 
     def release_bytes(self, size: int) -> None:
-        """So many bytes of what is held become free."""
+        """Frees ``size`` of the bytes that the request holds."""
         size = min(size, self.size)
         self.size -= size
         self._memory.held -= size
 
     def start_reading(self, on_lost: Callable[[], None]) -> None:
-        """Until ``finish_reading`` others may take its memory; then ``on_lost`` is called."""
+        """The body is being read from now on. Until ``finish_reading``, other requests may take its memory; when they
+        do, ``on_lost`` is called."""
         self._on_lost = on_lost
         self._memory.reading_since[self] = self._memory.clock()
 
     def finish_reading(self) -> None:
-        """The body is complete. Harmless when it was not being read."""
+        """The body is complete: no other request may take its memory. Harmless when the body was not being read."""
         self._on_lost = None
         self._memory.reading_since.pop(self, None)
 
     def revoke(self) -> None:
-        """All that is held becomes free, and no more will be reserved."""
+        """Frees all bytes that the request holds. It cannot reserve any more."""
         self.refused = True
         on_lost = self._on_lost
         self.finish_reading()
@@ -135,7 +138,7 @@ class MemoryReservation:
             on_lost()
 
     def release(self) -> None:
-        """The request has ended. Harmless when done twice."""
+        """Frees all bytes, because the request has ended. Harmless when called twice."""
         self.released = True
         if self._on_lost is not None:
             self.finish_reading()

@@ -1,4 +1,4 @@
-"""What is written to one client: back-pressure, and whether the client takes what it is sent."""
+"""Writes to one client. Tells about back-pressure, and cuts off a client that does not take what it is sent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gpumesh.gateway.http.bounds import Bounds
 
 
 class ClientWriter:
-    """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` for ``Bounds.write_timeout_s``
-    is cut off. ``backpressured``: it reads more slowly than it is written to; ``on_writable`` is called when it no
-    longer is, and when the client is gone."""
+    """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` over ``Bounds.write_timeout_s``
+    is cut off. ``backpressured``: the client reads more slowly than the answer is written. ``on_writable`` is called
+    when the back-pressure ends, and when the client is gone."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -39,7 +39,7 @@ class ClientWriter:
             transport.write(data)
 
     async def wait_writable(self) -> None:
-        """Returns when the client has taken most of what was written. Raises ConnectionResetError when it is gone."""
+        """Returns when the client has taken most of the written bytes. Raises ConnectionResetError when it is gone."""
         if not self.backpressured:
             return
         if self._transport is None:
@@ -52,19 +52,18 @@ class ClientWriter:
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes that have been written and that not even the kernel has taken."""
+        """The written bytes that the kernel has not taken yet."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     @property
     def unacknowledged_bytes(self) -> int | None:
-        """Bytes that have been written and that the client's system has not acknowledged; ``None`` where that is not
-        known."""
+        """The written bytes that the client's system has not acknowledged yet; ``None`` if the number is not known."""
         if self._transport is None:
             return 0
         in_kernel = _bytes_in_kernel(self._transport)
         return None if in_kernel is None else self.unsent_bytes + in_kernel
 
-    # -- the connection's side ---------------------------------------------------------------------------------------
+    # -- called by the connection ------------------------------------------------------------------------------------
 
     def pause(self) -> None:
         """The transport's buffer is full."""
@@ -83,7 +82,8 @@ class ClientWriter:
             self.on_writable()
 
     def finish(self) -> None:
-        """Nothing more will be written. What is left must still go out, however little it is."""
+        """Nothing more will be written. The rest must still go out, so its progress is watched even without
+        back-pressure."""
         self._finished = True
         self.watch_progress()
 
@@ -94,36 +94,38 @@ class ClientWriter:
             self._progress_timer.cancel()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ConnectionResetError("the client is gone"))
-            self._waiter.exception()  # retrieved here, because the task that waits may have been cancelled
+            # The waiting task may have been cancelled. asyncio would then log an exception that nobody retrieved.
+            self._waiter.exception()
         if self.on_writable is not None:
             self.on_writable()
             self.on_writable = None
 
     def watch_progress(self) -> None:
-        """Looks from now on whether the client takes what is left."""
+        """Starts to check at intervals whether the client takes the rest of the written bytes."""
         if self._progress_timer is None and self.unsent_bytes:
             self._progress_timer = self._loop.call_later(
-                self.bounds.write_timeout_s, self._check_progress, self._count_left()
+                self.bounds.write_timeout_s, self._check_progress, self._count_remaining_bytes()
             )
 
-    def _check_progress(self, left_before: int) -> None:
-        """A large answer may take as long as it needs, if it moves."""
+    def _check_progress(self, remaining_before: int) -> None:
+        """Cuts off a client that is too slow. A large answer may take as long as it needs, if it moves fast enough."""
         self._progress_timer = None
         if self._transport is None or not self.unsent_bytes:
             return
-        if left_before - self._count_left() < self.bounds.min_bytes_per_s * self.bounds.write_timeout_s:
+        taken = remaining_before - self._count_remaining_bytes()
+        if taken < self.bounds.min_bytes_per_s * self.bounds.write_timeout_s:
             self._transport.abort()
         else:
             self.watch_progress()
 
-    def _count_left(self) -> int:
+    def _count_remaining_bytes(self) -> int:
         return self.unacknowledged_bytes or self.unsent_bytes
 
 
 def _bytes_in_kernel(transport: asyncio.Transport) -> int | None:
-    """Bytes that the kernel has taken and the client has not. They may be megabytes, and a third of them has to go
-    before the kernel takes more: without them a slow client would look like one that stands still. ``None`` where the
-    system does not tell them."""
+    """The bytes that the kernel has taken and the client has not; ``None`` if the system does not tell their number.
+    They may be megabytes, and the kernel takes more only when a third of them is gone. So without counting them, a slow
+    client would look like a client that takes nothing."""
     try:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:

@@ -1,14 +1,20 @@
 """One client's HTTP/1.1 connection: an ``asyncio.Protocol`` with a queue of requests and one task that answers them.
 
-It is our own because each token passes here (`benchmarks/gateway.py`), and because in front of hardware that costs
-money everything that a client can hold needs a bound. Without bounds a client could hold a connection, a handler or a
-slot of a node for ever: by a head that never gets complete (slow loris), by a body that hardly moves, by not reading
-its answer, by sending requests ahead without end, or by opening more connections than the process may have files. Each
-of these has its bound, and each refusal is an answer that says so, without a byte of what the client sent.
+The gateway has its own HTTP server for two reasons. Each token passes here, so the server must be fast
+(`benchmarks/gateway.py`). And it stands in front of hardware that costs money, so everything that a client can hold
+needs a limit. Without limits a client could hold a connection, a handler or a slot of a node for ever:
 
-What arrives is parsed in ``parser.py`` and paced in ``request_reader.py``; what leaves goes through
-``client_writer.py``. The connection has one task while it has requests, which answers them in their order. When the
-client leaves, the task is cancelled.
+- with a head that never becomes complete (slow loris),
+- with a body that hardly moves,
+- by not reading its answer,
+- by sending requests ahead without end,
+- by opening more connections than the process may have open files.
+
+Each refusal is an answer that names the limit and repeats no byte that the client sent.
+
+``request_reader.py`` paces the incoming bytes, ``parser.py`` parses them, and ``client_writer.py`` writes the outgoing
+bytes. While the connection has requests, one task answers them in their order. The task is cancelled when the client
+leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from enum import StrEnum
 from typing import Protocol, cast
 
 from gpumesh.gateway.http.admission import UNIX_CLIENT, Admission
-from gpumesh.gateway.http.answering import call_handler, write_answer, write_response
+from gpumesh.gateway.http.answering import call_handler, write_answer, write_refusal
 from gpumesh.gateway.http.body_memory import BodyMemory
 from gpumesh.gateway.http.bounds import Bounds
 from gpumesh.gateway.http.client_writer import ClientWriter
@@ -35,13 +41,13 @@ log = logging.getLogger(__name__)
 
 
 class ConnectionState(StrEnum):
-    """What becomes of a connection.
+    """The states of a connection, in their order; states may be skipped.
 
     - ``READING``: requests are read and answered.
-    - ``DRAINING``: the same, until those that have been read are answered.
-    - ``REFUSING``: nothing more is read; what was read is answered, last of all with the refusal.
-    - ``LINGERING``: our side has ended; what the client still sends is dropped for a while.
-    - ``CLOSING``: both sides have ended; what was written still goes out.
+    - ``DRAINING``: the connection closes as soon as all requests that have been read are answered.
+    - ``REFUSING``: nothing more is read. The requests that have been read are answered, then the refusal is sent.
+    - ``LINGERING``: our side has ended. The bytes that the client still sends are dropped for a while.
+    - ``CLOSING``: both sides have ended. The written bytes still go out.
     - ``CLOSED``: the connection is gone.
     """
 
@@ -53,11 +59,11 @@ class ConnectionState(StrEnum):
     CLOSED = "CLOSED"
 
 
-ENDED = (ConnectionState.LINGERING, ConnectionState.CLOSING, ConnectionState.CLOSED)
+END_STATES = (ConnectionState.LINGERING, ConnectionState.CLOSING, ConnectionState.CLOSED)  # no answer can be written
 
 
 class ConnectionServer(Protocol):
-    """The server, as far as a connection knows it."""
+    """The part of the server that a connection uses."""
 
     handler: Handler
     bounds: Bounds
@@ -68,20 +74,20 @@ class ConnectionServer(Protocol):
     render_error: ErrorRenderer
 
     def admit(self, connection: ClientConnection) -> str | None:
-        """The reason why it must go, or ``None``."""
+        """Returns the reason why the connection must be refused, or ``None`` if it may stay."""
 
     def register_key(self, connection: ClientConnection, key: str | None) -> str | None:
-        """A request with this key is accepted; or the reason why it must be refused."""
+        """Accepts a request with this key. Returns the reason why the request must be refused, or ``None``."""
 
     def may_linger(self, connection: ClientConnection) -> bool:
         """Whether a connection that was not admitted may stay until its client has seen the refusal."""
 
     def forget(self, connection: ClientConnection) -> None:
-        """The connection is gone."""
+        """Removes a connection that is gone."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client's connection. ``writer`` exists once it is made."""
+    """One client's connection. ``writer`` exists after ``connection_made``."""
 
     writer: ClientWriter
     _reader: RequestReader
@@ -99,7 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue = RequestQueue()
         self._task: asyncio.Task[None] | None = None
         self._idle_since = loop.time()
-        self._end_timer: asyncio.TimerHandle | None = None  # of an idle connection, then of one that lingers
+        self._end_timer: asyncio.TimerHandle | None = None  # ends an idle connection, later a lingering one
         self._closed: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -108,15 +114,15 @@ class ClientConnection(asyncio.Protocol):
     # -- called by the transport -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's classes do not inherit from it
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self.client_address, self._peer = _describe_peer(transport)
         self.writer = ClientWriter(transport, self.loop, self.bounds)
         self._reader = RequestReader(self, self._queue, transport, self.slices, self.loop, self.bounds)
-        reason = self._server.admit(self)
-        if reason is None:
+        refusal_reason = self._server.admit(self)
+        if refusal_reason is None:
             self._end_timer = self.loop.call_later(self.bounds.keepalive_s, self._check_idle)
             return
-        write_response(self.writer, self._server.render_error(503, reason), (("Retry-After", "1"),))
+        write_refusal(self.writer, self._server.render_error(503, refusal_reason), (("Retry-After", "1"),))
         if self._server.may_linger(self):
             self._linger()
         else:
@@ -135,7 +141,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue.clear()
         if self._task is not None:
             self._task.cancel()
-        del self._transport  # which refers to this connection
+        del self._transport  # the transport refers to this connection: the garbage collector would have to free both
 
     def data_received(self, data: bytes) -> None:
         self._reader.receive(data)
@@ -157,9 +163,9 @@ class ClientConnection(asyncio.Protocol):
                     self._reader.pause()
             elif isinstance(event, Refusal):
                 self._refuse(event)
-            elif event.whole:
+            elif event.whole:  # a RequestEnd
                 self._queue.end_body()
-            else:
+            else:  # nothing can be read after it; its handler refuses the request
                 self._break_body()
 
     def fail_reading(self) -> None:
@@ -200,17 +206,17 @@ class ClientConnection(asyncio.Protocol):
                 if self._reader.paused:
                     self._reader.resume()
                 if isinstance(item, Refusal):
-                    write_response(self.writer, self._server.render_error(item.status, item.message))
+                    write_refusal(self.writer, self._server.render_error(item.status, item.message))
                     self._linger()
                     return
                 await self._answer(item)
-                if self.state in ENDED:
+                if self.state in END_STATES:
                     return
-                if self.writer.backpressured:  # a client that reads no answer gets no other
+                if self.writer.backpressured:  # a client gets its next answer only after it has read the last one
                     await self.writer.wait_writable()
-                if self._reader.paused:  # a handler may have answered without the body that filled the buffer
+                if self._reader.paused:  # the handler may have answered without reading the body that filled the buffer
                     self._reader.resume()
-                if queue.waiting:  # a client that sends requests ahead does not keep the others waiting
+                if queue.waiting:  # other clients have their turn between two requests that this one sent ahead
                     await asyncio.sleep(0)
             if self.state is ConnectionState.DRAINING:
                 self._close()
@@ -225,12 +231,12 @@ class ClientConnection(asyncio.Protocol):
             self._server.admission.mark_idle(self)
 
     async def _answer(self, request: Request) -> None:
-        """Raises ConnectionError when there is no whole answer."""
+        """Answers, and ends the connection if it cannot stay. Raises ConnectionError if there is no whole answer."""
         answer = await call_handler(self._server.handler, request, self._server.render_error)
         keeps_alive = self.keeps_alive(request)
         if isinstance(answer, Response):
             write_answer(self.writer, answer, request, keep_alive=keeps_alive)
-        if not request.body.whole:
+        if not request.body.whole:  # the client may still be sending it
             self._linger()
         elif not keeps_alive:
             self._close()
@@ -250,8 +256,8 @@ class ClientConnection(asyncio.Protocol):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _linger(self) -> None:
-        """Ends our side. What the client is still sending is read and dropped for a while: to close the connection
-        would reset it, and the reset may overtake the answer."""
+        """Ends our side. Bytes that the client still sends are read and dropped for a while. To close the connection at
+        once would reset it, and the client might see the reset before the answer."""
         if self.state is ConnectionState.CLOSED:
             return
         self._end(ConnectionState.LINGERING)
@@ -260,21 +266,21 @@ class ClientConnection(asyncio.Protocol):
         self._reader.resume()
         try:
             self._transport.write_eof()
-        except OSError:  # it has gone in this very moment
+        except OSError:  # the client has left in this very moment
             self.abort()
             return
         self.writer.finish()
         self._end_timer = self.loop.call_later(self.bounds.linger_s, self._check_lingering)
 
     def _close(self) -> None:
-        """What was written still goes out. That may take a while, but not for ever."""
+        """Ends both sides. The written bytes still go out; the writer cuts the connection if that is too slow."""
         if self.state is not ConnectionState.CLOSED:
             self._end(ConnectionState.CLOSING)
             self._transport.close()
             self.writer.finish()
 
     def _end(self, state: ConnectionState) -> None:
-        """Nothing more is read or written."""
+        """Enters an end state: nothing more is parsed or answered."""
         self.state = state
         self._reader.stop()
         self._queue.clear()
@@ -282,39 +288,39 @@ class ClientConnection(asyncio.Protocol):
             self._end_timer.cancel()
 
     def _check_lingering(self) -> None:
-        if self.writer.unsent_bytes:  # and it moves, or the writer would have aborted
+        if self.writer.unsent_bytes:  # the client takes them: otherwise the writer would have aborted
             self._end_timer = self.loop.call_later(self.bounds.linger_s, self._check_lingering)
         else:
             self.abort()
 
     def _check_idle(self) -> None:
-        """Runs now and then, so that no request has to start or stop a timer."""
-        left_s = self.bounds.keepalive_s - (0.0 if self._busy else self.loop.time() - self._idle_since)
-        if left_s > 0.001:
-            self._end_timer = self.loop.call_later(left_s, self._check_idle)
+        """Ends a connection that was idle for too long. Runs at intervals: so no request has to set or stop a timer."""
+        remaining_s = self.bounds.keepalive_s - (0.0 if self._is_busy else self.loop.time() - self._idle_since)
+        if remaining_s > 0.001:  # a timer may run a moment too early
+            self._end_timer = self.loop.call_later(remaining_s, self._check_idle)
         else:
-            self.abort()  # a client that has not even taken its last answer by now never will
+            self.abort()  # a client that has not taken its last answer in this time never will
 
     @property
-    def _busy(self) -> bool:
+    def _is_busy(self) -> bool:
         return self._task is not None or self._reader.in_head
 
     def evict(self) -> None:
-        """The connection is idle, and another one needs its place."""
-        if self.state in ENDED or self.writer.unsent_bytes:
-            self.abort()  # otherwise it would stay until its client has taken the rest
+        """Ends this idle connection at once, because another one needs its place."""
+        if self.state in END_STATES or self.writer.unsent_bytes:
+            self.abort()  # otherwise the connection would stay until its client has taken the unsent bytes
         else:
             self._close()
 
     def close_when_idle(self) -> None:
-        """No more requests: an idle connection ends now, another one after its answers."""
+        """Takes no more requests: an idle connection ends now, a busy one after its answers."""
         if self.state is ConnectionState.READING:
             self.state = ConnectionState.DRAINING
-            if not self._busy:
+            if not self._is_busy:
                 self._close()
 
     async def wait_closed(self) -> None:
-        """Waits until it is gone."""
+        """Waits until the connection is gone."""
         if self.state is not ConnectionState.CLOSED:
             self._closed = self._closed or self.loop.create_future()
             await asyncio.shield(self._closed)
@@ -324,7 +330,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def cancel(self) -> asyncio.Task[None] | None:
-        """Ends it at once. Returns the task that is ending, if there is one."""
+        """Ends the connection at once. Returns its task, which is ending, if it has one."""
         task = self._task
         if task is not None:
             task.cancel()
@@ -333,9 +339,9 @@ class ClientConnection(asyncio.Protocol):
 
 
 def _describe_peer(transport: asyncio.BaseTransport) -> tuple[str | None, str]:
-    """The client's address, and a text for a debugger."""
+    """The client's address (``None``: not known), then a text for ``__repr__``."""
     peer = transport.get_extra_info("peername")
     if isinstance(peer, tuple):
         return peer[0], f"{peer[0]}:{peer[1]}"
-    # A client of the Unix socket has no address: asyncio's name for it is "". Where it knows no name it says None.
+    # The peer name of a client of the Unix socket is "". asyncio gives None when it could not ask the system.
     return (None, "unknown") if peer is None else (UNIX_CLIENT, UNIX_CLIENT)

@@ -1,10 +1,12 @@
-"""Compressed bodies (gzip, deflate), unpacked piece by piece as they come. Pure.
+"""Unpacks compressed bodies (gzip, deflate) piece by piece as they come. Pure.
 
-A compressed body may become a thousand times as large (a "zip bomb"). So it has two bounds. It may become as large as
-the compressed bodies that Ollama takes (``Bounds.max_unpacked_bytes``), a tenth of what a plain body may have: a client
-that compresses sends text. And past the first ``FREE_BYTES`` it may become ``RATIO`` times as large as what came. Text
-that repeats itself shrinks to a twentieth, and images as base64 to three quarters; only data that is made for it
-shrinks to less than a hundredth.
+A compressed body may become a thousand times as large when it is unpacked (a "zip bomb"). So there are two limits:
+
+- The unpacked body may be as large as the compressed bodies that Ollama takes (``Bounds.max_unpacked_bytes``). That is
+  about a tenth of the limit of a plain body: clients compress text, not images.
+- Beyond ``UNCHECKED_BYTES`` the unpacked bytes may be at most ``MAX_RATIO`` times the packed bytes. Repetitive text
+  shrinks to a twentieth and images in base64 to three quarters. Only data made for an attack shrinks to less than a
+  hundredth.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from collections.abc import Generator
 
 from gpumesh.gateway.http.errors import BadRequest, body_too_large
 
-PIECE_BYTES = 256 << 10  # unpacked at a time, in under a millisecond: other clients' tokens wait meanwhile
-RATIO = 100
-FREE_BYTES = 4 << 20
+STEP_BYTES = 256 << 10  # unpacked in one step, in under a millisecond: other clients' tokens wait meanwhile
+MAX_RATIO = 100
+UNCHECKED_BYTES = 4 << 20  # unpacked bytes to which MAX_RATIO does not apply
 
 
 class Decompressor:
@@ -27,14 +29,14 @@ class Decompressor:
             raise BadRequest("the body's Content-Encoding is none of gzip, deflate", status=415)
         self._deflate = encoding == "deflate"
         self._limit = limit
-        self._first_bytes = b""  # until there are two
+        self._first_bytes = b""  # kept until there are two: they tell the format
         self._unpacker: zlib._Decompress | None = None
         self._packed_size = 0
         self._unpacked_size = 0
 
     def feed(self, data: bytes) -> Generator[None, None, list[bytes]]:
-        """What these bytes unpack to. A generator, for ``SliceQueue.run``: each step is one piece of the work. Raises
-        BadRequest."""
+        """Returns the unpacked pieces of ``data``. This is a generator for ``SliceQueue.run``, which does one step at a
+        time. Raises BadRequest."""
         if self._unpacker is None:
             data = self._first_bytes + data
             if len(data) < 2:
@@ -42,40 +44,43 @@ class Decompressor:
                 return []
             self._unpacker = self._create_unpacker(data)
         unpacker, unpacked = self._unpacker, list[bytes]()
-        for start in range(0, len(data), PIECE_BYTES):  # zlib copies the rest of its input each time: so little of it
-            rest = data[start : start + PIECE_BYTES]
-            self._packed_size += len(rest)
-            more = True
-            while more:
+        # zlib copies its unconsumed input in each step, so it gets only a part of the data at a time.
+        for start in range(0, len(data), STEP_BYTES):
+            packed = data[start : start + STEP_BYTES]
+            self._packed_size += len(packed)
+            has_more = True
+            while has_more:
                 try:
-                    piece = unpacker.decompress(rest, PIECE_BYTES)
+                    piece = unpacker.decompress(packed, STEP_BYTES)
                 except zlib.error:
-                    raise _malformed() from None
-                self._count(piece)
+                    raise _malformed_body() from None
+                self._count_unpacked(piece)
                 unpacked.append(piece)
-                rest = unpacker.unconsumed_tail
-                more = not unpacker.eof and (len(rest) > 0 or len(piece) == PIECE_BYTES)
-                if more or len(data) > PIECE_BYTES:
+                packed = unpacker.unconsumed_tail
+                has_more = not unpacker.eof and (len(packed) > 0 or len(piece) == STEP_BYTES)
+                if has_more or len(data) > STEP_BYTES:
                     yield
             if unpacker.unused_data:
-                raise _malformed()
+                raise _malformed_body()
         return unpacked
 
-    def _count(self, piece: bytes) -> None:
+    def _count_unpacked(self, piece: bytes) -> None:
         self._unpacked_size += len(piece)
-        if self._unpacked_size > min(self._limit, max(FREE_BYTES, RATIO * self._packed_size)):
+        if self._unpacked_size > min(self._limit, max(UNCHECKED_BYTES, MAX_RATIO * self._packed_size)):
             raise body_too_large()
 
     def end(self) -> None:
-        """All has been fed. Raises BadRequest when it was not whole."""
+        """The whole body has been fed. Raises BadRequest if the compressed data is incomplete."""
         if self._unpacker is None or not self._unpacker.eof:
-            raise _malformed()
+            raise _malformed_body()
 
     def _create_unpacker(self, data: bytes) -> zlib._Decompress:
-        # "deflate" means data in zlib's format (RFC 9110 section 8.4.1.2). Some clients send it without zlib's header.
-        raw = self._deflate and (data[0] & 15 != 8 or int.from_bytes(data[:2], "big") % 31)
-        return zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+        # "deflate" means data in zlib's format (RFC 9110 section 8.4.1.2). Some clients send it without zlib's header,
+        # whose first byte ends in 8 (the method), and whose two bytes are a multiple of 31 (RFC 1950 section 2.2).
+        has_no_header = self._deflate and (data[0] & 15 != 8 or int.from_bytes(data[:2], "big") % 31)
+        # Negative bits: raw deflate. 32: zlib finds out itself whether the header is zlib's or gzip's.
+        return zlib.decompressobj(-zlib.MAX_WBITS if has_no_header else zlib.MAX_WBITS | 32)
 
 
-def _malformed() -> BadRequest:
+def _malformed_body() -> BadRequest:
     return BadRequest("the request body is not what its head says")

@@ -1,4 +1,4 @@
-"""What is wrong with a request, or with how its client takes the answer."""
+"""The errors of a client: its request is wrong, or it does not take its answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BadRequest(GPUMeshError):
 
 
 class ClientStalled(GPUMeshError):
-    """A client takes nothing of its answer, and other requests wait."""
+    """The client takes nothing of its answer while other requests wait for the node that this one uses."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the client took nothing of this answer for {seconds:g} s, and others wait for its node")

@@ -1,9 +1,9 @@
-"""HTTP/1.1 requests parsed from bytes, without a socket: bytes in, events out, and one explicit state.
+"""Parses HTTP/1.1 requests without a socket: bytes in, events out, and one explicit state.
 
-The engine is llhttp (by httptools), the parser of Node.js and uvicorn. What is added here: the bounds on what it
-keeps of a head, the refusal of requests that another server could read differently (request smuggling), and what
-follows an offer of another protocol. However the input is cut into pieces, the events are the same, but for where the
-body's bytes are cut and for the byte at which a head that is too large is refused.
+The engine is llhttp (by httptools), the parser of Node.js and uvicorn. This module adds three things: limits on the
+size of a head, the refusal of requests that another server could read differently (request smuggling), and the reading
+of a body after an offer of another protocol. The same input gives the same events, however it is cut into pieces. There
+are two exceptions: where the bytes of a body are cut, and at which byte too large a head is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import httptools
 from gpumesh.gateway.http.body_framing import BodyDecoder, MalformedBody, create_body_decoder
 from gpumesh.gateway.http.responses import Headers
 
-MAX_FIELDS = 128  # of a head
+MAX_FIELDS = 128  # header fields of a head
 
 
 class ParserState(Enum):
@@ -29,7 +29,8 @@ class ParserState(Enum):
 
 
 class RequestHead:
-    """The head of a request. ``target`` is as it came, ``keep_alive`` what the client wants of its connection."""
+    """The head of a request. ``target``: the path and query as they came. ``keep_alive``: the client wants the
+    connection to stay after the answer."""
 
     __slots__ = ("headers", "is_http10", "keep_alive", "method", "target")
 
@@ -46,14 +47,15 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """The body has ended. ``whole``: as its head announced; otherwise its framing is broken, and no event follows."""
+    """The body has ended. ``whole``: it is as its head announced. Otherwise its framing is broken, and this is the last
+    event."""
 
     whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What came is no request. ``status`` and ``message`` are for the answer; no event follows."""
+    """The input is no acceptable request. ``status`` and ``message`` are for the answer. This is the last event."""
 
     status: int
     message: str
@@ -69,16 +71,17 @@ _AMBIGUOUS = Refusal(400, "what this request means is not clear")
 _HEAD_TOO_LARGE = Refusal(431, "the request's head is too large")
 
 
-class _RefusedError(Exception):
-    """Ends the engine's work from one of its callbacks."""
+class _RefusalError(Exception):
+    """Raised in a callback of the engine, to stop it."""
 
     def __init__(self, refusal: Refusal) -> None:
         self.refusal = refusal
 
 
 class RequestParser:
-    """Parses what one client sends. ``piece_count``: how many pieces the last input had of bodies, before they were
-    joined. ``close`` it at the end, or its engine and it wait for the garbage collector.
+    """Parses the bytes of one client. ``piece_count``: into how many pieces the last input cut the bodies, before they
+    were joined. Call ``close`` at the end: the parser and its engine refer to each other, so otherwise only the garbage
+    collector would free them.
     """
 
     def __init__(self, max_head_bytes: int) -> None:
@@ -87,12 +90,13 @@ class RequestParser:
         self._max_head_bytes = max_head_bytes
         self._engine = httptools.HttpRequestParser(self)
         self._events: list[Event] = []
-        self._pieces: list[bytes] = []  # of a body, until they are joined
+        self._pieces: list[bytes] = []  # pieces of a body, until they are joined
         self._target = b""
-        self._fields: list[tuple[str, str]] = []  # of the head, then of the trailers
-        self._head_size = 0  # of what is complete of the target, the fields and the trailers
-        self._framing_size = 0  # bytes since the last piece of a body or the end of a request: the engine may keep them
-        self._decoder: BodyDecoder | None = None  # of the body behind an offer of another protocol
+        self._fields: list[tuple[str, str]] = []  # header fields, then trailer fields
+        self._head_size = 0  # bytes of the target and of the complete fields, with the trailers
+        # Bytes since the last piece of a body or the last end of a request. The engine may hold all of them.
+        self._framing_size = 0
+        self._decoder: BodyDecoder | None = None  # for a body after an offer of another protocol
 
     def __repr__(self) -> str:
         return f"<RequestParser {self.state.name}>"
@@ -103,7 +107,7 @@ class RequestParser:
         del self._engine
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events that this input brings."""
+        """Returns the events that follow from this input."""
         self.piece_count = 0
         while data and self.state is not ParserState.REFUSED:
             data = self._feed_engine(data) if self._decoder is None else self._feed_decoder(self._decoder, data)
@@ -115,38 +119,38 @@ class RequestParser:
         return events
 
     def _feed_engine(self, data: bytes) -> bytes:
-        """Returns the bytes that the engine left."""
+        """Returns the bytes that the engine did not take."""
         self._framing_size += len(data)
         try:
             self._engine.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            # Nobody must take up such an offer: JDK's HTTP client offers HTTP/2 in the first request of a connection.
-            # The request is one like any other. But the engine takes its head for the whole of it, and goes on with
-            # the next request: so its body, if it has one, is not the engine's to parse.
+            # A server may ignore such an offer, and we do. JDK's HTTP client offers HTTP/2 in the first request of each
+            # connection. But the engine takes the head for the whole request, and goes on with the next one. So if the
+            # request has a body, ``_decoder`` reads it and not the engine.
             offset: int = offer.args[0]
             if self._decoder is not None:
                 self._framing_size = 0
             return data[offset:]
         except httptools.HttpParserError as error:
-            self._refuse(_refusal_of(error))
+            self._refuse(_find_refusal(error))
         return b""
 
     def _feed_decoder(self, decoder: BodyDecoder, data: bytes) -> bytes:
-        """Returns the bytes behind the body."""
-        before = len(self._pieces)
+        """Returns the bytes after the body."""
+        pieces_before = len(self._pieces)
         try:
             rest = decoder.feed(data, self._pieces)
         except MalformedBody:
             self._refuse(_NOT_HTTP)
             return b""
-        self._framing_size = 0 if len(self._pieces) > before else self._framing_size + len(data)
+        self._framing_size = 0 if len(self._pieces) > pieces_before else self._framing_size + len(data)
         if decoder.complete:
             self._decoder = None
             self._end_request()
         return rest
 
     def _join_pieces(self) -> None:
-        """Thousands of small pieces would each cost memory of their own."""
+        """Makes one event of the pieces: thousands of small ones would each cost memory of their own."""
         pieces = self._pieces
         self.piece_count += len(pieces)
         self._events.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
@@ -163,7 +167,7 @@ class RequestParser:
         if self._pieces:
             self._join_pieces()
         if self.state is not ParserState.REFUSED:
-            # In a body the request has been accepted already: its handler sees that the body is broken.
+            # While a body is being read, its request has been accepted already. The handler sees that it is broken.
             self._events.append(_BROKEN if self.state is ParserState.READING_BODY else refusal)
             self.state = ParserState.REFUSED
 
@@ -178,31 +182,32 @@ class RequestParser:
         self._target += url
         self._head_size += len(url)
         if self._head_size > self._max_head_bytes:
-            raise _RefusedError(_HEAD_TOO_LARGE)
+            raise _RefusalError(_HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         fields = self._fields
-        # The engine leaves the blanks behind a value, which do not belong to it.
+        # The blanks after a value do not belong to it, but the engine does not remove them.
         fields.append((name.decode("latin-1"), value.rstrip().decode("utf-8", "surrogateescape")))
-        self._head_size = size = self._head_size + len(name) + len(value) + 4
+        self._head_size = size = self._head_size + len(name) + len(value) + 4  # ": " and the line end
         if size > self._max_head_bytes or len(fields) > MAX_FIELDS:
-            raise _RefusedError(_HEAD_TOO_LARGE)
+            raise _RefusalError(_HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         engine = self._engine
         headers, target = Headers(tuple(self._fields)), self._target.decode("latin-1")
-        self._fields, self._target = [], b""  # what comes now are trailers, which nobody here needs
+        self._fields, self._target = [], b""  # the next fields are trailers, which are dropped
         version = engine.get_http_version()
         is_http10 = version == "1.0"
         if not is_http10 and version != "1.1":
-            raise _RefusedError(_WRONG_VERSION)
-        has_coding = "transfer-encoding" in headers
-        if (has_coding or len(headers) < len(headers.pairs)) and _is_ambiguous(headers):
-            raise _RefusedError(_AMBIGUOUS)
+            raise _RefusalError(_WRONG_VERSION)
+        is_chunked = "transfer-encoding" in headers
+        has_repeated_names = len(headers) < len(headers.pairs)
+        if (is_chunked or has_repeated_names) and _is_ambiguous(headers):  # most heads are neither: no call
+            raise _RefusalError(_AMBIGUOUS)
         if engine.should_upgrade():
             self._decoder = create_body_decoder(headers)
-        # HTTP/1.0 knows no chunks: where such a body ends is a guess, after which nothing is safe to read.
-        keep_alive = engine.should_keep_alive() and not (is_http10 and has_coding)
+        # HTTP/1.0 has no chunks. The end of such a body is a guess, so nothing after it is safe to read.
+        keep_alive = engine.should_keep_alive() and not (is_http10 and is_chunked)
         method = engine.get_method().decode("latin-1")
         self._events.append(RequestHead(method, target, headers, is_http10, keep_alive))
         self.state = ParserState.READING_BODY
@@ -216,10 +221,11 @@ class RequestParser:
             self._end_request()
 
 
-def _refusal_of(error: httptools.HttpParserError) -> Refusal:
-    """Raises what a callback raised that is no refusal."""
+def _find_refusal(error: httptools.HttpParserError) -> Refusal:
+    """The refusal that this error of the engine stands for. If a callback raised another error, that one is raised
+    again: it is a bug of ours."""
     cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
-    if isinstance(cause, _RefusedError):
+    if isinstance(cause, _RefusalError):
         return cause.refusal
     if cause is not None and not isinstance(cause, httptools.HttpParserError):
         raise cause
@@ -227,7 +233,8 @@ def _refusal_of(error: httptools.HttpParserError) -> Refusal:
 
 
 def _is_ambiguous(headers: Headers) -> bool:
-    """Whether another server that reads this head could take it for something else (RFC 9112 sections 3.2 and 6.3)."""
+    """Whether another server could read this head differently (RFC 9112 sections 3.2 and 6.3): it has several hosts, or
+    a body in another coding than chunks."""
     codings = [value.lower() for name, value in headers.pairs if name.lower() == "transfer-encoding"]
-    hosts = sum(name.lower() == "host" for name, _ in headers.pairs)
-    return codings not in ([], ["chunked"]) or hosts > 1
+    host_count = sum(name.lower() == "host" for name, _ in headers.pairs)
+    return host_count > 1 or codings not in ([], ["chunked"])

@@ -1,4 +1,4 @@
-"""A client's request, as a handler has it."""
+"""A client's request, as the handler sees it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gpumesh.slice_queue import SliceQueue
 T = TypeVar("T")
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-MAX_ID = 128  # characters of a client's X-Request-Id
+MAX_ID_LENGTH = 128  # characters that are kept of a client's X-Request-Id
 
 
 class RequestConnection(Protocol):
-    """The connection, as far as a request knows it."""
+    """The part of the connection that a request uses."""
 
     loop: asyncio.AbstractEventLoop
     bounds: Bounds
@@ -40,17 +40,21 @@ class RequestConnection(Protocol):
         """Whether the connection stays after the answer to this request."""
 
     def resume_reading(self) -> None:
-        """The handler has taken what waited: more may be read."""
+        """The handler has taken the buffered part of the body: more may be read."""
 
     def register_key(self, key: str | None) -> str | None:
-        """A request with this key is accepted; or the reason why it must be refused."""
+        """Accepts a request with this key. Returns the reason why the request must be refused, or ``None``."""
 
 
 class Request:
-    """``target`` is path and query as they came, ``path`` is decoded. ``received_at``: when the head was complete, in
-    seconds of the server's clock. ``cors``: header fields that every answer to the request gets. ``stream``: its
-    answer, where that is written in pieces. ``body`` is the connection's to feed; handlers read it with the methods
-    here."""
+    """A request, whose body may still be on its way.
+
+    - ``target``: path and query as they came. ``path`` is decoded.
+    - ``received_at``: when the head was complete, in seconds of the server's clock.
+    - ``cors``: header fields that every answer to the request gets.
+    - ``stream``: the answer, if it is written in pieces.
+    - ``body``: only for the connection, which feeds it. Handlers read the body with the methods here.
+    """
 
     __slots__ = (
         "_connection",
@@ -72,7 +76,7 @@ class Request:
         self.method = head.method
         target = head.target
         if "#" in target or not target.startswith("/"):
-            target = _strip_origin(target)
+            target = _normalize_target(target)
         self.target = target
         path = target.partition("?")[0] if "?" in target else target
         self.path = unquote(path) if "%" in path else path
@@ -81,7 +85,7 @@ class Request:
         self.keep_alive = head.keep_alive
         self.received_at = received_at
         request_id = head.headers.get("x-request-id")
-        self.id = None if request_id is None else _safe_id(request_id)
+        self.id = None if request_id is None else _make_safe_id(request_id)
         self.cors: dict[str, str] | None = None
         self.body = RequestBody(connection.memory)
         self.stream: StreamingResponse | None = None
@@ -95,6 +99,7 @@ class Request:
 
     @property
     def body_received(self) -> bool:
+        """The whole body has come, though the handler may not have read it."""
         return self.body.whole
 
     @property
@@ -104,36 +109,36 @@ class Request:
 
     @property
     def unfinished_stream(self) -> StreamingResponse | None:
-        """The streamed answer of which a part may have been sent and whose end has not."""
+        """The streamed answer, if a part of it may have been sent and its end has not."""
         stream = self.stream
         return stream if stream is not None and stream.started and not stream.finished else None
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of the body of a streamed answer, with their framing."""
+        """The bytes of a streamed answer's body, with their framing, that have been written."""
         return 0 if self.stream is None else self.stream.sent_bytes
 
     def register_key(self, key: str | None) -> None:
-        """The client may be served: its key counts its connections from now on. Raises QueueFull when the connections
-        with this key are too many."""
+        """The key is valid. From now on the connection counts for this key. Raises QueueFull when too many connections
+        have the same key."""
         refusal = self._connection.register_key(key)
         if refusal is not None:
             raise QueueFull(refusal, retry_after_s=1.0)
 
     def end(self) -> None:
-        """Its handler has ended: nothing is held or called for it any longer."""
+        """The handler has ended. Releases the body, and calls no more callback of the handler."""
         self.body.release()
         self._connection.writer.on_writable = None
 
     # -- the body ----------------------------------------------------------------------------------------------------
 
     async def read_body(self) -> bytes:
-        """The whole body, unpacked. Raises BadRequest: too large, too slow, not as its head says; and QueueFull where
-        there is no room for it."""
+        """Returns the whole body, unpacked. Raises BadRequest if the body is too large, too slow, or not as its head
+        says. Raises QueueFull if there is no room for it."""
         memory, bounds, body = self._connection.memory, self._connection.bounds, self.body
         limit = min(bounds.max_body_bytes, memory.max_body_bytes)
         encoding = self.headers.get("content-encoding", "")
-        if body.whole and not encoding and not body.reservation.refused:  # by far the most common
+        if body.whole and not encoding and not body.reservation.refused:  # by far the most common case
             data = body.take()
             if len(data) > limit:
                 raise body_too_large()
@@ -150,15 +155,15 @@ class Request:
         return await self._join_body(limit, decompressor)
 
     async def _join_body(self, limit: int, decompressor: Decompressor | None) -> bytes:
-        joined, reservation = BytesIO(), self.body.reservation  # BytesIO gives its bytes away without a copy
+        joined, reservation = BytesIO(), self.body.reservation  # BytesIO.getvalue() makes no copy
         async for piece in self._reserved_pieces():
             if decompressor is None:
                 joined.write(piece)
             else:
-                for plain in await self.run_sliced(decompressor.feed(piece)):
-                    if not reservation.reserve(len(plain)):
+                for unpacked_piece in await self.run_sliced(decompressor.feed(piece)):
+                    if not reservation.reserve(len(unpacked_piece)):
                         raise self._connection.memory.build_full_error()
-                    joined.write(plain)
+                    joined.write(unpacked_piece)
                 reservation.release_bytes(len(piece))
             if joined.tell() > limit:
                 raise body_too_large()
@@ -167,19 +172,20 @@ class Request:
         return joined.getvalue()
 
     async def read_body_pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes, of any length; each piece is the caller's only until it asks for the next. Raises
-        BadRequest: too slow, not as its head says; and QueueFull where there is no room for a piece."""
+        """Yields the body as it comes, packed if the client packed it, of any length. The memory of a piece is released
+        when the caller asks for the next. Raises BadRequest for a body that is too slow or not as its head says. Raises
+        QueueFull if there is no room for a piece."""
         async for piece in self._reserved_pieces():
             yield piece
             self.body.reservation.release_bytes(len(piece))
 
     async def _reserved_pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Each piece stays reserved."""
+        """Yields the body as it comes. The memory of each piece stays reserved."""
         body, bounds, loop = self.body, self._connection.bounds, self._connection.loop
         self._send_continue()
         if not body.whole:
             body.reservation.start_reading(body.wake)
-        waited_s, size = 0.0, 0  # how long the client let us wait: the time that a handler takes is not the client's
+        waited_s, received_bytes = 0.0, 0  # only the waits for the client count, not the time that the handler takes
         while True:
             if body.reservation.refused:
                 raise self._connection.memory.build_full_error()
@@ -188,23 +194,25 @@ class Request:
             if body.buffered:
                 piece = body.take()
                 self._connection.resume_reading()
-                size += len(piece)
+                received_bytes += len(piece)
                 yield piece
             elif body.broken:
                 raise BadRequest("the request body is not what its head says")
             elif body.complete:
                 return
             else:
-                began = loop.time()
+                started_at = loop.time()
+                allowed_s = bounds.body_timeout_s + received_bytes / bounds.min_bytes_per_s
                 try:
-                    async with asyncio.timeout(bounds.body_timeout_s + size / bounds.min_bytes_per_s - waited_s):
+                    async with asyncio.timeout(allowed_s - waited_s):
                         await body.wait_for_change(loop)
                 except TimeoutError:
                     raise BadRequest("the request body came too slowly", status=408) from None
-                waited_s += loop.time() - began
+                waited_s += loop.time() - started_at
 
     def _send_continue(self) -> None:
-        """curl and others ask before they send a large body, and wait a second if nobody answers."""
+        """Tells the client to send its body. curl and others ask before they send a large body, and lose a second if
+        they get no answer."""
         expectation = self.headers.get("expect")
         if expectation is None:
             return
@@ -214,42 +222,43 @@ class Request:
             self._connection.writer.write(CONTINUE)
 
     async def run_sliced(self, work: Generator[None, None, T]) -> T:
-        """The result of long work, which is done one step a turn of the event loop (``SliceQueue``)."""
+        """Does long work, one step in each turn of the event loop (``SliceQueue``), and returns its result."""
         return await self._connection.slices.run(work)
 
-    # -- memory for what is made of the body -------------------------------------------------------------------------
+    # -- memory for data that is built from the body -----------------------------------------------------------------
 
     @property
     def try_reserve_memory(self) -> Callable[[int], bool]:
-        """Says whether so many bytes more may be held for this request until it ends. The function keeps no reference
-        to the request."""
+        """A function that reserves more bytes for this request until it ends, and returns whether there is room. The
+        function holds no reference to the request."""
         return self.body.reservation.try_reserve
 
     def reserve_memory(self, size: int) -> None:
-        """Raises QueueFull where there is no room."""
+        """Reserves ``size`` bytes more until the request ends. Raises QueueFull if there is no room."""
         if not self.try_reserve_memory(size):
             raise self._connection.memory.build_full_error()
 
     def release_memory(self, size: int) -> None:
-        """So many of the reserved bytes are held no longer."""
+        """Frees ``size`` of the reserved bytes."""
         self.body.reservation.release_bytes(size)
 
     # -- the answer --------------------------------------------------------------------------------------------------
 
     def answer_headers(self, headers: HeaderPairs) -> HeaderPairs:
-        """These, and what every answer to this request says."""
+        """Returns ``headers`` with the fields that every answer to this request gets; these replace fields of the same
+        name."""
         if self.cors is None and self.id is None:
             return headers
-        more = dict(self.cors or {})
+        added = dict(self.cors or {})
         if self.id is not None:
-            more["X-Request-Id"] = self.id
-        replaced = {name.lower() for name in more}
-        return (*(pair for pair in headers if pair[0].lower() not in replaced), *more.items())
+            added["X-Request-Id"] = self.id
+        added_names = {name.lower() for name in added}
+        return (*(pair for pair in headers if pair[0].lower() not in added_names), *added.items())
 
     def start_stream(self, headers: Iterable[tuple[str, str]], *, status: int = 200) -> StreamingResponse:
-        """An answer in pieces; its head goes out with the first of them."""
-        # The end of the connection is the end of an answer to HTTP/1.0. And what the head says of the connection stays
-        # true, whatever comes after it.
+        """Creates an answer that is written in pieces. The head goes out with the first piece."""
+        # A streamed answer to HTTP/1.0 ends with the connection. The decision is stored, because the head announces it
+        # to the client: it holds even if the connection's state changes before the answer ends.
         self.keep_alive = keep_alive = not self.is_http10 and self._connection.keeps_alive(self)
         pairs = self.answer_headers(tuple(headers))
         head = render_head(status, pairs, length=None, keep_alive=keep_alive, is_http10=self.is_http10)
@@ -260,19 +269,19 @@ class Request:
 
 
 Handler = Callable[[Request], Awaitable[Response | StreamingResponse]]
-"""Answers a request. May raise ConnectionError, which cuts the connection."""
+"""The type of the function that answers a request. A ConnectionError that it raises cuts the connection."""
 
 
-def _strip_origin(target: str) -> str:
-    """Of a request's target what is asked of this server: a client asks a proxy with ``http://host/path``, and a
-    fragment is the client's own affair."""
+def _normalize_target(target: str) -> str:
+    """Removes the origin and the fragment of a request's target. A client that takes the server for a proxy asks for
+    ``http://host/path``. A fragment (``#…``) has a meaning only for the client."""
     if not target.startswith("/") and "://" in target:
         target = "/" + target.partition("://")[2].partition("/")[2]
     return target.partition("#")[0] if "#" in target else target
 
 
-def _safe_id(request_id: str) -> str | None:
-    """What a client calls its request: a short text that is safe in a header and in a log, or nothing."""
+def _make_safe_id(request_id: str) -> str | None:
+    """A client's X-Request-Id, shortened; ``None`` if it is not safe in a header and in a log."""
     if not request_id or not request_id.isascii() or not request_id.isprintable():
         return None
-    return request_id[:MAX_ID]
+    return request_id[:MAX_ID_LENGTH]

@@ -8,8 +8,12 @@ from gpumesh.gateway.http.body_memory import BodyMemory, MemoryReservation
 
 
 class RequestBody:
-    """The bytes that wait for the handler. ``broken``: it will never be whole. Bytes that find no room in the memory
-    are dropped, and ``reservation.refused`` says so."""
+    """The bytes of a body that wait for the handler. Bytes that find no room in the memory are dropped; then
+    ``reservation.refused`` is set.
+
+    ``buffered``: the number of waiting bytes. ``complete``: nothing more will come. ``broken``: the body is not as its
+    head says, and never will be.
+    """
 
     __slots__ = ("_pieces", "_waiter", "broken", "buffered", "complete", "reservation")
 
@@ -30,12 +34,12 @@ class RequestBody:
         return self.complete and not self.broken
 
     def feed(self, data: bytes) -> int:
-        """Adds a piece. Returns how many bytes wait now."""
+        """Adds a piece. Returns how many bytes wait for the handler now."""
         if self.reservation.reserve(len(data)):
             self._pieces.append(data)
             self.buffered += len(data)
         else:
-            self._drop()
+            self._drop_pieces()
         if self._waiter is not None:
             self.wake()
         return self.buffered
@@ -48,19 +52,19 @@ class RequestBody:
             self.wake()
 
     def take(self) -> bytes:
-        """All bytes that wait. They stay reserved."""
+        """Removes and returns all waiting bytes. Their memory stays reserved."""
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._drop()
+        self._drop_pieces()
         return data
 
     def release(self) -> None:
-        """The request has ended, or will never be served: nothing of its body is held any longer."""
+        """Frees the body's memory: the request has ended, or will never be served."""
         self.reservation.release()
         if self._pieces:
-            self._drop()
+            self._drop_pieces()
 
     async def wait_for_change(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Returns when there is more of the body, when it has ended, and when it lost its room in the memory."""
+        """Returns when more of the body has come, when the body has ended, or when it has lost its memory."""
         self._waiter = loop.create_future()
         try:
             await self._waiter
@@ -71,6 +75,6 @@ class RequestBody:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _drop(self) -> None:
+    def _drop_pieces(self) -> None:
         self._pieces.clear()
         self.buffered = 0

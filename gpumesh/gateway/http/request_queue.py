@@ -1,4 +1,4 @@
-"""The requests of one connection that have been read and wait for their answers, in their order."""
+"""The queue of the requests that have been read from one connection and wait for their answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import deque
 from gpumesh.gateway.http.parser import Refusal
 from gpumesh.gateway.http.request import Request
 
-MAX_QUEUED = 16  # requests that wait behind the one that is answered, until the client is no longer read
-MAX_BUFFERED_BODY_BYTES = 256 << 10  # bytes of bodies that wait for their handlers, until the client is no longer read
+# With more than this, the connection is not read until its handlers have caught up.
+MAX_QUEUED = 16  # requests that wait behind the one that is being answered
+MAX_BUFFERED_BODY_BYTES = 256 << 10  # bytes of bodies that wait for their handlers
 
 
 class RequestQueue:
-    """The last item may be a refusal of what followed the requests. ``incoming`` is the request whose body is being
-    read; it may be under way already. ``waiting`` is changed by the methods here alone."""
+    """The last item may be a refusal of the bytes that followed the requests. ``incoming`` is the request whose body is
+    being read; its handler may be running already. Only the methods here change ``waiting``."""
 
     def __init__(self) -> None:
         self.incoming: Request | None = None
@@ -31,7 +32,7 @@ class RequestQueue:
 
     @property
     def incoming_fits(self) -> bool:
-        """The handler has taken most of the body that is being read."""
+        """The incoming body has so few waiting bytes that the connection may be read on."""
         return self.incoming is None or self.incoming.body.buffered <= MAX_BUFFERED_BODY_BYTES
 
     def add(self, item: Request | Refusal) -> None:
@@ -43,22 +44,22 @@ class RequestQueue:
         return self.waiting.popleft()
 
     def feed_body(self, data: bytes) -> bool:
-        """Adds to the body that is being read. Says whether the bodies that wait are small enough to read on."""
+        """Adds to the incoming body. Returns whether the waiting bytes of all bodies are few enough to read on."""
         if self.incoming is None:
             return True
         buffered = self.incoming.body.feed(data)
-        if len(self.waiting) > 1:  # several bodies may wait
+        if len(self.waiting) > 1:  # bodies of earlier requests may wait too
             buffered = sum(item.body.buffered for item in self.waiting if isinstance(item, Request))
         return buffered <= MAX_BUFFERED_BODY_BYTES
 
     def end_body(self, *, broken: bool = False) -> None:
-        """The body that was being read is complete, or never will be: then whoever reads it reports that."""
+        """The incoming body is complete; or it is ``broken``, which its handler will report."""
         if self.incoming is not None:
             self.incoming.body.end(broken=broken)
             self.incoming = None
 
     def clear(self) -> None:
-        """Those that wait will never be answered."""
+        """Drops the waiting requests and frees their bodies: they will never be answered."""
         for item in self.waiting:
             if isinstance(item, Request):
                 item.body.release()

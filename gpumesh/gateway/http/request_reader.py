@@ -1,4 +1,6 @@
-"""What is read from one client: fed to the parser by slices, paused where too much waits, timed while a head comes."""
+"""Reads the bytes of one client. They are parsed slice by slice. Reading pauses while too much waits for the handlers,
+and a head must be complete in time.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,26 @@ from gpumesh.slice_queue import MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 
 log = logging.getLogger(__name__)
 
-HEAD_SLICE_BYTES = 2 << 10  # bytes outside of a body that are parsed at a time: they may be forty requests
-LEFT_CHECK_S = 0.05  # between two checks whether a client that is not read has left
-_LEFT = getattr(select, "POLLRDHUP", 0)  # POLLHUP and POLLERR, which every system has, are reported in any case
+HEAD_SLICE_BYTES = 2 << 10  # bytes outside of a body that are parsed at a time: even so few may be forty requests
+LEFT_CHECK_S = 0.05  # between two checks whether the client has left, while the connection is not read
+_POLL_EVENTS = getattr(select, "POLLRDHUP", 0)  # poll reports POLLHUP and POLLERR without being asked, on every system
 
 
 class ReaderOwner(Protocol):
-    """What takes the events."""
+    """The connection, which takes the events."""
 
     def take_events(self, events: Sequence[Event]) -> None:
-        """May pause or stop the reader."""
+        """Handles events of the parser. May pause or stop the reader."""
 
     def fail_reading(self) -> None:
-        """A bug kept the input from being understood."""
+        """The input could not be parsed because of a bug of ours."""
 
     def time_out_head(self) -> None:
         """A head was not complete in time."""
 
 
 class RequestReader:
-    """Feeds a parser with what a transport reads. ``paused``: the transport is not read."""
+    """Feeds a parser with the bytes that a transport reads. ``paused``: the transport does not read."""
 
     def __init__(
         self,
@@ -54,14 +56,16 @@ class RequestReader:
         self._loop = loop
         self._head_timeout_s = bounds.head_timeout_s
         self._unparsed = b""
-        self._queued = False  # for a turn to parse the next slice
+        self._awaits_turn = False  # ``_parse_next`` is in the queue of slices
         self._stopped = False
         self._closed = False
         self._head_timer: asyncio.TimerHandle | None = None
-        self._left_timer: asyncio.TimerHandle | None = None
+        self._left_check_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        state = "stopped" if self._stopped else "queued" if self._queued else "paused" if self.paused else "reading"
+        state = (
+            "stopped" if self._stopped else "queued" if self._awaits_turn else "paused" if self.paused else "reading"
+        )
         return f"<RequestReader {state} {self._parser.state.name}, {len(self._unparsed)} bytes unparsed>"
 
     @property
@@ -70,7 +74,7 @@ class RequestReader:
         return self._parser.state is ParserState.READING_HEAD
 
     def receive(self, data: bytes) -> None:
-        """What the transport has read."""
+        """Takes the bytes that the transport has read."""
         if self._stopped:
             return
         if len(data) > HEAD_SLICE_BYTES or self._unparsed:
@@ -85,7 +89,7 @@ class RequestReader:
         try:
             events = parser.feed(data)
             if events:
-                if self._head_timer is not None:  # each event is that head or comes after it
+                if self._head_timer is not None:  # any event means that the head is complete or refused
                     self._head_timer.cancel()
                     self._head_timer = None
                 self._owner.take_events(events)
@@ -93,11 +97,11 @@ class RequestReader:
             log.exception("a request could not be read", extra={"event": "request-failed"})
             self._owner.fail_reading()
         if parser.state is ParserState.READING_HEAD and self._head_timer is None and not self._stopped:
-            self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_head_time)
+            self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_slow_head)
 
     def _parse_slices(self) -> None:
-        """Until it is not to be parsed further. After a slice of many small pieces, which cost more than their bytes,
-        others have their turn."""
+        """Parses the unparsed bytes, until the reader is paused or stopped. A slice of many small pieces takes much
+        more time than other slices, so after it the other connections have their turn."""
         data, at = self._unparsed, 0
         while at < len(data) and not self.paused and not self._stopped:
             in_body = self._parser.state is ParserState.READING_BODY
@@ -105,15 +109,16 @@ class RequestReader:
             self._parse(data[at:end])
             at = end
             if self._parser.piece_count > MAX_SMALL_PIECES and not self._stopped:
-                self._queued = True
+                self._awaits_turn = True
                 self.pause()
                 self._slices.add(self._parse_next)
         self._unparsed = b"" if self._stopped else data[at:]
 
     def _parse_next(self) -> None:
-        """The turn has come. Where a handler has not taken enough of the body, it resumes the reader by itself."""
-        if self._queued:
-            self._queued = False
+        """Resumes reading when the connection's turn has come. If too much of the body waits for the handler, nothing
+        happens: the handler resumes the reader when it has taken enough."""
+        if self._awaits_turn:
+            self._awaits_turn = False
             if self._queue.incoming_fits:
                 self.resume()
 
@@ -121,12 +126,12 @@ class RequestReader:
         if not self.paused and not self._closed:
             self.paused = True
             self._transport.pause_reading()
-            if self._left_timer is None:
-                self._left_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
+            if self._left_check_timer is None:
+                self._left_check_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
 
     def resume(self) -> None:
-        """Unless a turn is waited for, or something waits that has been read already."""
-        if not self.paused or self._closed or self._queued or self._queue.waiting:
+        """Reads on, unless the reader waits for its turn, or requests that have been read wait for their answers."""
+        if not self.paused or self._closed or self._awaits_turn or self._queue.waiting:
             return
         self.paused = False
         self._parse_slices()
@@ -138,17 +143,17 @@ class RequestReader:
     def stop(self) -> None:
         """Nothing more is parsed."""
         self._stopped = True
-        self._queued = False
+        self._awaits_turn = False
         self._unparsed = b""
         if self._head_timer is not None:
             self._head_timer.cancel()
 
     def close(self) -> None:
-        """The connection is gone. Afterwards nothing of it has to wait for the garbage collector."""
+        """The connection is gone. Drops the references to it: the garbage collector would have to free such cycles."""
         self.stop()
         self._closed = True
-        if self._left_timer is not None:
-            self._left_timer.cancel()
+        if self._left_check_timer is not None:
+            self._left_check_timer.cancel()
         self._parser.close()
         del self._owner, self._transport
 
@@ -157,26 +162,26 @@ class RequestReader:
     def _restart_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_head_time)
+        self._head_timer = self._loop.call_later(self._head_timeout_s, self._end_slow_head)
 
-    def _end_head_time(self) -> None:
+    def _end_slow_head(self) -> None:
         self._head_timer = None
-        if not self.paused:  # otherwise it is not the client that is slow: its time begins when it is read again
+        if not self.paused:  # a paused reader waits for us, not for the client; ``resume`` starts the time again
             self._owner.time_out_head()
 
     def _check_left(self) -> None:
-        """A paused transport does not notice that its client leaves, so the socket is asked."""
-        self._left_timer = None
+        """Aborts if the client has left. A paused transport does not notice that, so the socket is polled."""
+        self._left_check_timer = None
         if not self.paused:
             return
         if _has_left(self._transport):
             self._transport.abort()
         else:
-            self._left_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
+            self._left_check_timer = self._loop.call_later(LEFT_CHECK_S, self._check_left)
 
 
 def _has_left(transport: asyncio.Transport) -> bool:
-    """Whether the client has ended its side, though not all that it sent has been read."""
+    """Whether the client has ended its side, even if some of its bytes have not been read yet."""
     poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), _LEFT)
+    poll.register(transport.get_extra_info("socket").fileno(), _POLL_EVENTS)
     return bool(poll.poll(0))

@@ -1,4 +1,4 @@
-"""Header fields, whole answers, and how an answer's head is rendered. Pure, but for the clock in ``Date``."""
+"""Header fields, whole answers, and the rendering of an answer's head. Pure, except for the clock in ``Date``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from functools import lru_cache
 from http import HTTPStatus
 
 HeaderPairs = tuple[tuple[str, str], ...]
+"""Pairs of name and value."""
 
-# Rendered here for every answer. What a handler's headers say of these is about another connection.
+# ``render_head`` renders these itself. A handler's own fields of these names are dropped: they come from the connection
+# to a node and do not hold for the connection to the client.
 _OWN_HEADERS = frozenset({"server", "date", "connection", "keep-alive", "content-length", "transfer-encoding"})
-_BODILESS = frozenset({204, 304})
+_BODILESS_STATUSES = frozenset({204, 304})
 
-# The Content-Security-Policy of an answer that is no page of ours: a browser that shows it may do nothing with it.
+# The Content-Security-Policy of every answer except the gateway's own page: a browser that shows such an answer must
+# not run or load anything in it.
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
-# Every answer tells browsers: its type is what its head says, and the page of another site may load it, show it in a
-# frame or learn of it by CORS only.
+# Browsers take the type of an answer from its head and do not guess. The page of another site may load an answer only
+# if CORS allows it, and may not show it in a frame. A link in an answer does not tell the answer's address.
 _BROWSER_HEADERS = (
     "X-Content-Type-Options: nosniff\r\n"
     "X-Frame-Options: DENY\r\n"
@@ -27,8 +30,8 @@ _BROWSER_HEADERS = (
 
 
 class Headers(Mapping[str, str]):
-    """Header fields by name, in any case. Of several fields with one name it is the first. ``pairs``: all fields as
-    they came."""
+    """Header fields by name, in upper or lower case. If a name occurs several times, its first value counts. ``pairs``:
+    all fields as they came."""
 
     __slots__ = ("_first", "pairs")
 
@@ -53,7 +56,7 @@ class Headers(Mapping[str, str]):
 
 
 class Response:
-    """A whole answer. ``close``: the connection ends with it."""
+    """A whole answer. ``close``: the connection ends after it."""
 
     __slots__ = ("body", "close", "content_security_policy", "headers", "status")
 
@@ -79,7 +82,7 @@ def json_response(body: bytes, *, status: int = 200, headers: HeaderPairs = (), 
 
 
 ErrorRenderer = Callable[[int, str], Response]
-"""Makes the answer to what is no request, of a status and a message."""
+"""The type of the function that makes an error's answer from a status and a message, when there is no request."""
 
 
 def plain_error(status: int, message: str) -> Response:
@@ -87,8 +90,8 @@ def plain_error(status: int, message: str) -> Response:
 
 
 def has_no_body(method: str, status: int) -> bool:
-    """Whether an answer to this method with this status has none, whatever its head says."""
-    return method == "HEAD" or status in _BODILESS
+    """Whether an answer to this method with this status has no body, even if its head announces one."""
+    return method == "HEAD" or status in _BODILESS_STATUSES
 
 
 def render_head(
@@ -100,15 +103,15 @@ def render_head(
     is_http10: bool,
     content_security_policy: str = SANDBOX,
 ) -> bytes:
-    """An answer's head. ``length`` ``None``: its body is chunked, or for a client of HTTP/1.0 (``is_http10``) lasts
-    until the connection ends. ``keep_alive``: the connection stays. Raises ValueError for a header that contains a line
-    end."""
+    """Renders an answer's head. ``length`` is the number of bytes of the body. ``None``: the body is chunked, or, for a
+    client of HTTP/1.0 (``is_http10``), it lasts until the connection ends. ``keep_alive``: the connection stays. Raises
+    ValueError for a header that contains a line end."""
     lines = [f"Date: {_format_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
     if length is None:
-        if not is_http10 and status not in _BODILESS:
+        if not is_http10 and status not in _BODILESS_STATUSES:
             lines.append("Transfer-Encoding: chunked")
-    elif status not in _BODILESS:
+    elif status not in _BODILESS_STATUSES:
         lines.append(f"Content-Length: {length}")
     if not keep_alive:
         lines.append("Connection: close")
@@ -122,7 +125,7 @@ def render_head(
 
 @lru_cache(maxsize=128)
 def _render_first_lines(status: int, policy: str) -> bytes:
-    """The lines that are the same in all answers of one status."""
+    """Renders the lines that are the same in all answers with this status and policy."""
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:  # a status that no standard knows

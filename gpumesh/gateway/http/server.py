@@ -1,4 +1,4 @@
-"""The HTTP server: its connections, how many there may be, and how they end."""
+"""The HTTP server: it admits connections, counts them, and ends them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gpumesh.gateway.http.request import Handler
 from gpumesh.gateway.http.responses import ErrorRenderer, plain_error
 from gpumesh.slice_queue import SliceQueue
 
-MAX_LINGERING = 64  # connections past the bound that may linger, so that their refusal is seen
+MAX_LINGERING = 64  # refused connections that may linger, so that their clients see the refusal
 
 
 class Server:
     """Makes a ``ClientConnection`` for each client (``loop.create_server(server, …)``), all for one handler.
 
-    ``render_error`` makes the answers to what is no request. ``clock`` gives seconds. ``refused_connections`` counts
-    the connections past the bound, ``evicted_connections`` the idle ones that were closed for others.
+    ``render_error`` makes the answers to input that is no request. ``clock`` returns seconds. ``refused_connections``
+    counts the connections that were not admitted, ``evicted_connections`` the idle ones that were closed for others.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Server:
         self.admission: Admission[ClientConnection] = Admission(
             compute_max_connections() if bounds.max_connections is None else bounds.max_connections
         )
-        self._connections: set[ClientConnection] = set()  # with those that are about to end
-        self._lingering: set[ClientConnection] = set()  # that were not admitted
+        self._connections: set[ClientConnection] = set()  # admitted connections, also those that are about to end
+        self._lingering: set[ClientConnection] = set()  # refused connections
         self._closing = False
 
     def __repr__(self) -> str:
@@ -60,21 +60,25 @@ class Server:
         return self.admission.count
 
     def admit(self, connection: ClientConnection) -> str | None:
-        """The reason why it must go, or ``None``."""
-        reason: str | None = "the gateway is stopping"
-        if not self._closing:
-            reason = self._apply(self.admission.admit(connection, normalize_address(connection.client_address)))
-        if reason is None:
+        """Returns the reason why the connection must be refused, or ``None`` if it may stay."""
+        if self._closing:
+            refusal_reason: str | None = "the gateway is stopping"
+        else:
+            address = normalize_address(connection.client_address)
+            refusal_reason = self._apply(self.admission.admit(connection, address))
+        if refusal_reason is None:
             self._connections.add(connection)
         else:
             self.refused_connections += 1
-        return reason
+        return refusal_reason
 
     def register_key(self, connection: ClientConnection, key: str | None) -> str | None:
-        """A request with this key is accepted (``None``: no key is asked for); or the reason why it must be refused."""
+        """Accepts a request with this key (``None``: the gateway asks for no key). Returns the reason why the request
+        must be refused, or ``None``."""
         return self._apply(self.admission.register_key(connection, key))
 
     def _apply(self, decision: Admitted[ClientConnection] | Denied) -> str | None:
+        """Closes the evicted connection, if there is one. Returns the reason of a denial, or ``None``."""
         if isinstance(decision, Denied):
             return decision.reason
         if decision.evicted is not None:
@@ -90,26 +94,26 @@ class Server:
         return True
 
     def forget(self, connection: ClientConnection) -> None:
-        """The connection is gone."""
+        """Removes a connection that is gone."""
         self.admission.forget(connection)
         self._connections.discard(connection)
         self._lingering.discard(connection)
 
     def close_idle(self) -> None:
-        """No more requests: idle connections end now, the others after their answers."""
+        """Takes no more requests: idle connections end now, the others after their answers."""
         self._closing = True
         for connection in list(self._connections):
             connection.close_when_idle()
 
     async def close(self, linger_s: float | None = None) -> None:
-        """Ends the connections that are left. Answers that are on their way have ``linger_s`` to arrive, or as long as
-        the bounds say."""
+        """Ends all connections. Answers that are on their way have ``linger_s`` to arrive; ``None``: as long as
+        ``Bounds.linger_s``."""
         self.close_idle()
-        leaving = [connection for connection in self._connections if connection.writer.unsent_bytes]
-        tasks = [connection.cancel() for connection in (self._connections | self._lingering).difference(leaving)]
+        sending = [connection for connection in self._connections if connection.writer.unsent_bytes]
+        tasks = [connection.cancel() for connection in (self._connections | self._lingering).difference(sending)]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.bounds.linger_s if linger_s is None else linger_s):
-                await asyncio.gather(*(connection.wait_closed() for connection in leaving))
-        tasks += [connection.cancel() for connection in leaving]
+                await asyncio.gather(*(connection.wait_closed() for connection in sending))
+        tasks += [connection.cancel() for connection in sending]
         await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
         await asyncio.sleep(0)  # the transports close in the loop's next round

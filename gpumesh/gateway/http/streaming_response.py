@@ -1,4 +1,4 @@
-"""An answer that is written in pieces, in chunks where the client knows them."""
+"""An answer that is written in pieces: in chunks, unless the client speaks HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gpumesh.gateway.http.errors import ClientStalled
 
 
 class StreamingResponse:
-    """``write`` each piece, and wait where the stream is ``backpressured``: with ``drain``, or until ``on_writable``
-    is called. ``finish`` makes the answer whole: without it the connection is cut, so that no client takes a part for
-    the whole.
+    """A streamed answer. The handler calls ``write`` for each piece. While the stream is ``backpressured``, the handler
+    waits, with ``drain`` or until ``on_writable`` is called. ``finish`` completes the answer. Without it the connection
+    is cut, so that no client takes a part of the answer for the whole.
 
     The head goes out with the first piece. ``started``: a part of the answer may have been sent. ``sent_bytes`` counts
-    the bytes of the body with its framing. ``send_body``: there is one, which is not so in the answer to a HEAD.
+    the bytes of the body with its framing. ``send_body``: the answer has a body; the answer to a HEAD has none.
     """
 
     __slots__ = ("_chunked", "_head", "_send_body", "_writer", "finished", "sent_bytes", "started", "status")
@@ -36,13 +36,13 @@ class StreamingResponse:
 
     @property
     def backpressured(self) -> bool:
-        """The client reads more slowly than it is written to."""
+        """The client reads more slowly than the answer is written."""
         return self._writer.backpressured
 
     @property
     def on_writable(self) -> Callable[[], None] | None:
-        """Called each time that the stream is no longer ``backpressured``, and when the client is gone: ``write`` then
-        raises ConnectionResetError. The connection drops it when the request's handler has ended."""
+        """A callback. It is called each time that the stream stops being ``backpressured``, and when the client is gone
+        (then ``write`` raises ConnectionResetError). The connection drops the callback when the handler has ended."""
         return self._writer.on_writable
 
     @on_writable.setter
@@ -50,7 +50,7 @@ class StreamingResponse:
         self._writer.on_writable = callback
 
     def write(self, data: bytes) -> None:
-        """Raises ConnectionError when the client is gone."""
+        """Writes a piece of the body. Raises ConnectionError when the client is gone."""
         if not self._send_body:
             data = b""
         elif self._chunked and data:
@@ -62,21 +62,25 @@ class StreamingResponse:
         self._writer.write(data)
 
     async def drain(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
-        """Waits until the client has taken most of what was written. Raises ConnectionError when the client is gone.
-        Raises ClientStalled when it has taken nothing for ``Bounds.stall_timeout_s``, and ``is_wanted`` says that
-        others wait for what this answer holds."""
+        """Waits until the client has taken most of the written bytes. Raises ConnectionError when the client is gone.
+        Raises ClientStalled when the client has taken nothing for ``Bounds.stall_timeout_s``, and ``is_wanted`` says
+        that other requests wait for the slot that this answer holds."""
         writer = self._writer
         timeout_s = writer.bounds.stall_timeout_s
         while writer.backpressured:
-            before = writer.unacknowledged_bytes
+            bytes_before = writer.unacknowledged_bytes
             try:
                 async with asyncio.timeout(timeout_s):
                     await writer.wait_writable()
             except TimeoutError:
-                if before is not None and before <= (writer.unacknowledged_bytes or 0) and is_wanted():
+                if bytes_before is None:  # the system does not tell, so the writer alone watches the progress
+                    continue
+                has_taken_nothing = bytes_before <= (writer.unacknowledged_bytes or 0)
+                if has_taken_nothing and is_wanted():
                     raise ClientStalled(timeout_s) from None
 
     def finish(self) -> None:
+        """Completes the answer. Raises ConnectionError when the client is gone."""
         self.finished = True
         if self._head:
             self.write(b"")
