@@ -38,7 +38,7 @@ from gpumesh.mesh.requests.answer import Answer
 from gpumesh.mesh.requests.delivery import RequestDelivery, SendContext
 from gpumesh.mesh.requests.upload import upload
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import GatewayState, MeshState, compute_totals
 from gpumesh.topology import BackendKind, Topology
 from gpumesh.tunnels.base import ExecResult, Tunnel
@@ -79,7 +79,7 @@ class Mesh:
         self._tasks: list[asyncio.Task[None]] = []
         self._this_machine = ThisMachine()
         self._upstream = Upstream()
-        self._http = http_client()
+        self._http = make_http_client()
         self._coordination = create_coordination(topology.redis, on_change=self._on_other_gateways, clock=clock)
         self.fleet = Fleet(
             [

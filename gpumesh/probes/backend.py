@@ -1,4 +1,4 @@
-"""The probe of a node's inference server: asks all candidates, uses the first in order that answers rightly."""
+"""The probe of a node's inference server: asks all candidates, and uses the first in order whose answer is right."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from gpumesh.topology import BackendSpec
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 1.0  # for earlier candidates that hang, once a later one has answered
+GRACE_S = 1.0  # how long a candidate that has answered waits for earlier candidates
 
 
 @dataclass(frozen=True, slots=True)
 class BackendReport:
-    """``url`` is the candidate in use, one of those that were given, and ``inventory`` what its server said; both are
-    ``None`` when no candidate answered rightly. ``findings`` says why not, or what of the answer was of no use."""
+    """The result of one probe.
+
+    ``url`` is the candidate in use, one of those that were given, and ``inventory`` is what its server said. Both are
+    ``None`` if no candidate gave a right answer. Then ``findings`` says why; else it says which parts of the answer
+    could not be used.
+    """
 
     state: BackendState
     findings: tuple[Finding, ...] = ()
@@ -44,12 +48,12 @@ async def probe_backend(
     node: str,
     known_kinds: KnownKinds | None = None,
 ) -> BackendReport:
-    """Asks all candidates side by side; the first in order that answers as a server of this kind is used.
+    """Asks all candidates at the same time; the first in order that answers as a server of this kind is used.
 
-    ``urls`` are the routes to ``spec.targets``, in the same order. ``known_kinds`` is kept by the caller from one probe
-    to the next, so that with kind ``auto`` a server is asked once which kind it is. Never raises on a server's account.
-    The client must have ``trust_env`` off: a request through a tunnel must not go to a proxy that the environment
-    names.
+    ``urls`` are the routes to ``spec.targets``, in the same order. The caller passes the same ``known_kinds`` to every
+    probe of a node, so that with kind ``auto`` a server is asked only once which kind it is. Never raises because of
+    what a server does. The client must have ``trust_env`` off: a request through a tunnel must not go to a proxy that
+    the environment names.
     """
     known_kinds = KnownKinds() if known_kinds is None else known_kinds
     if not urls:
@@ -66,7 +70,8 @@ async def probe_backend(
     try:
         index = await _wait_for_first_in_order(tasks)
         if index is None:
-            return _down_report(spec, _most_telling([_error_of(task) for task in tasks]), node, known_kinds)
+            error = _most_informative([_probe_error(task) for task in tasks])
+            return _down_report(spec, error, node, known_kinds)
         answer = tasks[index].result()
     finally:
         for task in tasks:
@@ -77,40 +82,42 @@ async def probe_backend(
 
 
 async def _wait_for_first_in_order(tasks: Sequence[asyncio.Future[TimedInventory]]) -> int | None:
-    """The index of the first success in order, ``None`` if no task succeeds. Returns as soon as no earlier task can
-    succeed any more, or ``GRACE_S`` after the first success."""
+    """The index of the first task in order that succeeds; ``None`` if no task succeeds. Returns when all earlier tasks
+    have failed, or ``GRACE_S`` after the first success."""
     pending: set[asyncio.Future[TimedInventory]] = set(tasks)
-    timeout: float | None = None
+    grace_left_s: float | None = None  # None before the first success: the tasks have their own time-outs
     while True:
         best = next((index for index, task in enumerate(tasks) if task.done() and task.exception() is None), None)
         if best is not None and all(task.done() for task in tasks[:best]):
             return best
         if not pending:
             return best
-        if best is not None and timeout is None:
-            timeout = GRACE_S
-        before = time.monotonic()
-        done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if timeout is not None:
-            timeout = max(timeout - (time.monotonic() - before), 0.0)
+        if best is not None and grace_left_s is None:
+            grace_left_s = GRACE_S
+        wait_started = time.monotonic()
+        done, pending = await asyncio.wait(pending, timeout=grace_left_s, return_when=asyncio.FIRST_COMPLETED)
+        if grace_left_s is not None:
+            grace_left_s = max(grace_left_s - (time.monotonic() - wait_started), 0.0)
             if not done:
                 return best
 
 
-def _error_of(task: asyncio.Future[TimedInventory]) -> ProbeError:
+def _probe_error(task: asyncio.Future[TimedInventory]) -> ProbeError:
+    """The error with which the task ended. Raises what is no error of a probe, such as a cancellation."""
     error = task.exception()
     if isinstance(error, ProbeError):
         return error
     assert error is not None, "no candidate answered"
     if not isinstance(error, Exception):
         raise error
-    # A bug of ours, in reading an answer that nobody foresaw. It costs this node, not the mesh; the log has its trace.
+    # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so the node
+    # counts as down, and the log has the traceback.
     log.error("a server's answer to a probe could not be read", exc_info=error, extra={"event": "probe-failed"})
     return unusable_answers.broken_answer_error(f"what it says cannot be read ({type(error).__name__})")
 
 
-def _most_telling(errors: Sequence[ProbeError]) -> ProbeError:
-    """A wrong answer tells more than none."""
+def _most_informative(errors: Sequence[ProbeError]) -> ProbeError:
+    """The first error about a wrong answer, because it says more than an error about no answer."""
     return next((error for error in errors if error.finding_code != "backend-down"), errors[0])
 
 

@@ -1,4 +1,4 @@
-"""One GET to an inference server with a bounded answer, and what went wrong when there is no usable answer."""
+"""One GET to an inference server with a bounded answer; if there is no usable answer, an error that says why."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 from gpumesh.probes import wrong_server
 
-BODY_LIMIT = 8 << 20  # bytes; a list of models has some hundred for each
-_MODEL_LIST_KEYS = (b'"models"', b'"data"')
+BODY_LIMIT = 8 << 20  # bytes; a list of models has a few hundred bytes for each model
+_MODEL_LIST_KEYS = (b'"models"', b'"data"')  # of Ollama's and OpenAI's list
 
 SILENT_SERVER_HINT = "see on the host whether the server is stuck (`ollama ps`, its log), and restart it"
 _NO_SERVER_HINT = "start the server on the host, and check `backend.port` or `backend.url`"
@@ -26,7 +26,7 @@ _CLOSED_HINT = (
 async def get_bounded(
     client: httpx.AsyncClient, url: str, headers: Mapping[str, str], extensions: Mapping[str, str]
 ) -> tuple[int, bytes]:
-    """Status and body. Raises ProbeError."""
+    """The HTTP status and the body. Raises ProbeError."""
     response: httpx.Response | None = None
     try:
         request = client.build_request("GET", url, headers=dict(headers), extensions=dict(extensions))
@@ -43,13 +43,14 @@ async def get_bounded(
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         message = f"it gave no answer: {_describe_error(error)}"
         raise ProbeError(message, finding_code="backend-down", hint=SILENT_SERVER_HINT) from error
-    except ValueError as error:  # from httpx, for a Location whose host name is not valid
+    except ValueError as error:  # httpx raises it for a Location whose host name is not valid
         raise unusable_answers.broken_answer_error(f"its answer cannot be read: {_describe_error(error)}") from error
     location = response.headers.get("Location")
     if response.is_redirect and location is not None:
         raise _redirect_error(url, response.status_code, location)
     if response.status_code == 400 and b"https" in body[:2000].lower() and httpx.URL(url).scheme == "http":
-        raise wrong_server.wrong_scheme_error(url)  # Go's server, nginx and Apache answer plain HTTP on a TLS port so
+        # Go's server, nginx and Apache give this answer to plain HTTP on a TLS port.
+        raise wrong_server.wrong_scheme_error(url)
     return response.status_code, body
 
 
@@ -67,12 +68,13 @@ async def _read_body(response: httpx.Response) -> bytes:
 
 
 async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
-    """Why no HTTP came back."""
+    """The reason why no answer in HTTP came. May ask the server again to find it."""
     tls_error = next((cause for cause in _list_causes(error) if isinstance(cause, ssl.SSLError)), None)
     if tls_error is not None:
         return await wrong_server.explain_tls_failure(url, tls_error)
     if not isinstance(error, httpx.ConnectError):
-        # An answer that is not HTTP and has no blank line (the banner of an SSH server) was read and dropped by httpx.
+        # httpx reads and drops an answer that is not HTTP and has no blank line, such as the banner of an SSH server.
+        # So the server is asked again, without httpx.
         wrong_server_error = await wrong_server.identify_wrong_server(url)
         if wrong_server_error is not None:
             return wrong_server_error
@@ -81,22 +83,23 @@ async def _no_answer_error(url: str, error: httpx.TransportError) -> ProbeError:
             message = f"the port answers, but not with HTTP: {_describe_error(error)}"
             return ProbeError(message, finding_code="wrong-server", hint=wrong_server.WRONG_SERVICE_HINT)
         return ProbeError("it closed the connection without an answer", finding_code="backend-down", hint=_CLOSED_HINT)
-    # A tunnel whose far end finds no server resets the connection, sooner or later.
+    # If a tunnel's far end finds no server, it resets the connection, before or after the request.
     message = f"it gave no answer: {_describe_error(error)}"
     return ProbeError(message, finding_code="backend-down", hint=_NO_SERVER_HINT)
 
 
 def _redirect_error(url: str, status: int, location: str) -> ProbeError:
-    asked, target = httpx.URL(url), location.strip()
+    asked_url, target = httpx.URL(url), location.strip()
     hint = "a login page or a proxy stands before it: point `backend.port` or `backend.url` at the server itself"
-    if asked.scheme == "http" and target.lower().startswith("https://"):
+    if asked_url.scheme == "http" and target.lower().startswith("https://"):
         hint = f"if it only wants HTTPS, write https:// in `backend.url`; else {hint}"
     message = f"it sends us elsewhere: HTTP {status}, to {printable(target, 100)}"
     return ProbeError(message, finding_code="redirected", hint=hint)
 
 
 def _describe_error(error: Exception) -> str:
-    """The system's text for its cause if there is one: httpx itself says only that all attempts failed, or nothing."""
+    """The operating system's text for the error's cause, if it has one. httpx's own text says only that all attempts
+    failed, or is empty."""
     for cause in _list_causes(error):
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno).lower()

@@ -1,9 +1,9 @@
 """Several short commands in one round trip over a tunnel's connection.
 
-They travel as one ``sh -c`` of the form ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``: one
-channel, so that hosts with ``MaxSessions 1`` serve it, and a PATH with the places where nvidia-smi hides from
-non-login shells (WSL, RunPod, vast.ai). On one line: csh allows no line break inside quotes. A host without a POSIX
-shell is asked command by command.
+They are sent as one ``sh -c`` of the form ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``.
+It needs one channel only, so a host with ``MaxSessions 1`` accepts it. It adds to PATH the folders where nvidia-smi
+is on hosts whose non-login shells do not find it (WSL, RunPod, vast.ai). It is one line, because csh allows no line
+break inside quotes. On a host without a POSIX shell each command is run by itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from gpumesh.tunnels.base import ExecResult
 
 OUTPUT_MARKER = "@gpumesh@"
 EXTRA_SEARCH_PATH = "/usr/lib/wsl/lib:/usr/bin:/usr/local/nvidia/bin:/usr/local/cuda/bin:/opt/bin"
+# The marker and the exit status, at the end of each command's output.
 _OUTPUT_END = re.compile(rb"\n?@gpumesh@ ([0-9]{1,3})\r?(?:\n|\Z)")
 
 Argv = tuple[str, ...]
 
 
 class RunCommand(Protocol):
-    """``Tunnel.exec`` fits. Raises TunnelDown and ExecError."""
+    """Runs one command on a host, as ``Tunnel.exec`` does. Raises TunnelDown and ExecError."""
 
     def __call__(self, argv: Sequence[str], *, timeout_s: float) -> Awaitable[ExecResult]: ...
 
@@ -39,7 +40,7 @@ class CommandOutput:
 
 
 def build_script(commands: Sequence[Argv]) -> str:
-    """The shell text that runs ``commands`` one after the other; ``split_script_output`` takes its output apart."""
+    """The shell script that runs ``commands`` one after the other; ``split_script_output`` splits its output."""
     parts = [f"PATH=$PATH:{EXTRA_SEARCH_PATH}", "LC_ALL=C", "export PATH LC_ALL"]
     for command in commands:
         parts += [f"{shlex.join(command)} 2>&1", f'echo "{OUTPUT_MARKER} $?"']
@@ -47,7 +48,8 @@ def build_script(commands: Sequence[Argv]) -> str:
 
 
 def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
-    """The commands' outputs in order, at most ``count``; fewer when the output was cut or no POSIX shell ran it."""
+    """The outputs of the first ``count`` commands, in order. There are fewer if the output was cut, and none if no
+    POSIX shell ran the script."""
     outputs: list[CommandOutput] = []
     start = 0
     for end in _OUTPUT_END.finditer(output):
@@ -61,8 +63,8 @@ def split_script_output(output: bytes, count: int) -> list[CommandOutput]:
 async def run_commands(run_command: RunCommand, commands: Sequence[Argv], *, timeout_s: float) -> list[CommandOutput]:
     """One output for each command. Raises TunnelDown, ExecError, and TimeoutError past ``timeout_s``."""
     async with asyncio.timeout(timeout_s):
-        # Our own deadline comes before the connection's. So a TimeoutError is about the command, an ExecError about the
-        # connection.
+        # The deadline of this block comes 1 s before the connection's. So a TimeoutError means that the commands were
+        # slow, and an ExecError means that the connection failed.
         connection_timeout_s = timeout_s + 1.0
         result = await run_command(("sh", "-c", build_script(commands)), timeout_s=connection_timeout_s)
         outputs = split_script_output(result.stdout, len(commands))

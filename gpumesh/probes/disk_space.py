@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
-# A constant, so that nothing needs quoting. It asks for the first of the folders that exists. POSIX: with -P, df writes
-# one line for each disk.
+# Asks for the disk of the first of these folders that exists. It is a constant, so that nothing needs quoting. By
+# POSIX, df with -P writes one line for each disk.
 SCRIPT = (
     'for d in "$OLLAMA_MODELS" /usr/share/ollama/.ollama/models "$HOME/.ollama/models" "$HOME/.ollama"; '
     'do [ -n "$d" ] && [ -d "$d" ] && LC_ALL=C exec df -Pk "$d"; done'
 )
 FREE_SPACE_COMMAND = ("sh", "-c", SCRIPT)
+# The row of a disk: total, used and available KiB, and the used share. The available space may be negative.
 _ROW = re.compile(rb"\s([0-9]{1,15})\s+[0-9]{1,15}\s+(-?[0-9]{1,15})\s+[0-9]{1,3}%\s")
 
 

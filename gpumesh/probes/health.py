@@ -1,4 +1,7 @@
-"""A node's health and the reason for it: the first cause (the tunnel before the server), not its consequences. Pure."""
+"""A node's health and the reason for it. Pure.
+
+The reason is the first cause (the tunnel before the server), not its consequences.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _GPU_EXPECTATIONS = ("gpus", "gpu", "vram_mib")
 def assess_health(
     tunnel: TunnelState, gpu: GpuReport | None, backend: BackendReport | None, spec: NodeSpec, draining: bool
 ) -> tuple[Health, str | None]:
-    """``healthy`` has no reason; every other health has a reason of one sentence."""
+    """The health and the reason. ``healthy`` has no reason; every other health has a reason of one sentence."""
     if tunnel.state is not TunnelPhase.UP:
         return _assess_without_tunnel(tunnel)
     if draining:
@@ -28,15 +31,15 @@ def assess_health(
         return Health.DOWN, backend.state.last_error or "its server does not answer"
     reason = (
         describe_cpu_models(backend.state.loaded)
-        or (None if gpu is None else _find_gpu_problem(gpu, spec))
+        or (None if gpu is None else _describe_gpu_problem(gpu, spec))
         or _describe_missing_models(spec, backend)
     )
     return (Health.HEALTHY, None) if reason is None else (Health.DEGRADED, reason)
 
 
-def _find_gpu_problem(gpu: GpuReport, spec: NodeSpec) -> str | None:
-    """Why the GPU is not, or not wholly, usable, though the node serves. A warning counts where mesh.yaml expects
-    something of the GPU."""
+def _describe_gpu_problem(gpu: GpuReport, spec: NodeSpec) -> str | None:
+    """The reason why the GPU of a node that serves cannot be used, or only in part. A warning counts as a reason only
+    if mesh.yaml expects something of the GPU."""
     expected = any(getattr(spec.expect, name) is not None for name in _GPU_EXPECTATIONS)
     for finding in sorted(gpu.findings, key=lambda finding: SEVERITY_RANKS[finding.severity]):
         if finding.severity is Severity.ERROR or (finding.severity is Severity.WARNING and expected):
@@ -54,7 +57,7 @@ def _describe_missing_models(spec: NodeSpec, backend: BackendReport) -> str | No
 def missing_models(spec: NodeSpec, backend: BackendReport) -> tuple[str, ...]:
     """The models that mesh.yaml expects and the server does not list."""
     if not spec.expect.models:
-        return ()  # the usual case; a server may list thousands of models
+        return ()  # the usual case, which need not read a list of thousands of models
     listed = {full_name(name) for name in backend.state.models}
     return tuple(name for name in spec.expect.models if full_name(name) not in listed)
 

@@ -1,7 +1,7 @@
 """The HTTP client of probes and of other rare requests: no proxies from the environment, no redirects, no compression.
 
-The caller bounds how much of a body it reads, and for how long. It reads the body as it came (``aiter_raw``), because
-the size of an unpacked body has no bound.
+The caller must limit how much of a body it reads, and for how long. It must read the body as received (``aiter_raw``),
+because a small compressed body can unpack to any size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gpumesh.tunnels.local_system.unix_sockets import SUFFIX
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 
 TIMEOUT_S = 10.0
-KEEPALIVE_S = 5.0  # as httpx has it
+KEEPALIVE_S = 5.0  # httpx's own default
 
 
-def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncClient:
-    """A client without a bound on its connections: the caller bounds what runs at once. Its requests raise
-    ``httpx.HTTPError`` whatever a server does."""
+def make_http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncClient:
+    """A new client. The number of its connections is not limited: the caller limits how many requests run at once. A
+    request that fails because of what the server does raises ``httpx.HTTPError`` and no other error."""
     return httpx.AsyncClient(
         transport=_Transport(),
         cookies=_no_cookies(),
@@ -35,27 +35,28 @@ def http_client(*, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.AsyncCli
 
 
 def _no_cookies() -> CookieJar:
-    """A jar that takes no cookies. Cookies do not distinguish ports: the cookies of one node's end of a tunnel would go
-    to all other nodes, which have the same loopback address, until their servers refuse heads of that size."""
+    """A jar that takes no cookies. Cookies do not distinguish ports, and all tunnels end at one loopback address. So
+    one node's cookies would go to all other nodes, until their servers refuse requests with heads of that size."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=()))
 
 
 @cache
 def _tls_context() -> ssl.SSLContext:
-    """Made once: reading the authorities' certificates takes 20 ms."""
+    """Created only once, because reading the authorities' certificates takes 20 ms."""
     return httpx.create_ssl_context(trust_env=False)
 
 
 def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
-    """As ``split_unix_url``, for a URL that httpx has parsed: httpx drops the colon after the host."""
+    """The path of the Unix socket, and the path of the request there; ``None`` for another URL. Does the same as
+    ``split_unix_url`` for a URL that httpx has parsed, because httpx drops the colon after the host."""
     if url.host != "unix" or url.port is not None:
         return None
     unix = split_unix_url(f"{url.scheme}://unix:{url.raw_path.decode('ascii')}")
-    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # else it is a host with the name unix
+    return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # None: a host whose name is "unix"
 
 
 def _create_pool(uds: str | None) -> httpx.AsyncHTTPTransport:
-    """httpx has no option for httpcore's network backend, so its pool is replaced by one with ours."""
+    """A transport of httpx with our ``PacedNetwork``. httpx has no option for it, so httpx's pool is replaced."""
     transport = httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
         ssl_context=_tls_context(),
@@ -68,20 +69,27 @@ def _create_pool(uds: str | None) -> httpx.AsyncHTTPTransport:
 
 
 def _is_valid_redirect(url: httpx.URL, location: str) -> bool:
-    """httpx parses the target of a redirect even if it is not followed, and raises the idna package's error for a host
-    name that is not valid."""
+    """Whether httpx can parse the target of a redirect. httpx parses it even if the redirect is not followed. For a
+    host name that is not valid it raises an error of the idna package, not its own."""
     try:
         return bool(url.join(httpx.URL(location)).host)
     except (httpx.InvalidURL, ValueError):
         return False
 
 
+_Origin = tuple[str, str, int | None]
+"""The scheme, the host or the path of the Unix socket, and the port."""
+
+
 class _Transport(httpx.AsyncBaseTransport):
-    """A pool for each server: httpcore looks through all connections of a pool at each request, and one pool for the
-    three calls to each of a hundred nodes took 40 % of a core. It knows the URLs of Unix sockets."""
+    """A pool of connections for each server, including servers at Unix sockets.
+
+    httpcore looks through all connections of a pool at each request. One pool for all servers, with three calls to each
+    of a hundred nodes, took 40 % of a core.
+    """
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[str, str, int | None], httpx.AsyncHTTPTransport] = {}
+        self._pools: dict[_Origin, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         unix = parse_unix_url(request.url)
@@ -96,8 +104,8 @@ class _Transport(httpx.AsyncBaseTransport):
         try:
             response = await pool.handle_async_request(request)
         except (AttributeError, OSError) as error:
-            # The connection was reset as soon as it was made, as happens at the end of a tunnel without a server. anyio
-            # then asks a closed socket for its peer, and httpx does not translate that error.
+            # The connection was reset as soon as it was made. A tunnel does so if there is no server at its far end.
+            # anyio then asks a closed socket for its peer, and httpx does not translate that error.
             raise httpx.ConnectError("connection reset by peer", request=request) from error
         if "Location" in response.headers and not _is_valid_redirect(request.url, response.headers["Location"]):
             del response.headers["Location"]

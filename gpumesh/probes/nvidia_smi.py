@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 FORMAT = "--format=csv,noheader,nounits"
 HOSTNAME: Argv = ("hostname",)
 PROCESSES: Argv = ("nvidia-smi", f"--query-compute-apps={','.join(PROCESS_FIELDS)}", FORMAT)
-# One lost GPU fails the call for all GPUs. Then each GPU is asked by itself, so many at most.
+# If one GPU is lost, the call for all GPUs fails. Then each GPU is asked by itself, up to this number.
 MAX_GPUS_ASKED_SINGLY = 16
-# The reasons for lower clocks that cost speed and have a remedy.
+# Of the reasons for lower clocks (`smi_tables`), those that cost speed and have a remedy.
 REMEDIABLE_THROTTLES = ("hw-slowdown", "thermal", "hw-thermal", "power-brake")
 _HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuReport:
-    """The result of one probe. ``error`` is set when the GPUs are not known: then an empty ``gpus`` says nothing. There
-    is at most one finding of each code."""
+    """The result of one probe. ``error`` is set if the GPUs are not known: then ``gpus`` is empty, but the host may
+    have GPUs. There is at most one finding of each code."""
 
     gpus: tuple[GpuState, ...] = ()
     driver: str | None = None
@@ -40,11 +40,13 @@ class GpuReport:
 
 
 async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
-    """Never raises on the host's account. Without persistence mode a first call takes 1 to 3 s: give it 10 s."""
+    """Never raises because of what the host does. Without persistence mode a first call takes 1 to 3 s, so a
+    ``timeout_s`` of 10 s is right."""
     try:
         return await _probe_gpus(run_command, timeout_s=timeout_s, node=node)
     except Exception as error:
-        # A bug of ours, in reading an answer that nobody foresaw: it costs the report on these GPUs, not the mesh.
+        # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so only the
+        # report on these GPUs is lost.
         log.exception("what a host says of its GPUs could not be read", extra={"event": "probe-failed"})
         message = f"what nvidia-smi says cannot be read ({type(error).__name__})"
         hint = "the mesh's log has the details (`gpumesh logs`)"
@@ -59,7 +61,7 @@ async def _probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | 
             run_command, (HOSTNAME, build_query_command(FIELDS), PROCESSES), timeout_s=timeout_s
         )
         if host.exit_status != 0 and host.output.strip() and host.output == smi.output:
-            return _no_commands_report(host, node)
+            return _no_commands_report(host, node)  # for example "This account is not available."
         hostname = read_hostname(host)
         failure = classify_failure(smi)
         fields: Sequence[str] = FIELDS
@@ -100,7 +102,7 @@ def build_gpu_report(
     """The answers to ``build_query_command(fields)`` and ``PROCESSES`` as a report. Pure."""
     failure = classify_failure(smi)
     if failure is not None:
-        error = None if failure.code == "gpu-missing" else failure.message  # "no GPU" is an answer too
+        error = None if failure.code == "gpu-missing" else failure.message  # "no GPU" means that the GPUs are known
         return GpuReport(hostname=hostname, error=error, findings=(_failure_finding(failure, node),))
     table = read_gpus(smi.output, fields, hostname=hostname)
     if not table.gpus:
@@ -124,6 +126,7 @@ def build_gpu_report(
 
 
 def read_hostname(answer: CommandOutput) -> str | None:
+    """The name that ``hostname`` printed; ``None`` for a failure or for text that is no name."""
     lines = answer.output.strip().splitlines() or [b""]
     name = printable(lines[-1], 253)  # a login shell may print a greeting before it
     return name if answer.exit_status == 0 and _HOSTNAME.fullmatch(name) else None
@@ -131,7 +134,7 @@ def read_hostname(answer: CommandOutput) -> str | None:
 
 async def _probe_gpus_singly(
     run_command: RunCommand,
-    lost: SmiFailure,
+    lost_failure: SmiFailure,
     fields: Sequence[str],
     apps: CommandOutput,
     *,
@@ -139,17 +142,20 @@ async def _probe_gpus_singly(
     node: str | None,
     timeout_s: float,
 ) -> GpuReport:
-    """Asks for each GPU by itself, because a lost GPU fails the call for all."""
+    """Asks for each GPU by itself, because the call for all fails if one GPU is lost. The report has the GPUs that
+    answer, and ``lost_failure`` as a finding."""
+    lost_finding = _failure_finding(lost_failure, node)
+    no_gpus_report = GpuReport(hostname=hostname, error=lost_failure.message, findings=(lost_finding,))
     try:
         commands = [build_query_command(fields, gpu=index) for index in range(MAX_GPUS_ASKED_SINGLY)]
         outputs = await run_commands(run_command, commands, timeout_s=timeout_s)
     except (TimeoutError, ExecError, TunnelDown):
-        return GpuReport(hostname=hostname, error=lost.message, findings=(_failure_finding(lost, node),))
+        return no_gpus_report
     rows = [output.output for output in outputs if classify_failure(output) is None]
     table = read_gpus(b"\n".join(rows), fields, hostname=hostname)
     if not table.gpus:
-        return GpuReport(hostname=hostname, error=lost.message, findings=(_failure_finding(lost, node),))
-    findings = (_failure_finding(lost, node), *_find_gpu_problems(table, node))
+        return no_gpus_report
+    findings = (lost_finding, *_find_gpu_problems(table, node))
     return GpuReport(_with_processes(table, apps), table.driver, hostname, findings=findings)
 
 
@@ -159,7 +165,7 @@ def _with_processes(table: GpuTable, apps: CommandOutput) -> tuple[GpuState, ...
 
 
 def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
-    """What is wrong with GPUs that do answer: one finding of each kind, for all GPUs."""
+    """The findings about GPUs that do answer: one finding for each code, which names all GPUs that have the problem."""
     findings: list[Finding] = []
 
     def add(code: str, severity: Severity, gpus: list[GpuState], problem: str, hint: str) -> None:
@@ -176,14 +182,8 @@ def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
         f"nvidia-smi reads an error for {', '.join(fields)}",
         "look for `NVRM: Xid` in the host's `dmesg`, then reset the GPU (`nvidia-smi -r`) or reboot",
     )
-    throttled = [
-        gpu
-        for gpu in table.gpus
-        if gpu.throttle and any(word in REMEDIABLE_THROTTLES for word in gpu.throttle.split(","))
-    ]
-    reasons = sorted(
-        {word for gpu in throttled for word in (gpu.throttle or "").split(",") if word in REMEDIABLE_THROTTLES}
-    )
+    throttled = [gpu for gpu in table.gpus if _remediable_throttles(gpu)]
+    reasons = sorted({reason for gpu in throttled for reason in _remediable_throttles(gpu)})
     add(
         "gpu-throttled",
         Severity.WARNING,
@@ -201,8 +201,12 @@ def _find_gpu_problems(table: GpuTable, node: str | None) -> list[Finding]:
     return findings
 
 
+def _remediable_throttles(gpu: GpuState) -> list[str]:
+    return [reason for reason in (gpu.throttle or "").split(",") if reason in REMEDIABLE_THROTTLES]
+
+
 def _no_commands_report(answer: CommandOutput, node: str | None) -> GpuReport:
-    """The host gave the same answer to every command, so the answer is not nvidia-smi's."""
+    """For a host that gave the same answer to every command: it is the login shell's answer, not nvidia-smi's."""
     message = f"the host runs no commands: to each it says {printable(answer.output, 200)!r}"
     hint = "check the account's login shell there, or a forced command in its authorized_keys; the server works without"
     return GpuReport(error=message, findings=(Finding("gpu-unknown", Severity.INFO, node, message, hint),))

@@ -1,9 +1,9 @@
 """httpcore's network backend with small, paced reads, so that a hostile server cannot hold up the event loop.
 
-h11, which httpx uses, bounds how much of a head or a line it holds, but not how much it does at once. One read of
-64 KiB can hold ten thousand chunks, or thousands of interim answers. It takes 100 ms, in which no
-other task has a turn. So reads are small, and other tasks run between them. A server that sends little but line ends
-is read slowly. A head is bounded to a third of what h11 takes, because its fields are all parsed at once.
+h11, which httpx uses, limits the size of a head or a line, but not the work for one read. One read of 64 KiB can hold
+ten thousand chunks, or thousands of interim answers. To parse it takes 100 ms, in which no other task runs. So reads
+are small, and other tasks run between them. After a read that is mostly line ends there is a pause. The limit of a
+head is a third of h11's, because all fields of a head are parsed at once.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import httpcore
 
-READ_BYTES = 4 << 10
-HEAD_BYTES = 32 << 10
-# Line ends in one read, beyond which it is followed by a pause. A list of models has longer lines; chunks of one byte
-# have 1,300 line ends in READ_BYTES.
-MANY_LINES = 256
-PAUSE_S = 0.02  # about twice the time that such a read takes
+READ_BYTES = 4 << 10  # of one read at most
+MAX_HEAD_BYTES = 32 << 10
+# A read with more line ends than this is followed by a pause. A list of models has fewer, because its lines are longer;
+# chunks of one byte have 1,300 line ends in READ_BYTES.
+MAX_LINE_ENDS = 256
+PAUSE_S = 0.02  # about twice the time that parsing such a read takes
 
 
 class PacedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects as httpcore's own backend does."""
+    """httpcore's own backend, with streams whose reads are paced."""
 
     def __init__(self) -> None:
         self._network = httpcore.AnyIOBackend()
@@ -51,25 +51,25 @@ class PacedNetwork(httpcore.AsyncNetworkBackend):
 class _PacedStream(httpcore.AsyncNetworkStream):
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
-        self._head_size: int | None = 0  # bytes read of the answer's head; None after its end
-        self._tail = b""
+        self._head_size: int | None = 0  # bytes read of the answer's head; None after the head's end
+        self._tail = b""  # the last bytes read: the blank line that ends a head may be split between two reads
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         data = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
-        await asyncio.sleep(PAUSE_S if data.count(b"\n") > MANY_LINES else 0)
+        await asyncio.sleep(PAUSE_S if data.count(b"\n") > MAX_LINE_ENDS else 0)
         if self._head_size is not None:
-            self._count_head(data)
+            self._check_head_size(data)
         return data
 
-    def _count_head(self, data: bytes) -> None:
+    def _check_head_size(self, data: bytes) -> None:
         assert self._head_size is not None
         self._head_size += len(data)
-        seen = self._tail + data
-        if b"\r\n\r\n" in seen or b"\n\n" in seen:
+        data_with_tail = self._tail + data
+        if b"\r\n\r\n" in data_with_tail or b"\n\n" in data_with_tail:
             self._head_size = None
-        elif self._head_size > HEAD_BYTES:
-            raise httpcore.RemoteProtocolError(f"a head of more than {HEAD_BYTES >> 10} KiB")
-        self._tail = seen[-3:]
+        elif self._head_size > MAX_HEAD_BYTES:
+            raise httpcore.RemoteProtocolError(f"a head of more than {MAX_HEAD_BYTES >> 10} KiB")
+        self._tail = data_with_tail[-3:]
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if self._head_size is None:  # the next request on this connection begins

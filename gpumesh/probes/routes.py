@@ -1,8 +1,9 @@
-"""Each route to a node's server asked by itself: whether it leads there, to which server, and how long it takes.
+"""Probes each route to a node's server by itself: whether the route works, to which server it leads, and its latency.
 
-For inspections: it costs more than a probe every two seconds may. Besides the candidates of mesh.yaml the host's own
-address is tried without SSH. It would be the fastest route, or a door that its owner does not know to be open. Nothing
-secret is sent that way: no key, and only requests that the server answers to everybody.
+Only inspections use it, because it costs too much for a probe every two seconds. Besides the candidates of mesh.yaml,
+the host's own address is tried without SSH. If the server answers there, it is the fastest route, but also an open
+port of which the owner may not know. Nothing secret is sent by that route: no key, and only requests that the server
+answers to everybody.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gpumesh.probes.server_inventory import TimedInventory, ask_server, build_re
 from gpumesh.state import BackendPhase, NodeState, RouteState
 from gpumesh.topology import BackendKind, NodeSpec, Target
 
-ROUNDS = 7
+ROUND_TRIPS = 7  # of one measurement of latency; the first is not counted
 DIRECT = "direct"
 
 Answer = TimedInventory | ProbeError
@@ -35,8 +36,8 @@ Answer = TimedInventory | ProbeError
 
 @dataclass(frozen=True, slots=True)
 class BackendRoute:
-    """``target`` is the server as its own host knows it, ``url`` where it is asked from here. ``offered``: the route is
-    not in mesh.yaml."""
+    """``target`` is the server's address on its own host; ``url`` is where this machine reaches the server.
+    ``offered``: the route is not in mesh.yaml."""
 
     target: Target
     url: str
@@ -45,13 +46,13 @@ class BackendRoute:
 
 
 def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute, ...]:
-    """The candidates of mesh.yaml that have a URL now, then the host's own address without SSH, where mesh.yaml names
-    that address and no jump host is between."""
-    urls = {route.target: route for route in state.routes if not route.offered}
+    """The candidates of mesh.yaml that have a URL now, then the offered routes: the host's own address without SSH, if
+    mesh.yaml has that address and SSH goes there without a jump host."""
+    route_states = {route.target: route for route in state.routes if not route.offered}
     routes = [
-        BackendRoute(target, urls[target.url].url, urls[target.url].via)
+        BackendRoute(target, route_states[target.url].url, route_states[target.url].via)
         for target in spec.backend.targets
-        if target.url in urls
+        if target.url in route_states
     ]
     ssh = spec.ssh
     if ssh is not None and ssh.host and not ssh.proxy_jump and ssh.address_from is None:
@@ -65,8 +66,8 @@ def list_backend_routes(spec: NodeSpec, state: NodeState) -> tuple[BackendRoute,
 async def probe_routes(
     client: httpx.AsyncClient, spec: NodeSpec, state: NodeState, *, api_key: str | None, timeout_s: float
 ) -> tuple[RouteState, ...]:
-    """Never raises on a server's account. Of the routes that are not in mesh.yaml it returns those that lead to the
-    server in use. The client must have ``trust_env`` off."""
+    """The states of the candidates of mesh.yaml, and of those offered routes that lead to the server in use. Never
+    raises because of what a server does. The client must have ``trust_env`` off."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     prober = _RouteProber(client, spec.backend.kind, api_key, timeout_s)
     routes = list_backend_routes(spec, state)
@@ -75,7 +76,7 @@ async def probe_routes(
         (answer for route, answer in zip(routes, answers, strict=True) if _is_in_use(route, state)), None
     )
     states = []
-    # One after the other, so that the measurements do not disturb each other.
+    # One route after the other, so that the measurements do not disturb each other.
     for route, answer in zip(routes, answers, strict=True):
         if not route.offered or _is_same_server(answer, answer_in_use, route):
             states.append(await prober.describe(route, answer, deadline))
@@ -95,11 +96,12 @@ class _RouteProber:
         return None if route.offered else self.api_key
 
     def _target_of(self, route: BackendRoute) -> Target | None:
-        """Without a tunnel the server is asked by the name by which anybody would ask it."""
+        """The address that goes into the Host header. An offered route has the Host header of its own URL, which is the
+        one that any stranger would send."""
         return None if route.offered else route.target
 
     async def ask(self, route: BackendRoute, kind: BackendKind | None = None) -> Answer:
-        """What the server says as one of this kind, by default of the node's kind."""
+        """The answer of the server if asked as a server of this kind, by default of the node's kind."""
         try:
             return await ask_server(
                 self.client,
@@ -114,10 +116,9 @@ class _RouteProber:
 
     async def describe(self, route: BackendRoute, answer: Answer, deadline: float) -> RouteState:
         """The route's state; its latency is measured until ``deadline`` at most."""
-        # An offered route leads to another address than the target, so its own URL stands for it.
-        state = RouteState(
-            route.url if route.offered else route.target.url, route.url, route.via, offered=route.offered
-        )
+        # An offered route leads to another address than that of its target: its own URL.
+        target = route.url if route.offered else route.target.url
+        state = RouteState(target, route.url, route.via, offered=route.offered)
         if isinstance(answer, ProbeError):
             kind = await self._find_other_kind(route) if answer.finding_code == "wrong-server" else None
             error = printable(answer.message)
@@ -134,24 +135,24 @@ class _RouteProber:
         return replace(state, exposed=await _is_public(route.url)) if route.offered else state
 
     async def _measure_latency(self, route: BackendRoute, kind: BackendKind, timeout_s: float) -> float | None:
-        """The median of some round trips on a warm connection, in ms; ``None`` when none came back in time."""
+        """The median of up to ``ROUND_TRIPS`` round trips in ms; ``None`` if no answer came in time."""
         dialect = DIALECTS[kind]
         call = dialect.probe_calls()[dialect.latency_probe]
         headers, extensions = build_request_options(self._target_of(route), self._key_for(route))
         latencies_ms: list[float] = []
         try:
             async with asyncio.timeout(max(timeout_s, 0.0)):
-                for _ in range(ROUNDS):
+                for _ in range(ROUND_TRIPS):
                     started = time.perf_counter()
                     await get_bounded(self.client, route.url + call.path, headers, extensions)
                     latencies_ms.append((time.perf_counter() - started) * 1000.0)
         except (TimeoutError, ProbeError):
-            pass  # what was measured until then counts
-        # The first round trip may include making the connection.
+            pass  # the round trips until then count
+        # The first round trip may include the opening of a connection, so it counts only if it is the only one.
         return round(median(latencies_ms[1:] or latencies_ms), 3) if latencies_ms else None
 
     async def _find_other_kind(self, route: BackendRoute) -> str | None:
-        """The kind of the server, if it is another one that mesh.yaml could name."""
+        """The kind of the server if it is of a kind that mesh.yaml could name, else ``None``."""
         answer = await self.ask(route, BackendKind.AUTO)
         return answer.kind.value if isinstance(answer, TimedInventory) else None
 
@@ -161,8 +162,11 @@ def _is_in_use(route: BackendRoute, state: NodeState) -> bool:
 
 
 def _is_same_server(answer: Answer, answer_in_use: Answer | None, route: BackendRoute) -> bool:
-    """Whether an offered route leads to the server in use. Where the store cannot tell, the host's address and the same
-    models do, unless that address is this machine's."""
+    """Whether an offered route leads to the server in use.
+
+    If no store has a fingerprint, a server with the same models counts as the same one, because the route's host is
+    the node's host. This does not hold for a loopback address, which is this machine's.
+    """
     if not isinstance(answer, TimedInventory) or not isinstance(answer_in_use, TimedInventory):
         return False
     store = store_fingerprint(answer.inventory.catalog)
@@ -178,6 +182,7 @@ def _model_names(answer: TimedInventory) -> Sequence[str]:
 
 
 async def _is_public(url: str) -> bool:
+    """Whether the URL's host has an address that the whole internet can reach."""
     host = httpx.URL(url).host
     try:
         addresses = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)

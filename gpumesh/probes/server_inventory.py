@@ -1,4 +1,4 @@
-"""What an inference server at one URL says of itself: version, models, what is loaded. Read by the server's dialect."""
+"""Asks an inference server at one URL for its version, its models and what is loaded. Its dialect reads the answers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gpumesh.probes.bounded_get import SILENT_SERVER_HINT, get_bounded
 from gpumesh.probes.server_kind import KnownKinds, identify_server
 from gpumesh.topology import BackendKind, Target
 
-OPTIONAL_TIMEOUT_S = 1.5  # for the answers that a kind of server can do without; later they count as unknown
+OPTIONAL_TIMEOUT_S = 1.5  # for answers that the inventory can do without; an answer that is later counts as unknown
 _WRONG_KEY_HINT = "it does not accept the key that it was given: check the variable that `backend.api_key_env` names"
 
 
 @dataclass(frozen=True, slots=True)
 class TimedInventory:
-    """What a server of this kind says of itself; ``latency_ms`` is the time to the first of its answers."""
+    """What a server of this kind says of itself; ``latency_ms`` is the time from the start to its first answer."""
 
     kind: BackendKind
     inventory: Inventory
@@ -40,10 +40,10 @@ async def ask_server(
     timeout_s: float,
     known_kinds: KnownKinds | None = None,
 ) -> TimedInventory:
-    """What a server of this kind says of itself at ``url``; ``target`` is the same server as its own host knows it.
+    """Asks the server at ``url`` for its inventory. ``target`` is the same server's address on its own host.
 
-    With kind ``auto`` it is asked which kind it is, unless ``known_kinds`` holds that. Raises ProbeError, and nothing
-    else on the server's account.
+    With kind ``auto`` the server is first asked which kind it is, unless ``known_kinds`` has its kind. Whatever the
+    server does wrong, this raises ProbeError and no other error.
     """
     session = _ProbeSession(client, url, target, api_key=api_key, timeout_s=timeout_s)
     try:
@@ -57,11 +57,12 @@ async def ask_server(
 
 
 async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: KnownKinds) -> TimedInventory:
-    """Asks it as a server of the kind that it was at the last probe; if it is so no more, asks which it is."""
-    known = known_kinds.find(url)
-    if known is not None:
+    """Asks the server as one of the kind that it had at the last probe. If it is no longer of that kind, or there was
+    no probe, asks it which kind it is."""
+    last_kind = known_kinds.find(url)
+    if last_kind is not None:
         try:
-            return await session.ask_inventory(known)
+            return await session.ask_inventory(last_kind)
         except ProbeError as error:
             known_kinds.forget(url)
             if error.finding_code != "wrong-server":
@@ -86,7 +87,7 @@ class _ProbeSession:
         self._latency_ms: float | None = None
 
     async def ask(self, call: HttpCall) -> tuple[int, bytes]:
-        """Raises ProbeError when no answer comes in time."""
+        """The HTTP status and the body. Raises ProbeError, also when no answer comes in time."""
         try:
             return await self._get(call, self._timeout_s)
         except TimeoutError:
@@ -96,12 +97,14 @@ class _ProbeSession:
     async def ask_inventory(
         self, kind: BackendKind, answers: Mapping[str, tuple[int, bytes]] = MappingProxyType({})
     ) -> TimedInventory:
-        """``answers``, by path, are not asked for again. Raises ProbeError."""
+        """Asks as a server of this kind. ``answers`` are those that the server has already given, by path: they are not
+        asked for again. Raises ProbeError."""
         dialect = DIALECTS[kind]
         calls = dialect.probe_calls()
 
         async def get_answer(name: str, call: HttpCall) -> tuple[int, bytes] | ProbeError | None:
-            """``None`` for an optional answer that did not come."""
+            """``None`` for an optional answer that did not come. Errors are returned, so that ``gather`` waits for the
+            other answers."""
             if call.path in answers:
                 return answers[call.path]
             try:
@@ -116,7 +119,7 @@ class _ProbeSession:
                 raise result
             answered[name] = result
         inventory = dialect.read_inventory(answered)
-        assert self._latency_ms is not None, "an inventory is made of answers"
+        assert self._latency_ms is not None, "an inventory without any answer"
         return TimedInventory(kind, inventory, self._latency_ms)
 
     async def _ask_optional(self, call: HttpCall) -> tuple[int, bytes] | None:
@@ -125,9 +128,9 @@ class _ProbeSession:
         except (ProbeError, TimeoutError):
             return None
 
-    async def _get(self, call: HttpCall, limit_s: float) -> tuple[int, bytes]:
-        """Raises ProbeError and TimeoutError."""
-        async with asyncio.timeout(limit_s):
+    async def _get(self, call: HttpCall, timeout_s: float) -> tuple[int, bytes]:
+        """The HTTP status and the body. Raises ProbeError and TimeoutError."""
+        async with asyncio.timeout(timeout_s):
             answer = await get_bounded(self._client, self._url + call.path, self._headers, self._extensions)
         if self._latency_ms is None:
             self._latency_ms = (time.perf_counter() - self._started) * 1000.0
@@ -135,11 +138,11 @@ class _ProbeSession:
 
 
 def build_request_options(target: Target | None, api_key: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """The headers and httpx's extensions of a request to a server that is ``target`` on its own host."""
+    """The headers, then httpx's extensions, of a request to a server whose address on its own host is ``target``."""
     headers = {"Accept-Encoding": "identity"}
     if target is not None:
         headers["Host"] = host_header(target)
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
-    # Through a tunnel the certificate is for the host's own name, not for our end of the tunnel.
+    # The certificate of a server behind a tunnel is for the host's own name, not for our end of the tunnel.
     return headers, {"sni_hostname": target.host} if target is not None and target.scheme == "https" else {}

@@ -1,8 +1,7 @@
-"""Which kind of server answers at a URL, found out by asking it: ``kind: auto``.
+"""Identifies the kind of the server that answers at a URL, for ``kind: auto``.
 
-The dialects are tried in the order of ``DIALECTS``; those that ask for the same path share its answer, so that two
-requests are enough for each server that is none of Ollama's, and one for Ollama's. What was asked is not asked again by
-the probe that follows.
+The dialects are tried in the order of ``DIALECTS``. Dialects that ask for the same path share its answer: one request
+is enough for Ollama, two for any other server. The probe that follows uses these answers and does not ask again.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from gpumesh.errors import ProbeError
 from gpumesh.topology import BackendKind
 
 AskServer = Callable[[HttpCall], Awaitable[tuple[int, bytes]]]
-"""One request; raises ProbeError where no answer comes."""
+"""Sends one request; returns the HTTP status and the body. Raises ProbeError if no answer comes."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdentifiedServer:
-    """``answers`` are those that it has given already, by the path that was asked for."""
+    """``answers`` are those that the server has already given, by the path of the request."""
 
     kind: BackendKind
     answers: Mapping[str, tuple[int, bytes]]
@@ -30,8 +29,8 @@ class IdentifiedServer:
 
 @dataclass(slots=True)
 class KnownKinds:
-    """The kinds of the servers that have identified themselves, by URL, as long as each probe finds it so. ``last`` is
-    the kind of the server that was in use last."""
+    """The kinds of servers that have been identified, by URL. A kind is forgotten when a probe of that server fails.
+    ``last`` is the kind of the server that was in use last."""
 
     last: BackendKind | None = None
     _by_url: dict[str, BackendKind] = field(default_factory=dict)
@@ -40,8 +39,9 @@ class KnownKinds:
         return self._by_url.get(url)
 
     def remember(self, url: str, kind: BackendKind) -> None:
-        """What all servers with OpenAI's API have in common identifies none of them: after another server has taken the
-        port it could be so still. So such a server is asked anew at each probe."""
+        """Does nothing for a generic kind, which means only that the server has OpenAI's API. If another server takes
+        the port, it probably has this API too, and nothing would show the change. So a generic server is asked again at
+        each probe."""
         if not DIALECTS[kind].is_generic:
             self._by_url[url] = kind
 
@@ -50,7 +50,8 @@ class KnownKinds:
 
 
 async def identify_server(ask: AskServer) -> IdentifiedServer:
-    """Raises ProbeError: what ``ask`` raises, and what its answers mean where no dialect recognizes one."""
+    """The kind of the first dialect that recognizes an answer. Raises ProbeError: that of ``ask``, or, if no dialect
+    recognizes an answer, one that says what the answers mean."""
     answers: dict[str, tuple[int, bytes]] = {}
     for kind, dialect in DIALECTS.items():
         call = dialect.probe_calls()[dialect.identity_probe]

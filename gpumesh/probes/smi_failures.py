@@ -1,7 +1,7 @@
-"""Why nvidia-smi failed, by its exit status and output: each failure has its own cause and its own remedy. Pure.
+"""Finds out from exit status and output why nvidia-smi failed: each failure has its own cause and its own remedy. Pure.
 
-Exit statuses and texts are from NVIDIA's man page and from captures (docs/internals/nvidia-smi.md). The text decides
-before the status: wrappers and containers change the status, and one status stands for several failures.
+Exit statuses and texts are from NVIDIA's man page and from captures (docs/internals/nvidia-smi.md). The text is tested
+before the status, because wrappers and containers change the status, and one status stands for several failures.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from gpumesh.printable import printable
 from gpumesh.probes.combined_commands import CommandOutput
 from gpumesh.state import Severity
 
+# Exit statuses; 126 and 127 are the shell's.
 OK = 0
-BAD_FIELD = 2
 NO_DEVICES = 6
 NO_DRIVER = 9
 INFOROM = 14
@@ -23,7 +23,7 @@ MISMATCH = 18
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 _LOST = re.compile(r"unable to determine the device handle|gpu is lost|gpu has fallen off the bus", re.IGNORECASE)
-# Failures even under status 0, which WSL and wrapper scripts give to every call.
+# Texts that mean a failure even with status 0, with which every call ends under WSL and in wrapper scripts.
 _FAILED_WITH_STATUS_0 = re.compile(
     rf"nvidia-smi has failed|failed to initialize nvml|^no devices were found|{_LOST.pattern}", re.IGNORECASE
 )
@@ -31,7 +31,7 @@ _FAILED_WITH_STATUS_0 = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SmiFailure:
-    """``affects_whole_host``: the failure concerns the host's whole driver, not one GPU among others."""
+    """Why nvidia-smi failed. ``affects_whole_host``: the failure is one of the host's driver, not of a single GPU."""
 
     code: str
     message: str
@@ -41,7 +41,8 @@ class SmiFailure:
 
 
 def classify_failure(answer: CommandOutput) -> SmiFailure | None:
-    """Why this is not a table; ``None`` for a table (whose last lines may hold a warning: exit status 14)."""
+    """The failure that this answer means; ``None`` if the answer is a table. The last lines of a table may be a
+    warning: then the exit status is 14."""
     text = printable(answer.output, 2000)
     lower = text.lower()
     status = answer.exit_status
@@ -77,9 +78,9 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
             "check `lspci | grep -i nvidia` on the host; a container needs `--gpus all`",
         )
     if "couldn't communicate with the nvidia driver" in lower or "failed to initialize nvml" in lower:
-        return _driver_broken(text)
+        return _driver_failure(text)
     if status == NO_DRIVER or "nvidia-smi has failed" in lower:
-        return _driver_broken(text)
+        return _driver_failure(text)
     if status in (NOT_FOUND, NOT_EXECUTABLE) or "not found" in lower or "no such file" in lower or "not recog" in lower:
         return SmiFailure(
             "nvidia-smi-missing",
@@ -92,7 +93,7 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
     return SmiFailure("driver-broken", f"nvidia-smi {ended}{detail}", "run `nvidia-smi` on the host to see why")
 
 
-def _driver_broken(text: str) -> SmiFailure:
+def _driver_failure(text: str) -> SmiFailure:
     return SmiFailure(
         "driver-broken",
         f"the NVIDIA driver does not answer: {_shorten(text)}",

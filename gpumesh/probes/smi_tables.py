@@ -1,6 +1,6 @@
-"""Reads nvidia-smi's tables by position: a value that is not a number is unknown, whatever it says.
+"""Reads nvidia-smi's tables by position. A figure that is not a number, such as ``[N/A]``, counts as unknown.
 
-Pure; never raises. The shapes of the tables, and how drivers differ: docs/internals/nvidia-smi.md.
+Pure; never raises. docs/internals/nvidia-smi.md describes the tables and how drivers differ.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from gpumesh.printable import printable
 from gpumesh.state import GpuState, ProcessState
 
-# Sixteen GPUs and a thousand processes fit. A MiB of rows takes 100 ms to read, in which no other task has a turn.
+# Enough for sixteen GPUs and a thousand processes. To parse 1 MiB of rows takes 100 ms, in which no other task runs.
 OUTPUT_BYTES = 128 << 10
-# clocks_throttle_reasons was renamed clocks_event_reasons at 535; the old spelling stays accepted.
+# Driver 535 renamed clocks_throttle_reasons to clocks_event_reasons, and accepts the old name as well.
 FIELDS = (
     "index",
     "uuid",
@@ -35,7 +35,7 @@ FIELDS = (
     "persistence_mode",
     "clocks_throttle_reasons.active",
 )
-# Every driver since 2015 knows these: one unknown field fails the whole call.
+# Every driver since 2015 knows these fields. With FIELDS the whole call fails if the driver does not know one of them.
 OLD_FIELDS = (
     "index",
     "uuid",
@@ -52,16 +52,16 @@ PROCESS_FIELDS = ("gpu_uuid", "pid", "process_name", "used_memory")
 
 MAX_GPUS = 64
 MAX_PROCESSES = 512
-# What is beyond these is not read: it would take the event loop's time, every two seconds.
+# Lines and bytes beyond these limits are not read: this would take the event loop's time, every two seconds.
 MAX_LINES = 2048
 MAX_LINE_BYTES = 2048
-# The highest figures that are believed of one GPU. A higher figure is unknown: it would be the sum of a whole pool, or
+# The highest figures that one GPU can plausibly have. A higher figure counts as unknown: it would spoil the totals, or
 # make a node look a thousand times faster or slower than it is.
 MAX_MIB = 1 << 24
 MAX_W = 10_000.0
 MAX_MHZ = 100_000
 MAX_C = 300
-MAX_FAN_PCT = 200  # NVML: the intended speed, which may be above 100
+MAX_FAN_PCT = 200  # by NVML's documentation this is the intended speed, which may be above 100
 MAX_INDEX = 1023
 MAX_PID = (1 << 32) - 1
 _NUMBER = re.compile(r"([+-]?[0-9]{1,12}(?:\.[0-9]{1,9})?)(?: ?(?:MiB|W|%|MHz|C))?")
@@ -69,7 +69,7 @@ _HEX = re.compile(r"0x([0-9a-fA-F]{1,16})")
 _DRIVER = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,39}")
 _PSTATE = re.compile(r"P[0-9]{1,2}")
 _ERROR_VALUES = ("err!", "unknown error")
-# nvml.h, nvmlClocksEventReasons, without those that are not a limit (1: idle, 2: set clocks).
+# From nvmlClocksEventReasons in nvml.h, without the reasons that are not a limit (1: idle, 2: set clocks).
 _THROTTLE_REASONS = (
     (0x4, "power-cap"),
     (0x8, "hw-slowdown"),
@@ -79,14 +79,15 @@ _THROTTLE_REASONS = (
     (0x80, "power-brake"),
     (0x100, "display"),
 )
+# Values of ``GpuState.throttle`` if the clocks are not limited.
 IDLE = "idle"
 NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuTable:
-    """``faulty_fields``: the fields that a GPU answers with ERR! or Unknown Error, by the GPU's uuid. ``unread_line``:
-    the first line that is not a row."""
+    """The GPUs of a table. ``faulty_fields``: by a GPU's uuid, the fields whose value is ERR! or Unknown Error.
+    ``unread_line``: the first line that is not a row."""
 
     gpus: tuple[GpuState, ...]
     driver: str | None
@@ -97,46 +98,47 @@ class GpuTable:
 def read_gpus(output: bytes, fields: Sequence[str] = FIELDS, *, hostname: str | None = None) -> GpuTable:
     """Reads the rows of ``--query-gpu=…`` for ``fields``. Other lines between them, such as warnings, are skipped."""
     gpus: list[GpuState] = []
-    seen: set[str] = set()
-    faulty: dict[str, tuple[str, ...]] = {}
+    seen_uuids: set[str] = set()
+    faulty_fields: dict[str, tuple[str, ...]] = {}
     driver: str | None = None
-    unread: str | None = None
+    unread_line: str | None = None
     for line in _list_lines(output):
         row = split_row(line, fields)
         gpu = None if row is None else _read_gpu(row, len(gpus), hostname)
         if row is None or gpu is None:
-            unread = unread or printable(line, 120)
+            unread_line = unread_line or printable(line, 120)
             continue
-        if gpu.uuid in seen or len(gpus) == MAX_GPUS:
+        if gpu.uuid in seen_uuids or len(gpus) == MAX_GPUS:
             continue
-        seen.add(gpu.uuid)
+        seen_uuids.add(gpu.uuid)
         gpus.append(gpu)
         driver = driver or _read_driver(row.get("driver_version"))
-        broken = tuple(
+        faulty = tuple(
             field
             for field, value in row.items()
             if field != "name" and any(mark in value.lower() for mark in _ERROR_VALUES)
         )
-        if broken:
-            faulty[gpu.uuid] = broken
-    return GpuTable(tuple(gpus), driver, faulty, unread)
+        if faulty:
+            faulty_fields[gpu.uuid] = faulty
+    return GpuTable(tuple(gpus), driver, faulty_fields, unread_line)
 
 
 def split_row(line: str, fields: Sequence[str]) -> dict[str, str] | None:
-    """A row's values by field. The name may hold commas: the fields before and after it are counted from both ends."""
+    """A row's values by field; ``None`` for a line with too few values. The name may contain commas, so surplus parts
+    belong to the name."""
     parts = [part.strip() for part in line.split(",")]
-    extra = len(parts) - len(fields)
-    if extra < 0:
+    surplus = len(parts) - len(fields)
+    if surplus < 0:
         return None
-    index = next((number for number, field in enumerate(fields) if field in ("name", "process_name")), len(fields) - 1)
-    if extra:
-        parts[index : index + extra + 1] = [", ".join(parts[index : index + extra + 1])]
+    name_at = next((index for index, field in enumerate(fields) if field in ("name", "process_name")), len(fields) - 1)
+    if surplus:
+        parts[name_at : name_at + surplus + 1] = [", ".join(parts[name_at : name_at + surplus + 1])]
     return dict(zip(fields, parts, strict=True))
 
 
 def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
-    """Reads the rows of ``--query-compute-apps``, by the GPU's uuid. In a container the list may be empty or hold the
-    host's pids, so an empty list does not mean that a GPU is idle."""
+    """The processes of ``--query-compute-apps``, by the GPU's uuid. In a container the list may be empty, or have the
+    pids of the host. So an empty list does not mean that a GPU is idle."""
     by_gpu: dict[str, list[ProcessState]] = {}
     count = 0
     for line in _list_lines(output):
@@ -154,22 +156,23 @@ def read_processes(output: bytes) -> dict[str, tuple[ProcessState, ...]]:
 
 
 def _list_lines(output: bytes) -> Iterator[str]:
-    """The lines that are not blank, cut to the length of a row."""
+    """The lines that are not blank, each cut to ``MAX_LINE_BYTES``."""
     lines = output[:OUTPUT_BYTES].split(b"\n", MAX_LINES)[:MAX_LINES]
     return (line[:MAX_LINE_BYTES].decode("utf-8", "replace") for line in lines if line.strip())
 
 
 def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> GpuState | None:
-    """``None`` for a line that has as many commas as a row, but is not a row."""
+    """The GPU of a row; ``None`` for a line that has as many commas as a row, but is not a row. ``position`` is the
+    number of GPUs before this one."""
     uuid = _read_text(row.get("uuid"), 80)
     bus = _read_text(row.get("pci.bus_id"), 40)
     index = _read_int(row.get("index", ""))
     name = _read_text(row.get("name"), 100)
-    known = uuid is not None and uuid.startswith(("GPU-", "MIG-"))
-    if index is None and not known:
+    is_real_uuid = uuid is not None and uuid.startswith(("GPU-", "MIG-"))
+    if index is None and not is_real_uuid:
         return None
-    if uuid is None or not known:
-        # So that the GPU is never taken for another host's GPU, nor for another GPU of this host.
+    if uuid is None or not is_real_uuid:
+        # A name of our own, which no GPU of another host has, and no other GPU of this host.
         uuid = f"unknown-{hostname or 'host'}-{bus or position}"
     total = _read_amount(row.get("memory.total"), MAX_MIB) or None  # 0 means that the GPU did not say
     temperature = _read_int(row.get("temperature.gpu", ""))
@@ -195,7 +198,7 @@ def _read_gpu(row: Mapping[str, str], position: int, hostname: str | None) -> Gp
 
 
 def _read_text(value: str | None, limit: int) -> str | None:
-    """``None`` for ``[N/A]`` in its many spellings."""
+    """The text, cut to ``limit`` characters; ``None`` for the different ways to write "not available"."""
     text = printable(value or "")
     lower = text.lower()
     if not text or lower in ("n/a", "err!", "unknown error") or (text.startswith("[") and text.endswith("]")):
@@ -224,7 +227,8 @@ def _read_watts(value: str | None) -> float | None:
 
 
 def _read_driver(value: str | None) -> str | None:
-    """The version is compared with what mesh.yaml expects, and ``audit --write`` writes it there."""
+    """The version; ``None`` for anything else. It is checked strictly, because ``audit --write`` writes it into
+    mesh.yaml."""
     return value if value is not None and _DRIVER.fullmatch(value) else None
 
 
@@ -233,6 +237,7 @@ def _read_pstate(value: str | None) -> str | None:
 
 
 def _read_throttle(value: str) -> str | None:
+    """The reasons for lower clocks, joined by commas, from a hexadecimal mask of NVML's bits."""
     match = _HEX.fullmatch(value)
     if not match:
         return None

@@ -1,4 +1,4 @@
-"""What answers on a port instead of an inference server, by the first bytes that it sends, and what to do about it."""
+"""Identifies a server that is no inference server by the first bytes that it sends, and says what to do about it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from gpumesh.errors import ProbeError
 from gpumesh.printable import printable
 from gpumesh.probes.http_client import parse_unix_url
 
-GREETING_S = 0.5
+GREETING_TIMEOUT_S = 0.5
 WRONG_SERVICE_HINT = "another service listens there: point `backend.port` or `backend.url` at the inference server"
-_SSH = "that is a host's SSH port, which belongs under `ssh.port`: point `backend.port` at the inference server"
-# The first characters, which server sends them, and what to do.
+_SSH_PORT_HINT = (
+    "that is a host's SSH port, which belongs under `ssh.port`: point `backend.port` at the inference server"
+)
+# The first characters of a greeting, the server that sends them, and what to do.
 _KNOWN_GREETINGS = (
-    (("SSH-",), "an SSH server", _SSH),
+    (("SSH-",), "an SSH server", _SSH_PORT_HINT),
     (("-ERR", "-NOAUTH", "-DENIED", "-WRONGPASS", "-MISCONF"), "a Redis", WRONG_SERVICE_HINT),
     (("220 ", "220-", "554 "), "a mail or FTP server", WRONG_SERVICE_HINT),
     (("* OK",), "a mail server", WRONG_SERVICE_HINT),
     (("RFB ",), "a VNC server", WRONG_SERVICE_HINT),
 )
-_TLS_ALERT = b"\x15\x03"  # the answer of a TLS server to bytes that are not TLS
+_TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 
 
 async def identify_wrong_server(url: str) -> ProbeError | None:
-    """What is behind a URL that did not answer with HTTP; ``None`` if nothing answers, or an incomplete answer in HTTP
-    came."""
+    """Asks a server that gave no answer in HTTP once more, and says what it is. ``None`` if nothing answers, or if the
+    server does speak HTTP after all."""
     parsed = httpx.URL(url)
     greeting = await _read_greeting(parsed)
     if greeting.startswith(b"HTTP/"):
@@ -39,25 +41,25 @@ async def identify_wrong_server(url: str) -> ProbeError | None:
     if not text:
         return None
     server, hint = next(
-        ((f"{server}, ", hint) for starts, server, hint in _KNOWN_GREETINGS if text.startswith(starts)),
+        ((f"{server}, ", hint) for prefixes, server, hint in _KNOWN_GREETINGS if text.startswith(prefixes)),
         ("", WRONG_SERVICE_HINT),
     )
     return ProbeError(f"the port answers, but not with HTTP: {server}{text!r}", finding_code="wrong-server", hint=hint)
 
 
 def wrong_scheme_error(url: str) -> ProbeError:
-    """For a port that speaks HTTPS where this URL says http, or the other way round."""
+    """The error for a port that speaks HTTPS although ``url`` says http, or the other way round."""
     parsed = httpx.URL(url)
-    asked, spoken, scheme = (
+    asked, spoken, right_scheme = (
         ("plain HTTP", "HTTPS", "https") if parsed.scheme == "http" else ("HTTPS", "plain HTTP", "http")
     )
     host = parsed.host if parse_unix_url(parsed) is None else "127.0.0.1"
-    hint = f"write `backend: {{url: {scheme}://{host}:PORT}}`, as the host knows it"
+    hint = f"write `backend: {{url: {right_scheme}://{host}:PORT}}`, as the host knows it"
     return ProbeError(f"the port speaks {spoken}, and is asked with {asked}", finding_code="wrong-scheme", hint=hint)
 
 
 async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
-    """Why there is no TLS connection."""
+    """The reason why no TLS connection was made. May ask the server again to find it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProbeError(
             f"its certificate is not accepted: {printable(error.verify_message, 120)}",
@@ -75,9 +77,9 @@ async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:
 
 
 async def _read_greeting(url: httpx.URL) -> bytes:
-    """The server's answer to plain HTTP; empty when none comes in time."""
+    """The first bytes of the server's answer to a request in plain HTTP; empty if none come in time."""
     try:
-        async with asyncio.timeout(GREETING_S):
+        async with asyncio.timeout(GREETING_TIMEOUT_S):
             reader, writer = await _connect(url, limit=1 << 12)
             try:
                 writer.write(b"GET / HTTP/1.0\r\n\r\n")
@@ -89,16 +91,16 @@ async def _read_greeting(url: httpx.URL) -> bytes:
 
 
 async def _accepts_tls(url: httpx.URL) -> bool:
-    """Whether the server makes a TLS handshake. Nothing is sent to it, so its certificate does not matter."""
+    """Whether the server answers a TLS handshake. No data is sent after it, so the certificate is not verified."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
-        async with asyncio.timeout(GREETING_S):
+        async with asyncio.timeout(GREETING_TIMEOUT_S):
             _reader, writer = await _connect(url, ssl=context)
             writer.close()
     except ssl.SSLError as error:
-        return "ALERT" in (error.reason or "")  # the server understood TLS, and declined
+        return "ALERT" in (error.reason or "")  # an alert: the server speaks TLS, and refuses this handshake
     except (OSError, TimeoutError):
         return False
     return True

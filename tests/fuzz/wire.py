@@ -19,7 +19,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.errors import BackendUnreachable, ProbeError, StreamCut
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from gpumesh.probes.server_inventory import ask_server
 from tests.fuzz import parsers
 from tests.fuzz.cases import Case
@@ -326,7 +326,7 @@ async def greet(case: Case, *, timeout_s: float = 2.0) -> None:
             await writer.drain()
         await close_writer(writer)
 
-    async with serving(speak) as port, http_client() as client:
+    async with serving(speak) as port, make_http_client() as client:
         for kind in DIALECTS:
             with contextlib.suppress(ProbeError):
                 await ask_server(client, kind, f"http://127.0.0.1:{port}", None, api_key=None, timeout_s=timeout_s)

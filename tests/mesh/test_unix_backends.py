@@ -14,7 +14,7 @@ import pytest
 from gpumesh.backends.base import HttpCall
 from gpumesh.errors import BackendUnreachable
 from gpumesh.mesh.requests.upstream import Upstream
-from gpumesh.probes.http_client import http_client, parse_unix_url
+from gpumesh.probes.http_client import make_http_client, parse_unix_url
 from gpumesh.probes.wrong_server import identify_wrong_server, wrong_scheme_error
 from gpumesh.tunnels.local_system.unix_urls import unix_url
 
@@ -70,7 +70,7 @@ async def test_a_socket_without_a_server_is_unreachable(path: Path) -> None:
     async with asyncio.timeout(20), Upstream() as upstream:
         with pytest.raises(BackendUnreachable, match="no connection"):
             await upstream.request(unix_url(path), CALL, [], node="n", server_name=None)
-    async with http_client() as client:
+    async with make_http_client() as client:
         with pytest.raises(httpx.HTTPError):
             await client.get(unix_url(path) + "/")
 
@@ -78,7 +78,7 @@ async def test_a_socket_without_a_server_is_unreachable(path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "/behind"])
 async def test_the_probes_client_over_a_unix_socket(path: Path, prefix: str) -> None:
     url = unix_url(path, prefix=prefix)
-    async with asyncio.timeout(20), serving(path) as heads, http_client() as client:
+    async with asyncio.timeout(20), serving(path) as heads, make_http_client() as client:
         assert (await client.get(url + CALL.path)).text == "ok"
         assert (await client.get(url + CALL.path, headers={"Host": "127.0.0.1:11434"})).text == "ok"
     first, second = heads

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gpumesh.daemon.process import event_loop
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from tests.mesh.servers import Exchange, answer_with, serve
 
 
@@ -45,7 +45,7 @@ def test_a_connection_that_is_reset_at_once_is_an_http_error() -> None:
     """On the loop that the command runs on: its sockets are gone when they are asked for their peer."""
 
     async def ask(url: str) -> None:
-        async with http_client() as client:
+        async with make_http_client() as client:
             for _ in range(300):
                 with pytest.raises(httpx.HTTPError):
                     await client.get(url)
@@ -72,7 +72,7 @@ async def test_each_server_has_a_pool_of_its_own() -> None:
 
     servers = [await asyncio.start_server(serve, "127.0.0.1", 0) for _ in range(3)]
     try:
-        async with asyncio.timeout(20), http_client() as client:
+        async with asyncio.timeout(20), make_http_client() as client:
             for _ in range(2):
                 for number, server in enumerate(servers):
                     port = server.sockets[0].getsockname()[1]
@@ -96,7 +96,7 @@ async def test_cookies_of_a_server_are_not_sent_to_any_server() -> None:
         heads.append(exchange.head)
         await exchange.send(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 2\r\n\r\n{}")
 
-    async with http_client() as client, serve(script) as first, serve(script) as other:
+    async with make_http_client() as client, serve(script) as first, serve(script) as other:
         for url in (first.url, other.url, first.url):
             assert (await client.get(url)).status_code == 200
     assert len(heads) == 3
@@ -109,5 +109,5 @@ async def test_cookies_of_a_server_are_not_sent_to_any_server() -> None:
 )
 async def test_a_redirect_to_an_invalid_target_is_a_plain_answer(location: bytes) -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 2\r\n\r\n{}"
-    async with http_client() as client, serve(answer_with(answer)) as server:
+    async with make_http_client() as client, serve(answer_with(answer)) as server:
         assert (await client.get(server.url)).status_code == 302

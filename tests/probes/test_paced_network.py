@@ -10,7 +10,7 @@ import pytest
 
 from gpumesh.errors import ProbeError
 from gpumesh.probes.bounded_get import BODY_LIMIT, get_bounded
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from tests.hostile_peers import (
     CHUNKED,
     HEAD,
@@ -39,7 +39,7 @@ async def warm_client(client: httpx.AsyncClient) -> None:
 async def test_other_tasks_run_whatever_a_server_sends(part: str) -> None:
     start, unit = {**UNFINISHED_ANSWERS, **SMALL_PARTS}[part]
     with HostileServer(lambda _: repeat_bytes(start, unit)) as server:
-        async with http_client() as client:
+        async with make_http_client() as client:
             await warm_client(client)
             async with track_longest_loop_turn() as turn:
                 with pytest.raises((ProbeError, TimeoutError)):
@@ -52,7 +52,7 @@ async def test_other_tasks_run_whatever_a_server_sends(part: str) -> None:
 async def test_a_body_has_a_bound_whatever_its_head_says() -> None:
     start = HEAD + b"Content-Length: 1000000000000000000\r\n\r\n"
     with HostileServer(lambda _: repeat_bytes(start, b"x")) as server:
-        async with http_client() as client:
+        async with make_http_client() as client:
             with pytest.raises(ProbeError, match="more than 8 MiB"):
                 await get_bounded(client, server.url + "/api/tags", {}, {})
         assert server.sent < BODY_LIMIT + (16 << 20)
@@ -68,7 +68,7 @@ async def test_compressed_bodies_are_not_unpacked() -> None:
             heads.append(head)
 
     with Server(lambda _: iter([head + bomb])) as server:
-        async with http_client() as client:
+        async with make_http_client() as client:
             assert await get_bounded(client, server.url + "/api/tags", {}, {}) == (200, bomb)
     assert b"accept-encoding: identity\r\n" in heads[0].lower() + b"\r\n"
 
@@ -77,7 +77,7 @@ async def test_a_connection_is_used_again_and_each_head_has_its_own_bound() -> N
     field = b"X-Long: " + b"a" * 20_000 + b"\r\n"
     answer = b"HTTP/1.1 200 OK\r\n" + field + b"Content-Length: 2\r\n\r\n{}"
     with HostileServer(lambda _: iter([answer])) as server:
-        async with http_client() as client:
+        async with make_http_client() as client:
             for _ in range(4):
                 assert await get_bounded(client, server.url, {}, {}) == (200, b"{}")
         assert server.connections == 1

@@ -22,7 +22,7 @@ from gpumesh.audit.catalog import CATALOG
 from gpumesh.lab import profile
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.probes.backend import probe_backend
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import Finding
 from gpumesh.topology import BackendSpec, Target
 
@@ -31,7 +31,7 @@ TARGET = Target("127.0.0.1", 11434)
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with http_client() as made:
+    async with make_http_client() as made:
         yield made
 
 

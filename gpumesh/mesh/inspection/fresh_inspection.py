@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gpumesh import audit, config
 from gpumesh.errors import ConnectTimeout, SecretMissing
 from gpumesh.mesh.inspection.node_inspection import InspectionReport, inspect_node, merge_report
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import MeshState, NodeState, TunnelPhase
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def inspect_mesh(
     loop = asyncio.get_running_loop()
     started = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
-    async with http_client(timeout=TIMEOUT_S) as client:
+    async with make_http_client(timeout=TIMEOUT_S) as client:
         inspector = _Inspector(client, specs, run_command_on)
         state = await wait_first_report(EARLY_REPORT_S)
         reports = await inspector.inspect(state.nodes, TIMEOUT_S)

@@ -123,7 +123,7 @@ async def perform_tasks(
 async def open_url_stores(topology: Topology) -> AsyncIterator[UrlStores]:
     import httpx
 
-    from gpumesh.probes.http_client import http_client
+    from gpumesh.probes.http_client import make_http_client
 
-    async with http_client(timeout=httpx.Timeout(30.0, read=READ_TIMEOUT_S)) as client:
+    async with make_http_client(timeout=httpx.Timeout(30.0, read=READ_TIMEOUT_S)) as client:
         yield UrlStores(client, topology)

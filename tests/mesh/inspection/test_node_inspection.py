@@ -9,7 +9,7 @@ import pytest
 from gpumesh.errors import ExecError
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.mesh.inspection.node_inspection import InspectionReport, inspect_node, merge_report
-from gpumesh.probes.http_client import http_client
+from gpumesh.probes.http_client import make_http_client
 from gpumesh.state import BackendPhase, BackendState, Health, NodeState, RouteState, TunnelPhase, TunnelState
 from gpumesh.topology import BackendSpec, NodeSpec, Target
 from tests.mesh.meshes import host
@@ -30,7 +30,7 @@ async def test_a_report_has_the_routes_and_the_free_space() -> None:
         assert argv[0] == "sh"
         return b"Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 100000 90000 4096 96% /\n"
 
-    async with SimOllama(host("alpha")) as server, http_client() as client:
+    async with SimOllama(host("alpha")) as server, make_http_client() as client:
         route = RouteState(server.url, server.url, "direct")
         state = replace(STATE, routes=(route,), backend=replace(STATE.backend, url=server.url))
         spec = NodeSpec("alpha", BackendSpec(targets=(Target("127.0.0.1", server.port),)))
@@ -50,7 +50,7 @@ async def test_a_host_that_runs_no_command_in_time_is_not_known_to_have_space(er
         await asyncio.Event().wait()
         return b""
 
-    async with http_client() as client:
+    async with make_http_client() as client:
         state = replace(STATE, routes=())
         spec = NodeSpec("alpha", BackendSpec())
         report = await inspect_node(client, spec, state, api_key=None, run_command=run_command, timeout_s=0.05)
