@@ -1,9 +1,9 @@
-"""Ollama's routes that change model stores, and what a client is told when only some nodes did it.
+"""Ollama's routes that change model stores: pull, push, create, copy, delete and blobs.
 
-The routes are pull, push, create, copy, delete and blobs. A client may name one node (``X-GPUMesh-Node``). What a
-request means over several nodes, and how it is carried out there, is in ``gpumesh/mesh/models/fleet_store.py``; here
-requests are read, and results are written as HTTP answers and lines of NDJSON. What is partly done is answered as an
-error that says where it was done and where not, never as a success.
+A client may name one node (``X-GPUMesh-Node``). ``gpumesh/mesh/models/fleet_store.py`` defines what a request means
+over several nodes, and carries it out. The code here reads the requests, and writes the results as HTTP answers and
+lines of NDJSON. If an operation succeeds on some nodes only, the client gets an error that names the nodes where it
+succeeded and those where it failed, never a success.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gpumesh.mesh.models.fleet_store import FleetStore, OperationResult, StoreOp
 from gpumesh.mesh.models.model_store import OPERATION_TIMEOUT_S, json_call
 from gpumesh.mesh.models.store_answers import SUCCESS, NodeResult, StoreStep
 
-# Bytes, as safe_json.estimate_memory counts: a Modelfile with all its messages and licences is far from it.
+# Bytes, by safe_json.estimate_memory. A Modelfile with all its messages and licences needs far less.
 MAX_DOCUMENT_MEMORY = 32 << 20
 NDJSON = "application/x-ndjson"
 _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 
 
 class ModelStoreRoutes:
-    """The handlers, one for each route."""
+    """The handlers, one for each route. They raise BadRequest, and the errors of ``FleetStore``."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -88,7 +88,8 @@ class ModelStoreRoutes:
     # -- blobs ---------------------------------------------------------------------------------------------------
 
     async def has_blob(self, request: Request) -> Response:
-        """200 if every node that can say so has the blob, else 404, so that the client sends it."""
+        """Answers 404 if a node lacks the blob, so that the client sends it, else 200. Nodes that give no usable answer
+        do not count, unless there are no others."""
         nodes = self._store.usable_nodes(self._node_of(request))
         holders = await self._store.find_blob(nodes, _read_blob_digest(request))
         if len(holders.unsure) == len(nodes):
@@ -97,7 +98,7 @@ class ModelStoreRoutes:
         return Response(status=404 if holders.lacking else 200, headers=_node_header(holders.having))
 
     async def add_blob(self, request: Request) -> Response:
-        """201 when all nodes have the blob, 200 when they had it before."""
+        """Answers 201 if all nodes have the blob now, 200 if they had it before, else an error."""
         nodes = self._store.usable_nodes(self._node_of(request))
         digest = _read_blob_digest(request)
         holders = await self._store.find_blob(nodes, digest)
@@ -113,7 +114,7 @@ class ModelStoreRoutes:
         return _render_failures(results, "stored")
 
 
-# -- what a client asks for ------------------------------------------------------------------------------------------
+# -- reading requests ------------------------------------------------------------------------------------------------
 
 
 def _read_timeout(request: Request) -> float:
@@ -121,7 +122,7 @@ def _read_timeout(request: Request) -> float:
 
 
 def _read_blob_digest(request: Request) -> str:
-    """Raises BadRequest."""
+    """The digest in the request's path. Raises BadRequest."""
     digest = request.path.removeprefix("/api/blobs/")
     if not _DIGEST.fullmatch(digest):
         raise BadRequest("invalid digest format")
@@ -129,7 +130,8 @@ def _read_blob_digest(request: Request) -> str:
 
 
 async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
-    """The body, each member by Ollama's name for it, as a document and as it is sent on. Raises BadRequest."""
+    """The body as a document, then as bytes for the nodes. In both the members have Ollama's own spelling. Raises
+    BadRequest."""
     body = await request.read_body()
     members = await read_members(body, request)
     if not members.has_common_spelling:
@@ -145,7 +147,7 @@ async def _read_document(request: Request) -> tuple[dict[str, Any], bytes]:
 
 
 def _require_model(document: Mapping[str, Any], *keys: str) -> str:
-    """The model's name, from the first of these members that has one. Raises BadRequest."""
+    """The model's name: the value of the first of these keys that has one. Raises BadRequest."""
     for key in keys:
         value = document.get(key)
         if isinstance(value, str) and value.strip():
@@ -154,7 +156,8 @@ def _require_model(document: Mapping[str, Any], *keys: str) -> str:
 
 
 def _read_digests(files: object) -> list[str]:
-    """The digests of ``{"name": "sha256:…"}``, each of which becomes a part of a path. Raises BadRequest."""
+    """The digests of ``{"name": "sha256:…"}``. They are checked, because each becomes a part of a path. Raises
+    BadRequest."""
     digests = list(files.values()) if isinstance(files, dict) else []
     for digest in digests:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
@@ -163,18 +166,21 @@ def _read_digests(files: object) -> list[str]:
 
 
 def _streamed_call(request: Request, document: Mapping[str, Any]) -> HttpCall:
-    """Nodes are always asked for progress, so that a node that hangs is known."""
+    """The request to a node. It always asks for a stream of progress, so that a node that hangs is noticed."""
     return json_call("POST", request.path, {**document, "stream": True})
 
 
-# -- what a client is answered ---------------------------------------------------------------------------------------
+# -- writing answers -------------------------------------------------------------------------------------------------
 
 
 async def _stream_operation(
     request: Request, document: Mapping[str, Any], operation: StoreOperation, verb: str
 ) -> Response | StreamingResponse:
-    """Runs the operation on all nodes and writes their progress as that of one. A client that does not want a stream
-    gets the last line as a document, and so does every client of an operation that fails before its first step."""
+    """Runs the operation on all nodes and streams their merged progress.
+
+    Two kinds of clients get a single document instead of a stream: those that do not want a stream, and those of an
+    operation that fails before its first step.
+    """
     streamed = document.get("stream") is not False
     stream: StreamingResponse | None = None
     async with aclosing(operation.steps()) as batches:
@@ -184,13 +190,13 @@ async def _stream_operation(
                 stream.write(b"".join(safe_json.dump_compact(_step_document(step)) + b"\n" for step in steps))
                 await stream.drain()
     result = operation.result
-    status, last = _last_document(result, verb)
-    if result.failures and stream is None:
-        refusal = result.refusal
-        if refusal is not None and refusal.status is not None and result.common_failure is not None:
-            body = error_shapes.error_body(ClientApi.OLLAMA, refusal.status, refusal.message)
-            return json_response(body, status=refusal.status, headers=_node_header(operation.nodes))
-    line = safe_json.dump_compact(last)
+    refusal = result.refusal
+    if stream is None and refusal is not None and refusal.status is not None and result.common_failure is not None:
+        # All nodes gave the same refusal: the client gets it as the server's own answer, with its status.
+        body = error_shapes.error_body(ClientApi.OLLAMA, refusal.status, refusal.message)
+        return json_response(body, status=refusal.status, headers=_node_header(operation.nodes))
+    status, last_document = _last_document(result, verb)
+    line = safe_json.dump_compact(last_document)
     if stream is None and (result.failures or not streamed):
         return json_response(line, status=status, headers=_node_header(operation.nodes))
     stream = stream or _start_stream(request, operation)
@@ -215,32 +221,32 @@ def _step_document(step: StoreStep) -> dict[str, object]:
 
 
 def _last_document(result: OperationResult, verb: str) -> tuple[int, dict[str, str]]:
-    """The last line of an operation's progress, and the status for a client that gets nothing else."""
+    """The HTTP status for a client that gets no stream, and the last document of the operation's progress."""
     if not result.failures:
         return 200, {"status": SUCCESS}
-    common = result.common_failure
-    if common is not None:
-        return 500, {"error": common}
-    return 502, {"error": _describe_partial(verb, result.done, result.failures)}
+    if result.common_failure is not None:
+        return 500, {"error": result.common_failure}
+    return 502, {"error": _describe_partial_success(verb, result.done, result.failures)}
 
 
 def _render_results(results: Sequence[NodeResult], verb: str) -> Response:
     if not is_done_where_possible(results):
         return _render_failures(results, verb)
-    done = [result for result in results if result.done]
+    successes = [result for result in results if result.done]
     # Ollama's own answers have no body.
-    return Response(status=_http_status(done[0]), headers=_node_header([result.node for result in done]))
+    return Response(status=_http_status(successes[0]), headers=_node_header([result.node for result in successes]))
 
 
 def _render_failures(results: Sequence[NodeResult], verb: str) -> Response:
-    """The servers' own reason if it is the same on all nodes, else the nodes where it is done and those where not."""
-    names = _node_header([result.node for result in results])
+    """Answers with the servers' own error if it is the same on all nodes, else with the nodes where the operation
+    succeeded and the reasons of the others."""
+    headers = _node_header([result.node for result in results])
     status, message = _http_status(results[0]), results[0].error_text
     if any((_http_status(result), result.error_text) != (status, message) for result in results):
         failures = {result.node: result.error_text for result in results if not result.done}
         status = 502
-        message = _describe_partial(verb, [result.node for result in results if result.done], failures)
-    return json_response(error_shapes.error_body(ClientApi.OLLAMA, status, message), status=status, headers=names)
+        message = _describe_partial_success(verb, [result.node for result in results if result.done], failures)
+    return json_response(error_shapes.error_body(ClientApi.OLLAMA, status, message), status=status, headers=headers)
 
 
 def _http_status(result: NodeResult) -> int:
@@ -249,7 +255,7 @@ def _http_status(result: NodeResult) -> int:
     return 500 if result.error is None else error_shapes.error_status(result.error)
 
 
-def _describe_partial(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
+def _describe_partial_success(verb: str, done: Sequence[str], failures: Mapping[str, str]) -> str:
     reasons = "; ".join(f"{node}: {reason}" for node, reason in failures.items())
     return f"{verb} on {', '.join(done) or 'no node'}; not on {reasons}"
 

@@ -40,8 +40,8 @@ class GpuReport:
 
 
 async def probe_gpus(run_command: RunCommand, *, timeout_s: float, node: str | None = None) -> GpuReport:
-    """Never raises because of what the host does. Without persistence mode a first call takes 1 to 3 s, so a
-    ``timeout_s`` of 10 s is right."""
+    """Asks a host for its GPUs, its driver and its hostname. Never raises because of what the host does. Without
+    persistence mode a first call takes 1 to 3 s, so a ``timeout_s`` of 10 s is right."""
     try:
         return await _probe_gpus(run_command, timeout_s=timeout_s, node=node)
     except Exception as error:

@@ -59,11 +59,13 @@ def audit(
     text = edit.read(path)
     topology = edit.parse_edited(path, text)
     state, remote = run_async(_inspect(chosen, topology))
-    plan = propose_correction(path, text, topology, state) if write else None
+    correction = propose_correction(path, text, topology, state) if write else None
     if as_json:
-        written = plan is not None and yes and plan.write()
-        print_json(audit_document(topology, state, plan, written=written))
-        findings: Sequence[Finding] = plan.remaining_findings if plan is not None and written else state.findings
+        written = correction is not None and yes and correction.write()
+        print_json(audit_document(topology, state, correction, written=written))
+        findings: Sequence[Finding] = (
+            correction.remaining_findings if correction is not None and written else state.findings
+        )
     else:
         audit_screen.print_comparison(list(audit_rows.compare_nodes(topology, state.nodes, state.findings)))
         typer.echo("")
@@ -71,14 +73,16 @@ def audit(
         if not state.findings:
             typer.echo("\nall is as mesh.yaml says")
         findings = (
-            state.findings if plan is None else _offer_correction(plan, yes=yes, remote=remote, quiet=chosen.quiet)
+            state.findings
+            if correction is None
+            else _offer_correction(correction, yes=yes, remote=remote, quiet=chosen.quiet)
         )
     if any(finding.severity is not Severity.INFO for finding in findings):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
 async def _inspect(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
-    """The state, and whether it is that of a mesh that runs in the background."""
+    """The state, then whether it comes from a mesh that runs in the background."""
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
@@ -88,7 +92,7 @@ async def _inspect(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState
 
 
 async def _read_output(session: Session, node: str, argv: Sequence[str]) -> bytes:
-    """The output of a command on the node's host, as far as an inspection reads it. Raises GPUMeshError."""
+    """The output of a command on the node's host, cut to ``MAX_COMMAND_OUTPUT``. Raises GPUMeshError."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.mesh.inspection.node_inspection import MAX_COMMAND_OUTPUT
 
@@ -106,8 +110,11 @@ async def _read_output(session: Session, node: str, argv: Sequence[str]) -> byte
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """``new_text`` is ``old_text`` when nothing is to be changed. ``remaining_findings``: findings that mesh.yaml is
-    not to blame for, or that only a person can put right there."""
+    """The proposed new text of mesh.yaml.
+
+    ``new_text`` equals ``old_text`` if nothing needs a change. ``remaining_findings``: the findings that no change
+    settles. ``manual_steps``: changes that could not be written, for a person to make.
+    """
 
     path: Path
     old_text: str
@@ -125,7 +132,7 @@ class Correction:
         return "\n".join(line.rstrip("\n") for line in lines)
 
     def write(self) -> bool:
-        """Whether there was anything to write. Raises GPUMeshError."""
+        """Writes the file if its text changes, and returns whether it does. Raises GPUMeshError."""
         from gpumesh.config import edit
 
         if self.new_text == self.old_text:
@@ -135,67 +142,69 @@ class Correction:
 
 
 def propose_correction(path: Path, text: str, topology: Topology, state: MeshState) -> Correction:
-    """Tries each change by itself, and checks that the file then means that change and nothing else."""
+    """Plans the changes and applies each to the text. A change is kept only if the file then means this change and
+    nothing else; any other becomes a manual step."""
     from gpumesh.audit import changes
     from gpumesh.config import edit
 
     indexes = {spec.name: index for index, spec in enumerate(topology.nodes)}
     new_text = text
-    made: list[Change] = []
+    applied: list[Change] = []
     manual_steps: list[str] = []
     for change in changes.plan_changes(topology, state.nodes, state.findings):
         comment = None if change.why is None else f"gpumesh audit, {state.at:%Y-%m-%d}: {change.why}"
-        step = edit.Edit(indexes[change.node], change.path, change.value, comment)
+        file_edit = edit.Edit(indexes[change.node], change.path, change.value, comment)
         try:
-            edited = edit.apply_edits(new_text, [step])
-            if edit.parse_edited(path, edited) != changes.apply_changes(topology, [*made, change]):
+            edited_text = edit.apply_edits(new_text, [file_edit])
+            if edit.parse_edited(path, edited_text) != changes.apply_changes(topology, [*applied, change]):
                 raise edit.CannotEdit(f"{change.node}: {'.'.join(change.path)} cannot be set by itself")
         except GPUMeshError as error:
             manual_steps.append(f"{error.message}: it should be {change.value!r}")
             continue
-        new_text = edited
-        made.append(change)
-    remaining = changes.unsettled_findings(state.findings, made)
-    return Correction(path, text, new_text, tuple(made), remaining, tuple(manual_steps))
+        new_text = edited_text
+        applied.append(change)
+    remaining = changes.unsettled_findings(state.findings, applied)
+    return Correction(path, text, new_text, tuple(applied), remaining, tuple(manual_steps))
 
 
-def _offer_correction(plan: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
-    """Shows the diff, and writes it if the user agrees. Returns the findings that are left."""
+def _offer_correction(correction: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
+    """Shows the diff, and writes the file if the user agrees. Returns the findings that remain. ``remote``: a mesh in
+    the background still runs with the old file."""
     from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")
-    for line in plan.manual_steps:
+    for line in correction.manual_steps:
         typer.echo(clean_text(f"by hand: {line}"), err=True)
-    if plan.new_text == plan.old_text:
+    if correction.new_text == correction.old_text:
         typer.echo(
             "mesh.yaml is as it should be"
-            if not plan.remaining_findings
+            if not correction.remaining_findings
             else "nothing in mesh.yaml would put this right"
         )
-        return plan.remaining_findings
-    typer.echo(clean_text(plan.diff))
+        return correction.remaining_findings
+    typer.echo(clean_text(correction.diff))
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("nobody is there to agree to this change", hint="look at the diff, then add --yes")
-        typer.confirm(clean_line(f"Write {plan.path}?"), abort=True, err=True)
-    plan.write()
+        typer.confirm(clean_line(f"Write {correction.path}?"), abort=True, err=True)
+    correction.write()
     if not quiet:
-        typer.echo(clean_line(f"written: {plan.path}"), err=True)
+        typer.echo(clean_line(f"written: {correction.path}"), err=True)
         if remote:
             typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
-    if plan.remaining_findings:
+    if correction.remaining_findings:
         typer.echo("\nleft to you:")
-        print_findings(plan.remaining_findings)
-    return plan.remaining_findings
+        print_findings(correction.remaining_findings)
+    return correction.remaining_findings
 
 
 # -- --json ----------------------------------------------------------------------------------------------------------
 
 
 def audit_document(
-    topology: Topology, state: MeshState, plan: Correction | None = None, *, written: bool = False
+    topology: Topology, state: MeshState, correction: Correction | None = None, *, written: bool = False
 ) -> dict[str, object]:
-    """``gpumesh.audit/1``."""
+    """The document of ``audit --json``, of the schema ``gpumesh.audit/1``."""
     from gpumesh.audit import find_machines
     from gpumesh.cli.views.audit_rows import compare_nodes
     from gpumesh.wire import to_json
@@ -221,11 +230,16 @@ def audit_document(
             for machine in find_machines([node for node in state.nodes if node.name in enabled])
         ],
     }
-    if plan is not None:
-        changed = [
+    if correction is not None:
+        changes = [
             {"node": change.node, "path": ".".join(change.path), "value": change.value, "why": change.why}
-            for change in plan.changes
+            for change in correction.changes
         ]
-        document |= {"changes": changed, "diff": plan.diff, "written": written, "left": plan.remaining_findings}
+        document |= {
+            "changes": changes,
+            "diff": correction.diff,
+            "written": written,
+            "left": correction.remaining_findings,
+        }
     result: dict[str, object] = to_json(document)
     return result

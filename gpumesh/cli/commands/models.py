@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from gpumesh.state import MeshState
 
 FIRST_REPORT_TIMEOUT_S = 7.0
-MAX_LISTED_NAMES = 6  # names of nodes in one cell
+MAX_LISTED_NAMES = 6  # in one cell of the table; the cell only counts the others
+
+# Ollama writes an expiry in some centuries for a model that stays loaded for ever (keep_alive -1).
+FOREVER_S = 86400.0 * 365
 
 NodesOption = Annotated[
     list[str] | None,
@@ -73,12 +76,12 @@ async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
     async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         rows = inventory.list_model_rows(state)
-        # The same digest has the same context length everywhere: one of its nodes is asked.
+        # A digest has the same context length everywhere, so only the first of a row's nodes with a store is asked.
         nodes = {node.name: node for node in inventory.list_store_nodes(state)}
-        to_ask = [
+        models_to_ask = [
             (nodes[names[0]], row.name) for row in rows if (names := [name for name in row.nodes if name in nodes])
         ]
-        lengths = await stores.context_lengths(to_ask)
+        lengths = await stores.context_lengths(models_to_ask)
     rows = inventory.add_context_lengths(rows, lengths)
     if as_json:
         print_json({"schema": "gpumesh.models/1", "models": to_json(rows)})
@@ -118,14 +121,14 @@ def _print_table(rows: Sequence[inventory.ModelRow]) -> None:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    more = len(names) - MAX_LISTED_NAMES
-    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{more}" if more > 0 else "")
+    unlisted = len(names) - MAX_LISTED_NAMES
+    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" +{unlisted}" if unlisted > 0 else "")
 
 
 def _format_loaded(copy: inventory.LoadedCopy) -> str:
     if copy.left_s is None:
         return copy.node
-    return f"{copy.node} {'∞' if copy.left_s > 86400 * 365 else format_duration(copy.left_s)}"
+    return f"{copy.node} {'∞' if copy.left_s > FOREVER_S else format_duration(copy.left_s)}"
 
 
 # -- operations ------------------------------------------------------------------------------------------------------
@@ -224,7 +227,8 @@ async def _operate(
     *,
     keep_alive: str | None = None,
 ) -> None:
-    """Carries out ``operation`` (rm, load, unload) on all chosen nodes; ``verb`` is for the results."""
+    """Performs ``operation`` (rm, load, unload) on the nodes ``names``; without names on every node that has the model,
+    if ``everywhere`` or there is only one. ``verb`` is for the lines with the results."""
     from gpumesh.mesh.models import inventory
     from gpumesh.mesh.models.url_stores import open_url_stores
 
@@ -255,17 +259,18 @@ TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 async def _pull(
     chosen: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
-    """Pulls what ``plan`` says. Returns those of its tasks that ``plan_again`` still says when all are done."""
+    """Performs the pulls that ``plan`` returns. Returns those of them that ``plan_again`` returns afterwards: these
+    pulls have not changed the models as planned."""
     from gpumesh.cli.views.download_bars import show_downloads
     from gpumesh.mesh.models.url_stores import open_url_stores
 
     async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
         tasks = plan(await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)))
-        several = len({task.model for task in tasks}) > 1
+        several_models = len({task.model for task in tasks}) > 1
         with show_downloads(quiet=chosen.quiet) as display:
 
             async def perform(task: inventory.ModelTask) -> None:
-                name = f"{task.node.name} {task.model}" if several else task.node.name
+                name = f"{task.node.name} {task.model}" if several_models else task.node.name
                 async with aclosing(stores.of(task.node).pull(task.model)) as steps:
                     async for step in steps:
                         display(name, step)
@@ -273,9 +278,9 @@ async def _pull(
             await _perform_and_report(tasks, perform, "pulled", write=display.write)
         if plan_again is None or not tasks:
             return []
-        left = plan_again(await stores.refresh_backends(await session.status()))
+        tasks_afterwards = plan_again(await stores.refresh_backends(await session.status()))
     planned = {(task.node.name, task.model) for task in tasks}
-    return [task for task in left if (task.node.name, task.model) in planned]
+    return [task for task in tasks_afterwards if (task.node.name, task.model) in planned]
 
 
 async def _perform_and_report(
@@ -285,7 +290,8 @@ async def _perform_and_report(
     *,
     write: Callable[[str], None] = typer.echo,
 ) -> None:
-    """Writes a line for each task that is done to stdout, for each that failed to stderr; then the hints."""
+    """Performs the tasks. Writes a line to stdout for each task that is done, and to stderr for each that failed, then
+    the hints. Exits with FAILED if a task failed."""
     from gpumesh.mesh.models.url_stores import TaskResult, perform_tasks
 
     errors: list[GPUMeshError] = []

@@ -1,4 +1,4 @@
-"""The comparison that `audit` shows, as rows, and the real topology as a drawing. Pure; audit_screen.py prints both."""
+"""The rows of the comparison and the branches of the drawing that `audit` shows. Pure; audit_screen.py prints both."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ ROUTE, SERVER = "route", "server"
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """``verdict`` is the code of a finding, and ``severity`` that finding's; or a word, and ``severity`` is ``None``,
-    where all is as expected or nothing is known. ``todo`` is the finding's hint."""
+    """One thing that is expected of a node (``what``), and what was found.
+
+    With a finding, ``verdict`` is its code, ``severity`` its severity and ``todo`` its hint. Without a finding,
+    ``verdict`` is a word such as ``AS_EXPECTED``, and the other two are ``None``.
+    """
 
     node: str
     what: str
@@ -33,7 +36,7 @@ class ComparisonRow:
     todo: str | None = None
 
 
-# The row that a finding belongs to. All other findings get rows of their own.
+# The row (``what``) to which a finding of this code belongs.
 _ROW_BY_CODE = {
     "hostname-differs": "hostname",
     "gpu-count": "GPUs",
@@ -43,7 +46,7 @@ _ROW_BY_CODE = {
     "driver-differs": "driver",
     "model-missing": "models",
 }
-# The names of the other findings' rows, by how their codes begin.
+# Other findings get rows of their own, whose names depend on how the code begins.
 _ROW_BY_PREFIX = (
     (("gpu", "driver", "nvidia", "persistence"), "GPUs"),
     (("route", "backend-exposed"), "routes"),
@@ -52,6 +55,7 @@ _ROW_BY_PREFIX = (
     (("disk",), "disk"),
     (("same", "tunnel-duplicate"), "nodes"),
 )
+# Findings that belong to the row of the server, if the tunnel is up.
 _SERVER_CODES = frozenset(
     {
         "answer-broken",
@@ -71,7 +75,7 @@ _SERVER_CODES = frozenset(
 def compare_nodes(
     topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
 ) -> Iterator[ComparisonRow]:
-    """For each node its route, its server and what is expected of it; then the findings about several nodes."""
+    """The rows of each node: its route, its server and each expectation; then the findings about several nodes."""
     known = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
@@ -88,33 +92,34 @@ def compare_nodes(
 
 
 def _only_node(finding: Finding) -> str | None:
-    """The node of a finding about a single node."""
+    """The node of a finding about a single node, else ``None``."""
     return None if finding.nodes else finding.node
 
 
 def _compare_node(spec: NodeSpec, state: NodeState, findings: Sequence[Finding]) -> Iterator[ComparisonRow]:
     up = state.tunnel.state is TunnelPhase.UP
-    left = {finding.code: finding for finding in findings}
+    findings_left = {finding.code: finding for finding in findings}  # those that have no row yet
     rows = [_route_row(spec, state)]
     if up:
         rows += [_server_row(spec, state), *_expectation_rows(spec, state)]
     for row in rows:
-        codes = [code for code in left if _row_of(code, up) == row.what]
+        codes = [code for code in findings_left if _row_name_for_code(code, up) == row.what]
         if not codes:
             yield row
             continue
-        finding = left.pop(codes[0])
-        # About a route and a server the finding says more than the state does. The URL at its beginning is already in
-        # the row, as what is expected.
+        finding = findings_left.pop(codes[0])
+        # For a route and a server the finding's message says more than the state. Its message may begin with the URL,
+        # which the row already shows as expected.
         message = finding.message.removeprefix(f"{row.expected}: ")
         found = message if row.what in (ROUTE, SERVER) else row.found
         yield _add_verdict(replace(row, found=found), finding)
-    for finding in left.values():
+    for finding in findings_left.values():
         yield _finding_row(spec.name, finding)
 
 
-def _row_of(code: str, up: bool) -> str | None:
-    """The row of the node's comparison to which a finding of this code belongs."""
+def _row_name_for_code(code: str, up: bool) -> str | None:
+    """The row to which a finding of this code belongs; ``None`` if the finding gets a row of its own. ``up``: the
+    node's tunnel is up."""
     if code in _ROW_BY_CODE:
         return _ROW_BY_CODE[code]
     if not up:
@@ -123,7 +128,7 @@ def _row_of(code: str, up: bool) -> str | None:
 
 
 def _finding_row(where: str, finding: Finding) -> ComparisonRow:
-    """A row of the finding's own."""
+    """A row for a finding that belongs to no other row."""
     what = next((name for prefixes, name in _ROW_BY_PREFIX if finding.code.startswith(prefixes)), "node")
     return _add_verdict(ComparisonRow(where, what, UNKNOWN, finding.message, ""), finding)
 
@@ -199,7 +204,7 @@ def _join_different(values: Iterator[str]) -> str:
 
 
 def describe_route(spec: NodeSpec) -> str:
-    """How mesh.yaml says that a node is reached."""
+    """The route to the node, by mesh.yaml: its URLs or its SSH address."""
     ssh = spec.ssh
     if ssh is None:
         return ", ".join(target.url for target in spec.backend.targets)
@@ -213,7 +218,8 @@ def describe_route(spec: NodeSpec) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RouteLine:
-    """One line of the drawing below a machine. ``dim``: the route is not in use."""
+    """One line of the drawing below a machine. ``dim``: the route is not in use. An empty ``node``: the line is another
+    route of the node above."""
 
     node: str
     route: str
@@ -223,7 +229,8 @@ class RouteLine:
 
 @dataclass(frozen=True, slots=True)
 class MachineBranch:
-    """A machine, or the nodes whose machine is not known. ``remark``: what shows that its nodes are one machine."""
+    """A machine with its routes, or all nodes that are not reached. ``remark``: the proof that the nodes are one
+    machine."""
 
     title: str
     lines: tuple[RouteLine, ...]
@@ -232,15 +239,16 @@ class MachineBranch:
 
 
 def draw_topology(topology: Topology, states: Sequence[NodeState]) -> tuple[MachineBranch, ...]:
-    """Which node reaches which GPU by which route: machines first, then the nodes that are not reached."""
+    """The machines with the routes that lead to them, then the nodes that are not reached."""
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     known = {state.name: state for state in states if state.name in specs}
     reached = [state for state in known.values() if state.tunnel.state is TunnelPhase.UP]
     branches = [_machine_branch(machine, specs, known) for machine in find_machines(reached)]
-    away = [state for state in known.values() if state.tunnel.state is not TunnelPhase.UP]
-    if away:
+    not_reached = [state for state in known.values() if state.tunnel.state is not TunnelPhase.UP]
+    if not_reached:
         lines = tuple(
-            RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True) for state in away
+            RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True)
+            for state in not_reached
         )
         branches.append(MachineBranch("not reached", lines, reached=False))
     return tuple(branches)
@@ -278,19 +286,21 @@ def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
     used = route_in_use(state)
     name = spec.name
     for route in sorted(routes, key=lambda route: route is not used):
-        yield RouteLine(name, _describe_way(spec, route), _remark(route, used, state), dim=route is not used)
+        yield RouteLine(
+            name, _describe_route_state(spec, route), _route_remark(route, used, state), dim=route is not used
+        )
         name = ""
     if not routes:
         yield RouteLine(spec.name, describe_route(spec))
 
 
-def _describe_way(spec: NodeSpec, route: RouteState) -> str:
+def _describe_route_state(spec: NodeSpec, route: RouteState) -> str:
     if spec.ssh is None or route.offered:
         return route.target + (" without SSH" if route.offered else "")
     return f"{describe_route(spec)} → {route.target}"
 
 
-def _remark(route: RouteState, used: RouteState | None, state: NodeState) -> str:
+def _route_remark(route: RouteState, used: RouteState | None, state: NodeState) -> str:
     parts = []
     if route.state is BackendPhase.DOWN:
         parts.append("does not serve")

@@ -14,7 +14,7 @@ from gpumesh.cli.views.figures import UNKNOWN
 from gpumesh.cli.views.findings import SEVERITY_MARKS
 from gpumesh.cli.views.safe_text import clean_line
 
-MIN_TABLE_WIDTH = 110
+MIN_TABLE_WIDTH = 110  # columns of the terminal
 TITLES = ("NODE", "WHAT", "EXPECTED", "FOUND", "VERDICT", "WHAT TO DO")
 
 
@@ -41,13 +41,18 @@ def _branch_lines(branch: MachineBranch) -> Table:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    last = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
+    last_node_at = max((index for index, line in enumerate(branch.lines) if line.node), default=0)
     for index, line in enumerate(branch.lines):
-        sign = " " if index > last else "│" if not line.node else "└" if index == last else "├"
-        way = Text(clean_line(line.route), "dim" if line.dim else "")
+        if index > last_node_at:
+            sign = " "  # another route of the last node
+        elif not line.node:
+            sign = "│"
+        else:
+            sign = "└" if index == last_node_at else "├"
+        route = Text(clean_line(line.route), "dim" if line.dim else "")
         if line.remark:
-            way.append(f"  {clean_line(line.remark, 200)}", "cyan" if not line.dim else "dim")
-        table.add_row(sign, Text(clean_line(line.node, 24), "bold"), way)
+            route.append(f"  {clean_line(line.remark, 200)}", "dim" if line.dim else "cyan")
+        table.add_row(sign, Text(clean_line(line.node, 24), "bold"), route)
     return table
 
 
@@ -55,15 +60,15 @@ def _comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     table = tables.new_table()
     for title in TITLES:
         table.add_column(title, overflow="fold", no_wrap=title in ("WHAT", "VERDICT"), min_width=len(title))
-    last = None
+    last_node = None
     for row in rows:
         table.add_row(
-            Text(clean_line(row.node, 40) if row.node != last else "", "bold"),
+            Text(clean_line(row.node, 40) if row.node != last_node else "", "bold"),
             *(Text(clean_line(text, 400)) for text in (row.what, row.expected, row.found)),
             Text(clean_line(row.verdict), _verdict_style(row)),
             Text(clean_line(row.todo or "", 400), "dim"),
         )
-        last = row.node
+        last_node = row.node
     return table
 
 
@@ -71,16 +76,17 @@ def _comparison_list(rows: Sequence[ComparisonRow]) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    last = None
+    last_node = None
     for row in rows:
-        if row.node != last:
+        if row.node != last_node:
             table.add_row(Text(""), Text(clean_line(row.node, 60), "bold"))
-        last = row.node
+        last_node = row.node
         table.add_row(_severity_mark(row), Text.assemble(*_list_item_parts(row)))
     return table
 
 
 def _list_item_parts(row: ComparisonRow) -> Iterator[tuple[str, str]]:
+    """The texts of one row, each with its style."""
     expected, found = clean_line(row.expected, 400), clean_line(row.found, 400)
     yield f"{clean_line(row.what, 40)}: ", ""
     if row.expected == UNKNOWN:

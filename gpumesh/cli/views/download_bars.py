@@ -1,4 +1,4 @@
-"""Progress of several downloads at a time: a bar for each on a terminal, else a line for each tenth."""
+"""Progress of several downloads at a time: a bar for each on a terminal, else a line for each tenth of a download."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ MAX_STATUS_CHARS = 60
 
 
 class DownloadDisplay(Protocol):
+    """Shows a new step of the download ``name``."""
+
     def __call__(self, name: str, step: StoreStep) -> None: ...
 
     def write(self, line: str) -> None:
-        """A result, to stdout."""
+        """Writes a result to stdout."""
         ...
 
 
 @contextmanager
 def show_downloads(*, quiet: bool) -> Iterator[DownloadDisplay]:
-    """Progress goes to stderr: stdout is for results."""
+    """Shows progress on stderr, because stdout is for results. With ``quiet`` only results are written."""
     stderr = console(stderr=True)
     if quiet:
         yield _NoProgress()
@@ -73,20 +75,22 @@ class _ProgressBars:
 
 
 class _ProgressLines(_NoProgress):
-    """A line for each new step, and for each tenth of a long step."""
+    """A line for each new step, and for each tenth of a step whose size is known."""
 
     def __init__(self) -> None:
-        self._last: dict[str, str] = {}
+        self._last_texts: dict[str, str] = {}
 
     def __call__(self, name: str, step: StoreStep) -> None:
         text = format_step(step)
-        if self._last.get(name) != text:
-            self._last[name] = text
+        if self._last_texts.get(name) != text:
+            self._last_texts[name] = text
             typer.echo(clean_line(f"{name}: {text}"), err=True)
 
 
 def format_step(step: StoreStep) -> str:
+    """The status, and how much of it is done, in percent rounded down to tens."""
     status = printable(step.status, MAX_STATUS_CHARS)
     if step.total_bytes is None:
         return status
-    return f"{status} {10 * int(10 * min((step.completed_bytes or 0) / step.total_bytes, 1.0))} %"
+    share = min((step.completed_bytes or 0) / step.total_bytes, 1.0)
+    return f"{status} {10 * int(10 * share)} %"

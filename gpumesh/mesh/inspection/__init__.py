@@ -1,2 +1,5 @@
-"""What is asked of a node seldom, because it costs more than a probe every two seconds: each route to its server by
-itself, and the free disk space. At regular intervals while a mesh runs, and at once for `gpumesh audit`."""
+"""Inspections: questions to a node that cost too much for a probe every two seconds.
+
+An inspection probes each route to the node's server by itself, and asks for the free disk space. Inspections run at
+regular intervals while a mesh runs, and at once for `gpumesh audit`.
+"""

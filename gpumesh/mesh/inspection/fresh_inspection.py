@@ -1,4 +1,4 @@
-"""An inspection of all nodes at once, for somebody who waits for it: `gpumesh audit`."""
+"""An inspection of all nodes at once, for a person who waits for the result: `gpumesh audit`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
     from gpumesh.topology import NodeSpec, Topology
 
-# All of it stays within the 10 s that a command may take when a node is ill: healthy nodes are inspected while the
-# others are still waited for.
+# Seconds since the start: healthy nodes are inspected after the early report, while the other nodes may still connect.
+# Together with the time-outs this stays within the 10 s that a command may take if a node does not answer.
 EARLY_REPORT_S = 3.0
 REPORT_DEADLINE_S = 7.0
-TIMEOUT_S = 2.5
-LATE_TIMEOUT_S = 1.0  # of nodes that were not up at the early report
+TIMEOUT_S = 2.5  # for the inspection of one node
+LATE_TIMEOUT_S = 1.0  # the same, for a node that was not up at the early report
 
 WaitFirstReport = Callable[[float], Awaitable[MeshState]]
+"""Waits until all nodes have reported, for this number of seconds at most, and returns the state."""
 RunCommandOn = Callable[[str, Sequence[str]], Awaitable[bytes]]
-"""Runs a command on the host of the node of this name; else as ``node_inspection.RunCommand``."""
+"""As ``node_inspection.RunCommand``, with the name of the node before the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class _Inspector:
     run_command_on: RunCommandOn
 
     async def inspect(self, nodes: Sequence[NodeState], timeout_s: float) -> dict[str, InspectionReport]:
-        """The reports of those nodes that are up, by name."""
+        """The reports by node. Nodes that are not up have none."""
         up = [node for node in nodes if node.tunnel.state is TunnelPhase.UP and node.name in self.specs]
         reports = await asyncio.gather(*(self._inspect_node(node, timeout_s) for node in up))
         return {node.name: report for node, report in zip(up, reports, strict=True) if report is not None}
@@ -59,7 +60,7 @@ class _Inspector:
 async def inspect_mesh(
     wait_first_report: WaitFirstReport, run_command_on: RunCommandOn, topology: Topology
 ) -> MeshState:
-    """The mesh's state with the reports of its nodes, and the findings by this topology."""
+    """The mesh's state with the new reports of its nodes, and the findings against ``topology``."""
     loop = asyncio.get_running_loop()
     started = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
@@ -71,14 +72,13 @@ async def inspect_mesh(
         late = [node for node in state.nodes if node.name not in reports]
         reports |= await inspector.inspect(late, LATE_TIMEOUT_S)
     nodes = tuple(
-        _mark_unanswered(merge_report(node, reports[node.name]) if node.name in reports else node)
-        for node in state.nodes
+        _mark_absent(merge_report(node, reports[node.name]) if node.name in reports else node) for node in state.nodes
     )
     return replace(state, nodes=nodes, findings=audit.collect_findings(topology, nodes))
 
 
-def _mark_unanswered(node: NodeState) -> NodeState:
-    """A host that has not answered by now counts as absent, however long mesh.yaml lets it take."""
+def _mark_absent(node: NodeState) -> NodeState:
+    """If the node's host has not answered by now, it counts as absent, even if mesh.yaml gives it more time."""
     tunnel = node.tunnel
     if tunnel.state is not TunnelPhase.CONNECTING or tunnel.last_error is not None:
         return node

@@ -1,4 +1,4 @@
-"""One inspection of one node: each route to its server asked by itself, and the free space where models are kept."""
+"""One inspection of one node: probes each route to its server by itself, and the free space where its models are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Raises GPUMeshError."""
 
 @dataclass(frozen=True, slots=True)
 class InspectionReport:
-    """``store_free_mib`` is ``None`` where the host runs no commands or keeps no models."""
+    """The result of an inspection. ``store_free_mib`` is ``None`` if the host runs no commands or has no models."""
 
     routes: tuple[RouteState, ...]
     store_free_mib: int | None = None
@@ -41,7 +41,7 @@ async def inspect_node(
     run_command: RunCommand,
     timeout_s: float,
 ) -> InspectionReport:
-    """``state`` says by which URLs the node is reached now. Never raises on the node's account."""
+    """``state`` has the URLs by which the node is reached now. Never raises because of what the node does."""
     routes, free_mib = await asyncio.gather(
         probe_routes(client, spec, state, api_key=api_key, timeout_s=timeout_s),
         _probe_free_space(run_command, timeout_s),
@@ -58,7 +58,7 @@ async def _probe_free_space(run_command: RunCommand, timeout_s: float) -> int | 
 
 
 def merge_report(state: NodeState, report: InspectionReport) -> NodeState:
-    """The state with what the inspection found, if the node is still reached by the same URLs."""
+    """The state with the results of the inspection, unless the node is reached by other URLs now."""
     if configured_urls(state.routes) != configured_urls(report.routes):
         return state
     return replace(state, routes=report.routes, host=replace(state.host, store_free_mib=report.store_free_mib))

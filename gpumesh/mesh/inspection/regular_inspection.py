@@ -1,8 +1,8 @@
 """The inspections of a running mesh: soon after a node came up, then every ten minutes, a few nodes at a time.
 
-What an inspection costs: some ten small requests for each route to a server, one `df` on the host, and one connection
-attempt to the host's own address. Measured with a simulated server that lists one model: 6 KB, where the HTTP probes of
-ten minutes take 455 KB.
+An inspection costs some ten small requests for each route to a server, one `df` on the host, and one connection attempt
+to the host's own address. Measured with a simulated server that lists one model, that is 6 KB; the HTTP probes of ten
+minutes take 455 KB.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 600.0
-SETTLE_S = 30.0  # after a node came up; by the node's name 0.5 to 1.5 times as long
-CHECK_INTERVAL_S = 5.0  # how often it is looked at which nodes are due
-MAX_CONCURRENT = 4
-TIMEOUT_S = 5.0
+SETTLE_S = 30.0  # from when a node came up to its inspection; times the factor of `_stagger`
+CHECK_INTERVAL_S = 5.0  # between two checks which nodes are due
+MAX_CONCURRENT = 4  # inspections
+TIMEOUT_S = 5.0  # of one inspection
 
 Route = tuple[int, str]
-"""How a node is reached: the number of its tunnel's connection, and the URL of the server in use. A report is of no use
-for another one: another host may be behind it."""
+"""How a node is reached: the number of its tunnel's connection, and the URL of the server in use. A report is valid for
+one route only, because another route may lead to another host."""
 
 
 class InspectedNode(Protocol):
-    """What an inspection needs of a node."""
+    """The part of a node that an inspection uses."""
 
     name: str
     spec: NodeSpec
@@ -72,8 +72,11 @@ class InspectedNode(Protocol):
 
 @dataclass(slots=True)
 class _NodeRecord:
-    """``route``: how the node is reached now, ``None`` while it is not to be inspected; ``due_at`` is a time of the
-    clock. ``report`` is of ``reported_route``."""
+    """A node, its next inspection and its last report.
+
+    ``route`` is how the node is reached now; ``None`` while it must not be inspected. ``due_at`` is in the seconds of
+    the clock. ``report`` was made over ``reported_route``.
+    """
 
     node: InspectedNode
     route: Route | None = None
@@ -87,16 +90,17 @@ class _NodeRecord:
         return f"<_NodeRecord {self.node.name} {state}>"
 
     def update(self, now: float) -> bool:
-        """Takes in how the node is reached now. Returns whether its inspection is due."""
+        """Updates ``route``, and ``due_at`` if the route is new. Returns whether an inspection must start now."""
         route = _route_of(self.node)
         if route != self.route:
-            # A node that was only drained for a while keeps its turn.
+            # A node that has the route of its last report was only drained for a while, and keeps its time.
             if route is not None and route != self.reported_route:
                 self.due_at = now + SETTLE_S * _stagger(self.node.name)
             self.route = route
         return route is not None and self.task is None and now >= self.due_at
 
     def current_report(self) -> InspectionReport | None:
+        """The last report, if the node is still reached by the same route."""
         node = self.node
         if self.report is None or not node.reachable:
             return None
@@ -126,7 +130,7 @@ class RegularInspection:
         return f"<RegularInspection {len(self._records)} nodes, {reports} reports, {self._count_running()} running>"
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Inspects nodes when they are due. Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
                 for record in self._list_due():
@@ -134,7 +138,7 @@ class RegularInspection:
                 await self._sleep(CHECK_INTERVAL_S)
 
     def merge(self, state: NodeState) -> NodeState:
-        """The state with the last report of its node, if the node is still reached as it was then."""
+        """The state with the last report of its node, if the node is still reached by the same route."""
         record = self._records.get(state.name)
         report = None if record is None else record.current_report()
         return state if report is None else merge_report(state, report)
@@ -153,7 +157,8 @@ class RegularInspection:
         try:
             report = await self._inspect_node(node)
         except Exception:
-            # A bug of ours, in reading an answer that nobody foresaw. It costs this inspection, not the mesh.
+            # A bug of ours: the code that reads answers did not expect this one. The bug must not end the mesh, so only
+            # this inspection is lost.
             log.exception("a node could not be inspected", extra={"event": "probe-failed", "node": node.name})
             report = None
         finally:
@@ -183,12 +188,13 @@ class RegularInspection:
 
 
 def _route_of(node: InspectedNode, *, despite_draining: bool = False) -> Route | None:
-    """``None`` while the node is down or draining: then it is left alone."""
+    """How the node is reached now; ``None`` while it is down or, unless ``despite_draining``, draining."""
     if not node.reachable or (node.role.draining and not despite_draining):
         return None
     return (node.connection_count, node.base_url)
 
 
 def _stagger(name: str) -> float:
-    """0.5 to 1.5: nodes that come up together are not inspected together."""
+    """A factor from 0.5 to 1.5, from the node's name, so that nodes that come up together are inspected at different
+    times."""
     return 0.5 + zlib.crc32(name.encode()) / 2**32

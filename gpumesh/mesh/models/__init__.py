@@ -1,5 +1,5 @@
-"""The fleet's models: what is where, what fits, and the operations on model stores over one node or several.
+"""The fleet's models: which node has which, which sizes fit, and the operations on model stores of one node or several.
 
-The gateway renders these operations as Ollama's HTTP answers, the command line as bars and messages. Neither HTTP
-servers nor terminals are known here.
+The gateway renders these operations as Ollama's HTTP answers, the command line as bars and messages. The code here
+knows neither HTTP servers nor terminals.
 """

@@ -1,4 +1,4 @@
-"""One body on its way to several nodes at once: the slowest node sets the pace, a failing node drops out."""
+"""Uploads one body to several nodes at once, at the pace of the slowest node. A node that fails gets no more of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, S
 
 from gpumesh.mesh.models.store_answers import NodeResult
 
-QUEUED_PIECES = 4  # held for a node that is slower than the client, of about 64 KiB each
+QUEUED_PIECES = 4  # at most, for a node that is slower than the client; a piece has about 64 KiB
 
 Upload = Callable[[str, AsyncIterable[bytes]], Awaitable[NodeResult]]
-"""Sends a body to the node of this name. Never raises on the node's account."""
+"""Sends a body to the node of this name. Never raises because of what the node does."""
 
 
 class PieceQueue:
@@ -34,7 +34,7 @@ class PieceQueue:
             self._changed.set()
 
     def close(self) -> None:
-        """The node takes no more."""
+        """For the end of the upload to this node: the queue drops its pieces, and all that follow."""
         self._closed = True
         self._pieces.clear()
         self._changed.set()
@@ -56,7 +56,7 @@ class PieceQueue:
 
 
 async def upload_to_nodes(nodes: Sequence[str], pieces: AsyncIterable[bytes], upload: Upload) -> list[NodeResult]:
-    """The nodes' results, in their order. ``pieces`` is left unread from where no node takes more."""
+    """The results in the order of ``nodes``. When all uploads have ended, the rest of ``pieces`` is not read."""
     queues = {node: PieceQueue() for node in nodes}
 
     async def upload_from_queue(node: str) -> NodeResult:

@@ -1,11 +1,11 @@
-"""The model of a prompt that names no model: the only one with which the fleet can chat. Pure."""
+"""The model for a prompt that names no model: the fleet's only chat model. Pure."""
 
 from __future__ import annotations
 
 from gpumesh.errors import NoNodeError, UsageError
 from gpumesh.state import Health, MeshState
 
-# Parts of the names and families of models that turn text into vectors and cannot chat.
+# A model with one of these in its name or family turns text into vectors, and cannot chat.
 EMBEDDER_MARKS = ("bert", "embed")
 
 
@@ -15,21 +15,22 @@ def is_embedding_model(name: str, family: str | None) -> bool:
 
 
 def chat_models(state: MeshState, node: str | None = None) -> tuple[str, ...]:
-    """The models for chats on nodes that are up, each once, in the order of the nodes."""
+    """The chat models of the nodes that are up, or of ``node`` only. Each model is listed once, in the order of the
+    nodes."""
     names: dict[str, None] = {}
-    for entry in state.nodes:
-        if node not in (None, entry.name) or entry.health not in (Health.HEALTHY, Health.DEGRADED):
+    for node_state in state.nodes:
+        if node not in (None, node_state.name) or node_state.health not in (Health.HEALTHY, Health.DEGRADED):
             continue
-        families = {info.name: info.family or "" for info in entry.backend.catalog}
-        for name in entry.backend.models:
+        families = {info.name: info.family or "" for info in node_state.backend.catalog}
+        for name in node_state.backend.models:
             if not is_embedding_model(name, families.get(name)):
                 names.setdefault(name)
     return tuple(names)
 
 
 def choose_model(state: MeshState, node: str | None = None) -> str:
-    """The only model for chats. Raises UsageError that lists the models when there are several, NoNodeError when there
-    is none."""
+    """The only chat model. Raises UsageError, which lists the models, if there are several, and NoNodeError if there is
+    none."""
     models = chat_models(state, node)
     if len(models) == 1:
         return models[0]

@@ -1,18 +1,18 @@
 """Operations on the model stores of a running mesh's nodes, with a clear meaning over several nodes.
 
-A caller may name one node; then the operation means that node alone. Otherwise:
+A caller may name one node: then the operation is for that node only. Otherwise:
 
-- ``pull``: to every node with a model store that can be used now; it is complete when all of them have the model.
-- ``create``: on every node that has what the model is made from: all blobs of ``files`` and ``adapters``, else the
-  model that ``from`` names. If no node has that, on all nodes, which fetch it as Ollama does.
-- ``copy``: on every node that has the source. So a name that works on one node does so wherever the source works.
-- ``delete``: from every node that has it. A node that has it and cannot be reached is an error, after it was deleted
-  from the others: the model would come back with that node.
-- ``push``: from one node that has it.
-- blobs, which only ``create`` uses: a blob is sent, as it comes, to the nodes that lack it.
+- ``pull``: to every node with a model store that can be used now. The pull is complete when all of them have the model.
+- ``create``: on every node that has the parts of the model: all blobs of ``files`` and ``adapters``, else the model
+  that ``from`` names. If no node has these parts, on all nodes, which fetch them as Ollama does.
+- ``copy``: on every node that has the source. So the new name works on the same nodes as the source.
+- ``delete``: from every node that has the model. If such a node cannot be reached, the model is deleted from the other
+  nodes, and the result is an error: the model would come back with that node.
+- ``push``: from one node that has the model.
+- blobs, which only ``create`` uses: a blob is sent, while it is being received, to the nodes that lack it.
 
-A result says where an operation was done and where it was not. When a result is there, the mesh knows already what the
-stores have now: a chat with a model that was just pulled finds it.
+A result says on which nodes the operation succeeded and on which it did not. Before it returns the result, the mesh
+asks the stores again: so a chat with a model that was just pulled finds the model.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
     from gpumesh.mesh.mesh import Mesh
 
 BLOB_CHECK_TIMEOUT_S = 30.0
-MAX_PULL_ATTEMPTS = 5  # of one node; Ollama goes on where the last attempt was cut
-RETRY_PAUSE_S = 1.0  # before the second attempt; doubled before each further one
-BLOBS = "/api/blobs/"
+MAX_PULL_ATTEMPTS = 5  # on one node; Ollama continues where the last attempt was cut
+RETRY_PAUSE_S = 1.0  # before the second attempt; twice as long before each further attempt
+BLOBS_PATH = "/api/blobs/"
 
 
 @dataclass(frozen=True, slots=True)
 class BlobHolders:
-    """Which nodes have a blob, which lack it, and the results of those that did not say: a node that answers nonsense
-    must not keep a blob from the others."""
+    """The nodes that have a blob, the nodes that lack it, and the results of the nodes that gave no usable answer. Such
+    a node must not prevent the upload to the others."""
 
     having: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
@@ -61,8 +61,8 @@ class BlobHolders:
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """How an operation with progress ended: the nodes where it is done, and why it is not on the others. ``refusal`` is
-    the first of an HTTP status that a server refused it with."""
+    """The end of an operation with progress: the nodes on which it is done, and the reasons by node where it failed.
+    ``refusal``: the first refusal of a server that has an HTTP status."""
 
     nodes: tuple[str, ...]
     done: tuple[str, ...]
@@ -71,7 +71,7 @@ class OperationResult:
 
     @property
     def common_failure(self) -> str | None:
-        """The reason, if it failed on all nodes for the same one."""
+        """The reason if the operation failed on all nodes for the same reason, else ``None``."""
         reasons = set(self.failures.values())
         return reasons.pop() if len(reasons) == 1 and len(self.failures) == len(self.nodes) else None
 
@@ -104,7 +104,8 @@ class StoreOperation:
         return f"<StoreOperation {self._call.path} {self.progress!r}>"
 
     async def steps(self) -> AsyncGenerator[list[StoreStep]]:
-        """Starts the operation on all nodes; yields what is new in all. Closing the generator ends the operation."""
+        """Starts the operation on all nodes, and yields the new steps of their merged progress. Closing the generator
+        ends the operation."""
         tasks = [
             asyncio.create_task(self._run_on_node(node), name=f"{self._call.path} on {node}") for node in self.nodes
         ]
@@ -117,9 +118,9 @@ class StoreOperation:
                 await self._changed.wait()
                 self._changed.clear()
                 all_ended = all(task.done() for task in tasks)
-                new = self.progress.take_steps()
-                if new:
-                    yield new
+                new_steps = self.progress.take_steps()
+                if new_steps:
+                    yield new_steps
             for task in tasks:
                 task.result()
             await self._mesh.refresh(self.progress.done)
@@ -133,7 +134,8 @@ class StoreOperation:
         return OperationResult(self.nodes, self.progress.done, self.progress.failures, self._refusal)
 
     async def _run_on_node(self, node: str) -> None:
-        """A request that was lost on the way is sent again, up to ``max_attempts`` times in all."""
+        """Runs the operation on one node. Sends the request up to ``max_attempts`` times, as long as the answers fail
+        or are cut; a refusal is final."""
         store = ModelStore(node, over_mesh(self._mesh, node))
         reason = ""
         for attempt in range(self._max_attempts):
@@ -169,44 +171,49 @@ class FleetStore:
         self._mesh = mesh
         self._pause_s = pause_s
 
-    # -- which nodes ---------------------------------------------------------------------------------------------
+    # -- the nodes of an operation -------------------------------------------------------------------------------
 
     def _candidates(self) -> list[Candidate]:
         """All nodes with a model store that mesh.yaml enables."""
         enabled = {node.name for node in self._mesh.topology.nodes if node.enabled}
         return [
-            entry for entry in self._mesh.candidates() if entry.kind in KINDS_WITH_MODEL_STORE and entry.name in enabled
+            candidate
+            for candidate in self._mesh.candidates()
+            if candidate.kind in KINDS_WITH_MODEL_STORE and candidate.name in enabled
         ]
 
     def usable_nodes(self, node: str | None) -> list[str]:
-        """``node`` alone if it is given, else all that can be used now. Raises NoNodeError."""
-        names = [entry.name for entry in self._candidates() if entry.usable and node in (None, entry.name)]
+        """The nodes that can be used now; only ``node`` if it is given. Raises NoNodeError if there are none."""
+        names = [
+            candidate.name for candidate in self._candidates() if candidate.usable and node in (None, candidate.name)
+        ]
         if not names:
             raise no_node_error(self._mesh.candidates(), Demand(None, KINDS_WITH_MODEL_STORE, node))
         return names
 
     def nodes_with(self, model: str, node: str | None) -> list[str]:
-        """The usable nodes that have the model. Raises NoNodeError and ModelMissing."""
-        usable = {entry.name: entry for entry in self._candidates() if entry.usable}
+        """The usable nodes that have the model; only ``node`` if it is given. Raises NoNodeError and ModelMissing."""
+        usable = {candidate.name: candidate for candidate in self._candidates() if candidate.usable}
         names = [name for name in self.usable_nodes(node) if has_model(usable[name], model)]
         if not names:
             raise no_node_error(self._mesh.candidates(), Demand(model, KINDS_WITH_MODEL_STORE, node))
         return names
 
     async def nodes_for_create(self, nodes: Sequence[str], digests: Collection[str], base: str | None) -> list[str]:
-        """Of ``nodes`` those that have all blobs, or the base model where there are none; all if none of them has."""
+        """Of ``nodes`` those that have all blobs; if there are no ``digests``, those that have the model ``base``. All
+        ``nodes`` if this leaves none."""
         chosen: list[str] = []
         if digests:
             chosen = await self._nodes_with_blobs(nodes, digests)
         elif base is not None:
-            candidates = {entry.name: entry for entry in self._candidates()}
+            candidates = {candidate.name: candidate for candidate in self._candidates()}
             chosen = [name for name in nodes if has_model(candidates[name], base)]
         return chosen or list(nodes)
 
     # -- operations with progress --------------------------------------------------------------------------------
 
     def start_pull(self, call: HttpCall, node: str | None, *, timeout_s: float) -> StoreOperation:
-        """Raises NoNodeError. Nodes that cannot be used now are named in the progress, and left out."""
+        """Leaves out nodes that cannot be used now, and names them in the progress. Raises NoNodeError."""
         operation = StoreOperation(
             self._mesh,
             self.usable_nodes(node),
@@ -216,9 +223,9 @@ class FleetStore:
             pause_s=self._pause_s,
         )
         if node is None:
-            for entry in self._candidates():
-                if not entry.usable:
-                    operation.progress.add_note(f"{entry.name} cannot be used now and is left out")
+            for candidate in self._candidates():
+                if not candidate.usable:
+                    operation.progress.add_note(f"{candidate.name} cannot be used now and is left out")
         return operation
 
     def start_push(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> StoreOperation:
@@ -226,26 +233,29 @@ class FleetStore:
         return StoreOperation(self._mesh, self.nodes_with(model, node)[:1], call, timeout_s=timeout_s)
 
     def start_create(self, call: HttpCall, nodes: Sequence[str], *, timeout_s: float) -> StoreOperation:
-        """``nodes`` are from ``nodes_for_create``."""
+        """The caller gets ``nodes`` from ``nodes_for_create``."""
         return StoreOperation(self._mesh, nodes, call, timeout_s=timeout_s)
 
     # -- copy and delete -----------------------------------------------------------------------------------------
 
     async def copy(self, call: HttpCall, source: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
         """Raises NoNodeError and ModelMissing."""
-        return await self._request_all(self.nodes_with(source, node), call, timeout_s)
+        return await self._change_stores(self.nodes_with(source, node), call, timeout_s)
 
     async def delete(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
         """Raises NoNodeError and ModelMissing."""
         nodes = self.nodes_with(model, node)
-        out_of_reach = [
-            failed_result(entry.name, NoNodeError("it cannot be reached now", node=entry.name))
-            for entry in self._candidates()
-            if not entry.usable and node is None and entry.models is not None and has_model(entry, model)
-        ]
-        return [*await self._request_all(nodes, call, timeout_s), *out_of_reach]
+        unreachable_results = []
+        if node is None:
+            unreachable_results = [
+                failed_result(candidate.name, NoNodeError("it cannot be reached now", node=candidate.name))
+                for candidate in self._candidates()
+                if not candidate.usable and candidate.models is not None and has_model(candidate, model)
+            ]
+        return [*await self._change_stores(nodes, call, timeout_s), *unreachable_results]
 
-    async def _request_all(self, nodes: Sequence[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
+    async def _change_stores(self, nodes: Sequence[str], call: HttpCall, timeout_s: float) -> list[NodeResult]:
+        """Sends a request that changes the stores, then asks the nodes which models they have now."""
         results = await self._request_each(nodes, call, timeout_s)
         await self._mesh.refresh(nodes)
         return results
@@ -258,7 +268,7 @@ class FleetStore:
 
     async def find_blob(self, nodes: Iterable[str], digest: str) -> BlobHolders:
         holders = BlobHolders()
-        for result in await self._request_each(nodes, HttpCall("HEAD", BLOBS + digest), BLOB_CHECK_TIMEOUT_S):
+        for result in await self._request_each(nodes, HttpCall("HEAD", BLOBS_PATH + digest), BLOB_CHECK_TIMEOUT_S):
             if result.status == 200:
                 holders.having.append(result.node)
             elif result.status == 404:
@@ -269,20 +279,21 @@ class FleetStore:
         return holders
 
     async def _nodes_with_blobs(self, nodes: Collection[str], digests: Iterable[str]) -> list[str]:
-        left = list(nodes)
+        """The nodes that have all of the blobs."""
+        remaining = list(nodes)
         for digest in digests:
-            having = set((await self.find_blob(left, digest)).having)
-            left = [node for node in left if node in having]
-        return left
+            having = set((await self.find_blob(remaining, digest)).having)
+            remaining = [node for node in remaining if node in having]
+        return remaining
 
     async def add_blob(
         self, nodes: Sequence[str], digest: str, pieces: AsyncIterable[bytes], *, timeout_s: float
     ) -> list[NodeResult]:
-        """Sends the blob to ``nodes``, from those which ``find_blob`` says lack it."""
+        """Sends the blob to ``nodes``, which lack it by ``find_blob``."""
 
         async def upload(node: str, body: AsyncIterable[bytes]) -> NodeResult:
             try:
-                answer = await self._mesh.upload(node, BLOBS + digest, body, timeout_s=timeout_s)
+                answer = await self._mesh.upload(node, BLOBS_PATH + digest, body, timeout_s=timeout_s)
                 return answered_result(node, answer.status, await read_body(answer) or b"")
             except GPUMeshError as error:
                 return failed_result(node, error)
@@ -291,5 +302,6 @@ class FleetStore:
 
 
 def is_done_where_possible(results: Sequence[NodeResult]) -> bool:
-    """Whether a ``copy`` or ``delete`` is done. A node that had lost the model meanwhile does not matter."""
+    """Whether a ``copy`` or ``delete`` has succeeded on every node that has the model. A node that has lost the model
+    since it was chosen does not count."""
     return any(result.done for result in results) and all(result.done or result.model_is_missing for result in results)

@@ -1,8 +1,8 @@
 """Estimates which sizes of model still fit into the fleet's free GPU memory, and on how many nodes. Pure.
 
-A size needs the memory of its weights at Q4_K_M (4.85 bits each: llama.cpp's table of quantisations), the KV cache of
-8192 tokens in 16 bits (2 x layers x KV heads x head size x 2 bytes for each token, from the models' own
-configurations), and an allowance of 600 MiB for the CUDA context and the compute buffers.
+The estimate for a size is the sum of three parts: the weights at Q4_K_M (4.85 bits each, by llama.cpp's table of
+quantisations); the KV cache of 8192 tokens in 16 bits (2 x layers x KV heads x head size x 2 bytes for each token, by
+the models' own configurations); and 600 MiB for the CUDA context and the compute buffers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from gpumesh.state import BackendPhase, Health, MeshState, NodeState, free_mib
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size by its usual name; the figures are those of the usual models of that size."""
+    """A size by its usual name, and the memory that the model of that size in ``SIZES`` needs."""
 
     name: str
     need_mib: int
 
 
 SIZES = (
+    # In each comment: the model, its 10^9 weights, its layers and the KV heads of a layer.
     Size("70B", 44_000),  # Llama 3.3 70B: 70.6 G weights, 80 layers of 8 KV heads
     Size("32B", 21_700),  # Qwen2.5 32B: 32.8 G, 64 layers of 8
     Size("14B", 10_700),  # Qwen2.5 14B: 14.8 G, 48 layers of 8
@@ -32,13 +33,15 @@ SIZES = (
 
 @dataclass(frozen=True, slots=True)
 class Fit:
+    """A size of model, and the number of nodes on which it fits."""
+
     size: str
     nodes: int
 
 
 def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
-    """The largest size that fits somewhere, and the largest that fits on more nodes than that. Empty when nothing is
-    known of free memory; one Fit of no node when nothing fits."""
+    """The largest size that fits on any node, then the largest size that fits on more nodes than the first. Empty if
+    no node's free memory is known; if no size fits, one Fit with no nodes."""
     free = _list_free_mib(state)
     if not free:
         return ()
@@ -53,27 +56,30 @@ def find_largest_fits(state: MeshState) -> tuple[Fit, ...]:
 
 
 def format_fits(fits: tuple[Fit, ...]) -> str | None:
-    """``a 14B Q4 fits on 2 nodes``"""
+    """A text such as ``a 14B Q4 fits on 2 nodes``; ``None`` for no fits."""
     if not fits:
         return None
     first, *more = fits
     if not first.nodes:
         return "no model fits now"
-    article = "an" if first.size.startswith("8") else "a"
-    text = f"{article} {first.size} Q4 fits on {first.nodes} node{'' if first.nodes == 1 else 's'}"
-    return text + "".join(f", {'an' if fit.size.startswith('8') else 'a'} {fit.size} on {fit.nodes}" for fit in more)
+    text = f"{_with_article(first.size)} Q4 fits on {first.nodes} node{'' if first.nodes == 1 else 's'}"
+    return text + "".join(f", {_with_article(fit.size)} on {fit.nodes}" for fit in more)
+
+
+def _with_article(size: str) -> str:
+    return f"an {size}" if size.startswith("8") else f"a {size}"
 
 
 def _list_free_mib(state: MeshState) -> list[int]:
-    """The free memory of each node that could load a model, in MiB: of all its GPUs together, because the server splits
-    a model among them. A GPU that two nodes share counts for the first node."""
-    seen: set[str] = set()
+    """The free memory of each node that could load a model, in MiB. It is the sum over the node's GPUs, because the
+    server splits a model among them. A GPU that two nodes share counts for the first node."""
+    counted_uuids: set[str] = set()
     free = []
     for node in state.nodes:
         if not _serves(node):
             continue
-        gpus = [gpu for gpu in node.gpus or () if gpu.uuid not in seen]
-        seen.update(gpu.uuid for gpu in gpus)
+        gpus = [gpu for gpu in node.gpus or () if gpu.uuid not in counted_uuids]
+        counted_uuids.update(gpu.uuid for gpu in gpus)
         known_mib = [mib for gpu in gpus if (mib := free_mib(gpu)) is not None]
         if known_mib:
             free.append(sum(known_mib))

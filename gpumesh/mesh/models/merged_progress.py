@@ -1,9 +1,10 @@
-"""The progress of one operation on several nodes (pull, create, push), merged into the progress of one. Pure.
+"""Merges the progress of one operation (pull, create, push) on several nodes into one progress. Pure.
 
-Ollama's clients draw a bar for each ``digest``, as long as the first ``total`` that they see. So the total of a layer
-never changes, and its ``completed`` is the mean over the nodes, which only grows. A status before the layers is passed
-on when the first node says it, a status after them when the last node does. ``success`` is left to the caller, who may
-have more to do before it is true. A node that failed holds up no other node.
+Ollama's clients draw a bar for each ``digest``. The length of the bar is the first ``total`` that they see. So the
+total of a layer never changes, and its ``completed`` is the mean over the nodes, which only grows. A status that comes
+before the layers is reported when the first node says it, a status after the layers when all nodes have said it. The
+status ``success`` is not reported: the caller writes it, after it has done the rest. A node that has failed does not
+count.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 
 from gpumesh.mesh.models.store_answers import SUCCESS, StoreStep
 
-MAX_STEPS_PER_NODE = 1000  # layers, and different statuses, that one node brings up: further ones are dropped
+MAX_STEPS_PER_NODE = 1000  # the layers, and the different statuses, of one node; further ones are dropped
 
 
 @dataclass(slots=True)
 class _NodeProgress:
+    """``layers``: the completed bytes, by digest. ``new_layers``: how many layers this node was the first to name."""
+
     layers: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, None] = field(default_factory=dict)
     new_layers: int = 0
@@ -27,23 +30,23 @@ class _NodeProgress:
 
 @dataclass(slots=True)
 class _Layer:
-    """``reported``: the bytes that were passed on last; -1 before the first time."""
+    """``total`` in bytes. ``reported_bytes``: the completed bytes of the last report; -1 before the first report."""
 
     status: str
     total: int
-    reported: int = -1
+    reported_bytes: int = -1
 
 
 @dataclass(slots=True)
 class _Status:
-    """``at_first_node``: it is passed on when the first node says it, else when the last one does."""
+    """``at_first_node``: the status is reported when the first node says it, else when all nodes have said it."""
 
     at_first_node: bool
     reported: bool = False
 
 
 class MergedProgress:
-    """``add_step`` takes a node's steps in the order in which they came; ``take_steps`` gives what is new in all."""
+    """``add_step`` takes each node's steps, in order; ``take_steps`` returns the new steps of the merged progress."""
 
     def __init__(self, nodes: Iterable[str]) -> None:
         self._nodes = {name: _NodeProgress() for name in nodes}
@@ -75,12 +78,12 @@ class MergedProgress:
         self._nodes[node].failure = reason
 
     def add_note(self, status: str) -> None:
-        """A status of our own."""
+        """Adds a status that no node said."""
         self._statuses.setdefault(status, _Status(at_first_node=True))
 
     @property
     def failures(self) -> dict[str, str]:
-        """The reasons of the nodes that failed."""
+        """The reasons by node, of the nodes that have failed."""
         return {name: node.failure for name, node in self._nodes.items() if node.failure is not None}
 
     @property
@@ -88,24 +91,25 @@ class MergedProgress:
         return tuple(name for name, node in self._nodes.items() if node.done)
 
     def take_steps(self) -> list[StoreStep]:
-        """What is new since the last call."""
-        live = [node for node in self._nodes.values() if node.failure is None]
+        """The steps that are new since the last call."""
+        not_failed = [node for node in self._nodes.values() if node.failure is None]
         steps = [
-            self._report(status)
+            self._mark_reported(status)
             for status, state in self._statuses.items()
             if state.at_first_node and not state.reported
         ]
         for digest, layer in self._layers.items():
-            shares = [layer.total if node.done else node.layers.get(digest, 0) for node in live]
-            completed = max(sum(shares) // len(shares) if shares else 0, layer.reported)
-            if completed > layer.reported:
-                layer.reported = completed
-                steps.append(StoreStep(layer.status, digest, completed, layer.total))
+            # A node that is done has the whole layer, even if it never named it.
+            completed_by_node = [layer.total if node.done else node.layers.get(digest, 0) for node in not_failed]
+            mean = sum(completed_by_node) // len(completed_by_node) if completed_by_node else 0
+            if mean > layer.reported_bytes:
+                layer.reported_bytes = mean
+                steps.append(StoreStep(layer.status, digest, mean, layer.total))
         for status, state in self._statuses.items():
-            if not state.reported and live and all(node.done or status in node.statuses for node in live):
-                steps.append(self._report(status))
+            if not state.reported and not_failed and all(node.done or status in node.statuses for node in not_failed):
+                steps.append(self._mark_reported(status))
         return steps
 
-    def _report(self, status: str) -> StoreStep:
+    def _mark_reported(self, status: str) -> StoreStep:
         self._statuses[status].reported = True
         return StoreStep(status)

@@ -1,8 +1,8 @@
-"""One node's model store: pull, remove, load and ask for models through Ollama's API on that node.
+"""One node's model store: pulls, removes, loads and describes models through Ollama's API on that node.
 
-A store knows its node only by the function that sends it a request. ``over_mesh`` sends as the gateway does: with a
-lease on the node, in the process that runs the mesh. ``over_url`` sends straight to the forwarded port, from whatever
-process runs the command.
+A store reaches its node only through a function that sends requests. The function of ``over_mesh`` sends as the gateway
+does: with a lease on the node, in the process that runs the mesh. The function of ``over_url`` sends straight to the
+forwarded port, from any process that runs a command.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
     from gpumesh.mesh.mesh import Mesh
 
-OPERATION_TIMEOUT_S = 86400.0  # a pull takes as long as it takes
+OPERATION_TIMEOUT_S = 86400.0  # a day: a large model over a slow line takes hours
 SHOW_TIMEOUT_S = 3.0
 JSON_HEADERS = (("Content-Type", "application/json"),)
 
 
 class SendToNode(Protocol):
-    """Sends a request to one node's server. Raises GPUMeshError when there is no answer."""
+    """Sends a request to one node's server. Raises GPUMeshError if there is no answer."""
 
     async def __call__(self, call: HttpCall, *, timeout_s: float) -> StoreAnswer: ...
 
 
 class ModelStore:
-    """The model store of ``node``. Every method raises BackendError with the server's own reason, or another
-    GPUMeshError when the server cannot be asked."""
+    """The model store of ``node``. Unless a method says otherwise, it raises BackendError with the server's own reason,
+    or another GPUMeshError if the server cannot be asked."""
 
     def __init__(self, node: str, send: SendToNode) -> None:
         self.node = node
@@ -49,11 +49,11 @@ class ModelStore:
     def __repr__(self) -> str:
         return f"<ModelStore {self.node}>"
 
-    # -- what any operation is made of ---------------------------------------------------------------------------
+    # -- requests of any kind ------------------------------------------------------------------------------------
 
     async def follow(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> AsyncGenerator[StoreStep]:
-        """The steps of a ``pull``, ``push`` or ``create`` until its stream ends; the last one of an operation that is
-        complete has the status ``SUCCESS``.
+        """Starts a ``pull``, ``push`` or ``create``, and yields its steps until the server ends the stream. If the
+        operation is complete, its last step has the status ``SUCCESS``.
 
         Closing the generator ends the operation. Raises StoreRefusal when the server refuses or gives up.
         """
@@ -70,7 +70,8 @@ class ModelStore:
             await answer.aclose()
 
     async def request(self, call: HttpCall, *, timeout_s: float = OPERATION_TIMEOUT_S) -> NodeResult:
-        """How the node took a request whose answer is its status. Never raises on the node's account."""
+        """Sends a request of which only the HTTP status matters. Never raises because of what the node does: the result
+        has the error."""
         try:
             answer = await self._send(call, timeout_s=timeout_s)
             body = await store_answers.read_body(answer) or b""
@@ -88,7 +89,8 @@ class ModelStore:
     # -- operations ----------------------------------------------------------------------------------------------
 
     async def pull(self, model: str) -> AsyncGenerator[StoreStep]:
-        """Ends when the model is there. Closing it stops the download; Ollama goes on from there the next time."""
+        """Yields the steps of a download until the node has the model. Closing the generator stops the download; the
+        next one continues from there."""
         last: StoreStep | None = None
         async with aclosing(self.follow(json_call("POST", "/api/pull", {"model": model}))) as steps:
             async for step in steps:
@@ -100,7 +102,8 @@ class ModelStore:
         await self._ask("DELETE", "/api/delete", {"model": model})
 
     async def load(self, model: str, *, embedder: bool, keep_alive: str | None) -> None:
-        """Into GPU memory. ``embedder``: the model turns text into vectors, and is loaded by another call."""
+        """Loads the model into GPU memory. ``embedder``: the model turns text into vectors, and needs another request.
+        ``keep_alive``: how long it stays without use; ``None`` leaves that to the server."""
         document: dict[str, Any] = {"model": model}
         if keep_alive is not None:
             document["keep_alive"] = _parse_keep_alive(keep_alive)
@@ -113,7 +116,7 @@ class ModelStore:
         await self.load(model, embedder=embedder, keep_alive="0")
 
     async def context_length(self, model: str) -> int | None:
-        """The longest context that the model was made for, tokens; ``None`` when the server does not say in time."""
+        """The longest context that the model was made for, in tokens; ``None`` if the server does not say in time."""
         try:
             async with asyncio.timeout(SHOW_TIMEOUT_S):
                 return store_answers.parse_context_length(await self._ask("POST", "/api/show", {"model": model}))
@@ -126,18 +129,19 @@ def json_call(method: str, path: str, document: Mapping[str, Any]) -> HttpCall:
 
 
 def _parse_keep_alive(text: str) -> str | int:
-    """To Ollama a number is seconds, and -1 means for ever; anything else is a duration such as ``30m``."""
+    """Ollama takes a JSON number as seconds, -1 as for ever, and a JSON string as a duration such as ``30m``."""
     try:
         return int(text)
     except ValueError:
         return text
 
 
-# -- how a request reaches a node ------------------------------------------------------------------------------------
+# -- functions that send requests ------------------------------------------------------------------------------------
 
 
 def over_mesh(mesh: Mesh, node: str) -> SendToNode:
-    """Through a mesh that runs in this process. No request is sent twice: it may have changed the store already."""
+    """Sends through a mesh that runs in this process. No request is sent twice, because the first one may already have
+    changed the store."""
     demand = Demand(None, KINDS_WITH_MODEL_STORE, node, needs_slot=False)
 
     async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:
@@ -148,9 +152,10 @@ def over_mesh(mesh: Mesh, node: str) -> SendToNode:
 
 
 def over_url(client: httpx.AsyncClient, url: str, *, node: str, api_key_env: str | None) -> SendToNode:
-    """Straight to ``url``, where the node's server answers. ``client`` bounds the time between two pieces."""
+    """Sends straight to ``url``, where the node's server answers. The time-outs are those of ``client``: it limits the
+    time between two pieces of an answer, not the whole time."""
 
-    async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:  # noqa: ARG001  # the client's bounds hold
+    async def send(call: HttpCall, *, timeout_s: float) -> StoreAnswer:  # noqa: ARG001  # the client's time-outs apply
         import httpx
 
         key = None if api_key_env is None else config.read_secret(api_key_env, node=node)

@@ -1,7 +1,7 @@
-"""What a node's Ollama answers to an operation on its model store: steps of progress, documents, refusals.
+"""Reads the answers of a node's Ollama to operations on its model store: steps of progress, documents, refusals.
 
-Answers come from a server that may be hostile. Everything in it is bounded and made printable here, before it becomes
-a step or a message.
+The server may be hostile. The code here limits the size of each answer and makes its texts printable, before they
+become a step or a message.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from gpumesh.errors import BackendError, GPUMeshError, ProbeError
 from gpumesh.printable import printable
 
 MAX_LINE_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 1 << 20  # of an answer that is no progress
-LINES_PER_TURN = 100  # then other tasks have a turn of the event loop: one piece of an answer can hold thousands
+MAX_DOCUMENT_BYTES = 1 << 20  # of an answer that is not a stream of progress
+LINES_PER_TURN = 100  # then other tasks run: one piece of an answer can hold thousands of lines
 MAX_STATUS_CHARS = 200
 SUCCESS = "success"  # the status of the last step of an operation that is complete
 
 
 class StoreAnswer(Protocol):
-    """An answer's status, and its body as an async iterator of bytes."""
+    """An answer: its HTTP status, and its body as an async iterator of bytes."""
 
     status: int
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
     async def aclose(self) -> None:
-        """Ends the request, whatever is left of its answer."""
+        """Ends the request, even if the answer has not been read to its end."""
         ...
 
 
@@ -50,8 +50,8 @@ class StoreStep:
 
 @dataclass(frozen=True, slots=True)
 class NodeResult:
-    """How a request to one node ended. ``status`` is the server's HTTP status, or ``None`` where ``error`` says why
-    there is no answer."""
+    """The end of a request to one node. ``status`` is the server's HTTP status. If there is no answer, ``status`` is
+    ``None``, and ``error`` says why."""
 
     node: str
     status: int | None
@@ -68,8 +68,8 @@ class NodeResult:
 
 
 class StoreRefusal(BackendError):
-    """The server itself refuses or gives up the operation: the same request again would not help. ``status``: its HTTP
-    status, ``None`` when the refusal is a line of a stream that had begun."""
+    """The server itself refuses or gives up the operation, so the same request again would not help. ``status``: the
+    HTTP status; ``None`` if the refusal is a line of a stream that had begun."""
 
     def __init__(self, message: str, *, node: str, status: int | None = None) -> None:
         super().__init__(message, hint=_find_hint(message), node=node)
@@ -89,7 +89,7 @@ def read_error_text(status: int, body: bytes) -> str:
 
 
 async def read_body(answer: StoreAnswer) -> bytes | None:
-    """The whole body; ``None`` when it is longer than ``MAX_DOCUMENT_BYTES``, which ends the request."""
+    """The whole body; ``None`` if it is longer than ``MAX_DOCUMENT_BYTES``. Ends the request in any case."""
     body = bytearray()
     try:
         async for piece in answer:
@@ -102,7 +102,7 @@ async def read_body(answer: StoreAnswer) -> bytes | None:
 
 
 async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
-    """Raises BackendError for a line that is too long."""
+    """The lines of the body. Raises BackendError for a line that is longer than ``MAX_LINE_BYTES``."""
     splitter = LineSplitter(MAX_LINE_BYTES)
     async for piece in answer:
         try:
@@ -117,7 +117,7 @@ async def read_lines(answer: StoreAnswer, node: str) -> AsyncIterator[bytes]:
 
 
 def parse_step(line: bytes, node: str) -> StoreStep | None:
-    """``None`` for a line that says nothing of progress. Raises StoreRefusal for a line that says an error."""
+    """The step of a line; ``None`` for a line without progress. Raises StoreRefusal for a line with an error."""
     entry = safe_json.parse_report(line)
     if entry is None:
         return None
@@ -141,7 +141,7 @@ def parse_step(line: bytes, node: str) -> StoreStep | None:
 
 
 def parse_document(status: int, body: bytes, node: str) -> dict[str, Any]:
-    """An answer in one piece; empty when it says nothing. Raises StoreRefusal for one that says an error."""
+    """The answer's JSON object; empty if the body is none. Raises StoreRefusal for an answer with an error."""
     if status >= 400:
         raise StoreRefusal(read_error_text(status, body), node=node, status=status)
     document = safe_json.parse_report(body) or {}
@@ -152,7 +152,7 @@ def parse_document(status: int, body: bytes, node: str) -> dict[str, Any]:
 
 
 def parse_context_length(document: Mapping[str, Any]) -> int | None:
-    """The context length of an answer of ``/api/show``, in tokens. ``model_info`` has it under the name of the model's
+    """The context length in an answer of ``/api/show``, in tokens. Its key in ``model_info`` begins with the model's
     architecture: ``qwen2.context_length``."""
     info = document.get("model_info")
     if not isinstance(info, dict):

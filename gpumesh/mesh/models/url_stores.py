@@ -1,6 +1,6 @@
-"""The model stores of a mesh's nodes as a command reaches them, over the forwarded ports.
+"""The model stores of a mesh's nodes, for a command that reaches them over the forwarded ports.
 
-The mesh may run in another process: of each node only its state is known, with the URL of its server.
+The mesh may run in another process. So the command knows only each node's state, which has the URL of its server.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
     from gpumesh.topology import Topology
 
-READ_TIMEOUT_S = 600.0  # between two lines of progress, or for a model to come from a slow disk
+READ_TIMEOUT_S = 600.0  # between two lines of progress, or while a model is loaded from a slow disk
 MAX_CONCURRENT_SHOWS = 8  # of one node
-CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models: what is not known by then stays unknown
+CONTEXT_LENGTHS_TIMEOUT_S = 5.0  # for the context lengths of all models; the others then stay unknown
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """``error`` is ``None`` for a task that is done."""
+    """The end of a task. ``error`` is ``None`` for a task that is done."""
 
     task: ModelTask
     error: GPUMeshError | None = None
 
 
 class UrlStores:
-    """``client`` stays its owner's to close."""
+    """The stores of all nodes. The caller closes ``client``."""
 
     def __init__(self, client: httpx.AsyncClient, topology: Topology) -> None:
         self._client = client
@@ -50,8 +50,8 @@ class UrlStores:
         return ModelStore(node.name, over_url(self._client, url, node=node.name, api_key_env=api_key_env))
 
     async def refresh_backends(self, state: MeshState) -> MeshState:
-        """The state with what the servers that are up say of their models now: the mesh's own probe may be some seconds
-        old, and miss what the command before this one did."""
+        """The state with new answers about their models from the servers that are up. The mesh's own probe may be some
+        seconds old, and not know what the previous command did."""
         nodes = await asyncio.gather(*(self._refresh_backend(node) for node in state.nodes))
         return replace(state, at=datetime.now(UTC), nodes=tuple(nodes))
 
@@ -68,13 +68,14 @@ class UrlStores:
         return replace(node, backend=report.state) if report.state.state is BackendPhase.UP else node
 
     async def context_lengths(self, models: Sequence[tuple[NodeState, str]]) -> dict[tuple[str, str], int]:
-        """By node and model, the lengths that their servers say in time: a node that lists thousands of models, or is
-        slow, takes neither the others' connections nor their time."""
-        gates = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in models}
+        """The context lengths in tokens by node and model, as far as the servers say them in time. Each node has its
+        own limit of requests at a time, so a node that is slow or lists thousands of models does not delay the
+        others."""
+        semaphores = {node.name: asyncio.Semaphore(MAX_CONCURRENT_SHOWS) for node, _ in models}
         lengths: dict[tuple[str, str], int] = {}
 
         async def ask(node: NodeState, model: str) -> None:
-            async with gates[node.name]:
+            async with semaphores[node.name]:
                 length = await self.of(node).context_length(model)
             if length:
                 lengths[node.name, model] = length
@@ -98,9 +99,10 @@ async def perform_tasks(
     perform: Callable[[ModelTask], Awaitable[None]],
     on_result: Callable[[TaskResult], None],
 ) -> None:
-    """One node's tasks one after the other, the nodes side by side; a task that fails does not stop the others.
+    """Performs the tasks of each node one after the other, and those of different nodes at the same time. A task that
+    fails does not stop the others.
 
-    Raises UsageError, which is the caller's own mistake.
+    Raises UsageError, because it is a mistake in the command, not of a node.
     """
 
     async def perform_on(node: str) -> None:
