@@ -47,7 +47,7 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
     any_host_answers = any(states[name].tunnel.state is TunnelPhase.UP for name in specs)
     switched_off = dict(_switch_off_absent(specs, states, findings)) if any_host_answers else {}
-    # A node that is both gets the reason of a duplicate, because it stays true when the host comes back.
+    # An absent duplicate gets the reason of a duplicate, because this stays true when the host comes back.
     switched_off.update(_switch_off_duplicates(specs, states, findings))
     changes: list[Change] = []
     for name, spec in specs.items():

@@ -48,7 +48,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     elif expect.vram_mib is not None:
         yield from _check_vram(node, expect.vram_mib, gpus)
     driver = state.host.driver
-    if expect.driver is not None and driver is not None and not _driver_matches(expect.driver, driver):
+    if expect.driver is not None and driver is not None and not driver_matches(expect.driver, driver):
         yield Finding(
             "driver-differs",
             Severity.INFO,
@@ -92,7 +92,8 @@ def _is_close(found: int, expected: int) -> bool:
     return abs(found - expected) <= VRAM_TOLERANCE * expected
 
 
-def _driver_matches(expected: str, found: str) -> bool:
+def driver_matches(expected: str, found: str) -> bool:
+    """``550`` and ``550.54`` match the version ``550.54.15``; ``55`` does not."""
     return found == expected or found.startswith(expected.rstrip(".") + ".")
 
 

@@ -20,46 +20,48 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
         return
     node = spec.name
-    used = route_in_use(state)
+    current = route_in_use(state)
     candidates = [route for route in state.routes if not route.offered]
-    dead = [route for route in candidates if route.state is BackendPhase.DOWN]
-    if dead and used is not None:
-        reasons = "; ".join(route.error or f"{route.target} does not serve" for route in dead)
-        verb = "does" if len(dead) == 1 else "do"
+    dead_routes = [route for route in candidates if route.state is BackendPhase.DOWN]
+    if dead_routes and current is not None:
+        reasons = "; ".join(route.error or f"{route.target} does not serve" for route in dead_routes)
+        verb = "does" if len(dead_routes) == 1 else "do"
         yield Finding(
             "route-dead",
             Severity.INFO,
             node,
-            f"{len(dead)} of its {len(candidates)} candidates {verb} not serve: {reasons}",
+            f"{len(dead_routes)} of its {len(candidates)} candidates {verb} not serve: {reasons}",
             "nothing, if it is a spare; else delete it from `backend.urls`",
         )
-    if used is None:
+    if current is None:
         return
-    other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not used]
-    other_servers = [route for route in other_routes if used.store and route.store and route.store != used.store]
+    other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not current]
+    other_servers = [route for route in other_routes if current.store and route.store and route.store != current.store]
     if other_servers:
         targets = ", ".join(route.target for route in other_servers)
         yield Finding(
             "routes-differ",
             Severity.WARNING,
             node,
-            f"{used.target} and {targets} are different servers under one name",
+            f"{current.target} and {targets} are different servers under one name",
             "make a node of each: as candidates of one node only the first that answers is ever used",
         )
-    offered = [route for route in state.routes if route.offered and route.state is BackendPhase.UP]
-    exposed = [route for route in offered if route.exposed]
-    if exposed:
+    offered_routes = [route for route in state.routes if route.offered and route.state is BackendPhase.UP]
+    exposed_routes = [route for route in offered_routes if route.exposed]
+    if exposed_routes:
         yield Finding(
             "backend-exposed",
             Severity.WARNING,
             node,
-            f"its server answers the whole internet at {exposed[0].target}, without SSH and without a key",
+            f"its server answers the whole internet at {exposed_routes[0].target}, without SSH and without a key",
             "let it listen on 127.0.0.1 of its host (OLLAMA_HOST=127.0.0.1), or close the port in the firewall: "
             "the tunnel works all the same",
         )
-    faster = [route for route in (*other_routes, *offered) if route not in other_servers and _is_faster(route, used)]
-    if faster:
-        fastest = min(faster, key=lambda route: route.latency_ms or 0.0)
+    faster_routes = [
+        route for route in (*other_routes, *offered_routes) if route not in other_servers and _is_faster(route, current)
+    ]
+    if faster_routes:
+        fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)
         hint = (
             f"give the node `backend: {{url: {yaml_text(fastest.target)}}}` and no `ssh`, if the way between may be"
             " seen by others"
@@ -70,7 +72,7 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "route-slower",
             Severity.INFO,
             node,
-            f"the way in use takes {used.latency_ms:.1f} ms,"
+            f"the way in use takes {current.latency_ms:.1f} ms,"
             f" {fastest.target} ({fastest.via}) {fastest.latency_ms:.1f} ms",
             hint,
         )
@@ -81,7 +83,10 @@ def route_in_use(state: NodeState) -> RouteState | None:
     return next((route for route in state.routes if route.url == state.backend.url and not route.offered), None)
 
 
-def _is_faster(route: RouteState, used: RouteState) -> bool:
-    if route.latency_ms is None or used.latency_ms is None:
+def _is_faster(route: RouteState, current: RouteState) -> bool:
+    if route.latency_ms is None or current.latency_ms is None:
         return False
-    return route.latency_ms <= MAX_LATENCY_SHARE * used.latency_ms and used.latency_ms - route.latency_ms >= MIN_GAIN_MS
+    return (
+        route.latency_ms <= MAX_LATENCY_SHARE * current.latency_ms
+        and current.latency_ms - route.latency_ms >= MIN_GAIN_MS
+    )

@@ -67,9 +67,9 @@ async def _ask_unknown_server(session: _ProbeSession, url: str, known_kinds: Kno
             known_kinds.forget(url)
             if error.finding_code != "wrong-server":
                 raise
-    identified = await identify_server(session.ask)
-    answer = await session.ask_inventory(identified.kind, identified.answers)
-    known_kinds.remember(url, identified.kind)
+    server = await identify_server(session.ask)
+    answer = await session.ask_inventory(server.kind, server.answers)
+    known_kinds.remember(url, server.kind)
     return answer
 
 
@@ -113,12 +113,12 @@ class _ProbeSession:
                 return error
 
         results = await asyncio.gather(*(get_answer(name, call) for name, call in calls.items()))
-        answered: dict[str, tuple[int, bytes] | None] = {}
+        answers_by_name: dict[str, tuple[int, bytes] | None] = {}
         for name, result in zip(calls, results, strict=True):
             if isinstance(result, ProbeError):
                 raise result
-            answered[name] = result
-        inventory = dialect.read_inventory(answered)
+            answers_by_name[name] = result
+        inventory = dialect.read_inventory(answers_by_name)
         assert self._latency_ms is not None, "an inventory without any answer"
         return TimedInventory(kind, inventory, self._latency_ms)
 

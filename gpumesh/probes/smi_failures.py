@@ -88,9 +88,9 @@ def classify_failure(answer: CommandOutput) -> SmiFailure | None:
             "install the NVIDIA driver's utilities, or use a container image that has them; the server works without",
             Severity.WARNING,
         )
-    ended = "was ended by a signal" if status is None else f"ended with status {status}"
+    ending = "was ended by a signal" if status is None else f"ended with status {status}"
     detail = f": {_shorten(text)}" if text else ""
-    return SmiFailure("driver-broken", f"nvidia-smi {ended}{detail}", "run `nvidia-smi` on the host to see why")
+    return SmiFailure("driver-broken", f"nvidia-smi {ending}{detail}", "run `nvidia-smi` on the host to see why")
 
 
 def _driver_failure(text: str) -> SmiFailure:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpumesh.audit import Machine, Proof, find_machines
-from gpumesh.audit.gpus import gpu_name_matches, vram_matches
+from gpumesh.audit.gpus import driver_matches, gpu_name_matches, vram_matches
 from gpumesh.audit.identity import hostname_matches
 from gpumesh.audit.routes import route_in_use
 from gpumesh.cli.views.figures import UNKNOWN, format_gib, format_milliseconds, short_gpu
@@ -150,21 +150,23 @@ def _server_row(spec: NodeSpec, state: NodeState) -> ComparisonRow:
     expected = ", ".join(target.url for target in spec.backend.targets)
     if backend.state is not BackendPhase.UP:
         return ComparisonRow(spec.name, SERVER, expected, str(backend.state), NOT_KNOWN)
-    used = route_in_use(state)
+    current_route = route_in_use(state)
     found = f"{backend.kind} {backend.version or ''}".strip()
-    if used is not None and len(spec.backend.targets) > 1:
-        found += f" at {used.target}"
-    if used is not None and used.latency_ms is not None:
-        found += f", {format_milliseconds(used.latency_ms)}"
+    if current_route is not None and len(spec.backend.targets) > 1:
+        found += f" at {current_route.target}"
+    if current_route is not None and current_route.latency_ms is not None:
+        found += f", {format_milliseconds(current_route.latency_ms)}"
     return ComparisonRow(spec.name, SERVER, expected, found, AS_EXPECTED)
 
 
 def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRow]:
     expect, gpus = spec.expect, state.gpus
 
-    def row(what: str, expected: str, found: str | None, same: bool) -> ComparisonRow:
-        verdict = NOT_KNOWN if found is None else AS_EXPECTED if same else "differs"
-        return ComparisonRow(spec.name, what, expected, UNKNOWN if found is None else found or "none", verdict)
+    def row(what: str, expected: str, found: str | None, matches: bool) -> ComparisonRow:
+        """``found`` is ``None`` where nothing is known, and empty where there is nothing."""
+        if found is None:
+            return ComparisonRow(spec.name, what, expected, UNKNOWN, NOT_KNOWN)
+        return ComparisonRow(spec.name, what, expected, found or "none", AS_EXPECTED if matches else "differs")
 
     if expect.hostname is not None:
         found = state.host.hostname
@@ -173,12 +175,12 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
         count = None if gpus is None else str(len(gpus))
         yield row("GPUs", str(expect.gpus), count, gpus is not None and len(gpus) == expect.gpus)
     if expect.gpu is not None:
-        same = gpus is not None and bool(gpus) and all(gpu_name_matches(expect.gpu, gpu.name) for gpu in gpus)
+        matches = gpus is not None and bool(gpus) and all(gpu_name_matches(expect.gpu, gpu.name) for gpu in gpus)
         yield row(
             "GPU",
             short_gpu(expect.gpu),
             None if gpus is None else _join_different(short_gpu(gpu.name) for gpu in gpus),
-            same,
+            matches,
         )
     if expect.vram_mib is not None:
         sizes = (
@@ -189,7 +191,7 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
         yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_matches(expect.vram_mib, gpus or ()))
     if expect.driver is not None:
         driver = state.host.driver
-        yield row("driver", expect.driver, driver, driver is not None and f"{driver}.".startswith(f"{expect.driver}."))
+        yield row("driver", expect.driver, driver, driver is not None and driver_matches(expect.driver, driver))
     if expect.models:
         known = state.backend.state is BackendPhase.UP
         present = {full_name(name) for name in state.backend.models}
@@ -283,11 +285,14 @@ def _describe_gpus(gpus: Sequence[GpuState], nodes: Sequence[NodeState]) -> str:
 
 def _route_lines(spec: NodeSpec, state: NodeState) -> Iterator[RouteLine]:
     routes = state.routes
-    used = route_in_use(state)
+    current_route = route_in_use(state)
     name = spec.name
-    for route in sorted(routes, key=lambda route: route is not used):
+    for route in sorted(routes, key=lambda route: route is not current_route):
         yield RouteLine(
-            name, _describe_route_state(spec, route), _route_remark(route, used, state), dim=route is not used
+            name,
+            _describe_route_state(spec, route),
+            _route_remark(route, current_route, state),
+            dim=route is not current_route,
         )
         name = ""
     if not routes:
@@ -300,11 +305,11 @@ def _describe_route_state(spec: NodeSpec, route: RouteState) -> str:
     return f"{describe_route(spec)} → {route.target}"
 
 
-def _route_remark(route: RouteState, used: RouteState | None, state: NodeState) -> str:
+def _route_remark(route: RouteState, current_route: RouteState | None, state: NodeState) -> str:
     parts = []
     if route.state is BackendPhase.DOWN:
         parts.append("does not serve")
-    elif route is used:
+    elif route is current_route:
         parts.append(
             format_milliseconds(route.latency_ms if route.latency_ms is not None else state.backend.latency_ms)
         )

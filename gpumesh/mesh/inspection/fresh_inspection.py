@@ -40,9 +40,9 @@ class _Inspector:
 
     async def inspect(self, nodes: Sequence[NodeState], timeout_s: float) -> dict[str, InspectionReport]:
         """The reports by node. Nodes that are not up have none."""
-        up = [node for node in nodes if node.tunnel.state is TunnelPhase.UP and node.name in self.specs]
-        reports = await asyncio.gather(*(self._inspect_node(node, timeout_s) for node in up))
-        return {node.name: report for node, report in zip(up, reports, strict=True) if report is not None}
+        up_nodes = [node for node in nodes if node.tunnel.state is TunnelPhase.UP and node.name in self.specs]
+        reports = await asyncio.gather(*(self._inspect_node(node, timeout_s) for node in up_nodes))
+        return {node.name: report for node, report in zip(up_nodes, reports, strict=True) if report is not None}
 
     async def _inspect_node(self, node: NodeState, timeout_s: float) -> InspectionReport | None:
         spec = self.specs[node.name]
@@ -62,15 +62,15 @@ async def inspect_mesh(
 ) -> MeshState:
     """The mesh's state with the new reports of its nodes, and the findings against ``topology``."""
     loop = asyncio.get_running_loop()
-    started = loop.time()
+    start_time = loop.time()
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
     async with make_http_client(timeout=TIMEOUT_S) as client:
         inspector = _Inspector(client, specs, run_command_on)
         state = await wait_first_report(EARLY_REPORT_S)
         reports = await inspector.inspect(state.nodes, TIMEOUT_S)
-        state = await wait_first_report(max(started + REPORT_DEADLINE_S - loop.time(), 0.1))
-        late = [node for node in state.nodes if node.name not in reports]
-        reports |= await inspector.inspect(late, LATE_TIMEOUT_S)
+        state = await wait_first_report(max(start_time + REPORT_DEADLINE_S - loop.time(), 0.1))
+        late_nodes = [node for node in state.nodes if node.name not in reports]
+        reports |= await inspector.inspect(late_nodes, LATE_TIMEOUT_S)
     nodes = tuple(
         _mark_absent(merge_report(node, reports[node.name]) if node.name in reports else node) for node in state.nodes
     )

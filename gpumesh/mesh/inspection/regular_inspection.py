@@ -93,7 +93,7 @@ class _NodeRecord:
         """Updates ``route``, and ``due_at`` if the route is new. Returns whether an inspection must start now."""
         route = _route_of(self.node)
         if route != self.route:
-            # A node that has the route of its last report was only drained for a while, and keeps its time.
+            # A node that has the route of its last report was only drained for a while: its time stays.
             if route is not None and route != self.reported_route:
                 self.due_at = now + SETTLE_S * _stagger(self.node.name)
             self.route = route
@@ -101,10 +101,8 @@ class _NodeRecord:
 
     def current_report(self) -> InspectionReport | None:
         """The last report, if the node is still reached by the same route."""
-        node = self.node
-        if self.report is None or not node.reachable:
-            return None
-        return self.report if self.reported_route == (node.connection_count, node.base_url) else None
+        is_current = self.reported_route == _route_of(self.node, despite_draining=True)
+        return self.report if is_current else None
 
 
 class RegularInspection:
@@ -183,7 +181,7 @@ class RegularInspection:
         except SecretMissing:
             return None  # the missing secret is a finding of its own
         return await inspect_node(
-            self._client, node.spec, node.state(0), api_key=api_key, run_command=run_command, timeout_s=TIMEOUT_S
+            self._client, node.spec, node.state(queued=0), api_key=api_key, run_command=run_command, timeout_s=TIMEOUT_S
         )
 
 

@@ -153,7 +153,7 @@ class StoreOperation:
                 break
             except BackendError as error:
                 reason = error.message
-            except GPUMeshError as error:
+            except GPUMeshError as error:  # the request was not sent, for example because no node is up
                 reason = error.message
                 break
             else:
@@ -229,7 +229,7 @@ class FleetStore:
         return operation
 
     def start_push(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> StoreOperation:
-        """Raises NoNodeError and ModelMissing."""
+        """Pushes from the first usable node that has the model. Raises NoNodeError and ModelMissing."""
         return StoreOperation(self._mesh, self.nodes_with(model, node)[:1], call, timeout_s=timeout_s)
 
     def start_create(self, call: HttpCall, nodes: Sequence[str], *, timeout_s: float) -> StoreOperation:
@@ -239,11 +239,12 @@ class FleetStore:
     # -- copy and delete -----------------------------------------------------------------------------------------
 
     async def copy(self, call: HttpCall, source: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
-        """Raises NoNodeError and ModelMissing."""
+        """The results by node. Raises NoNodeError and ModelMissing."""
         return await self._change_stores(self.nodes_with(source, node), call, timeout_s)
 
     async def delete(self, call: HttpCall, model: str, node: str | None, *, timeout_s: float) -> list[NodeResult]:
-        """Raises NoNodeError and ModelMissing."""
+        """The results by node, with an error for each node that has the model and cannot be reached. Raises NoNodeError
+        and ModelMissing."""
         nodes = self.nodes_with(model, node)
         unreachable_results = []
         if node is None:
@@ -267,6 +268,7 @@ class FleetStore:
     # -- blobs ---------------------------------------------------------------------------------------------------
 
     async def find_blob(self, nodes: Iterable[str], digest: str) -> BlobHolders:
+        """Asks the nodes whether they have the blob."""
         holders = BlobHolders()
         for result in await self._request_each(nodes, HttpCall("HEAD", BLOBS_PATH + digest), BLOB_CHECK_TIMEOUT_S):
             if result.status == 200:

@@ -76,6 +76,11 @@ def test_a_difference_has_its_finding_in_its_row(
     assert wrong.todo
 
 
+def test_a_driver_that_begins_as_expected_has_the_same_verdict_in_row_and_finding() -> None:
+    made = {row.what: row for row in compare((spec(expect=ExpectSpec(driver="550.")), state()))}
+    assert (made["driver"].verdict, made["driver"].found) == (AS_EXPECTED, "550.54.15")
+
+
 def test_unknown_values_are_not_known_rather_than_wrong() -> None:
     found = {one.what: one for one in compare((spec(), without_gpus(state())))}
     assert {what: one.found for what, one in found.items() if one.verdict == "not known"} == dict.fromkeys(
