@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from gpumesh.audit.catalog import explain
 from gpumesh.backends.dialects import find_dialect
 from gpumesh.sentences import join_some
-from gpumesh.state import BackendPhase, Finding, LoadedModel, NodeState, Severity, TunnelPhase
+from gpumesh.state import BackendPhase, BackendState, Finding, LoadedModel, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
 from gpumesh.versions import version_key
 
@@ -37,17 +37,22 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "choose a smaller model, quantisation or `num_ctx`, or unload others; "
             "if all of it is on the CPU, the server has lost the GPU: restart it",
         )
+    yield from _check_version(node, backend)
+
+
+def _check_version(node: str, backend: BackendState) -> Iterator[Finding]:
     dialect = find_dialect(backend.kind)
-    if dialect is not None and dialect.oldest_version is not None and backend.version is not None:
-        version, oldest = version_key(backend.version), version_key(dialect.oldest_version)
-        if version is not None and oldest is not None and version[0] < oldest[0]:
-            yield Finding(
-                "version-old",
-                Severity.WARNING,
-                node,
-                f"{dialect.label} {backend.version} is older than {dialect.oldest_version}",
-                dialect.update_hint,
-            )
+    if dialect is None or dialect.oldest_version is None or backend.version is None:
+        return
+    version, oldest = version_key(backend.version), version_key(dialect.oldest_version)
+    if version is not None and oldest is not None and version[0] < oldest[0]:
+        yield Finding(
+            "version-old",
+            Severity.WARNING,
+            node,
+            f"{dialect.label} {backend.version} is older than {dialect.oldest_version}",
+            dialect.update_hint,
+        )
 
 
 def describe_cpu_models(loaded: Iterable[LoadedModel]) -> str | None:

@@ -32,7 +32,7 @@ def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Findin
     mesh.yaml expects a GPU."""
     expect = spec.expect
     gpu_expected = any(value for value in (expect.gpus, expect.gpu, expect.vram_mib, expect.driver))
-    adjusted = []
+    adjusted_findings = []
     for finding in noticed:
         if finding.code == "gpu-missing" and expect.gpus == 0:
             continue
@@ -40,5 +40,5 @@ def adjust_severities(spec: NodeSpec, noticed: Sequence[Finding]) -> list[Findin
             finding = Finding(  # noqa: PLW2901 - the same finding, less severe
                 finding.code, Severity.INFO, finding.node, finding.message, finding.hint, finding.nodes
             )
-        adjusted.append(finding)
-    return adjusted
+        adjusted_findings.append(finding)
+    return adjusted_findings

@@ -74,11 +74,11 @@ def apply_changes(topology: Topology, changes: Sequence[Change]) -> Topology:
     """The topology with ``changes``. It is what the file must mean after the changes are written into it."""
     nodes = []
     for spec in topology.nodes:
-        changed = spec
+        new_spec = spec
         for change in changes:
             if change.node == spec.name:
-                changed = _apply_change(changed, change)
-        nodes.append(changed)
+                new_spec = _apply_change(new_spec, change)
+        nodes.append(new_spec)
     return replace(topology, nodes=tuple(nodes))
 
 

@@ -28,7 +28,7 @@ _HAS_NANOSECONDS = re.compile(r"\.[0-9]{7,9}(?:Z|[+-])")
 
 
 class Proof(StrEnum):
-    """What shows that nodes are one machine, the strongest first."""
+    """The kinds of proof that nodes are one machine, the strongest first."""
 
     GPU = "gpu"
     HOST_KEY = "host-key"
@@ -251,7 +251,8 @@ def _may_have_own_gpus(node: NodeState, other: NodeState) -> bool:
     port, other_port = _server_port(node), _server_port(other)
     if port is None or other_port is None or port == other_port:
         return False
-    return all(len(each.gpus) != 1 for each in (node, other) if each.gpus)
+    one_has_single_gpu = any(len(state.gpus) == 1 for state in (node, other) if state.gpus)
+    return not one_has_single_gpu
 
 
 def _server_port(node: NodeState) -> str | None:

@@ -5,7 +5,7 @@ The rules yield no finding before the node's first inspection, which asks each r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gpumesh.quoting import yaml_text
 from gpumesh.state import BackendPhase, Finding, NodeState, RouteState, Severity, TunnelPhase
@@ -19,11 +19,23 @@ MIN_GAIN_MS = 2.0
 def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     if state.tunnel.state is not TunnelPhase.UP or state.backend.state is not BackendPhase.UP:
         return
-    node = spec.name
     current = route_in_use(state)
+    if current is None:
+        return
     candidates = [route for route in state.routes if not route.offered]
+    other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not current]
+    other_servers = [route for route in other_routes if current.store and route.store and route.store != current.store]
+    offered_routes = [route for route in state.routes if route.offered and route.state is BackendPhase.UP]
+    same_server = [route for route in (*other_routes, *offered_routes) if route not in other_servers]
+    yield from _check_dead_routes(spec.name, candidates)
+    yield from _check_other_servers(spec.name, current, other_servers)
+    yield from _check_exposed_routes(spec.name, offered_routes)
+    yield from _check_faster_routes(spec.name, current, same_server)
+
+
+def _check_dead_routes(node: str, candidates: Sequence[RouteState]) -> Iterator[Finding]:
     dead_routes = [route for route in candidates if route.state is BackendPhase.DOWN]
-    if dead_routes and current is not None:
+    if dead_routes:
         reasons = "; ".join(route.error or f"{route.target} does not serve" for route in dead_routes)
         verb = "does" if len(dead_routes) == 1 else "do"
         yield Finding(
@@ -33,10 +45,9 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             f"{len(dead_routes)} of its {len(candidates)} candidates {verb} not serve: {reasons}",
             "nothing, if it is a spare; else delete it from `backend.urls`",
         )
-    if current is None:
-        return
-    other_routes = [route for route in candidates if route.state is BackendPhase.UP and route is not current]
-    other_servers = [route for route in other_routes if current.store and route.store and route.store != current.store]
+
+
+def _check_other_servers(node: str, current: RouteState, other_servers: Sequence[RouteState]) -> Iterator[Finding]:
     if other_servers:
         targets = ", ".join(route.target for route in other_servers)
         yield Finding(
@@ -46,7 +57,9 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             f"{current.target} and {targets} are different servers under one name",
             "make a node of each: as candidates of one node only the first that answers is ever used",
         )
-    offered_routes = [route for route in state.routes if route.offered and route.state is BackendPhase.UP]
+
+
+def _check_exposed_routes(node: str, offered_routes: Sequence[RouteState]) -> Iterator[Finding]:
     exposed_routes = [route for route in offered_routes if route.exposed]
     if exposed_routes:
         yield Finding(
@@ -57,9 +70,11 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
             "let it listen on 127.0.0.1 of its host (OLLAMA_HOST=127.0.0.1), or close the port in the firewall: "
             "the tunnel works all the same",
         )
-    faster_routes = [
-        route for route in (*other_routes, *offered_routes) if route not in other_servers and _is_faster(route, current)
-    ]
+
+
+def _check_faster_routes(node: str, current: RouteState, same_server: Sequence[RouteState]) -> Iterator[Finding]:
+    """``same_server``: the other routes that work and lead to the server in use."""
+    faster_routes = [route for route in same_server if _is_faster(route, current)]
     if faster_routes:
         fastest = min(faster_routes, key=lambda route: route.latency_ms or 0.0)
         hint = (

@@ -93,8 +93,8 @@ class ModelStoreRoutes:
         nodes = self._store.usable_nodes(self._node_of(request))
         holders = await self._store.find_blob(nodes, _read_blob_digest(request))
         if len(holders.unsure) == len(nodes):
-            first = holders.unsure[0]
-            raise BackendError(first.error_text, node=first.node)
+            first_result = holders.unsure[0]
+            raise BackendError(first_result.error_text, node=first_result.node)
         return Response(status=404 if holders.lacking else 200, headers=_node_header(holders.having))
 
     async def add_blob(self, request: Request) -> Response:
@@ -181,11 +181,11 @@ async def _stream_operation(
     Two kinds of clients get a single document instead of a stream: those that do not want a stream, and those of an
     operation that fails before its first step.
     """
-    streamed = document.get("stream") is not False
+    wants_stream = document.get("stream") is not False
     stream: StreamingResponse | None = None
     async with aclosing(operation.steps()) as batches:
         async for steps in batches:
-            if streamed:
+            if wants_stream:
                 stream = stream or _start_stream(request, operation)
                 stream.write(b"".join(safe_json.dump_compact(_step_document(step)) + b"\n" for step in steps))
                 await stream.drain()
@@ -197,7 +197,7 @@ async def _stream_operation(
         return json_response(body, status=refusal.status, headers=_node_header(operation.nodes))
     status, last_document = _last_document(result, verb)
     line = safe_json.dump_compact(last_document)
-    if stream is None and (result.failures or not streamed):
+    if stream is None and (result.failures or not wants_stream):
         return json_response(line, status=status, headers=_node_header(operation.nodes))
     stream = stream or _start_stream(request, operation)
     stream.write(line + b"\n")

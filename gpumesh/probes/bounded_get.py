@@ -55,7 +55,7 @@ async def get_bounded(
 
 
 async def _read_body(response: httpx.Response) -> bytes:
-    """Raises ProbeError and httpx's errors."""
+    """The body, of ``BODY_LIMIT`` bytes at most. Raises ProbeError and httpx's errors."""
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

@@ -23,7 +23,7 @@ _WRONG_KEY_HINT = "it does not accept the key that it was given: check the varia
 
 @dataclass(frozen=True, slots=True)
 class TimedInventory:
-    """What a server of this kind says of itself; ``latency_ms`` is the time from the start to its first answer."""
+    """A server's own description of itself; ``latency_ms`` is the time from the start to its first answer."""
 
     kind: BackendKind
     inventory: Inventory
@@ -42,8 +42,8 @@ async def ask_server(
 ) -> TimedInventory:
     """Asks the server at ``url`` for its inventory. ``target`` is the same server's address on its own host.
 
-    With kind ``auto`` the server is first asked which kind it is, unless ``known_kinds`` has its kind. Whatever the
-    server does wrong, this raises ProbeError and no other error.
+    With kind ``auto`` the server is first asked which kind it is, unless ``known_kinds`` has its kind. If the
+    server does anything wrong, this raises ProbeError and no other error.
     """
     session = _ProbeSession(client, url, target, api_key=api_key, timeout_s=timeout_s)
     try:

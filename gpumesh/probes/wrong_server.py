@@ -31,11 +31,15 @@ _TLS_ALERT = b"\x15\x03"  # a TLS server's answer to bytes that are not TLS
 async def identify_wrong_server(url: str) -> ProbeError | None:
     """Asks a server that gave no answer in HTTP once more, and says what it is. ``None`` if nothing answers, or if the
     server does speak HTTP after all."""
-    parsed = httpx.URL(url)
-    greeting = await _read_greeting(parsed)
+    parsed_url = httpx.URL(url)
+    greeting = await _read_greeting(parsed_url)
     if greeting.startswith(b"HTTP/"):
-        return None if parsed.scheme == "http" else wrong_scheme_error(url)
-    if parsed.scheme == "http" and (not greeting or greeting.startswith(_TLS_ALERT)) and await _accepts_tls(parsed):
+        return None if parsed_url.scheme == "http" else wrong_scheme_error(url)
+    if (
+        parsed_url.scheme == "http"
+        and (not greeting or greeting.startswith(_TLS_ALERT))
+        and await _accepts_tls(parsed_url)
+    ):
         return wrong_scheme_error(url)
     text = printable(greeting, 60)
     if not text:
@@ -49,13 +53,15 @@ async def identify_wrong_server(url: str) -> ProbeError | None:
 
 def wrong_scheme_error(url: str) -> ProbeError:
     """The error for a port that speaks HTTPS although ``url`` says http, or the other way round."""
-    parsed = httpx.URL(url)
-    asked, spoken, right_scheme = (
-        ("plain HTTP", "HTTPS", "https") if parsed.scheme == "http" else ("HTTPS", "plain HTTP", "http")
+    parsed_url = httpx.URL(url)
+    asked_protocol, spoken_protocol, right_scheme = (
+        ("plain HTTP", "HTTPS", "https") if parsed_url.scheme == "http" else ("HTTPS", "plain HTTP", "http")
     )
-    host = parsed.host if parse_unix_url(parsed) is None else "127.0.0.1"
+    host = parsed_url.host if parse_unix_url(parsed_url) is None else "127.0.0.1"
     hint = f"write `backend: {{url: {right_scheme}://{host}:PORT}}`, as the host knows it"
-    return ProbeError(f"the port speaks {spoken}, and is asked with {asked}", finding_code="wrong-scheme", hint=hint)
+    return ProbeError(
+        f"the port speaks {spoken_protocol}, and is asked with {asked_protocol}", finding_code="wrong-scheme", hint=hint
+    )
 
 
 async def explain_tls_failure(url: str, error: ssl.SSLError) -> ProbeError:

@@ -76,16 +76,16 @@ def compare_nodes(
     topology: Topology, states: Sequence[NodeState], findings: Sequence[Finding]
 ) -> Iterator[ComparisonRow]:
     """The rows of each node: its route, its server and each expectation; then the findings about several nodes."""
-    known = {state.name: state for state in states}
+    states_by_name = {state.name: state for state in states}
     for spec in topology.nodes:
         if not spec.enabled:
             yield ComparisonRow(spec.name, ROUTE, describe_route(spec), UNKNOWN, "switched off")
             continue
-        if spec.name not in known:
+        if spec.name not in states_by_name:
             yield ComparisonRow(spec.name, ROUTE, describe_route(spec), UNKNOWN, "not in the running mesh")
             continue
-        own = [finding for finding in findings if _only_node(finding) == spec.name]
-        yield from _compare_node(spec, known[spec.name], own)
+        node_findings = [finding for finding in findings if _only_node(finding) == spec.name]
+        yield from _compare_node(spec, states_by_name[spec.name], node_findings)
     for finding in findings:
         if _only_node(finding) is None:
             yield _finding_row(", ".join(finding.nodes) or topology.name, finding)
@@ -193,11 +193,14 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
         driver = state.host.driver
         yield row("driver", expect.driver, driver, driver is not None and driver_matches(expect.driver, driver))
     if expect.models:
-        known = state.backend.state is BackendPhase.UP
+        models_known = state.backend.state is BackendPhase.UP
         present = {full_name(name) for name in state.backend.models}
         models = [name for name in expect.models if full_name(name) in present]
         yield row(
-            "models", ", ".join(expect.models), ", ".join(models) if known else None, len(models) == len(expect.models)
+            "models",
+            ", ".join(expect.models),
+            ", ".join(models) if models_known else None,
+            len(models) == len(expect.models),
         )
 
 
@@ -243,10 +246,10 @@ class MachineBranch:
 def draw_topology(topology: Topology, states: Sequence[NodeState]) -> tuple[MachineBranch, ...]:
     """The machines with the routes that lead to them, then the nodes that are not reached."""
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled}
-    known = {state.name: state for state in states if state.name in specs}
-    reached = [state for state in known.values() if state.tunnel.state is TunnelPhase.UP]
-    branches = [_machine_branch(machine, specs, known) for machine in find_machines(reached)]
-    not_reached = [state for state in known.values() if state.tunnel.state is not TunnelPhase.UP]
+    states_by_name = {state.name: state for state in states if state.name in specs}
+    reached = [state for state in states_by_name.values() if state.tunnel.state is TunnelPhase.UP]
+    branches = [_machine_branch(machine, specs, states_by_name) for machine in find_machines(reached)]
+    not_reached = [state for state in states_by_name.values() if state.tunnel.state is not TunnelPhase.UP]
     if not_reached:
         lines = tuple(
             RouteLine(state.name, describe_route(specs[state.name]), state.reason or "", dim=True)

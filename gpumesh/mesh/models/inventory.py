@@ -169,7 +169,7 @@ def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Seque
     for model in models:
         if not has_model(source_node, model):
             raise UsageError(f"{source} has no model {model!r}", hint="`gpumesh models` lists them all")
-    wanted = {full_name(model) for model in models}
+    wanted_names = {full_name(model) for model in models}
     targets = choose_nodes(state, names, everywhere=True, required_model=None)
     source_infos = {info.name: info for info in source_node.backend.catalog}
     tasks = []
@@ -179,7 +179,7 @@ def plan_sync(state: MeshState, source: str, names: Sequence[str], models: Seque
         target_infos = {full_name(name): ModelInfo(name) for name in node.backend.models}
         target_infos |= {full_name(info.name): info for info in node.backend.catalog}
         for name in source_node.backend.models:
-            if wanted and full_name(name) not in wanted:
+            if wanted_names and full_name(name) not in wanted_names:
                 continue
             target_info = target_infos.get(full_name(name))
             if target_info is None or _digests_differ(source_infos.get(name, ModelInfo(name)), target_info):

@@ -91,11 +91,11 @@ class ModelStore:
     async def pull(self, model: str) -> AsyncGenerator[StoreStep]:
         """Yields the steps of a download until the node has the model. Closing the generator stops the download; the
         next one continues from there."""
-        last: StoreStep | None = None
+        last_step: StoreStep | None = None
         async with aclosing(self.follow(json_call("POST", "/api/pull", {"model": model}))) as steps:
             async for step in steps:
-                yield (last := step)
-        if last is None or last.status != SUCCESS:
+                yield (last_step := step)
+        if last_step is None or last_step.status != SUCCESS:
             raise BackendError("the server ended the download without saying that it is complete", node=self.node)
 
     async def remove(self, model: str) -> None:
