@@ -55,14 +55,15 @@ def parse_unix_url(url: httpx.URL) -> tuple[str, str] | None:
     return unix if unix is not None and unix[0].endswith(SUFFIX) else None  # None: a host whose name is "unix"
 
 
-def _create_pool(uds: str | None) -> httpx.AsyncHTTPTransport:
-    """A transport of httpx with our ``PacedNetwork``. httpx has no option for it, so httpx's pool is replaced."""
+def _create_transport(socket_path: str | None) -> httpx.AsyncHTTPTransport:
+    """A transport of httpx with our ``PacedNetwork``, for TCP or for the Unix socket at ``socket_path``. httpx has no
+    option for the network, so the transport's pool is replaced."""
     transport = httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
         ssl_context=_tls_context(),
         max_connections=None,
         keepalive_expiry=KEEPALIVE_S,
-        uds=uds,
+        uds=socket_path,
         network_backend=PacedNetwork(),
     )
     return transport
@@ -82,27 +83,28 @@ _Origin = tuple[str, str, int | None]
 
 
 class _Transport(httpx.AsyncBaseTransport):
-    """A pool of connections for each server, including servers at Unix sockets.
+    """One transport of httpx, with its pool of connections, for each server, including servers at Unix sockets.
 
     httpcore looks through all connections of a pool at each request. One pool for all servers, with three calls to each
     of a hundred nodes, took 40 % of a core.
     """
 
     def __init__(self) -> None:
-        self._pools: dict[_Origin, httpx.AsyncHTTPTransport] = {}
+        self._transports: dict[_Origin, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         unix = parse_unix_url(request.url)
         if unix is not None:
+            # From here on an ordinary URL: the transport of this origin connects to the socket.
             request.url = httpx.URL(f"{request.url.scheme}://localhost{unix[1]}")
             if request.headers.get("Host") == "unix":  # set by httpx, from the URL
                 request.headers["Host"] = "localhost"
         origin = (request.url.scheme, request.url.host if unix is None else unix[0], request.url.port)
-        pool = self._pools.get(origin)
-        if pool is None:
-            pool = self._pools[origin] = _create_pool(None if unix is None else unix[0])
+        transport = self._transports.get(origin)
+        if transport is None:
+            transport = self._transports[origin] = _create_transport(None if unix is None else unix[0])
         try:
-            response = await pool.handle_async_request(request)
+            response = await transport.handle_async_request(request)
         except (AttributeError, OSError) as error:
             # The connection was reset as soon as it was made. A tunnel does so if there is no server at its far end.
             # anyio then asks a closed socket for its peer, and httpx does not translate that error.
@@ -112,5 +114,5 @@ class _Transport(httpx.AsyncBaseTransport):
         return response
 
     async def aclose(self) -> None:
-        for pool in self._pools.values():
-            await pool.aclose()
+        for transport in self._transports.values():
+            await transport.aclose()

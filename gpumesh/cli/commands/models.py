@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FIRST_REPORT_TIMEOUT_S = 7.0
 MAX_LISTED_NAMES = 6  # in one cell of the table; the cell only counts the others
 
-# Ollama writes an expiry in some centuries for a model that stays loaded for ever (keep_alive -1).
+# A year. For a model that stays loaded for ever (keep_alive -1) Ollama names a time some centuries ahead.
 FOREVER_S = 86400.0 * 365
 
 NodesOption = Annotated[
@@ -175,17 +175,17 @@ def sync(
     chosen = global_options(ctx)
 
     def plan(state: MeshState) -> list[inventory.ModelTask]:
-        tasks = inventory.plan_sync(state, from_, node or (), models or ())
+        return inventory.plan_sync(state, from_, node or (), models or ())
+
+    def plan_and_print(state: MeshState) -> list[inventory.ModelTask]:
+        tasks = plan(state)
         if not tasks and not chosen.quiet:
             typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
         for task in tasks if dry_run else ():
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
         return [] if dry_run else tasks
 
-    def plan_again(state: MeshState) -> list[inventory.ModelTask]:
-        return inventory.plan_sync(state, from_, node or (), models or ())
-
-    for task in run_async(_pull(chosen, plan, plan_again)):
+    for task in run_async(_pull(chosen, plan_and_print, plan_again=plan)):
         message = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
         typer.echo(clean_line(f"{message}; pull it on {from_} as well"), err=True)
 

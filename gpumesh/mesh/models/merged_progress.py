@@ -92,7 +92,7 @@ class MergedProgress:
 
     def take_steps(self) -> list[StoreStep]:
         """The steps that are new since the last call."""
-        not_failed = [node for node in self._nodes.values() if node.failure is None]
+        counted_nodes = [node for node in self._nodes.values() if node.failure is None]
         steps = [
             self._mark_reported(status)
             for status, state in self._statuses.items()
@@ -100,13 +100,17 @@ class MergedProgress:
         ]
         for digest, layer in self._layers.items():
             # A node that is done has the whole layer, even if it never named it.
-            completed_by_node = [layer.total if node.done else node.layers.get(digest, 0) for node in not_failed]
+            completed_by_node = [layer.total if node.done else node.layers.get(digest, 0) for node in counted_nodes]
             mean = sum(completed_by_node) // len(completed_by_node) if completed_by_node else 0
             if mean > layer.reported_bytes:
                 layer.reported_bytes = mean
                 steps.append(StoreStep(layer.status, digest, mean, layer.total))
         for status, state in self._statuses.items():
-            if not state.reported and not_failed and all(node.done or status in node.statuses for node in not_failed):
+            if (
+                not state.reported
+                and counted_nodes
+                and all(node.done or status in node.statuses for node in counted_nodes)
+            ):
                 steps.append(self._mark_reported(status))
         return steps
 
