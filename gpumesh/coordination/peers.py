@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 VERSION = 1
 STALE_S = 3.0  # a gateway that is silent for longer has stopped, and its requests in flight do not count any more
-# Limits for what hostile messages may make us keep.
+# Limits against hostile messages.
 MAX_BYTES = 1 << 16
 MAX_PEERS = 256
 MAX_NAME_CHARS = 64

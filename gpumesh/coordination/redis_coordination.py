@@ -148,7 +148,7 @@ class RedisCoordination:
             # Our own heartbeat comes back here: a longer silence means that the connection is dead.
             async with asyncio.timeout(HEARTBEAT_S + ANSWER_TIMEOUT_S):
                 message = await subscription.get_message(timeout=None)
-                # hundreds of messages may come together, and ``get_message`` then does not yield
+                # Hundreds of messages may come together, and ``get_message`` would then hold up the event loop.
                 await asyncio.sleep(0)
             data = message.get("data") if message is not None else None
             raise_if_cancelled()

@@ -1,7 +1,7 @@
-"""The selector thread of a tunnel: accepts, reads and writes all local sockets, whatever carries the bytes onward.
+"""The selector thread of a tunnel: accepts, reads and writes all local sockets. Both transports use it.
 
-One thread for all connections: sshtunnel has a thread for each one, and at 256 streams of 100 tokens/s each chunk then
-costs several thread switches, while waiting clients overflow a listen backlog of 5 (docs/internals/tunnels.md).
+One thread serves all connections. sshtunnel has a thread for each connection: at 256 streams of 100 tokens/s each chunk
+then costs several thread switches, and waiting clients overflow its listen backlog of 5 (docs/internals/tunnels.md).
 
 A *dialer* decides where an accepted connection goes: ``openssh.unix_relay.relay_to_unix`` (ssh's own forward listens on
 a Unix socket) or ``inprocess.channel_multiplexer.ChannelMultiplexer.make_dialer`` (a channel on a paramiko transport).
@@ -29,25 +29,25 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset, disable_nagle
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
-BACKLOG = 1024
+BACKLOG = 1024  # clients that wait in the kernel's queue, for example while the tunnel reconnects
 CHUNK_BYTES = 64 * 1024
-ACCEPTS_PER_EVENT = 64
-ACCEPT_RETRY_S = 0.1  # after the system had no descriptor or no memory for an accept
+ACCEPTS_PER_EVENT = 64  # then other sockets get their turn
+ACCEPT_RETRY_S = 0.1  # after an accept for which the system had no descriptor or no memory
 
 Handler = Callable[[int], None]
 
 
 class Dialer(Protocol):
-    """Takes over ``local``, a non-blocking accepted socket, and closes it in the end.
+    """Forwards ``local``, a non-blocking accepted socket, and later closes it.
 
-    Called in the selector's thread, so it must not block. Raises OSError when no connection can be made.
+    It is called in the selector's thread, so it must not block. Raises OSError when no connection can be made.
     """
 
     def __call__(self, forwarder: Forwarder, local: socket.socket) -> None: ...
 
 
 class PeerFilter(Protocol):
-    """Decides, in the selector's thread, whose connections are served (local_system/peer_users.py)."""
+    """Decides, in the selector's thread, which users' connections are served (local_system/peer_users.py)."""
 
     def allows(self, connection: socket.socket, peer: Any) -> bool:
         """``peer`` is the address that ``accept`` returned."""
@@ -59,7 +59,8 @@ class Relay(Protocol):
     """A connection that is being forwarded."""
 
     def abort(self) -> None:
-        """Closes both ends at once, the local one by a reset: a client must not take a cut answer for a whole one."""
+        """Closes both ends at once. The local end is reset, so that a client does not take a cut answer for a whole
+        one."""
 
 
 class ForwarderState(StrEnum):
@@ -77,8 +78,8 @@ class Forwarder:
     """
 
     def __init__(self, on_end: Callable[[], None] | None = None, *, peer_filter: PeerFilter | None = None) -> None:
-        """``on_end`` is called in the selector's thread when its loop has ended, for whatever reason. Connections that
-        ``peer_filter`` does not allow are reset; without a filter all are served."""
+        """``on_end`` is called in the selector's thread when the loop has ended, by ``close`` or by an error. A
+        connection that ``peer_filter`` does not allow is reset; without a filter all connections are served."""
         self._on_end = on_end
         self._peer_filter = peer_filter
         self._selector = selectors.DefaultSelector()
@@ -87,12 +88,13 @@ class Forwarder:
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, READ, self._drain_wakeups)
         self._posted: deque[Callable[[], None]] = deque()
+        # A heap of (monotonic time, id, callback). The id keeps timers of the same time in order.
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_ids = itertools.count()
         self._listeners: list[tuple[socket.socket, Dialer]] = []
         self._relays: set[Relay] = set()
         self._state = ForwarderState.NEW
-        self._state_lock = threading.Lock()  # `run` and `close` come from different threads
+        self._state_lock = threading.Lock()  # ``run`` and ``close`` are called in different threads
         self._finished = threading.Event()
 
     def __repr__(self) -> str:
@@ -104,7 +106,7 @@ class Forwarder:
         return len(self._relays)
 
     def listen(self, listener: socket.socket, dialer: Dialer) -> None:
-        """Connections to ``listener`` go to ``dialer``. The caller keeps the listener: it is never closed here."""
+        """Connections to ``listener`` go to ``dialer``. The listener stays the caller's, who also closes it."""
         listener.setblocking(False)
         self._listeners.append((listener, dialer))
 
@@ -113,14 +115,14 @@ class Forwarder:
         threading.Thread(target=self.run, name="forwarder", daemon=True).start()
 
     def run(self) -> None:
-        """The loop, for a caller that brings its own thread. Returns after ``close``."""
+        """Runs the loop in the caller's thread, in place of ``start``. Returns after ``close``."""
         with self._state_lock:
             if self._state is not ForwarderState.NEW:
                 return  # ``close`` came first and has released everything
             self._state = ForwarderState.RUNNING
         for listener, dialer in self._listeners:
             self._watch_listener(listener, dialer)
-        running = ForwarderState.RUNNING  # looked up once: in Python 3.11 that is a function call
+        running = ForwarderState.RUNNING  # a local name: in Python 3.11 each look-up of a member calls a function
         try:
             while self._state is running:
                 for key, mask in self._selector.select(self._next_timeout()):
@@ -133,28 +135,29 @@ class Forwarder:
             self._tear_down()
 
     def close(self, timeout_s: float = 2.0) -> bool:
-        """Ends the loop and resets every connection. Waits for that; false when it took longer than ``timeout_s``.
+        """Ends the loop, resets every connection and waits for the end. False when that took longer than ``timeout_s``.
 
         May be called twice, and from any thread but the selector's.
         """
         with self._state_lock:
-            before = self._state
-            if before is not ForwarderState.ENDED:
+            old_state = self._state
+            if old_state is not ForwarderState.ENDED:
                 self._state = ForwarderState.STOPPING
-        if before is ForwarderState.NEW:
+        if old_state is ForwarderState.NEW:  # there is no loop that would do it
             self._tear_down()
         self._wake()
         return self._finished.wait(timeout_s)
 
     def post(self, callback: Callable[[], None]) -> None:
-        """Runs ``callback`` in the selector's thread, soon. It is dropped if the loop has ended."""
+        """Runs ``callback`` soon in the selector's thread, or not at all if the loop has ended."""
         self._posted.append(callback)
         self._wake()
 
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def watch(self, sock: socket.socket, events: int, handler: Handler) -> None:
-        """Calls ``handler`` with the events (READ, WRITE) for which ``sock`` is ready. 0 ends the watch."""
+        """Calls ``handler`` whenever ``sock`` is ready for some of ``events`` (READ, WRITE). ``events`` 0 ends the
+        watch."""
         known = self._selector.get_map().get(sock)
         if known is None:
             if events:
@@ -185,7 +188,7 @@ class Forwarder:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
-                # No descriptor or memory is left. The listener would be ready again at once: so watch it again later.
+                # No descriptor or memory is left. The listener stays ready, so a watch would call this again at once.
                 self._selector.unregister(listener)
                 self.call_later(ACCEPT_RETRY_S, lambda: self._watch_listener(listener, dialer))
                 return
@@ -196,7 +199,7 @@ class Forwarder:
                     dialer(self, local)
                 else:
                     close_with_reset(local)
-            except OSError:  # no descriptor is left for the other side: only this connection ends
+            except OSError:  # no descriptor is left for the other side; only this connection ends
                 close_with_reset(local)
 
     def _drain_wakeups(self, _: int) -> None:
@@ -210,7 +213,7 @@ class Forwarder:
         try:
             self._wake_writer.send(b"\0")
         except (BlockingIOError, InterruptedError):
-            pass  # it is full of wake-ups already
+            pass  # the pipe is full: a wake-up is waiting already
         except OSError:
             pass  # closed: the loop has ended
 

@@ -1,8 +1,9 @@
-"""Whether a host's key is trusted: the decision, and the error that says why not. The files are in known_hosts.py.
+"""Decides whether a host's key is trusted, and makes the error when it is not. known_hosts.py reads and writes the
+files.
 
 Trust belongs to a node as well as to an address: a pod comes back on another port, and a port comes back with another
-pod. So a recorded key gets two names, the address and ``gpumesh-node-NAME``. A node's own entry, where there is one,
-decides alone.
+pod. So a key is recorded under two names, the address and ``gpumesh-node-NAME``. If there is an entry for the node, it
+decides, and the entries for the address do not count.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class HostKeyStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HostKeyCheck:
-    """``expected``: the keys on record when this one is ``CHANGED``. ``recorded_for_node``: the key is on record for
-    the node, not only for its address. ``certificate_only``: only a certificate authority is on record for this host,
-    and paramiko cannot check certificates."""
+    """``expected``: the keys on record, when the host's key is ``CHANGED``. ``recorded_for_node``: the host's key is on
+    record for the node, not only for its address. ``certificate_only``: only a certificate authority is on record for
+    this host, and paramiko cannot check certificates."""
 
     status: HostKeyStatus
     expected: tuple[HostKey, ...] = ()
@@ -48,21 +49,21 @@ class HostKeyCheck:
 
 
 def check_host_key(known: KnownHosts, key: HostKey, *, node: str, host: str, port: int) -> HostKeyCheck:
-    """Compares ``key`` with the keys on record for the node, or else for its address. Pure."""
+    """Compares ``key`` with the keys on record for the node; if there are none, with those for its address. Pure."""
     alias, address = host_key_alias(node), known_hosts_address(host, port)
     if _is_revoked(known, key, (alias, address)):
         return HostKeyCheck(HostKeyStatus.REVOKED)
     for name in (alias, address):
-        recorded = known.keys_for(name)
-        if any(other.blob == key.blob for other in recorded):
+        recorded_keys = known.keys_for(name)
+        if any(other.blob == key.blob for other in recorded_keys):
             return HostKeyCheck(HostKeyStatus.KNOWN, recorded_for_node=name == alias)
-        if recorded:
-            return HostKeyCheck(HostKeyStatus.CHANGED, recorded)
-    certified = any(
+        if recorded_keys:
+            return HostKeyCheck(HostKeyStatus.CHANGED, recorded_keys)
+    has_authority = any(
         entry.marker == CERTIFICATE_AUTHORITY and (entry.matches(alias) or entry.matches(address))
         for entry in known.entries
     )
-    return HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=certified)
+    return HostKeyCheck(HostKeyStatus.UNKNOWN, certificate_only=has_authority)
 
 
 def _is_revoked(known: KnownHosts, key: HostKey, names: Sequence[str]) -> bool:
@@ -88,7 +89,8 @@ def verify_host_key(key: HostKey, *, node: str, host: str, port: int, known_host
 def _host_key_error(check: HostKeyCheck, key: HostKey, *, node: str, address: str, known_hosts: Path) -> TunnelError:
     """The error for a key that is not trusted."""
     shown = f"{key.key_type} {key.fingerprint}"
-    trust = paste_command("gpumesh trust {NODE}", NODE=node or "NODE")  # for a jump host: any node behind it
+    # A jump host has no name of its own (""): the user puts any node behind it for NODE.
+    trust = paste_command("gpumesh trust {NODE}", NODE=node or "NODE")
     if check.status is HostKeyStatus.REVOKED:
         return HostKeyRevoked(
             f"the host key of {address}, {shown}, is marked @revoked in {known_hosts}",
@@ -118,11 +120,11 @@ def _host_key_error(check: HostKeyCheck, key: HostKey, *, node: str, address: st
 
 
 def uses_node_alias(node: str, ssh: SshSpec) -> bool:
-    """Whether OpenSSH is to look the host's key up, and record it, under the node's name instead of its address.
+    """Whether OpenSSH should look up and record the host's key under the node's name instead of its address.
 
-    True where the node has a key of its own, and where a first key is to be recorded and nothing is known of the
-    address. So the trust in a pod moves with the pod. Raises ``HostKeyRevoked``: under one name, ssh would not see that
-    a key is revoked under the other.
+    True in two cases: the node has a key of its own; or the first key will be recorded, and nothing is on record for
+    the address. So the trust in a pod moves with the pod. Raises ``HostKeyRevoked`` for a key that is revoked under
+    either name, because ssh looks at one name only.
     """
     known = read_known_hosts(ssh.known_hosts)
     node_keys = known.keys_for(host_key_alias(node))
@@ -142,7 +144,7 @@ def uses_node_alias(node: str, ssh: SshSpec) -> bool:
 
 
 def host_key_algorithms(key_types: Sequence[str]) -> tuple[str, ...]:
-    """The names under which a host may offer keys of these types: RSA keys have a name for each hash."""
+    """The algorithm names under which a host may offer keys of these types. An RSA key has one name for each hash."""
     names: list[str] = []
     for key_type in key_types:
         names += ["rsa-sha2-512", "rsa-sha2-256"] if key_type == "ssh-rsa" else [key_type]

@@ -1,4 +1,4 @@
-"""Jump hosts as mesh.yaml and ssh_config write them. Pure."""
+"""Parses jump hosts in the form of mesh.yaml and ssh_config. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
     """``[user@]host[:port]`` as (user, host, port). Raises ``ValueError``."""
     user, _, rest = jump.rpartition("@")
     if rest.startswith("["):
-        host, _, tail = rest[1:].partition("]")
-        port = tail.removeprefix(":")
+        host, _, after_bracket = rest[1:].partition("]")
+        port = after_bracket.removeprefix(":")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    else:
+    else:  # no port; several colons are an IPv6 address without brackets
         host, port = rest, ""
     if not host:
         raise ValueError(f"not a jump host: {jump!r}")
@@ -23,7 +23,8 @@ def split_jump(jump: str, default_user: str) -> tuple[str, str, int]:
 
 
 def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
-    """Each host on the route to ``ssh``'s host, reached through the hosts before it; ``ssh`` itself is the last."""
+    """All hosts on the route to ``ssh``'s host, in order. Each is reached through those before it; the last is
+    ``ssh``."""
     hops = []
     for index, jump in enumerate(ssh.proxy_jump):
         user, host, port = split_jump(jump, ssh.user)

@@ -1,6 +1,6 @@
-"""known_hosts files: parsed, searched, and written as OpenSSH does (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
+"""Parses, searches and writes known_hosts files as OpenSSH does (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
 
-What an entry means for a connection is decided in hostkeys.py.
+hostkeys.py decides what an entry means for a connection.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from gpumesh import atomic_file, file_lock
 from gpumesh.config.ssh.patterns import matches_pattern_list
 from gpumesh.errors import TunnelError
 
-SIZE_LIMIT = 16 << 20
+SIZE_LIMIT = 16 << 20  # bytes; no real file is so large, and a device file has no end
 REVOKED, CERTIFICATE_AUTHORITY = "@revoked", "@cert-authority"
 
 
 @dataclass(frozen=True, slots=True)
 class HostKey:
-    """A host's public key. ``key_type`` is its SSH name (``ssh-ed25519``), ``blob`` its wire form."""
+    """A host's public key. ``key_type`` is the SSH name of its type (``ssh-ed25519``), ``blob`` its wire form."""
 
     key_type: str
     blob: bytes
 
     @property
     def fingerprint(self) -> str:
-        """As ``ssh-keygen -l`` shows it."""
+        """The fingerprint in the form of ``ssh-keygen -l``."""
         return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
 
     @property
     def public_key_text(self) -> str:
-        """The two fields of a known_hosts line."""
+        """The type and the key, as the last two fields of a known_hosts line."""
         return f"{self.key_type} {base64.b64encode(self.blob).decode()}"
 
 
 @dataclass(frozen=True, slots=True)
 class KnownHostsEntry:
-    """One line. ``marker`` is ``""``, ``REVOKED`` or ``CERTIFICATE_AUTHORITY``."""
+    """One line. ``marker`` is ``""``, ``REVOKED`` or ``CERTIFICATE_AUTHORITY``. ``hosts`` is the field of host names
+    and patterns."""
 
     marker: str
     hosts: str
@@ -69,41 +70,41 @@ class KnownHosts:
 
     @property
     def hashed(self) -> bool:
-        """Whether this file has hashed names, so that new names are hashed as well."""
+        """Whether this file has hashed names. Then new names are hashed as well."""
         return any(entry.hashed for entry in self.entries)
 
     def keys_for(self, name: str) -> tuple[HostKey, ...]:
-        """The keys of the lines without a marker that match ``name``, each once."""
+        """The keys of the lines that match ``name`` and have no marker; each key once."""
         return tuple(dict.fromkeys(entry.key for entry in self.entries if not entry.marker and entry.matches(name)))
 
     def keys(self, *, node: str, host: str, port: int) -> tuple[HostKey, ...]:
-        """The keys on record: those of the node, or else those of its address."""
+        """The keys on record for the node; if there are none, those for its address."""
         return self.keys_for(host_key_alias(node)) or self.keys_for(known_hosts_address(host, port))
 
     def key_types(self, *, node: str, host: str, port: int) -> tuple[str, ...]:
-        """The types of the keys on record. The host is asked for these first: it might offer another key, which nobody
-        knows."""
+        """The types of the keys on record. The host is asked for these first: otherwise it might offer a key of another
+        type, which is not on record."""
         return tuple(dict.fromkeys(key.key_type for key in self.keys(node=node, host=host, port=port)))
 
 
 def known_hosts_address(host: str, port: int) -> str:
-    """An address as known_hosts writes it: with the port only if it is not 22."""
+    """An address in the form of known_hosts: with the port only if the port is not 22."""
     return host.lower() if port == 22 else f"[{host.lower()}]:{port}"
 
 
 def host_key_alias(node: str) -> str:
-    """A node's name in known_hosts. It is never a pattern, whatever the node is called."""
+    """A node's name in known_hosts. Other characters are escaped, so that no node's name is read as a pattern."""
     safe = re.sub(r"[^a-z0-9._-]", lambda match: f"%{ord(match.group()):x}", node.lower())
     return f"gpumesh-node-{safe}"
 
 
 def parse_known_hosts(text: str) -> KnownHosts:
-    """What OpenSSH reads in such a file. Lines that it cannot read are left out."""
+    """The entries of a file. Lines that OpenSSH cannot read either are left out."""
     return KnownHosts(tuple(entry for line in _split_lines(text) if (entry := _parse_line(line)) is not None))
 
 
 def _split_lines(text: str) -> list[str]:
-    """Not ``splitlines``, which also splits at form feeds and other characters."""
+    """Splits at newlines only. ``splitlines`` would also split at form feeds and other characters."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -150,8 +151,8 @@ def read_known_hosts(path: Path) -> KnownHosts:
 
 
 def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int) -> None:
-    """Trusts ``key`` for this node and this address, and drops other keys of these two names. A jump host is no node:
-    its ``node`` is "", and only its address is recorded.
+    """Records ``key`` for this node and this address, and drops other keys of these two names. For a jump host, which
+    is no node, ``node`` is "", and only its address is recorded.
 
     Other lines stay as they are. The file is replaced as a whole (0600) under a lock, so that neither a crash nor a
     second writer loses a line. Raises ``TunnelError`` when that fails.
@@ -172,9 +173,9 @@ def record_host_key(path: Path, key: HostKey, *, node: str, host: str, port: int
 
 
 def ensure_known_hosts_file(path: Path) -> None:
-    """Called before something is written: the mesh.yaml of another person may name a shell's start-up file here.
+    """Raises ``TunnelError`` for a file that has lines other than comments, but no host's key.
 
-    Raises ``TunnelError`` for a file that has lines beside comments, but no host's key.
+    Called before anything is written: in another person's mesh.yaml, ``known_hosts`` may name a shell's start-up file.
     """
     text = _read_text(path.expanduser())
     lines = [line for line in _split_lines(text) if line.strip() and not line.lstrip().startswith("#")]
@@ -194,20 +195,21 @@ def _read_text(path: Path) -> str:
         ) from error
     if len(raw) > SIZE_LIMIT:
         raise TunnelError(f"known_hosts file {path} has more than {SIZE_LIMIT >> 20} MiB")
-    return raw.decode("utf-8", "surrogateescape")  # any bytes, which are written back unchanged
+    return raw.decode("utf-8", "surrogateescape")  # so that bytes that are no text are written back unchanged
 
 
 def _replace_keys(text: str, key: HostKey, names: tuple[str, ...]) -> Iterator[str]:
-    """The lines of the new file."""
+    """Yields the lines of the new file, each with its newline."""
     hashed = parse_known_hosts(text).hashed
     for line in _split_lines(text):
         entry = _parse_line(line)
-        replaced = [] if entry is None or entry.marker else [name for name in names if entry.matches(name)]
-        if entry is None or not replaced:
+        matching = [] if entry is None or entry.marker else [name for name in names if entry.matches(name)]
+        if entry is None or not matching:
             yield line + "\n"
             continue
-        # A line may name other hosts too (``a,b ssh-ed25519 …``): they keep the key. So do patterns.
-        others = [host for host in entry.hosts.split(",") if host.lower() not in [name.lower() for name in replaced]]
+        # The other hosts of a line (``a,b ssh-ed25519 …``) and its patterns keep the key. A hashed line has one name.
+        replaced = {name.lower() for name in matching}
+        others = [host for host in entry.hosts.split(",") if host.lower() not in replaced]
         if others and not entry.hashed:
             yield f"{','.join(others)} {entry.key.public_key_text}\n"
     for name in names:

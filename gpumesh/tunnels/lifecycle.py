@@ -8,11 +8,12 @@
        RetryRequested, Woke, │                         ▼
               NetworkChanged └──────────── backoff, or failed when a person must act   (CloseRequested: closed)
 
-A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) makes it
-``failed``; it is then tried again slowly, because the person may act on the host as well as here. A connection that had
-been stable is tried again at once. A connection that keeps breaking soon after it came up backs off further each time,
-so that a flapping host does not get many logins. After a wake from sleep or a change of the network it is tried at once
-and then at short intervals: Wi-Fi takes some 15 s to come back.
+A tunnel never gives up. An error that a retry alone cannot cure (a refused key, a changed host key) brings it into
+phase ``failed``. Even then it is tried again, slowly, because a person may mend the cause on the host, where we do not
+see it. After a stable connection breaks, the tunnel is tried again at once. If connections keep breaking soon after
+they came up, each wait is longer than the last, so that a flapping host does not get many logins. After a wake from
+sleep or a change of the network the tunnel is tried at once, and then at short intervals: Wi-Fi takes some 15 s to come
+back.
 
 Times are seconds of one monotonic clock. ``jitter`` is a number in [0, 1) that the caller draws for each step.
 """
@@ -31,7 +32,7 @@ class RetryTiming:
 
     ``initial_backoff_s`` doubles with each failure, up to ``max_backoff_s``. ``failed_retry_s`` is the interval in
     phase ``failed``. A connection that lasted ``stable_s`` resets the count of failures, and the next attempt comes
-    after ``immediate_retry_s`` at most. For ``eager_period_s`` after a wake or a network change no interval is longer
+    within ``immediate_retry_s``. For ``eager_period_s`` after a wake or a network change no interval is longer
     than ``eager_max_backoff_s``. ``network_settle_s`` is the least time between two attempts that network changes
     cause.
     """
@@ -48,7 +49,7 @@ class RetryTiming:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why there is no connection. ``needs_person``: a retry alone cannot help."""
+    """The reason why there is no connection. ``needs_person``: a retry alone cannot help."""
 
     code: str
     message: str
@@ -137,8 +138,9 @@ class Decision(StrEnum):
 class Lifecycle:
     """The state of a tunnel. ``failures`` counts failures in a row; ``connects`` counts all successful attempts.
 
-    ``cause`` is the cause of the last failure. It is kept while the tunnel is up: it explains why it reconnected.
-    ``retry_at`` is set in the phases backoff and failed only.
+    ``since`` is when the phase began, ``tried_at`` when the last attempt did. ``cause`` is the cause of the last
+    failure. It is kept while the tunnel is up, where it explains the last reconnect. ``retry_at`` is set in the phases
+    backoff and failed only.
     """
 
     phase: TunnelPhase = TunnelPhase.IDLE
@@ -162,7 +164,8 @@ class Lifecycle:
 def step(
     life: Lifecycle, event: LifecycleEvent, *, now: float, jitter: float, timing: RetryTiming | None = None
 ) -> tuple[Lifecycle, Decision]:
-    """The next state, and what to do. An event that does not fit the phase (it came late) changes nothing."""
+    """The next state, and what to do. An event that came too late, and does not fit the phase any more, changes
+    nothing."""
     timing = timing or RetryTiming()
     if life.phase is TunnelPhase.CLOSED:
         return life, Decision.STOP
@@ -206,8 +209,8 @@ def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: Retr
 
 
 def _backoff_delay(failures: int, jitter: float, max_backoff_s: float, timing: RetryTiming) -> float:
-    """Between half and one and a half times the doubled interval, within the limits. So many nodes that were lost
-    together do not come back at the same moment."""
+    """Seconds until the next attempt: the doubled interval times 0.5 to 1.5 (by ``jitter``), within the limits. The
+    jitter keeps nodes that were lost together from coming back at the same moment."""
     if failures == 0:
         return timing.immediate_retry_s * jitter
     # The exponent has a limit: after a long outage 2.0 ** 2000 would overflow.
@@ -218,6 +221,7 @@ def _backoff_delay(failures: int, jitter: float, max_backoff_s: float, timing: R
 def _react_to_environment(
     life: Lifecycle, event: Woke | NetworkChanged, now: float, timing: RetryTiming
 ) -> tuple[Lifecycle, Decision]:
+    """The step for a wake from sleep, or for a change of the network."""
     if life.phase is TunnelPhase.IDLE:
         return life, Decision.NOTHING
     life = replace(life, eager_until=now + timing.eager_period_s)
@@ -228,8 +232,8 @@ def _react_to_environment(
         if isinstance(event, Woke):
             return _connect(life, now), Decision.RECONNECT
         return life, Decision.NOTHING
-    settled = (life.tried_at or 0.0) + timing.network_settle_s
-    if isinstance(event, NetworkChanged) and life.tried_at is not None and now < settled:
+    settled_at = (life.tried_at or 0.0) + timing.network_settle_s
+    if isinstance(event, NetworkChanged) and life.tried_at is not None and now < settled_at:
         # Changes come in bursts (link, address, route). The first one started an attempt; the others must not.
-        return replace(life, retry_at=min(life.retry_at or settled, settled)), Decision.WAIT
+        return replace(life, retry_at=min(life.retry_at or settled_at, settled_at)), Decision.WAIT
     return _connect(life, now), Decision.CONNECT

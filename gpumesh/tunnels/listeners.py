@@ -1,9 +1,9 @@
-"""The permanent local ends of a node's tunnel, ports or Unix sockets: one for each target, bound once, kept over
-reconnects.
+"""The permanent local ends of a node's tunnel: one port or Unix socket for each target. They are bound once and stay
+open during a reconnect.
 
 The supervisor owns the listening sockets and lends them to the worker that is connected. Without a worker, the kernel
 completes a client's connect and the client waits in the backlog, so that a short outage is only a delay. After some
-seconds the supervisor accepts and resets such clients, so that none hangs on a host that stays away.
+seconds the supervisor accepts and resets such clients, so that no client hangs when the host stays away.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from gpumesh.tunnels.local_system.sockets import close_with_reset
 from gpumesh.tunnels.local_system.unix_sockets import UnixListener, open_tunnel_listener
 from gpumesh.tunnels.local_system.unix_urls import unix_url
 
-BACKLOG = 1024
-_ACCEPTS_PER_EVENT = 64
+BACKLOG = 1024  # clients that can wait for a worker
+_ACCEPTS_PER_EVENT = 64  # then other tasks get their turn
 
 
 class Listeners:
-    """Binds in the constructor: any free port on loopback, or a Unix socket named after ``mesh_name`` and ``node``.
+    """The listening sockets, which the constructor binds: to free ports on loopback, or to Unix sockets named after
+    ``mesh_name`` and ``node``.
 
-    ``close`` ends it. Raises OSError, and GPUMeshError where no Unix socket can be made.
+    ``close`` releases them. The constructor raises OSError, and GPUMeshError where no Unix socket can be made.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Listeners:
         return f"<Listeners {', '.join(map(str, self.paths or self.ports))} clients {clients}>"
 
     def _find_access(self, spec: TunnelsSpec) -> LocalAccess | None:
-        """Which users can connect."""
+        """The users who can connect; ``None`` without sockets."""
         if not self.sockets:
             return None
         if self._unix:
@@ -78,7 +79,7 @@ class Listeners:
         return f"{target.scheme}://127.0.0.1:{self.ports[number]}{prefix}"
 
     def hold_clients(self) -> None:
-        """From now on clients wait in the backlog until a worker accepts them."""
+        """Makes clients wait in the backlog until a worker accepts them."""
         self._cancel_timer()
         if self._resetting_on is not None:
             for listener in self.sockets:
@@ -86,12 +87,12 @@ class Listeners:
             self._resetting_on = None
 
     def reset_clients_after(self, delay_s: float) -> None:
-        """``reset_clients`` after ``delay_s``, unless ``hold_clients`` comes first."""
+        """Calls ``reset_clients`` after ``delay_s``, unless ``hold_clients`` is called before."""
         self._cancel_timer()
         self._reset_timer = asyncio.get_running_loop().call_later(delay_s, self.reset_clients)
 
     def reset_clients(self) -> None:
-        """From now on every client, waiting or new, is reset at once: a balancer wants failures to be fast."""
+        """Resets every waiting client now and every new client at once: a balancer wants failures to be fast."""
         self._cancel_timer()
         if self._resetting_on is None:
             self._resetting_on = asyncio.get_running_loop()

@@ -1,9 +1,9 @@
-"""Wraps a command for a host, so that the command and all that it started end when the session's input ends.
+"""Wraps a command for a host, so that the command and all processes that it started end when the session's input ends.
 
-Closing the session is not enough: sshd lets a command without a terminal run on when its client goes away. A request to
-sshd to kill the command fails for a login of root, as on every rented pod (``session signalling requires privilege
-separation``). So the command runs under a POSIX shell that waits for the end of its input. That end comes when the
-client closes the session, when the connection breaks, and when our process dies.
+Closing the session is not enough: sshd lets a command without a terminal run on when its client has gone. We cannot ask
+sshd to kill the command either: for a login of root, as on every rented pod, sshd refuses that (``session signalling
+requires privilege separation``). So the command runs under a POSIX shell that waits for the end of its input. That end
+comes when the client closes the session, when the connection breaks, and when our process dies.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import shlex
 
 SHELL_TEST_OUTPUT = b"gpumesh"
 SHELL_TEST = f"exec sh -c 'echo {SHELL_TEST_OUTPUT.decode()}'"
-"""Prints ``SHELL_TEST_OUTPUT`` where the login shell, even csh or fish, can start a POSIX shell."""
+"""A command that prints ``SHELL_TEST_OUTPUT`` if the login shell, even csh or fish, can start a POSIX shell."""
 
-# The command gets its own process group where the host has ``setsid``. Elsewhere ``pkill`` finds its children.
+# The script runs the command in the background and waits for it. A second background shell reads the session's input,
+# and kills the command when the input ends. Where the host has ``setsid``, the command gets its own process group,
+# which is killed as a whole. Elsewhere ``pkill`` finds the command's children. In the script, g is setsid or empty, p
+# the command's pid, w the pid of the second shell, s the exit status.
 _BEFORE = "exec 3<&0; g=$(command -v setsid); (exec $g "
 _AFTER = (
     ") </dev/null 3<&- & p=$!; "
@@ -28,7 +31,7 @@ _WRAPPED = re.compile(re.escape(_BEFORE) + "(.*)" + re.escape(_AFTER), re.DOTALL
 def wrap_killable(command: str) -> str:
     """``command`` (an argument list quoted for a POSIX shell) as a command line that ends with its session's input.
 
-    The command's exit status is passed on; a signal that ends it shows as 128 plus its number.
+    The exit status is the command's. When a signal ended the command, it is 128 plus the signal's number.
     """
     return f"exec sh -c {shlex.quote(_BEFORE + command + _AFTER)}"
 

@@ -1,8 +1,8 @@
 """Spreads the periodic work of many nodes over time.
 
-All nodes start together, when the mesh starts. A hundred nodes that work at the same moment would hold up the event
-loop for a tenth of a second each time. So a node's first interval is shorter or longer, by its name, and from then on
-the nodes keep that distance.
+All nodes start when the mesh starts. A hundred nodes that work at the same moment would hold up the event loop for a
+tenth of a second each time. So the length of a node's first interval depends on its name. Later intervals are equal, so
+the nodes stay apart.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Keeps one node's tunnel: opens, watches and reopens it for as long as ``run`` runs.
+"""Keeps one node's tunnel open: opens, watches and reopens it for as long as ``run`` runs.
 
-lifecycle.py decides what to do; this file does it. An SSH node's local ports (listeners.py) are bound once. Behind
-them, one worker process at a time holds one connection. The connection is over when the worker says so (a reset,
-noticed at once), when the worker ends, or when the host does not answer a ping (a black hole, noticed within 5 s).
+lifecycle.py decides; this file acts. An SSH node's local ports (listeners.py) are bound once. Behind them, one worker
+process at a time holds one connection. The connection is over when the worker reports it (a reset, noticed at once),
+when the worker ends, or when the host does not answer a ping (a black hole, noticed within 5 s).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from gpumesh.tunnels.workers.worker_pool import WorkerHandle, WorkerPool
 log = logging.getLogger(__name__)
 
 CLIENT_WAIT_S = 8.0  # how long clients of a local port wait while there is no connection
-CLOSE_S = 2.0
+CLOSE_S = 2.0  # for a worker to end its commands and close its connection
 LOST_CLOSE_S = 0.5  # for the worker of a lost connection to reset its clients; a killed worker would only close them
 
 FORBIDDEN_HINT = "allow it in the host's sshd_config: AllowTcpForwarding yes (or local), and PermitOpen for the port"
@@ -70,7 +70,7 @@ def open_tunnel(
     tunnels_spec: TunnelsSpec = DEFAULT_TUNNELS,
     mesh_name: str = "mesh",
 ) -> Tunnel:
-    """The tunnel of a node, with its local ports bound. The caller runs ``run`` in a task, or uses ``run_tunnel``.
+    """Makes the tunnel of a node and binds its local ports. The caller runs ``run`` in a task, or uses ``run_tunnel``.
 
     ``clock`` returns monotonic seconds. ``on_change`` gets every new state, on the event loop; it must not block.
     ``this_machine`` is shared by all nodes, so that they ask this machine only once. ``mesh_name`` is part of the names
@@ -93,8 +93,8 @@ def open_tunnel(
 
 @contextlib.asynccontextmanager
 async def run_tunnel(tunnel: Tunnel) -> AsyncIterator[Tunnel]:
-    """``async with run_tunnel(open_tunnel(…)) as tunnel``: it runs inside the block and is closed after it."""
-    # Not a TaskGroup: an exception of the block should reach the caller as it is, not in a group.
+    """``async with run_tunnel(open_tunnel(…)) as tunnel``: runs the tunnel during the block, then closes it."""
+    # Not a TaskGroup: an exception of the block should reach the caller unchanged, not in a group.
     task = asyncio.create_task(tunnel.run())
     try:
         yield tunnel
@@ -105,7 +105,7 @@ async def run_tunnel(tunnel: Tunnel) -> AsyncIterator[Tunnel]:
 
 
 class SshTunnel:
-    """One SSH node's tunnel; see ``base.Tunnel``. ``close`` is for a tunnel that never ran."""
+    """The tunnel of one SSH node; see ``base.Tunnel``. ``close`` is for a tunnel that never ran."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class SshTunnel:
     def __repr__(self) -> str:
         return f"<SshTunnel {self._node} {self._life.phase.upper()} {self._life.reconnects} reconnects>"
 
-    # -- what is seen ------------------------------------------------------------------------------------------------
+    # -- the visible state -------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> TunnelState:
@@ -209,7 +209,7 @@ class SshTunnel:
         self._listeners.close()
 
     def _link_when_up(self) -> WorkerLink:
-        """Raises TunnelDown."""
+        """The link to the worker. Raises TunnelDown when the tunnel is not up."""
         if self._link is None or self._life.phase is not TunnelPhase.UP:
             why = f": {self._life.cause.message}" if self._life.cause else ""
             raise TunnelDown(f"the tunnel of {self._node} is {self._life.phase.value}{why}", node=self._node)
@@ -218,8 +218,8 @@ class SshTunnel:
     # -- the state machine -------------------------------------------------------------------------------------------
 
     def _handle_event(self, event: LifecycleEvent) -> None:
-        before = self._life
-        self._life, decision = step(before, event, now=self._clock(), jitter=self._rng.random())
+        old_life = self._life
+        self._life, decision = step(old_life, event, now=self._clock(), jitter=self._rng.random())
         match decision:
             case Decision.CHECK:
                 self._check_requested.set()
@@ -229,25 +229,25 @@ class SshTunnel:
                 self._connect_now.set()
             case Decision.NOTHING:
                 pass
-        if self._life != before:
-            if self._life.phase is not before.phase:
+        if self._life != old_life:
+            if self._life.phase is not old_life.phase:
                 self._since = datetime.now(UTC)
-                self._treat_waiting_clients(before.phase)
-            self._announce()
+                self._hold_or_reset_clients(old_life.phase)
+            self._announce_state()
 
-    def _announce(self) -> None:
-        changed, self._state_changed = self._state_changed, asyncio.Event()
-        changed.set()
+    def _announce_state(self) -> None:
+        changed_event, self._state_changed = self._state_changed, asyncio.Event()
+        changed_event.set()
         self._on_change(self.state)
 
-    def _treat_waiting_clients(self, before: TunnelPhase) -> None:
-        """Clients of the local ports wait during a short outage, and are reset during a long one."""
+    def _hold_or_reset_clients(self, old_phase: TunnelPhase) -> None:
+        """Lets the clients of the local ports wait during a short outage, and resets them during a long one."""
         phase = self._life.phase
         if phase is TunnelPhase.UP:
             self._listeners.hold_clients()
         elif phase is TunnelPhase.FAILED:
             self._listeners.reset_clients()
-        elif before in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
+        elif old_phase in (TunnelPhase.IDLE, TunnelPhase.UP) and phase is not TunnelPhase.CLOSED:
             self._listeners.reset_clients_after(self._client_wait_s)
 
     async def run(self) -> None:
@@ -282,7 +282,8 @@ class SshTunnel:
     # -- one connection ----------------------------------------------------------------------------------------------
 
     async def _run_connection(self) -> Cause | None:
-        """Connects and stays until the connection is over. Why it is over; ``None``: RECONNECT was decided."""
+        """Connects, and waits until the connection is over. Returns why it is over; ``None``: the lifecycle decided
+        RECONNECT."""
         async with contextlib.AsyncExitStack() as stack:
             try:
                 setup = await stack.enter_async_context(
@@ -303,6 +304,7 @@ class SshTunnel:
                 return await self._run_worker(setup, worker)
 
     async def _run_worker(self, setup: ConnectRequest, worker: WorkerHandle) -> Cause | None:
+        """The part of ``_run_connection`` for which the worker runs; the worker is ended in any case."""
         link = WorkerLink(
             self._node,
             worker,
@@ -329,7 +331,7 @@ class SshTunnel:
         finally:
             self._link = None
             try:
-                if link.connected.is_set():  # otherwise it has no clients, and nothing runs on the host
+                if link.connected.is_set():  # otherwise the worker has no clients, and nothing runs on the host
                     await link.close(close_timeout_s)
             finally:
                 worker.kill()
@@ -338,7 +340,7 @@ class SshTunnel:
 
     def _on_rtt_ms(self, rtt_ms: float) -> None:
         self._rtt_ms = rtt_ms
-        self._announce()
+        self._announce_state()
 
     def _on_connected(self, setup: ConnectRequest, info: ConnectionInfo) -> None:
         self._rtt_ms = info.rtt_ms
@@ -347,8 +349,8 @@ class SshTunnel:
         self._handle_event(Connected())
 
     def _on_forward_failed(self, failed: ForwardFailed) -> None:
-        """A backend that does not answer is for the prober to report. A host that forbids forwarding to all targets
-        fails the tunnel."""
+        """Fails the tunnel when the host forbids forwarding to all targets. Ignores a backend that does not answer: the
+        prober reports that."""
         if failed.code != "forwarding-forbidden" or self._link is None:
             return
         self._forbidden_targets.add(failed.target)
@@ -357,7 +359,7 @@ class SshTunnel:
 
 
 def _log_refused_user(node: str, refused: PeerRefused) -> None:
-    """Comes at most once a minute for each user; see local_system/peer_users.py."""
+    """Warns. The worker reports each user at most once a minute; see local_system/peer_users.py."""
     user = f"uid {refused.uid}" if refused.name is None else f"{refused.name} (uid {refused.uid})"
     log.warning(
         "user %s tried to connect to port %d, the local end of %s's tunnel, and was reset: it is for your own user"
@@ -370,7 +372,8 @@ def _log_refused_user(node: str, refused: PeerRefused) -> None:
 
 
 def _fingerprints_on_record(setup: ConnectRequest) -> tuple[str, ...]:
-    """The host has shown one of these keys, whichever transport was used: otherwise there were no connection."""
+    """The fingerprints on record for the host. The host has shown one of these keys: otherwise there would be no
+    connection."""
     ssh = setup.ssh
     try:
         keys = read_known_hosts(ssh.known_hosts).keys(node=setup.node, host=ssh.host, port=ssh.port)

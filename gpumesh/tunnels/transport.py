@@ -14,25 +14,26 @@ from gpumesh.errors import TunnelError
 from gpumesh.topology import SshSpec, Target
 from gpumesh.tunnels.base import OutputStream
 
-ANSWER_TIMEOUT_S = 120.0  # for a person who is asked for a password or a passphrase
+ANSWER_TIMEOUT_S = 120.0  # within which a person has to answer a question, for example for a passphrase
 
 PING_RESEND_S = 0.5
 """A ping without an answer is sent again after this time.
 
-TCP sends a lost packet again only after a pause that doubles each time. At 5 % of lost packets, three in a row are lost
-every few thousand pings, and the answer would come after the host was given up. A packet that follows a lost one makes
-TCP notice the loss within a round trip. So the next ping repairs the ping before it, in either direction.
+TCP sends a lost packet again only after a pause that doubles each time. At 5 % of lost packets, three packets in a row
+are lost once in a few thousand pings, and the answer would come after the host was given up. A packet that follows a
+lost one makes TCP notice the loss within a round trip. So the next ping repairs the ping before it, in either
+direction.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectRequest:
-    """What a worker needs for one connection.
+    """The data that a worker needs for one connection.
 
     ``secrets``: ``password`` and ``passphrase``, each only if the spec names its variable. ``interactive``: the
     supervisor can pass a ``Prompt`` on to a person. ``control_dir``: a 0700 folder for ControlMaster sockets.
     ``share``: connections of all users of this machine are served, not only those of our own user and of root. It is
-    also set where the system does not tell whose a connection is.
+    also set where the system does not tell which user made a connection.
     """
 
     node: str
@@ -46,7 +47,7 @@ class ConnectRequest:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
-    """What is known of a connection that was just made."""
+    """Facts about a connection that was just made. ``server`` is the host's SSH version, ``rtt_ms`` the round trip."""
 
     rtt_ms: float | None
     server: str
@@ -54,10 +55,10 @@ class ConnectionInfo:
 
 
 class ConnectionEvents(Protocol):
-    """What a connection reports to the supervisor, while it is being made and later."""
+    """The reports of a connection to the supervisor, while it is being made and later."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
-        """A person's answer; ``None`` when nobody is there, or they declined. ``text`` is safe to print."""
+        """A person's answer; ``None`` when nobody is there, or the person declined. ``text`` is safe to print."""
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
@@ -71,7 +72,7 @@ class RemoteCommand(Protocol):
 
     @property
     def exit_status(self) -> int | None:
-        """Known after ``read`` has returned ``None``. It is ``None`` when the host did not say."""
+        """Valid after ``read`` has returned ``None``. ``None``: the host did not report the status."""
 
     async def read(self) -> tuple[OutputStream, bytes] | None:
         """The next piece of output (at most 32 KiB, not yet made safe); ``None`` when the command has ended.
@@ -84,20 +85,21 @@ class RemoteCommand(Protocol):
 
 
 class HostConnection(Protocol):
-    """An authenticated connection that forwards: it serves the clients of the listeners until ``close``."""
+    """An authenticated connection that forwards for the clients of the listeners until ``close``."""
 
     @property
     def info(self) -> ConnectionInfo: ...
 
     async def ping(self, timeout_s: float) -> float | None:
-        """The round trip in ms of a request that the host answers; ``None``: no answer came within ``timeout_s``."""
+        """Sends a request that the host answers. The round trip in ms; ``None``: no answer came within
+        ``timeout_s``."""
 
     async def start_command(self, command: str) -> RemoteCommand:
         """Starts ``command``, an argument list quoted for a POSIX shell. Raises ``ExecError`` when the host gives no
         session."""
 
     async def wait_lost(self) -> TunnelError:
-        """Returns, with the reason, when the connection has ended by itself."""
+        """Waits until the connection has ended by itself, and returns the reason."""
 
     async def close(self) -> None:
         """Ends forwarded connections, commands and the connection, in this order, within 2 s."""
@@ -106,8 +108,8 @@ class HostConnection(Protocol):
 class ConnectFunction(Protocol):
     """Makes a connection. Raises ``TunnelError`` with the true reason.
 
-    The function itself keeps ``setup.ssh.connect_timeout_s``, not counting the time that a person takes to answer; the
-    caller sets no deadline. A cancelled call leaves nothing behind.
+    The function itself keeps ``setup.ssh.connect_timeout_s``, so the caller sets no deadline. The time that a person
+    takes to answer does not count. A cancelled call leaves nothing behind.
     """
 
     async def __call__(

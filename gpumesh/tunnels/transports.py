@@ -1,6 +1,6 @@
 """The only place that maps a ``TransportKind`` to the ``connect`` and the ``fetch_host_key`` of its transport.
 
-Each transport is imported on use: paramiko takes a third of a second to load, and only its own transport needs it.
+Each transport is imported on use: paramiko takes a third of a second to load, and only transport sshtunnel needs it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ async def fetch_host_key(
 ) -> HostKey:
     """The key that the host shows now, trusted or not. ``gpumesh trust`` shows it and may record it.
 
-    The host gets a key exchange and nothing else. Jump hosts must be trusted already, and are logged in to. The node's
-    own transport is used: behind a ProxyCommand no other one reaches the host. Raises ``TunnelError``.
+    The host gets a key exchange and nothing else. Jump hosts must be trusted already, because this logs in to them. The
+    node's own transport is used: behind a ProxyCommand no other transport reaches the host. Raises ``TunnelError``.
     """
     if ssh.transport is TransportKind.OPENSSH:
         from gpumesh.tunnels.openssh import host_key_fetch as openssh_host_key

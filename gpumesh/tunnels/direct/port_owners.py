@@ -1,7 +1,7 @@
-"""Which process listens on a local port, and whether the server behind the port runs on this machine.
+"""Finds the process that listens on a local port, and whether the server behind the port runs on this machine.
 
-Linux tells through /proc, for processes of our own user (for root: of all users). Elsewhere it is unknown, and unknown
-does not count as "on this machine": a wrong GPU in the table is worse than no GPU.
+On Linux, /proc shows this for processes of our own user (to root: of all users). On other systems the owner is unknown.
+An unknown owner does not count as "on this machine": a wrong GPU in the table is worse than no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORWARDING_PROGRAMS = frozenset(
     }
 )
 # fmt: on
-# The same for programs that run in an interpreter: the program or module in the command line.
+# The same for programs that run in an interpreter. The name is that of the program or module in the command line.
 FORWARDING_MODULES = frozenset({"gpumesh", "sshtunnel", "sshuttle", "mitmproxy", "mitmdump", "mitmweb", "litellm"})
 # Accounts that distributions and installers create for an inference server only.
 SERVER_ACCOUNTS = frozenset({"ollama"})
@@ -36,8 +36,8 @@ SERVER_ACCOUNTS = frozenset({"ollama"})
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """``is_local``: the server behind the port runs on this machine, as far as we can tell. Otherwise ``reason`` says
-    why not."""
+    """``is_local``: as far as we can tell, the server behind the port runs on this machine. If not, ``reason`` says why
+    we think so."""
 
     is_local: bool
     reason: str = ""
@@ -46,55 +46,56 @@ class PortOwner:
 HostPort = tuple[str, int]
 """A host, which is a loopback address or ``localhost``, and a port."""
 _Sockets = frozenset[tuple[int, int]]
-"""(inode, uid) of each socket that would get a connection to an address."""
+"""The pairs (inode, uid) of the sockets that would get a connection to an address."""
 
 
 class PortOwnerLookup:
     """Finds the processes that listen on local ports.
 
-    To look through the descriptors of all processes takes tens of ms. So an answer is kept as long as the listening
-    sockets are the same (by their inodes), and all addresses of a call are looked up together.
+    A search through the descriptors of all processes takes tens of ms. So all addresses of a call are looked up
+    together, and an answer is kept for as long as the listening sockets have the same inodes.
     """
 
     def __init__(self, *, proc: Path = Path("/proc"), platform: str = sys.platform) -> None:
         self._proc = proc
         self._platform = platform
-        self._known: dict[HostPort, tuple[_Sockets, PortOwner]] = {}
+        self._known_owners: dict[HostPort, tuple[_Sockets, PortOwner]] = {}
 
     def find_owners(self, addresses: Collection[HostPort]) -> dict[HostPort, PortOwner]:
-        """Blocks. May be called from any thread, but not from two at the same time."""
+        """The owner of each address. Blocks. May be called from any thread, but not from two threads at the same
+        time."""
         if self._platform != "linux":
             return {
                 (host, port): PortOwner(False, f"which process listens on port {port} is not known on this system")
                 for host, port in addresses
             }
         listening = _find_listening_sockets(self._proc, addresses)
-        known = {address: self._known[address] for address in addresses if address in self._known}
+        known = {address: self._known_owners[address] for address in addresses if address in self._known_owners}
         changed = {
             address: sockets
             for address, sockets in listening.items()
             if address not in known or known[address][0] != sockets
         }
-        holders = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
+        pids_by_inode = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
         just_ended: dict[HostPort, PortOwner] = {}
         for address, sockets in changed.items():
             known.pop(address, None)
             try:
-                owner = self._decide_owner(address[1], sockets, holders)
+                owner = self._decide_owner(address[1], sockets, pids_by_inode)
             except OSError:  # this answer is not kept: the next call looks again
                 reason = f"the process that listened on port {address[1]} has just ended"
                 just_ended[address] = PortOwner(False, reason)
             else:
                 known[address] = sockets, owner
-        self._known = known
+        self._known_owners = known
         return just_ended | {address: owner for address, (_sockets, owner) in known.items()}
 
-    def _decide_owner(self, port: int, sockets: _Sockets, holders: Mapping[int, list[int]]) -> PortOwner:
+    def _decide_owner(self, port: int, sockets: _Sockets, pids_by_inode: Mapping[int, list[int]]) -> PortOwner:
         """Raises OSError when a process that held the port has ended."""
         if not sockets:
             return PortOwner(False, f"which process listens on port {port} is not known")
-        pids = {pid for inode, _uid in sockets for pid in holders.get(inode, ())}
-        if not pids:
+        pids = {pid for inode, _uid in sockets for pid in pids_by_inode.get(inode, ())}
+        if not pids:  # /proc hides the descriptors of other users' processes
             if all(_find_account(uid) in SERVER_ACCOUNTS for _inode, uid in sockets):
                 return PortOwner(True)
             return PortOwner(
@@ -118,7 +119,7 @@ def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict
         except OSError:
             continue
         for line in lines:
-            if " 0A " not in line:  # most lines are connections, and this check is all that is done with them
+            if " 0A " not in line:  # a quick check, because most lines are connections
                 continue
             fields = line.split()
             if len(fields) < 10 or fields[3] != "0A":  # TCP_LISTEN
@@ -138,10 +139,10 @@ def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:
 
 
 def _find_holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
-    """The processes that hold each of these sockets."""
-    links = {f"socket:[{inode}]": inode for inode in inodes}
-    holders: dict[int, list[int]] = {}
-    for folder in proc.iterdir() if links else ():
+    """For each of these sockets, by inode, the pids of the processes that hold it."""
+    inode_by_link = {f"socket:[{inode}]": inode for inode in inodes}
+    pids_by_inode: dict[int, list[int]] = {}
+    for folder in proc.iterdir() if inodes else ():
         if not folder.name.isdigit():
             continue
         try:
@@ -149,20 +150,21 @@ def _find_holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
                 open_files = {_read_link(entry) for entry in entries}
         except OSError:  # a process of another user, or one that has ended
             continue
-        for link in open_files & links.keys():
-            holders.setdefault(links[link or ""], []).append(int(folder.name))
-    return holders
+        for link in open_files & inode_by_link.keys():
+            pids_by_inode.setdefault(inode_by_link[link or ""], []).append(int(folder.name))
+    return pids_by_inode
 
 
 def _read_link(entry: os.DirEntry[str]) -> str | None:
     try:
         return os.readlink(entry)
-    except OSError:  # it was closed after the listing; the process's other files still count
+    except OSError:  # the file was closed after the listing; the process's other files still count
         return None
 
 
 def _find_forwarder_name(process: Path) -> str | None:
-    """The process's name, if it is a program that only passes bytes on. Raises OSError when it has ended."""
+    """The process's name if its program only passes bytes on; else ``None``. Raises OSError when the process has
+    ended."""
     name = (process / "comm").read_text().strip()
     arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:5]
     # `python -m gpumesh.cli.main`, `/usr/bin/gpumesh`, and the title that a worker of ours gives itself.

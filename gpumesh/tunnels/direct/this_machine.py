@@ -1,8 +1,8 @@
 """Questions to this machine, asked once for all nodes whose servers run on it.
 
-Each such node asks every two seconds which process listens on its port, and what nvidia-smi says. Without sharing, a
-hundred nodes on loopback would start a hundred threads and a hundred processes at once, and hold up the event loop for
-two seconds.
+Each such node asks every two seconds which process listens on its port, and runs nvidia-smi. If nodes did not share the
+answers, a hundred nodes on loopback would start a hundred threads and a hundred processes at once, and hold up the
+event loop for two seconds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gpumesh.tunnels.direct.port_owners import HostPort, PortOwner, PortOwnerLoo
 from gpumesh.tunnels.local_system.local_command import exit_status, local_command, read_at_most
 
 MAX_AGE_S = 1.0  # how old a shared answer may be
-MAX_SHARED_COMMANDS = 64  # we ask far fewer different questions
+MAX_SHARED_COMMANDS = 64  # far more than the different commands that we share; a limit in case that changes
 
 T = TypeVar("T")
 
 
 class ThisMachine:
-    """One for each mesh. ``clock`` returns monotonic seconds."""
+    """Shared by all nodes of a mesh. ``clock`` returns monotonic seconds."""
 
     def __init__(self, ports: PortOwnerLookup | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._ports = PortOwnerLookup() if ports is None else ports
@@ -34,20 +34,23 @@ class ThisMachine:
         self._answers: dict[tuple[str, ...], SharedResult[ExecResult]] = {}
 
     def register_port(self, host: str, port: int) -> None:
-        """For a later ``find_owner``: this address is looked up whenever another one is."""
+        """Adds the address to those that each look-up covers, so that a later ``find_owner`` finds its answer ready."""
         self._addresses.add((host, port))
 
     async def find_owner(self, host: str, port: int) -> PortOwner:
-        """The process that listens there. ``host`` is a loopback address or ``localhost``."""
+        """The process that listens on the port. ``host`` is a loopback address or ``localhost``."""
         self.register_port(host, port)
         owners = await self._owners.get()
-        return owners.get((host, port)) or (await self._owners.get(refresh=True))[host, port]
+        if (host, port) not in owners:  # a look-up from before this address was registered
+            owners = await self._owners.get(refresh=True)
+        return owners[host, port]
 
     async def _find_owners(self) -> dict[HostPort, PortOwner]:
         return await blocking.run_in_thread(self._ports.find_owners, frozenset(self._addresses))
 
     async def run_shared_command(self, argv: Sequence[str], *, timeout_s: float, limit_bytes: int) -> ExecResult:
-        """The answer of a command that changes nothing; it may be a moment old. Raises what ``run_command`` raises."""
+        """The result of a command that changes nothing. The result may be ``MAX_AGE_S`` old. Raises as
+        ``run_command``."""
         key = (*argv, str(limit_bytes))
         shared = self._answers.get(key)
         if shared is None:
@@ -59,7 +62,8 @@ class ThisMachine:
 
 
 class SharedResult(Generic[T]):
-    """One answer for all callers of about the same time. The question is cancelled with its last waiting caller."""
+    """One answer for all callers of about the same time. When the last waiting caller is cancelled, so is the
+    question."""
 
     def __init__(self, ask: Callable[[], Awaitable[T]], clock: Callable[[], float]) -> None:
         self._ask = ask
@@ -69,7 +73,8 @@ class SharedResult(Generic[T]):
         self._answered_at = 0.0
 
     async def get(self, *, refresh: bool = False) -> T:
-        """``refresh``: an earlier answer is not used. Raises what ``ask`` raises; errors are not kept."""
+        """``refresh``: an earlier answer is not used. Raises what ``ask`` raises; an error is not kept for later
+        callers."""
         task = self._task
         if task is None or (task.done() and (refresh or self._clock() - self._answered_at > MAX_AGE_S)):
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")

@@ -1,8 +1,8 @@
 """The tunnel of a node without SSH: its URLs are used as they are, and its server is checked by TCP connects.
 
-Commands (nvidia-smi, hostname) run on this machine, and only if the inference server runs on it: its URL is on
-loopback, and the process that listens there is not one that leads elsewhere. The port of an ``ssh -L`` is on loopback
-too, but the GPU behind it is another machine's.
+Commands (nvidia-smi, hostname) run on this machine, and only if the inference server runs here too: its URL is on
+loopback, and the process that listens there does not pass connections on. The port of an ``ssh -L`` is on loopback too,
+but the GPU behind it is in another machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONNECT_TIMEOUT_S = 2.5
 
 
 class DirectTunnel:
-    """See ``base.Tunnel``. Up while any of its targets accepts a TCP connection."""
+    """See ``base.Tunnel``. The tunnel is up while any of its targets accepts a TCP connection."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class DirectTunnel:
         self._check_requested = asyncio.Event()
         self._state_changed = asyncio.Event()
         self._answering: tuple[Target, ...] = ()
-        self._retry_at: float | None = None
         self._was_up = False
 
     def __repr__(self) -> str:
@@ -76,7 +75,7 @@ class DirectTunnel:
         self._check_requested.set()
 
     def close(self) -> None:
-        """A tunnel that never ran holds nothing."""
+        """Does nothing: a direct tunnel that never ran holds no resource."""
 
     async def wait_up(self) -> None:
         while self._state.state is not TunnelPhase.UP:
@@ -100,7 +99,7 @@ class DirectTunnel:
             self._set_phase(TunnelPhase.CLOSED)
 
     async def _check_targets(self) -> None:
-        """Connects to all candidates at the same time: one that never answers must not delay the others."""
+        """Connects to all targets at the same time, so that a target that never answers does not delay the others."""
         results = await asyncio.gather(*(self._connect(target) for target in self._targets))
         self._answering = tuple(
             target for target, result in zip(self._targets, results, strict=True) if not isinstance(result, TunnelError)
@@ -113,9 +112,9 @@ class DirectTunnel:
             self._set_phase(TunnelPhase.BACKOFF, error=first_error)
 
     async def _connect(self, target: Target) -> float | TunnelError:
-        """The time of the TCP handshake in ms, or why it failed."""
+        """The time of the TCP handshake in ms, or the reason why it failed."""
         address = f"{target.host}:{target.port}"
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _reader, writer = await asyncio.open_connection(target.host, target.port)
@@ -130,11 +129,11 @@ class DirectTunnel:
             return HostUnreachable(f"{address} cannot be reached: {error.strerror}", node=self._node)
         except UnicodeError:  # IDNA: a label that is empty or too long
             return HostUnresolved(f"{target.host!r} is not a host name", node=self._node)
-        took_ms = (time.perf_counter() - began) * 1000
+        handshake_ms = (time.perf_counter() - started_at) * 1000
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-        return took_ms
+        return handshake_ms
 
     def _set_phase(self, phase: TunnelPhase, *, rtt_ms: float | None = None, error: TunnelError | None = None) -> None:
         old = self._state
@@ -160,7 +159,7 @@ class DirectTunnel:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def _ensure_server_is_local(self) -> None:
-        """Raises TunnelDown and, when the server may be on another machine, ExecError."""
+        """Raises TunnelDown when the tunnel is not up, and ExecError when the server may be on another machine."""
         if self._state.state is not TunnelPhase.UP:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
@@ -194,7 +193,7 @@ class DirectTunnel:
             assert reader is not None
             while data := await reader.read(CHUNK_BYTES):
                 await pieces.put(ExecChunk(stream, data))
-            await pieces.put(None)
+            await pieces.put(None)  # the end of one stream
 
         async with _run_local(argv, self._node) as process:
             readers = [

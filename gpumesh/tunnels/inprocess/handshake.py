@@ -1,6 +1,6 @@
-"""From an address to an SSH transport with a trusted host key; errors have the true reason. Blocking.
+"""Makes an SSH transport to an address and checks the host's key. Its errors give the true reason. Blocking.
 
-sshtunnel is not used for this (sshtunnel_connector.py says why): it gets a transport that is connected already.
+sshtunnel does not do this (sshtunnel_connector.py says why): it gets a transport that is connected already.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHO
 
 
 def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """A connected socket with TCP_NODELAY, without which small packets wait. Raises ``TunnelError`` with the reason."""
+    """A connected socket with TCP_NODELAY: without that option small packets wait. Raises ``TunnelError``."""
     address_text = format_address(host, port)
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -48,12 +48,14 @@ def connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
             hint="check `ssh.host` for a misspelling, and that this machine is online",
         ) from error
     last_error: OSError = TimeoutError()
-    for remaining, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
         if deadline.expired:
             break
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(max(0.05, deadline.remaining_s / remaining))
+            # Each address gets an equal share of the time that is left, so that a silent one leaves time for the
+            # others.
+            sock.settimeout(max(0.05, deadline.remaining_s / (len(addresses) - index)))
             sock.connect(address)
             disable_nagle(sock)
             return sock
@@ -83,7 +85,7 @@ def perform_handshake(
 ) -> paramiko.Transport:
     """Exchanges keys over ``sock``, which is closed on failure. The host is asked for a key of ``key_types`` first.
 
-    After this the host has proved that it has the key. Whether we trust that key is not checked here.
+    The host then has proved that it owns its key. This function does not check whether we trust the key.
     """
     stream: Any = BufferedSocket(sock) if isinstance(sock, socket.socket) else sock
     transport = paramiko.Transport(stream, packetizer_class=FastPacketizer if stream is not sock else BoundedPacketizer)
@@ -91,17 +93,17 @@ def perform_handshake(
         options = transport.get_security_options()
         options.ciphers = _move_to_front(FAST_CIPHERS, options.ciphers)
         options.key_types = _move_to_front(host_key_algorithms(key_types), options.key_types)
-        # paramiko measures each step by itself; the deadline is for all of them.
+        # paramiko has a time-out for each step; our deadline is for all steps together.
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = max(0.1, deadline.remaining_s)
         transport.start_client(timeout=deadline.remaining_s)
-        if not transport.initial_kex_done:
+        if not transport.initial_kex_done:  # ``start_client`` returned because of its time-out
             raise TimeoutError
         if isinstance(transport.packetizer, FastPacketizer):
             transport.packetizer.enable_fast_reads()
     except (paramiko.SSHException, EOFError, OSError) as error:
         transport.close()
         sock.close()
-        greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"
+        greeting = stream.greeting if isinstance(stream, BufferedSocket) else b"SSH-"  # unknown behind a jump host
         raise _handshake_error(error, greeting, format_address(host, port), deadline) from error
     except BaseException:
         transport.close()
@@ -141,7 +143,7 @@ def _handshake_error(error: BaseException, greeting: bytes, address: str, deadli
 
 
 def get_host_key(transport: paramiko.Transport) -> HostKey:
-    """The key that the host has proved to have."""
+    """The host's key. The host has proved that it owns this key."""
     key = transport.get_remote_server_key()
     return HostKey(key.get_name(), key.asbytes())
 
@@ -149,7 +151,8 @@ def get_host_key(transport: paramiko.Transport) -> HostKey:
 def perform_trusted_handshake(
     sock: socket.socket | paramiko.Channel, *, node: str, host: str, port: int, ssh: SshSpec, deadline: Deadline
 ) -> paramiko.Transport:
-    """``perform_handshake``, then a check of the host's key by the node's policy. ``node`` is "" for a jump host."""
+    """Calls ``perform_handshake`` and then checks the host's key by the policy of ``ssh``. ``node`` is "" for a jump
+    host."""
     try:
         key_types = read_known_hosts(ssh.known_hosts).key_types(node=node, host=host, port=port)
     except BaseException:
@@ -174,9 +177,9 @@ def perform_trusted_handshake(
 def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> paramiko.Channel | None:
     """Starts a command on the host: sshd sets TCP_NODELAY on a connection when its first command starts.
 
-    The command tests for a POSIX shell. Nobody waits for it here: ``sessions.has_posix_shell`` reads its output. The
-    channel must be kept until it has closed by itself. ``None`` where the host gives no session: then the tunnel works
-    all the same, but an answer in small pieces comes up to 40 ms late.
+    The command tests for a POSIX shell. This function does not wait for the result: ``sessions.has_posix_shell`` reads
+    it. The caller must keep the channel until the channel has closed by itself. ``None``: the host gives no session.
+    Then the tunnel still works, but an answer in small pieces comes up to 40 ms late.
     """
     try:
         channel = transport.open_session(timeout=max(0.1, deadline.remaining_s))
@@ -194,6 +197,6 @@ def disable_nagle_on_host(transport: paramiko.Transport, deadline: Deadline) -> 
 
 
 def _move_to_front(preferred: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """``names``, with those that are preferred first, in the order of ``preferred``."""
+    """``names``, but those in ``preferred`` come first, in the order of ``preferred``."""
     front = [name for name in preferred if name in names]
     return (*front, *(name for name in names if name not in front))

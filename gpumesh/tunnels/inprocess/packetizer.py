@@ -1,4 +1,4 @@
-"""Reads packets for paramiko: with read-ahead, limits for what a host sends, and no needless work per packet."""
+"""Reads packets for paramiko: reads ahead, limits what a host may send, and avoids needless work for each packet."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import paramiko
 
-KEPT_GREETING_BYTES = 512
-MAX_GREETING_BYTES = 32 << 10  # RFC 4253 section 4.2: lines may come before the version, and each is short
-MAX_PACKET_BYTES = 256 << 10  # as OpenSSH has it; packets on our channels are far smaller
+KEPT_GREETING_BYTES = 512  # enough for an error message that quotes the greeting
+MAX_GREETING_BYTES = 32 << 10  # far more than the short lines that may come before the version (RFC 4253 section 4.2)
+MAX_PACKET_BYTES = 256 << 10  # the same limit as in OpenSSH; packets on our channels are far smaller
 READ_AHEAD_BYTES = 64 << 10
 
 
 class BufferedSocket:
-    """A socket for paramiko, with read-ahead. It also keeps the beginning of the peer's greeting.
+    """A socket for paramiko that reads ahead. It also keeps the beginning of the peer's greeting.
 
-    paramiko reads each packet's first 16 bytes, and then its rest. Each of these system calls would release the
-    interpreter's lock.
+    paramiko reads the first 16 bytes of each packet, and then the rest. Without read-ahead each read would be a system
+    call, which releases the interpreter's lock.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -72,9 +72,9 @@ class BufferedSocket:
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
-    """paramiko's, with a limit for a line of the greeting and for a packet.
+    """paramiko's packetizer, with limits for the size of the greeting and of a packet.
 
-    paramiko itself would collect up to 4 GiB of either, and join all of it again with each piece.
+    paramiko itself would collect up to 4 GiB of either, and copy all of it again with each piece that comes.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -82,7 +82,8 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         self._greeting_bytes = 0
 
     def _read_timeout(self, timeout: float) -> bytes:
-        """Reads a piece of a line; paramiko reads only the greeting by lines."""
+        """Reads a piece of the greeting: paramiko calls this for lines only, and only the greeting consists of
+        lines."""
         piece: bytes = super()._read_timeout(timeout)  # type: ignore[misc]
         self._greeting_bytes += len(piece)
         if self._greeting_bytes > MAX_GREETING_BYTES:
@@ -96,18 +97,19 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
 
 
 class FastPacketizer(BoundedPacketizer):
-    """Skips what paramiko does for each packet although only the first packets need it.
+    """Skips work that paramiko does for each packet although only the first packets need it.
 
-    For a stream of tokens, where each token is a packet, that is a third of the work.
+    In a stream of tokens each token is a packet, and this work is a third of all work for it.
     """
 
     def __init__(self, sock: BufferedSocket) -> None:
-        super().__init__(cast(socket.socket, sock))  # it needs no other methods of a socket
+        super().__init__(cast(socket.socket, sock))  # paramiko calls only the methods that BufferedSocket has
         self._take: Callable[[int], bytes | None] | None = None
         self._buffered_socket = sock
 
     def enable_fast_reads(self) -> None:
-        """To be called after the handshake: no byte of the greeting is left, and its timer is cancelled."""
+        """Must be called after the handshake, when no byte of the greeting is left and the handshake's timer is
+        cancelled."""
         self._take = self._buffered_socket.take_buffered
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""Commands on a host: each is a session channel of a paramiko transport, read from asyncio without a thread."""
+"""Commands on a host. Each is a session channel of a paramiko transport, which asyncio reads without a thread."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ READ_BYTES = 32 * 1024
 OPEN_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
 TEST_TIMEOUT_S = 3.0
-DISCONNECT_TIMEOUT_S = 0.5  # for a broken connection to be marked as such
+DISCONNECT_TIMEOUT_S = 0.5  # within which paramiko marks a broken connection as ended
 
 
 async def start_command(transport: paramiko.Transport, command: str, *, posix: bool) -> SessionCommand:
-    """Starts ``command`` on the host. ``posix``: under a shell that ends it with its session (remote_command.py).
+    """Starts ``command`` on the host. ``posix``: it runs under a shell that ends it with its session
+    (remote_command.py).
 
     Raises ``ExecError`` when the host gives no session or does not answer in time.
     """
@@ -41,7 +42,8 @@ async def start_command(transport: paramiko.Transport, command: str, *, posix: b
 
 
 async def has_posix_shell(test: paramiko.Channel | None) -> bool:
-    """Whether the host has a POSIX shell: by the output of ``SHELL_TEST``, which runs in ``test``."""
+    """Whether the host has a POSIX shell, which the output of ``SHELL_TEST`` shows. ``test`` is the session in which
+    that command runs; ``None``: the host gave no session."""
     if test is None:
         return False
     process, output = SessionCommand(test), b""
@@ -61,7 +63,7 @@ def _open_session(transport: paramiko.Transport, command: str, *, has_input: boo
         channel.settimeout(OPEN_TIMEOUT_S)
         channel.exec_command(command)
         if not has_input:
-            _end_input(channel)  # so that it does not wait for an input that never comes
+            _end_input(channel)  # so that the command does not wait for an input that never comes
         channel.settimeout(0.0)
     except BaseException:
         channel.close()
@@ -77,12 +79,12 @@ def _end_input(channel: Any) -> None:
 
 
 def _send_while_open(channel: Any, message: paramiko.Message) -> None:
-    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when a message comes for a
-    channel after our close of that channel.
+    """Sends ``message``, unless the channel is closed: an sshd ends the whole connection when it gets a message for a
+    channel that we have closed.
 
-    paramiko's thread answers the host's close by itself, at any moment. But it marks the channel as closed first, and
-    it needs this lock to send. So a message that is sent under the lock to a channel without the mark comes before the
-    close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
+    paramiko's thread may answer the host's close with our close at any moment. It first marks the channel as closed,
+    and it needs ``clear_to_send_lock`` to send. So under that lock, while the channel has no mark, a message is sent
+    before the close. (paramiko's own ``shutdown_write`` checks the mark, releases the lock, and then sends.)
     """
     transport = channel.transport
     while transport.active:
@@ -96,9 +98,9 @@ def _send_while_open(channel: Any, message: paramiko.Message) -> None:
 
 
 class SessionCommand:
-    """See ``transport.RemoteCommand``. ``wrapped``: it runs under ``remote_command.wrap_killable``.
+    """See ``transport.RemoteCommand``. ``wrapped``: the command runs under ``remote_command.wrap_killable``.
 
-    paramiko keeps a pipe readable while there is output, or an end of it, to read.
+    The descriptor ``_fd`` is a pipe that paramiko keeps readable while output, or its end, waits to be read.
     """
 
     def __init__(self, channel: paramiko.Channel, *, wrapped: bool = False) -> None:
@@ -113,12 +115,13 @@ class SessionCommand:
     async def read(self) -> tuple[OutputStream, bytes] | None:
         channel = self._channel
         while True:
-            ended = bool(channel.eof_received) or channel.closed  # read before the buffers: no output comes after it
+            # Read before the buffers: if the output has ended now, the buffers hold all the rest.
+            output_ended = bool(channel.eof_received) or channel.closed
             if channel.recv_ready():
                 return OutputStream.STDOUT, channel.recv(READ_BYTES)
             if channel.recv_stderr_ready():
                 return OutputStream.STDERR, channel.recv_stderr(READ_BYTES)
-            if ended:
+            if output_ended:
                 # The exit status comes between the end of the output and the channel's close, or never.
                 await blocking.run_in_thread(channel.status_event.wait)
                 await self._ensure_connected()
@@ -127,7 +130,7 @@ class SessionCommand:
 
     async def kill(self) -> None:
         if self._channel.closed:
-            self._channel.close()  # closes its pipe, which paramiko keeps open for late readers
+            self._channel.close()  # closes the channel's pipe, which paramiko keeps open for late readers
             return
         with contextlib.suppress(TimeoutError, paramiko.SSHException, EOFError, OSError):
             async with asyncio.timeout(KILL_TIMEOUT_S):
@@ -151,9 +154,10 @@ class SessionCommand:
             loop.remove_reader(self._fd)
 
     def _signal_and_close(self) -> None:
-        """sshd passes the signal on (since OpenSSH 7.9, not for root). Elsewhere the command finds its output closed.
+        """Asks sshd to kill the command, and closes the channel.
 
-        Not for a wrapped command: the signal would end the shell that watches its input.
+        sshd passes the signal on since OpenSSH 7.9, but not for a login of root. Otherwise the command only finds its
+        output closed. This is not for a wrapped command: the signal would end the shell that watches its input.
         """
         message = paramiko.Message()
         message.add_byte(cMSG_CHANNEL_REQUEST)

@@ -1,18 +1,17 @@
-"""What the library sshtunnel does in transport ``sshtunnel``, what we replaced, and why.
+"""Connects our code with the library sshtunnel: its part in transport ``sshtunnel``, and the parts that we replaced.
 
-sshtunnel owns the gateway object: it starts and stops one server for each forward, and the servers' threads. Its
-connecting, checking, authenticating and forwarding are replaced, each for a reason (docs/internals/tunnels.md has the
-measurements):
+sshtunnel owns the gateway object: it starts and stops one server for each forward, and the servers' threads. We
+replaced four parts, each for a reason (docs/internals/tunnels.md has the measurements):
 
-- *Connecting*: it has no deadline, and turns DNS, host-key and authentication failures into one generic error. It gets
-  a paramiko transport that handshake.py and authentication.py have made.
-- *Its check of tunnels* can block for 11 s. It is skipped; the supervisor pings the host instead.
-- *Forwarding*: it has a thread for each connection and a listen backlog of 5. It gets our forwarder as its server.
-- *Nagle's algorithm*: it leaves it on at all three sockets, which costs 40 ms an answer. opening.py and forwarder.py
-  turn it off.
+- *Connecting and logging in*: sshtunnel has no deadline, and turns DNS, host-key and authentication failures into one
+  generic error. It gets a paramiko transport that handshake.py and authentication.py have made.
+- *The check of tunnels* can block for 11 s. It is skipped; the supervisor pings the host instead.
+- *Forwarding*: sshtunnel has a thread for each connection and a listen backlog of 5. It gets our forwarder as its
+server. - *Nagle's algorithm*: sshtunnel leaves it on at all three sockets, which delays each answer by 40 ms.
+opening.py and forwarder.py turn it off.
 
-Where a paramiko lacks the private parts that our channels need, sshtunnel's own servers are used as a fallback, with
-their relaying and their backlog corrected.
+If paramiko lacks the private parts that our channels need, sshtunnel's own servers are used as a fallback, with their
+relaying and their backlog corrected.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _silent_log.addHandler(logging.NullHandler())
 _silent_log.propagate = False
 
 RELAY_CHUNK_BYTES = 16 * 1024
-RELAY_POLL_S = 5.0  # at most, until a channel that closed without an event is noticed
+RELAY_POLL_S = 5.0  # the longest time until a channel that closed without an event is noticed
 
 
 class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  # sshtunnel has no types
@@ -53,7 +52,8 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         on_end: Callable[[], None],
         make_peer_filter: Callable[[], PeerFilter | None],
     ) -> None:
-        """``make_peer_filter`` is called for each thread that accepts. The other callbacks come in other threads."""
+        """``make_peer_filter`` is called once for each thread that accepts. The other callbacks are called in other
+        threads."""
         self._given_transport = transport
         self._make_peer_filter = make_peer_filter
         self._routes = routes
@@ -97,7 +97,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
         self.tunnel_is_up[server.local_address] = False
 
     def _make_ssh_forward_handler_class(self, remote_address_: tuple[str, int]) -> Any:
-        """The handler of one connection, for the fallback."""
+        """The class that handles one connection of a ``_FallbackServer``."""
 
         class Handler(super()._make_ssh_forward_handler_class(remote_address_)):  # type: ignore[misc]
             def setup(self) -> None:
@@ -110,7 +110,7 @@ class TransportForwarder(sshtunnel.SSHTunnelForwarder):  # type: ignore[misc]  #
 
 
 class _ForwarderServer:
-    """Our forwarder where sshtunnel expects a socketserver. sshtunnel brings the thread."""
+    """Our forwarder with the interface of a socketserver, which sshtunnel expects. sshtunnel makes the thread."""
 
     daemon_threads = True
 
@@ -127,11 +127,11 @@ class _ForwarderServer:
         self._forwarder.close()
 
     def server_close(self) -> None:
-        """The listening sockets are the supervisor's."""
+        """Does nothing: the listening sockets are the supervisor's."""
 
 
 class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]  # sshtunnel has no types
-    """sshtunnel's own server on a listening socket of ours."""
+    """sshtunnel's own server on one of our listening sockets."""
 
     request_queue_size = BACKLOG
 
@@ -158,9 +158,9 @@ class _FallbackServer(sshtunnel._ThreadingForwardServer):  # type: ignore[misc] 
 
 
 def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
-    """Passes bytes in both directions; blocks in its connection's thread.
+    """Passes bytes in both directions. Blocks, in the connection's own thread.
 
-    sshtunnel's own relaying ends both directions with the first one that ends, and lets a cut answer look whole.
+    sshtunnel's own relaying ends both directions when one ends, and makes a cut answer look whole.
     """
     open_ends: set[socket.socket | paramiko.Channel] = {local, channel}
     while channel in open_ends or (local in open_ends and not channel.closed):
@@ -171,7 +171,7 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
             if data := source.recv(RELAY_CHUNK_BYTES):
                 sink.sendall(data)
                 continue
-            if source is channel and not channel.eof_received:  # the host has cut it
+            if source is channel and not channel.eof_received:  # the host has cut the answer
                 reset_on_close(local)
                 return
             open_ends.discard(source)
@@ -179,5 +179,5 @@ def _relay(local: socket.socket, channel: paramiko.Channel) -> None:
 
 
 def _local_address(listener: socket.socket) -> tuple[str, int]:
-    """As sshtunnel knows a listener; port 0 for a Unix socket."""
+    """The address of a listener in sshtunnel's form. A Unix socket gets port 0."""
     return ("127.0.0.1", 0 if listener.family == socket.AF_UNIX else listener.getsockname()[1])
