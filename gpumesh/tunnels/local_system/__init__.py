@@ -1,4 +1,5 @@
-"""What tunnels need of this machine: child processes, local commands, sockets, users of connections, network changes.
+"""The interface of tunnels to this machine: child processes, local commands, sockets, users of connections, network
+changes.
 
-Nothing here knows a remote host or a transport.
+No file here depends on a remote host or on a transport.
 """

@@ -1,6 +1,6 @@
-"""For a process of ours: end together with the parent, and have a title in ``ps``.
+"""Two services for our child processes: a child ends together with its parent, and it has a title in ``ps``.
 
-Both need Linux. Elsewhere (macOS) a worker still ends when its socket ends.
+Both need Linux. On other systems (macOS) a worker still ends when its socket ends.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ _PR_SET_NAME = 15
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process (SIGKILL) when the thread of the parent that made it ends. Linux only."""
+    """Makes the kernel kill this process (SIGKILL) when that thread of the parent ends which made the process. Linux
+    only."""
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def set_title(title: str) -> None:
-    """What ``ps`` and ``top`` show. Linux only; the title is cut to the room of the original arguments."""
+    """Sets the title that ``ps`` and ``top`` show. Linux only. The title is cut to the length of the original
+    arguments."""
     raw = title.encode("ascii", "replace")
-    _prctl(_PR_SET_NAME, raw[:15])
+    _prctl(_PR_SET_NAME, raw[:15])  # the kernel keeps 15 characters
     with contextlib.suppress(OSError, ValueError, IndexError):
         # Fields 48 and 49 (counted from 1) of proc(5) stat; the name in parentheses may hold spaces.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -1,8 +1,8 @@
-"""Commands on this machine: nvidia-smi of a direct node, and a user's ``address_from``. No shell.
+"""Runs commands on this machine without a shell: nvidia-smi for a direct node, and a user's ``address_from``.
 
-Each command has its own process group, which is killed at the end of the block that started it, so that nothing is left
-behind. Commands get the user's environment without the secrets that mesh.yaml names; a provider's key that
-``address_from`` needs is not one of those.
+Each command has its own process group. The group is killed at the end of the block that started it, so that no process
+is left behind. Commands get the user's environment without the secrets that mesh.yaml names. A provider's key that
+``address_from`` needs is not such a secret.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator, Sequence
 from gpumesh.config import environment
 
 CHUNK_BYTES = 32 * 1024
-END_TIMEOUT_S = 2.0
+END_TIMEOUT_S = 2.0  # for a killed command to end and to close its pipes
 
 
 @contextlib.asynccontextmanager
 async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Raises OSError or ValueError (a NUL in an argument) when it cannot be started."""
+    """Runs the command during the block. Raises OSError or ValueError (a NUL in an argument) when the command cannot be
+    started."""
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
             *argv,
@@ -35,7 +36,8 @@ async def local_command(argv: Sequence[str], *, stderr: bool = True) -> AsyncIte
     try:
         process = await asyncio.shield(starting)
     except asyncio.CancelledError:
-        # A cancellation inside asyncio would kill the process it has started, but not that process's children.
+        # The start goes on in its own task: asyncio, when cancelled, would kill the process but not the process's
+        # children.
         with contextlib.suppress(OSError, ValueError):
             await _kill_group(await starting)
         raise
@@ -52,8 +54,8 @@ async def _kill_group(process: asyncio.subprocess.Process) -> None:
 
 
 async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
-    """Waits for the process's end and drops its output: for asyncio, a process lives until its pipes are read to their
-    end."""
+    """Waits for the process's end and drops its output. The output has to be read, because asyncio reports the end only
+    after the pipes have ended."""
     for pipe in (process.stdout, process.stderr):
         while pipe is not None and await pipe.read(CHUNK_BYTES):
             pass
@@ -61,8 +63,8 @@ async def wait_for_exit(process: asyncio.subprocess.Process) -> None:
 
 
 async def release_process(process: asyncio.subprocess.Process, timeout_s: float) -> None:
-    """Waits for a process that was told to end. After ``timeout_s`` its pipes are closed: a child of it may still hold
-    them open."""
+    """Waits for the end of a process that was told to end. After ``timeout_s`` closes its pipes, because a child of the
+    process may still hold them open."""
     try:
         async with asyncio.timeout(timeout_s):
             await wait_for_exit(process)
@@ -76,7 +78,8 @@ def exit_status(process: asyncio.subprocess.Process) -> int | None:
 
 
 async def read_at_most(pipe: asyncio.StreamReader | None, limit: int) -> tuple[bytes, bool]:
-    """The first ``limit`` bytes, and whether there were more. More is read and dropped, so that the command can end."""
+    """The first ``limit`` bytes, and whether there were more. The rest is read and dropped, so that the command can
+    end."""
     assert pipe is not None
     kept, truncated = bytearray(), False
     while piece := await pipe.read(CHUNK_BYTES):

@@ -1,6 +1,7 @@
 """Notices that the machine slept or that its network changed, so that tunnels are checked at once.
 
-Both are hints. A false one costs a question to each host, a missed one some seconds.
+Both are hints. A false hint costs one ping to each host. A missed hint costs some seconds until a dead tunnel is
+noticed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import time
 from collections.abc import Callable
 
 TICK_S = 1.0
-MIN_SLEEP_S = 5.0
+MIN_SLEEP_S = 5.0  # a shorter sleep, or a busy event loop, does not count
 
 # linux/rtnetlink.h: RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_IFADDR
 _NETLINK_GROUPS = 0x1 | 0x10 | 0x40 | 0x100
 
 
 def total_sleep_s() -> float:
-    """Seconds that this machine slept since it started, up to a constant. Only differences have a meaning.
+    """Seconds that this machine slept since it started, plus a constant. Only differences have a meaning.
 
-    Linux's monotonic clock stands still in sleep and its boot clock does not. Elsewhere the wall clock serves as the
-    boot clock: a wall clock that is set by hand looks like a sleep, which does no harm.
+    Linux's monotonic clock stops during sleep, and its boot clock does not. On other systems the wall clock takes the
+    place of the boot clock. A change of the wall clock then looks like a sleep, which does no harm.
     """
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -38,27 +39,28 @@ async def watch_sleep(
 ) -> None:
     """Calls ``on_wake`` after the machine slept, or this process was stopped, for more than ``MIN_SLEEP_S``. Never
     returns."""
-    slept_before, before = slept(), clock()
+    last_slept_s, last_tick_at = slept(), clock()
     while True:
         await asyncio.sleep(tick_s)
-        slept_now, now = slept(), clock()
-        if slept_now - slept_before > MIN_SLEEP_S or now - before > tick_s + MIN_SLEEP_S:
+        slept_s, now = slept(), clock()
+        process_was_stopped = now - last_tick_at > tick_s + MIN_SLEEP_S
+        if slept_s - last_slept_s > MIN_SLEEP_S or process_was_stopped:
             on_wake()
-        slept_before, before = slept_now, now
+        last_slept_s, last_tick_at = slept_s, now
 
 
 async def watch_network(on_change: Callable[[], None]) -> None:
     """Calls ``on_change`` when the kernel reports a changed link, address or route. Never returns.
 
-    Linux (netlink), macOS and the BSDs (a routing socket) report changes. Elsewhere, and where a sandbox forbids it,
-    ``on_change`` is never called.
+    Linux (netlink), macOS and the BSDs (a routing socket) report changes. On other systems, and in a sandbox that
+    forbids such sockets, ``on_change`` is never called.
     """
     try:
         events = _open_kernel_events()
     except OSError:
         events = None
     if events is None:
-        await asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().create_future()  # never done
         return
     with events:
         loop = asyncio.get_running_loop()
@@ -74,6 +76,7 @@ async def watch_network(on_change: Callable[[], None]) -> None:
 
 
 def _open_kernel_events() -> socket.socket | None:
+    """A socket that is readable when the network has changed; ``None`` on a system that has none. Raises OSError."""
     if sys.platform == "linux":
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
@@ -95,7 +98,8 @@ def _set_result_once(readable: asyncio.Future[None]) -> None:
 
 
 def _drain(events: socket.socket) -> None:
-    """What changed exactly does not matter. ENOBUFS, which means that events were lost, counts as a change as well."""
+    """Reads all events and drops them: only that something changed matters. ENOBUFS means that events were lost,
+    which is a change too."""
     while True:
         try:
             events.recv(65536)

@@ -1,14 +1,14 @@
-"""Which user is at the other end of a connection to a forwarded port. Checked once for each accepted connection.
+"""Finds the user at the other end of a connection to a forwarded port, once for each accepted connection.
 
-The answer (socket_lookup.py) holds for the connection that was accepted, and for no other:
+The answer (socket_lookup.py) must belong to the accepted connection and to no other socket. Three cases need care:
 
-- A socket that no process holds any more (closed, TIME_WAIT) belongs to nobody. The kernel shows it with inode 0, and
-  with uid 0 or with the uid of a process that has ended. It must not pass for a socket of root.
-- Another user's socket may have taken its addresses and ports in the meantime. For that our end has to be closed first,
-  so our end is checked after the lookup.
+- A socket that no process holds any more (closed, TIME_WAIT) belongs to no user. The kernel shows it with inode 0, and
+  with uid 0 or with the uid of a process that has ended. Such a socket must not pass for a socket of root.
+- After the peer has closed, another user's socket may take its addresses and ports. This can happen only after our end
+  of the connection has been closed too. So our end is checked after the lookup.
 - A user that our user namespace does not know has the overflow uid, which may also be the uid of a real user.
 
-On systems that do not tell (macOS), every user of the machine can use the ports.
+On systems that do not show the user (macOS), every user of the machine can use the ports.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from gpumesh.tunnels.local_system.socket_lookup import ProcNet, SocketLookup, op
 from gpumesh.tunnels.local_system.sockets import is_tcp
 
 # The states of a socket with a peer: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING (tcp_states.h).
-# Where no connection has these ports, the lookup may return a listener, which is another socket.
+# If no connection has these ports, the lookup may return a listener, which is another socket.
 _CONNECTED = frozenset({1, 4, 5, 8, 9, 11})
 
-REPORT_EVERY_S = 60.0  # how often the same refused user is reported
-REPORTED_USERS = 64  # at most, in that time
+REPORT_INTERVAL_S = 60.0  # between two reports of the same refused user
+MAX_REPORTED_USERS = 64  # in that time
 
 OnPeerRefused = Callable[[int, int], None]
-"""Gets the local port and the uid of the user whose connection was refused."""
+"""Called with the local port, and with the uid of the user whose connection was refused."""
 
 
 class OwnUserFilter:
-    """Allows connections of our own user and of root. For one thread that accepts.
+    """Allows connections of our own user and of root. Only one thread may use it.
 
-    ``on_refused`` is called in that thread, for each uid at most once in ``REPORT_EVERY_S``. A client that has gone
+    ``on_refused`` is called in that thread, for each uid at most once in ``REPORT_INTERVAL_S``. A client that has gone
     already is not reported.
     """
 
@@ -56,7 +56,8 @@ class OwnUserFilter:
         self._reported_at: dict[int, float] = {}
 
     def allows(self, connection: socket.socket, peer: Any) -> bool:
-        """``peer`` is the address that ``accept`` returned. For a Unix socket its mode has decided already."""
+        """``peer`` is the address that ``accept`` returned. A Unix socket is always allowed: its mode keeps other users
+        out."""
         if not is_tcp(connection):
             return True
         uid = self.find_peer_uid(connection, peer)
@@ -70,7 +71,7 @@ class OwnUserFilter:
         """The user who made the socket at the other end; ``None`` when no process holds that socket any more."""
         try:
             info = self._look_up(make_address_pair(peer, connection.getsockname(), connection.family))
-            connection.getpeername()  # raises when our end is closed: another socket may have these ports by now
+            connection.getpeername()  # raises when our end is closed; then another socket may have these ports
         except OSError:
             return None
         return info.uid if info is not None and info.inode and info.state in _CONNECTED else None
@@ -86,15 +87,15 @@ class OwnUserFilter:
 
     def _report(self, connection: socket.socket, uid: int) -> None:
         now = self._clock()
-        self._reported_at = {user: at for user, at in self._reported_at.items() if now - at < REPORT_EVERY_S}
-        if uid not in self._reported_at and len(self._reported_at) < REPORTED_USERS:
+        self._reported_at = {user: at for user, at in self._reported_at.items() if now - at < REPORT_INTERVAL_S}
+        if uid not in self._reported_at and len(self._reported_at) < MAX_REPORTED_USERS:
             self._reported_at[uid] = now
             with suppress(OSError):
                 self._on_refused(connection.getsockname()[1], uid)
 
 
 def can_identify_peers(listener: socket.socket) -> bool:
-    """Whether this system tells which user connects to ``listener``. Raises OSError as ``open_socket_lookup`` does."""
+    """Whether this system shows which user connects to ``listener``. Raises OSError as ``open_socket_lookup`` does."""
     lookup = open_socket_lookup(listener)
     if lookup is not None:
         lookup.close()
@@ -102,9 +103,10 @@ def can_identify_peers(listener: socket.socket) -> bool:
 
 
 def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> OwnUserFilter | None:
-    """For connections to ``listener``. ``None`` for a Unix socket, whose mode decides, and on systems that never tell.
+    """A filter for connections to ``listener``. ``None``: none is needed (a Unix socket, whose mode decides), or none
+    is possible (another system than Linux).
 
-    Raises TunnelError on a system that tells, but not now: a port that is for our user is not opened to all.
+    Raises TunnelError on Linux when the user cannot be found out now: a port for our own user must not be open to all.
     """
     if listener.family == socket.AF_UNIX or sys.platform != "linux":
         return None
@@ -119,7 +121,7 @@ def open_own_user_filter(listener: socket.socket, on_refused: OnPeerRefused) -> 
 
 
 def find_user_name(uid: int) -> str | None:
-    """The user's name, safe to print. Blocks where a directory service has to be asked."""
+    """The user's name, safe to print. Blocks while a directory service is asked."""
     import pwd  # POSIX only
 
     try:
@@ -129,11 +131,11 @@ def find_user_name(uid: int) -> str | None:
 
 
 def overflow_uid() -> int | None:
-    """The uid that this process sees for users that its user namespace does not know; ``None``: it knows all users."""
+    """The uid by which this process sees users that its user namespace does not know. ``None``: it knows all users."""
     try:
-        ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-        if ranges == [["0", "0", "4294967295"]]:
+        uid_ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        if uid_ranges == [["0", "0", "4294967295"]]:
             return None
         return int(Path("/proc/sys/kernel/overflowuid").read_text())
     except (OSError, ValueError):
-        return 65534
+        return 65534  # the kernel's default

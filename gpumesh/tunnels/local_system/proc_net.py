@@ -1,4 +1,4 @@
-"""The tables of TCP sockets in /proc/net (``tcp``, ``tcp6``; Linux): their lines, and the form of their addresses.
+"""Parses the tables of TCP sockets in /proc/net (``tcp``, ``tcp6``; Linux): their lines, and their form of addresses.
 
 The kernel writes each 32-bit word of an address as a hexadecimal number in the machine's byte order.
 """
@@ -18,7 +18,7 @@ IPV4_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
 
 class SocketInfo(NamedTuple):
-    """What the kernel knows of one socket. ``inode`` is 0 when no process holds the socket any more."""
+    """The kernel's data of one socket. ``inode`` is 0 when no process holds the socket any more."""
 
     state: int
     uid: int
@@ -37,10 +37,10 @@ class AddressPair(NamedTuple):
 
 
 def make_address_pair(local: tuple[str, int], remote: tuple[str, int] | None, family: int) -> AddressPair:
-    """From addresses as ``getsockname`` returns them; ``remote`` is ``None`` for a listener.
+    """Makes a pair from addresses in the form of ``getsockname``. ``remote`` is ``None`` for a listener.
 
-    An IPv4 address in IPv6's form becomes one of IPv4: by that the kernel finds sockets of both families. Raises
-    OSError for text that is no address.
+    An IPv4 address in IPv6's form becomes an IPv4 address, because the kernel finds sockets of both families by it.
+    Raises OSError for a text that is no address.
     """
     address = socket.inet_pton(family, local[0])
     remote_address = bytes(len(address)) if remote is None else socket.inet_pton(family, remote[0])
@@ -50,7 +50,7 @@ def make_address_pair(local: tuple[str, int], remote: tuple[str, int] | None, fa
 
 
 def map_to_ipv6(pair: AddressPair) -> AddressPair:
-    """An IPv4 pair as ``tcp6`` holds it, for a socket of family IPv6 that talks IPv4."""
+    """An IPv4 pair in the form of ``tcp6``, where sockets of family IPv6 stand that talk IPv4."""
     return AddressPair(
         socket.AF_INET6,
         IPV4_MAPPED_PREFIX + pair.address,
@@ -61,13 +61,13 @@ def map_to_ipv6(pair: AddressPair) -> AddressPair:
 
 
 def format_table_address(address: bytes, port: int) -> bytes:
-    """As a table writes an address: ``0100007F:1F90`` for 127.0.0.1 port 8080 on x86."""
+    """An address in the form of the tables: ``0100007F:1F90`` for 127.0.0.1 port 8080 on x86."""
     words = (address[start : start + 4] for start in range(0, len(address), 4))
     return b"%s:%04X" % ("".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words).encode(), port)
 
 
 def parse_table_address(text: str) -> tuple[IPv4Address | IPv6Address, int]:
-    """The reverse of ``format_table_address``; an IPv4 address in IPv6's form becomes one of IPv4. Raises
+    """The reverse of ``format_table_address``. An IPv4 address in IPv6's form becomes an IPv4 address. Raises
     ValueError."""
     digits, _, port = text.partition(":")
     raw = b"".join(int(digits[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(digits), 8))

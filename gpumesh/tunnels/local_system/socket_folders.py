@@ -1,8 +1,8 @@
-"""A private folder for the sockets of one connection, and the removal of folders whose process is gone.
+"""Makes a private folder for the sockets of one connection, and removes the folders of processes that have ended.
 
-The process that makes a folder holds a lock on it (file_lock.py). A folder that can be locked belongs to no living
-process. Creating a folder and removing old ones exclude each other by a lock on the parent folder: otherwise a folder
-that was just made and is not locked yet would look like an old one.
+The process that makes a folder holds a lock on it (file_lock.py). So a folder that can be locked belongs to no living
+process. A lock on the parent folder keeps the two jobs apart: otherwise a folder that was just made, and is not locked
+yet, would look like an old one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gpumesh import file_lock
 from gpumesh.config import environment
 
 _PREFIX = "s"
-_NAME = re.compile(_PREFIX + r"[a-z0-9_]{8}")  # as tempfile makes names
-# The sockets at which an ssh master or our server for its questions listens. A connect to any other socket in there
-# would open a connection on the host.
-_LISTENERS = ("c", "n", "ask")
+_NAME = re.compile(_PREFIX + r"[a-z0-9_]{8}")  # the form of the names that tempfile makes
+# The sockets at which an ssh master, or our server for its questions, listens. Only these are tried: a connect to
+# another socket of the folder would open a forwarded connection on the host.
+_PROBED_SOCKETS = ("c", "n", "ask")
 
 
 @contextlib.contextmanager
@@ -34,28 +34,28 @@ def private_folder() -> Iterator[Path]:
     """
     runtime = environment.runtime_dir()
     with file_lock.open_folder(runtime) as parent:
-        # Without locks on this file system, an old folder is recognised by its sockets alone.
+        # A file system may have no locks. Then only its sockets show whether a folder is in use.
         with contextlib.suppress(OSError):
             file_lock.acquire(parent, shared=True)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runtime))
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(OSError):
-            file_lock.try_acquire(held)
+            file_lock.try_acquire(lock_descriptor)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+        os.close(lock_descriptor)
 
 
 def remove_stale_folders(runtime: Path) -> None:
     """Removes the folders in ``runtime`` (which only this user can write to) that belong to no living process.
 
-    Raises nothing: a folder whose owner cannot be found out, or that cannot be removed, stays.
+    Raises nothing. A folder stays if its owner cannot be found out, or if it cannot be removed.
     """
     with contextlib.suppress(OSError), file_lock.open_folder(runtime) as parent:
         if not file_lock.try_acquire(parent):
-            return  # another process is just making a folder: the next call removes the old ones
+            return  # another process is just making a folder; the next call removes the old ones
         with os.scandir(runtime) as entries:
             candidates = [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
         for folder in candidates:
@@ -65,20 +65,20 @@ def remove_stale_folders(runtime: Path) -> None:
 
 def _remove_if_stale(folder: Path) -> None:
     with file_lock.open_folder(folder, follow_links=False) as descriptor:
-        ours = os.fstat(descriptor).st_uid == os.geteuid()
-        # An older gpumesh holds no lock: its folder is in use while a process listens in it.
-        if ours and file_lock.try_acquire(descriptor) and not _has_listener(folder):
+        is_ours = os.fstat(descriptor).st_uid == os.geteuid()
+        # An older gpumesh holds no lock. Its folder is in use while a process listens in it.
+        if is_ours and file_lock.try_acquire(descriptor) and not _has_listener(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_listener(folder: Path) -> bool:
-    for name in _LISTENERS:
+    for name in _PROBED_SOCKETS:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
                 probe.connect(str(folder / name))
             except BlockingIOError:
-                return True  # its queue is full
+                return True  # a process listens, and its queue is full
             except OSError:
                 continue
             return True

@@ -1,8 +1,8 @@
 """Finds a socket of this machine by its addresses and ports: its state and the user who made it (Linux).
 
 TCP on loopback carries no credentials, but the kernel knows which user made a socket. sock_diag(7) finds a socket by
-its addresses in some microseconds, however many sockets there are. /proc/net/tcp has the same data and is read line
-by line. Other systems (macOS) tell only root.
+its addresses in some microseconds, however many sockets there are. /proc/net/tcp has the same data, but has to be read
+line by line. Other systems (macOS) show this to root only.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class SocketLookup(Protocol):
 
 
 class SockDiag:
-    """Asks the kernel over one netlink socket. For one thread. Raises OSError where the system has no netlink."""
+    """Asks the kernel over one netlink socket. Only one thread may use it. The constructor raises OSError where the
+    system has no netlink."""
 
     def __init__(self) -> None:
         if sys.platform != "linux":
             raise OSError("only Linux has netlink")
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG)
-        self._netlink.setblocking(False)  # the answer is there when `send` returns
+        self._netlink.setblocking(False)  # the kernel answers before ``send`` returns
         self._sequence = 0
 
     def __call__(self, pair: AddressPair) -> SocketInfo | None:
@@ -74,9 +75,9 @@ class SockDiag:
         while True:
             answer = self._netlink.recv(4096)
             _length, kind, _flags, sequence, _port = _NLMSG_HEADER.unpack_from(answer)
-            if sequence == self._sequence:  # any other answer belongs to an earlier request and came too late
+            if sequence == self._sequence:  # an answer to an earlier request is skipped
                 break
-        if kind == _NLMSG_ERROR:  # ENOENT: no such socket, or no tcp_diag in the kernel (see `open_socket_lookup`)
+        if kind == _NLMSG_ERROR:  # ENOENT: no such socket, or no tcp_diag in the kernel (see ``open_socket_lookup``)
             return None
         state = answer[_NLMSG_HEADER.size + 1]
         _, _, _, uid, inode = _COUNTERS.unpack_from(answer, _NLMSG_HEADER.size + 4 + _ID_SIZE)
@@ -87,7 +88,8 @@ class SockDiag:
 
 
 class ProcNet:
-    """Reads /proc/net/tcp and tcp6 up to the socket's line, so that its cost grows with the number of sockets."""
+    """Reads /proc/net/tcp and tcp6 up to the socket's line. The cost grows with the number of sockets of the
+    machine."""
 
     def __init__(self, folder: Path = Path("/proc/net")) -> None:
         self._folder = folder
@@ -110,19 +112,20 @@ class ProcNet:
         return None
 
     def close(self) -> None:
-        """It holds nothing open."""
+        """Does nothing: no file stays open between two look-ups."""
 
 
 def open_socket_lookup(listener: socket.socket) -> SocketLookup | None:
-    """A lookup for the peers of ``listener``, tried on the listener itself. ``None``: this system does not tell.
+    """A lookup for the peers of ``listener``. It is first tried on the listener itself. ``None``: no lookup works on
+    this system.
 
-    Raises OSError when descriptors or memory are short, so that it cannot be tried now: that is no reason to let every
-    user in.
+    Raises OSError when descriptors or memory are short, so that the trial is not possible now. The caller must not take
+    that for a system without lookups, and let every user in.
     """
-    for source in (SockDiag, ProcNet):
+    for make_lookup in (SockDiag, ProcNet):
         try:
             with ExitStack() as stack:
-                lookup = source()
+                lookup = make_lookup()
                 stack.callback(lookup.close)
                 if _finds_listener(lookup, listener):
                     stack.pop_all()

@@ -1,4 +1,4 @@
-"""Options of connected sockets: close by a reset, no delay of small packets."""
+"""Sets options of connected sockets: a close by a reset, and no delay of small packets."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def is_tcp(sock: socket.socket) -> bool:
 
 
 def disable_nagle(sock: socket.socket) -> None:
-    """TCP_NODELAY; nothing for a Unix socket. Raises OSError for a connection that has ended."""
+    """Sets TCP_NODELAY. Does nothing for a Unix socket. Raises OSError for a connection that has ended."""
     if is_tcp(sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Makes a later close, by anybody, send a reset. A Unix socket has no reset."""
-    with contextlib.suppress(OSError):  # it is not connected any more
+    """Makes a later close of the socket, in any code, send a reset. A Unix socket has no reset."""
+    with contextlib.suppress(OSError):  # the socket is not connected any more
         if is_tcp(sock):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
 
 
 def close_with_reset(sock: socket.socket) -> None:
-    """Closes so that a TCP peer gets a reset instead of an ordinary end: it must not take a cut answer for a whole
-    one."""
+    """Closes the socket so that a TCP peer gets a reset instead of an ordinary end. So the peer does not take a cut
+    answer for a whole one."""
     reset_on_close(sock)
     sock.close()

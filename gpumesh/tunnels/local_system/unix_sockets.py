@@ -1,7 +1,7 @@
-"""Listening Unix sockets of ours (mode 0600): made, taken over from a mesh that was killed, removed.
+"""Makes and removes our listening Unix sockets (mode 0600), and takes over the path of a mesh that was killed.
 
-What is at the path already is replaced only if it is a socket at which no process listens any more. A file, a folder, a
-link and the socket of a living process stay as they are.
+A socket at the path is replaced only if no process listens at it any more. A file, a folder, a link and the socket of a
+living process stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpumesh.config.listen_address import SOCKET_PATH_LIMIT
 from gpumesh.errors import GPUMeshError
 
 SUFFIX = ".sock"
-NAMES_TRIED = 100  # meshes of one user that run at once and have the same names
+NAMES_TRIED = 100  # so many meshes of one user may run at once with the same names
 
 
 class PathInUse(GPUMeshError):
@@ -29,7 +29,7 @@ class PathInUse(GPUMeshError):
 
 
 class UnixListener:
-    """``sock`` listens at ``path`` until ``close``, which removes the path, if it is still ours."""
+    """``sock`` listens at ``path`` until ``close``, which removes the path unless another socket has replaced ours."""
 
     def __init__(self, path: Path, backlog: int) -> None:
         """Raises PathInUse, GPUMeshError for a path that is too long, and OSError."""
@@ -60,7 +60,7 @@ class UnixListener:
 
 
 def check_path_length(path: Path) -> None:
-    """Raises GPUMeshError."""
+    """Raises GPUMeshError for a path that is too long for a Unix socket."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_LIMIT:
         raise GPUMeshError(
@@ -72,8 +72,8 @@ def check_path_length(path: Path) -> None:
 def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> UnixListener:
     """The local end number ``number`` (from 0) of a node's tunnel, in the runtime folder (0700).
 
-    It has the same name each time, unless another mesh of this user with the same names runs now. Raises GPUMeshError
-    and OSError.
+    Its file name is the same each time, unless another mesh of this user with the same names runs now. Raises
+    GPUMeshError and OSError.
     """
     folder = environment.runtime_dir()
     stem = f"{mesh}-{node}" if number == 0 else f"{mesh}-{node}-{number + 1}"
@@ -81,23 +81,24 @@ def open_tunnel_listener(mesh: str, node: str, number: int, backlog: int) -> Uni
         try:
             return UnixListener(folder / _file_name(stem, "" if attempt == 1 else f".{attempt}", folder), backlog)
         except PathInUse as error:
-            last = error
-    raise last
+            last_error = error
+    raise last_error
 
 
 def _file_name(stem: str, suffix: str, folder: Path) -> str:
-    """A file name with which the path is short enough. Raises GPUMeshError where not even a short name fits."""
+    """A file name with which the path is short enough: a changed or cut stem gets a digest, so that different stems
+    never get the same name. Raises GPUMeshError if not even the digest fits."""
     room = SOCKET_PATH_LIMIT - len(os.fsencode(folder)) - len("/") - len(f".{NAMES_TRIED}") - len(SUFFIX)
-    clean = re.sub(r"[^A-Za-z0-9._-]", "_", stem)
-    if len(clean) > room or clean != stem:
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", stem)
+    if len(name) > room or name != stem:
         digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
         if room < len(digest):
             raise GPUMeshError(
                 f"the runtime folder's path is too long for a Unix socket in it: {folder}",
                 hint="set XDG_RUNTIME_DIR to a folder with a shorter path, or use `tunnels: {listen: tcp}`",
             )
-        clean = f"{clean[: max(room - len(digest) - 1, 0)]}-{digest}"[-room:]
-    return clean + suffix + SUFFIX
+        name = f"{name[: max(room - len(digest) - 1, 0)]}-{digest}"[-room:]
+    return name + suffix + SUFFIX
 
 
 def _remove_stale_socket(path: Path) -> None:

@@ -1,5 +1,5 @@
 """Transport ``openssh``: the system's ``ssh`` as a child of the worker.
 
-It can do what paramiko cannot: ProxyCommand, Match, FIDO keys, certificates, IdentityAgent. connection.py describes how
-it works. options.py has the command lines, master.py the process, login.py the login.
+It supports features that paramiko lacks: ProxyCommand, Match, FIDO keys, certificates, IdentityAgent. connection.py
+describes how it works. options.py has the command lines, master.py the process, login.py the login.
 """

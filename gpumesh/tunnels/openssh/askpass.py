@@ -1,7 +1,7 @@
 """The program that ``ssh`` runs to ask for a password or a passphrase (``SSH_ASKPASS``).
 
-It passes the question to its tunnel's process over a Unix socket (0600, in a 0700 folder) and prints the answer for
-ssh. So no secret is ever in an argument or in the environment. Exit status 1: there is no answer.
+It passes the question to the tunnel's worker process over a Unix socket (0600, in a 0700 folder) and prints the answer
+for ssh. So no argument and no environment variable ever holds a secret. Exit status 1: there is no answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 
 
 def main(path: str, question: str) -> int:
+    """``path``: the Unix socket of ``prompts.AskpassServer``. Returns the exit status."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.connect(path)
         peer.sendall(json.dumps(question).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Commands on the host: each is an ``ssh`` client of the master's control socket."""
+"""Commands on the host. Each is an ``ssh`` client of the master's control socket."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def start_client(
 
 
 async def request_session(control: Path) -> None:
-    """Returns when the host has given a session, or has refused one. Kills the client when cancelled."""
+    """Returns when the host has given a session, or has refused to. Kills the client when cancelled."""
     process = await asyncio.create_subprocess_exec(
         *client_command(control, "--", CLIENT_HOST, "exit"),
         stdin=DEVNULL,

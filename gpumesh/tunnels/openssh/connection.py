@@ -3,14 +3,14 @@
 One ``ssh`` child, the *master* (master.py), holds the connection. Its own session runs ``cat`` on the host, for three
 reasons:
 
-- sshd sets TCP_NODELAY when a session opens; without it a request takes 43 ms (docs/internals/tunnels.md).
-- The time of an echoed line is the round trip, and shows that the host itself is alive.
-- When our process dies, however that may be, the session's input ends, then ``cat``, then the master.
+- sshd sets TCP_NODELAY when a session opens. Without that option a request takes 43 ms (docs/internals/tunnels.md).
+- An echoed line shows that the host itself is alive, and its time is the round trip.
+- When our process dies, in whatever way, the session's input ends; then ``cat`` ends, and then the master.
 
-A host that allows no command gets a master without a session.
+If a host allows no command, the master has no session.
 
 Forwards are Unix sockets of the master in a 0700 folder (forwards.py). forwarder.py accepts at the node's permanent
-listeners, and unix_relay.py relays to those sockets. Commands are further clients of the master's control socket
+listeners, and unix_relay.py relays to those sockets. Each command is a client of the master's control socket
 (commands.py).
 """
 
@@ -51,7 +51,7 @@ async def connect(
         raise TunnelError(f"there is no folder for the sockets of {setup.node}")
     folder = Path(setup.control_dir)
     if setup.ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW:
-        ensure_known_hosts_file(setup.ssh.known_hosts)  # ssh would write into any file
+        ensure_known_hosts_file(setup.ssh.known_hosts)  # ssh itself would write into any file
     deadline = Deadline(setup.ssh.connect_timeout_s, time.monotonic)
     async with AskpassServer(folder, dict(setup.secrets), events, deadline, interactive=setup.interactive) as prompts:
         master = await log_in(setup, folder, prompts, deadline)
@@ -92,7 +92,8 @@ class OpensshConnection:
         return f"<OpensshConnection {self._destination} {self._master!r} {self._forwarder!r}>"
 
     async def start_forwarding(self, folder: Path) -> None:
-        """Raises ``TunnelError``: ForwardingForbidden when the host allows forwarding to no target."""
+        """Starts to serve the clients of the listeners. Raises ``TunnelError``, among them ForwardingForbidden when the
+        host forbids forwarding to all targets."""
         routes = [(folder / f"f{index}", target) for index, target in enumerate(self._setup.targets)]
         rtt_ms: float | None = None
         if routes:
@@ -115,15 +116,15 @@ class OpensshConnection:
         return await _first_result(self._master.measure_round_trip_ms(timeout_s), self._ping_by_session(timeout_s))
 
     async def _ping_by_session(self, timeout_s: float) -> float | None:
-        """For a master that does not echo (yet): the host gives or refuses another session, and both show that it is
-        alive."""
-        began = time.perf_counter()
+        """The ping of a master that does not echo, or not yet. It asks for one more session: whether the host gives or
+        refuses the session, the answer shows that it is alive."""
+        started_at = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):
                 await commands.request_session(self._master.control)
         except TimeoutError:
             return None
-        return None if self._master.exited else (time.perf_counter() - began) * 1000
+        return None if self._master.exited else (time.perf_counter() - started_at) * 1000
 
     async def start_command(self, command: str) -> commands.MuxCommand:
         return await commands.start_client(
@@ -160,7 +161,7 @@ class OpensshConnection:
             return False
 
     def _report_forbidden(self, forbidden: Sequence[Target]) -> None:
-        """Raises ForwardingForbidden when all targets are forbidden."""
+        """Reports each forbidden target. Raises ForwardingForbidden when all targets are forbidden."""
         if forbidden and len(forbidden) == len(self._setup.targets):
             raise ForwardingForbidden(
                 self._forbidden_message(forbidden[0]),
@@ -173,7 +174,8 @@ class OpensshConnection:
         return f"the sshd at {self._destination} forbids forwarding to {target.host}:{target.port}"
 
     def _on_error_line(self, line: str) -> None:
-        """ssh names no target when the host refuses a channel: most likely it is the target that was dialled last."""
+        """Reports a target whose channel the host did not open. ssh does not name the target: most likely it is the one
+        that was dialled last."""
         target = self._last_dialled
         if target is None or OPEN_FAILED_TEXT not in line:
             return
@@ -195,7 +197,7 @@ class OpensshConnection:
         return dial
 
     def _on_forwarder_end(self) -> None:
-        """Because of an error of ours, or because we close."""
+        """The selector thread has ended: by an error of ours, or because the connection closes."""
         self._call_soon(self._forwarder_ended.set)
 
     def _on_peer_refused(self, port: int, uid: int) -> None:

@@ -1,4 +1,5 @@
-"""Turns what ``ssh`` prints on stderr into our typed errors. Pure. The texts are those of OpenSSH 7.9 to 9.9."""
+"""Turns the lines that ``ssh`` prints on stderr into our typed errors. Pure. The texts are those of OpenSSH 7.9 to
+9.9."""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ NO_SESSION_PATTERN = re.compile(
     re.IGNORECASE,
 )
 
-_MakeError = Callable[[str, str], TunnelError]  # from the destination and ssh's own line
+_MakeError = Callable[[str, str], TunnelError]  # its arguments: the destination, and the line that ssh printed
 
-# The first row that matches any line decides: "Host key verification failed" and "Permission denied" follow from other
-# errors, which have rows further up.
+# The first row that matches any line decides. Lines such as "Host key verification failed" or "Permission denied" often
+# follow a line with the true cause, so the rows of the causes come first.
 _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), make_error)
     for pattern, make_error in (
@@ -162,16 +163,16 @@ _ERRORS_BY_TEXT: tuple[tuple[re.Pattern[str], _MakeError], ...] = tuple(
 
 
 def error_from_stderr(lines: Sequence[str], destination: str, *, was_up: bool = False) -> TunnelError:
-    """The error that ``lines`` mean: the last lines of ssh's stderr, printable already. ``was_up``: ssh was connected,
-    so the connection was lost, whatever the lines say."""
+    """The error that ``lines`` mean. They are the last lines of ssh's stderr, made printable. ``was_up``: ssh was
+    connected, so the error is ``TunnelLost`` whatever the lines say."""
     if was_up:
-        last = lines[-1] if lines else "ssh ended without a word"
-        return TunnelLost(f"the connection to {destination} broke: {last}")
+        last_line = lines[-1] if lines else "ssh ended without a word"
+        return TunnelLost(f"the connection to {destination} broke: {last_line}")
     for pattern, make_error in _ERRORS_BY_TEXT:
         for line in lines:
             if pattern.search(line):
                 return make_error(destination, line)
-    last = lines[-1] if lines else "it says nothing"
+    last_line = lines[-1] if lines else "it says nothing"
     return TunnelError(
-        f"ssh does not connect to {destination}: {last}", hint="try it by hand: `ssh -v` to the same host"
+        f"ssh does not connect to {destination}: {last_line}", hint="try it by hand: `ssh -v` to the same host"
     )

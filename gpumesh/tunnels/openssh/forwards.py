@@ -1,7 +1,7 @@
-"""The master's forwards: one Unix socket in its folder for each target, and whether the host allows forwarding.
+"""The master's forwards: one Unix socket in its folder for each target, and a check whether the host allows forwarding.
 
-ssh names no target when the host refuses a channel. So all targets are tried together, and one by one only if some were
-refused.
+ssh names no target when the host refuses a channel. So the check tries all targets together, and each target alone only
+if some were refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MUX_TIMEOUT_S = 5.0
 ECHO_TIMEOUT_S = 3.0
 
 Route = tuple[Path, Target]
-"""The Unix socket at which the master listens, and where it forwards to."""
+"""The Unix socket at which the master listens, and the target to which it forwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,21 @@ async def open_forwards(master: OpensshMaster, routes: Sequence[Route], destinat
 
 
 async def check_forwards(master: OpensshMaster, routes: Sequence[Route]) -> ForwardCheck:
-    """Finds the forbidden targets. Needs a master that echoes."""
-    refused, rtt_ms = await _count_refused(master, routes)
-    if refused == 0:
+    """Finds the forbidden targets. The master must be ``ECHOING``."""
+    refused_count, rtt_ms = await _count_refused(master, routes)
+    if refused_count == 0:
         return ForwardCheck((), rtt_ms)
     forbidden = [target for path, target in routes if (await _count_refused(master, [(path, target)]))[0]]
     return ForwardCheck(tuple(forbidden), rtt_ms)
 
 
 async def _count_refused(master: OpensshMaster, routes: Sequence[Route]) -> tuple[int, float | None]:
-    """Opens a connection for each route. How many of them the host has forbidden, and the round trip in ms.
+    """Opens a connection for each route. Returns how many of them the host has forbidden, and the round trip in ms.
 
-    The host forbids at once, and before our second echo comes back (in ssh, the first echo may overtake the requests).
+    The host refuses a channel at once, so all refusals come before our second echo. (The first echo is not enough: in
+    ssh its line may overtake the requests.)
     """
-    before = master.refused_forwards
+    old_count = master.refused_forwards
     writers: list[asyncio.StreamWriter] = []
     rtt_ms: float | None = None
     try:
@@ -68,4 +69,4 @@ async def _count_refused(master: OpensshMaster, routes: Sequence[Route]) -> tupl
     finally:
         for writer in writers:
             writer.close()
-    return master.refused_forwards - before, rtt_ms
+    return master.refused_forwards - old_count, rtt_ms

@@ -1,4 +1,4 @@
-"""Asks a host for its key with the system's ``ssh``, which ends before any login. For ``gpumesh trust``."""
+"""Asks a host for its key with the system's ``ssh``, which ends before any login. ``gpumesh trust`` uses this."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ async def fetch_host_key(
             )
             try:
                 await asyncio.wait([child.exit_task], timeout=timeout_s)
-                in_time = child.exit_task.done()
+                ended_in_time = child.exit_task.done()
             finally:
                 await child.close()
         entries = read_known_hosts(known_hosts).entries
         if entries:
             return entries[0].key
-        if not in_time:
+        if not ended_in_time:
             raise timeout_error(child, ssh)
         raise error_from_stderr(child.error_lines, format_destination(ssh))
 
 
 class _NoEvents:
-    """``ConnectionEvents`` of an ssh that forwards nothing and asks nobody."""
+    """The ``ConnectionEvents`` for an ssh that forwards nothing and asks no person."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - nobody is asked
         return None
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:
-        """Nothing is forwarded."""
+        """Is never called: nothing is forwarded."""
 
     def report_peer_refused(self, port: int, uid: int) -> None:
-        """There are no local ports."""
+        """Is never called: there are no local ports."""

@@ -1,4 +1,4 @@
-"""Logs a master in, or says why that failed: first with an echoing session, then without a session."""
+"""Logs a master in: first with an echoing session, and if the host refuses that, without a session."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gpumesh.tunnels.openssh.prompts import AskpassServer
 from gpumesh.tunnels.transport import ConnectRequest
 
 SSH_FAILED = 255
-"""ssh's exit status when ssh itself failed. A command may have it too."""
+"""ssh's exit status when ssh itself failed. A command may end with the same status."""
 
-FIRST_ECHO_TIMEOUT_S = 3.0  # after the login
-MIN_ECHO_TIMEOUT_S = 0.5
+FIRST_ECHO_TIMEOUT_S = 3.0  # for the first echo after the login
+MIN_ECHO_TIMEOUT_S = 0.5  # the same, when the login has used up its time
 
 
 async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, deadline: Deadline) -> OpensshMaster:
-    """A master that is logged in, with a session where the host gives one. Raises ``TunnelError``."""
+    """A master that is logged in, with a session if the host gives one. Raises ``TunnelError``."""
     master = await _start_and_log_in(setup, folder / "c", prompts, deadline, session=True)
     if not master.exited:
         return master
@@ -38,9 +38,10 @@ async def log_in(setup: ConnectRequest, folder: Path, prompts: AskpassServer, de
 
 
 def was_only_session_refused(error_lines: Iterable[str], returncode: int | None) -> bool:
-    """Whether an ssh that ended had logged in and lacked only its session, so that one without a session may work.
+    """Whether an ssh that ended had logged in and only got no session. Then an ssh without a session may work.
 
-    Any other exit status than ``SSH_FAILED`` is the status of a command that the host runs instead of ours.
+    An exit status other than ``SSH_FAILED`` comes from a command that the host ran instead of ours, so the login
+    worked.
     """
     lines = list(error_lines)
     if any(NO_TERMINAL_TEXT in line for line in lines):
@@ -51,13 +52,14 @@ def was_only_session_refused(error_lines: Iterable[str], returncode: int | None)
 async def _start_and_log_in(
     setup: ConnectRequest, control: Path, prompts: AskpassServer, deadline: Deadline, *, session: bool
 ) -> OpensshMaster:
-    """A master that is logged in, or has ended (``exited``). Raises ``TunnelError``; then it is closed."""
+    """A master that is logged in, or that has ended (``exited``). Raises ``TunnelError``, after it has closed the
+    master."""
     command = master_command(setup, control, batch=not prompts.can_answer, session=session)
     master = await OpensshMaster.start(command, control, prompts.askpass_path if prompts.can_answer else None)
     try:
         logged_in = await master.wait_logged_in(deadline, session=session)
         if logged_in and master.state is MasterState.SILENT:
-            # A forced command that never echoes is a session all the same, if it goes on running.
+            # Without an echo this is still a session: the login shell may be slow, or a forced command may never echo.
             timeout_s = min(FIRST_ECHO_TIMEOUT_S, max(MIN_ECHO_TIMEOUT_S, deadline.remaining_s))
             await master.measure_round_trip_ms(timeout_s)
     except TimeoutError as error:
@@ -70,7 +72,8 @@ async def _start_and_log_in(
 
 
 def timeout_error(master: OpensshMaster, ssh: SshSpec) -> TunnelError:
-    """The reason that ssh has printed so far, if it is a known one; else that it took too long."""
+    """The error for a login that took too long: the reason that ssh has printed if it is a known one, else
+    ConnectTimeout."""
     if master.error_lines:
         reason = error_from_stderr(master.error_lines, format_destination(ssh))
         if type(reason) is not TunnelError:

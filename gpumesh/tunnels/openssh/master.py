@@ -6,7 +6,8 @@ Its life, as ``MasterState``::
         │
         └─────logged in──▶ SILENT ──first echo──▶ ECHOING          (any state ──the process ended──▶ EXITED)
 
-A login shell may take seconds to start ``cat``, and a forced command may never echo: both are SILENT.
+A login shell may take seconds to start ``cat``, and a forced command may never echo. In both cases the master is
+SILENT.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from gpumesh.tunnels.transport import PING_RESEND_S
 
 READ_BYTES = 32 * 1024
 LINE_LIMIT = 4096
-SHOWN_LINE = 300  # characters of a line of ssh's that are kept
-KEPT_LINES = 40
-POLL_S = 0.01
+MAX_SHOWN_CHARS = 300  # of a line of ssh's stderr
+KEPT_LINES = 40  # the last lines of stderr
+POLL_S = 0.01  # time between two checks whether the control socket is there
 STOP_TIMEOUT_S = 1.0
 
 
@@ -60,8 +61,8 @@ _NEXT_STATES = {
 
 
 class OpensshMaster:
-    """``error_lines`` are the last lines of its stderr, made printable. ``refused_forwards`` counts how often it said
-    that the host forbids forwarding. ``on_error_line`` gets each new line."""
+    """The ``ssh`` child. ``error_lines`` are the last lines of its stderr, made printable. ``refused_forwards`` counts
+    the lines by which it reported that the host forbids forwarding. ``on_error_line`` is called with each new line."""
 
     def __init__(self, process: Process, control: Path) -> None:
         self.process = process
@@ -70,7 +71,7 @@ class OpensshMaster:
         self.error_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.refused_forwards = 0
         self.on_error_line: Callable[[str], None] = lambda _: None
-        self._nonce = secrets.token_hex(8)
+        self._nonce = secrets.token_hex(8)  # so that no line of a greeting passes for an echo
         self._line_ids = itertools.count()
         self._pending_echoes: dict[bytes, asyncio.Future[float]] = {}
         self._readers = [asyncio.create_task(self._read_errors()), asyncio.create_task(self._read_echoes())]
@@ -81,8 +82,8 @@ class OpensshMaster:
 
     @classmethod
     async def start(cls, command: list[str], control: Path, askpass: Path | None) -> OpensshMaster:
-        """``askpass``: the program that answers ssh's questions. Raises TransportUnsupported when there is no
-        ``ssh``."""
+        """Starts ``ssh``. ``askpass``: the program that answers ssh's questions. Raises TransportUnsupported when
+        ``ssh`` cannot be run."""
         changes: dict[str, str | None] = {"SSH_ASKPASS": None, "SSH_ASKPASS_REQUIRE": "never"}
         if askpass is not None:
             # DISPLAY: without it, ssh before 8.4 does not run the program.
@@ -95,7 +96,8 @@ class OpensshMaster:
                 stdout=PIPE,
                 stderr=PIPE,
                 env=environment.child_environment(changes),
-                start_new_session=True,  # no terminal to ask on, and one process group with its ProxyCommand
+                # In its own session, ssh has no terminal for questions, and one process group with its ProxyCommand.
+                start_new_session=True,
                 preexec_fn=child_process.die_with_parent,  # safe: the worker has no threads of its own yet
             )
         except OSError as error:
@@ -109,7 +111,7 @@ class OpensshMaster:
         return self.state is MasterState.EXITED
 
     async def wait_logged_in(self, deadline: Deadline, *, session: bool) -> bool:
-        """True when it is logged in, which its control socket shows; false when it has ended. Raises
+        """True when ssh is logged in, which its control socket shows; false when ssh has ended. Raises
         ``TimeoutError``."""
         while not self.control.exists():
             if self.exited:
@@ -148,7 +150,7 @@ class OpensshMaster:
                 del self._pending_echoes[line]
 
     async def close(self) -> None:
-        """Ends it and all processes that it started. May be called twice."""
+        """Ends ssh and all processes that it started. May be called twice."""
         if not self.exit_task.done():
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
@@ -162,7 +164,7 @@ class OpensshMaster:
         self._advance(MasterState.EXITED)
 
     def _advance(self, state: MasterState) -> None:
-        """To a later state; an event that comes too late changes nothing."""
+        """Changes to ``state`` if it can follow the present state. An event that comes too late changes nothing."""
         if state in _NEXT_STATES[self.state]:
             self.state = state
 
@@ -173,13 +175,13 @@ class OpensshMaster:
 
     async def _wait_for_exit(self) -> None:
         await self.process.wait()
-        await asyncio.wait(self._readers, timeout=STOP_TIMEOUT_S)  # a ProxyCommand that is left may hold its stderr
+        await asyncio.wait(self._readers, timeout=STOP_TIMEOUT_S)  # a ProxyCommand that still runs may hold stderr open
         self._advance(MasterState.EXITED)
 
     async def _read_errors(self) -> None:
         async for line in _read_lines(self.process.stderr):
-            text = printable(line, SHOWN_LINE)
-            if not text or set(text) == {"@"}:  # the frame around ssh's warning of a changed host key
+            text = printable(line, MAX_SHOWN_CHARS)
+            if not text or set(text) == {"@"}:  # a line of the frame around ssh's warning of a changed host key
                 continue
             self.error_lines.append(text)
             self.refused_forwards += FORBIDDEN_TEXT in text
@@ -192,12 +194,12 @@ class OpensshMaster:
             echo = self._pending_echoes.get(line.strip())
             if echo is not None and not echo.done():
                 echo.set_result(time.perf_counter())
-            elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy says it on stdout
-                self.error_lines.append(printable(line, SHOWN_LINE))
+            elif NO_TERMINAL_TEXT.encode() in line:  # RunPod's proxy writes it to stdout
+                self.error_lines.append(printable(line, MAX_SHOWN_CHARS))
 
 
 async def _read_lines(pipe: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
-    """Lines of a hostile stream; a line that is too long is cut."""
+    """The lines of a hostile stream. A line longer than ``LINE_LIMIT`` is cut."""
     assert pipe is not None
     buffer = LineBuffer(LINE_LIMIT, cut=True)
     while data := await pipe.read(READ_BYTES):

@@ -1,6 +1,6 @@
 """A client of an ``ssh`` master's control socket (OpenSSH's PROTOCOL.mux, version 4).
 
-A request costs a message instead of an ``ssh -O`` process, which first has to load its libraries.
+A request is one message. The alternative, an ``ssh -O`` process for each request, first has to load its libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HELLO = 0x00000001
 _ALIVE_CHECK, _OPEN_FORWARD = 0x10000004, 0x10000006
 _OK, _DENIED, _FAILURE, _ALIVE = 0x80000001, 0x80000002, 0x80000003, 0x80000005
 _LOCAL = 1
-_UNIX_SOCKET = 0xFFFFFFFE  # instead of a port: the host in front of it is a path
+_UNIX_SOCKET = 0xFFFFFFFE  # in the place of a port: the field before it, the host, is then a path
 
 
 class MuxError(Exception):
@@ -51,7 +51,8 @@ async def is_master_alive(control: Path) -> bool:
 
 
 async def _exchange(control: Path, messages: list[bytes]) -> list[tuple[int, bytes]]:
-    """The answers to ``messages``: the kind of each, and its content after the request's number."""
+    """Sends ``messages``. For each, the kind of the answer and its content after the request's number. Raises
+    ``MuxError``."""
     try:
         reader, writer = await asyncio.open_unix_connection(control)
     except OSError as error:

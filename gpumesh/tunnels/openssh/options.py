@@ -1,4 +1,4 @@
-"""The command lines of ``ssh``: of the master, of its clients, of a chain of jump hosts, of a look at a host key.
+"""The command lines of ``ssh``: for the master, for its clients, for a chain of jump hosts, for fetching a host key.
 
 No secret is in any argument: prompts.py answers ssh's questions.
 """
@@ -18,14 +18,14 @@ from gpumesh.tunnels.jump_hosts import split_jump
 from gpumesh.tunnels.known_hosts import host_key_alias, read_known_hosts
 from gpumesh.tunnels.transport import ConnectRequest
 
-CLIENT_HOST = "gpumesh"  # the host's name for clients of the control socket: they ask the master, never DNS
+CLIENT_HOST = "gpumesh"  # clients of the control socket need some host name; they ask the master, never DNS
 
 
 def master_command(setup: ConnectRequest, control: Path, *, batch: bool, session: bool) -> list[str]:
     """The command line of the master. ``session``: its own session runs ``cat`` on the host.
 
-    Everything that would make ssh ask, forward or share by itself is off: what the user's ~/.ssh/config says about that
-    is meant for people. Raises ``HostKeyRevoked`` and ``KeyUnreadable``.
+    The options switch off everything that would make ssh ask, forward or share by itself: what the user's ~/.ssh/config
+    sets there is meant for ssh in a terminal. Raises ``HostKeyRevoked`` and ``KeyUnreadable``.
     """
     ssh = setup.ssh
     options = {
@@ -82,7 +82,8 @@ def host_key_command(setup: ConnectRequest, known_hosts: Path, *, batch: bool) -
 
 
 def jump_command(ssh: SshSpec, *, batch: bool) -> str:
-    """The chain of jump hosts as a ProxyCommand. ``-J`` would not pass our known_hosts, keys and policy on to them."""
+    """The chain of jump hosts as a ProxyCommand. With ``-J``, ssh would not use our known_hosts, keys and policy for
+    them."""
     command = ""
     for jump in ssh.proxy_jump:
         user, _, address = jump.rpartition("@")
@@ -93,14 +94,15 @@ def jump_command(ssh: SshSpec, *, batch: bool) -> str:
             arguments += ["-o", f"ProxyCommand={command}"]
         arguments += ["-l", user] if user else []
         arguments += ["-p", str(port)] if port != 22 else []
-        # The ssh that runs this command expands percent signs once. Only those of -W are meant for it.
+        # The ssh that runs this command expands percent signs once. Only ``%h`` and ``%p`` after -W are meant for that.
         escaped = [argument.replace("%", "%%") for argument in arguments]
         command = shell_words([*escaped, "-W"]) + " '[%h]:%p' " + shell_words(["--", host.replace("%", "%%")])
     return command
 
 
 def client_command(control: Path, *arguments: str) -> list[str]:
-    """A client of the control socket. Without a master it must not connect by itself: hence the ProxyCommand."""
+    """The command line of a client of the control socket. Its ProxyCommand always fails, so that a client that finds no
+    master does not connect by itself."""
     options = {
         "ControlMaster": "no",
         "ControlPath": quote_option_path(control),
@@ -138,7 +140,7 @@ def _option_arguments(options: Mapping[str, str]) -> list[str]:
 
 
 def _identity_arguments(ssh: SshSpec) -> list[str]:
-    """The key files. For an alias, a path with a variable is left out: ssh finds it in ~/.ssh/config by itself."""
+    """The key files. For an alias, a path with a variable is left out, because ssh finds that path in ~/.ssh/config."""
     paths = [path.expanduser() for path in ssh.identity_files]
     paths = [path for path in paths if ssh.alias is None or "${" not in str(path)]
     return [argument for path in paths for argument in ("-o", f"IdentityFile={quote_option_path(path)}")]
@@ -149,10 +151,10 @@ def _jump_arguments(ssh: SshSpec, *, batch: bool) -> list[str]:
 
 
 def quote_option_path(path: Path) -> str:
-    """A path as an option's value: ssh splits values at spaces and expands percent signs.
+    """A path as the value of an option, quoted because ssh splits values at spaces and expands percent signs.
 
-    ssh also expands variables, nothing protects ``${`` from that, and its error would show the variable's value. So
-    ``KeyUnreadable`` is raised for such a path.
+    ssh also expands variables. ``${`` cannot be quoted, and ssh's error would show the variable's value. So this raises
+    ``KeyUnreadable`` for a path with ``${``.
     """
     if "${" in str(path):
         raise KeyUnreadable(
@@ -163,5 +165,5 @@ def quote_option_path(path: Path) -> str:
 
 
 def format_destination(ssh: SshSpec) -> str:
-    """The host in messages; safe to print."""
+    """The name of the host for messages; safe to print."""
     return printable(ssh.alias or format_address(ssh.host, ssh.port))

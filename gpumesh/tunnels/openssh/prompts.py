@@ -1,4 +1,4 @@
-"""Answers the questions that ``ssh`` asks through askpass.py, and notices a wrong secret, because ssh asks again."""
+"""Answers the questions that ``ssh`` asks through askpass.py. When ssh repeats a question, the secret was wrong."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PASSPHRASE = re.compile(r"passphrase for", re.IGNORECASE)
 _PASSWORD = re.compile(r"password", re.IGNORECASE)
 _TRUST_QUESTION = re.compile(r"\(yes/no|authenticity of host|fingerprint", re.IGNORECASE)
 _TOUCH_REQUEST = re.compile(r"confirm user presence", re.IGNORECASE)
-_QUESTION_LIMIT = 8192
+_QUESTION_LIMIT = 8192  # bytes
 
 
 class AskpassServer:
-    """``async with AskpassServer(…) as prompts``: listens in ``folder`` (0700) during a login.
+    """``async with AskpassServer(…) as prompts``: a server in ``folder`` (0700) during a login.
 
     A secret answers the same question only once. If ssh asks again, the secret was wrong, and another try could lock
     the account. Questions whether to trust a host key get no answer here: ``gpumesh trust`` is for that.
@@ -51,7 +51,8 @@ class AskpassServer:
         return self._interactive or bool(self._secrets)
 
     def forget_given_secrets(self) -> None:
-        """For another login after one that succeeded: the secrets were right, and may be given again."""
+        """Allows each secret to be given once more. For another login after one that succeeded: the secrets were
+        right."""
         self._answered_questions.clear()
 
     async def __aenter__(self) -> AskpassServer:
@@ -76,17 +77,17 @@ class AskpassServer:
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         except (ConnectionError, ValueError):
-            pass  # ssh does not wait for the answer any more
+            pass  # askpass has ended, or did not send a line of JSON: then ssh does not wait for an answer
         finally:
             writer.close()
 
     async def answer_question(self, question: str) -> str | None:
-        """``None``: there is no answer."""
+        """The answer; ``None``: ssh gets no answer."""
         if _TRUST_QUESTION.search(question):
             return None
         if _TOUCH_REQUEST.search(question):
             with self._deadline.paused(ANSWER_TIMEOUT_S):
-                await asyncio.sleep(ANSWER_TIMEOUT_S)  # ssh ends askpass when the key was touched
+                await asyncio.sleep(ANSWER_TIMEOUT_S)  # ssh itself ends askpass when the key was touched
             return None
         secret = self._secrets.get(_find_secret_name(question))
         if secret is not None and question not in self._answered_questions:
@@ -99,7 +100,8 @@ class AskpassServer:
 
 
 def _find_secret_name(question: str) -> str:
-    """The secret that ssh asks for; "" for another question. A question for a passphrase may hold "password" too."""
+    """The name of the secret that ssh asks for; "" for another question. The passphrase is tried first, because a key's
+    path in such a question may contain "password"."""
     if _PASSPHRASE.search(question):
         return "passphrase"
     return "password" if _PASSWORD.search(question) else ""

@@ -1,4 +1,4 @@
-"""Forwards accepted connections to a Unix socket, at which an ``ssh`` listens and forwards."""
+"""Forwards accepted connections to a Unix socket. An ``ssh`` listens there and forwards them to the host."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gpumesh.tunnels.forwarder import CHUNK_BYTES, READ, WRITE, Dialer, Forwarde
 from gpumesh.tunnels.local_system.sockets import close_with_reset
 
 CONNECT_RETRY_S = 0.005
-CONNECT_TRIES = 400
+CONNECT_TRIES = 400  # 2 s together
 
 
 def relay_to_unix(path: str) -> Dialer:
-    """Each connection goes to the Unix socket at ``path``. If that refuses, the connection is reset."""
+    """A dialer that forwards to the Unix socket at ``path``. If that socket refuses, the local connection is reset."""
 
     def dial(forwarder: Forwarder, local: socket.socket) -> None:
         UnixRelay(forwarder, local, path)
@@ -21,10 +21,10 @@ def relay_to_unix(path: str) -> Dialer:
 
 
 class UnixRelay:
-    """Bytes in both directions between two sockets.
+    """Passes bytes in both directions between two sockets. Index 0 is the local socket, index 1 the Unix socket.
 
-    A socket is read only when all that it sent before has been written to the other one. So a slow reader stops the
-    sender, and at most ``CHUNK_BYTES`` are held for each direction.
+    A socket is read only when all bytes that came from it have been written to the other socket. So a slow reader stops
+    the sender, and at most ``CHUNK_BYTES`` are held for each direction.
     """
 
     def __init__(self, forwarder: Forwarder, local: socket.socket, path: str) -> None:
@@ -35,7 +35,7 @@ class UnixRelay:
         self._sockets = (local, remote)
         self._pending = [b"", b""]  # to be written to the socket of the same index
         self._ended = [False, False]  # the socket of this index has sent its last byte
-        self._events = [0, 0]
+        self._events = [0, 0]  # for which the selector watches the socket of this index
         self._closed = False
         forwarder.add_relay(self)
         self._connect(CONNECT_TRIES)
@@ -49,7 +49,7 @@ class UnixRelay:
         try:
             self._sockets[1].connect(self._path)
         except BlockingIOError:
-            # ssh's listen queue is full. A Unix socket gives no event when there is room again.
+            # ssh's listen queue is full. No event reports when a Unix socket has room again.
             if tries > 0:
                 self._forwarder.call_later(CONNECT_RETRY_S, lambda: self._connect(tries - 1))
             else:

@@ -1,1 +1,1 @@
-"""A process for each connection, and the pool that forks it. worker.py, alone in this room, uses the transports."""
+"""The worker processes, one for each connection, and the pool that forks them. Only worker.py uses the transports."""

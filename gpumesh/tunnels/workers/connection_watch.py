@@ -1,6 +1,7 @@
-"""Follows one worker's connection to its end: it has to be made in time, and the host has to go on answering pings.
+"""Watches one worker's connection until it ends. A connection ends if it is not made in time, or if the host stops
+answering pings.
 
-The result is why it ended. The supervisor decides what comes next.
+The result is the cause of the end. The supervisor decides what happens next.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from gpumesh.topology import SshSpec
 from gpumesh.tunnels.lifecycle import Cause
 from gpumesh.tunnels.workers.worker_link import WorkerLink
 
-NOTICE_S = 4.5  # a dead host is noticed within this time, if the keepalive interval leaves room for it
-MIN_PING_TIMEOUT_S = 1.5  # a lost packet or two must not end a connection that works
-RTT_WEIGHT = 0.3  # weight of the newest round trip in the shown one
+NOTICE_S = 4.5  # within which a dead host is noticed; it takes longer only if the keepalive interval is above 3 s
+MIN_PING_TIMEOUT_S = 1.5  # long enough that one or two lost packets do not end a connection that works
+RTT_WEIGHT = 0.3  # weight of the newest round trip in the average that is shown
 
 
 class _LinkOver(Exception):
-    """Ends a task group whose link is over; not an error."""
+    """Not an error: ends the task group of a link that is over."""
 
 
 async def follow_connection(
@@ -33,7 +34,7 @@ async def follow_connection(
     check_requested: asyncio.Event,
     on_rtt_ms: Callable[[float], None],
 ) -> Cause | None:
-    """Until the connection is over: why it is. ``None``: ``give_up`` was set first."""
+    """Waits until the connection is over, and returns the cause. ``None``: ``give_up`` was set first."""
 
     async def watch() -> None:
         if await wait_connected(link, ssh, node=node):
@@ -50,11 +51,12 @@ async def follow_connection(
         async with asyncio.TaskGroup() as group:
             group.create_task(link.receive_messages(group))
             group.create_task(watch())
-            giving_up = group.create_task(give_up.wait())
-            either: list[asyncio.Future[Any]] = [link.end_cause, giving_up]
+            give_up_task = group.create_task(give_up.wait())
+            either: list[asyncio.Future[Any]] = [link.end_cause, give_up_task]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             cause = link.end_cause.result() if link.end_cause.done() else None
-            # This ends the group's tasks, open questions to a person among them, without cancelling this one.
+            # This ends the group's tasks, also those with an open question to a person, without cancelling our own
+            # task.
             raise _LinkOver
     except* _LinkOver:
         pass
@@ -65,10 +67,10 @@ async def follow_connection(
 
 
 async def wait_connected(link: WorkerLink, ssh: SshSpec, *, node: str) -> bool:
-    """True when the worker is connected. False after too long a time, and then the link is finished.
+    """True when the worker is connected. False when that took too long; then this has finished the link.
 
-    The worker itself keeps ``connect_timeout_s`` for each step; this limit is for a worker that hangs. While a person
-    is being asked a question, the time does not count.
+    The worker itself keeps ``connect_timeout_s`` for each step. The longer limit here is for a worker that hangs. While
+    a person is being asked a question, the time does not count.
     """
     limit_s = ssh.connect_timeout_s * (2 + len(ssh.proxy_jump)) + 10.0
     spent_s = 0.0
@@ -91,11 +93,12 @@ async def watch_round_trips(
     check_requested: asyncio.Event,
     on_rtt_ms: Callable[[float], None],
 ) -> None:
-    """Pings the host every ``interval_s``, and at once when ``check_requested`` is set. Ends, and finishes the link,
-    when the host does not answer. ``on_rtt_ms`` gets the smoothed round trip."""
+    """Pings the host every ``interval_s``, and at once when ``check_requested`` is set. ``on_rtt_ms`` is called with
+    the smoothed round trip. When the host does not answer, this finishes the link and returns."""
     timeout_s = max(MIN_PING_TIMEOUT_S, NOTICE_S - interval_s)
     smoothed_ms: float | None = None
-    check_requested.set()  # the worker measured its round trip while the connection was just being made
+    # Ping at once: the worker's own first measurement was slowed down by the making of the connection.
+    check_requested.set()
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(interval_s):

@@ -1,9 +1,9 @@
 """The messages between a supervisor and its worker process: JSON lines over a socket pair.
 
-A worker has one connection. It gets a ``ConnectRequest`` first and answers ``ConnectionInfo`` or ``Failed``, later
-perhaps ``Lost``. After ``Failed`` or ``Lost`` it exits. When the socket ends, the worker ends, however the mesh died.
-The worker is forked with copies of the listening sockets, one for each target in the same order. They stay the
-supervisor's, so that the ports outlive any worker.
+A worker has one connection. Its first message from the supervisor is a ``ConnectRequest``. It answers
+``ConnectionInfo`` or ``Failed``, and later perhaps sends ``Lost``. After ``Failed`` or ``Lost`` it exits. When the
+socket ends, the worker ends, in whatever way the mesh died. The worker is forked with copies of the listening sockets,
+one for each target in the same order. The supervisor keeps the originals, so that the ports outlive any worker.
 
 Only ``ConnectRequest.secrets`` and ``Reply`` hold secrets, and the ``repr`` of neither type shows them.
 """
@@ -24,7 +24,8 @@ from gpumesh.wire import from_json, to_json
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """Run ``command`` (quoted already). ``stream``: send ``Output`` as it comes, without a limit; else at the end."""
+    """Run ``command`` (quoted already). ``stream``: send each ``Output`` as it comes, without a limit of bytes.
+    Otherwise send at most ``limit_bytes`` of each stream, at the end."""
 
     id: int
     command: str
@@ -42,7 +43,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Measure the round trip to the host; the answer must come within ``timeout_s``."""
+    """Measure the round trip to the host. Wait at most ``timeout_s`` for its answer."""
 
     id: int
     timeout_s: float
@@ -50,7 +51,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A person's answer to ``Prompt``; ``None``: nobody is there, or they declined."""
+    """A person's answer to ``Prompt``; ``None``: nobody is there, or the person declined."""
 
     id: int
     text: str | None = field(default=None, repr=False)
@@ -93,7 +94,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A command ended. ``error`` is set when it could not be run, or timed out."""
+    """A command ended. ``error`` is set when the command could not be run, or took longer than its ``timeout_s``."""
 
     id: int
     exit_status: int | None
@@ -103,7 +104,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """``rtt_ms`` is ``None`` when no answer came in time."""
+    """The answer to ``Ping``. ``rtt_ms`` is ``None`` when the host did not answer in time."""
 
     id: int
     rtt_ms: float | None
@@ -146,13 +147,14 @@ _KINDS: Mapping[str, type[ToWorker] | type[FromWorker]] = {
 
 
 def encode_message(message: ToWorker | FromWorker) -> bytes:
-    """One line, with its end."""
-    # In ASCII: a file's name may hold bytes that are no text, which are lone surrogates here.
+    """One line of JSON, with its newline."""
+    # In ASCII: a file's name may hold bytes that are no text. Python has them as lone surrogates, which JSON escapes.
     return json.dumps({"kind": type(message).__name__, **to_json(message)}).encode("ascii") + b"\n"
 
 
 def decode_message(line: bytes) -> ToWorker | FromWorker:
-    """Raises ``ValueError`` for what ``encode_message`` cannot have written."""
+    """The reverse of ``encode_message``. Raises ``ValueError`` for a line that ``encode_message`` cannot have
+    written."""
     try:
         document = json.loads(line)
     except RecursionError as error:

@@ -1,7 +1,7 @@
-"""A tunnel's own process: one connection to one host, from ``ConnectRequest`` to the connection's end.
+"""The process of one tunnel: it holds one connection to one host, from ``ConnectRequest`` to the connection's end.
 
-It speaks protocol.py with its supervisor over one socket, and ends when that socket ends. It never retries: when its
-connection fails or is lost, it reports that and exits.
+The worker and its supervisor exchange the messages of protocol.py over one socket. The worker ends when that socket
+ends. It never retries: when its connection fails or is lost, it reports that and exits.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ from gpumesh.tunnels.workers.protocol import (
 if TYPE_CHECKING:
     from gpumesh.tunnels.transport import HostConnection, RemoteCommand
 
-LINE_LIMIT = 4 << 20
+LINE_LIMIT = 4 << 20  # bytes of one JSON line
 CHUNK_BYTES = 32 * 1024  # bytes of output in one message
 CLOSE_TIMEOUT_S = 2.0
 
 
 def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
-    """Called in a freshly forked process; returns its exit status. The caller ends the process without clean-up."""
+    """Runs the worker in a freshly forked process and returns the exit status. The caller ends the process without
+    clean-up."""
     # paramiko logs what a host sends, and logs to stderr when nobody has configured logging.
     logging.getLogger("paramiko").addHandler(logging.NullHandler())
     logging.getLogger("paramiko").propagate = False
@@ -78,7 +79,7 @@ class Worker:
         return f"<Worker {node} {state} {len(self._commands)} commands>"
 
     async def serve(self, control: socket.socket) -> None:
-        """Until the supervisor closes, or the connection ends."""
+        """Runs until the supervisor sends ``Close`` or closes the socket, or until the connection ends."""
         reader, self._writer = await asyncio.open_unix_connection(sock=control, limit=LINE_LIMIT)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 0)
         setup = await self._receive(reader)
@@ -119,13 +120,14 @@ class Worker:
     # -- the connection's life ---------------------------------------------------------------------------------------
 
     async def _run_connection(self, setup: ConnectRequest) -> None:
-        """Connects, waits for the connection's end and reports why it ended. Then no more messages are handled."""
+        """Connects, waits for the connection's end and reports the cause. When this returns, ``_handle_messages``
+        stops."""
         try:
             connection = await load_connect(setup.ssh.transport)(setup, self._listeners, self)
         except TunnelError as error:
             await self._send(Failed(error.code, error.message, error.hint))
             return
-        except Exception as error:  # a bug of ours, or a host that does what no host does: the user has to see it
+        except Exception as error:  # a bug of ours, or a host that breaks the protocol: the user has to see it
             await self._send(Failed(TunnelError.code, f"{type(error).__name__}: {printable(str(error))}"))
             raise
         try:
@@ -141,6 +143,7 @@ class Worker:
     # -- the supervisor's messages -----------------------------------------------------------------------------------
 
     async def _receive(self, reader: asyncio.StreamReader) -> protocol.ToWorker | None:
+        """The supervisor's next message; ``None`` when the socket has ended."""
         try:
             line = await reader.readline()
         except (ConnectionError, ValueError):
@@ -150,7 +153,7 @@ class Worker:
     async def _handle_messages(
         self, reader: asyncio.StreamReader, group: asyncio.TaskGroup, connection_task: asyncio.Task[None]
     ) -> None:
-        """Until the supervisor closes, or ``connection_task`` ends."""
+        """Handles messages until the supervisor closes, or ``connection_task`` ends."""
         while True:
             receiving = group.create_task(self._receive(reader))
             await asyncio.wait({receiving, connection_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -173,11 +176,11 @@ class Worker:
                     if command_id in self._commands:
                         self._commands[command_id].cancel()
                 case _:
-                    return  # a second ConnectRequest: this is no supervisor of ours
+                    return  # a second ConnectRequest: our supervisor never sends that
 
     async def _send(self, message: FromWorker) -> None:
         assert self._writer is not None
-        with contextlib.suppress(ConnectionError):  # the supervisor is gone: our reader sees that too, and ends us
+        with contextlib.suppress(ConnectionError):  # the supervisor is gone; ``_receive`` notices that too and ends us
             self._writer.write(protocol.encode_message(message))
             await self._writer.drain()
 
@@ -186,18 +189,18 @@ class Worker:
         await self._send(Pong(request.id, rtt_ms))
 
     async def _exec(self, request: Exec) -> None:
-        """Runs one command. Sends its ``Output`` and in any case one ``Done``. When cancelled, it kills the command."""
+        """Runs one command. Sends its ``Output``, and in any case one ``Done``. Kills the command when cancelled."""
         if self._connection is None:
             await self._send(Done(request.id, None, error="the tunnel is not up"))
             return
-        running: RemoteCommand | None = None
+        command: RemoteCommand | None = None
         truncated = False
         done = Done(request.id, None, error="stopped")
         try:
             async with asyncio.timeout(request.timeout_s):
-                running = await self._connection.start_command(request.command)
-                truncated = await self._send_output(running, request)
-            done = Done(request.id, running.exit_status, truncated)
+                command = await self._connection.start_command(request.command)
+                truncated = await self._send_output(command, request)
+            done = Done(request.id, command.exit_status, truncated)
         except TimeoutError:
             message = f"no end of the command within {request.timeout_s:g} s"
             done = Done(request.id, None, truncated, error=message)
@@ -205,25 +208,26 @@ class Worker:
             done = Done(request.id, None, error=error.message)
         finally:
             self._commands.pop(request.id, None)
-            if running is not None:
-                await running.kill()
+            if command is not None:
+                await command.kill()
             await self._send(done)
 
-    async def _send_output(self, running: RemoteCommand, request: Exec) -> bool:
-        """True when output beyond ``limit_bytes`` (of each stream) was left out. With ``stream`` there is no limit."""
-        kept: dict[OutputStream, bytearray] = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
+    async def _send_output(self, command: RemoteCommand, request: Exec) -> bool:
+        """Sends the command's output until the command ends. True when some was left out, because a stream was longer
+        than ``limit_bytes``. With ``request.stream`` there is no limit."""
+        collected: dict[OutputStream, bytearray] = {OutputStream.STDOUT: bytearray(), OutputStream.STDERR: bytearray()}
         truncated = False
-        while (piece := await running.read()) is not None:
+        while (piece := await command.read()) is not None:
             stream, data = piece
             if request.stream:
                 await self._send(_make_output(request.id, stream, data))
                 continue
-            room = request.limit_bytes - len(kept[stream])
+            room = request.limit_bytes - len(collected[stream])
             truncated |= len(data) > room
-            kept[stream] += data[: max(0, room)]
-        for stream, collected in kept.items():
-            for start in range(0, len(collected), CHUNK_BYTES):
-                await self._send(_make_output(request.id, stream, bytes(collected[start : start + CHUNK_BYTES])))
+            collected[stream] += data[: max(0, room)]
+        for stream, output in collected.items():
+            for start in range(0, len(output), CHUNK_BYTES):
+                await self._send(_make_output(request.id, stream, bytes(output[start : start + CHUNK_BYTES])))
         return truncated
 
 

@@ -1,11 +1,11 @@
-"""Worker processes, forked in milliseconds by one zygote (zygote.py), which the pool starts.
+"""The pool of worker processes. The pool starts one zygote (zygote.py), which forks a worker in milliseconds.
 
-A connection has a process of its own: in the mesh's process it would share the interpreter lock with the gateway, and
-many streams would come late or be lost (docs/internals/tunnels.md).
+Each connection has a process of its own. In the mesh's process a connection would share the interpreter lock with the
+gateway, and many streams would come late or be lost (docs/internals/tunnels.md).
 
-Nothing outlives the mesh. Zygote and workers end when their socket ends. On Linux they also end by PR_SET_PDEATHSIG,
-should they be too busy to read it: a worker's parent is the zygote, whose parent is the mesh. Secrets travel over the
-socket only. A zygote that dies takes its workers with it; the next ``spawn`` starts another zygote.
+No process outlives the mesh. Zygote and workers end when their socket ends. If they are too busy to read it, on Linux
+PR_SET_PDEATHSIG ends them: a worker's parent is the zygote, whose parent is the mesh. Secrets travel over the socket
+only. When a zygote dies, its workers die too, and the next ``spawn`` starts another zygote.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from gpumesh.tunnels.workers.protocol import FromWorker, ToWorker, decode_messag
 LINE_LIMIT = 4 << 20  # bytes of one JSON line; a worker sends a command's output in far smaller pieces
 SPAWN_TIMEOUT_S = 20.0  # a cold start imports paramiko, perhaps on a machine under load
 STOP_TIMEOUT_S = 3.0
-SEND_RETRY_S = 0.005  # while the control socket is full of requests
+SEND_RETRY_S = 0.005  # time between two attempts while the control socket is full of requests
 TITLE_ROOM = 64  # characters of the command line that a process title can overwrite
 
 
 class WorkerHandle:
-    """One worker, as the mesh sees it. ``close`` it (or leave ``async with``), whatever happened to the process."""
+    """The mesh's handle of one worker. It must be closed (``close`` or ``async with``), also when the process has
+    ended."""
 
     def __init__(
         self, node: str, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pool: WorkerPool
@@ -64,8 +65,8 @@ class WorkerHandle:
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node) from error
 
     async def receive(self) -> FromWorker | None:
-        """The worker's next message; ``None`` when no more will come. Only one task may wait here. Raises ValueError
-        for a line that is no message."""
+        """The worker's next message; ``None`` when no more will come. Only one task may wait for a message. Raises
+        ValueError for a line that is no message."""
         try:
             line = await self._reader.readline()
         except (ConnectionError, OSError, ValueError):  # ValueError: a line longer than LINE_LIMIT
@@ -75,11 +76,12 @@ class WorkerHandle:
         return decode_message(line)  # type: ignore[return-value]  # a worker sends only FromWorker
 
     def kill(self) -> None:
-        """Ends the process and all that it forwards at once (SIGKILL). Does nothing when it has ended already."""
+        """Ends the process and all connections that it forwards at once (SIGKILL). Does nothing when the process has
+        ended already."""
         self._pool.kill(self.pid)
 
     async def close(self) -> None:
-        """Closes the socket, which ends the worker if it still runs."""
+        """Closes the socket, which also ends a worker that still runs."""
         self._writer.close()
         with contextlib.suppress(ConnectionError, OSError):
             await self._writer.wait_closed()
@@ -94,8 +96,8 @@ class WorkerHandle:
 class WorkerPool:
     """``async with WorkerPool() as pool: worker = await pool.spawn(setup, listeners)``.
 
-    The zygote starts at the first ``spawn`` (or ``prestart``). At the end of the block it and every worker have ended.
-    ``stderr`` is where their crashes are written (as for ``subprocess``).
+    The zygote starts at the first ``spawn`` or ``prestart``. After the block, the zygote and every worker have ended.
+    They write their crashes to ``stderr``, which is a value as for ``subprocess``.
     """
 
     def __init__(self, *, stderr: int | None = subprocess.DEVNULL) -> None:
@@ -132,13 +134,13 @@ class WorkerPool:
 
         Raises ``TunnelError`` when no process can be started.
         """
-        ours, workers = socket.socketpair()
+        our_end, worker_end = socket.socketpair()
         try:
-            with workers:
-                pid = await self._fork(setup.node, [workers, *listeners])
-            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
-        except BaseException:  # also when cancelled: a worker that was forked ends with its socket
-            ours.close()
+            with worker_end:
+                pid = await self._fork(setup.node, [worker_end, *listeners])
+            reader, writer = await asyncio.open_unix_connection(sock=our_end, limit=LINE_LIMIT)
+        except BaseException:  # also when cancelled: a worker that was forked ends when its socket ends
+            our_end.close()
             raise
         handle = WorkerHandle(setup.node, pid, reader, writer, self)
         try:
@@ -149,7 +151,7 @@ class WorkerPool:
         return handle
 
     def kill(self, pid: int) -> None:
-        """SIGKILL for a worker, through the zygote: only the zygote knows whether the pid is still that worker's."""
+        """Kills a worker (SIGKILL) through the zygote: only the zygote knows whether the pid is still that worker's."""
         if self._control is None:
             return
         with contextlib.suppress(OSError):
@@ -158,7 +160,8 @@ class WorkerPool:
     # -- requests to the zygote --------------------------------------------------------------------------------------
 
     async def _fork(self, node: str, sockets: Sequence[socket.socket]) -> int:
-        """The pid of a new worker. Concurrent calls are served together, not one after the other."""
+        """The pid of a new worker. Starts the zygote if needed, and replaces a zygote that has died or does not answer.
+        Calls may run at the same time."""
         for attempt in (1, 2):
             if self._control is None:
                 self._start_zygote()
@@ -167,7 +170,7 @@ class WorkerPool:
                 async with asyncio.timeout(SPAWN_TIMEOUT_S):
                     return await self._request_fork(node, [sock.fileno() for sock in sockets])
             except (OSError, EOFError) as error:  # TimeoutError is an OSError
-                if self._control is control:  # another call may have replaced the zygote already
+                if self._control is control:  # otherwise another call has replaced the zygote already
                     await self._stop_zygote()
                 if attempt == 2:
                     raise TunnelError(f"no process for the tunnel of {node}: {error}", node=node) from error
@@ -194,7 +197,7 @@ class WorkerPool:
             try:
                 socket.send_fds(self._control, [zygote.encode_line(request)], fds)
                 return
-            except BlockingIOError:  # hundreds of requests are waiting; a line is sent as a whole or not at all
+            except BlockingIOError:  # hundreds of requests wait; each line is sent as a whole or not at all
                 await asyncio.sleep(SEND_RETRY_S)
 
     def _receive_answers(self, control: socket.socket) -> None:
@@ -222,13 +225,13 @@ class WorkerPool:
     # -- the zygote's life -------------------------------------------------------------------------------------------
 
     def _start_zygote(self) -> None:
-        ours, zygotes = socket.socketpair()
-        with zygotes:
+        our_end, zygote_end = socket.socketpair()
+        with zygote_end:
             try:
                 self._process = subprocess.Popen(
-                    # -P: a file paramiko.py in the user's current folder is not ours.
-                    [sys.executable, "-P", "-m", zygote.__name__, str(zygotes.fileno()), " " * TITLE_ROOM],
-                    pass_fds=[zygotes.fileno()],
+                    # -P: so that a file paramiko.py in the user's current folder is not imported.
+                    [sys.executable, "-P", "-m", zygote.__name__, str(zygote_end.fileno()), " " * TITLE_ROOM],
+                    pass_fds=[zygote_end.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
@@ -236,12 +239,12 @@ class WorkerPool:
                     start_new_session=True,  # the terminal's Ctrl-C and hang-up are for the mesh, which drains first
                 )
             except OSError as error:
-                ours.close()
+                our_end.close()
                 raise TunnelError(f"no process for tunnels could be started: {error}") from error
-        ours.setblocking(False)
-        self._control = ours
+        our_end.setblocking(False)
+        self._control = our_end
         self._answer_lines = LineBuffer()
-        asyncio.get_running_loop().add_reader(ours, self._receive_answers, ours)
+        asyncio.get_running_loop().add_reader(our_end, self._receive_answers, our_end)
 
     async def _stop_zygote(self) -> None:
         control, process = self._control, self._process

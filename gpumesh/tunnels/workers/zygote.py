@@ -1,8 +1,8 @@
 """The zygote: a single-threaded process that has imported paramiko and forks a worker process for each connection.
 
 Starting Python and importing paramiko takes a third of a second; a fork takes milliseconds. The zygote imports once,
-freezes its heap, and forks on request. It is single-threaded, because a fork with threads is not safe. It is a process
-of its own, because the mesh has threads and an event loop. worker_pool.py starts it and talks to it.
+freezes its heap, and forks on request. It has one thread only, because a fork with threads is not safe. It is a process
+of its own, because the mesh has threads and an event loop. worker_pool.py starts the zygote and sends it requests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gpumesh.lines import LineBuffer
 from gpumesh.tunnels.local_system import child_process
 
 READ_BYTES = 64 * 1024
-MAX_FDS = 253  # in one message: the kernel's SCM_MAX_FD
-END_PATIENCE_S = 1.0
+MAX_FDS = 253  # descriptors in one message: the kernel's SCM_MAX_FD
+END_PATIENCE_S = 1.0  # after SIGTERM, and again after SIGKILL
 
 
 def encode_line(document: dict[str, object]) -> bytes:
@@ -33,10 +33,13 @@ def encode_line(document: dict[str, object]) -> bytes:
 
 
 class Zygote:
-    """Forks on request, reaps, and ends all its workers when the mesh ends.
+    """Forks workers on request, reaps them, and ends all workers when the mesh ends.
 
-    Requests: ``{"id", "node", "fds"}`` with that many file descriptors (the worker's control socket, then its
-    listeners), answered by ``{"id", "pid"}`` or ``{"id", "error"}``; and ``{"kill": pid}``, which has no answer.
+    There are two requests:
+
+    - ``{"id", "node", "fds"}`` forks a worker. It comes with ``fds`` file descriptors: the worker's control socket,
+    then its listeners. The answer is ``{"id", "pid"}`` or ``{"id", "error"}``. - ``{"kill": pid}`` kills a worker, and
+    has no answer.
     """
 
     def __init__(self, control: socket.socket) -> None:
@@ -49,7 +52,7 @@ class Zygote:
         return f"<Zygote {os.getpid()} {len(self._children)} workers>"
 
     def run(self) -> None:
-        """Until the mesh closes its end of the control socket."""
+        """Serves requests until the mesh closes its end of the control socket."""
         child_process.die_with_parent()
         child_process.set_title("gpumesh tunnels")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,8 +65,8 @@ class Zygote:
         child_ended = _open_signal_pipe(signal.SIGCHLD)
         answers = b""
         while True:
-            # Workers that were requested together are all forked before any request is answered. An answer sets its
-            # worker to work, and that would take the processor from the forks that remain.
+            # Answers wait until no more requests are there, so that workers that were requested together are all forked
+            # first. After an answer its worker starts to connect, which would take the processor from the next forks.
             watched: list[Any] = [self._control, child_ended]
             ready = select.select(watched, [], [], 0.0 if answers else None)[0]
             if not ready:
@@ -83,7 +86,7 @@ class Zygote:
         self._end_children()
 
     def _handle_request(self, request: dict[str, Any]) -> bytes:
-        """The answer to send."""
+        """Does what the request asks for, and returns the answer; empty for a kill."""
         if "kill" in request:
             if request["kill"] in self._children:
                 os.kill(request["kill"], signal.SIGKILL)
@@ -106,13 +109,13 @@ class Zygote:
         return encode_line(answer)
 
     def _run_worker(self, node: str, fds: list[int], parent: int) -> NoReturn:
-        """In the forked process."""
+        """Runs a worker in the forked process."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             child_process.die_with_parent()
-            if os.getppid() != parent:  # the zygote ended before that call
+            if os.getppid() != parent:  # the zygote ended before ``die_with_parent`` was called
                 os._exit(1)
             child_process.set_title(f"gpumesh tunnel {node}")
             self._control.close()
@@ -123,10 +126,11 @@ class Zygote:
         except BaseException:  # the process ends here; the traceback goes to stderr
             traceback.print_exc()
         finally:
-            # Not sys.exit: the zygote's stack is above us, and threads that are left must not keep the process.
+            # Not sys.exit: that would unwind the zygote's stack, and would wait for threads that are left.
             os._exit(status)
 
     def _reap(self) -> None:
+        """Forgets all workers that have ended."""
         while self._children:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -137,6 +141,7 @@ class Zygote:
             self._children.discard(pid)
 
     def _end_children(self) -> None:
+        """Ends all workers: by SIGTERM, then by SIGKILL."""
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for pid in self._children:
                 os.kill(pid, signal_number)
@@ -147,7 +152,7 @@ class Zygote:
 
 
 def _open_signal_pipe(signal_number: int) -> int:
-    """A descriptor that is readable after a signal has come."""
+    """A descriptor that becomes readable when the signal comes."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)

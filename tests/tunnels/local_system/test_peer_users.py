@@ -16,8 +16,8 @@ import pytest
 
 from gpumesh.errors import TunnelError
 from gpumesh.tunnels.local_system.peer_users import (
-    REPORT_EVERY_S,
-    REPORTED_USERS,
+    MAX_REPORTED_USERS,
+    REPORT_INTERVAL_S,
     OwnUserFilter,
     can_identify_peers,
     find_user_name,
@@ -237,13 +237,13 @@ def test_a_refused_user_is_reported_once_a_minute(ipv4: socket.socket) -> None:
             for _ in range(5):
                 assert not own_user_filter.allows(accepted, peer)
             assert reports == [(port, NOBODY - 1)]
-            now[0] = REPORT_EVERY_S
+            now[0] = REPORT_INTERVAL_S
             assert not own_user_filter.allows(accepted, peer)
             assert len(reports) == 2
-            for uid in range(100_000, 100_000 + 2 * REPORTED_USERS):  # somebody may own a range of uids
+            for uid in range(100_000, 100_000 + 2 * MAX_REPORTED_USERS):  # somebody may own a range of uids
                 answer._answer = SocketInfo(1, uid, 7)
                 assert not own_user_filter.allows(accepted, peer)
-            assert len(reports) == 2 + REPORTED_USERS - 1
+            assert len(reports) == 2 + MAX_REPORTED_USERS - 1
 
 
 def test_names_of_users() -> None:
