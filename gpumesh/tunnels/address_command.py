@@ -14,8 +14,8 @@ from gpumesh.tunnels.local_system.local_command import local_command, read_at_mo
 _MAX_OUTPUT_BYTES = 64 * 1024
 # Letters, digits, dots, hyphens, underscores, and for IPv6 colons and a zone. A hyphen is never first: otherwise a
 # program could take the host for an option.
-_HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
-_BRACKETED = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
+_HOST_PATTERN = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,252}")
+_BRACKETED_ADDRESS = re.compile(r"\[([^\]]+)\](?::(\d{1,5}))?")
 
 
 def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
@@ -31,7 +31,7 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
         host, port = _parse_json(text)
     else:
         host, port = _parse_fields(text)
-    if not _HOST.fullmatch(host):
+    if not _HOST_PATTERN.fullmatch(host):
         raise ValueError(f"{host[:80]!r} is not a host name or address")
     port = default_port if port is None else port
     if not 1 <= port <= 65535:
@@ -65,7 +65,7 @@ def _parse_fields(text: str) -> tuple[str, int | None]:
         return host.strip("[]"), int(port)
     if len(fields) != 1:
         raise ValueError(f"expected `host port`, got {len(fields)} words")
-    if match := _BRACKETED.fullmatch(text):
+    if match := _BRACKETED_ADDRESS.fullmatch(text):
         return match[1], int(match[2]) if match[2] else None
     host, colon, port = text.partition(":")
     if not colon or ":" in port:  # there is no port, or the text is an IPv6 address

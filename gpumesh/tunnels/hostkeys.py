@@ -128,6 +128,16 @@ def uses_node_alias(node: str, ssh: SshSpec) -> bool:
     """
     known = read_known_hosts(ssh.known_hosts)
     node_keys = known.keys_for(host_key_alias(node))
+    _refuse_revoked_keys(known, node_keys, node=node, ssh=ssh)
+    if node_keys:
+        return True
+    address = known_hosts_address(ssh.host, ssh.port)
+    address_known = any(entry.matches(address) for entry in known.entries if entry.marker != REVOKED)
+    return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not address_known
+
+
+def _refuse_revoked_keys(known: KnownHosts, node_keys: Sequence[HostKey], *, node: str, ssh: SshSpec) -> None:
+    """Raises ``HostKeyRevoked`` when one of ``node_keys``, the keys on record for the node, is revoked."""
     for key in node_keys:
         check = check_host_key(known, key, node=node, host=ssh.host, port=ssh.port)
         if check.status is HostKeyStatus.REVOKED:
@@ -136,11 +146,6 @@ def uses_node_alias(node: str, ssh: SshSpec) -> bool:
                 f" in {ssh.known_hosts}",
                 hint="whoever marked it knows why; remove the node's own line, or the mark",
             )
-    if node_keys:
-        return True
-    address = known_hosts_address(ssh.host, ssh.port)
-    address_known = any(entry.matches(address) for entry in known.entries if entry.marker != REVOKED)
-    return ssh.host_key_policy is HostKeyPolicy.ACCEPT_NEW and not address_known
 
 
 def host_key_algorithms(key_types: Sequence[str]) -> tuple[str, ...]:

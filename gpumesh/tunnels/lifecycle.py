@@ -196,14 +196,15 @@ def _connect(life: Lifecycle, now: float) -> Lifecycle:
 
 
 def _fail(life: Lifecycle, cause: Cause, now: float, jitter: float, timing: RetryTiming) -> Lifecycle:
+    """The state after a failure: ``failed`` when a person must act, otherwise ``backoff``."""
     if cause.needs_person:
         delay = timing.failed_retry_s * (0.9 + 0.2 * jitter)
         phase, failures = TunnelPhase.FAILED, life.failures + 1
     else:
-        stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
-        phase, failures = TunnelPhase.BACKOFF, 0 if stable else life.failures + 1
-        eager = life.eager_until is not None and now < life.eager_until
-        max_backoff_s = timing.eager_max_backoff_s if eager else timing.max_backoff_s
+        was_stable = life.phase is TunnelPhase.UP and now - life.since >= timing.stable_s
+        phase, failures = TunnelPhase.BACKOFF, 0 if was_stable else life.failures + 1
+        is_eager = life.eager_until is not None and now < life.eager_until
+        max_backoff_s = timing.eager_max_backoff_s if is_eager else timing.max_backoff_s
         delay = _backoff_delay(failures, jitter, max_backoff_s, timing)
     return replace(life, phase=phase, since=now, failures=failures, cause=cause, retry_at=now + delay)
 

@@ -37,7 +37,8 @@ class Listeners:
     ) -> None:
         self._targets = tuple(targets)
         self._reset_timer: asyncio.TimerHandle | None = None
-        self._resetting_on: asyncio.AbstractEventLoop | None = None
+        # The event loop that resets clients; ``None`` while clients are held.
+        self._resetting_loop: asyncio.AbstractEventLoop | None = None
         self._unix: list[UnixListener] = []
         self.sockets: list[socket.socket] = []
         try:
@@ -55,7 +56,7 @@ class Listeners:
         self.access = self._find_access(spec)
 
     def __repr__(self) -> str:
-        clients = "reset" if self._resetting_on is not None else "held"
+        clients = "reset" if self._resetting_loop is not None else "held"
         return f"<Listeners {', '.join(map(str, self.paths or self.ports))} clients {clients}>"
 
     def _find_access(self, spec: TunnelsSpec) -> LocalAccess | None:
@@ -81,10 +82,10 @@ class Listeners:
     def hold_clients(self) -> None:
         """Makes clients wait in the backlog until a worker accepts them."""
         self._cancel_timer()
-        if self._resetting_on is not None:
+        if self._resetting_loop is not None:
             for listener in self.sockets:
-                self._resetting_on.remove_reader(listener)
-            self._resetting_on = None
+                self._resetting_loop.remove_reader(listener)
+            self._resetting_loop = None
 
     def reset_clients_after(self, delay_s: float) -> None:
         """Calls ``reset_clients`` after ``delay_s``, unless ``hold_clients`` is called before."""
@@ -94,10 +95,10 @@ class Listeners:
     def reset_clients(self) -> None:
         """Resets every waiting client now and every new client at once: a balancer wants failures to be fast."""
         self._cancel_timer()
-        if self._resetting_on is None:
-            self._resetting_on = asyncio.get_running_loop()
+        if self._resetting_loop is None:
+            self._resetting_loop = asyncio.get_running_loop()
             for listener in self.sockets:
-                self._resetting_on.add_reader(listener, _reset_waiting_clients, listener)
+                self._resetting_loop.add_reader(listener, _reset_waiting_clients, listener)
 
     def close(self) -> None:
         self.hold_clients()

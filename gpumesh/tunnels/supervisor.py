@@ -139,7 +139,7 @@ class SshTunnel:
         self._link: WorkerLink | None = None
         # Decisions of the lifecycle, for the tasks that wait for them.
         self._reconnect = asyncio.Event()
-        self._connect_now = asyncio.Event()
+        self._retry_wakeup = asyncio.Event()  # ends ``_wait_for_retry``, also when only the time of the retry changed
         self._check_requested = asyncio.Event()
         self._state_changed = asyncio.Event()
 
@@ -226,7 +226,7 @@ class SshTunnel:
             case Decision.RECONNECT:
                 self._reconnect.set()
             case Decision.CONNECT | Decision.WAIT | Decision.STOP:
-                self._connect_now.set()
+                self._retry_wakeup.set()
             case Decision.NOTHING:
                 pass
         if self._life != old_life:
@@ -272,10 +272,10 @@ class SshTunnel:
 
     async def _wait_for_retry(self) -> None:
         assert self._life.retry_at is not None, "a waiting tunnel has a time for its retry"
-        self._connect_now.clear()
+        self._retry_wakeup.clear()
         try:
             async with asyncio.timeout(max(0.0, self._life.retry_at - self._clock())):
-                await self._connect_now.wait()
+                await self._retry_wakeup.wait()
         except TimeoutError:
             self._handle_event(RetryDue())
 

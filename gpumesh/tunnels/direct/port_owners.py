@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -70,19 +70,18 @@ class PortOwnerLookup:
                 for host, port in addresses
             }
         listening = _find_listening_sockets(self._proc, addresses)
-        known = {address: self._known_owners[address] for address in addresses if address in self._known_owners}
-        changed = {
-            address: sockets
+        known = {
+            address: self._known_owners[address]
             for address, sockets in listening.items()
-            if address not in known or known[address][0] != sockets
+            if address in self._known_owners and self._known_owners[address][0] == sockets
         }
+        changed = {address: sockets for address, sockets in listening.items() if address not in known}
         pids_by_inode = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
         just_ended: dict[HostPort, PortOwner] = {}
         for address, sockets in changed.items():
-            known.pop(address, None)
             try:
                 owner = self._decide_owner(address[1], sockets, pids_by_inode)
-            except OSError:  # this answer is not kept: the next call looks again
+            except OSError:  # this answer is not kept, so that the next call looks again
                 reason = f"the process that listened on port {address[1]} has just ended"
                 just_ended[address] = PortOwner(False, reason)
             else:
@@ -91,7 +90,7 @@ class PortOwnerLookup:
         return just_ended | {address: owner for address, (_sockets, owner) in known.items()}
 
     def _decide_owner(self, port: int, sockets: _Sockets, pids_by_inode: Mapping[int, list[int]]) -> PortOwner:
-        """Raises OSError when a process that held the port has ended."""
+        """Decides from the sockets of a port. Raises OSError when a process that held the port has ended."""
         if not sockets:
             return PortOwner(False, f"which process listens on port {port} is not known")
         pids = {pid for inode, _uid in sockets for pid in pids_by_inode.get(inode, ())}
@@ -109,10 +108,20 @@ class PortOwnerLookup:
 
 
 def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict[HostPort, _Sockets]:
+    """The sockets that would get a connection to each address."""
     sockets: dict[HostPort, set[tuple[int, int]]] = {address: set() for address in addresses}
-    hosts: dict[int, list[str]] = {}
+    hosts_by_port: dict[int, list[str]] = {}
     for host, port in addresses:
-        hosts.setdefault(port, []).append(host)
+        hosts_by_port.setdefault(port, []).append(host)
+    for bound, port, inode, uid in _read_listening_sockets(proc):
+        for host in hosts_by_port.get(port, ()):
+            if _receives(bound, host):
+                sockets[host, port].add((inode, uid))
+    return {address: frozenset(pairs) for address, pairs in sockets.items()}
+
+
+def _read_listening_sockets(proc: Path) -> Iterator[tuple[IPv4Address | IPv6Address, int, int, int]]:
+    """The address, port, inode and uid of each listening TCP socket of this machine."""
     for table in ("net/tcp", "net/tcp6"):
         try:
             lines = (proc / table).read_text().splitlines()[1:]
@@ -125,10 +134,7 @@ def _find_listening_sockets(proc: Path, addresses: Collection[HostPort]) -> dict
             if len(fields) < 10 or fields[3] != "0A":  # TCP_LISTEN
                 continue
             bound, port = parse_table_address(fields[1])
-            for host in hosts.get(port, ()):
-                if _receives(bound, host):
-                    sockets[host, port].add((int(fields[9]), int(fields[7])))
-    return {address: frozenset(pairs) for address, pairs in sockets.items()}
+            yield bound, port, int(fields[9]), int(fields[7])
 
 
 def _receives(bound: IPv4Address | IPv6Address, host: str) -> bool:

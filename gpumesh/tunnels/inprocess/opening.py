@@ -60,7 +60,7 @@ class Opening:
         self._setup = setup
         self._credentials = credentials_from_setup(setup)
         self._deadline = deadline
-        self._ask = ask
+        self._ask_person = ask
         self._transports: list[paramiko.Transport] = []
         self._sessions: list[paramiko.Channel | None] = []
         self._last_socket: socket.socket | paramiko.Channel | None = None
@@ -73,8 +73,8 @@ class Opening:
     def run(self) -> OpenedConnection:
         """Opens the connection. Raises ``TunnelError``, after everything was closed."""
         try:
-            for hop in self._hops():
-                transport = self._handshake(hop)
+            for hop in self._list_hops():
+                transport = self._perform_handshake(hop)
                 self._log_in(hop.ssh, transport)
             heartbeat = Heartbeat(self._transports[-1])
             rtt_ms = heartbeat.measure_round_trip_ms()
@@ -86,11 +86,11 @@ class Opening:
     def fetch_host_key(self) -> HostKey:
         """The key that the host shows, trusted or not. The caller calls ``give_up`` afterwards. Raises
         ``TunnelError``."""
-        *jumps, host = self._hops()
+        *jumps, host = self._list_hops()
         for hop in jumps:
-            transport = self._handshake(hop)
+            transport = self._perform_handshake(hop)
             self._log_in(hop.ssh, transport)
-        return handshake.get_host_key(self._handshake(host, check_key=False))
+        return handshake.get_host_key(self._perform_handshake(host, check_key=False))
 
     def give_up(self) -> None:
         """Closes everything. May be called from any thread."""
@@ -101,11 +101,11 @@ class Opening:
             with contextlib.suppress(OSError):  # the socket is not connected any more
                 self._last_socket.shutdown(socket.SHUT_RDWR)  # ends a handshake under way on the socket
 
-    def _hops(self) -> list[_Hop]:
+    def _list_hops(self) -> list[_Hop]:
         *jumps, host = list_hops(self._setup.ssh)
         return [*(_Hop("", jump) for jump in jumps), _Hop(self._setup.node, host)]
 
-    def _handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
+    def _perform_handshake(self, hop: _Hop, *, check_key: bool = True) -> paramiko.Transport:
         ssh = hop.ssh
         self._last_socket = sock = self._connect_through_last(ssh.host, ssh.port)
         if self._given_up:
@@ -129,7 +129,7 @@ class Opening:
     def _log_in(self, ssh: SshSpec, transport: paramiko.Transport) -> None:
         credentials = replace(self._credentials, user=ssh.user)
         address = format_address(ssh.host, ssh.port)
-        authenticate(transport, credentials, address=address, deadline=self._deadline, ask=self._ask)
+        authenticate(transport, credentials, address=address, deadline=self._deadline, ask=self._ask_person)
         self._sessions.append(handshake.disable_nagle_on_host(transport, self._deadline))
 
     def _connect_through_last(self, host: str, port: int) -> socket.socket | paramiko.Channel:

@@ -212,6 +212,7 @@ class WorkerLink:
         return pending
 
     def _deliver(self, message: Output | Done) -> None:
+        """Puts a message into its command's queue. Ends the command with an error if too much output waits there."""
         command = self._commands.get(message.id)
         if command is None:
             return  # the caller does not wait for the command any more

@@ -105,12 +105,12 @@ class WorkerPool:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._request_count = 0
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._pending_forks: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._answer_lines = LineBuffer()
 
     def __repr__(self) -> str:
         state = "NOT STARTED" if self._process is None else f"zygote {self._process.pid}"
-        return f"<WorkerPool {state} {len(self._answers)} forks pending>"
+        return f"<WorkerPool {state} {len(self._pending_forks)} forks pending>"
 
     async def __aenter__(self) -> WorkerPool:
         return self
@@ -180,12 +180,12 @@ class WorkerPool:
         self._request_count += 1
         request_id = self._request_count
         pending: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = pending
+        self._pending_forks[request_id] = pending
         try:
             await self._send({"id": request_id, "node": node, "fds": len(fds)}, fds)
             answer = await pending
         finally:
-            del self._answers[request_id]
+            del self._pending_forks[request_id]
         if "error" in answer:
             raise TunnelError(f"no process for the tunnel of {node}: {answer['error']}", node=node)
         return int(answer["pid"])
@@ -213,12 +213,13 @@ class WorkerPool:
             return
         for line in self._answer_lines.feed(data):
             answer = json.loads(line)
-            pending = self._answers.get(answer["id"])  # None: the spawn was cancelled, and its worker ends by itself
+            # ``None``: the spawn was cancelled, and its worker ends by itself.
+            pending = self._pending_forks.get(answer["id"])
             if pending is not None and not pending.done():
                 pending.set_result(answer)
 
     def _fail_pending(self, reason: str) -> None:
-        for pending in self._answers.values():
+        for pending in self._pending_forks.values():
             if not pending.done():
                 pending.set_exception(EOFError(reason))
 

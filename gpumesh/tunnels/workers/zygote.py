@@ -62,7 +62,11 @@ class Zygote:
         self._worker_main = worker.main
         gc.collect()
         gc.freeze()  # so that a collection in a worker does not copy the memory that all workers share
-        child_ended = _open_signal_pipe(signal.SIGCHLD)
+        self._serve_requests(_open_signal_pipe(signal.SIGCHLD))
+        self._end_children()
+
+    def _serve_requests(self, child_ended: int) -> None:
+        """Runs until the mesh closes its end. ``child_ended`` is a descriptor that is readable when a worker ended."""
         answers = b""
         while True:
             # Answers wait until no more requests are there, so that workers that were requested together are all forked
@@ -80,10 +84,9 @@ class Zygote:
                 data, fds, _, _ = socket.recv_fds(self._control, READ_BYTES, MAX_FDS)
                 self._received_fds += fds
                 if not data:
-                    break
+                    return
                 for line in self._requests.feed(data):
                     answers += self._handle_request(json.loads(line))
-        self._end_children()
 
     def _handle_request(self, request: dict[str, Any]) -> bytes:
         """Does what the request asks for, and returns the answer; empty for a kill."""
