@@ -44,7 +44,7 @@ class Prompter(Protocol):
     """Passes a host's question on to a person (keyboard-interactive, a key's passphrase)."""
 
     async def __call__(self, node: str, text: str, *, echo: bool) -> str | None:
-        """The person's answer; ``None`` when nobody is there, or the person declined. ``text`` is safe to print."""
+        """The person's answer; ``None`` when no person is there, or the person declined. ``text`` is safe to print."""
 
 
 class Tunnel(Protocol):
@@ -77,9 +77,9 @@ class Tunnel(Protocol):
     ) -> ExecResult:
         """Runs a command on the host over the same connection, quoted for a POSIX shell.
 
-        ``shareable``: the command changes nothing on the host. So the result may be one that another node of the same
-        machine got a moment ago. Raises TunnelDown when the tunnel is not up, and ExecError on a time-out or when the
-        host gives no session.
+        ``shareable``: the command changes nothing on the host. So the result may be the result
+        that another node of the same machine got a moment ago. Raises TunnelDown when the tunnel is not up, and
+        ExecError on a time-out or when the host gives no session.
         """
 
     def exec_stream(self, argv: Sequence[str]) -> AsyncIterator[ExecChunk]:

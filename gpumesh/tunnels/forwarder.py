@@ -158,13 +158,13 @@ class Forwarder:
     def watch(self, sock: socket.socket, events: int, handler: Handler) -> None:
         """Calls ``handler`` whenever ``sock`` is ready for some of ``events`` (READ, WRITE). ``events`` 0 ends the
         watch."""
-        known = self._selector.get_map().get(sock)
-        if known is None:
+        present_watch = self._selector.get_map().get(sock)
+        if present_watch is None:
             if events:
                 self._selector.register(sock, events, handler)
         elif not events:
             self._selector.unregister(sock)
-        elif known.events != events:
+        elif present_watch.events != events:
             self._selector.modify(sock, events, handler)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:

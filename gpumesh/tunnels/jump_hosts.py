@@ -28,6 +28,8 @@ def list_hops(ssh: SshSpec) -> tuple[SshSpec, ...]:
     hops = []
     for index, jump in enumerate(ssh.proxy_jump):
         user, host, port = split_jump(jump, ssh.user)
-        before = ssh.proxy_jump[:index]
-        hops.append(replace(ssh, host=host, port=port, user=user, proxy_jump=before, alias=None, address_from=None))
+        earlier_jumps = ssh.proxy_jump[:index]
+        hops.append(
+            replace(ssh, host=host, port=port, user=user, proxy_jump=earlier_jumps, alias=None, address_from=None)
+        )
     return (*hops, ssh)

@@ -121,7 +121,7 @@ LifecycleEvent = (
 
 
 class Decision(StrEnum):
-    """What to do now. Each event gives exactly one decision."""
+    """An action for the caller of ``step``. Each event leads to exactly one decision."""
 
     NOTHING = "nothing"
     CONNECT = "connect"

@@ -58,7 +58,7 @@ class ConnectionEvents(Protocol):
     """The reports of a connection to the supervisor, while it is being made and later."""
 
     async def ask_person(self, text: str, *, echo: bool) -> str | None:
-        """A person's answer; ``None`` when nobody is there, or the person declined. ``text`` is safe to print."""
+        """A person's answer; ``None`` when no person is there, or the person declined. ``text`` is safe to print."""
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:
         """The host refused to open a channel to ``target`` (see ``protocol.ForwardFailed``)."""
@@ -77,7 +77,7 @@ class RemoteCommand(Protocol):
     async def read(self) -> tuple[OutputStream, bytes] | None:
         """The next piece of output (at most 32 KiB, not yet made safe); ``None`` when the command has ended.
 
-        While nobody reads, the host stops sending.
+        While ``read`` is not called, the host stops sending.
         """
 
     async def kill(self) -> None:

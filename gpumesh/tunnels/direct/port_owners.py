@@ -70,12 +70,12 @@ class PortOwnerLookup:
                 for host, port in addresses
             }
         listening = _find_listening_sockets(self._proc, addresses)
-        known = {
+        kept_answers = {
             address: self._known_owners[address]
             for address, sockets in listening.items()
             if address in self._known_owners and self._known_owners[address][0] == sockets
         }
-        changed = {address: sockets for address, sockets in listening.items() if address not in known}
+        changed = {address: sockets for address, sockets in listening.items() if address not in kept_answers}
         pids_by_inode = _find_holders(self._proc, {inode for sockets in changed.values() for inode, _uid in sockets})
         just_ended: dict[HostPort, PortOwner] = {}
         for address, sockets in changed.items():
@@ -85,9 +85,9 @@ class PortOwnerLookup:
                 reason = f"the process that listened on port {address[1]} has just ended"
                 just_ended[address] = PortOwner(False, reason)
             else:
-                known[address] = sockets, owner
-        self._known_owners = known
-        return just_ended | {address: owner for address, (_sockets, owner) in known.items()}
+                kept_answers[address] = sockets, owner
+        self._known_owners = kept_answers
+        return just_ended | {address: owner for address, (_sockets, owner) in kept_answers.items()}
 
     def _decide_owner(self, port: int, sockets: _Sockets, pids_by_inode: Mapping[int, list[int]]) -> PortOwner:
         """Decides from the sockets of a port. Raises OSError when a process that held the port has ended."""
@@ -154,7 +154,7 @@ def _find_holders(proc: Path, inodes: Collection[int]) -> dict[int, list[int]]:
         try:
             with os.scandir(folder / "fd") as entries:
                 open_files = {_read_link(entry) for entry in entries}
-        except OSError:  # a process of another user, or one that has ended
+        except OSError:  # the process is another user's, or has ended
             continue
         for link in open_files & inode_by_link.keys():
             pids_by_inode.setdefault(inode_by_link[link or ""], []).append(int(folder.name))

@@ -69,7 +69,7 @@ class SharedResult(Generic[T]):
         self._ask = ask
         self._clock = clock
         self._task: asyncio.Task[T] | None = None
-        self._callers = 0
+        self._waiting_callers = 0
         self._answered_at = 0.0
 
     async def get(self, *, refresh: bool = False) -> T:
@@ -78,14 +78,14 @@ class SharedResult(Generic[T]):
         task = self._task
         if task is None or (task.done() and (refresh or self._clock() - self._answered_at > MAX_AGE_S)):
             task = self._task = asyncio.create_task(self._ask_once(), name="this machine")
-            self._callers = 0
-        self._callers += 1
+            self._waiting_callers = 0
+        self._waiting_callers += 1
         try:
             return await asyncio.shield(task)
         finally:
             if task is self._task:
-                self._callers -= 1
-                if not self._callers and not task.done():
+                self._waiting_callers -= 1
+                if not self._waiting_callers and not task.done():
                     self._task = None
                     task.cancel()
                     await asyncio.wait([task])

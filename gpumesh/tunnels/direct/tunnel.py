@@ -136,22 +136,22 @@ class DirectTunnel:
         return handshake_ms
 
     def _set_phase(self, phase: TunnelPhase, *, rtt_ms: float | None = None, error: TunnelError | None = None) -> None:
-        old = self._state
-        changed = phase is not old.state
-        reconnected = changed and phase is TunnelPhase.UP and self._was_up
+        old_state = self._state
+        phase_changed = phase is not old_state.state
+        reconnected = phase_changed and phase is TunnelPhase.UP and self._was_up
         self._was_up |= phase is TunnelPhase.UP
         self._state = TunnelState(
             transport="direct",
             state=phase,
-            since=datetime.now(UTC) if changed else old.since,
+            since=datetime.now(UTC) if phase_changed else old_state.since,
             rtt_ms=rtt_ms,
-            reconnects=old.reconnects + reconnected,
-            last_error=error.message if error else old.last_error,
+            reconnects=old_state.reconnects + reconnected,
+            last_error=error.message if error else old_state.last_error,
             error_code=error.code if error else None,
             hint=error.hint if error else None,
             retry_in_s=CHECK_INTERVAL_S if phase is TunnelPhase.BACKOFF else None,
         )
-        if self._state != old:
+        if self._state != old_state:
             changed_event, self._state_changed = self._state_changed, asyncio.Event()
             changed_event.set()
             self._on_change(self._state)
@@ -159,7 +159,8 @@ class DirectTunnel:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def _ensure_server_is_local(self) -> None:
-        """Raises TunnelDown when the tunnel is not up, and ExecError when the server may be on another machine."""
+        """Returns if commands may run here: the tunnel is up, and the server runs on this machine. Raises TunnelDown,
+        or ExecError when the server may be on another machine."""
         if self._state.state is not TunnelPhase.UP:
             raise TunnelDown(f"{self._node} is {self._state.state.value}", node=self._node)
         reason = "its URL is not on this machine"
@@ -218,7 +219,7 @@ class DirectTunnel:
 
 @contextlib.asynccontextmanager
 async def _run_local(argv: Sequence[str], node: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Raises ExecError when there is no such command."""
+    """Runs the command during the block. Raises ExecError when it cannot be started."""
     async with contextlib.AsyncExitStack() as stack:
         try:
             process = await stack.enter_async_context(local_command(argv))

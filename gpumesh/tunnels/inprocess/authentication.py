@@ -18,7 +18,7 @@ from gpumesh.tunnels.blocking import Deadline
 from gpumesh.tunnels.transport import ANSWER_TIMEOUT_S
 
 AskPerson = Callable[[str, bool], str | None]
-"""Asks a person. Its arguments are the text, and whether the answer may be shown. Blocks. ``None``: nobody answers."""
+"""Asks a person. Its arguments are the text, and whether the answer may be shown. Blocks. ``None``: no answer."""
 
 MAX_AGENT_KEYS = 5  # sshd closes the connection after six failed attempts (MaxAuthTries)
 MAX_QUESTIONS = 10  # that one host may ask in one login

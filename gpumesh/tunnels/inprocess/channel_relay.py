@@ -37,7 +37,7 @@ MIN_CREDIT = WINDOW // 8  # bytes; the host gets credit in pieces of this size, 
 
 
 class Multiplexer(Protocol):
-    """What a relay needs of ``channel_multiplexer.ChannelMultiplexer``."""
+    """The part of ``channel_multiplexer.ChannelMultiplexer`` that a relay uses."""
 
     transport: Any
     forwarder: Forwarder
@@ -65,9 +65,9 @@ class ChannelRelay:
         self._target = target
         self._lock = ThreadLock()  # for the fields below, which both threads use
         self._number = self._remote_number = -1  # ours and the host's number of this channel; -1: not open yet
-        self._send_window = 0
-        self._send_packet_limit = 0
-        self._receive_window = WINDOW
+        self._send_window = 0  # bytes that we may still send
+        self._send_packet_limit = 0  # bytes of data in one packet to the host
+        self._receive_window = WINDOW  # bytes that the host may still send
         self._uncredited = 0  # bytes that the local socket has taken, and for which the host has no credit yet
         self._pending: deque[bytes] = deque()  # arrived while the local socket had no room
         self._local_ended = False  # the client has sent its last byte
@@ -93,8 +93,9 @@ class ChannelRelay:
             self._number = transport._next_channel()
             transport._channels.put(self._number, self)
             transport.channels_seen[self._number] = True  # else a late packet for this channel ends the transport
-        # Read after the relay is in the transport's map. So a transport that ends later calls ``_unlink``, and one that
-        # ended before is noticed here.
+        # ``active`` is read after the relay is in the transport's map. So a transport that ends later calls
+        # ``_unlink``, and a transport that ended before is noticed here. (paramiko calls ``_unlink`` just before it
+        # clears ``active``: a relay that comes between the two ends by the open timeout.)
         if not transport.active:
             self.abort()
             return

@@ -94,7 +94,7 @@ class ParamikoConnection:
         return f"<ParamikoConnection {self._address} {state}>"
 
     def start_forwarding(self, routes: list[tuple[socket.socket, Target]], events: ConnectionEvents) -> None:
-        """Raises ``TunnelError``."""
+        """Starts to serve the clients of the listeners. Raises ``TunnelError``."""
 
         def on_refused(target: Target, reason: int) -> None:  # in the transport's thread
             self._call_soon(events.report_forward_failed, target, *self._explain_refusal(target, reason))

@@ -56,6 +56,6 @@ class Heartbeat:
         return answered
 
     def _on_answer(self, _: paramiko.Message) -> None:
-        """In the transport's thread."""
+        """Assigns an answer to the oldest open request. paramiko calls this in the transport's thread."""
         if self._unanswered:
             self._unanswered.popleft().set()

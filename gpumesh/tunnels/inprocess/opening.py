@@ -42,7 +42,8 @@ class OpenedConnection:
 
 
 def credentials_from_setup(setup: ConnectRequest) -> Credentials:
-    """Raises ``SecretMissing`` when the spec names a variable and its value is not in the setup."""
+    """The credentials for a login. Raises ``SecretMissing`` when the spec names a variable and ``setup`` lacks its
+    value."""
     secrets = dict(setup.secrets)
     for name, variable in (("password", setup.ssh.password_env), ("passphrase", setup.ssh.passphrase_env)):
         if variable is not None and name not in secrets:

@@ -137,7 +137,8 @@ class SessionCommand:
                 await blocking.run_in_thread(self._channel.close if self._wrapped else self._signal_and_close)
 
     async def _ensure_connected(self) -> None:
-        """Raises ExecError when a channel without an exit status has ended because the connection broke."""
+        """Returns if the command has ended by itself. Raises ExecError if its channel has no exit status because the
+        connection broke."""
         transport = self._channel.get_transport()
         if self._channel.exit_status < 0 and not self._channel.eof_received:
             await blocking.run_in_thread(transport.join, DISCONNECT_TIMEOUT_S)

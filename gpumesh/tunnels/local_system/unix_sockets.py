@@ -54,7 +54,7 @@ class UnixListener:
                 self.path.unlink()
 
     def close(self) -> None:
-        """May be called twice."""
+        """Removes the path and closes the socket. May be called twice."""
         self.remove_path()
         self.sock.close()
 
@@ -125,7 +125,7 @@ def _listen(path: Path, backlog: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound = False
     try:
-        # Linux gives the path the mode of the unbound socket. Elsewhere nobody can connect before `listen`.
+        # Linux gives the path the mode of the unbound socket. On other systems no client can connect before ``listen``.
         with contextlib.suppress(OSError):
             os.fchmod(sock.fileno(), 0o600)
         sock.bind(os.fsencode(path))

@@ -5,7 +5,7 @@ reasons:
 
 - sshd sets TCP_NODELAY when a session opens. Without that option a request takes 43 ms (docs/internals/tunnels.md).
 - An echoed line shows that the host itself is alive, and its time is the round trip.
-- When our process dies, in whatever way, the session's input ends; then ``cat`` ends, and then the master.
+- When our process dies, even by SIGKILL, the session's input ends; then ``cat`` ends, and then the master.
 
 If a host allows no command, the master has no session.
 
@@ -136,9 +136,9 @@ class OpensshConnection:
 
     async def wait_lost(self) -> TunnelError:
         forwarder_ended = asyncio.ensure_future(self._forwarder_ended.wait())
-        either: list[asyncio.Future[Any]] = [self._master.exit_task, forwarder_ended]
+        ends: list[asyncio.Future[Any]] = [self._master.exit_task, forwarder_ended]
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             forwarder_ended.cancel()
         if not self._master.exit_task.done():

@@ -46,7 +46,7 @@ async def fetch_host_key(
 class _NoEvents:
     """The ``ConnectionEvents`` for an ssh that forwards nothing and asks no person."""
 
-    async def ask_person(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - nobody is asked
+    async def ask_person(self, text: str, *, echo: bool) -> str | None:  # noqa: ARG002 - no person is asked
         return None
 
     def report_forward_failed(self, target: Target, code: str, message: str) -> None:

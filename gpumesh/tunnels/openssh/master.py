@@ -136,8 +136,8 @@ class OpensshMaster:
                     line = f"{self._nonce} {next(self._line_ids)}".encode()
                     echoes[line] = self._pending_echoes[line] = loop.create_future()
                     await self._write_line(line)
-                    either: list[asyncio.Future[Any]] = [*echoes.values(), self.exit_task]
-                    await asyncio.wait(either, timeout=PING_RESEND_S, return_when=asyncio.FIRST_COMPLETED)
+                    echoes_or_exit: list[asyncio.Future[Any]] = [*echoes.values(), self.exit_task]
+                    await asyncio.wait(echoes_or_exit, timeout=PING_RESEND_S, return_when=asyncio.FIRST_COMPLETED)
                     echoed = next((echo for echo in echoes.values() if echo.done()), None)
                     if echoed is not None:
                         return (echoed.result() - sent_at) * 1000

@@ -51,8 +51,8 @@ class AskpassServer:
         return self._interactive or bool(self._secrets)
 
     def forget_given_secrets(self) -> None:
-        """Allows each secret to be given once more. For another login after one that succeeded: the secrets were
-        right."""
+        """Allows each secret to be given once more, after a login that succeeded: that login showed that the secrets
+        are right."""
         self._answered_questions.clear()
 
     async def __aenter__(self) -> AskpassServer:

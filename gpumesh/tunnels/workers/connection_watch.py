@@ -52,8 +52,8 @@ async def follow_connection(
             group.create_task(link.receive_messages(group))
             group.create_task(watch())
             give_up_task = group.create_task(give_up.wait())
-            either: list[asyncio.Future[Any]] = [link.end_cause, give_up_task]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [link.end_cause, give_up_task]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             cause = link.end_cause.result() if link.end_cause.done() else None
             # This ends the group's tasks, also those with an open question to a person, without cancelling our own
             # task.

@@ -2,7 +2,7 @@
 
 A worker has one connection. Its first message from the supervisor is a ``ConnectRequest``. It answers
 ``ConnectionInfo`` or ``Failed``, and later perhaps sends ``Lost``. After ``Failed`` or ``Lost`` it exits. When the
-socket ends, the worker ends, in whatever way the mesh died. The worker is forked with copies of the listening sockets,
+socket ends, the worker ends, also when the mesh was killed. The worker is forked with copies of the listening sockets,
 one for each target in the same order. The supervisor keeps the originals, so that the ports outlive any worker.
 
 Only ``ConnectRequest.secrets`` and ``Reply`` hold secrets, and the ``repr`` of neither type shows them.
@@ -51,7 +51,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A person's answer to ``Prompt``; ``None``: nobody is there, or the person declined."""
+    """A person's answer to ``Prompt``; ``None``: no person is there, or the person declined."""
 
     id: int
     text: str | None = field(default=None, repr=False)

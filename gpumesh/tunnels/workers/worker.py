@@ -54,7 +54,7 @@ CLOSE_TIMEOUT_S = 2.0
 def main(control: socket.socket, listeners: Sequence[socket.socket]) -> int:
     """Runs the worker in a freshly forked process and returns the exit status. The caller ends the process without
     clean-up."""
-    # paramiko logs what a host sends, and logs to stderr when nobody has configured logging.
+    # paramiko logs texts that a host sends. Without a configuration of logging they would go to stderr.
     logging.getLogger("paramiko").addHandler(logging.NullHandler())
     logging.getLogger("paramiko").propagate = False
     asyncio.run(Worker(listeners).serve(control))

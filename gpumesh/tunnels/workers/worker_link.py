@@ -225,7 +225,7 @@ class WorkerLink:
         command.messages.put_nowait(message)
 
     def _ensure_succeeded(self, done: Done | None) -> Done:
-        """Raises ExecError when the command was cut off (``None``) or failed."""
+        """Returns ``done``. Raises ExecError when the command failed, or was cut off (``None``)."""
         if done is None:
             why = self.end_cause.result().message if self.end_cause.done() else "the tunnel closed"
             raise ExecError(f"the command was cut off on {self._node}: {why}", node=self._node)

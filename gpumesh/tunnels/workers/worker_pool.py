@@ -55,7 +55,7 @@ class WorkerHandle:
         return self._writer.is_closing() or self._reader.at_eof()
 
     async def send(self, message: ToWorker) -> None:
-        """Raises ``TunnelDown`` when the worker is gone."""
+        """Sends the message. Raises ``TunnelDown`` when the worker has ended."""
         if self._ended:
             raise TunnelDown(f"the tunnel's process of {self.node} has ended", node=self.node)
         try:
@@ -125,7 +125,7 @@ class WorkerPool:
         return self._process.pid if self._process is not None else None
 
     async def prestart(self) -> None:
-        """Starts the zygote now, so that the first ``spawn`` is as quick as later ones."""
+        """Starts the zygote now, so that the first ``spawn`` is as quick as a later ``spawn``."""
         if self._control is None:
             self._start_zygote()
 
