@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def closing_iterator(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Like ``contextlib.aclosing``, for iterators whose type promises no ``aclose``. What the iterator began ends with
-    the context, not when the garbage is collected."""
+    """Like ``contextlib.aclosing``, for iterators whose type promises no ``aclose``. The end of the context also ends
+    the iterator's work; otherwise that work would go on until the garbage is collected."""
     try:
         yield items
     finally:

@@ -1,4 +1,5 @@
-"""Writes a file whole or not at all: into a temporary file in the same folder, which then takes the target's name.
+"""Writes a file completely or not at all. The text goes into a temporary file in the same folder, which then takes the
+target's name.
 
 A process that is killed in between leaves its temporary file behind. The next writer of that file removes it. Each
 writer holds a lock on its temporary file, and the kernel drops that lock when the process ends, however it ends: so a
@@ -17,19 +18,18 @@ from pathlib import Path
 
 from gpumesh import file_lock
 
-_PREFIX = "{}.gpumesh-"  # no other program names files like that
-_RANDOM = re.compile(r"[a-z0-9_]{8}")  # the part that tempfile adds
+_RANDOM_SUFFIX = re.compile(r"[a-z0-9_]{8}")  # tempfile adds it to the prefix
 
 
 def replace(target: Path, text: str, *, mode: int = 0o600, errors: str = "strict", sync: bool = True) -> None:
     """Makes ``text`` the content of the file. Raises OSError; then the target is unchanged. With ``sync`` the new
-    content survives a loss of power."""
+    content survives a loss of power. ``errors`` is that of ``open``, for characters that UTF-8 cannot encode."""
     _write(target, text, os.replace, mode=mode, errors=errors, sync=sync)
 
 
 def create(target: Path, text: str, *, mode: int = 0o600) -> None:
-    """As ``replace``, but never over an existing file. Raises FileExistsError, also when another process has made the
-    file meanwhile."""
+    """As ``replace``, but never replaces an existing file: raises FileExistsError, also when another process has made
+    the file meanwhile."""
     _write(target, text, os.link, mode=mode)
 
 
@@ -42,7 +42,7 @@ def _write(
     errors: str = "strict",
     sync: bool = True,
 ) -> None:
-    prefix = _PREFIX.format(f".{target.name}")
+    prefix = f".{target.name}.gpumesh-"  # no other program names files like that
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)
     try:
@@ -59,38 +59,43 @@ def _write(
 
 
 def _make_locked_file(folder: Path, prefix: str) -> tuple[int, str]:
-    """A new file with mode 0600, locked. Makes another file when this one was removed before it was locked."""
+    """Makes a new file with mode 0600 and locks it. Returns its descriptor and its path.
+
+    Another process may remove the file as stale before it is locked; then this makes another file.
+    """
     while True:
-        descriptor, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+        descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
         _lock(descriptor, wait=True)  # a process that looks for stale files holds the lock for an instant
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(name)):
-                return descriptor, name
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor, path
         os.close(descriptor)
 
 
 def _remove_stale_files(folder: Path, prefix: str) -> None:
-    """Files of other users stay, and files that are still being written."""
+    """Removes the temporary files whose writer has ended. Files of other users stay."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(prefix) and _RANDOM.fullmatch(entry.name.removeprefix(prefix)):
+            if entry.name.startswith(prefix) and _RANDOM_SUFFIX.fullmatch(entry.name.removeprefix(prefix)):
                 with contextlib.suppress(OSError):
                     _remove_if_stale(entry.path)
 
 
 def _remove_if_stale(path: str) -> None:
+    # O_NONBLOCK: somebody may have put a FIFO there, and opening a FIFO waits for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
-        is_ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-        if stat.S_ISREG(status.st_mode) and is_ours and _lock(descriptor):
+        belongs_to_us = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+        if stat.S_ISREG(status.st_mode) and belongs_to_us and _lock(descriptor):
             os.unlink(path)
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Locks an open file until it is closed. False when the lock is held, or when there are no such locks."""
+    """Locks an open file until it is closed. Returns False when another process holds the lock, or when the system has
+    no such locks."""
     try:
         if wait:
             file_lock.acquire(descriptor)

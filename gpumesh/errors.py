@@ -4,11 +4,11 @@
 
     GPUMeshError                     exit 1
     ├── UsageError                   exit 2   the command line was wrong
-    │   └── ConfigError              exit 2   mesh.yaml was wrong; holds every problem of it
+    │   └── ConfigError              exit 2   mesh.yaml was wrong; holds all its problems
     ├── NoNodeError                  exit 4   no node can serve this
     │   └── ModelMissing             exit 4   nodes are up, none has the model
     ├── DeadlineExceeded             exit 1   the caller's overall deadline passed
-    ├── QueueFull                    exit 1   the gateway's queue is at its bound (503)
+    ├── QueueFull                    exit 1   the gateway's queue is at its limit (503)
     ├── MeshAlreadyRunning           exit 1
     ├── MeshNotRunning               exit 1
     ├── TunnelError                  one node's tunnel; ``needs_person``: see (p)
@@ -25,10 +25,10 @@
     │   ├── AuthRefused         (p)  the host accepts none of our credentials
     │   ├── ForwardingForbidden (p)  AllowTcpForwarding no, or PermitOpen
     │   ├── TransportUnsupported(p)  this host needs another transport or another address form
-    │   ├── TunnelLost               was up, and went: reset, no answer to keepalive, worker died
-    │   └── TunnelDown               asked to use a tunnel that is not up now
+    │   ├── TunnelLost               the tunnel was up and broke: reset, no answer to keepalive, worker died
+    │   └── TunnelDown               a command or a request needs a tunnel that is not up now
     ├── ExecError                    a command could not be run on a host (no session, time-out)
-    ├── ProbeError                   nvidia-smi or the backend answered, but not with what we can read
+    ├── ProbeError                   nvidia-smi or the backend gave an answer that we cannot read
     └── BackendError                 one attempt on one backend failed
         ├── BackendUnreachable       refused, reset, timed out before the answer
         ├── BackendStatus            an HTTP status that is an error; holds status and body
@@ -81,7 +81,7 @@ class UsageError(GPUMeshError):
 
 
 def unknown_node(name: str, known: Iterable[str]) -> UsageError:
-    """A person named a node that the mesh does not have; ``known`` are its nodes."""
+    """The error for a node that a person named and the mesh does not have. ``known``: the names of the mesh's nodes."""
     return UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(known)}")
 
 
@@ -96,10 +96,10 @@ class Problem:
     path: str = ""
 
     def __str__(self) -> str:
-        where = self.file
+        location = self.file
         if self.line is not None:
-            where += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
-        return f"{where}: {self.path + ': ' if self.path else ''}{self.message}"
+            location += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
+        return f"{location}: {self.path + ': ' if self.path else ''}{self.message}"
 
 
 class ConfigError(UsageError):
@@ -230,7 +230,7 @@ class ExecError(GPUMeshError):
 
 
 class ProbeError(GPUMeshError):
-    """Becomes a finding with the code ``finding_code`` (``driver-broken``, ``wrong-server`` …)."""
+    """This error becomes a finding with the code ``finding_code`` (``driver-broken``, ``wrong-server`` …)."""
 
     code = "probe"
 
@@ -269,11 +269,12 @@ class StreamCut(BackendError):
 
 
 def tunnel_error_from_code(code: str, message: str, *, hint: str | None = None, node: str | None = None) -> TunnelError:
-    """Rebuilds a tunnel error that came from another process as its code and text."""
-    pending: list[type[TunnelError]] = [TunnelError]
-    while pending:
-        kind = pending.pop()
-        if kind.code == code:
-            return kind(message, hint=hint, node=node)
-        pending.extend(kind.__subclasses__())
+    """Rebuilds a tunnel error that came from another process as its code and text. A code that this version does not
+    know gives a plain TunnelError."""
+    unchecked: list[type[TunnelError]] = [TunnelError]
+    while unchecked:
+        error_type = unchecked.pop()
+        if error_type.code == code:
+            return error_type(message, hint=hint, node=node)
+        unchecked.extend(error_type.__subclasses__())
     return TunnelError(message, hint=hint, node=node)

@@ -19,12 +19,14 @@ except ImportError:  # Windows
 
 
 def acquire(descriptor: int, *, shared: bool = False) -> None:
-    """Waits for the lock. Raises OSError where the system or the file system has no such locks."""
+    """Waits for the lock and takes it: the exclusive lock, or the shared one. Raises OSError where the system or the
+    file system has no such locks."""
     _flock(descriptor, "LOCK_SH" if shared else "LOCK_EX")
 
 
 def try_acquire(descriptor: int) -> bool:
-    """The exclusive lock, without waiting. False: somebody else holds it. Raises OSError as ``acquire`` does."""
+    """Takes the exclusive lock without waiting. Returns False when another process holds it. Raises OSError as
+    ``acquire`` does."""
     try:
         _flock(descriptor, "LOCK_EX", "LOCK_NB")
     except BlockingIOError:
@@ -33,7 +35,7 @@ def try_acquire(descriptor: int) -> bool:
 
 
 def release(descriptor: int) -> None:
-    """Raises OSError as ``acquire`` does."""
+    """Releases the lock. Raises OSError as ``acquire`` does."""
     _flock(descriptor, "LOCK_UN")
 
 
@@ -56,10 +58,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _flock(descriptor: int, *names: str) -> None:
+def _flock(descriptor: int, *flag_names: str) -> None:
+    """The flags come as names, because there is no ``fcntl`` to take them from on Windows."""
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     operation = 0
-    for name in names:
+    for name in flag_names:
         operation |= getattr(fcntl, name)
     fcntl.flock(descriptor, operation)

@@ -19,7 +19,7 @@ class LineBuffer:
 
     def __init__(self, limit_bytes: int | None = None, *, cut: bool = False) -> None:
         self._limit_bytes = limit_bytes
-        self._cut = cut
+        self._cut_long_lines = cut
         self._partial = bytearray()  # a list of pieces would need far more memory than their bytes
 
     def __repr__(self) -> str:
@@ -45,7 +45,7 @@ class LineBuffer:
     def _apply_limit(self, lines: list[bytes], limit: int) -> list[bytes]:
         if len(self._partial) <= limit and all(len(line) <= limit for line in lines):
             return lines
-        if not self._cut:
+        if not self._cut_long_lines:
             raise LineTooLong(f"a line of more than {limit} bytes")
         del self._partial[limit:]
         return [line[:limit] for line in lines]

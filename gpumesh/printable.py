@@ -16,26 +16,26 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]{0,16}[0-~]?"
 )
 _BLANKS = re.compile(r"\s+")
-_PLAIN = re.compile(r"[ -~]*")
+_PRINTABLE_ASCII = re.compile(r"[ -~]*")
 
 
 def printable(text: str | bytes, limit: int = 300) -> str:
     """One line of at most ``limit`` characters; runs of white space become one blank. Never raises."""
-    text = text[: limit * 16]
-    # A quick way for almost every text of a server; a list of models has thousands of them.
+    text = text[: limit * 16]  # bounds the work on a hostile text; the rest is for what is removed below
+    # A shortcut that almost every text of a server takes: a list of models has thousands of texts.
     if isinstance(text, str) and len(text) <= limit and text.isascii() and text.isprintable() and " " not in text:
         return text
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
-    if not _PLAIN.fullmatch(text):
-        text = "".join(map(_visible, _ESCAPES.sub("", text)))
+    if not _PRINTABLE_ASCII.fullmatch(text):
+        text = "".join(map(_replace_invisible, _ESCAPES.sub("", text)))
     text = _BLANKS.sub(" ", text).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _visible(character: str) -> str:
-    """White space of any kind becomes a blank. Controls, direction marks, surrogates and private use become nothing."""
-    kind = unicodedata.category(character)
-    if character in "\t\n\v\f\r" or kind.startswith("Z"):
+def _replace_invisible(character: str) -> str:
+    """White space of any kind becomes a blank. Controls, direction marks, surrogates and private use are removed."""
+    category = unicodedata.category(character)
+    if character in "\t\n\v\f\r" or category.startswith("Z"):
         return " "
-    return "" if kind.startswith("C") else character
+    return "" if category.startswith("C") else character

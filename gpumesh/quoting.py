@@ -16,7 +16,7 @@ MAX_PASTED_LENGTH = 300  # characters
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@+-]+")
 # In fish a backslash inside single quotes escapes a backslash or a quote after it. In a POSIX shell it escapes nothing.
 _FISH_ESCAPE = re.compile(r"\\(?:[\\']|$)")
-_RUNS = re.compile(r"\\+|'+|[^\\']+")
+_SHELL_RUNS = re.compile(r"\\+|'+|[^\\']+")  # of backslashes, of quotes, of other characters
 _POWERSHELL_QUOTES = re.compile("['\u2018\u2019\u201a\u201b]")  # PowerShell reads typographic quotes as quotes too
 # Characters that JSON allows and YAML does not: controls, line breaks of other scripts, non-characters.
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
@@ -37,14 +37,14 @@ def shell_word(text: str) -> str:
         return text
     if _FISH_ESCAPE.search(text) is None:
         return "'" + text.replace("'", "'\"'\"'") + "'"
-    return "".join(map(_quoted_run, _RUNS.findall(text)))
+    return "".join(map(_quote_run, _SHELL_RUNS.findall(text)))
 
 
 def shell_words(words: Iterable[str]) -> str:
     return " ".join(map(shell_word, words))
 
 
-def _quoted_run(run: str) -> str:
+def _quote_run(run: str) -> str:
     match run[0]:
         case "\\":
             return f'"{run * 2}"'
@@ -61,9 +61,8 @@ def powershell_word(text: str) -> str:
 def paste_command(template: str, **values: str) -> str:
     """A command for a person to paste, between backticks: ``paste_command("gpumesh trust {NODE}", NODE=name)``.
 
-    Each value becomes one word. A value that must not be pasted is left out: one with invisible characters, one that a
-    program would read as an option, and one that is too long to read. Its name in the template then stays, and the text
-    says why.
+    Each value becomes one word. A value is left out if it is empty, has invisible characters, would be read as an
+    option, or is too long for a person to read. Then its name stays in the template, and the text says why.
     """
     left_out = [name for name, value in values.items() if not _may_be_pasted(value)]
     quoted = {name: name if name in left_out else shell_word(value) for name, value in values.items()}
@@ -79,6 +78,6 @@ def _may_be_pasted(value: str) -> bool:
 
 def yaml_text(text: str) -> str:
     """``text`` between double quotes. The reader of mesh.yaml gives back exactly ``text`` and expands no variable in
-    it. The result is valid JSON too."""
-    whole = _SURROGATES.sub("\ufffd", text).replace("${", "$${")
-    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(whole, ensure_ascii=False))
+    it; only surrogates become U+FFFD. The result is valid JSON too."""
+    escaped = _SURROGATES.sub("\ufffd", text).replace("${", "$${")
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(escaped, ensure_ascii=False))

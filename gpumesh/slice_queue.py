@@ -1,9 +1,9 @@
 """Turns of the event loop for work that is cut into slices: one slice a turn, first come, first served.
 
 A peer can put thousands of chunks of one byte into one read. Each chunk costs a call of ours, so parsing the read in
-one go would hold up every other connection. Such a read is parsed slice by slice. All connections that have a read
-under way share one slice in each turn of the event loop: the others wait for no more than that one slice, however
-many such connections there are. Other long work (unpacking a body, scanning its JSON) takes its turns from the same
+one go would hold up every other connection. Such a read is parsed slice by slice. In each turn of the event loop only
+one slice of one such read is parsed. So the other connections wait for that one slice at most, however many reads are
+being parsed. Other long work (unpacking a body, scanning its JSON) takes its turns from the same
 queue.
 """
 
@@ -16,13 +16,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SLICE_BYTES = 8 << 10
+SLICE_BYTES = 8 << 10  # bytes of one read that are parsed before other connections have their turn
 FRAME_SLICE_BYTES = 4 << 10  # bytes of a stream's frames that are inspected before other connections have their turn
 MAX_SMALL_PIECES = 128  # a slice with more pieces than this ends the connection's turn
 
 
 class SliceQueue:
-    """Gives out the turns."""
+    """A queue of steps, of which one is run in each turn of the event loop."""
 
     def __init__(self) -> None:
         self._steps: deque[Callable[[], None]] = deque()
@@ -31,19 +31,19 @@ class SliceQueue:
         return f"<SliceQueue {len(self._steps)} queued>"
 
     def add(self, step: Callable[[], None]) -> None:
-        """Has ``step`` called in a later turn of the running event loop."""
+        """Schedules ``step`` for a later turn of the running event loop."""
         self._steps.append(step)
         if len(self._steps) == 1:
             asyncio.get_running_loop().call_soon(self._run_next)
 
     async def wait_turn(self) -> None:
-        """Returns in a later turn, after the steps that were added before have had theirs."""
+        """Returns in a later turn, when all steps that were added before have run."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.add(lambda: None if turn.done() else turn.set_result(None))
         await turn
 
     async def run(self, work: Generator[None, None, T]) -> T:
-        """Does ``work`` one step a turn. Returns its result; raises what it raises."""
+        """Runs ``work``, one of its steps in each turn. Returns its result, or raises its error."""
         while True:
             await self.wait_turn()
             try:
@@ -53,6 +53,7 @@ class SliceQueue:
                 return result
 
     def _run_next(self) -> None:
+        # The step stays in the queue while it runs, so that `add` does not schedule a second call.
         step = self._steps[0]
         try:
             step()  # may add itself again, at the end

@@ -1,4 +1,4 @@
-"""What was observed: frozen snapshots of the mesh, its nodes, tunnels, GPUs and backends, and findings.
+"""Frozen snapshots of what was observed: the mesh, its nodes, tunnels, GPUs and backends, and findings.
 
 Each field is a key of the JSON document ``gpumesh.status/1`` (docs/status-json.md). Renaming a field changes that
 contract. Unknown is ``None``, never 0. Times are UTC ``datetime``; sizes MiB; powers W; temperatures °C; latencies ms.
@@ -98,7 +98,7 @@ class HostState:
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """A compute process as nvidia-smi names it. Inside a container ``pid`` is that of the host."""
+    """A compute process as nvidia-smi reports it. ``pid`` is the host's number, also for a process in a container."""
 
     pid: int
     name: str
@@ -158,8 +158,8 @@ class ModelInfo:
 class BackendState:
     """``models`` are names; ``catalog`` has the details. ``url`` is the route in use.
 
-    The server itself says ``running`` and ``waiting``, the requests of all its clients, and ``kv_cache_pct``, the share
-    of the memory for contexts that is in use."""
+    ``running``, ``waiting`` and ``kv_cache_pct`` are the server's own figures. The first two count the requests of all
+    its clients. The third is the share of the memory for contexts that is in use, in percent."""
 
     kind: str
     state: BackendPhase = BackendPhase.UNKNOWN
@@ -180,8 +180,8 @@ class BackendState:
 @dataclass(frozen=True, slots=True)
 class RouteState:
     """One route to a node's server. ``target`` is the server's address on its own host, ``url`` its address from here,
-    ``via`` the transport. The fields after them are known after an inspection only: ``latency_ms`` is the median of
-    several round trips, ``store`` a fingerprint of the models' store, ``kind`` the kind of server that was found.
+    ``via`` the transport. Only an inspection finds out the other fields: ``latency_ms`` is the median of several round
+    trips, ``store`` a fingerprint of the models' store, ``kind`` the kind of server that was found.
 
     ``offered``: the route is not in mesh.yaml; the host's own address answers without SSH too. ``exposed``: anybody on
     the internet can use it.
@@ -214,8 +214,8 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """``gpus`` is ``None`` when they could not be asked for, and empty when the host has none. ``noticed`` are the
-    findings of the probes; the rules of `audit` add those that follow from mesh.yaml."""
+    """``gpus`` is ``None`` when the host's GPUs are not known, and empty when the host has none. ``noticed`` are the
+    findings of the probes; the rules of `audit` add the findings that follow from mesh.yaml."""
 
     name: str
     health: Health
@@ -302,7 +302,7 @@ class MeshState:
 def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
     """The totals of these nodes. Each GPU counts once, by its UUID."""
     gpus = {gpu.uuid: gpu for node in nodes for gpu in node.gpus or ()}
-    known = [node for node in nodes if node.gpus is not None]
+    nodes_with_known_gpus = [node for node in nodes if node.gpus is not None]
 
     def sum_known(values: list[int | None]) -> int | None:
         numbers = [value for value in values if value is not None]
@@ -311,7 +311,7 @@ def compute_totals(nodes: tuple[NodeState, ...]) -> Totals:
     return Totals(
         nodes=len(nodes),
         nodes_up=sum(node.health in (Health.HEALTHY, Health.DEGRADED) for node in nodes),
-        gpus=len(gpus) if known else None,
+        gpus=len(gpus) if nodes_with_known_gpus else None,
         vram_total_mib=sum_known([gpu.memory_total_mib for gpu in gpus.values()]),
         vram_used_mib=sum_known([gpu.memory_used_mib for gpu in gpus.values()]),
         vram_free_mib=sum_known([free_mib(gpu) for gpu in gpus.values()]),

@@ -1,4 +1,4 @@
-"""What mesh.yaml says (docs/configuration.md): frozen specs, validated, with defaults merged and variables expanded.
+"""The content of mesh.yaml (docs/configuration.md) as frozen specs: validated, defaults merged, variables expanded.
 
 Specs hold nothing observed, and no secret: only the names of the variables that hold secrets. Durations are seconds,
 sizes MiB, ports 1 to 65535.
@@ -24,7 +24,7 @@ class HostKeyPolicy(StrEnum):
 
 
 class BackendKind(StrEnum):
-    """A kind of inference server. ``AUTO`` stands in a spec only: the server is asked which one it is."""
+    """A kind of inference server. Only a spec can have ``AUTO``: a probe then asks the server for its kind."""
 
     AUTO = "auto"
     OLLAMA = "ollama"
@@ -48,8 +48,9 @@ class TunnelListen(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """The one endpoint. ``listen`` gives ``host`` and ``port`` (0: any free port), ``socket`` (the path of a Unix
-    socket), or both. ``host`` is ``None`` when the gateway listens on the Unix socket only."""
+    """The single endpoint of the mesh. The key ``listen`` of mesh.yaml sets ``host`` and ``port`` (0: any free port),
+    ``socket`` (the path of a Unix socket), or both. ``host`` is ``None`` when the gateway listens on the Unix socket
+    only."""
 
     host: str | None = "127.0.0.1"
     port: int = 11430
@@ -74,7 +75,8 @@ class AddressCommand:
 
 @dataclass(frozen=True, slots=True)
 class SshSpec:
-    """How to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be (agent, password)."""
+    """How to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be: an agent or a password can
+    take their place."""
 
     host: str
     port: int = 22
@@ -120,7 +122,7 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpectSpec:
-    """What the user expects to be there; ``None`` means that any value is fine."""
+    """The values that the user expects of a node; ``None`` means that any value is fine."""
 
     hostname: str | None = None
     gpus: int | None = None
@@ -145,8 +147,8 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class TunnelsSpec:
-    """The local ends of the tunnels of all SSH nodes. ``share``: every user of this machine may use them. ``listen``: a
-    port on loopback for each, or a Unix socket that only this user can open."""
+    """The local ends of the tunnels of all SSH nodes. ``share``: every user of this machine may use the tunnels.
+    ``listen``: each tunnel has a port on loopback, or a Unix socket that only this user can open."""
 
     share: bool = False
     listen: TunnelListen = TunnelListen.TCP
