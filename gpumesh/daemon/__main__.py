@@ -1,6 +1,7 @@
 """The background mesh's process: ``python -m gpumesh.daemon``. Only ``background.start_background`` starts it.
 
-It reports through a pipe to its parent when it serves, or why it cannot: one message of the control socket's protocol.
+The process sends one message of the control socket's protocol through a pipe to its parent: ``End`` when the mesh
+serves, or ``Error`` with the reason why it cannot.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ log = logging.getLogger(__name__)
 
 
 class ReadyPipe:
-    """The pipe to the parent. A parent that is gone is no error."""
+    """The pipe to the parent, for one message. A parent that is gone is no error."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
     def send(self, message: messages.ControlReply) -> None:
+        """Sends the message and closes the pipe. Later calls do nothing."""
         if self._descriptor is None:
             return
         with suppress(OSError):
@@ -75,19 +77,21 @@ def main() -> int:
     except asyncio.CancelledError:  # a third signal came
         return int(ExitCode.INTERRUPTED)
     except BaseExceptionGroup as group:
-        # The mesh's task groups wrap their errors. The parent can show one reason; the log has them all.
+        # The mesh's task groups wrap their errors. The parent shows them in one line; the log has their traces.
         log.critical("the mesh ended", exc_info=group)
-        ready.send(messages.Error("failed", f"the mesh ended: {_reason(group)}", "`gpumesh logs` has the details"))
+        ready.send(
+            messages.Error("failed", f"the mesh ended: {_describe_error(group)}", "`gpumesh logs` has the details")
+        )
         return int(ExitCode.FAILED)
     except Exception as error:
-        ready.send(messages.Error("failed", f"the mesh could not start: {_reason(error)}", ""))
+        ready.send(messages.Error("failed", f"the mesh could not start: {_describe_error(error)}", ""))
         raise  # the trace goes to our stderr, which the parent keeps in a file
     return int(ExitCode.OK)
 
 
-def _reason(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_reason(inner) for inner in error.exceptions))
+        return "; ".join(dict.fromkeys(_describe_error(inner) for inner in error.exceptions))
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return repr(error)

@@ -22,12 +22,13 @@ from gpumesh.daemon.up_options import UpOptions
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 from gpumesh.state import MeshState
 
-READY_S = 20.0
-CLOSE_S = 10.0  # for closing tunnels and ending workers, after the requests in flight have ended
-POLL_S = 0.02
+READY_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 10.0  # for closing tunnels and ending workers, after the requests in flight have ended
+LOCK_POLL_S = 0.02
+STATUS_WAIT_S = 0.5  # for the exit status of a process that has closed its pipe, or that said nothing
 
 
-def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: float = READY_S) -> int:
+def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: float = READY_TIMEOUT_S) -> int:
     """Starts the background process and returns its pid when its gateway and its control socket listen.
 
     Raises the error that the process reports (the text of a ConfigError, MeshAlreadyRunning, a port that is taken), or
@@ -35,20 +36,21 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
     """
     paths.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", 0) as ready, paths.stderr_log.open("wb") as errors:
+    with os.fdopen(reader, "rb", 0) as ready_pipe, paths.stderr_log.open("wb") as stderr_file:
         try:
             process = subprocess.Popen(
                 _daemon_command(paths.config, options, writer),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(writer,),  # our whole environment goes with it: the mesh reads its secrets from there
+                stderr=stderr_file,
+                pass_fds=(writer,),
                 start_new_session=True,
+                # It inherits our whole environment: the mesh reads its secrets from there.
             )
         finally:
             os.close(writer)
         try:
-            report = _read_ready_message(ready.fileno(), ready_timeout_s)
+            report = _read_ready_message(ready_pipe.fileno(), ready_timeout_s)
             if isinstance(report, messages.Error):
                 raise messages.error_from_message(report)
             if report is None:
@@ -60,9 +62,9 @@ def start_background(paths: MeshPaths, options: UpOptions, *, ready_timeout_s: f
     return process.pid
 
 
-def _daemon_command(config: Path, options: UpOptions, ready: int) -> list[str]:
+def _daemon_command(config: Path, options: UpOptions, ready_descriptor: int) -> list[str]:
     # -P: a folder named gpumesh, or a yaml.py, in the user's working directory must not be imported.
-    command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready)]
+    command = [sys.executable, "-P", "-m", "gpumesh.daemon", str(config), "--ready-fd", str(ready_descriptor)]
     if not options.gateway:
         command.append("--no-gateway")
     if options.listen is not None:
@@ -71,7 +73,7 @@ def _daemon_command(config: Path, options: UpOptions, ready: int) -> list[str]:
 
 
 def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlReply | None:
-    """The one message on the pipe; ``None`` when the pipe ends without a message or the time is over."""
+    """The one message on the pipe; ``None`` when the pipe ends before it or the time is over."""
     deadline = time.monotonic() + timeout_s
     data = b""
     while not data.endswith(b"\n"):
@@ -85,13 +87,13 @@ def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlRe
 
 def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
     with suppress(subprocess.TimeoutExpired):
-        process.wait(0.5)
+        process.wait(STATUS_WAIT_S)
     if process.returncode is None:
         return GPUMeshError(f"the background mesh said nothing for {timeout_s:.0f} s", hint=f"its log is {paths.log}")
     lines = paths.stderr_log.read_text("utf-8", "replace").strip().splitlines()
-    last = f": {lines[-1]}" if lines else ""
+    last_line = f": {lines[-1]}" if lines else ""
     return GPUMeshError(
-        f"the background mesh ended at once, with status {process.returncode}{last}",
+        f"the background mesh ended at once, with status {process.returncode}{last_line}",
         hint=f"its log is {paths.log}; `gpumesh up` without -d shows more",
     )
 
@@ -99,19 +101,19 @@ def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout
 def _end_process(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(CLOSE_S)
+        process.wait(CLOSE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
 
 
 async def stop_background(
-    paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_S
+    paths: MeshPaths, drain_s: float, *, on_state: Callable[[MeshState], None], close_s: float = CLOSE_TIMEOUT_S
 ) -> bool:
-    """Drains and stops the mesh. Returns when its process is gone and nothing of it is left: True when it ended by
-    itself, False when it had to be killed.
+    """Drains and stops the mesh. Returns when its process is gone and its files are removed: True when the process
+    ended by itself, False when it had to be killed.
 
-    Raises MeshNotRunning.
+    ``on_state`` gets the states of the mesh while it drains. Raises MeshNotRunning.
     """
     watch = LockWatch.open(paths)
     if watch is None:
@@ -123,7 +125,7 @@ async def stop_background(
         pid = watch.pid
         try:
             async with asyncio.timeout(drain_s + close_s):
-                if not await _request_down(paths, drain_s, on_state):
+                if not await _request_down(paths, drain_s, on_state):  # nobody answers: a signal reaches the process
                     _signal_owner(watch, pid, signal.SIGTERM)
                 await _wait_unlocked(watch)
         except TimeoutError:
@@ -137,7 +139,7 @@ async def stop_background(
 
 
 def _signal_owner(watch: LockWatch, pid: int | None, number: signal.Signals) -> None:
-    """Only while the lock is held: after that the pid may be another process's."""
+    """Sends the signal only while the lock is held: after that another process may have the pid."""
     if pid is not None and watch.held:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -145,11 +147,12 @@ def _signal_owner(watch: LockWatch, pid: int | None, number: signal.Signals) -> 
 
 async def _wait_unlocked(watch: LockWatch) -> None:
     while watch.held:  # noqa: ASYNC110  # another process ends: there is no event to wait for
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(LOCK_POLL_S)
 
 
 async def _request_down(paths: MeshPaths, drain_s: float, on_state: Callable[[MeshState], None]) -> bool:
-    """False when no mesh listens: the mesh is closing already, or just starts, or its socket was removed."""
+    """Asks the mesh to stop and follows its states to the end. Returns False when no mesh listens: the mesh is closing
+    already, or has only just started, or its socket was removed."""
     try:
         async for state in RemoteSession(paths.socket).down(drain_s):
             on_state(state)

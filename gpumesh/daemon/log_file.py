@@ -19,7 +19,7 @@ from typing import Any, cast
 from gpumesh.daemon.state_changes import LogEvent
 
 ROTATE_BYTES = 2 << 20
-ROTATED_FILES = 3
+ROTATED_FILES = 3  # besides the file that is written
 
 
 class JsonLinesFormatter(logging.Formatter):
@@ -42,18 +42,18 @@ class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
     """Opens each file with mode 0600, also after a rotation."""
 
     def _open(self) -> TextIOWrapper:
-        opened: Any = open(  # noqa: SIM115 - the handler closes it
+        file: Any = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename,
             self.mode,
             encoding=self.encoding,
             errors=self.errors,
             opener=lambda name, flags: os.open(name, flags, 0o600),
         )
-        return cast("TextIOWrapper", opened)
+        return cast("TextIOWrapper", file)
 
 
 def start_log(path: Path) -> logging.Handler:
-    """From now on, everything that gpumesh logs in this process goes to this file."""
+    """Sends everything that gpumesh and asyncio log in this process to this file, until ``stop_log``."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = _PrivateFileHandler(
         path, maxBytes=ROTATE_BYTES, backupCount=ROTATED_FILES, encoding="utf-8", errors="backslashreplace"

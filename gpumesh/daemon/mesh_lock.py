@@ -1,4 +1,4 @@
-"""One mesh for each mesh.yaml: an flock on a file that holds the owner's pid.
+"""At most one mesh runs for each mesh.yaml: its process holds an flock on a file that contains its pid.
 
 A second ``up`` finds out here that a mesh runs already (``MeshLock.acquire``). ``LockWatch`` looks at the lock of
 another process: its pid, and whether it is still held.
@@ -22,7 +22,7 @@ LOCK_RETRIES, LOCK_RETRY_S = 5, 0.01
 
 
 class MeshLock:
-    """Held from ``acquire`` to ``release``, or to the end of the process."""
+    """The lock of a mesh in this process. It is held from ``acquire`` to ``release``, or to the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -60,16 +60,17 @@ class MeshLock:
         """Makes the lock file anew if it is gone. Call it now and then: a system clears old files from /tmp, and
         removes a runtime folder at logout.
 
-        Raises MeshAlreadyRunning when another mesh has taken the place meanwhile, and GPUMeshError when the file cannot
-        be made now.
+        Raises MeshAlreadyRunning when another mesh has made and locked the file meanwhile, and GPUMeshError when the
+        file cannot be made now.
         """
         if self.still_owns(paths):
-            os.utime(self._descriptor)
+            os.utime(self._descriptor)  # a file that is not old is not cleared
             return
         # The old file stays open and locked: a `down` may be waiting for it.
         self._descriptor = type(self).acquire(paths)._descriptor
 
     def still_owns(self, paths: MeshPaths) -> bool:
+        """Whether the lock file is still the file that this lock is on."""
         return _is_file_at(self._descriptor, paths.lock)
 
     def release(self) -> None:
@@ -87,7 +88,7 @@ class LockWatch:
 
     @classmethod
     def open(cls, paths: MeshPaths) -> Self | None:
-        """``None`` when there is no lock file."""
+        """``None`` when there is no lock file. Raises GPUMeshError when it cannot be opened."""
         try:
             return cls(os.open(paths.lock, os.O_RDWR | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -97,7 +98,7 @@ class LockWatch:
 
     @property
     def held(self) -> bool:
-        """Asking takes a free lock for an instant."""
+        """Whether a process holds the lock. To find out, this takes a free lock for an instant."""
         if not file_lock.try_acquire(self._descriptor):
             return True
         file_lock.release(self._descriptor)
@@ -108,7 +109,7 @@ class LockWatch:
         return _read_pid(self._descriptor)
 
     def remove_if_stale(self, paths: MeshPaths) -> bool:
-        """Removes the files of an owner that is gone. True when nobody holds the lock."""
+        """Removes the files of an owner that is gone. Returns True when no process holds the lock."""
         if not file_lock.try_acquire(self._descriptor):
             return False
         if _is_file_at(self._descriptor, paths.lock):
@@ -127,8 +128,8 @@ class LockWatch:
 
 
 def _try_lock_with_retries(descriptor: int) -> bool:
-    """A command that asks whether a mesh runs (``held``, ``remove_if_stale``) has the lock for an instant. Such a
-    command is no mesh, so this tries a few times."""
+    """Takes the lock, if necessary at the second or third try: a command that asks whether a mesh runs (``held``,
+    ``remove_if_stale``) has the lock for an instant, but is no mesh. Returns False when the lock stays held."""
     for _ in range(LOCK_RETRIES):
         if file_lock.try_acquire(descriptor):
             return True

@@ -1,6 +1,6 @@
 """The whole mesh in one process: log, mesh, control socket and gateway, opened in this order and closed in the reverse.
 
-`up` shows a table over it; the background process only runs it.
+`up` also shows a table of the mesh; the background process only runs it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from gpumesh.topology import Topology
 
 log = logging.getLogger(__name__)
 
-LOG_INTERVAL_S = 0.1
+LOG_INTERVAL_S = 0.1  # between two states that are compared for the log
 RESTORE_INTERVAL_S = 2.0
+IDLE_POLL_S = 0.05  # between two states that are looked at while the mesh drains
 HISTORY_INTERVAL_S = 2.0  # as often as nvidia-smi is asked
 
 
@@ -42,10 +43,11 @@ async def run_mesh(
     lock: MeshLock | None = None,
     check_every_s: float = RESTORE_INTERVAL_S,
 ) -> AsyncGenerator[LocalSession]:
-    """Runs the mesh while the context is open. Leaving it drains (``shutdown.drain_s`` at most) and closes.
+    """Runs the mesh while the context is open. At its end the mesh drains (``shutdown.drain_s`` seconds at most) and
+    closes.
 
-    The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to the end of its process. When it is given
-    here, its file and the control socket are restored if they are removed.
+    The caller holds the mesh's lock (``MeshLock.acquire``) and keeps it to the end of its process. With ``lock``, the
+    lock file and the control socket are looked at every ``check_every_s`` seconds, and restored if they were removed.
     """
     from gpumesh.gateway.app import Gateway
     from gpumesh.gateway.observe.access_log import AccessLog
@@ -75,7 +77,8 @@ async def run_mesh(
                     Gateway(mesh, access_log=access_log, stop_now=shutdown.forced)
                 )
                 log.info("the gateway serves at %s", server.listen_description, extra={"event": "gateway"})
-            # The objects that exist now stay. A full collection would walk through them: 10 ms in which no token moves.
+            # The objects that exist now stay until the end. Without `freeze`, each full collection would walk through
+            # them, and no token would move for 10 ms.
             gc.collect()
             gc.freeze()
             serving.callback(gc.unfreeze)
@@ -84,8 +87,9 @@ async def run_mesh(
             log.info("draining, %.0f s at most", shutdown.drain_s, extra={"event": "drain"})
             if gateway:
                 server.drain_s = shutdown.drain_s
-            began = asyncio.get_running_loop().time()
-        spent_s = asyncio.get_running_loop().time() - began
+            drain_began = asyncio.get_running_loop().time()
+        # The gateway has drained. The rest of the time is for prompts that came over the control socket.
+        spent_s = asyncio.get_running_loop().time() - drain_began
         await wait_drained(session, max(shutdown.drain_s - spent_s, 0.0), shutdown.forced)
 
 
@@ -117,7 +121,7 @@ async def wait_drained(session: LocalSession, timeout_s: float, forced: asyncio.
     """Returns when no request is in flight or queued, or after ``timeout_s``, or when ``forced`` is set."""
 
     async def wait_until_idle() -> None:
-        async with aclosing(session.watch(0.05)) as states:
+        async with aclosing(session.watch(IDLE_POLL_S)) as states:
             async for state in states:
                 if not count_in_flight(state):
                     return
@@ -138,12 +142,12 @@ def count_in_flight(state: MeshState) -> int:
 
 
 async def _log_changes(session: LocalSession) -> None:
-    last: MeshState | None = None
+    last_state: MeshState | None = None
     async with aclosing(session.watch(LOG_INTERVAL_S)) as states:
         async for state in states:
-            for event in compare_states(last, state):
+            for event in compare_states(last_state, state):
                 log_file.log_event(event)
-            last = state
+            last_state = state
 
 
 async def _record_history(session: LocalSession) -> None:

@@ -75,7 +75,7 @@ class MeshPaths:
 
 
 def for_config(config: Path) -> MeshPaths:
-    """The paths for this mesh.yaml. They are the same whether it is named by a relative path or by a link."""
+    """The paths for this mesh.yaml. They are the same when the file is named by a relative path or by a link."""
     resolved = config.resolve()
     key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return MeshPaths(

@@ -1,7 +1,7 @@
-"""How a mesh is asked to stop, by a signal or over the control socket, and what each signal means.
+"""Requests to stop a mesh, by a signal or over the control socket.
 
-The first signal lets requests in flight end. The second ends them with an error that says why, and closes in order. The
-third ends the process.
+The first signal lets requests in flight end. The second ends them with an error that says why, and the mesh closes in
+order. The third ends the process.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import os
 import signal
 from collections.abc import Iterable
 
-ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DRAIN_S = 10.0
-EXIT_S = 0.5  # for a cancelled mesh to leave nothing behind; then the process exits as it is
+EXIT_TIMEOUT_S = 0.5  # for a cancelled mesh to remove its files; then the process exits in any state
 
 
 class Shutdown:
-    """Can be requested more than once; the first request sets how long draining may take.
+    """A stop can be requested more than once; the first request sets how long draining may take.
 
-    ``forced``: draining is to end now. ``interrupted``: a person pressed Ctrl-C twice.
+    ``forced``: draining is to end now. ``interrupted``: a second signal said so, usually a second Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Shutdown:
             self._requested.set()
 
     def request_within(self, drain_s: float) -> None:
-        """As ``request``. If a stop is requested already, this request may make it sooner."""
+        """As ``request``. If a stop was requested before, draining is forced to end ``drain_s`` seconds from now."""
         if self._requested.is_set():
             asyncio.get_running_loop().call_later(max(drain_s, 0.0), self.force)
         else:
@@ -56,7 +56,7 @@ class Shutdown:
         await self._requested.wait()
 
 
-def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = ALL) -> None:
+def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
     """Installs handlers in the running loop. The third signal cancels the current task.
 
     SIGHUP counts only as the first signal: when a window is closed, both the terminal and the shell send it.
@@ -75,7 +75,7 @@ def handle_signals(stop: Shutdown, numbers: Iterable[signal.Signals] = ALL) -> N
             stop.force()
         else:
             task.cancel()
-            loop.call_later(EXIT_S, os._exit, 128 + number)
+            loop.call_later(EXIT_TIMEOUT_S, os._exit, 128 + number)
 
     for number in numbers:
         loop.add_signal_handler(number, handle, number)

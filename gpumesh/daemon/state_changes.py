@@ -1,4 +1,4 @@
-"""What changed between two snapshots of a mesh, as events: for the log and for `up` without a terminal. Pure."""
+"""The changes between two snapshots of a mesh, as events: for the log, and for `up` without a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class LogEvent:
 
 
 def compare_states(old: MeshState | None, new: MeshState) -> Iterator[LogEvent]:
-    """What a person would want to know that happened between two snapshots."""
-    before = {node.name: node for node in old.nodes} if old is not None else {}
+    """The changes between two snapshots that a person would want to know."""
+    old_nodes = {node.name: node for node in old.nodes} if old is not None else {}
     for node in new.nodes:
-        yield from _node_changes(before.get(node.name), node)
-    known = {_finding_key(finding) for finding in old.findings} if old is not None else set()
+        yield from _node_changes(old_nodes.get(node.name), node)
+    old_keys = {_finding_key(finding) for finding in old.findings} if old is not None else set()
     for finding in new.findings:
-        if _finding_key(finding) not in known:
+        if _finding_key(finding) not in old_keys:
             yield LogEvent(logging.WARNING, f"finding {finding.code}", finding.node, finding.message)
 
 
@@ -51,21 +51,22 @@ def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
 
 
 def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iterator[LogEvent]:
-    if (old is not None and old.state is new.state) or _is_repeated_attempt(old, new):
+    if new.state is TunnelPhase.IDLE:
+        return
+    if old is not None and (old.state is new.state or _is_repeated_attempt(old, new)):
         return
     reason = f": {new.last_error}" if new.last_error and new.state is not TunnelPhase.UP else ""
     level = _level(new.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED))
     yield LogEvent(level, f"tunnel {new.state}", node, f"tunnel {new.state}{reason}")
 
 
-def _is_repeated_attempt(old: TunnelState | None, new: TunnelState) -> bool:
-    """A host that is away is tried again and again. That is one event, and another one only when the reason changes."""
-    if new.state is TunnelPhase.IDLE:
-        return True
+def _is_repeated_attempt(old: TunnelState, new: TunnelState) -> bool:
+    """Whether this is one more attempt to reach a host that is away, or its failure for the same reason. All these
+    attempts are one event; a new reason is another event."""
     if new.state is TunnelPhase.CONNECTING:
-        return old is not None and old.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
-    was_connecting = old is not None and old.state is TunnelPhase.CONNECTING
-    return was_connecting and new.state is not TunnelPhase.UP and old is not None and old.last_error == new.last_error
+        return old.state in (TunnelPhase.BACKOFF, TunnelPhase.FAILED)
+    has_failed = old.state is TunnelPhase.CONNECTING and new.state is not TunnelPhase.UP
+    return has_failed and old.last_error == new.last_error
 
 
 def _level(is_bad: bool) -> int:

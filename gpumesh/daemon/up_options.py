@@ -11,8 +11,8 @@ from gpumesh.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """``nodes``: only these; all when it is empty. ``listen`` replaces mesh.yaml's, in the form of
-    ``config.parse_listen_option``."""
+    """``nodes``: the names of the nodes to open; empty means all nodes. ``listen`` replaces mesh.yaml's, and has the
+    form of ``config.parse_listen_option``."""
 
     nodes: tuple[str, ...] = ()
     gateway: bool = True

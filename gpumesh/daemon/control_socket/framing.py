@@ -1,5 +1,5 @@
-"""The control socket's lines: each message is one JSON object on one line. How a line is encoded, decoded and bounded,
-and the errors of a client that cannot connect or cannot read a line.
+"""The lines of the control socket: each message is one JSON object on one line. This file encodes and decodes lines,
+limits their length, and makes the errors of a client that cannot connect or cannot read a line.
 
 Both clients share this file: ``RemoteSession`` and ``quick_status``. It imports json and the errors only, because
 ``status`` and shell completion must start quickly.
@@ -14,7 +14,7 @@ from typing import Any
 
 from gpumesh.errors import GPUMeshError, MeshNotRunning
 
-# Bytes. A prompt with images is some MB of base64; a longer line does not come from a gpumesh.
+# Bytes of one message. A prompt with images is some MB of base64; no gpumesh sends a longer line than this.
 LINE_LIMIT = 1 << 26
 
 
@@ -24,7 +24,7 @@ def encode_line(kind: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes) -> tuple[str, dict[str, Any]]:
-    """The kind of the message and its whole JSON object. Raises ``ValueError`` and ``RecursionError``."""
+    """Returns the kind of the message and its whole JSON object. Raises ``ValueError`` and ``RecursionError``."""
     document = json.loads(line)
     kind = document.get("kind") if isinstance(document, dict) else None
     if not isinstance(kind, str):
@@ -38,7 +38,7 @@ def unknown_message() -> ValueError:
 
 def connect_error(error: OSError, path: Path) -> GPUMeshError:
     """The error to raise when connecting to the socket failed; MeshNotRunning when no mesh listens there."""
-    # errno is None for a path that is longer than a socket's path may be. Python raises that; no mesh can listen there.
+    # For a path that is too long for a socket, Python itself raises an OSError without errno. No mesh can listen there.
     if isinstance(error, (FileNotFoundError, ConnectionRefusedError)) or error.errno is None:
         return MeshNotRunning("no mesh is running for this configuration")
     return GPUMeshError(f"cannot reach the running mesh at {path}: {error.strerror or error}")

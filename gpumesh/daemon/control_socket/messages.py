@@ -25,33 +25,36 @@ from gpumesh.wire import from_json, to_json
 
 @dataclass(frozen=True, slots=True)
 class GetStatus:
-    """-> State."""
+    """Reply: State."""
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """-> State, then again after changes, at most once in ``interval_s``."""
+    """Replies: State, and State again after changes, at most once in ``interval_s`` seconds."""
 
     interval_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class FirstReport:
-    """-> State."""
+    """Reply: State, when each node has been probed once or has failed, or after ``timeout_s`` seconds."""
 
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """-> Route, then Piece for each chunk; Route again whenever it changes."""
+    """Replies: Route, then Piece for each chunk; Route again whenever the node or the number of attempts changes.
+
+    ``ask`` is the prompt. The name is part of the protocol.
+    """
 
     ask: PromptRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """-> Output."""
+    """Replies: Output for each chunk."""
 
     node: str
     argv: tuple[str, ...]
@@ -59,33 +62,34 @@ class Exec:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """-> End."""
+    """No reply before ``End``."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """-> End."""
+    """No reply before ``End``."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reconnect:
-    """-> End."""
+    """No reply before ``End``."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class GetHistory:
-    """-> Past."""
+    """Reply: Past."""
 
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """-> State while requests in flight end, for ``drain_s`` at most; then the mesh closes the connection."""
+    """Replies: State while requests in flight end, for ``drain_s`` seconds at most. Then the mesh closes the connection
+    without ``End``."""
 
     drain_s: float
 
@@ -118,7 +122,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """``data`` is base64."""
+    """A chunk of a command's output. ``data`` is base64."""
 
     stream: str
     data: str
@@ -133,7 +137,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """A GPUMeshError for the client. ``detail`` holds what some kinds of error carry beside their text."""
+    """A GPUMeshError for the client. ``detail`` holds the further fields that some kinds of error have."""
 
     code: str
     message: str

@@ -1,6 +1,6 @@
-"""One question to a running mesh without an event loop: its status, or its last minute.
+"""Asks a running mesh for its status or its last minute, without an event loop.
 
-For `status`, which runs all day and in shell prompts, and for shell completion. Imports sockets and json only.
+For `status`, which runs all day and in shell prompts, and for shell completion. So this imports sockets and json only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fetch_status(path: Path, *, timeout_s: float = 5.0) -> dict[str, Any] | None
 
 
 def fetch_history(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | None:
-    """The last minute of the mesh behind this socket (the fields of a History); ``None`` when it cannot be had."""
+    """The last minute of the mesh behind this socket (the fields of a History); ``None`` when no mesh gives it."""
     try:
         history = _fetch(path, "GetHistory", "history", timeout_s)
     except GPUMeshError:
@@ -33,8 +33,8 @@ def fetch_history(path: Path, *, timeout_s: float = 2.0) -> dict[str, Any] | Non
     return history if isinstance(history, dict) else None
 
 
-def _fetch(path: Path, kind: str, key: str, timeout_s: float) -> Any:
-    """The value of ``key`` in the reply to a request of this ``kind``; ``None`` when no mesh runs, or it just ends."""
+def _fetch(path: Path, request_kind: str, reply_key: str, timeout_s: float) -> Any:
+    """The value of ``reply_key`` in the reply to such a request; ``None`` when no mesh runs, or the mesh is ending."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:
@@ -45,7 +45,7 @@ def _fetch(path: Path, kind: str, key: str, timeout_s: float) -> Any:
                 return None
             raise failure from error
         try:
-            connection.sendall(framing.encode_line(kind, {}))
+            connection.sendall(framing.encode_line(request_kind, {}))
             with connection.makefile("rb") as replies:
                 line = replies.readline(framing.LINE_LIMIT)
         except TimeoutError as error:
@@ -55,7 +55,7 @@ def _fetch(path: Path, kind: str, key: str, timeout_s: float) -> Any:
             ) from error
         except OSError:
             return None  # the mesh ended at this moment
-    return _read_reply(line, key) if line else None
+    return _read_reply(line, reply_key) if line else None
 
 
 def _read_reply(line: bytes, key: str) -> Any:

@@ -20,7 +20,8 @@ from gpumesh.tunnels.base import ExecChunk, OutputStream
 
 
 class RemoteSession:
-    """Each call opens a connection of its own. Closing that connection cancels the request."""
+    """Each call opens its own connection. When the caller stops reading, the connection is closed, which cancels the
+    request."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -72,7 +73,7 @@ class RemoteSession:
         return history
 
     async def down(self, drain_s: float) -> AsyncGenerator[MeshState]:
-        """Asks the mesh to stop. Gives its states while it drains, until it closes its socket."""
+        """Asks the mesh to stop. Yields its states while it drains, until it closes the connection."""
         async with aclosing(self._send_request(messages.Down(drain_s), until_closed=True)) as replies:
             async for reply in replies:
                 if isinstance(reply, messages.State):
@@ -96,12 +97,13 @@ class RemoteSession:
     async def _send_request(
         self, request: ControlRequest, *, until_closed: bool = False
     ) -> AsyncGenerator[ControlReply]:
-        """The replies before ``End``. With ``until_closed`` the mesh's closing of the connection is a proper end, too.
+        """The replies before ``End``. With ``until_closed``, the mesh may also end them by closing the connection.
 
         Raises MeshNotRunning when no mesh listens, the mesh's own error for ``Error``, and GPUMeshError when the mesh
-        ends before its answer does.
+        ends in the middle of its answer.
         """
         reader, writer = await self._connect()
+        connection_error: OSError | None = None
         try:
             writer.write(messages.encode_message(request))
             await writer.drain()
@@ -112,15 +114,16 @@ class RemoteSession:
                 if isinstance(reply, messages.Error):
                     raise messages.error_from_message(reply)
                 yield reply
-            lost: OSError | None = None
         except OSError as error:
-            lost = error
+            connection_error = error
         finally:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
         if not until_closed:
-            raise GPUMeshError("the running mesh ended in the middle of this", hint="`gpumesh logs` says why") from lost
+            raise GPUMeshError(
+                "the running mesh ended in the middle of this", hint="`gpumesh logs` says why"
+            ) from connection_error
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
@@ -130,6 +133,8 @@ class RemoteSession:
 
 
 class _RemoteChat:
+    """The ChatStream whose chunks come as replies to ``Chat``."""
+
     def __init__(self, replies: AsyncIterator[ControlReply]) -> None:
         self._replies = replies
         self.node: str | None = None

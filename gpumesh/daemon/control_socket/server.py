@@ -21,20 +21,25 @@ from gpumesh.errors import GPUMeshError
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024  # a script may start hundreds of commands at once; a Unix socket refuses connections past its backlog
-REQUEST_S = 10.0  # for the request's line, which a client sends at once
+REQUEST_TIMEOUT_S = 10.0  # for the line of the request; clients of ours send it at once
 DOWN_STATE_INTERVAL_S = 0.2  # between two states while the mesh drains
 
 
 class ControlServer:
-    """Listens on a Unix socket with mode 0600. Use it as an async context manager, and only as the holder of the mesh's
-    lock: a socket that is there already is then stale.
+    """Listens on a Unix socket with mode 0600. Use it as an async context manager, and only while you hold the mesh's
+    lock: then a socket that exists already is stale, and is replaced.
 
-    ``on_stop`` is called for ``Down`` with the seconds that draining may take. The mesh's owner then leaves this
-    context, which ends every open connection.
+    ``on_stop`` is called for ``Down`` with the seconds that draining may take. Then the owner of the mesh must leave
+    this context, which ends every open connection.
     """
 
     def __init__(
-        self, session: Session, path: Path, *, on_stop: Callable[[float], None], request_timeout_s: float = REQUEST_S
+        self,
+        session: Session,
+        path: Path,
+        *,
+        on_stop: Callable[[float], None],
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
         self._session = session
         self._path = path
@@ -62,16 +67,16 @@ class ControlServer:
         return server
 
     async def restore_socket(self) -> None:
-        """Listens anew if the socket's file was taken away. Open connections go on.
+        """Listens anew if the socket's file was removed. Open connections go on.
 
         A system clears old files from /tmp, and removes a runtime folder at logout. Raises OSError.
         """
         if self._owns_socket():
-            os.utime(self._path)
+            os.utime(self._path)  # a file that is not old is not cleared
             return
         assert self._server is not None
-        lost, self._server = self._server, await self._listen()
-        lost.close()
+        old_server, self._server = self._server, await self._listen()
+        old_server.close()
 
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
@@ -97,7 +102,7 @@ class ControlServer:
         try:
             line = await self._read_request(reader, writer)
             if line:
-                await self._answer_until_gone(line, reader, writer)
+                await self._answer_until_client_closes(line, reader, writer)
         except ConnectionError:
             pass  # the client is gone
         except asyncio.CancelledError:
@@ -120,14 +125,16 @@ class ControlServer:
             await _send_reply(writer, messages.Error("usage", message, exit_code=2))
             return b""
 
-    async def _answer_until_gone(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answers the request, and cancels that as soon as the client closes its connection."""
+    async def _answer_until_client_closes(
+        self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Answers the request. Cancels the answer as soon as the client closes its connection."""
         answering = asyncio.ensure_future(self._answer(line, writer))
         client_closing = asyncio.ensure_future(reader.read(1))
         try:
             await asyncio.wait({answering, client_closing}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
-                answering.result()
+                answering.result()  # raises the error of the answer
         finally:
             for task in (answering, client_closing):
                 task.cancel()
@@ -139,21 +146,21 @@ class ControlServer:
         except (ValueError, RecursionError) as error:
             await _send_reply(writer, messages.Error("usage", str(error), exit_code=2))
             return
-        final: ControlReply = messages.End()
+        last_reply: ControlReply = messages.End()
         try:
             async with aclosing(self._replies(request)) as replies:
                 async for reply in replies:
                     await _send_reply(writer, reply)
         except GPUMeshError as error:
-            final = messages.message_from_error(error)
+            last_reply = messages.message_from_error(error)
         except ConnectionError:
             raise
         except Exception as error:  # a bug in one request must not end the mesh: the client gets it, the log its trace
             log.exception("a request over the control socket failed: %s", type(request).__name__)
-            final = messages.Error(
+            last_reply = messages.Error(
                 "failed", f"the running mesh failed inside: {error!r}", "`gpumesh logs` has the details"
             )
-        await _send_reply(writer, final)
+        await _send_reply(writer, last_reply)
 
     async def _replies(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
         session = self._session
@@ -166,8 +173,8 @@ class ControlServer:
                 async with aclosing(_state_replies(session, interval_s)) as replies:
                     async for reply in replies:
                         yield reply
-            case messages.Chat(ask):
-                async with aclosing(_chat_replies(session, ask)) as replies:
+            case messages.Chat(prompt):
+                async with aclosing(_chat_replies(session, prompt)) as replies:
                     async for reply in replies:
                         yield reply
             case messages.Exec(node, argv):

@@ -1,4 +1,4 @@
-"""Runs an event loop to its end, whenever Ctrl-C comes, and chooses the loop: uvloop for a process that runs a mesh."""
+"""Runs an event loop that can clean up after Ctrl-C and other signals. A process that runs a mesh gets uvloop."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ def run(main: Coroutine[Any, Any, T], *, use_uvloop: bool = True) -> T:
     ``use_uvloop`` is for a process that runs a mesh: only there is uvloop worth the time of its import. Such a process
     also holds the bodies of many requests, so its memory is set up for that (``large_memory.py``).
 
-    A SIGINT that comes while the loop is being made is delivered when ``main`` has begun: half a loop cannot be closed.
+    A SIGINT that comes while the loop is being made is delivered when ``main`` has begun, because an unfinished loop
+    cannot be closed.
     """
     if use_uvloop:
         from gpumesh.daemon.process.large_memory import map_large_blocks
 
         map_large_blocks()
     with _sigint_blocked() as unblock, asyncio.Runner(loop_factory=_loop_factory() if use_uvloop else None) as runner:
-        received: list[int] = []
+        received_signals: list[int] = []
 
         async def run_main() -> T:
-            _cancel_on_signals(received)
+            _cancel_on_signals(received_signals)
             unblock()
             return await main
 
         try:
             return runner.run(run_main())
         except asyncio.CancelledError:
-            if received:
-                raise SystemExit(128 + received[0]) from None
+            if received_signals:
+                raise SystemExit(128 + received_signals[0]) from None
             raise
 
 
-def _cancel_on_signals(received: list[int]) -> None:
-    """SIGTERM and SIGHUP cancel the current task and are added to ``received``. ``main`` may install other handlers."""
+def _cancel_on_signals(received_signals: list[int]) -> None:
+    """SIGTERM and SIGHUP cancel the current task and are added to ``received_signals``. ``main`` may replace these
+    handlers. A signal that is ignored stays ignored."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
 
     def handle(number: int) -> None:
-        received.append(number)
+        received_signals.append(number)
         task.cancel()
 
     for name in ("SIGTERM", "SIGHUP"):
@@ -63,10 +65,10 @@ def _sigint_blocked() -> Iterator[Callable[[], None]]:
     if not hasattr(signal, "pthread_sigmask"):
         yield lambda: None
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     try:
         yield unblock

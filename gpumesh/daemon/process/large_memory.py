@@ -12,13 +12,13 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGE_BYTES = 1 << 20
-# Kept at the end of the heap. Giving it back and taking it again would cost more than it saves.
+LARGE_BYTES = 1 << 20  # from this size on, a block gets a mapping of its own
+# Free memory that stays at the end of the heap. To give it back and take it again would cost more than it saves.
 SPARE_BYTES = 16 << 20
 
 
 def map_large_blocks() -> None:
-    """For this process. Does nothing on other systems than Linux, and with another libc than glibc."""
+    """Sets glibc's thresholds for this process. Does nothing without Linux or without glibc."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

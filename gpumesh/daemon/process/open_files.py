@@ -9,33 +9,33 @@ import contextlib
 import resource
 from collections.abc import Iterator
 
-# The first is less than a hard limit may allow. That can be a thousand million, and some children (an old ssh) close
-# each possible descriptor one by one. The smaller ones are for macOS, which reports no hard limit and accepts no more
-# than kern.maxfilesperproc.
+# The soft limits to try. No limit is higher than the first, although a hard limit can be a thousand million: some
+# children (an old ssh) close each possible descriptor one by one. The smaller limits are for macOS, which reports no
+# hard limit and accepts no more than kern.maxfilesperproc.
 LIMITS = (65_536, 24_576, 10_240, 4_096)
 
 
 @contextlib.contextmanager
 def raise_file_limit() -> Iterator[int]:
     """Raises the soft limit for this process and its children: the tunnels' processes and ``ssh`` hold a file for each
-    forwarded connection. Restores it at the end. Gives the limit that holds meanwhile."""
-    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raised = _raise_soft_limit(before, hard)
+    forwarded connection. Restores it at the end. Yields the limit that is in force meanwhile."""
+    previous_soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised = _raise_soft_limit(previous_soft, hard)
     try:
         yield raised
     finally:
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (previous_soft, hard))
 
 
-def _raise_soft_limit(before: int, hard: int) -> int:
-    for limit in candidate_limits(before, hard):
+def _raise_soft_limit(soft: int, hard: int) -> int:
+    for limit in candidate_limits(soft, hard):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         except (ValueError, OSError):
             continue
         return limit
-    return before
+    return soft
 
 
 def candidate_limits(soft: int, hard: int) -> tuple[int, ...]:

@@ -16,15 +16,16 @@ from gpumesh.mesh.models.default_model import choose_model
 from gpumesh.state import MeshState, TunnelPhase
 from gpumesh.tunnels.base import ExecChunk, Tunnel
 
-# How long a prompt waits for the first node that can take it: the deadline of a connect, and a probe.
-USABLE_S = 12.0
-RECONNECT_S = 6.0  # for a tunnel that has failed before and tries once more
-# The models are known when every node has reported. A slow node may hold up a prompt without `-m` for this long.
-MODELS_S = 4.0
+# How long a prompt waits for the first node that can take it: the time for one connect and one probe together.
+FIRST_NODE_TIMEOUT_S = 12.0
+RECONNECT_TIMEOUT_S = 6.0  # for a tunnel that has failed before and tries once more
+# The default model is chosen when every node has reported. A slow node may hold up a prompt without `-m` for this long.
+FIRST_REPORT_TIMEOUT_S = 4.0
+_TRYING = (TunnelPhase.IDLE, TunnelPhase.CONNECTING)  # the phases before the first result and during an attempt
 
 
 class LocalSession:
-    """``mesh`` is entered already; its owner closes it. ``recorder`` gets the states that the history is made of."""
+    """``mesh`` is open already; its owner closes it, and adds states to ``recorder``, from which the history comes."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -37,7 +38,7 @@ class LocalSession:
         return f"<LocalSession {topology.name} {state} {len(topology.nodes)} nodes>"
 
     def refuse_new_prompts(self) -> None:
-        """The mesh stops: new prompts get an error that says so, prompts in flight may end."""
+        """The mesh is stopping: from now on new prompts get an error that says so. Prompts in flight may end."""
         self._stopping = True
 
     async def status(self) -> MeshState:
@@ -61,7 +62,7 @@ class LocalSession:
             raise MeshNotRunning("the mesh is stopping and takes no new prompts")
         self._require_node(prompt.node)
         model = prompt.model or await self._default_model(prompt.node)
-        await self.mesh.wait_usable(model, timeout_s=USABLE_S, node=prompt.node)
+        await self.mesh.wait_usable(model, timeout_s=FIRST_NODE_TIMEOUT_S, node=prompt.node)
         request = ChatRequest(model, prompt.messages, prompt.options, prompt.stream, prompt.think)
         async with self.mesh.chat(
             request, node=prompt.node, priority=prompt.priority, timeout_s=prompt.timeout_s
@@ -72,8 +73,8 @@ class LocalSession:
         default = self.mesh.topology.gateway.default_model
         if default is not None:
             return default
-        await self.mesh.wait_usable(None, timeout_s=USABLE_S, node=node)
-        return choose_model(await self.mesh.wait_first_report(MODELS_S), node)
+        await self.mesh.wait_usable(None, timeout_s=FIRST_NODE_TIMEOUT_S, node=node)
+        return choose_model(await self.mesh.wait_first_report(FIRST_REPORT_TIMEOUT_S), node)
 
     async def exec(self, node: str, argv: Sequence[str]) -> AsyncGenerator[ExecChunk]:
         self._require_node(node)
@@ -83,25 +84,26 @@ class LocalSession:
                 yield chunk
 
     async def _wait_tunnel_up(self, node: str) -> Tunnel:
-        """A tunnel that waits for its next attempt connects at once, because a person is waiting. If that attempt
-        fails, its reason is raised. Raises TunnelError."""
+        """The node's tunnel, when it is up. If it waits for its next attempt, it connects at once, because a person is
+        waiting. Raises TunnelError with the reason when that attempt fails."""
         tunnel = self.mesh.tunnel(node)
-        never_tried = tunnel.state.state in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
-        if not never_tried:
+        is_trying = tunnel.state.state in _TRYING
+        if not is_trying:
             tunnel.retry_now()
-        attempted = False
+        attempt_seen = False  # before that, BACKOFF or FAILED is the result of an earlier attempt
         try:
             async with (
-                asyncio.timeout(USABLE_S if never_tried else RECONNECT_S),
+                asyncio.timeout(FIRST_NODE_TIMEOUT_S if is_trying else RECONNECT_TIMEOUT_S),
                 closing_iterator(self.mesh.watch_changes()) as changes,
             ):
                 async for _ in changes:
                     phase = tunnel.state.state
                     if phase is TunnelPhase.UP:
                         return tunnel
-                    if attempted and phase is not TunnelPhase.CONNECTING:
+                    if phase in _TRYING:
+                        attempt_seen = True
+                    elif attempt_seen:
                         break
-                    attempted = attempted or phase in (TunnelPhase.IDLE, TunnelPhase.CONNECTING)
         except TimeoutError:
             pass
         state = tunnel.state

@@ -1,4 +1,4 @@
-"""Sends prompts through a Session and gives their results: one prompt, or one of many with its retries."""
+"""Sends prompts through a Session and returns their results: a single prompt, or one of many with its retries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from gpumesh.daemon.sessions.session import PromptRequest, Session
 from gpumesh.errors import GPUMeshError, QueueFull, StreamCut, UsageError
 
-MAX_CUT_ANSWERS = 4
+MAX_CUT_ANSWERS = 4  # of one prompt; then its failure is the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,18 @@ class PromptResult:
 async def send_prompt(
     session: Session, prompt: PromptRequest, index: int, text: str, *, on_text: Callable[[str], None] | None = None
 ) -> PromptResult:
-    """Sends one prompt and reads its answer to the end. Raises GPUMeshError; cancelling it stops the generation."""
+    """Sends one prompt and reads its answer to the end. Cancelling this stops the generation. Raises GPUMeshError.
+
+    ``text`` is the prompt as the result repeats it. ``on_text`` gets each piece of the answer.
+    """
     began = time.perf_counter()
-    first: float | None = None
+    first_token_at: float | None = None
     pieces: list[str] = []
     counters = None
     async with session.chat(prompt) as stream:
         async for chunk in stream:
-            if first is None and (chunk.text or chunk.thinking):
-                first = time.perf_counter()
+            if first_token_at is None and (chunk.text or chunk.thinking):
+                first_token_at = time.perf_counter()
             if chunk.text:
                 pieces.append(chunk.text)
                 if on_text is not None:
@@ -54,7 +57,7 @@ async def send_prompt(
         response="".join(pieces),
         node=node,
         attempts=attempts,
-        ttft_ms=None if first is None else round((first - began) * 1000, 1),
+        ttft_ms=None if first_token_at is None else round((first_token_at - began) * 1000, 1),
         total_ms=_milliseconds_since(began),
         tokens=counters.tokens if counters is not None else None,
         tokens_per_s=_round_rate(counters.tokens_per_s) if counters is not None else None,
@@ -62,9 +65,9 @@ async def send_prompt(
 
 
 async def send_with_retries(session: Session, prompt: PromptRequest, index: int, text: str) -> PromptResult:
-    """Sends one prompt of many. Its failure is a result as well.
+    """Sends one prompt of many. If the prompt fails, the result holds the error.
 
-    Waits while the queue is full. Asks again when an answer was cut, since nothing of the answer was shown yet.
+    Waits while the queue is full. Sends the prompt again when its answer was cut, since no part of it was shown yet.
     """
     began = time.perf_counter()
     cut_answers = 0
@@ -78,7 +81,7 @@ async def send_with_retries(session: Session, prompt: PromptRequest, index: int,
             if cut_answers >= MAX_CUT_ANSWERS:
                 return _failed_result(index, text, began, cut_answers, error)
         except UsageError:
-            raise  # it is wrong for every prompt alike, and is reported once
+            raise  # every other prompt would get the same error: it is reported once, for all of them
         except GPUMeshError as error:
             return _failed_result(index, text, began, cut_answers, error)
         else:

@@ -1,4 +1,4 @@
-"""``Session``: what can be asked of a mesh, wherever it runs. Commands are written against this protocol alone."""
+"""The protocol ``Session``: the operations of a mesh, wherever the mesh runs. Commands use this protocol alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from gpumesh.tunnels.base import ExecChunk
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """One prompt, and how it is to be served. With ``model`` ``None`` the default model answers, or the only one.
+    """One prompt, and how the mesh is to serve it. With ``model`` ``None`` the default model answers, or the only
+    model.
 
-    ``options`` have Ollama's names. ``timeout_s`` counts from now to the last token; ``None`` means the gateway's own.
+    ``options`` have Ollama's names. ``timeout_s`` counts from the start to the last token; ``None`` means the gateway's
+    own time-out.
     """
 
     messages: tuple[Message, ...]
@@ -58,7 +60,8 @@ class Session(Protocol):
         ...
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
-        """Waits until each node has been probed once or has failed, at most ``timeout_s``. Gives the state then."""
+        """Waits until each node has been probed once or has failed, for ``timeout_s`` at most. Returns the state
+        then."""
         ...
 
     def chat(self, prompt: PromptRequest) -> AbstractAsyncContextManager[ChatStream]: ...
