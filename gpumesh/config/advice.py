@@ -21,7 +21,7 @@ from gpumesh.topology import HostKeyPolicy, NodeSpec, SshSpec, Topology, Transpo
 
 
 def check(topology: Topology) -> list[Finding]:
-    """In the order of the file, the gateway first."""
+    """The findings in the order of the file, those of the gateway first."""
     findings = list(_check_gateway(topology))
     if not any(node.enabled for node in topology.nodes):
         message = "every node has `enabled: false`, so there is nothing to use"
@@ -66,18 +66,18 @@ def _check_variable(variable: str, key: str, node: str | None) -> Iterator[Findi
 
 def _check_alias(alias: str, ssh: SshSpec, node: str) -> Iterator[Finding]:
     try:
-        answer = ssh_config.resolve_alias(alias, home=environment.home())
+        settings = ssh_config.resolve_alias(alias, home=environment.home())
     except ValueError as error:
         yield Finding("alias-unreadable", Severity.ERROR, node, str(error))
         return
-    if not answer.configured:
+    if not settings.configured:
         message = f"nothing is configured for {alias!r} in ~/.ssh/config: it is taken for the host's name"
         yield Finding("alias-unknown", Severity.WARNING, node, message, "check `ssh.alias` for a misspelling")
-    if answer.openssh_features and ssh.transport is TransportKind.OPENSSH:
-        message = f"{alias!r} uses {join_all(answer.openssh_features)}, so the system's ssh carries this node"
+    if settings.openssh_features and ssh.transport is TransportKind.OPENSSH:
+        message = f"{alias!r} uses {join_all(settings.openssh_features)}, so the system's ssh carries this node"
         yield Finding("alias-needs-openssh", Severity.INFO, node, message)
-    elif answer.openssh_features:
-        message = f"{alias!r} uses {join_all(answer.openssh_features)}, which transport sshtunnel does not know"
+    elif settings.openssh_features:
+        message = f"{alias!r} uses {join_all(settings.openssh_features)}, which transport sshtunnel does not know"
         yield Finding(
             "alias-needs-openssh", Severity.WARNING, node, message, "write `transport: openssh` under its ssh"
         )
@@ -89,8 +89,9 @@ def _check_credentials(ssh: SshSpec, node: str) -> Iterator[Finding]:
             yield from _check_variable(variable, key, node)
     for path in ssh.identity_files:
         yield from _check_key_file(path, ssh, node)
-    agent = ssh.agent and environment.ssh_auth_sock() is not None
-    if not (ssh.identity_files or agent or ssh.password_env or ssh.transport is TransportKind.OPENSSH):
+    has_agent = ssh.agent and environment.ssh_auth_sock() is not None
+    # The system's ssh may know more: keys and passwords that only its own configuration names.
+    if not (ssh.identity_files or has_agent or ssh.password_env or ssh.transport is TransportKind.OPENSSH):
         message = "there is nothing to log in with: no key file, no SSH agent, no password"
         hint = "give `ssh.identity_file` or `ssh.password_env`, or start an agent and `ssh-add` a key"
         yield Finding("no-credentials", Severity.WARNING, node, message, hint)
@@ -124,8 +125,8 @@ def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
     if ssh.transport is TransportKind.OPENSSH and shutil.which("ssh") is None:
         message = "transport openssh needs the program ssh, which is not installed here"
         yield Finding("transport-unsupported", Severity.ERROR, node, message, "install OpenSSH's client")
-    strict = ssh.host_key_policy is HostKeyPolicy.STRICT
-    if strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
+    is_strict = ssh.host_key_policy is HostKeyPolicy.STRICT
+    if is_strict and ssh.transport is TransportKind.SSHTUNNEL and not ssh.known_hosts.is_file():
         message = f"there is no {ssh.known_hosts} yet, so no host's key is known"
         hint = f"{paste_command('gpumesh trust {NODE}', NODE=node)} shows and records it"
         if ssh.proxy_jump:
@@ -137,16 +138,17 @@ def _check_host(ssh: SshSpec, node: str) -> Iterator[Finding]:
 
 
 def _find_shared_servers(topology: Topology) -> Iterator[Finding]:
-    """Nodes that name the same server: the balancer would give it the share of two."""
-    users: dict[str, list[str]] = defaultdict(list)
+    """Finds nodes that name the same server: the balancer would send that server twice its share."""
+    nodes_by_server: dict[str, list[str]] = defaultdict(list)
     for node in topology.nodes:
-        if not node.enabled or (node.ssh is not None and node.ssh.address_from is not None):
+        address_is_unknown = node.ssh is not None and node.ssh.address_from is not None
+        if not node.enabled or address_is_unknown:
             continue
         via = "" if node.ssh is None else f" at {node.ssh.user}@{node.ssh.host}:{node.ssh.port}"
         for target in node.backend.targets:
-            users[target.url.replace("//localhost:", "//127.0.0.1:") + via].append(node.name)
-    for where, names in users.items():
+            nodes_by_server[target.url.replace("//localhost:", "//127.0.0.1:") + via].append(node.name)
+    for server, names in nodes_by_server.items():
         if len(names) > 1:
-            message = f"{join_all(names)} {'both' if len(names) == 2 else 'all'} name {where}"
+            message = f"{join_all(names)} {'both' if len(names) == 2 else 'all'} name {server}"
             hint = "`gpumesh audit` tells whether they are one server"
             yield Finding("tunnel-duplicate", Severity.INFO, None, message, hint, tuple(names))

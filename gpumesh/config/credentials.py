@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 from gpumesh.errors import SecretMissing
 
-# The variables that a mesh.yaml of this process names for a secret. One set for the whole process, like the environment
+# The variables that a mesh.yaml names for a secret. There is one set for the whole process, like the environment
 # itself: code that starts a program need not know which mesh the variables belong to.
 _withheld: set[str] = set()
 
-# Names of variables that hold a secret. Their values enter neither the specs nor any output.
+# Matches the names of variables that hold a secret. Their values enter neither the specs nor any output.
 _SECRET_NAME = re.compile(
     r"(PASSWORD|PASSWD|PASSPHRASE|SECRET|API_?KEY|((^|_)(PASS|SECRET_?KEY|TOKEN|ACCESS_?KEY|CREDENTIALS?)))$",
     re.IGNORECASE,
@@ -38,7 +38,7 @@ def is_secret_set(variable: str) -> bool:
 
 
 def withhold_variables(variables: Iterable[str]) -> None:
-    """From now on the programs that this process starts do not get these variables (``child_environment``)."""
+    """Keeps these variables from all programs that this process starts from now on (``child_environment``)."""
     _withheld.update(variables)
 
 
@@ -52,8 +52,9 @@ def names_secret(variable: str) -> bool:
 
 
 def mask_secrets(text: str) -> str:
-    """``text`` with the values of all variables masked whose names say that they hold a secret."""
+    """``text`` without the values of variables whose names say that they hold a secret: asterisks replace them."""
+    # A shorter value would also be found in ordinary words.
     values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 6}
-    for value in sorted(values, key=len, reverse=True):
+    for value in sorted(values, key=len, reverse=True):  # a secret may be a part of a longer one
         text = text.replace(value, "********")
     return text

@@ -1,6 +1,6 @@
 """Edits single values of a mesh.yaml and leaves every other byte as it was: comments, blanks, quotes, order.
 
-The text is not written anew from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
+The file is not written anew from a tree: a round trip through ruamel.yaml keeps comments, but changes blanks and line
 breaks of every flow mapping. Instead each edit is inserted at the position that the YAML parser reports for the value.
 An edit that would have to change more text (a value behind an alias, a block scalar) is refused.
 """
@@ -25,8 +25,8 @@ from gpumesh.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """``node`` is the index in ``nodes``, ``path`` the keys below it. ``comment`` is added behind the value if the rest
-    of the line is empty."""
+    """A new value for one key. ``node`` is the index in ``nodes``, ``path`` the keys below that node. ``comment`` is
+    added behind the value if the rest of the line is empty."""
 
     node: int
     path: tuple[str, ...]
@@ -78,7 +78,7 @@ def write(path: Path, old: str, new: str) -> None:
 
 # -- one edit --------------------------------------------------------------------------------------------------------
 
-ALIAS = "alias"
+_ALIAS_TAG = "alias"  # of the scalar that stands for an alias in the tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,7 +87,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.get_event()  # type: ignore[no-untyped-call]  # its stubs have no types here
-            return yaml.ScalarNode(ALIAS, event.anchor, event.start_mark, event.end_mark)
+            return yaml.ScalarNode(_ALIAS_TAG, event.anchor, event.start_mark, event.end_mark)
         return super().compose_node(parent, index)
 
 
@@ -101,25 +101,26 @@ def _apply_edit(text: str, edit: Edit) -> str:
         if depth == len(edit.path) - 1:
             return _replace_value(text, value, edit)
         if _is_empty(value):
-            raise CannotEdit(f"{_where(edit, depth)} has nothing behind it")
+            raise CannotEdit(f"{_format_path(edit, depth)} has nothing behind it")
         if not isinstance(value, yaml.MappingNode):
-            raise CannotEdit(f"{_where(edit, depth)} is not written out there")
+            raise CannotEdit(f"{_format_path(edit, depth)} is not written out there")
         parent = value
     raise AssertionError("a path has at least one key")
 
 
-def _where(edit: Edit, depth: int) -> str:
+def _format_path(edit: Edit, depth: int) -> str:
+    """The path to the key at ``depth`` of the edit's path, for a message."""
     return ".".join((f"nodes[{edit.node}]", *edit.path[: depth + 1]))
 
 
-def _node_entry(text: str, number: int) -> yaml.MappingNode:
+def _node_entry(text: str, index: int) -> yaml.MappingNode:
     root = yaml.compose(text, Loader=_Loader)
     pair = _find_pair(root, "nodes") if isinstance(root, yaml.MappingNode) else None
     nodes = pair[1].value if pair is not None and isinstance(pair[1], yaml.SequenceNode) else ()
-    if number < len(nodes) and isinstance(nodes[number], yaml.MappingNode):
-        entry: yaml.MappingNode = nodes[number]
+    if index < len(nodes) and isinstance(nodes[index], yaml.MappingNode):
+        entry: yaml.MappingNode = nodes[index]
         return entry
-    raise CannotEdit(f"nodes[{number}] is not written out as an entry of `nodes`")
+    raise CannotEdit(f"nodes[{index}] is not written out as an entry of `nodes`")
 
 
 def _find_pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
@@ -130,21 +131,22 @@ def _find_pair(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Nod
 
 
 def _is_empty(node: yaml.Node) -> bool:
-    """``expect:`` with nothing behind it."""
+    """Whether nothing stands behind the key, as in ``expect:``."""
     return bool(node.start_mark.index == node.end_mark.index)
 
 
 def _replace_value(text: str, value: yaml.Node, edit: Edit) -> str:
     if not isinstance(value, yaml.ScalarNode) or value.style in ("|", ">"):
-        raise CannotEdit(f"{_where(edit, len(edit.path))} is no plain value")
+        raise CannotEdit(f"{_format_path(edit, len(edit.path))} is no plain value")
     quoted = value.style == '"' and isinstance(edit.value, str)
-    written = yaml_text(str(edit.value)) if quoted else _format_value(edit.value)
+    new_value = yaml_text(str(edit.value)) if quoted else _format_value(edit.value)
     if _is_empty(value):
-        written = f" {written}"
-    return text[: value.start_mark.index] + written + text[value.end_mark.index :]
+        new_value = f" {new_value}"
+    return text[: value.start_mark.index] + new_value + text[value.end_mark.index :]
 
 
 def _insert_entry(text: str, parent: yaml.MappingNode, path: tuple[str, ...], edit: Edit) -> str:
+    """Adds the edit's value to ``parent`` under the keys ``path``. All keys but the first are written as ``{ … }``."""
     # A file that is JSON stays JSON.
     as_json = bool(parent.flow_style and parent.value and parent.value[0][0].style == '"')
     entry = yaml_text(edit.value) if as_json and isinstance(edit.value, str) else _format_value(edit.value)
@@ -161,25 +163,27 @@ def _insert_into_flow(text: str, parent: yaml.MappingNode, entry: str, comment: 
     start, end = parent.start_mark.index, parent.end_mark.index
     if not parent.value:
         return f"{text[:start]}{{ {entry} }}{_add_comment(text[end:], comment)}"
-    last = parent.value[-1][1].end_mark.index
-    tail = text[last : end - 1]
-    if not tail.strip():
-        return f"{text[:last]}, {entry}{tail}{text[end - 1]}{_add_comment(text[end:], comment)}"
-    # After a comma or a comment the end is not a safe position; the start always is.
-    begin = text[start + 1 :]
-    entry = f" {entry}," if begin[0] == " " else f"{entry}," if begin[0].isspace() else f"{entry}, "
-    return text[: start + 1] + entry + begin
+    last_value_end = parent.value[-1][1].end_mark.index
+    before_brace = text[last_value_end : end - 1]
+    if not before_brace.strip():
+        head = f"{text[:last_value_end]}, {entry}{before_brace}{text[end - 1]}"
+        return head + _add_comment(text[end:], comment)
+    # A comma or a comment follows the last value, so the end is not a safe position. The start always is one.
+    after_brace = text[start + 1 :]
+    before = " " if after_brace[0] == " " else ""
+    behind = "" if after_brace[0].isspace() else " "
+    return f"{text[: start + 1]}{before}{entry},{behind}{after_brace}"
 
 
 def _insert_into_block(text: str, parent: yaml.MappingNode, entry: str, comment: str | None) -> str:
     leaf = _last_leaf(parent)
     if isinstance(leaf, yaml.ScalarNode) and leaf.style in ("|", ">"):
         raise CannotEdit("the entry ends in a block of text")
-    at = leaf.end_mark.index
-    eol = next((place for place in range(at, len(text)) if text[place] in "\r\n"), len(text))
+    leaf_end = leaf.end_mark.index
+    line_end = next((index for index in range(leaf_end, len(text)) if text[index] in "\r\n"), len(text))
     newline = "\r\n" if "\r\n" in text else "\n"
     line = " " * parent.start_mark.column + entry + (f" # {comment}" if comment else "")
-    return text[:eol] + newline + line + text[eol:]
+    return text[:line_end] + newline + line + text[line_end:]
 
 
 def _last_leaf(node: yaml.Node) -> yaml.Node:
@@ -195,9 +199,10 @@ def _last_leaf(node: yaml.Node) -> yaml.Node:
 
 
 def _add_comment(rest: str, comment: str | None) -> str:
-    """``rest``, which begins behind a value, with the comment in front, if the rest of the line is empty."""
-    line = rest.split("\n", 1)[0]
-    if comment is None or line.strip():
+    """``rest`` is the text behind a value. Returns it with the comment in front, unless more stands on the same
+    line."""
+    rest_of_line = rest.split("\n", 1)[0]
+    if comment is None or rest_of_line.strip():
         return rest
     return f" # {comment}" + rest
 
@@ -208,7 +213,8 @@ def _format_value(value: str | int | bool) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    plain = bool(value) and value == value.strip() and all(sign.isalnum() or sign in " ._/+-()@" for sign in value)
+    has_plain_characters = all(character.isalnum() or character in " ._/+-()@" for character in value)
+    plain = bool(value) and value == value.strip() and has_plain_characters
     if plain and value[0].isalnum() and yaml.safe_load(value) == value:
         return value
     return yaml_text(value)

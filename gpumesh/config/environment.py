@@ -43,11 +43,12 @@ def child_environment(changes: Mapping[str, str | None] | None = None) -> dict[s
 
 
 def no_color() -> bool:
-    """https://no-color.org: set and not empty."""
+    """Whether NO_COLOR is set and not empty (https://no-color.org)."""
     return get("NO_COLOR") is not None
 
 
 def force_color() -> bool:
+    """Whether colours are wanted even where the output is no terminal."""
     return get("FORCE_COLOR") is not None or get("CLICOLOR_FORCE") not in (None, "0")
 
 
@@ -62,25 +63,26 @@ def dumb_terminal() -> bool:
 
 def shell() -> str | None:
     """The file name of the user's shell (``bash``, ``fish``), or ``None``."""
-    named = get("SHELL")
-    return Path(named).name if named else None
+    path = get("SHELL")
+    return Path(path).name if path else None
 
 
 def ssh_auth_sock() -> Path | None:
     """The socket of the SSH agent, if the environment names one."""
-    named = get("SSH_AUTH_SOCK")
-    return Path(named) if named else None
+    path = get("SSH_AUTH_SOCK")
+    return Path(path) if path else None
 
 
 def display() -> str | None:
+    """The graphical display of the user's session; ``None`` where no window can be opened."""
     return get("WAYLAND_DISPLAY") or get("DISPLAY")
 
 
 def user() -> str:
     """The name of our user, which ssh would use for the remote user; ``root`` if the system does not tell."""
-    named = get("LOGNAME") or get("USER") or get("USERNAME")
-    if named:
-        return named
+    name = get("LOGNAME") or get("USER") or get("USERNAME")
+    if name:
+        return name
     if sys.platform == "win32":
         return "root"
     import pwd
@@ -92,7 +94,8 @@ def user() -> str:
 
 
 def home() -> Path:
-    """Raises GPUMeshError if there is no home folder (a service without HOME and without an entry in passwd)."""
+    """The user's home folder. Raises GPUMeshError if there is none (a service without HOME and without an entry in
+    passwd)."""
     try:
         return Path.home()
     except RuntimeError as error:
@@ -103,22 +106,23 @@ def config_dir() -> Path:
     """The folder for our configuration on this platform. It may not exist."""
     if sys.platform == "win32":
         return Path(get("APPDATA") or home() / "AppData" / "Roaming") / _APP
-    if (named := _absolute("XDG_CONFIG_HOME")) is not None:
-        return named / _APP
+    if (xdg_folder := _absolute_path("XDG_CONFIG_HOME")) is not None:
+        return xdg_folder / _APP
     if sys.platform == "darwin" and not (home() / ".config" / _APP).is_dir():
         return home() / "Library" / "Application Support" / _APP
     return home() / ".config" / _APP
 
 
 def runtime_dir() -> Path:
-    """The folder for sockets and locks, made private (0700). Emptied by the system at logout or restart.
+    """The folder for sockets and locks, made private (0700). The system empties it at logout or restart.
 
-    ``$XDG_RUNTIME_DIR/gpumesh``, else ``/tmp/gpumesh-UID``: short, since a Unix socket's path may not be long.
+    It is ``$XDG_RUNTIME_DIR/gpumesh``, else ``/tmp/gpumesh-UID``: both are short, since a Unix socket's path may not be
+    long.
     Raises GPUMeshError when another user could access the folder.
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP / "run")
-    base = _absolute("XDG_RUNTIME_DIR")
+    base = _absolute_path("XDG_RUNTIME_DIR")
     # After `su` or `sudo` the variable may still be another user's.
     if base is not None and _is_ours(base):
         return _make_private(base / _APP)
@@ -130,7 +134,7 @@ def runtime_dirs() -> tuple[Path, ...]:
     or a cron job has no XDG_RUNTIME_DIR, while the same user's shell has."""
     if sys.platform == "win32":
         return ()
-    base = _absolute("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
+    base = _absolute_path("XDG_RUNTIME_DIR") or Path(f"/run/user/{os.geteuid()}")
     candidates = (base / _APP, Path("/tmp") / f"{_APP}-{os.geteuid()}")  # noqa: S108 - checked below
     folders = []
     for folder in candidates:
@@ -147,8 +151,8 @@ def state_dir() -> Path:
     """
     if sys.platform == "win32":
         return _make_private(Path(get("LOCALAPPDATA") or home() / "AppData" / "Local") / _APP)
-    if (named := _absolute("XDG_STATE_HOME")) is not None:
-        return _make_private(named / _APP)
+    if (xdg_folder := _absolute_path("XDG_STATE_HOME")) is not None:
+        return _make_private(xdg_folder / _APP)
     if sys.platform == "darwin":
         return _make_private(home() / "Library" / "Application Support" / _APP)
     try:
@@ -157,13 +161,14 @@ def state_dir() -> Path:
         return _make_private(runtime_dir() / "state")
 
 
-def _absolute(name: str) -> Path | None:
-    """The path in a variable, if absolute: the XDG specification says that relative paths are to be ignored."""
-    named = get(name)
-    return Path(named) if named and os.path.isabs(named) else None
+def _absolute_path(variable: str) -> Path | None:
+    """The path in a variable, or ``None`` if it is relative: the XDG specification requires to ignore such a path."""
+    path = get(variable)
+    return Path(path) if path and os.path.isabs(path) else None
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder that belongs to our user and in which we can make files."""
     try:
         status = folder.stat()
     except OSError:
@@ -172,9 +177,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes ``folder`` if it is missing, and checks that it is a real folder of ours that nobody else may enter.
+    """Makes ``folder`` if it is missing, and returns it. Closes it to other users if it was made more open.
 
-    In a shared folder such as /tmp another user may have made a link or a folder of that name first.
+    Raises GPUMeshError if it is not a real folder of ours, or if others may write to it: in a shared folder such as
+    /tmp another user may have made a link or a folder of that name first.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +207,7 @@ def _make_private(folder: Path) -> Path:
 
 
 def _privacy_problem(status: os.stat_result) -> str | None:
+    """The reason why a folder cannot be private, as the end of a sentence that begins with the folder's path."""
     if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
     if not stat.S_ISDIR(status.st_mode):

@@ -27,25 +27,25 @@ def find_config(explicit: Path | None = None) -> Path:
     variable = environment.get("GPUMESH_CONFIG")
     if variable is not None:
         return _resolve_file(Path(variable), " (named by $GPUMESH_CONFIG)")
-    here = Path(FILE_NAME)
-    platform = environment.config_dir() / FILE_NAME
-    if _name_exists(here):
-        path = _resolve_file(here, "")
-        _refuse_untrusted(here)
+    local_file = Path(FILE_NAME)
+    user_file = environment.config_dir() / FILE_NAME
+    if _name_exists(local_file):
+        path = _resolve_file(local_file, "")
+        _refuse_untrusted(local_file)
         return path
-    if _name_exists(platform):
-        return _resolve_file(platform, "")
+    if _name_exists(user_file):
+        return _resolve_file(user_file, "")
     hint = "`gpumesh init` writes one, `gpumesh demo` needs none, `--config FILE` names one"
     if _name_exists(Path("mesh.yml")):
         hint = "there is a mesh.yml here: rename it to mesh.yaml, or name it with --config"
-    raise UsageError(f"there is no {FILE_NAME}: neither here nor at {platform}", hint=hint)
+    raise UsageError(f"there is no {FILE_NAME}: neither here nor at {user_file}", hint=hint)
 
 
 def search_paths(explicit: Path | None = None) -> tuple[Path, ...]:
-    """The paths at which ``find_config`` looks, in its order, whether or not the files exist."""
-    named = explicit or environment.get("GPUMESH_CONFIG")
-    if named is not None:
-        return (Path(named),)
+    """The paths at which ``find_config`` looks for a file, in the same order, whether or not the files exist."""
+    named_path = explicit or environment.get("GPUMESH_CONFIG")
+    if named_path is not None:
+        return (Path(named_path),)
     return Path(FILE_NAME), environment.config_dir() / FILE_NAME
 
 
@@ -65,22 +65,23 @@ def _name_exists(path: Path) -> bool:
         return False
 
 
-def _refuse_untrusted(here: Path) -> None:
+def _refuse_untrusted(local_file: Path) -> None:
     """Raises UsageError for a file that the user did not name and that another user may have written."""
     try:
-        reason = untrusted_file.untrusted_reason(here)
+        reason = untrusted_file.untrusted_reason(local_file)
     except OSError as error:
-        raise UsageError(f"cannot use {here}: {error.strerror}") from error
+        raise UsageError(f"cannot use {local_file}: {error.strerror}") from error
     if reason is not None:
         raise UsageError(
-            f"the {here} in this folder {reason}, so it is not used without being named",
+            f"the {local_file} in this folder {reason}, so it is not used without being named",
             hint="look at what it does, and if you want that, name it: "
-            + paste_command("gpumesh --config {FILE} …", FILE=f"./{here}"),
+            + paste_command("gpumesh --config {FILE} …", FILE=f"./{local_file}"),
         )
 
 
 def _resolve_file(path: Path, origin: str) -> Path:
-    """The resolved path of an existing file. ``origin`` says in an error who named it. Raises UsageError."""
+    """The resolved path of an existing file. ``origin`` follows the file's name in an error: it says who named the
+    file. Raises UsageError."""
     name = (str(path) if str(path).isprintable() else repr(str(path))) + origin
     try:
         if path.is_dir():

@@ -1,5 +1,5 @@
-"""The addresses at which the gateway listens: parsing ``HOST:PORT`` and ``unix:PATH``, and the rule that other machines
-need a key.
+"""The addresses at which the gateway listens: parses ``HOST:PORT`` and ``unix:PATH``, and refuses an address that other
+machines can reach without an API key.
 
 Imports neither yaml nor pydantic, so that quick commands stay quick.
 """
@@ -34,11 +34,12 @@ class ListenAddresses(NamedTuple):
 def parse_listen_option(text: str, *, api_key_env: str | None) -> ListenAddresses:
     """Parses ``HOST:PORT``, ``PORT``, ``unix:PATH``, or an address and ``unix:PATH`` with a comma between them. Raises
     UsageError as ``parse_listen_address`` does."""
-    address, comma, path = text.partition(f",{UNIX_PREFIX}")
-    if not comma and text.startswith(UNIX_PREFIX):
+    if text.startswith(UNIX_PREFIX) and f",{UNIX_PREFIX}" not in text:
         address, path = "", text.removeprefix(UNIX_PREFIX)
-    elif not comma:
-        return ListenAddresses(*parse_listen_address(text, api_key_env=api_key_env), None)
+    else:
+        address, separator, path = text.partition(f",{UNIX_PREFIX}")
+        if not separator:
+            return ListenAddresses(*parse_listen_address(text, api_key_env=api_key_env), None)
     try:
         socket = Path(check_socket_path(path)).expanduser().absolute()
     except (ValueError, RuntimeError) as error:
@@ -55,7 +56,8 @@ def parse_listen_entry(text: str) -> tuple[str, int] | str:
 
 
 def check_socket_path(text: str) -> str:
-    """Returns ``text``. Raises ValueError whose text completes a sentence that begins with the value."""
+    """Returns ``text`` if it can be the path of a Unix socket. Raises ValueError whose text completes a sentence that
+    begins with the value."""
     if not text or not text.isprintable() or text.endswith("/"):
         raise ValueError("names no socket: write unix:PATH, such as unix:/run/user/1000/gpumesh.sock")
     if text.startswith("~") and not text.startswith("~/"):
@@ -87,7 +89,8 @@ OPEN_LISTEN_HINT = "name the variable that holds the key in gateway.api_key_env,
 
 
 def split_host_port(text: str) -> tuple[str, int]:
-    """Raises ValueError whose text completes a sentence that begins with the value."""
+    """The host and the port of ``HOST:PORT`` or ``PORT``. Raises ValueError whose text completes a sentence that begins
+    with the value."""
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None:
         raise ValueError("is not HOST:PORT, such as 127.0.0.1:11430 or [::1]:11430, nor unix:PATH")

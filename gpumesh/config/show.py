@@ -1,5 +1,5 @@
-"""Writes a topology as a mesh.yaml with every default (`config show`). Reading that text gives the same topology, so it
-can be kept as a file."""
+"""Writes a topology as a mesh.yaml with every default (`config show`). Reading that text gives the same topology, so
+the text can be kept as a file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from gpumesh.topology import BackendSpec, ExpectSpec, GatewaySpec, NodeSpec, Ssh
 
 def dump_effective(topology: Topology) -> str:
     """The topology as YAML. Specs hold no secrets; a secret that is in one nevertheless is masked."""
-    document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway(topology.gateway)}
+    document: dict[str, Any] = {"version": 1, "name": topology.name, "gateway": _gateway_entries(topology.gateway)}
     document["tunnels"] = {"share": topology.tunnels.share, "listen": topology.tunnels.listen.value}
-    document["nodes"] = [_node(node) for node in topology.nodes]
+    document["nodes"] = [_node_entries(node) for node in topology.nodes]
     if topology.redis is not None:
+        # The password in redis://USER:PASSWORD@HOST. mesh.yaml does not allow one, but a caller can build such a spec.
         url = re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:********@", topology.redis.url)
-        document["redis"] = _without_empty({"url": url, "password_env": topology.redis.password_env})
-    text = yaml.dump(_masked(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        document["redis"] = _drop_empty({"url": url, "password_env": topology.redis.password_env})
+    text = yaml.dump(_mask_text(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return str(text)
 
 
@@ -32,13 +33,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _gateway(spec: GatewaySpec) -> dict[str, Any]:
+def _gateway_entries(spec: GatewaySpec) -> dict[str, Any]:
     listen: list[str] = []
     if spec.host is not None:
         listen.append(f"[{spec.host}]:{spec.port}" if ":" in spec.host else f"{spec.host}:{spec.port}")
     if spec.socket is not None:
         listen.append(f"{listen_address.UNIX_PREFIX}{spec.socket}")
-    return _without_empty(
+    return _drop_empty(
         {
             "listen": listen[0] if len(listen) == 1 else listen,
             "api_key_env": spec.api_key_env,
@@ -53,25 +54,25 @@ def _gateway(spec: GatewaySpec) -> dict[str, Any]:
     )
 
 
-def _node(node: NodeSpec) -> dict[str, Any]:
+def _node_entries(node: NodeSpec) -> dict[str, Any]:
     entries: dict[str, Any] = {"name": node.name}
     if node.ssh is not None:
-        entries["ssh"] = _ssh(node.ssh)
+        entries["ssh"] = _ssh_entries(node.ssh)
         if node.ssh.address_from is not None:
             address = node.ssh.address_from
             entries["address_from"] = {
                 "command": list(address.command),
                 "timeout": value_parsers.format_duration(address.timeout_s),
             }
-    entries["backend"] = _backend(node.backend)
-    entries["expect"] = _expect(node.expect)
+    entries["backend"] = _backend_entries(node.backend)
+    entries["expect"] = _expect_entries(node.expect)
     entries["weight"] = node.weight
     entries["labels"] = dict(node.labels)
-    return {**_without_empty(entries), "enabled": node.enabled}
+    return {**_drop_empty(entries), "enabled": node.enabled}
 
 
-def _ssh(spec: SshSpec) -> dict[str, Any]:
-    entries = _without_empty(
+def _ssh_entries(spec: SshSpec) -> dict[str, Any]:
+    entries = _drop_empty(
         {
             "host": spec.host or None,
             "alias": spec.alias,
@@ -92,8 +93,8 @@ def _ssh(spec: SshSpec) -> dict[str, Any]:
     return {**entries, "identity_file": [str(path) for path in spec.identity_files]}
 
 
-def _backend(spec: BackendSpec) -> dict[str, Any]:
-    return _without_empty(
+def _backend_entries(spec: BackendSpec) -> dict[str, Any]:
+    return _drop_empty(
         {
             "kind": spec.kind.value,
             "urls": [target.url for target in spec.targets],
@@ -103,8 +104,8 @@ def _backend(spec: BackendSpec) -> dict[str, Any]:
     )
 
 
-def _expect(spec: ExpectSpec) -> dict[str, Any]:
-    return _without_empty(
+def _expect_entries(spec: ExpectSpec) -> dict[str, Any]:
+    return _drop_empty(
         {
             "hostname": spec.hostname,
             "gpus": spec.gpus,
@@ -116,17 +117,18 @@ def _expect(spec: ExpectSpec) -> dict[str, Any]:
     )
 
 
-def _without_empty(entries: dict[str, Any]) -> dict[str, Any]:
-    """Without ``None`` and empty collections; ``false`` and 0 stay."""
+def _drop_empty(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries without ``None`` and empty collections; ``false`` and 0 stay."""
     return {key: value for key, value in entries.items() if value is not None and value not in ([], {})}
 
 
-def _masked(value: Any) -> Any:
+def _mask_text(value: Any) -> Any:
+    """The value with the secrets masked in all its strings, which are also escaped for ``${VAR}``."""
     if isinstance(value, str):
         # "${" is escaped, or it would be read back as a variable.
         return mask_secrets(value).replace("${", "$${")
     if isinstance(value, list):
-        return [_masked(member) for member in value]
+        return [_mask_text(member) for member in value]
     if isinstance(value, dict):
-        return {key: _masked(member) for key, member in value.items()}
+        return {key: _mask_text(member) for key, member in value.items()}
     return value

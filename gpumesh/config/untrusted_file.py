@@ -18,12 +18,12 @@ MAX_LINKS = 40  # the kernel's limit
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """Why the file is not trusted, as the end of a sentence that begins with its name. ``None`` if only root and our
-    user could have written it.
+    """The reason why the file is not trusted, as the end of a sentence that begins with the file's name. ``None`` if
+    only root and our user could have written the file.
 
-    Links are checked, their targets, and the folder of each. Raises OSError.
+    If ``path`` is a link, the link, its target and the folder of each are checked. Raises OSError.
     """
-    if not hasattr(os, "geteuid"):
+    if not hasattr(os, "geteuid"):  # Windows
         return None
     trusted = _trusted_users()
     for link in _follow_links(path):
@@ -35,12 +35,12 @@ def untrusted_reason(path: Path) -> str | None:
 
 def _trusted_users() -> frozenset[int]:
     """Our user, root, and the user who became root by sudo."""
-    ours = {0, os.geteuid()}
+    trusted = {0, os.geteuid()}
     if os.geteuid() == 0:
-        before = environment.get("SUDO_UID") or ""
-        if before.isascii() and before.isdecimal():
-            ours.add(int(before))
-    return frozenset(ours)
+        sudo_uid = environment.get("SUDO_UID") or ""
+        if sudo_uid.isascii() and sudo_uid.isdecimal():
+            trusted.add(int(sudo_uid))
+    return frozenset(trusted)
 
 
 def _follow_links(path: Path) -> Iterator[Path]:
@@ -56,6 +56,7 @@ def _folder_problem(folder: Path, trusted: frozenset[int]) -> str | None:
     status = folder.stat()
     if status.st_uid not in trusted:
         return f"lies in a folder of another user ({_user_label(status.st_uid)})"
+    # In a folder with the sticky bit, such as /tmp, users cannot replace each other's files.
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         return "lies in a folder that every user of this machine may write to"
     return None
@@ -75,8 +76,8 @@ def _file_problem(path: Path, trusted: frozenset[int]) -> str | None:
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
-    """Whether the group belongs to that user alone. Many systems make such a group for each user, whose files are then
-    group-writable. Root's group never counts: on some systems it is `wheel`, with other members."""
+    """Whether the group belongs to that user alone. Many systems make such a group for each user, and make the user's
+    files writable for the group. Root's group never counts: on some systems it is `wheel`, with other members."""
     import grp
     import pwd
 
@@ -84,8 +85,8 @@ def _is_private_group(gid: int, uid: int) -> bool:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
-    mine = user.pw_gid == gid and group.gr_name == user.pw_name
-    return gid != 0 and mine and set(group.gr_mem) <= {user.pw_name}
+    named_after_user = user.pw_gid == gid and group.gr_name == user.pw_name
+    return gid != 0 and named_after_user and set(group.gr_mem) <= {user.pw_name}
 
 
 def _user_label(uid: int) -> str:

@@ -59,16 +59,16 @@ def parse_weight(text: str) -> float:
     return number
 
 
-def check_range(number: _N, least: _N, most: _N, write: Callable[[_N], str]) -> _N:
-    if not least <= number <= most:
-        if least == most:
-            raise ValueError(f"is not {write(least)}, which is all that is known here")
-        raise ValueError(f"is not between {write(least)} and {write(most)}")
+def check_range(number: _N, minimum: _N, maximum: _N, format_number: Callable[[_N], str]) -> _N:
+    if not minimum <= number <= maximum:
+        if minimum == maximum:
+            raise ValueError(f"is not {format_number(minimum)}, which is all that is known here")
+        raise ValueError(f"is not between {format_number(minimum)} and {format_number(maximum)}")
     return number
 
 
 def parse_duration(text: str) -> float:
-    """Seconds."""
+    """The seconds of a duration such as ``500ms``."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
@@ -78,11 +78,13 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The duration as a person would write it; ``parse_duration`` gives the same number again."""
+    """The duration as a person would write it: the first of several forms from which ``parse_duration`` gives the same
+    number. If no form does, the last one: it is the closest."""
     whole_units = [f"{seconds / size:.0f}{unit}" for unit, size in reversed(_UNITS.items())]
     fractions = [f"{seconds:.6g}s", f"{seconds * 1000:.6f}ms", f"{seconds:.6f}s"]
-    forms = [*whole_units[:-1], fractions[0], whole_units[-1]] if seconds > 1 else whole_units
-    readable = (form for form in (*forms, *fractions) if _DURATION.fullmatch(form))  # 1e-06s is not
+    # Above a second 1.5s is preferred to 1500ms.
+    preferred = [*whole_units[:-1], fractions[0], whole_units[-1]] if seconds > 1 else whole_units
+    readable = (form for form in (*preferred, *fractions) if _DURATION.fullmatch(form))  # 1e-06s is not
     return next(form for form in readable if parse_duration(form) == seconds or form == fractions[-1])
 
 
@@ -109,8 +111,8 @@ def parse_host(text: str) -> str:
 
 
 def parse_user(text: str) -> str:
-    """The same rule as OpenSSH's ``valid_ruser``: a leading hyphen could be taken for an option, and the shell that
-    runs a ``ProxyCommand`` with the user's name would interpret quotes and brackets."""
+    """A user's name by the same rule as OpenSSH's ``valid_ruser``. A leading hyphen could be taken for an option.
+    Quotes and brackets would be interpreted by the shell that runs a ``ProxyCommand`` with the name."""
     if not _USER.fullmatch(text) or _SHELL_CHARACTERS.search(text):
         raise ValueError("is not a user's name")
     return text
@@ -118,19 +120,20 @@ def parse_user(text: str) -> str:
 
 def parse_jump(text: str) -> str:
     """``[user@]host[:port]``, as ``ssh -J`` accepts it."""
-    user, at, rest = text.strip().rpartition("@")
+    user, at, address = text.strip().rpartition("@")
     if at:
         parse_user(user)
-    if match := re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(\d{1,5}))?", rest):
-        parse_host(match[1])
-        if match[2] is not None and not 1 <= int(match[2]) <= 65535:
-            raise ValueError("has a port that is not between 1 and 65535")
-        return text.strip()
-    raise ValueError("is not [user@]host[:port]")
+    match = re.fullmatch(r"(?P<host>\[[^\]]*\]|[^:\[\]]*)(?::(?P<port>\d{1,5}))?", address)
+    if match is None:
+        raise ValueError("is not [user@]host[:port]")
+    parse_host(match["host"])
+    if match["port"] is not None and not 1 <= int(match["port"]) <= 65535:
+        raise ValueError("has a port that is not between 1 and 65535")
+    return text.strip()
 
 
 def parse_alias(text: str) -> str:
-    """A ``Host`` of ``~/.ssh/config``. It is given to ssh as an argument, so it must not look like an option."""
+    """A ``Host`` of ``~/.ssh/config``. The alias becomes an argument of ssh, so it must not look like an option."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:@+-]{0,252}", text):
         raise ValueError("is not the name of a Host in ~/.ssh/config")
     return text
@@ -151,7 +154,7 @@ def parse_path(text: str) -> str:
 
 
 def parse_command(text: str) -> tuple[str, ...]:
-    """Splits a command as a POSIX shell would; no shell runs it."""
+    """Splits a command into its arguments as a POSIX shell would. No shell runs the command."""
     try:
         arguments = tuple(shlex.split(text))
     except ValueError:
@@ -180,24 +183,25 @@ def parse_url(text: str) -> Target:
         raise ValueError("has a query or fragment, which a base URL does not")
     if port == 0:
         raise ValueError("has port 0: a server listens on 1 to 65535")
-    trimmed = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    if not _PATH.fullmatch(trimmed):
+    base_path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    if not _PATH.fullmatch(base_path):
         raise ValueError("has a path with characters that must be percent-encoded")
-    name = parse_host(parts.hostname or "")
-    return Target(name, port or _SCHEME_PORTS[parts.scheme], parts.scheme, trimmed)
+    host = parse_host(parts.hostname or "")
+    return Target(host, port or _SCHEME_PORTS[parts.scheme], parts.scheme, base_path)
 
 
 def parse_redis_url(text: str) -> str:
     try:
         parts = urlsplit(text)
-        _ = parts.port
+        _ = parts.port  # reading it raises ValueError for a port that is no number
     except ValueError:
         raise ValueError("is not a URL: the port or the address in it cannot be read") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError("is not Redis's URL: write it like redis://localhost:6379/0")
     if parts.password is not None:
         raise SensitiveError("holds a password: name its variable in redis.password_env")
-    if (parts.scheme == "unix") != (not parts.netloc):
+    has_host = bool(parts.netloc)
+    if has_host == (parts.scheme == "unix"):
         raise ValueError("is not Redis's URL: write redis://localhost:6379/0 or unix:///path/to/socket")
     return text
 

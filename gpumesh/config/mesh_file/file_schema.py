@@ -1,8 +1,9 @@
 """The schema of mesh.yaml as pydantic models: which keys exist and which values each takes. ``rules`` has the rules
 between keys.
 
-All values arrive as text (yaml_tree.py), so each type here reads text. Everything is optional in form, because a node's
-value may come from ``defaults``; ``None`` means: not said. Descriptions go into the JSON Schema and the docs.
+All values arrive as text (yaml_tree.py), so each type here parses text. Almost all fields are optional, because a
+node's value may come from ``defaults``; ``None`` means that the file does not give the key. Descriptions go into the
+JSON Schema and the docs.
 """
 
 from __future__ import annotations
@@ -18,44 +19,44 @@ from gpumesh.topology import BackendKind, HostKeyPolicy, PolicyKind, Target, Tra
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
 
-def _read(parse: Callable[[str], Any]) -> BeforeValidator:
+def _parse_with(parse: Callable[[str], Any]) -> BeforeValidator:
     """Parses text with ``parse``. Anything else is left to pydantic, which reports the wrong type."""
 
-    def read(value: Any) -> Any:
+    def parse_text(value: Any) -> Any:
         return parse(value) if isinstance(value, str) else value
 
-    return BeforeValidator(read)
+    return BeforeValidator(parse_text)
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single value in the place of a list."""
+    """A single value may stand in the place of a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
 def _split_jumps(value: Any) -> Any:
-    """``a,b``, as ssh writes a chain of jump hosts, or a list."""
+    """A chain of jump hosts is ``a,b``, as ssh writes it, or a list."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-def _command(value: Any) -> Any:
+def _parse_command(value: Any) -> Any:
     if isinstance(value, str):
         return value_parsers.parse_command(value)
     return value_parsers.check_argv(value) if value == [] else value
 
 
-def _integer(least: int, most: int) -> BeforeValidator:
-    return _read(lambda text: value_parsers.check_range(value_parsers.parse_integer(text), least, most, str))
+def _integer_between(minimum: int, maximum: int) -> BeforeValidator:
+    return _parse_with(lambda text: value_parsers.check_range(value_parsers.parse_integer(text), minimum, maximum, str))
 
 
-def _integer_schema(least: int, most: int) -> WithJsonSchema:
-    return WithJsonSchema({"type": "integer", "minimum": least, "maximum": most})
+def _integer_schema(minimum: int, maximum: int) -> WithJsonSchema:
+    return WithJsonSchema({"type": "integer", "minimum": minimum, "maximum": maximum})
 
 
-def _duration(least: float, most: float) -> BeforeValidator:
+def _duration_between(minimum: float, maximum: float) -> BeforeValidator:
     """Seconds, from text such as ``500ms``."""
-    return _read(
+    return _parse_with(
         lambda text: value_parsers.check_range(
-            value_parsers.parse_duration(text), least, most, value_parsers.format_duration
+            value_parsers.parse_duration(text), minimum, maximum, value_parsers.format_duration
         )
     )
 
@@ -66,40 +67,44 @@ def _list_schema(member: dict[str, Any], **more: Any) -> WithJsonSchema:
 
 _TEXT = {"type": "string"}
 
-Name = Annotated[str, _read(value_parsers.parse_name), WithJsonSchema({**_TEXT, "pattern": value_parsers.NAME_PATTERN})]
-Line = Annotated[str, _read(value_parsers.parse_line)]
-Port = Annotated[int, _integer(1, 65535), _integer_schema(1, 65535)]
-Host = Annotated[str, _read(value_parsers.parse_host)]
-User = Annotated[str, _read(value_parsers.parse_user)]
-Alias = Annotated[str, _read(value_parsers.parse_alias)]
-Variable = Annotated[
-    str, _read(value_parsers.parse_variable_name), WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"})
+Name = Annotated[
+    str, _parse_with(value_parsers.parse_name), WithJsonSchema({**_TEXT, "pattern": value_parsers.NAME_PATTERN})
 ]
-FilePath = Annotated[str, _read(value_parsers.parse_path)]
+Line = Annotated[str, _parse_with(value_parsers.parse_line)]
+Port = Annotated[int, _integer_between(1, 65535), _integer_schema(1, 65535)]
+Host = Annotated[str, _parse_with(value_parsers.parse_host)]
+User = Annotated[str, _parse_with(value_parsers.parse_user)]
+Alias = Annotated[str, _parse_with(value_parsers.parse_alias)]
+Variable = Annotated[
+    str,
+    _parse_with(value_parsers.parse_variable_name),
+    WithJsonSchema({**_TEXT, "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"}),
+]
+FilePath = Annotated[str, _parse_with(value_parsers.parse_path)]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
-Jump = Annotated[str, _read(value_parsers.parse_jump)]
+Jump = Annotated[str, _parse_with(value_parsers.parse_jump)]
 Jumps = Annotated[tuple[Jump, ...], BeforeValidator(_split_jumps), _list_schema(_TEXT)]
 LineList = Annotated[tuple[Line, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
-Command = Annotated[tuple[str, ...], BeforeValidator(_command), _list_schema(_TEXT, minItems=1)]
+Command = Annotated[tuple[str, ...], BeforeValidator(_parse_command), _list_schema(_TEXT, minItems=1)]
 _LISTEN_SCHEMA = {**_TEXT, "examples": ["127.0.0.1:11430", "unix:/run/user/1000/gpumesh.sock"]}
-ListenPlace = Annotated[tuple[str, int] | str, _read(listen_address.parse_listen_entry)]
+ListenPlace = Annotated[tuple[str, int] | str, _parse_with(listen_address.parse_listen_entry)]
 Listen = Annotated[
     tuple[ListenPlace, ...], BeforeValidator(_as_tuple), _list_schema(_LISTEN_SCHEMA, minItems=1, maxItems=2)
 ]
 _URL_SCHEMA = {**_TEXT, "pattern": "^https?://", "examples": ["http://127.0.0.1:11434"]}
-Url = Annotated[Target, _read(value_parsers.parse_url), WithJsonSchema(_URL_SCHEMA)]
+Url = Annotated[Target, _parse_with(value_parsers.parse_url), WithJsonSchema(_URL_SCHEMA)]
 Urls = Annotated[
     tuple[Url, ...],
     BeforeValidator(_as_tuple),
     WithJsonSchema({"type": "array", "items": _URL_SCHEMA, "minItems": 1, "maxItems": 16}),
 ]
 _DURATION_SCHEMA = WithJsonSchema({**_TEXT, "pattern": value_parsers.DURATION_PATTERN, "examples": ["5s"]})
-Interval = Annotated[float, _duration(0.1, 300), _DURATION_SCHEMA]
-LongWait = Annotated[float, _duration(0.1, 86400), _DURATION_SCHEMA]
+Interval = Annotated[float, _duration_between(0.1, 300), _DURATION_SCHEMA]
+LongWait = Annotated[float, _duration_between(0.1, 86400), _DURATION_SCHEMA]
 RedisUrl = Annotated[
-    str, _read(value_parsers.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
+    str, _parse_with(value_parsers.parse_redis_url), WithJsonSchema({**_TEXT, "examples": ["redis://localhost:6379/0"]})
 ]
-Origin = Annotated[str, _read(value_parsers.parse_origin)]
+Origin = Annotated[str, _parse_with(value_parsers.parse_origin)]
 Origins = Annotated[tuple[Origin, ...], BeforeValidator(_as_tuple), _list_schema(_TEXT)]
 
 
@@ -162,7 +167,7 @@ class Backend(Section):
     api_key_env: Variable | None = Field(
         default=None, description="Name of the variable that holds the server's API key."
     )
-    max_parallel: Annotated[int, _integer(1, 4096), _integer_schema(1, 4096)] | None = Field(
+    max_parallel: Annotated[int, _integer_between(1, 4096), _integer_schema(1, 4096)] | None = Field(
         default=None, description="How many requests it runs at once; learned if not given."
     )
 
@@ -171,11 +176,11 @@ class Expect(Section):
     """What you believe to be there; `gpumesh audit` compares."""
 
     hostname: Line | None = Field(default=None, description="What `hostname` prints there.")
-    gpus: Annotated[int, _integer(0, 1024), _integer_schema(0, 1024)] | None = Field(
+    gpus: Annotated[int, _integer_between(0, 1024), _integer_schema(0, 1024)] | None = Field(
         default=None, description="Number of GPUs."
     )
     gpu: Line | None = Field(default=None, description="The GPU's name, as nvidia-smi prints it.")
-    vram_mib: Annotated[int, _integer(1, 1 << 30), _integer_schema(1, 1 << 30)] | None = Field(
+    vram_mib: Annotated[int, _integer_between(1, 1 << 30), _integer_schema(1, 1 << 30)] | None = Field(
         default=None, description="Memory of one GPU in MiB."
     )
     driver: Line | None = Field(default=None, description="The driver's version, or how it begins.")
@@ -198,7 +203,7 @@ class NodeDefaults(Section):
     weight: (
         Annotated[
             float,
-            _read(value_parsers.parse_weight),
+            _parse_with(value_parsers.parse_weight),
             WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1000}),
         ]
         | None
@@ -227,10 +232,10 @@ class Gateway(Section):
     )
     default_model: Line | None = Field(default=None, description="Used where a command is given no model.")
     policy: PolicyKind | None = Field(default=None, description="How a node is chosen; adaptive if not given.")
-    max_queue: Annotated[int, _integer(0, 1_000_000), _integer_schema(0, 1_000_000)] | None = Field(
+    max_queue: Annotated[int, _integer_between(0, 1_000_000), _integer_schema(0, 1_000_000)] | None = Field(
         default=None, description="How many requests may wait; 1024 if not given. Past it clients get 503."
     )
-    body_memory_mib: Annotated[int, _integer(16, 1 << 20), _integer_schema(16, 1 << 20)] | None = Field(
+    body_memory_mib: Annotated[int, _integer_between(16, 1 << 20), _integer_schema(16, 1 << 20)] | None = Field(
         default=None, description="Memory for the bodies of all requests together; 512 if not given. Past it 503."
     )
     timeout: LongWait | None = Field(default=None, description="For one request as a whole; 10m if not given.")
@@ -268,7 +273,7 @@ class Redis(Section):
 class MeshFile(Section):
     """A mesh: GPUs behind SSH as one endpoint."""
 
-    version: Annotated[int, _integer(1, 1), _integer_schema(1, 1)] | None = Field(
+    version: Annotated[int, _integer_between(1, 1), _integer_schema(1, 1)] | None = Field(
         default=None, description="Of this format: 1."
     )
     name: Name | None = Field(default=None, description="Of the mesh; `mesh` if not given.")
@@ -280,5 +285,6 @@ class MeshFile(Section):
 
 
 def schema() -> dict[str, Any]:
+    """The JSON Schema of mesh.yaml."""
     document = MeshFile.model_json_schema()
     return {"$schema": SCHEMA_ID, **document, "title": "gpumesh mesh.yaml"}

@@ -7,7 +7,8 @@ import binascii
 from enum import StrEnum
 from pathlib import Path
 
-_LIMIT = 64 * 1024
+_MAX_BYTES = 64 * 1024  # of a file; even an RSA key of 16384 bits has fewer
+_HEAD_BYTES = 2048  # of the decoded key: the public key's type stands at its start
 _MAGIC = b"openssh-key-v1\x00"
 
 
@@ -18,12 +19,12 @@ class KeyKind(StrEnum):
 
 
 def detect_key_kind(path: Path) -> KeyKind:
-    """``FIDO``: the secret is on a token (sk-ssh-ed25519, sk-ecdsa). Raises OSError.
+    """The kind of the key. ``FIDO``: the secret is on a token (sk-ssh-ed25519, sk-ecdsa). Raises OSError.
 
     An OpenSSH key file carries the public key in the clear before the encrypted part (PROTOCOL.key).
     """
     with path.open("rb") as file:
-        data = file.read(_LIMIT)
+        data = file.read(_MAX_BYTES)
     if data.startswith((b"ssh-", b"ecdsa-", b"sk-")):
         return KeyKind.PUBLIC
     lines = data.splitlines()
@@ -32,7 +33,7 @@ def detect_key_kind(path: Path) -> KeyKind:
             blob = base64.b64decode(b"".join(line for line in lines if not line.startswith(b"-----")))
         except binascii.Error:
             return KeyKind.PRIVATE
-        head = blob.removeprefix(_MAGIC)[:2048]
+        head = blob.removeprefix(_MAGIC)[:_HEAD_BYTES]
         if b"sk-ssh-ed25519@openssh.com" in head or b"sk-ecdsa-sha2-nistp256@openssh.com" in head:
             return KeyKind.FIDO
     return KeyKind.PRIVATE

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def matches_pattern_list(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern matches ``name`` and no pattern with ``!`` in front of it does. Case counts."""
+    """Whether a pattern matches ``name`` and no pattern with ``!`` in front matches it. Upper and lower case differ."""
     matched = False
     for pattern in patterns:
         negated = pattern.startswith("!")
@@ -19,5 +19,6 @@ def matches_pattern_list(name: str, patterns: Iterable[str]) -> bool:
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """OpenSSH knows ``*`` and ``?`` only: ``[host]:port`` is no class of characters."""
+    """Whether ``pattern``, which may contain ``*`` and ``?``, matches ``name``."""
+    # fnmatch reads [host]:port as a class of characters. OpenSSH has no such classes.
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))

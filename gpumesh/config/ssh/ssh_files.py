@@ -1,6 +1,6 @@
 """The plain parts of OpenSSH's configuration files: Host, Match host, Include, first value wins (ssh_config(5)).
 
-Used only without an installed ssh, and for facts that ``ssh -G`` does not print.
+This module is used where no ssh is installed, and for facts that ``ssh -G`` does not print.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ SshOptions = list[tuple[str, str]]
 # Marks a Match exec that may apply to the host. There is no such option in ssh.
 MATCH_EXEC = ("match-exec", "yes")
 
-_LIMIT = 256 * 1024
-_MAX_DEPTH = 16  # as ssh
-_MAX_LINES = 20_000
+_MAX_FILE_BYTES = 256 * 1024
+_MAX_DEPTH = 16  # of Include, as ssh
+_MAX_FILES_PER_PATTERN = 64  # of an Include
+_MAX_LINES = 20_000  # of all files together
 
 
 def read_host_options(alias: str, home: Path) -> SshOptions:
@@ -35,7 +36,7 @@ def read_host_options(alias: str, home: Path) -> SshOptions:
 
 
 def parse_option_line(line: str) -> tuple[str, str]:
-    """``Key value`` or ``Key=value``; keys are case-insensitive."""
+    """The key, in lower case, and the value of a line ``Key value`` or ``Key=value``. Both are empty for a comment."""
     match = re.match(r"\s*([A-Za-z0-9]+)(?:\s*=\s*|\s+)?(.*)", line)
     return (match[1].lower(), match[2].strip()) if match else ("", "")
 
@@ -43,41 +44,42 @@ def parse_option_line(line: str) -> tuple[str, str]:
 def _walk_options(path: Path, alias: str, home: Path, active: bool, depth: int) -> Iterator[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_LIMIT)
+            text = file.read(_MAX_FILE_BYTES)
     except OSError:
         return
+    # ``active``: whether the lines at this place apply to ``alias``.
     for line in text.splitlines():
         key, value = parse_option_line(line)
         if key == "host":
             active = matches_pattern_list(alias, value.replace('"', "").split())
         elif key == "match":
-            active, runs = _evaluate_match(alias, value.split())
-            if runs:
+            active, depends_on_command = _evaluate_match(alias, value.split())
+            if depends_on_command:
                 yield MATCH_EXEC
         elif active and key == "include" and depth < _MAX_DEPTH:
             for name in value.replace('"', "").split():
                 pattern = str(home / name[2:]) if name.startswith("~/") else os.path.join(home / ".ssh", name)
-                for inside in sorted(glob.glob(pattern))[:64]:
-                    yield from _walk_options(Path(inside), alias, home, True, depth + 1)
+                for included in sorted(glob.glob(pattern))[:_MAX_FILES_PER_PATTERN]:
+                    yield from _walk_options(Path(included), alias, home, True, depth + 1)
         elif active and key:
             yield key, value
 
 
 def _evaluate_match(alias: str, criteria: Sequence[str]) -> tuple[bool, bool]:
-    """Whether a Match applies, and whether that depends on a command."""
-    holds, runs = True, False
+    """``(applies, depends_on_command)``. A Match that depends on a command counts as one that does not apply."""
+    applies = True
     remaining = list(criteria)
     while remaining:
         word = remaining.pop(0)
+        negated = word.startswith("!")
         criterion = word.removeprefix("!").lower()
         if criterion == "all":
             continue
         if criterion in ("host", "originalhost") and remaining:
-            holds = holds and matches_pattern_list(alias, remaining.pop(0).split(",")) is not word.startswith("!")
+            matched = matches_pattern_list(alias, remaining.pop(0).split(","))
+            applies = applies and matched is not negated
         elif criterion == "exec":
-            runs = holds
-            break
+            return False, applies
         else:  # user, localuser, final, canonical: unknown before connecting
-            holds = False
-            break
-    return holds and not runs, runs
+            return False, False
+    return applies, False
