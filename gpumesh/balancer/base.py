@@ -1,4 +1,4 @@
-"""What the balancer sees: a ``Demand`` for a request, a ``Candidate`` for a node."""
+"""The values that the balancer decides on: a ``Demand`` stands for a request, a ``Candidate`` for a node."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A request, as far as choosing a node goes. ``kinds`` are the backends that can answer it.
+    """The properties of a request that matter for the choice of a node. ``kinds`` are the backends that can answer it.
 
-    ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): it neither waits for a slot
-    nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id`` is what the
-    client calls this request, for ``status``.
+    ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
+    for a slot nor takes one. ``session`` names a conversation whose prompt prefix a node may have in its cache. ``id``
+    is the client's own name for this request; ``status`` shows it.
     """
 
     model: str | None
@@ -41,11 +41,13 @@ class Demand:
 class Candidate:
     """A node in the snapshot that a policy ranks.
 
-    ``usable``: tunnel and backend are up, it is not draining, and its breaker is closed. ``models`` is ``None`` when
-    the backend could not list them: then any model may be tried. ``queued`` is what other gateways have in flight
-    there. ``group`` is equal for nodes that share one GPU: they are balanced as one. ``tokens_per_s`` and ``load_s``
-    are by model. ``foreign_load`` is the GPU's utilisation (0 to 1) while we have nothing in flight there; ``rtt_ms``
-    is the tunnel's round trip.
+    ``usable``: tunnel and backend are up, the node is not draining, and its breaker is closed. ``models`` is ``None``
+    when the backend could not list its models: then any model may be tried. ``loaded`` are the models in memory.
+    ``in_flight`` counts the requests that this gateway has in flight there, ``other_gateways_in_flight`` those of other
+    gateways. ``limit`` is the number of slots; ``None`` for no limit. Nodes with the same ``group`` share one GPU: they
+    are balanced as one. ``tokens_per_s`` and ``load_s`` (seconds to load) are by model. ``foreign_load`` is the GPU's
+    utilisation (0 to 1) while we have nothing in flight there. ``rtt_ms`` is the tunnel's round trip. ``sessions`` are
+    those whose prompt prefix the node may have in its cache.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Candidate:
     models: AbstractSet[str] | None
     loaded: AbstractSet[str] = frozenset()
     in_flight: int = 0
-    queued: int = 0
+    other_gateways_in_flight: int = 0
     limit: int | None = None
     weight: float = 1.0
     group: str = ""

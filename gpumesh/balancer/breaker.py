@@ -1,6 +1,6 @@
 """The circuit breaker of a node: closed, open, and half-open with one trial at a time. Pure.
 
-A client's cancel, a 4xx of the client's own and a 429 are no fault of the node, and never reach the breaker
+A client's cancel, a 4xx and a 429 are no fault of the node. They never reach the breaker
 (``outcomes.rule_for_outcome`` decides that).
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-THRESHOLD = 3  # failures in a row that open it
+THRESHOLD = 3  # failures in a row that open the breaker
+# How long the breaker stays open. The time doubles with each failed trial.
 FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 
@@ -22,8 +23,9 @@ class BreakerPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """``open_until`` is a time of the caller's monotonic clock, in seconds. ``trial_in_flight``: the half-open breaker
-    has let one request through, which has not ended."""
+    """``failures`` counts those since the last success. ``open_until`` is a time of the caller's monotonic clock, in
+    seconds. ``open_s`` is how long the breaker was last open, or will be at first. ``trial_in_flight``: the half-open
+    breaker has let one request through, and that request has not ended."""
 
     failures: int = 0
     open_until: float | None = None
@@ -36,6 +38,7 @@ class Breaker:
         return BreakerPhase.OPEN if now < self.open_until else BreakerPhase.HALF_OPEN
 
     def allows(self, now: float) -> bool:
+        """Whether a request may be sent to the node."""
         return self.open_until is None or (now >= self.open_until and not self.trial_in_flight)
 
     def record_start(self, now: float) -> Breaker:
@@ -64,10 +67,11 @@ class Breaker:
             return replace(self, failures=failures)
         if failures < THRESHOLD:
             return Breaker(failures)
+        # The other failures still count, but the breaker is half-open at once: the next request may be its trial.
         return replace(self, failures=failures, open_until=min(self.open_until, now), trial_in_flight=False)
 
     def cancel_trial(self) -> Breaker:
-        """A request ended and says nothing about the node: the client left, for example."""
+        """The request ended in a way that proves nothing about the node: the client left, for example."""
         return replace(self, trial_in_flight=False)
 
 

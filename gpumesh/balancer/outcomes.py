@@ -1,9 +1,9 @@
-"""``Outcome``: how one attempt on a node ended, and the one table of what follows from it. Pure.
+"""``Outcome``: how one attempt on a node ended, and one table with the consequences of each outcome. Pure.
 
-The table says whether another node is tried, whether the end counts against the node's breaker, whether the tunnel is
-checked, and how a request ends that ends so (served, failed or cancelled). Before the first byte of an answer any
-failure of a node moves the request to another node; a 4xx that is the client's own is passed on as it is. A client's
-cancel, a 4xx and a 429 are no fault of the node.
+The table says whether another node is tried, whether the outcome counts against the node's breaker, whether the tunnel
+is checked, and the outcome of the request if this attempt was its last (served, failed or cancelled). Before the first
+byte of an answer any failure of a node moves the request to another node. A 4xx for a mistake of the client is passed
+on as it is. A client's cancel, a 4xx and a 429 are no fault of the node.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Outcome(StrEnum):
 
 
 class RequestOutcome(StrEnum):
-    """How a request ended, whatever its attempts were. ``REFUSED``: the client made a mistake and no node was asked."""
+    """How a request ended as a whole. ``REFUSED``: the client made a mistake and no node was asked."""
 
     SERVED = "served"
     FAILED = "failed"
@@ -45,7 +45,7 @@ class RequestOutcome(StrEnum):
 class OutcomeRule:
     """``fail_over``: try another node, if no byte was sent. ``counts_against_node``: counts against the node's breaker.
 
-    ``request``: the outcome of a request whose last attempt ends so. ``check_tunnel``: the node's tunnel is checked at
+    ``request``: the outcome of the request if this attempt was its last. ``check_tunnel``: check the node's tunnel at
     once.
     """
 
@@ -78,10 +78,10 @@ MAX_ROUNDS = 5
 _RETRYABLE = frozenset({Outcome.UNREACHABLE, Outcome.TIMED_OUT, Outcome.CUT, Outcome.STREAM_ERROR, Outcome.BUSY})
 
 
-# A request at which so many servers failed by themselves is not sent to another: the request may be what makes them
-# fail.
+# When this many servers have failed at a request by themselves, it is not sent to another server: the request may be
+# the cause.
 MAX_SERVER_FAILURES = 2
-# The status by which a server says that it failed at this very request. A proxy in front of it says 502 to 504.
+# A server that failed at this very request answers with this status. A proxy in front of the server answers 502 to 504.
 SERVER_ERROR_STATUS = 500
 
 
@@ -90,25 +90,26 @@ def rule_for_outcome(outcome: Outcome) -> OutcomeRule:
 
 
 def request_outcome(outcome: Outcome) -> RequestOutcome:
-    """How a request ends whose last attempt ended so."""
+    """The outcome of a request whose last attempt had this outcome."""
     return _RULES[outcome].request
 
 
 def is_retryable(outcome: Outcome) -> bool:
-    """Whether the same node may do better in a moment. A server that answers with an error is believed."""
+    """Whether the same node may succeed in a moment. A server that answered with an error would answer so again."""
     return outcome in _RETRYABLE
 
 
 def retry_delay_s(rounds: int, rng: Random) -> float:
-    """The pause before round ``rounds + 1``: 0.1, 0.2, 0.4 … s, each times a random factor of 0.75 to 1.25."""
+    """The pause after this many rounds: 0.1, 0.2, 0.4 … s, each times a random factor of 0.75 to 1.25, so that the
+    requests that failed together do not come back together."""
     return float(0.1 * 2 ** (rounds - 1) * rng.uniform(0.75, 1.25))
 
 
 def classify_status(status: int, *, model_asked: bool) -> Outcome:
-    """The outcome that an HTTP status means.
+    """The outcome that an HTTP status means. ``model_asked``: the request names a model.
 
-    Ollama answers 404 only for a model that it does not have. It answers 503 when its queue is full, but a server that
-    starts or stops does so too, so a 503 counts against the node."""
+    Ollama answers 404 only for a model that it does not have. Ollama answers 503 when its queue is full, but so does a
+    server that starts or stops: therefore a 503 counts against the node."""
     if status < 400:
         return Outcome.SERVED
     if status == 404 and model_asked:

@@ -13,13 +13,15 @@ from gpumesh.balancer.base import Priority
 
 T = TypeVar("T")
 
-# A request of this class is served before a request of the highest class that came more than so many seconds later.
-HEAD_START_S = {Priority.INTERACTIVE: 0.0, Priority.NORMAL: 10.0, Priority.BATCH: 60.0}
+# A request of this class ranks as if it had come so many seconds later than it did. So no request waits for ever: those
+# of higher classes that come after this time rank behind it.
+PRIORITY_DELAY_S = {Priority.INTERACTIVE: 0.0, Priority.NORMAL: 10.0, Priority.BATCH: 60.0}
 
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry(Generic[T]):
-    """``queued_at`` may lie before the time at which it was added: a request that a node failed keeps its rank."""
+    """``queued_at`` may lie before the time at which the entry was added: a request that a node failed keeps its
+    rank."""
 
     payload: T
     priority: Priority
@@ -28,8 +30,9 @@ class QueueEntry(Generic[T]):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """The smallest is served first. It does not change while the request waits, because all age alike."""
-        return (self.queued_at + HEAD_START_S[self.priority], self.sequence)
+        """The entry with the smallest rank is served first. A rank stays the same while the request waits, because all
+        requests age alike."""
+        return (self.queued_at + PRIORITY_DELAY_S[self.priority], self.sequence)
 
 
 @dataclass(slots=True)
@@ -48,8 +51,8 @@ class WaitQueue(Generic[T]):
         return len(self._entries) >= self.max_size
 
     def add(self, payload: T, priority: Priority, queued_at: float, *, bounded: bool = True) -> QueueEntry[T]:
-        """Raises ``OverflowError`` when the queue is full, unless ``bounded`` is false: a request that has begun
-        already is not turned away."""
+        """Raises ``OverflowError`` when the queue is full. ``bounded`` is false for a request that has begun already:
+        it is added even to a full queue."""
         if bounded and self.is_full:
             raise OverflowError(f"{self.max_size} requests wait already")
         entry = QueueEntry(payload, priority, queued_at, self._next_sequence)
@@ -58,12 +61,12 @@ class WaitQueue(Generic[T]):
         return entry
 
     def discard(self, entry: QueueEntry[T]) -> None:
-        """Harmless for an entry that is not in the queue any more."""
+        """Removes the entry if it is still in the queue."""
         self._entries.pop(entry.sequence, None)
 
     def __iter__(self) -> Iterator[QueueEntry[T]]:
         return iter(sorted(self._entries.values(), key=lambda entry: entry.rank))
 
     def position(self, entry: QueueEntry[T]) -> int:
-        """0 is served next."""
+        """The number of requests that are served before this one."""
         return sum(other.rank < entry.rank for other in self._entries.values())

@@ -1,4 +1,4 @@
-"""Which nodes can serve a request at all, before a policy ranks them, and why none can. Pure."""
+"""Selects the nodes that can serve a request at all, before a policy ranks them; and explains why no node can. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LISTED_MODELS = 1000  # in an error's data
 
 
 def has_model(candidate: Candidate, model: str | None) -> bool:
-    """Also true when the node could not list its models: then it may be tried."""
+    """Whether the node has the model. Also true when the node could not list its models: then it may be tried."""
     if model is None or candidate.models is None:
         return True
     return model in candidate.models or full_name(model) in full_names(candidate.models)
@@ -29,9 +29,9 @@ _full_names: WeakKeyDictionary[frozenset[str], frozenset[str]] = WeakKeyDictiona
 
 
 def full_names(models: AbstractSet[str]) -> frozenset[str]:
-    """The full names of a list of models. They are kept as long as the list itself: they are needed for each request,
+    """The full names of a list of models. They are cached as long as the list itself exists: each request needs them,
     and a node that lists thousands of models must not slow down the requests to all other nodes."""
-    key = frozenset(models)  # a frozenset is returned as it is
+    key = frozenset(models)  # the same object if it is one already: then the entry lives as long as the caller's set
     names = _full_names.get(key)
     if names is None:
         names = _full_names[key] = frozenset(full_name(name) for name in key)
@@ -40,7 +40,8 @@ def full_names(models: AbstractSet[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The nodes that can serve a demand, in no order. ``free`` have a free slot, ``busy`` have none now."""
+    """The nodes that can serve a demand, in no order. Those in ``free`` have a free slot, those in ``busy`` have
+    none."""
 
     free: tuple[Candidate, ...]
     busy: tuple[Candidate, ...]
@@ -77,22 +78,23 @@ def group_loads(candidates: Sequence[Candidate]) -> dict[str, int]:
     """Requests in flight on each GPU, over all of its nodes and from all gateways."""
     loads: dict[str, int] = {}
     for candidate in candidates:
-        loads[gpu_group(candidate)] = loads.get(gpu_group(candidate), 0) + candidate.in_flight + candidate.queued
+        group = gpu_group(candidate)
+        loads[group] = loads.get(group, 0) + candidate.in_flight + candidate.other_gateways_in_flight
     return loads
 
 
 def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: Collection[str] = ()) -> GPUMeshError:
-    """Why ``select_candidates`` found no node, as the error to raise."""
+    """The error to raise when ``select_candidates`` found no node: it says why."""
     if demand.node is not None and all(candidate.name != demand.node for candidate in candidates):
         names = ", ".join(sorted(candidate.name for candidate in candidates)) or "none"
         return NoNodeError(f"there is no node {demand.node!r}", hint=f"the nodes are: {names}")
-    pool = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
-    usable = [candidate for candidate in pool if candidate.usable]
+    allowed = [candidate for candidate in candidates if demand.node in (None, candidate.name)]
+    usable = [candidate for candidate in allowed if candidate.usable]
     if not usable:
         subject = f"node {demand.node!r} is not" if demand.node is not None else "no node is"
         return NoNodeError(f"{subject} usable now", node=demand.node)
     if demand.model is not None and not any(has_model(candidate, demand.model) for candidate in usable):
-        unusable = [candidate for candidate in pool if not candidate.usable]
+        unusable = [candidate for candidate in allowed if not candidate.usable]
         return _missing_model_error(demand.model, usable, unusable)
     if not any(candidate.kind in demand.kinds for candidate in usable):
         kinds = ", ".join(sorted(demand.kinds))
@@ -105,22 +107,23 @@ def no_node_error(candidates: Sequence[Candidate], demand: Demand, *, exclude: C
 
 
 def _missing_model_error(model: str, usable: Sequence[Candidate], unusable: Sequence[Candidate]) -> ModelMissing:
-    """The hint names the nodes that have the model but cannot be used, the models that there are, and how to pull
-    it."""
+    """The hint names the unusable nodes that have the model, the models of the usable nodes, and a command to pull the
+    model."""
     available = _list_models(usable)
-    away = [candidate.name for candidate in unusable if has_model(candidate, model)]
-    hint = f"it is on {', '.join(away)}, which cannot be used now; " if away else ""
+    unusable_with_model = [candidate.name for candidate in unusable if has_model(candidate, model)]
+    hint = f"it is on {', '.join(unusable_with_model)}, which cannot be used now; " if unusable_with_model else ""
     hint += f"there are: {', '.join(available[:MAX_SHOWN_MODELS]) or 'no models'}"
     hint += " …" if len(available) > MAX_SHOWN_MODELS else ""
-    stores = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
-    if stores:
-        hint += f"; it could be pulled to {', '.join(stores)}: "
+    pull_targets = [candidate.name for candidate in usable if candidate.kind in KINDS_WITH_MODEL_STORE]
+    if pull_targets:
+        hint += f"; it could be pulled to {', '.join(pull_targets)}: "
         hint += paste_command("gpumesh models pull {MODEL}", MODEL=model)
     return ModelMissing(model, available=tuple(available), hint=hint)
 
 
 def _list_models(candidates: Sequence[Candidate]) -> list[str]:
-    """Names of models, sorted where they are few. Else some of each node in turn, so that no node hides the others."""
+    """The names of models. Few names are sorted. Of many names the nodes give one each in turn, so that a node with
+    very many does not push out those of the others."""
     lists = [sorted(candidate.models or ()) for candidate in candidates]
     names = sorted({name for models in lists for name in models[:MAX_LISTED_MODELS]})
     if len(names) <= MAX_SHOWN_MODELS:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumesh.balancer.base import Priority
-from gpumesh.balancer.queue import HEAD_START_S, WaitQueue
+from gpumesh.balancer.queue import PRIORITY_DELAY_S, WaitQueue
 
 
 def test_priorities_first_then_arrival() -> None:
@@ -17,7 +17,7 @@ def test_priorities_first_then_arrival() -> None:
 def test_a_request_that_waited_longer_than_its_head_start_is_served_before_newcomers() -> None:
     queue: WaitQueue[str] = WaitQueue(10)
     queue.add("old batch", Priority.BATCH, 0.0)
-    queue.add("new", Priority.INTERACTIVE, HEAD_START_S[Priority.BATCH] + 0.1)
+    queue.add("new", Priority.INTERACTIVE, PRIORITY_DELAY_S[Priority.BATCH] + 0.1)
     assert [entry.payload for entry in queue] == ["old batch", "new"]
 
 

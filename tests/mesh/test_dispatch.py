@@ -14,7 +14,7 @@ import pytest
 
 from gpumesh.balancer.base import Demand, Priority
 from gpumesh.balancer.outcomes import Outcome
-from gpumesh.balancer.queue import HEAD_START_S
+from gpumesh.balancer.queue import PRIORITY_DELAY_S
 from gpumesh.errors import DeadlineExceeded, ModelMissing, NoNodeError, QueueFull
 from gpumesh.lab.ollama import SimOllama
 from gpumesh.lab.profile import Faults
@@ -132,7 +132,7 @@ async def test_the_first_in_the_queue_is_served_first() -> None:
 
 
 async def test_priorities_overtake_and_age() -> None:
-    batch, normal = HEAD_START_S[Priority.BATCH], HEAD_START_S[Priority.NORMAL]
+    batch, normal = PRIORITY_DELAY_S[Priority.BATCH], PRIORITY_DELAY_S[Priority.NORMAL]
     async with open_desk("a") as desk:
         holder = await desk.acquire()
         waiting = []

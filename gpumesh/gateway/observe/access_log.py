@@ -1,7 +1,7 @@
 """The access log: one line with a JSON object for each request that ended. No prompt, no answer, no header, no query.
 
 Lines are collected and written a moment later, so that no request waits for the disk. When the disk is full the log
-loses lines, but no request fails. Only its user can read the file. It is rotated by size.
+loses lines, but no request fails. Only the gateway's own user can read the file. The file is rotated by size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gpumesh.gateway.observe.record import RequestRecord
 
 log = logging.getLogger(__name__)
 
+# Lines are written after this time, or when there are this many.
 FLUSH_S = 0.5
 FLUSH_LINES = 500
 ROTATE_BYTES = 8 << 20
@@ -26,7 +27,7 @@ MAX_TEXT_CHARS = 200  # of a text that a client sends: a path, a model
 
 
 class AccessLog:
-    """``now`` gives UTC."""
+    """The log at ``path``. ``now`` gives the time in UTC."""
 
     def __init__(
         self,
@@ -116,10 +117,12 @@ class AccessLog:
 def build_entry(
     record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
 ) -> dict[str, object]:
-    """The line of one request. ``node`` is where the answer began. ``ttft_ms`` is of streamed answers only. ``bytes``
-    is the size of the body, for a stream with its framing."""
-    answer, demand, first = record.answer, record.demand, record.first_byte_at
-    streamed = answer is not None and answer.body is None and first is not None
+    """The line of one request. ``node`` is the node where the answer began. Only streamed answers have ``ttft_ms``.
+    ``bytes`` is the size of the body; that of a stream includes the framing."""
+    answer, demand = record.answer, record.demand
+    ttft_ms = None
+    if answer is not None and answer.body is None and record.first_byte_at is not None:
+        ttft_ms = round((record.first_byte_at - record.started_at) * 1000.0, 1)
     return {
         "at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "client": client,
@@ -132,7 +135,7 @@ def build_entry(
         "attempts": 0 if answer is None else answer.attempts,
         "continuations": 0 if answer is None else answer.continuations,
         "queue_ms": None if answer is None else round(answer.queue_ms, 1),
-        "ttft_ms": round((first - record.started_at) * 1000.0, 1) if streamed and first is not None else None,
+        "ttft_ms": ttft_ms,
         "total_ms": round((record.ended_at - record.started_at) * 1000.0, 1),
         "bytes": record.sent_bytes,
         "id": request_id,

@@ -26,7 +26,8 @@ class MetricKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MetricSample:
-    """``suffix`` follows the family's name in a part of a histogram."""
+    """One value with its labels. ``suffix`` follows the family's name: ``_bucket``, ``_sum`` or ``_count`` in a
+    histogram."""
 
     labels: Labels
     value: float
@@ -54,20 +55,22 @@ class Distribution(Protocol):
 
 
 def gauge(name: str, text: str, samples: Iterable[tuple[Labels, float | None]]) -> Family:
-    """An unknown value (``None``) has no sample. Of several samples with the same labels the last one stands:
+    """A gauge without samples for unknown values (``None``). Of several samples with the same labels the last counts:
     Prometheus refuses a whole page that has a series twice."""
     known = {labels: value for labels, value in samples if value is not None}
     return Family(name, MetricKind.GAUGE, text, tuple(MetricSample(labels, value) for labels, value in known.items()))
 
 
 def counter(name: str, text: str, samples: Iterable[tuple[Labels, float]]) -> Family:
-    """Of several samples with the same labels the last one stands."""
+    """A counter. Of several samples with the same labels the last counts, as in ``gauge``."""
+    by_labels = dict(samples)
     return Family(
-        name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in dict(samples).items())
+        name, MetricKind.COUNTER, text, tuple(MetricSample(labels, value) for labels, value in by_labels.items())
     )
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Labels, Distribution]) -> Family:
+    """A histogram. Each bucket counts all values up to its bound ``le``, those of smaller buckets included."""
     samples: list[MetricSample] = []
     for labels, distribution in series.items():
         cumulative = 0
@@ -79,6 +82,7 @@ def histogram(name: str, text: str, bounds: Sequence[float], series: Mapping[Lab
 
 
 def render(families: Iterable[Family]) -> str:
+    """The page. A family without samples is left out."""
     return "".join(line for family in families for line in _render_family(family))
 
 
@@ -100,4 +104,6 @@ def _escape(text: str, *, quoted: bool = False) -> str:
 def _render_number(value: float) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+    # Up to here a float holds every whole number exactly.
+    is_exact_integer = value == int(value) and abs(value) < 1e15
+    return str(int(value)) if is_exact_integer else repr(float(value))

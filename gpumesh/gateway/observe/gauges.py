@@ -1,4 +1,5 @@
-"""The metrics of the mesh's state: nodes, tunnels, GPUs, queue, and this process. Pure but for ``process_families``."""
+"""The metrics of the mesh's state: nodes, tunnels, GPUs, queue, and this process. Only ``process_families`` is not
+pure."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MAX_LOADED_MODELS = 32  # of one node
 
 
 def mesh_families(state: MeshState, attempts: Mapping[str, Mapping[Outcome, int]]) -> Iterator[Family]:
-    """``attempts``: for each node, how the attempts there ended."""
+    """The metrics of the mesh as a whole and of its nodes. ``attempts``: for each node, the number of attempts by
+    outcome."""
     yield gauge("gpumesh_build_info", "The version, as a label.", [((("version", __version__),), 1.0)])
     yield gauge("gpumesh_requests_in_flight", "Requests that a node works on.", [((), state.gateway.in_flight)])
     yield gauge("gpumesh_queue_length", "Requests that wait for a place on a node.", [((), state.gateway.queued)])
@@ -80,13 +82,12 @@ def _node_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
         "How many requests the node truly runs at once, as far as known.",
         [node.load.limit for node in nodes],
     )
-    up = [float(node.tunnel.state is TunnelPhase.UP) for node in nodes]
     yield gauge(
         "gpumesh_tunnel_up",
         "1 if the way to the node is open.",
         (
-            ((*_node_labels(node), ("transport", node.tunnel.transport)), value)
-            for node, value in zip(nodes, up, strict=True)
+            ((*_node_labels(node), ("transport", node.tunnel.transport)), float(node.tunnel.state is TunnelPhase.UP))
+            for node in nodes
         ),
     )
     yield gauge_by_node(
@@ -119,8 +120,8 @@ def _node_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
 
 
 def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float | None]]:
-    """Memory by name of the largest models. The others count as one: Prometheus keeps a series of each name for
-    months."""
+    """The name and memory (MiB) of the largest models. All others are one entry: Prometheus keeps a series for each
+    name, for months."""
     largest = sorted(loaded, key=lambda model: -(model.size_vram_mib or 0))
     for model in largest[:MAX_LOADED_MODELS]:
         yield model.name, model.size_vram_mib
@@ -130,13 +131,14 @@ def _loaded_memory(loaded: Sequence[LoadedModel]) -> Iterator[tuple[str, float |
 
 
 def _gpu_families(nodes: Iterable[NodeState]) -> Iterator[Family]:
-    """Two nodes with one GPU both show it: sum by ``uuid``, not by node."""
-    labelled = [(_gpu_labels(node, gpu), gpu) for node in nodes for gpu in node.gpus or ()]
+    """The metrics of GPUs. A GPU that two nodes share appears under both: sum by ``uuid``, not by node."""
+    pairs = [(node, gpu) for node in nodes for gpu in node.gpus or ()]
+    labels = [_gpu_labels(node, gpu) for node, gpu in pairs]
 
     def gauge_by_gpu(name: str, text: str, values: Iterable[float | None]) -> Family:
-        return gauge(name, text, {labels: value for (labels, _), value in zip(labelled, values, strict=True)}.items())
+        return gauge(name, text, zip(labels, values, strict=True))
 
-    gpus = [gpu for _, gpu in labelled]
+    gpus = [gpu for _, gpu in pairs]
     yield gauge_by_gpu(
         "gpumesh_gpu_memory_total_bytes", "GPU memory.", [_scale(gpu.memory_total_mib, MIB) for gpu in gpus]
     )
@@ -164,11 +166,11 @@ def process_families() -> Iterator[Family]:
     proc = Path("/proc/self")
     try:
         pages = int((proc / "statm").read_text().split()[1])
-        opened = len(os.listdir(proc / "fd"))
+        open_files = len(os.listdir(proc / "fd"))
     except (OSError, ValueError, IndexError):
         return  # not Linux
     yield gauge("process_resident_memory_bytes", "Memory.", [((), float(pages * os.sysconf("SC_PAGE_SIZE")))])
-    yield gauge("process_open_fds", "Files that it has open.", [((), float(opened))])
+    yield gauge("process_open_fds", "Files that it has open.", [((), float(open_files))])
 
 
 def _node_labels(node: NodeState) -> Labels:

@@ -1,7 +1,8 @@
 """The metrics of requests: counters and histograms by route, node and model.
 
-No client can make them grow without bound. A model's name becomes a label only after a node has answered for it, and
-there are at most ``MAX_MODELS`` of them. Each metric has at most ``MAX_SERIES`` series. The rest counts as ``other``.
+No client can make the metrics grow without bound. A model's name becomes a label only after a node has answered for
+that model, and there are at most ``MAX_MODELS`` such labels. Each metric has at most ``MAX_SERIES`` series. All other
+models and labels count as ``other``.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ T = TypeVar("T")
 
 MAX_MODELS = 200
 MAX_SERIES = 5000
-MAX_SPELLINGS = 1000  # of model names whose label is kept
+MAX_SPELLINGS = 1000  # of model names whose label is cached
 OTHER_LABEL = "other"
 
-# Seconds until the first token: from a warm cache to a model of 70B that must be loaded.
+# Upper bounds of the buckets, in seconds.
+# Until the first token: from a warm cache to a model of 70B that must be loaded.
 TTFT_BOUNDS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
-# Seconds for a token: from 400 tokens/s down to one token/s on a CPU.
+# For a token: from 400 tokens/s down to one token/s on a CPU.
 TPOT_BOUNDS = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 1.0)
 DURATION_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 WAIT_BOUNDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Histogram:
+    """A ``Distribution`` that counts values as they are observed."""
+
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -50,7 +54,8 @@ class CounterValue:
 
 
 class LabeledSeries(Generic[T]):
-    """Values by their labels. Past the bound all new labels share one series."""
+    """Values by their labels; a value is created when its labels are first used. When there are ``bound`` series, all
+    new labels share one series of ``other``."""
 
     def __init__(self, names: tuple[str, ...], create: Callable[[], T], bound: int = MAX_SERIES) -> None:
         self._names = names
@@ -91,7 +96,7 @@ class RequestMetrics:
         self._labels: dict[str, str] = {}
 
     def add(self, record: RequestRecord) -> None:
-        """A request that has ended."""
+        """Counts a request that has ended. Only a request that needed a slot has durations and tokens."""
         answer, demand = record.answer, record.demand
         outcome = "" if record.outcome is None else record.outcome.value
         code = str(record.status)
@@ -111,22 +116,25 @@ class RequestMetrics:
         self._add_tokens(record, labels)
 
     def _add_tokens(self, record: RequestRecord, labels: tuple[str, str]) -> None:
-        answer, first = record.answer, record.first_byte_at
+        """Counts tokens and the times to the first and between the tokens. ``labels``: node and model."""
+        answer = record.answer
         assert answer is not None
+        first_byte_at = record.first_byte_at if answer.body is None else None  # only a stream shows when tokens come
+        if first_byte_at is not None:
+            node, model = labels
+            self.ttft[record.node or node, model].observe(first_byte_at - record.started_at)
         counters = answer.counters
-        tokens = None if counters is None else counters.tokens
-        if answer.body is None and first is not None:
-            self.ttft[record.node or labels[0], labels[1]].observe(first - record.started_at)
         if counters is None:
             return
         if counters.prompt_tokens:
             self.prompt_tokens[labels].value += counters.prompt_tokens
+        tokens = counters.tokens
         if not tokens:
             return
         self.output_tokens[labels].value += tokens
-        if answer.body is None and first is not None:
+        if first_byte_at is not None:
             if tokens > 1:
-                self.tpot[labels].observe((record.ended_at - first) / (tokens - 1))
+                self.tpot[labels].observe((record.ended_at - first_byte_at) / (tokens - 1))
         elif counters.eval_ms:
             self.tpot[labels].observe(counters.eval_ms / 1000.0 / tokens)
 
@@ -137,14 +145,14 @@ class RequestMetrics:
         label = self._labels.get(name)
         if label is not None:
             return label
-        full = full_name(name)
-        if full not in self._models:
+        label = full_name(name)
+        if label not in self._models:
             if not answered or len(self._models) >= MAX_MODELS:
                 return OTHER_LABEL
-            self._models.add(full)
+            self._models.add(label)
         if len(self._labels) < MAX_SPELLINGS:
-            self._labels[name] = full
-        return full
+            self._labels[name] = label
+        return label
 
     def families(self) -> Iterator[Family]:
         yield counter(

@@ -1,5 +1,4 @@
-"""``RequestRecord``: what happened to one request, collected while it runs. The access log and the metrics are made of
-it."""
+"""``RequestRecord``: the facts about one request, collected while it runs. The access log and the metrics use them."""
 
 from __future__ import annotations
 
@@ -13,9 +12,10 @@ from gpumesh.mesh.requests.answer import Answer
 
 @dataclass(slots=True, eq=False)
 class RequestRecord:
-    """``started_at``, ``first_byte_at`` and ``ended_at`` are seconds of ``clock``. ``first_byte_at`` is when the
-    answer's first bytes had come, ``node`` where the answer began: ``answer.node`` is another one after a continuation.
-    ``route`` is one of a fixed set of names, whatever the path was. ``status`` 0: nothing was sent."""
+    """``started_at``, ``first_byte_at`` and ``ended_at`` are seconds of ``clock``. ``first_byte_at`` is the time at
+    which the answer's first bytes had come. ``node`` is the node where the answer began: after a continuation
+    ``answer.node`` is another node. ``route`` is one of a fixed set of names, whatever the path was. ``status`` 0:
+    nothing was sent."""
 
     clock: Callable[[], float]
     started_at: float
@@ -38,16 +38,16 @@ class RequestRecord:
         self.first_byte_at = self.clock()
 
     def note_end(self, *, status: int, sent_bytes: int) -> None:
-        """A reply was sent. Where no outcome was set, it is that of the node's answer; without one the gateway itself
-        has served the request."""
+        """A reply was sent. If no outcome was set before, the outcome follows from the node's answer. If no node
+        answered, the gateway itself has served the request."""
         self.ended_at = self.clock()
         self.status = status
         self.sent_bytes = sent_bytes
         if self.outcome is None:
-            answer = None if self.answer is None else self.answer.outcome
-            self.outcome = RequestOutcome.SERVED if answer is None else request_outcome(answer)
+            last_outcome = None if self.answer is None else self.answer.outcome
+            self.outcome = RequestOutcome.SERVED if last_outcome is None else request_outcome(last_outcome)
 
     def note_client_gone(self, *, status: int, sent_bytes: int) -> None:
-        """There was nobody any more to reply to."""
+        """The client had left before its reply was complete."""
         self.outcome = RequestOutcome.CANCELLED
         self.note_end(status=status, sent_bytes=sent_bytes)

@@ -105,7 +105,9 @@ class SnapshotBuilder:
             models=reports.models,
             loaded=reports.loaded,
             in_flight=ledger.in_flight,
-            queued=self._coordination.other_gateways_load(self.coordination_key) if role.counts_for_group else 0,
+            other_gateways_in_flight=(
+                self._coordination.other_gateways_load(self.coordination_key) if role.counts_for_group else 0
+            ),
             limit=self._limit(now),
             weight=self._spec.weight,
             group=role.group,

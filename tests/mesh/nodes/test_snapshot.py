@@ -115,10 +115,10 @@ async def test_an_open_breaker_makes_it_unusable_unless_that_is_asked_for(desk: 
 
 async def test_other_gateways_count_once_for_a_group(desk: SnapshotDesk) -> None:
     desk.set_up()
-    assert desk.builder.candidate(0.0, despite_breaker=False).queued == 5
+    assert desk.builder.candidate(0.0, despite_breaker=False).other_gateways_in_flight == 5
     assert desk.others.keys == [TARGET.url]
     desk.role.counts_for_group = False
-    assert desk.builder.candidate(0.0, despite_breaker=False).queued == 0
+    assert desk.builder.candidate(0.0, despite_breaker=False).other_gateways_in_flight == 0
 
 
 @pytest.mark.parametrize(
