@@ -10,7 +10,7 @@ from gpumesh.bench.result import BenchResult
 from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult, stage_label
 
-# The rate of a whole stage is a single value without a spread. A smaller change between two runs counts as noise.
+# The rate of a whole stage is a single value without a spread. A smaller change between two runs is taken for noise.
 NOISE_RATIO = 0.05
 # A smaller change of a median counts as no change, however narrow its confidence interval is.
 MIN_MEDIAN_CHANGE = 0.01
@@ -22,6 +22,7 @@ class DifferenceVerdict(StrEnum):
     SAME = "same"
     """These samples show no difference."""
     UNKNOWN = "unknown"
+    """There are too few samples to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``caveats`` name everything else in which the two runs differ. ``only_a`` and ``only_b`` are the stages that the
-    other result does not have."""
+    """``caveats`` name differences between the runs that may explain differences between the figures. ``only_a`` and
+    ``only_b`` are the stages that the other result does not have."""
 
     differences: tuple[Difference, ...]
     caveats: tuple[str, ...]
@@ -48,6 +49,7 @@ class Comparison:
     only_b: tuple[str, ...]
 
 
+# In both tables: the figure's name, its unit, whether more is better, and a function that takes it from a stage.
 _SAMPLE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], SampleSummary]], ...] = (
     ("ttft p50", "ms", False, lambda stage: stage.latency.ttft),
     ("tpot p50", "ms", False, lambda stage: stage.latency.tpot),
@@ -63,6 +65,7 @@ _RATE_FIGURES: tuple[tuple[str, str, bool, Callable[[StageResult], float | None]
 
 
 def compare(a: BenchResult, b: BenchResult) -> Comparison:
+    """Compares the figures of the stages that both results have."""
     stages_a, stages_b = _stages_by_label(a), _stages_by_label(b)
     differences = [
         difference
@@ -136,7 +139,7 @@ def _judge_rates(a: float | None, b: float | None, *, more_is_better: bool) -> D
 
 
 def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
-    """Everything in which the two runs differ, apart from the figures."""
+    """The differences between the runs that may explain differences between the figures."""
     if a.scenario is not b.scenario:
         yield f"the scenarios differ: {a.scenario} and {b.scenario}"
     for name in ("model", "tokens", "prompt_tokens", "think", "seed", "speed"):
@@ -149,8 +152,8 @@ def _caveats(a: BenchResult, b: BenchResult) -> Iterator[str]:
         yield f"measured from different machines: {a.environment.platform} and {b.environment.platform}"
     nodes_a = {node.name: (node.gpus, node.backend, node.version, node.transport) for node in a.environment.nodes}
     nodes_b = {node.name: (node.gpus, node.backend, node.version, node.transport) for node in b.environment.nodes}
-    for name in nodes_a.keys() & nodes_b.keys():
-        if nodes_a[name] != nodes_b[name]:
+    for name, node_a in nodes_a.items():  # in the order of the file
+        if name in nodes_b and nodes_b[name] != node_a:
             yield f"node {name} is not the same: its GPUs, server or transport changed"
     for label, result in (("A", a), ("B", b)):
         if any(stage.client.bound for stage in result.stages):

@@ -19,13 +19,14 @@ SAMPLE_S = 0.5
 # The mesh asks nvidia-smi every two seconds, and the answer takes some time. A sample that is taken sooner after the
 # start of a stage may show the GPU as it was before the stage.
 LAG_S = 2.5
-# With fewer samples no mean is computed.
-MIN_SAMPLES = 3
+MIN_SAMPLES = 3  # with fewer samples a mean says little, and none is computed
 
 
 @dataclass(frozen=True, slots=True)
 class GpuUse:
-    """Means over the stage. ``power_w`` and ``energy_j`` are sums over all GPUs, ``None`` if any of them is unknown."""
+    """The use of GPUs during a stage. ``gpus`` and ``samples`` are counts. The utilisation is the mean over all GPUs
+    and samples. ``power_w`` (mean) and ``energy_j`` are sums over all GPUs, ``None`` if the power of any GPU is
+    unknown. ``memory_used_mib`` is the largest sum over all GPUs."""
 
     gpus: int
     samples: int
@@ -52,26 +53,37 @@ def gpu_use(samples: Sequence[GpuSample], nodes: frozenset[str] | None = None) -
     if len(settled) < MIN_SAMPLES:
         return None
     readings = [(sample.at_s, _gpus_by_uuid(sample.state, nodes)) for sample in settled]
-    uuids = {uuid for _, gpus in readings for uuid in gpus}
-    if not uuids:
+    gpu_count = len({uuid for _, gpus in readings for uuid in gpus})
+    if gpu_count == 0:
         return None
-    seconds = readings[-1][0] - readings[0][0]
-    powers = [_complete_sum([gpu.power_w for gpu in gpus.values()], len(uuids)) for _, gpus in readings]
-    loads = [gpu.utilization_pct for _, gpus in readings for gpu in gpus.values() if gpu.utilization_pct is not None]
-    memory = [_complete_sum([gpu.memory_used_mib for gpu in gpus.values()], len(uuids)) for _, gpus in readings]
-    energy_j = 0.0
-    for ((start_s, _), (end_s, _)), power in zip(itertools.pairwise(readings), powers, strict=False):
-        energy_j += math.nan if power is None else power * (end_s - start_s)
-    mean_w = energy_j / seconds if math.isfinite(energy_j) and seconds > 0 else None
-    known_memory = [value for value in memory if value is not None]
+    utilizations = [
+        gpu.utilization_pct for _, gpus in readings for gpu in gpus.values() if gpu.utilization_pct is not None
+    ]
+    memory_sums = [_complete_sum([gpu.memory_used_mib for gpu in gpus.values()], gpu_count) for _, gpus in readings]
+    known_memory = [value for value in memory_sums if value is not None]
+    times_s = [at_s for at_s, _ in readings]
+    powers_w = [_complete_sum([gpu.power_w for gpu in gpus.values()], gpu_count) for _, gpus in readings]
+    mean_w = _mean_power(times_s, powers_w)
     return GpuUse(
-        gpus=len(uuids),
+        gpus=gpu_count,
         samples=len(settled),
-        utilization_pct=sum(loads) / len(loads) if loads else None,
+        utilization_pct=sum(utilizations) / len(utilizations) if utilizations else None,
         power_w=mean_w,
         energy_j=None if mean_w is None else mean_w * (samples[-1].at_s - samples[0].at_s),
         memory_used_mib=round(max(known_memory)) if known_memory else None,
     )
+
+
+def _mean_power(times_s: Sequence[float], powers_w: Sequence[float | None]) -> float | None:
+    """The mean over time: each power counts until the next reading. ``None`` if a power that counts is unknown."""
+    energy_j = 0.0
+    for (start_s, end_s), power_w in zip(itertools.pairwise(times_s), powers_w[:-1], strict=True):
+        if power_w is None:
+            return None
+        energy_j += power_w * (end_s - start_s)
+    seconds = times_s[-1] - times_s[0]
+    mean_w = energy_j / seconds if seconds > 0 else math.nan
+    return mean_w if math.isfinite(mean_w) else None
 
 
 def _gpus_by_uuid(state: MeshState, nodes: frozenset[str] | None) -> dict[str, GpuState]:
@@ -91,7 +103,8 @@ async def sample_gpus(
     interval_s: float = SAMPLE_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncGenerator[list[GpuSample]]:
-    """Takes samples while the context is open, and one each at its start and its end. The list stays valid after it."""
+    """Takes a sample at the start of the context, then one after each ``interval_s``, and one at its end. The list that
+    it yields is complete when the context has ended."""
     samples: list[GpuSample] = []
 
     async def take_sample() -> None:

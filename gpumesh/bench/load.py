@@ -22,8 +22,9 @@ from gpumesh.errors import GPUMeshError, StreamCut
 
 LAG_SAMPLE_S = 0.02
 # Above these values the figures describe this machine rather than the mesh.
-BUSY_CLIENT_CPU = 0.85
+BUSY_CLIENT_CPU = 0.85  # of one core
 LATE_CLIENT_MS = 5.0
+MAX_LATE_SHARE = 0.01  # of an open loop's requests: so few do not move a median
 
 
 class AnswerStream(Protocol):
@@ -39,8 +40,8 @@ class AnswerStream(Protocol):
 
 
 class SendPrompt(Protocol):
-    """Sends a prompt to a given node, or lets the mesh choose. Raises GPUMeshError. Leaving the context early cancels
-    the request."""
+    """Sends a prompt to ``node``; for ``None`` the mesh chooses the node. Raises GPUMeshError. Leaving the context
+    early cancels the request."""
 
     def __call__(self, request: ChatRequest, node: str | None) -> AbstractAsyncContextManager[AnswerStream]: ...
 
@@ -64,7 +65,8 @@ class SampleOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """The outcome of one request. Times are seconds since the start of the stage. ``arrivals_s`` has one per piece.
+    """The outcome of one request. Times are seconds since the start of the stage. ``arrivals_s`` has one time for each
+    piece of the answer. ``intended_s`` is when an open loop should have sent the request, ``sent_s`` when it was sent.
 
     ``tokens`` is the server's own count, or the number of pieces if the server gave no count (``counted_pieces``).
     """
@@ -127,22 +129,24 @@ class StageRun:
 
 
 def judge_client(cpu: float, lags_ms: Sequence[float], late_sends: int, sends: int) -> ClientLoad:
-    """Pure. ``late_sends``: requests of an open loop that were sent more than LATE_CLIENT_MS after their moment."""
+    """Judges whether the client itself limited the figures. Pure. ``late_sends``: requests of an open loop that were
+    sent more than LATE_CLIENT_MS after their moment."""
     ordered = sorted(lags_ms)
+    # The 90th percentile: a single pause of the machine is no reason to doubt all figures.
     lag_p90_ms = percentile(ordered, 0.9) if ordered else 0.0
     bound = None
     if cpu >= BUSY_CLIENT_CPU:
         bound = f"this process used {cpu:.0%} of a core: the load generator may be what limits"
     elif lag_p90_ms >= LATE_CLIENT_MS:
         bound = f"this process often ran {lag_p90_ms:.0f} ms late: something else uses this machine's cores"
-    elif sends and late_sends / sends > 0.01:
+    elif sends and late_sends / sends > MAX_LATE_SHARE:
         bound = f"{late_sends} of {sends} requests went out late: the load generator could not keep up"
     return ClientLoad(cpu, percentile(ordered, 0.99) if ordered else 0.0, late_sends, bound)
 
 
 @dataclass(slots=True)
 class _Run:
-    """The state of a stage while it runs."""
+    """The state of a stage while it runs. ``progress`` is set after each answer."""
 
     stage: Stage
     clock: Callable[[], float]
@@ -174,32 +178,32 @@ async def run_stage(
     run = _Run(stage, clock, on_record)
     lags: list[float] = []
     disturbances: list[str] = []
-    disturbed: list[float] = []
-    cpu = time.process_time()
+    disturbed_s: list[float] = []  # the start of the disturbance, then its end
+    cpu_start_s = time.process_time()
     run.start = clock()
     async with asyncio.TaskGroup() as group:
         helpers = [group.create_task(_measure_lag(lags, clock))]
         if stage.disturb and disturbance is not None:
-            helpers.append(group.create_task(_disturb(run, disturbance, disturbances, disturbed)))
+            helpers.append(group.create_task(_disturb(run, disturbance, disturbances, disturbed_s)))
         try:
             if stage.concurrency is None:
                 await _open_loop(send, run, sleep)
             else:
                 await _closed_loop(send, run, stage.concurrency)
-            duration = run.now()
-            cpu = time.process_time() - cpu
+            duration_s = run.now()
+            cpu_s = time.process_time() - cpu_start_s
         finally:
             for helper in helpers:
                 helper.cancel()
-    if disturbed and len(disturbed) == 1:
-        disturbed.append(duration)
+    if len(disturbed_s) == 1:  # the stage ended while the disturbance was being ended
+        disturbed_s.append(duration_s)
     records = tuple(sorted(run.records, key=lambda record: record.index))
     return StageRun(
         stage,
         records,
-        duration,
-        judge_client(cpu / duration if duration > 0 else 0.0, lags, run.late_sends, len(records)),
-        (disturbed[0], disturbed[1]) if disturbed else None,
+        duration_s,
+        judge_client(cpu_s / duration_s if duration_s > 0 else 0.0, lags, run.late_sends, len(records)),
+        (disturbed_s[0], disturbed_s[1]) if disturbed_s else None,
         disturbances[0] if disturbances else None,
     )
 
@@ -217,7 +221,7 @@ async def run_interleaved(
     """
     run = _Run(stage, clock, on_record)
     lags: list[float] = []
-    cpu = time.process_time()
+    cpu_start_s = time.process_time()
     run.start = clock()
     async with asyncio.TaskGroup() as group:
         lag_task = group.create_task(_measure_lag(lags, clock))
@@ -226,15 +230,16 @@ async def run_interleaved(
                 round_number, position = divmod(index, len(routes))
                 name, send = routes[(position + round_number) % len(routes)]
                 await _send_request(send, run, index, planned, route=name)
-            duration = run.now()
-            cpu = time.process_time() - cpu
+            duration_s = run.now()
+            cpu_s = time.process_time() - cpu_start_s
         finally:
             lag_task.cancel()
-    client = judge_client(cpu / duration if duration > 0 else 0.0, lags, 0, len(run.records))
-    return StageRun(stage, tuple(run.records), duration, client)
+    client = judge_client(cpu_s / duration_s if duration_s > 0 else 0.0, lags, 0, len(run.records))
+    return StageRun(stage, tuple(run.records), duration_s, client)
 
 
 async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
+    """Sends with ``concurrency`` workers. Each sends its next request when its last answer has ended."""
     unsent: Iterator[tuple[int, PlannedRequest]] = iter(enumerate(run.stage.requests))
 
     async def worker() -> None:
@@ -247,22 +252,24 @@ async def _closed_loop(send: SendPrompt, run: _Run, concurrency: int) -> None:
 
 
 async def _open_loop(send: SendPrompt, run: _Run, sleep: Callable[[float], Awaitable[None]]) -> None:
+    """Sends each request at its own time, whether or not earlier answers have come."""
     async with asyncio.TaskGroup() as group:
         for index, planned in sorted(enumerate(run.stage.requests), key=lambda pair: pair[1].at_s or 0.0):
-            wait = (planned.at_s or 0.0) - run.now()
-            if wait > 0:
-                await sleep(wait)
+            wait_s = (planned.at_s or 0.0) - run.now()
+            if wait_s > 0:
+                await sleep(wait_s)
             group.create_task(_send_request(send, run, index, planned))
 
 
 async def _send_request(
     send: SendPrompt, run: _Run, index: int, planned: PlannedRequest, *, route: str | None = None
 ) -> None:
-    sent = run.now()
-    intended = sent if planned.at_s is None else planned.at_s
-    if (sent - intended) * 1000.0 > LATE_CLIENT_MS:
+    """Sends one request and records how it ended."""
+    sent_s = run.now()
+    intended_s = sent_s if planned.at_s is None else planned.at_s
+    if (sent_s - intended_s) * 1000.0 > LATE_CLIENT_MS:
         run.late_sends += 1
-    arrivals: list[float] = []
+    arrivals_s: list[float] = []
     counters: ServerCounters | None = None
     done_reason: str | None = None
     node, attempts = planned.node, 0
@@ -271,7 +278,7 @@ async def _send_request(
         async with send(planned.chat, planned.node) as answer:
             async for chunk in answer:
                 if chunk.text or chunk.thinking:
-                    arrivals.append(run.now())
+                    arrivals_s.append(run.now())
                 if chunk.done:
                     counters, done_reason = chunk.counters, chunk.done_reason
             node, attempts = answer.node, answer.attempts
@@ -281,20 +288,20 @@ async def _send_request(
     tokens = counters.tokens if counters is not None else None
     outcome = SampleOutcome.SERVED
     if error is not None:
-        outcome = SampleOutcome.CUT if arrivals or isinstance(error, StreamCut) else SampleOutcome.FAILED
+        outcome = SampleOutcome.CUT if arrivals_s or isinstance(error, StreamCut) else SampleOutcome.FAILED
     run.add(
         LoadSample(
             stage=run.stage.name,
             index=index,
             outcome=outcome,
-            intended_s=intended,
-            sent_s=sent,
+            intended_s=intended_s,
+            sent_s=sent_s,
             ended_s=run.now(),
             node=node,
             attempts=attempts,
             route=route,
-            arrivals_s=tuple(arrivals),
-            tokens=len(arrivals) if tokens is None else tokens,
+            arrivals_s=tuple(arrivals_s),
+            tokens=len(arrivals_s) if tokens is None else tokens,
             counted_pieces=tokens is None,
             prompt_tokens=counters.prompt_tokens if counters is not None else None,
             counters=counters,
@@ -306,25 +313,27 @@ async def _send_request(
 
 
 async def _measure_lag(lags: list[float], clock: Callable[[], float]) -> None:
-    """Measures how late the event loop returns from a short sleep: the possible error of every measured latency."""
+    """Measures how late (ms) the event loop returns from a short sleep: so wrong can each measured latency be."""
     while True:
-        before = clock()
+        start = clock()
         await asyncio.sleep(LAG_SAMPLE_S)
-        lags.append(max((clock() - before - LAG_SAMPLE_S) * 1000.0, 0.0))
+        lags.append(max((clock() - start - LAG_SAMPLE_S) * 1000.0, 0.0))
 
 
-async def _disturb(run: _Run, disturbance: Disturbance, disturbances: list[str], moments: list[float]) -> None:
-    """Disturbs the run after a third of the answers. Ends the disturbance after two thirds, or when the run ends."""
+async def _disturb(run: _Run, disturbance: Disturbance, disturbances: list[str], disturbed_s: list[float]) -> None:
+    """Disturbs the run after a third of the answers. Ends the disturbance after two thirds, or when the run ends.
+
+    Adds a description to ``disturbances``, and the times of start and end to ``disturbed_s``."""
     total = len(run.stage.requests)
     await _wait_for_records(run, total // 3)
     disturbances.append(await disturbance.begin())
-    moments.append(run.now())
+    disturbed_s.append(run.now())
     try:
         await _wait_for_records(run, 2 * total // 3)
     finally:
         # Also when the run has ended or was cancelled: the node must not stay out of service.
         await disturbance.end()
-        moments.append(run.now())
+        disturbed_s.append(run.now())
 
 
 async def _wait_for_records(run: _Run, count: int) -> None:

@@ -7,6 +7,7 @@ anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -18,7 +19,7 @@ from gpumesh.bench.stats import SampleSummary
 from gpumesh.bench.summary import StageResult, stage_label
 from gpumesh.printable import printable
 
-# A page with more points opens slowly, and shows no more to the eye.
+# A page with more points opens slowly, and an eye sees no difference.
 MAX_POINTS = 3000
 
 _STYLE = """
@@ -67,7 +68,7 @@ def report_html(result: BenchResult, records: Sequence[LoadSample] = ()) -> str:
         _shares(result.stages),
         _gpus(result.stages),
         _failures(result.stages),
-        _about(result),
+        _conditions(result),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -163,12 +164,12 @@ def _plots(result: BenchResult) -> list[str]:
     if result.scenario is Scenario.OVERHEAD:  # its answers have one token, so their rate means nothing
         samples = [stage.latency.outside_server for stage in stages]
         return [svg.draw_ranges("Outside the server: the way there and back", _ranges(names, samples), "ms")]
-    throughput = [svg.Bar(n, s.rates.output_tokens_per_s) for n, s in zip(names, stages, strict=True)]
+    throughput = [svg.Bar(name, stage.rates.output_tokens_per_s) for name, stage in zip(names, stages, strict=True)]
     throughput += [svg.Bar(phase.name, phase.output_tokens_per_s) for stage in stages for phase in stage.phases]
     return [
         svg.draw_bars("Output tokens per second", throughput, "tok/s"),
-        svg.draw_ranges("Time to first token", _ranges(names, [s.latency.ttft for s in stages]), "ms"),
-        svg.draw_ranges("End-to-end", _ranges(names, [s.latency.end_to_end for s in stages]), "ms"),
+        svg.draw_ranges("Time to first token", _ranges(names, [stage.latency.ttft for stage in stages]), "ms"),
+        svg.draw_ranges("End-to-end", _ranges(names, [stage.latency.end_to_end for stage in stages]), "ms"),
     ]
 
 
@@ -181,6 +182,7 @@ def _ranges(names: Sequence[str], samples: Sequence[SampleSummary]) -> list[svg.
 
 def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
     def over_concurrency(values: Iterable[float | None]) -> tuple[tuple[float, float], ...]:
+        """Points (concurrency, value), one for each stage whose value is known."""
         pairs = zip(stages, values, strict=True)
         return tuple((float(stage.concurrency or 0), value) for stage, value in pairs if value is not None)
 
@@ -203,15 +205,15 @@ def _sweep_plots(stages: Sequence[StageResult]) -> list[str]:
 
 def _timeline(records: Sequence[LoadSample]) -> str:
     """A plot of every request of the last stage: when it was sent and how long it took, with a series for each node."""
-    last = records[-1].stage if records else None
+    last_stage = records[-1].stage if records else None
     by_node: dict[str, list[tuple[float, float]]] = {}
-    completed = [record for record in records if record.stage == last and record.end_to_end_ms is not None]
-    step = max(-(-len(completed) // MAX_POINTS), 1)
+    completed = [record for record in records if record.stage == last_stage and record.end_to_end_ms is not None]
+    step = max(math.ceil(len(completed) / MAX_POINTS), 1)
     for record in completed[::step]:
         name = printable(record.node or "unknown")
         by_node.setdefault(name, []).append((record.sent_s, record.end_to_end_ms or 0.0))
     series = [svg.PlotSeries(name, tuple(points)) for name, points in sorted(by_node.items())]
-    title = f"End-to-end of each request of stage {printable(last or '')}, by node"
+    title = f"End-to-end of each request of stage {printable(last_stage or '')}, by node"
     return svg.draw_points(title, series, "s", "ms", lines=False)
 
 
@@ -310,7 +312,7 @@ def _failures(stages: Sequence[StageResult]) -> str:
     return "<h2>What failed</h2>" + table if table else ""
 
 
-def _about(result: BenchResult) -> str:
+def _conditions(result: BenchResult) -> str:
     environment, settings = result.environment, result.settings
     conditions = [
         ("measured from", f"{environment.platform}, {environment.cpus or '?'} CPUs, Python {environment.python}"),
@@ -324,10 +326,10 @@ def _about(result: BenchResult) -> str:
     ]
     for node in environment.nodes:
         gpus = "GPUs unknown" if node.gpus is None else ", ".join(node.gpus) or "no GPU"
-        trip = f", round trip {svg.format_number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
+        round_trip = f", round trip {svg.format_number(node.rtt_ms)} ms" if node.rtt_ms is not None else ""
         simulated = ", simulated" if node.simulated else ""
         conditions.append(
-            (node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{trip}{simulated}")
+            (node.name, f"{gpus}; {node.backend} {node.version or ''} over {node.transport}{round_trip}{simulated}")
         )
     rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>\n" for name, text in conditions)
     return f"<h2>Conditions</h2><dl>{rows}</dl>"

@@ -40,7 +40,7 @@ class NodeEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where and on which hardware it was measured. Two results are comparable only as far as these values agree."""
+    """The place and the hardware of a measurement. Two results are comparable only as far as these values agree."""
 
     gpumesh: str
     python: str
@@ -54,6 +54,8 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
+    """All that is known of a run. ``at`` is the time of its start; ``notes`` are sentences that qualify the figures."""
+
     at: datetime
     scenario: Scenario
     settings: BenchSettings
@@ -70,6 +72,7 @@ class BenchResult:
 
     @property
     def failed(self) -> int:
+        """The number of requests that failed or whose answer was cut."""
         return sum(stage.failed + stage.cut for stage in self.stages)
 
 
@@ -105,7 +108,8 @@ def result_json(result: BenchResult) -> dict[str, Any]:
 
 
 def result_from_json(document: object) -> BenchResult:
-    """Raises ``ValueError`` when the document is not ``gpumesh.bench/1``."""
+    """The result in a document of ``result.json``. Raises ``ValueError`` when the document is not
+    ``gpumesh.bench/1``."""
     if not isinstance(document, Mapping):
         raise ValueError("not an object")  # noqa: TRY004 - every fault of a document is a ValueError
     if document.get("schema") != BENCH_SCHEMA:
@@ -128,13 +132,13 @@ def record_json(record: LoadSample) -> dict[str, Any]:
         "intended_s": round(record.intended_s, 6),
         "sent_s": round(record.sent_s, 6),
         "ended_s": round(record.ended_s, 6),
-        "ttft_ms": _rounded(record.ttft_ms),
-        "tpot_ms": _rounded(request_tpot_ms(record)),
-        "end_to_end_ms": _rounded(record.end_to_end_ms),
+        "ttft_ms": _round(record.ttft_ms),
+        "tpot_ms": _round(request_tpot_ms(record)),
+        "end_to_end_ms": _round(record.end_to_end_ms),
         "prompt_tokens": record.prompt_tokens,
         "tokens": record.tokens,
         "counted_pieces": record.counted_pieces,
-        "tokens_per_s": _rounded(record.counters.tokens_per_s if record.counters else None),
+        "tokens_per_s": _round(record.counters.tokens_per_s if record.counters else None),
         "server": to_json(record.counters),
         "done_reason": record.done_reason,
         "error_code": record.error_code,
@@ -143,5 +147,5 @@ def record_json(record: LoadSample) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 3)

@@ -24,7 +24,8 @@ MAX_RESULT_BYTES = 64 << 20
 
 
 def check_result_folder(folder: Path, *, force: bool = False) -> None:
-    """Call it before a measurement that takes minutes. Raises UsageError when the result could not be written there."""
+    """Raises UsageError when a result could not be written to ``folder``. To be called before a measurement that takes
+    minutes."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="choose another with --out")
     existing = [name for name in (RESULT_FILE, REQUESTS_FILE, REPORT_FILE) if (folder / name).exists()]
@@ -34,7 +35,7 @@ def check_result_folder(folder: Path, *, force: bool = False) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # the only sure test whether files can be made there
             pass
     except OSError as error:
         raise UsageError(
@@ -77,6 +78,6 @@ def read_result(path: Path) -> BenchResult:
 
 
 def find_newest_result(folder: Path) -> Path | None:
-    """The subfolder of ``folder`` that holds the latest result."""
+    """The subfolder of ``folder`` that holds the latest result; ``None`` if there is no result."""
     results = [(file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{RESULT_FILE}")]
     return max(results)[1] if results else None

@@ -1,4 +1,5 @@
-"""Routes to one server that bypass the mesh's dispatcher: directly to the tunnel's local port, or through the gateway.
+"""Routes to one server over plain HTTP: directly to the tunnel's local port, or through the gateway. The benchmark's
+own calls of the mesh are not used.
 
 The scenario ``overhead`` sends the same request over each route in turn."""
 
@@ -24,7 +25,8 @@ MAX_ERROR_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """The API keys of the gateway and of the nodes' servers. The mesh adds them itself, but these routes bypass it."""
+    """The API keys of the gateway and of the nodes' servers (by node). Inside the mesh they are added by itself, but
+    these routes start outside."""
 
     gateway: str | None = None
     nodes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -107,13 +109,20 @@ async def http_route(
     url: str, kind: BackendKind, *, through_gateway: bool = False, api_key: str | None = None
 ) -> AsyncGenerator[HttpRoute]:
     """A route to a base URL in the form of a node's or the gateway's state, which may name a Unix socket."""
-    unix = split_unix_url(url)
-    path, base = (
-        (url.removeprefix(UNIX_PREFIX), "") if url.startswith(UNIX_PREFIX) else (None, url) if unix is None else unix
-    )
-    async with http_session(path) as http:
-        base_url = base if path is None else f"http://localhost{base}"
+    socket_path, base_url = _split_socket(url)
+    async with http_session(socket_path) as http:
         yield HttpRoute(http, base_url, kind, through_gateway=through_gateway, api_key=api_key)
+
+
+def _split_socket(url: str) -> tuple[str | None, str]:
+    """The path of the Unix socket that ``url`` names, or ``None``, and the base URL for requests."""
+    if url.startswith(UNIX_PREFIX):  # the gateway's
+        return url.removeprefix(UNIX_PREFIX), "http://localhost"
+    socket_and_prefix = split_unix_url(url)  # a node's
+    if socket_and_prefix is None:
+        return None, url
+    socket_path, prefix = socket_and_prefix
+    return socket_path, f"http://localhost{prefix}"
 
 
 @asynccontextmanager

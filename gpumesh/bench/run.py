@@ -34,7 +34,8 @@ MESH, GATEWAY, TUNNEL = "mesh", "gateway", "tunnel"
 
 
 class BenchTarget(Protocol):
-    """The measured mesh. ``send`` returns a ``load.SendPrompt``. Scenario ``failover`` needs ``drain``, ``resume``."""
+    """The measured mesh. ``embedded``: it runs in this process. ``send`` returns a ``load.SendPrompt``. ``drain`` and
+    ``resume`` are used by the scenario ``failover`` only."""
 
     embedded: bool
 
@@ -96,7 +97,7 @@ def usable_nodes(state: MeshState, model: str) -> list[NodeState]:
 
 
 def has_model(models: Sequence[str], model: str) -> bool:
-    """Reads names as Ollama does: a name without a tag means ``:latest``."""
+    """Whether ``models`` has ``model``. As in Ollama, a name without a tag means ``:latest``."""
     return model in models or (":" not in model and f"{model}:latest" in models)
 
 
@@ -114,12 +115,13 @@ async def run_benchmark(
     keys: ApiKeys | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> BenchOutput:
-    """Raises NoNodeError when no node can serve the model, UsageError when the scenario cannot be run here.
+    """Runs a scenario and computes its result. Raises NoNodeError when no node can serve the model, UsageError when the
+    scenario cannot be run here.
 
     ``only_node`` measures one node as if it were the mesh. Warm-up requests are recorded, but no figure includes them.
     """
     objective = objective or Objective()
-    at = now()
+    started_at = now()
     state = await target.status()
     nodes = [node for node in usable_nodes(state, settings.model) if only_node in (None, node.name)]
     if not nodes:
@@ -135,8 +137,8 @@ async def run_benchmark(
     records: list[LoadSample] = []
     notes: list[str] = _node_notes(nodes, state.findings)
     if only_node is None:
-        left_out = (node for node in state.nodes if node not in nodes)
-        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in left_out)
+        excluded = (node for node in state.nodes if node not in nodes)
+        notes.extend(f"{node.name} is not measured: {_exclusion_reason(node)}" for node in excluded)
     for stage in plan.stages:
         progress.start_stage(stage)
         async with sample_gpus(target.status) as samples:
@@ -153,12 +155,12 @@ async def run_benchmark(
         if stage.kind is StageKind.WARM_UP:
             notes.extend(_warm_up_notes(run))
             continue
-        names = frozenset([stage.node]) if stage.node else frozenset(node.name for node in nodes)
-        stages.extend(summarize_stage(run, objective, gpu_use(samples, names)))
+        measured_nodes = frozenset([stage.node]) if stage.node else frozenset(node.name for node in nodes)
+        stages.extend(summarize_stage(run, objective, gpu_use(samples, measured_nodes)))
     notes.extend(f"stage {stage.name}: {stage.client.bound}" for stage in stages if stage.client.bound)
     return BenchOutput(
         BenchResult(
-            at=at,
+            at=started_at,
             scenario=scenario,
             settings=settings,
             objective=objective,
@@ -172,10 +174,12 @@ async def run_benchmark(
     )
 
 
-def _no_usable_node(state: MeshState, model: str, only: str | None) -> NoNodeError | UsageError:
-    if only is not None and all(node.name != only for node in state.nodes):
-        return UsageError(f"there is no node {only!r}", hint=f"the nodes are: {', '.join(n.name for n in state.nodes)}")
-    reasons = "; ".join(f"{node.name}: {_exclusion_reason(node)}" for node in state.nodes if only in (None, node.name))
+def _no_usable_node(state: MeshState, model: str, only_node: str | None) -> NoNodeError | UsageError:
+    if only_node is not None and all(node.name != only_node for node in state.nodes):
+        names = ", ".join(node.name for node in state.nodes)
+        return UsageError(f"there is no node {only_node!r}", hint=f"the nodes are: {names}")
+    candidates = [node for node in state.nodes if only_node in (None, node.name)]
+    reasons = "; ".join(f"{node.name}: {_exclusion_reason(node)}" for node in candidates)
     return NoNodeError(f"no node can serve {model!r} ({reasons})")
 
 
@@ -210,7 +214,7 @@ def _warm_up_notes(run: StageRun) -> list[str]:
 
 
 def _count_routes(state: MeshState) -> int:
-    """How many routes to each node ``_run_over_routes`` uses."""
+    """The number of routes to each node that ``_run_over_routes`` uses."""
     return 3 if state.gateway.url is not None else 2
 
 

@@ -1,12 +1,14 @@
-"""The scenarios: each makes a plan of stages and their requests before the first request is sent. Pure.
+"""The scenarios: each plans its stages and their requests before the first request is sent. Pure.
 
-Every prompt begins with a nonce, so that no server answers from its prefix cache. ``replay`` keeps the trace's own
-shared prefixes behind the nonce of the run. ``think`` is always sent, because Ollama's default is true for models that
-can think. The temperature is 0 and the seed is fixed, so that runs can be compared.
+Every prompt begins with a nonce, so that no server answers from its prefix cache. In ``replay`` all prompts begin with
+the nonce of the run, so that they still share the prefixes that they share in the trace. ``think`` is always sent,
+because Ollama's default is true for models that can think. The temperature is 0 and the seed is fixed, so that runs can
+be compared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,7 +28,7 @@ _VOCABULARY = tuple(
     for word in line.split()
 )
 TOKENS_PER_WORD = 1.3
-REPLAY_BLOCK_TOKENS = 512
+REPLAY_BLOCK_TOKENS = 512  # of Mooncake's traces
 MAX_PROMPT_TOKENS = 200_000
 
 
@@ -113,7 +115,7 @@ class Plan:
 
 
 class PromptFactory:
-    """Makes chat requests that no cache has seen. ``rng`` makes the nonces, the settings' seed the text."""
+    """Makes chat requests that no cache has seen. The nonces come from ``rng``, the text from the settings' seed."""
 
     def __init__(self, settings: BenchSettings, rng: Random) -> None:
         self._settings = settings
@@ -127,7 +129,7 @@ class PromptFactory:
         length = self._settings.prompt_tokens if prompt_tokens is None else prompt_tokens
         count = max(round(length / TOKENS_PER_WORD), 1)
         words = " ".join(self._text_rng.choices(_VOCABULARY, k=count))
-        return self._request(f"[{nonce}] Tell a long story with these words in it: {words}.", tokens)
+        return self._make_request(f"[{nonce}] Tell a long story with these words in it: {words}.", tokens)
 
     def make_traced_prompt(self, traced: TracedRequest) -> ChatRequest:
         """A prompt of the trace's length. Blocks with equal ids have equal text, behind the nonce of this *run*. So
@@ -135,16 +137,16 @@ class PromptFactory:
         prompt_tokens = min(traced.prompt_tokens, self._settings.max_context)
         if not traced.blocks:
             return self.make_prompt(tokens=traced.output_tokens, prompt_tokens=prompt_tokens)
-        needed = -(-prompt_tokens // REPLAY_BLOCK_TOKENS)
+        block_count = math.ceil(prompt_tokens / REPLAY_BLOCK_TOKENS)
         parts = [f"[{self._run_nonce}]"]
         remaining = prompt_tokens
-        for block in traced.blocks[:needed]:
+        for block in traced.blocks[:block_count]:
             count = max(round(min(remaining, REPLAY_BLOCK_TOKENS) / TOKENS_PER_WORD), 1)
             parts.append(" ".join(Random(f"{self._settings.seed}/{block}").choices(_VOCABULARY, k=count)))
             remaining -= REPLAY_BLOCK_TOKENS
-        return self._request(" ".join(parts), traced.output_tokens)
+        return self._make_request(" ".join(parts), traced.output_tokens)
 
-    def _request(self, prompt: str, tokens: int | None) -> ChatRequest:
+    def _make_request(self, prompt: str, tokens: int | None) -> ChatRequest:
         settings = self._settings
         options = {
             "num_predict": settings.tokens if tokens is None else tokens,
@@ -163,7 +165,8 @@ def plan_stages(
     trace: Sequence[TracedRequest] = (),
     routes: int = 1,
 ) -> Plan:
-    """The plan of a scenario. ``routes``: over how many routes ``overhead`` sends.
+    """The plan of a scenario, which begins with one short request to each node as a warm-up. ``routes``: the number of
+    routes over which ``overhead`` sends.
 
     Raises UsageError when it cannot be run on these nodes or with these settings.
     """
@@ -171,7 +174,7 @@ def plan_stages(
     if not nodes:
         raise UsageError(f"no node that is up has the model {settings.model!r}", hint="`gpumesh status` shows why")
     prompts = PromptFactory(settings, rng)
-    warm = _stage(
+    warm_up = _make_stage(
         "warm-up", StageKind.WARM_UP, [PlannedRequest(prompts.make_prompt(tokens=1), node.name) for node in nodes], 1
     )
     planners = {
@@ -186,7 +189,7 @@ def plan_stages(
         stages = _plan_overhead(settings, prompts, nodes, routes)
     else:
         stages = planners[scenario](settings, prompts, nodes)
-    return Plan(scenario, settings, (warm, *stages))
+    return Plan(scenario, settings, (warm_up, *stages))
 
 
 def _check_settings(settings: BenchSettings) -> None:
@@ -204,7 +207,7 @@ def _check_settings(settings: BenchSettings) -> None:
         raise UsageError(f"--prompt-tokens can be {MAX_PROMPT_TOKENS} at most, not {settings.prompt_tokens}")
 
 
-def _stage(
+def _make_stage(
     name: str,
     kind: StageKind,
     requests: Sequence[PlannedRequest],
@@ -216,41 +219,46 @@ def _stage(
     return Stage(name, kind, tuple(requests), node=node, concurrency=concurrency, disturb=disturb)
 
 
-def _node_stage(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
+def _make_node_stage(prompts: PromptFactory, node: NodeFacts, count: int, concurrency: int) -> Stage:
     requests = [PlannedRequest(prompts.make_prompt(), node.name) for _ in range(count)]
-    return _stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
+    return _make_stage(node.name, StageKind.NODE, requests, concurrency, node=node.name)
 
 
-def _mesh_stage(name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False) -> Stage:
+def _make_mesh_stage(
+    name: str, prompts: PromptFactory, count: int, concurrency: int, *, disturb: bool = False
+) -> Stage:
     requests = [PlannedRequest(prompts.make_prompt()) for _ in range(count)]
-    return _stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
+    return _make_stage(name, StageKind.MESH, requests, concurrency, disturb=disturb)
 
 
 def _plan_quick(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """Each node alone with one request at a time, then all nodes together with one request in flight per node."""
-    count = settings.requests or 10
+    count = settings.requests or 10  # ten are enough for a p90 (``stats.supports_percentile``)
     level = settings.concurrency[0] if settings.concurrency else len(nodes)
-    stages = [_node_stage(prompts, node, count, 1) for node in nodes]
-    return [*stages, _mesh_stage("mesh", prompts, count * len(nodes), level)]
+    stages = [_make_node_stage(prompts, node, count, 1) for node in nodes]
+    return [*stages, _make_mesh_stage("mesh", prompts, count * len(nodes), level)]
 
 
 def _plan_sweep(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """The mesh at rising concurrency: shows where throughput stops growing, and the latency there."""
     del nodes  # the mesh chooses the node
     levels = settings.concurrency or (1, 2, 4, 8)
-    return [_mesh_stage(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels]
+    # Three rounds at each level: in the first and the last not all slots are taken all the time.
+    return [
+        _make_mesh_stage(f"c={level}", prompts, max(settings.requests or 0, 10, 3 * level), level) for level in levels
+    ]
 
 
 def _plan_scale(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
     """Each node alone at its full load, then the mesh at the sum of the loads. Efficiency is mesh ÷ sum of nodes."""
     stages = []
-    total = 0
+    total_level = 0
     for node in nodes:
         level = settings.concurrency[0] if settings.concurrency else node.parallel or 1
-        total += level
-        stages.append(_node_stage(prompts, node, max(settings.requests or 10, 3 * level), level))
+        total_level += level
+        stages.append(_make_node_stage(prompts, node, max(settings.requests or 10, 3 * level), level))
     count = sum(len(stage.requests) for stage in stages)
-    return [*stages, _mesh_stage("mesh", prompts, count, total)]
+    return [*stages, _make_mesh_stage("mesh", prompts, count, total_level)]
 
 
 def _plan_overhead(
@@ -259,7 +267,7 @@ def _plan_overhead(
     """Answers of one token, one at a time, so that the route's overhead dominates. ``requests`` count per route."""
     count = (settings.requests or 50) * routes
     return [
-        _stage(
+        _make_stage(
             node.name,
             StageKind.NODE,
             [PlannedRequest(prompts.make_prompt(tokens=1, prompt_tokens=1), node.name) for _ in range(count)],
@@ -271,15 +279,15 @@ def _plan_overhead(
 
 
 def _plan_failover(settings: BenchSettings, prompts: PromptFactory, nodes: Sequence[NodeFacts]) -> list[Stage]:
-    """A steady load; in its middle one node is taken out of service and put back."""
+    """A steady load. In the middle of the stage one node is taken out of service and put back."""
     if len(nodes) < 2:
         raise UsageError("failover needs two nodes that can serve the model", hint="`gpumesh status` shows them")
     level = settings.concurrency[0] if settings.concurrency else 2 * len(nodes)
-    return [_mesh_stage("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
+    return [_make_mesh_stage("failover", prompts, settings.requests or 10 * level, level, disturb=True)]
 
 
 def _plan_replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequence[TracedRequest]) -> list[Stage]:
-    """A public trace. Requests are sent at the trace's own times, whether or not the mesh keeps up."""
+    """Replays a public trace. Requests are sent at the trace's own times, whether or not the mesh keeps up."""
     if not trace:
         raise UsageError("replay needs a trace", hint="--trace FILE: Azure's CSV or Mooncake's JSONL")
     replayed = trace[: settings.requests] if settings.requests else trace
@@ -288,4 +296,4 @@ def _plan_replay(settings: BenchSettings, prompts: PromptFactory, trace: Sequenc
         PlannedRequest(prompts.make_traced_prompt(traced), at_s=(traced.at_s - start) / settings.speed)
         for traced in replayed
     ]
-    return [_stage("replay", StageKind.TRACE, requests, None)]
+    return [_make_stage("replay", StageKind.TRACE, requests, None)]

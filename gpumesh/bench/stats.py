@@ -1,6 +1,6 @@
 """Statistics of requests: percentiles, confidence intervals, TTFT, TPOT, rates, as the field defines them. Pure.
 
-Terms, and where they come from:
+The terms and their sources:
 
 - **TTFT**, time to first token: from sending a request to the first piece of its answer. It includes queueing,
   loading and prefill. (Databricks, "LLM inference performance engineering", 2023; MLPerf Inference v4.0.)
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What counts as good for goodput. The defaults are MLPerf Inference v4.0's for Llama 2 70B as a server."""
+    """The service-level objectives of goodput. The defaults are MLPerf Inference v4.0's for Llama 2 70B as a server."""
 
     ttft_ms: float = 2000.0
     tpot_ms: float = 200.0
@@ -63,40 +63,43 @@ def supports_percentile(n: int, share: float) -> bool:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Nearest rank (type 1 of Hyndman and Fan, 1996): always a measured value, never an interpolated one.
+    """The percentile by nearest rank (type 1 of Hyndman and Fan, 1996): always a measured value, never an interpolated
+    one. ``share`` is 0.9 for p90.
 
     Raises ``ValueError`` for an empty sample.
     """
     if not ordered:
         raise ValueError("an empty sample has no percentiles")
-    return ordered[max(math.ceil(share * len(ordered) - 1e-9), 1) - 1]
+    rank = math.ceil(share * len(ordered) - 1e-9)  # less a rounding error, which must not lead to the next rank
+    return ordered[max(rank, 1) - 1]
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % confidence interval of the median by order statistics, without assumptions about the distribution.
 
-    From the binomial distribution (Conover, "Practical Nonparametric Statistics"): the widest pair of ranks whose
-    lower tail is at most 2.5 %. ``None`` for fewer than 6 values: no pair of ranks reaches 95 %.
+    From the binomial distribution (Conover, "Practical Nonparametric Statistics"): the innermost pair of ranks beyond
+    which lie at most 2.5 % on each side. ``None`` for fewer than 6 values: no pair of ranks reaches 95 %.
     """
     n = len(ordered)
     if n < 6:
         return None
-    below = 0.0
+    tail = 0.0
     rank = 0
-    # In log space, because 0.5 ** n underflows for large samples.
     while rank < n:
-        term = math.exp(
+        # The probability that exactly ``rank`` values lie below the median. In log space, because 0.5 ** n underflows
+        # for large samples.
+        probability = math.exp(
             math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1) + n * math.log(0.5),
         )
-        if below + term > 0.025:
+        if tail + probability > 0.025:
             break
-        below += term
+        tail += probability
         rank += 1
     return ordered[rank - 1], ordered[n - rank]
 
 
 def summarize_sample(values: Iterable[float | None]) -> SampleSummary:
-    """Unknown values are left out and not counted in ``n``."""
+    """The summary of the known values. Unknown values are left out, and not counted in ``n``."""
     ordered = sorted(value for value in values if value is not None and math.isfinite(value))
     n = len(ordered)
     if n == 0:
@@ -128,9 +131,10 @@ def gaps_ms(arrivals_s: Sequence[float]) -> tuple[float, ...]:
 
 
 def rate(amount: float, seconds: float) -> float | None:
-    """``None`` if no time passed: then the rate is unknown, not infinite."""
+    """The amount per second. ``None`` if no time passed: then the rate is unknown, not infinite."""
     return amount / seconds if seconds > 0 else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
+    """``part ÷ whole``. ``None`` if either is unknown or ``whole`` is 0."""
     return part / whole if part is not None and whole else None

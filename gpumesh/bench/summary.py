@@ -11,6 +11,8 @@ from gpumesh.bench.load import ClientLoad, LoadSample, SampleOutcome, StageRun
 from gpumesh.bench.scenarios import Stage, StageKind
 from gpumesh.bench.stats import Objective, SampleSummary, gaps_ms, rate, ratio, summarize_sample, tpot_ms
 
+MAX_FAILURES = 10  # different reasons that are listed for a stage
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
@@ -56,7 +58,7 @@ class NodeShare:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of a stage with a disturbance in it: ``before``, ``during``, ``after``.
+    """A part of a stage that was disturbed: ``before``, ``during`` or ``after`` the disturbance.
 
     A request belongs to the phase in which it was sent, a token to the phase in which it arrived. ``longest_gap_ms``:
     the longest time between two pieces of one answer.
@@ -82,7 +84,9 @@ class FailureCount:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """``requests`` = ``served`` + ``failed`` + ``cut``. ``retried``: served after more than one attempt."""
+    """The figures of a stage, or of one route of a stage. ``requests`` = ``served`` + ``failed`` + ``cut``.
+    ``retried``: served after more than one attempt. ``counted_pieces``: answers whose tokens are a count of pieces
+    (``LoadSample``)."""
 
     name: str
     kind: StageKind
@@ -139,7 +143,8 @@ def summarize_stage(run: StageRun, objective: Objective, gpu: GpuUse | None = No
     """The results of a stage: one, or one for each route if it used several."""
     routes = list(dict.fromkeys(record.route for record in run.records)) or [None]
     return [
-        _summarize_route(run, [r for r in run.records if r.route == route], route, objective, gpu) for route in routes
+        _summarize_route(run, [record for record in run.records if record.route == route], route, objective, gpu)
+        for route in routes
     ]
 
 
@@ -147,8 +152,8 @@ def _summarize_route(
     run: StageRun, records: Sequence[LoadSample], route: str | None, objective: Objective, gpu: GpuUse | None
 ) -> StageResult:
     served = [record for record in records if record.outcome is SampleOutcome.SERVED]
-    output = sum(record.tokens or 0 for record in records)
-    prompt = sum(record.prompt_tokens or 0 for record in records)
+    output_tokens = sum(record.tokens or 0 for record in records)
+    prompt_tokens = sum(record.prompt_tokens or 0 for record in records)
     # Several routes take turns in one stage: the time of a route is the sum of its own requests' times.
     seconds = run.duration_s if route is None else math.fsum(record.ended_s - record.sent_s for record in records)
     stage = run.stage
@@ -164,11 +169,11 @@ def _summarize_route(
         failed=sum(record.outcome is SampleOutcome.FAILED for record in records),
         cut=sum(record.outcome is SampleOutcome.CUT for record in records),
         retried=sum(record.attempts > 1 for record in served),
-        prompt_tokens=prompt,
-        output_tokens=output,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
         latency=_latency(served),
         rates=replace(
-            _rates(served, output, prompt, seconds=seconds, sent=len(records), objective=objective),
+            _rates(served, output_tokens, prompt_tokens, seconds=seconds, sent=len(records), objective=objective),
             loaded_tokens_per_s=_loaded_rate(stage, records) if route is None else None,
         ),
         client=run.client,
@@ -176,7 +181,7 @@ def _summarize_route(
         failures=_failures(records),
         # When routes take turns, the energy of each is unknown.
         gpu=gpu if route is None else None,
-        tokens_per_joule=ratio(float(output), gpu.energy_j if gpu is not None and route is None else None),
+        tokens_per_joule=ratio(float(output_tokens), gpu.energy_j if gpu is not None and route is None else None),
         phases=_phases(run, records),
         disturbance=run.disturbance,
         counted_pieces=sum(record.counted_pieces for record in served),
@@ -184,7 +189,7 @@ def _summarize_route(
 
 
 def request_tpot_ms(record: LoadSample) -> float | None:
-    """Up to the last token; the final frame carries no text and does not count."""
+    """The TPOT of one request, up to its last token: the final frame carries no text and does not count."""
     return tpot_ms(record.ttft_ms, record.last_token_ms, record.tokens)
 
 
@@ -205,14 +210,20 @@ def _outside_server_ms(record: LoadSample) -> float | None:
 
 
 def _rates(
-    served: Sequence[LoadSample], output: int, prompt: int, *, seconds: float, sent: int, objective: Objective
+    served: Sequence[LoadSample],
+    output_tokens: int,
+    prompt_tokens: int,
+    *,
+    seconds: float,
+    sent: int,
+    objective: Objective,
 ) -> Rates:
     good_count = sum(_meets_objective(record, objective) for record in served)
     return Rates(
         server=summarize_sample(record.counters.tokens_per_s if record.counters else None for record in served),
         wall=summarize_sample(_wall_rate(record) for record in served),
-        output_tokens_per_s=rate(output, seconds),
-        total_tokens_per_s=rate(output + prompt, seconds),
+        output_tokens_per_s=rate(output_tokens, seconds),
+        total_tokens_per_s=rate(output_tokens + prompt_tokens, seconds),
         requests_per_s=rate(len(served), seconds),
         goodput_per_s=rate(good_count, seconds),
         good_share=good_count / sent if sent else None,
@@ -220,19 +231,21 @@ def _rates(
 
 
 def _loaded_rate(stage: Stage, records: Sequence[LoadSample]) -> float | None:
+    """See ``Rates.loaded_tokens_per_s``. ``None`` for an open loop, and if all requests were sent at once."""
     if stage.concurrency is None or len(records) <= stage.concurrency:
         return None
-    last = max(record.sent_s for record in records)
-    return rate(_tokens_between(records, 0.0, last), last)
+    last_sent_s = max(record.sent_s for record in records)
+    return rate(_tokens_between(records, 0.0, last_sent_s), last_sent_s)
 
 
 def _meets_objective(record: LoadSample, objective: Objective) -> bool:
-    """For an answer of one token only the TTFT counts: it has no TPOT."""
+    """Whether the request counts for goodput. An answer of one token has no TPOT, so only its TTFT matters."""
     ttft, tpot = record.ttft_ms, request_tpot_ms(record)
     return ttft is not None and ttft <= objective.ttft_ms and (tpot is None or tpot <= objective.tpot_ms)
 
 
 def _wall_rate(record: LoadSample) -> float | None:
+    """The tokens/s of one answer by our own clock."""
     tpot = request_tpot_ms(record)
     return 1000.0 / tpot if tpot else None
 
@@ -260,8 +273,8 @@ def _failures(records: Iterable[LoadSample]) -> tuple[FailureCount, ...]:
         if record.error_code is not None:
             key = (record.error_code, record.error or "")
             counts[key] = counts.get(key, 0) + 1
-    ordered = sorted(counts.items(), key=lambda entry: -entry[1])
-    return tuple(FailureCount(code, message, count) for (code, message), count in ordered[:10])
+    most_frequent = sorted(counts.items(), key=lambda entry: -entry[1])[:MAX_FAILURES]
+    return tuple(FailureCount(code, message, count) for (code, message), count in most_frequent)
 
 
 def _phases(run: StageRun, records: Sequence[LoadSample]) -> tuple[Phase, ...]:
@@ -293,7 +306,8 @@ def _phase(name: str, records: Sequence[LoadSample], tokens: float, seconds: flo
 
 
 def _tokens_between(records: Sequence[LoadSample], low: float, high: float) -> float:
-    """The tokens that arrived in this time. Each piece of an answer counts for an equal share of its tokens."""
+    """The tokens that arrived from ``low`` to ``high`` (seconds of the stage). All pieces of an answer count as equal
+    shares of its tokens."""
     return math.fsum(
         (record.tokens or 0) / len(record.arrivals_s) * sum(low <= moment < high for moment in record.arrivals_s)
         for record in records
@@ -303,27 +317,27 @@ def _tokens_between(records: Sequence[LoadSample], low: float, high: float) -> f
 
 def scaling(stages: Sequence[StageResult]) -> Scaling | None:
     """Compares the last stage of the mesh with the nodes alone. ``None`` if either is missing or produced no tokens."""
-    alone = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
+    node_stages = [stage for stage in stages if stage.kind is StageKind.NODE and stage.node and stage.route is None]
     mesh_stages = [stage for stage in stages if stage.kind is StageKind.MESH and not stage.disturbance]
-    if not mesh_stages or len(alone) < 2:  # a single node cannot scale
+    if not mesh_stages or len(node_stages) < 2:  # a single node cannot scale
         return None
-    compared = [*alone, mesh_stages[-1]]
-    values = [stage.rates.loaded_tokens_per_s for stage in compared]
-    if not all(values):
-        values = [stage.rates.output_tokens_per_s for stage in compared]
-    known = [value for value in values if value]
-    if len(known) != len(compared):
+    compared = [*node_stages, mesh_stages[-1]]
+    rates = [stage.rates.loaded_tokens_per_s for stage in compared]
+    if not all(rates):  # then none of the better rates is used, so that equal things are compared
+        rates = [stage.rates.output_tokens_per_s for stage in compared]
+    known_rates = [value for value in rates if value]
+    if len(known_rates) != len(compared):
         return None
-    *single, mesh = known
-    total = math.fsum(single)
-    return Scaling(
-        mesh, total, mesh / total, tuple((stage.node or "", value) for stage, value in zip(alone, single, strict=True))
-    )
+    *node_rates, mesh_rate = known_rates
+    total = math.fsum(node_rates)
+    by_node = tuple((stage.node or "", value) for stage, value in zip(node_stages, node_rates, strict=True))
+    return Scaling(mesh_rate, total, mesh_rate / total, by_node)
 
 
 def route_costs(stages: Sequence[StageResult]) -> tuple[RouteCost, ...]:
+    """The cost of each route, compared to the first route to the same node."""
     costs = []
-    baseline: dict[str, float] = {}
+    baseline: dict[str, float] = {}  # of the first route, by node
     for stage in stages:
         if stage.route is None or stage.node is None:
             continue

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import TypeGuard
 
+# Sizes in the units of the view box. The margins hold the labels; the page scales the whole.
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 150, 70, 12, 34
-LEGEND, LEGEND_STEP = 20, 130
+ROW_HEIGHT = 28
+POINTS_HEIGHT = 260
+LEGEND_HEIGHT, LEGEND_STEP = 20, 130
 SERIES_COLOURS = 6
 
 
@@ -40,7 +43,7 @@ class PlotSeries:
 
 def format_number(value: float | None) -> str:
     """Three significant digits, as in the tables; a dash for an unknown value."""
-    if not _finite(value):
+    if not _is_finite(value):
         return "–"  # noqa: RUF001  # the dash of the tables
     if value == 0:
         return "0"
@@ -48,7 +51,7 @@ def format_number(value: float | None) -> str:
     return f"{value:,.{min(digits, 3)}f}"
 
 
-def _finite(value: float | None) -> TypeGuard[float]:
+def _is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
@@ -61,25 +64,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) from at most ``low`` to at least ``high``."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
         high = low + 1.0
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999999)
+    min_step = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(min_step))
+    # A rounding error must not lead to the next larger step.
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= min_step * 0.999999)
     first = math.floor(low / step)
     last = math.ceil(high / step - 1e-9)
     return [step * index for index in range(first, last + 1)]
 
 
 def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
-    known = [row.value for row in rows if _finite(row.value)]
+    """Draws a horizontal bar for each row. Empty if no value is known."""
+    known = [row.value for row in rows if _is_finite(row.value)]
     if not known:
         return ""
     axis = ticks(0.0, max(known))
-    height = TOP + 28 * len(rows) + BOTTOM
+    height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
     parts = _vertical_grid(axis, height, unit)
     for index, row in enumerate(rows):
-        y = TOP + 28 * index
+        y = TOP + ROW_HEIGHT * index
         parts.append(_row_label(row.label, y + 18))
-        if not _finite(row.value):
+        if not _is_finite(row.value):
             parts.append(_text(LEFT + 4, y + 18, "unknown", "axis"))
             continue
         x = _scale(row.value, axis, LEFT, WIDTH - RIGHT)
@@ -93,77 +98,78 @@ def draw_bars(title: str, rows: Sequence[Bar], unit: str) -> str:
 
 def draw_ranges(title: str, rows: Sequence[Range], unit: str) -> str:
     """Draws a line from the first known mark to the last, and each mark as a point that shows its name on hover."""
-    known = [value for row in rows for _, value in row.marks if _finite(value)]
+    known = [value for row in rows for _, value in row.marks if _is_finite(value)]
     if not known:
         return ""
     axis = ticks(0.0, max(known))
-    names = list(dict.fromkeys(name for row in rows for name, value in row.marks if _finite(value)))
-    top = TOP + LEGEND
-    height = top + 28 * len(rows) + BOTTOM
+    names = list(dict.fromkeys(name for row in rows for name, value in row.marks if _is_finite(value)))
+    top = TOP + LEGEND_HEIGHT
+    height = top + ROW_HEIGHT * len(rows) + BOTTOM
     parts = [*_legend(names), *_vertical_grid(axis, height, unit, top)]
     for index, row in enumerate(rows):
-        y = top + 28 * index + 14
+        y = top + ROW_HEIGHT * index + 14
         parts.append(_row_label(row.label, y + 4))
-        marks = [(name, value) for name, value in row.marks if _finite(value)]
+        marks = [(name, value) for name, value in row.marks if _is_finite(value)]
         if not marks:
             parts.append(_text(LEFT + 4, y + 4, "unknown", "axis"))
             continue
-        places = [(name, value, _scale(value, axis, LEFT, WIDTH - RIGHT)) for name, value in marks]
-        parts.append(f'<line class="span" x1="{places[0][2]:.1f}" x2="{places[-1][2]:.1f}" y1="{y}" y2="{y}"/>')
-        for order, (name, value, x) in enumerate(places):
+        positions = [(name, value, _scale(value, axis, LEFT, WIDTH - RIGHT)) for name, value in marks]
+        (_, _, first_x), (last_name, last_value, last_x) = positions[0], positions[-1]
+        parts.append(f'<line class="span" x1="{first_x:.1f}" x2="{last_x:.1f}" y1="{y}" y2="{y}"/>')
+        for order, (name, value, x) in enumerate(positions):
             parts.append(
                 f'<circle class="s{names.index(name) % SERIES_COLOURS}" cx="{x:.1f}" cy="{y}"'
                 f' r="{5 if order == 0 else 4}">'
                 f"<title>{escape(row.label)}: {escape(name)} {format_number(value)} {escape(unit)}</title></circle>"
             )
-        name, value, x = places[-1]
-        parts.append(_text(x + 8, y + 4, f"{name} {format_number(value)}", "value"))
+        parts.append(_text(last_x + 8, y + 4, f"{last_name} {format_number(last_value)}", "value"))
     return _figure(title, parts, height)
 
 
 def draw_points(title: str, series: Sequence[PlotSeries], x_unit: str, y_unit: str, *, lines: bool) -> str:
     """Draws points over two axes that start at 0, joined if ``lines``. Several series get a legend."""
     shown = [
-        PlotSeries(plotted.label, tuple(p for p in plotted.points if all(map(math.isfinite, p)))) for plotted in series
+        PlotSeries(plotted.label, tuple(point for point in plotted.points if all(map(math.isfinite, point))))
+        for plotted in series
     ]
     points = [point for plotted in shown for point in plotted.points]
     if not points:
         return ""
-    across, up = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
-    legend = LEGEND if len(shown) > 1 else 0
-    height = 260 + legend
-    bottom = height - BOTTOM
+    x_axis, y_axis = ticks(0.0, max(x for x, _ in points)), ticks(0.0, max(y for _, y in points))
+    legend_height = LEGEND_HEIGHT if len(shown) > 1 else 0
+    height = POINTS_HEIGHT + legend_height
+    top, bottom = TOP + legend_height, height - BOTTOM
     parts = []
-    for tick in up:
-        y = _scale(tick, up, bottom, TOP + legend)
+    for tick in y_axis:
+        y = _scale(tick, y_axis, bottom, top)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, tick_label(tick), "axis", "end"))
-    for tick in across:
-        x = _scale(tick, across, LEFT, WIDTH - RIGHT)
+    for tick in x_axis:
+        x = _scale(tick, x_axis, LEFT, WIDTH - RIGHT)
         parts.append(_text(x, bottom + 16, tick_label(tick), "axis", "middle"))
     parts.append(_text(WIDTH - 2, bottom + 16, x_unit, "axis", "end"))
-    parts.append(_text(8, TOP + legend + 4, y_unit, "axis"))
+    parts.append(_text(8, top + 4, y_unit, "axis"))
     for index, plotted in enumerate(shown):
-        places = [
-            (_scale(x, across, LEFT, WIDTH - RIGHT), _scale(y, up, bottom, TOP + legend)) for x, y in plotted.points
+        positions = [
+            (_scale(x, x_axis, LEFT, WIDTH - RIGHT), _scale(y, y_axis, bottom, top)) for x, y in plotted.points
         ]
         style = f"s{index % SERIES_COLOURS}"
-        if lines and len(places) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        if lines and len(positions) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
             parts.append(f'<polyline class="line {style}" points="{path}"/>')
-        for (x, y), (raw_x, raw_y) in zip(places, plotted.points, strict=True):
-            tooltip = escape(f"{plotted.label}: {format_number(raw_y)} {y_unit} at {format_number(raw_x)} {x_unit}")
+        for (x, y), (x_value, y_value) in zip(positions, plotted.points, strict=True):
+            tooltip = escape(f"{plotted.label}: {format_number(y_value)} {y_unit} at {format_number(x_value)} {x_unit}")
             radius = 4 if lines else 2.5
             parts.append(
                 f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{tooltip}</title></circle>'
             )
-    if legend:
+    if legend_height:
         parts += _legend([plotted.label for plotted in shown])
     return _figure(title, parts, height)
 
 
 def _legend(names: Sequence[str]) -> list[str]:
-    """As many names as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
+    """The names with their colours, as many as fit on one line. Colours repeat after ``SERIES_COLOURS``."""
     parts = []
     for index, name in enumerate(names[: (WIDTH - LEFT) // LEGEND_STEP]):
         x = LEFT + LEGEND_STEP * index
@@ -183,6 +189,7 @@ def _vertical_grid(axis: Sequence[float], height: int, unit: str, top: int = TOP
 
 
 def _scale(value: float, axis: Sequence[float], low: float, high: float) -> float:
+    """The position of ``value`` if the first tick of the axis is at ``low`` and the last at ``high``."""
     span = axis[-1] - axis[0]
     return low + (value - axis[0]) / span * (high - low) if span else low
 
