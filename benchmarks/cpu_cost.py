@@ -1,14 +1,14 @@
-"""What a request and a streamed token cost: CPU time of the whole program (user and system) divided by a count.
+"""Measures the cost of a request and of a streamed token: CPU time of the whole program (user and system) ÷ count.
 
     python benchmarks/cpu_cost.py [--rounds N] [--beside CHECKOUT]
 
-CPU time says less about what else the machine does than the clock on the wall does, so small differences show. Each
-program is asked in turn, round after round, and the figure is the median over the rounds: compare within one run.
-nginx is measured if it is installed. ``--beside`` runs another checkout of gpumesh in the same run: the code before a
-change, for example a `git worktree` of the commit that it began from.
+CPU time depends less on other load of the machine than wall time does, so small differences show. Each program is
+measured in turn, round after round, and the figure is the median over the rounds. Only figures of one run can be
+compared. nginx is measured if it is installed. ``--beside`` measures another checkout of gpumesh in the same run: the
+code before a change, for example a `git worktree` of the commit on which the change is based.
 
-- request: whole answers, 32 in flight, the stand-in answers at once
-- token: 128 streams of 100 tokens/s, each token written by itself; the streams' requests are part of the time
+- request: answers in one piece, 32 in flight; the stand-in answers at once
+- token: 128 streams of 100 tokens/s, each token in a write of its own; the cost of the streams' requests is included
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ async def measure(rounds: int, beside: Path | None) -> dict[str, dict[str, list[
             file.write_text(NGINX.format(port=port, target=target, folder=folder))
             process = await stack.enter_async_context(program(nginx, "-c", str(file), port=port, folder=folder))
             programs["nginx"] = (port, process.pid)
-        taken: dict[str, dict[str, list[float]]] = {name: {} for name in programs}
+        costs: dict[str, dict[str, list[float]]] = {name: {} for name in programs}
         for index in range(rounds):
             order = list(programs.items())
             for name, (port, group) in order if index % 2 == 0 else reversed(order):
                 for kind in ("request", "token"):
-                    taken[name].setdefault(kind, []).append(await cost_us(kind, port, group))
-    return taken
+                    costs[name].setdefault(kind, []).append(await cost_us(kind, port, group))
+    return costs
 
 
 def main() -> int:
@@ -84,14 +84,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another checkout of gpumesh")
     given = parser.parse_args()
-    taken = asyncio.run(measure(given.rounds, given.beside))
+    costs = asyncio.run(measure(given.rounds, given.beside))
     print(f"{'CPU, us':<12}{'a request':>12}{'(least-most)':>16}{'a token':>12}{'(least-most)':>16}")
-    for name, kinds in taken.items():
+    for name, kinds in costs.items():
         cells = [(statistics.median(kinds[kind]), min(kinds[kind]), max(kinds[kind])) for kind in ("request", "token")]
         print(f"{name:<12}" + "".join(f"{mid:>12.1f}{f'({low:.1f}-{high:.1f})':>16}" for mid, low, high in cells))
-    if "beside" in taken:
+    if "beside" in costs:
         for kind in ("request", "token"):
-            ratio = statistics.median(taken["gpumesh"][kind]) / statistics.median(taken["beside"][kind])
+            ratio = statistics.median(costs["gpumesh"][kind]) / statistics.median(costs["beside"][kind])
             print(f"a {kind}: {ratio:.3f} x the other checkout")
     return 0
 

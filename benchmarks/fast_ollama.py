@@ -1,13 +1,13 @@
-"""A stand-in Ollama that answers faster than nginx forwards, so that what is measured is the proxy in front of it.
+"""A stand-in Ollama that answers faster than nginx forwards, so that the proxy in front of it limits the figures.
 
-The lab's stand-in is honest about slots, loads and faults; this one does two things only, as cheaply as Python can:
+The lab's stand-in simulates slots, loads and faults. This stand-in does two things only, as cheaply as Python can:
 ``POST /api/chat`` with ``stream: false`` is answered at once, and with ``stream: true`` gives ``options.num_predict``
-tokens at ``options.rate`` tokens/s. The content of each token is the monotonic clock in ns at which it was sent, so
-a client on the same machine knows how long each one was under way.
+tokens at ``options.rate`` tokens/s. The content of each token is the time at which it was sent (monotonic clock, ns),
+so a client on the same machine knows the delay of each token.
 
 Run as a process: ``python benchmarks/fast_ollama.py [--apart US] PORT`` (0: any; the port is printed on the first
-line). With ``--apart`` the body of a whole answer is a write of its own, so many microseconds after the head: as most
-servers write it, and what Nagle's algorithm in a stock ssh tunnel holds back (see tunnel_rtt.py).
+line). With ``--apart`` the body of an answer in one piece is a write of its own, US microseconds after the head. Most
+servers write it so, and Nagle's algorithm in a stock ssh tunnel holds back the second write (see tunnel_rtt.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _chunk(line: bytes) -> bytes:
 
 
 class FastOllama(asyncio.Protocol):
-    """One client's connection. Requests in sequence; a pipelined second request waits in the buffer."""
+    """The connection of one client. Requests are answered in sequence: a second, pipelined request waits in the
+    buffer."""
 
     def __init__(self, apart_s: float | None) -> None:
         self._apart_s = apart_s
@@ -65,7 +66,7 @@ class FastOllama(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._timer: asyncio.TimerHandle | None = None
-        self._left = 0
+        self._tokens = 0
         self._sent = 0
         self._start = 0.0
         self._gap = 0.01
@@ -113,7 +114,7 @@ class FastOllama(asyncio.Protocol):
         else:
             try:
                 options = json.loads(body).get("options", {})
-                self._left, self._sent = int(options.get("num_predict", 100)), 0
+                self._tokens, self._sent = int(options.get("num_predict", 100)), 0
                 self._gap = 1.0 / float(options.get("rate", 100.0))
             except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):  # of the fuzzer's
                 transport.write(REFUSED)
@@ -128,11 +129,11 @@ class FastOllama(asyncio.Protocol):
             return
         self._sent += 1
         line = _HEAD + b'%d "},"done":false}\n' % time.monotonic_ns()
-        if self._sent < self._left:
+        if self._sent < self._tokens:
             transport.write(_chunk(line))
             self._timer = self._loop.call_at(self._start + (self._sent + 1) * self._gap, self._tick)
             return
-        final = _HEAD + b'"},' + _COUNTERS % (self._left, int(self._left * self._gap * 1e9)) + b"\n"
+        final = _HEAD + b'"},' + _COUNTERS % (self._tokens, int(self._tokens * self._gap * 1e9)) + b"\n"
         transport.write(_chunk(line) + _chunk(final) + b"0\r\n\r\n")
         self._timer = None
         if self._buffer:

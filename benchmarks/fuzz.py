@@ -1,22 +1,24 @@
-"""Fuzzes all that hosts and clients feed, beside honest streams that must not notice.
+"""Fuzzes all input that comes from hosts and clients, while honest streams run that must not suffer.
 
     python benchmarks/fuzz.py [--minutes 15] [--seed 1] [--only requests answers routes greetings parsers]
                               [--findings FOLDER] [--json] [--check]
     python benchmarks/fuzz.py --replay FILE ...
 
-`gpumesh up` in a process of its own, with two honest nodes (`fast_ollama.py`) and two whose servers are ours:
+`gpumesh up` runs in a process of its own, with two honest nodes (`fast_ollama.py`) and pairs of hostile nodes, whose
+servers are in this process:
 
 - requests: bytes on the gateway's socket, mutated from good requests
 - answers: bytes that a hostile node sends for a request, on each route that streams
-- routes: what a hostile node says of itself, in every merged route, in status and metrics
-- greetings: what a port says where the probes look for a server, in this process
+- routes: the models and versions that a hostile node reports, in every merged route, in status and metrics
+- greetings: bytes from a port at which the probes look for a server, in this process
 - parsers: every parser of probes, ssh, streams, requests and messages, and the hot path's client on bytes, in a process
   of its own, each bounded in time and memory
 
-All the time `stream_watch.py` has honest streams through the gateway and knows each token's delay, less what the
-machine itself caused. What failed is a file in ``--findings``; ``--replay`` takes it, and once it is mended it belongs
-into tests/fuzz/corpus. A seed gives the same inputs again. ``--check`` exits 1 unless no case failed, no stall of the
-gateway's own was above 100 ms, no honest stream was lost, memory stayed flat, and the log has no traceback.
+All the time `stream_watch.py` runs honest streams through the gateway and measures each token's delay, without the part
+that the machine itself caused. A case that failed becomes a file in ``--findings``. ``--replay`` runs it again; once it
+is mended the file belongs into tests/fuzz/corpus. The same seed gives the same inputs. ``--check`` exits 1 unless no
+case failed, the gateway caused no stall above 100 ms, no honest stream was lost, memory did not grow, and the log has
+no traceback.
 """
 
 from __future__ import annotations
@@ -49,19 +51,20 @@ from tests.fuzz import mutators, parsers, wire  # noqa: E402
 from tests.fuzz.cases import Case, load, save  # noqa: E402
 
 STALL_MS = 100.0
-GROWTH_MIB = 48.0  # what a cache or two may take; a leak of 15 minutes is more
+MAX_GROWTH_MIB = 48.0  # room for a cache or two; a leak of 15 minutes is larger
 HONEST = ("honest-a", "honest-b")
-PAIRS = 12  # of hostile nodes, each with its own model: a node whose answers were bad is not asked for seconds
-PROBED_S = 2.5  # gpumesh.mesh.nodes.prober.BACKEND_INTERVAL_S, and a little
+# Pairs of hostile nodes, each with its own model: a node whose answers were bad gets no requests for some seconds.
+PAIRS = 12
+PROBED_S = 2.5  # a little more than gpumesh.mesh.nodes.prober.BACKEND_INTERVAL_S
 KINDS = ("requests", "answers", "routes", "greetings", "parsers")
 ROUTE_MUTATORS = (mutators.json_value, mutators.json_value, mutators.nest_deeply, mutators.widen, mutators.splice)
-PARSER_HANGS_S = 20
-REMEMBERED_S = 10.0
+PARSER_TIMEOUT_S = 20
+REMEMBERED_S = 10.0  # how long an ended case can be taken for the cause of a stall
 
 
 @dataclass
 class Tally:
-    """``failed``: what went wrong, and the file that shows it."""
+    """Counts of cases and outcomes. ``failed``: the reason of each failure, and the file with its case."""
 
     cases: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -70,7 +73,7 @@ class Tally:
 
 @dataclass
 class Streams:
-    """What `stream_watch.py` saw. ``stalls``: the worst, each with the cases that were under way."""
+    """The figures of `stream_watch.py`. ``stalls``: the worst ones, each with the cases that ran at that time."""
 
     tokens: int = 0
     lost: int = 0
@@ -79,13 +82,17 @@ class Streams:
 
 
 @dataclass
-class Played:
+class CaseRun:
+    """A case that runs, or that ended at ``ended_at`` (monotonic)."""
+
     case: Case
-    end: float | None = None
+    ended_at: float | None = None
 
 
 @dataclass
-class Stage:
+class Setup:
+    """The running mesh, its hostile nodes, and all that was observed."""
+
     port: int
     process: asyncio.subprocess.Process
     log: Path
@@ -93,163 +100,169 @@ class Stage:
     findings: Path
     tally: Tally = field(default_factory=Tally)
     streams: Streams = field(default_factory=Streams)
-    played: list[Played] = field(default_factory=list)
+    recent_runs: list[CaseRun] = field(default_factory=list)
     memory_kb: list[int] = field(default_factory=list)
-    read: int = 0  # of the log
+    log_position: int = 0
 
     @contextlib.contextmanager
-    def playing(self, case: Case) -> Iterator[None]:
-        """Noted, so that a stall can be put down to it."""
+    def record_run(self, case: Case) -> Iterator[None]:
+        """Remembers the case, so that a stall at the same time can be attributed to it."""
         self.tally.cases[case.target.partition(":")[0]] += 1
         now = time.monotonic()
-        self.played = [known for known in self.played if known.end is None or now - known.end < REMEMBERED_S]
-        self.played.append(played := Played(case))
+        self.recent_runs = [
+            run for run in self.recent_runs if run.ended_at is None or now - run.ended_at < REMEMBERED_S
+        ]
+        self.recent_runs.append(current := CaseRun(case))
         try:
             yield
         finally:
-            played.end = time.monotonic()
+            current.ended_at = time.monotonic()
 
-    def under_way(self, since: float) -> list[Case]:
-        return [known.case for known in self.played if known.end is None or known.end >= since]
+    def cases_since(self, since: float) -> list[Case]:
+        """The cases that run, or have run after this time."""
+        return [run.case for run in self.recent_runs if run.ended_at is None or run.ended_at >= since]
 
-    def fail(self, case: Case, why: str) -> None:
+    def record_failure(self, case: Case, reason: str) -> None:
         path = save(case, self.findings)
-        self.tally.failed.append((why, str(path)))
-        print(f"FAILED {why[:300]}\n       {path} ({case.note}, {case.size} bytes)", file=sys.stderr, flush=True)
+        self.tally.failed.append((reason, str(path)))
+        print(f"FAILED {reason[:300]}\n       {path} ({case.note}, {case.size} bytes)", file=sys.stderr, flush=True)
 
     def check_log(self) -> str | None:
-        """What the log has got since the last look that it must not have."""
+        """A traceback or failure that was logged since the last call; ``None`` if there is none."""
         with self.log.open("rb") as log:
-            log.seek(self.read)
+            log.seek(self.log_position)
             new = log.read()
-        self.read += len(new)
+        self.log_position += len(new)
         at = max(new.find(b"Traceback"), new.find(b"failed inside"))
         return None if at < 0 else f"in the log: {new[max(at - 300, 0) : at + 1500].decode(errors='replace')}"
 
 
-Kind = Callable[["Stage", random.Random, float, int], Coroutine[Any, Any, None]]
-"""Plays cases until the time is over; the last is the worker's number."""
+Fuzzer = Callable[["Setup", random.Random, float, int], Coroutine[Any, Any, None]]
+"""Runs cases of one kind until a time (monotonic). The last argument is the number of the worker."""
 
 
 # -- kinds of case ---------------------------------------------------------------------------------------------------
 
 
-async def play(stage: Stage, case: Case, pair: int = 0) -> None:
-    """One case, by its target; ``pair``: on these hostile nodes. Raises AssertionError for what must not be."""
+async def run_case(setup: Setup, case: Case, pair: int = 0) -> None:
+    """Runs a case by its target. ``pair``: the pair of hostile nodes for an answer. Raises AssertionError if the mesh
+    fails."""
     kind, _, path = case.target.partition(":")
     if kind == "request":
-        answer = await wire.send_case(stage.port, case)
-        found = wire.statuses(answer)
-        stage.tally.outcomes.update(str(status) for status in found or ("no answer",))
-        assert 500 not in found, f"500: {answer[-400:]!r}"
+        answer = await wire.send_case(setup.port, case)
+        statuses = wire.statuses(answer)
+        setup.tally.outcomes.update(str(status) for status in statuses or ("no answer",))
+        assert 500 not in statuses, f"500: {answer[-400:]!r}"
     elif kind == "answer":
-        number = sum(stage.tally.cases.values())
-        nodes = {f"hostile-{pair}{side}": stage.nodes[2 * pair + place] for place, side in enumerate("ab")}
+        number = sum(setup.tally.cases.values())
+        nodes = {f"hostile-{pair}{side}": setup.nodes[2 * pair + place] for place, side in enumerate("ab")}
         for node in nodes.values():
             node.answers[number] = case
         try:
             model = f"hostile-{pair}:1b"
-            status = await wire.chat(stage.port, path, stream=case.size % 3 != 0, model=model, number=number)
+            status = await wire.chat(setup.port, path, stream=case.size % 3 != 0, model=model, number=number)
         finally:
             for node in nodes.values():
                 del node.answers[number]
-        stage.tally.outcomes[str(status)] += 1
-        await wire.heal(stage.port, {name: node.model for name, node in nodes.items()})
+        setup.tally.outcomes[str(status)] += 1
+        await wire.heal(setup.port, {name: node.model for name, node in nodes.items()})
     elif kind == "route":
-        node = stage.nodes[-1]
+        node = setup.nodes[-1]
         node.bodies[path] = case.data
         try:
-            await wire.check_routes(stage.port, HONEST)
-            await asyncio.sleep(PROBED_S)  # what a node says of itself counts once a probe has read it
-            await wire.check_routes(stage.port, HONEST)
+            await wire.check_routes(setup.port, HONEST)
+            await asyncio.sleep(PROBED_S)  # until a probe has read the node's new answer
+            await wire.check_routes(setup.port, HONEST)
         finally:
             del node.bodies[path]
     elif kind == "greeting":
         await wire.greet(case)
     else:
-        await asyncio.to_thread(run_here, case)
+        await asyncio.to_thread(run_parser_case, case)
 
 
-def run_here(case: Case) -> None:
-    """In this process, and not in a running loop."""
+def run_parser_case(case: Case) -> None:
+    """Runs a case in this process. Must not be called from a running event loop."""
     if case.target == "upstream":
         asyncio.run(wire.upstream(case))
     else:
         parsers.run(case)
 
 
-async def attempt(stage: Stage, case: Case, pair: int = 0) -> None:
+async def check_case(setup: Setup, case: Case, pair: int = 0) -> None:
+    """Runs a case and records its failure. Raises SystemExit when the mesh has ended."""
     try:
-        with stage.playing(case):
-            await play(stage, case, pair)
-        wrong = stage.check_log()
+        with setup.record_run(case):
+            await run_case(setup, case, pair)
+        failure = setup.check_log()
     except AssertionError as error:
-        wrong = str(error)
-    except Exception as error:  # whatever comes is a finding
-        wrong = f"{type(error).__name__}: {error}"
-    if wrong is not None:
-        stage.fail(case, wrong)
-    if stage.process.returncode is not None:
-        stage.fail(case, f"the mesh ended with {stage.process.returncode}")
+        failure = str(error)
+    except Exception as error:  # any other error is a finding, too
+        failure = f"{type(error).__name__}: {error}"
+    if failure is not None:
+        setup.record_failure(case, failure)
+    if setup.process.returncode is not None:
+        setup.record_failure(case, f"the mesh ended with {setup.process.returncode}")
         raise SystemExit(1)
 
 
-async def requests(stage: Stage, rng: random.Random, until: float, _worker: int) -> None:
+async def requests(setup: Setup, rng: random.Random, until: float, _worker: int) -> None:
     seeds = wire.request_seeds(HONEST_MODEL)
     while time.monotonic() < until:
-        await attempt(stage, mutators.mutate("request", seeds, rng, http=True))
+        await check_case(setup, mutators.mutate("request", seeds, rng, http=True))
 
 
-async def answers(stage: Stage, rng: random.Random, until: float, pair: int) -> None:
+async def answers(setup: Setup, rng: random.Random, until: float, pair: int) -> None:
     while time.monotonic() < until:
         path = rng.choice(wire.ANSWER_PATHS)
-        await attempt(stage, mutators.mutate(f"answer:{path}", wire.answer_seeds(path), rng, http=True), pair)
+        await check_case(setup, mutators.mutate(f"answer:{path}", wire.answer_seeds(path), rng, http=True), pair)
 
 
-async def routes(stage: Stage, rng: random.Random, until: float, _worker: int) -> None:
+async def routes(setup: Setup, rng: random.Random, until: float, _worker: int) -> None:
     while time.monotonic() < until:
         path = rng.choice(list(wire.ROUTE_SEEDS))
         mutator = rng.choice(ROUTE_MUTATORS)
-        await attempt(stage, Case(f"route:{path}", mutator(wire.ROUTE_SEEDS[path], rng), mutator.__name__))
+        await check_case(setup, Case(f"route:{path}", mutator(wire.ROUTE_SEEDS[path], rng), mutator.__name__))
         await asyncio.sleep(PROBED_S)  # until the node is up again
 
 
-async def greetings(stage: Stage, rng: random.Random, until: float, _worker: int) -> None:
+async def greetings(setup: Setup, rng: random.Random, until: float, _worker: int) -> None:
     while time.monotonic() < until:
-        await attempt(stage, mutators.mutate("greeting", wire.GREETING_SEEDS, rng, http=True))
+        await check_case(setup, mutators.mutate("greeting", wire.GREETING_SEEDS, rng, http=True))
         await asyncio.sleep(0.2)
 
 
-async def parser_child(stage: Stage, seed: int, until: float) -> None:
-    """In a process of its own and after all others: it takes all the time that it gets."""
+async def parser_child(setup: Setup, seed: int, until: float) -> None:
+    """Fuzzes the parsers in a process of its own, with the lowest priority: it would use all the CPU time it can
+    get."""
     arguments = ("--only", "parsers", "--seed", str(seed), "--minutes", str((until - time.monotonic()) / 60))
     process = await asyncio.create_subprocess_exec(
-        *("nice", "-n", "19", sys.executable, __file__, *arguments, "--findings", str(stage.findings), "--json"),
+        *("nice", "-n", "19", sys.executable, __file__, *arguments, "--findings", str(setup.findings), "--json"),
         stdout=subprocess.PIPE,
     )
     out, _ = await process.communicate()
-    found = json.loads(out)
-    stage.tally.cases["parsers"] += found["cases"]["parsers"]
-    stage.tally.failed += [(why, path) for why, path in found["failed"]]
+    figures = json.loads(out)
+    setup.tally.cases["parsers"] += figures["cases"]["parsers"]
+    setup.tally.failed += [(reason, path) for reason, path in figures["failed"]]
 
 
 def fuzz_parsers(rng: random.Random, until: float, findings: Path) -> dict[str, Any]:
-    """One of a kind (target, mutator, error) is enough."""
+    """Runs cases of all parsers. Of equal failures (target, mutator, type of error) only the first is saved."""
     tally = Tally()
     seen: set[tuple[str, str, str]] = set()
 
-    def hangs(*_: object) -> None:
-        raise AssertionError(f"it takes more than {PARSER_HANGS_S} s")
+    def raise_timeout(*_: object) -> None:
+        raise AssertionError(f"it takes more than {PARSER_TIMEOUT_S} s")
 
-    signal.signal(signal.SIGALRM, hangs)
+    signal.signal(signal.SIGALRM, raise_timeout)
     while time.monotonic() < until:
         name = rng.choice([*parsers.TARGETS, *["upstream"] * 8, *["http-request"] * 4])
         seeds = wire.answer_seeds(rng.choice(wire.ANSWER_PATHS)) if name == "upstream" else parsers.TARGETS[name].seeds
         case = mutators.mutate(name, seeds, rng, http=name in ("upstream", "http-request"))
         tally.cases["parsers"] += 1
-        signal.alarm(PARSER_HANGS_S)
+        signal.alarm(PARSER_TIMEOUT_S)
         try:
-            run_here(case)
+            run_parser_case(case)
         except Exception as error:
             kind = (name, case.note, type(error).__name__)
             if kind not in seen:
@@ -262,31 +275,33 @@ def fuzz_parsers(rng: random.Random, until: float, findings: Path) -> dict[str, 
     return {"cases": dict(tally.cases), "failed": tally.failed}
 
 
-# -- beside them -----------------------------------------------------------------------------------------------------
+# -- the setup and the honest streams
+# -----------------------------------------------------------------------------------------------------
 
 
-async def watch(stage: Stage, direct_port: int, until: float) -> None:
-    arguments = (str(stage.port), str(direct_port), str(stage.process.pid))
+async def watch_streams(setup: Setup, direct_port: int, until: float) -> None:
+    """Runs `stream_watch.py` and adds its figures to ``setup.streams``."""
+    arguments = (str(setup.port), str(direct_port), str(setup.process.pid))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(HERE / "stream_watch.py"), *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    seen = stage.streams
+    streams = setup.streams
     async for line in process.stdout:
-        for kind, told in json.loads(line).items():
+        for kind, figures in json.loads(line).items():
             if kind == "second":
-                seen.tokens += told.pop("tokens")
-                seen.lost += told.pop("lost")
-                seen.longest = {name: max(value, seen.longest.get(name, 0.0)) for name, value in told.items()}
-                stage.memory_kb.append(rss_kb(stage.process.pid))
+                streams.tokens += figures.pop("tokens")
+                streams.lost += figures.pop("lost")
+                streams.longest = {name: max(value, streams.longest.get(name, 0.0)) for name, value in figures.items()}
+                setup.memory_kb.append(rss_kb(setup.process.pid))
             elif kind == "stall":
-                cases = stage.under_way(told["at"] - told["delay_ms"] / 1000.0)
-                told["cases"] = [f"{case.target} {case.note} {case.size}" for case in cases]
-                if told["own_ms"] > STALL_MS:
-                    told["files"] = [str(save(case, stage.findings / "stalls")) for case in cases]
-                    print(f"STALL {json.dumps(told)}", file=sys.stderr, flush=True)
-                seen.stalls = sorted([*seen.stalls, told], key=lambda stall: -float(stall["own_ms"]))[:10]
+                cases = setup.cases_since(figures["at"] - figures["delay_ms"] / 1000.0)
+                figures["cases"] = [f"{case.target} {case.note} {case.size}" for case in cases]
+                if figures["own_ms"] > STALL_MS:
+                    figures["files"] = [str(save(case, setup.findings / "stalls")) for case in cases]
+                    print(f"STALL {json.dumps(figures)}", file=sys.stderr, flush=True)
+                streams.stalls = sorted([*streams.stalls, figures], key=lambda stall: -float(stall["own_ms"]))[:10]
         if time.monotonic() >= until:
             process.stdin.close()
     await process.wait()
@@ -294,7 +309,7 @@ async def watch(stage: Stage, direct_port: int, until: float) -> None:
 
 @contextlib.asynccontextmanager
 async def stand_in() -> AsyncIterator[int]:
-    """An honest server in a process of its own; its port."""
+    """Runs an honest server in a process of its own, and yields its port."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(HERE / "fast_ollama.py"), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
     )
@@ -307,7 +322,8 @@ async def stand_in() -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def stage_of(findings: Path) -> AsyncIterator[tuple[Stage, int]]:
+async def start_setup(findings: Path) -> AsyncIterator[tuple[Setup, int]]:
+    """Starts the servers and the mesh. Yields the setup and the port of an honest server that is no node."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gm-fuzz-")))
         honest = [await stack.enter_async_context(stand_in()) for _ in range(2)]
@@ -333,66 +349,67 @@ async def stage_of(findings: Path) -> AsyncIterator[tuple[Stage, int]]:
                 if all(node["health"] == "healthy" for node in json.loads(body)["nodes"]):
                     break
                 await asyncio.sleep(0.2)
-        yield Stage(port, process, folder / f"{Path(sys.executable).name}.log", nodes, findings), direct
+        yield Setup(port, process, folder / f"{Path(sys.executable).name}.log", nodes, findings), direct
 
 
 async def fuzz(given: argparse.Namespace) -> dict[str, Any]:
-    kinds: dict[str, tuple[Kind, int]] = {
+    fuzzers: dict[str, tuple[Fuzzer, int]] = {  # with the number of workers
         "requests": (requests, 4),
         "answers": (answers, PAIRS - 1),
         "routes": (routes, 1),
         "greetings": (greetings, 1),
     }
-    async with stage_of(given.findings) as (stage, direct):
+    async with start_setup(given.findings) as (setup, direct):
         await asyncio.sleep(2.0)
         until = time.monotonic() + given.minutes * 60
         async with asyncio.TaskGroup() as group:
-            group.create_task(watch(stage, direct, until))
-            for kind, (run, workers) in kinds.items():
+            group.create_task(watch_streams(setup, direct, until))
+            for kind, (run, workers) in fuzzers.items():
                 for number in range(workers if kind in given.only else 0):
                     rng = random.Random(f"{given.seed}/{kind}/{number}")
-                    group.create_task(run(stage, rng, until, number))
+                    group.create_task(run(setup, rng, until, number))
             if "parsers" in given.only:
-                group.create_task(parser_child(stage, given.seed, until))
-        for node in stage.nodes:
+                group.create_task(parser_child(setup, given.seed, until))
+        for node in setup.nodes:
             node.bodies.clear()
-        await wire.check_routes(stage.port, HONEST)
-    first, last = stage.memory_kb[: max(len(stage.memory_kb) // 5, 1)], stage.memory_kb[-10:]
+        await wire.check_routes(setup.port, HONEST)
+    # The mesh needs some time until its caches are full: the most of the first fifth is the start.
+    first, last = setup.memory_kb[: max(len(setup.memory_kb) // 5, 1)], setup.memory_kb[-10:]
     return {
-        "cases": dict(stage.tally.cases),
-        "outcomes": dict(stage.tally.outcomes),
-        "failed": stage.tally.failed,
-        "streams": vars(stage.streams),
-        "memory_mib": {"begin": max(first) / 1024, "end": min(last) / 1024, "most": max(stage.memory_kb) / 1024},
+        "cases": dict(setup.tally.cases),
+        "outcomes": dict(setup.tally.outcomes),
+        "failed": setup.tally.failed,
+        "streams": vars(setup.streams),
+        "memory_mib": {"begin": max(first) / 1024, "end": min(last) / 1024, "most": max(setup.memory_kb) / 1024},
     }
 
 
 async def replay(given: argparse.Namespace) -> dict[str, Any]:
-    async with stage_of(given.findings) as (stage, direct):
-        watching = asyncio.create_task(watch(stage, direct, time.monotonic() + 3.0 + len(given.replay)))
+    async with start_setup(given.findings) as (setup, direct):
+        watching = asyncio.create_task(watch_streams(setup, direct, time.monotonic() + 3.0 + len(given.replay)))
         await asyncio.sleep(1.5)
         for path in given.replay:
             print(f"{path} …", file=sys.stderr)
-            await attempt(stage, load(path))
+            await check_case(setup, load(path))
         await watching
-    return {"failed": stage.tally.failed, "outcomes": dict(stage.tally.outcomes), "streams": vars(stage.streams)}
+    return {"failed": setup.tally.failed, "outcomes": dict(setup.tally.outcomes), "streams": vars(setup.streams)}
 
 
-def wrong(figures: dict[str, Any]) -> list[str]:
-    """What is not as it must be."""
-    found: list[str] = [f"{why.partition(chr(10))[0][:200]} ({path})" for why, path in figures["failed"]]
+def list_problems(figures: dict[str, Any]) -> list[str]:
+    """A sentence for each figure that is not as it must be."""
+    problems = [f"{reason.partition(chr(10))[0][:200]} ({path})" for reason, path in figures["failed"]]
     streams, memory = figures.get("streams"), figures.get("memory_mib")
     if streams is not None:
-        found += [
+        problems += [
             f"a stall of {stall['own_ms']:.0f} ms beside {'; '.join(stall['cases'])}"
             for stall in streams["stalls"]
             if stall["own_ms"] > STALL_MS
         ]
         if streams["lost"]:
-            found.append(f"{streams['lost']} honest streams were lost")
-    if memory is not None and memory["end"] > memory["begin"] + GROWTH_MIB:
-        found.append(f"memory grew from {memory['begin']:.0f} to {memory['end']:.0f} MiB")
-    return found
+            problems.append(f"{streams['lost']} honest streams were lost")
+    if memory is not None and memory["end"] > memory["begin"] + MAX_GROWTH_MIB:
+        problems.append(f"memory grew from {memory['begin']:.0f} to {memory['end']:.0f} MiB")
+    return problems
 
 
 def main() -> int:
@@ -418,9 +435,9 @@ def main() -> int:
     else:
         for name, value in figures.items():
             print(f"{name:<12} {json.dumps(value)}")
-    found = wrong(figures)
-    print("\n".join(found) or "nothing failed, nothing stalled, nothing grew", file=sys.stderr)
-    return 1 if found and given.check else 0
+    problems = list_problems(figures)
+    print("\n".join(problems) or "nothing failed, nothing stalled, nothing grew", file=sys.stderr)
+    return 1 if problems and given.check else 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""The gateway beside nginx, haproxy and LiteLLM, on the same stand-in, in one run (DESIGN section 11).
+"""Compares the gateway to nginx, haproxy and LiteLLM, on the same stand-in, in one run (DESIGN section 11).
 
     python benchmarks/gateway.py [--rounds N] [--litellm PROGRAM] [--only NAME …] [--json] [--check]
 
-Each route is asked in turn, round after round, so that what else the machine does falls on all alike; the figures are
-medians over the rounds. nginx, haproxy, ssh and sshd are used if they are installed, LiteLLM if its program is named
-(`pip install 'litellm[proxy]'` in an environment of its own). nginx has one worker, as the gateway has one process.
+Each route is measured in turn, round after round, so that other load of the machine affects all routes alike. The
+figures are medians over the rounds. nginx, haproxy, ssh and sshd are used if they are installed, LiteLLM if its program
+is named (`pip install 'litellm[proxy]'` in an environment of its own). nginx has one worker, as the gateway has one
+process.
 
 - added: sequential p50 over keep-alive, less the direct p50, in ms
 - req/s: at 32 in flight
 - token delay: p99 in ms at 32 streams of 100 tokens/s, from the stand-in's write to the client's read
-- through ssh: the same over a real sshd, the gateway's own tunnel against nginx behind a stock ``ssh -N -L``. There
-  the stand-in writes an answer's head and body 100 us apart, as servers do; else sshd would often read them as one
-  piece, and there would be nothing for Nagle's algorithm to hold back
-- 256 streams over two nodes with tunnels; memory of 1,000 streams that stand still
+- through ssh: the same figures over a real sshd, the gateway's own tunnel against nginx behind a stock ``ssh -N -L``.
+  There the stand-in writes an answer's head and body 100 us apart, as servers do. Otherwise sshd would often read them
+  as one piece, and Nagle's algorithm would have nothing to hold back
+- many: 256 streams over two nodes with tunnels
+- memory: the gateway's memory for each of 1,000 streams that are open and idle
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def program(*argv: str, port: int, folder: Path, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A server that listens on ``port`` once it is up; ended with what it started."""
+    """Runs a server, from the time at which it listens on ``port``. At the end its whole process group is ended."""
     with (folder / f"{Path(argv[0]).name}.log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -126,7 +128,8 @@ async def program(*argv: str, port: int, folder: Path, **environment: str) -> As
 async def gpumesh(
     nodes: Sequence[dict[str, Any]], folder: Path, name: str, *, checkout: Path = ROOT
 ) -> AsyncIterator[tuple[int, int]]:
-    """`gpumesh up` in a process of its own, ready to serve; its port and its pid. ``checkout``: whose code it runs."""
+    """Runs `gpumesh up` in a process of its own, with the code in ``checkout``. Yields its port and process id when all
+    nodes are up."""
     port = free_port()
     file = folder / f"{name}.yaml"
     runtime = folder / f"{name}-run"
@@ -134,8 +137,8 @@ async def gpumesh(
     gateway = {"listen": f"127.0.0.1:{port}"}
     file.write_text(json.dumps({"version": 1, "name": name, "gateway": gateway, "nodes": list(nodes)}))
     argv = (sys.executable, "-P", "-m", "gpumesh", "--config", str(file), "--quiet", "up")
-    surroundings = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(checkout)}
-    async with program(*argv, port=port, folder=folder, **surroundings) as process:
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(checkout)}
+    async with program(*argv, port=port, folder=folder, **environment) as process:
         async with asyncio.timeout(30):
             while True:  # the gateway listens before its nodes are up
                 status = await _get(port, "/mesh/status")
@@ -156,6 +159,7 @@ async def _get(port: int, path: str) -> Any:
 
 
 async def client(kind: str, port: int, *arguments: str) -> dict[str, float]:
+    """The figures of `lean_client.py`, run in a process of its own."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(HERE / "lean_client.py"),
@@ -187,25 +191,25 @@ def ssh_node(name: str, sshd: Sshd, port: int) -> dict[str, Any]:
 
 
 async def routes(stack: contextlib.AsyncExitStack, target: int, folder: Path, litellm: str | None) -> dict[str, int]:
-    """Every proxy that is there, in front of one stand-in: name -> port."""
+    """Starts every proxy that is installed, in front of one stand-in. Returns the port of each by name."""
     ports = {"direct": target}
     ports["gpumesh"], _ = await stack.enter_async_context(gpumesh([direct_node("one", target)], folder, "alone"))
     for name, text, flags in (("nginx", NGINX, ("-c",)), ("haproxy", HAPROXY, ("-db", "-f"))):
-        found = shutil.which(name, path=PATH)
-        if found is None:
+        path = shutil.which(name, path=PATH)
+        if path is None:
             print(f"{name} is not installed: left out", file=sys.stderr)
             continue
         port = free_port()
         file = folder / f"{name}.conf"
         file.write_text(text.format(port=port, target=target, folder=folder))
-        await stack.enter_async_context(program(found, *flags, str(file), port=port, folder=folder))
+        await stack.enter_async_context(program(path, *flags, str(file), port=port, folder=folder))
         ports[name] = port
     if litellm is not None:
         port = free_port()
         file = folder / "litellm.yaml"
         file.write_text(LITELLM.format(target=target))
         argv = (litellm, "--config", str(file), "--host", "127.0.0.1", "--port", str(port))
-        # Without it LiteLLM asks the outside for a list of prices.
+        # Without this variable LiteLLM downloads a list of prices.
         await stack.enter_async_context(
             program(*argv, port=port, folder=folder, LITELLM_LOCAL_MODEL_COST_MAP="True", NO_PROXY="127.0.0.1")
         )
@@ -213,28 +217,30 @@ async def routes(stack: contextlib.AsyncExitStack, target: int, folder: Path, li
     return ports
 
 
-async def rounds(ports: dict[str, int], count: int, only: Callable[[str], bool]) -> dict[str, dict[str, float]]:
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in ports}
+async def run_rounds(ports: dict[str, int], count: int, wanted: Callable[[str], bool]) -> dict[str, dict[str, float]]:
+    """The median figures of each route. ``wanted``: whether a measurement (``added``, ``throughput``, ``streams``) is
+    to be made."""
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in ports}
     errors = dict.fromkeys(ports, 0.0)
     for _ in range(count):
         for name, port in ports.items():
             path = ("--path", "/v1/chat/completions") if name == "litellm" else ()
-            few = name == "litellm"
-            if only("added"):
-                got = await client("sequential", port, "-n", "100" if few else "500", *path)
-                taken[name].setdefault("p50_ms", []).append(got["p50_ms"])
+            is_slow = name == "litellm"
+            if wanted("added"):
+                got = await client("sequential", port, "-n", "100" if is_slow else "500", *path)
+                samples[name].setdefault("p50_ms", []).append(got["p50_ms"])
                 errors[name] += got["errors"]
-            if only("throughput"):
+            if wanted("throughput"):
                 got = await client("throughput", port, "-n", "32", "--seconds", "2", *path)
-                taken[name].setdefault("requests_per_s", []).append(got["requests_per_s"])
+                samples[name].setdefault("requests_per_s", []).append(got["requests_per_s"])
                 errors[name] += got["errors"]
-            if only("streams") and not few:
+            if wanted("streams") and not is_slow:
                 got = await client("streams", port, "-n", "32", "--tokens", "100", "--spread", "0.1")
-                taken[name].setdefault("token_delay_p99_ms", []).append(got["delay_p99_ms"])
+                samples[name].setdefault("token_delay_p99_ms", []).append(got["delay_p99_ms"])
                 errors[name] += got["errors"]
     return {
         name: {**{key: statistics.median(values) for key, values in figures.items()}, "errors": errors[name]}
-        for name, figures in taken.items()
+        for name, figures in samples.items()
     }
 
 
@@ -246,7 +252,7 @@ def rss_kb(pid: int) -> int:
 
 
 async def memory(folder: Path, streams: int = 1000) -> dict[str, float]:
-    """KB of the gateway's memory for each stream that is open and stands still."""
+    """The gateway's memory (KB) for each stream that is open and idle."""
     async with stand_in() as target, gpumesh([direct_node("one", target, 4096)], folder, "memory") as (port, pid):
         await client("streams", port, "-n", "64", "--tokens", "10")
         before = rss_kb(pid)
@@ -254,8 +260,8 @@ async def memory(folder: Path, streams: int = 1000) -> dict[str, float]:
         request = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         writers = []
         for start in range(0, streams, 100):
-            opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(100)))
-            for _, writer in opened:
+            connections = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(100)))
+            for _, writer in connections:
                 writer.write(request)
                 writers.append(writer)
             while (await _get(port, "/mesh/status"))["gateway"]["in_flight"] < min(start + 100, streams):
@@ -267,7 +273,7 @@ async def memory(folder: Path, streams: int = 1000) -> dict[str, float]:
 
 
 async def through_ssh(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """The gateway and its own tunnel beside nginx and a stock ssh, to one sshd."""
+    """Compares the gateway and its own tunnel to nginx and a stock ssh, over one sshd."""
     nginx = shutil.which("nginx", path=PATH)
     async with contextlib.AsyncExitStack() as stack:
         sshd = await stack.enter_async_context(Sshd(folder / "sshd", {"LogLevel": "ERROR"}))
@@ -278,15 +284,15 @@ async def through_ssh(folder: Path, count: int) -> dict[str, dict[str, float]]:
         if nginx is not None:
             port = free_port()
             file = folder / "nginx-ssh.conf"
-            behind = await stack.enter_async_context(stock_ssh(sshd, target))
-            file.write_text(NGINX.format(port=port, target=behind, folder=folder))
+            tunnel_port = await stack.enter_async_context(stock_ssh(sshd, target))
+            file.write_text(NGINX.format(port=port, target=tunnel_port, folder=folder))
             await stack.enter_async_context(program(nginx, "-c", str(file), port=port, folder=folder))
             ports["nginx + ssh -N -L"] = port
-        return await rounds(ports, count, lambda what: what in ("added", "streams"))
+        return await run_rounds(ports, count, lambda what: what in ("added", "streams"))
 
 
 async def many(folder: Path) -> dict[str, dict[str, float]]:
-    """256 streams over two nodes, each behind its tunnel, beside the same without anything between."""
+    """Compares 256 streams over two nodes, each behind its tunnel, to 256 streams directly to one server."""
     async with contextlib.AsyncExitStack() as stack:
         nodes, targets = [], []
         for name in ("one", "two"):
@@ -301,14 +307,14 @@ async def many(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def verdicts(figures: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """What DESIGN section 11 asks, as (what, figure, bound, whether it is kept)."""
-    found: list[tuple[str, float, float, bool]] = []
+    """The goals of DESIGN section 11, each as (description, figure, bound, whether the figure is within the bound)."""
+    rows: list[tuple[str, float, float, bool]] = []
 
     def at_most(what: str, value: float, bound: float) -> None:
-        found.append((what, value, bound, value <= bound))
+        rows.append((what, value, bound, value <= bound))
 
     def at_least(what: str, value: float, bound: float) -> None:
-        found.append((what, value, bound, value >= bound))
+        rows.append((what, value, bound, value >= bound))
 
     proxies = figures.get("proxies", {})
     ours = proxies.get("gpumesh", {})
@@ -334,25 +340,25 @@ def verdicts(figures: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
         at_most("256 streams over two nodes, errors", figures["many"]["gpumesh"]["errors"], 0)
     if "memory" in figures:
         at_most("KB for each of 1,000 idle streams", figures["memory"]["kb_per_stream"], 40.0)
-    return found
+    return rows
 
 
 async def measure(given: argparse.Namespace) -> dict[str, Any]:
-    def only(what: str) -> bool:
+    def wanted(what: str) -> bool:
         return not given.only or what in given.only
 
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="gpumesh-bench-") as name:
         folder = Path(name)
-        if only("added") or only("throughput") or only("streams"):
+        if wanted("added") or wanted("throughput") or wanted("streams"):
             async with stand_in() as target, contextlib.AsyncExitStack() as stack:
                 ports = await routes(stack, target, folder, given.litellm)
-                figures["proxies"] = await rounds(ports, given.rounds, only)
-        if only("ssh"):
+                figures["proxies"] = await run_rounds(ports, given.rounds, wanted)
+        if wanted("ssh"):
             figures["ssh"] = await through_ssh(folder, given.rounds)
-        if only("many"):
+        if wanted("many"):
             figures["many"] = await many(folder)
-        if only("memory"):
+        if wanted("memory"):
             figures["memory"] = await memory(folder)
     return figures
 
@@ -366,9 +372,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when a bound is missed")
     given = parser.parse_args()
     figures = asyncio.run(measure(given))
-    told = verdicts(figures)
+    verdict_rows = verdicts(figures)
     if given.json:
-        rows = [{"what": what, "figure": value, "bound": bound, "kept": kept} for what, value, bound, kept in told]
+        rows = [
+            {"what": what, "figure": value, "bound": bound, "kept": within_bound}
+            for what, value, bound, within_bound in verdict_rows
+        ]
         print(json.dumps({"figures": figures, "verdicts": rows}, indent=2))
     else:
         for group in ("proxies", "ssh"):
@@ -377,9 +386,9 @@ def main() -> int:
                 for name, row in figures[group].items():
                     cells = [row.get(key, float("nan")) for key in ("p50_ms", "requests_per_s", "token_delay_p99_ms")]
                     print(f"{name:<20}{cells[0]:>9.3f}{cells[1]:>9.0f}{cells[2]:>14.2f}{row['errors']:>8.0f}")
-        for what, value, bound, kept in told:
-            print(f"{'ok  ' if kept else 'MISS'} {what}: {value:.2f} (to reach: {bound:g})")
-    return 1 if given.check and not all(kept for *_, kept in told) else 0
+        for what, value, bound, within_bound in verdict_rows:
+            print(f"{'ok  ' if within_bound else 'MISS'} {what}: {value:.2f} (to reach: {bound:g})")
+    return 1 if given.check and not all(within_bound for *_, within_bound in verdict_rows) else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A load client that costs less than what it measures: keep-alive HTTP/1.1 on ``asyncio.Protocol`` and uvloop.
+"""A load client that uses less CPU than the servers that it measures: keep-alive HTTP/1.1 on ``asyncio.Protocol`` and
+uvloop.
 
 Three measurements against one URL, each printed as a line of JSON by ``python benchmarks/lean_client.py``:
 
 - ``sequential``: one request after the other on one connection; p50 and p99 of the round trip in ms.
-- ``throughput``: N connections, each sending its next request as its last is answered; requests/s.
+- ``throughput``: N connections, each of which sends its next request when its last is answered; requests/s.
 - ``streams``: N streams of tokens at once; wall time, errors, token delay p50 and p99 in ms.
 
-``busy`` is the client's own CPU time ÷ wall time: near 1 means that the client, not the server, was what limited.
+``busy`` is the client's own CPU time ÷ wall time: near 1 the client, not the server, limits the figures.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def request(host: str, body: bytes, path: str = "/api/chat") -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """Sends what it is told and calls ``on_answer(status)`` for each whole answer, or with 0 when the peer is gone.
+    """Calls ``on_answer(status)`` for each complete answer, and with 0 when the connection has ended.
 
     ``on_data`` gets the raw bytes of a stream as they come.
     """
@@ -51,7 +52,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._buffer = b""
         self._status = 0
-        self._need: int | None = None  # bytes of the body still to come; None: in the head; -1: chunked
+        self._missing: int | None = None  # bytes of the body still to come; None: in the head; -1: chunked
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -62,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._on_answer(0)
 
     def data_received(self, data: bytes) -> None:
-        if self._need is None:
+        if self._missing is None:
             self._buffer = self._buffer + data if self._buffer else data
             end = self._buffer.find(b"\r\n\r\n")
             if end < 0:
@@ -73,13 +74,13 @@ class Connection(asyncio.Protocol):
             at = head.find(b"\r\ncontent-length:")
             if at >= 0:
                 stop = head.find(b"\r", at + 2)
-                self._need = int(head[at + 17 : stop if stop >= 0 else len(head)])
+                self._missing = int(head[at + 17 : stop if stop >= 0 else len(head)])
             else:
-                self._need, self._tail = -1, b""
-        if self._need >= 0:
-            self._need -= len(data)
-            if self._need <= 0:
-                self._done()
+                self._missing, self._tail = -1, b""
+        if self._missing >= 0:
+            self._missing -= len(data)
+            if self._missing <= 0:
+                self._finish_answer()
             return
         if self._on_data is not None and data:
             self._on_data(data)
@@ -87,14 +88,15 @@ class Connection(asyncio.Protocol):
         tail = self._tail + data[-7:]
         self._tail = tail[-7:]
         if self._tail.endswith(b"\r\n0\r\n\r\n"):
-            self._done()
+            self._finish_answer()
 
-    def _done(self) -> None:
-        self._need = None
+    def _finish_answer(self) -> None:
+        self._missing = None
         self._on_answer(self._status)
 
 
-def _as_is(connection: Connection) -> Connection:
+def _identity(connection: Connection) -> Connection:
+    """Makes a factory for ``create_connection`` of a connection that exists already."""
     return connection
 
 
@@ -107,7 +109,7 @@ class Sequential:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """``answered``: all of them, with those of the warm-up, which ``requests_per_s`` leaves out."""
+    """``answered`` counts all requests. ``requests_per_s`` leaves out those of the warm-up."""
 
     requests_per_s: float
     answered: int
@@ -117,7 +119,7 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """``finished_s``: until the last stream ended; ideal is tokens ÷ rate."""
+    """``finished_s``: the time until the last stream ended; the ideal is tokens ÷ rate."""
 
     finished_s: float
     errors: int
@@ -128,7 +130,7 @@ class Streams:
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """Nearest rank; ``nan`` of nothing."""
+    """The percentile by nearest rank; NaN for an empty list."""
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
@@ -169,7 +171,9 @@ async def throughput(
     running = True
     connections: list[Connection] = []
 
-    def next_of(index: int) -> Callable[[int], None]:
+    def send_next_on(index: int) -> Callable[[int], None]:
+        """The callback of a connection: counts its answer and sends the next request on it."""
+
         def on_answer(status: int) -> None:
             nonlocal served, errors
             if not running:
@@ -185,18 +189,19 @@ async def throughput(
         return on_answer
 
     for index in range(in_flight):
-        connection = Connection(next_of(index))
-        await loop.create_connection(partial(_as_is, connection), host, port)
+        connection = Connection(send_next_on(index))
+        await loop.create_connection(partial(_identity, connection), host, port)
         connections.append(connection)
     for connection in connections:
         assert connection.transport is not None
         connection.transport.write(message)
     await asyncio.sleep(warm_up_s)
-    first, start, cpu = served, time.perf_counter(), time.process_time()
+    warm_up_served, started_at, cpu_start_s = served, time.perf_counter(), time.process_time()
     await asyncio.sleep(seconds)
-    wall = time.perf_counter() - start
+    wall_s = time.perf_counter() - started_at
     running = False
-    result = Throughput((served - first) / wall, served, errors, (time.process_time() - cpu) / wall)
+    cpu_s = time.process_time() - cpu_start_s
+    result = Throughput((served - warm_up_served) / wall_s, served, errors, cpu_s / wall_s)
     for connection in connections:
         if connection.transport is not None:
             connection.transport.close()
@@ -213,7 +218,7 @@ async def streams(host: str, port: int, count: int, tokens: int, rate: float, sp
     delays: list[float] = []
     errors = 0
 
-    async def one(index: int) -> None:
+    async def run_stream(index: int) -> None:
         nonlocal errors
         await asyncio.sleep(spread_s * index / count)
         ended: asyncio.Future[int] = loop.create_future()
@@ -251,17 +256,17 @@ async def streams(host: str, port: int, count: int, tokens: int, rate: float, sp
         finally:
             transport.close()
 
-    start, cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(one(index) for index in range(count)))
-    wall = time.perf_counter() - start
+    started_at, cpu_start_s = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(run_stream(index) for index in range(count)))
+    wall_s = time.perf_counter() - started_at
     delays.sort()
     return Streams(
-        wall - spread_s,
+        wall_s - spread_s,
         errors,
         len(delays),
         percentile(delays, 0.5),
         percentile(delays, 0.99),
-        (time.process_time() - cpu) / wall,
+        (time.process_time() - cpu_start_s) / wall_s,
     )
 
 

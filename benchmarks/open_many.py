@@ -1,10 +1,10 @@
-"""How long it takes until many nodes are up, opened side by side as `gpumesh up` does it, over one real sshd.
+"""Measures the time until many nodes are up, opened concurrently as `gpumesh up` does it, over one real sshd.
 
     python benchmarks/open_many.py [--nodes 32] [--transport sshtunnel] [--slow-ms 1500] [--rounds N] [--json] [--check]
 
 One of the nodes is slow: a proxy in front of its sshd delays the greeting by ``--slow-ms``. First each kind of node is
-opened alone, then all at once. ``--check`` exits 1 unless all are up within the time of the slowest alone
-+ 0.5 s. All hosts are this machine: it computes both sides of every key exchange, where real hosts compute their own.
+opened alone, then all nodes at once. ``--check`` exits 1 unless all nodes are up within the time of the slow node alone
++ 0.5 s. All hosts are this machine, which computes both sides of every key exchange. Real hosts compute their own side.
 """
 
 from __future__ import annotations
@@ -87,18 +87,18 @@ async def time_to_open(pool: WorkerPool, specs: list[SshSpec], target: int) -> l
             for number, spec in enumerate(specs)
         ]
 
-        async def up(number: int) -> float:
+        async def measure_up(number: int) -> float:
             await tunnels[number].wait_up()
             return time.perf_counter() - started_at
 
-        return sorted(await asyncio.gather(*(up(number) for number in range(len(tunnels)))))
+        return sorted(await asyncio.gather(*(measure_up(number) for number in range(len(tunnels)))))
 
 
 async def measure(transport: TransportKind, nodes: int, slow_s: float, rounds: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         async with benchmark_setup(Path(folder)) as (sshd, pool, target), slow_port_to(sshd, slow_s) as slow_port:
-            known = sshd.known_hosts.read_text()
-            sshd.known_hosts.write_text(known + known.replace(f":{sshd.port} ", f":{slow_port} "))
+            known_hosts = sshd.known_hosts.read_text()
+            sshd.known_hosts.write_text(known_hosts + known_hosts.replace(f":{sshd.port} ", f":{slow_port} "))
             usual = sshd.spec(transport=transport, connect_timeout_s=30.0)
             slow = sshd.spec(transport=transport, connect_timeout_s=30.0, port=slow_port)
             await pool.prestart()

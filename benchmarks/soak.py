@@ -1,14 +1,14 @@
-"""Load with faults, for as long as is wanted: nothing may be lost, and nothing may grow.
+"""Load with faults, for minutes or days: no answer may be lost, and no resource may grow.
 
     python benchmarks/soak.py [--minutes 120] [--fault-every 30] [--clients 24] [--json] [--check]
 
-Three simulated hosts behind SSH, `gpumesh up` in a process of its own, and clients that stream, ask in one piece, and
-leave in mid-answer. One fault at a time: a host is killed and started again, frozen, refuses, answers 500, cuts its
-streams, ends them silently, stalls; each lasts a third of the interval. The stand-in's text follows from the prompt
-alone, so each answer is compared with what it must be, letter by letter.
+`gpumesh up` runs in a process of its own over three simulated hosts behind SSH. Some clients stream, some want the
+answer in one piece, some leave in mid-answer. One fault happens at a time: a host is killed and started again, is
+frozen, refuses, answers 500, cuts its streams, ends them silently, stalls. Each fault lasts a third of the interval.
+The stand-in's text depends on the prompt alone, so each answer is compared with the expected text, letter by letter.
 
-Reported: requests and how they ended at both ends (the books must balance), wrong texts, and the gateway's memory,
-open files and threads at the start (after warming up) and at the end.
+The report has the requests by how they ended, as the clients and as the gateway counted them (both must be equal),
+wrong texts, and the gateway's memory, open files and threads at the start (after a warm-up) and at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gpumesh.lab.profile import QWEN_7B, Faults, SmiMode  # noqa: E402
 
 MODEL = QWEN_7B.name
 WARM_UP_S = 10.0
-LEAVES = 0.1  # share of clients that leave in mid-answer
+LEAVING_SHARE = 0.1  # of streamed requests whose client leaves in mid-answer
 FAULTS: dict[str, Faults | None] = {
     "killed": None,
     "frozen": None,
@@ -58,7 +58,8 @@ FAULTS: dict[str, Faults | None] = {
 
 @dataclass
 class Tally:
-    """What the clients saw. ``wrong``: a text that is not what it must be; ``cut``: a stream without its end."""
+    """The requests as the clients saw them. ``wrong``: with another text than expected; ``cut``: streams without an
+    end; ``left``: the client left in mid-answer."""
 
     asked: int = 0
     right: int = 0
@@ -76,7 +77,7 @@ def hosts() -> tuple[profile.HostProfile, ...]:
     )
 
 
-def expected(prompt: str) -> str:
+def expected_text(prompt: str) -> str:
     rendered = text.render_messages([{"role": "user", "content": prompt}])
     return "".join(text.generate_text(rendered, model=MODEL, length_range=(20, 80)).tokens)
 
@@ -88,16 +89,16 @@ async def client(url: str, number: int, tally: Tally, until: float) -> None:
             prompt = f"{number}: {rng.random()}"
             streamed = rng.random() < 0.8
             body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": streamed}
-            leave = streamed and rng.random() < LEAVES
+            leave = streamed and rng.random() < LEAVING_SHARE
             tally.asked += 1
             try:
-                await _one(session, url, body, prompt, leave, tally)
+                await _send_request(session, url, body, prompt, leave, tally)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 tally.failed += 1
                 tally.errors[repr(error)[:120]] += 1
 
 
-async def _one(
+async def _send_request(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], prompt: str, leave: bool, tally: Tally
 ) -> None:
     async with session.post(f"{url}/api/chat", json=body, timeout=aiohttp.ClientTimeout(total=120)) as response:
@@ -105,29 +106,30 @@ async def _one(
             tally.failed += 1
             tally.errors[f"{response.status}: {(await response.text())[:120]}"] += 1
             return
-        said, done = "", False
+        answer, done = "", False
         async for line in response.content:
             frame = json.loads(line)
             if "error" in frame:
                 tally.cut += 1
                 tally.errors[str(frame["error"])[:160]] += 1
                 return
-            said += frame["message"]["content"]
+            answer += frame["message"]["content"]
             done = frame["done"]
-            if leave and len(said) > 20:
+            if leave and len(answer) > 20:
                 tally.left += 1
                 return
     if not done:
         tally.cut += 1
-    elif said != expected(prompt):
+    elif answer != expected_text(prompt):
         tally.wrong += 1
-        tally.errors[f"wrong text: {said!r:.200} for {prompt}"] += 1
+        tally.errors[f"wrong text: {answer!r:.200} for {prompt}"] += 1
     else:
         tally.right += 1
 
 
 @contextlib.asynccontextmanager
-async def fault(host: LabHost, name: str) -> AsyncIterator[None]:
+async def inject_fault(host: LabHost, name: str) -> AsyncIterator[None]:
+    """The host has this fault while the context is open."""
     if name == "killed":
         await host.kill()
         yield
@@ -145,9 +147,10 @@ async def fault(host: LabHost, name: str) -> AsyncIterator[None]:
         await host.set_faults(Faults())
 
 
-async def trouble(lab: Lab, every_s: float, until: float, seed: int, quiet: bool) -> Counter[str]:
+async def inject_faults(lab: Lab, every_s: float, until: float, seed: int, quiet: bool) -> Counter[str]:
+    """Injects one fault after the other, all kinds in random order before any comes again. Returns their numbers."""
     rng = random.Random(seed)
-    done: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     names = list(FAULTS)
     order: list[str] = []
     while time.monotonic() + every_s < until:
@@ -156,29 +159,30 @@ async def trouble(lab: Lab, every_s: float, until: float, seed: int, quiet: bool
         name, host = order.pop(), rng.choice(list(lab.hosts.values()))
         if not quiet:
             print(f"{time.strftime('%H:%M:%S')} {host.name} {name}", file=sys.stderr, flush=True)
-        async with fault(host, name):
+        async with inject_fault(host, name):
             await asyncio.sleep(every_s / 3)
-        done[name] += 1
-    return done
+        counts[name] += 1
+    return counts
 
 
 @dataclass(frozen=True)
-class Usage:
+class ProcessUsage:
     rss_kb: int
     files: int
     threads: int
     children: int
 
 
-def usage(pid: int) -> Usage:
+def process_usage(pid: int) -> ProcessUsage:
     status = Path(f"/proc/{pid}/status").read_text()
-    found = {key: int(re.search(rf"^{key}:\s+(\d+)", status, re.MULTILINE)[1]) for key in ("VmRSS", "Threads")}  # type: ignore[index]
+    fields = {key: int(re.search(rf"^{key}:\s+(\d+)", status, re.MULTILINE)[1]) for key in ("VmRSS", "Threads")}  # type: ignore[index]
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return Usage(found["VmRSS"], len(list(Path(f"/proc/{pid}/fd").iterdir())), found["Threads"], len(children))
+    open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return ProcessUsage(fields["VmRSS"], open_files, fields["Threads"], len(children))
 
 
-async def settled(url: str, pid: int) -> Usage:
-    """When nothing is in flight and all nodes are healthy again."""
+async def wait_for_idle_usage(url: str, pid: int) -> ProcessUsage:
+    """The use of resources when nothing is in flight and all nodes are healthy again."""
     async with asyncio.timeout(90), aiohttp.ClientSession() as session:
         while True:
             async with session.get(f"{url}/mesh/status") as response:
@@ -188,19 +192,19 @@ async def settled(url: str, pid: int) -> Usage:
                 break
             await asyncio.sleep(0.2)
     await asyncio.sleep(2.0)
-    return usage(pid)
+    return process_usage(pid)
 
 
-async def books(url: str) -> dict[str, int]:
-    """By how they ended, as the gateway counted them."""
+async def count_outcomes(url: str) -> dict[str, int]:
+    """The number of requests for each outcome, as the gateway counted them."""
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
-        told = await response.text()
-    counted: Counter[str] = Counter()
-    for labels, value in re.findall(r"^gpumesh_requests_total\{(.*)\} (\S+)$", told, re.MULTILINE):
+        page = await response.text()
+    counts: Counter[str] = Counter()
+    for labels, value in re.findall(r"^gpumesh_requests_total\{(.*)\} (\S+)$", page, re.MULTILINE):
         if 'route="/api/chat"' in labels:
             outcome = re.search(r'outcome="([^"]+)"', labels)
-            counted[outcome[1] if outcome else "?"] += int(float(value))
-    return dict(counted)
+            counts[outcome[1] if outcome else "?"] += int(float(value))
+    return dict(counts)
 
 
 async def soak(
@@ -220,46 +224,47 @@ async def soak(
             port = free_port()
             file = lab.write_config(folder / "mesh.yaml", listen=f"127.0.0.1:{port}")
             argv = (sys.executable, "-m", "gpumesh", "--config", str(file), "--quiet", "up")
-            surroundings = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(HERE.parent), "HOME": str(folder)}
-            async with program(*argv, port=port, folder=folder, **surroundings) as process:
+            environment = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(HERE.parent), "HOME": str(folder)}
+            async with program(*argv, port=port, folder=folder, **environment) as process:
                 url = f"http://127.0.0.1:{port}"
-                await settled(url, process.pid)
-                warm = Tally()
-                ends = time.monotonic() + warm_up_s
-                await asyncio.gather(*(client(url, -number, warm, ends) for number in range(1, clients + 1)))
-                before, counted = await settled(url, process.pid), Counter(await books(url))
+                await wait_for_idle_usage(url, process.pid)
+                warm_up = Tally()
+                until = time.monotonic() + warm_up_s
+                await asyncio.gather(*(client(url, -number, warm_up, until) for number in range(1, clients + 1)))
+                before = await wait_for_idle_usage(url, process.pid)
+                warm_up_outcomes = Counter(await count_outcomes(url))
                 tally = Tally()
-                began = time.monotonic()
-                ends = began + minutes * 60
+                started_at = time.monotonic()
+                until = started_at + minutes * 60
                 async with asyncio.TaskGroup() as group:
-                    faults = group.create_task(trouble(lab, fault_every_s, ends, seed, quiet))
+                    faults = group.create_task(inject_faults(lab, fault_every_s, until, seed, quiet))
                     for number in range(clients):
-                        group.create_task(client(url, number, tally, ends))
-                after = await settled(url, process.pid)
-                counted = Counter(await books(url)) - counted
+                        group.create_task(client(url, number, tally, until))
+                after = await wait_for_idle_usage(url, process.pid)
+                outcomes = Counter(await count_outcomes(url)) - warm_up_outcomes
     return {
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes": round((time.monotonic() - started_at) / 60, 1),
         "clients": asdict(tally),
-        "gateway": dict(counted),
-        "balanced": sum(counted.values()) == tally.asked,
+        "gateway": dict(outcomes),
+        "balanced": sum(outcomes.values()) == tally.asked,
         "faults": dict(faults.result()),
         "before": asdict(before),
         "after": asdict(after),
     }
 
 
-def kept(figures: dict[str, Any]) -> list[str]:
-    """What is not as it must be."""
-    told, before, after = figures["clients"], figures["before"], figures["after"]
-    wrong = [f"{told[name]} {name}" for name in ("failed", "wrong", "cut") if told[name]]
+def list_problems(figures: dict[str, Any]) -> list[str]:
+    """A sentence for each figure that is not as it must be."""
+    clients, before, after = figures["clients"], figures["before"], figures["after"]
+    problems = [f"{clients[name]} {name}" for name in ("failed", "wrong", "cut") if clients[name]]
     if not figures["balanced"]:
-        wrong.append(f"the books do not balance: {told['asked']} asked, {figures['gateway']}")
-    for name, spare in (("files", 8), ("threads", 0), ("children", 0)):
-        if after[name] > before[name] + spare:
-            wrong.append(f"{name} grew from {before[name]} to {after[name]}")
+        problems.append(f"the books do not balance: {clients['asked']} asked, {figures['gateway']}")
+    for name, allowed in (("files", 8), ("threads", 0), ("children", 0)):
+        if after[name] > before[name] + allowed:
+            problems.append(f"{name} grew from {before[name]} to {after[name]}")
     if after["rss_kb"] > before["rss_kb"] * 1.1 + 8192:
-        wrong.append(f"memory grew from {before['rss_kb']} to {after['rss_kb']} KB")
-    return wrong
+        problems.append(f"memory grew from {before['rss_kb']} to {after['rss_kb']} KB")
+    return problems
 
 
 def main() -> int:
@@ -279,9 +284,9 @@ def main() -> int:
     else:
         for name, value in figures.items():
             print(f"{name:<10} {value}")
-    wrong = kept(figures)
-    print("\n".join(wrong) or "nothing was lost and nothing grew", file=sys.stderr)
-    return 1 if wrong and given.check else 0
+    problems = list_problems(figures)
+    print("\n".join(problems) or "nothing was lost and nothing grew", file=sys.stderr)
+    return 1 if problems and given.check else 0
 
 
 if __name__ == "__main__":

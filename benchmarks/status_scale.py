@@ -1,13 +1,13 @@
-"""How long `gpumesh status` takes on a running mesh, and what `gpumesh status --watch` costs, by number of nodes.
+"""Measures the time of `gpumesh status` on a running mesh and the cost of `gpumesh status --watch`, by number of nodes.
 
 ::
 
     python benchmarks/status_scale.py [--nodes 1,100] [--runs 15] [--watch-s 20]
 
 The mesh behind the socket is made up: its nodes and their GPUs change as probes would change them (each node every two
-seconds), so that what is measured is the command, not the mesh; direct_nodes.py measures both, over real nodes. The
-commands are real processes; `--watch` draws on a pseudo-terminal of 200 x 50 that somebody reads. DESIGN section 11:
-`status` within 300 ms, with 100 nodes within 1 s; issue 6: `--watch` of 100 nodes under 10 % of one core.
+seconds). So only the command is measured, not the mesh; direct_nodes.py measures both, over real nodes. The commands
+are real processes. `--watch` draws on a pseudo-terminal of 200 x 50, which this program reads. The goals: `status`
+within 300 ms, with 100 nodes within 1 s (DESIGN section 11); `--watch` of 100 nodes under 10 % of one core (issue 6).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MODELS = tuple(
 PROBE_EVERY_S = 2.0
 
 
-def node(number: int, random: Random) -> NodeState:
+def make_node(number: int, random: Random) -> NodeState:
     """A node with one or two busy GPUs, as a probe would find it."""
     at = datetime.now(UTC)
     gpus = tuple(
@@ -109,24 +109,24 @@ def node(number: int, random: Random) -> NodeState:
     )
 
 
-class MadeUp:
-    """A Session whose nodes change as if they were probed, one after the other."""
+class SimulatedSession:
+    """A ``Session`` whose nodes change as if they were probed, one after the other."""
 
     def __init__(self, count: int) -> None:
         self._random = Random(count)
-        self._nodes = [node(number, self._random) for number in range(count)]
+        self._nodes = [make_node(number, self._random) for number in range(count)]
         self._changes = ChangeNotifier()
         self._recorder = Recorder()
 
-    async def live(self) -> None:
-        last = 0.0
+    async def change_nodes(self) -> None:
+        recorded_at = 0.0
         while True:
             for number in range(len(self._nodes)):
-                self._nodes[number] = node(number, self._random)
+                self._nodes[number] = make_node(number, self._random)
                 self._changes.notify()
                 await asyncio.sleep(PROBE_EVERY_S / len(self._nodes))
-                if time.monotonic() - last > PROBE_EVERY_S:
-                    last = time.monotonic()
+                if time.monotonic() - recorded_at > PROBE_EVERY_S:
+                    recorded_at = time.monotonic()
                     self._recorder.add(await self.status())
 
     async def status(self) -> MeshState:
@@ -166,19 +166,19 @@ class MadeUp:
 
 
 async def wall_ms(command: Sequence[str], runs: int) -> list[float]:
-    """Wall time of each run; the first, which reads the disk, is left out."""
-    took = []
+    """The wall time of each run, without the first, which reads the disk."""
+    times_ms = []
     for _ in range(runs + 1):
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
         if await process.wait() != 0:
             raise RuntimeError(f"{command} ended with {process.returncode}")
-        took.append((time.perf_counter() - began) * 1000)
-    return took[1:]
+        times_ms.append((time.perf_counter() - started_at) * 1000)
+    return times_ms[1:]
 
 
 async def watch_cpu(seconds: float) -> tuple[float, int]:
-    """The part of one core that `status --watch` uses once it is drawn, and the bytes it writes to its terminal."""
+    """The share of one core that `status --watch` uses once it is drawn, and the bytes/s that it writes."""
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     process = await asyncio.create_subprocess_exec(
@@ -191,15 +191,15 @@ async def watch_cpu(seconds: float) -> tuple[float, int]:
         nonlocal written
         try:
             written += len(os.read(controller, 65536))
-        except OSError:  # EIO: it has ended
+        except OSError:  # EIO: the command has ended
             asyncio.get_running_loop().remove_reader(controller)
 
     asyncio.get_running_loop().add_reader(controller, read)
     try:
         await asyncio.sleep(3.0)  # until it has started
-        before, written_before = cpu_s(process.pid), written
+        cpu_before_s, written_before = cpu_s(process.pid), written
         await asyncio.sleep(seconds)
-        return (cpu_s(process.pid) - before) / seconds, int((written - written_before) / seconds)
+        return (cpu_s(process.pid) - cpu_before_s) / seconds, int((written - written_before) / seconds)
     finally:
         process.send_signal(signal.SIGINT)
         await process.wait()
@@ -208,6 +208,7 @@ async def watch_cpu(seconds: float) -> tuple[float, int]:
 
 
 def cpu_s(pid: int) -> float:
+    """The CPU seconds that a process has used (utime and stime of proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -218,24 +219,24 @@ async def measure(count: int, runs: int, watch_s: float, folder: Path) -> dict[s
     os.environ["GPUMESH_CONFIG"] = str(config)
     paths = mesh_paths.for_config(config)
     lock = MeshLock.acquire(paths)
-    session = MadeUp(count)
-    living = asyncio.create_task(session.live())
+    session = SimulatedSession(count)
+    changes = asyncio.create_task(session.change_nodes())
     try:
         async with ControlServer(session, paths.socket, on_stop=lambda _: None):
-            table = await wall_ms([str(GPUMESH), "status"], runs)
-            document = await wall_ms([str(GPUMESH), "status", "--json"], runs)
-            cpu, rate = await watch_cpu(watch_s)
+            table_ms = await wall_ms([str(GPUMESH), "status"], runs)
+            json_ms = await wall_ms([str(GPUMESH), "status", "--json"], runs)
+            cpu_share, bytes_per_s = await watch_cpu(watch_s)
     finally:
-        living.cancel()
+        changes.cancel()
         paths.remove_files()
         lock.release()
     return {
         "nodes": count,
-        "status_p50_ms": round(statistics.median(table), 1),
-        "status_max_ms": round(max(table), 1),
-        "status_json_p50_ms": round(statistics.median(document), 1),
-        "watch_core_pct": round(cpu * 100, 2),
-        "watch_bytes_per_s": rate,
+        "status_p50_ms": round(statistics.median(table_ms), 1),
+        "status_max_ms": round(max(table_ms), 1),
+        "status_json_p50_ms": round(statistics.median(json_ms), 1),
+        "watch_core_pct": round(cpu_share * 100, 2),
+        "watch_bytes_per_s": bytes_per_s,
     }
 
 

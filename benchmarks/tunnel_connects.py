@@ -1,10 +1,10 @@
-"""The cost of finding the user of a new connection to a tunnel's port, in one run.
+"""Measures the cost of looking up the user of a new connection to a tunnel's port.
 
     python benchmarks/tunnel_connects.py [--connections N] [--rounds N] [--sockets 10,1000,10000]
 
-First the lookup alone, with so many TCP sockets on the machine: by sock_diag, and by /proc/net/tcp, which is read where
-there is no sock_diag. Then a new connection with one small request through each transport, over a real sshd, by ports
-for their own user and by shared ports, in turns.
+First the lookup alone is measured, with the given numbers of TCP sockets on the machine: by sock_diag, and by
+/proc/net/tcp, which is used where there is no sock_diag. Then a new connection with one small request is measured
+through each transport over a real sshd, in turns with ports for their own user only and with shared ports.
 """
 
 from __future__ import annotations

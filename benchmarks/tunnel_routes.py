@@ -1,8 +1,8 @@
 """The routes that the tunnel benchmarks compare, over one real sshd on loopback, and the small HTTP server behind them.
 
-``GET /api/version`` answers at once; with ``?apart=US`` its body comes so many microseconds after its head. ``GET
-/stream?tokens=N&rate=R`` sends N lines at R a second, each with the time (monotonic, ns) of its intended send, from
-which a delay counts. Run as a program, this file is that server and prints its port.
+``GET /api/version`` is answered at once; with ``?apart=US`` the body comes US microseconds after the head. ``GET
+/stream?tokens=N&rate=R`` is answered with N lines, R per second. Each line has the time (monotonic, ns) at which it
+should be sent; the client counts its delay from then. Run as a program, this file is that server and prints its port.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ forwarder.stop(force=True)
 
 
 class StandInServer(asyncio.Protocol):
-    """A minimum of HTTP/1.1 with keep-alive; one ``write`` for each token, like an inference server."""
+    """A minimal HTTP/1.1 server with keep-alive. Each token is a ``write`` of its own, as in an inference server."""
 
     def __init__(self) -> None:
         self._transport: Any = None

@@ -1,4 +1,4 @@
-"""Many streams of tokens at once through outcome tunnel, in outcome run, over a real sshd.
+"""Many streams of tokens at once through one tunnel, all routes in one run, over a real sshd.
 
     python benchmarks/tunnel_streams.py [--streams 32,128,256] [--tokens 200] [--rate 100] [--stock] [--json] [--check]
 
@@ -121,16 +121,16 @@ async def measure(arguments: argparse.Namespace) -> list[Result]:
 
 
 def list_missed_goals(results: list[Result]) -> Iterator[str]:
-    """A sentence for each goal that was missed_goals."""
-    direct = {outcome.streams: outcome.seconds for outcome in results if outcome.route == "direct"}
-    for outcome in results:
-        if not outcome.route.startswith("gpumesh") or outcome.streams > GOAL_STREAMS:
+    """A sentence for each goal that was missed."""
+    direct = {result.streams: result.seconds for result in results if result.route == "direct"}
+    for result in results:
+        if not result.route.startswith("gpumesh") or result.streams > GOAL_STREAMS:
             continue
-        where = f"{outcome.streams} streams, {outcome.route}"
-        if outcome.seconds > direct[outcome.streams] * (1 + GOAL_LONGER):
-            yield f"{where}: {outcome.seconds:.2f} s, where the direct route took {direct[outcome.streams]:.2f} s"
-        if outcome.delay_p99_ms > GOAL_P99_MS:
-            yield f"{where}: a token delay of {outcome.delay_p99_ms:.1f} ms at p99"
+        subject = f"{result.streams} streams, {result.route}"
+        if result.seconds > direct[result.streams] * (1 + GOAL_LONGER):
+            yield f"{subject}: {result.seconds:.2f} s, where the direct route took {direct[result.streams]:.2f} s"
+        if result.delay_p99_ms > GOAL_P99_MS:
+            yield f"{subject}: a token delay of {result.delay_p99_ms:.1f} ms at p99"
 
 
 def main() -> int:
@@ -144,12 +144,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     results = asyncio.run(measure(arguments := parser.parse_args()))
     if arguments.json:
-        rows = [{name: value for name, value in asdict(outcome).items() if name != "delays_ms"} for outcome in results]
+        rows = [{name: value for name, value in asdict(result).items() if name != "delays_ms"} for result in results]
         print(json.dumps({"tokens": arguments.tokens, "rate": arguments.rate, "runs": rows}, indent=2))
     missed_goals = list(list_missed_goals(results)) if arguments.check else []
     for miss in missed_goals:
         print(miss, file=sys.stderr)
-    return 1 if missed_goals or any(outcome.errors for outcome in results if outcome.route.startswith("gpumesh")) else 0
+    return 1 if missed_goals or any(result.errors for result in results if result.route.startswith("gpumesh")) else 0
 
 
 if __name__ == "__main__":
