@@ -1,1 +1,1 @@
-"""What inference servers speak: requests, frames, errors, continuation. Bytes in, values out; no I/O here."""
+"""The APIs of inference servers: requests, frames, errors, continuation. Bytes in, values out; no I/O here."""

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from gpumesh.backends import safe_json
 from gpumesh.state import LoadedModel, ModelInfo
 
-# Beyond these a server's figures for one answer are no figures: the balancer learns from them, and pools add them up.
+# Larger figures of a server for one answer are not believed: the balancer learns from them, and the totals of pools
+# add them up.
 MOST_TOKENS = 1 << 27
 LONGEST_MS = 30 * 86400 * 1000.0
 FASTEST_TOKENS_PER_S = 100_000.0
@@ -19,6 +20,8 @@ FASTEST_TOKENS_PER_S = 100_000.0
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One message of a chat. ``images`` are base64."""
+
     role: str
     content: str
     images: tuple[str, ...] = ()
@@ -26,7 +29,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One prompt, dialect-free. ``options`` are Ollama's names (``temperature``, ``num_predict``, ``num_ctx`` …)."""
+    """A chat, in no server's dialect. ``options`` have Ollama's names (``temperature``, ``num_predict``, ``num_ctx``
+    …)."""
 
     model: str
     messages: tuple[Message, ...]
@@ -37,7 +41,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class HttpCall:
-    """What to send to a backend: path from the base URL on, JSON body."""
+    """A request to a backend. ``path`` is appended to the base URL; ``body`` is JSON."""
 
     method: str
     path: str
@@ -47,7 +51,10 @@ class HttpCall:
 
 @dataclass(frozen=True, slots=True)
 class ServerCounters:
-    """The server's own figures for one answer; durations in ms; ``None`` where it did not say."""
+    """The server's own figures for one answer. Durations are in ms. ``None``: the server did not give this figure.
+
+    ``tokens`` are those of the answer.
+    """
 
     prompt_tokens: int | None = None
     tokens: int | None = None
@@ -58,7 +65,7 @@ class ServerCounters:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generation rate by the server's own clock; ``None`` for one that no hardware reaches."""
+        """Generation rate by the server's own clock; ``None`` if it is not known, or if no hardware reaches it."""
         if self.tokens is None or not self.eval_ms:
             return None
         seconds = self.eval_ms / 1000.0
@@ -73,19 +80,22 @@ class ServerCounters:
 
 
 def token_count(value: Any) -> int | None:
-    """A number of tokens as a server gives it; ``None`` for what cannot be one."""
+    """A server's number of tokens; ``None`` for a value that cannot be such a number."""
     return safe_json.as_bounded_count(value, MOST_TOKENS)
 
 
 def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
-    """A duration as a server gives it, ``per_ms`` of its units being a millisecond; ``None`` for what cannot be one."""
-    read = safe_json.as_number(value)
-    return read / per_ms if read is not None and read / per_ms <= LONGEST_MS else None
+    """A server's duration; ``None`` for a value that cannot be a duration.
+
+    ``per_ms``: how many of the server's units make one millisecond.
+    """
+    number = safe_json.as_number(value)
+    return number / per_ms if number is not None and number / per_ms <= LONGEST_MS else None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. ``done`` on the final one only, which carries ``counters`` and ``done_reason``."""
+    """A piece of an answer. Only the final chunk is ``done``; it also carries ``counters`` and ``done_reason``."""
 
     text: str = ""
     thinking: str = ""
@@ -95,27 +105,31 @@ class Chunk:
 
 
 ProbeAnswers = Mapping[str, tuple[int, bytes] | None]
-"""Status and body by the names of ``Dialect.probe_calls``; ``None`` for what was not answered."""
+"""Status and body, by the names of ``Dialect.probe_calls``; ``None`` for a call that got no answer."""
+
 JSON_HEADERS = (("Content-Type", "application/json"),)
 
 
 class FrameReader(Protocol):
-    """Turns a response body's bytes into chunks, however they were cut up on the way.
+    """Turns a response body's bytes into chunks, wherever the network cut the bytes.
 
-    Raises BackendError for an error frame in mid-stream and ProbeError(finding='wrong-server') for what is no frame.
+    Raises BackendError for an error frame in mid-stream, and ProbeError (finding ``wrong-server``) for bytes that are
+    not a frame.
     """
 
     def feed(self, data: bytes) -> Sequence[Chunk]: ...
 
     def close(self) -> Sequence[Chunk]:
-        """At end of stream. Raises StreamCut when the final frame never came."""
+        """Call this at the end of the stream. Raises StreamCut when the final frame never came."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """How busy a server says it is, whoever its clients are; ``None`` where it does not say. ``kv_cache_pct`` is the
-    share of the memory for contexts that is in use."""
+    """The server's own figures of its load, with the requests of all its clients. ``None``: the server gives no figure.
+
+    ``kv_cache_pct`` is the used share of the memory for contexts.
+    """
 
     running: int | None = None
     waiting: int | None = None
@@ -124,8 +138,11 @@ class ServerLoad:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a backend says it is: the result of a backend probe. ``unusable`` counts what it lists that has no name by
-    which it could be asked for (``model_list.py``)."""
+    """The result of a backend probe: what the server says of itself.
+
+    ``parallel`` is how many requests the server runs at once. ``unusable`` counts the listed models whose name no
+    request could use (``model_list.py``).
+    """
 
     version: str | None
     catalog: tuple[ModelInfo, ...]
@@ -136,28 +153,30 @@ class Inventory:
 
 
 class ParallelismSource(StrEnum):
-    """Where it is known from how many requests a server runs at once, if mesh.yaml does not say it."""
+    """How the mesh learns how many requests a server runs at once, if mesh.yaml does not give the number."""
 
     DURATIONS = "durations"
-    """Learned from the durations in its answers (``balancer/limits.py``): it queues in silence what is too much."""
+    """From the durations in the server's answers (``balancer/limits.py``): the server queues requests without a
+    sign."""
     PROBE = "probe"
-    """Its probe says it (``Inventory.parallel``); unlimited where the probe does not."""
+    """From the probe (``Inventory.parallel``). If the probe does not give the number, it is unlimited."""
 
 
 class ContinuationMethod(StrEnum):
-    """How a server is told to go on with a chat of ``/v1`` that it, or another server, began."""
+    """How the mesh tells a server to continue a chat of ``/v1`` that this server, or another one, began."""
 
     TEMPLATE = "template"
-    """As the last message of the assistant; where the model's template closes that, as text after the prompt that the
-    server renders (Ollama)."""
+    """The partial answer is the last message of the assistant. If the model's template closes that message, the partial
+    answer is text after the prompt that the server renders (Ollama)."""
     MARKED = "marked"
-    """As the last message of the assistant, marked as the one to continue: else a new turn begins (vLLM)."""
+    """The partial answer is the last message of the assistant. The request marks it as the message to continue: without
+    the mark a new turn begins (vLLM)."""
     RENDERED_PROMPT = "rendered-prompt"
-    """As text after the prompt that the server renders (llama-server)."""
+    """The partial answer is text after the prompt that the server renders (llama-server)."""
 
 
 class Dialect(Protocol):
-    """One kind of server: what it can do, what is sent to it and what its answers mean. Pure.
+    """One kind of server: its capabilities, the requests to it, and the meaning of its answers. Pure.
 
     Each attribute is a capability. Code outside this room asks for the capability and never for the kind.
     ``DIALECTS`` in ``dialects.py`` holds one object for each kind.
@@ -166,36 +185,36 @@ class Dialect(Protocol):
     label: str
     """The server's name in messages for people."""
     chat_path: str
-    """Where ``build_chat_call`` goes."""
+    """The path of the request that ``build_chat_call`` makes."""
     has_model_store: bool
-    """Whether models can be pulled, copied and deleted over its API."""
+    """Whether the server's API can pull, copy and delete models."""
     parallelism: ParallelismSource
     continuation: ContinuationMethod
     required_probes: frozenset[str]
-    """The names in ``probe_calls`` without whose answers there is no inventory."""
+    """Names in ``probe_calls``. ``read_inventory`` needs the answers to all of these."""
     latency_probe: str
-    """The name in ``probe_calls`` of the cheapest one."""
+    """The name in ``probe_calls`` of the cheapest call."""
     identity_probe: str
-    """The name in ``probe_calls`` of the one whose answer ``recognizes`` reads."""
+    """The name in ``probe_calls`` of the call whose answer ``recognizes`` reads."""
     is_generic: bool
-    """Whether servers of other kinds would be recognized as this one, too."""
+    """Whether ``recognizes`` also accepts the answers of servers of other kinds."""
     usual_port: int | None
-    """Where such a server listens unless it is told otherwise."""
+    """The port on which such a server listens by default."""
     oldest_version: str | None
-    """Older versions lack something that the mesh relies on."""
+    """Versions before this one lack something that the mesh relies on."""
     update_hint: str | None
-    """How to update a server that is older."""
+    """How to update a server that is older than ``oldest_version``."""
 
     def serves(self, path: str) -> bool:
-        """Whether it answers requests to this path of the gateway."""
+        """Whether such a server answers requests to this path of the gateway."""
         ...
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """Whether this answer to ``identity_probe`` is such a server's, in whatever state that is."""
+        """Whether this answer to ``identity_probe`` comes from such a server, ready or not."""
         ...
 
     def missing_model_hint(self, models: Sequence[str]) -> str:
-        """What to do on its host when it lacks these models."""
+        """The text that tells a person what to do on the server's host when the server lacks these models."""
         ...
 
     def build_chat_call(self, request: ChatRequest) -> HttpCall: ...
@@ -203,13 +222,13 @@ class Dialect(Protocol):
     def create_reader(self, *, stream: bool) -> FrameReader: ...
 
     def error_text(self, status: int, body: bytes) -> str:
-        """The message of the server's error response, made safe to print, at most a line."""
+        """The message of the server's error response: safe to print, one line at most."""
         ...
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
-        """What to GET to learn the inventory, by name; ``read_inventory`` takes the answers by the same names."""
+        """The GET requests that give the inventory, by name. ``read_inventory`` takes the answers by the same names."""
         ...
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """Raises ProbeError (finding ``wrong-server``) when the answers are not of this kind of server."""
+        """Raises ProbeError (finding ``wrong-server``) when the answers come from another kind of server."""
         ...

@@ -1,4 +1,4 @@
-"""The registry of dialects: one object for each kind of server, and what is asked of all of them."""
+"""The registry of dialects: one object for each kind of server, and the questions that concern all kinds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gpumesh.backends.openai import OpenAIDialect
 from gpumesh.backends.vllm import VllmDialect
 from gpumesh.topology import BackendKind, Target
 
-# In the order in which a server is asked what it is: what all servers with OpenAI's API have in common comes last.
+# The order is the one in which ``probes/server_kind.py`` tries the kinds. OPENAI is last: it would recognize
+# llama-server and vLLM as well.
 DIALECTS: Mapping[BackendKind, Dialect] = {
     BackendKind.OLLAMA: OllamaDialect(),
     BackendKind.LLAMACPP: LlamacppDialect(),
@@ -23,20 +24,21 @@ DIALECTS: Mapping[BackendKind, Dialect] = {
     BackendKind.OPENAI: OpenAIDialect(),
 }
 
-# A request that one kind began is continued on kinds of the same API only: their streams differ.
+# Only a kind with the same API continues a request that another kind began: the streams of the APIs differ.
 _KINDS_BY_CHAT_PATH = {
     path: frozenset(kind for kind, dialect in DIALECTS.items() if dialect.chat_path == path)
     for path in {dialect.chat_path for dialect in DIALECTS.values()}
 }
 KINDS_WITH_MODEL_STORE = frozenset(kind for kind, dialect in DIALECTS.items() if dialect.has_model_store)
-# Whose API the gateway's own routes to the nodes' model stores use.
+# The gateway's own routes to the nodes' model stores use the API of this dialect.
 MODEL_STORE_DIALECT: Dialect = DIALECTS[BackendKind.OLLAMA]
 
-LAST_LINES = 16  # of an answer, among which its figures stand
+LAST_LINES = 16  # of an answer: the figures are in one of its last two or three lines; blank lines may follow them
 
 
 def find_dialect(kind: str) -> Dialect | None:
-    """The dialect of a kind by its name in mesh.yaml and in a node's state; ``None`` while the kind is not known."""
+    """The dialect of a kind. ``kind`` is its name in mesh.yaml and in a node's state. ``None`` for any other text: a
+    node whose kind is not known yet has such a text."""
     return DIALECTS.get(kind)  # type: ignore[call-overload, no-any-return]  # a StrEnum's members are its strings
 
 
@@ -45,15 +47,15 @@ def kinds_that_serve(path: str) -> frozenset[BackendKind]:
 
 
 def kinds_that_continue(kind: BackendKind) -> frozenset[BackendKind]:
-    """The kinds of server that can go on with a stream that this kind began."""
+    """The kinds of server that can continue a stream that this kind began."""
     return _KINDS_BY_CHAT_PATH[DIALECTS[kind].chat_path]
 
 
 def find_counters(body: bytes) -> ServerCounters | None:
-    """The server's figures from a whole answer or from one frame of any dialect; ``None`` if it holds none."""
+    """The server's figures, from a whole answer or from one frame of any dialect; ``None`` if ``body`` holds none."""
     document = safe_json.parse_object(body)
     if document is None:
-        # Only the last lines: a body of nothing but line ends would become a list of millions.
+        # Only the last lines are split off: a body of nothing but line ends would become a list of millions.
         for line in reversed(body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]):
             document = safe_json.parse_object(line.strip().removeprefix(b"data:"))
             if document is not None:
@@ -62,20 +64,20 @@ def find_counters(body: bytes) -> ServerCounters | None:
             return None
     if "eval_count" in document or "total_duration" in document:
         return ollama.parse_counters(document)
-    return openai.parse_counters(document) or _nested(document)
+    return openai.parse_counters(document) or _find_nested_counters(document)
 
 
-def _nested(document: Mapping[str, Any]) -> ServerCounters | None:
-    """``response.completed`` of the responses API, ``message_start`` of Anthropic's."""
+def _find_nested_counters(document: Mapping[str, Any]) -> ServerCounters | None:
+    """The figures inside of ``response.completed`` of the responses API, or of Anthropic's ``message_start``."""
     for key in ("response", "message"):
         inner = document.get(key)
-        if isinstance(inner, dict) and (found := openai.parse_counters(inner)) is not None:
-            return found
+        if isinstance(inner, dict) and (counters := openai.parse_counters(inner)) is not None:
+            return counters
     return None
 
 
 @lru_cache(maxsize=1024)
 def host_header(target: Target) -> str:
-    """What to say as ``Host``: the place as its own host knows it. Ollama on loopback answers 403, without a word, to
-    a name that is not its own; the port of our end of a tunnel is not its own either."""
+    """The ``Host`` header of a request to this server: its address as its own host knows it. Ollama on loopback answers
+    403, without a body, to any other name. Our end of a tunnel has another port, so its address would be wrong."""
     return format_address("127.0.0.1" if is_loopback(target.host) else target.host, target.port)

@@ -1,4 +1,4 @@
-"""The message of a server's error response, whatever shape that has, made safe to print."""
+"""The message of a server's error response, in any of the known shapes, made safe to print."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
+ERROR_BYTES = 1 << 20  # of an error response; the rest is not read
+MAX_DEPTH = 4  # of a message in objects that hold each other; no known shape has more than two
 _TITLE = re.compile(rb"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)
 
 
 def error_text(status: int, body: bytes) -> str:
-    """At most a line. Understands Ollama's, OpenAI's, Anthropic's and FastAPI's shapes, a web page and plain text."""
-    message = _find_message(safe_json.parse(body[: 1 << 20]))
+    """One line at most. Understands Ollama's, OpenAI's, Anthropic's and FastAPI's shapes, a web page and plain text."""
+    message = _find_message(safe_json.parse(body[:ERROR_BYTES]))
     if message is None and not body.strip():
         return f"HTTP {status} without a word"
     if message is None and is_web_page(body):
@@ -32,7 +34,7 @@ def describe_web_page(body: bytes) -> str:
 
 
 def find_error_message(document: dict[str, Any]) -> str | None:
-    """The message of an error object under status 200; ``None`` for what is no error."""
+    """The message of an error object under status 200; ``None`` if the object is not an error."""
     if document.get("error") in (None, ""):
         return None
     return printable(_find_message(document) or "an error without words") or "an error without words"
@@ -41,7 +43,7 @@ def find_error_message(document: dict[str, Any]) -> str | None:
 def _find_message(document: Any, depth: int = 0) -> str | None:
     if isinstance(document, str):
         return document if document.strip() else None
-    if depth > 4:
+    if depth > MAX_DEPTH:
         return None
     if isinstance(document, list):
         return _find_message(document[0], depth + 1) if document else None
@@ -55,6 +57,6 @@ def _find_message(document: Any, depth: int = 0) -> str | None:
 
 
 def printable_label(value: Any) -> str | None:
-    """A label that a server gives, made safe to print; ``None`` for what is no text, or nothing of it is left."""
-    message = safe_json.as_text(value)
-    return printable(message, 100) or None if message is not None else None
+    """A server's label, made safe to print; ``None`` if it is not a text, or if no printable character is left."""
+    label = safe_json.as_text(value)
+    return None if label is None else printable(label, 100) or None

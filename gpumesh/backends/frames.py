@@ -1,5 +1,5 @@
-"""Lines and server-sent events of a byte stream, however the network cut it up. Bounded: a server that never ends a
-line does not fill our memory."""
+"""Lines and server-sent events of a byte stream, wherever the network cuts the stream. Bounded: a server that never
+ends a line does not fill our memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from gpumesh.lines import LineBuffer, LineTooLong
 # The final line of /api/generate holds the whole context as numbers: 2 MB at 262144 tokens. Parsing a line holds up all
 # other streams, a tenth of a second for 8 MiB.
 LINE_LIMIT = 8 << 20
-EVENT_LINES = 1 << 10  # of one server-sent event; an event of an inference server has two or three
-MAX_FRAME_END = 4  # bytes of the longest end of a frame
-BODY_LIMIT = 64 << 20
+EVENT_LIMIT = LINE_LIMIT  # bytes of one server-sent event, all its lines together
+MAX_EVENT_LINES = 1 << 10  # of one server-sent event; an inference server sends two or three
+MAX_FRAME_END = 4  # bytes; no end of a frame is longer
+BODY_LIMIT = 64 << 20  # bytes of an answer in one piece
 
 
 class FrameAssembler:
-    """Bytes in, whole frames out, not taken apart: the beginning of a frame is held until its end has come.
+    """Bytes in, whole frames out. The frames are not split. The beginning of a frame is held until its end comes.
 
-    ``find_last_end`` says where the last frame ends that ends at or after ``start``; 0 if none does. ``held`` is the
-    beginning of a frame.
+    ``find_last_end(data, start)`` looks for ends of frames from ``start`` on. It returns the position after the last
+    one, or 0 if there is none. ``held`` is the beginning of a frame.
     """
 
     __slots__ = ("_find_last_end", "_limit", "held")
@@ -29,17 +30,17 @@ class FrameAssembler:
     def __init__(self, find_last_end: Callable[[bytearray, int], int], limit: int = LINE_LIMIT) -> None:
         self._find_last_end = find_last_end
         self._limit = limit
-        self.held = bytearray()  # a list of its pieces would cost far more memory than they are long
+        self.held = bytearray()  # a list of small pieces would take far more memory than their bytes
 
     @property
     def is_too_long(self) -> bool:
-        """Whether the frame that has begun is longer than a frame may be."""
+        """Whether the held beginning is already longer than a frame may be."""
         return len(self.held) > self._limit
 
     def feed(self, data: bytes) -> bytes:
         """All bytes up to the end of the last whole frame."""
         held = self.held
-        start = max(len(held) - MAX_FRAME_END, 0)  # what was held without an end need not be searched again
+        start = max(len(held) - MAX_FRAME_END, 0)  # the held bytes were searched before, but an end may be cut
         held += data
         end = self._find_last_end(held, start)
         whole = bytes(held[:end])
@@ -47,32 +48,32 @@ class FrameAssembler:
         return whole
 
     def take_rest(self) -> bytes:
-        """The frame that the body ended in, if it ended in one."""
+        """The last frame of the body if its end is missing; empty otherwise."""
         rest = bytes(self.held)
         self.held.clear()
         return rest
 
 
 def find_last_line_end(data: bytearray, start: int) -> int:
-    """For a FrameAssembler whose frames are lines."""
+    """``find_last_end`` of a FrameAssembler whose frames are lines."""
     return data.rfind(b"\n", start) + 1
 
 
 def find_last_event_end(data: bytearray, start: int) -> int:
-    """For a FrameAssembler whose frames are server-sent events: each ends with an empty line."""
+    """``find_last_end`` of a FrameAssembler whose frames are server-sent events: each ends with an empty line."""
     plain, after_cr = data.rfind(b"\n\n", start), data.rfind(b"\n\r\n", start)
     return max(plain + 2 if plain >= 0 else 0, after_cr + 3 if after_cr >= 0 else 0)
 
 
 class LineSplitter:
-    """Bytes in, whole lines out, without their ends (LF or CRLF)."""
+    """Bytes in, whole lines out, without the line ends (LF or CRLF)."""
 
     def __init__(self, limit: int = LINE_LIMIT) -> None:
         self._limit = limit
         self._lines = LineBuffer(limit)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Raises ProbeError for a line past the bound."""
+        """Raises ProbeError for a line that is longer than the limit."""
         try:
             lines = self._lines.feed(data)
         except LineTooLong:
@@ -80,47 +81,49 @@ class LineSplitter:
         return [line.removesuffix(b"\r") for line in lines]
 
     def take_rest(self) -> bytes:
-        """The line that the body ended in, if it ended in one."""
+        """The last line of the body if its end is missing; empty otherwise."""
         return self._lines.take_partial().removesuffix(b"\r")
 
 
 class EventSplitter:
-    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2). Their names are not needed here."""
+    """Bytes in, the data of server-sent events out (WHATWG HTML, section 9.2). The names of events are not needed
+    here."""
 
     def __init__(self) -> None:
         self._lines = LineSplitter()
-        self._data: list[bytes] = []
-        self._size = 0
+        self._event_lines: list[bytes] = []
+        self._event_bytes = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         return self._read_events(self._lines.feed(data))
 
     def take_rest(self) -> list[bytes]:
-        """At the end of the body, which may lack the last blank line."""
+        """The last event of the body, whose blank line may be missing."""
         return self._read_events([self._lines.take_rest(), b""])
 
     def _read_events(self, lines: Sequence[bytes]) -> list[bytes]:
         events: list[bytes] = []
         for line in lines:
             if not line:
-                if self._data:
-                    events.append(b"\n".join(self._data))
-                    self._data, self._size = [], 0
+                if self._event_lines:
+                    events.append(b"\n".join(self._event_lines))
+                    self._event_lines, self._event_bytes = [], 0
                 continue
             data = read_event_line(line)
             if data is not None:
-                self._data.append(data)
-                self._size += len(data)
-                if self._size > LINE_LIMIT or len(self._data) > EVENT_LINES:
-                    raise wrong_dialect_error(f"an event of more than {LINE_LIMIT >> 20} MiB, or {EVENT_LINES} lines")
+                self._event_lines.append(data)
+                self._event_bytes += len(data)
+                if self._event_bytes > EVENT_LIMIT or len(self._event_lines) > MAX_EVENT_LINES:
+                    limits = f"{EVENT_LIMIT >> 20} MiB, or {MAX_EVENT_LINES} lines"
+                    raise wrong_dialect_error(f"an event of more than {limits}")
         return events
 
 
 def read_event_line(line: bytes) -> bytes | None:
-    """What a line adds to the data of its server-sent event; ``None`` for a comment or a field without data.
+    """The data that a line adds to its server-sent event; ``None`` for a comment or a field without data.
 
-    An ``error:`` line, as older llama-servers write it in mid-stream, holds the bare error. Its data has the form that
-    all other servers write: ``{"error":…}``.
+    Some builds of llama-server write an error in mid-stream as an ``error:`` line, which holds only the error object.
+    It is returned in the form of all other servers: ``{"error":…}``.
     """
     field, _, value = line.partition(b":")
     if field not in (b"data", b"error"):
@@ -130,14 +133,14 @@ def read_event_line(line: bytes) -> bytes | None:
 
 
 class BaseFrameReader:
-    """What the readers of all dialects share: chunks that came before an error are returned before it is raised."""
+    """The base of the readers of all dialects. An error is raised only after the chunks before it were returned."""
 
     def __init__(self) -> None:
         self.done = False
         self._error: GPUMeshError | None = None
 
     def feed(self, data: bytes) -> Sequence[Chunk]:
-        """Raises BackendError for an error frame and ProbeError for what is no frame of this dialect."""
+        """Raises BackendError for an error frame, and ProbeError for bytes that are not a frame of this dialect."""
         if self._error is not None:
             raise self._error
         chunks: list[Chunk] = []
@@ -146,7 +149,7 @@ class BaseFrameReader:
         except (BackendError, ProbeError) as error:
             if not chunks:
                 raise
-            self._error = error
+            self._error = error  # raised by the next call
         return chunks
 
     def close(self) -> Sequence[Chunk]:
@@ -171,5 +174,5 @@ def final_chunk(text: str = "", thinking: str = "", *, reason: str | None, count
     return Chunk(text, thinking, done=True, done_reason=reason, counters=counters)
 
 
-def wrong_dialect_error(what: str) -> ProbeError:
-    return ProbeError(f"the answer is not of this kind of server: {what}", finding_code="wrong-server")
+def wrong_dialect_error(reason: str) -> ProbeError:
+    return ProbeError(f"the answer is not of this kind of server: {reason}", finding_code="wrong-server")

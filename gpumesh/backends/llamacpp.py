@@ -1,8 +1,9 @@
-"""llama-server, the HTTP server of llama.cpp: OpenAI's API, and routes of its own that say how it is and how busy.
+"""llama-server, the HTTP server of llama.cpp: OpenAI's API, and its own routes for its state and its load.
 
-Measured with build 10434 (``docs/internals/server-kinds.md``): while the model is read every request is answered with
-503 "Loading model"; ``/props`` has the number of slots and the context of each; ``/slots`` says which of them work, and
-no prompt unless the server was started for debugging; ``/metrics`` is there with ``--metrics`` only.
+Measured with build 10434 (``docs/internals/server-kinds.md``). While the server loads its model, the answer to every
+request is 503 "Loading model". ``/props`` has the number of slots and the context of one slot. ``/slots`` says which
+slots are busy; it holds prompts only if the server was started for debugging. ``/metrics`` exists only with
+``--metrics``.
 """
 
 from __future__ import annotations
@@ -41,48 +42,48 @@ class LlamacppDialect(OpenAIDialect):
         }
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By the owner of its models, or by what it says while it reads one."""
+        """By the owner of its models, or by its error message while it loads a model."""
         if status == 503:
             error = (safe_json.parse_report(body) or {}).get("error")
             return isinstance(error, dict) and error.get("message") == LOADING
         return status == 200 and "llamacpp" in owner_names(body)
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """As of any server with OpenAI's API; besides, ``/props`` must be llama-server's own."""
+        """The inventory of any server with OpenAI's API. Raises ProbeError also if ``/props`` is not llama-server's."""
         inventory = super().read_inventory(answers)
         answer = answers.get("props")
         status, body = answer if answer is not None else (404, b"")
         unusable_answers.raise_for_status(status, body)
         props = (safe_json.parse_report(body) if status == 200 else None) or {}
         if not isinstance(props.get("default_generation_settings"), dict):
-            half = unusable_answers.broken_json_error(body, "/props") if status == 200 else None
-            raise half or unusable_answers.other_server_error(self.label, "/props", status, body)
-        slots = _slots(answers.get("slots"))
-        contexts = [
+            broken = unusable_answers.broken_json_error(body, "/props") if status == 200 else None
+            raise broken or unusable_answers.other_server_error(self.label, "/props", status, body)
+        slots = _read_slots(answers.get("slots"))
+        slot_contexts = [
             length
             for slot in slots
             if (length := safe_json.as_bounded_count(slot.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS))
         ]
         loaded = inventory.loaded
-        if contexts:
-            loaded = tuple(replace(model, context_length=min(contexts)) for model in loaded)
-        return replace(inventory, loaded=loaded, load=_load(slots, answers.get("metrics")))
+        if slot_contexts:  # a request gets any of the slots, so only the smallest context is sure
+            loaded = tuple(replace(model, context_length=min(slot_contexts)) for model in loaded)
+        return replace(inventory, loaded=loaded, load=_read_load(slots, answers.get("metrics")))
 
 
-def _slots(answer: tuple[int, bytes] | None) -> tuple[dict[str, object], ...]:
-    """None where the server was started with ``--no-slots``."""
+def _read_slots(answer: tuple[int, bytes] | None) -> tuple[dict[str, object], ...]:
+    """The slots; empty where the server was started with ``--no-slots``."""
     if answer is None or answer[0] != 200:
         return ()
     return safe_json.as_objects(safe_json.parse(answer[1]), MOST_SLOTS)
 
 
-def _load(slots: Sequence[Mapping[str, object]], metrics: tuple[int, bytes] | None) -> ServerLoad:
+def _read_load(slots: Sequence[Mapping[str, object]], metrics: tuple[int, bytes] | None) -> ServerLoad:
     page = metrics[1] if metrics is not None and metrics[0] == 200 else b""
-    working = sum(slot.get("is_processing") is True for slot in slots) if slots else None
+    busy_slots = sum(slot.get("is_processing") is True for slot in slots) if slots else None
     running = prometheus_text.read_request_count(page, "llamacpp:requests_processing")
     return ServerLoad(
-        running=working if working is not None else running,
+        running=busy_slots if busy_slots is not None else running,
         waiting=prometheus_text.read_request_count(page, "llamacpp:requests_deferred"),
-        # Builds of 2024 and before; later ones do not say it.
+        # Only some builds have it; build 10434 does not.
         kv_cache_pct=prometheus_text.read_share_pct(page, "llamacpp:kv_cache_usage_ratio"),
     )

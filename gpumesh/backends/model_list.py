@@ -1,8 +1,9 @@
 """A server's list of models, by names that can be shown. Pure.
 
-The probes and the merged lists of the gateway read it alike: a model is known to the mesh by the name under which a
-client finds it. A name that has to be cleaned for that (control characters, marks of direction, half of a surrogate
-pair) is one that its server does not know, and what has none, or an endless one, is left out: both are counted.
+The probes and the merged lists of the gateway read the list in the same way: the mesh knows a model by the name under
+which a client finds it. Two sorts of entries are counted as unusable. If a name must be cleaned (control characters,
+marks of direction, half of a surrogate pair), the entry stays in the list, but its server does not know the clean name.
+An entry without a name, or with one that is too long, is left out.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from typing import Any
 from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
-# More are not read: they would be read every two seconds, and 10,000 take 100 ms, in which nobody else has a turn.
+# A longer list is not read. Each probe reads the list, every two seconds; 10,000 models take 100 ms, in which the event
+# loop does nothing else.
 MAX_MODELS = 4_000
 LONGEST_NAME = 200
 MAX_CONTEXT_TOKENS = 1 << 31
-# Models in memory at once that are read: each is a row, a label of /metrics and part of a node's reason.
+# More models in memory at once are not read: each is a row, a label of /metrics and part of the reason of a node's
+# state.
 MAX_LOADED_MODELS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Entries by name, as the server orders them; of several with one name the first. ``unusable`` counts those that
-    cannot be asked for."""
+    """Entries by name, in the server's order. If several have one name, the first is here.
+
+    ``unusable`` counts the entries whose name no request could use.
+    """
 
     entries: Mapping[str, Mapping[str, Any]]
     unusable: int = 0
@@ -36,23 +41,26 @@ class Listing:
 
 
 def clean_name(value: str | None) -> str | None:
-    """A model's name as it can be shown; ``None`` for none, and for an endless one."""
+    """A model's name as it can be shown; ``None`` for a missing name, and for one that is too long."""
     if value is None or len(value) > LONGEST_NAME:
         return None
     return printable(value, LONGEST_NAME) or None
 
 
-def read_listing(entries: Any, *names: str, key: Callable[[str], str] = str) -> Listing:
-    """The objects of a list, by the first of the keys ``names`` that holds a text; ``key`` gives the same for names
-    that mean one model. Anything that is no list is an empty one."""
-    named: dict[str, Mapping[str, Any]] = {}
-    seen: set[str] = set()
+def read_listing(entries: Any, *name_keys: str, identity: Callable[[str], str] = str) -> Listing:
+    """The objects of a list by their names. Anything but a list is read as an empty list.
+
+    ``name_keys``: the keys that may hold the name; the first one with a text counts. ``identity`` gives the same value
+    for all names of one model.
+    """
+    entries_by_name: dict[str, Mapping[str, Any]] = {}
+    seen_identities: set[str] = set()
     unusable = 0
     for entry in safe_json.as_objects(entries):
-        listed_name = next((text for key_name in names if (text := safe_json.as_text(entry.get(key_name)))), None)
+        listed_name = next((text for key in name_keys if (text := safe_json.as_text(entry.get(key)))), None)
         name = clean_name(listed_name)
         unusable += name is None or name != listed_name
-        if name is not None and (same := key(name)) not in seen:
-            seen.add(same)
-            named[name] = entry
-    return Listing(named, unusable)
+        if name is not None and identity(name) not in seen_identities:
+            seen_identities.add(identity(name))
+            entries_by_name[name] = entry
+    return Listing(entries_by_name, unusable)

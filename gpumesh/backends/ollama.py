@@ -45,7 +45,8 @@ class OllamaDialect:
     identity_probe = "version"
     is_generic = False
     usual_port: int | None = 11434
-    # `think` came with 0.9: older servers ignore it, and a model that thinks does so in the text of its answer.
+    # `think` came with 0.9: an older server ignores it, and a thinking model writes its thoughts into the answer's
+    # text.
     oldest_version: str | None = "0.9.0"
     update_hint: str | None = "update it: `curl -fsSL https://ollama.com/install.sh | sh`, or pull a newer image"
 
@@ -53,10 +54,10 @@ class OllamaDialect:
         return path.startswith(("/api/", "/v1/"))
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By its version, or by the empty 403 with which it refuses a Host header."""
+        """By its version, or by the empty 403 that refuses a Host header."""
         document = (safe_json.parse_report(body) if status == 200 else None) or {}
-        named = safe_json.as_text(document.get("version")) is not None and "error" not in document
-        return named or (status == 403 and not body.strip())
+        has_version = safe_json.as_text(document.get("version")) is not None and "error" not in document
+        return has_version or (status == 403 and not body.strip())
 
     def missing_model_hint(self, models: Sequence[str]) -> str:
         return "on the host: " + "; ".join(paste_command("ollama pull {MODEL}", MODEL=name) for name in models)
@@ -86,27 +87,28 @@ class OllamaDialect:
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
         """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused``,
-        ``key-refused``, ``answer-broken`` or ``models-too-many``. ``ps`` may be missing: older servers do not have
-        it."""
-        version = self._required(answers.get("version"), "/api/version", "version", (str, NoneType))
-        tags = self._required(answers.get("tags"), "/api/tags", "models", (list, NoneType))
+        ``key-refused``, ``answer-broken`` or ``models-too-many``. The answer to ``ps`` may be missing: older
+        servers do not have this route."""
+        version = self._read_answer(answers.get("version"), "/api/version", "version", (str, NoneType))
+        tags = self._read_answer(answers.get("tags"), "/api/tags", "models", (list, NoneType))
         too_many = unusable_answers.long_list_error(tags["models"])
         if too_many is not None:
             raise too_many
         ps = answers.get("ps")
-        loaded = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
-        models = model_list.read_listing(tags["models"], "name", "model", key=full_name)
-        resident = model_list.read_listing((loaded or {}).get("models"), "name", "model", key=full_name)
+        ps_document = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
+        models = model_list.read_listing(tags["models"], "name", "model", identity=full_name)
+        in_memory = model_list.read_listing((ps_document or {}).get("models"), "name", "model", identity=full_name)
         return Inventory(
             version=printable(safe_json.as_text(version.get("version")) or "", 40) or None,
             catalog=tuple(_model(name, item) for name, item in models.entries.items()),
-            loaded=tuple(_loaded(name, item) for name, item in resident.first_entries(model_list.MAX_LOADED_MODELS)),
+            loaded=tuple(_loaded(name, item) for name, item in in_memory.first_entries(model_list.MAX_LOADED_MODELS)),
             unusable=models.unusable,
         )
 
-    def _required(
-        self, answer: tuple[int, bytes] | None, path: str, key: str, kinds: tuple[type, ...]
+    def _read_answer(
+        self, answer: tuple[int, bytes] | None, path: str, key: str, types: tuple[type, ...]
     ) -> dict[str, Any]:
+        """The object in the answer to ``path``. Raises ProbeError unless its member ``key`` has one of ``types``."""
         if answer is None:
             raise ProbeError(f"no answer to {path}", finding_code="backend-down")
         status, body = answer
@@ -118,7 +120,7 @@ class OllamaDialect:
             )
         unusable_answers.raise_for_status(status, body)
         document = safe_json.parse_report(body)
-        if status == 200 and document is not None and isinstance(document.get(key, _MISSING), kinds):
+        if status == 200 and document is not None and isinstance(document.get(key, _MISSING), types):
             return document
         raise (unusable_answers.broken_json_error(body, path) if status == 200 else None) or wrong_server_error(
             status, body, document, path
@@ -134,14 +136,14 @@ class OllamaFrameReader(BaseFrameReader):
 
     def _take(self, data: bytes, chunks: list[Chunk]) -> None:
         for line in self._lines.feed(data):
-            self._frame(line, chunks)
+            self._read_frame(line, chunks)
 
     def _end(self, chunks: list[Chunk]) -> None:
         rest = self._lines.take_rest()
-        if safe_json.parse_object(rest) is not None:  # half a line is what a cut leaves behind
-            self._frame(rest, chunks)
+        if safe_json.parse_object(rest) is not None:  # otherwise the line was cut
+            self._read_frame(rest, chunks)
 
-    def _frame(self, line: bytes, chunks: list[Chunk]) -> None:
+    def _read_frame(self, line: bytes, chunks: list[Chunk]) -> None:
         if self.done or not line.strip():
             return
         frame = safe_json.parse_object(line)
@@ -163,35 +165,36 @@ class OllamaFrameReader(BaseFrameReader):
 
 
 def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
-    """Of a final frame; its durations are nanoseconds, each may be absent."""
+    """The counters of a final frame. Its durations are in nanoseconds; each may be absent."""
 
-    def ms(key: str) -> float | None:
+    def read_ms(key: str) -> float | None:
         return duration_ms(frame.get(key), per_ms=1e6)
 
     return ServerCounters(
         prompt_tokens=token_count(frame.get("prompt_eval_count")),
         tokens=token_count(frame.get("eval_count")),
-        total_ms=ms("total_duration"),
-        load_ms=ms("load_duration"),
-        prompt_ms=ms("prompt_eval_duration"),
-        eval_ms=ms("eval_duration"),
+        total_ms=read_ms("total_duration"),
+        load_ms=read_ms("load_duration"),
+        prompt_ms=read_ms("prompt_eval_duration"),
+        eval_ms=read_ms("eval_duration"),
     )
 
 
 def wrong_server_error(status: int, body: bytes, document: dict[str, Any] | None, path: str) -> ProbeError:
-    """For a port that answers, but not as Ollama. The message says as what, where the answer shows it."""
+    """The error for a port that answers, but not as Ollama. The message names the other server if the answer shows
+    it."""
     hint = "point `backend.port` or `backend.url` at Ollama (11434 unless OLLAMA_HOST says otherwise)"
     if is_web_page(body):
-        what = describe_web_page(body)
+        description = describe_web_page(body)
     elif document is not None and ("object" in document or isinstance(document.get("error"), dict)):
-        what = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
+        description = "an OpenAI-compatible server (llama-server, vLLM, LM Studio …)"
         hint = "leave out `backend.kind`, which is found by asking, or " + hint
     else:
-        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
-        if path == "/api/tags":  # /api/version was asked before, and was right
+        description = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+        if path == "/api/tags":  # the answer to /api/version, which is read first, was Ollama's
             hint = "a proxy before it passes only some paths on: let it pass all of /api/, or go around it"
     return ProbeError(
-        f"the port answers, but not as Ollama: {path} gave {what}", finding_code="wrong-server", hint=hint
+        f"the port answers, but not as Ollama: {path} gave {description}", finding_code="wrong-server", hint=hint
     )
 
 

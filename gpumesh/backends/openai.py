@@ -26,8 +26,8 @@ from gpumesh.errors import BackendError, ProbeError
 from gpumesh.printable import printable
 from gpumesh.state import LoadedModel, ModelInfo
 
-# Ollama's names of options -> this API's. top_k, min_p and repeat_penalty are no part of OpenAI's own API, but these
-# servers take them by the same names; what they do not know (num_ctx, num_gpu …) is theirs to set at their start.
+# Ollama's names of options -> this API's. top_k, min_p and repeat_penalty do not belong to OpenAI's own API, but these
+# servers take them by the same names. Options that are not here (num_ctx, num_gpu …) are set when such a server starts.
 _OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -40,12 +40,13 @@ _OPTIONS = {
     "repeat_penalty": "repeat_penalty",
     "num_predict": "max_tokens",
 }
-# Servers whose list of models is what they hold in memory, by ``owned_by``; others list what they have on disk.
-_RESIDENT = frozenset({"llamacpp", "vllm", "sglang"})
-MOST_SLOTS = 4096
-MAX_OWNERS = 64  # entries of a list that are looked at for whose they are
-MOST_PARAMETERS = 10**15
-_IMAGES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
+# The ``owned_by`` of servers that list the models in memory. Other servers list the models on disk.
+_OWNERS_IN_MEMORY = frozenset({"llamacpp", "vllm", "sglang"})
+MOST_SLOTS = 4096  # a larger number of slots is not believed
+MAX_OWNERS = 64  # entries of a list whose owner is read: a server has one owner, or a few
+MOST_PARAMETERS = 10**15  # a larger number of parameters is not believed
+# The type of an image, by the first characters of its base64.
+_IMAGE_TYPES = {"iVBOR": "png", "R0lGO": "gif", "UklGR": "webp"}
 
 
 class OpenAIDialect:
@@ -68,10 +69,10 @@ class OpenAIDialect:
         return path.startswith("/v1/")
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By its list of models: what other kinds have in common with it, so that they must have been tried before."""
+        """By its list of models. Other kinds have such a list too, so they must be tried first."""
         return status == 200 and isinstance((safe_json.parse_report(body) or {}).get("data"), list)
 
-    def missing_model_hint(self, models: Sequence[str]) -> str:  # noqa: ARG002 - the names stand in the message
+    def missing_model_hint(self, models: Sequence[str]) -> str:  # noqa: ARG002 - the message before the hint names them
         return "start the server with this model, or under this name (`--alias`, `--served-model-name`)"
 
     def build_chat_call(self, request: ChatRequest) -> HttpCall:
@@ -98,8 +99,8 @@ class OpenAIDialect:
         return error_text(status, body)
 
     def probe_calls(self) -> Mapping[str, HttpCall]:
-        """``models`` is what all of them have; the rest tells more where it exists. llama-server's ``/slots`` is not
-        asked: it holds other people's prompts, and ``/props`` has the number of slots."""
+        """All such servers have ``models``; the other calls add to the inventory where they exist. ``/slots`` of
+        llama-server is not asked: it may hold other people's prompts, and ``/props`` has the number of slots."""
         return {
             "models": HttpCall("GET", "/v1/models"),
             "health": HttpCall("GET", "/health"),
@@ -117,22 +118,22 @@ class OpenAIDialect:
         unusable_answers.raise_for_status(status, body)  # llama-server: 503 "Loading model"
         document = safe_json.parse_report(body)
         if status != 200 or document is None or not isinstance(document.get("data"), list):
-            half = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
-            raise half or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
+            broken = unusable_answers.broken_json_error(body, "/v1/models") if status == 200 else None
+            raise broken or unusable_answers.other_server_error(self.label, "/v1/models", status, body)
         too_many = unusable_answers.long_list_error(document["data"])
         if too_many is not None:
             raise too_many
         health = answers.get("health")
         if health is not None and health[0] == 503:
             raise unusable_answers.unavailable_error(*health)
-        props, version = _answered(answers.get("props")), _answered(answers.get("version"))
+        props, version = _read_object(answers.get("props")), _read_object(answers.get("version"))
         models = model_list.read_listing(document["data"], "id")
         resident = [
             (name, item)
             for name, item in models.entries.items()
-            if safe_json.as_text(item.get("owned_by")) in _RESIDENT
+            if safe_json.as_text(item.get("owned_by")) in _OWNERS_IN_MEMORY
         ]
-        context = _context(props)
+        context = _context_length(props)
         return Inventory(
             version=printable_label(props.get("build_info")) or printable_label(version.get("version")),
             catalog=tuple(_model(name, item) for name, item in models.entries.items()),
@@ -143,32 +144,32 @@ class OpenAIDialect:
 
 
 class OpenAIEventReader(BaseFrameReader):
-    """Chunks of a streamed chat or completion. The final one is given at ``[DONE]``: only then the usage is known."""
+    """Chunks of a streamed chat or completion. The final chunk comes at ``[DONE]``: only then the usage is known."""
 
     def __init__(self) -> None:
         super().__init__()
         self._events = EventSplitter()
-        self._reason: str | None = None
+        self._finish_reason: str | None = None
         self._counters: ServerCounters | None = None
 
     def _take(self, data: bytes, chunks: list[Chunk]) -> None:
         for event in self._events.feed(data):
-            self._event(event, chunks)
+            self._read_event(event, chunks)
 
     def _end(self, chunks: list[Chunk]) -> None:
         for event in self._events.take_rest():
             if event.strip() == b"[DONE]" or safe_json.parse_object(event) is not None:
-                self._event(event, chunks)
-        if not self.done and self._reason is not None:
-            # The text is complete: some servers close without [DONE].
+                self._read_event(event, chunks)
+        if not self.done and self._finish_reason is not None:
+            # The text is complete: some servers end the stream without [DONE].
             self._finish(chunks)
 
-    def _event(self, event: bytes, chunks: list[Chunk]) -> None:
+    def _read_event(self, event: bytes, chunks: list[Chunk]) -> None:
         if self.done or not event.strip():
             return
         if event.strip() == b"[DONE]":
-            if self._reason is None and self._counters is None:
-                return  # nothing was finished: close() says that it was cut
+            if self._finish_reason is None and self._counters is None:
+                return  # a failure came before [DONE]: close() will raise StreamCut
             self._finish(chunks)
             return
         frame = safe_json.parse_object(event)
@@ -178,14 +179,14 @@ class OpenAIEventReader(BaseFrameReader):
         if error is not None:
             raise BackendError(f"the server stopped in mid-answer: {error}")
         self._counters = parse_counters(frame) or self._counters
-        text, thinking, reason = _piece(frame, "delta")
-        self._reason = reason or self._reason
+        text, thinking, finish_reason = _read_first_choice(frame, "delta")
+        self._finish_reason = finish_reason or self._finish_reason
         if text or thinking:
             chunks.append(Chunk(text, thinking))
 
     def _finish(self, chunks: list[Chunk]) -> None:
         self.done = True
-        chunks.append(final_chunk(reason=self._reason, counters=self._counters))
+        chunks.append(final_chunk(reason=self._finish_reason, counters=self._counters))
 
 
 class OpenAIBodyReader(BaseFrameReader):
@@ -195,7 +196,7 @@ class OpenAIBodyReader(BaseFrameReader):
         super().__init__()
         self._body = bytearray()
 
-    def _take(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # all of it comes at the end
+    def _take(self, data: bytes, chunks: list[Chunk]) -> None:  # noqa: ARG002  # the whole answer is one chunk, at the end
         if len(self._body) + len(data) > BODY_LIMIT:
             raise wrong_dialect_error(f"more than {BODY_LIMIT >> 20} MiB")
         self._body += data
@@ -210,13 +211,13 @@ class OpenAIBodyReader(BaseFrameReader):
         error = find_error_message(frame)
         if error is not None:
             raise BackendError(f"the server answered with an error: {error}")
-        text, thinking, reason = _piece(frame, "message")
+        text, thinking, reason = _read_first_choice(frame, "message")
         self.done = True
         chunks.append(final_chunk(text, thinking, reason=reason, counters=parse_counters(frame)))
 
 
 def owner_names(body: bytes) -> frozenset[str]:
-    """Who owns the models of a list of ``/v1/models``: servers write their own name there."""
+    """The ``owned_by`` of the models in an answer of ``/v1/models``: servers write their own name there."""
     document = safe_json.parse_report(body) or {}
     names = (
         safe_json.as_text(entry.get("owned_by")) for entry in safe_json.as_objects(document.get("data"), MAX_OWNERS)
@@ -225,7 +226,8 @@ def owner_names(body: bytes) -> frozenset[str]:
 
 
 def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
-    """From OpenAI's ``usage`` and llama-server's ``timings`` (ms), which count what was computed here and now."""
+    """The counters of OpenAI's ``usage``. Counts that it lacks, and all durations (ms), come from llama-server's
+    ``timings``. ``None`` if the frame has neither of the two."""
     usage, timings = frame.get("usage"), frame.get("timings")
     usage = usage if isinstance(usage, dict) else {}
     timings = timings if isinstance(timings, dict) else {}
@@ -233,18 +235,20 @@ def parse_counters(frame: Mapping[str, Any]) -> ServerCounters | None:
         return None
     prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
     if prompt_tokens is None and timings:
+        # prompt_n counts only the tokens that were computed, cache_n those that came from the cache.
         prompt_tokens = (token_count(timings.get("prompt_n")) or 0) + (token_count(timings.get("cache_n")) or 0)
-    tokens = token_count(usage.get("completion_tokens", usage.get("output_tokens")))
+    completion_tokens = token_count(usage.get("completion_tokens", usage.get("output_tokens")))
     return ServerCounters(
         prompt_tokens=prompt_tokens,
-        tokens=tokens if tokens is not None else token_count(timings.get("predicted_n")),
+        tokens=completion_tokens if completion_tokens is not None else token_count(timings.get("predicted_n")),
         prompt_ms=duration_ms(timings.get("prompt_ms")),
         eval_ms=duration_ms(timings.get("predicted_ms")),
     )
 
 
-def _piece(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
-    """Text, thinking and the reason to finish of the first choice, of a chat or of a completion."""
+def _read_first_choice(frame: Mapping[str, Any], key: str) -> tuple[str, str, str | None]:
+    """The first choice of a chat or of a completion: text, thinking, finish reason. ``key``: ``delta`` in a stream,
+    ``message`` in a whole answer."""
     choices = safe_json.as_objects(frame.get("choices"), 1)
     if not choices:
         return "", "", None
@@ -260,18 +264,20 @@ def _message(message: Message) -> dict[str, Any]:
         return {"role": message.role, "content": message.content}
     parts: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
     for image in message.images:
-        kind = _IMAGES.get(image[:5], "jpeg")
-        parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{image}"}})
+        image_type = _IMAGE_TYPES.get(image[:5], "jpeg")
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/{image_type};base64,{image}"}})
     return {"role": message.role, "content": parts}
 
 
-def _answered(answer: tuple[int, bytes] | None) -> dict[str, Any]:
+def _read_object(answer: tuple[int, bytes] | None) -> dict[str, Any]:
+    """The object in a probe's answer; an empty one where there is no such answer."""
     if answer is None or answer[0] != 200:
         return {}
     return safe_json.parse_report(answer[1]) or {}
 
 
-def _context(props: Mapping[str, Any]) -> int | None:
+def _context_length(props: Mapping[str, Any]) -> int | None:
+    """The context of one slot in tokens, from llama-server's ``/props``."""
     settings = props.get("default_generation_settings")
     return (
         safe_json.as_bounded_count(settings.get("n_ctx"), model_list.MAX_CONTEXT_TOKENS)
@@ -292,5 +298,5 @@ def _model(name: str, item: Mapping[str, Any]) -> ModelInfo:
 
 
 def _loaded(name: str, item: Mapping[str, Any], context: int | None) -> LoadedModel:
-    length = safe_json.as_bounded_count(item.get("max_model_len"), model_list.MAX_CONTEXT_TOKENS)
-    return LoadedModel(name=name, context_length=context or length)
+    max_length = safe_json.as_bounded_count(item.get("max_model_len"), model_list.MAX_CONTEXT_TOKENS)
+    return LoadedModel(name=name, context_length=context or max_length)

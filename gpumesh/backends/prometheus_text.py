@@ -1,8 +1,7 @@
 """Gauges of a server's ``/metrics`` page, Prometheus's text format (0.0.4), read within bounds. Pure.
 
-The page is a remote server's, so it is hostile until it was read here: of a page only the first ``PAGE_BYTES`` are
-looked at, of a metric only the first ``MAX_SERIES`` series, and a sample is a finite number that is not negative, or
-nothing.
+The page comes from a remote server, so it may be hostile. Only the first ``PAGE_BYTES`` of a page are read, and only
+the first ``MAX_SERIES`` series of a metric. A sample that is negative or not finite is left out.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from functools import lru_cache
 from gpumesh.backends import safe_json
 
 PAGE_BYTES = 1 << 20  # vLLM's page has about 100 KiB for each model, by far the most of it histograms
-MAX_SERIES = 64  # one for each engine of a server, or for each of its models
-MAX_LABEL_BYTES = 2000
-MAX_REQUESTS = 1_000_000
-MAX_SAMPLE = 1e12
+MAX_SERIES = 64  # a server has one series for each engine, or one for each model
+MAX_LABEL_BYTES = 2000  # of all labels of one sample
+MAX_REQUESTS = 1_000_000  # a larger number of requests is not believed
+MAX_SAMPLE = 1e12  # a larger sample is left out
 
 
 def read_samples(page: bytes, *names: str) -> tuple[float, ...]:
-    """The samples of the first of these metrics that the page has, one for each of its series."""
+    """The samples of one metric, one for each series. ``names``: the metric's possible names; the first one with
+    samples counts."""
     page = page[:PAGE_BYTES]
     for name in names:
         texts = (match[1] for _, match in zip(range(MAX_SERIES), _pattern(name).finditer(page), strict=False))
@@ -38,14 +38,16 @@ def read_request_count(page: bytes, *names: str) -> int | None:
 
 
 def read_share_pct(page: bytes, *names: str) -> int | None:
-    """The largest of all series of a gauge from 0 to 1, in percent; ``None`` for none, and for what is no share."""
+    """A gauge from 0 to 1, in percent: the largest of its series. ``None`` where the page does not have it, or where a
+    sample is above 1."""
     samples = read_samples(page, *names)
     return round(100 * max(samples)) if samples and max(samples) <= 1 else None
 
 
 @lru_cache(maxsize=64)
 def _pattern(name: str) -> re.Pattern[bytes]:
-    """A line of this metric: labels are passed over, for a label's value may hold anything but a line end."""
+    """Matches a line of this metric, and captures its sample. The labels are skipped and not parsed: a label's value
+    may hold any character but a line end."""
     labels = rb"(?:\{[^\n]{0,%d}\})?" % MAX_LABEL_BYTES
     return re.compile(rb"^" + re.escape(name.encode()) + labels + rb"[ \t]{1,8}([^\s]{1,40})", re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Reading JSON from a server that nobody vouches for: wrong types are unknown (``None``), never an exception."""
+"""Reads JSON from a server that is not trusted: a value of a wrong type is ``None``, and never an exception."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 import msgspec
 
 MIB = 1 << 20
-# What it costs to parse a document goes by its values, not by its bytes: a few MiB of `[[],[],…` take a second and a
-# gigabyte. What a report of a server holds at most: 4,000 models of Ollama are 60,000 values.
+# The number of values decides what it costs to parse a document, not the number of bytes: a few MiB of `[[],[],…` take
+# a second and a gigabyte. The limit for a report of a server; 4,000 models of Ollama are 60,000 values.
 REPORT_VALUES = 200_000
-# A frame or an answer: the final line of /api/generate holds its whole context, a number for each token.
+# The limits for a frame or an answer: the final line of /api/generate holds its whole context, a number for each token.
 ANSWER_VALUES = 300_000
 ANSWER_BYTES = 16 << 20
-SMALL = 1 << 16  # bytes, of which it is not worth to ask what they hold
-OBJECT_BYTES = 100  # of one value with its place in what holds it: a dictionary takes 64 to 232, a number 32
-TEXTS = 4  # what it is decoded to, its strings, what it is written to, and that as bytes
-_LARGEST = 1 << 62
+SMALL = 1 << 16  # bytes; a document up to this size is parsed without counting its values: it cannot cost much
+OBJECT_BYTES = 100  # memory of one value and of its place in its parent: a dictionary takes 64 to 232, a number 32
+TEXTS = 4  # copies of the text in memory: the decoded text, its strings, the text written anew, and that one as bytes
+_LARGEST = 1 << 62  # a larger number is not believed
 _LARGEST_MODEL = 1 << 46  # bytes: 64 TiB
-_DIGITS = 20  # of a 64-bit number with its sign; Python reads more only slowly, and more than 4,300 not at all
+_DIGITS = 20  # of a 64-bit number with its sign; Python reads longer numbers slowly, and none of more than 4,300 digits
 _FRACTION = re.compile(r"(\.\d{6})\d+")
 
 
 def dump_compact(document: Mapping[str, Any]) -> bytes:
-    """As JSON without blanks. A lone surrogate, which UTF-8 cannot hold, stays an escape."""
+    """The document as JSON without blanks. UTF-8 cannot hold a lone surrogate, so it is written as an escape."""
     try:
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -36,8 +36,10 @@ def dump_compact(document: Mapping[str, Any]) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    """The document, or ``None`` for what is no JSON (a document that is ``null`` is of no use here either), and for one
-    that holds far more than any answer does."""
+    """The document; ``None`` for bytes that are not JSON, and for a document that holds far more than any answer does.
+
+    The document ``null`` gives ``None`` as well: no caller has a use for it.
+    """
     if not data or data.isspace():  # MiB of blanks would be scanned by both parsers
         return None
     if _exceeds_answers(data):
@@ -45,7 +47,7 @@ def parse(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        pass  # it takes a third of the time of Python's parser, but no NaN, no half of a surrogate pair, no UTF-16
+        pass  # msgspec takes a third of the time of Python's parser, but reads no NaN, no lone surrogate and no UTF-16
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -62,16 +64,18 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
 
 
 def too_many_values(data: bytes, limit: int = REPORT_VALUES) -> bool:
-    """Whether a document holds more values than are read: it could cost the memory and time of a hundred others.
+    """Whether a document holds more than ``limit`` values: to parse it could cost as much as a hundred others.
 
-    Each value stands behind a comma or an opening bracket; those inside of texts are counted as well.
+    Each value follows a comma or an opening bracket, so these are counted, also those inside of texts.
     """
     return data.count(b",") + data.count(b"[") + data.count(b"{") > limit
 
 
 def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | None:
-    """An object that a server says of itself, ``None`` for what is none or has too many values. A number that is none
-    (``NaN``) or that no 64 bits hold is ``None``, and the rest of the document stands."""
+    """An object that a server sends about itself; ``None`` for anything else, and for one with too many values.
+
+    ``NaN`` and a number of more than 64 bits become ``None``; the rest of the document is kept.
+    """
     if too_many_values(data, limit):
         return None
     try:
@@ -82,32 +86,34 @@ def parse_report(data: bytes, limit: int = REPORT_VALUES) -> dict[str, Any] | No
 
 
 def is_strict_object(data: bytes) -> bool:
-    """Whether every parser reads it as an object: JSON by the letter, in UTF-8, without half of a surrogate pair."""
+    """Whether any client's parser reads these bytes as an object: strict JSON, in UTF-8, without a lone surrogate."""
     if too_many_values(data, ANSWER_VALUES):
         return False
     try:
-        document = _BY_THE_LETTER.decode(data.decode("utf-8"))
+        document = _STRICT.decode(data.decode("utf-8"))
         if b"\\ud" in data.lower():
-            json.dumps(document, ensure_ascii=False).encode()
+            json.dumps(document, ensure_ascii=False).encode()  # raises ValueError for a lone surrogate
     except (ValueError, RecursionError):
         return False
     return isinstance(document, dict)
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
+    """``text`` is ``NaN``, ``Infinity`` or ``-Infinity``."""
     raise ValueError(f"{text} is no JSON")
 
 
-def _short_number(digits: str) -> int | None:
+def _parse_short_number(digits: str) -> int | None:
     return int(digits) if len(digits) <= _DIGITS else None
 
 
-_BY_THE_LETTER = json.JSONDecoder(parse_constant=_no_constant)
-_REPORTS = json.JSONDecoder(parse_int=_short_number, parse_constant=lambda _: None)
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_REPORTS = json.JSONDecoder(parse_int=_parse_short_number, parse_constant=lambda _: None)
 
 
 def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Many small documents for little more than the cost of one; what is no object is an empty one."""
+    """Parses many small documents for little more than the cost of one. A piece that is not an object becomes
+    ``{}``."""
     documents = parse(b"[" + b",".join(pieces) + b"]")
     if not isinstance(documents, list) or len(documents) != len(pieces):
         documents = [parse(piece) for piece in pieces]
@@ -115,10 +121,10 @@ def parse_objects(pieces: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def estimate_memory(data: bytes, limit: int) -> int | None:
-    """How many bytes the document takes at most when it is built and written anew; ``None``: more than ``limit``, or
-    more than ``parse`` reads.
+    """An upper bound, in bytes, of the memory that it takes to parse the document and to write it anew. ``None``: more
+    than ``limit``, or more than ``parse`` reads.
 
-    Each value and key is an object, before each of which stands one of four signs."""
+    Each value and each key is an object, and one of the four characters ``,:[{`` is before it."""
     if TEXTS * len(data) > limit or _exceeds_answers(data):
         return None
     size = TEXTS * len(data) + OBJECT_BYTES * (len(data) - len(data.translate(None, b",:[{")))
@@ -130,7 +136,7 @@ def as_text(value: Any) -> str | None:
 
 
 def as_count(value: Any) -> int | None:
-    """A count or a size: a number from 0 up."""
+    """A count or a size: a number from 0 up, without its fraction."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if isinstance(value, float) and not math.isfinite(value):
@@ -146,9 +152,9 @@ def as_number(value: Any) -> float | None:
 
 
 def as_bounded_count(value: Any, most: int) -> int | None:
-    """A count that is believed: beyond ``most`` it says nothing."""
-    read = as_count(value)
-    return read if read is not None and read <= most else None
+    """A count of at most ``most``: a larger one is not believed."""
+    count = as_count(value)
+    return count if count is not None and count <= most else None
 
 
 def as_mib(value: Any) -> int | None:
@@ -158,19 +164,19 @@ def as_mib(value: Any) -> int | None:
 
 
 def as_objects(value: Any, limit: int = 10_000) -> tuple[dict[str, Any], ...]:
-    """The objects of a list; anything else in it is passed over."""
+    """The objects among the first ``limit`` entries of a list; other entries are left out."""
     if not isinstance(value, list):
         return ()
     return tuple(item for item in value[:limit] if isinstance(item, dict))
 
 
 def as_datetime(value: Any) -> datetime | None:
-    """RFC 3339 as Go writes it, with nanoseconds; Go's zero time means: none."""
+    """A time in RFC 3339 as Go writes it, with nanoseconds. ``None`` for Go's zero time, which means "no time"."""
     if not isinstance(value, str) or len(value) > 64:
         return None
     try:
-        read = datetime.fromisoformat(_FRACTION.sub(r"\1", value))
-        read = read.astimezone(UTC) if read.tzinfo is not None else read.replace(tzinfo=UTC)
+        time = datetime.fromisoformat(_FRACTION.sub(r"\1", value))
+        time = time.astimezone(UTC) if time.tzinfo is not None else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         return None
-    return read if read.year > 1 else None
+    return time if time.year > 1 else None

@@ -1,4 +1,4 @@
-"""Why a server's answer to a probe will not do, where that is the same for every kind of server."""
+"""Why a server's answer to a probe cannot be used: the reasons that all kinds of server have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ MAX_MODELS = model_list.MAX_MODELS
 
 
 def raise_for_status(status: int, body: bytes) -> None:
-    """Raises ProbeError for a status that refuses us or puts us off. What others mean depends on the kind of server."""
+    """Raises ProbeError for a status that refuses us, or that asks us to wait. The meaning of any other status depends
+    on the kind of server."""
     if status in (401, 403):
         raise key_refused_error(status, body)
     if status == 429 or status >= 500:
@@ -20,7 +21,7 @@ def raise_for_status(status: int, body: bytes) -> None:
 
 
 def key_refused_error(status: int, body: bytes) -> ProbeError:
-    """401, and 403 with a body."""
+    """The error for status 401, and for 403 with a body."""
     message = error_text.error_text(status, body)
     hint = "set `backend.api_key_env` to the variable that holds its key"
     if error_text.is_web_page(body):
@@ -29,7 +30,7 @@ def key_refused_error(status: int, body: bytes) -> ProbeError:
 
 
 def unavailable_error(status: int, body: bytes) -> ProbeError:
-    """429 and 5xx."""
+    """The error for status 429 and 5xx."""
     message = error_text.error_text(status, body)
     if status == 429:
         hint = "it has too much to do, or a limit of requests: raise that, if it stays so; it is asked again by itself"
@@ -48,17 +49,18 @@ OTHER_KIND_HINT = (
 
 
 def other_server_error(label: str, path: str, status: int, body: bytes, *, hint: str = OTHER_KIND_HINT) -> ProbeError:
-    """For an answer that no server of the kind ``label`` gives."""
+    """The error for an answer that no server of the kind ``label`` gives."""
     if error_text.is_web_page(body):
-        what = error_text.describe_web_page(body)
+        description = error_text.describe_web_page(body)
     else:
-        what = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
-    message = f"the port answers, but not as {label}: {path} gave {what}"
+        description = f"HTTP {status} {printable(body, 60)!r}" if body.strip() else f"HTTP {status}"
+    message = f"the port answers, but not as {label}: {path} gave {description}"
     return ProbeError(message, finding_code="wrong-server", hint=hint)
 
 
 def broken_json_error(body: bytes, path: str) -> ProbeError | None:
-    """For what begins as a JSON object and is none, or is too much of one."""
+    """The error for a body that begins as a JSON object, but is broken or holds too many values; ``None`` for
+    others."""
     if not body.lstrip().startswith(b"{"):
         return None
     if safe_json.too_many_values(body):
@@ -74,7 +76,8 @@ def broken_answer_error(message: str) -> ProbeError:
 
 
 def long_list_error(models: Any) -> ProbeError | None:
-    """For a list that is longer than is read: rather no node than one whose last models are message to be missing."""
+    """The error for a list of more than ``MAX_MODELS`` models; ``None`` for others. The node gets no inventory at all:
+    with a part of the list, the mesh would report that the last models are missing."""
     if not isinstance(models, list) or len(models) <= MAX_MODELS:
         return None
     return too_many_models_error(f"it lists {len(models)} models")

@@ -1,8 +1,8 @@
-"""vLLM's OpenAI-compatible server: what it adds to the API is ``/health``, ``/version`` and ``/metrics``.
+"""vLLM's OpenAI-compatible server. It adds ``/health``, ``/version`` and ``/metrics`` to the API.
 
-After the source of vLLM 0.9 to 0.11 (``docs/internals/server-kinds.md``): each entry of ``/v1/models`` is in memory, is
-owned by ``vllm``, and says ``max_model_len``; ``/health`` is 503 once the engine is dead; how many requests it runs and
-how many wait is on ``/metrics`` alone. How many it could run at once it does not say: that depends on their length.
+Read from vLLM's public source (``docs/internals/server-kinds.md``). Each entry of ``/v1/models`` is in memory, is owned
+by ``vllm``, and has ``max_model_len``. ``/health`` is 503 once the engine is dead. Only ``/metrics`` has the numbers of
+running and of waiting requests. No route says how many requests could run at once: that depends on their length.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class VllmDialect(OpenAIDialect):
         return status == 200 and OWNER in owner_names(body)
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """As of any server with OpenAI's API; besides, its models must be vLLM's."""
+        """The inventory of any server with OpenAI's API. Raises ProbeError also if the models are not owned by vLLM."""
         inventory = super().read_inventory(answers)
         models = answers.get("models")
         if models is not None and not self.recognizes(*models):
@@ -53,7 +53,7 @@ class VllmDialect(OpenAIDialect):
         load = ServerLoad(
             running=prometheus_text.read_request_count(page, "vllm:num_requests_running"),
             waiting=prometheus_text.read_request_count(page, "vllm:num_requests_waiting"),
-            # The second name is that of 0.8 and before.
+            # The second name is the older one; some versions have both.
             kv_cache_pct=prometheus_text.read_share_pct(page, "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
         )
         return replace(inventory, load=load)

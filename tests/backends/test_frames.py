@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT, EventSplitter, LineSplitter
+from gpumesh.backends.frames import LINE_LIMIT, MAX_EVENT_LINES, EventSplitter, LineSplitter
 from gpumesh.errors import ProbeError
 
 CUTS = st.lists(st.integers(0, 400), max_size=8)
@@ -134,5 +134,5 @@ def test_a_line_in_small_pieces_costs_no_more_than_its_length() -> None:
 
 def test_an_event_of_many_lines_is_refused() -> None:
     with pytest.raises(ProbeError, match="event of more than"):
-        EventSplitter().feed(b"data:\n" * (EVENT_LINES + 2))
-    assert EventSplitter().feed(b"data:1\n" * EVENT_LINES + b"\n") == [b"\n".join([b"1"] * EVENT_LINES)]
+        EventSplitter().feed(b"data:\n" * (MAX_EVENT_LINES + 2))
+    assert EventSplitter().feed(b"data:1\n" * MAX_EVENT_LINES + b"\n") == [b"\n".join([b"1"] * MAX_EVENT_LINES)]

@@ -21,7 +21,7 @@ def test_entries_by_name_the_first_of_a_name_stands() -> None:
 
 def test_ollamas_names_are_the_same_in_any_case_and_with_or_without_a_tag() -> None:
     entries = [{"name": name} for name in ("qwen", "QWEN:latest", "host:5000/qwen", "host:5000/qwen:latest")]
-    found = model_list.read_listing(entries, "name", key=full_name)
+    found = model_list.read_listing(entries, "name", identity=full_name)
     assert list(found.entries) == ["qwen", "host:5000/qwen"]
 
 

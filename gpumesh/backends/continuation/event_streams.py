@@ -25,7 +25,7 @@ from gpumesh.backends.continuation.stream_format import (
     positive_count,
     read_debug_rendering,
 )
-from gpumesh.backends.frames import EVENT_LINES, find_last_event_end, read_event_line
+from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
 # One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
 _MARKS = re.compile(
@@ -56,8 +56,8 @@ class EventStreamFormat:
 
     def read(self, frame: bytes) -> Frame:
         frame = frame.strip(b"\r\n")
-        if frame.count(b"\n") >= EVENT_LINES:
-            return Frame(error=f"an event of more than {EVENT_LINES} lines")
+        if frame.count(b"\n") >= MAX_EVENT_LINES:
+            return Frame(error=f"an event of more than {MAX_EVENT_LINES} lines")
         data = event_data(frame)
         if not data:
             return Frame()

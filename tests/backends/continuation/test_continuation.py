@@ -13,7 +13,7 @@ from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import MAX_CUTS, Continuation, Ending
 from gpumesh.backends.continuation.planner import ContinuationStrategy
 from gpumesh.backends.dialects import find_counters
-from gpumesh.backends.frames import EVENT_LINES, LINE_LIMIT
+from gpumesh.backends.frames import LINE_LIMIT, MAX_EVENT_LINES
 from tests.backends.continuation.driving import (
     OLLAMA,
     Clock,
@@ -245,8 +245,8 @@ def test_an_event_ends_however_its_lines_end_and_wherever_it_is_cut(end: bytes) 
 
 def test_an_event_of_thousands_of_lines_is_a_cut() -> None:
     answer = start_answer(openai())
-    answer.feed(b'data: {"tool_calls":[]}\n' + b"data:\n" * 2 * EVENT_LINES + b"\n")
-    assert answer.cut_reason == f"an event of more than {EVENT_LINES} lines"
+    answer.feed(b'data: {"tool_calls":[]}\n' + b"data:\n" * 2 * MAX_EVENT_LINES + b"\n")
+    assert answer.cut_reason == f"an event of more than {MAX_EVENT_LINES} lines"
 
 
 def test_a_node_that_fails_before_its_first_frame_leaves_no_trace() -> None:
