@@ -9,7 +9,7 @@ from gpumesh.backends import safe_json
 from gpumesh.printable import printable
 
 ERROR_BYTES = 1 << 20  # of an error response; the rest is not read
-MAX_DEPTH = 4  # of a message in objects that hold each other; no known shape has more than two
+MAX_DEPTH = 4  # objects inside of objects; deeper ones are not searched
 _TITLE = re.compile(rb"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)
 
 

@@ -1,6 +1,6 @@
 """The hot path: a client's request goes to the mesh, and the answer is pushed into the client's stream as it comes.
 
-Nothing is parsed that need not be: the request's body goes on as it came, and so do the answer's pieces. A client that
+Nothing is parsed without need: the request's body and the answer's pieces are passed on as they come. A client that
 reads slowly pauses the connection to its node, so that memory does not grow.
 """
 
@@ -25,7 +25,7 @@ from gpumesh.mesh.mesh import Mesh
 from gpumesh.mesh.requests.answer import Answer
 from gpumesh.topology import BackendKind
 
-# Headers that concern only the client or this hop, and not a backend.
+# Headers that concern only the client, or only the connection to the client, and not a backend.
 _NOT_FORWARDED = frozenset(
     {
         "host",
@@ -46,7 +46,8 @@ _NOT_FORWARDED = frozenset(
         "cookie",
         "accept-encoding",
         "content-encoding",  # the body is unpacked when it is read here
-        # They ask for a part of an answer, or for none if the client has it already: an answer is sent on whole.
+        # The next headers ask for a part of an answer, or for no answer if the client has it. The mesh needs whole
+        # answers.
         "range",
         "if-range",
         "if-match",
@@ -58,7 +59,8 @@ _NOT_FORWARDED = frozenset(
 
 
 def build_call(request: Request, body: bytes) -> HttpCall:
-    """The client's request as it is sent on: the same path, query and body, and the headers that concern a backend."""
+    """The request to the backend: the client's path and query, ``body``, and the client's headers that concern a
+    backend."""
     headers = tuple(
         (name, value)
         for name, value in request.headers.pairs
@@ -79,10 +81,13 @@ async def forward_request(
     on_answer: Callable[[Answer], None],
     require_json: bool = False,
 ) -> Response | StreamingResponse:
-    """``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
-    answer is a JSON object that any node could give; if a client could not read it, another node is asked.
+    """Sends the request to the mesh, and the answer to the client.
 
-    Raises GPUMeshError only while nothing was sent to the client.
+    ``on_answer`` is called with the answer when its first bytes have come, for the accounting. ``require_json``: the
+    answer must be a JSON object, and any node can give it. If a client could not read the answer, other nodes are
+    asked.
+
+    Raises GPUMeshError only before the first byte to the client.
     """
     calls: Mapping[BackendKind, HttpCall] = dict.fromkeys(demand.kinds, call)
     answer = await mesh.send(
@@ -102,18 +107,19 @@ async def forward_request(
 
 
 def _is_readable(answer: Answer) -> bool:
+    """Whether the answer is whole and, if it is a success, a JSON object that any client can parse."""
     return answer.body is not None and (answer.status != 200 or safe_json.is_strict_object(answer.body))
 
 
 async def _ask_other_nodes(
     mesh: Mesh, demand: Demand, calls: Mapping[BackendKind, HttpCall], answer: Answer, timeout_s: float
 ) -> Answer:
-    """The first answer of another node that a client can read. Raises BackendError if no node gives one."""
+    """Asks the other nodes one by one, and returns the first readable answer. Raises BackendError if there is none."""
     await answer.aclose()
     for candidate in mesh.candidates():
-        fits = candidate.usable and candidate.kind in demand.kinds and has_model(candidate, demand.model)
-        if candidate.name == answer.node or demand.node is not None or not fits:
-            continue
+        can_serve = candidate.usable and candidate.kind in demand.kinds and has_model(candidate, demand.model)
+        if candidate.name == answer.node or demand.node is not None or not can_serve:
+            continue  # ``demand.node``: the client asked for one node
         try:
             other = await mesh.send(replace(demand, node=candidate.name), calls, timeout_s=timeout_s)
         except GPUMeshError:
@@ -148,14 +154,17 @@ def _whole_response(answer: Answer, body: bytes, shape: ClientApi) -> Response:
 
 
 def _translate_error(answer: Answer, body: bytes, shape: ClientApi) -> Response:
-    """A server's failure in the client's dialect: the server speaks another one, or sent the failure as an event."""
+    """Writes a server's failure in the client's dialect: the server has another dialect, or sent the failure as an
+    event."""
+    # The last event of a stream, or the whole body if it is no event.
     message = DIALECTS[answer.kind].error_text(answer.status, body.rpartition(b"data: ")[2])
     headers = tuple(pair for pair in _response_headers(answer) if pair[0].lower() != "content-type")
     return json_response(error_shapes.error_body(shape, answer.status, message), status=answer.status, headers=headers)
 
 
 def read_resume(headers: Mapping[str, str]) -> bool:
-    """Whether a cut answer may be continued by another node."""
+    """Whether another node may continue a cut answer. Raises BadRequest for an unknown value of
+    ``X-GPUMesh-Resume``."""
     value = headers.get("X-GPUMesh-Resume")
     if value is None or value.strip().lower() == "on":
         return True

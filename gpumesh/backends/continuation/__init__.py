@@ -1,4 +1,4 @@
-"""How a stream that was cut is continued on another server, for each form of stream. Pure: bytes in, bytes out.
+"""The continuation of a cut stream on another server, for each form of stream. Pure: bytes in, bytes out.
 
-No sockets, no clocks, and no choice of the server that continues.
+This room has no sockets and no clocks, and does not choose the server that continues.
 """

@@ -1,4 +1,4 @@
-"""One answer out of several upstream streams: a cut stream is continued, a few times at most, or ended with an error.
+"""One answer out of several upstream streams: a cut stream is continued, at most MAX_CUTS times, or ends with an error.
 
 Pure, no I/O.
 
@@ -21,8 +21,8 @@ How a proxy drives it::
         if isinstance(ending, Ending): break             # ending.data completes it, or ending.error says why not
         upstream = send(ending)                          # if it fails before `feed` gave anything: the next node
 
-Only whole frames are passed on. So a cut never leaves half a line with the client, and what was passed on is exactly
-what the next node is asked to continue: nothing is lost, nothing repeated.
+Only whole frames are passed on. So a cut never leaves half a line with the client. The next node is asked to continue
+exactly the frames that were passed on: no text is lost or repeated.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ MAX_CUTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of an answer that no node goes on with: ``data`` completes it, unless ``error`` says why it is
-    incomplete."""
+    """The end of an answer that no node continues. ``data`` completes the answer, unless ``error`` says why the answer
+    is incomplete."""
 
     data: bytes = b""
     error: str | None = None
 
 
 class Continuation:
-    """``finished``: the client has the whole answer. ``cut_reason``: why the current upstream must not be read further
-    (an error frame, or no frame at all), while the client's answer is not finished. ``frame_separator`` ends a frame of
-    the current upstream: there are about as many tokens as separators. ``counters`` are the upstream's own figures,
-    once it gave them, and ``answer_counters`` those of the whole answer.
+    """``finished``: the client has the whole answer, or the answer ended with an error. ``cut_reason``: why the current
+    upstream must not be read further, although the answer is not finished (an error frame, or bytes that are not a
+    frame). ``frame_separator`` ends a frame of the current upstream: there are about as many tokens as separators.
+    ``counters`` are the figures that the current upstream gave, ``answer_counters`` those of the whole answer.
 
-    ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` gives seconds, and ``started_at`` is when the request
-    came, if that was before now. ``reserve_bytes``: see ``ContinuationPlanner``.
+    ``resume`` is false for ``X-GPUMesh-Resume: off``. ``clock`` gives seconds. ``started_at`` is the time of the
+    request, if it came before now. ``reserve_bytes``: see ``ContinuationPlanner``.
 
-    A little longer than other classes: a third of it hands questions on to the planner and to the text that was
-    received, so that a proxy deals with one object.
+    This class is a little longer than others: a third of it calls the planner and the received text, so that a proxy
+    needs one object only.
     """
 
     def __init__(
@@ -85,16 +85,17 @@ class Continuation:
         self._planner = ContinuationPlanner(path, request, self._form, strategies, reserve_bytes)
         self._received = ReceivedText(self._form, keeps=resume and self._form.supports_continuation)
         self._unread = self._received.unread
-        # The first upstream has sent text, which is kept: so text is passed on as it comes, until a frame ends the text
-        # or the stream is cut.
+        # True while frames of text need no reading: the first upstream has sent text, the text is kept, and neither its
+        # end nor a cut has come.
         self._passes_text = False
-        self._frames = 0  # that were sent since they were taken, but for those in ``_unread`` past ``_counted_bytes``
+        # Frames since the last ``take_frame_count``, without those in ``_unread`` after its first ``_counted_bytes``.
+        self._frames = 0
         self._counted_bytes = 0
         self._read_with(self._form)
-        # Of the current upstream: when its first and its last whole frames came.
+        # The times of the current upstream's first and last whole frames.
         self._first_at: float | None = None
         self._last_at = 0.0
-        self._spent_ms = 0.0  # by the upstreams before
+        self._spent_ms = 0.0  # the time that earlier upstreams took, from their first frame to their last
         self._partial_answer = PartialAnswer()
         self._cut_message = ""
         self.cuts = 0
@@ -109,7 +110,7 @@ class Continuation:
 
     @property
     def tokens(self) -> int:
-        """Frames with text that the client has received: about as many tokens."""
+        """The number of frames with text that the client has received: about as many tokens."""
         self._read_unread()
         return self._received.tokens
 
@@ -121,7 +122,7 @@ class Continuation:
 
     @property
     def continuable(self) -> bool:
-        """Whether another node could go on, if this upstream were cut now."""
+        """Whether another node could continue the answer, if this upstream were cut now."""
         self._read_unread()
         return self.cuts < MAX_CUTS and self._refusal() is None
 
@@ -132,8 +133,10 @@ class Continuation:
     # -- upstream to client --------------------------------------------------------------------------------------
 
     def feed(self, data: bytes, now: float | None = None) -> bytes:
-        """What the client gets for these bytes of the current upstream; empty after its end or a cut. ``now`` is the
-        clock's time, for a caller that knows it. Each streamed token passes here."""
+        """Takes bytes of the current upstream, and returns the bytes for the client; empty after the end or a cut.
+
+        ``now`` is the clock's time, for a caller that knows it. Each streamed token passes here.
+        """
         now = self._clock() if now is None else now
         if (
             self._passes_text
@@ -150,7 +153,7 @@ class Continuation:
         return self._feed_frames(data, now)
 
     def _feed_frames(self, data: bytes, now: float) -> bytes:
-        """All but the most common case."""
+        """``feed`` in all but the most common case."""
         if self.finished or self.cut_reason is not None:
             return b""
         if self._held or not data.endswith(self.frame_separator):
@@ -161,7 +164,7 @@ class Continuation:
         if self.cuts or self._find_marks(data) is not None:
             self._frames += data.count(self.frame_separator)
             return self._pass_on_frames(data)
-        # Text as the client shall have it. It is read only if it is ever needed.
+        # These frames hold text only, so they are passed on as they are. They are read later, if ever.
         received = self._received
         received.started = True
         if received.keeps:
@@ -172,13 +175,16 @@ class Continuation:
         return data
 
     def take_frame_count(self) -> int:
-        """How many frames the upstreams sent since the last call: about as many tokens."""
+        """The number of frames that the upstreams sent since the last call: about as many tokens."""
         count = self._frames + self._unread.count(self.frame_separator, self._counted_bytes)
         self._frames, self._counted_bytes = 0, len(self._unread)
         return count
 
     def finish_body(self) -> bytes:
-        """The upstream's body ended as HTTP says: its last frame may lack its end mark. Half a frame is a cut."""
+        """Call this when the upstream's body has ended as HTTP requires. Returns the last bytes for the client.
+
+        The end mark of the last frame may be missing. If a part of the frame is missing, the stream was cut.
+        """
         raw = self._assembler.take_rest() + self.frame_separator
         if self.finished or self.cut_reason is not None:
             return b""
@@ -191,7 +197,7 @@ class Continuation:
         return self._pass_on_frames(raw)
 
     def abandon_upstream(self) -> None:
-        """The current upstream failed before it gave anything: another one takes its place."""
+        """Forgets the current upstream's state, so that another upstream can take its place."""
         self._passes_text = False
         self._assembler.take_rest()
         self.cut_reason = None
@@ -200,7 +206,7 @@ class Continuation:
         self._frames = 0
 
     def _read_with(self, form: StreamFormat) -> None:
-        """The current upstream's stream has this form."""
+        """From now on the upstream's stream has this form."""
         self._source = form
         self._find_marks = form.find_marks
         self._assembler = FrameAssembler(form.find_last_frame_end)
@@ -234,7 +240,7 @@ class Continuation:
         return passed_on
 
     def _pass_on(self, raw: bytes) -> bytes:
-        """One frame that is read."""
+        """Reads one frame, and returns the client's frame for it."""
         if self.finished or self.cut_reason is not None:
             return b""
         frame = self._source.read(raw)
@@ -257,13 +263,15 @@ class Continuation:
         return raw
 
     def _ends_with_reason(self, frame: Frame) -> bool:
-        """OpenAI's ``[DONE]`` may follow a failure, too: then no reason to finish came before it."""
+        """Whether the last frame ends a complete answer. OpenAI's ``[DONE]`` may also follow a failure: then no frame
+        with a finish reason came before it."""
         return frame.document is not None or not self._form.supports_continuation or self._received.is_complete
 
     # -- a cut ---------------------------------------------------------------------------------------------------
 
     def handle_cut(self, reason: str | None = None) -> Ending | None:
-        """The current upstream is over, and ``finished`` is false. ``None``: another node may go on."""
+        """Call this when the current upstream has ended and ``finished`` is false. ``None``: another node may
+        continue."""
         assert not self.finished, "the client has the whole answer"
         self._cut_message = reason or self.cut_reason or "the stream ended before its final frame"
         self._read_unread()
@@ -281,39 +289,40 @@ class Continuation:
             cuts=self.cuts,
             first_frame=received.first_frame,
         )
-        if received.is_complete:  # only what stands after the text is missing
+        if received.is_complete:  # only the frames after the text are missing
             return self._complete(self._form.closing_frames("", self._partial_answer))
         refusal = self._refusal()
         if refusal is not None:
-            return self._refuse(refusal)
+            return self._end_with_refusal(refusal)
         budget = self._planner.token_budget if received.tokens else None
         if budget is not None and received.tokens >= budget:
             return self._complete(self._form.closing_frames("length", self._partial_answer))
         return None
 
     def render_call(self, node: str, kind: BackendKind) -> HttpCall | None:
-        """What to ask of the node that will go on; ``None`` when nothing need be asked."""
+        """The question to the node that will continue; ``None`` if it need not be asked."""
         return self._planner.render_call(node, kind, self._partial_answer)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """The answer to ``render_call``."""
+        """Takes the node's answer to ``render_call``."""
         self._planner.apply_rendered_prompt(node, status, body)
 
     def next_call(self, node: str, kind: BackendKind) -> HttpCall | Ending | None:
-        """What to send to the node that will go on. ``None``: this node did not say how; another may."""
+        """The request to the node that will continue. ``None``: it is not known how this node's model continues, but
+        another node may be able to."""
         self._read_with(self._form)
         if not self._partial_answer.text and not self._partial_answer.thinking:
             return HttpCall("POST", self._path, self._request_body, JSON_HEADERS)
         step = self._planner.next_call(node, kind, self._partial_answer)
         if isinstance(step, str):
-            return self._refuse(step)
+            return self._end_with_refusal(step)
         if step is None:
             return None
         self._read_with(step.form)
         return step.call
 
     def _refusal(self) -> str | None:
-        """Why no other node can go on; ``None`` where one can."""
+        """Why no other node can continue the answer; ``None`` if one can."""
         if not self._resume:
             return "the client asked for no continuation"
         if self.cuts > MAX_CUTS:
@@ -324,6 +333,6 @@ class Continuation:
         self.finished = True
         return Ending(data)
 
-    def _refuse(self, refusal: str) -> Ending:
+    def _end_with_refusal(self, refusal: str) -> Ending:
         self.finished = True
         return Ending(error=f"the answer was cut ({self._cut_message}) and could not be continued: {refusal}")

@@ -1,4 +1,4 @@
-"""How streams of server-sent events, those of ``/v1``, are read, continued and ended. Pure."""
+"""The formats of the streams of ``/v1``, which are server-sent events: to read, continue and end them. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import MAX_EVENT_LINES, find_last_event_end, read_event_line
 
-# One quotation mark before all of them: the search is then for a single byte, which costs next to nothing.
+# All alternatives begin with one quotation mark outside of the group: so the search is for a single byte, which is
+# fast.
 _MARKS = re.compile(
     rb'"(?:error"|finish_reason"\s*:\s*"|usage"\s*:\s*\{|tool_calls"|function_call"|message_stop"'
     rb'|response\.(?:completed|incomplete|failed)")'
@@ -37,10 +38,10 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStreamFormat:
-    """A stream that is passed on but not continued: cut, it ends with an error in its own shape."""
+    """A stream that is passed on, but never continued. After a cut it ends with an error in the form of its own API."""
 
     frame_separator = b"\n\n"
-    # It begins with a byte that is found fast. A \r before it belongs to the line.
+    # The pattern begins with a fixed byte, which is found fast. A \r before this byte belongs to the line.
     frame_end_pattern = re.compile(rb"\n\r?\n[\r\n]*")
     find_last_frame_end = staticmethod(find_last_event_end)
     supports_continuation = False
@@ -49,7 +50,8 @@ class EventStreamFormat:
         self._path = path
 
     def find_marks(self, frames: bytes) -> object | None:
-        ends_as_json = frames.endswith(b"}\n\n")  # the most common end costs less to see than that it is no "[DONE]"
+        # Most frames end in this way. This test costs less than the search for "[DONE]", so it comes first.
+        ends_as_json = frames.endswith(b"}\n\n")
         if frames.startswith(b"error:") or b"\nerror:" in frames or (not ends_as_json and b"[DONE]" in frames[-16:]):
             return frames
         return _MARKS.search(frames)
@@ -67,11 +69,12 @@ class EventStreamFormat:
         if document is None:
             return Frame(error="an event that is no JSON")
         kind = document.get("type")
-        last = kind in ("message_stop", "response.completed", "response.incomplete", "response.failed")
+        is_last = kind in ("message_stop", "response.completed", "response.incomplete", "response.failed")
         error = error_text.find_error_message(document) if kind in (None, "error") else None
-        return Frame(document, text=" ", text_complete=last, ends_stream=last, error=error)
+        # The text is not needed, but it must not be empty: frames with text are counted as tokens.
+        return Frame(document, text=" ", text_complete=is_last, ends_stream=is_last, error=error)
 
-    def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - nothing of it is needed again
+    def extract_texts(self, frames: bytes) -> TextPieces:  # noqa: ARG002 - only a continuation would need the texts
         return TextPieces()
 
     def continuation_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002
@@ -130,12 +133,12 @@ class OpenAIChatFormat(EventStreamFormat):
     supports_continuation = True
 
     def read(self, frame: bytes) -> Frame:
-        read = super().read(frame)
-        if read.document is None:
-            return read
-        text, thinking, choice, delta = _read_texts(read.document)
+        event = super().read(frame)
+        if event.document is None:
+            return event
+        text, thinking, choice, delta = _read_texts(event.document)
         return replace(
-            read,
+            event,
             text=text,
             thinking=thinking,
             calls_tools=bool(delta.get("tool_calls") or delta.get("function_call")),
@@ -143,8 +146,8 @@ class OpenAIChatFormat(EventStreamFormat):
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:
-        if b'"reasoning' not in frames and (found := find_strings(_TEXTS, frames)) is not None:
-            return found
+        if b'"reasoning' not in frames and (pieces := find_strings(_TEXTS, frames)) is not None:
+            return pieces
         events = frames.split(b"\n\n") if b"\r" not in frames else self.frame_end_pattern.split(frames)
         data = [
             event[6:] if event.startswith(b"data: ") and b"\n" not in event else event_data(event)
@@ -152,15 +155,15 @@ class OpenAIChatFormat(EventStreamFormat):
             if event
         ]
         return collect_texts(
-            _read_texts(document)[:2] for document in safe_json.parse_objects([piece for piece in data if piece])
+            _read_texts(document)[:2] for document in safe_json.parse_objects([text for text in data if text])
         )
 
     def continuation_refusal(self, request: JsonObject) -> str | None:
         for key in ("tools", "functions", "logprobs", "grammar", "json_schema", "guided_json", "guided_regex"):
             if request.get(key):
                 return f"an answer with `{key}` cannot be continued"
-        shape = request.get("response_format")
-        if isinstance(shape, dict) and shape.get("type") not in (None, "text"):
+        response_format = request.get("response_format")
+        if isinstance(response_format, dict) and response_format.get("type") not in (None, "text"):
             return "an answer with `response_format` cannot be continued"
         if (safe_json.as_count(request.get("n")) or 1) > 1:
             return "several answers at once cannot be continued"
@@ -169,8 +172,8 @@ class OpenAIChatFormat(EventStreamFormat):
         return None
 
     def budget(self, request: JsonObject) -> int | None:
-        bounds = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
-        return min((bound for bound in bounds if bound is not None), default=None)
+        limits = [positive_count(request.get(key)) for key in ("max_completion_tokens", "max_tokens")]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
         return True
@@ -191,7 +194,7 @@ class OpenAIChatFormat(EventStreamFormat):
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
-        """Only Ollama's own API takes a prompt as it is."""
+        """Uses Ollama's own API: its ``/v1`` applies the template to each prompt."""
         options, budget = _native_options(request), self.budget(request)
         if budget is not None:
             options["num_predict"] = budget - partial_answer.tokens
@@ -210,9 +213,9 @@ class OpenAIChatFormat(EventStreamFormat):
             list(request["messages"]), partial_answer.text, "reasoning_content", partial_answer.thinking
         )
         for key in ("max_completion_tokens", "max_tokens"):
-            bound = positive_count(request.get(key))
-            if bound is not None:
-                body[key] = max(bound - partial_answer.tokens, 1)
+            limit = positive_count(request.get(key))
+            if limit is not None:
+                body[key] = max(limit - partial_answer.tokens, 1)
         return ContinuationCall(HttpCall("POST", self._path, safe_json.dump_compact(body), JSON_HEADERS), self)
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
@@ -223,8 +226,8 @@ class OpenAIChatFormat(EventStreamFormat):
             not (frame.text or frame.thinking or frame.text_complete or has_figures)
             and partial_answer.first_frame is not None
         ):
-            return b""  # the opening delta with its role: the client has had one
-        document = {**frame.document, **_head(partial_answer)}
+            return b""  # the first delta of a stream, which holds only the role: the client has received one
+        document = {**frame.document, **_first_frame_members(partial_answer)}
         if has_figures:
             document |= correct_figures(document, partial_answer)
         if has_figures or frame.text_complete:
@@ -232,7 +235,7 @@ class OpenAIChatFormat(EventStreamFormat):
         return encode_event(document)
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
-        if not reason:  # the client has had the finish frame
+        if not reason:  # the client has received the frame with the finish reason
             return DONE
         return (
             encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)}) + DONE
@@ -240,10 +243,10 @@ class OpenAIChatFormat(EventStreamFormat):
 
 
 class MarkedChatFormat(OpenAIChatFormat):
-    """``/v1/chat/completions`` of a server that is told which message to continue, and renders no prompt.
+    """``/v1/chat/completions`` of a server that is not asked for a prompt. The request marks the message to continue.
 
-    vLLM and SGLang start a new turn without the mark. llama-server needs none, but refuses to continue where the model
-    could think first: ``enable_thinking`` is off, for the thinking of what is continued, if there was any, is over.
+    Without the mark, vLLM and SGLang start a new turn. llama-server needs no mark, but refuses to continue if the model
+    could think first. So ``enable_thinking`` is off: the thinking before the partial answer, if any, is over.
     """
 
     def uses_template(self, request: JsonObject) -> bool:  # noqa: ARG002
@@ -279,13 +282,14 @@ class OllamaAsOpenAIFormat(OllamaStreamFormat):
 
 
 def wants_usage(request: JsonObject) -> bool:
-    """Whether the client asked for a last chunk with the number of tokens."""
+    """Whether the client asked for the chunk with the number of tokens at the end."""
     options = request.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
 def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObject) -> bytes:
-    """The end of a chat's stream: the chunk with the reason, one with the figures if there are any, and the mark."""
+    """The end of a chat's stream: the chunk with the finish reason, a chunk with the figures if there are any, and
+    ``[DONE]``."""
     out = encode_event(make_chunk(partial_answer, {}, reason) | {"gpumesh": continuation_note(partial_answer)})
     if figures:
         chunk = {**make_chunk(partial_answer, {}, None), "choices": [], **correct_figures(figures, partial_answer)}
@@ -294,13 +298,13 @@ def finish_events(partial_answer: PartialAnswer, reason: str, figures: JsonObjec
 
 
 def without_thinking(request: JsonObject) -> JsonObject:
-    """The member of a request by which the model's template leaves no room for thinking."""
-    given = request.get("chat_template_kwargs")
-    return {"chat_template_kwargs": {**(given if isinstance(given, dict) else {}), "enable_thinking": False}}
+    """The member of a request that switches thinking off in the model's template."""
+    kwargs = request.get("chat_template_kwargs")
+    return {"chat_template_kwargs": {**(kwargs if isinstance(kwargs, dict) else {}), "enable_thinking": False}}
 
 
 def event_data(frame: bytes) -> bytes:
-    """The data of one server-sent event; the bare error of an ``error:`` line in the form that all others write."""
+    """The data of one server-sent event. An ``error:`` line is read as ``read_event_line`` describes."""
     parts = [read_event_line(line.rstrip(b"\r")) for line in frame.split(b"\n")]
     return b"\n".join([part for part in parts if part is not None]).strip()
 
@@ -310,7 +314,7 @@ def encode_event(document: JsonObject) -> bytes:
 
 
 def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]:
-    """Text, thinking, and the choice and the delta that hold them."""
+    """In this order: the text, the thinking, the choice, and the choice's delta that holds the two texts."""
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
@@ -322,24 +326,25 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject, JsonObject]
     return safe_json.as_text(delta.get("content")) or "", thinking, choice, delta
 
 
-def _head(partial_answer: PartialAnswer) -> dict[str, Any]:
-    """What names the answer, the same in each of its chunks."""
-    head = partial_answer.first_frame or {}
-    return {key: head[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in head}
+def _first_frame_members(partial_answer: PartialAnswer) -> dict[str, Any]:
+    """The members that name the answer. They are the same in each of its chunks."""
+    first = partial_answer.first_frame or {}
+    return {key: first[key] for key in ("id", "object", "created", "model", "system_fingerprint") if key in first}
 
 
 def make_chunk(partial_answer: PartialAnswer, delta: JsonObject, reason: str | None) -> dict[str, Any]:
-    return {**_head(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+    return {**_first_frame_members(partial_answer), "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
 def _native_body(request: JsonObject) -> dict[str, Any]:
+    """The members of a request to ``/api/chat``, without its messages and its options."""
     body = {key: request[key] for key in ("model", "keep_alive") if key in request}
     effort = request.get("reasoning_effort")
     return body | {"think": False if effort == "none" else effort} if isinstance(effort, str) else body
 
 
 def _native_options(request: JsonObject) -> dict[str, Any]:
-    """As Ollama's own ``/v1`` makes options of a request; its defaults differ from those of ``/api``."""
+    """The options that Ollama's ``/v1`` makes of a request. Its defaults differ from those of ``/api``."""
     options = {"temperature": 1.0, "top_p": 1.0}
     for key in ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "stop"):
         if request.get(key) is not None:
@@ -348,9 +353,9 @@ def _native_options(request: JsonObject) -> dict[str, Any]:
 
 
 def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
-    """Messages as Ollama's ``/v1`` hands them on: each part of a content is a message of its own.
+    """The messages that Ollama's ``/v1`` makes of a request's messages: each part of a content becomes a message.
 
-    What is no text (images, tool calls) is left out; or, if ``exact``, the result is ``None``.
+    Parts that are not text (images, tool calls) are left out. If ``exact``, the result is ``None`` instead.
     """
     out: list[Any] = []
     for message in messages:
@@ -367,7 +372,8 @@ def _as_native(messages: list[Any], *, exact: bool) -> list[Any] | None:
 
 
 def correct_figures(document: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
+    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
+    part of its prompt. The durations of the attempts before it are measured by our clock."""
     out: dict[str, Any] = {}
     usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):

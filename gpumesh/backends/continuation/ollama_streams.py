@@ -1,4 +1,4 @@
-"""How Ollama's own streams, ``/api/chat`` and ``/api/generate``, are read, continued and ended. Pure."""
+"""The format of Ollama's own streams, ``/api/chat`` and ``/api/generate``: to read, continue and end them. Pure."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from gpumesh.backends.continuation.stream_format import (
 )
 from gpumesh.backends.frames import find_last_line_end
 
-# One quotation mark stands before all of them: the search is then for a single byte, which costs next to nothing.
+# All alternatives begin with one quotation mark outside of the group: so the search is for a single byte, which is
+# fast.
 _MARKS = re.compile(rb'"(?:done"\s*:\s*true|error"|tool_calls")')
 _TEXTS = re.compile(rb'"(?:content|response)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class OllamaStreamFormat:
-    """``/api/chat``, and ``/api/generate`` when ``generate``."""
+    """``/api/generate`` if ``generate``, otherwise ``/api/chat``."""
 
     frame_separator = b"\n"
     frame_end_pattern = re.compile(rb"\n[\r\n]*")
@@ -61,8 +62,8 @@ class OllamaStreamFormat:
         )
 
     def extract_texts(self, frames: bytes) -> TextPieces:
-        if b'"thinking"' not in frames and (found := find_strings(_TEXTS, frames)) is not None:
-            return found
+        if b'"thinking"' not in frames and (pieces := find_strings(_TEXTS, frames)) is not None:
+            return pieces
         lines = [line for line in frames.split(b"\n") if line.strip()]
         return collect_texts(_read_texts(document)[:2] for document in safe_json.parse_objects(lines))
 
@@ -84,11 +85,11 @@ class OllamaStreamFormat:
         return not (self._generate and request.get("raw"))
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:
-        # Images change no template: without them the question is small.
+        # Images do not change how the template treats the turn, so they are left out: the question stays small.
         body = self._as_chat(_without_images(request), SENTINEL, thinking)
         body |= {"_debug_render_only": True, "stream": False}
-        # A server that does not know the word generates: one token costs little.
-        return _chat(body, _options(request) | {"num_predict": 1})
+        # A server that does not know `_debug_render_only` generates an answer: one token costs little.
+        return _chat_call(body, _options(request) | {"num_predict": 1})
 
     def raw_prompt_refusal(self, request: JsonObject) -> str | None:
         if _has_images(request):
@@ -100,7 +101,7 @@ class OllamaStreamFormat:
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
         body = {key: request[key] for key in ("model", "keep_alive") if key in request}
         return ContinuationCall(
-            raw_prompt_call(body, prompt + partial_answer.text, self._bounded(request, partial_answer)), self
+            raw_prompt_call(body, prompt + partial_answer.text, self._remaining_options(request, partial_answer)), self
         )
 
     def read_rendered_prompt(self, document: JsonObject) -> RenderedPrompt | None:
@@ -110,23 +111,24 @@ class OllamaStreamFormat:
         return None
 
     def continue_assistant_message(self, request: JsonObject, partial_answer: PartialAnswer) -> ContinuationCall:
-        options = self._bounded(request, partial_answer)
+        options = self._remaining_options(request, partial_answer)
         if not self.uses_template(request):
             body = {key: value for key, value in request.items() if key != "options"}
             return ContinuationCall(
                 raw_prompt_call(body, str(request.get("prompt")) + partial_answer.text, options), self
             )
         return ContinuationCall(
-            _chat(self._as_chat(request, partial_answer.text, partial_answer.thinking), options), self
+            _chat_call(self._as_chat(request, partial_answer.text, partial_answer.thinking), options), self
         )
 
-    def _bounded(self, request: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
+    def _remaining_options(self, request: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
+        """The request's options, with the part of its token limit that is left."""
         budget, options = self.budget(request), _options(request)
         return options if budget is None else options | {"num_predict": budget - partial_answer.tokens}
 
     def _as_chat(self, request: JsonObject, text: str, thinking: str) -> dict[str, Any]:
-        """A chat whose last message is the answer so far. A generate's prompt is one to the server as well: its
-        handler makes the same messages of it."""
+        """A chat whose last message is the partial answer. A prompt of ``/api/generate`` becomes the messages that
+        Ollama's own handler makes of it."""
         body = {key: value for key, value in request.items() if key not in ("prompt", "system", "images", "raw")}
         if not self._generate:
             messages = list(request["messages"])
@@ -143,17 +145,17 @@ class OllamaStreamFormat:
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         if frame.document is None:
             return b""
-        known = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
-        out: dict[str, Any] = {key: known.pop(key) for key in ("model", "created_at") if key in known}
+        members = {key: value for key, value in frame.document.items() if key not in ("message", "response", "context")}
+        out: dict[str, Any] = {key: members.pop(key) for key in ("model", "created_at") if key in members}
         if partial_answer.first_frame is not None and "model" in partial_answer.first_frame:
             out["model"] = partial_answer.first_frame["model"]
         piece: dict[str, Any] = {"response": frame.text} if self._generate else {"content": frame.text}
         if frame.thinking:
             piece["thinking"] = frame.thinking
         out |= piece if self._generate else {"message": {"role": "assistant", **piece}}
-        out |= known
+        out |= members
         if frame.ends_stream:
-            out |= _figures(known, partial_answer)
+            out |= _correct_figures(members, partial_answer)
         return safe_json.dump_compact(out) + b"\n"
 
     def closing_frames(self, reason: str, partial_answer: PartialAnswer) -> bytes:
@@ -171,18 +173,18 @@ class OllamaStreamFormat:
 
 
 def raw_prompt_call(body: dict[str, Any], prompt: str, options: dict[str, Any]) -> HttpCall:
-    """A prompt that no template touches."""
-    whole = body | {"prompt": prompt, "raw": True, "stream": True}
+    """The request to continue this prompt without a template."""
+    raw_body = body | {"prompt": prompt, "raw": True, "stream": True}
     return HttpCall(
         "POST",
         "/api/generate",
-        safe_json.dump_compact(whole | {"options": options} if options else whole),
+        safe_json.dump_compact(raw_body | {"options": options} if options else raw_body),
         JSON_HEADERS,
     )
 
 
 def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
-    """Text, thinking, and the object that holds them."""
+    """In this order: the text, the thinking, and the object that holds the two texts."""
     message = document.get("message")
     if isinstance(message, dict):
         return (
@@ -197,7 +199,7 @@ def _read_texts(document: JsonObject) -> tuple[str, str, JsonObject]:
     )
 
 
-def _chat(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:
+def _chat_call(body: dict[str, Any], options: dict[str, Any]) -> HttpCall:
     if options:
         body["options"] = options
     return HttpCall("POST", "/api/chat", safe_json.dump_compact(body), JSON_HEADERS)
@@ -227,8 +229,9 @@ def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:
     return safe_json.as_objects(request.get("messages"))
 
 
-def _figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
-    """The last attempt saw what was said before as part of its prompt; durations of what was cut are by our clock."""
+def _correct_figures(figures: JsonObject, partial_answer: PartialAnswer) -> dict[str, Any]:
+    """The figures of the whole answer, from those of the last attempt. The last attempt counted the partial answer as a
+    part of its prompt. The durations of the attempts before it are measured by our clock."""
     out: dict[str, Any] = {"eval_count": (safe_json.as_count(figures.get("eval_count")) or 0) + partial_answer.tokens}
     prompt = safe_json.as_count(figures.get("prompt_eval_count"))
     if prompt is not None:

@@ -1,7 +1,7 @@
-"""How another node goes on with an answer that was cut: what it is asked, and what it is sent. Pure.
+"""Makes the requests to the node that continues a cut answer: a question first, if needed, then the request. Pure.
 
-Whether a node continues a last message of the assistant depends on its model's template. So the node may be asked to
-render the prompt first; what its answer shows is remembered by node and model.
+The model's template decides whether a node continues a last message of the assistant. So the node may be asked to
+render the prompt first. The strategy that its answer shows is remembered by node and model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gpumesh.backends.continuation.stream_format import ContinuationCall, JsonOb
 from gpumesh.backends.continuation.stream_formats import continuation_format_for
 from gpumesh.topology import BackendKind
 
-# The memory that a request may cost when it is taken apart for another node (``safe_json.estimate_memory``): that of
-# 16 MiB of images, or of 300,000 values.
+# The memory that a parsed request may take (``safe_json.estimate_memory``), in bytes: as much as 16 MiB of images, or
+# 300,000 values.
 REQUEST_COST = 64 << 20
 
 
@@ -30,12 +30,13 @@ class ContinuationStrategy(StrEnum):
 
 
 ContinuationStrategies = MutableMapping[tuple[str, str], ContinuationStrategy]
-"""What is known, by node and model: one name may be two templates. Keep one mapping for the gateway's life."""
+"""The known strategies by node and model: on two nodes, models of one name may have different templates. Keep one
+mapping for the gateway's life."""
 
 
 class ContinuationPlanner:
-    """For one request. ``reserve_bytes`` says whether so many bytes more may be held for it. The request is taken apart
-    only after a cut."""
+    """Plans the continuation of one request. ``reserve_bytes`` returns whether this many more bytes may be held for the
+    request. The request is parsed only after a cut."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class ContinuationPlanner:
 
     @cached_property
     def _is_affordable(self) -> bool:
-        """Whether there is room to take the request apart."""
+        """Whether there is enough memory to parse the request."""
         cost = safe_json.estimate_memory(self._request_body, REQUEST_COST)
         return cost is not None and self._reserve_bytes(cost)
 
@@ -69,11 +70,11 @@ class ContinuationPlanner:
 
     @property
     def token_budget(self) -> int | None:
-        """How many tokens the client allows at most."""
+        """The client's limit for the tokens of the answer; ``None`` without one."""
         return self._form.budget(self._request)
 
     def refusal(self, received: ReceivedText) -> str | None:
-        """Why no node can go on with what the client has received; ``None`` where one can."""
+        """Why no node can continue the received text; ``None`` if one can."""
         if not received.started or (not received.tokens and not received.calls_tools and received.keeps):
             return None  # the client has no text yet: the request is sent anew
         if self._form.supports_continuation and not received.keeps:
@@ -89,21 +90,22 @@ class ContinuationPlanner:
         return self._form.continuation_refusal(self._request)
 
     def render_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> HttpCall | None:
-        """The question to the node that will go on; ``None`` when nothing need be asked."""
+        """The question to the node that will continue; ``None`` if it need not be asked."""
         strategy = self._strategies.get((node, self._model))
         form = continuation_format_for(self._path, kind)
         if type(form) is not type(self._next_form):
-            self._prompt = None  # another kind of server rendered it
+            self._prompt = None  # a server of another kind rendered it
         self._next_form = form
-        is_known = strategy is ContinuationStrategy.ASSISTANT_LAST or (
+        strategy_is_ready = strategy is ContinuationStrategy.ASSISTANT_LAST or (
             strategy is ContinuationStrategy.RAW and self._prompt is not None
         )
-        if is_known or not self._depends_on_template(form, partial_answer):
+        if strategy_is_ready or not self._depends_on_template(form, partial_answer):
             return None
         return form.render_call(self._request, partial_answer.thinking)
 
     def apply_rendered_prompt(self, node: str, status: int, body: bytes) -> None:
-        """The answer to ``render_call``. Where it says nothing, the most common strategy is left: assistant last."""
+        """Takes the node's answer to ``render_call``. Without a usable answer the most common strategy stays: assistant
+        last."""
         document = (safe_json.parse_object(body) if status == 200 else None) or {}
         rendered = self._next_form.read_rendered_prompt(document)
         if rendered is None:
@@ -115,8 +117,8 @@ class ContinuationPlanner:
             self._strategies[node, self._model] = ContinuationStrategy.ASSISTANT_LAST
 
     def next_call(self, node: str, kind: BackendKind, partial_answer: PartialAnswer) -> ContinuationCall | str | None:
-        """What to send to the node that will go on, or why it cannot. ``None``: this node did not say how; another
-        may."""
+        """The request to the node that will continue, or the reason why no node can. ``None``: it is not known how this
+        node's model continues, but another node may be able to."""
         form = continuation_format_for(self._path, kind)
         strategy = self._strategies.get((node, self._model))
         if strategy is not ContinuationStrategy.RAW or not self._depends_on_template(form, partial_answer):

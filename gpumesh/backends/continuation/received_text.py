@@ -1,4 +1,4 @@
-"""What the client has received of an answer, kept so that another node can continue it. Bounded. Pure."""
+"""The text that the client has received, kept so that another node can continue it. Bounded. Pure."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from itertools import islice
 
 from gpumesh.backends.continuation.stream_format import Frame, JsonObject, StreamFormat, TextPieces
 
-# Ollama's runner stops, silently, after one token came more than 30 times. An answer that it gave up is not continued.
+# Ollama's runner ends an answer without an error when one token has come more than 30 times. An answer
+# that the runner gave up in this way is not continued.
 MAX_REPEATED_TOKENS = 30
-# Frames are kept unread up to here. Then they are read: a long answer is held as its text, and not as its frames.
+# Unread frames are kept up to this size. Then they are read, and only their text is kept: it is much shorter.
 UNREAD_BYTES = 64 << 10
-UNREAD_FRAMES = 4096  # so many frames in so few bytes hold no text
-FIRST_FRAMES = 64  # of unread frames, among which one names the answer
-# No model's context holds so much. An answer that grows past it is passed on, but not kept.
+UNREAD_FRAMES = 4096  # more frames in UNREAD_BYTES are too short to hold text
+FIRST_FRAMES = 64  # one of the first so many frames names the answer
+# Bytes; no model's context holds so much text. A longer answer is passed on, but not kept.
 TEXT_LIMIT = 8 << 20
-PIECE_BYTES = 64  # what a piece of text costs besides its characters
+PIECE_BYTES = 64  # memory of a piece of text besides its characters
 
 
 class ReceivedText:
-    """``started``: the client has received at least one frame. ``unread`` holds frames that were not read yet: most
-    answers are never cut, so they are never read. ``keeps`` is false where the text is not kept, or no longer.
+    """``started``: the client has received at least one frame. ``unread`` holds frames that were not read yet; most
+    answers are not cut, so most frames are never read. ``keeps`` is false if the text is not kept, or not any more.
 
-    ``tokens`` counts frames with text, ``first_frame`` is the first frame with a document: it names the answer.
-    ``calls_tools``: a frame held a tool call. ``is_complete``: the text is whole, and only what follows it is missing.
-    All of them are right after ``read_unread``.
+    ``tokens`` counts the frames with text. ``first_frame`` is the first frame with a document: it names the answer.
+    ``calls_tools``: a frame held a tool call. ``is_complete``: the text is complete; frames after the text may be
+    missing. These attributes are up to date only after ``read_unread``.
     """
 
     __slots__ = (
@@ -47,7 +48,8 @@ class ReceivedText:
         self._form = form
         self.keeps = keeps
         self.started = False
-        # Copied, so that each piece's own memory is used again at once: a list of pieces costs a tenth of the hot path.
+        # The pieces are copied into one array, so that their memory is free at once. A list of the pieces would make
+        # the hot path slower by a tenth.
         self.unread = bytearray()
         self.texts: list[str] = []
         self.thinking_texts: list[str] = []
@@ -60,8 +62,9 @@ class ReceivedText:
 
     @property
     def repeats_itself(self) -> bool:
-        last = self._last_tokens
-        return len(last) == MAX_REPEATED_TOKENS and len({token.strip() for token in last}) == 1
+        """Whether the last MAX_REPEATED_TOKENS tokens are all the same."""
+        tokens = self._last_tokens
+        return len(tokens) == MAX_REPEATED_TOKENS and len({token.strip() for token in tokens}) == 1
 
     def read_unread(self) -> None:
         if not self.unread:
@@ -78,7 +81,7 @@ class ReceivedText:
         self._add(self._form.extract_texts(frames))
 
     def add_frame(self, frame: Frame) -> None:
-        """A frame that was read before the client got it."""
+        """Adds a frame that was read before the client got it."""
         self.started = True
         if self.first_frame is None and frame.document is not None:
             self.first_frame = frame.document
@@ -101,13 +104,13 @@ class ReceivedText:
             self._stop_keeping()
 
     def _stop_keeping(self) -> None:
-        """From now on the answer is passed on, and cannot be continued."""
+        """Drops the text. From now on the answer can only be passed on, and not be continued."""
         self.keeps = False
         self.texts, self.thinking_texts = [], []
 
 
 def split_frames(form: StreamFormat, frames: bytes) -> Iterator[bytes]:
-    """Each frame with its end. A run of blank lines after a frame is part of its end, however long the run is."""
+    """Each frame with its end mark. All blank lines after a frame belong to its end mark."""
     start = 0
     for match in form.frame_end_pattern.finditer(frames):
         yield frames[start : match.end()]

@@ -1,8 +1,8 @@
-"""How llama-server continues a chat: as text after the prompt that it renders itself. Pure.
+"""Continues a chat on llama-server: the partial answer is text after the prompt that the server renders. Pure.
 
-``/apply-template`` gives the prompt that a chat becomes, ``/completion`` goes on from that prompt and the text so far.
-Measured with build 10434: at temperature 0 the text is the very one that an uncut answer has. A last message of the
-assistant is continued by most templates too, but not by all of them.
+``/apply-template`` renders a chat as a prompt. ``/completion`` continues that prompt with the partial answer after it.
+Measured with build 10434: at temperature 0 the text is the same as in an answer without a cut. Most templates would
+also continue a last message of the assistant, but not all of them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gpumesh.backends.continuation.stream_format import (
 )
 
 COMPLETION_PATH = "/completion"
-# Members of a chat's request that mean nothing, or something else, to ``/completion``. All others are passed on: the
-# names of the sampling parameters are the same.
+# Members of a chat's request that ``/completion`` does not know, or understands in another way. All others are passed
+# on: both routes have the same names for the sampling parameters.
 _CHAT_ONLY = frozenset(
     {
         "messages",
@@ -44,18 +44,18 @@ _CHAT_ONLY = frozenset(
         "response_format",
     }
 )
-# A template that has the model think first leaves the prompt open there: text after it would be thinking.
+# A prompt that ends with an open mark of thinking: text after this mark would be thinking, not the answer.
 _OPEN_THINKING = re.compile(r"<[a-z_:|]{0,20}think(?:ing)?[a-z_:|]{0,20}>\s*\Z", re.IGNORECASE)
 
 
 class RenderedPromptFormat(MarkedChatFormat):
-    """``/v1/chat/completions`` of llama-server. Where the prompt cannot be had, or holds what is no text, the answer so
-    far is sent as a last message of the assistant."""
+    """``/v1/chat/completions`` of llama-server. If the server does not render the prompt, or if the chat holds more
+    than text, the partial answer is sent as a last message of the assistant."""
 
     def uses_template(self, request: JsonObject) -> bool:
         return all(_is_text(message) for message in request["messages"])
 
-    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002 - it is over
+    def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002 - the thinking is over
         body: dict[str, Any] = {key: request[key] for key in ("model", "messages") if key in request}
         body |= without_thinking(request)
         return HttpCall("POST", "/apply-template", safe_json.dump_compact(body), JSON_HEADERS)
@@ -66,7 +66,7 @@ class RenderedPromptFormat(MarkedChatFormat):
             return None
         return RenderedPrompt(prompt, closes_turn=True)
 
-    def raw_prompt_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002 - ``uses_template`` was asked
+    def raw_prompt_refusal(self, request: JsonObject) -> str | None:  # noqa: ARG002 - ``uses_template`` was checked before
         return None
 
     def continue_raw_prompt(self, request: JsonObject, partial_answer: PartialAnswer, prompt: str) -> ContinuationCall:
@@ -89,12 +89,12 @@ class CompletionAsChatFormat(EventStreamFormat):
         self._usage = usage
 
     def read(self, frame: bytes) -> Frame:
-        read = super().read(frame)
-        if read.document is None:
-            return read
-        text = safe_json.as_text(read.document.get("content")) or ""
-        last = read.document.get("stop") is True
-        return replace(read, text=text, text_complete=last, ends_stream=last)
+        event = super().read(frame)
+        if event.document is None:
+            return event
+        text = safe_json.as_text(event.document.get("content")) or ""
+        is_last = event.document.get("stop") is True
+        return replace(event, text=text, text_complete=is_last, ends_stream=is_last)
 
     def translate(self, frame: Frame, partial_answer: PartialAnswer) -> bytes:
         out = encode_event(make_chunk(partial_answer, {"content": frame.text}, None)) if frame.text else b""
@@ -114,7 +114,8 @@ class CompletionAsChatFormat(EventStreamFormat):
 
 
 def _is_text(message: Any) -> bool:
-    """Whether a message is of text alone: what else it holds stands in the prompt as a mark that no text can be."""
+    """Whether a message holds only text. The rendered prompt holds only a placeholder for an image or a sound, so it
+    could not be sent as text."""
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         return all(isinstance(part, dict) and part.get("type") == "text" for part in content)

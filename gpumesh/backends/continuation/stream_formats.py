@@ -1,4 +1,4 @@
-"""The form of each route's stream, and how a server of each kind continues it."""
+"""The registry of formats: the stream format of each route, and the way each kind of server continues a stream."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gpumesh.backends.continuation.stream_format import StreamFormat
 from gpumesh.backends.dialects import DIALECTS
 from gpumesh.topology import BackendKind
 
-_NATIVE = frozenset({"/api/chat", "/api/generate"})
-_EVENTS = frozenset({"/v1/completions", "/v1/responses", "/v1/messages"})
-_CHAT = "/v1/chat/completions"
+_OLLAMA_PATHS = frozenset({"/api/chat", "/api/generate"})
+_EVENT_STREAM_PATHS = frozenset({"/v1/completions", "/v1/responses", "/v1/messages"})
+_CHAT_PATH = "/v1/chat/completions"
 _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
     ContinuationMethod.TEMPLATE: OpenAIChatFormat,
     ContinuationMethod.MARKED: MarkedChatFormat,
@@ -25,19 +25,19 @@ _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
 def generates_text(path: str) -> bool:
     """Whether this route generates text, so that its stream has a final frame. ``path`` may have a query."""
     bare = path.partition("?")[0]
-    return bare in _NATIVE or bare in _EVENTS or bare in (_CHAT, COMPLETION_PATH)
+    return bare in _OLLAMA_PATHS or bare in _EVENT_STREAM_PATHS or bare in (_CHAT_PATH, COMPLETION_PATH)
 
 
 def stream_format_for(path: str) -> StreamFormat:
-    """How a stream of this route is read and ended."""
+    """The format that reads and ends a stream of this route."""
     bare = path.partition("?")[0]
-    if bare in _NATIVE:
+    if bare in _OLLAMA_PATHS:
         return OllamaStreamFormat(generate=bare == "/api/generate")
-    return OpenAIChatFormat(path) if bare == _CHAT else EventStreamFormat(path)
+    return OpenAIChatFormat(path) if bare == _CHAT_PATH else EventStreamFormat(path)
 
 
 def continuation_format_for(path: str, kind: BackendKind) -> StreamFormat:
-    """The same form, with the way in which this kind of server continues it."""
-    if path.partition("?")[0] != _CHAT:
+    """The format of this route that continues a stream on this kind of server."""
+    if path.partition("?")[0] != _CHAT_PATH:
         return stream_format_for(path)
     return _CHAT_FORMATS[DIALECTS[kind].continuation](path)

@@ -1,1 +1,1 @@
-"""One request on its way: its attempts on nodes, its answer, and its continuation where a node was lost."""
+"""The delivery of one request: its attempts on nodes, its answer, and the continuation when a node is lost."""

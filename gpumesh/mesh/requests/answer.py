@@ -1,4 +1,4 @@
-"""The answer to a request, as the code that sent the request gets it."""
+"""The answer to a request, as the sender of the request gets it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from gpumesh.topology import BackendKind
 
 HeaderPairs = tuple[tuple[str, str], ...]
 OutcomeListener = Callable[[Outcome], None]
-"""Called once, with how a request ended, for the counters of the whole mesh."""
+"""Called once for each request, with its outcome: the counters of the whole mesh need it."""
 
 
 class ClientStream(ByteSink, Protocol):
-    """A client's stream, which an answer is pushed into."""
+    """A client's stream. An answer is pushed into it."""
 
     async def drain(self, is_wanted: Callable[[], bool]) -> None:
-        """Waits while the stream is ``backpressured``. ``is_wanted`` says whether other requests wait for what this
-        answer holds: then a client that takes nothing is an error. Raises ConnectionError when the client is gone."""
+        """Waits while the stream is ``backpressured``. Raises ConnectionError when the client is gone.
+
+        ``is_wanted`` returns whether other requests wait for the slot of this answer. Then a client that takes no bytes
+        is an error as well.
+        """
 
 
 class Answer:
-    """An answer's head, and its body: iterate it to the end, push it to a client's stream with ``send_to``, or
-    ``aclose`` the answer.
+    """An answer's head and body. Use one of three ways: iterate the body to its end, push it to a client's stream with
+    ``send_to``, or ``aclose`` the answer.
 
-    ``attempts`` counts the nodes that were tried, ``queue_ms`` is the time spent waiting for a slot. ``outcome`` is how
-    the answer ended, once it has; a whole answer has one from the start. ``continuations`` is how often another node
-    went on with it (``node`` is then the last one); ``counters`` are the server's own figures, if it gave any.
-    ``error_message``: the body is an error of ours with this text, which the gateway writes in its client's dialect.
+    ``attempts`` counts the requests to nodes, ``queue_ms`` is the time that the request waited for slots. ``outcome``
+    is ``None`` until the answer has ended; a whole answer has its outcome from the start. ``continuations`` counts how
+    often another node continued the answer; ``node`` is the last node. ``counters`` are the server's own figures, if it
+    gave any. ``error_message``: the body is an error that the mesh made from this text. The gateway writes it in the
+    client's dialect.
     """
 
     __slots__ = (
@@ -68,7 +72,7 @@ class Answer:
 
     @property
     def body(self) -> bytes | None:
-        """The whole body where it is known already; ``None`` while it streams."""
+        """The body if it is complete; ``None`` for an answer that streams."""
         return None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -78,22 +82,23 @@ class Answer:
         raise NotImplementedError
 
     async def send_to(self, client: ClientStream) -> None:
-        """Pushes the body to a client's stream, to its end. Raises GPUMeshError when the answer is cut, and
-        ConnectionError when the client is gone."""
+        """Pushes the whole body to a client's stream. Raises GPUMeshError when the answer is cut, and ConnectionError
+        when the client is gone."""
         raise NotImplementedError
 
     def expire(self, message: str) -> None:
-        """The answer's deadline is now: its reader gets DeadlineExceeded with this message. Harmless after its end."""
+        """Sets the answer's deadline to now: its reader gets DeadlineExceeded with this message. Does nothing after the
+        answer's end."""
 
     def slot_is_wanted(self) -> bool:
-        """Whether other requests wait for the slot on a node that this answer holds."""
+        """Whether other requests wait for the slot that this answer holds on its node."""
         return False
 
     async def aclose(self) -> None:
-        """Ends the request, whatever is left of it. Harmless after its end."""
+        """Ends the request, also in the middle of its body. Does nothing after the answer's end."""
 
     def error_frame(self, message: str) -> bytes | None:  # noqa: ARG002
-        """An explicit error as a frame of this answer's own stream; ``None`` where it has none."""
+        """An error message as a frame of this answer's stream; ``None`` if the stream has no frames."""
         return None
 
     async def read(self) -> bytes:
@@ -101,7 +106,8 @@ class Answer:
         return b"".join([piece async for piece in self])
 
     async def read_at_most(self, limit: int) -> bytes | None:
-        """The whole body; ``None`` when it is longer, and then the request is ended: a node may send without an end."""
+        """The whole body; ``None`` if it is longer than ``limit``. Ends the request in both cases: a node could send
+        without end."""
         pieces: list[bytes] = []
         size = 0
         try:
@@ -161,8 +167,8 @@ class WholeAnswer(Answer):
 
 
 def error_answer(node: str, kind: BackendKind, status: int, headers: HeaderPairs, problem: str) -> WholeAnswer:
-    """Takes the place of a server's answer that nobody may see. ``headers`` hold no Content-Type. ``problem`` is a
-    sentence whose subject, "it", is the server."""
+    """The answer that replaces a server's answer which no client may get. ``headers`` hold no Content-Type. ``problem``
+    is a sentence whose subject, "it", is the server."""
     message = f"{node}: {problem}"
     body = safe_json.dump_compact({"error": message})
     answer = WholeAnswer(node, kind, status, (("Content-Type", "application/json"), *headers), body)

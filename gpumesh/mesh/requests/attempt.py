@@ -18,20 +18,20 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 from gpumesh.mesh.requests.upstream import Upstream, UpstreamResponse
 
-STREAMING = frozenset({"application/x-ndjson", "text/event-stream"})
-# An answer that does not stream is held until it is complete, so that another node can be asked when it is cut.
+STREAMING_TYPES = frozenset({"application/x-ndjson", "text/event-stream"})
+# An answer that does not stream is held until it is complete: if it is cut, another node can be asked.
 HELD_BYTES = 32 << 20
-ERROR_BYTES = 1 << 20
+ERROR_BYTES = 1 << 20  # of an error's body, and of the answer to a question
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """An attempt that failed, while another node may succeed. ``answer`` is the server's own error, if it gave one.
+    """An attempt that failed; another node may succeed. ``answer`` is the server's own error, if it gave one.
 
-    ``request_sent``: the server had the request when it failed. ``lease`` is the attempt's lease, released by now.
-    ``duration_s`` is the time from sending to the failure.
+    ``request_sent``: the server may have received the request before the failure. ``lease`` is the attempt's lease; it
+    is released. ``duration_s`` is the time from the start of the request to the failure.
     """
 
     node: str
@@ -45,8 +45,8 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class OpenedStream:
-    """A stream that has begun; its lease is held. ``first_bytes`` are for the client, before what ``response`` still
-    holds. ``continuation`` is ``None`` for a stream that is no generated text (the progress of a pull …)."""
+    """A stream that has begun. It holds its lease. The client gets ``first_bytes`` first, and then the rest of
+    ``response``. ``continuation`` is ``None`` for a stream without generated text (the progress of a pull …)."""
 
     lease: Lease
     response: UpstreamResponse
@@ -63,10 +63,10 @@ async def run_attempt(
     continuation: Callable[[], Continuation] | None = None,
     at_most_once: bool = False,
 ) -> WholeAnswer | OpenedStream | FailedAttempt:
-    """Sends the request to the leased node. ``continuation`` creates the reader of a generated stream; without it every
-    stream is passed on unread. ``at_most_once``: the server must never get the request twice.
+    """Sends the request to the leased node. ``continuation`` creates the reader of a stream with generated text;
+    without it every stream is passed on unread. ``at_most_once``: the server must not get the request twice.
 
-    The lease is released here unless the stream took it over; also when this is cancelled.
+    Releases the lease, unless the result is an OpenedStream, which holds it. A cancelled attempt releases it as well.
     """
 
     async def read_answer(response: UpstreamResponse) -> WholeAnswer | OpenedStream | FailedAttempt:
@@ -75,7 +75,7 @@ async def run_attempt(
             return await _replace_answer(lease, response, outcome, response.problem)
         if outcome is not Outcome.SERVED:
             return await _read_error(lease, response, outcome)
-        if response.content_type not in STREAMING and (response.content_length or 0) <= HELD_BYTES:
+        if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
             return await _read_whole_answer(lease, response, call)
         if continuation is not None and generates_text(call.path):
             return await _read_first_frame(lease, response, continuation())
@@ -87,9 +87,10 @@ async def run_attempt(
 async def ask_node(
     upstream: Upstream, lease: Lease, call: HttpCall, *, timeout_s: float
 ) -> tuple[int, bytes] | FailedAttempt:
-    """Asks the node a short question during a request: status and body. The lease stays held, unless the node failed.
+    """Asks the node a short question during a request. Returns the status and the body. The lease stays held, unless
+    the node failed.
 
-    A node that only takes too long has not failed: its status is 0, and the body is empty.
+    A node that only takes too long has not failed: then the status is 0 and the body is empty.
     """
 
     async def read_answer(response: UpstreamResponse) -> tuple[int, bytes] | FailedAttempt:
@@ -114,13 +115,16 @@ async def _send_and_read(
     result_on_timeout: T | None = None,
     at_most_once: bool = False,
 ) -> T | FailedAttempt:
-    """Sends the request and reads its answer. After any failure the connection is closed, so that the server stops too,
-    and the lease is released. Except after a time-out that has a result: then the lease stays held."""
+    """Sends the request, and reads its answer with ``read_answer``.
+
+    Any failure closes the connection, so that the server stops its work, and releases the lease. The exception is a
+    time-out with a ``result_on_timeout``: it returns this result, and the lease stays held.
+    """
     node = lease.node
     loop = asyncio.get_running_loop()
     response: UpstreamResponse | None = None
     started_at = loop.time()
-    if lease.aborted:  # before anything was sent
+    if lease.aborted:  # the tunnel failed before the request was sent
         return _fail_unreachable(lease)
     try:
         async with asyncio.timeout(timeout_s) as scope:
@@ -157,10 +161,10 @@ async def _send_and_read(
 
 
 def _fail(lease: Lease, outcome: Outcome, error: GPUMeshError, answer: WholeAnswer | None = None) -> FailedAttempt:
-    """Releases the lease."""
+    """Releases the lease, and returns the failure."""
     lease.release(outcome, error=str(error))
-    # The traceback's frames hold the request, which holds the error: a cycle that would keep the request's body until
-    # the garbage collector runs.
+    # The traceback's frames hold the request, which holds the error. This cycle would keep the request's body in memory
+    # until the garbage collector runs.
     error.__traceback__ = None
     return FailedAttempt(lease.node.name, outcome, error, answer, request_sent=answer is not None, lease=lease)
 
@@ -171,7 +175,7 @@ def _fail_unreachable(lease: Lease) -> FailedAttempt:
 
 
 async def _read_error(lease: Lease, response: UpstreamResponse, outcome: Outcome) -> WholeAnswer | FailedAttempt:
-    """The status is an error: the node's failure, or the client's own."""
+    """Reads an answer whose status is an error. The error is the node's failure, or the client's mistake."""
     node = lease.node
     body = await _read_at_most(response, ERROR_BYTES) or b""
     answer = WholeAnswer(node.name, node.kind, response.status, response.headers, body)
@@ -184,11 +188,13 @@ async def _read_error(lease: Lease, response: UpstreamResponse, outcome: Outcome
 async def _replace_answer(
     lease: Lease, response: UpstreamResponse, outcome: Outcome, problem: str
 ) -> WholeAnswer | FailedAttempt:
-    """The answer is not an inference server's, but the page of a proxy, of a login, of a hostile host. No client may
-    see its body. An error's status stays; a success is not believed, and becomes a 502."""
+    """Replaces an answer that does not come from an inference server, but from a proxy, a login page or a hostile host.
+
+    No client may get its body. An error keeps its status; a success is not believed, and becomes a 502.
+    """
     node, status = lease.node, response.status
     if not 400 <= status < 600:
-        response.abort()  # it may be of any length
+        response.abort()  # the body is not read, because it may have any length
         outcome, status = Outcome.SERVER_ERROR, 502
     else:
         body = await _read_at_most(response, ERROR_BYTES) or b""
@@ -211,7 +217,7 @@ async def _read_whole_answer(lease: Lease, response: UpstreamResponse, call: Htt
         return _fail(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
     counters = find_counters(body) if generates_text(call.path) else None
     if counters is not None and counters.tokens:
-        node.meter.add(min(counters.tokens, len(body)))  # a token that came is a byte at least
+        node.meter.add(min(counters.tokens, len(body)))  # a server may count wrongly: each token has at least one byte
     lease.release(Outcome.SERVED, counters=counters)
     return WholeAnswer(node.name, node.kind, response.status, response.headers, body, counters)
 
@@ -219,7 +225,8 @@ async def _read_whole_answer(lease: Lease, response: UpstreamResponse, call: Htt
 async def _read_first_frame(
     lease: Lease, response: UpstreamResponse, continuation: Continuation
 ) -> OpenedStream | FailedAttempt:
-    """Reads up to the first whole frame. Until then the client has nothing, and another node can be asked anew."""
+    """Reads up to the first whole frame. Until then the client has received nothing, so another node can get the
+    request."""
     node = lease.node
     while True:
         data = await response.read_slice()
@@ -239,7 +246,7 @@ async def _read_first_frame(
 
 
 async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
-    """The body to its end; ``None`` when it is longer than ``limit``, and then the rest is not read."""
+    """The whole body. ``None`` if it is longer than ``limit``: then the rest is not read."""
     pieces: list[bytes] = []
     size = 0
     while data := await response.read():
@@ -264,6 +271,7 @@ def _request_headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
 
 
 def _server_name(lease: Lease) -> str | None:
-    """What the certificate must name. Through a tunnel that is the host's own name, and not our end of the tunnel."""
+    """The name that the TLS certificate must hold. Through a tunnel it is the host's own name, not our end of the
+    tunnel."""
     target = lease.node.target
     return target.host if target is not None and target.scheme == "https" else None

@@ -1,4 +1,5 @@
-"""Where the bytes of a body are pushed as they arrive, with back-pressure; and a sink that holds them for a reader."""
+"""The sinks that the bytes of a body are pushed into as they arrive, with back-pressure. One of them holds the bytes
+for a reader."""
 
 from __future__ import annotations
 
@@ -6,28 +7,28 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-BUFFER_BYTES = 1 << 16  # held for a reader that is slow; past it the sink is back-pressured
+BUFFER_BYTES = 1 << 16  # with more bytes for its reader, a sink is back-pressured
 
 
 class ByteSink(Protocol):
-    """Takes bytes. A source that sees ``backpressured`` after a ``write`` pauses. The sink calls ``on_writable`` each
-    time that it takes bytes again."""
+    """Takes bytes. If ``backpressured`` is true after a ``write``, the source pauses. The sink calls ``on_writable``
+    each time that it can take bytes again."""
 
     on_writable: Callable[[], None] | None
 
     @property
     def backpressured(self) -> bool:
-        """Whether the sink wants no more bytes for now. It still takes what cannot be held back."""
+        """Whether the source should pause. The sink still takes bytes that the source cannot hold back."""
 
     def write(self, data: bytes) -> None:
         """Raises ConnectionError when nobody will read these bytes."""
 
 
 class BodySink(ByteSink, Protocol):
-    """Takes a body and its end: one call of ``finish`` or of ``fail``, after the last ``write``.
+    """Takes a body and its end. The end is one call of ``finish`` or of ``fail``, after the last ``write``.
 
-    ``inspects_frames``: the sink looks at each frame, which may cost more than the bytes do. So it gets what was read
-    at once in small slices, and other connections have their turn between two of them.
+    ``inspects_frames``: the sink parses each frame, which may cost more than to copy the bytes. So the bytes of one
+    read come in small slices, and other connections have their turn between two slices.
     """
 
     inspects_frames: bool
@@ -36,7 +37,7 @@ class BodySink(ByteSink, Protocol):
         """The body is complete."""
 
     def fail(self, problem: str) -> None:
-        """No more of the body will come, for this reason."""
+        """The body has ended before it was complete. ``problem`` is the reason."""
 
 
 class Wakeup:
@@ -61,9 +62,9 @@ class Wakeup:
 
 
 class BufferedSink:
-    """Holds a body for a reader, in one piece of memory however small the pieces are that it came in.
+    """Holds a body for a reader. All of it is in one piece of memory, even if it came in many small pieces.
 
-    ``ended``: no more will come; ``problem`` says why, unless the body is complete.
+    ``ended``: no more bytes will come. ``problem`` is the reason if the body is not complete.
     """
 
     __slots__ = ("_buffer", "_changed", "backpressured", "ended", "on_writable", "problem")
@@ -71,7 +72,7 @@ class BufferedSink:
     inspects_frames = False
 
     def __init__(self, changed: Wakeup | None = None) -> None:
-        """``changed`` is woken by each call; a reader may wait for other changes with it as well."""
+        """Each ``write``, ``finish`` and ``fail`` wakes ``changed``. A reader may use it for other changes as well."""
         self.on_writable: Callable[[], None] | None = None
         self.backpressured = False
         self.ended = False
@@ -101,7 +102,7 @@ class BufferedSink:
         self._changed.wake()
 
     def take(self, limit: int | None = None) -> bytes:
-        """What is held, or the first ``limit`` bytes of it."""
+        """Removes and returns all held bytes, or the first ``limit`` of them."""
         data = bytes(self._buffer) if limit is None else bytes(self._buffer[:limit])
         del self._buffer[: len(data)]
         if self.backpressured and len(self._buffer) <= BUFFER_BYTES:
@@ -111,7 +112,7 @@ class BufferedSink:
         return data
 
     def discard(self) -> None:
-        """Drops what is held."""
+        """Drops the held bytes."""
         self._buffer.clear()
 
     async def wait_changed(self) -> None:

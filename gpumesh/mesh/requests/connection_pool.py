@@ -1,4 +1,4 @@
-"""The connections to all backends: idle ones are kept for a while and used again."""
+"""The connections to all backends. Idle connections are kept for KEEPALIVE_S, to be used again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KEEPALIVE_S = 30.0
 
 
 class ConnectionPool:
-    """Idle connections by address. The one that was used last is taken first: it is the least likely to have been
-    closed by its server."""
+    """Idle connections by address. The connection that was used last is taken first: the server is the least likely to
+    close it just now."""
 
     def __init__(self) -> None:
         self.slices = SliceQueue()
@@ -29,7 +29,7 @@ class ConnectionPool:
         return f"<ConnectionPool {len(self._connections)} connections, {idle} idle>"
 
     async def take(self, address: Address, *, new: bool = False) -> UpstreamConnection:
-        """``new``: not one that was used before. Raises OSError and TimeoutError."""
+        """An idle connection, or a new one. ``new``: always a new one. Raises OSError and TimeoutError."""
         idle = None if new else self._idle.get(address)
         while idle:
             connection = idle.pop()
@@ -45,7 +45,7 @@ class ConnectionPool:
         }
 
         def create_connection() -> UpstreamConnection:
-            return UpstreamConnection(address, self.slices, on_idle=self._keep, on_closed=self._forget)
+            return UpstreamConnection(address, self.slices, on_idle=self._keep_idle, on_closed=self._forget)
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             if address.socket is not None:
@@ -55,7 +55,7 @@ class ConnectionPool:
         self._connections.add(connection)
         return connection
 
-    def _keep(self, connection: UpstreamConnection) -> None:
+    def _keep_idle(self, connection: UpstreamConnection) -> None:
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
@@ -70,10 +70,10 @@ class ConnectionPool:
 
     def _close_expired(self) -> None:
         loop = asyncio.get_running_loop()
-        latest = loop.time() - KEEPALIVE_S
+        expired_before = loop.time() - KEEPALIVE_S
         idle = [connection for connections in self._idle.values() for connection in connections]
         for connection in idle:
-            if connection.idle_since <= latest:
+            if connection.idle_since <= expired_before:
                 connection.abort()
         self._timer = loop.call_later(KEEPALIVE_S, self._close_expired) if any(self._idle.values()) else None
 

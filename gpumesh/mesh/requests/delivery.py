@@ -1,5 +1,5 @@
-"""``RequestDelivery``: one request on its way through the mesh. It tries node after node until one answers, and tries
-again when a node is lost while its answer streams."""
+"""``RequestDelivery`` delivers one request: it tries node after node until one answers. If a node is lost while its
+answer streams, it tries the other nodes for the rest of the answer."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ from gpumesh.mesh.requests.streaming import StreamingAnswer
 from gpumesh.mesh.requests.upstream import Upstream
 from gpumesh.topology import BackendKind
 
-# How long a node may take to say how its model continues an answer: it may have to load the model first.
+# Time for a node to render a prompt, which shows how its model continues an answer: the node may have to load the
+# model.
 RENDER_TIMEOUT_S = 60.0
-# After so long it is known whether a connection was ended by the server or by the tunnel that carried it.
+# After this time the mesh knows whether the server or the tunnel ended a connection: a failed tunnel is down by then.
 TUNNEL_SETTLE_S = 0.5
-# A connection that ended sooner than this, or than a few round trips, may never have reached a server.
+# If a connection ended sooner than both of these (seconds; round trips), it may never have reached a server.
 MIN_SERVER_S, MIN_SERVER_RTTS = 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class SendContext:
-    """What all requests of a mesh share. ``explain_no_node`` gives the error that says why no node can serve."""
+    """The objects that all requests of a mesh share. ``explain_no_node`` makes the error that explains why no node can
+    serve a request."""
 
     upstream: Upstream
     dispatcher: Dispatcher
@@ -55,8 +57,8 @@ class SendContext:
 
 
 class RequestDelivery:
-    """``calls`` holds the request as each kind of server wants it. ``resume``: another node may continue a cut answer.
-    ``at_most_once``: the request is never sent again once a server may have begun to work on it.
+    """``calls`` holds the request in the form for each kind of server. ``resume``: another node may continue a cut
+    answer. ``at_most_once``: the request is not sent again after a server may have begun to work on it.
 
     Implements ``streaming.Failover``.
     """
@@ -91,13 +93,14 @@ class RequestDelivery:
         return f"<RequestDelivery model {self._demand.model} attempt {self.attempts} failed: {failed}>"
 
     async def deliver(self) -> Answer:
-        """Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded."""
+        """Returns the answer of the first node that gives one. Raises NoNodeError, ModelMissing, QueueFull and
+        DeadlineExceeded."""
         while True:
             lease = await self._acquire_lease()
             if lease is None:
                 return self._with_history(self._last_error_answer())
             call = self._calls[lease.node.kind]
-            result = await self._attempt(lease, call, partial(self._start_continuation, call))
+            result = await self._attempt(lease, call, partial(self._new_continuation, call))
             if isinstance(result, FailedAttempt):
                 self._record_failure(result)
                 if await self._request_breaks_servers():
@@ -107,8 +110,9 @@ class RequestDelivery:
             else:
                 return self._with_history(result)
 
-    def _start_continuation(self, call: HttpCall) -> Continuation:
-        """Reads a generated stream as the client gets it, from its first byte on."""
+    def _new_continuation(self, call: HttpCall) -> Continuation:
+        """The ``Continuation`` of a new stream. It is made before the first byte, because it must see every byte that
+        the client gets."""
         return Continuation(
             call.path,
             call.body,
@@ -123,8 +127,8 @@ class RequestDelivery:
         # A server of another API could not continue this stream: its frames look different.
         self._demand = replace(self._demand, kinds=self._demand.kinds & kinds_that_continue(opened.lease.node.kind))
         clock = self._context.clock
-        left_s = max(self._deadline - clock(), 0.0)
-        return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=left_s)
+        remaining_s = max(self._deadline - clock(), 0.0)
+        return StreamingAnswer(opened, self, self._context.pauses, clock=clock, deadline_in_s=remaining_s)
 
     def _with_history(self, answer: Answer) -> Answer:
         answer.attempts = self.attempts
@@ -153,7 +157,7 @@ class RequestDelivery:
                 raise self._all_failed_error()
 
     async def _continue_on(self, lease: Lease, continuation: Continuation) -> OpenedStream | Ending | FailedAttempt:
-        """Asks this node for the rest of the answer, unless there is no rest."""
+        """Asks this node for the rest of the answer, unless nothing is left to ask for."""
         step = await self._next_call(lease, continuation)
         if isinstance(step, Ending):
             lease.discard()
@@ -169,7 +173,8 @@ class RequestDelivery:
         return result if isinstance(result, FailedAttempt) else _refused_continuation(result)
 
     async def _next_call(self, lease: Lease, continuation: Continuation) -> HttpCall | Ending | FailedAttempt:
-        """What to send to this node. Where it depends on the model's template, the node is asked about that first."""
+        """The request to this node. If it depends on the model's template, the node is asked to render the prompt
+        first."""
         node, kind = lease.node.name, lease.node.kind
         question = continuation.render_call(node, kind)
         if question is not None:
@@ -204,7 +209,8 @@ class RequestDelivery:
         )
 
     def _record_failure(self, failed: FailedAttempt) -> None:
-        """The next attempt goes to another node. Raises the failure where another node could not do better."""
+        """Records the failure, so that the next attempt goes to another node. Raises the failure if another node could
+        not do better, or must not get the request."""
         self._failures.append(failed)
         may_have_run = self._at_most_once and failed.request_sent and failed.answer is None
         if may_have_run or not rule_for_outcome(failed.outcome).fail_over:
@@ -212,8 +218,9 @@ class RequestDelivery:
         self._exclude |= {failed.node}
 
     async def _request_breaks_servers(self) -> bool:
-        """Whether the request itself may be what makes servers fail: two have answered it with 500, or ended the
-        connection while they worked on it. Then no other node is asked, and no node is blamed."""
+        """Whether the request itself may make servers fail: two servers have answered it with 500, or ended the
+        connection while they worked on it. Then no other node is asked, and the failures do not count against the
+        nodes."""
         if sum(_failed_at_request(failed) for failed in self._failures) < MAX_SERVER_FAILURES:
             return False
         if any(_lost_over_ssh(failed) for failed in self._failures):
@@ -229,9 +236,10 @@ class RequestDelivery:
     # -- leases --------------------------------------------------------------------------------------------------
 
     async def _acquire_lease(self) -> Lease | None:
-        """A slot on a node that has not failed this request yet, or that may do better in a moment.
+        """A slot on a node that has not failed at this request, or that may succeed after a pause.
 
-        ``None`` when there is no such node left. Raises what ``Dispatcher.acquire`` raises while nothing has failed."""
+        ``None`` if there is no such node left. As long as no attempt has failed, it raises the errors of
+        ``Dispatcher.acquire`` instead."""
         while True:
             lease = self._acquire_despite_breaker()
             if lease is not None:
@@ -254,8 +262,8 @@ class RequestDelivery:
             return lease
 
     def _acquire_despite_breaker(self) -> Lease | None:
-        """After a server's error, when every other node's breaker is open: a node with an open breaker is still better
-        than the error."""
+        """A slot on a node with an open breaker, if the last failure was a server's error and no other node is left. An
+        attempt there is better than to return the error."""
         if not self._failures or self._failures[-1].outcome is not Outcome.SERVER_ERROR:
             return None
         dispatcher = self._context.dispatcher
@@ -264,9 +272,10 @@ class RequestDelivery:
         return dispatcher.acquire_despite_breaker(self._demand, exclude=self._exclude)
 
     async def _start_next_round(self) -> bool:
-        """Every node has failed. After a pause, nodes whose last failure may have passed are asked again.
+        """Call this when every node has failed. After a pause, the nodes whose last failure may be over can be asked
+        again.
 
-        False when there is no such node. Raises DeadlineExceeded where the pause would last too long."""
+        False if there is no such node. Raises DeadlineExceeded if the pause would last until the deadline."""
         last_outcomes = {failed.node: failed.outcome for failed in self._failures}
         retryable = frozenset(node for node, outcome in last_outcomes.items() if is_retryable(outcome))
         if not retryable & self._exclude or self._rounds >= MAX_ROUNDS:
@@ -282,7 +291,7 @@ class RequestDelivery:
     # -- when every node has failed ------------------------------------------------------------------------------
 
     def _last_error_answer(self) -> Answer:
-        """The last error that a server answered. Raises NoNodeError if none did."""
+        """The last error answer of a server. Raises NoNodeError if no server answered."""
         for failed in reversed(self._failures):
             if failed.answer is not None:
                 return failed.answer
@@ -298,15 +307,16 @@ class RequestDelivery:
 
 
 def _copy_error(error: GPUMeshError) -> GPUMeshError:
-    """A copy to be raised. The original's frames would hold the failures, which hold the original, until the garbage
-    collector runs."""
+    """A copy of the error to raise. To raise the original would form a cycle: its traceback's frames hold the failures,
+    and these hold the error. Only the garbage collector would free them."""
     copy = type(error).__new__(type(error), *error.args)
     copy.__dict__.update(error.__dict__)
     return copy
 
 
 def _failed_at_request(failed: FailedAttempt) -> bool:
-    """Whether the server, as far as can be seen at once, failed at this very request."""
+    """Whether the server seems to have failed at this request. Whether the tunnel ended the connection is not checked
+    here."""
     if failed.lease is None or failed.lease.aborted:
         return False
     if failed.answer is not None:
@@ -315,15 +325,15 @@ def _failed_at_request(failed: FailedAttempt) -> bool:
 
 
 def _lost_over_ssh(failed: FailedAttempt) -> bool:
-    """Whether a connection through a tunnel ended: the tunnel may have ended it, not the server."""
+    """Whether the connection went through a tunnel and ended without an answer: the tunnel may have ended it."""
     return failed.answer is None and failed.lease is not None and failed.lease.node.uses_ssh
 
 
 def _is_server_failure(failed: FailedAttempt) -> bool:
-    """Whether the server failed, not the tunnel to it.
+    """Whether the server failed at this request, and not the tunnel to it.
 
-    A server that was gone before does not count. Over a tunnel it looks alike: the connection to the local port is
-    made, and then ends. But it ends at once."""
+    A server that did not run before the request does not count. Through a tunnel this looks similar: the connection to
+    the local port is made, and then ends. But it ends at once."""
     if not _failed_at_request(failed) or failed.lease is None:
         return False
     if not _lost_over_ssh(failed):
@@ -334,6 +344,7 @@ def _is_server_failure(failed: FailedAttempt) -> bool:
 
 
 def _refused_continuation(answer: WholeAnswer) -> FailedAttempt:
-    """A node that answers a request for the rest of an answer with anything but a stream does not understand it."""
+    """The failure of a node that was asked for the rest of an answer, and sent a whole answer instead of a stream: it
+    does not understand the request."""
     error = BackendStatus(f"it answered {answer.status} to the rest of an answer", status=answer.status)
     return FailedAttempt(answer.node, Outcome.CANNOT_CONTINUE, error, answer)

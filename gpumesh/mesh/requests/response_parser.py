@@ -1,8 +1,8 @@
-"""An HTTP/1.1 response parser without I/O: bytes in; a head, pieces of the body and the end out. For a client's side.
+"""A parser of HTTP/1.1 responses for a client, without I/O: bytes in; a head, pieces of the body, and the end out.
 
-On httptools (llhttp, the parser of Node.js and uvicorn). What a server sends is bounded before it is parsed: llhttp
-hands a header field over in pieces, and httptools joins them anew with each piece. So the bytes are counted that come
-before a field is whole.
+It uses httptools (llhttp, the parser of Node.js and uvicorn). llhttp reports a header field in pieces, and httptools
+joins all pieces again with each new piece. So the bytes that come outside of a body are counted, and limited, before a
+field is complete.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import httptools
 
-HEAD_BYTES = 1 << 16  # of a head, of trailers, and of all that comes between two pieces of a body
-MAX_FIELDS = 256  # of a head
+HEAD_BYTES = 1 << 16  # limit for a head, for the trailers, and for all bytes between two pieces of a body
+MAX_FIELDS = 256  # header fields of one head
 
 
 class ParserState(Enum):
@@ -25,11 +25,11 @@ class ParserState(Enum):
     INVALID = "invalid"
 
 
-_BODY = ParserState.BODY  # where each token passes, a global costs less than a member
+_BODY = ParserState.BODY  # each token passes here, and to read a global is faster than to read a member
 
 
 class ResponseHead(NamedTuple):
-    """The head of a response, as the server sent it. ``content_length`` is ``None`` where the head does not say it."""
+    """The head of a response, as the server sent it. ``content_length`` is ``None`` if the head does not hold it."""
 
     status: int
     fields: tuple[tuple[bytes, bytes], ...]
@@ -38,10 +38,10 @@ class ResponseHead(NamedTuple):
 
 class ResponseParser:
     """Parses the responses of one connection, one after the other: ``begin``, then ``feed`` until the state is COMPLETE
-    or INVALID. ``head`` is set from the state BODY on. ``problem`` says why a response is INVALID.
+    or INVALID. ``head`` is set from the state BODY on. ``problem`` is the reason of INVALID.
 
     ``reusable``: after a COMPLETE response, the connection may carry another one.
-    ``piece_count``: in how many pieces the body came that the last ``feed`` returned.
+    ``piece_count``: the number of pieces that the last ``feed`` joined.
     """
 
     __slots__ = (
@@ -68,12 +68,12 @@ class ResponseParser:
         self.problem: str | None = None
         self.reusable = False
         self.piece_count = 0
-        self._pieces: list[bytes] = []  # of the body, while ``feed`` runs
-        self._complete_pieces = 0  # of them belong to the response that is complete
-        self.on_body = self._pieces.append  # called by httptools: without a Python function on the way
+        self._pieces: list[bytes] = []  # of the body; only while ``feed`` runs
+        self._complete_pieces = 0  # how many of ``_pieces`` belong to the complete response; later ones are dropped
+        self.on_body = self._pieces.append  # httptools calls ``append`` itself: a function of ours would cost more
         self._fields: list[tuple[bytes, bytes]] = []
         self._head_size = 0
-        self._unframed = 0  # bytes since the last piece of a body
+        self._unframed = 0  # bytes since the last piece of a body: field lines, sizes of chunks, trailers
         self._bodiless = False
         self._until_eof = False
         self._parser = httptools.HttpResponseParser(self)
@@ -83,7 +83,8 @@ class ResponseParser:
         return f"<ResponseParser {self.state.name}>"
 
     def begin(self, *, bodiless: bool) -> None:
-        """A request was sent. ``bodiless``: its response has no body, whatever its head says (HEAD)."""
+        """Call this when a request was sent. ``bodiless``: its response has no body, even if its head announces one
+        (HEAD)."""
         self.state = ParserState.HEAD
         self.head = self.problem = None
         self.reusable = False
@@ -98,7 +99,8 @@ class ResponseParser:
         return bool(self._fields) or self.head is not None
 
     def feed(self, data: bytes) -> bytes:
-        """What the body got by these bytes. Bytes after the response's end make the connection not ``reusable``."""
+        """Parses ``data``, and returns the bytes of the body in it. Bytes after the response's end make the connection
+        not ``reusable``."""
         try:
             self._feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -107,14 +109,14 @@ class ResponseParser:
             else:
                 self._reject(f"what it says is not HTTP ({error.__context__ or error})")
         pieces = self._pieces
-        if self.state is _BODY and len(pieces) == 1:  # by far the most common
+        if self.state is _BODY and len(pieces) == 1:  # by far the most common case
             self._unframed = 0
             self.piece_count = 1
             return pieces.pop()
         return self._join_pieces(len(data))
 
     def _join_pieces(self, size: int) -> bytes:
-        """What the body got by the last ``size`` bytes."""
+        """The bytes of the body in the last ``size`` bytes."""
         pieces = self._pieces
         if self.state is ParserState.COMPLETE:
             del pieces[self._complete_pieces :]
@@ -130,7 +132,8 @@ class ResponseParser:
         return body
 
     def end_input(self) -> None:
-        """The connection has ended in order. That completes a body whose head announces no other end."""
+        """Call this when the server has closed the connection. This completes a body whose head announces no other
+        end."""
         if self.state is ParserState.BODY and self._until_eof:
             self._complete(reusable=False)
 
@@ -147,7 +150,7 @@ class ResponseParser:
 
     def on_message_begin(self) -> None:
         if self.state is ParserState.COMPLETE:
-            self.reusable = False  # a response that nobody asked for: the first one stands
+            self.reusable = False  # a second response without a request: the first one stays valid
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_size += len(name) + len(value)
@@ -162,7 +165,7 @@ class ResponseParser:
         if self.state is not ParserState.HEAD:
             return
         status = self._parser.get_status_code()
-        if status < 200:  # "100 Continue" and its like announce the true response
+        if status < 200:  # "100 Continue" and other 1xx: the final response follows
             self._fields.clear()
             return
         chunked, length = False, None
@@ -177,7 +180,8 @@ class ResponseParser:
         self.state = ParserState.BODY
         self._until_eof = not chunked and length is None and status not in (204, 304)
         if self._bodiless:
-            # The parser cannot be told that no body follows: the response ends here, and so does the connection.
+            # llhttp cannot be told that no body follows. So the response ends here, and the connection is not used
+            # again.
             self._complete(reusable=False)
 
     def on_message_complete(self) -> None:

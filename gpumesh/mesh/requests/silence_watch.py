@@ -1,4 +1,4 @@
-"""How long a stream may stay silent before its node is taken for lost: learned from the pauses of earlier answers.
+"""How long a stream may be silent before its node counts as lost. This is learned from the pauses of earlier answers.
 
 Only the time between tokens counts. Before the first token a server reads the prompt and loads the model, which may
 take minutes and is no fault.
@@ -10,21 +10,23 @@ import asyncio
 from collections.abc import Callable
 
 MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
-PAUSE_FACTOR = 20.0  # so much longer than any pause before
-DEFAULT_TIMEOUT_S = 30.0  # where no pause is known: one token in half a minute is as slow as anybody would wait for
+PAUSE_FACTOR = 20.0  # the time-out is so many times the longest pause
+DEFAULT_TIMEOUT_S = 30.0  # while no pause is known: nobody would wait longer for one token
 MAX_TIMEOUT_S = 300.0
-FORGET = 0.9  # an old pause counts so much less after each answer with shorter ones: an outlier is forgotten
-MAX_STREAM_KINDS = 1024
-MIN_PAUSE_S = 0.001  # pieces that come within this time came together, which says nothing about the server's pace
+PAUSE_DECAY = 0.9  # factor for the known pause after each answer with shorter pauses: so an outlier is forgotten
+MAX_TRACKED = 1024  # pairs of node and model
+MIN_PAUSE_S = 0.001  # pieces with a shorter pause came together, so they say nothing about the server's pace
 
 
 def silence_timeout_s(longest_s: float | None) -> float:
-    """For a stream whose tokens were at most ``longest_s`` apart; ``None`` if no two tokens were seen."""
+    """The time-out for a stream. ``longest_s`` is the longest known pause between its tokens; ``None`` if none is
+    known."""
     return DEFAULT_TIMEOUT_S if longest_s is None else min(max(MIN_TIMEOUT_S, PAUSE_FACTOR * longest_s), MAX_TIMEOUT_S)
 
 
 class PauseTracker:
-    """The longest pause between two pieces of an answer, by node and model. Bounded: the oldest is forgotten first."""
+    """The longest pause between two pieces of an answer, by node and model. Bounded: the entry that was not learned for
+    the longest time is dropped first."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[str, str | None], float] = {}
@@ -33,16 +35,16 @@ class PauseTracker:
         return self._longest.get((node, model))
 
     def learn(self, node: str, model: str | None, longest_s: float) -> None:
-        """After an answer that is complete."""
+        """Call this after a complete answer, with its longest pause."""
         key = (node, model)
-        self._longest[key] = max(longest_s, FORGET * self._longest.pop(key, 0.0))
-        while len(self._longest) > MAX_STREAM_KINDS:
+        self._longest[key] = max(longest_s, PAUSE_DECAY * self._longest.pop(key, 0.0))
+        while len(self._longest) > MAX_TRACKED:
             self._longest.pop(next(iter(self._longest)))
 
 
 class SilenceWatch:
-    """Watches one node's stream. ``waits_since`` is when the wait for the next piece began, and ``longest_s`` the
-    longest wait until now. The stream itself updates both, because each token passes there."""
+    """Watches one node's stream. ``waits_since`` is the time at which the wait for the next piece began. ``longest_s``
+    is the longest wait until now. The stream itself updates both, because each token passes there."""
 
     __slots__ = ("_clock", "_model", "_node", "_pauses", "_timer", "longest_s", "waits_since")
 
@@ -56,8 +58,8 @@ class SilenceWatch:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, is_waiting: Callable[[], bool], on_silence: Callable[[float], bool]) -> None:
-        """``is_waiting`` says whether the stream waits for its node: a client that reads slowly makes no silence.
-        ``on_silence`` is called with the seconds that were waited, and says whether to watch on."""
+        """``is_waiting`` returns whether the stream waits for its node: while a slow client holds it up, the node is
+        not silent. ``on_silence`` is called with the seconds of silence, and returns whether the watch continues."""
         self._check_in(self._timeout_s(), is_waiting, on_silence)
 
     def stop(self) -> None:
@@ -66,7 +68,7 @@ class SilenceWatch:
             self._timer = None
 
     def learn_pace(self) -> None:
-        """The answer is complete: its longest pause counts for the answers that follow."""
+        """Call this when the answer is complete: later answers use its longest pause."""
         if self.longest_s > MIN_PAUSE_S:
             self._pauses.learn(self._node, self._model, self.longest_s)
 

@@ -1,8 +1,8 @@
-"""An answer that is passed on as it comes, from one node or, where that one is lost, from several.
+"""An answer that is passed on as it comes: from one node, or from several nodes if one is lost.
 
-A streamed token is pushed. The connection to the node calls ``write`` in its ``data_received``; the continuation checks
-the frames; the client's stream takes them. No task runs for it. A task only waits until the answer has ended or its
-node is lost, and then asks another node to go on.
+Each streamed token is pushed: the connection to the node calls ``write`` in its ``data_received``, the continuation
+checks the frames, and the client's stream takes the bytes. No task runs for a token. The task of the request only waits
+until the answer ends or its node is lost. If the node is lost, the task asks another node to continue.
 """
 
 from __future__ import annotations
@@ -21,42 +21,41 @@ from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
 from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink, Wakeup
 from gpumesh.mesh.requests.silence_watch import PauseTracker, SilenceWatch
 
-DRAIN_S = 1.0  # after the final frame the body's end is waited for, so that the connection can be used again
-COUNT_S = 0.2  # between two counts of the tokens that came
+DRAIN_S = 1.0  # longest wait for the body's end after the final frame: then the connection can be used again
+COUNT_S = 0.2  # time between two counts of the tokens
 
 
 class Failover(Protocol):
-    """Knows the other nodes."""
+    """Finds the node that continues an answer."""
 
     attempts: int
 
     def has_other_node(self, node: str) -> bool:
-        """Whether any other node could go on with this answer."""
+        """Whether any other node could continue this answer."""
 
     def slot_is_wanted(self, node: str) -> bool:
         """Whether other requests wait for a slot on this node."""
 
     async def continue_answer(self, continuation: Continuation, failed: FailedAttempt) -> OpenedStream | Ending:
-        """The stream of the node that goes on, or the answer's end. Raises GPUMeshError when nobody can."""
+        """The stream of the node that continues, or the answer's end. Raises GPUMeshError if no node can continue."""
 
 
 class StreamState(Enum):
-    """What becomes of the current node's stream."""
+    """The state of the current node's stream."""
 
     FLOWING = "flowing"
-    DRAINING = "draining"  # the client has the final frame; the body's end is waited for
-    LOST = "lost"  # the node failed, and another has not taken over yet
+    DRAINING = "draining"  # the client has the final frame; the body has not ended yet
+    LOST = "lost"  # the node failed, and no other node has taken over yet
     ENDED = "ended"
 
 
-_FLOWING = StreamState.FLOWING  # where each token passes, a global costs less than a member
+_FLOWING = StreamState.FLOWING  # each token passes here, and to read a global is faster than to read a member
 
 
 class StreamingAnswer(Answer):
-    """Its slot on a node is free as soon as the final frame was seen. Implements ``BodySink`` for the node's stream.
+    """Frees its slot on the node as soon as the final frame has come. Implements ``BodySink`` for the node's stream.
 
-    Longer than other classes, because the node's stream, the client's side, failover and the timers change one state,
-    and a token passes through fewer objects where they are one.
+    A long class: the node's stream, the client, failover and timers change one state, and a token passes few objects.
     """
 
     __slots__ = (
@@ -95,7 +94,7 @@ class StreamingAnswer(Answer):
         node, response = opened.lease.node, opened.response
         super().__init__(node.name, node.kind, response.status, response.headers)
         self.on_writable: Callable[[], None] | None = None
-        self.backpressured = True  # until there is a client
+        self.backpressured = True  # until a client is attached
         self.inspects_frames = opened.continuation is not None
         self._failover = failover
         self._pauses = pauses
@@ -106,7 +105,7 @@ class StreamingAnswer(Answer):
         self._expired: str | None = None
         self._client: ByteSink | None = None
         self._client_error: ConnectionError | None = None
-        self._reader: BufferedSink | None = None  # the client, where this answer is iterated
+        self._reader: BufferedSink | None = None  # takes the client's place if this answer is iterated
         self._changed = Wakeup()
         self._loop = asyncio.get_running_loop()
         message = "the deadline passed while the answer was on its way"
@@ -131,7 +130,7 @@ class StreamingAnswer(Answer):
     # -- a node's stream, pushed ---------------------------------------------------------------------------------
 
     def _begin(self, opened: OpenedStream) -> None:
-        """From now on this node's stream is the answer."""
+        """From now on the answer comes from this node's stream."""
         self._lease = opened.lease
         self._response = opened.response
         self._first_bytes = opened.first_bytes
@@ -149,7 +148,7 @@ class StreamingAnswer(Answer):
             self._push_to_client()
 
     def _attach(self, client: ByteSink) -> None:
-        """The client's stream takes this answer."""
+        """Connects the client's stream to this answer."""
         assert self._client is None, "an answer has one client"
         self._client = client
         client.on_writable = self._continue_writing
@@ -177,7 +176,7 @@ class StreamingAnswer(Answer):
         if now > self._count_at:
             self._count_tokens(now)
         out = continuation.feed(data, now)
-        if out is not data:  # most often it is the same object: text that was passed on as it came
+        if out is not data:  # most often both are one object: text that needs no reading is passed on as it is
             self._check_frames(continuation)
             if not out:
                 return
@@ -201,16 +200,16 @@ class StreamingAnswer(Answer):
             self._pause()
 
     def _lose_client(self, error: ConnectionError) -> None:
-        self._client_error = error.with_traceback(None)  # whose frames hold this answer, and would form a cycle
+        self._client_error = error.with_traceback(None)  # a traceback's frames would hold this answer: a cycle
         self._pause()
 
     def _pause(self) -> None:
-        """The client's stream takes no more for now. The task that waits for this answer watches it meanwhile."""
+        """Pauses the node's stream until the client's stream takes bytes again. The request's task waits for that."""
         self.backpressured = True
         self._changed.wake()
 
     def _continue_writing(self) -> None:
-        """The client's stream takes bytes again."""
+        """Continues the node's stream, because the client's stream takes bytes again."""
         if self._client is not None and not self._client.backpressured and self._state is not StreamState.LOST:
             self.backpressured = False
             self._watch.waits_since = self._clock()
@@ -218,7 +217,7 @@ class StreamingAnswer(Answer):
                 self.on_writable()
 
     def finish(self) -> None:
-        """The body of the node's answer is complete."""
+        """The node's connection calls this when the body is complete."""
         continuation = self._continuation
         if self._state is StreamState.DRAINING or (continuation is None and self._state is StreamState.FLOWING):
             self._end(Outcome.SERVED)
@@ -233,7 +232,7 @@ class StreamingAnswer(Answer):
                 self._lose(Outcome.CUT, continuation.cut_reason or "the answer ended before its final frame")
 
     def fail(self, problem: str) -> None:
-        """The connection to the node is gone, or was closed here."""
+        """The node's connection calls this when it is lost, or was closed by this side."""
         if self._state is StreamState.DRAINING:
             self._end(Outcome.SERVED)
         elif self._lease.aborted:
@@ -242,20 +241,20 @@ class StreamingAnswer(Answer):
             self._lose(Outcome.CUT, f"the answer stopped short: {problem}")
 
     def _check_frames(self, continuation: Continuation) -> None:
-        """The continuation has looked at frames: what it has learned."""
+        """Acts on the result after the continuation has read frames."""
         if continuation.finished:
             self._complete(continuation)
         elif continuation.cut_reason is not None:
             self._lose(Outcome.STREAM_ERROR, continuation.cut_reason)
 
     def _count_tokens(self, now: float) -> None:
-        """They are counted now and then, because a call for each would cost more."""
+        """Counts the new tokens. It is called now and then, because a call for each token would cost more."""
         if self._continuation is not None:
             self._lease.node.meter.add(self._continuation.take_frame_count())
         self._count_at = now + COUNT_S
 
     def _complete(self, continuation: Continuation) -> None:
-        """The final frame was seen. The rest of the body does not matter."""
+        """Call this when the final frame has come. The rest of the body does not matter."""
         self._state = StreamState.DRAINING
         self._count_tokens(self._clock())
         self._lease.release(Outcome.SERVED, counters=continuation.counters)
@@ -265,11 +264,11 @@ class StreamingAnswer(Answer):
         self._timer = self._loop.call_later(DRAIN_S, self._response.abort)
 
     def _lose(self, outcome: Outcome, reason: str) -> None:
-        """The node failed. The task that waits for this answer asks another one."""
+        """Marks the node as failed. The task that waits for this answer then asks another node."""
         if self._state is StreamState.FLOWING:
             self._state = StreamState.LOST
             self._loss = (outcome, reason)
-            self.backpressured = True  # whatever still comes is not read
+            self.backpressured = True  # the rest of the node's stream is not read
             self._watch.stop()
             self._changed.wake()
 
@@ -280,7 +279,7 @@ class StreamingAnswer(Answer):
         self._lease.release(outcome)
         if self._client is not None:
             self._client.on_writable = None
-            self._client = None  # whose request holds this answer
+            self._client = None  # the client's request holds this answer: without this, a cycle
         self._report_outcome(outcome)
         self._changed.wake()
 
@@ -308,7 +307,7 @@ class StreamingAnswer(Answer):
         reader = self._reader
         if reader is None:
             reader = self._reader = BufferedSink(self._changed)
-            if self._state is StreamState.ENDED:  # closed before it was read
+            if self._state is StreamState.ENDED:  # the answer was closed before its first read
                 raise StopAsyncIteration
             self._attach(reader)
         try:
@@ -335,7 +334,8 @@ class StreamingAnswer(Answer):
     # -- another node takes over -------------------------------------------------------------------------------------
 
     async def _fail_over(self) -> None:
-        """Ends the answer, or begins with the stream of another node. Raises GPUMeshError where the answer is cut."""
+        """Ends the answer, or continues it with the stream of another node. Raises GPUMeshError if the answer stays
+        cut."""
         outcome, reason = self._loss
         self._count_tokens(self._clock())
         self._response.abort()
@@ -385,7 +385,7 @@ class StreamingAnswer(Answer):
             self._response.abort()
 
     def _handle_silence(self, waited_s: float) -> bool:
-        """The node said nothing for longer than it should. Whether to watch on."""
+        """Acts on a silence of the node that is too long. Returns whether the watch continues."""
         message = f"no token for {waited_s:.0f} s"
         continuation = self._continuation
         assert continuation is not None
@@ -393,7 +393,7 @@ class StreamingAnswer(Answer):
             self._lose(Outcome.TIMED_OUT, message)
             self._response.abort()
             return False
-        # Nobody else could go on: the node may be slow, and if the way to it is dead, its tunnel will notice.
+        # No other node could continue: this one may only be slow. If its connection is dead, the tunnel will notice.
         tunnel = self._lease.node.tunnel
         if tunnel is not None:
             tunnel.suspect(message)

@@ -1,6 +1,6 @@
-"""The upload of a body that is too large to hold. It is read once, so there is one attempt and no failover.
+"""The upload of a body that is too large to hold. The body can be read only once: one attempt, no failover.
 
-Sent with httpx, which streams request bodies. The hot path's client (upstream.py) does not need that.
+httpx sends it, because httpx can stream a request's body. The client of the hot path (upstream.py) cannot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpumesh.errors import BackendUnreachable, DeadlineExceeded
 from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.mesh.requests.answer import WholeAnswer, error_answer
 
-ANSWER_BYTES = 1 << 20
+ANSWER_BYTES = 1 << 20  # of the answer; the rest is not read
 
 
 async def upload(
@@ -29,12 +29,13 @@ async def upload(
     try:
         async with asyncio.timeout(timeout_s) as scope:
             lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
-            limits = httpx.Timeout(None, connect=10.0)  # the scope's deadline holds
+            # The deadline of the scope is the limit for everything after the connect.
+            httpx_timeout = httpx.Timeout(None, connect=10.0)
             async with http.stream(
-                "POST", node.base_url + path, content=body, headers=_request_headers(lease), timeout=limits
+                "POST", node.base_url + path, content=body, headers=_request_headers(lease), timeout=httpx_timeout
             ) as response:
                 received = bytearray()
-                async for piece in response.aiter_raw():  # not decompressed: a few bytes can become gigabytes
+                async for piece in response.aiter_raw():  # not decompressed: a few bytes could become gigabytes
                     received += piece[: ANSWER_BYTES - len(received)]
                     if len(received) == ANSWER_BYTES:
                         break  # the answer may have no end

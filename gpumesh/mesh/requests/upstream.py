@@ -1,11 +1,11 @@
-"""The HTTP client of the hot path: one request to one backend, its response as it comes. httpx serves the probes.
+"""The HTTP client of the hot path: one request to one backend, and its response as it arrives. The probes use httpx.
 
-Written on an ``asyncio.Protocol`` because each token passes here: `benchmarks/gateway.py` shows what a general client
-costs in its place. It does what a backend needs and no more: one request at a time on a keep-alive connection, TLS, no
-redirects, cookies, proxies or decompression. The parser is in response_parser.py, the connection in
+It is built on an ``asyncio.Protocol`` because each token passes here: `benchmarks/gateway.py` shows the cost of a
+general client. It has only the features that a backend needs: one request at a time on a keep-alive connection, and
+TLS; no redirects, cookies, proxies or decompression. The parser is in response_parser.py, the connection in
 upstream_connection.py, the pool in connection_pool.py.
 
-Errors are translated here, once: BackendUnreachable before the response's head, StreamCut inside its body.
+All errors are translated here: to BackendUnreachable before the response's head, to StreamCut inside its body.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpumesh.tunnels.local_system.unix_urls import split_unix_url
 class UpstreamResponse:
     """One response. ``read`` it to the end, push it to a sink, or ``abort`` it.
 
-    ``headers`` are those that a client may see; ``problem`` says why this is no answer of an inference server.
+    ``headers`` are those that a client may get. ``problem``: why this is not an answer of an inference server.
     """
 
     __slots__ = (
@@ -62,8 +62,8 @@ class UpstreamResponse:
         return f"<UpstreamResponse {self._node} {self.status} {progress} {self._exchange.buffer!r}>"
 
     async def read(self, limit: int | None = None) -> bytes:
-        """The next bytes as they came, at most ``limit``; empty at the end. Raises StreamCut when the body stops
-        short."""
+        """The next bytes of the body, at most ``limit``; empty at the end. Raises StreamCut when the body is not
+        complete."""
         buffer = self._exchange.buffer
         while not buffer:
             if buffer.problem is not None:
@@ -74,8 +74,8 @@ class UpstreamResponse:
         return buffer.take(limit)
 
     async def read_slice(self) -> bytes:
-        """As ``read``, for a reader that inspects each frame: a small slice, and other connections have their turn
-        between two slices of what came at once."""
+        """Like ``read``, for a reader that parses each frame. Returns a small slice, and lets other connections have
+        their turn between two slices of one read."""
         if self._unread_slice:
             await self._slices.wait_turn()
         data = await self.read(FRAME_SLICE_BYTES)
@@ -83,7 +83,7 @@ class UpstreamResponse:
         return data
 
     def push_to(self, sink: BodySink) -> None:
-        """From now on the body goes to this sink as it arrives, after what is held for a reader."""
+        """From now on the body goes to this sink as it arrives. The bytes that are held for a reader come first."""
         self._sink = sink
         if self._unread_slice:
             self._slices.add(self._push_buffer)
@@ -91,7 +91,7 @@ class UpstreamResponse:
             self._push_buffer()
 
     def _push_buffer(self) -> None:
-        """Pushes what is held, slice by slice; then the connection pushes by itself."""
+        """Pushes the held bytes, slice by slice. After the last slice, the connection pushes into the sink itself."""
         buffer, sink, connection = self._exchange.buffer, self._sink, self._exchange.connection
         if sink is None:
             return
@@ -113,7 +113,7 @@ class UpstreamResponse:
             sink.finish()
 
     def abort(self) -> None:
-        """Closes the connection, so that the server stops working on it. Harmless after the end."""
+        """Closes the connection, so that the server stops working on the request. Does nothing after the end."""
         if self._exchange.connection is not None:
             self._exchange.connection.abort()
         self._sink = None
@@ -145,11 +145,11 @@ class Upstream:
         server_name: str | None,
         at_most_once: bool = False,
     ) -> UpstreamResponse:
-        """Sends and waits for the answer's head. Cancelling it closes the connection.
+        """Sends the request, and waits for the answer's head. If the call is cancelled, the connection is closed.
 
-        That the server closed a kept-alive connection meanwhile is not its failure. Such a request is sent again on
-        another connection: nothing of it can have been answered, and inference has no side effects. A request that may
-        be sent only ``at_most_once`` goes over a new connection, where that cannot happen.
+        A server may close a kept-alive connection at any time: this is not a failure of the server. Then the request is
+        sent again on another connection, because no part of an answer has come, and inference has no side effects. An
+        ``at_most_once`` request goes over a new connection, where this cannot happen.
         Raises BackendUnreachable.
         """
         host, port, tls, prefix, socket = _parse_base_url(base_url)
@@ -168,7 +168,7 @@ class Upstream:
             except ConnectionResetError as error:
                 if connection.requests > 1 and not exchange.answered:
                     continue
-                # Without its traceback: the frames hold the request's body, and form a cycle with the error.
+                # Without its traceback, whose frames hold the request's body and form a cycle with the error.
                 raise BackendUnreachable(f"no answer: {error}", node=node, request_sent=True) from error.with_traceback(
                     None
                 )
@@ -182,11 +182,11 @@ class Upstream:
 def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
     """The request's head as it goes on the wire. Raises ValueError where a header contains a line end."""
     lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", "Accept-Encoding: identity"]
-    names_host = False
+    has_host = False
     for name, value in headers:
-        names_host = names_host or name.lower() == "host"
+        has_host = has_host or name.lower() == "host"
         lines.append(f"{name}: {value}")
-    if not names_host:
+    if not has_host:
         lines.append(f"Host: {host}")
     if call.body or call.method not in ("GET", "HEAD"):
         lines.append(f"Content-Length: {len(call.body)}")
@@ -198,7 +198,7 @@ def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]]
 
 @lru_cache(maxsize=1024)
 def _parse_base_url(base_url: str) -> tuple[str, int, bool, str, str | None]:
-    """Host, port, whether TLS is used, the path that goes before each call's, and the Unix socket if there is one."""
+    """In this order: host, port, whether TLS is used, the prefix for the path of each call, the Unix socket if any."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"
     unix = split_unix_url(base_url)

@@ -1,7 +1,7 @@
 """A connection to a backend: an ``asyncio.Protocol`` that pushes each response's body into a sink as it is parsed.
 
-A server can put thousands of chunks into one read. Such a read is parsed by slices, and other connections have their
-turn between two of them (slice_queue.py).
+One read can hold thousands of chunks. Such a read is parsed in slices, and other connections have their turn between
+two slices (slice_queue.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
 from gpumesh.mesh.requests.response_parser import ParserState, ResponseHead, ResponseParser
 from gpumesh.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
 
-JOINED_BYTES = 1 << 16  # a request's body up to this is sent together with its head
-_NO_SINK = BufferedSink()  # of a connection that carries no response; nothing is written to it
+JOINED_BYTES = 1 << 16  # a request's body that is shorter is sent together with its head
+_NO_SINK = BufferedSink()  # the sink of a connection without a response; nothing is written to it
 
 
 class Address(NamedTuple):
-    """Where a backend listens: on host and port, or on a Unix socket. ``server_name`` is what its TLS certificate must
-    name, if that is not the host."""
+    """The address on which a backend listens: host and port, or a Unix socket. ``server_name`` is the name in its TLS
+    certificate, if that is not ``host``."""
 
     host: str
     port: int
@@ -34,7 +34,7 @@ class Address(NamedTuple):
 
 
 class ConnectionState(Enum):
-    """What a connection does now."""
+    """The state of a connection."""
 
     IDLE = "idle"  # waits in the pool
     AWAITING_HEAD = "awaiting head"
@@ -42,25 +42,25 @@ class ConnectionState(Enum):
     CLOSED = "closed"
 
 
-# Where each token passes, a global costs less than a member.
+# Each token passes here, and to read a global is faster than to read a member.
 _RECEIVING_BODY = ConnectionState.RECEIVING_BODY
 _IN_BODY = ParserState.BODY
 
 
 class ReadState(Enum):
-    """Whether more is read from the socket, and what for if not."""
+    """Whether bytes are read from the socket; if not, the reason."""
 
     READING = "reading"
-    BACKPRESSURED = "backpressured"  # the sink wants no more for now
-    AWAITING_TURN = "awaiting turn"  # for the next slice of what was read
+    BACKPRESSURED = "backpressured"  # the sink wants no more bytes for now
+    AWAITING_TURN = "awaiting turn"  # the connection waits to parse the next slice
 
 
 class Exchange:
     """One request on a connection, and its response.
 
-    ``head`` is done when the response's head has come, or with a ConnectionResetError. ``buffer`` holds the body until
-    the connection is given another sink. ``connection`` is ``None`` once the response has ended. ``answered``: a part
-    of the response came before it failed.
+    ``head`` is a future: the response's head, or ConnectionResetError. ``buffer`` holds the body until the connection
+    gets another sink. ``connection`` is ``None`` after the response has ended. ``answered``: a part of the response had
+    come when the exchange failed.
     """
 
     __slots__ = ("answered", "buffer", "connection", "head")
@@ -117,8 +117,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._sink: BodySink = _NO_SINK
         self._read_state = ReadState.READING
         self._slice_bytes = SLICE_BYTES
-        self._unparsed = b""  # what was read while it was not to be parsed
-        self._parsed_bytes = 0  # of it, from its start
+        self._unparsed = b""  # bytes that were read, but could not be parsed at once
+        self._parsed_bytes = 0  # how many bytes at the start of ``_unparsed`` are parsed by now
 
     def __repr__(self) -> str:
         waiting = f", {len(self._unparsed) - self._parsed_bytes} bytes unparsed" if self._has_unparsed else ""
@@ -131,7 +131,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def reads_on(self) -> bool:
-        """Whether the server's next bytes are read when they come."""
+        """Whether the connection reads the server's next bytes as they come."""
         return self._read_state is ReadState.READING
 
     def start(self, method: str, head: bytes, body: bytes) -> Exchange:
@@ -143,14 +143,14 @@ class UpstreamConnection(asyncio.Protocol):
         self._exchange = exchange = Exchange(self, self._loop)
         self.push_to(exchange.buffer)
         if len(body) < JOINED_BYTES:
-            self._transport.write(head + body)  # one packet, if it is short
-        else:  # not copied
+            self._transport.write(head + body)  # a short request is one packet
+        else:  # a long body is not copied
             self._transport.write(head)
             self._transport.write(body)
         return exchange
 
     def push_to(self, sink: BodySink) -> None:
-        """The rest of the response's body goes to this sink."""
+        """From now on the response's body goes to this sink."""
         self._sink = sink
         self._slice_bytes = FRAME_SLICE_BYTES if sink.inspects_frames else SLICE_BYTES
         sink.on_writable = self._continue_reading
@@ -169,7 +169,7 @@ class UpstreamConnection(asyncio.Protocol):
     # -- asyncio.Protocol --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are none by their class
+        self._transport = cast("asyncio.Transport", transport)  # a cast, because uvloop's transports are no subclasses
         self.state = ConnectionState.IDLE
 
     def data_received(self, data: bytes) -> None:
@@ -187,9 +187,9 @@ class UpstreamConnection(asyncio.Protocol):
             self._handle_state()
 
     def _receive(self, data: bytes) -> None:
-        """All but the most common case."""
+        """``data_received`` in all but the most common case."""
         if self._exchange is None:
-            self.abort()  # bytes that nobody asked for: what comes next on this connection cannot be trusted
+            self.abort()  # bytes without a request: later bytes on this connection could be taken for an answer
             return
         self._unparsed, self._parsed_bytes = self._unparsed[self._parsed_bytes :] + data, 0
         if self._read_state is ReadState.READING:
@@ -201,19 +201,19 @@ class UpstreamConnection(asyncio.Protocol):
         if error is not None:
             self._drop_unparsed()
             self._fail(exception_text(error))
-        elif not self._has_unparsed:  # TLS may end a connection while a part of what was read waits to be parsed
+        elif not self._has_unparsed:  # otherwise ``_parse_slices`` calls ``_end_input``; TLS may end so early
             self._end_input()
 
     # -- parsing -----------------------------------------------------------------------------------------------------
 
     def _end_input(self) -> None:
-        """The server ended the connection, and all that came on it is parsed."""
+        """Handles the end of the connection, after all bytes that came on it are parsed."""
         self._parser.end_input()
         self._handle_state()
         self._fail("the server closed the connection")
 
     def _handle_state(self) -> None:
-        """Acts on what the parser has come to."""
+        """Acts on the parser's state."""
         parser, exchange = self._parser, self._exchange
         if exchange is None:
             return
@@ -231,14 +231,14 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, exchange: Exchange) -> None:
         sink = self._end_exchange(exchange)
         if not self.open or not self._parser.reusable or self._has_unparsed:
-            # Bytes after the response spoil the connection, and not the response.
+            # Bytes after the response make the connection unusable, but the response is valid.
             self._drop_unparsed()
             self.state = ConnectionState.CLOSED
             if self._transport is not None:
                 self._transport.abort()
         else:
             self.state = ConnectionState.IDLE
-            self._resume_reading()  # the server's end of the connection must be seen while it is idle
+            self._resume_reading()  # an idle connection must notice when the server closes it
             self._on_idle(self)
         sink.finish()
 
@@ -251,11 +251,11 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self._end_exchange(exchange)
         if not exchange.head.done():
             exchange.head.set_exception(ConnectionResetError(problem))
-            exchange.head.exception()  # marked as seen: the task that waited for it may be gone
+            exchange.head.exception()  # marks the error as retrieved: the task that waited may be gone
         sink.fail(problem)
 
     def _end_exchange(self, exchange: Exchange) -> BodySink:
-        """Forgets the exchange and its sink, which it returns."""
+        """Removes the exchange from the connection, and returns its sink."""
         self._exchange = exchange.connection = None
         sink, self._sink = self._sink, _NO_SINK
         sink.on_writable = None
@@ -268,8 +268,8 @@ class UpstreamConnection(asyncio.Protocol):
         return self._parsed_bytes < len(self._unparsed)
 
     def _parse_slices(self) -> None:
-        """Parses what was read until the sink is back-pressured, or until others should have their turn: after a slice
-        of many small pieces, or of frames that the sink inspects."""
+        """Parses the unparsed bytes until the sink is back-pressured, or until this connection's turn is over: after a
+        slice with many small pieces, or with frames that the sink inspects."""
         turn_is_over = False
         while self._has_unparsed and self._exchange is not None and not (turn_is_over or self._sink.backpressured):
             start = self._parsed_bytes
@@ -305,7 +305,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._parse_slices()
 
     def _continue_reading(self) -> None:
-        """Called when the sink takes bytes again."""
+        """The sink calls this when it takes bytes again."""
         if self._read_state is ReadState.BACKPRESSURED:
             self._parse_slices()
 
@@ -322,6 +322,6 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 def exception_text(error: BaseException) -> str:
-    """An exception as a person would write it. Some have no text at all."""
+    """An exception's text for a person: without the error number; the class name if there is no text."""
     text: Any = getattr(error, "strerror", None) or str(error)
     return str(text) or type(error).__name__

@@ -55,7 +55,7 @@ def test_the_longest_counts_and_an_outlier_is_forgotten() -> None:
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence_watch, "MAX_STREAM_KINDS", 2)
+    monkeypatch.setattr(silence_watch, "MAX_TRACKED", 2)
     pauses = PauseTracker()
     for name in ("a", "b", "a", "c"):
         pauses.learn(name, "m", 1.0)
