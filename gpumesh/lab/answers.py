@@ -1,4 +1,4 @@
-"""From a request to the answer that a stand-in gives, whichever API the request came by. Pure."""
+"""Plans the answer of a stand-in to a request, for all APIs. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpumesh.lab.profile import HostProfile, ModelProfile
 
 
 class ApiError(Exception):
-    """The request gets an error status and this message, in the form of its API."""
+    """The answer to the request is this status and this message, in the form of the request's API."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for an answer. ``messages`` for chats; ``prompt`` for raw prompts; one of them is set."""
+    """A request for an answer. A chat has ``messages``, a raw prompt has ``prompt``: one of the two is set."""
 
     model: ModelProfile
     name: str
@@ -44,7 +44,8 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAnswer:
-    """A whole answer, token by token: first thinking, then text. A tool call counts as the tokens of its JSON."""
+    """A whole answer as tokens: first ``thinking``, then ``tokens`` of text. A tool call's tokens are those of its
+    JSON."""
 
     prompt: str
     thinking: tuple[str, ...]
@@ -54,6 +55,7 @@ class PlannedAnswer:
 
     @property
     def total(self) -> int:
+        """Number of tokens."""
         return len(self.thinking) + len(self.tokens)
 
 
@@ -64,63 +66,66 @@ def render_request(request: GenerationRequest) -> str:
 
 
 def plan_answer(request: GenerationRequest, profile: HostProfile) -> PlannedAnswer:
-    """The answer of the model. Raises ApiError where Ollama would, before anything is generated."""
+    """The answer of the model. Raises ApiError where Ollama refuses a request before it generates."""
     prompt = render_request(request)
     options = request.options
     seed = options.get("seed")
-    limit = options.get("num_predict")
-    bound = limit if isinstance(limit, int) and limit >= 0 else None
+    num_predict = options.get("num_predict")
+    limit = num_predict if isinstance(num_predict, int) and num_predict >= 0 else None
     stop = options.get("stop") or ()
     generated = text.generate_text(
         prompt,
         model=request.model.name,
         seed=seed if isinstance(seed, int) else 0,
-        num_predict=bound,
+        num_predict=limit,
         length_range=profile.answer_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(str(mark) for mark in stop),
     )
-    tool = _tool_call(request, generated.tokens)
+    tool = _plan_tool_call(request, generated.tokens)
     if tool is not None:
         tokens = text.split_tokens(
             json.dumps({"name": tool.name, "arguments": dict(tool.arguments)}, ensure_ascii=False)
         )
-        generated = _bounded(tokens, bound)
+        generated = _cut_at_limit(tokens, limit)
         tool = tool if generated.done_reason == "stop" else None
     elif request.format:
         words = [token.strip() for token in generated.tokens] or ["nothing"]
-        value = (
+        document = (
             {"answer": " ".join(words[:12])}
             if request.format == "json"
             else text.make_schema_example(request.format, words)
         )
-        generated = _bounded(text.split_tokens(json.dumps(value, ensure_ascii=False)), bound)
+        generated = _cut_at_limit(text.split_tokens(json.dumps(document, ensure_ascii=False)), limit)
     thinking: tuple[str, ...] = ()
-    if _thinks(request) and not prompt.endswith("</think>"):
+    if _should_think(request) and not prompt.endswith("</think>"):
         thinking = text.generate_text(f"{prompt}<think>", model=request.model.name, num_predict=12).tokens
     return PlannedAnswer(prompt, thinking, generated.tokens, tool, generated.done_reason)
 
 
-def _thinks(request: GenerationRequest) -> bool:
-    """On by default where the model can; asked of another model it is an error."""
+def _should_think(request: GenerationRequest) -> bool:
+    """Whether the model thinks first. A thinking model does so by default. Raises ApiError if another model is asked to
+    think."""
     if request.think and not request.model.thinking:
         raise ApiError(400, f'"{request.name}" does not support thinking')
-    continued = bool(request.messages and request.messages[-1].get("role") == "assistant")
-    return request.model.thinking and request.think is not False and request.messages is not None and not continued
+    continues_answer = bool(request.messages and request.messages[-1].get("role") == "assistant")
+    thinks_by_default = request.model.thinking and request.messages is not None and not continues_answer
+    return thinks_by_default and request.think is not False
 
 
-def _tool_call(request: GenerationRequest, words: tuple[str, ...]) -> ToolCall | None:
-    """The first of the tools is called whenever the user has the last word."""
+def _plan_tool_call(request: GenerationRequest, answer_tokens: tuple[str, ...]) -> ToolCall | None:
+    """A call of the first tool if the last message is the user's; otherwise ``None``. ``answer_tokens`` become the
+    arguments' texts."""
     if not request.tools or not request.messages or request.messages[-1].get("role") != "user":
         return None
     if not request.model.tools:
         raise ApiError(400, f"registry.ollama.ai/library/{request.name} does not support tools")
     function = request.tools[0].get("function") or request.tools[0]
     schema = function.get("parameters") or function.get("input_schema") or {}
-    value = text.make_schema_example(schema, [word.strip() for word in words])
-    return ToolCall(str(function.get("name", "tool")), value if isinstance(value, dict) else {})
+    arguments = text.make_schema_example(schema, [token.strip() for token in answer_tokens])
+    return ToolCall(str(function.get("name", "tool")), arguments if isinstance(arguments, dict) else {})
 
 
-def _bounded(tokens: tuple[str, ...], bound: int | None) -> text.GeneratedText:
-    if bound is not None and len(tokens) > bound:
-        return text.GeneratedText(tokens[:bound], "length")
+def _cut_at_limit(tokens: tuple[str, ...], limit: int | None) -> text.GeneratedText:
+    if limit is not None and len(tokens) > limit:
+        return text.GeneratedText(tokens[:limit], "length")
     return text.GeneratedText(tokens, "stop")

@@ -1,4 +1,4 @@
-"""Keys of simulated hosts and of the user who visits them: made anew for each lab, never the person's own."""
+"""The keys of simulated hosts and of their user. Each lab makes new keys; the person's own keys are never used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parse_private_key(text: str) -> paramiko.PKey:
 
 
 def public_key_line(text: str) -> str:
-    """The public half of a private key, as it stands in ``authorized_keys``."""
+    """The public half of a private key, as a line of ``authorized_keys``."""
     return _public_part(text).decode()
 
 

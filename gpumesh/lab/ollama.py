@@ -1,6 +1,6 @@
 """A stand-in for Ollama: its native API and its /v1, its check of Host and Origin, and the form of its errors.
 
-It behaves as Ollama's source says (``docs/internals/ollama.md``), and says in its version that it is a lab.
+Its behaviour is that of Ollama's source (``docs/internals/ollama.md``). Its version shows that it is a stand-in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpumesh.lab.servers.server import SimServer
 
 
 class SimOllama(SimServer):
-    """One Ollama. ``blobs`` are the digests of the files that clients have uploaded."""
+    """One Ollama server. ``blobs`` are the digests of the files that clients have uploaded."""
 
     def __init__(self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0) -> None:
         super().__init__(profile, host=host, port=port)
@@ -28,18 +28,18 @@ class SimOllama(SimServer):
         v1_routes.add_routes(app, self)
 
     def find_refusal(self, request: web.Request) -> web.Response | None:
-        """While it listens on loopback it answers 403, without a body, to a Host or Origin that is not its own."""
-        name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        """An Ollama on loopback answers 403, without a body, to a foreign Host or Origin."""
+        host_name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
         origin = request.headers.get("Origin")
-        allowed = _is_local_name(name, self.profile.hostname) and (origin is None or _is_local_origin(origin))
+        allowed = _is_local_name(host_name, self.profile.hostname) and (origin is None or _is_local_origin(origin))
         return None if allowed else web.Response(status=403)
 
 
-def _is_local_name(name: str, own: str) -> bool:
+def _is_local_name(name: str, own_name: str) -> bool:
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name)
         return address.is_loopback or address.is_private or address.is_unspecified
-    return name in ("", "localhost", own.lower()) or name.endswith((".localhost", ".local", ".internal"))
+    return name in ("", "localhost", own_name.lower()) or name.endswith((".localhost", ".local", ".internal"))
 
 
 def _is_local_origin(origin: str) -> bool:

@@ -1,9 +1,9 @@
-"""What the simulated models say: pure, deterministic, and continuable from any cut.
+"""The text of the simulated models: pure, deterministic, and continuable from any cut.
 
-Each next word follows from the text up to the last blank, the way a model at temperature 0 goes on from its context:
-so an answer that was cut anywhere, even within a word, and is continued on another host (as a last message of the
-assistant, or as a raw prompt) gets exactly the text that was missing. Words hold letters of several alphabets and
-emoji, so that a proxy which cuts characters apart is caught. A token is one word with the blank before it.
+The text up to the last blank decides the next word, as the context does for a model at temperature 0. So an answer can
+be cut anywhere, even within a word, and continued on another host, as a last message of the assistant or as a raw
+prompt: the other host generates exactly the missing text. The words hold letters of several alphabets and emoji: a test
+finds a proxy that cuts within a character. A token is one word with the blank before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOCABULARY = (  # noqa: SIM905 - a list of a hundred quoted words reads worse
 ).split(" ")
 
 ASSISTANT_MARK = "<|im_start|>assistant\n"
-_EXTRA = 0x9E3779B1
+_END_SALT = 0x9E3779B1  # so that the decision to end is not the same random number as the choice of the word
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class GeneratedText:
 
 
 def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = True) -> str:
-    """The prompt as a ChatML template writes it; a last message of the assistant is left open if ``continues``."""
+    """The prompt that a ChatML template makes. If ``continues``, a last message of the assistant stays open."""
     parts: list[str] = []
     for number, message in enumerate(messages):
         role, content = str(message.get("role", "user")), content_text(message.get("content"))
@@ -52,7 +52,7 @@ def render_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool = 
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content: a string, or a list of parts as the OpenAI and Anthropic APIs have it."""
+    """The text of a message's content, which is a string, or a list of parts as in the OpenAI and Anthropic APIs."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -61,7 +61,7 @@ def content_text(content: Any) -> str:
 
 
 def count_tokens(text: str) -> int:
-    """About one for each word."""
+    """The number of tokens: one for each word."""
     return len(text.split())
 
 
@@ -75,10 +75,10 @@ def generate_text(
     length_range: tuple[int, int] = (48, 160),
     stop: tuple[str, ...] = (),
 ) -> GeneratedText:
-    """What ``model`` says after the rendered ``prompt``.
+    """The text that ``model`` generates after the rendered ``prompt``.
 
-    After a template's mark of the assistant's turn, the natural length is drawn once from ``length_range``; a raw
-    prompt without one ends at random words, with the same mean.
+    If the prompt holds a template's mark of the assistant's turn, the length of the answer is drawn once from
+    ``length_range``. Without this mark, the answer ends at a random word; its mean length is the same.
     """
     start = prompt.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK) if ASSISTANT_MARK in prompt else None
     low, high = length_range
@@ -87,20 +87,20 @@ def generate_text(
     partial = prompt[cut:]
     state = zlib.crc32(prompt[:cut].encode(errors="replace"), basis)
 
-    left: int | None = None
+    words_left: int | None = None
     if start is not None:
         opening = zlib.crc32(prompt[:start].encode(errors="replace"), basis)
-        spoken = count_tokens(prompt[start:])
-        left = low + _mix(opening + 7) % (high - low + 1) - spoken
-    bound = num_predict if num_predict is not None and num_predict >= 0 else 1 << 16
-    chance = max(1, (low + high) // 2)
+        words_before = count_tokens(prompt[start:])
+        words_left = low + _mix(opening + 7) % (high - low + 1) - words_before
+    max_tokens = num_predict if num_predict is not None and num_predict >= 0 else 1 << 16
+    mean_length = max(1, (low + high) // 2)
 
     tokens: list[str] = []
     space = ""
     if partial:
         word = _word(state)
         inside = (start is None or cut >= start) and word.startswith(partial)
-        if inside and word != partial:  # counted as said already
+        if inside and word != partial:  # ``words_before`` counts this word already
             tokens.append(word[len(partial) :])
             state = zlib.crc32((word + " ").encode(), state)
         else:
@@ -108,41 +108,43 @@ def generate_text(
         space = " "
     reason = "stop"
     while True:
-        if len(tokens) >= bound:
+        if len(tokens) >= max_tokens:
             reason = "length"
             break
-        if (left is not None and left <= 0) or (left is None and _mix(state + _EXTRA) % chance == 0):
+        if (words_left is not None and words_left <= 0) or (
+            words_left is None and _mix(state + _END_SALT) % mean_length == 0
+        ):
             break
         word = _word(state)
         tokens.append(space + word)
         state = zlib.crc32((word + " ").encode(), state)
         space = " "
-        left = None if left is None else left - 1
-    return cut_at_stop(GeneratedText(tuple(tokens[:bound]), reason), stop)
+        words_left = None if words_left is None else words_left - 1
+    return cut_at_stop(GeneratedText(tuple(tokens[:max_tokens]), reason), stop)
 
 
 def cut_at_stop(whole: GeneratedText, stop: Sequence[str]) -> GeneratedText:
-    """The answer up to the first of the stop sequences, which is left out."""
+    """The answer up to the first stop sequence, which is left out."""
     text = "".join(whole.tokens)
-    places = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
-    if not places:
+    positions = [position for sequence in stop if sequence and (position := text.find(sequence)) >= 0]
+    if not positions:
         return whole
-    tokens, room = [], min(places)
+    tokens, characters_left = [], min(positions)
     for token in whole.tokens:
-        if room <= 0:
+        if characters_left <= 0:
             break
-        tokens.append(token[:room])
-        room -= len(token)
+        tokens.append(token[:characters_left])
+        characters_left -= len(token)
     return GeneratedText(tuple(tokens), "stop")
 
 
 def split_tokens(text: str, size: int = 4) -> tuple[str, ...]:
-    """A fixed text cut into tokens of about four characters, as JSON and tool calls are."""
+    """Cuts a fixed text (JSON, a tool call) into tokens of ``size`` characters."""
     return tuple(text[start : start + size] for start in range(0, len(text), size))
 
 
 def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> Any:
-    """Some value that fits a JSON schema, as far as plain schemas go."""
+    """A value that fits a JSON schema. Only simple schemas are supported. ``words`` become the texts."""
     if not isinstance(schema, Mapping) or depth > 16:
         return " ".join(words[:4])
     if "const" in schema:
@@ -170,7 +172,7 @@ def make_schema_example(schema: Any, words: Sequence[str], depth: int = 0) -> An
 
 
 def make_embedding(text: str, size: int = 768) -> list[float]:
-    """An embedding: deterministic, of length 1."""
+    """An embedding of ``size`` numbers: deterministic, with norm 1."""
     state = zlib.crc32(text.encode(errors="replace"))
     values = [(_mix(state + number) / 0xFFFFFFFF) - 0.5 for number in range(size)]
     norm = sum(value * value for value in values) ** 0.5
@@ -178,7 +180,7 @@ def make_embedding(text: str, size: int = 768) -> list[float]:
 
 
 def _mix(state: int) -> int:
-    """CRC is linear: words drawn from it directly would follow each other in a pattern."""
+    """Makes a random number of a CRC. A CRC is linear: without this, the words would follow each other in a pattern."""
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     state = (state ^ (state >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     return state ^ (state >> 16)

@@ -1,7 +1,8 @@
-"""A stand-in for vLLM's OpenAI-compatible server, after the source of vLLM 0.11 (``docs/internals/server-kinds.md``).
+"""A stand-in for vLLM's OpenAI-compatible server, made from vLLM's public source (``docs/internals/server-kinds.md``).
 
-What differs from other servers with this API: a last message of the assistant is continued only with
-``continue_final_message``; the figures of ``/metrics``; the form of its errors, and a key that guards ``/v1`` alone.
+It differs from other servers with this API in four points: it continues a last message of the assistant only with
+``continue_final_message``; it has its own figures on ``/metrics``; its errors have another form; its key guards ``/v1``
+alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _ERROR_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServ
 
 
 class SimVllm(SimServer):
-    """One vLLM. It serves all models of its profile, each from the start; ``slots`` is its ``--max-num-seqs``."""
+    """One vLLM server. All models of its profile are in memory from the start. The profile's ``slots`` is the server's
+    ``--max-num-seqs``."""
 
     def __init__(
         self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
@@ -44,12 +46,13 @@ class SimVllm(SimServer):
         add.add_post("/v1/completions", self._completions)
 
     def find_refusal(self, request: web.Request) -> web.Response | None:
-        wanted = None if self._api_key is None else f"Bearer {self._api_key}"
-        if wanted is None or not request.path.startswith("/v1") or request.headers.get("Authorization") == wanted:
+        if self._api_key is None or not request.path.startswith("/v1"):
+            return None
+        if request.headers.get("Authorization") == f"Bearer {self._api_key}":
             return None
         return json_response({"error": "Unauthorized"}, status=401)
 
-    def build_error(self, path: str, status: int, message: str) -> web.Response:  # noqa: ARG002 - one form for all
+    def build_error(self, path: str, status: int, message: str) -> web.Response:  # noqa: ARG002 - all paths have one form of error
         kind = _ERROR_TYPES.get(status, HTTPStatus(status).phrase)
         error = {"message": message, "type": kind, "param": None, "code": status}
         return json_response({"error": error}, status=status)
@@ -99,7 +102,7 @@ class SimVllm(SimServer):
         if continues and body.get("add_generation_prompt", True) is True:
             raise ApiError(400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
         generation = self._read_request(body, messages=read_messages(body), options=read_options(body))
-        # The template closes each message: what the mark does is to leave the last one open.
+        # The template closes each message, except a last message with the mark ``continue_final_message``.
         generation = replace(generation, model=replace(generation.model, continues=continues))
         frames = VllmChatFrames(generation.name, usage=wants_usage(body))
         return await self.write_answer(request, generation, frames, stream=body.get("stream") is True)
@@ -118,7 +121,7 @@ class SimVllm(SimServer):
 
 
 class VllmChatFrames(ChatFrames):
-    """``/v1/chat/completions``; an error in mid-stream is told, and ``[DONE]`` follows it."""
+    """``/v1/chat/completions``. An error in mid-stream is a frame, and ``[DONE]`` follows it."""
 
     def encode_error(self, message: str) -> bytes:
         error = {"message": message, "type": _ERROR_TYPES[500], "param": None, "code": 500}
