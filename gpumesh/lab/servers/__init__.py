@@ -1,1 +1,1 @@
-"""What the stand-ins for inference servers are made of: a server with set faults, and the routes of each API."""
+"""The parts of the stand-ins for inference servers: a server with adjustable faults, and the routes of each API."""

@@ -1,4 +1,4 @@
-"""An answer on its way to a client, in the frames of its API."""
+"""Writes an answer to a client, in the frames of its API."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from gpumesh.lab.engine import Timings
 from gpumesh.lab.servers.replies import dump_json
 
 BuildError = Callable[[str, int, str], web.Response]
-"""An error by path, status and message."""
+"""Builds an error response. Arguments: path, status, message."""
 
 
 class AnswerFrames(Protocol):
-    """One API's way to write an answer. ``encode_piece`` and ``encode_final`` give what goes on the wire when
-    streaming."""
+    """The frames of one API. ``encode_piece`` and ``encode_final`` return the bytes of a streamed answer."""
 
     content_type: str
 
@@ -26,7 +25,7 @@ class AnswerFrames(Protocol):
     def encode_final(self, reason: str, timings: Timings) -> bytes: ...
 
     def encode_error(self, message: str) -> bytes:
-        """A failure in mid-stream."""
+        """The frame for a failure in mid-stream."""
         ...
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
@@ -35,7 +34,7 @@ class AnswerFrames(Protocol):
 
 
 class AnswerWriter:
-    """An answer on its way: headers go with the first token; a whole answer goes at its end."""
+    """Writes one answer. The headers are sent with the first token, or with the whole answer if it does not stream."""
 
     def __init__(
         self,
@@ -53,38 +52,37 @@ class AnswerWriter:
         self._stream = stream
         self._build_error = build_error
 
-    async def tokens(self, start: int, end: int) -> None:
+    async def send_tokens(self, start: int, end: int) -> None:
+        """Sends the tokens from number ``start`` up to, but without, ``end``. The tokens of thinking have the first
+        numbers. A tool call is sent whole, with its last token."""
         if not self._stream:
             return
-        answer, frames, thinking = self.answer, self._frames, len(self.answer.thinking)
+        answer, frames, thinking_count = self.answer, self._frames, len(self.answer.thinking)
         parts = [frames.encode_piece("", token, None) for token in answer.thinking[start:end]]
         if answer.tool is None:
-            parts += (
-                [
-                    frames.encode_piece(token, "", None)
-                    for token in answer.tokens[max(0, start - thinking) : end - thinking]
-                ]
-                if (end > thinking)
-                else []
-            )
+            first, last = max(0, start - thinking_count), max(0, end - thinking_count)
+            parts += [frames.encode_piece(token, "", None) for token in answer.tokens[first:last]]
         elif end == answer.total:
             parts.append(frames.encode_piece("", "", answer.tool))
         if parts:
             await self._send(b"".join(parts))
 
-    async def end(self, timings: Timings) -> web.StreamResponse:
+    async def finish(self, timings: Timings) -> web.StreamResponse:
+        """Completes the answer."""
         if not self._stream:
             return web.json_response(self._frames.build_document(self.answer, timings), dumps=dump_json)
         await self._send(self._frames.encode_final(self.answer.done_reason, timings))
         return await self.stop()
 
     async def fail(self, message: str) -> web.StreamResponse:
+        """Ends the answer with an error: a status before the first byte, otherwise a frame."""
         if self.response is None:
             return self._build_error(self.request.path, 500, message)
         await self._send(self._frames.encode_error(message))
         return await self.stop()
 
     async def stop(self) -> web.StreamResponse:
+        """Ends the body here, without a final frame."""
         if self.response is None:
             return web.Response(status=200, content_type=self._frames.content_type)
         await self.response.write_eof()

@@ -14,7 +14,8 @@ NDJSON = "application/x-ndjson"
 
 
 class NativeFrames:
-    """NDJSON of /api/chat (``chat``) or /api/generate. ``raw`` answers have no ``context``."""
+    """The NDJSON lines of ``/api/chat`` if ``chat``, otherwise of ``/api/generate``. ``raw``: the answer has no
+    ``context``."""
 
     content_type = NDJSON
 
@@ -22,7 +23,7 @@ class NativeFrames:
         self._name = name
         self._chat = chat
         self._raw = raw
-        # The part that all lines share is encoded once: these lines are most of what a stream costs.
+        # The part that all lines have in common is encoded once: most of a stream's cost is the encoding of its lines.
         self._head = f'{{"model":{dump_json(name)},"created_at":'
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:

@@ -1,4 +1,4 @@
-"""The stand-in's native routes: what Ollama serves at / and /api."""
+"""The stand-in's native routes: those of Ollama at / and /api."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from aiohttp import web
 
 from gpumesh.lab import text
 from gpumesh.lab.answers import ApiError, GenerationRequest, render_request
-from gpumesh.lab.engine import parse_keep_alive
+from gpumesh.lab.engine import Runner, parse_keep_alive
 from gpumesh.lab.profile import ModelProfile
 from gpumesh.lab.servers.native_frames import NDJSON, NativeFrames, build_message, format_now
 from gpumesh.lab.servers.replies import dump_json, json_response, read_json
 from gpumesh.lab.servers.server import SimServer
 
 MIB = 1 << 20
+NEVER_EXPIRES = timedelta(days=365 * 292)  # about the longest duration of Go, which Ollama uses for keep_alive -1
 
 
 def add_routes(app: web.Application, server: SimServer, blobs: set[str]) -> None:
@@ -66,28 +67,22 @@ class NativeRoutes:
         return json_response({"models": [_tag(name, model, stored) for name, (model, stored) in entries]})
 
     async def ps(self, _request: web.Request) -> web.Response:
-        now = self._engine.clock()
-        models = []
-        for runner in self._engine.list_runners():
-            left = runner.expires_at - now
-            never = math.isinf(left)
-            expires = (
-                datetime.now(UTC) + timedelta(days=365 * 292) if never else datetime.now(UTC) + timedelta(seconds=left)
-            )
-            model = runner.model
-            models.append(
-                {
-                    "name": model.name,
-                    "model": model.name,
-                    "size": model.vram_mib * MIB,
-                    "digest": model.digest,
-                    "details": _details(model),
-                    "expires_at": format_timestamp(expires),
-                    "size_vram": self._engine.vram_mib(model) * MIB,
-                    "context_length": runner.context_length,
-                }
-            )
-        return json_response({"models": models})
+        return json_response({"models": [self._runner_entry(runner) for runner in self._engine.list_runners()]})
+
+    def _runner_entry(self, runner: Runner) -> dict[str, Any]:
+        model = runner.model
+        seconds_left = runner.expires_at - self._engine.clock()
+        time_left = NEVER_EXPIRES if math.isinf(seconds_left) else timedelta(seconds=seconds_left)
+        return {
+            "name": model.name,
+            "model": model.name,
+            "size": model.vram_mib * MIB,
+            "digest": model.digest,
+            "details": _details(model),
+            "expires_at": format_timestamp(datetime.now(UTC) + time_left),
+            "size_vram": self._engine.vram_mib(model) * MIB,
+            "context_length": runner.context_length,
+        }
 
     async def show(self, request: web.Request) -> web.Response:
         body = await read_json(request)
@@ -130,7 +125,7 @@ class NativeRoutes:
                 {
                     "model": generation.name,
                     "created_at": format_now(),
-                    **_rendering(generation),
+                    **_rendered_prompt(generation),
                     "response": "",
                 }
             )
@@ -150,47 +145,48 @@ class NativeRoutes:
         if not messages:
             return await self._preload(body, {"message": build_message("", "", None)})
         if body.get("_debug_render_only") is True:
-            return json_response({"model": generation.name, "created_at": format_now(), **_rendering(generation)})
+            return json_response({"model": generation.name, "created_at": format_now(), **_rendered_prompt(generation)})
         frames = NativeFrames(generation.name, chat=True)
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is not False)
 
     async def _preload(self, body: Mapping[str, Any], content: Mapping[str, Any]) -> web.Response:
+        """Loads or unloads the model: the answer to a request without a prompt."""
         generation = self._server.read_generation_request(body, **read_common_parts(body))
         await self._engine.preload(generation.model, generation.options, generation.keep_alive)
-        unload = parse_keep_alive(generation.keep_alive, 1.0) == 0
-        reason = "unload" if unload else "load"
+        unloads = parse_keep_alive(generation.keep_alive, 1.0) == 0
+        reason = "unload" if unloads else "load"
         return json_response(
             {"model": generation.name, "created_at": format_now(), **content, "done": True, "done_reason": reason}
         )
 
     async def embed(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
-        given = body.get("input", "")
-        texts = [given] if isinstance(given, str) else [str(entry) for entry in given or []]
-        return json_response(await self.embeddings_of(body, [entry for entry in texts if entry or len(texts) > 1]))
+        embed_input = body.get("input", "")
+        texts = [embed_input] if isinstance(embed_input, str) else [str(entry) for entry in embed_input or []]
+        return json_response(await self._embed_texts(body, [entry for entry in texts if entry or len(texts) > 1]))
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
-        answer = await self.embeddings_of(body, [str(body.get("prompt") or "")])
+        answer = await self._embed_texts(body, [str(body.get("prompt") or "")])
         return json_response({"embedding": answer["embeddings"][0]})
 
-    async def embeddings_of(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
-        """Also what /v1/embeddings is made from."""
+    async def _embed_texts(self, body: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
+        """The answer of ``/api/embed``; ``/api/embeddings`` takes one embedding from it."""
         name = body.get("model")
         if isinstance(name, str) and name and self._engine.find_model(name) is None:
             raise ApiError(404, f'model "{name}" not found, try pulling it first')
         generation = self._server.read_generation_request(body, **read_common_parts(body))
-        asked = self._engine.clock()
-        count = 0
+        asked_at = self._engine.clock()
+        prompt_tokens = 0
         async with self._engine.lease_slot(generation.model, generation.options, generation.keep_alive) as lease:
             for entry in texts:
-                count += (await self._engine.prefill(lease, entry))[0]
+                prompt_tokens += (await self._engine.prefill(lease, entry))[0]
         return {
             "model": generation.name,
             "embeddings": [text.make_embedding(entry) for entry in texts],
-            "total_duration": int((self._engine.clock() - asked) * 1e9),
+            "total_duration": int((self._engine.clock() - asked_at) * 1e9),
             "load_duration": int(lease.load_s * 1e9),
-            "prompt_eval_count": count,
+            "prompt_eval_count": prompt_tokens,
         }
 
     # -- the store ---------------------------------------------------------------------------------------------------
@@ -200,9 +196,9 @@ class NativeRoutes:
         name = str(body.get("model") or body.get("name") or "")
         if not name:
             raise ApiError(400, "model is required")
-        return await _progress(request, body, self._pulling(name if ":" in name else f"{name}:latest"))
+        return await _write_progress(request, body, self._pull_steps(name if ":" in name else f"{name}:latest"))
 
-    async def _pulling(self, name: str) -> AsyncIterator[dict[str, Any]]:
+    async def _pull_steps(self, name: str) -> AsyncIterator[dict[str, Any]]:
         yield {"status": "pulling manifest"}
         if "missing" in name:
             yield {"error": "pull model manifest: file does not exist"}
@@ -230,7 +226,9 @@ class NativeRoutes:
             raise ApiError(400, "model is required")
         base, _ = self._stored(body.get("from"))
         self._copy(base, name)
-        return await _progress(request, body, _steps("using existing layer", "writing manifest", "success"))
+        return await _write_progress(
+            request, body, _status_steps("using existing layer", "writing manifest", "success")
+        )
 
     async def copy(self, request: web.Request) -> web.Response:
         body = await read_json(request)
@@ -276,12 +274,14 @@ def capabilities(model: ModelProfile) -> list[str]:
 
 
 def format_timestamp(at: datetime) -> str:
-    """RFC 3339 with the nanoseconds that Go writes; ours end where microseconds do, plus a fixed tail."""
+    """RFC 3339 with nanoseconds, as Go writes it. The last three digits are always the same: Python has
+    microseconds."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "417Z"
 
 
 def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises ApiError for a keep_alive that Go could not read."""
+    """The members that all of Ollama's own requests for answers have. Raises ApiError for a keep_alive that Go cannot
+    read."""
     options = body.get("options") or {}
     try:
         parse_keep_alive(body.get("keep_alive"), 0.0)
@@ -295,7 +295,8 @@ def read_common_parts(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rendering(generation: GenerationRequest) -> dict[str, Any]:
+def _rendered_prompt(generation: GenerationRequest) -> dict[str, Any]:
+    """The answer's member for ``_debug_render_only``."""
     return {"_debug_info": {"rendered_template": render_request(generation)}}
 
 
@@ -322,18 +323,18 @@ def _tag(name: str, model: ModelProfile, stored: datetime) -> dict[str, Any]:
     }
 
 
-async def _steps(*texts: str) -> AsyncIterator[dict[str, Any]]:
-    for entry in texts:
-        yield {"status": entry}
+async def _status_steps(*statuses: str) -> AsyncIterator[dict[str, Any]]:
+    for status in statuses:
+        yield {"status": status}
 
 
-async def _progress(
+async def _write_progress(
     request: web.Request, body: Mapping[str, Any], steps: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Lines as they come; or with ``stream`` false the last entry alone, an error then having a status."""
+    """Writes each step as a line. With ``stream`` false, only the last step is the answer; an error has status 500."""
     if body.get("stream") is False:
-        last = [step async for step in steps][-1]
-        return json_response(last, status=500 if "error" in last else 200)
+        last_step = [step async for step in steps][-1]
+        return json_response(last_step, status=500 if "error" in last_step else 200)
     response = web.StreamResponse(headers={"Content-Type": NDJSON})
     response.enable_chunked_encoding()
     await response.prepare(request)

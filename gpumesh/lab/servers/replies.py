@@ -1,4 +1,4 @@
-"""How a route of a stand-in reads a request, answers it, refuses it, or breaks the connection off."""
+"""Helpers for the routes of the stand-ins: read a request, answer it, refuse it, or reset its connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dump_json(value: Any) -> str:
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:
-    """The body, whatever its declared type. Raises ApiError."""
+    """The body as an object, with any Content-Type. Raises ApiError."""
     data = await request.read()
     if not data:
         raise ApiError(400, "missing request body")
@@ -31,18 +31,18 @@ async def read_json(request: web.Request) -> dict[str, Any]:
 
 
 async def abort_connection(request: web.Request, response: web.StreamResponse | None) -> web.StreamResponse:
-    """Resets the connection; what was written before has been sent."""
+    """Resets the connection. The bytes that were written before it are sent."""
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
-            # RST instead of FIN: what a killed process behind a full buffer gives.
+            # RST instead of FIN: as when a process with a full buffer is killed.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         request.transport.abort()
     return response or web.Response()
 
 
 def error_response(path: str, status: int, message: str) -> web.Response:
-    """An error in the form that Ollama gives it on this path."""
+    """An error in the form that Ollama uses on this path."""
     document: dict[str, Any] = {"error": message}
     if path.startswith("/v1/messages"):
         kind = {404: "not_found_error", 400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "api_error")

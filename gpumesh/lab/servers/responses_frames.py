@@ -15,7 +15,7 @@ _numbers = count(1)
 
 
 class ResponseFrames:
-    """/v1/responses: a message as one item, in OpenAI's sequence of events."""
+    """The events of ``/v1/responses``, in OpenAI's order. The answer is one item: a message, or a tool call."""
 
     content_type = SSE
 

@@ -1,7 +1,8 @@
-"""What every stand-in for an inference server is: a real HTTP server with an engine's timing, and set faults.
+"""The base of every stand-in for an inference server: a real HTTP server with an engine's timing and adjustable faults.
 
-No byte is sent, not even a header, before the first token; requests past the slots wait in silence; a client that goes
-away frees its slot at once. So it is in Ollama, llama-server and vLLM. The text has no meaning (``text.py``).
+It behaves like Ollama, llama-server and vLLM. Before the first token it sends no byte, not even a header. If all slots
+are busy, a request waits, and gets no sign. If a client closes its connection, its slot is free at once. The text has
+no meaning (``text.py``).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from gpumesh.lab.servers.answer_writer import AnswerFrames, AnswerWriter
 from gpumesh.lab.servers.replies import abort_connection, error_response
 
 RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MAX_BODY = 64 << 20
+MAX_BODY = 64 << 20  # bytes of a request
 
 
 class SimServer(ABC):
-    """One server. An async context manager; ``url`` and ``port`` hold from its start to its end.
+    """One server. An async context manager; ``url`` and ``port`` are valid from its start to its end.
 
-    ``port`` 0 takes a free one. A subclass adds the routes of its kind and the form of its errors.
+    ``port`` 0: a free port is chosen. A subclass adds the routes of its kind and the form of its errors.
     """
 
     def __init__(self, profile: HostProfile, *, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -43,11 +44,11 @@ class SimServer(ABC):
         self._site: web.SockSite | None = None
         self._faults = Faults()
         self._faults_left: int | None = None
-        self._gate = asyncio.Lock()
-        self._lifted = asyncio.Event()
-        self._log: deque[_Entry] = deque(maxlen=10_000)
+        self._faults_lock = asyncio.Lock()  # one ``set_faults`` at a time
+        self._faults_changed = asyncio.Event()  # set by the next ``set_faults``, which makes a new event
+        self._log: deque[_LogEntry] = deque(maxlen=10_000)
         self._count = SimCounters()
-        self._http = 0
+        self._http_requests = 0
 
     async def __aenter__(self) -> Self:
         app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
@@ -70,7 +71,7 @@ class SimServer(ABC):
     def add_routes(self, app: web.Application) -> None: ...
 
     def find_refusal(self, request: web.Request) -> web.Response | None:  # noqa: ARG002
-        """The answer to a request that the server does not take at all; ``None`` for all others."""
+        """The refusal of a request that the server does not accept at all; ``None`` if it accepts the request."""
         return None
 
     def build_error(self, path: str, status: int, message: str) -> web.Response:
@@ -92,11 +93,12 @@ class SimServer(ABC):
         return self._faults
 
     async def set_faults(self, faults: Faults) -> None:
-        """From now on, for requests that come and answers that are being written; ``refuse`` is done on return."""
-        async with self._gate:
+        """Sets the faults for new requests, and for answers that are being written. On return, the port is closed if
+        ``refuse``, and open if not."""
+        async with self._faults_lock:
             self._faults = self.engine.faults = faults
-            lifted, self._lifted = self._lifted, asyncio.Event()
-            lifted.set()
+            changed, self._faults_changed = self._faults_changed, asyncio.Event()
+            changed.set()
             self._faults_left = faults.times
             if faults.refuse and self._site is not None:
                 site, self._site = self._site, None
@@ -112,7 +114,7 @@ class SimServer(ABC):
             running=self.engine.running,
             max_running=self.engine.max_running,
             loads=self.engine.loads,
-            http=self._http,
+            http=self._http_requests,
             requests=tuple(entry.log for entry in self._log),
         )
 
@@ -121,10 +123,10 @@ class SimServer(ABC):
     async def write_answer(
         self, request: web.Request, generation: GenerationRequest, frames: AnswerFrames, *, stream: bool
     ) -> web.StreamResponse:
-        """Generates the answer and writes it, counting it in exactly one of finished, cancelled and failed."""
-        asked = self.engine.clock()
+        """Generates the answer, and writes it. Exactly one of the counters finished, cancelled and failed counts it."""
+        asked_at = self.engine.clock()
         answer = plan_answer(generation, self.profile)
-        entry = _Entry(LoggedRequest(request.path, generation.model.name, asked, answer.prompt[-400:]))
+        entry = _LogEntry(LoggedRequest(request.path, generation.model.name, asked_at, answer.prompt[-400:]))
         self._log.append(entry)
         count = self._count
         self._count = replace(
@@ -140,28 +142,28 @@ class SimServer(ABC):
                 entry.log = replace(entry.log, prompt_tokens=tokens, queued_s=lease.queued_s, load_s=lease.load_s)
                 pacer = Pacer(answer.total, lease.rate, self.engine.clock, self.engine.clock())
                 writer = AnswerWriter(request, frames, answer, stream=stream, build_error=self.build_error)
-                fault = await self._write(writer, pacer, entry)
+                fault = await self._write_tokens(writer, pacer, entry)
                 if fault is None:
                     timings = Timings(
-                        total_ns=int((self.engine.clock() - asked) * 1e9),
+                        total_ns=int((self.engine.clock() - asked_at) * 1e9),
                         load_ns=int(lease.load_s * 1e9),
                         prompt_tokens=tokens,
                         prompt_ns=max(1, int(prefill_s * 1e9)),
                         tokens=answer.total,
                         eval_ns=max(1, round(answer.total / lease.rate * 1e9)),
                     )
-                    response = await writer.end(timings)
+                    response = await writer.finish(timings)
                     outcome = "finished"
                     return response
-                return await self._break(request, writer, fault)
+                return await self._apply_fault(request, writer, fault)
         except (asyncio.CancelledError, ConnectionError):
             # aiohttp cancels the handler, or its write finds the connection gone: the client went away.
-            outcome = "cancelled" if outcome == "failed" and not entry.broken else outcome
+            outcome = "cancelled" if outcome == "failed" and not entry.hit_by_fault else outcome
             raise
         finally:
-            self._end(entry, outcome)
+            self._record_outcome(entry, outcome)
 
-    def _end(self, entry: _Entry, outcome: str) -> None:
+    def _record_outcome(self, entry: _LogEntry, outcome: str) -> None:
         entry.log = replace(entry.log, outcome=outcome)
         count = self._count
         self._count = replace(
@@ -172,39 +174,42 @@ class SimServer(ABC):
             failed=count.failed + (outcome == "failed"),
         )
 
-    async def _write(self, writer: AnswerWriter, pacer: Pacer, entry: _Entry) -> str | None:
-        """Sends the tokens as they are due; returns the name of the fault that stopped it, if one did."""
+    async def _write_tokens(self, writer: AnswerWriter, pacer: Pacer, entry: _LogEntry) -> str | None:
+        """Sends each token when it is due. Returns the name of the fault that stopped the answer, if one did."""
         sent = 0
         while True:
-            kind, at = self._cut(writer.request.path)
-            if at is not None and sent >= at and self._take(writer.request.path):
-                if kind == "stall_after_tokens":
-                    await self._lifted.wait()
+            fault, fault_at = self._find_token_fault(writer.request.path)
+            if fault_at is not None and sent >= fault_at and self._use_fault(writer.request.path):
+                if fault == "stall_after_tokens":
+                    await self._faults_changed.wait()
                     continue
-                entry.broken = True
-                return kind
+                entry.hit_by_fault = True
+                return fault
             if sent >= writer.answer.total:
                 return None
             due = await pacer.wait_due()
-            if at is not None and due > at:
-                due = max(at, sent)
+            if fault_at is not None and due > fault_at:
+                due = max(fault_at, sent)
                 pacer.sent = due
             if due > sent:
-                await writer.tokens(sent, due)
+                await writer.send_tokens(sent, due)
                 count = self._count
                 self._count = replace(count, tokens=count.tokens + due - sent)
                 entry.log = replace(entry.log, tokens=due)
                 sent = due
 
-    def _cut(self, path: str) -> tuple[str, int | None]:
+    def _find_token_fault(self, path: str) -> tuple[str, int | None]:
+        """The fault that stops an answer of this path: its name, and the number of tokens before it. The number is
+        ``None`` if there is no such fault."""
         faults = self._faults
         if self._faults_left != 0 and _hits(faults, path):
             for kind in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):
-                if (at := getattr(faults, kind)) is not None:
-                    return kind, at
+                if (token_count := getattr(faults, kind)) is not None:
+                    return kind, token_count
         return "", None
 
-    async def _break(self, request: web.Request, writer: AnswerWriter, fault: str) -> web.StreamResponse:
+    async def _apply_fault(self, request: web.Request, writer: AnswerWriter, fault: str) -> web.StreamResponse:
+        """Ends the answer in the way of this fault."""
         if fault == "error_line_after_tokens":
             return await writer.fail("model runner has unexpectedly stopped, this may be due to resource limitations")
         if fault == "end_after_tokens":
@@ -215,15 +220,15 @@ class SimServer(ABC):
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: RequestHandler) -> web.StreamResponse:
-        self._http += 1
+        self._http_requests += 1
         refusal = self.find_refusal(request)
         if refusal is not None:
             return refusal
         faults = self._faults
-        if (faults.hang or faults.status or faults.disconnect) and self._take(request.path):
+        if (faults.hang or faults.status or faults.disconnect) and self._use_fault(request.path):
             await request.read()
             if faults.hang:
-                await self._lifted.wait()
+                await self._faults_changed.wait()
             elif faults.status:
                 return self.build_error(
                     request.path, faults.status, _STATUS_TEXTS.get(faults.status, "simulated fault")
@@ -239,8 +244,8 @@ class SimServer(ABC):
         except web.HTTPNotFound:
             return self.build_unknown_route_error()
 
-    def _take(self, path: str) -> bool:
-        """Whether a fault hits this request; counts it if it does."""
+    def _use_fault(self, path: str) -> bool:
+        """Whether a fault hits a request of this path. If so, one of the ``times`` of the faults is used."""
         if not _hits(self._faults, path) or self._faults_left == 0:
             return False
         if self._faults_left is not None:
@@ -248,7 +253,7 @@ class SimServer(ABC):
         return True
 
     def read_generation_request(self, body: Mapping[str, Any], **more: Any) -> GenerationRequest:
-        """The parts that all APIs have in common. Raises ApiError when there is no such model."""
+        """The request's model and name, which all APIs have in common. Raises ApiError if there is no such model."""
         name = body.get("model")
         if not isinstance(name, str) or not name:
             raise ApiError(400, "model is required")
@@ -277,12 +282,12 @@ class SimServer(ABC):
                 connection.transport.abort()
 
 
-class _Entry:
-    """A request in the log; ``broken`` once a fault has hit it."""
+class _LogEntry:
+    """A request in the log."""
 
     def __init__(self, log: LoggedRequest) -> None:
         self.log = log
-        self.broken = False
+        self.hit_by_fault = False
 
 
 _STATUS_TEXTS = {

@@ -41,8 +41,8 @@ class V1Routes:
             messages=read_messages(body),
             options=read_options(body),
             tools=body.get("tools") or (),
-            format=_response_format(body.get("response_format")),
-            think=_effort(body.get("reasoning_effort")),
+            format=_read_response_format(body.get("response_format")),
+            think=_read_effort(body.get("reasoning_effort")),
         )
         frames = ChatFrames(generation.name, usage=wants_usage(body))
         return await self._server.write_answer(request, generation, frames, stream=body.get("stream") is True)
@@ -59,8 +59,11 @@ class V1Routes:
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
-        given = body.get("input")
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or [])
+        response_input = body.get("input")
+        if isinstance(response_input, str):
+            messages = [{"role": "user", "content": response_input}]
+        else:
+            messages = list(response_input or [])
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": str(body["instructions"])})
         if not all(isinstance(entry, dict) for entry in messages):
@@ -95,8 +98,8 @@ class V1Routes:
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
-        given = body.get("input")
-        texts = [given] if isinstance(given, str) else [str(content) for content in given or []]
+        embed_input = body.get("input")
+        texts = [embed_input] if isinstance(embed_input, str) else [str(content) for content in embed_input or []]
         if not texts:
             raise ApiError(400, "invalid input")
         generation = self._server.read_generation_request(body)
@@ -139,7 +142,8 @@ def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _response_format(value: Any) -> object:
+def _read_response_format(value: Any) -> object:
+    """Ollama's ``format``: ``json``, a JSON schema, or ``None``."""
     if not isinstance(value, dict):
         return None
     if value.get("type") == "json_object":
@@ -148,7 +152,8 @@ def _response_format(value: Any) -> object:
     return schema.get("schema") if value.get("type") == "json_schema" and isinstance(schema, dict) else None
 
 
-def _effort(value: Any) -> object:
+def _read_effort(value: Any) -> object:
+    """Ollama's ``think``."""
     return False if value == "none" else value
 
 
