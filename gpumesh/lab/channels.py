@@ -1,8 +1,8 @@
-"""Between asyncio and paramiko's channels, without a thread for each: what the simulated SSH server moves.
+"""Moves bytes between asyncio and paramiko's channels, without a thread for each channel. For the simulated SSH server.
 
-A channel's ``fileno`` tells the event loop that there is something to read. Sending goes straight from the loop. It
-must not wait there: a window that is full, or a client that does not read, is asked again a few milliseconds later,
-and what feeds the channel is paused meanwhile.
+A channel's ``fileno`` tells the event loop when there are bytes to read. The loop itself sends, and must not wait. So
+if a channel's window is full, or if a client does not read, the loop tries again a few milliseconds later. Until then,
+the source of the bytes is paused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import cast
 
 import paramiko
 
-READ_SIZE = 1 << 16
-HIGH_WATER = 1 << 18
+READ_SIZE = 1 << 16  # bytes of one read, and of one send
+HIGH_WATER = 1 << 18  # bytes that are not sent yet; with more, the source should pause
 RETRY_S = 0.003
 
 
 class ChannelIo:
-    """One channel on the event loop. ``on_data`` gets what the client sends; empty bytes are its end, given once."""
+    """One channel on the event loop. ``on_data`` gets the client's bytes; at their end it gets empty bytes, once."""
 
     def __init__(self, channel: paramiko.Channel, on_data: Callable[[bytes], None]) -> None:
         self._channel = channel
@@ -30,7 +30,7 @@ class ChannelIo:
         self._loop = asyncio.get_running_loop()
         self._out = bytearray()
         self._errors = bytearray()
-        self._eof = False
+        self._eof_pending = False  # the end is sent after the bytes that are left
         self._retry: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()
         self._drained.set()
@@ -45,7 +45,7 @@ class ChannelIo:
 
     @property
     def closed(self) -> bool:
-        """By us, by the client, or with the connection."""
+        """Whether this side, the client or the end of the connection has closed the channel."""
         return self._closed or self._channel.closed
 
     def resume(self) -> None:
@@ -59,14 +59,15 @@ class ChannelIo:
             self._loop.remove_reader(self._fd)
 
     def write(self, data: bytes, *, error: bool = False) -> bool:
-        """Sends, or keeps what cannot be sent yet. False: hold on until ``wait_drained``."""
+        """Sends ``data``, and keeps the part that cannot be sent yet. False: the caller should pause and
+        ``wait_drained``. ``error``: ``data`` goes to standard error."""
         if not self.closed:
             (self._errors if error else self._out).extend(data)
             self._flush()
         return len(self._out) + len(self._errors) < HIGH_WATER
 
     async def wait_drained(self) -> None:
-        """Until little is left to send. Raises ``ConnectionError`` when the channel is gone."""
+        """Waits until little is left to send. Raises ``ConnectionError`` when the channel is closed."""
         while not self.closed and len(self._out) + len(self._errors) >= HIGH_WATER // 2:
             self._drained.clear()
             await self._drained.wait()
@@ -74,14 +75,14 @@ class ChannelIo:
             raise ConnectionResetError("the client closed the channel")
 
     async def wait_flushed(self) -> None:
-        """Until all is sent, or the channel is gone."""
+        """Waits until all bytes are sent, or the channel is closed."""
         while (self._out or self._errors) and not self.closed:
             self._drained.clear()
             await self._drained.wait()
 
     def write_eof(self) -> None:
-        """After what is still to be sent."""
-        self._eof = True
+        """Ends this side's bytes, after those that are still to be sent."""
+        self._eof_pending = True
         self._flush()
 
     def close(self) -> None:
@@ -98,12 +99,12 @@ class ChannelIo:
     def _readable(self) -> None:
         try:
             data = self._channel.recv(READ_SIZE)
-        except TimeoutError:  # a wake-up for nothing
+        except TimeoutError:  # there was nothing to read
             return
         except OSError:
             data = b""
         if not data:
-            self.pause()  # the pipe stays readable for ever after the end
+            self.pause()  # after the end, the pipe would stay readable for ever
         self._on_data(data)
 
     def _flush(self) -> None:
@@ -112,7 +113,7 @@ class ChannelIo:
             self._retry = None
         try:
             while (self._out or self._errors) and not self.closed:
-                # paramiko would wait, here in the loop, for a client that does not read.
+                # Without this check, paramiko would block the event loop while the client does not read.
                 if not self._poll.poll(0):
                     raise TimeoutError
                 if self._errors:
@@ -129,14 +130,15 @@ class ChannelIo:
             self._errors.clear()
         if len(self._out) + len(self._errors) < HIGH_WATER // 2:
             self._drained.set()
-        if self._eof and not self._out and not self._errors and not self.closed:
-            self._eof = False
+        if self._eof_pending and not self._out and not self._errors and not self.closed:
+            self._eof_pending = False
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self._channel.shutdown_write()
 
 
 class ForwardedChannel(asyncio.Protocol):
-    """A direct-tcpip channel and the local connection behind it, each half closed as the other side closes it."""
+    """A direct-tcpip channel and its local connection. When one side closes its half, the other side's half is
+    closed."""
 
     def __init__(self, channel: paramiko.Channel, on_end: Callable[[ForwardedChannel], None]) -> None:
         self._io = ChannelIo(channel, self._from_client)
@@ -149,7 +151,7 @@ class ForwardedChannel(asyncio.Protocol):
         self._server_ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+        self._transport = cast("asyncio.Transport", transport)  # a cast: uvloop's are no subclasses
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._io.resume()
@@ -176,7 +178,7 @@ class ForwardedChannel(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._server_ended = True
         self._io.write_eof()
-        self._both_ended()
+        self._finish_if_both_ended()
         return True  # the other half stays open
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -202,14 +204,14 @@ class ForwardedChannel(asyncio.Protocol):
             return
         self._client_ended = True
         if self._io.closed:
-            self._transport.close()  # after what is still to be written
+            self._transport.close()  # sends the bytes that are left first
             return
         if not self._server_ended:
             with contextlib.suppress(OSError):
                 self._transport.write_eof()
-        self._both_ended()
+        self._finish_if_both_ended()
 
-    def _both_ended(self) -> None:
+    def _finish_if_both_ended(self) -> None:
         if self._client_ended and self._server_ended:
             self._finish_soon()
 

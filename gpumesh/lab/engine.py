@@ -1,8 +1,8 @@
 """The simulated inference: models in memory, slots, and time. No text and no HTTP here.
 
-Time is kept as Ollama's own counters would show it: loading, then waiting for a slot, then prefill, then one token
-each ``1 / rate`` on the absolute clock (a late wake-up is caught up, not added), so that ``eval_count / eval_duration``
-is the set rate exactly, and a client that measures gets the same.
+The times are those of Ollama's own counters: load, wait for a slot, prefill, then one token each ``1 / rate`` seconds.
+Each token has a time on the absolute clock: if one is late, the next ones are not. So ``eval_count / eval_duration`` is
+exactly the rate of the profile, and a client measures the same rate.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from gpumesh.lab.profile import Faults, HostProfile, ModelProfile
 from gpumesh.lab.text import count_tokens
 
 IDLE_MIB = 4
-"""Of a 4090's memory, with nothing running."""
-
+"""The used memory of a 4090 on which nothing runs."""
 
 STORED_AT = datetime(2026, 9, 1, tzinfo=UTC)
-"""When hosts stored their models, less what follows from their names: a restart does not change it."""
+"""Hosts stored their models at this time, minus a time that depends on their names. A restart does not change it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """An answer's counters; durations in ns, as Ollama has them."""
+    """An answer's counters. The durations are in ns, as in Ollama's answers."""
 
     total_ns: int = 0
     load_ns: int = 0
@@ -42,7 +41,7 @@ class Timings:
 
 
 class UsageAverage:
-    """How busy something was lately, 0 to 1: an average that forgets with the time constant ``tau_s``."""
+    """How busy a GPU was lately, 0 to 1: an exponential average with the time constant ``tau_s``."""
 
     def __init__(self, tau_s: float, clock: Callable[[], float]) -> None:
         self._tau_s = tau_s
@@ -52,10 +51,11 @@ class UsageAverage:
         self._target = 0.0
 
     def set_target(self, target: float) -> None:
-        self.value()
+        self.update()
         self._target = target
 
-    def value(self) -> float:
+    def update(self) -> float:
+        """Moves the average to now, and returns it."""
         now = self._clock()
         self._value += (self._target - self._value) * (1.0 - math.exp(-(now - self._at) / self._tau_s))
         self._at = now
@@ -63,7 +63,7 @@ class UsageAverage:
 
 
 class Pacer:
-    """When each token is due. ``start`` is the end of prefill; token ``n`` is due at ``start + n / rate``."""
+    """Knows when each token is due. ``start`` is the end of prefill; token ``n`` is due at ``start + n / rate``."""
 
     def __init__(self, total: int, rate: float, clock: Callable[[], float], start: float) -> None:
         self._total = total
@@ -73,7 +73,8 @@ class Pacer:
         self.sent = 0
 
     async def wait_due(self) -> int:
-        """Waits for the next token; returns how many are due by then (at most the total), ``sent`` being the same."""
+        """Waits until the next token is due. Returns how many tokens are due then, at most the total; sets ``sent`` to
+        it."""
         if not math.isinf(self._rate):
             wait = self._start + (self.sent + 1) / self._rate - self._clock()
             if wait > 0:
@@ -87,23 +88,24 @@ class Pacer:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """A model in memory. ``reload_options`` holds the options that force a reload when they differ."""
+    """A model in memory. ``reload_options``: a request with other values of these options needs a reload."""
 
     model: ModelProfile
     reload_options: tuple[object, ...]
     slots: asyncio.Semaphore
     expires_at: float
-    """On the engine's clock; ``inf`` is for ever."""
+    """Time on the engine's clock; ``inf``: never."""
     context_length: int
     loading: bool = False
     users: int = 0
     prompts: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    """What the cache of prefixes holds: the latest prompts, one for each slot."""
+    """The cache of prefixes: the latest prompts, one for each slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotLease:
-    """A slot that is held. ``load_s`` is what this request waited for a load, ``queued_s`` for the slot."""
+    """A held slot. ``load_s`` is the time that this request waited for the model's load, ``queued_s`` for the slot. The
+    rates are in tokens/s."""
 
     runner: Runner
     rate: float
@@ -114,7 +116,8 @@ class SlotLease:
 
 @dataclass(frozen=True, slots=True)
 class GpuLoad:
-    """What nvidia-smi shows: 0 to 1, MiB, and 0 to 1 for the slower warmth; ``models`` names what fills memory."""
+    """The load that nvidia-smi shows. ``busy`` is from 0 to 1. ``warmth`` is a slower average of it, for the
+    temperature and the fan. ``models`` are the models in memory: name and MiB."""
 
     busy: float = 0.0
     warmth: float = 0.0
@@ -122,7 +125,7 @@ class GpuLoad:
 
 
 class Engine:
-    """One host's inference. Everything runs on one event loop; ``faults`` may change at any time."""
+    """The inference of one host. All of it runs on one event loop. ``faults`` may change at any time."""
 
     def __init__(self, profile: HostProfile, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.profile = profile
@@ -145,7 +148,7 @@ class Engine:
                 self.runners[model.name] = self._new_runner(model, (None,) * len(RELOAD_OPTIONS))
 
     def find_model(self, name: str) -> ModelProfile | None:
-        """By name, ``:latest`` being understood."""
+        """The model of this name. A name without a tag means ``:latest``."""
         entry = self.store.get(name) or self.store.get(f"{name}:latest")
         return entry[0] if entry else None
 
@@ -153,45 +156,47 @@ class Engine:
     async def lease_slot(
         self, model: ModelProfile, options: dict[str, object], keep_alive: object
     ) -> AsyncIterator[SlotLease]:
-        """A slot of the model, loaded first if it must be. First come, first served; given back on every path."""
-        asked = self.clock()
-        runner = await self._runner(model, options)
-        loaded = self.clock()
-        held = False
+        """A slot of the model, which is loaded first if needed. First come, first served. The slot is always given
+        back."""
+        asked_at = self.clock()
+        runner = await self._acquire_runner(model, options)
+        loaded_at = self.clock()
+        slot_is_held = False
         try:
             await runner.slots.acquire()
-            held = True
-            self._count(+1)
+            slot_is_held = True
+            self._count_running(+1)
             slow = self.faults.slow
             yield SlotLease(
                 runner,
                 _rate(self.profile.tokens_per_s) * model.speed / slow,
                 _rate(self.profile.prefill_tokens_per_s) * model.speed / slow,
-                load_s=loaded - asked,
-                queued_s=self.clock() - loaded,
+                load_s=loaded_at - asked_at,
+                queued_s=self.clock() - loaded_at,
             )
         finally:
-            if held:
+            if slot_is_held:
                 runner.slots.release()
-                self._count(-1)
-            self._release(runner, keep_alive)
+                self._count_running(-1)
+            self._release_runner(runner, keep_alive)
 
     async def preload(self, model: ModelProfile, options: dict[str, object], keep_alive: object) -> None:
-        """An empty prompt: the model is loaded and kept, or with ``keep_alive`` 0 unloaded."""
+        """Handles an empty prompt: loads the model and keeps it, or unloads it if ``keep_alive`` is 0."""
         if parse_keep_alive(keep_alive, self.profile.keep_alive_s) == 0:
             if (runner := self.runners.get(model.name)) is not None:
                 runner.expires_at = self.clock()
                 self.expire_runners()
             return
-        self._release(await self._runner(model, options), keep_alive)
+        self._release_runner(await self._acquire_runner(model, options), keep_alive)
 
     async def prefill(self, lease: SlotLease, prompt: str) -> tuple[int, float]:
-        """Waits as long as the prompt takes, less what the cache holds; the prompt's tokens and the seconds."""
+        """Waits for the time that the prompt takes, without the tokens in the cache. Returns the number of the prompt's
+        tokens, and the seconds."""
         tokens = count_tokens(prompt)
         if math.isinf(lease.prefill_rate):
             return tokens, 0.0
-        fresh = max(1, tokens - self._cached(lease.runner, prompt))
-        seconds = fresh / lease.prefill_rate
+        new_tokens = max(1, tokens - self._use_cache(lease.runner, prompt))
+        seconds = new_tokens / lease.prefill_rate
         await asyncio.sleep(seconds)
         return tokens, seconds
 
@@ -200,7 +205,7 @@ class Engine:
         return list(self.runners.values())
 
     def expire_runners(self) -> None:
-        """Models whose time has passed leave memory, unless they are in use."""
+        """Unloads the models whose time has passed, unless they are in use."""
         now = self.clock()
         for name, runner in list(self.runners.items()):
             if runner.users == 0 and not runner.loading and runner.expires_at <= now:
@@ -213,8 +218,8 @@ class Engine:
         self.expire_runners()
         foreign = self.faults.foreign_load
         return GpuLoad(
-            busy=max(self._busy.value(), foreign),
-            warmth=max(self._warmth.value(), foreign),
+            busy=max(self._busy.update(), foreign),
+            warmth=max(self._warmth.update(), foreign),
             models=tuple((runner.model.name, self.vram_mib(runner.model)) for runner in self.runners.values()),
         )
 
@@ -224,8 +229,11 @@ class Engine:
         expires_at = self.clock() + self.profile.keep_alive_s
         return Runner(model, options, asyncio.Semaphore(slots), expires_at, context_length=context)
 
-    async def _runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
-        """One at a time: a load blocks whatever comes after it, as in Ollama. The runner's ``users`` is raised."""
+    async def _acquire_runner(self, model: ModelProfile, options: dict[str, object]) -> Runner:
+        """The model's runner, loaded if needed; its ``users`` is raised by one.
+
+        One call at a time: while a model loads, all later requests wait, as in Ollama.
+        """
         key = tuple(options.get(name) for name in RELOAD_OPTIONS)
         if key[0] == default_context(model):
             key = (None, *key[1:])
@@ -253,9 +261,11 @@ class Engine:
             return runner
 
     async def _make_room(self, need_mib: int) -> None:
-        """Unloads the models whose time ends first until the new one fits; waits while all are in use."""
-        room = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
-        while self.runners and sum(self.vram_mib(runner.model) for runner in self.runners.values()) + need_mib > room:
+        """Unloads models until the new one fits, the soonest to expire first. Waits while all models are in use."""
+        total_mib = sum(gpu.memory_mib - IDLE_MIB for gpu in self.profile.gpus)
+        while (
+            self.runners and sum(self.vram_mib(runner.model) for runner in self.runners.values()) + need_mib > total_mib
+        ):
             idle = [runner for runner in self.runners.values() if not runner.users]
             if idle:
                 del self.runners[min(idle, key=lambda runner: runner.expires_at).model.name]
@@ -266,20 +276,20 @@ class Engine:
         self._released.clear()
         await self._released.wait()
 
-    def _release(self, runner: Runner, keep_alive: object) -> None:
+    def _release_runner(self, runner: Runner, keep_alive: object) -> None:
         runner.users -= 1
         runner.expires_at = self.clock() + parse_keep_alive(keep_alive, self.profile.keep_alive_s)
         self.expire_runners()
         self._released.set()
 
-    def _count(self, change: int) -> None:
+    def _count_running(self, change: int) -> None:
         self.running += change
         self.max_running = max(self.max_running, self.running)
         self._busy.set_target(1.0 if self.running else 0.0)
         self._warmth.set_target(1.0 if self.running else 0.0)
 
-    def _cached(self, runner: Runner, prompt: str) -> int:
-        """How many of the prompt's tokens the runner has seen as the start of a recent one."""
+    def _use_cache(self, runner: Runner, prompt: str) -> int:
+        """How many tokens of the prompt's start are in the runner's cache. Adds the prompt to the cache."""
         if not self.profile.prefix_cache:
             return 0
         best = max((_common_prefix_length(prompt, recent) for recent in runner.prompts), default=0)
@@ -291,48 +301,48 @@ class Engine:
 
 
 RELOAD_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
-"""Options that need another runner when they differ from the loaded one's."""
+"""Options that need a new runner if their values differ from those of the loaded one."""
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)")
 
 
 def parse_keep_alive(keep_alive: object, default: float) -> float:
-    """A number is seconds, a string a Go duration; negative is for ever. Raises ``ValueError`` for what is neither."""
+    """Seconds. A number is in seconds, a string is a Go duration; a negative one means for ever (``inf``). Raises
+    ``ValueError`` for anything else."""
     if keep_alive is None:
         return default
     if isinstance(keep_alive, (int, float)) and not isinstance(keep_alive, bool):
         seconds = float(keep_alive)
     else:
         text = str(keep_alive).strip()
-        sign, bare = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
-        parts = list(_DURATION.finditer(bare))
-        if bare == "0":
+        sign, unsigned = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+        parts = list(_DURATION.finditer(unsigned))
+        if unsigned == "0":
             return 0.0
-        if not parts or "".join(part.group() for part in parts) != bare:
+        if not parts or "".join(part.group() for part in parts) != unsigned:
             raise ValueError(f"time: invalid duration {text!r}")
         seconds = sign * sum(float(part.group(1)) * _UNITS[part.group(2)] for part in parts)
     return math.inf if seconds < 0 else seconds
 
 
 def _rate(tokens_per_s: float | None) -> float:
-    """Of a profile: ``None`` takes no time."""
+    """A rate of a profile; ``None`` means that it takes no time."""
     return math.inf if tokens_per_s is None else tokens_per_s
 
 
 def default_context(model: ModelProfile) -> int:
-    """As Ollama has it for 23 GiB of GPU memory and more."""
+    """Ollama's default context in tokens, with 23 GiB of GPU memory or more."""
     return min(model.context_length, 32768)
 
 
 def hash_us(*parts: str) -> int:
-    """Microseconds that follow from a name: each host stored its models at a time of its own."""
-
+    """Microseconds that depend only on these names: so each host stored its models at another time."""
     return zlib.crc32("/".join(parts).encode()) % 86_400_000_000
 
 
 def _common_prefix_length(first: str, second: str) -> int:
-    """The length of the common prefix, by halving: prompts may be long."""
+    """The length of the common prefix. A binary search, because prompts may be long."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,9 @@
 """One simulated host: its SSH server and its stand-in for Ollama, which share one set of faults.
 
-``SimHost`` runs in this process, for tests that look inside. Run as a program (``python -m gpumesh.lab.host``) it is a
-process of its own that can be killed and stopped like a real machine; ``lab.LabHost`` starts it and talks to it in
-lines of JSON over its standard input and output. It ends with its parent, however that ends.
+``SimHost`` runs in the calling process, for tests that look inside. As a program (``python -m gpumesh.lab.host``) the
+host has its own process, which can be killed and stopped like a real machine. ``lab.LabHost`` starts this process, and
+talks to it in lines of JSON over its standard input and output. The process ends with its parent, even if the parent is
+killed.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from gpumesh.lab.shell import SimShell
 from gpumesh.lab.ssh import SimSshServer
 from gpumesh.wire import from_json, to_json
 
-LINE_LIMIT = 64 << 20  # the log of ten thousand requests in one line
+LINE_LIMIT = 64 << 20  # bytes; one line can hold the log of ten thousand requests
 
 
 @dataclass(frozen=True, slots=True)
 class HostStart:
-    """What a host's process is told first. ``host_key`` is private; ``authorized`` are lines of authorized_keys.
+    """The first message to a host's process. ``host_key`` is a private key; ``authorized`` are lines of
+    authorized_keys.
 
-    Ports of 0 are chosen; a host that is started again is given those that it had.
+    Port 0: the host chooses a free port. A host that is started again gets its earlier ports.
     """
 
     profile: HostProfile
@@ -44,7 +46,7 @@ class HostStart:
 
 
 class SimHost:
-    """An async context manager; the ports hold from its start to its end."""
+    """One host. An async context manager; the ports are valid from its start to its end."""
 
     def __init__(self, start: HostStart) -> None:
         self.profile = start.profile
@@ -86,17 +88,18 @@ class SimHost:
         return self.backend.counters
 
     async def set_faults(self, faults: Faults) -> None:
-        """From now on. A host that refuses keys still keeps the connections that it has: see ``drop_connections``."""
+        """Sets the faults from now on. A host that refuses keys keeps its open connections: see
+        ``drop_connections``."""
         await self.backend.set_faults(faults)
 
     async def drop_connections(self) -> None:
-        """Cuts every SSH connection, as a router or a restart of sshd does; the port stays open."""
+        """Cuts all SSH connections, as a router or a restart of sshd does. The port stays open."""
         if self.ssh is not None:
             await self.ssh.drop_connections()
 
 
 def parse_public_key(line: str) -> paramiko.PKey:
-    """A line of authorized_keys. Raises ``ValueError`` for what is none."""
+    """The key in a line of authorized_keys. Raises ``ValueError`` for any other text."""
     kind, _, rest = line.strip().partition(" ")
     try:
         return paramiko.PKey.from_type_string(kind, base64.b64decode(rest.split(" ")[0], validate=True))
@@ -117,37 +120,37 @@ async def _answer(host: SimHost, question: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"no such question: {question.get('ask')!r}")
 
 
-async def _lines() -> asyncio.StreamReader:
+async def _open_stdin() -> asyncio.StreamReader:
     reader = asyncio.StreamReader(limit=LINE_LIMIT)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     return reader
 
 
-def _say(reply: dict[str, Any]) -> None:
+def _write_reply(reply: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(reply) + "\n")
     sys.stdout.flush()
 
 
 async def serve_host() -> None:
-    """Until standard input ends."""
-    lines = await _lines()
-    first = await lines.readline()
-    if not first:
+    """Runs one host until standard input ends."""
+    questions = await _open_stdin()
+    start_line = await questions.readline()
+    if not start_line:
         return
-    async with SimHost(from_json(HostStart, json.loads(first))) as host:
-        _say({"ssh_port": host.ssh_port, "backend_port": host.backend_port})
-        while line := await lines.readline():
+    async with SimHost(from_json(HostStart, json.loads(start_line))) as host:
+        _write_reply({"ssh_port": host.ssh_port, "backend_port": host.backend_port})
+        while line := await questions.readline():
             try:
-                _say(await _answer(host, json.loads(line)))
+                _write_reply(await _answer(host, json.loads(line)))
             except ValueError as error:
-                _say({"error": str(error)})
+                _write_reply({"error": str(error)})
 
 
 def main(_arguments: Sequence[str] = ()) -> None:
     from gpumesh.tunnels.local_system import child_process
 
     child_process.die_with_parent()
-    with suppress(KeyboardInterrupt):  # Ctrl-C goes to the whole group: who started this one ends it
+    with suppress(KeyboardInterrupt):  # Ctrl-C goes to the whole process group: the parent ends this process
         try:
             import uvloop
 

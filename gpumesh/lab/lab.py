@@ -1,4 +1,4 @@
-"""Several simulated hosts, each a process of its own, and the mesh.yaml that leads to them.
+"""Several simulated hosts, each in its own process, and a mesh.yaml of these hosts.
 
 ::
 
@@ -29,14 +29,14 @@ from gpumesh.lab.host import LINE_LIMIT, HostStart
 from gpumesh.lab.profile import Faults, HostProfile, SimCounters
 from gpumesh.wire import from_json, to_json
 
-START_S = 30.0  # Python and paramiko have to load, on a machine that may be busy
-STOP_S = 2.0
+START_S = 30.0  # for any answer of a host; at its start Python and paramiko load, and the machine may be busy
+STOP_S = 2.0  # for a host's process to end by itself; then it is killed
 
 
 class LabHost:
-    """One host's process. An async context manager; what is asked of a host that has ended raises GPUMeshError.
+    """The process of one host. An async context manager. A request to a host that has ended raises GPUMeshError.
 
-    Its ports and its keys stay over restarts, as those of a workstation do.
+    A restart keeps the ports and the keys, as a restart of a workstation does.
     """
 
     def __init__(self, profile: HostProfile, folder: Path, *, authorized: Sequence[str]) -> None:
@@ -48,30 +48,30 @@ class LabHost:
         self._host_key = keys.new_key()
         self._authorized = tuple(authorized)
         self._process: asyncio.subprocess.Process | None = None
-        self._asking = asyncio.Lock()
+        self._ask_lock = asyncio.Lock()  # one question at a time
 
     async def __aenter__(self) -> Self:
         try:
             await self.restart()
         except BaseException:
-            await self._end()
+            await self._stop()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._end()
+        await self._stop()
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    # -- properties --------------------------------------------------------------------------------------------------
 
     @property
     def pid(self) -> int | None:
-        """``None`` when it does not run."""
+        """``None`` while the process does not run."""
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
 
     @property
     def backend_url(self) -> str:
-        """Straight to the stand-in, past the SSH server: what `ssh -L` would have to lead to."""
+        """The URL of the stand-in itself, without the SSH server: the target of an `ssh -L`."""
         return f"http://{keys.LOOPBACK_HOST}:{self.backend_port}"
 
     @property
@@ -80,7 +80,7 @@ class LabHost:
         return keys.known_hosts_line(self._host_key, self.ssh_port)
 
     def node_entry(self, **changes: Any) -> dict[str, Any]:
-        """Its entry in mesh.yaml; user, key and known_hosts come from ``defaults``."""
+        """The host's entry in mesh.yaml. User, key and known_hosts come from ``defaults``."""
         entry: dict[str, Any] = {"name": self.name}
         if self.ssh_port is None:
             entry["backend"] = {"kind": "ollama", "url": self.backend_url}
@@ -89,17 +89,18 @@ class LabHost:
             entry["backend"] = {"kind": "ollama", "port": self.profile.backend_port}
         return {**entry, **changes}
 
-    # -- what is done to it ------------------------------------------------------------------------------------------
+    # -- actions ------------------------------------------------------------------------------------------
 
     async def kill(self) -> None:
-        """SIGKILL: its connections are reset, its ports refuse."""
+        """Sends SIGKILL: the host's connections are reset, its ports refuse."""
         process = self._process
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
 
     async def restart(self) -> None:
-        """A new process with the same ports and keys, ready on return. What was loaded and counted is gone."""
+        """Starts a new process with the same ports and keys; it is ready on return. Loaded models and counters are
+        lost."""
         await self.kill()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -109,25 +110,25 @@ class LabHost:
                 stderr=log,
                 limit=LINE_LIMIT,
                 env=environment.child_environment(),
-                start_new_session=True,  # a Ctrl-C in the terminal is for who started it, not for the host
+                start_new_session=True,  # a Ctrl-C in the terminal must not reach the host
             )
         start = HostStart(self.profile, self._host_key, self._authorized, self.ssh_port or 0, self.backend_port)
         reply = await self._ask(to_json(start))
         self.ssh_port, self.backend_port = reply["ssh_port"], reply["backend_port"]
 
     def freeze(self) -> None:
-        """SIGSTOP: its kernel still takes what is sent, and nothing ever answers, as from a host that hangs."""
+        """Sends SIGSTOP. The kernel still accepts bytes, but no answer comes, as from a host that hangs."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
     async def set_faults(self, faults: Faults) -> None:
-        """From now on; ``Faults()`` ends them."""
+        """Sets the faults from now on. ``Faults()`` ends them."""
         await self._ask({"ask": "faults", "faults": to_json(faults)})
 
     async def drop_connections(self) -> None:
-        """Cuts its SSH connections; its port stays open."""
+        """Cuts the host's SSH connections. Its port stays open."""
         await self._ask({"ask": "drop-connections"})
 
     async def counters(self) -> SimCounters:
@@ -135,42 +136,42 @@ class LabHost:
 
     def _signal(self, number: signal.Signals) -> None:
         if self.pid is None:
-            raise self._gone()
+            raise self._not_running_error()
         os.kill(self.pid, number)
 
     async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        async with self._asking:
+        async with self._ask_lock:
             process = self._process
             if process is None or process.stdin is None or process.stdout is None:
-                raise self._gone()
+                raise self._not_running_error()
             try:
                 process.stdin.write(json.dumps(question).encode() + b"\n")
                 await process.stdin.drain()
                 async with asyncio.timeout(START_S):
                     line = await process.stdout.readline()
             except ConnectionError as error:
-                raise self._gone() from error
+                raise self._not_running_error() from error
             except TimeoutError as error:
                 raise GPUMeshError(f"the simulated host {self.name} did not answer within {START_S:.0f} s") from error
         if not line:
             await process.wait()
-            raise self._gone()
+            raise self._not_running_error()
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise GPUMeshError(f"the simulated host {self.name}: {reply['error']}")
         return reply
 
-    def _gone(self) -> GPUMeshError:
-        said = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
-        return GPUMeshError(f"the simulated host {self.name} does not run" + "".join(f": {line}" for line in said))
+    def _not_running_error(self) -> GPUMeshError:
+        last_line = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
+        return GPUMeshError(f"the simulated host {self.name} does not run" + "".join(f": {line}" for line in last_line))
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         process = self._process
         if process is None:
             return
         if process.returncode is None:
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGCONT)  # one that is frozen would not see its end
+                process.send_signal(signal.SIGCONT)  # a frozen process would not notice the end of its input
             assert process.stdin is not None
             process.stdin.close()
             try:
@@ -183,7 +184,8 @@ class LabHost:
 
 
 class Lab:
-    """An async context manager. ``folder`` must exist; the visitor's key, known_hosts and the hosts' logs go there."""
+    """All hosts of a lab. An async context manager. ``folder`` must exist; the user's key, known_hosts and the hosts'
+    logs are written there."""
 
     def __init__(self, profiles: Sequence[HostProfile], folder: Path) -> None:
         self.folder = folder
@@ -200,7 +202,7 @@ class Lab:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             starting = [stack.enter_async_context(host) for host in self._hosts.values()]
-            # Waits for all, so that none is left behind half started when one fails.
+            # Waits for all hosts: when one fails, no other one is left half started.
             for result in await asyncio.gather(*starting, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
@@ -229,12 +231,16 @@ class Lab:
         nodes: Sequence[Mapping[str, Any]] | None = None,
         gateway: Mapping[str, Any] | None = None,
     ) -> Path:
-        """A mesh.yaml of all hosts, or of ``nodes``; its path."""
-        served = {"listen": listen, **({"default_model": default_model} if default_model else {}), **(gateway or {})}
+        """Writes a mesh.yaml of all hosts, or of ``nodes``, to ``path``. Returns ``path``."""
+        gateway_section = {
+            "listen": listen,
+            **({"default_model": default_model} if default_model else {}),
+            **(gateway or {}),
+        }
         user = next(iter(self._hosts.values())).profile.user
         ssh = {"user": user, "identity_file": str(self.identity), "known_hosts": str(self.known_hosts), "agent": False}
         lines = ["# A mesh of simulated hosts, made by gpumesh's lab.", "version: 1", "name: lab"]
-        lines += [f"gateway: {json.dumps(served)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]
+        lines += [f"gateway: {json.dumps(gateway_section)}", "defaults:", f"  ssh: {json.dumps(ssh)}", "nodes:"]
         for node in nodes if nodes is not None else [host.node_entry() for host in self._hosts.values()]:
             for number, (key, value) in enumerate(node.items()):
                 lines.append(f"  {'-' if number == 0 else ' '} {key}: {json.dumps(value)}")

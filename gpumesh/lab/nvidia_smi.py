@@ -1,4 +1,4 @@
-"""What nvidia-smi would say on a simulated host: pure. Shapes, texts and exit statuses are those of the real tool."""
+"""The output of nvidia-smi on a simulated host. Pure. Forms, texts and exit statuses are those of the real tool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpumesh.lab.engine import IDLE_MIB, GpuLoad
 from gpumesh.lab.profile import GpuProfile, HostProfile, SmiMode
 
 RESERVED_MIB = 372
-"""Kept by the driver: used and free do not add up to the total."""
+"""The memory that the driver reserves: so used and free memory do not add up to the total."""
 
 _NO_DRIVER = (
     "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
@@ -27,12 +27,14 @@ _FAILURES = {
     SmiMode.NO_DEVICES: (6, "No devices were found\n"),
 }
 _ESCAPES = "\x1b[2J\x1b[31mNVIDIA\x1b]0;owned\x07 GeForce\r RTX 4090\x9b5m\u202e"
-_OLD = frozenset({"utilization.memory", "clocks_event_reasons.active", "power.draw.instant", "compute_cap"})
+_FIELDS_OF_NEW_DRIVERS = frozenset(
+    {"utilization.memory", "clocks_event_reasons.active", "power.draw.instant", "compute_cap"}
+)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One GPU at one moment. ``processes`` are (pid, name, MiB)."""
+    """One GPU at one moment. ``processes``: pid, name and MiB of each. ``busy`` and ``warmth`` are from 0 to 1."""
 
     gpu: GpuProfile
     driver: str
@@ -43,40 +45,41 @@ class GpuSnapshot:
 
 
 def make_snapshots(profile: HostProfile, load: GpuLoad) -> tuple[GpuSnapshot, ...]:
-    """How the host's load falls on its GPUs: each model goes to the emptiest, and those with models work."""
-    result = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, 0.0, load.warmth) for gpu in profile.gpus]
+    """Distributes the host's load over its GPUs. Each model goes to the GPU with the least used memory, and only GPUs
+    with models are busy."""
+    cards = [GpuSnapshot(gpu, profile.driver, IDLE_MIB, 0.0, load.warmth) for gpu in profile.gpus]
     for number, (_, mib) in enumerate(load.models):
-        if result and mib:
-            at = min(range(len(result)), key=lambda index: result[index].used_mib)
-            card = result[at]
+        if cards and mib:
+            emptiest = min(range(len(cards)), key=lambda index: cards[index].used_mib)
+            card = cards[emptiest]
             process = (4000 + number, "/usr/local/bin/ollama runner", mib)
             processes = (*card.processes, process)
-            result[at] = replace(card, used_mib=card.used_mib + mib, busy=load.busy, processes=processes)
-    return tuple(card if card.processes else replace(card, warmth=0.0) for card in result)
+            cards[emptiest] = replace(card, used_mib=card.used_mib + mib, busy=load.busy, processes=processes)
+    return tuple(card if card.processes else replace(card, warmth=0.0) for card in cards)
 
 
 def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mode: SmiMode) -> tuple[int, bytes]:
-    """``nvidia-smi argv…``: exit status and output. Errors go to stdout, as the real one's do."""
+    """Runs ``nvidia-smi argv…``. Returns the exit status and the output. Errors go to stdout, as with the real tool."""
     if mode in _FAILURES:
         status, text = _FAILURES[mode]
         return status, text.encode()
     if mode is SmiMode.GARBAGE:
         return 0, bytes(range(256)) * 2048
-    selected = _selected(argv, make_snapshots(profile, load))
+    selected = _select_cards(argv, make_snapshots(profile, load))
     if selected is None:
         return 6, b"No devices were found\n"
     if mode is SmiMode.GPU_LOST and any(card.gpu.index == profile.gpus[0].index for card in selected):
         return 15, _LOST.format(bus=profile.gpus[0].pci_bus_id.removeprefix("0000")).encode()
     if mode is SmiMode.ESCAPES:
         selected = [replace(card, gpu=replace(card.gpu, name=_ESCAPES)) for card in selected]
-    layout = frozenset(_option(argv, "--format", "").split(","))
+    format_words = frozenset(_option(argv, "--format", "").split(","))
     for prefix, fields, rows in (
         ("--query-gpu", GPU_FIELDS, [(card,) for card in selected]),
         ("--query-compute-apps", APP_FIELDS, [(card, process) for card in selected for process in card.processes]),
     ):
         wanted = _option(argv, prefix, None)
         if wanted is not None:
-            return _query(wanted.split(","), fields, rows, layout, mode)
+            return _query(wanted.split(","), fields, rows, format_words, mode)
     if "-L" in argv or "--list-gpus" in argv:
         lines = [f"GPU {card.gpu.index}: {card.gpu.name} (UUID: {card.gpu.uuid})\n" for card in selected]
         return 0, "".join(lines).encode()
@@ -90,7 +93,7 @@ def run_nvidia_smi(argv: Sequence[str], profile: HostProfile, load: GpuLoad, mod
 
 
 FieldValue = tuple[str, str]
-"""A value and its unit."""
+"""A value and its unit; the unit is empty if the value has none."""
 
 GPU_FIELDS: dict[str, Callable[[GpuSnapshot], FieldValue]] = {
     "index": lambda card: (str(card.gpu.index), ""),
@@ -150,30 +153,33 @@ def _query(
     wanted: Sequence[str],
     fields: dict[str, Callable[..., FieldValue]],
     rows: Sequence[tuple[object, ...]],
-    layout: frozenset[str],
+    format_words: frozenset[str],
     mode: SmiMode,
 ) -> tuple[int, bytes]:
     names = [name.strip() for name in wanted]
     getters: list[Callable[..., FieldValue]] = []
     for name in names:
         getter = fields.get(name) or fields.get(_ALIASES.get(name, ""))
-        if getter is None or (mode is SmiMode.OLD and name in _OLD):
+        if getter is None or (mode is SmiMode.OLD and name in _FIELDS_OF_NEW_DRIVERS):
             return 2, f'Field "{name}" is not a valid field to query.\n\n'.encode()
         getters.append(getter)
-    if "csv" not in layout:
+    if "csv" not in format_words:
         return 2, b"--format= switch is missing. Please run 'nvidia-smi -h' for help.\n\n"
-    bare = "nounits" in layout
+    no_units = "nounits" in format_words
     lines: list[str] = []
     for row in rows:
         cells = [getter(*row) for getter in getters]
         if mode is SmiMode.UNKNOWN_VALUES:
-            cells = [_unknown(name, cell, at) for at, (name, cell) in enumerate(zip(names, cells, strict=True))]
+            cells = [
+                _replace_by_unknown(name, cell, column)
+                for column, (name, cell) in enumerate(zip(names, cells, strict=True))
+            ]
         lines.append(
             ", ".join(
-                value if bare or not unit or not value[:1].isdigit() else f"{value} {unit}" for value, unit in cells
+                value if no_units or not unit or not value[:1].isdigit() else f"{value} {unit}" for value, unit in cells
             )
         )
-    if "noheader" not in layout:
+    if "noheader" not in format_words:
         units = [unit for _, unit in (getter(*rows[0]) for getter in getters)] if rows else [""] * len(names)
         lines.insert(
             0, ", ".join(f"{name} [{unit}]" if unit else name for name, unit in zip(names, units, strict=True))
@@ -184,30 +190,34 @@ def _query(
 _UNKNOWNS = ("[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "[Insufficient Permissions]", "", "ERR!")
 
 
-def _unknown(name: str, cell: FieldValue, at: int) -> FieldValue:
-    return cell if name in ("index", "uuid", "gpu_uuid", "name", "pid") else (_UNKNOWNS[at % len(_UNKNOWNS)], "")
+def _replace_by_unknown(name: str, cell: FieldValue, column: int) -> FieldValue:
+    """One of the texts for an unknown value, except for fields that identify a GPU or a process."""
+    if name in ("index", "uuid", "gpu_uuid", "name", "pid"):
+        return cell
+    return _UNKNOWNS[column % len(_UNKNOWNS)], ""
 
 
 def _option(argv: Sequence[str], name: str, default: str | None) -> str:
-    for at, word in enumerate(argv):
+    for position, word in enumerate(argv):
         if word.startswith(f"{name}="):
             return word[len(name) + 1 :]
-        if word == name and at + 1 < len(argv):
-            return argv[at + 1]
+        if word == name and position + 1 < len(argv):
+            return argv[position + 1]
     return default  # type: ignore[return-value]
 
 
-def _selected(argv: Sequence[str], every: Sequence[GpuSnapshot]) -> list[GpuSnapshot] | None:
-    wanted = next((found for name in ("-i", "--id") if (found := _option(argv, name, ""))), "")
-    if not wanted:
-        return list(every) or None
-    chosen = wanted.split(",")
-    return [card for card in every if {str(card.gpu.index), card.gpu.uuid, card.gpu.pci_bus_id} & set(chosen)] or None
+def _select_cards(argv: Sequence[str], cards: Sequence[GpuSnapshot]) -> list[GpuSnapshot] | None:
+    """The GPUs of the option ``-i``, or all. ``None`` if there is no such GPU."""
+    id_list = next((value for name in ("-i", "--id") if (value := _option(argv, name, ""))), "")
+    if not id_list:
+        return list(cards) or None
+    ids = set(id_list.split(","))
+    return [card for card in cards if {str(card.gpu.index), card.gpu.uuid, card.gpu.pci_bus_id} & ids] or None
 
 
-def _table(every: Sequence[GpuSnapshot]) -> str:
-    """The plain table that a person sees."""
-    driver = every[0].driver
+def _table(cards: Sequence[GpuSnapshot]) -> str:
+    """The table for people: the output without options."""
+    driver = cards[0].driver
     line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+\n"
     parts = [
         "+" + "-" * 89 + "+\n",
@@ -218,7 +228,7 @@ def _table(every: Sequence[GpuSnapshot]) -> str:
         "| Fan  Temp   Perf          Pwr:Usage/Cap |           Memory-Usage | GPU-Util  Compute M. |\n",
         line,
     ]
-    for card in every:
+    for card in cards:
         value = {name: GPU_FIELDS[name](card)[0] for name in GPU_FIELDS}
         busy = value["utilization.gpu"]
         usage = f"{round(float(value['power.draw']))}W / {round(card.gpu.power_limit_w)}W"

@@ -1,4 +1,4 @@
-"""What a simulated host is, and what may go wrong with it: frozen values that travel as JSON to the host's process."""
+"""The profile of a simulated host, and its faults: frozen values that are sent as JSON to the host's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMESPACE = uuid.UUID("5a0d6e1c-6d65-4e5f-9d00-6770756d6573")
 
 
 class SmiMode(StrEnum):
-    """How the host's nvidia-smi behaves; texts and exit codes are those of the real tool."""
+    """The behaviour of the host's nvidia-smi. Texts and exit codes are those of the real tool."""
 
     OK = "ok"
     HANG = "hang"
@@ -28,22 +28,23 @@ class SmiMode(StrEnum):
     GPU_LOST = "gpu-lost"
     NO_DEVICES = "no-devices"
     OLD = "old"
-    """Knows only the fields of an old driver: a newer field fails the whole call."""
+    """An old driver: a call that asks for a newer field fails as a whole."""
     UNKNOWN_VALUES = "unknown-values"
     """``[N/A]`` and its spellings where numbers should be."""
     ESCAPES = "escapes"
     """Terminal escapes in the GPU's and the processes' names."""
     GARBAGE = "garbage"
-    """Bytes that are no text, no table, and many."""
+    """Many bytes that are neither a text nor a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong now. The default is: nothing.
+    """The faults of a host. By default there are none.
 
-    HTTP faults hit requests whose path starts with one of ``paths`` (all, if empty), and at most ``times`` of them
-    (without bound if ``None``). ``refuse`` is of the whole server: its port is closed and its connections are reset.
-    ``…_after_tokens`` counts the tokens of one answer that were sent in full; 0 is before the first byte.
+    HTTP faults hit requests whose path starts with one of ``paths`` (if empty: all requests), and at most ``times``
+    requests (``None``: no limit). ``refuse`` concerns the whole server: its port is closed, and its connections are
+    reset. ``…_after_tokens``: the number of tokens of one answer that are sent before the fault; 0: before the first
+    byte.
     """
 
     refuse: bool = False
@@ -56,26 +57,26 @@ class Faults:
     cut_after_tokens: int | None = None
     """The connection is reset in mid-stream."""
     end_after_tokens: int | None = None
-    """The body ends as if complete, without a final frame: the runner died."""
+    """The body ends as a complete one does, but without a final frame, as when the runner dies."""
     error_line_after_tokens: int | None = None
     """An error frame in mid-stream, under status 200."""
     stall_after_tokens: int | None = None
-    """The stream goes quiet and stays open, until the faults are set anew."""
+    """The stream stays open and sends nothing, until the faults are set again."""
     slow: float = 1.0
-    """Divides the rates of generation and prefill."""
+    """A factor that divides the rates of generation and prefill."""
     on_cpu: bool = False
     """Models load into the host's memory instead of the GPU's (``size_vram`` 0)."""
 
     nvidia_smi: SmiMode = SmiMode.OK
     nvidia_smi_delay_s: float = 0.0
     foreign_load: float = 0.0
-    """Somebody else's use of the GPU, 0 to 1, as nvidia-smi shows it."""
+    """The use of the GPU by other programs, 0 to 1, as nvidia-smi shows it."""
 
     ssh_refuse_key: bool = False
     ssh_hang: bool = False
-    """TCP is accepted, and nothing is ever said."""
+    """TCP is accepted, but the server never sends a byte."""
     ssh_delay_s: float = 0.0
-    """Before the SSH banner."""
+    """The delay before the SSH banner."""
     ssh_no_forwarding: bool = False
     ssh_no_session: bool = False
 
@@ -84,8 +85,8 @@ class Faults:
 class ModelProfile:
     """A model in the host's store. ``speed`` multiplies the host's rates (a 14b is slower than a 7b).
 
-    ``continues``: its template continues a last message of the assistant; a plain chatml one closes the turn and
-    starts anew. ``resident``: in memory from the start.
+    ``continues``: the model's template leaves a last message of the assistant open. Without it, the template closes the
+    turn and begins a new one, as plain ChatML does. ``resident``: in memory from the start.
     """
 
     name: str
@@ -107,7 +108,7 @@ class ModelProfile:
 
     @property
     def vram_mib(self) -> int:
-        """Weights, context and the runner's own."""
+        """The memory for the weights, the context and the runner itself."""
         return self.size_mib + self.size_mib // 8 + 256
 
 
@@ -138,10 +139,10 @@ class GpuProfile:
 
 @dataclass(frozen=True, slots=True)
 class HostProfile:
-    """One simulated host. Rates are those of one stream, whatever else runs; ``None`` means no time at all.
+    """One simulated host. The rates are those of each stream, however many streams run; ``None``: it takes no time.
 
-    ``slots`` is how many requests a model runs in parallel (``OLLAMA_NUM_PARALLEL``); the rest waits, quietly.
-    ``answer_tokens`` bounds the natural length of an answer. ``backend_port`` is the port as seen from the host.
+    ``slots`` is how many requests a model runs in parallel (``OLLAMA_NUM_PARALLEL``); others wait, and get no sign.
+    ``answer_tokens``: the least and the greatest length of an answer. ``backend_port`` is the port on the host itself.
     """
 
     name: str
@@ -166,8 +167,8 @@ class HostProfile:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """One request for an answer, as the stand-in saw it. ``outcome``: finished, cancelled (the client went), failed
-    (a fault), or running. ``at_s`` is the host's monotonic clock."""
+    """One request for an answer, as the stand-in saw it. ``outcome``: finished, cancelled (by the client), failed (by a
+    fault), or running. ``at_s`` is a time on the host's monotonic clock."""
 
     path: str
     model: str
@@ -182,8 +183,11 @@ class LoggedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SimCounters:
-    """What a stand-in has done so far, requests for answers only. ``in_flight`` includes those that wait for a slot;
-    ``running`` hold one. ``requests`` are the latest, oldest first. ``http`` counts every request of any kind."""
+    """The counters of a stand-in since its start. They count requests for answers; only ``http`` counts all requests.
+
+    ``in_flight`` includes the requests that wait for a slot; ``running`` are those with a slot. ``requests`` are the
+    latest ones, the oldest first.
+    """
 
     started: int = 0
     finished: int = 0
@@ -200,19 +204,20 @@ class SimCounters:
 
 
 def make_gpu(host: str, index: int = 0, **changes: Any) -> GpuProfile:
-    """A GPU whose UUID follows from its host's name and its index."""
+    """A GPU. Its UUID depends only on its host's name and its index."""
     return GpuProfile(index, f"GPU-{uuid.uuid5(_NAMESPACE, f'{host}/{index}')}", **changes)
 
 
 def make_host(name: str, *, gpus: int = 1, **changes: Any) -> HostProfile:
-    """A host with 4090s, as the defaults have it, with ``changes``."""
+    """A host with ``gpus`` RTX 4090s. ``changes`` are other values of its HostProfile."""
     hostname = f"sim-{name}-{uuid.uuid5(_NAMESPACE, name).hex[:6]}"
     cards = tuple(make_gpu(name, index) for index in range(gpus))
     return HostProfile(name, hostname, cards, **changes)
 
 
 def make_hosts(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
-    """``count`` hosts with a 4090 each: unequal in rate, and in what they store beside the model that all have."""
+    """``count`` hosts with one RTX 4090 each. All have the same first model; their rates and their other models
+    differ."""
     names = ("reykjavik", "tromso", "oslo", "bergen", "turku", "umea", "lulea", "aarhus")
     rates = (100.0, 80.0, 120.0, 60.0)
     extra = ((LLAMA_8B,), (), (LLAMA_8B, EMBEDDER), (QWEN_14B,))
@@ -228,12 +233,12 @@ def make_hosts(count: int, *, load_s: float = 1.0) -> tuple[HostProfile, ...]:
 
 
 def make_instant_host(name: str = "fast", **changes: Any) -> HostProfile:
-    """A host that takes no time of its own: for measuring what stands before it."""
-    timeless: dict[str, Any] = {
+    """A host that needs no time itself: for measurements of the code between a client and the host."""
+    instant: dict[str, Any] = {
         "tokens_per_s": None,
         "prefill_tokens_per_s": None,
         "load_s": 0.0,
         "slots": 1024,
         "prefix_cache": False,
     }
-    return make_host(name, **{**timeless, **changes})
+    return make_host(name, **{**instant, **changes})

@@ -1,9 +1,9 @@
-"""What the simulated host's SSH server runs instead of a shell: a few commands, interpreted here. Nothing that a
-client sends is ever executed; what is not known is ``not found``, status 127.
+"""The shell of the simulated host's SSH server: an interpreter of a few commands. It never executes a client's text.
+The answer to an unknown command is ``not found``, status 127.
 
-Understood: words quoted as in a POSIX shell; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``; ``2>&1``;
-``$?``; ``sh -c TEXT``, ``exec COMMAND``. That is what probes and people send. And the one script under which a tunnel
-runs a command (tunnels/remote_command.py), by what it does.
+It understands words with the quotes of a POSIX shell; ``;``, newlines, ``&&``, ``||``; ``NAME=value``, ``export``;
+``2>&1``; ``$?``; ``sh -c TEXT``, ``exec COMMAND``. Probes and people send these. It also recognizes the script under
+which a tunnel runs a command (tunnels/remote_command.py), and does what this script does.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from gpumesh.lab.engine import GpuLoad
 from gpumesh.lab.profile import Faults, HostProfile, SmiMode
 from gpumesh.tunnels.remote_command import unwrap_killable
 
-MAX_COMMAND = 1 << 16
+MAX_COMMAND = 1 << 16  # characters
+MAX_DEPTH = 8  # of ``sh -c`` inside of ``sh -c``
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-_STATUS = "\0"
-_MERGE = ("2>&1", "2>/dev/null")
+_STATUS = "\0"  # stands for ``$?`` in a word
+_REDIRECTS = ("2>&1", "2>/dev/null")
 _TOKEN = re.compile(
     r"""(?P<blank>[ \t\r]+)|(?P<joint>&&|\|\||;|\n)|(?P<redirect>2>&1|2>/dev/null)|(?P<single>'[^']*')"""
     r"""|(?P<double>"(?:[^"\\]|\\.)*")|(?P<escape>\\.)|(?P<status>\$\?)|(?P<wrong>['"&|<>()`\\])"""
@@ -35,7 +36,7 @@ class StandardStreams(Protocol):
     """A command's standard streams."""
 
     async def read(self) -> bytes:
-        """What the client sent; empty at its end."""
+        """The next bytes from the client; empty at their end."""
         ...
 
     async def write(self, data: bytes, *, error: bool = False) -> None: ...
@@ -43,15 +44,15 @@ class StandardStreams(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SimShell:
-    """One host's. ``load`` and ``faults`` are asked anew for each command."""
+    """The shell of one host. ``load`` and ``faults`` are called for each command."""
 
     profile: HostProfile
     load: Callable[[], GpuLoad]
     faults: Callable[[], Faults]
 
     async def run(self, text: str, terminal: StandardStreams, depth: int = 0) -> int:
-        """The exit status of the last command, as ``sh -c text`` gives it."""
-        if len(text) > MAX_COMMAND or depth > 8:
+        """Runs the commands in ``text``. Returns the exit status of the last one, as ``sh -c text`` does."""
+        if len(text) > MAX_COMMAND or depth > MAX_DEPTH:
             await terminal.write(b"sh: Argument list too long\n", error=True)
             return 126
         try:
@@ -63,29 +64,29 @@ class SimShell:
         for joint, words in commands:
             if (joint == "&&" and status != 0) or (joint == "||" and status == 0):
                 continue
-            merged = _Merged(terminal) if "2>&1" in words else terminal
-            bare = [word.replace(_STATUS, str(status)) for word in words if word not in _MERGE]
-            while bare and _ASSIGNMENT.match(bare[0]):
-                del bare[0]
-            if bare and bare[0] == "exit":
-                return int(bare[1]) & 0xFF if len(bare) > 1 and bare[1].isdigit() else status
-            status = await self._command(bare, merged, depth) if bare else 0
+            streams = _MergedStreams(terminal) if "2>&1" in words else terminal
+            argv = [word.replace(_STATUS, str(status)) for word in words if word not in _REDIRECTS]
+            while argv and _ASSIGNMENT.match(argv[0]):
+                del argv[0]
+            if argv and argv[0] == "exit":
+                return int(argv[1]) & 0xFF if len(argv) > 1 and argv[1].isdigit() else status
+            status = await self._run_command(argv, streams, depth) if argv else 0
         return status
 
-    async def _command(self, argv: list[str], terminal: StandardStreams, depth: int) -> int:
+    async def _run_command(self, argv: list[str], terminal: StandardStreams, depth: int) -> int:
         name, *rest = argv
         name = name.rsplit("/", 1)[-1]
         if name in ("sh", "bash", "dash") and len(rest) >= 2 and rest[0] in ("-c", "-lc"):
             inner = unwrap_killable(rest[1])
             if inner is not None:
-                return await self._until_input_ends(inner, terminal, depth + 1)
+                return await self._run_until_input_ends(inner, terminal, depth + 1)
             return await self.run(rest[1], terminal, depth + 1)
         if name in ("exec", "command", "env", "nice", "timeout") and rest:
             if name == "command" and rest[0] == "-v":
-                found = rest[1:] and (rest[1] in _KNOWN or rest[1] == "nvidia-smi")
-                await terminal.write(f"/usr/bin/{rest[1]}\n".encode() if found else b"")
-                return 0 if found else 127
-            return await self._command(rest[1:] if name == "timeout" and rest[1:] else rest, terminal, depth)
+                is_known = rest[1:] and (rest[1] in _KNOWN or rest[1] == "nvidia-smi")
+                await terminal.write(f"/usr/bin/{rest[1]}\n".encode() if is_known else b"")
+                return 0 if is_known else 127
+            return await self._run_command(rest[1:] if name == "timeout" and rest[1:] else rest, terminal, depth)
         if name == "nvidia-smi":
             return await self._nvidia_smi(rest, terminal)
         command = _KNOWN.get(name)
@@ -94,22 +95,23 @@ class SimShell:
             return 127
         return await command(self, rest, terminal)
 
-    async def _until_input_ends(self, command: str, terminal: StandardStreams, depth: int) -> int:
-        """What tunnels/remote_command.py's script does on a real host."""
+    async def _run_until_input_ends(self, command: str, terminal: StandardStreams, depth: int) -> int:
+        """Does what the script of tunnels/remote_command.py does on a real host: the command is killed when its
+        standard input ends."""
 
         async def read_to_the_end() -> None:
             while await terminal.read():
                 pass
 
-        running = asyncio.ensure_future(self.run(command, _NoInput(terminal), depth))
-        input_ends = asyncio.ensure_future(read_to_the_end())
+        command_task = asyncio.ensure_future(self.run(command, _NoInput(terminal), depth))
+        input_task = asyncio.ensure_future(read_to_the_end())
         try:
-            await asyncio.wait((running, input_ends), return_when=asyncio.FIRST_COMPLETED)
-            return running.result() if running.done() else 128 + 9
+            await asyncio.wait((command_task, input_task), return_when=asyncio.FIRST_COMPLETED)
+            return command_task.result() if command_task.done() else 128 + 9  # the status after SIGKILL
         finally:
-            for task in (running, input_ends):
+            for task in (command_task, input_task):
                 task.cancel()
-            await asyncio.gather(running, input_ends, return_exceptions=True)
+            await asyncio.gather(command_task, input_task, return_exceptions=True)
 
     async def _nvidia_smi(self, argv: list[str], terminal: StandardStreams) -> int:
         faults = self.faults()
@@ -123,7 +125,7 @@ class SimShell:
 
 
 class _NoInput:
-    """``</dev/null``."""
+    """The streams of a command with ``</dev/null``."""
 
     def __init__(self, terminal: StandardStreams) -> None:
         self._terminal = terminal
@@ -135,8 +137,8 @@ class _NoInput:
         await self._terminal.write(data, error=error)
 
 
-class _Merged:
-    """``2>&1``."""
+class _MergedStreams:
+    """The streams of a command with ``2>&1``."""
 
     def __init__(self, terminal: StandardStreams) -> None:
         self._terminal = terminal
@@ -150,9 +152,9 @@ class _Merged:
 
 
 def _split(text: str) -> list[tuple[str, list[str]]]:
-    """The commands, each with what joins it to the one before; ``_STATUS`` stands for an unquoted ``$?``.
+    """The commands. Each has the operator before it (``;``, ``&&`` or ``||``) and its words.
 
-    Raises ``ValueError`` for an open quote, and for what is not simulated.
+    Raises ``ValueError`` for an open quote, and for syntax that is not simulated.
     """
     commands: list[tuple[str, list[str]]] = [(";", [])]
     word: str | None = None
@@ -191,8 +193,8 @@ async def _hostname(shell: SimShell, argv: list[str], terminal: StandardStreams)
 
 
 async def _uname(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    every = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
-    await terminal.write(f"{every if '-a' in argv else 'Linux'}\n".encode())
+    system = f"Linux {shell.profile.hostname} 6.8.0-lab #1 SMP simulated x86_64 GNU/Linux"
+    await terminal.write(f"{system if '-a' in argv else 'Linux'}\n".encode())
     return 0
 
 
@@ -210,7 +212,7 @@ async def _echo(shell: SimShell, argv: list[str], terminal: StandardStreams) -> 
 
 
 async def _cat(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """Of standard input; there are no files."""
+    """Copies standard input. The host has no files."""
     del shell
     if argv and argv != ["-"]:
         await terminal.write(f"cat: {argv[0][:80]}: No such file or directory\n".encode(errors="replace"), error=True)
@@ -233,7 +235,7 @@ async def _sleep(shell: SimShell, argv: list[str], terminal: StandardStreams) ->
 
 
 async def _seq(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """``seq N``: output of a known size."""
+    """``seq N``, for an output of a known size."""
     del shell
     if len(argv) != 1 or not argv[0].isdigit():
         await terminal.write(b"seq: one number, here\n", error=True)
@@ -246,7 +248,7 @@ async def _seq(shell: SimShell, argv: list[str], terminal: StandardStreams) -> i
 
 
 async def _test(shell: SimShell, argv: list[str], terminal: StandardStreams) -> int:
-    """Only comparisons of texts; nothing exists."""
+    """Compares texts. Tests for files are always false: the host has no files."""
     del shell, terminal
     words = argv[:-1] if argv[-1:] == ["]"] else argv
     if len(words) == 3 and words[1] in ("=", "==", "!="):

@@ -1,9 +1,10 @@
-"""A simulated host's SSH server: paramiko's, in this process. It authenticates, forwards to the ports that the host
-has, and answers a few commands (shell.py). It never runs a program and never connects beyond loopback.
+"""A simulated host's SSH server: paramiko's, in this process. It authenticates clients, forwards to the host's ports,
+and answers a few commands (shell.py). It never runs a program, and never connects to an address other than loopback.
 
-paramiko runs one thread for each connection; what it calls there only decides or posts to the event loop, which does
-all else. Its private ``_queue_incoming_channel`` and ``_send_user_message`` are extended, since paramiko offers no
-call-back for an accepted channel: tests/lab/test_ssh.py fails loudly if a new version changes them.
+paramiko runs one thread for each connection. Our functions in this thread only make decisions, or post to the event
+loop; the event loop does all other work. paramiko has no call-back for an accepted channel. So its private methods
+``_queue_incoming_channel`` and ``_send_user_message`` are extended: tests/lab/test_ssh.py fails if a new version of
+paramiko changes them.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from gpumesh.lab.shell import SimShell
 
 BANNER = "SSH-2.0-OpenSSH_9.6_gpumesh_lab"
 CONNECT_TIMEOUT_S = 5.0
+NO_REPLY_DELAY_S = 0.02  # before a command whose request wants no reply
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class SimSshServer:
-    """An async context manager; ``port`` holds from its start to its end.
+    """An async context manager; ``port`` is valid from its start to its end.
 
-    ``ports`` maps the ports that the host seems to have to real ones on loopback: what is not in it refuses.
-    ``faults`` may be replaced at any time and holds for what begins after.
+    ``ports`` maps the host's apparent ports to real ones on loopback. All other ports refuse connections. ``faults`` is
+    called for each connection, login and channel.
     """
 
     def __init__(
@@ -97,11 +99,11 @@ class SimSshServer:
 
     @property
     def connections(self) -> int:
-        """SSH connections that are open now."""
+        """The number of open SSH connections."""
         return len(self._connections)
 
     async def drop_connections(self) -> None:
-        """Cuts each, as a router or a reboot does; the port stays open."""
+        """Cuts all connections, as a router or a reboot does. The port stays open."""
         await asyncio.gather(*(connection.close() for connection in list(self._connections)))
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -127,12 +129,12 @@ class SimSshServer:
         self._connections.add(connection)
         connection.start()
 
-    def ended(self, connection: _Connection) -> None:
+    def remove_connection(self, connection: _Connection) -> None:
         self._connections.discard(connection)
 
 
 class _Connection:
-    """One client: its transport, and what it has open on the event loop."""
+    """One client's connection: its transport, and its channels and commands on the event loop."""
 
     def __init__(self, server: SimSshServer, sock: socket.socket) -> None:
         self.server = server
@@ -151,13 +153,13 @@ class _Connection:
         self._transport.local_version = BANNER
         for key in self.server.host_keys:
             self._transport.add_server_key(key)
-        # With an event the call returns at once; nobody waits for this one.
-        self._transport.start_server(event=_Unheard(), server=_Policy(self))  # type: ignore[arg-type]
+        # With an event, the call does not block. No code waits for this event.
+        self._transport.start_server(event=_IgnoredEvent(), server=_Policy(self))  # type: ignore[arg-type]
 
     async def close(self) -> None:
         self._end()
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # wakes paramiko's thread, which ``close`` waits for
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes paramiko's thread: ``close`` waits for this thread
         await asyncio.to_thread(self._transport.close)
         self._sock.close()
 
@@ -171,47 +173,47 @@ class _Connection:
             task.cancel()
         for sock in self._targets.values():
             sock.close()
-        self.server.ended(self)
+        self.server.remove_connection(self)
 
     # -- called by paramiko's thread ---------------------------------------------------------------------------------
 
     def post(self, callback: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended before the client
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, but the client has not
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def transport_ended(self) -> None:
         self.post(self._end)
 
-    def reach(self, channel_id: int, host: str, port: int) -> int:
-        """As sshd does it: connect first, and only then say that the channel is open."""
+    def open_target(self, channel_id: int, host: str, port: int) -> int:
+        """Connects to the target of a new channel. Like sshd, this confirms the channel only after the connect."""
         if self.server.faults().ssh_no_forwarding or host not in (*_LOOPBACK, self.server.shell.profile.hostname):
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        real = self.server.ports.get(port)
-        if real is None:
+        real_port = self.server.ports.get(port)
+        if real_port is None:
             return OPEN_FAILED_CONNECT_FAILED
         try:
-            self._targets[channel_id] = socket.create_connection(("127.0.0.1", real), timeout=CONNECT_TIMEOUT_S)
+            self._targets[channel_id] = socket.create_connection(("127.0.0.1", real_port), timeout=CONNECT_TIMEOUT_S)
         except OSError:
             return OPEN_FAILED_CONNECT_FAILED
         return OPEN_SUCCEEDED
 
     def channel_opened(self, channel: paramiko.Channel) -> None:
-        # paramiko itself holds channels weakly: one that nobody else holds is closed by the garbage collector.
-        self._channels = {number: one for number, one in self._channels.items() if not one.closed}
+        # paramiko holds channels only by weak references: without this dictionary, the garbage collector closes them.
+        self._channels = {number: opened for number, opened in self._channels.items() if not opened.closed}
         self._channels[channel.get_id()] = channel
         sock = self._targets.pop(channel.get_id(), None)
         if sock is not None:
             self.post(self._forward, channel, sock)
 
-    def command_asked(self, channel: paramiko.Channel, command: str) -> None:
-        """Its answer must be on the wire before what the command says, so it starts when that is sent; a client that
-        wants no answer gets none, and then a moment later will do."""
+    def command_requested(self, channel: paramiko.Channel, command: str) -> None:
+        """Starts the command after the reply to its request: the reply must come before the command's output. If the
+        client wants no reply, there is none, so the command starts after a short delay."""
         self._waiting[channel.get_id()] = (channel, command)
-        self.post(self._loop.call_later, 0.02, self._command, channel.get_id())
+        self.post(self._loop.call_later, NO_REPLY_DELAY_S, self._start_command, channel.get_id())
 
-    def answered(self) -> None:
+    def reply_sent(self) -> None:
         for channel_id in list(self._waiting):
-            self.post(self._command, channel_id)
+            self.post(self._start_command, channel_id)
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
@@ -234,7 +236,7 @@ class _Connection:
             sock.close()
             raise
 
-    def _command(self, channel_id: int) -> None:
+    def _start_command(self, channel_id: int) -> None:
         channel, command = self._waiting.pop(channel_id, (None, ""))
         if channel is None or self._closed:
             return
@@ -244,16 +246,16 @@ class _Connection:
 
     async def _run(self, channel: paramiko.Channel, command: str) -> None:
         terminal = _ChannelTerminal(channel)
-        watch = asyncio.ensure_future(terminal.gone())
-        work = asyncio.ensure_future(self.server.shell.run(command, terminal))
+        close_watch = asyncio.ensure_future(terminal.wait_closed())
+        command_task = asyncio.ensure_future(self.server.shell.run(command, terminal))
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            if work.done() and work.exception() is None:
-                await terminal.finish(work.result())
+            await asyncio.wait((command_task, close_watch), return_when=asyncio.FIRST_COMPLETED)
+            if command_task.done() and command_task.exception() is None:
+                await terminal.finish(command_task.result())
         finally:
-            work.cancel()
-            watch.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+            command_task.cancel()
+            close_watch.cancel()
+            await asyncio.gather(command_task, close_watch, return_exceptions=True)
             terminal.close()
 
 
@@ -263,11 +265,11 @@ class _ChannelTerminal:
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
         self._input: asyncio.Queue[bytes] = asyncio.Queue()
-        self._io = ChannelIo(channel, self._fed)
+        self._io = ChannelIo(channel, self._add_input)
 
-    def _fed(self, data: bytes) -> None:
+    def _add_input(self, data: bytes) -> None:
         self._input.put_nowait(data)
-        self._io.pause()  # what the command does not read stays in the client's window
+        self._io.pause()  # bytes that the command does not read fill the channel's window
 
     async def read(self) -> bytes:
         if self._input.empty():
@@ -281,8 +283,9 @@ class _ChannelTerminal:
         if not self._io.write(data, error=error):
             await self._io.wait_drained()
 
-    async def gone(self) -> None:
-        """Until the client closes the channel. paramiko tells of it only to who reads, and a command may not."""
+    async def wait_closed(self) -> None:
+        """Waits until the client closes the channel. paramiko reports this only to a reader, and a command may not
+        read."""
         while not self._io.closed:  # noqa: ASYNC110  # paramiko has no event for it
             await asyncio.sleep(0.05)
 
@@ -297,7 +300,7 @@ class _ChannelTerminal:
 
 
 class _Policy(paramiko.ServerInterface):
-    """What the client may do. Called in paramiko's thread."""
+    """Decides what the client may do. paramiko calls it in its thread."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -308,13 +311,13 @@ class _Policy(paramiko.ServerInterface):
         return "publickey,password" if self._server.shell.profile.password is not None else "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        known = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
-        return AUTH_SUCCESSFUL if known and not self._server.faults().ssh_refuse_key else AUTH_FAILED
+        is_authorized = username == self._server.shell.profile.user and key.asbytes() in self._server.authorized
+        return AUTH_SUCCESSFUL if is_authorized and not self._server.faults().ssh_refuse_key else AUTH_FAILED
 
     def check_auth_password(self, username: str, password: str) -> int:
         profile = self._server.shell.profile
-        right = profile.password is not None and username == profile.user and password == profile.password
-        return AUTH_SUCCESSFUL if right else AUTH_FAILED
+        is_correct = profile.password is not None and username == profile.user and password == profile.password
+        return AUTH_SUCCESSFUL if is_correct else AUTH_FAILED
 
     def check_global_request(self, kind: str, msg: paramiko.Message) -> bool:
         del msg
@@ -330,10 +333,10 @@ class _Policy(paramiko.ServerInterface):
         self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
     ) -> int:
         del origin
-        return self._connection.reach(chanid, *destination)
+        return self._connection.open_target(chanid, *destination)
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        self._connection.command_asked(channel, command.decode("utf-8", "replace"))
+        self._connection.command_requested(channel, command.decode("utf-8", "replace"))
         return True
 
     def check_channel_pty_request(
@@ -357,17 +360,17 @@ class _Transport(paramiko.Transport):
             self._connection.transport_ended()
 
     def _queue_incoming_channel(self, channel: paramiko.Channel) -> None:
-        # Not put into paramiko's own queue: nobody calls ``accept``.
+        # The channel does not go into paramiko's own queue: no code calls ``accept``.
         self._connection.channel_opened(channel)
 
     def _send_user_message(self, data: paramiko.Message) -> None:
         super()._send_user_message(data)  # type: ignore[misc]
         if data.asbytes()[:1] == cMSG_CHANNEL_SUCCESS:
-            self._connection.answered()
+            self._connection.reply_sent()
 
 
-class _Unheard:
-    """Stands where paramiko wants a ``threading.Event`` that tells of the finished handshake."""
+class _IgnoredEvent:
+    """Takes the place of the ``threading.Event`` that paramiko sets after the handshake."""
 
     def set(self) -> None:
         pass

@@ -95,10 +95,10 @@ def test_the_meter_forgets() -> None:
     meter = UsageAverage(1.0, lambda: now)
     meter.set_target(1.0)
     now = 10.0
-    assert meter.value() == pytest.approx(1.0, abs=1e-3)
+    assert meter.update() == pytest.approx(1.0, abs=1e-3)
     meter.set_target(0.0)
     now = 11.0
-    assert meter.value() == pytest.approx(math.exp(-1.0), abs=1e-3)
+    assert meter.update() == pytest.approx(math.exp(-1.0), abs=1e-3)
 
 
 async def test_a_pacer_that_is_late_catches_up_and_never_passes_its_total() -> None:
