@@ -1,4 +1,4 @@
 """The one endpoint: an HTTP server over a mesh, with the APIs that clients already use (Ollama, OpenAI, Anthropic).
 
-Which node answers is not decided here.
+The gateway does not decide which node answers: the mesh does.
 """

@@ -1,13 +1,13 @@
-"""``Guard``: which requests the gateway answers at all, by their Host, Origin and key. Pure.
+"""``Guard`` decides which requests the gateway answers at all, by their Host, Origin and key. Pure.
 
 The Host header is checked against DNS rebinding, as Ollama does it (docs/internals/ollama.md). A page in a browser can
 make its own name resolve to 127.0.0.1, but it cannot make the browser send another Host. A page whose origin is on no
 allow-list may not read answers (they have no CORS header), and may not send requests that change something.
 
-A browser tells for what a page wants an answer (Fetch Metadata, https://www.w3.org/TR/fetch-metadata/), and no page
-can change that. A program in a page asks with ``fetch()``. Everything else that a page can ask for is shown, embedded
-or run as a part of some page. What a host answers must never be used so: it would be a page of the gateway's origin,
-which may do whatever the gateway's own page may do.
+A browser tells for which purpose a page requests an answer (Fetch Metadata, https://www.w3.org/TR/fetch-metadata/), and
+no page can change that. A script in a page requests answers with ``fetch()``. All other answers are shown, embedded or
+run as a part of some page. The browser must never do that with an answer of a host: it would then be a page of the
+gateway's origin, and could do everything that the gateway's own page can do.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.http.request import Request
 
 _APPLICATION_SCHEMES = frozenset({"app", "file", "tauri", "vscode-file", "vscode-webview"})  # Ollama's list
-_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # in an Origin; we bind no such
+_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1"})  # noqa: S104  # hosts of an Origin, not to bind
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """``api_key`` ``None``: no key is needed. ``hostnames``: names besides the local ones under which clients reach the
-    gateway."""
+    """``api_key`` ``None``: no key is needed. ``hostnames``: the names under which clients may reach the gateway, in
+    addition to the local names."""
 
     api_key: bytes | None
     origins: frozenset[str]
@@ -42,7 +42,8 @@ class Guard:
     def require_allowed_source(
         self, request: Request, *, is_own_page: bool, backend_ports: Callable[[], Collection[int]]
     ) -> None:
-        """Raises BadRequest unless a client under this Host and Origin may ask. Sets the request's CORS headers.
+        """Raises BadRequest unless a request with this Host, Origin and purpose is allowed. Sets the request's CORS
+        headers.
 
         ``is_own_page``: the request asks for the gateway's own page."""
         headers = request.headers
@@ -50,7 +51,7 @@ class Guard:
         if not self.host_allowed(host):
             message = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(message, status=403)
-        if is_embedding_request(headers, is_own_page=is_own_page):
+        if is_request_to_render(headers, is_own_page=is_own_page):
             message = (
                 "a browser may ask for this by fetch() only, not show, embed or run it; the page for people is at /ui"
             )
@@ -64,29 +65,32 @@ class Guard:
             request.cors = self.cors_headers(origin, headers)
 
     def require_key(self, headers: Mapping[str, str]) -> None:
-        """Raises BadRequest unless the client has sent the key, if one is needed."""
+        """Raises BadRequest if a key is needed and the client has not sent it."""
         if not self.key_allowed(headers):
             raise BadRequest("an API key is needed: Authorization: Bearer … or x-api-key", status=401)
 
     # -- the rules -----------------------------------------------------------------------------------------------
 
     def host_allowed(self, host: str | None) -> bool:
-        """Where a key is needed any Host will do: rebinding gains a page nothing, because it does not know the key."""
+        """Whether the Host header may have this value. With a key any Host is allowed: DNS rebinding gives a page
+        nothing, because the page does not know the key."""
         if self.api_key is not None:
             return True
         if not host:
             return False
-        return _is_local(host) or _strip_port(host) in self.hostnames
+        return _is_local_name(host) or _strip_port(host) in self.hostnames
 
     def origin_allowed(
         self, origin: str | None, *, host: str | None = None, backend_ports: Collection[int] = ()
     ) -> bool:
-        """Whether a page of this origin may ask. A request without an Origin is no cross-site request of a browser.
+        """Whether a page of this origin may send requests. A request without an Origin is allowed: it is no cross-site
+        request of a browser.
 
-        Pages of this machine are allowed, as Ollama allows them, and so are applications whose pages are no web pages.
-        The gateway's own page is allowed if it was opened under this ``host`` (the Host header): by an address, which
-        cannot be rebound, or where a key is needed. A page behind one of ``backend_ports`` only seems to be of this
-        machine: the port is the end of a tunnel, and the page was written by the tunnel's host."""
+        - Pages of this machine are allowed, as Ollama allows them, but not from ``backend_ports``. Such a port is the
+          end of a tunnel: a page behind it was written by the tunnel's host.
+        - Applications whose pages are no web pages are allowed.
+        - The gateway's own page is allowed. It was opened under this ``host`` (the Host header). The host must be an
+          address, which DNS rebinding cannot change, unless a key is needed."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
         try:
@@ -106,7 +110,7 @@ class Guard:
         return self.api_key is not None or _parse_address(_strip_port(host)) is not None
 
     def cors_headers(self, origin: str, headers: Mapping[str, str]) -> dict[str, str]:
-        """The CORS fields of every answer, a preflight's too, to a page of this origin, which is allowed."""
+        """The CORS fields of every answer to a page of this allowed origin, also of the answer to a preflight."""
         fields = {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers") or "*, Authorization",
@@ -116,12 +120,13 @@ class Guard:
             "Vary": "Origin",
         }
         if headers.get("Access-Control-Request-Private-Network") == "true":
-            fields["Access-Control-Allow-Private-Network"] = "true"  # a page of the web asks for this machine
+            # A page from the internet sends a request to a private address: browsers ask for this permission first.
+            fields["Access-Control-Allow-Private-Network"] = "true"
         return fields
 
     def key_allowed(self, headers: Mapping[str, str]) -> bool:
-        """Either header will do: some clients send both, and only one of them holds our key. The check takes the same
-        time whatever the key is."""
+        """Whether one of the two headers holds the key: some clients send both, and only one is our key. The check
+        takes the same time for every key."""
         if self.api_key is None:
             return True
         scheme, _, value = headers.get("Authorization", "").partition(" ")
@@ -134,24 +139,26 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.api_key)
 
 
-def is_embedding_request(headers: Mapping[str, str], *, is_own_page: bool) -> bool:
-    """Whether a browser wants to show, embed or run the answer. ``is_own_page``: the answer is a page of ours, which
-    may be shown, though not in a frame. Browsers send these headers to loopback and over HTTPS; other programs do
-    not."""
-    destination = headers.get("Sec-Fetch-Dest")
-    if destination is not None and destination != "empty" and not (is_own_page and destination == "document"):
+def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bool:
+    """Whether a browser would show, embed or run the answer. ``is_own_page``: the request asks for the gateway's own
+    page, which may be shown, but not in a frame. Browsers send these headers to loopback and over HTTPS; other programs
+    do not send them."""
+    if headers.get("Service-Worker") is not None:  # the script of a service worker, which the browser would run
         return True
-    return headers.get("Service-Worker") is not None
+    destination = headers.get("Sec-Fetch-Dest", "empty")  # no header: no browser, or plain HTTP to another machine
+    if is_own_page and destination == "document":  # a tab of its own, not a frame
+        return False
+    return destination != "empty"  # "empty" is what fetch() sends
 
 
 def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site asks without an Origin: ``fetch(…, {mode: "no-cors"})``, a prefetch or a link. The
-    page could not read the answer, but the request would have its effect."""
+    """Whether a page of another site sends a request without an Origin: ``fetch(…, {mode: "no-cors"})``, a prefetch or
+    a link. The page could not read the answer, but the request would have its effect."""
     return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and headers.get("Origin") is None
 
 
 @lru_cache(maxsize=256)
-def _is_local(host: str) -> bool:
+def _is_local_name(host: str) -> bool:
     name = _strip_port(host)
     if name == "localhost" or name.endswith(_LOCAL_SUFFIXES):
         return True
@@ -167,7 +174,8 @@ def _parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
 
 
 def _strip_port(host: str) -> str:
-    """The host of a Host header, without its port: ``[::1]:80``, ``127.0.0.1:80``, ``localhost``."""
+    """The host of a Host header, without port and brackets. The header looks like ``[::1]:80``, ``127.0.0.1:80`` or
+    ``localhost``."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

@@ -1,7 +1,7 @@
-"""``Gateway``: an HTTP server over a mesh, from listening to draining, and what every request gets: admission, a reply
-or an error, a record.
+"""``Gateway``: an HTTP server over a mesh, from listening to draining. It checks whether a request is allowed, answers
+it with a reply or an error, and records it.
 
-Which handler answers is in ``routing``; who may ask at all is in ``access_guard``.
+``routing`` decides which handler answers a request, ``access_guard`` whether the client may send it at all.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from gpumesh.state import GatewayPhase, GatewayState, LocalAccess
 log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
-ABORT_S = 0.5  # for handlers to end, and their errors to be sent, once draining is over
+ABORT_S = 0.5  # after draining: the time in which handlers must end and their errors must be sent
 STOPPED_MESSAGE = "the gateway was stopped"
-CLIENT_GONE_STATUS = 499  # nginx's status for a client that left before it was answered
+CLIENT_GONE_STATUS = 499  # nginx records this status when a client left before its answer
 # The page for people holds nothing of the mesh, and a health check must work without a key.
 _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
 
@@ -54,12 +54,11 @@ class _ActiveRequest(NamedTuple):
 
 
 class Gateway:
-    """Use as an async context manager around a mesh that is entered already.
+    """An async context manager. The mesh must have been entered before.
 
-    Leaving it stops accepting, lets requests in flight end (``drain_s`` at most), and closes. Raises UsageError for an
-    address that others can reach without a key, and MeshAlreadyRunning when the address is taken.
-
-    ``stop_now``: once it is set, requests in flight are not waited for any longer.
+    On exit the gateway accepts no more clients, waits until the requests in flight have ended (at most ``drain_s``),
+    and closes. When ``stop_now`` is set, it waits no longer. Raises UsageError if other machines can reach the address
+    and no key is set, and MeshAlreadyRunning if the address is taken.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class Gateway:
         if self._host is not None:
             config.require_key_beyond_loopback(self._host, api_key_env=spec.api_key_env)
         key = None if spec.api_key_env is None else config.read_secret(spec.api_key_env).encode()
-        self._local_access = _local_access(self._host, key)
-        self._guard = Guard(key, frozenset(spec.cors_origins), _hostnames(self._host, spec.socket))
+        self._local_access = _find_local_access(self._host, key)
+        self._guard = Guard(key, frozenset(spec.cors_origins), _find_hostnames(self._host, spec.socket))
         self._active: dict[Request, _ActiveRequest] = {}
         self._stopped = False
         self._stop_now = stop_now or asyncio.Event()
@@ -120,10 +119,10 @@ class Gateway:
 
     @property
     def listen_description(self) -> str:
-        """For a log: all addresses, and who on this machine can use them."""
+        """A text for the log: all addresses, and which users of this machine can use them."""
         socket = self._listener.unix_socket
-        also = f" and {UNIX_PREFIX}{socket}" if socket is not None and self._host is not None else ""
-        return f"{self.url}{also} (local access: {self._local_access})"
+        second_address = f" and {UNIX_PREFIX}{socket}" if socket is not None and self._host is not None else ""
+        return f"{self.url}{second_address} (local access: {self._local_access})"
 
     def _announce(self, phase: GatewayPhase) -> None:
         self.mesh.set_gateway_state(
@@ -161,14 +160,14 @@ class Gateway:
                 wait.cancel()
 
     async def _abort_active(self) -> None:
-        """Requests in flight end with an error that says why: in the stream, or with a status.
+        """Ends the requests in flight with an error that tells the reason: in the stream, or with a status.
 
-        First the answers expire. Then the tasks are cancelled: an answer that looks for another node just now does not
-        notice that it has expired."""
+        In the first round the answers expire, and requests without an answer are cancelled. In the second round all
+        tasks are cancelled: an answer that is looking for another node does not notice that it has expired."""
         self._stopped = True
-        for expire in (True, False):
+        for is_first_round in (True, False):
             for record, task in list(self._active.values()):
-                if expire and record.answer is not None:
+                if is_first_round and record.answer is not None:
                     record.answer.expire(STOPPED_MESSAGE)
                 elif task is not None:
                     task.cancel()
@@ -205,8 +204,8 @@ class Gateway:
             self._access_log.add(record, client=request.client_address, request_id=request.id)
 
     async def _reply(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """The reply of a handler, or an error in the shape of the client's API. Raises ConnectionError where a part of
-        an answer was sent and nothing that is sent now could be understood."""
+        """Returns the reply of a handler, or an error in the shape of the client's API. Raises ConnectionError if a
+        part of an answer was sent, so that the client could not understand an error after it."""
         try:
             self._admit(request)
             return await self._router.route_request(request, record)
@@ -219,7 +218,7 @@ class Gateway:
             if not self._can_reply_stopped(request):
                 raise
             return self._reply_stopped(request, record)
-        except Exception:  # a bug here must cost one client an error in its API's shape, and leave a trace in the log
+        except Exception:  # a bug of ours: one client gets an error in its API's shape, and the log has the traceback
             log.exception("a request to %s failed inside", record.route, extra={"event": "request-failed"})
             record.outcome = RequestOutcome.FAILED
             if request.answer_started:
@@ -227,11 +226,12 @@ class Gateway:
             return error_reply(record.path, GPUMeshError("the gateway failed inside"))
 
     def _can_reply_stopped(self, request: Request) -> bool:
-        """Whether the gateway itself has cancelled the request, and its client can still be told why."""
+        """Whether the gateway itself has cancelled the request, and can still tell the client the reason."""
         return self._stopped and (not request.answer_started or request.unfinished_stream is not None)
 
     def _reply_stopped(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """The gateway is stopped: an error as the end of the stream, or with a status where no stream has begun."""
+        """Tells the client that the gateway has stopped: with an error at the end of the stream, or with a status if no
+        stream has begun."""
         task, stream = asyncio.current_task(), request.unfinished_stream
         if task is not None:
             task.uncancel()
@@ -244,7 +244,7 @@ class Gateway:
         return stream
 
     def _admit(self, request: Request) -> None:
-        """Raises BadRequest for a client that may not ask, and QueueFull for one with too many connections."""
+        """Raises BadRequest if the client may not send this request, and QueueFull if it has too many connections."""
         is_page = request.path == UI_PATH
         self._guard.require_allowed_source(request, is_own_page=is_page, backend_ports=self.mesh.local_ports)
         if request.method == "OPTIONS" or request.path in _PATHS_WITHOUT_KEY:
@@ -253,14 +253,15 @@ class Gateway:
         request.register_key(self._spec.api_key_env)
 
 
-def _local_access(host: str | None, key: bytes | None) -> LocalAccess:
-    """Who on this machine can use the gateway: any user, as with Ollama, unless a key is needed or there is no TCP
-    port."""
+def _find_local_access(host: str | None, key: bytes | None) -> LocalAccess:
+    """Which users of this machine can use the gateway: any user, as with Ollama, unless a key is needed or there is no
+    TCP port."""
     if key is not None:
         return LocalAccess.KEY
     return LocalAccess.OWN_USER if host is None else LocalAccess.ANY_USER
 
 
-def _hostnames(host: str | None, socket: Path | None) -> frozenset[str]:
-    """The names besides the local ones that a client may send as Host. Some clients of a Unix socket send ``unix``."""
+def _find_hostnames(host: str | None, socket: Path | None) -> frozenset[str]:
+    """The names that a client may send as Host, in addition to the local ones. Some clients of a Unix socket send
+    ``unix``."""
     return frozenset({*(() if host is None else (host.lower(),)), *(() if socket is None else ("unix",))})

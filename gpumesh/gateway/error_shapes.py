@@ -1,4 +1,4 @@
-"""Errors in the shape that each client API expects: as a body, as a frame of a stream, as a whole reply. Pure."""
+"""Renders errors in the shape that each client API expects: as a body, a frame of a stream, or a whole reply. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from gpumesh.printable import printable
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}
 NO_NODE_RETRY_S = 2
-# The rest of such a request's body cannot be told from the next request, so the connection is closed.
+# Such a request is answered before its whole body has come. The rest of the body would be taken for the next request,
+# so the connection is closed.
 _CLOSING_STATUSES = (408, 413, 417)
 
 
@@ -45,7 +46,7 @@ def error_status(error: GPUMeshError) -> int:
 
 
 def retry_after_s(error: GPUMeshError) -> int | None:
-    """For the Retry-After header; ``None`` where it is of no use to try again."""
+    """Seconds for the Retry-After header; ``None`` if it is of no use to try again."""
     if isinstance(error, QueueFull):
         return max(round(error.retry_after_s), 1)
     if isinstance(error, NoNodeError) and not isinstance(error, ModelMissing):
@@ -55,11 +56,10 @@ def retry_after_s(error: GPUMeshError) -> int | None:
 
 def client_message(error: GPUMeshError) -> str:
     """Message and hint on one line. For a missing model Ollama's own message stands first: clients look for it."""
+    message = error.message
     if isinstance(error, ModelMissing):
-        return f"model '{printable(error.model)}' not found: {error.message}" + (
-            f"; {error.hint}" if error.hint else ""
-        )
-    return f"{error.message}; {error.hint}" if error.hint else error.message
+        message = f"model '{printable(error.model)}' not found: {message}"
+    return f"{message}; {error.hint}" if error.hint else message
 
 
 # -- bodies and frames -----------------------------------------------------------------------------------------------
@@ -71,16 +71,16 @@ def error_body(api: ClientApi, status: int, message: str) -> bytes:
         case ClientApi.OLLAMA:
             document: dict[str, object] = {"error": message}
         case ClientApi.OPENAI:
-            kind = _error_type(_OPENAI_TYPES, status)
-            document = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+            error_type = _error_type(_OPENAI_TYPES, status)
+            document = {"error": {"message": message, "type": error_type, "param": None, "code": None}}
         case ClientApi.ANTHROPIC:
-            kind = _error_type(_ANTHROPIC_TYPES, status)
-            document = {"type": "error", "error": {"type": kind, "message": message}}
+            error_type = _error_type(_ANTHROPIC_TYPES, status)
+            document = {"type": "error", "error": {"type": error_type, "message": message}}
     return json.dumps(document).encode()
 
 
 def is_error_body(api: ClientApi, document: Mapping[str, Any] | None) -> bool:
-    """Whether the body of an error response is as clients of this API expect it."""
+    """Whether the body of an error response has the shape that clients of this API expect."""
     error = None if document is None else document.get("error")
     match api:
         case ClientApi.OLLAMA:
@@ -111,7 +111,7 @@ def error_frame(api: ClientApi, status: int, message: str) -> bytes:
 
 
 def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) -> Response:
-    """The whole reply to a request for this path."""
+    """The whole error reply to a request for this path."""
     status = error_status(error)
     wait_s = retry_after_s(error)
     if wait_s is not None:
@@ -121,5 +121,5 @@ def error_reply(path: str, error: GPUMeshError, *, headers: HeaderPairs = ()) ->
 
 
 def error_reply_without_path(status: int, message: str) -> Response:
-    """The reply to what is no request. Which API the client uses is not known: it gets Ollama's shape."""
+    """The error reply to input that is no request. The client's API is not known, so the reply has Ollama's shape."""
     return json_response(error_body(ClientApi.OLLAMA, status, message), status=status)

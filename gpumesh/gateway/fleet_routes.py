@@ -1,4 +1,4 @@
-"""Routes about the whole fleet: health, status, metrics, and lists that are merged from every node's answer."""
+"""Routes about the whole fleet: health, status, metrics, and lists that are merged from the answers of all nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpumesh.versions import oldest_version
 from gpumesh.wire import status_json
 
 LIST_TIMEOUT_S = 3.0  # a slower node is missing from a merged list
-MAX_LIST_BYTES = 8 << 20  # so is a node whose list is longer: the probes do not read it either
+MAX_LIST_BYTES = 8 << 20  # a node with a longer list is missing too: the probes do not read such a list either
 
 
 class FleetRoutes:
@@ -38,7 +38,7 @@ class FleetRoutes:
         return Response(b"Ollama is running", content_type="text/plain; charset=utf-8")
 
     async def healthz(self, _request: Request) -> Response:
-        """200 while any node can serve: for a load balancer that asks whether to send requests here."""
+        """200 while any node can serve. A load balancer asks this to learn whether it may send requests here."""
         usable = self._mesh.usable_nodes()
         document = {"status": "ok" if usable else "no node can serve", "nodes_usable": len(usable)}
         return _json(document, status=200 if usable else 503)
@@ -58,7 +58,7 @@ class FleetRoutes:
         return Response(exposition.render(families).encode("utf-8", "replace"), content_type=exposition.CONTENT_TYPE)
 
     async def version(self, _request: Request) -> Response:
-        """The oldest version of all nodes: a client may rely on it, whichever node answers."""
+        """The oldest version of all nodes: every node that may answer has at least this version."""
         versions = [
             node.backend.version
             for node in self._mesh.snapshot().nodes
@@ -88,18 +88,18 @@ class FleetRoutes:
         return json_response(merged.render())
 
     async def _ask_nodes(self, path: str, kinds: frozenset[BackendKind]) -> Iterable[bytes]:
-        """The bodies of the nodes that answered in time."""
+        """Returns the bodies of the nodes that answered in time."""
 
-        async def ask(node: str) -> bytes | None:
+        async def ask_node(node: str) -> bytes | None:
             demand = Demand(model=None, kinds=kinds, node=node, needs_slot=False)
             calls = dict.fromkeys(BackendKind, HttpCall("GET", path))
             try:
                 answer = await self._mesh.send(demand, calls, timeout_s=LIST_TIMEOUT_S)
                 return await answer.read_at_most(MAX_LIST_BYTES) if answer.status == 200 else None
             except GPUMeshError:
-                return None  # the node is missing from the list: a client can be told no more
+                return None  # the node is missing from the list, whose format has no place for errors
 
-        bodies = await asyncio.gather(*(ask(node) for node in self._mesh.usable_nodes(kinds)))
+        bodies = await asyncio.gather(*(ask_node(node) for node in self._mesh.usable_nodes(kinds)))
         return [body for body in bodies if body is not None]
 
 

@@ -1,11 +1,11 @@
-"""The outermost members of a request's JSON object: read, checked, and rendered with other values.
+"""Reads and checks the outermost members of a request's JSON object, and renders the object with other values.
 
-The gateway must know a few small members (model, options, …) of bodies that may be 256 MiB. To build the whole document
-costs up to 30 times its size, and seconds in which no other request is served. For 64 MiB (``benchmarks/bodies.py``, ms
-of CPU):
+The gateway must know a few small members (model, options, …) of bodies that may be 256 MiB large. Building the whole
+document would take up to 30 times its size in memory, and seconds in which no other request is served. For 64 MiB
+(``benchmarks/bodies.py``, ms of CPU):
 
 ===================  ============  =================  ======================  ====================
-body                 json.loads    msgspec, skipping  here, all steps         the longest step
+body                 json.loads    msgspec, skipping  this module, all steps  its longest step
 ===================  ============  =================  ======================  ====================
 an image as base64   120           16                 37                      0.1
 a long prompt        131           16                 179                     0.1
@@ -13,14 +13,14 @@ messages of 2 bytes  1,027         43                 404                     0.
 ``[],[],[],…``       4,522         132                343                     0.9
 ===================  ============  =================  ======================  ====================
 
-So msgspec reads a small body in one call. It skips what is not asked for without making objects of it, and checks it
-all the same. A larger body is scanned in steps (``json_scanner``), between which other requests have their turn.
+So msgspec reads a small body in one call. It makes no objects of the members that are not needed, but checks their
+syntax. A larger body is scanned in steps (``json_scanner``), between which other requests have their turn.
 
-**Read as the server reads.** The gateway must balance on the same model that the server reads, and servers differ. Go's
-``encoding/json``, which is Ollama's, takes ``Model`` for ``model``, takes the last of two members of one name, and
-merges two ``options``. Python's takes ``model`` alone, and the last of two. So a member that Ollama knows may stand
-only once, however it is spelled, or the body is refused. It is sent on with the spelling that every server knows. The
-table of what Go does is in ``tests/gateway/test_json_members.py``.
+**The gateway must read the same model as the server**, and servers differ. Ollama uses Go's ``encoding/json``, which
+takes ``Model`` for ``model``, takes the last of two members with one name, and merges two ``options``. Python's parser
+knows ``model`` only, and takes the last of two. So a body is refused if a member that Ollama knows occurs twice, in any
+spelling. A known member is sent on in the spelling that every server knows. A table of Go's behaviour is in
+``tests/gateway/test_json_members.py``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_scanner import MAX_MEMBERS, JsonScanner, not_json_error, too_many_members_error
 
 SMALL_BODY_BYTES = 32 << 10  # read in one call: 7 ms at the worst, for thousands of members
-MAX_TEXT_BYTES = 4 << 10  # of a member that is taken for a name
+MAX_TEXT_BYTES = 4 << 10  # of a member whose value is read as a name
 COPY_BYTES = 1 << 20  # copied in one step
 
-# All that Ollama reads from the outermost object of any route, and what else is read here or for a continuation.
+# All members that Ollama reads from the outermost object of any route, and the other members that the gateway reads,
+# here or to continue an answer.
 _NAMES = """
     model name messages prompt suffix system template context stream raw format keep_alive images tools options think
     truncate shift logprobs top_logprobs input dimensions _debug_render_only
@@ -58,7 +59,7 @@ T = TypeVar("T")
 
 
 class _UniqueName(str):
-    """A name that equals no other, so that a mapping of names keeps those that stand twice."""
+    """A name that equals no other name, so that a dict keeps both of two equal names."""
 
     __slots__ = ()
     __hash__ = object.__hash__
@@ -70,20 +71,22 @@ _decode_text_or_null = msgspec.json.Decoder(str | None).decode
 
 
 class Members:
-    """``known``: the value of each member that Ollama knows, as it is written. ``has_common_spelling``: all of their
-    names are spelled as every server knows them. Raises BadRequest for a member that stands twice."""
+    """The outermost members of a body. ``known``: the value of each member that Ollama knows, as it is written.
+    ``has_common_spelling``: all known names are spelled as every server knows them. Raises BadRequest if a known member
+    occurs twice."""
 
     __slots__ = ("_pairs", "_written_names", "has_common_spelling", "known")
 
     def __init__(self, pairs: Iterable[tuple[str, RawValue]], written_names: Sequence[RawValue] | None = None) -> None:
-        """Names and values; ``written_names`` are the names as they are written, where they are at hand."""
+        """``pairs`` are names and values. ``written_names`` are the names as they are written in the body, if the
+        caller has them."""
         self._pairs = pairs
         self._written_names = written_names
         self.known: dict[str, RawValue] = {}
         self.has_common_spelling = True
         for name, value in pairs:
-            folded = name.lower()
-            if folded not in KNOWN_MEMBERS and (folded.isascii() or (folded := fold_name(name)) not in KNOWN_MEMBERS):
+            folded = fold_name(name)
+            if folded not in KNOWN_MEMBERS:
                 continue
             if folded in self.known:
                 raise BadRequest(f"the request body has `{folded}` twice")
@@ -92,7 +95,8 @@ class Members:
                 self.has_common_spelling = False
 
     def text(self, name: str) -> str | None:
-        """The member's text; ``None`` where it is missing or null. Raises BadRequest for anything else."""
+        """The member's text; ``None`` if the member is missing or null. Raises BadRequest if it is no text, or too
+        long."""
         value = self.known.get(name)
         if value is None:
             return None
@@ -104,7 +108,8 @@ class Members:
             raise BadRequest(f"{name} is required, as a string") from error
 
     def render_pieces(self, **texts: str) -> list[RawValue]:
-        """The object with these texts in place of what it had, and every known member in its common spelling."""
+        """The object in pieces, with ``texts`` in place of the members of these names, and with every known member in
+        its common spelling."""
         pieces: list[RawValue] = []
         for name, text in texts.items():
             pieces += (b",", json.dumps(name).encode(), b":", json.dumps(text).encode())
@@ -123,7 +128,8 @@ class Members:
 
 
 def fold_name(name: str) -> str:
-    """A name as Go compares it (``encoding/json``, foldName): without case. Two letters have a third form."""
+    """The form in which Go compares names (``encoding/json``, foldName): without case. Two letters have a third form:
+    ``lower`` changes the Kelvin sign to ``k``, but does not change the long s."""
     folded = name.lower()
     return folded if folded.isascii() else folded.replace("\u017f", "s")
 
@@ -132,24 +138,24 @@ class BodyOwner(Protocol):
     """The request whose body is read."""
 
     async def run_sliced(self, work: Generator[None, None, T]) -> T:
-        """The result of work that takes long, done in steps."""
+        """Does long work in steps, and returns its result."""
 
     def reserve_memory(self, size: int) -> None:
-        """So many bytes more are held for the request. Raises QueueFull where there is no room."""
+        """Reserves ``size`` bytes more for the request. Raises QueueFull if there is no room."""
 
     def release_memory(self, size: int) -> None:
-        """So many of these bytes are held no longer."""
+        """Frees ``size`` of the reserved bytes."""
 
 
 async def read_members(body: bytes, request: BodyOwner) -> Members:
-    """Raises BadRequest for what is no JSON object, or what servers would read differently."""
+    """Reads a body of any size. Raises BadRequest if it is no JSON object, or if servers would read it differently."""
     members = read_small_members(body)
     return await request.run_sliced(scan_members(body)) if members is None else members
 
 
 async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **texts: str) -> bytes:
-    """The body with these texts among its members. The caller must not keep the old body: its memory is released.
-    Raises QueueFull where there is no room for both."""
+    """Returns a new body with ``texts`` among its members. The caller must not keep the old body: its memory is
+    released. Raises QueueFull if there is no room for both."""
     pieces = members.render_pieces(**texts)
     if len(body) <= COPY_BYTES:
         return b"".join(pieces)
@@ -160,7 +166,8 @@ async def rewrite_body(body: bytes, members: Members, request: BodyOwner, **text
 
 
 def read_small_members(body: bytes) -> Members | None:
-    """``None`` for a body that has to be scanned in steps. Raises BadRequest."""
+    """Reads a small body in one call. Returns ``None`` if the body must be scanned in steps: it is large, or msgspec
+    cannot read it (Go reads more). Raises BadRequest."""
     if not body:
         raise BadRequest("missing request body")
     if len(body) > SMALL_BODY_BYTES:
@@ -177,7 +184,7 @@ def read_small_members(body: bytes) -> Members | None:
 
 
 def scan_members(body: bytes) -> Generator[None, None, Members]:
-    """Yields after each step. Raises BadRequest."""
+    """Reads a body of any size. Yields after each step. Raises BadRequest."""
     pairs, written_names = yield from JsonScanner(body).scan_members()
     if len(body) <= SMALL_BODY_BYTES:
         _require_json(body)
@@ -185,7 +192,7 @@ def scan_members(body: bytes) -> Generator[None, None, Members]:
 
 
 def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
-    """One body of these pieces. Yields after each step."""
+    """Joins the pieces to one body. Yields after each step."""
     body = BytesIO()
     for piece in pieces:
         view = memoryview(piece)
@@ -193,15 +200,15 @@ def join_pieces(pieces: Iterable[RawValue]) -> Generator[None, None, bytes]:
             body.write(view[start : start + COPY_BYTES])
             if len(view) > COPY_BYTES:
                 yield
-    return body.getvalue()  # the buffer's own bytes: they are not copied
+    return body.getvalue()  # BytesIO returns its own bytes, without a copy
 
 
 def _require_json(body: bytes) -> None:
-    """Raises BadRequest unless a small body, which msgspec refused, is JSON as Go reads it. It may nest deeply, or hold
-    half of a surrogate pair or bytes that are no UTF-8."""
+    """Raises BadRequest unless Go reads this small body, which msgspec refused. Go accepts bodies that nest deeply,
+    that hold half of a surrogate pair, or that are no UTF-8."""
     try:
         json.loads(body.decode("utf-8", "replace"), parse_constant=_refuse_constant, parse_int=str, parse_float=str)
-    except RecursionError:
+    except RecursionError:  # the scanner has checked the depth
         pass
     except ValueError as error:
         raise not_json_error(str(error)) from error

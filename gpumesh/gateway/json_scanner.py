@@ -1,7 +1,7 @@
-"""Finds the outermost members of a JSON object of any size in short steps, without building what they hold. Pure.
+"""Finds the outermost members of a JSON object of any size in short steps, without building their values. Pure.
 
-The scanner finds the end of each outermost value by its quotation marks and brackets. It leaves it to the server to
-complain about what else is wrong inside a value. It never looks at more than ``WINDOW`` bytes between two yields.
+The scanner finds the end of each outermost value by its quotation marks and brackets. Other faults inside a value are
+left to the server, which refuses them. The scanner never reads more than ``WINDOW`` bytes between two yields.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import msgspec
 
 from gpumesh.gateway.http.errors import BadRequest
 
-WINDOW = 16 << 10  # bytes that are looked at in one step, 3 ms at the worst
-FIRST_WINDOW = 1 << 10  # the first step of a nested value: most values are short
+WINDOW = 16 << 10  # bytes that are read in one step, 3 ms at the worst
+FIRST_WINDOW = 1 << 10  # bytes of the first step in a nested value: most values are short
 MAX_MEMBERS = 1000
-MAX_DEPTH = 10_000  # the bound of Go's encoding/json, the outermost object counted
+MAX_DEPTH = 10_000  # the limit of Go's encoding/json; the outermost object counts
 MAX_NAME_BYTES = 256  # of a member's name as it is written; no known name is longer
-MAX_COLLAPSES = 64  # how often pairs of brackets that enclose nothing are taken out; deeper nests are walked through
+MAX_COLLAPSES = 64  # rounds in which empty pairs of brackets are removed; deeper nests are counted bracket by bracket
+PART_BRACKETS = 64  # brackets that are counted together, if they cannot end the value
 
 Members = tuple[list[tuple[str, memoryview]], list[memoryview]]
-"""Names and values in their order, and the names as they are written."""
+"""The pairs of name and value in their order, then the names as they are written."""
 
 _BLANKS = re.compile(rb"[ \t\n\r]*")
 _STRING_PART = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\/bfnrtu][^"\\\x00-\x1f]*)*')
@@ -43,7 +44,7 @@ _decode_string = msgspec.json.Decoder(str).decode
 
 
 class JsonScanner:
-    """Goes through a body once."""
+    """Scans one body, once. ``_position`` is the index of the next byte."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -52,7 +53,7 @@ class JsonScanner:
         self._position = 0
 
     def scan_members(self) -> Generator[None, None, Members]:
-        """Raises BadRequest for what is no JSON object, as far as it is looked at."""
+        """Finds the members. Raises BadRequest if the body is no JSON object, as far as the scanner checks that."""
         pairs: list[tuple[str, memoryview]] = []
         written_names: list[memoryview] = []
         yield from self._skip_blanks()
@@ -60,15 +61,15 @@ class JsonScanner:
             raise BadRequest("missing request body")
         self._expect(b"{")
         yield from self._skip_blanks()
-        more = self._next_byte() != b"}"
-        while more:
+        has_more = self._next_byte() != b"}"
+        while has_more:
             written_name, value = yield from self._scan_member()
             written_names.append(written_name)
             pairs.append((_decode_name(written_name), value))
             if len(pairs) > MAX_MEMBERS:
                 raise too_many_members_error()
-            more = self._next_byte() == b","
-            if more:
+            has_more = self._next_byte() == b","
+            if has_more:
                 self._position += 1
                 yield from self._skip_blanks()
         self._expect(b"}")
@@ -78,7 +79,7 @@ class JsonScanner:
         return pairs, written_names
 
     def _scan_member(self) -> Generator[None, None, tuple[memoryview, memoryview]]:
-        """A member's name and value as they are written; the blanks after it are skipped."""
+        """Returns a member's name and its value as they are written. Skips the blanks after the member."""
         start = self._position
         yield from self._skip_string()
         written_name = self._view[start : self._position]
@@ -107,11 +108,11 @@ class JsonScanner:
     # -- skipping ------------------------------------------------------------------------------------------------
 
     def _skip_run(self, pattern: re.Pattern[bytes]) -> _Steps:
-        """Past all bytes that fit this pattern, which is one of single bytes."""
+        """Skips all bytes that match. The pattern is one set of bytes, repeated, so a window may end anywhere."""
         while True:
             window_end = self._position + WINDOW
             match = pattern.match(self._body, self._position, window_end)
-            assert match is not None, "it matches nothing as well"
+            assert match is not None, "the pattern matches no bytes too"
             self._position = match.end()
             if self._position < window_end:
                 return
@@ -129,6 +130,7 @@ class JsonScanner:
         else:
             start = self._position
             yield from self._skip_run(_WORD)
+            # A longer number is left to the server: to match it would take too long for one step.
             if self._position - start < WINDOW and _SCALAR.fullmatch(self._body, start, self._position) is None:
                 raise self._error_here("no value")
 
@@ -137,30 +139,31 @@ class JsonScanner:
         while True:
             window_end = self._position + WINDOW
             match = _STRING_PART.match(self._body, self._position, window_end)
-            assert match is not None, "it matches nothing as well"
+            assert match is not None, "the pattern matches no bytes too"
             self._position = match.end()
             if self._position >= self._size:
                 raise self._error_here("")
             if self._body[self._position] == _QUOTE:
                 self._position += 1
                 return
-            escape_at_end = self._body[self._position] == _BACKSLASH and self._position + 1 == window_end
-            if self._position < window_end and not escape_at_end:
+            window_cuts_escape = self._body[self._position] == _BACKSLASH and self._position + 1 == window_end
+            if self._position < window_end and not window_cuts_escape:
                 raise self._error_here("no character of a string")
             yield
 
     def _skip_nested(self) -> _Steps:
-        """Past an array or an object, window by window.
+        """Skips an array or an object, window by window.
 
-        Of each window only the brackets outside of strings are kept. They are walked through one by one only in the
-        window in which the value ends."""
+        In each window only the brackets outside of strings count. Only in the window in which the value ends are they
+        visited one by one."""
         self._position += 1
         depth, window, in_string = 1, FIRST_WINDOW, False
         while True:
             piece = self._body[self._position : self._position + window]
             is_last = self._position + len(piece) == self._size
-            if not is_last and (len(piece) - len(piece.rstrip(b"\\"))) % 2:
-                piece = piece[:-1]  # both bytes of an escape belong to one window
+            trailing_backslashes = len(piece) - len(piece.rstrip(b"\\"))
+            if not is_last and trailing_backslashes % 2:
+                piece = piece[:-1]  # the last backslash begins an escape: both its bytes must be in one window
             brackets, quotes = self._find_brackets(piece, in_string=in_string)
             depth_after = _depth_after(brackets, depth)
             if depth_after == 0:
@@ -177,7 +180,8 @@ class JsonScanner:
             yield
 
     def _find_brackets(self, piece: bytes, *, in_string: bool) -> tuple[bytes, int]:
-        """The brackets of this piece outside of strings, as square ones, and how many quotation marks it has."""
+        """Returns the brackets of this piece outside of strings, all written as square ones, then the number of its
+        quotation marks."""
         if b"\\" in piece:
             piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')
@@ -187,35 +191,37 @@ class JsonScanner:
         return outside.translate(_TO_SQUARE, _NO_BRACKETS), len(parts) - 1
 
     def _find_end(self, brackets: bytes, depth: int, in_string: bool, window_end: int) -> int:
-        """Where the value ends, which does so before ``window_end``."""
+        """Returns the index after the value, which ends before ``window_end``."""
         position = self._position
-        if in_string:
+        if in_string:  # skip its rest; the pattern needs the quotation mark, which was in an earlier window
             match = _STRING_OR_BRACKET.match(b'"' + self._body[position:window_end])
             assert match is not None, "it begins with a quotation mark"
             position += match.end() - 1
-        left = list(accumulate(map(_DEPTH_CHANGE.__getitem__, brackets), initial=depth)).index(0)
+        depths = accumulate(map(_DEPTH_CHANGE.__getitem__, brackets), initial=depth)
+        remaining_brackets = list(depths).index(0)  # up to the closing bracket of the value, which counts
         for token in _STRING_OR_BRACKET.finditer(self._body, position, window_end):
             if self._body[token.start()] != _QUOTE:
-                left -= 1
-                if not left:
+                remaining_brackets -= 1
+                if not remaining_brackets:
                     return token.end()
         raise AssertionError("the brackets were counted")
 
 
 def _depth_after(brackets: bytes, depth: int) -> int:
-    """The depth after these square brackets; 0 where it came down to 0 in between. Raises BadRequest when too deep.
+    """The depth after these square brackets; 0 if the depth was 0 in between. Raises BadRequest if it is too deep.
 
-    Pairs that enclose nothing are taken out, again and again. What is left closes what was open before, and opens what
-    is open after. What nests too deeply for that is walked through, but for parts that cannot reach depth 0."""
+    Empty pairs of brackets are removed, again and again. Then mostly two sorts of brackets remain: those that close
+    levels that were open before, and those that open levels that stay open. These brackets are counted in parts. Only a
+    part that could reach depth 0, or the limit, is counted bracket by bracket."""
     rest = brackets
-    if depth + brackets.count(b"[") < MAX_DEPTH:
+    if depth + brackets.count(b"[") < MAX_DEPTH:  # otherwise a removed pair might have been too deep
         for _ in range(MAX_COLLAPSES):
             shorter = rest.replace(b"[]", b"")
             if len(shorter) == len(rest):
                 break
             rest = shorter
-    for start in range(0, len(rest), MAX_COLLAPSES):
-        part = rest[start : start + MAX_COLLAPSES]
+    for start in range(0, len(rest), PART_BRACKETS):
+        part = rest[start : start + PART_BRACKETS]
         closed = part.count(b"]")
         if closed < depth and depth + len(part) < MAX_DEPTH:
             depth += len(part) - 2 * closed
@@ -230,7 +236,7 @@ def _depth_after(brackets: bytes, depth: int) -> int:
 
 
 def _decode_name(written: memoryview) -> str:
-    """A member's name. Empty for what no server would know: long names, no UTF-8, half of a surrogate pair."""
+    """A member's name. It is empty if no server could know it: a long name, no UTF-8, or half of a surrogate pair."""
     if len(written) > MAX_NAME_BYTES:
         return ""
     try:

@@ -15,7 +15,8 @@ BACKLOG = 1024
 
 
 class HttpListener:
-    """``open`` it once; ``close`` it when no more clients shall come. ``host`` or ``path`` is given, or both."""
+    """Listens for clients on ``host`` and ``port``, on a Unix socket at ``path``, or on both. ``open`` may be called
+    once. ``close`` stops accepting clients."""
 
     def __init__(self, host: str | None, port: int, path: Path | None) -> None:
         self._host = host
@@ -29,8 +30,8 @@ class HttpListener:
         return f"<HttpListener {self.url or 'not open'}>"
 
     async def open(self, create_connection: Callable[[], asyncio.Protocol]) -> None:
-        """``create_connection`` makes the protocol of each client's connection. Raises MeshAlreadyRunning and
-        GPUMeshError."""
+        """Starts to listen. ``create_connection`` makes the protocol of each client's connection. Raises
+        MeshAlreadyRunning if an address is taken, and GPUMeshError for another fault of the socket's path."""
         loop = asyncio.get_running_loop()
         try:
             if self._host is not None:
@@ -50,13 +51,13 @@ class HttpListener:
 
     @property
     def unix_socket(self) -> str | None:
-        """The path of the Unix socket."""
+        """The path of the Unix socket, if there is one."""
         return None if self._path is None else str(self._path)
 
     def close(self) -> None:
-        """No more clients are accepted. The connections that were accepted stay."""
+        """Accepts no more clients. The connections that were accepted stay."""
         if self._unix is not None:
-            self._unix.remove_path()  # while we listen on it: no other process can have taken the path over
+            self._unix.remove_path()  # before the socket is closed: until then no other process can take over the path
         for server in self._servers:
             server.close()
         if self._unix is not None:

@@ -1,9 +1,9 @@
-"""Merges the lists of many nodes (models, loaded models) into one. Pure; what a node sent is hostile until parsed here.
+"""Merges the lists of many nodes (models, loaded models) into one. Pure. The bodies of nodes are untrusted.
 
-A client reads the merged list as one document. One entry of one node that it cannot read (a number that is none, a date
-that no calendar has, half of a surrogate pair) would cost it the entries of all nodes. So each entry is built anew from
-what can be read of it. A key that clients know has its type or is left out. Other keys are passed on as far as their
-values are plain JSON.
+A client reads the merged list as one document. If one entry of one node is not readable (NaN, a date that no calendar
+has, half of a surrogate pair), the client loses the entries of all nodes. So each entry is built anew from its readable
+parts. A key that clients know has the right type or is left out. Other keys are passed on as far as their values are
+plain JSON.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from gpumesh.backends import model_list, safe_json
 from gpumesh.model_names import full_name
 from gpumesh.printable import printable
 
-# How much of unknown keys is passed on: values of one entry, characters of one text, levels of nesting.
-MAX_VALUES = 200
-MAX_TEXT_CHARS = 1000
-MAX_DEPTH = 4
-STEP_ENTRIES = 250  # read in one step, a few milliseconds
+MAX_VALUES = 200  # values of unknown keys that are passed on, in one entry
+MAX_TEXT_CHARS = 1000  # characters that are passed on of one text
+MAX_LABEL_CHARS = 100  # of an unknown key, and of a text in a list (a family, a capability)
+MAX_TEXTS = 50  # texts that are passed on of a list of texts
+MAX_DEPTH = 4  # levels of nesting in the value of an unknown key
+STEP_ENTRIES = 250  # entries that are read in one step, a few milliseconds
 MAX_CLOCK_SKEW = timedelta(days=1)
 _MAX_INT = (1 << 63) - 1
-# RFC 3339, as parsers of clients want it (Go's, for example).
+# RFC 3339, as the parsers of clients require it (Go's, for example).
 _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?(?:Z|[+-][0-9]{2}:[0-9]{2})"
 )
@@ -37,15 +38,18 @@ _MIN_TIME = datetime.min.replace(tzinfo=UTC)
 Entry = dict[str, Any]
 Reader = Callable[[Any], Any]
 SortTime = tuple[datetime, str]
-"""Within a microsecond the text decides: its nanoseconds do not fit into a datetime."""
+"""A time, then its text. The text decides between times of the same microsecond: a datetime holds no nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListFormat:
-    """What a list looks like. ``key`` is where its entries are; an entry has its name under each of ``names``.
+    """The format of a list.
 
-    ``readers`` read the keys that clients know. ``time_key`` is the key of a time: of two entries of one name the later
-    one stands. Without it the first one stands. ``head`` comes before the entries.
+    - ``key``: the key of the list's entries. ``names``: the keys under which an entry has its name.
+    - ``readers``: a function for each key that clients know, which reads its value.
+    - ``time_key``: the key of an entry's time. Of two entries with one name, the later one is kept. Without a time key,
+      the first one is kept.
+    - ``head``: keys and values that come before the entries.
     """
 
     key: str
@@ -57,7 +61,7 @@ class ListFormat:
 
 
 class MergedList:
-    """The entries of many nodes' lists. An entry that claims to be later than ``latest_time`` has no time."""
+    """The entries of many nodes' lists. The time of an entry is removed if it is later than ``latest_time``."""
 
     def __init__(self, list_format: ListFormat, *, latest_time: datetime | None = None) -> None:
         self._format = list_format
@@ -65,14 +69,15 @@ class MergedList:
         self._entries: dict[str, tuple[SortTime, Entry]] = {}
 
     def add_body(self, body: bytes) -> Iterator[None]:
-        """Adds one node's list, in steps. What is no list, or is too long, is passed over: the probes do so too."""
+        """Adds one node's list, in steps. A body without a list, or with too long a list, is ignored, as in probes."""
         list_format = self._format
         document = safe_json.parse_report(body)
         listed = None if document is None else document.get(list_format.key)
         if not isinstance(listed, list) or len(listed) > model_list.MAX_MODELS:
             return
         yield
-        # Ollama compares names without case, and knows a tag that is left out. Other servers compare names as they are.
+        # Ollama compares names without case, and adds a missing tag. Other servers compare names as they are. Only
+        # Ollama's lists have a time.
         identify = full_name if list_format.time_key is not None else str
         read_entries = model_list.read_listing(listed, *list_format.names).entries
         for number, (name, node_entry) in enumerate(read_entries.items()):
@@ -103,12 +108,14 @@ class MergedList:
 
 
 def merge_tags(bodies: Iterable[bytes], *, now: datetime | None = None) -> bytes:
-    """The union of ``/api/tags`` by name, the newest first, as Ollama lists them. The newer of two entries stands."""
+    """The union of ``/api/tags`` by name, the newest first, as Ollama sorts them. Of two entries with one name, the
+    newer one is kept."""
     return _merge(MergedList(TAGS_FORMAT, latest_time=latest_plausible_time(now)), bodies)
 
 
 def merge_loaded(bodies: Iterable[bytes]) -> bytes:
-    """The union of ``/api/ps``. A model that several nodes have loaded is listed once, with the latest end."""
+    """The union of ``/api/ps``. A model that several nodes have loaded is listed once, with the latest time at which it
+    expires."""
     return _merge(MergedList(LOADED_FORMAT), bodies)
 
 
@@ -118,7 +125,7 @@ def merge_openai_models(bodies: Iterable[bytes]) -> bytes:
 
 
 def latest_plausible_time(now: datetime | None) -> datetime | None:
-    """The clocks of hosts differ. But a node on which a model was changed later than this has a wrong clock."""
+    """The latest time that a correct clock can give; ``None`` without ``now``. The clocks of hosts differ a little."""
     return None if now is None else now + MAX_CLOCK_SKEW
 
 
@@ -130,16 +137,16 @@ def _merge(merged: MergedList, bodies: Iterable[bytes]) -> bytes:
 
 
 def _read_entry(name: str, node_entry: Mapping[str, Any], list_format: ListFormat) -> Entry:
-    entry: Entry = dict.fromkeys(list_format.names, name)  # under each name, also where the node gave one of them only
+    entry: Entry = dict.fromkeys(list_format.names, name)  # the node may have sent only one of the names
     budget = [MAX_VALUES]
     for key, value in node_entry.items():
         if key in list_format.names:
             continue
         if (reader := list_format.readers.get(key)) is not None:
-            if (read := reader(value)) is not None:
-                entry[key] = read
-        elif (plain := _plain_json(value, budget)) is not None:
-            entry[printable(key, 100)] = plain
+            if (known_value := reader(value)) is not None:
+                entry[key] = known_value
+        elif (plain_value := _plain_json(value, budget)) is not None:
+            entry[printable(key, MAX_LABEL_CHARS)] = plain_value
     return entry
 
 
@@ -151,7 +158,9 @@ def _read_text(value: Any) -> str | None:
 
 
 def _read_texts(value: Any) -> list[str] | None:
-    return [printable(text, 100) for text in value[:50] if isinstance(text, str)] if isinstance(value, list) else None
+    if not isinstance(value, list):
+        return None
+    return [printable(text, MAX_LABEL_CHARS) for text in value[:MAX_TEXTS] if isinstance(text, str)]
 
 
 def _read_count(value: Any) -> int | None:
@@ -159,7 +168,7 @@ def _read_count(value: Any) -> int | None:
 
 
 def _read_time(value: Any) -> str | None:
-    """The text as it came, if every parser reads it. A text that only Python's parser reads is written anew."""
+    """The text of a time: as it came if every parser reads it, written anew if only Python's parser reads it."""
     time = safe_json.as_datetime(value)
     if time is None:
         return _NO_TIME if value == _NO_TIME else None
@@ -171,19 +180,19 @@ def _read_details(value: Any) -> Entry | None:
         return None
     budget = [MAX_VALUES]
     details: Entry = {}
-    for key, part in value.items():
+    for key, detail in value.items():
         if key == "families":
-            details[key] = _read_texts(part)  # Ollama has null here as well
+            details[key] = _read_texts(detail)  # None is allowed: Ollama sends null here too
         elif key in _TEXT_DETAILS:
-            if isinstance(part, str):
-                details[key] = printable(part, MAX_TEXT_CHARS)
-        elif (plain := _plain_json(part, budget)) is not None:
-            details[printable(key, 100)] = plain
+            if isinstance(detail, str):
+                details[key] = printable(detail, MAX_TEXT_CHARS)
+        elif (plain_value := _plain_json(detail, budget)) is not None:
+            details[printable(key, MAX_LABEL_CHARS)] = plain_value
     return details
 
 
 def _read_object(_value: Any) -> str:
-    return "model"
+    return "model"  # the only value that OpenAI has
 
 
 _TEXT_DETAILS = frozenset({"parent_model", "format", "family", "parameter_size", "quantization_level"})
@@ -210,7 +219,8 @@ OPENAI_FORMAT = ListFormat("data", ("id",), _OPENAI_READERS, head={"object": "li
 
 
 def _plain_json(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """The part of a value that every JSON parser reads; ``None`` for the rest. ``budget[0]`` values at most."""
+    """A copy of the value, with ``None`` for each part that some JSON parser cannot read, and for each part beyond the
+    limits. ``budget[0]`` is the number of values that may still be copied; the function reduces it."""
     budget[0] -= 1
     if budget[0] < 0 or depth > MAX_DEPTH:
         return None
@@ -218,11 +228,11 @@ def _plain_json(value: Any, budget: list[int], depth: int = 0) -> Any:
         return printable(value, MAX_TEXT_CHARS)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, int):  # true and false among them
+    if isinstance(value, int):  # or a bool
         return value if -_MAX_INT <= value <= _MAX_INT else None
     if isinstance(value, list):
         return [_plain_json(part, budget, depth + 1) for part in value[: max(budget[0], 0)]]
     if isinstance(value, dict):
-        parts = list(value.items())[: max(budget[0], 0)]
-        return {printable(key, 100): _plain_json(part, budget, depth + 1) for key, part in parts}
+        items = list(value.items())[: max(budget[0], 0)]
+        return {printable(key, MAX_LABEL_CHARS): _plain_json(part, budget, depth + 1) for key, part in items}
     return None

@@ -1,4 +1,4 @@
-"""What a client asks for: the routes of models, and the ``Demand`` read from route, headers and body. Pure."""
+"""The routes of models, and the ``Demand`` that is read from a request's route, headers and body. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gpumesh.gateway.http.errors import BadRequest
 from gpumesh.gateway.json_members import Members, RawValue
 from gpumesh.topology import BackendKind, Topology
 
-MAX_OPTIONS_BYTES = 64 << 10  # a dozen numbers and a few stop words
+MAX_OPTIONS_BYTES = 64 << 10  # plenty for a dozen numbers and a few stop words
 MAX_NUMBER_BYTES = 32
-MIN_PROMPT_BYTES = 2000  # of a body; a shorter one is read in no time
-BYTES_PER_TOKEN = 4
-MAX_TIMEOUT_S = 86400.0
+MIN_PROMPT_BYTES = 2000  # bytes of a body; the time to evaluate a shorter prompt does not matter to the balancer
+BYTES_PER_TOKEN = 4  # in English text
+MAX_TIMEOUT_S = 86400.0  # a day
 OLLAMA_ONLY = kinds_that_serve("/api/chat")
 ALL_KINDS = kinds_that_serve("/v1/chat/completions")
 
@@ -35,8 +35,9 @@ class ClientApi(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """``needs_slot``: it costs inference, so it takes a slot on its node. ``model_keys``: the members that may name the
-    model, in order; the first that is there does (``server/routes.go`` of Ollama)."""
+    """A route whose requests go to a node that has the model. ``needs_slot``: the request needs inference, so it takes
+    a slot on its node. ``model_keys``: the members that may name the model; the first of them that is not empty counts
+    (``server/routes.go`` of Ollama)."""
 
     methods: frozenset[str]
     api: ClientApi = ClientApi.OLLAMA
@@ -47,7 +48,7 @@ class ModelRoute:
 
 _POST = frozenset({"POST"})
 
-# Routes that go to one node which has the model. All other routes are in routing.py.
+# All other routes are in routing.py.
 MODEL_ROUTES: Mapping[str, ModelRoute] = {
     "/api/chat": ModelRoute(_POST),
     "/api/generate": ModelRoute(_POST),
@@ -64,7 +65,7 @@ MODEL_ROUTES: Mapping[str, ModelRoute] = {
 
 
 def find_client_api(path: str) -> ClientApi:
-    """The API of a client that asks for this path, whether or not it is served."""
+    """The API that a client of this path uses, even if the path is not served."""
     route = MODEL_ROUTES.get(path)
     if route is not None:
         return route.api
@@ -81,15 +82,15 @@ def read_demand(
     node: str | None = None,
     request_id: str | None = None,
 ) -> Demand:
-    """``members`` are those of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
+    """``members`` are the members of the body, which has ``size`` bytes. ``model`` comes from ``read_model``, or is the
     default model. ``node`` comes from ``read_node``.
 
-    Raises BadRequest for what no server could answer.
+    Raises BadRequest for a request that no server could answer.
     """
     if model is None or not model.strip():
         raise BadRequest("model is required")
-    written = members.known.get("options")
-    options = _NO_OPTIONS if written is None else _read_options(written)
+    raw_options = members.known.get("options")
+    options = _NO_OPTIONS if raw_options is None else _read_options(raw_options)
     return Demand(
         model=model,
         kinds=route.kinds,
@@ -104,7 +105,7 @@ def read_demand(
 
 
 def read_model(route: ModelRoute, members: Members) -> str | None:
-    """The model that the client names; ``None`` where it names none. Raises BadRequest."""
+    """The model that the client names; ``None`` if the client names no model. Raises BadRequest."""
     for name in route.model_keys:
         model = members.text(name)
         if model:
@@ -113,7 +114,8 @@ def read_model(route: ModelRoute, members: Members) -> str | None:
 
 
 class _Options(msgspec.Struct, gc=False):
-    """What is read of ``options``. As in Go's maps the last of two counts, and only this spelling."""
+    """The part of ``options`` that the gateway reads. As in Ollama, which reads them into a map of Go, names have only
+    this spelling, and the last of two members with one name counts."""
 
     num_predict: Any = None
 
@@ -123,7 +125,7 @@ _decode_options = msgspec.json.Decoder(_Options).decode
 
 
 def _read_options(value: RawValue) -> _Options:
-    """No options where they cannot be read: the server will say what is wrong with them."""
+    """Returns no options if they cannot be read: the server will tell the client what is wrong with them."""
     try:
         return _NO_OPTIONS if len(value) > MAX_OPTIONS_BYTES else _decode_options(value)
     except (msgspec.MsgspecError, RecursionError, ValueError):
@@ -131,7 +133,8 @@ def _read_options(value: RawValue) -> _Options:
 
 
 def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
-    """The node that the client names; ``None`` where it names none. Raises BadRequest when there is no such node."""
+    """The node that the client names; ``None`` if the client names no node. Raises BadRequest if there is no such
+    node."""
     name = headers.get("X-GPUMesh-Node")
     if name is None:
         return None
@@ -142,37 +145,37 @@ def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
 
 
 def read_priority(headers: Mapping[str, str]) -> Priority:
-    asked = headers.get("X-GPUMesh-Priority")
-    if asked is None:
+    header = headers.get("X-GPUMesh-Priority")
+    if header is None:
         return Priority.NORMAL
     try:
-        return Priority(asked.strip().lower())
+        return Priority(header.strip().lower())
     except ValueError:
-        raise BadRequest(f"X-GPUMesh-Priority is one of {', '.join(Priority)}, not {asked!r}") from None
+        raise BadRequest(f"X-GPUMesh-Priority is one of {', '.join(Priority)}, not {header!r}") from None
 
 
 def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
-    """Seconds. A client may shorten the gateway's own deadline, or lengthen it up to a day."""
-    asked = headers.get("X-GPUMesh-Timeout")
-    if asked is None:
+    """The request's time-out in seconds. A client may shorten the gateway's time-out, or lengthen it up to a day."""
+    header = headers.get("X-GPUMesh-Timeout")
+    if header is None:
         return default_s
     try:
-        seconds = float(asked.strip().removesuffix("s"))
+        seconds = float(header.strip().removesuffix("s"))
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds <= MAX_TIMEOUT_S:
-        raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {asked!r}")
+    if not 0.0 < seconds <= MAX_TIMEOUT_S:  # NaN is refused too
+        raise BadRequest(f"X-GPUMesh-Timeout is a number of seconds, not {header!r}")
     return seconds
 
 
 def _read_max_tokens(members: Members, options: _Options) -> int | None:
-    """How many tokens the answer may have; ``None`` where the client sets no limit."""
+    """How many tokens the answer may have; ``None`` if the client sets no limit."""
     values = [options.num_predict]
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        written = members.known.get(name)
-        if written is not None and len(written) <= MAX_NUMBER_BYTES:
+        raw_value = members.known.get(name)
+        if raw_value is not None and len(raw_value) <= MAX_NUMBER_BYTES:
             try:
-                values.append(msgspec.json.decode(written))
+                values.append(msgspec.json.decode(raw_value))
             except (msgspec.MsgspecError, ValueError):
                 continue
     for value in values:

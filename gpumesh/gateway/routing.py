@@ -1,8 +1,8 @@
-"""``Router``: the table of the gateway's routes, and the routes whose requests go to a node as they are.
+"""``Router``: the table of the gateway's routes, and the two sorts of routes that forward a request to one node.
 
-There are three sorts of routes. ``MODEL_ROUTES`` (``model_requests``) go to a node that has the model.
-``ANY_NODE_ROUTES`` go to any node. The others are answered by a handler: about the whole fleet in ``fleet_routes``,
-changes of model stores in ``model_store_routes``, the page for people in ``web_page``.
+There are three sorts of routes. Requests to ``MODEL_ROUTES`` (``model_requests``) go to a node that has the model.
+Requests to ``ANY_NODE_ROUTES`` go to any node. All other requests are answered by a handler: ``fleet_routes`` for
+questions about the whole fleet, ``model_store_routes`` for changes of model stores, ``web_page`` for the web page.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ ANY_NODE_ROUTES: Mapping[str, tuple[str, ...]] = {
     "/api/me": _POST,
     "/api/signout": _POST,
 }
-# Paths that begin so have one name, in the table here and in metrics.
-_TEMPLATES = {
+# All paths that begin with the prefix share one template, in the tables here and in metrics.
+_TEMPLATE_BY_PREFIX = {
     OPENAI_MODEL_PREFIX: "/v1/models/{model}",
     "/api/blobs/": "/api/blobs/{digest}",
     "/mesh/nodes/": "/mesh/nodes/{node}/{action}",
@@ -67,7 +67,7 @@ class Router:
         self._handlers = _handler_table(fleet_routes, model_store_routes, page)
 
     async def route_request(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """Raises GPUMeshError while nothing was sent: BadRequest for a path that is not served."""
+        """Answers a request. Raises GPUMeshError if nothing was sent yet: BadRequest for a path that is not served."""
         path = request.path
         route = MODEL_ROUTES.get(path)
         if route is not None:
@@ -75,18 +75,18 @@ class Router:
             if request.method not in route.methods:
                 return _refuse_method(request, record, route.methods)
             return await self._forward_to_model(request, record, route)
-        name = _route_name(path)
-        methods = ANY_NODE_ROUTES.get(name)
+        template = _find_template(path)
+        methods = ANY_NODE_ROUTES.get(template)
         if methods is not None:
-            record.route = name
+            record.route = template
             if request.method not in methods:
                 return _refuse_method(request, record, methods)
             return await self._forward_to_any_node(request, record)
-        handlers = self._handlers.get(name)
+        handlers = self._handlers.get(template)
         if handlers is None:
             record.route = "other"
             raise BadRequest(f"there is no {path[:200]} here", status=404)
-        record.route = name
+        record.route = template
         for methods, handler in handlers:
             if request.method in methods:
                 return await handler(request)
@@ -97,7 +97,7 @@ class Router:
     async def _forward_to_model(
         self, request: Request, record: RequestRecord, route: ModelRoute
     ) -> Response | StreamingResponse:
-        """To a node that has the model."""
+        """Forwards the request to a node that has the model."""
         demand, body = await self._read_demand(request, route)
         record.demand = demand
         return await proxy.forward_request(
@@ -112,8 +112,8 @@ class Router:
         )
 
     async def _read_demand(self, request: Request, route: ModelRoute) -> tuple[Demand, bytes]:
-        """What a request asks for, and its body as it is sent on: with the name of its model where every server looks
-        for it."""
+        """Returns the request's demand, then its body for the node. The body has the name of the model where every
+        server looks for it."""
         body = await request.read_body()
         members = read_small_members(body) or await read_members(body, request)
         model = read_model(route, members)
@@ -134,7 +134,7 @@ class Router:
         return demand, body
 
     async def _forward_to_any_node(self, request: Request, record: RequestRecord) -> Response | StreamingResponse:
-        """To any node; a question about one model to any node that has it."""
+        """Forwards the request to any node; a question about one model goes to any node that has it."""
         path = request.path
         model = path.removeprefix(OPENAI_MODEL_PREFIX) if path.startswith(OPENAI_MODEL_PREFIX) else None
         node = read_node(request.headers, self._mesh.topology)
@@ -151,20 +151,22 @@ class Router:
         )
 
 
-def _route_name(path: str) -> str:
-    for prefix, name in _TEMPLATES.items():
+def _find_template(path: str) -> str:
+    """The template of the path; the path itself if it has none."""
+    for prefix, template in _TEMPLATE_BY_PREFIX.items():
         if path.startswith(prefix):
-            return name
+            return template
     return path
 
 
 def _refuse_method(request: Request, record: RequestRecord, methods: Iterable[str]) -> Response:
-    """405. To a preflight the answer that it asks for: its headers are those of every answer to that origin."""
-    allow = (("Allow", ", ".join(sorted(methods))),)
+    """Answers 405. A preflight of an allowed origin also comes here, because no route has the method OPTIONS: its
+    answer is 204, and the CORS headers are added as to every answer to that origin."""
+    allow_header = (("Allow", ", ".join(sorted(methods))),)
     if request.method == "OPTIONS" and request.cors is not None:
-        return Response(status=204, headers=allow)
+        return Response(status=204, headers=allow_header)
     record.outcome = RequestOutcome.REFUSED
-    return error_reply(record.path, BadRequest("method not allowed", status=405), headers=allow)
+    return error_reply(record.path, BadRequest("method not allowed", status=405), headers=allow_header)
 
 
 def _handler_table(fleet: FleetRoutes, stores: ModelStoreRoutes, page: UiPage) -> dict[str, HandlersByMethod]:

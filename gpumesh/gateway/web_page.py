@@ -1,8 +1,8 @@
-"""The web page at /ui: one static file, and a stream of server-sent events that it is drawn from.
+"""The web page at /ui: one static file, and a stream of server-sent events with the data that the page draws.
 
-The file holds nothing of the mesh, and every client gets it. The events need the key, if one is set. The page can
-change something (drain, resume or reconnect a node) only where a key is set: a client that can merely reach the port
-cannot.
+The file holds no data of the mesh, and every client gets it. The events need the key, if one is set. The page can
+change something (drain, resume or reconnect a node) only if a key is set: a client that can only reach the port cannot
+change anything.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from gpumesh.mesh.history import Recorder
 from gpumesh.mesh.mesh import Mesh
 from gpumesh.wire import status_json, to_json
 
-STEP_S = 15.0
-STEPS = 240  # an hour
+HISTORY_STEP_S = 15.0
+HISTORY_STEPS = 240  # one hour in all
 UI_PATH = "/ui"
 SAMPLE_S = 2.5  # between two samples of the mesh's state, for the plots
-MIN_EVENT_INTERVAL_S = 0.5  # changes within it are one event
-KEEPALIVE_S = 15.0  # then a comment is sent: proxies and browsers give up a silent connection
+MIN_EVENT_INTERVAL_S = 0.5  # all changes within this time are sent as one event
+KEEPALIVE_S = 15.0  # after this time without an event a comment is sent: proxies and browsers end silent connections
 
 _ACTIONS = ("drain", "resume", "reconnect")
 _CHANGE_PATH = re.compile(r"/mesh/nodes/([^/]+)/([a-z]+)")
 
 
 class UiPage:
-    """``writable``: an API key is set, so that every request here has shown it."""
+    """``writable``: an API key is set. Then every request that changes something has been checked for the key before it
+    comes here."""
 
     def __init__(self, mesh: Mesh, *, writable: bool) -> None:
         self._mesh = mesh
         self._writable = writable
-        self._recorder = Recorder(step_s=STEP_S, steps=STEPS)
+        self._recorder = Recorder(step_s=HISTORY_STEP_S, steps=HISTORY_STEPS)
         html = resources.files("gpumesh.gateway").joinpath("static/ui.html").read_text(encoding="utf-8")
         self._html = html.encode()
         self._closing = asyncio.Event()
@@ -50,13 +51,13 @@ class UiPage:
         self._headers = (("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache"))
 
     async def keep_history(self) -> None:
-        """Keeps the last hour, until cancelled."""
+        """Samples the mesh's state for the history of the last hour, until cancelled."""
         while True:
             self._recorder.add(self._mesh.snapshot())
             await asyncio.sleep(SAMPLE_S)
 
     def close(self) -> None:
-        """Ends the streams of events: an open page must not hold up the end of the mesh."""
+        """Ends the streams of events: an open page must not delay the end of the mesh."""
         self._closing.set()
 
     async def html(self, _request: Request) -> Response:
@@ -71,13 +72,13 @@ class UiPage:
             async for event in events:
                 stream.write(event)
                 await stream.drain()
-                if request.method == "HEAD":  # its answer has no body
+                if request.method == "HEAD":  # the answer has no body, so its head is all
                     break
         stream.finish()
         return stream
 
     async def _generate_events(self) -> AsyncGenerator[bytes]:
-        """The history, then the status after each change, until the page is closed."""
+        """Yields the history, then the status after each change, until ``close`` is called."""
         yield _render_event("hello", {"writable": self._writable})
         now = self._mesh.snapshot()
         yield _render_event("history", {"at": to_json(now.at), "history": to_json(self._recorder.history())})
@@ -106,7 +107,7 @@ class UiPage:
                 await changes.aclose()
 
     async def change_node(self, request: Request) -> Response:
-        """POST /mesh/nodes/NAME/drain, …/resume, …/reconnect."""
+        """Handles POST /mesh/nodes/NAME/drain, …/resume and …/reconnect."""
         match = _CHANGE_PATH.fullmatch(request.path)
         if match is None or match[2] not in _ACTIONS:
             raise BadRequest(f"what can be done to a node is {', '.join(_ACTIONS)}", status=404)
@@ -131,7 +132,8 @@ def _render_event(name: str, document: Any) -> bytes:
 
 
 def _content_security_policy(html: str) -> str:
-    """Only the page's own script runs, and nothing is loaded from or sent to any other place."""
+    """The Content-Security-Policy of the page: only its own script runs, and the page loads nothing from another server
+    and sends nothing to one."""
     script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (

@@ -1,6 +1,6 @@
 import pytest
 
-from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_embedding_request
+from gpumesh.gateway.access_guard import Guard, is_blind_cross_site_request, is_request_to_render
 
 OPEN = Guard(None, frozenset({"https://chat.example.org"}), frozenset({"gpu-box"}))
 KEYED = Guard("kéy".encode(), frozenset())
@@ -147,8 +147,8 @@ def test_a_page_behind_a_tunnels_port_is_allowed_if_mesh_yaml_names_it() -> None
 def test_an_answer_that_a_browser_would_show_or_run_is_refused(
     headers: dict[str, str], elsewhere: bool, page: bool
 ) -> None:
-    assert is_embedding_request(headers, is_own_page=False) is elsewhere
-    assert is_embedding_request(headers, is_own_page=True) is page
+    assert is_request_to_render(headers, is_own_page=False) is elsewhere
+    assert is_request_to_render(headers, is_own_page=True) is page
 
 
 @pytest.mark.parametrize(
