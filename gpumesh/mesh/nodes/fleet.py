@@ -1,4 +1,4 @@
-"""All nodes of a running mesh, by name: the one place that computes their candidates, groups and loads."""
+"""All nodes of a running mesh, by name. Only this file computes their candidates, groups and loads."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Fleet:
         return self._nodes[name]
 
     def find_node(self, name: str) -> Node:
-        """Raises UsageError for a node that mesh.yaml does not have."""
+        """Returns the node. Raises UsageError for a node that mesh.yaml does not have."""
         self.require_known(name)
         return self._nodes[name]
 
     def require_known(self, name: str | None) -> str | None:
-        """The name itself. Raises UsageError for a node that mesh.yaml does not have; ``None`` stands for any node."""
+        """Returns ``name``; ``None`` stands for any node. Raises UsageError for a node that mesh.yaml does not have."""
         if name is not None and name not in self._nodes:
             raise UsageError(f"there is no node {name!r}", hint=f"the nodes are: {', '.join(self._nodes)}")
         return name
@@ -47,7 +47,8 @@ class Fleet:
         return [node.candidate(now, despite_breaker=despite_breaker) for node in self._nodes.values()]
 
     def explain_no_node(self, demand: Demand) -> GPUMeshError:
-        """Why no node can serve this demand, as the error to raise, with the reason of each node that is meant."""
+        """Builds the error that tells why no node can serve this demand. It names the reason of each node that the
+        demand allows."""
         error = no_node_error(self.candidates(), demand)
         if type(error) is not NoNodeError:
             return error
@@ -58,15 +59,15 @@ class Fleet:
     def regroup(self) -> None:
         """Puts nodes that share a GPU into one group: the balancer treats a group as one."""
         groups = audit.gpu_groups([node.state(0) for node in self])
-        counted: set[str] = set()
+        seen_groups: set[str] = set()
         for node in self:
             role = node.role
             role.group = groups.get(node.name, node.name)
-            role.counts_for_group = role.group not in counted
-            counted.add(role.group)
+            role.counts_for_group = role.group not in seen_groups  # the group's first node counts
+            seen_groups.add(role.group)
 
     def loads(self) -> dict[str, int]:
-        """Requests in flight by coordination key, for other gateways."""
+        """The number of requests in flight by coordination key, for other gateways."""
         loads: dict[str, int] = {}
         for node in self:
             loads[node.coordination_key] = loads.get(node.coordination_key, 0) + node.in_flight
@@ -80,7 +81,7 @@ class Fleet:
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers: ends of tunnels, and servers on this machine.
 
-        Their answers are written by a host, though their address is this machine's."""
+        A host writes the answers of such a port, although the port's address is on this machine."""
         tunnels = [node.tunnel for node in self if node.tunnel is not None]
         addresses = [urlsplit(url) for tunnel in tunnels for url in tunnel.urls.values()]
         return frozenset(

@@ -1,4 +1,4 @@
-"""``Lease``: a slot on a node for one attempt, and what a request knows of the node on which it holds it."""
+"""``Lease``: a slot on a node for one attempt; ``LeasedNode``: the part of a node that a request uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpumesh.tunnels.base import Tunnel
 
 
 class LeasedNode(Protocol):
-    """What a request knows of the node on which it holds a lease."""
+    """The part of a node that a request uses while it holds a lease there."""
 
     @property
     def name(self) -> str: ...
@@ -27,15 +27,15 @@ class LeasedNode(Protocol):
 
     @property
     def uses_ssh(self) -> bool:
-        """Whether requests reach the server over a connection that can be lost apart from the server."""
+        """Whether requests reach the server over a connection that can be lost while the server still runs."""
 
     @property
     def base_url(self) -> str:
-        """Where requests go, without a slash at the end. Only while ``reachable``."""
+        """The URL to which requests go, without a slash at the end. It exists only while ``reachable``."""
 
     @property
     def target(self) -> Target | None:
-        """The server as its own host knows it: what the Host header must name."""
+        """The server's address on its own host, which the Host header must name."""
 
     @property
     def reachable(self) -> bool:
@@ -49,7 +49,7 @@ class LeasedNode(Protocol):
 
     @property
     def connection_count(self) -> int:
-        """How many connections its tunnel has had so far."""
+        """How many connections the node's tunnel has had so far."""
 
     def api_key(self) -> str | None:
         """The server's API key. Raises SecretMissing."""
@@ -58,29 +58,30 @@ class LeasedNode(Protocol):
         """Whether the connection over which this lease was sent is still the tunnel's connection."""
 
     def forgive_failure(self) -> None:
-        """Takes back a failure that was counted against the node: it was the request's fault."""
+        """Takes back one failure of the node, because the request was at fault."""
 
 
 class LeaseKeeper(Protocol):
     """Keeps account of leases: the node's ledger."""
 
     def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
-        """The lease was used, and its attempt ended so."""
+        """Counts the outcome of a lease that was used."""
 
     def discard(self, lease: Lease) -> None:
-        """The lease was never used."""
+        """Removes a lease that was never used."""
 
     def end_trial_early(self) -> None:
-        """The answer of an attempt has begun."""
+        """The answer of an attempt has begun, so a half-open breaker may allow another request."""
 
 
 class Lease:
-    """A slot on a node. It is released exactly once, whatever happens.
+    """A slot on a node. In every case it is released exactly once.
 
-    ``concurrent`` counts the leases that were out when this one was given, itself included. ``connection_number`` is
-    the number of the tunnel's connection that it uses. ``can_move`` tells, until the answer has begun, whether another
-    node could give the answer instead. ``abort_callback`` is set by the attempt that uses the lease. Both are dropped
-    at the release: they hold the request, which must not wait for the garbage collector.
+    ``concurrent`` is the number of leases that were held when this lease was given, including this one.
+    ``connection_number`` is the number of the tunnel's connection that the lease uses. ``can_move`` tells, until the
+    answer has begun, whether another node could give the answer instead. ``abort_callback`` is set by the attempt that
+    uses the lease. Both callbacks are dropped at the release: they refer to the request, which would otherwise have to
+    wait for the garbage collector.
     """
 
     __slots__ = (
@@ -121,7 +122,7 @@ class Lease:
             self._ledger.settle(self, outcome, counters, error)
 
     def discard(self) -> None:
-        """Gives back a slot that was never used: nothing is counted."""
+        """Gives the slot back without counting anything: it was never used."""
         if not self._released:
             self._mark_released()
             self._ledger.discard(self)
@@ -131,17 +132,18 @@ class Lease:
         self.abort_callback = self.can_move = None
 
     def mark_answer_started(self) -> None:
-        """From now on no other node can give the answer, and a half-open breaker may let the next trial through."""
+        """The answer has begun: no other node can give it any more, and a half-open breaker may allow the next
+        trial."""
         self.can_move = None
         self._ledger.end_trial_early()
 
     def set_abort_callback(self, abort: Callable[[], None]) -> None:
-        """Sets what ``abort_attempt`` does until the release."""
+        """Sets the function that ``abort_attempt`` calls, until the release."""
         if not self._released:
             self.abort_callback = abort
 
     def abort_attempt(self) -> None:
-        """Ends the attempt at once, since the connection to the node is lost, rather than at some time-out."""
+        """Ends the attempt at once instead of at its time-out: the node no longer answers."""
         self.aborted = True
         if self.abort_callback is not None:
             self.abort_callback()

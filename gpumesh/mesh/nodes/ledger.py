@@ -1,5 +1,4 @@
-"""A node's ledger: the leases that are out, the breaker, the learned limit and rates, and the counts of how attempts
-ended.
+"""A node's ledger: the leases that are held, the breaker, the learned limit and rates, and the counts of outcomes.
 
 All of this runs on the mesh's event loop, without I/O.
 """
@@ -20,17 +19,18 @@ from gpumesh.mesh.nodes.rate_meter import Smoothed
 from gpumesh.model_names import full_name
 from gpumesh.topology import BackendSpec
 
-MIN_LOAD_MS = 200.0  # a model that is in memory already reports a load_duration of some ms, too
+MIN_LOAD_MS = 200.0  # a shorter load_duration is no load: a model that is in memory reports some ms too
 MAX_SESSIONS = 256
-MIN_RATE_TOKENS = 4  # an answer of fewer tokens says little about tokens/s
+MIN_RATE_TOKENS = 4  # an answer with fewer tokens is too short to measure tokens/s
 
 
 class Ledger:
     """Gives out the leases of one node and keeps account of them.
 
-    ``on_slot_freed`` is called when a slot may have become free, ``on_change`` when a figure has changed,
-    ``on_failure`` with outcome and reason when an attempt failed by the node's fault, and ``on_model_loaded`` with a
-    model that has just answered, and so is in the server's memory.
+    - ``on_slot_freed`` is called when a slot may have become free.
+    - ``on_change`` is called when a figure has changed.
+    - ``on_failure`` is called with outcome and reason when an attempt failed and the node was at fault.
+    - ``on_model_loaded`` is called with a model that has just answered, so that it is in the server's memory.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Ledger:
         self.rates = Smoothed()
         """Tokens/s by model."""
         self.load_times = Smoothed()
-        """Seconds that loading took, by model."""
+        """Seconds that the loading of a model took, by model."""
         self.sessions: dict[str, None] = {}
-        """The sessions whose requests came here last, the oldest first."""
+        """The sessions whose last request came to this node, the oldest first."""
         self.served = self.failed = self.cancelled = 0
         self.attempt_outcomes: Counter[Outcome] = Counter()
         """How the attempts that took a slot ended."""
@@ -75,10 +75,11 @@ class Ledger:
 
     @property
     def in_flight(self) -> int:
-        """Leases that take a slot and are out."""
+        """The number of held leases that take a slot."""
         return len(self._slot_leases)
 
     def lease(self, node: LeasedNode, demand: Demand) -> Lease:
+        """Gives out a lease of ``node``, even if no slot is free."""
         model = None if demand.model is None else full_name(demand.model)
         lease = Lease(node, self, model, len(self._slot_leases) + 1)
         (self._slot_leases if demand.needs_slot else self._slotless_leases).add(lease)
@@ -97,9 +98,9 @@ class Ledger:
     # -- the end of a lease --------------------------------------------------------------------------------------
 
     def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
-        """Called by ``Lease.release``, once for each lease."""
+        """Removes a lease that was used, and learns from its outcome. ``Lease.release`` calls it once for each lease."""
         now = self._clock()
-        has_slot = lease in self._slot_leases
+        has_slot = lease in self._slot_leases  # added to the counters as 0 or 1: they count only attempts with a slot
         self._remove(lease)
         self.last_release_at = now
         self.attempt_outcomes[outcome] += has_slot
@@ -119,7 +120,7 @@ class Ledger:
         self._announce_free_slot()
 
     def discard(self, lease: Lease) -> None:
-        """Called by ``Lease.discard``, once for each lease."""
+        """Removes a lease that was never used. ``Lease.discard`` calls this once for each lease."""
         self._remove(lease)
         self.breaker = self.breaker.cancel_trial()
         self._announce_free_slot()
@@ -152,16 +153,16 @@ class Ledger:
     # -- the breaker ---------------------------------------------------------------------------------------------
 
     def reset_breaker(self) -> None:
-        """Forgets all failures: the connection or the server is a new one."""
+        """Forgets all failures, because the connection or the server is new."""
         self.breaker = Breaker()
 
     def forgive_failure(self) -> None:
-        """Takes back one failure: another node failed at the same request, so it was the request's fault."""
+        """Takes back one failure: another node failed at the same request, so the request was at fault."""
         self.breaker = self.breaker.forgive_failure(self._clock())
         self._announce_free_slot()
 
     def end_trial_early(self) -> None:
-        """The answer of a trial has begun: another request may be tried without waiting for the answer's end."""
+        """The answer of the breaker's trial has begun: another request may be tried before the answer has ended."""
         if self.breaker.trial_in_flight:
             self.breaker = self.breaker.cancel_trial()
             self._on_slot_freed()
@@ -169,23 +170,23 @@ class Ledger:
     # -- aborting ------------------------------------------------------------------------------------------------
 
     def abort_all_attempts(self) -> None:
-        """The connection to the node is lost."""
+        """Aborts all attempts, because the connection to the node is lost."""
         for lease in (*self._slot_leases, *self._slotless_leases):
             lease.abort_attempt()
 
     def abort_movable_attempts(self) -> None:
-        """Aborts the attempts whose answer has not begun and that another node could serve.
+        """Aborts the attempts whose answer has not begun, if another node could give the answer.
 
-        The server does not answer probes. A server process that hangs closes no connection, so these requests would
-        wait until their deadline."""
+        Called when the server does not answer probes. A server process that hangs closes no connection, so these
+        requests would wait until their deadline."""
         for lease in list(self._slot_leases):
             if lease.can_move is not None and lease.can_move():
                 lease.abort_attempt()
 
 
 def _is_node_failure(outcome: Outcome, *, has_slot: bool) -> bool:
-    """Whether this end counts against the node.
+    """Whether this outcome counts against the node.
 
-    A 500 to a request that is no inference is about the model store (it is Ollama's answer to a copy that cannot be
-    made). It says nothing about how the node generates."""
+    Without a slot, the request needs no inference, and a status of 500 is about the model store: Ollama sends it, for
+    example, when it cannot copy a model. Such a status does not show that the node generates badly."""
     return rule_for_outcome(outcome).counts_against_node and (has_slot or outcome is not Outcome.SERVER_ERROR)

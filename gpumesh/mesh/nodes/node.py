@@ -1,8 +1,8 @@
 """One node while the mesh runs: a facade over its tunnel, its probes, its ledger and its snapshots.
 
-``tunnel_link`` knows the tunnel, ``prober`` asks the host, ``ledger`` gives out leases, ``snapshot`` builds what others
-see. This file connects them: what the tunnel reports changes the other three. All of it runs on one event loop, and
-nothing here blocks.
+``tunnel_link`` knows the tunnel, ``prober`` probes the host, ``ledger`` gives out leases, and ``snapshot`` builds the
+states that others see. This file connects the four: a change of the tunnel changes the other three. All of them run on
+one event loop, and nothing here blocks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from gpumesh.tunnels.base import Tunnel
 
 
 class Node:
-    """``on_slot_freed`` is called when a slot may have become free or the node usable, ``on_gpus_identified`` when it
-    turns out that the node has other GPUs than was known. ``coordination`` knows the load of other gateways.
+    """``on_slot_freed`` is called when a slot may have become free, or when the node may have become usable.
+    ``on_gpus_identified`` is called when a probe shows other GPUs than before. ``coordination`` knows the load of other
+    gateways.
 
-    Implements ``lease.LeasedNode``, which is what a request sees of it.
+    The class implements ``lease.LeasedNode``, the part of a node that a request uses.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Node:
     # -- lifetime ------------------------------------------------------------------------------------------------
 
     async def run(self, tunnel: Tunnel) -> None:
-        """Until cancelled: the tunnel and both probe loops."""
+        """Runs the tunnel and both probe loops, until cancelled."""
         self.tunnel = tunnel
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(tunnel.run(), name=f"tunnel {self.name}")
@@ -99,7 +100,8 @@ class Node:
         was_up = self._link.is_up
         self._link.update(state)
         if self._link.is_up and not was_up:
-            # Not when the connection was lost: what was cut with it counts as failed only a moment later.
+            # The breaker is reset here, and not when the old connection was lost: the requests that were cut with it
+            # are counted as failed only a moment after the loss.
             self.ledger.reset_breaker()
             self._prober.request_probe()
         elif was_up and not self._link.is_up:
@@ -110,7 +112,7 @@ class Node:
         self._announce_change()
 
     def _on_report(self) -> None:
-        """Which nodes share a GPU is found out anew when the marks that this node is known by have changed."""
+        """The prober's callback. If the marks that identify the node's GPUs have changed, nodes are grouped anew."""
         marks = audit.identifying_marks(self.state(0))
         if marks != self._gpu_marks:
             self._gpu_marks = marks
@@ -131,14 +133,14 @@ class Node:
 
     @property
     def reported(self) -> bool:
-        """Whether the first round is over: the node was probed once, or is known to be out of reach."""
+        """Whether the first round of probes is over: the node was probed once, or is known to be out of reach."""
         return self._prober.first_round_done
 
     async def wait_reported(self) -> None:
         await self._prober.wait_first_round()
 
     async def refresh(self) -> None:
-        """Returns when the server was asked once more what it has, from now on and not before."""
+        """Returns after a probe of the server that began after this call."""
         await self._prober.refresh()
 
     # -- the tunnel ----------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class Node:
 
     @property
     def connection_count(self) -> int:
-        """How many connections its tunnel has had so far."""
+        """How many connections the node's tunnel has had so far."""
         return self._link.connection_count
 
     @property
@@ -166,10 +168,10 @@ class Node:
         return self._link.command_lock
 
     def is_same_connection(self, lease: Lease) -> bool:
-        """Whether the tunnel's connection is still the one over which this lease was sent.
+        """Whether the connection over which this lease was sent is still the tunnel's connection.
 
-        What was lost with a connection says nothing about the server. A direct node has no connection that could be
-        lost apart from its server."""
+        If it is not, a failed request says nothing about the server. A direct node has no connection that could be lost
+        while its server still runs, so the result is always true."""
         if not self.uses_ssh:
             return True
         return self._link.is_up and lease.connection_number == self._link.connection_count
@@ -177,11 +179,11 @@ class Node:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def lease(self, demand: Demand) -> Lease:
-        """Takes a slot for this demand, whether or not one is free: the dispatcher has decided that."""
+        """Takes a slot for this demand. It does not check whether a slot is free: the dispatcher has decided that."""
         return self.ledger.lease(self, demand)
 
     def forgive_failure(self) -> None:
-        """Takes back a failure that was counted against the node: it was the request's fault."""
+        """Takes back one failure of the node, because the request was at fault."""
         self.ledger.forgive_failure()
 
     @property
@@ -195,7 +197,7 @@ class Node:
 
     @property
     def base_url(self) -> str:
-        """Where requests go, without a slash at the end. Only while ``reachable``."""
+        """The URL to which requests go, without a slash at the end. It exists only while ``reachable``."""
         report = self._prober.reports.backend
         assert report is not None
         assert report.url is not None
@@ -203,17 +205,17 @@ class Node:
 
     @property
     def target(self) -> Target | None:
-        """The server as its own host knows it: the Host header must name it, because Ollama answers 403 to a Host that
-        is neither local nor its own."""
+        """The server's address on its own host. The Host header must name this address, because Ollama answers 403 to a
+        Host that is neither local nor its own."""
         return self._prober.reports.target
 
     @property
     def kind(self) -> BackendKind:
-        """The kind of its server, which with kind ``auto`` is known from the first probe on that it answered."""
+        """The kind of the node's server. With kind ``auto`` it is known after the first answered probe."""
         return self._prober.reports.kind
 
     def api_key(self) -> str | None:
-        """The server's key, read from its variable at each use and kept nowhere. Raises SecretMissing."""
+        """The server's key. It is read from its variable at each use, and is never stored. Raises SecretMissing."""
         return read_api_key(self.spec)
 
     # -- what others see -----------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ class Node:
 
     @property
     def may_recover(self) -> bool:
-        """Whether the node takes no requests now, but may well do so in a moment."""
+        """Whether the node takes no requests now, but probably will in a moment."""
         return self._snapshots.may_recover
 
     def candidate(self, now: float, *, despite_breaker: bool = False) -> Candidate:
@@ -237,5 +239,5 @@ class Node:
 
     @property
     def coordination_key(self) -> str:
-        """A name of what the node uses, the same for every gateway that reaches it."""
+        """A name of the node's GPUs or server, the same in every gateway that reaches them."""
         return self._snapshots.coordination_key

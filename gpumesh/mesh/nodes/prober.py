@@ -1,7 +1,7 @@
-"""A node's probes: two loops that ask its inference server and nvidia-smi, and the last reports of both.
+"""A node's probes: two loops that probe its inference server and nvidia-smi, and the last reports of both.
 
-The loops change three things only: ``reports``, the ledger's breaker, and attempts that wait for a server which no
-longer answers. They never raise on a host's account.
+The loops change only three things: ``reports``, the ledger's breaker, and attempts that wait for a server that no
+longer answers. No fault of a host makes them raise.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ BACKEND_INTERVAL_S = 2.0
 BACKEND_TIMEOUT_S = 4.0
 GPU_INTERVAL_S = 2.0
 GPU_TIMEOUT_S = 5.0
-# nvidia-smi averages utilisation over up to a second. Only so long after our last request is it all of other programs.
+# nvidia-smi averages the utilisation over up to a second. So only this long after our last request, the whole
+# utilisation comes from other programs.
 IDLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReports:
-    """What is known of a node from its probes. ``backend`` and ``gpus`` are ``None`` until the host was asked over the
-    present connection; the rest is kept over reconnects.
+    """The last results of a node's probes. ``backend`` and ``gpus`` are ``None`` until the host was probed over the
+    present connection; the other values stay when the tunnel reconnects.
 
-    ``kind`` is the server's; with ``auto`` in mesh.yaml it is known from the first answered probe on. ``models`` holds
-    each listed name as it is and in full; ``None`` while no list was read. ``target`` is the target in use.
-    ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU while we had nothing in flight there.
+    - ``kind`` is the kind of the server; with ``auto`` in mesh.yaml it is known after the first answered probe.
+    - ``models`` holds each listed name twice: as it is, and in full. ``None``: no list was read yet.
+    - ``target`` is the target in use.
+    - ``foreign_load`` is the utilisation (0 to 1) of the busiest GPU, measured while we had no request in flight there.
     """
 
     backend: BackendReport | None = None
@@ -56,16 +58,16 @@ class NodeReports:
     foreign_load: float | None = None
 
     learns_limit: bool = field(init=False)
-    """Whether the durations in the server's answers tell how many requests it runs at once."""
+    """Whether the durations in the server's answers show how many requests the server runs at once."""
     backend_is_up: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        """Both are read for each request, and the reports change only every few seconds."""
+        """Computes the two values once: they are read for each request, and the reports change every few seconds."""
         dialect = find_dialect(self.kind)
-        learns = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
-        up = self.backend is not None and self.backend.state.state is BackendPhase.UP
-        object.__setattr__(self, "learns_limit", learns)
-        object.__setattr__(self, "backend_is_up", up)
+        learns_limit = dialect is not None and dialect.parallelism is ParallelismSource.DURATIONS
+        backend_is_up = self.backend is not None and self.backend.state.state is BackendPhase.UP
+        object.__setattr__(self, "learns_limit", learns_limit)
+        object.__setattr__(self, "backend_is_up", backend_is_up)
 
 
 class Prober:
@@ -110,17 +112,17 @@ class Prober:
         await self._first_round_done.wait()
 
     def end_first_round(self) -> None:
-        """There is nothing to wait for: the node is out of reach or disabled."""
+        """Ends the first round without probes: the node is out of reach or disabled."""
         self._first_round_done.set()
 
-    # -- events of the tunnel, requests --------------------------------------------------------------------------
+    # -- called by the node --------------------------------------------------------------------------------------
 
     def forget_host(self) -> None:
-        """The connection is lost. The host behind the next one may be another host, so it is asked anew."""
+        """Drops both reports, because the connection is lost: the next connection may lead to another host."""
         self.reports = replace(self.reports, backend=None, gpus=None)
 
     def request_probe(self) -> None:
-        """The server is probed at once, not at the end of the interval."""
+        """Makes the loop probe the server at once, and not at the end of the interval."""
         self._probe_requested.set()
 
     def note_loaded(self, model: str) -> None:
@@ -137,7 +139,7 @@ class Prober:
     # -- the inference server ------------------------------------------------------------------------------------
 
     async def keep_probing_backend(self) -> None:
-        """Until cancelled."""
+        """Probes the server at intervals and on request, until cancelled."""
         for interval_s in stagger_intervals(self._spec.name, BACKEND_INTERVAL_S):
             await self._link.wait_up()
             self._probe_requested.clear()
@@ -168,23 +170,22 @@ class Prober:
             known_kinds=self._known_kinds,
         )
         if not self._link.is_up:
-            return  # the answer came over a connection that is lost
-        if self._is_excusable_miss(report):
+            return  # the report is from a connection that is lost
+        is_up = report.state.state is BackendPhase.UP
+        self._missed_backend_probes = 0 if is_up else self._missed_backend_probes + 1
+        if self._may_ignore_miss():
             self.request_probe()
             return
-        self._record_backend(report, next((target for target, url in urls.items() if url == report.url), None))
+        target_in_use = next((target for target, url in urls.items() if url == report.url), None)
+        self._record_backend(report, target_in_use)
 
-    def _is_excusable_miss(self, report: BackendReport) -> bool:
-        """Whether this is the first probe that failed, and the server works for us: a server that is busy prefilling
-        may miss one probe, and the requests in flight show that it lives."""
-        if report.state.state is BackendPhase.UP:
-            self._missed_backend_probes = 0
-            return False
-        self._missed_backend_probes += 1
-        return self.reports.backend is not None and self._missed_backend_probes == 1 and self._ledger.in_flight > 0
+    def _may_ignore_miss(self) -> bool:
+        """Whether the last probe was the first that failed, and the server works for us. A server that is busy
+        prefilling may miss one probe, and the requests in flight show that it runs."""
+        return self._missed_backend_probes == 1 and self.reports.backend is not None and self._ledger.in_flight > 0
 
     def _record_backend(self, report: BackendReport, target: Target | None) -> None:
-        came_back = self.reports.backend is not None and not self.reports.backend_is_up
+        was_down = self.reports.backend is not None and not self.reports.backend_is_up
         self.reports = replace(self.reports, backend=report, target=target)
         if self.reports.backend_is_up:
             names = report.state.models
@@ -194,7 +195,7 @@ class Prober:
                 models=frozenset(names) | frozenset(full_name(name) for name in names),
                 loaded=frozenset(full_name(loaded.name) for loaded in report.state.loaded),
             )
-            if came_back:
+            if was_down:
                 self._ledger.reset_breaker()
         else:
             self._ledger.abort_movable_attempts()
@@ -204,7 +205,7 @@ class Prober:
     # -- the GPUs ------------------------------------------------------------------------------------------------
 
     async def keep_probing_gpus(self) -> None:
-        """Until cancelled."""
+        """Probes the GPUs at intervals, until cancelled."""
         for interval_s in stagger_intervals(self._spec.name, GPU_INTERVAL_S):
             tunnel = await self._link.wait_up()
             was_idle = self._is_idle()
@@ -220,9 +221,9 @@ class Prober:
 
     def _record_gpus(self, report: GpuReport, *, was_idle: bool) -> None:
         foreign_load = self.reports.foreign_load
-        if was_idle and self._ledger.in_flight == 0:
-            used = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
-            foreign_load = max(used) / 100.0 if used else None
+        if was_idle and self._ledger.in_flight == 0:  # idle before and after the probe
+            percentages = [gpu.utilization_pct for gpu in report.gpus if gpu.utilization_pct is not None]
+            foreign_load = max(percentages) / 100.0 if percentages else None
         self.reports = replace(self.reports, gpus=report, foreign_load=foreign_load)
         self._end_first_round_when_complete()
         self._on_report()
@@ -233,6 +234,6 @@ class Prober:
 
 
 def read_api_key(spec: NodeSpec) -> str | None:
-    """The backend's key, read from its variable at each use and kept nowhere. Raises SecretMissing."""
+    """The server's API key. It is read from its variable at each use, and is never stored. Raises SecretMissing."""
     variable = spec.backend.api_key_env
     return None if variable is None else config.read_secret(variable, node=spec.name)

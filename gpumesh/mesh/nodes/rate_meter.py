@@ -1,8 +1,8 @@
-"""How fast a node generates: tokens/s over the last seconds, and smoothed rates per model.
+"""Measures how fast a node generates: tokens/s over the last seconds, and smoothed rates per model.
 
-The meter counts frames: an NDJSON line or an SSE event of a generated answer is about one token. The exact figures come
-from the server's own counters at the end of each answer. The meter's rate is for people who watch; the smoothed rates,
-of the counters, rank nodes.
+The meter counts frames: an NDJSON line or an SSE event of a generated answer is about one token. Its rate is for people
+who watch the mesh. The smoothed rates rank nodes: they use the exact counters that the server sends at the end of each
+answer.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-WINDOW_S = 5.0
-BUCKET_S = 0.25
-SMOOTHING = 0.3  # weight of the newest figure: after two answers an old figure weighs half
+WINDOW_S = 5.0  # the meter's rate is a mean over this time
+BUCKET_S = 0.25  # counts within this time are added up
+SMOOTHING = 0.3  # weight of the newest value: after two more values an old mean has lost half of its weight
 
 
 class RateMeter:
-    """Tokens per second over a sliding window."""
+    """Tokens per second over a sliding window. A bucket is its start time, then its count."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -35,7 +35,7 @@ class RateMeter:
             self._buckets.popleft()
 
     def rate(self) -> float:
-        """Tokens per second since the first count in the window; over one second at least."""
+        """Tokens per second since the first count in the window, divided by at least one second."""
         now = self._clock()
         self._trim(now)
         if not self._buckets:
@@ -45,14 +45,14 @@ class RateMeter:
 
 
 class Smoothed:
-    """Exponentially weighted means by name. Past the bound the name that was added longest ago is forgotten."""
+    """Exponentially weighted means by name. Beyond ``max_names`` the name that was added longest ago is forgotten."""
 
-    def __init__(self, bound: int = 256) -> None:
-        self._bound = bound
+    def __init__(self, max_names: int = 256) -> None:
+        self._max_names = max_names
         self.values: dict[str, float] = {}
 
     def add(self, name: str, value: float) -> None:
         old = self.values.pop(name, None)
         self.values[name] = value if old is None else old + SMOOTHING * (value - old)
-        while len(self.values) > self._bound:
+        while len(self.values) > self._max_names:
             self.values.pop(next(iter(self.values)))

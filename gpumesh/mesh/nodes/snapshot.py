@@ -1,6 +1,6 @@
-"""What others see of a node: the ``Candidate`` that the balancer ranks and the ``NodeState`` that people read.
+"""Builds the ``Candidate`` of a node, which the balancer ranks, and its ``NodeState``, which people read.
 
-Both are built from the tunnel's state, the probes' reports and the ledger, without I/O; nothing here changes them.
+Both are built from the tunnel's state, the probes' reports and the ledger, without I/O. Nothing here changes these.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from gpumesh.state import (
 )
 from gpumesh.topology import NodeSpec
 
-MAX_KEY_CHARS = 400  # the UUIDs of eight GPUs
+MAX_KEY_CHARS = 400  # room for the UUIDs of eight GPUs
 
 
 @dataclass(slots=True)
 class NodeRole:
-    """What the mesh has decided about a node. ``group`` is the same for all nodes that share a GPU.
+    """The decisions of the mesh about a node. ``group`` is the same for all nodes that share a GPU.
 
-    ``counts_for_group``: it is the first node of its group, and so the one that counts what other gateways have in
-    flight on their GPU.
+    ``counts_for_group``: the node is the first of its group. Only this node counts the requests that other gateways
+    have in flight on the shared GPU, so that they are counted once.
     """
 
     group: str
@@ -69,8 +69,8 @@ class SnapshotBuilder:
         self._meter = meter
         self._clock = clock
         self._coordination = coordination
-        self._key = coordination_key(spec, prober.reports)
-        self._key_reports = prober.reports
+        self._coordination_key = coordination_key(spec, prober.reports)
+        self._coordination_key_reports = prober.reports  # the reports from which the key was computed
 
     # -- for the balancer ----------------------------------------------------------------------------------------
 
@@ -80,9 +80,9 @@ class SnapshotBuilder:
 
     @property
     def may_recover(self) -> bool:
-        """Whether the node takes no requests now, but may well do so in a moment.
+        """Whether the node takes no requests now, but probably will in a moment.
 
-        It is connecting, or was lost only just now, or its breaker's pause will end."""
+        The node is connecting, or its connection was lost a moment ago, or the pause of its breaker will end."""
         if self._role.draining:
             return False
         if self.reachable:
@@ -108,7 +108,7 @@ class SnapshotBuilder:
             other_gateways_in_flight=(
                 self._coordination.other_gateways_load(self.coordination_key) if role.counts_for_group else 0
             ),
-            limit=self._limit(now),
+            limit=self._find_limit(now),
             weight=self._spec.weight,
             group=role.group,
             tokens_per_s=ledger.rates.values,
@@ -118,8 +118,8 @@ class SnapshotBuilder:
             sessions=ledger.sessions.keys(),
         )
 
-    def _limit(self, now: float) -> int | None:
-        """How many requests may be in flight there; ``None`` where that is not known."""
+    def _find_limit(self, now: float) -> int | None:
+        """How many requests may be in flight there; ``None`` if that is not known."""
         backend = self._spec.backend
         if backend.max_parallel is not None:
             return backend.max_parallel
@@ -130,19 +130,20 @@ class SnapshotBuilder:
 
     @property
     def coordination_key(self) -> str:
-        """``coordination_key`` of the last reports: computed anew only when these have changed."""
+        """The key of the last reports, computed anew only when the reports have changed."""
         reports = self._prober.reports
-        if reports is not self._key_reports:
-            self._key, self._key_reports = coordination_key(self._spec, reports), reports
-        return self._key
+        if reports is not self._coordination_key_reports:
+            self._coordination_key = coordination_key(self._spec, reports)
+            self._coordination_key_reports = reports
+        return self._coordination_key
 
     # -- for people ----------------------------------------------------------------------------------------------
 
     def state(self, queued: int) -> NodeState:
-        """``queued``: the requests in the mesh's queue that wait for this node only."""
+        """``queued``: the number of requests in the mesh's queue that wait for this node only."""
         spec, tunnel, gpus = self._spec, self._link.state, self._prober.reports.gpus
-        backend = self._backend_state(tunnel)
-        health, reason = self._health(tunnel)
+        backend = self._build_backend_state(tunnel)
+        health, reason = self._assess_health(tunnel)
         return NodeState(
             name=spec.name,
             health=health,
@@ -151,14 +152,14 @@ class SnapshotBuilder:
             backend=backend,
             host=HostState() if gpus is None else HostState(gpus.hostname, gpus.driver),
             gpus=None if gpus is None or gpus.error is not None else gpus.gpus,
-            load=self._load_state(queued),
+            load=self._build_load_state(queued),
             labels=tuple(sorted(spec.labels.items())),
             simulated=backend.version is not None and backend.version.endswith("-lab"),
-            routes=self._routes(),
-            noticed=self._findings(tunnel),
+            routes=self._build_routes(),
+            noticed=self._collect_findings(tunnel),
         )
 
-    def _health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
+    def _assess_health(self, tunnel: TunnelState) -> tuple[Health, str | None]:
         reports = self._prober.reports
         if not self._spec.enabled:
             return Health.UNKNOWN, "disabled in mesh.yaml"
@@ -166,24 +167,25 @@ class SnapshotBuilder:
             return Health.DOWN, reports.missing_secret.message
         return assess_health(tunnel, reports.gpus, reports.backend, self._spec, self._role.draining)
 
-    def _load_state(self, queued: int) -> LoadState:
+    def _build_load_state(self, queued: int) -> LoadState:
         ledger = self._ledger
         return LoadState(
             in_flight=ledger.in_flight,
             queued=queued,
-            limit=self._shown_limit(),
+            limit=self._find_shown_limit(),
             served=ledger.served,
             failed=ledger.failed,
             cancelled=ledger.cancelled,
         )
 
-    def _shown_limit(self) -> int | None:
-        """The proven limit; the balancer's is one more where it tries whether that runs in parallel, too."""
+    def _find_shown_limit(self) -> int | None:
+        """The limit for people: the proven one. The balancer's limit may be one more, to try whether one more request
+        runs in parallel."""
         if self._spec.backend.max_parallel is not None or not self._prober.reports.learns_limit:
-            return self._limit(self._clock())
+            return self._find_limit(self._clock())
         return self._ledger.learned_limit.proven if self._ledger.served else None
 
-    def _backend_state(self, tunnel: TunnelState) -> BackendState:
+    def _build_backend_state(self, tunnel: TunnelState) -> BackendState:
         reports = self._prober.reports
         if reports.backend is None or tunnel.state is not TunnelPhase.UP:
             missing = reports.missing_secret
@@ -191,12 +193,12 @@ class SnapshotBuilder:
         rate = self._meter.rate()
         return replace(reports.backend.state, tokens_per_s=rate if rate or self._ledger.served else None)
 
-    def _routes(self) -> tuple[RouteState, ...]:
+    def _build_routes(self) -> tuple[RouteState, ...]:
         transport = self._link.reported.transport
         return tuple(RouteState(target.url, url, transport) for target, url in self._link.urls.items())
 
-    def _findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
-        """What the last probes noticed by themselves. The audit's rules add what follows from mesh.yaml."""
+    def _collect_findings(self, tunnel: TunnelState) -> tuple[Finding, ...]:
+        """The findings of the last probes. The audit's rules add the findings that follow from mesh.yaml."""
         if tunnel.state is not TunnelPhase.UP:
             return ()
         reports = self._prober.reports
@@ -210,10 +212,12 @@ class SnapshotBuilder:
 
 
 def coordination_key(spec: NodeSpec, reports: NodeReports) -> str:
-    """A name of what the node uses, the same for every gateway that reaches it: its GPUs, else its server's address."""
+    """A name of the node's GPUs, or of its server's address if no GPU is known. It is the same in every gateway that
+    reaches them."""
     if reports.gpus is not None and reports.gpus.gpus:
         uuids = "+".join(sorted(gpu.uuid for gpu in reports.gpus.gpus))
-        # The keys of all nodes are one message: a node that shows many GPUs must not make it longer than is read.
+        # One message holds the keys of all nodes. A node that shows many GPUs must not make the message so long that
+        # other gateways refuse to read it.
         return uuids if len(uuids) <= MAX_KEY_CHARS else f"gpus:{sha256(uuids.encode()).hexdigest()}"
     target = reports.target or spec.backend.targets[0]
     return target.url if spec.ssh is None else f"{spec.ssh.host}:{spec.ssh.port}/{target.url}"

@@ -1,4 +1,4 @@
-"""A node's tunnel as the node knows it: the tunnel, its last reported state, and how many connections it has had."""
+"""A node's tunnel as the node sees it: the tunnel, its last reported state, and the number of its connections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TunnelLink:
         return f"<TunnelLink {self.reported.transport} {self.reported.state.value} connection {self.connection_count}>"
 
     def update(self, state: TunnelState) -> None:
-        """Takes over the state that the tunnel reports."""
+        """Stores the state that the tunnel reports."""
         was_up = self.is_up
         self.reported = state
         self.is_up = state.state is TunnelPhase.UP
@@ -41,13 +41,15 @@ class TunnelLink:
             self._up.set()
 
     async def wait_up(self) -> Tunnel:
+        """Returns the tunnel as soon as it is up."""
         await self._up.wait()
         assert self.tunnel is not None, "only a tunnel reports that it is up"
         return self.tunnel
 
     @property
     def state(self) -> TunnelState:
-        """The tunnel's present state. It can be newer than ``reported``: a round trip time changes without a report."""
+        """The tunnel's present state. It may be newer than ``reported``: the tunnel does not report each change of the
+        round-trip time."""
         return self.reported if self.tunnel is None else self.tunnel.state
 
     @property

@@ -29,7 +29,7 @@ def test_counts_older_than_the_window_are_forgotten() -> None:
 
 
 def test_smoothed_rates_follow_new_ones_and_are_bounded() -> None:
-    rates = Smoothed(bound=2)
+    rates = Smoothed(max_names=2)
     rates.add("a", 100.0)
     rates.add("a", 50.0)
     assert rates.values["a"] == pytest.approx(85.0)
