@@ -1,5 +1,5 @@
-"""A running mesh: its nodes, which of them gets a request, and how the answer comes back.
+"""A running mesh: its nodes, the choice of a node for each request, and the way of the answer back.
 
-No HTTP server and no terminal: the gateway and the command line use this room, and so may any program
+The package has no HTTP server and no terminal. The gateway and the command line use it, and so can any other program
 (``gpumesh.Mesh``).
 """

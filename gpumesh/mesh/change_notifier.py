@@ -1,5 +1,4 @@
-"""Tells watchers that something has changed, without queues that grow: a slow watcher misses intermediate states
-only."""
+"""Tells watchers that something has changed, without queues that grow: a slow watcher only misses states in between."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from collections.abc import AsyncIterator
 
 class ChangeNotifier:
     """``notify`` is cheap and may be called at any rate. A watcher is woken once for all changes since its last
-    step."""
+    iteration."""
 
     def __init__(self) -> None:
         self._version = 0
@@ -20,7 +19,7 @@ class ChangeNotifier:
 
     @property
     def version(self) -> int:
-        """Grows with each ``notify``: what was derived from an older version is stale."""
+        """A number that grows with each ``notify``. A value that was computed at an older version is stale."""
         return self._version
 
     def notify(self) -> None:
@@ -29,7 +28,7 @@ class ChangeNotifier:
             watcher.set()
 
     async def watch(self) -> AsyncIterator[None]:
-        """Yields at once, and then after each change since the last step."""
+        """Yields at once, and then when something has changed since the last iteration."""
         event = asyncio.Event()
         self._watchers.add(event)
         try:

@@ -1,4 +1,4 @@
-"""``ChatStream``: a chat through the mesh, as chunks of text, whatever the server's kind."""
+"""``ChatStream``: a chat through the mesh, as chunks of text, the same for servers of every kind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ChatStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the request, whatever is left of its answer."""
+        """Ends the request, even if its answer is not complete."""
         if self._answer is not None:
             await self._answer.aclose()
 
@@ -72,7 +72,7 @@ class ChatStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        """Raises StreamCut when the answer stopped short and could not be continued."""
+        """Returns the next chunk. Raises StreamCut if the answer was cut and could not be continued."""
         if self._answer is None:
             await self._start()
         answer, reader = self._answer, self._reader
@@ -87,7 +87,7 @@ class ChatStream:
                 self._ended = True
                 self._add_chunks(reader.close())
             except BaseException:
-                # A frame that cannot be read, or a cancel by the caller: the rest will not be read.
+                # A frame is not readable, or the caller was cancelled: nobody will read the rest.
                 await answer.aclose()
                 raise
         return self._chunks.popleft()
@@ -99,6 +99,7 @@ class ChatStream:
                 self.counters = chunk.counters
 
     async def _start(self) -> None:
+        """Sends the request and waits for the head of the answer."""
         calls = {kind: dialect.build_chat_call(self._request) for kind, dialect in DIALECTS.items()}
         answer = await self._send(self._demand, calls, timeout_s=self._timeout_s, resume=self._resume)
         dialect = DIALECTS[answer.kind]

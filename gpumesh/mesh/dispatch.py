@@ -1,8 +1,8 @@
 """The dispatcher: applies the balancer's pure decisions to the running nodes, and holds the queue.
 
-``acquire`` returns at once while a slot is free. Otherwise the request waits in the mesh's own queue, not unseen in
-Ollama's, until ``grant_waiting`` gives it a slot. A node that is away only for a moment (reconnecting) is waited for,
-``grace_s`` at most.
+``acquire`` returns at once while a slot is free. Otherwise the request waits in the mesh's queue until
+``grant_waiting`` gives it a slot. So requests wait where people can see them, and not in Ollama's queue. A request also
+waits for a node that is away only for a moment (reconnecting), but at most ``grace_s``.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from gpumesh.mesh.nodes.lease import Lease
 from gpumesh.state import WaitingState
 from gpumesh.topology import PolicyKind
 
-GRACE_S = 6.0
-RECHECK_S = 0.2
-WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean that Retry-After tells
+GRACE_S = 6.0  # how long a request waits if all nodes that could serve it are away
+RECHECK_S = 0.2  # between two looks at the queue while a request waits for such a node
+WAIT_SMOOTHING = 0.2  # weight of the newest wait in the mean that is sent as Retry-After
 
 
 @dataclass(slots=True)
 class _Waiter:
-    """A request in the queue. ``hopeless_since``: from then on only nodes that are away could serve it."""
+    """A request in the queue. ``recovery_wait_since``: the time since when all nodes that could serve it are away."""
 
     demand: Demand
     exclude: frozenset[str]
     granted: asyncio.Future[Lease]
-    hopeless_since: float | None = None
+    recovery_wait_since: float | None = None
 
 
 class Dispatcher:
-    """Chooses nodes by ``policy``; ``max_queue`` requests at most wait."""
+    """Chooses nodes by ``policy``. At most ``max_queue`` requests wait."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Dispatcher:
     def __repr__(self) -> str:
         return f"<Dispatcher {self._policy_kind.value} {len(self._queue)} queued>"
 
-    # -- what is seen of the queue -------------------------------------------------------------------------------
+    # -- the state of the queue ----------------------------------------------------------------------------------
 
     @property
     def queued(self) -> int:
@@ -87,39 +87,40 @@ class Dispatcher:
         )
 
     def queued_for(self, node: str) -> int:
-        """How many requests wait for this node and no other."""
+        """How many requests wait for this node only, because their client named it."""
         return sum(entry.payload.demand.node == node for entry in self._queue) if len(self._queue) else 0
 
     def slot_is_wanted(self, node: str) -> bool:
-        """Whether a request waits that would be given a slot of this node, or of a node that shares its GPU."""
+        """Whether any waiting request would take a slot of this node, or of a node that shares its GPU."""
         candidates = self._fleet.candidates()
         groups = {gpu_group(candidate) for candidate in candidates if candidate.name == node}
-        tried: set[tuple[Demand, frozenset[str]]] = set()
+        checked_keys: set[tuple[Demand, frozenset[str]]] = set()
         for entry in self._queue:
             waiter = entry.payload
-            key = (_selection_key(waiter.demand), waiter.exclude)
-            if waiter.granted.done() or key in tried:
+            demand = _selection_key(waiter.demand)
+            key = (demand, waiter.exclude)
+            if waiter.granted.done() or key in checked_keys:
                 continue
-            tried.add(key)
-            busy = select_candidates(candidates, key[0], exclude=waiter.exclude).busy
+            checked_keys.add(key)
+            busy = select_candidates(candidates, demand, exclude=waiter.exclude).busy
             if any(gpu_group(candidate) in groups for candidate in busy):
                 return True
         return False
 
-    # -- could a node serve --------------------------------------------------------------------------------------
+    # -- can a node serve a demand -------------------------------------------------------------------------------
 
     def could_serve(self, demand: Demand, *, exclude: frozenset[str]) -> bool:
-        """Whether any other node takes this demand, now or when it has a free slot."""
+        """Whether any node outside ``exclude`` takes this demand, now or when it has a free slot."""
         selection = select_candidates(self._fleet.candidates(), demand, exclude=exclude)
         return bool(selection.free or selection.busy)
 
     def is_worth_waiting(self, demand: Demand) -> bool:
-        """Whether a node that could serve this demand a moment ago may be able to in a moment."""
+        """Whether a node that could serve this demand a moment ago is away, but may come back in a moment."""
         probed = [candidate for candidate in self._fleet.candidates() if candidate.models is not None]
-        return self._may_recover(probed, demand, frozenset())
+        return self._any_may_recover(probed, demand, frozenset())
 
-    def _may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
-        """Whether any of these nodes is away now, may be back in a moment, and could then serve this demand."""
+    def _any_may_recover(self, candidates: Sequence[Candidate], demand: Demand, exclude: frozenset[str]) -> bool:
+        """Whether any of these nodes is away now, may come back in a moment, and could then serve this demand."""
         return any(
             self._fleet[candidate.name].may_recover
             and candidate.name not in exclude
@@ -139,14 +140,15 @@ class Dispatcher:
         timeout_s: float,
         since: float | None = None,
     ) -> Lease:
-        """A slot on the best node for this demand.
+        """Takes a slot on the best node for this demand, and waits for one if necessary.
 
-        ``since``: the request was accepted at this time, and a node has failed it. It waits as if it had been in the
-        queue from then on, and is not turned away when the queue is full.
+        ``since`` is set if a node has failed the request: the time when the request was accepted. Then the request
+        takes the place in the queue that belongs to this time, and is not refused when the queue is full.
 
-        Raises NoNodeError or ModelMissing when no node could serve it, QueueFull past the bound, and DeadlineExceeded.
+        Raises NoNodeError or ModelMissing if no node could serve the demand, QueueFull if the queue is full, and
+        DeadlineExceeded if no slot became free in time.
         """
-        # Requests that wait already go first, unless no free slot is of use to them.
+        # The waiting requests choose first among the free slots.
         if len(self._queue):
             self.grant_waiting()
         candidates = self._fleet.candidates()
@@ -161,13 +163,13 @@ class Dispatcher:
         return await self._wait(waiter, timeout_s, since)
 
     def acquire_despite_breaker(self, demand: Demand, *, exclude: frozenset[str]) -> Lease | None:
-        """A free slot on a node that works, but failed so often lately that it is given no new requests.
+        """Takes a free slot on a node that works, even if its breaker is open because it failed too often lately.
 
-        For a request that no other node can take any more: better than the error that its client would get."""
+        This is for a request that no other node can take any more: an attempt there is better than an error."""
         return self._take_slot(demand, exclude, self._fleet.candidates(despite_breaker=True))
 
     def _take_slot(self, demand: Demand, exclude: frozenset[str], candidates: Sequence[Candidate]) -> Lease | None:
-        """A slot that is free now, on the node that the policy ranks first."""
+        """Takes a slot that is free now, on the node that the policy ranks first. Returns ``None`` if there is none."""
         free = select_candidates(candidates, demand, exclude=exclude).free
         if not free:
             return None
@@ -181,8 +183,8 @@ class Dispatcher:
     # -- the queue -----------------------------------------------------------------------------------------------
 
     async def _wait(self, waiter: _Waiter, timeout_s: float, since: float | None) -> Lease:
-        began = self._clock()
-        queued_at = began if since is None else since
+        started_at = self._clock()
+        queued_at = started_at if since is None else since
         entry = self._queue.add(waiter, waiter.demand.priority, queued_at, bounded=since is None)
         try:
             async with asyncio.timeout(timeout_s):
@@ -195,48 +197,49 @@ class Dispatcher:
             raise
         finally:
             self._queue.discard(entry)
-        self._recent_wait_s += WAIT_SMOOTHING * (self._clock() - began - self._recent_wait_s)
+        self._recent_wait_s += WAIT_SMOOTHING * (self._clock() - started_at - self._recent_wait_s)
         return lease
 
     def grant_waiting(self) -> None:
-        """Grants the slots that are free, in the order of the queue. Called when a slot is freed or a node changes."""
+        """Grants the free slots in the order of the queue. Called when a slot is freed or a node changes."""
         if not len(self._queue):
             return
         candidates = self._fleet.candidates()
-        without_slot: set[Demand] = set()
+        demands_without_slot: set[Demand] = set()
         for entry in self._queue:
             waiter = entry.payload
             if waiter.granted.done():
                 continue
             key = _selection_key(waiter.demand)
-            if key in without_slot and not waiter.exclude:
+            if key in demands_without_slot and not waiter.exclude:
                 continue
             lease = self._take_slot(waiter.demand, waiter.exclude, candidates)
             if lease is not None:
                 waiter.granted.set_result(lease)
                 candidates = self._fleet.candidates()
             elif self._may_wait(waiter, candidates):
-                without_slot.add(key)
+                demands_without_slot.add(key)
             else:
                 waiter.granted.set_exception(no_node_error(candidates, waiter.demand, exclude=waiter.exclude))
 
     def _may_wait(self, waiter: _Waiter, candidates: Sequence[Candidate]) -> bool:
-        """Whether a node is busy that would serve it, or is away since less than the grace period."""
+        """Whether the request may wait: a busy node could serve it, or all nodes that could serve it have been away for
+        less than the grace period. Starts or ends this period."""
         demand = waiter.demand
         if select_candidates(candidates, demand, exclude=waiter.exclude).busy:
-            waiter.hopeless_since = None
+            waiter.recovery_wait_since = None
             return True
-        if not self._may_recover(candidates, demand, waiter.exclude):
+        if not self._any_may_recover(candidates, demand, waiter.exclude):
             return False
         now = self._clock()
-        if waiter.hopeless_since is None:
-            waiter.hopeless_since = now
+        if waiter.recovery_wait_since is None:
+            waiter.recovery_wait_since = now
         if self._recheck_timer is None:
             self._recheck_timer = asyncio.get_running_loop().call_later(RECHECK_S, self._recheck)
-        return now - waiter.hopeless_since < self._grace_s
+        return now - waiter.recovery_wait_since < self._grace_s
 
     def _recheck(self) -> None:
-        """Notices what no event announces: the end of a breaker's pause, the end of a grace period."""
+        """Notices the end of a breaker's pause and of a grace period: no event announces these."""
         self._recheck_timer = None
         self.grant_waiting()
 
@@ -246,12 +249,13 @@ class Dispatcher:
 
 
 def _return_grant(waiter: _Waiter) -> None:
-    """Gives back a slot that was granted in the very moment in which the waiter left."""
+    """Gives back a slot that was granted in the same moment in which the request left the queue."""
     granted = waiter.granted
     if granted.done() and not granted.cancelled() and granted.exception() is None:
         granted.result().discard()
 
 
 def _selection_key(demand: Demand) -> Demand:
-    """Equal for demands that the same nodes could serve."""
+    """A demand with only those members that decide which nodes can serve it. It is equal for demands that the same
+    nodes can serve."""
     return Demand(model=demand.model, kinds=demand.kinds, node=demand.node)

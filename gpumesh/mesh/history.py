@@ -1,7 +1,7 @@
-"""The recent past of a mesh: a few figures for each GPU and node, from which sparklines and plots are drawn. Pure.
+"""The recent past of a mesh: a few figures for each GPU and node, for sparklines and plots. Pure.
 
-The background mesh keeps the last minute for every command that asks, `status --watch` keeps its own, and the gateway
-keeps the last hour for its page.
+The background mesh keeps the last minute for commands. `status --watch` keeps a history of its own. The gateway keeps
+the last hour for its page.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from itertools import islice
 from gpumesh.state import GpuState, MeshState, NodeState
 
 STEP_S = 5.0
-STEPS = 12
+STEPS = 12  # one minute in all
 MAX_GPUS = 64  # of one node
-MAX_SERIES = 512  # of GPUs and nodes that are gone
+MAX_OLD_SERIES = 512  # series of GPUs and nodes that are no longer in the mesh
 
 
 @dataclass(frozen=True, slots=True)
 class HistorySeries:
-    """One value for each step, the oldest first; ``None`` where it was not known."""
+    """One value for each step, the oldest first; ``None`` if the value was not known."""
 
     key: str
     values: tuple[float | None, ...]
@@ -45,20 +45,21 @@ class History:
 
 
 _SumsByKey = dict[str, tuple[float, int]]
+"""The sum of the values, then their number."""
 _KINDS = ("gpus", "nodes", "memory", "mesh")
 
 
 @dataclass(slots=True)
 class _Step:
-    """Sums and counts of the values in one step, by kind and key. ``gpus``: the UUIDs that each node has shown."""
+    """The sums of the values in one step, by kind and key. ``gpus``: the UUIDs that each node has shown."""
 
     number: int
     sums: dict[str, _SumsByKey] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
     gpus: dict[str, set[str]] = field(default_factory=dict)
 
     def take_gpus(self, node: NodeState) -> Iterator[GpuState]:
-        """The node's GPUs, at most ``MAX_GPUS`` different ones in a step: a host that shows other GPUs each time must
-        not fill the memory."""
+        """Yields the node's GPUs, at most ``MAX_GPUS`` different ones in a step: a host that shows new GPUs each time
+        must not fill the memory."""
         uuids = self.gpus.setdefault(node.name, set())
         for gpu in node.gpus or ():
             if gpu.uuid in uuids or len(uuids) < MAX_GPUS:
@@ -67,7 +68,8 @@ class _Step:
 
 
 class Recorder:
-    """Means over the states that were added, for the last ``steps`` steps. States are added in order of their time."""
+    """Computes means over the added states, for each of the last ``steps`` steps. States must be added in the order of
+    their times."""
 
     def __init__(
         self,
@@ -77,16 +79,17 @@ class Recorder:
         step_s: float = STEP_S,
         steps: int = STEPS,
     ) -> None:
-        """``earlier`` is a history that was taken at ``at``; this one continues it."""
+        """``earlier`` is a history that was taken at the time ``at``. The recorder continues it."""
         self._step_s = step_s
         self._steps: deque[_Step] = deque(maxlen=steps)
         if earlier is not None and at is not None and earlier.step_s == step_s:
             self._restore(earlier, self._step_number(at), steps)
 
     def _restore(self, earlier: History, last: int, count: int) -> None:
+        """Adds ``count`` steps with the values of ``earlier``. ``last`` is the number of its last step."""
         steps = {number: _Step(number) for number in range(last - count + 1, last + 1)}
         for number, step in steps.items():
-            index = number - last - 1
+            index = number - last - 1  # from the end of the series, whose last step has the index -1
             for kind in _KINDS:
                 for series in getattr(earlier, kind):
                     value = series.values[index] if len(series.values) >= -index else None
@@ -114,8 +117,11 @@ class Recorder:
             return History(self._step_s)
         last = self._steps[-1].number
         steps = {step.number: step for step in self._steps}
-        shown = [steps.get(number) for number in range(last - (self._steps.maxlen or 0) + 1, last + 1)]
-        series = {kind: _build_series([None if step is None else step.sums[kind] for step in shown]) for kind in _KINDS}
+        first = last - (self._steps.maxlen or 0) + 1
+        last_steps = [steps.get(number) for number in range(first, last + 1)]  # None: no state was added in it
+        series = {
+            kind: _build_series([None if step is None else step.sums[kind] for step in last_steps]) for kind in _KINDS
+        }
         return History(self._step_s, **series)
 
 
@@ -127,17 +133,18 @@ def _add_values(sums: _SumsByKey, values: Iterable[tuple[str, float | None]]) ->
 
 
 def _build_series(steps: list[_SumsByKey | None]) -> tuple[HistorySeries, ...]:
-    # All keys of the last two steps; of older keys at most MAX_SERIES, the latest first.
+    """One series for each key, in the order of their first steps: for all keys of the last two steps, and for at most
+    ``MAX_OLD_SERIES`` of the older keys, the latest of them."""
     latest_first = [step for step in reversed(steps) if step is not None]
-    current = dict.fromkeys(key for step in latest_first[:2] for key in step)
-    older = (key for step in latest_first[2:] for key in step if key not in current)
-    keys = current | dict.fromkeys(islice(older, MAX_SERIES))
-    order = dict.fromkeys(key for step in steps if step is not None for key in step if key in keys)
+    current_keys = dict.fromkeys(key for step in latest_first[:2] for key in step)
+    old_keys = (key for step in latest_first[2:] for key in step if key not in current_keys)
+    keys = current_keys | dict.fromkeys(islice(old_keys, MAX_OLD_SERIES))
+    ordered_keys = dict.fromkeys(key for step in steps if step is not None for key in step if key in keys)
 
-    def mean(step: _SumsByKey | None, key: str) -> float | None:
+    def compute_mean(step: _SumsByKey | None, key: str) -> float | None:
         if step is None or key not in step:
             return None
         total, count = step[key]
         return round(total / count, 1)
 
-    return tuple(HistorySeries(key, tuple(mean(step, key) for step in steps)) for key in order)
+    return tuple(HistorySeries(key, tuple(compute_mean(step, key) for step in steps)) for key in ordered_keys)

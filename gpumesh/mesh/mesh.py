@@ -1,4 +1,4 @@
-"""``Mesh``: all nodes, the balancer over them, and requests sent through it. ``gpumesh.Mesh``.
+"""``Mesh`` (``gpumesh.Mesh``): all nodes, the balancer over them, and the requests that are sent through it.
 
 ::
 
@@ -50,13 +50,13 @@ MAX_SHOWN_WAITING = 100
 
 
 class Mesh:
-    """Use as an async context manager; inside it the tunnels open by themselves, all at the same time.
+    """An async context manager. On entry the tunnels start to open, all at the same time.
 
-    ``clock`` gives monotonic seconds. ``prompter`` asks a person what a host wants to know; ``None``: there is nobody
-    to ask.
+    ``clock`` returns monotonic seconds. ``prompter`` passes the questions of hosts on to a person; ``None``: there is
+    no person to ask.
 
     The class is long because it is the public interface of the package: each operation is one short method, and the
-    docstrings are a third of it. What the operations do is in the fleet, the dispatcher and the delivery.
+    docstrings are a third of it. The fleet, the dispatcher and the delivery do the work.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Mesh:
         self._this_machine = ThisMachine()
         self._upstream = Upstream()
         self._http = make_http_client()
-        self._coordination = create_coordination(topology.redis, on_change=self._on_other_gateways, clock=clock)
+        self._coordination = create_coordination(topology.redis, on_change=self._on_other_loads_changed, clock=clock)
         self.fleet = Fleet(
             [
                 Node(
@@ -109,7 +109,8 @@ class Mesh:
 
     @classmethod
     def from_file(cls, path: str | Path | None = None) -> Mesh:
-        """The mesh of a mesh.yaml, found as the command line finds it. Raises ConfigError with all problems."""
+        """The mesh of a mesh.yaml file; ``None``: the file that the command line would find. Raises ConfigError with
+        all problems."""
         return cls(config.load(Path(path) if path is not None else None))
 
     # -- lifetime ------------------------------------------------------------------------------------------------
@@ -121,11 +122,11 @@ class Mesh:
             workers = await stack.enter_async_context(WorkerPool())
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(self._stop)
-            coordination = self._coordination.run(self._own_loads())
+            coordination = self._coordination.run(self._watch_own_loads())
             self._tasks.append(group.create_task(coordination, name="other gateways"))
             for node in self.fleet:
                 if node.spec.enabled:
-                    tunnel = node.tunnel = self._open_tunnel(node, workers)  # known before the node's task has run
+                    tunnel = node.tunnel = self._open_tunnel(node, workers)  # set before the node's task runs
                     self._tasks.append(group.create_task(node.run(tunnel), name=f"node {node.name}"))
             self._tasks.append(group.create_task(self._inspection.run(), name="inspection"))
             self._stack = stack.pop_all()
@@ -153,12 +154,12 @@ class Mesh:
             mesh_name=self.topology.name,
         )
 
-    async def _own_loads(self) -> AsyncIterator[Mapping[str, int]]:
-        """What this mesh has in flight, after each change, for other gateways."""
+    async def _watch_own_loads(self) -> AsyncIterator[Mapping[str, int]]:
+        """Yields the requests that this mesh has in flight, after each change, for other gateways."""
         async for _ in self.watch_changes():
             yield self.fleet.loads()
 
-    def _on_other_gateways(self) -> None:
+    def _on_other_loads_changed(self) -> None:
         self._grant_waiting()
         self._changes.notify()
 
@@ -173,9 +174,10 @@ class Mesh:
     def _regroup(self) -> None:
         self.fleet.regroup()
 
-    # -- what is seen --------------------------------------------------------------------------------------------
+    # -- the state -----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> MeshState:
+        """The state of the mesh now, for people and programs."""
         dispatcher = self._dispatcher
         merge = self._inspection.merge
         states = tuple(merge(node.state(dispatcher.queued_for(node.name))) for node in self.fleet)
@@ -195,27 +197,28 @@ class Mesh:
 
     @property
     def in_flight(self) -> int:
-        """Requests that were accepted and have not ended, without those that wait for a slot."""
+        """The number of requests that were accepted and have not ended, without those that wait for a slot."""
         return max(self.request_counters.in_flight - self._dispatcher.queued, 0)
 
     def watch_changes(self) -> AsyncIterator[None]:
-        """Yields at once and then after each change; changes between two steps are one."""
+        """Yields at once, and then when something has changed since the last iteration."""
         return self._changes.watch()
 
     def set_gateway_state(self, gateway: GatewayState) -> None:
-        """What the gateway over this mesh says about itself, for ``snapshot``."""
+        """Stores the state that the gateway over this mesh reports, for ``snapshot``."""
         self.gateway = gateway
         self._changes.notify()
 
     async def wait_first_report(self, timeout_s: float) -> MeshState:
-        """The state once every node was probed or found out of reach, or the deadline passed."""
+        """Returns the state as soon as every node was probed or found out of reach, at the latest after
+        ``timeout_s``."""
         await readiness.wait_first_report(self.fleet, timeout_s)
         return self.snapshot()
 
     async def wait_usable(self, model: str | None = None, *, timeout_s: float, node: str | None = None) -> str:
-        """The name of the first node that can serve this model, as soon as one can.
+        """Waits until a node can serve this model, and returns the node's name.
 
-        Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed.
+        Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``.
         """
         demand = Demand(model=model, node=self.fleet.require_known(node))
         return await readiness.wait_usable(self.fleet, self._dispatcher, self._changes, demand, timeout_s=timeout_s)
@@ -225,8 +228,8 @@ class Mesh:
         return tuple(self.fleet.candidates())
 
     def usable_nodes(self, kinds: frozenset[BackendKind] = frozenset(BackendKind)) -> tuple[str, ...]:
-        """The names of the nodes of these kinds that take requests now, or would when they have a free slot."""
-        return tuple(entry.name for entry in self.fleet.candidates() if entry.usable and entry.kind in kinds)
+        """The names of the nodes of these kinds that take requests now, or as soon as they have a free slot."""
+        return tuple(node.name for node in self.fleet.candidates() if node.usable and node.kind in kinds)
 
     def local_ports(self) -> frozenset[int]:
         """The ports of this machine behind which a node's server answers."""
@@ -249,15 +252,17 @@ class Mesh:
         at_most_once: bool = False,
         try_reserve_memory: Callable[[int], bool] = lambda _: True,
     ) -> Answer:
-        """Sends a request to the best node, and to others while nodes fail it, until one answers.
+        """Sends a request to the best node. If the node fails, sends it to other nodes until one answers.
 
-        An answer that is cut while it streams is continued by another node, unless ``resume`` is false.
-        ``at_most_once``: the request changes something, and is never sent again once a server may have begun to work
-        on it. ``try_reserve_memory`` says whether so many bytes more may be held until the answer ends: to continue an
-        answer takes some. ``calls`` holds the request as each kind of server wants it.
+        - ``calls`` holds the request in the form of each kind of server.
+        - ``resume``: if an answer is cut while it streams, another node continues it.
+        - ``at_most_once``: the request changes something. It is never sent again after a server may have begun to work
+          on it.
+        - ``try_reserve_memory`` reserves a number of bytes until the answer ends, and returns whether there is room. To
+          continue an answer takes memory.
 
-        An error that is the client's own, or that every node gave, is an Answer with its status. Raises NoNodeError,
-        ModelMissing, QueueFull and DeadlineExceeded.
+        An error that is the client's own fault, or that every node gave, is returned as an Answer with its status.
+        Raises NoNodeError, ModelMissing, QueueFull and DeadlineExceeded.
         """
         delivery = RequestDelivery(
             self._send_context,
@@ -290,11 +295,12 @@ class Mesh:
         self._changes.notify()
 
     async def upload(self, node: str, path: str, body: AsyncIterable[bytes], *, timeout_s: float) -> Answer:
-        """Posts a body that can be read only once to this node. Raises what ``send`` raises, and BackendUnreachable."""
-        began = self._clock()
+        """Posts a body to this node. The body can be read only once, so the request is sent only once. Raises the
+        errors of ``send``, and BackendUnreachable."""
+        started_at = self._clock()
         demand = Demand(None, node=self.fleet.require_known(node), needs_slot=False)
         lease = await self._dispatcher.acquire(demand, timeout_s=timeout_s)
-        return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - began))
+        return await upload(self._http, lease, path, body, timeout_s=timeout_s - (self._clock() - started_at))
 
     def chat(
         self,
@@ -307,10 +313,11 @@ class Mesh:
         timeout_s: float | None = None,
         resume: bool = True,
     ) -> ChatStream:
-        """A chat with a model; the answer's chunks as they come. Also an async context manager: leaving it early
-        stops the generation on the host. A cut answer is continued by another node, unless ``resume`` is false.
+        """Starts a chat with a model. The result yields the chunks of the answer as they come. It is also an async
+        context manager: an early exit stops the generation on the host. If an answer is cut, another node continues it,
+        unless ``resume`` is false.
 
-        Raises, at the first step, what ``send`` raises, and BackendStatus for a request that the server refuses.
+        The first iteration raises the errors of ``send``, and BackendStatus for a request that the server refuses.
         """
         if isinstance(request, str):
             messages = (Message("user", messages),) if isinstance(messages, str) else tuple(messages)
@@ -325,22 +332,22 @@ class Mesh:
         return await self.tunnel(node).exec(argv, timeout_s=timeout_s)
 
     def tunnel(self, node: str) -> Tunnel:
-        """Raises UsageError for a node that mesh.yaml does not have or that is disabled in it."""
+        """The node's tunnel. Raises UsageError for a node that mesh.yaml does not have or that is disabled in it."""
         tunnel = self.fleet.find_node(node).tunnel
         if tunnel is None:
             raise UsageError(f"node {node!r} is disabled in mesh.yaml")
         return tunnel
 
     async def refresh(self, nodes: Iterable[str]) -> None:
-        """Asks these nodes' servers anew what they have: their store was changed through us. Raises nothing."""
+        """Probes the servers of these nodes again, because their model stores were changed through us."""
         await asyncio.gather(*(self.fleet.find_node(name).refresh() for name in nodes))
 
     def drain(self, node: str) -> None:
-        """No new work to this node; what runs there ends by itself."""
+        """Sends no new requests to this node. The running requests end by themselves."""
         self._set_draining(node, draining=True)
 
     def resume(self, node: str) -> None:
-        """The node is given work again."""
+        """Ends the draining of this node: it gets new requests again."""
         self._set_draining(node, draining=False)
 
     def _set_draining(self, node: str, *, draining: bool) -> None:

@@ -1,4 +1,4 @@
-"""Waiting until the nodes of a mesh have reported, or until one of them can serve."""
+"""Waits until the nodes of a mesh have reported, or until a node can serve a demand."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from gpumesh.mesh.nodes.fleet import Fleet
 
 
 async def wait_first_report(fleet: Fleet, timeout_s: float) -> None:
-    """Returns once every node was probed or found out of reach, or when the deadline has passed."""
+    """Returns as soon as every node was probed or found out of reach, at the latest after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*(node.wait_reported() for node in fleet))
     except TimeoutError:
-        pass  # what is known by then is the report
+        pass  # the report then shows the nodes that have answered by now
 
 
 async def wait_usable(
     fleet: Fleet, dispatcher: Dispatcher, changes: ChangeNotifier, demand: Demand, *, timeout_s: float
 ) -> str:
-    """The name of the first node that can serve this demand, as soon as one can.
+    """Waits until a node can serve this demand, and returns the node's name.
 
-    Raises NoNodeError or ModelMissing once it is known that none will, or when the deadline has passed. A node that was
-    lost only just now is waited for, as a request in the queue waits for it.
+    Raises NoNodeError or ModelMissing as soon as it is known that no node will, or after ``timeout_s``. If such a node
+    was lost only a moment ago, waits up to ``GRACE_S`` for it, as a request in the queue does.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -36,7 +36,8 @@ async def wait_usable(
                 selection = select_candidates(fleet.candidates(), demand)
                 if selection.free or selection.busy:
                     return (selection.free or selection.busy)[0].name
-                if not all(node.reported for node in fleet if demand.node in (None, node.name)):
+                allowed_nodes = [node for node in fleet if demand.node in (None, node.name)]
+                if not all(node.reported for node in allowed_nodes):
                     continue
                 if not dispatcher.is_worth_waiting(demand):
                     raise fleet.explain_no_node(demand)

@@ -1,4 +1,4 @@
-"""How many requests a mesh has accepted, and how they ended."""
+"""Counts the requests that a mesh has accepted, and their ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpumesh.balancer.outcomes import Outcome, RequestOutcome, request_outcome
 
 @dataclass(slots=True)
 class RequestCounters:
-    """Every request that was accepted ends as exactly one of the other three."""
+    """Every accepted request ends as exactly one of ``served``, ``failed`` and ``cancelled``."""
 
     accepted: int = 0
     served: int = 0
@@ -21,7 +21,7 @@ class RequestCounters:
         return self.accepted - self.served - self.failed - self.cancelled
 
     def count_end(self, outcome: Outcome) -> None:
-        """A request has ended; ``outcome`` is that of its last attempt."""
+        """Counts a request that has ended. ``outcome`` is the outcome of its last attempt."""
         match request_outcome(outcome):
             case RequestOutcome.SERVED:
                 self.served += 1

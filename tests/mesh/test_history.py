@@ -1,7 +1,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from gpumesh.mesh.history import MAX_GPUS, MAX_SERIES, STEP_S, STEPS, History, Recorder
+from gpumesh.mesh.history import MAX_GPUS, MAX_OLD_SERIES, STEP_S, STEPS, History, Recorder
 from gpumesh.state import (
     BackendState,
     GatewayState,
@@ -78,4 +78,4 @@ def test_a_host_that_shows_other_gpus_each_time_fills_no_memory_and_hides_no_oth
         recorder.add(replace(state(0.0, 50), at=at, nodes=(hostile, honest)))
     history = recorder.history()
     assert history.gpu_utilization("GPU-1") == (50.0,) * 240
-    assert len(history.gpus) <= MAX_SERIES + 2 * MAX_GPUS + 2
+    assert len(history.gpus) <= MAX_OLD_SERIES + 2 * MAX_GPUS + 2

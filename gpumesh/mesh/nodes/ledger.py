@@ -98,7 +98,7 @@ class Ledger:
     # -- the end of a lease --------------------------------------------------------------------------------------
 
     def settle(self, lease: Lease, outcome: Outcome, counters: ServerCounters | None, error: str | None) -> None:
-        """Removes a lease that was used, and learns from its outcome. ``Lease.release`` calls it once for each lease."""
+        """Removes a used lease, and learns from its outcome. ``Lease.release`` calls this once for each lease."""
         now = self._clock()
         has_slot = lease in self._slot_leases  # added to the counters as 0 or 1: they count only attempts with a slot
         self._remove(lease)
