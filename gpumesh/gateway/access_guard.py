@@ -89,8 +89,8 @@ class Guard:
         - Pages of this machine are allowed, as Ollama allows them, but not from ``backend_ports``. Such a port is the
           end of a tunnel: a page behind it was written by the tunnel's host.
         - Applications whose pages are no web pages are allowed.
-        - The gateway's own page is allowed. It was opened under this ``host`` (the Host header). The host must be an
-          address, which DNS rebinding cannot change, unless a key is needed."""
+        - The gateway's own page is allowed: its origin equals ``host`` (the Host header). The host must be an address,
+          because DNS rebinding can change where a name leads. With a key the host may also be a name."""
         if origin is None or origin in self.origins or "*" in self.origins:
             return True
         try:

@@ -1,4 +1,4 @@
-"""Where the gateway listens: a TCP address, a Unix socket, or both."""
+"""The addresses on which the gateway listens: a TCP address, a Unix socket, or both."""
 
 from __future__ import annotations
 

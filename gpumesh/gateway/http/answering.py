@@ -55,7 +55,7 @@ def write_answer(writer: ClientWriter, response: Response, request: Request, *, 
 
 
 def write_refusal(writer: ClientWriter, response: Response, headers: HeaderPairs = ()) -> None:
-    """Writes an answer that belongs to no request: a refusal. It tells the client that the connection ends."""
+    """Writes an answer that belongs to no request. Its head tells the client that the connection ends."""
     pairs = (*response.headers, *headers)
     head = render_head(response.status, pairs, length=len(response.body), keep_alive=False, is_http10=False)
     _write(writer, head, response.body)

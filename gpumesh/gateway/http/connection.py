@@ -165,7 +165,7 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(event)
             elif event.whole:  # a RequestEnd
                 self._queue.end_body()
-            else:  # nothing can be read after it; its handler refuses the request
+            else:  # a broken body: its handler refuses the request, and nothing can be read after it
                 self._break_body()
 
     def fail_reading(self) -> None:

@@ -179,7 +179,7 @@ class Node:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def lease(self, demand: Demand) -> Lease:
-        """Takes a slot for this demand. It does not check whether a slot is free: the dispatcher has decided that."""
+        """Takes a slot for this demand, without a check that one is free: the dispatcher has decided that."""
         return self.ledger.lease(self, demand)
 
     def forgive_failure(self) -> None:
