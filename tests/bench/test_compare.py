@@ -108,6 +108,16 @@ def test_other_machines_are_said() -> None:
     assert "simulated" in simulated
 
 
+def test_changed_nodes_are_named_in_the_order_of_the_file() -> None:
+    plain = result(measured())
+    (node,) = plain.environment.nodes
+    names = [f"node-{number}" for number in range(9, 0, -1)]
+    before = tuple(replace(node, name=name) for name in names)
+    after = tuple(replace(node, name=name, gpus=("NVIDIA H100",)) for name in names)
+    a, b = (replace(plain, environment=replace(plain.environment, nodes=nodes)) for nodes in (before, after))
+    assert [caveat.split()[1] for caveat in compare(a, b).caveats] == names
+
+
 def test_a_client_that_limited_is_said() -> None:
     bound = replace(measured(), client=ClientLoad(cpu=1.0, lag_p99_ms=50.0, bound="this process used 100% of a core"))
     assert compare(result(measured()), result(bound)).caveats == (
