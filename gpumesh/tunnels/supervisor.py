@@ -282,8 +282,7 @@ class SshTunnel:
     # -- one connection ----------------------------------------------------------------------------------------------
 
     async def _run_connection(self) -> Cause | None:
-        """Connects, and waits until the connection is over. Returns why it is over; ``None``: the lifecycle decided
-        RECONNECT."""
+        """Connects, and returns why the connection is over; ``None``: the lifecycle decided RECONNECT."""
         async with contextlib.AsyncExitStack() as stack:
             try:
                 setup = await stack.enter_async_context(
@@ -349,8 +348,7 @@ class SshTunnel:
         self._handle_event(Connected())
 
     def _on_forward_failed(self, failed: ForwardFailed) -> None:
-        """Fails the tunnel when the host forbids forwarding to all targets. Ignores a backend that does not answer: the
-        prober reports that."""
+        """Fails the tunnel when the host forbids forwarding to all targets. The prober reports dead backends."""
         if failed.code != "forwarding-forbidden" or self._link is None:
             return
         self._forbidden_targets.add(failed.target)

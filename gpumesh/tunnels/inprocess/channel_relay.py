@@ -52,11 +52,8 @@ class Multiplexer(Protocol):
 
 
 class ChannelRelay:
-    """One forwarded connection: a local socket and a channel.
-
-    It stands in the place of a ``paramiko.Channel``, which has two pipes and four conditions for blocking readers.
-    paramiko itself calls ``_set_remote_channel`` and ``_unlink``.
-    """
+    """One forwarded connection: a local socket and a channel. It replaces a ``paramiko.Channel``, which has two pipes
+    and four conditions for blocking readers. paramiko itself calls ``_set_remote_channel`` and ``_unlink``."""
 
     def __init__(self, multiplexer: Multiplexer, local: socket.socket, target: Target) -> None:
         self._multiplexer = multiplexer
@@ -85,17 +82,14 @@ class ChannelRelay:
     # -- in the selector's thread ------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Asks the host for the channel. Aborts when the transport has ended, or when the host does not answer in
-        time."""
+        """Asks the host for the channel. Aborts if the transport has ended, or if no answer comes in time."""
         transport = self._multiplexer.transport
         self._forwarder.add_relay(self)
         with transport.lock:
             self._number = transport._next_channel()
             transport._channels.put(self._number, self)
             transport.channels_seen[self._number] = True  # else a late packet for this channel ends the transport
-        # ``active`` is read after the relay is in the transport's map. So a transport that ends later calls
-        # ``_unlink``, and a transport that ended before is noticed here. (paramiko calls ``_unlink`` just before it
-        # clears ``active``: a relay that comes between the two ends by the open timeout.)
+        # Only now, with the relay in the map: a transport that ends later calls ``_unlink``, an ended one is seen here.
         if not transport.active:
             self.abort()
             return
@@ -138,7 +132,6 @@ class ChannelRelay:
         self._send_credit()
 
     def _send_credit(self) -> None:
-        """Gives the host credit if enough bytes are due, and if the host can still send."""
         with self._lock:
             credit = self._uncredited
             if credit < MIN_CREDIT or self._host_ended or self._host_closed or self._close_sent:
@@ -172,8 +165,7 @@ class ChannelRelay:
         self._multiplexer.send(message)
 
     def _update(self) -> None:
-        """Passes an end or a close on to the other side, and watches the local socket for the events that are wanted
-        now."""
+        """Passes on an end or a close, and watches the local socket for the events that are wanted now."""
         if self._local_closed:
             return
         with self._lock:
@@ -214,16 +206,14 @@ class ChannelRelay:
                 self._local.close()
 
     def _send_close(self) -> None:
-        """Sends CHANNEL_CLOSE, once. A channel that is not open yet cannot be closed: ``_on_opened`` calls this
-        again."""
+        """Sends CHANNEL_CLOSE once. That needs an open channel: ``_on_opened`` calls this again."""
         if not self._close_sent and self._remote_number >= 0 and self._multiplexer.transport.active:
             self._close_sent = True
             self._multiplexer.send(_make_message(cMSG_CHANNEL_CLOSE, self._remote_number))
         self._remove_if_closed()
 
     def _remove_if_closed(self) -> None:
-        """Removes the relay when both ends are closed. After its close the host sends no message for this channel's
-        number, so that paramiko may use the number again."""
+        """After its close the host sends nothing for this channel's number, so paramiko may use the number again."""
         transport = self._multiplexer.transport
         if self._local_closed and (self._host_closed or not transport.active):
             self._multiplexer.cancel_open_timeout(self)
