@@ -42,7 +42,7 @@ class LlamacppDialect(OpenAIDialect):
         }
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By the owner of its models, or by its error message while it loads a model."""
+        """Recognizes the owner of the models, or the error message while the server loads a model."""
         if status == 503:
             error = (safe_json.parse_report(body) or {}).get("error")
             return isinstance(error, dict) and error.get("message") == LOADING

@@ -54,7 +54,7 @@ class OllamaDialect:
         return path.startswith(("/api/", "/v1/"))
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By its version, or by the empty 403 that refuses a Host header."""
+        """Recognizes an answer with a version, or the empty 403 that refuses a Host header."""
         document = (safe_json.parse_report(body) if status == 200 else None) or {}
         has_version = safe_json.as_text(document.get("version")) is not None and "error" not in document
         return has_version or (status == 403 and not body.strip())

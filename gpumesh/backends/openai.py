@@ -69,7 +69,7 @@ class OpenAIDialect:
         return path.startswith("/v1/")
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By its list of models. Other kinds have such a list too, so they must be tried first."""
+        """Recognizes the list of models. Other kinds have such a list too, so they must be tried first."""
         return status == 200 and isinstance((safe_json.parse_report(body) or {}).get("data"), list)
 
     def missing_model_hint(self, models: Sequence[str]) -> str:  # noqa: ARG002 - the message before the hint names them

@@ -39,7 +39,7 @@ class VllmDialect(OpenAIDialect):
         }
 
     def recognizes(self, status: int, body: bytes) -> bool:
-        """By the owner of its models."""
+        """Recognizes the owner of the models."""
         return status == 200 and OWNER in owner_names(body)
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:

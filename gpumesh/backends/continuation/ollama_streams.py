@@ -217,12 +217,12 @@ def _has_images(request: JsonObject) -> bool:
 def _without_images(request: JsonObject) -> JsonObject:
     if not _has_images(request):
         return request
-    bare = {key: value for key, value in request.items() if key != "images"}
-    if "messages" in bare:
-        bare["messages"] = [
+    text_request = {key: value for key, value in request.items() if key != "images"}
+    if "messages" in text_request:
+        text_request["messages"] = [
             {key: value for key, value in message.items() if key != "images"} for message in _messages(request)
         ]
-    return bare
+    return text_request
 
 
 def _messages(request: JsonObject) -> tuple[dict[str, Any], ...]:

@@ -14,7 +14,7 @@ MAX_REPEATED_TOKENS = 30
 # Unread frames are kept up to this size. Then they are read, and only their text is kept: it is much shorter.
 UNREAD_BYTES = 64 << 10
 UNREAD_FRAMES = 4096  # more frames in UNREAD_BYTES are too short to hold text
-FIRST_FRAMES = 64  # one of the first so many frames names the answer
+FIRST_FRAMES = 64  # one of the first 64 frames names the answer; later ones are not searched
 # Bytes; no model's context holds so much text. A longer answer is passed on, but not kept.
 TEXT_LIMIT = 8 << 20
 PIECE_BYTES = 64  # memory of a piece of text besides its characters

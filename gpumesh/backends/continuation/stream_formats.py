@@ -24,16 +24,16 @@ _CHAT_FORMATS: Mapping[ContinuationMethod, type[OpenAIChatFormat]] = {
 
 def generates_text(path: str) -> bool:
     """Whether this route generates text, so that its stream has a final frame. ``path`` may have a query."""
-    bare = path.partition("?")[0]
-    return bare in _OLLAMA_PATHS or bare in _EVENT_STREAM_PATHS or bare in (_CHAT_PATH, COMPLETION_PATH)
+    route = path.partition("?")[0]
+    return route in _OLLAMA_PATHS or route in _EVENT_STREAM_PATHS or route in (_CHAT_PATH, COMPLETION_PATH)
 
 
 def stream_format_for(path: str) -> StreamFormat:
     """The format that reads and ends a stream of this route."""
-    bare = path.partition("?")[0]
-    if bare in _OLLAMA_PATHS:
-        return OllamaStreamFormat(generate=bare == "/api/generate")
-    return OpenAIChatFormat(path) if bare == _CHAT_PATH else EventStreamFormat(path)
+    route = path.partition("?")[0]
+    if route in _OLLAMA_PATHS:
+        return OllamaStreamFormat(generate=route == "/api/generate")
+    return OpenAIChatFormat(path) if route == _CHAT_PATH else EventStreamFormat(path)
 
 
 def continuation_format_for(path: str, kind: BackendKind) -> StreamFormat:

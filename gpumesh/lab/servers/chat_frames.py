@@ -27,7 +27,7 @@ class ChatFrames:
 
     def __init__(self, name: str, *, usage: bool) -> None:
         self._usage = usage
-        self._called = False
+        self._called_tool = False
         self._base = {
             "id": f"chatcmpl-{next(_numbers)}",
             "object": "chat.completion.chunk",
@@ -41,21 +41,22 @@ class ChatFrames:
         if thinking:
             delta["reasoning"] = thinking
         if tool is not None:
-            self._called = True
+            self._called_tool = True
             delta["tool_calls"] = [build_tool_call(tool)]
         return encode_event(self._chunk(delta, None))
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
         parts = [
-            encode_event(self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called else reason))
+            encode_event(
+                self._chunk({"role": "assistant", "content": ""}, "tool_calls" if self._called_tool else reason)
+            )
         ]
         if self._usage:
             parts.append(encode_event({**self._base, "choices": [], "usage": build_usage(timings)}))
         return b"".join([*parts, b"data: [DONE]\n\n"])
 
     def encode_error(self, message: str) -> bytes:
-        # As in Ollama: the message of an error in mid-stream is lost, and no [DONE] follows.
-        del message
+        del message  # Ollama loses the message of an error in mid-stream, and sends no [DONE]
         return encode_event(self._chunk({"role": "assistant", "content": ""}, None))
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class CompletionFrames:
         return encode_event(self._chunk("", reason)) + usage + b"data: [DONE]\n\n"
 
     def encode_error(self, message: str) -> bytes:
-        del message
+        del message  # lost, as in a chat
         return encode_event(self._chunk("", None))
 
     def build_document(self, answer: PlannedAnswer, timings: Timings) -> dict[str, Any]:

@@ -26,13 +26,13 @@ class MessagesFrames:
             "role": "assistant",
             "model": name,
         }
-        self._block = -1
-        self._kind: str | None = None
-        self._called = False
+        self._block = -1  # index of the open content block
+        self._kind: str | None = None  # type of the open content block
+        self._called_tool = False
 
     def encode_piece(self, content: str, thinking: str, tool: ToolCall | None) -> bytes:
         if tool is not None:
-            self._called = True
+            self._called_tool = True
             start = {"type": "tool_use", "id": "toolu_1", "name": tool.name, "input": {}}
             delta = {"type": "input_json_delta", "partial_json": dump_json(dict(tool.arguments))}
             return self._open("tool_use", start) + self._delta(delta)
@@ -42,11 +42,11 @@ class MessagesFrames:
         return self._open("text", {"type": "text", "text": ""}) + self._delta({"type": "text_delta", "text": content})
 
     def encode_final(self, reason: str, timings: Timings) -> bytes:
-        delta = {"stop_reason": _stop_reason(reason, called=self._called), "stop_sequence": None}
+        delta = {"stop_reason": _stop_reason(reason, called_tool=self._called_tool), "stop_sequence": None}
         usage = {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens}
-        opened = b"" if self._kind else self._open("text", {"type": "text", "text": ""})
+        first_block = b"" if self._kind else self._open("text", {"type": "text", "text": ""})
         return (
-            opened
+            first_block
             + self._event("content_block_stop", index=self._block)
             + self._event("message_delta", delta=delta, usage=usage)
             + self._event("message_stop")
@@ -67,12 +67,13 @@ class MessagesFrames:
         return {
             **self._base,
             "content": content,
-            "stop_reason": _stop_reason(answer.done_reason, called=answer.tool is not None),
+            "stop_reason": _stop_reason(answer.done_reason, called_tool=answer.tool is not None),
             "stop_sequence": None,
             "usage": {"input_tokens": timings.prompt_tokens, "output_tokens": timings.tokens},
         }
 
     def _open(self, kind: str, start: Mapping[str, Any]) -> bytes:
+        """The events that begin a content block of this type, unless one is open."""
         if self._kind == kind:
             return b""
         if self._kind is None:
@@ -92,5 +93,5 @@ class MessagesFrames:
         return encode_event({"type": kind, **more}, kind)
 
 
-def _stop_reason(reason: str, *, called: bool) -> str:
-    return "tool_use" if called else "max_tokens" if reason == "length" else "end_turn"
+def _stop_reason(reason: str, *, called_tool: bool) -> str:
+    return "tool_use" if called_tool else "max_tokens" if reason == "length" else "end_turn"

@@ -93,8 +93,8 @@ class SimServer(ABC):
         return self._faults
 
     async def set_faults(self, faults: Faults) -> None:
-        """Sets the faults for new requests, and for answers that are being written. On return, the port is closed if
-        ``refuse``, and open if not."""
+        """Sets the faults of new requests and running answers. On return, the port is closed if ``refuse``, else
+        open."""
         async with self._faults_lock:
             self._faults = self.engine.faults = faults
             changed, self._faults_changed = self._faults_changed, asyncio.Event()
@@ -199,8 +199,7 @@ class SimServer(ABC):
                 sent = due
 
     def _find_token_fault(self, path: str) -> tuple[str, int | None]:
-        """The fault that stops an answer of this path: its name, and the number of tokens before it. The number is
-        ``None`` if there is no such fault."""
+        """Name and token count of the fault that stops an answer of this path; ``("", None)``: no fault."""
         faults = self._faults
         if self._faults_left != 0 and _hits(faults, path):
             for kind in ("cut_after_tokens", "end_after_tokens", "error_line_after_tokens", "stall_after_tokens"):

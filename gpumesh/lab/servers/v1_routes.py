@@ -49,7 +49,7 @@ class V1Routes:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
-        # As in Ollama: the prompt goes through the model's template, as with /api/generate.
+        # Ollama applies the model's template to this prompt, as it does for /api/generate.
         messages = [{"role": "user", "content": str(body.get("prompt") or "")}]
         generation = self._server.read_generation_request(
             body, messages=messages, options=read_options(body), think=False

@@ -128,7 +128,7 @@ class Answer:
 
 
 class WholeAnswer(Answer):
-    """An answer that is complete before anybody sees it."""
+    """An answer whose whole body is known before the first byte goes to the client."""
 
     __slots__ = ("_body", "_body_was_read", "_counters")
 

@@ -21,7 +21,7 @@ class ByteSink(Protocol):
         """Whether the source should pause. The sink still takes bytes that the source cannot hold back."""
 
     def write(self, data: bytes) -> None:
-        """Raises ConnectionError when nobody will read these bytes."""
+        """Takes these bytes. Raises ConnectionError if their reader is gone."""
 
 
 class BodySink(ByteSink, Protocol):

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 MIN_TIMEOUT_S = 5.0  # another request's long prompt may hold up a server's tokens for some seconds
-PAUSE_FACTOR = 20.0  # the time-out is so many times the longest pause
+PAUSE_FACTOR = 20.0  # the time-out is 20 times the longest pause
 DEFAULT_TIMEOUT_S = 30.0  # while no pause is known: nobody would wait longer for one token
 MAX_TIMEOUT_S = 300.0
 PAUSE_DECAY = 0.9  # factor for the known pause after each answer with shorter pauses: so an outlier is forgotten
