@@ -5,8 +5,9 @@ or lead nowhere. An error of a *host* (a broken driver, a missing model, a serve
 a file that no longer expects the GPU or the model would only hide the error.
 
 A node is switched off, never deleted: a person changes one word to get the node back. An absent node is switched off
-only if the host of some other node answers. If no host answers, the fault is probably this machine's network. A
-duplicate is switched off in any case: it adds nothing, and the node that it duplicates stays.
+only if the host of some other node answers. If no host answers, the fault is probably this machine's network; a server
+on this machine says nothing about the network. A duplicate is switched off in any case: it adds nothing, and the node
+that it duplicates stays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from gpumesh.addresses import is_loopback
 from gpumesh.audit import gpus, identity, routes
 from gpumesh.state import Finding, NodeState, TunnelPhase
 from gpumesh.topology import BackendKind, NodeSpec, Topology
@@ -45,7 +47,9 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
     gets no other change."""
     states = {state.name: state for state in nodes}
     specs = {spec.name: spec for spec in topology.nodes if spec.enabled and spec.name in states}
-    any_host_answers = any(states[name].tunnel.state is TunnelPhase.UP for name in specs)
+    any_host_answers = any(
+        states[name].tunnel.state is TunnelPhase.UP for name, spec in specs.items() if _uses_network(spec)
+    )
     switched_off = dict(_switch_off_absent(specs, states, findings)) if any_host_answers else {}
     # An absent duplicate gets the reason of a duplicate, because this stays true when the host comes back.
     switched_off.update(_switch_off_duplicates(specs, states, findings))
@@ -58,6 +62,10 @@ def plan_changes(topology: Topology, nodes: Sequence[NodeState], findings: Seque
         changes += _correct_expectations(spec, states[name], codes)
         changes += _correct_kind(spec, states[name], codes)
     return tuple(changes)
+
+
+def _uses_network(spec: NodeSpec) -> bool:
+    return spec.ssh is not None or not all(is_loopback(target.host) for target in spec.backend.targets)
 
 
 def unsettled_findings(findings: Sequence[Finding], changes: Sequence[Change]) -> tuple[Finding, ...]:

@@ -37,7 +37,10 @@ def values(*pairs: tuple[NodeSpec, NodeState]) -> dict[str, Any]:
     return {f"{change.node}.{'.'.join(change.path)}": change.value for change in plan(*pairs)}
 
 
-WELL = (direct("well"), state(gpus=(replace(GPU, uuid="GPU-00000000-1"),), backend=backend(catalog=())))
+WELL = (
+    direct("well", "http://198.51.100.7:11434"),
+    state(gpus=(replace(GPU, uuid="GPU-00000000-1"),), backend=backend(catalog=())),
+)
 REFUSED = state_with_error(errors.ConnectRefused("nothing listens on x"))
 
 
@@ -146,6 +149,10 @@ def test_a_node_with_a_host_is_not_switched_off(error: errors.TunnelError) -> No
 def test_no_node_is_switched_off_when_no_host_answers() -> None:
     """Then it is this machine's network."""
     assert plan((spec("a"), REFUSED), (direct("b"), REFUSED)) == ()
+
+
+def test_no_node_is_switched_off_when_only_a_server_on_this_machine_answers() -> None:
+    assert plan((direct("a", "http://127.0.0.1:11434"), state()), (spec("b"), REFUSED)) == ()
 
 
 def test_an_absent_node_is_switched_off_when_another_host_answers_without_a_server() -> None:
