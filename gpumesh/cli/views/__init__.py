@@ -1,1 +1,1 @@
-"""What is drawn on a terminal: tables, bars, the live table. No command is decided here, and no host is asked."""
+"""Draws on a terminal: tables, bars, the live table. Views decide nothing for a command, and ask no host."""

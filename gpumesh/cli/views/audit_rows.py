@@ -179,14 +179,14 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
         yield row(
             "GPU",
             short_gpu(expect.gpu),
-            None if gpus is None else _join_different(short_gpu(gpu.name) for gpu in gpus),
+            None if gpus is None else _join_distinct(short_gpu(gpu.name) for gpu in gpus),
             matches,
         )
     if expect.vram_mib is not None:
         sizes = (
             None
             if gpus is None
-            else _join_different(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
+            else _join_distinct(f"{gpu.memory_total_mib} MiB" for gpu in gpus if gpu.memory_total_mib)
         )
         yield row("VRAM", f"{expect.vram_mib} MiB", sizes, bool(gpus) and vram_matches(expect.vram_mib, gpus or ()))
     if expect.driver is not None:
@@ -204,7 +204,7 @@ def _expectation_rows(spec: NodeSpec, state: NodeState) -> Iterator[ComparisonRo
         )
 
 
-def _join_different(values: Iterator[str]) -> str:
+def _join_distinct(values: Iterator[str]) -> str:
     return ", ".join(sorted(set(values)))
 
 

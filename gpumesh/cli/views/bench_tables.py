@@ -65,7 +65,7 @@ def _stage_cells(stage: StageResult) -> list[Cell | str]:
 
 
 def _result_lines(result: BenchResult) -> Iterator[str]:
-    """Figures for which the table has no column. Those without another name are at p50."""
+    """The figures for which the table has no column. A figure without another percentile is the median (p50)."""
     if result.scaling is not None:
         scaling = result.scaling
         yield (
@@ -74,9 +74,9 @@ def _result_lines(result: BenchResult) -> Iterator[str]:
             f"that its nodes give alone: {scaling.efficiency:.0%}"
         )
     for node, costs in itertools.groupby(result.routes, key=lambda cost: cost.node):
-        barest, *others = costs
-        outside = format_number(barest.outside_server_p50_ms)
-        parts = [f"{node}: {outside} ms outside the server at p50 through the {barest.route}"]
+        shortest, *others = costs
+        outside = format_number(shortest.outside_server_p50_ms)
+        parts = [f"{node}: {outside} ms outside the server at p50 through the {shortest.route}"]
         parts += [f"{cost.route} adds {format_number(cost.added_p50_ms)} ms" for cost in others]
         yield "; ".join(parts)
     for stage in result.stages:

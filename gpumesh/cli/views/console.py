@@ -1,4 +1,5 @@
-"""The console that views print on, and how a view becomes lines: colours, widths, and plain signs where needed."""
+"""The console that views print on. It turns a view into lines, with colours where it has them, and with ASCII signs
+where the stream cannot encode others."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from rich.console import Console, RenderableType
 
 from gpumesh.cli.views.figures import UNKNOWN
 
-PIPED_WIDTH = 160
-# Characters beyond ASCII, and what stands for them on terminals and pipes that cannot carry them.
+PIPED_WIDTH = 160  # columns, where the output is no terminal and COLUMNS is not set
+# Characters beyond ASCII -> their replacements on terminals and pipes that cannot encode them.
 _ASCII = str.maketrans(
     {
         "●": "*",

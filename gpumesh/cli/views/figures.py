@@ -24,17 +24,17 @@ def format_gib(mib: int | None) -> str:
     if mib is None:
         return "?"
     value = mib / 1024
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"  # 99.95 would become "100.0"
 
 
-_LEVELS = "▁▂▃▄▅▆▇█"
+_SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 
 
-def sparkline(values: Sequence[float | None], most: float) -> str:
-    """One character for each value, from 0 to ``most``; a blank where the value is unknown."""
-    top = len(_LEVELS) - 1
+def sparkline(values: Sequence[float | None], highest: float) -> str:
+    """One character for each value, on a scale from 0 to ``highest``; a blank where the value is unknown."""
+    top = len(_SPARK_LEVELS) - 1
     return "".join(
-        " " if value is None else _LEVELS[min(max(math.ceil(value / most * top), 0), top)] for value in values
+        " " if value is None else _SPARK_LEVELS[min(max(math.ceil(value / highest * top), 0), top)] for value in values
     )
 
 
@@ -57,8 +57,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time_left(until: datetime | None, now: datetime) -> str | None:
-    """How long a model stays in memory; ``∞`` for a date more than a year away, which Ollama writes for ``keep_alive:
-    -1``."""
+    """The time for which a model still stays in memory. It is ``∞`` when ``until`` is more than a year away: Ollama
+    writes such a date for ``keep_alive: -1``."""
     if until is None:
         return None
     seconds = (until - now).total_seconds()

@@ -26,7 +26,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def make_notes_table(notes: Sequence[tuple[Text, Text]]) -> Table:
-    """Marks on the left, their texts on the right."""
+    """A table of remarks, which are pairs of a mark (left) and its text (right)."""
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -36,10 +36,10 @@ def make_notes_table(notes: Sequence[tuple[Text, Text]]) -> Table:
 
 
 def finding_text(finding: Finding) -> Text:
-    where = ", ".join(finding.nodes) or finding.node
+    node_names = ", ".join(finding.nodes) or finding.node
     text = Text()
-    if where:
-        text.append(f"{clean_line(where, 200)} ", style="bold")
+    if node_names:
+        text.append(f"{clean_line(node_names, 200)} ", style="bold")
     text.append(f"{clean_line(finding.code, 40)}: {clean_line(finding.message, 400)}")
     add_hint(text, finding.hint)
     return text

@@ -1,4 +1,4 @@
-"""Who on this machine can connect to the gateway and to the local ends of the tunnels, as sentences."""
+"""Sentences that say who on this machine can connect to the gateway and to the local ends of the tunnels."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def access_lines(state: MeshState) -> Iterator[str]:
             places.append(f"unix:{gateway.socket}")
         yield f"gateway {clean_line(' and '.join(places))}: {_GATEWAY[gateway.access]}"
     for access, sentence in _TUNNELS.items():
-        ends = [_local_end(node) for node in state.nodes if node.tunnel.local_access is access]
-        if ends:
-            yield f"tunnel{'s' if len(ends) > 1 else ''} {', '.join(ends)}: {sentence}"
+        local_ends = [_local_end(node) for node in state.nodes if node.tunnel.local_access is access]
+        if local_ends:
+            yield f"tunnel{'s' if len(local_ends) > 1 else ''} {', '.join(local_ends)}: {sentence}"
 
 
 def _local_end(node: NodeState) -> str:

@@ -12,7 +12,8 @@ from gpumesh.state import GpuState, Health, MeshState, NodeState, compute_totals
 
 
 class SortKey(StrEnum):
-    """The worst health comes first, and the highest of each other figure."""
+    """``config``: the order of mesh.yaml. ``name``: by the alphabet. ``health``: the worst first. All others are
+    figures: the highest first."""
 
     CONFIG = "config"
     NAME = "name"
@@ -37,7 +38,7 @@ def health_rank(node: NodeState) -> int:
 
 def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[str] = ()) -> MeshState:
     """Only the nodes with one of these names (``*`` and ``?`` as in a shell) and all of these labels (``key=value``,
-    or ``key`` for any value), with totals and findings to match. Raises UsageError when that leaves none."""
+    or ``key`` for any value), with the totals and findings of these nodes. Raises UsageError when no node remains."""
     nodes = state.nodes
     if names:
         for name in names:
@@ -50,9 +51,11 @@ def select_nodes(state: MeshState, names: Sequence[str] = (), labels: Sequence[s
         raise UsageError(f"no node has {' and '.join(labels)}", hint=_known_labels(state))
     if len(nodes) == len(state.nodes):
         return state
-    kept = {node.name for node in nodes}
+    selected_names = {node.name for node in nodes}
     findings = tuple(
-        finding for finding in state.findings if finding.node in kept or not kept.isdisjoint(finding.nodes)
+        finding
+        for finding in state.findings
+        if finding.node in selected_names or not selected_names.isdisjoint(finding.nodes)
     )
     return replace(state, nodes=nodes, totals=compute_totals(nodes), findings=findings)
 
@@ -63,8 +66,8 @@ def _has_label(node: NodeState, label: str) -> bool:
 
 
 def _known_labels(state: MeshState) -> str:
-    known = sorted({f"{key}={value}" for node in state.nodes for key, value in node.labels})
-    return f"the labels are: {', '.join(known)}" if known else "no node in mesh.yaml has `labels`"
+    labels = sorted({f"{key}={value}" for node in state.nodes for key, value in node.labels})
+    return f"the labels are: {', '.join(labels)}" if labels else "no node in mesh.yaml has `labels`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class ViewSelection:
     verbose: bool = False
 
     def apply(self, state: MeshState) -> MeshState:
-        """Raises UsageError when no node is left."""
+        """Raises UsageError when no node remains."""
         return sort_nodes(select_nodes(state, self.names, self.labels), self.sort)
 
 
@@ -89,6 +92,8 @@ def sort_nodes(state: MeshState, key: SortKey) -> MeshState:
 
 
 def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[NodeState], tuple[bool, float]]:
+    """A key for ``sorted``. True comes after False, so nodes whose figure is unknown come last."""
+
     def order(node: NodeState) -> tuple[bool, float]:
         value = figure(node)
         return value is None, -(value or 0.0)
@@ -99,9 +104,11 @@ def _highest_first(figure: Callable[[NodeState], float | None]) -> Callable[[Nod
 def _over_gpus(
     figure: Callable[[GpuState], float | None], combine: Callable[[list[float]], float]
 ) -> Callable[[NodeState], float | None]:
+    """A figure of a node, combined from the figures of its GPUs; ``None`` when no GPU's figure is known."""
+
     def node_figure(node: NodeState) -> float | None:
-        known = [value for gpu in node.gpus or () if (value := figure(gpu)) is not None]
-        return combine(known) if known else None
+        values = [value for gpu in node.gpus or () if (value := figure(gpu)) is not None]
+        return combine(values) if values else None
 
     return node_figure
 

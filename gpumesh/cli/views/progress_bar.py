@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and results on stdout while a bar is shown."""
+"""Progress bars on stderr, and the writing of results to stdout while a bar is shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ProgressDisplay(Protocol):
-    """Call it with the count of what is done; ``note`` stands behind the bar."""
+    """The caller passes the number of prompts or requests that have ended. ``note`` stands behind the bar."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 

@@ -13,7 +13,7 @@ _UNSAFE = dict.fromkeys(
 )
 _UNSAFE_IN_TEXT = {code: nothing for code, nothing in _UNSAFE.items() if chr(code) not in "\t\n"}
 
-# json escapes C0 by itself. Only what stands between quotes: the newlines of an indented document are not in here.
+# json itself escapes C0 in strings. So C0 is not escaped here: the newlines of an indented document must stay.
 _UNSAFE_IN_JSON = {code: f"\\u{code:04x}" for code in _UNSAFE if code >= 0x7F}
 
 

@@ -1,4 +1,4 @@
-"""Tables for every command: a plain one, and one that drops and narrows columns until it fits the width.
+"""Tables for every command: a plain table, and a table that drops and narrows columns until it fits the width.
 
 Cells may hold text from a host. It is cleaned here and reaches rich as ``Text``, never as markup. The table of `status`
 is in ``status/``.
@@ -31,13 +31,16 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table that must fit the width. Columns with a low ``rank`` are placed first; rank 0 always stays.
-    ``min_width``: how narrow the column may become. An empty column is left out, unless its rank is 2 or less."""
+    ``min_width``: how narrow the column may become. An empty column is left out, unless its rank is
+    MAX_RANK_WHEN_EMPTY or less."""
 
     title: str
     rank: int = 0
     right: bool = False
     min_width: int | None = None
 
+
+MAX_RANK_WHEN_EMPTY = 2  # up to this rank a column stays although all its cells are empty
 
 ColumnCells = tuple[Column, Sequence[Text]]
 
@@ -64,27 +67,29 @@ def fit_table(columns: Sequence[ColumnCells], width: int, *, styles: Sequence[st
 
 
 def _choose_widths(columns: Sequence[ColumnCells], width: int) -> dict[int, int]:
-    """The positions of the columns that fit, with their widths. Columns get their least width by rank; what is left of
-    the width then goes to columns that want more, in the same order."""
-    by_rank = sorted(enumerate(columns), key=lambda item: item[1][0].rank)
-    left = width
+    """Position -> width, for the columns that fit. First the columns get their least widths, in the order of
+    their ranks. Then the rest of the width goes to the columns that want more, in the same order."""
+    by_rank = sorted(enumerate(columns), key=lambda numbered: numbered[1][0].rank)
+    free_width = width
     widths: dict[int, int] = {}
-    wanted: dict[int, int] = {}
+    full_widths: dict[int, int] = {}
     for position, (column, cells) in by_rank:
-        if column.rank > 2 and all(cell.plain in ("", UNKNOWN) for cell in cells):
+        if column.rank > MAX_RANK_WHEN_EMPTY and all(cell.plain in ("", UNKNOWN) for cell in cells):
             continue
-        wanted[position] = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
-        gap = 2 if widths else 0
-        least = wanted[position] if column.min_width is None else min(wanted[position], column.min_width)
-        if gap + least > left and column.rank > 0:
+        full_widths[position] = max([cell_len(column.title), *(cell.cell_len for cell in cells)])
+        gap = 2 if widths else 0  # blanks between two columns
+        least_width = (
+            full_widths[position] if column.min_width is None else min(full_widths[position], column.min_width)
+        )
+        if gap + least_width > free_width and column.rank > 0:
             continue
-        widths[position] = min(least, max(left - gap, 1))
-        left -= gap + widths[position]
+        widths[position] = min(least_width, max(free_width - gap, 1))
+        free_width -= gap + widths[position]
     for position, _ in by_rank:
         if position in widths:
-            more = min(wanted[position] - widths[position], max(left, 0))
-            widths[position] += more
-            left -= more
+            extra_width = min(full_widths[position] - widths[position], max(free_width, 0))
+            widths[position] += extra_width
+            free_width -= extra_width
     return widths
 
 

@@ -1,4 +1,6 @@
-"""What stays on the terminal and is redrawn: the live table of `up` and `status --watch`, and the table of `demo`.
+"""Views that stay on the terminal and are redrawn: the live table of `up` and `status --watch`, and the table of
+`demo`.
 
-``screen.py`` is the terminal itself, ``key_selection.py`` what keys mean, ``node_actions.py`` what they do to nodes.
+``screen.py`` is the terminal itself. ``key_selection.py`` knows the meaning of keys, and ``node_actions.py`` carries
+out the actions on nodes.
 """

@@ -1,4 +1,4 @@
-"""What `demo` shows: lines of text, one after the other, above a status table that is redrawn."""
+"""The output of `demo`: lines of text, one after the other, above a status table that is redrawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class DemoDisplay:
-    """Without a terminal only the lines are printed, and the table when ``print_table`` is called."""
+    """A context manager. Without a terminal only the lines are printed, and the table when ``print_table`` is
+    called."""
 
     def __init__(self) -> None:
         self._out = console()

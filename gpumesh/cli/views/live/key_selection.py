@@ -1,4 +1,4 @@
-"""What the keys of the live table mean: which node is selected, how the table is sorted, what is done to a node.
+"""The meaning of the keys of the live table: they select a node, sort the table, and ask for an action on a node.
 Pure."""
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _ACTIONS = {"d": "drain", "r": "resume", "c": "reconnect"}
 
 @dataclass(slots=True)
 class KeySelection:
-    """The state that keys change. ``nodes`` are those on the screen; ``note`` answers the last key."""
+    """The state that keys change. ``nodes``: the names of the nodes on the screen. ``note``: the response to the last
+    key, for the last line of the screen."""
 
     view: ViewSelection
     selected: str = ""
@@ -24,7 +25,8 @@ class KeySelection:
     nodes: Sequence[str] = field(default=())
 
     def handle_key(self, key: str) -> str | None:
-        """What the caller is to do: ``quit``; or ``drain``, ``resume``, ``reconnect`` for ``selected``; or nothing."""
+        """Returns the action for the caller: ``quit``; or ``drain``, ``resume`` or ``reconnect`` for the node
+        ``selected``; or ``None``."""
         self.note = ""
         if key in _STEPS or key in ("home", "end"):
             self._move_selection(_STEPS.get(key, 0), key)
@@ -54,11 +56,13 @@ class KeySelection:
     def _move_selection(self, step: int, key: str) -> None:
         if not self.nodes:
             return
-        last = len(self.nodes) - 1
-        if key == "home" or (self.selected not in self.nodes and step >= 0 and key != "end"):
+        last_position = len(self.nodes) - 1
+        if key == "home":
             position = 0
-        elif key == "end" or self.selected not in self.nodes:
-            position = last
+        elif key == "end":
+            position = last_position
+        elif self.selected not in self.nodes:
+            position = 0 if step > 0 else last_position
         else:
-            position = min(max(self.nodes.index(self.selected) + step, 0), last)
+            position = min(max(self.nodes.index(self.selected) + step, 0), last_position)
         self.selected = self.nodes[position]

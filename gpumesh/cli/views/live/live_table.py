@@ -1,4 +1,4 @@
-"""The table that stays: `status --watch`, and `up` on a terminal. Keys select a node and do something to it."""
+"""The live table of `status --watch`, and of `up` on a terminal. Keys select a node and start an action on it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ MIN_ROWS = 8  # of the table; the text below it gets the other lines of the scre
 
 
 class LiveTable:
-    """Redraws the table when the state changes or a key is pressed. ``footer`` is the last line where no keys are read;
-    ``notes`` are shown below the table where the screen has room."""
+    """Redraws the table when the state changes or a key is pressed. ``footer`` is the last line when no keys are read.
+    ``notes`` stand below the table if the screen has room for them."""
 
     def __init__(self, session: Session, view: ViewSelection, *, footer: str, notes: Sequence[str] = ()) -> None:
         self._session = session
         self._selection = KeySelection(view)
         self._footer = footer
-        self._text_below = notes
+        self._notes_below = notes
         self._out = console()
         self._state: MeshState | None = None
         self._recorder = Recorder()
@@ -50,37 +50,38 @@ class LiveTable:
     async def run(self, states: AsyncIterator[MeshState]) -> MeshState | None:
         """Shows the table until ``q`` is pressed or ``states`` ends, and gives the last state. Raises what ``states``
         raises, and UsageError when the view selects no node."""
-        following = asyncio.create_task(self._follow(states), name="states")
-        following.add_done_callback(lambda _: self._redraw.set())
+        follow_task = asyncio.create_task(self._follow(states), name="states")
+        follow_task.add_done_callback(lambda _: self._redraw.set())
         try:
             with Screen(self._out.file, on_key=self._handle_key, on_change=self._redraw.set) as screen:  # type: ignore[arg-type]
-                await self._redraw_until_end(screen, following)
+                await self._redraw_until_end(screen, follow_task)
         finally:
-            following.cancel()
-            results = await asyncio.gather(following, return_exceptions=True)
+            follow_task.cancel()
+            results = await asyncio.gather(follow_task, return_exceptions=True)
             await self._actions.close()
             self._note.close()
         if isinstance(results[0], Exception):
             raise results[0]
         return self._state
 
-    async def _redraw_until_end(self, screen: Screen, following: asyncio.Task[None]) -> None:
+    async def _redraw_until_end(self, screen: Screen, follow_task: asyncio.Task[None]) -> None:
         while not self._quit:
             await self._redraw.wait()
             self._redraw.clear()
             if self._state is not None:
                 screen.draw(self._lines(self._state, reads_keys=screen.reads_keys))
-            if following.done():
+            if follow_task.done():
                 return
             await asyncio.sleep(MIN_REDRAW_S)
 
     async def _follow(self, states: AsyncIterator[MeshState]) -> None:
-        earlier: History | None = await self._fetch_history()
+        """Takes each new state for the table, until ``states`` ends. The history comes from the mesh, if it has one."""
+        earlier_history: History | None = await self._fetch_history()
         async with closing_iterator(states):
             async for state in states:
                 self._selection.view.apply(state)  # raises UsageError, which ends the table
-                if earlier is not None:
-                    self._recorder, earlier = Recorder(earlier, at=state.at), None
+                if earlier_history is not None:
+                    self._recorder, earlier_history = Recorder(earlier_history, at=state.at), None
                 self._state = state
                 self._recorder.add(state)
                 self._redraw.set()
@@ -92,18 +93,21 @@ class LiveTable:
             return History()  # a mesh of an older version keeps none
 
     def _lines(self, state: MeshState, *, reads_keys: bool) -> list[str]:
+        """All lines of the screen: the table, the notes below, and the last line."""
         size = self._out.size
-        shown = self._selection.view.apply(state)
-        self._selection.nodes = [node.name for node in shown.nodes]
-        # Folded, not shortened: a path that ends in "…" could not be copied.
-        below = [line for text in self._text_below for line in render_lines(self._out, Text(text, overflow="fold"))]
-        below = below[: max(size.height - 1 - MIN_ROWS, 0)]
-        rows = size.height - 1 - len(below)
+        selected_state = self._selection.view.apply(state)
+        self._selection.nodes = [node.name for node in selected_state.nodes]
+        # Notes are folded and not shortened, because a path that ends in "…" could not be copied.
+        note_lines = [
+            line for text in self._notes_below for line in render_lines(self._out, Text(text, overflow="fold"))
+        ]
+        note_lines = note_lines[: max(size.height - 1 - MIN_ROWS, 0)]
+        rows = size.height - 1 - len(note_lines)
         selected = self._selection.selected or None
         options = ViewOptions(self._selection.view.verbose, rows, selected, self._recorder.history())
-        table = render_lines(self._out, status_view(shown, size.width, options))[:rows]
-        last = shorten(self._note.text or (KEY_HELP if reads_keys else self._footer), size.width)
-        return [*table, *below, *render_lines(self._out, Text(last, style="dim", no_wrap=True))]
+        table = render_lines(self._out, status_view(selected_state, size.width, options))[:rows]
+        last_line = shorten(self._note.text or (KEY_HELP if reads_keys else self._footer), size.width)
+        return [*table, *note_lines, *render_lines(self._out, Text(last_line, style="dim", no_wrap=True))]
 
     def _handle_key(self, key: str) -> None:
         action = self._selection.handle_key(key)

@@ -12,7 +12,8 @@ from gpumesh.errors import GPUMeshError
 
 
 class NodeActions:
-    """Runs each action as a task, so that the table goes on. ``report`` gets one line about each that has ended."""
+    """Runs each action as a task, so that the table goes on meanwhile. ``report`` gets one line at the end of each
+    action."""
 
     def __init__(self, session: Session, report: Callable[[str], None]) -> None:
         self._calls: dict[str, Callable[[str], Coroutine[Any, Any, None]]] = {
@@ -37,7 +38,7 @@ class NodeActions:
             self._report(f"{action} {node}")
 
     async def close(self) -> None:
-        """Cancels what still runs."""
+        """Cancels the actions that still run."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

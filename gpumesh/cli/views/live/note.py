@@ -1,4 +1,4 @@
-"""A short text in the last line of the live table that disappears after a few seconds."""
+"""A short text in the last line of the live table, which disappears after a few seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The terminal as a screen to draw on and a keyboard to read key by key.
 
-The terminal is restored on every way out: the end of the context, an exception, Ctrl-C, Ctrl-Z. The caller turns
-SIGTERM and SIGHUP into one of these.
+The terminal is restored at the end of the context, after an exception, after Ctrl-C, and during Ctrl-Z. The caller
+turns SIGTERM and SIGHUP into one of these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 # A terminal that supports synchronised updates shows everything between these at once; others ignore them.
 _BEGIN_UPDATE, _END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"
 
-_SEQUENCES = {
+_KEY_SEQUENCES = {
     b"\x1b[A": "up",
     b"\x1bOA": "up",
     b"\x1b[B": "down",
@@ -38,11 +38,11 @@ _SEQUENCES = {
 def parse_keys(data: bytes) -> Iterator[str]:
     """The keys that were pressed: ``up``, ``escape`` … or the character. Unknown sequences are skipped."""
     while data:
-        known = next((sequence for sequence in _SEQUENCES if data.startswith(sequence)), None)
-        if known is not None:
-            yield _SEQUENCES[known]
-            data = data[len(known) :]
-        elif data[:2] in (b"\x1b[", b"\x1bO"):
+        known_sequence = next((sequence for sequence in _KEY_SEQUENCES if data.startswith(sequence)), None)
+        if known_sequence is not None:
+            yield _KEY_SEQUENCES[known_sequence]
+            data = data[len(known_sequence) :]
+        elif data[:2] in (b"\x1b[", b"\x1bO"):  # an unknown sequence: it ends with the first byte from @ to ~
             end = next((index for index in range(2, len(data)) if 0x40 <= data[index] <= 0x7E), len(data) - 1)
             data = data[end + 1 :]
         elif data[:1] == b"\x1b":
@@ -55,7 +55,7 @@ def parse_keys(data: bytes) -> Iterator[str]:
 
 
 def diff_screen(old: Sequence[str], new: Sequence[str]) -> str:
-    """What to write so that a screen with ``old`` shows ``new``: the lines that differ. Empty when none does."""
+    """The text to write so that a screen with the lines ``old`` shows ``new``. Empty when no line differs."""
     parts = [
         f"\x1b[{number};1H\x1b[K{line}\x1b[0m"
         for number, line in enumerate(new, 1)
@@ -67,9 +67,8 @@ def diff_screen(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 class Screen:
-    """A context manager. ``on_key`` and ``on_change`` are called on the event loop; ``on_change`` when the size has
-    changed or the program has come back from Ctrl-Z. Without ``on_key``, or where stdin is no terminal, no key is
-    read."""
+    """A context manager. The event loop calls ``on_key`` for each key, and ``on_change`` when the size has changed or
+    the program has come back from Ctrl-Z. Without ``on_key``, or if stdin is no terminal, no key is read."""
 
     def __init__(self, out: TextIO, *, on_key: Callable[[str], None] | None, on_change: Callable[[], None]) -> None:
         self._out = out
@@ -148,9 +147,8 @@ class Screen:
         except OSError:
             data = b""
         if not data:
-            self._loop.remove_reader(
-                sys.stdin.fileno()
-            )  # the terminal is gone; its descriptor would stay readable for ever
+            # The terminal is gone. Its descriptor would stay readable for ever.
+            self._loop.remove_reader(sys.stdin.fileno())
             return
         assert self._on_key is not None
         for key in parse_keys(data):

@@ -1,4 +1,4 @@
-"""The columns of the status table: the title and rank of each, and how its cell is drawn for a row."""
+"""The columns of the status table: the title and rank of each, and the function that draws its cell in a row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from gpumesh.cli.views.status.rows import StatusRow
 from gpumesh.cli.views.tables import Column, fit_table
 from gpumesh.state import BackendPhase, GpuState, LoadedModel, NodeState, TunnelPhase
 
-WIDE_TERMINAL, FULL_WIDTH_TITLES = 150, ("NODE", "GPU")
+WIDE_TERMINAL = 150  # characters; from here on the columns FULL_WIDTH_TITLES are not narrowed
+FULL_WIDTH_TITLES = ("NODE", "GPU")
 HOT_C = 83  # where a 4090 begins to slow down
 SHOWN_MODELS = 2
 
@@ -32,17 +33,18 @@ DrawCell = Callable[[StatusRow, int], Text]
 
 
 def status_table(rows: Sequence[StatusRow], width: int) -> Table:
+    """The table of these rows, with the columns that fit into ``width`` characters."""
     bar_length = 4 if width < 80 else 6 if width < 110 else 8 if width < 150 else 14
     columns = []
     for column, draw in COLUMNS:
-        # A wide terminal has room for more than the important columns: then those are not narrowed for the others.
+        # A wide terminal has room for more than the most important columns, so they need not be narrowed.
         in_full = width >= WIDE_TERMINAL and column.title in FULL_WIDTH_TITLES
         cells = [draw(row, bar_length) for row in rows]
         columns.append((replace(column, min_width=None) if in_full else column, cells))
     return fit_table(columns, width, styles=["reverse" if row.selected else "" for row in rows])
 
 
-def _of_node(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
+def _node_column(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
     """A column about the node: filled in the node's first row only."""
 
     def draw(row: StatusRow, _bar_length: int) -> Text:
@@ -52,7 +54,9 @@ def _of_node(cell: Callable[[NodeState, datetime], Text | str]) -> DrawCell:
     return draw
 
 
-def _of_gpu(cell: Callable[[GpuState], Text | str]) -> DrawCell:
+def _gpu_column(cell: Callable[[GpuState], Text | str]) -> DrawCell:
+    """A column about the GPU."""
+
     def draw(row: StatusRow, _bar_length: int) -> Text:
         if row.gpu is None:
             return Text(UNKNOWN if row.first else "")
@@ -65,27 +69,28 @@ def _of_gpu(cell: Callable[[GpuState], Text | str]) -> DrawCell:
 # -- cells of GPUs ---------------------------------------------------------------------------------------------------
 
 
-def bar_text(part: float | None, length: int, low: float, high: float) -> Text:
-    """``part`` of 1 as a bar; green below ``low``, red above ``high`` (nvitop's thresholds)."""
-    if part is None:
+def bar_text(share: float | None, length: int, low: float, high: float) -> Text:
+    """A share (0 to 1) as a bar: green below ``low``, red from ``high`` on (nvitop's thresholds)."""
+    if share is None:
         return Text("░" * length, style="dim")
-    part = min(max(part, 0.0), 1.0)
-    full = round(part * length)
-    if part >= 0.01 and full == 0:
+    share = min(max(share, 0.0), 1.0)
+    full = round(share * length)
+    if share >= 0.01 and full == 0:  # from one percent on, the bar is not empty
         full = 1
-    style = "green" if part < low else "yellow" if part < high else "red"
+    style = "green" if share < low else "yellow" if share < high else "red"
     return Text.assemble(("█" * full, style), ("░" * (length - full), "dim"))
 
 
 def _gpu_cell(row: StatusRow, _bar_length: int) -> Text:
+    """The name of the card, after its index if the node has several; or the reason why no GPU is shown."""
     gpu = row.gpu
     if gpu is None:
         if row.no_gpu_reason is not None:
             return Text(row.no_gpu_reason, style="red")
         return Text("none" if row.node.gpus is not None else UNKNOWN, style="dim")
-    card, is_slice, part = short_gpu(clean_line(gpu.name, 40)).partition("MIG")
-    if is_slice or gpu.uuid.startswith("MIG-"):  # the slice comes first: the card's name may be cut
-        card = " ".join(("MIG", *part.split(), *card.split()))
+    card, slice_mark, slice_name = short_gpu(clean_line(gpu.name, 40)).partition("MIG")
+    if slice_mark or gpu.uuid.startswith("MIG-"):  # the slice comes first: the card's name may be cut
+        card = " ".join(("MIG", *slice_name.split(), *card.split()))
     several = row.node.gpus is not None and len(row.node.gpus) > 1
     return Text(f"{gpu.index} {card}" if several else card)
 
@@ -97,8 +102,8 @@ def _memory_cell(row: StatusRow, bar_length: int) -> Text:
     if gpu.memory_total_mib is None:
         return Text(UNKNOWN)
     used = gpu.memory_used_mib
-    part = None if used is None or not gpu.memory_total_mib else used / gpu.memory_total_mib
-    return bar_text(part, bar_length, 0.10, 0.80).append(f" {format_gib(used):>4}/{format_gib(gpu.memory_total_mib)}")
+    share = None if used is None or not gpu.memory_total_mib else used / gpu.memory_total_mib
+    return bar_text(share, bar_length, 0.10, 0.80).append(f" {format_gib(used):>4}/{format_gib(gpu.memory_total_mib)}")
 
 
 def _utilization_cell(row: StatusRow, bar_length: int) -> Text:
@@ -144,9 +149,9 @@ def _loaded_cell(node: NodeState, at: datetime) -> str:
         return UNKNOWN
     if not backend.loaded:
         return f"({len(backend.models)} on disk)" if backend.models else "none"
-    shown = [_loaded_model_text(model, at) for model in backend.loaded[:SHOWN_MODELS]]
-    more = len(backend.loaded) - len(shown)
-    return ", ".join(shown) + (f" +{more}" if more else "")
+    shown_models = [_loaded_model_text(model, at) for model in backend.loaded[:SHOWN_MODELS]]
+    hidden_count = len(backend.loaded) - len(shown_models)
+    return ", ".join(shown_models) + (f" +{hidden_count}" if hidden_count else "")
 
 
 def _loaded_model_text(model: LoadedModel, at: datetime) -> str:
@@ -190,21 +195,21 @@ def _served_cell(node: NodeState, _at: datetime) -> str:
     return str(node.load.served)
 
 
-# In their order on the screen.
+# The columns in their order on the screen.
 COLUMNS: tuple[tuple[Column, DrawCell], ...] = (
-    (Column("NODE", 0, min_width=14), _of_node(_node_cell)),
-    (Column("HEALTH", 1), _of_node(_health_cell)),
+    (Column("NODE", 0, min_width=14), _node_column(_node_cell)),
+    (Column("HEALTH", 1), _node_column(_health_cell)),
     (Column("GPU", 4, min_width=13), _gpu_cell),
     (Column("MEMORY GiB", 2), _memory_cell),
     (Column("UTIL", 3), _utilization_cell),
     (Column("LAST MIN", 11), _last_minute_cell),
-    (Column("TEMP", 7, right=True), _of_gpu(_temperature_cell)),
-    (Column("POWER", 10, right=True), _of_gpu(_power_cell)),
-    (Column("LOADED", 8, min_width=22), _of_node(_loaded_cell)),
-    (Column("TOK/S", 6, right=True), _of_node(_rate_cell)),
-    (Column("BUSY", 5, right=True), _of_node(_busy_cell)),
-    (Column("RTT", 9, right=True), _of_node(_round_trip_cell)),
-    (Column("TUNNEL", 12), _of_node(_tunnel_cell)),
-    (Column("BACKEND", 13), _of_node(_backend_cell)),
-    (Column("SERVED", 14, right=True), _of_node(_served_cell)),
+    (Column("TEMP", 7, right=True), _gpu_column(_temperature_cell)),
+    (Column("POWER", 10, right=True), _gpu_column(_power_cell)),
+    (Column("LOADED", 8, min_width=22), _node_column(_loaded_cell)),
+    (Column("TOK/S", 6, right=True), _node_column(_rate_cell)),
+    (Column("BUSY", 5, right=True), _node_column(_busy_cell)),
+    (Column("RTT", 9, right=True), _node_column(_round_trip_cell)),
+    (Column("TUNNEL", 12), _node_column(_tunnel_cell)),
+    (Column("BACKEND", 13), _node_column(_backend_cell)),
+    (Column("SERVED", 14, right=True), _node_column(_served_cell)),
 )

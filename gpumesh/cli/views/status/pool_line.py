@@ -13,7 +13,7 @@ from gpumesh.state import MeshState
 
 
 def pool_line(state: MeshState, width: int) -> Text:
-    """The parts by importance. A part for which there is no room is left out."""
+    """The parts, the most important first. A part for which there is no room is left out."""
     first, *others = _pool_parts(state)
     line = first
     for part in others:

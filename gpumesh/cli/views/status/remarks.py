@@ -1,4 +1,4 @@
-"""The remarks below the status table: why nodes are not healthy, then the findings that say more than that."""
+"""The remarks below the status table: the reasons why nodes are not healthy, then the findings that say more."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ Remark = tuple[Text, Text]  # the mark, and the text
 
 def list_remarks(state: MeshState) -> list[Remark]:
     """Reasons of nodes first. A finding that only repeats the reason of its node is left out."""
-    unwell = [node for node in state.nodes if node.reason is not None]
-    covered: set[tuple[str | None, str]] = set()
-    for node in unwell:
-        covered.add((node.name, node.reason or ""))
+    nodes_with_reason = [node for node in state.nodes if node.reason is not None]
+    # A node, and the message or the code of a finding that would repeat the reason of this node.
+    repeated: set[tuple[str | None, str]] = set()
+    for node in nodes_with_reason:
+        repeated.add((node.name, node.reason or ""))
         if node.tunnel.error_code is not None:
-            covered.add((node.name, node.tunnel.error_code))
+            repeated.add((node.name, node.tunnel.error_code))
     remaining = [
         finding
         for finding in state.findings
-        if (finding.node, finding.message) not in covered and (finding.node, finding.code) not in covered
+        if (finding.node, finding.message) not in repeated and (finding.node, finding.code) not in repeated
     ]
-    reasons = [(Text(MARKS[node.health], style=STYLES[node.health]), _reason_text(node, state)) for node in unwell]
+    reasons = [
+        (Text(MARKS[node.health], style=STYLES[node.health]), _reason_text(node, state)) for node in nodes_with_reason
+    ]
     return reasons + [
         (Text(*SEVERITY_MARKS[finding.severity]), finding_text(finding)) for finding in merge_equal(remaining)
     ]
@@ -57,30 +60,32 @@ def _reason_hint(node: NodeState, state: MeshState) -> str | None:
 
 
 def merge_equal(findings: list[Finding]) -> Iterator[Finding]:
-    """One finding for all nodes that have the same, with as many of their names as can be read at a glance."""
+    """Merges equal findings of different nodes into one that names the nodes, the first MAX_NAMED_NODES of them."""
     nodes_of: dict[Finding, list[str]] = {}
     for finding in findings:
-        if finding.nodes or finding.node is None:  # it is about several nodes, or about none
+        if finding.nodes or finding.node is None:  # a finding about several nodes, or about none
             nodes_of[finding] = []
         else:
             nodes_of.setdefault(replace(finding, node=None), []).append(finding.node)
     for finding, names in nodes_of.items():
-        shown = join_some([clean_line(name, 60) for name in names], MAX_NAMED_NODES)
-        yield replace(finding, node=shown) if names else finding
+        shown_names = join_some([clean_line(name, 60) for name in names], MAX_NAMED_NODES)
+        yield replace(finding, node=shown_names) if names else finding
 
 
 def fit_remarks(remarks: list[Remark], width: int, room: int) -> tuple[list[Remark], int]:
-    """The first remarks that fit into ``room`` lines, with a line that counts the rest; and how many lines they
-    take."""
-    out, shown, used = console(), list[Remark](), 0
+    """Returns the first remarks that fit into ``room`` lines, with a line that counts the rest; and then the number
+    of these lines."""
+    out, fitting, used_lines = console(), list[Remark](), 0
     for position, remark in enumerate(remarks):
         height = len(remark[1].wrap(out, max(width - 2, 1), overflow="fold"))
         is_last = position == len(remarks) - 1
-        if used + height + (not is_last) > room:
-            more = len(remarks) - position
-            text = f"{more} {'more ' if shown else ''}remark{'' if more == 1 else 's'}: `gpumesh status` says all"
+        lines_after = 0 if is_last else 1  # for the count of the rest
+        if used_lines + height + lines_after > room:
+            hidden_count = len(remarks) - position
+            more = "more " if fitting else ""
+            text = f"{hidden_count} {more}remark{'' if hidden_count == 1 else 's'}: `gpumesh status` says all"
             rest = (Text("…", style="dim"), Text(shorten(text, max(width - 2, 1)), style="dim"))
-            return [*shown, rest], used + 1
-        shown.append(remark)
-        used += height
-    return shown, used
+            return [*fitting, rest], used_lines + 1
+        fitting.append(remark)
+        used_lines += height
+    return fitting, used_lines

@@ -10,7 +10,7 @@ from gpumesh.cli.views.node_selection import health_rank
 from gpumesh.mesh.history import History
 from gpumesh.state import GpuState, MeshState, NodeState
 
-# Why a node's GPUs cannot be shown, in a few words; the finding below the table has the whole reason.
+# The code of a finding -> a short reason why a node's GPUs cannot be shown. The remark below the table says more.
 NO_GPU_REASONS = {
     "driver-broken": "driver broken",
     "driver-mismatch": "driver mismatch",
@@ -28,8 +28,9 @@ GPU_LOST_CODE = "gpu-lost"
 
 @dataclass(frozen=True, slots=True)
 class StatusRow:
-    """``gpu`` is ``None`` in a row of the node alone; ``no_gpu_reason`` then says what is wrong with its GPUs, if
-    anything. ``first``: the node's first row. ``utilization`` is that of the last minute."""
+    """A row for one GPU, or, if ``gpu`` is ``None``, for the node alone. ``no_gpu_reason`` then says what is wrong with
+    its GPUs, if anything. ``first``: this is the node's first row. ``utilization``: in percent, over the last
+    minute."""
 
     node: NodeState
     gpu: GpuState | None
@@ -57,13 +58,13 @@ def _node_rows(node: NodeState, state: MeshState, selected: bool, history: Histo
 
 
 def fit_rows(rows: list[StatusRow], room: int, selected: str | None) -> tuple[list[StatusRow], int]:
-    """As many rows as there is room for, in their order, and how many are left out: those far from the selected node,
-    or without a selection the healthy ones first."""
+    """Returns the rows for which there is room, in their order, and the number of rows that are left out. Rows far from
+    the selected node are left out; without a selection, rows of healthy nodes."""
     if len(rows) <= room:
         return rows, 0
     position = next((number for number, row in enumerate(rows) if row.node.name == selected), None)
     if position is None:
-        keep = {id(row) for row in sorted(rows, key=lambda row: health_rank(row.node))[:room]}
-        return [row for row in rows if id(row) in keep], len(rows) - room
+        fitting_ids = {id(row) for row in sorted(rows, key=lambda row: health_rank(row.node))[:room]}
+        return [row for row in rows if id(row) in fitting_ids], len(rows) - room
     start = min(max(position - room // 2, 0), len(rows) - room)
     return rows[start : start + room], len(rows) - room

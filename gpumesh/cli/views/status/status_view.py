@@ -23,12 +23,14 @@ from gpumesh.mesh.history import History
 from gpumesh.state import MeshState
 
 MIN_WIDTH_OF_REMARKS = 20
+LINES_AROUND_ROWS = 5  # the mesh, the head of the table (two lines), the number of hidden rows, the pool
+MIN_REMARK_LINES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ViewOptions:
-    """How the state is shown. ``height``: the lines of a screen that cannot scroll. Rows are then left out: those far
-    from ``selected``, or without a selection the healthy ones first."""
+    """Options of the view. ``height``: the lines of a screen that cannot scroll; rows that do not fit are left out
+    (``fit_rows``)."""
 
     verbose: bool = False
     height: int | None = None
@@ -46,8 +48,12 @@ def status_view(state: MeshState, width: int, options: ViewOptions) -> Renderabl
     rows = make_rows(state, selected=options.selected, history=options.history)
     left_out = 0
     if options.height is not None:
-        remarks, height = fit_remarks(remarks, width, max(options.height - len(rows) - 5, options.height // 3, 2))
-        rows, left_out = fit_rows(rows, max(options.height - height - 6, 1), options.selected)
+        # The remarks get the lines that the rows leave free, or a third of the screen if the rows leave less.
+        free_lines = options.height - len(rows) - LINES_AROUND_ROWS
+        remarks, remark_lines = fit_remarks(remarks, width, max(free_lines, options.height // 3, MIN_REMARK_LINES))
+        # One line of the screen stays empty.
+        room = options.height - remark_lines - LINES_AROUND_ROWS - 1
+        rows, left_out = fit_rows(rows, max(room, 1), options.selected)
     parts: list[RenderableType] = [_mesh_line(state, width), status_table(rows, width)]
     if left_out:
         parts.append(Text(f"… and {left_out} more rows", style="dim"))
