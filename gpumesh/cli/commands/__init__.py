@@ -1,4 +1,4 @@
 """One file for each command: its options, what it does with a Session, its exit codes.
 
-What is drawn is in ``cli/views``; what another program could want is below ``cli``.
+``cli/views`` draws the output. Code that another program could use too belongs to the rooms below ``cli``.
 """

@@ -54,11 +54,11 @@ def audit(
 
     if yes and not write:
         raise UsageError("--yes belongs to --write")
-    chosen = global_options(ctx)
-    path = chosen.config_file()
+    options = global_options(ctx)
+    path = options.config_file()
     text = edit.read(path)
     topology = edit.parse_edited(path, text)
-    state, remote = run_async(_inspect(chosen, topology))
+    state, is_running_mesh = run_async(_inspect(options, topology))
     correction = propose_correction(path, text, topology, state) if write else None
     if as_json:
         written = correction is not None and yes and correction.write()
@@ -75,18 +75,18 @@ def audit(
         findings = (
             state.findings
             if correction is None
-            else _offer_correction(correction, yes=yes, remote=remote, quiet=chosen.quiet)
+            else _offer_correction(correction, yes=yes, is_running_mesh=is_running_mesh, quiet=options.quiet)
         )
     if any(finding.severity is not Severity.INFO for finding in findings):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
-async def _inspect(chosen: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
+async def _inspect(options: GlobalOptions, topology: Topology) -> tuple[MeshState, bool]:
     """The state, then whether it comes from a mesh that runs in the background."""
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.mesh.inspection.fresh_inspection import inspect_mesh
 
-    async with open_session(chosen) as session:
+    async with open_session(options) as session:
         state = await inspect_mesh(session.wait_first_report, partial(_read_output, session), topology)
         return state, isinstance(session, RemoteSession)
 
@@ -167,9 +167,9 @@ def propose_correction(path: Path, text: str, topology: Topology, state: MeshSta
     return Correction(path, text, new_text, tuple(applied), remaining, tuple(manual_steps))
 
 
-def _offer_correction(correction: Correction, *, yes: bool, remote: bool, quiet: bool) -> Sequence[Finding]:
-    """Shows the diff, and writes the file if the user agrees. Returns the findings that remain. ``remote``: a mesh in
-    the background still runs with the old file."""
+def _offer_correction(correction: Correction, *, yes: bool, is_running_mesh: bool, quiet: bool) -> Sequence[Finding]:
+    """Shows the diff, and writes the file if the user agrees. Returns the findings that remain. ``is_running_mesh``: a
+    mesh in the background still runs with the old file."""
     from gpumesh.cli.views.findings import print_findings
 
     typer.echo("")
@@ -190,7 +190,7 @@ def _offer_correction(correction: Correction, *, yes: bool, remote: bool, quiet:
     correction.write()
     if not quiet:
         typer.echo(clean_line(f"written: {correction.path}"), err=True)
-        if remote:
+        if is_running_mesh:
             typer.echo("the running mesh knows the old one: `gpumesh down`, then `gpumesh up -d`", err=True)
     if correction.remaining_findings:
         typer.echo("\nleft to you:")

@@ -1,4 +1,4 @@
-"""`gpumesh bench`: measures, shows a result again, compares two results. Its parts are in `cli/bench/`.
+"""`gpumesh bench`: measures, shows a result again, compares two results. Further parts of it are in `cli/bench/`.
 
 Progress goes to stderr, only the result to stdout.
 """

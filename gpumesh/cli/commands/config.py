@@ -36,10 +36,12 @@ def check(ctx: typer.Context) -> None:
     broken = any(finding.severity is Severity.ERROR for finding in findings)
     if not options.quiet:
         count = len(topology.nodes)
-        off = f", {count - enabled} of them disabled" if enabled < count else ""
-        but = "; but not all of it can work from here" if broken else ""
-        nodes = f"{count} node{'' if count == 1 else 's'}"
-        typer.echo(clean_line(f"{topology.source or 'the configuration'} is valid: {nodes}{off}{but}"))
+        disabled_text = f", {count - enabled} of them disabled" if enabled < count else ""
+        broken_text = "; but not all of it can work from here" if broken else ""
+        count_text = f"{count} node{'' if count == 1 else 's'}"
+        typer.echo(
+            clean_line(f"{topology.source or 'the configuration'} is valid: {count_text}{disabled_text}{broken_text}")
+        )
     if broken:
         raise typer.Exit(int(ExitCode.USAGE))
 

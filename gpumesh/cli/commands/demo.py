@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MODEL = "qwen2.5:7b"
 PROMPT_COUNT = 24
-PROMPTS_BEFORE_KILL = 6  # answers before a host is killed; by then all hosts are busy
+PROMPTS_BEFORE_KILL = 6  # so many answers come before a host is killed; by then all hosts are busy
 ANSWER_TOKENS = (16, 48)  # short answers: a few slow hosts must answer all prompts while a person watches
 FIRST_REPORT_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 12.0
@@ -57,16 +57,15 @@ def demo(
     from gpumesh.daemon.process import event_loop
 
     try:
-        code = event_loop.run(_demo(global_options(ctx), nodes, keep))
+        code = event_loop.run(_run_demo(global_options(ctx), nodes, keep))
     except (KeyboardInterrupt, asyncio.CancelledError):  # CancelledError: a third signal came
         raise typer.Exit(130) from None
     if code:
         raise typer.Exit(int(code))
 
 
-async def _demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
+async def _run_demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
     from gpumesh import config
-    from gpumesh.cli.views.live.demo_display import DemoDisplay
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.paths import for_config
@@ -84,16 +83,12 @@ async def _demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
             try:
                 stop = Shutdown()
                 async with run_mesh(config.load(file), paths, gateway=True, shutdown=stop, lock=lock) as session:
-                    with DemoDisplay() as scene:
-                        scene.print_line(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
-                        async with _redrawing(scene, session):
-                            code = await _tell_story(scene, session, lab)
-                        scene.print_table(await session.status())
+                    code = await _show_demo(session, lab, count)
                     if keep:
                         handle_signals(stop)
                         await _keep_running(session, stop, file, options)
                     else:
-                        stop.request(1.0)
+                        stop.request(1.0)  # all answers are there: nothing has to drain
             finally:
                 lock.release()
                 paths.log.unlink(missing_ok=True)
@@ -102,15 +97,26 @@ async def _demo(options: GlobalOptions, count: int, keep: bool) -> ExitCode:
     return code
 
 
+async def _show_demo(session: LocalSession, lab: Lab, count: int) -> ExitCode:
+    from gpumesh.cli.views.live.demo_display import DemoDisplay
+
+    with DemoDisplay() as display:
+        display.print_line(f"{count} simulated GPU hosts; their SSH is real, their GPUs are not.", "bold")
+        async with _redraw_while_open(display, session):
+            code = await _run_scenes(display, session, lab)
+        display.print_table(await session.status())
+    return code
+
+
 @asynccontextmanager
-async def _redrawing(scene: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
+async def _redraw_while_open(display: DemoDisplay, session: LocalSession) -> AsyncGenerator[None]:
     """Redraws the table while the context is open."""
     from gpumesh.async_iterators import closing_iterator
 
     async def draw() -> None:
         async with closing_iterator(session.watch(REDRAW_S)) as states:
             async for state in states:
-                scene.update_table(state)
+                display.update_table(state)
 
     drawing = asyncio.create_task(draw(), name="redraw")
     try:
@@ -120,34 +126,36 @@ async def _redrawing(scene: DemoDisplay, session: LocalSession) -> AsyncGenerato
         await asyncio.gather(drawing, return_exceptions=True)
 
 
-async def _tell_story(scene: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
+async def _run_scenes(display: DemoDisplay, session: LocalSession, lab: Lab) -> ExitCode:
+    """Shows the tunnels, one answer, many answers while a host is killed, and the return of that host."""
     began = time.monotonic()
     state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
-    up = [node.name for node in state.nodes if node.health is Health.HEALTHY]
-    scene.print_line(
-        f"→ {len(up)} tunnels are up after {time.monotonic() - began:.1f} s, and the GPUs behind them are seen."
+    healthy_names = [node.name for node in state.nodes if node.health is Health.HEALTHY]
+    display.print_line(
+        f"→ {len(healthy_names)} tunnels are up after {time.monotonic() - began:.1f} s,"
+        " and the GPUs behind them are seen."
     )
-    scene.print_table(state)
-    if len(up) < 2:
-        scene.print_line("Too few hosts came up on this machine to go on.", "red")
+    display.print_table(state)
+    if len(healthy_names) < 2:
+        display.print_line("Too few hosts came up on this machine to go on.", "red")
         return ExitCode.NO_NODE
-    await _show_one_answer(scene, session)
-    victim = up[0]
-    scene.print_line(
+    await _show_one_answer(display, session)
+    victim = healthy_names[0]
+    display.print_line(
         f"→ Now {PROMPT_COUNT} prompts at once, and after {PROMPTS_BEFORE_KILL} answers {victim} is killed (SIGKILL)."
     )
-    results, spent_s = await _send_and_kill(scene, session, lab, victim)
-    code = _print_results(scene, results, spent_s, victim)
-    scene.print_table(await session.status())
+    results, spent_s = await _send_and_kill(display, session, lab, victim)
+    code = _print_results(display, results, spent_s, victim)
+    display.print_table(await session.status())
     await lab.host(victim).restart()
     if await _wait_healthy(session, victim):
-        scene.print_line(f"→ {victim} was started again, and is back in the mesh by itself.")
+        display.print_line(f"→ {victim} was started again, and is back in the mesh by itself.")
     else:
-        scene.print_line(f"→ {victim} was started again; it is still coming back.", "yellow")
+        display.print_line(f"→ {victim} was started again; it is still coming back.", "yellow")
     return code
 
 
-async def _show_one_answer(scene: DemoDisplay, session: LocalSession) -> None:
+async def _show_one_answer(display: DemoDisplay, session: LocalSession) -> None:
     from gpumesh.cli.prompt_input import PromptEntry
     from gpumesh.cli.views.figures import shorten
     from gpumesh.daemon.sessions.prompt_sender import send_prompt
@@ -158,12 +166,12 @@ async def _show_one_answer(scene: DemoDisplay, session: LocalSession) -> None:
         session, PromptEntry(question).make_request(PromptRequest((), model=MODEL), None), 0, question
     )
     rate = "" if result.tokens_per_s is None else f" at {result.tokens_per_s:.0f} tokens/s"
-    scene.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
-    scene.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
+    display.print_line(f"→ gpumesh run {question!r}: {result.tokens} tokens from {result.node}{rate}")
+    display.print_line(f"    {shorten((result.response or '').strip(), 100)}", "dim")
 
 
 async def _send_and_kill(
-    scene: DemoDisplay, session: LocalSession, lab: Lab, victim: str
+    display: DemoDisplay, session: LocalSession, lab: Lab, victim: str
 ) -> tuple[Sequence[PromptResult], float]:
     """Sends all prompts at once. Kills the host when some answers are in and the host itself works on one."""
     from gpumesh.cli.prompt_input import PromptEntry
@@ -190,7 +198,7 @@ async def _send_and_kill(
             if state.node(victim).load.in_flight or answered >= PROMPT_COUNT:
                 break
         await lab.host(victim).kill()
-        scene.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answered} prompts still to answer.", "red")
+        display.print_line(f"✗ {victim} is dead, with {PROMPT_COUNT - answered} prompts still to answer.", "red")
 
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
@@ -199,15 +207,16 @@ async def _send_and_kill(
     return [task.result() for task in tasks], time.monotonic() - began
 
 
-def _print_results(scene: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
+def _print_results(display: DemoDisplay, results: Sequence[PromptResult], spent_s: float, victim: str) -> ExitCode:
+    """Prints how many prompts were answered, and by which hosts. Returns the exit code of the command."""
     lost = [result for result in results if result.error is not None or not result.response]
     moved = sum(result.attempts > 1 for result in results)
     served = Counter(result.node or "?" for result in results if result.error is None)
     shares = ", ".join(f"{name} {count}" for name, count in sorted(served.items()))
     if lost:
-        scene.print_line(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
+        display.print_line(f"→ {len(lost)} of {len(results)} prompts were lost: {lost[0].error}", "bold red")
         return ExitCode.FAILED
-    scene.print_line(
+    display.print_line(
         f"→ {len(results)} of {len(results)} answered in {spent_s:.1f} s, 0 lost, {moved} moved away from {victim}"
         f" ({shares}).",
         "bold green",
@@ -216,6 +225,8 @@ def _print_results(scene: DemoDisplay, results: Sequence[PromptResult], spent_s:
 
 
 async def _wait_healthy(session: LocalSession, name: str) -> bool:
+    """Returns False when the node is not healthy after RECOVERY_TIMEOUT_S."""
+
     from gpumesh.async_iterators import closing_iterator
 
     try:

@@ -31,14 +31,14 @@ def down(
     from gpumesh.daemon.background import stop_background
 
     options = global_options(ctx)
-    waiting = 0
+    reported_count = 0
 
     def on_state(state: MeshState) -> None:
-        nonlocal waiting
-        now = state.gateway.in_flight + state.gateway.queued
-        if now and now != waiting and not options.quiet:
-            typer.echo(f"waiting for {now} request{'' if now == 1 else 's'} to end", err=True)
-        waiting = now
+        nonlocal reported_count
+        count = state.gateway.in_flight + state.gateway.queued
+        if count and count != reported_count and not options.quiet:
+            typer.echo(f"waiting for {count} request{'' if count == 1 else 's'} to end", err=True)
+        reported_count = count
 
     stopped_by_itself = run_async(stop_background(options.paths(), wait, on_state=on_state))
     if not stopped_by_itself:

@@ -27,9 +27,9 @@ def drain(
     """
     options = global_options(ctx)
 
-    async def main() -> None:
+    async def drain_nodes() -> None:
         async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.drain(node)
 
-    run_async(main())
+    run_async(drain_nodes())

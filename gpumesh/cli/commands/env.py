@@ -43,8 +43,8 @@ def env(
 
 
 def client_variables(url: str) -> dict[str, str]:
-    """The base URLs by the names of variables that clients read. No keys are among them: the gateway needs none on
-    loopback, and a key that the user has set stays as it is."""
+    """The names of the variables that clients read, with the gateway's base URLs. No variable holds a key: the gateway
+    needs no key on loopback, and a key that the user has set stays as it is."""
     return {"OLLAMA_HOST": url, "OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url}
 
 
@@ -59,7 +59,8 @@ def export_lines(variables: Mapping[str, str], shell: ShellKind) -> str:
 
 
 def _gateway_url(options: GlobalOptions) -> str:
-    """The URL of the running mesh, whose port may be any free port; without one, the URL of mesh.yaml."""
+    """The gateway's URL in the running mesh, where the port may be any free port. If no mesh runs, the URL that
+    mesh.yaml gives."""
     from gpumesh.daemon.control_socket.quick_status import fetch_status
 
     state = fetch_status(options.paths().socket)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpumesh.daemon.sessions.session import Session
     from gpumesh.tunnels.base import ExecChunk, OutputStream
 
-LINE_LIMIT = 1 << 16
+MAX_LINE_LENGTH = 1 << 16  # bytes that wait for the end of their line, and characters that are printed of a line
 
 app = new_app()
 
@@ -56,7 +56,7 @@ def exec_(
 
 
 async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) -> int:
-    """Passes output on as it comes: unchanged into a pipe or file, made safe for a terminal."""
+    """Writes the output as it comes: unchanged to a pipe or a file, made safe for a terminal. Returns the exit code."""
     from gpumesh.async_iterators import closing_iterator
     from gpumesh.tunnels.base import OutputStream
 
@@ -77,7 +77,7 @@ async def _run_on_node(options: GlobalOptions, node: str, command: list[str]) ->
 
 
 class _TerminalCleaner:
-    """Bytes as safe text for a terminal. A character may come in two pieces."""
+    """Turns bytes into safe text for a terminal. The bytes of one character may come in two pieces."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -87,6 +87,7 @@ class _TerminalCleaner:
 
 
 def _exit_code(status: int | None, node: str) -> int:
+    """The exit code of `gpumesh exec` for a command's exit status, from 0 to 255. Raises GPUMeshError without one."""
     if status is None:
         raise GPUMeshError(f"{node}: the command ended without an exit status (killed, or the connection was cut)")
     return min(max(status, 0), 255)
@@ -101,6 +102,8 @@ async def _run_on_all(options: GlobalOptions, command: list[str]) -> int:
 
 
 async def _run_with_prefix(session: Session, node: str, command: list[str], width: int) -> int:
+    """Runs the command on one node and prints its output. Returns its exit code; 1 if the command could not be run."""
+
     from gpumesh.async_iterators import closing_iterator
 
     printer = _PrefixPrinter(f"{node:<{width}}")
@@ -122,8 +125,8 @@ async def _run_with_prefix(session: Session, node: str, command: list[str], widt
 
 
 class _PrefixPrinter:
-    """Prints whole lines only, each with the prefix, so that the output of two nodes never mixes within a line. A line
-    longer than the limit is printed in parts."""
+    """Prints whole lines only, each after the prefix, so that no line has output of two nodes. A line that is longer
+    than MAX_LINE_LENGTH is printed in parts."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -132,18 +135,18 @@ class _PrefixPrinter:
     def feed(self, chunk: ExecChunk) -> None:
         stream = chunk.stream
         *lines, partial = (self._partial.get(stream, b"") + chunk.data).split(b"\n")
-        if len(partial) > LINE_LIMIT:
+        if len(partial) > MAX_LINE_LENGTH:
             lines, partial = [*lines, partial], b""
         self._partial[stream] = partial
         for line in lines:
             self._print(stream, line)
 
     def finish(self) -> None:
-        """Prints last lines that have no end."""
+        """Prints the last lines, which had no line feed at their end."""
         for stream, line in self._partial.items():
             if line:
                 self._print(stream, line)
 
     def _print(self, stream: OutputStream, line: bytes) -> None:
-        text = f"{self._prefix}  {clean_line(line.decode('utf-8', 'replace'), LINE_LIMIT)}"
+        text = f"{self._prefix}  {clean_line(line.decode('utf-8', 'replace'), MAX_LINE_LENGTH)}"
         typer.echo(text.rstrip(), err=stream.value == "stderr")

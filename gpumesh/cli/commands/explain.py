@@ -35,15 +35,15 @@ def explain(
 
     if code is None:
         width = max(map(len, CATALOG))
-        for name, listed in CATALOG.items():
-            typer.echo(f"{name:<{width}}  {listed.title}")
+        for name, listed_entry in CATALOG.items():
+            typer.echo(f"{name:<{width}}  {listed_entry.title}")
         return
     entry = find_entry(code)
     if entry is None:
         from difflib import get_close_matches
 
-        near = get_close_matches(code.lower(), CATALOG, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`gpumesh explain` lists all codes"
+        similar_codes = get_close_matches(code.lower(), CATALOG, 3)
+        hint = f"did you mean {', '.join(similar_codes)}?" if similar_codes else "`gpumesh explain` lists all codes"
         raise UsageError(f"there is no code {code!r}", hint=hint)
     typer.echo(f"{entry.code} ({entry.severity}): {entry.title}\n")
     for paragraph in (entry.meaning, f"What to do: {entry.remedy}"):
@@ -51,7 +51,7 @@ def explain(
 
 
 def _wrap(paragraph: str) -> str:
-    """Wrapped to a readable width on a terminal; unchanged for a program that reads lines."""
+    """The paragraph, wrapped to a readable width for a terminal, and unchanged for a program that reads lines."""
     if not sys.stdout.isatty():
         return paragraph
     width = max(min(shutil.get_terminal_size().columns, MAX_TEXT_WIDTH), 20)

@@ -1,6 +1,6 @@
-"""`gpumesh init`: writes a mesh.yaml from ssh command lines, after probing what is there.
+"""`gpumesh init`: writes a mesh.yaml from ssh command lines, after a probe of their hosts.
 
-Its parts are in `cli/init/`.
+Further parts of it are in `cli/init/`.
 """
 
 from __future__ import annotations
@@ -64,28 +64,29 @@ def init(
     """
     options = global_options(ctx)
     check_output(output, force=force)
-    lines, pods = read_hosts(from_ or ())
+    ssh_lines, pods = read_hosts(from_ or ())
     if not (from_ or from_ssh_config) and not yes and sys.stdin.isatty():
-        lines = ask_for_hosts()
+        ssh_lines = ask_for_hosts()
     for pod in pods:
         if pod.unreachable_reason is not None:
             typer.echo(clean_line(f"{pod.name} is left out: {pod.unreachable_reason}"), err=True)
-    drafts = make_drafts(lines, from_ssh_config or (), pods, identity=identity)
+    drafts = make_drafts(ssh_lines, from_ssh_config or (), pods, identity=identity)
     _confirm_host_keys(drafts, yes=yes)
     if not options.quiet:
         remote = sum(draft.ssh is not None for draft in drafts)
         places = f"{remote} host{'' if remote == 1 else 's'} and this machine" if remote else "this machine"
         typer.echo(f"looking at {places} …", err=True)
     probed = run_async(probe_drafts(drafts))
-    kept = [draft for draft in probed if draft.ssh is not None or draft.is_serving]
-    if not kept:
+    # A host that a person named is listed even if nothing answers there. A local port only if a server answers.
+    listed = [draft for draft in probed if draft.ssh is not None or draft.is_serving]
+    if not listed:
         raise UsageError(
             "there is no inference server on this machine, and no other place was named",
             hint="gpumesh init --from 'ssh root@HOST -p PORT'",
         )
-    write_output(output, "\n".join(mesh_yaml_lines(kept)) + "\n", force=force)
-    _print_report(options, output, kept)
-    if not all(draft.is_serving for draft in kept):
+    write_output(output, "\n".join(mesh_yaml_lines(listed)) + "\n", force=force)
+    _print_report(options, output, listed)
+    if not all(draft.is_serving for draft in listed):
         raise typer.Exit(int(ExitCode.DEGRADED))
 
 
@@ -112,8 +113,8 @@ def _print_report(options: GlobalOptions, output: Path, drafts: Sequence[Draft])
             hint = None if draft.state is None or draft.is_serving else draft.state.tunnel.hint
             if hint:
                 typer.echo(clean_line(f"  hint: {hint}"), err=True)
-    given = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
+    config_option = "" if output == Path("mesh.yaml") else f" -c {shell_word(str(output))}"
     if any(draft.is_serving for draft in drafts):
-        typer.echo(clean_line(f"wrote {output}; try it: gpumesh run{given} 'Hello'"))
+        typer.echo(clean_line(f"wrote {output}; try it: gpumesh run{config_option} 'Hello'"))
     else:
-        typer.echo(clean_line(f"wrote {output}; when a server is there: gpumesh audit{given}"))
+        typer.echo(clean_line(f"wrote {output}; when a server is there: gpumesh audit{config_option}"))

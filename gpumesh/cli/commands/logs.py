@@ -22,6 +22,7 @@ from gpumesh.cli.views.safe_text import clean_line, clean_text
 from gpumesh.errors import GPUMeshError
 
 POLL_S = 0.2
+MAX_JSON_LINE = 1 << 16  # characters
 
 app = new_app()
 
@@ -61,11 +62,11 @@ def logs(
 
 
 def _print_line(line: str, as_json: bool) -> None:
-    typer.echo(clean_line(line, 1 << 16) if as_json else format_log_line(line))
+    typer.echo(clean_line(line, MAX_JSON_LINE) if as_json else format_log_line(line))
 
 
 def format_log_line(line: str) -> str:
-    """A line of the log for people. A line that is no JSON is shown as it is."""
+    """A line of the log, or of the access log, as a person reads it. A line that is no JSON stays as it is."""
     try:
         entry = json.loads(line)
         if "path" in entry:
@@ -81,7 +82,7 @@ def format_log_line(line: str) -> str:
 
 
 def _format_request(entry: dict[str, Any]) -> str:
-    """A line of the access log."""
+    """A line of the access log as a person reads it."""
     parts = [
         _local_time(str(entry["at"])),
         str(entry.get("client") or "-"),
@@ -103,37 +104,37 @@ def _local_time(at: str) -> str:
 
 
 def _follow(path: Path, file: TextIO) -> Iterator[str]:
-    """New lines, also after rotations and restarts of the mesh, until interrupted."""
-    part = ""
+    """Yields new lines until interrupted, also after rotations of the log and restarts of the mesh."""
+    line = ""
     while True:
-        piece = file.readline()
-        if piece:
-            part += piece
-            if part.endswith("\n"):
-                yield part
-                part = ""
-            continue
-        if _is_replaced(path, file):
+        text = file.readline()
+        if text:
+            line += text
+            if line.endswith("\n"):
+                yield line
+                line = ""
+        elif _is_replaced(path, file):
             file = path.open(encoding="utf-8", errors="replace")  # used by the next iteration
-            continue
-        _wait_or_raise()
+        else:
+            _wait_for_poll()
 
 
-def _wait_or_raise() -> None:
-    """Waits until it is time to look again. Raises BrokenPipeError when nobody reads our output any more; without new
-    lines to write, that would go unnoticed."""
+def _wait_for_poll() -> None:
+    """Waits until it is time to look for new lines. Raises BrokenPipeError when nobody reads our output any more: as
+    long as there is no line to write, nothing else would notice."""
     try:
         output = sys.stdout.fileno()
     except (AttributeError, ValueError):
         time.sleep(POLL_S)  # stdout is no real file (in tests)
         return
-    watched = select.poll()
-    watched.register(output, 0)
-    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(POLL_S * 1000)):
+    poller = select.poll()
+    poller.register(output, 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(POLL_S * 1000)):
         raise BrokenPipeError
 
 
 def _is_replaced(path: Path, file: TextIO) -> bool:
+    """Whether there is another file at the path than the open one."""
     try:
         at_path = path.stat()
     except FileNotFoundError:

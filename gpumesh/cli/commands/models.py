@@ -52,7 +52,7 @@ def models(ctx: typer.Context) -> None:
       gpumesh models sync --from iceland
     """
     if ctx.invoked_subcommand is None:
-        run_async(_list(global_options(ctx), as_json=False))
+        run_async(_list_models(global_options(ctx), as_json=False))
 
 
 # -- list ------------------------------------------------------------------------------------------------------------
@@ -65,15 +65,15 @@ def list_(ctx: typer.Context, as_json: JsonOption = False) -> None:
     CONTEXT is the longest that a model was made for. A name that stands twice is not the same model everywhere: the
     nodes have it with different digests, as after a pull at another time.
     """
-    run_async(_list(global_options(ctx), as_json=as_json))
+    run_async(_list_models(global_options(ctx), as_json=as_json))
 
 
-async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
+async def _list_models(options: GlobalOptions, *, as_json: bool) -> None:
     from gpumesh.mesh.models import inventory
     from gpumesh.mesh.models.url_stores import open_url_stores
     from gpumesh.wire import to_json
 
-    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
+    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         rows = inventory.list_model_rows(state)
         # A digest has the same context length everywhere, so only the first of a row's nodes with a store is asked.
@@ -87,7 +87,7 @@ async def _list(chosen: GlobalOptions, *, as_json: bool) -> None:
         print_json({"schema": "gpumesh.models/1", "models": to_json(rows)})
     else:
         _print_table(rows)
-    if not chosen.quiet:
+    if not options.quiet:
         for name in sorted({row.name for row in rows if row.copies > 1}):
             typer.echo(clean_line(f"{name} is not the same on all nodes: `gpumesh models sync` makes it so"), err=True)
         for node in state.nodes:
@@ -146,7 +146,7 @@ def pull(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, e
         nodes = inventory.choose_nodes(state, node or (), everywhere=everywhere, required_model=None)
         return [inventory.ModelTask(target, model) for model in models for target in nodes]
 
-    run_async(_pull(global_options(ctx), plan))
+    run_async(_pull_models(global_options(ctx), plan))
 
 
 @app.command()
@@ -172,20 +172,20 @@ def sync(
     """
     from gpumesh.mesh.models import inventory
 
-    chosen = global_options(ctx)
+    options = global_options(ctx)
 
     def plan(state: MeshState) -> list[inventory.ModelTask]:
         return inventory.plan_sync(state, from_, node or (), models or ())
 
     def plan_and_print(state: MeshState) -> list[inventory.ModelTask]:
         tasks = plan(state)
-        if not tasks and not chosen.quiet:
+        if not tasks and not options.quiet:
             typer.echo(f"nothing to do: the others have all that {from_} has", err=True)
         for task in tasks if dry_run else ():
             typer.echo(clean_line(f"{task.node.name}: {task.model} would be pulled"))
         return [] if dry_run else tasks
 
-    for task in run_async(_pull(chosen, plan_and_print, plan_again=plan)):
+    for task in run_async(_pull_models(options, plan_and_print, plan_again=plan)):
         message = f"{task.node.name}: {task.model} is still another than on {from_}: the library has a newer one"
         typer.echo(clean_line(f"{message}; pull it on {from_} as well"), err=True)
 
@@ -193,7 +193,7 @@ def sync(
 @app.command()
 def rm(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Delete models from nodes' disks (--node, or --all that have it)."""
-    run_async(_operate(global_options(ctx), node, everywhere, "rm", models, "removed"))
+    run_async(_run_operation(global_options(ctx), node, everywhere, "rm", models, "removed"))
 
 
 @app.command()
@@ -208,17 +208,17 @@ def load(
     ] = None,
 ) -> None:
     """Load models into GPU memory, so that the first prompt need not wait for it."""
-    run_async(_operate(global_options(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
+    run_async(_run_operation(global_options(ctx), node, everywhere, "load", models, "loaded", keep_alive=keep_alive))
 
 
 @app.command()
 def unload(ctx: typer.Context, models: ModelsArgument, node: NodesOption = None, everywhere: AllOption = False) -> None:
     """Free the GPU memory that models take."""
-    run_async(_operate(global_options(ctx), node, everywhere, "unload", models, "unloaded"))
+    run_async(_run_operation(global_options(ctx), node, everywhere, "unload", models, "unloaded"))
 
 
-async def _operate(
-    chosen: GlobalOptions,
+async def _run_operation(
+    options: GlobalOptions,
     names: Sequence[str] | None,
     everywhere: bool,
     operation: str,
@@ -232,7 +232,7 @@ async def _operate(
     from gpumesh.mesh.models import inventory
     from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
+    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
         state = await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S))
         tasks = [
             inventory.ModelTask(node, model)
@@ -256,18 +256,18 @@ async def _operate(
 TaskPlanner = Callable[["MeshState"], list["inventory.ModelTask"]]
 
 
-async def _pull(
-    chosen: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
+async def _pull_models(
+    options: GlobalOptions, plan: TaskPlanner, plan_again: TaskPlanner | None = None
 ) -> list[inventory.ModelTask]:
     """Performs the pulls that ``plan`` returns. Returns those of them that ``plan_again`` returns afterwards: these
     pulls have not changed the models as planned."""
     from gpumesh.cli.views.download_bars import show_downloads
     from gpumesh.mesh.models.url_stores import open_url_stores
 
-    async with open_session(chosen) as session, open_url_stores(chosen.topology()) as stores:
+    async with open_session(options) as session, open_url_stores(options.topology()) as stores:
         tasks = plan(await stores.refresh_backends(await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)))
         several_models = len({task.model for task in tasks}) > 1
-        with show_downloads(quiet=chosen.quiet) as display:
+        with show_downloads(quiet=options.quiet) as display:
 
             async def perform(task: inventory.ModelTask) -> None:
                 name = f"{task.node.name} {task.model}" if several_models else task.node.name

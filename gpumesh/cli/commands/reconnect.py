@@ -25,9 +25,9 @@ def reconnect(
     """
     options = global_options(ctx)
 
-    async def main() -> None:
+    async def reconnect_nodes() -> None:
         async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.reconnect(node)
 
-    run_async(main())
+    run_async(reconnect_nodes())

@@ -22,9 +22,9 @@ def resume(
     """Give drained nodes of the running mesh work again."""
     options = global_options(ctx)
 
-    async def main() -> None:
+    async def resume_nodes() -> None:
         async with open_session(options, embed=False) as session:
             for node in nodes:
                 await session.resume(node)
 
-    run_async(main())
+    run_async(resume_nodes())

@@ -163,27 +163,27 @@ async def _send_single(
     else:
         typer.echo(clean_text(result.response or ""))
     if options.verbose:
-        rate = "" if result.tokens_per_s is None else f", {result.tokens} tokens at {result.tokens_per_s:.1f}/s"
-        first = "" if result.ttft_ms is None else f", first token after {result.ttft_ms:.0f} ms"
-        typer.echo(f"from {result.node} in {result.total_ms:.0f} ms{first}{rate}", err=True)
+        rate_text = "" if result.tokens_per_s is None else f", {result.tokens} tokens at {result.tokens_per_s:.1f}/s"
+        first_token_text = "" if result.ttft_ms is None else f", first token after {result.ttft_ms:.0f} ms"
+        typer.echo(f"from {result.node} in {result.total_ms:.0f} ms{first_token_text}{rate_text}", err=True)
 
 
 class _StreamPrinter:
     """Writes the pieces of an answer to stdout as they come, and ends with a newline."""
 
     def __init__(self) -> None:
-        self._last = "\n"
+        self._last_character = "\n"
 
     def feed(self, piece: str) -> None:
         safe = clean_text(piece)
         if safe:
             sys.stdout.write(safe)
             sys.stdout.flush()
-            self._last = safe[-1]
+            self._last_character = safe[-1]
 
     def end(self) -> None:
-        if self._last != "\n":
-            self._last = "\n"
+        if self._last_character != "\n":
+            self._last_character = "\n"
             with suppress(BrokenPipeError):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
@@ -195,11 +195,11 @@ class _StreamPrinter:
 async def _send_file(
     options: GlobalOptions, requests: Sequence[PromptRequest], texts: Sequence[str], concurrency: int | None
 ) -> int:
-    """Writes the results in order; returns how many failed."""
+    """Writes the results in the order of the prompts. Returns how many prompts failed."""
     from gpumesh.cli.views.progress_bar import show_progress
     from gpumesh.daemon.sessions.prompt_sender import send_with_retries
 
-    failed = 0
+    failed_count = 0
     async with open_session(options) as session:
         slots = asyncio.Semaphore(concurrency or await _default_concurrency(session))
 
@@ -210,23 +210,23 @@ async def _send_file(
         with show_progress(len(requests), "prompts", quiet=options.quiet) as progress:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(send(index)) for index in range(len(requests))]
-                done = 0
+                ended_count = 0
 
-                def count_done(_: asyncio.Task[PromptResult]) -> None:
-                    nonlocal done
-                    done += 1
-                    progress(done, f"{failed} failed" if failed else "")
+                def count_ended(_: asyncio.Task[PromptResult]) -> None:
+                    nonlocal ended_count
+                    ended_count += 1
+                    progress(ended_count, f"{failed_count} failed" if failed_count else "")
 
                 for task in tasks:
-                    task.add_done_callback(count_done)
+                    task.add_done_callback(count_ended)
                 for task in tasks:
                     result = await task
-                    failed += result.error is not None
+                    failed_count += result.error is not None
                     progress.write(json_text(asdict(result)))
-    return failed
+    return failed_count
 
 
 async def _default_concurrency(session: Session) -> int:
-    """How many prompts to send at a time: enough for all nodes, and not so many that the mesh's queue is flooded."""
+    """How many prompts to send at a time: enough for all nodes, but not enough to flood the mesh's queue."""
     nodes = len((await session.status()).nodes)
     return min(max(nodes, 1) * PROMPTS_PER_NODE, MAX_CONCURRENT_PROMPTS)

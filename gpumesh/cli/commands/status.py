@@ -1,4 +1,4 @@
-"""`gpumesh status`: shows every node and GPU. It must be quick on a running mesh, so nothing heavy is imported here."""
+"""`gpumesh status`: shows every node and GPU. It must be quick on a running mesh, so this imports no heavy module."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ def status(
         str, typer.Option("--sort", "-s", metavar="KEY", help=f"One of {', '.join(SortKey)}.")
     ] = SortKey.CONFIG.value,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.1, help="With --watch: redraw at most so often.")
+        float, typer.Option(metavar="SECONDS", min=0.1, help="With --watch: the shortest time between two redraws.")
     ] = 1.0,
 ) -> None:
     """Every node and GPU: tunnel, memory, load, models, and why something is not well.
 
     Looks at the running mesh, or probes once if none is running. -v adds the processes on each GPU. With --node and
-    --label the totals are those of the nodes that are shown. In --watch, keys drain, resume and reconnect a node.
+    --label the totals are those of the nodes that are shown. In --watch, single key presses drain, resume and reconnect
+    a node.
 
     \b
     Examples:
@@ -79,6 +80,7 @@ def status(
     state = sort_nodes(select_nodes(state, node or [], label or []), order)
     if as_json:
         print_json(_status_document(state))
+    # --quiet silences only --check, whose answer is the exit code. The table is the result of a plain `status`.
     elif not (check and options.quiet):
         from gpumesh.cli.views.status.status_view import ViewOptions, print_status
 
@@ -101,14 +103,15 @@ def health_exit_code(state: MeshState) -> ExitCode:
     healths = [node.health for node in state.nodes]
     if not any(health in (Health.HEALTHY, Health.DEGRADED) for health in healths):
         return ExitCode.NO_NODE
-    well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)
-    if well and all(finding.severity is Severity.INFO for finding in state.findings):
+    nodes_are_well = all(health in (Health.HEALTHY, Health.DRAINING) for health in healths)
+    if nodes_are_well and all(finding.severity is Severity.INFO for finding in state.findings):
         return ExitCode.OK
     return ExitCode.DEGRADED
 
 
 def _read_state(options: GlobalOptions, *, with_history: bool) -> tuple[MeshState, History]:
-    """The state of the running mesh, or of one that is opened for a probe; and the last minute, if a mesh kept it."""
+    """Returns the state and the history of the running mesh. If no mesh runs, this opens one for a probe, which has no
+    history."""
     from gpumesh.daemon.control_socket.quick_status import fetch_history, fetch_status
     from gpumesh.mesh.history import History
     from gpumesh.wire import from_json
@@ -151,18 +154,19 @@ async def _watch(
 
 @contextmanager
 def _signals_as_interrupt() -> Iterator[None]:
-    """Treats SIGTERM and SIGHUP as Ctrl-C, which restores the terminal; then lets the signal end the process."""
+    """Turns SIGTERM and SIGHUP into a Ctrl-C, after which the terminal is restored. Then the signal ends the
+    process."""
     received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
         signal.raise_signal(signal.SIGINT)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous_handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         if received:
             os.kill(os.getpid(), received[0])

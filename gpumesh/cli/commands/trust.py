@@ -46,6 +46,7 @@ def trust(
 
 
 def _find_ssh_node(topology: Topology, name: str) -> tuple[NodeSpec, SshSpec]:
+    """The node and its SSH settings. Raises UsageError."""
     try:
         spec = topology.node(name)
     except KeyError:

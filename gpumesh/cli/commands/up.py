@@ -75,15 +75,15 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
     from gpumesh.daemon.control_socket.remote_session import RemoteSession
     from gpumesh.daemon.up_options import apply_options
 
-    apply_options(options.topology(), up_options)  # reports problems here, on this terminal
+    apply_options(options.topology(), up_options)  # only to report problems on this terminal
     paths = options.paths()
     pid = start_background(paths, up_options)
     if not options.quiet:
-        # Printed before the first report, which may wait for a host that hangs. A person who presses Ctrl-C meanwhile
-        # knows that the mesh runs.
+        # This comes before the first report, which may wait for a host that hangs. So a person who presses Ctrl-C
+        # meanwhile knows that the mesh runs.
         gateway = (fetch_status(paths.socket) or {}).get("gateway") or {}
-        where = f", serving {gateway['url']}" if gateway.get("url") else ""
-        typer.echo(f"runs in the background (pid {pid}){where}; `gpumesh down` stops it", err=True)
+        serving_text = f", serving {gateway['url']}" if gateway.get("url") else ""
+        typer.echo(f"runs in the background (pid {pid}){serving_text}; `gpumesh down` stops it", err=True)
         _warn_if_open(gateway)
     state = run_async(RemoteSession(paths.socket).wait_first_report(FIRST_REPORT_TIMEOUT_S))
     if not options.quiet:
@@ -91,7 +91,7 @@ def _run_in_background(options: GlobalOptions, up_options: UpOptions) -> None:
 
 
 async def _run_in_foreground(options: GlobalOptions, up_options: UpOptions) -> bool:
-    """True when a person pressed Ctrl-C twice."""
+    """Runs the mesh until it is asked to stop. Returns True when a second signal interrupted the draining."""
     from gpumesh.daemon.mesh_lock import MeshLock
     from gpumesh.daemon.mesh_process import run_mesh
     from gpumesh.daemon.shutdown import Shutdown, handle_signals
