@@ -51,7 +51,7 @@ class _LazyCommands(MutableMapping[str, Any]):
             module, _ = COMMANDS[name]
             command = build_command(importlib.import_module(f"gpumesh.cli.commands.{module}").app)
             command.name = name
-            self._built[name] = _add_global_options(command)
+            self._built[name] = _prepare_command(command)
         return self._built[name]
 
     def __setitem__(self, name: str, command: Any) -> None:
@@ -96,18 +96,19 @@ def _use_plain_name(argument: Any) -> None:
     argument.display_type_rich = lambda **_: None
 
 
-def _add_global_options(command: Any) -> Any:
-    """Lets the options of `gpumesh` itself follow the command's name: `gpumesh status -c mesh.yaml`."""
+def _prepare_command(command: Any) -> Any:
+    """Gives a command and its subcommands plain names in the usage line, and lets the options of `gpumesh` itself
+    follow the command's name (`gpumesh status -c mesh.yaml`). A command's own option keeps a name that both have."""
     from gpumesh.cli.global_options import repeat_global_options
 
-    for sub in getattr(command, "commands", {}).values():
-        _add_global_options(sub)
+    for subcommand in getattr(command, "commands", {}).values():
+        _prepare_command(subcommand)
     for parameter in command.params:
         _use_plain_name(parameter)
     if not getattr(command, "commands", None):
-        taken = {name for parameter in command.params for name in parameter.opts}
+        own_names = {name for parameter in command.params for name in parameter.opts}
         for option in repeat_global_options():
-            option.opts = [name for name in option.opts if name not in taken]
+            option.opts = [name for name in option.opts if name not in own_names]
             if option.opts:
                 command.params.append(option)
     return defer_parameters(command)

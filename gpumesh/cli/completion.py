@@ -1,9 +1,9 @@
-"""What the shell can complete: names of nodes, models, priorities and scenarios.
+"""The names that the shell can complete: nodes, models, priorities and scenarios.
 
 Completion reads a file and a socket at most, and never fails or waits.
 
-Completed text goes into a shell. Names from hosts and from mesh.yaml pass ``_safe_names``, which lets through only
-names that no shell and no program reads anything into. The scripts are in ``completion_scripts.py``.
+Completed text goes into a shell. Names from hosts and from mesh.yaml pass ``_safe_names``, which lets only plain names
+through: no shell and no program finds a special meaning in them. The scripts are in ``completion_scripts.py``.
 """
 
 from __future__ import annotations

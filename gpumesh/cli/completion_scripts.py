@@ -1,4 +1,4 @@
-"""The completion scripts for bash and zsh, and the filter that lets only plain words out to a shell.
+"""The completion scripts for bash and zsh, and the filter that gives only plain words to a shell.
 
 Typer's script for zsh evaluates what the program prints, and bash inserts it as it is. So completed text must be safe
 for a shell. ``sanitize_completions`` filters everything that Typer proposes; ``completion.py`` filters its own lists.
@@ -74,29 +74,33 @@ def install_completion_scripts() -> None:
     """Makes ``--install-completion`` and ``--show-completion`` give the scripts above."""
     from typer import _completion_shared as shared
 
-    # Private to Typer. A version without it gives its own scripts, which stop at a colon.
+    # This dictionary is private to Typer. A version without it gives Typer's own scripts, which stop at a colon.
     scripts = getattr(shared, "_completion_scripts", {})
     scripts["bash"], scripts["zsh"] = BASH_SCRIPT, ZSH_SCRIPT
 
 
 def sanitize_completions() -> None:
-    """Lets only plain words out to a shell, whichever parameter proposes them. File names are left to the shell, which
-    quotes them; Typer would only repeat the text that is already on the line."""
+    """Removes all words that are not plain from what a shell gets, whichever parameter proposes them. The shell itself
+    completes and quotes file names; Typer would only repeat the text that is already on the line."""
     try:
         from typer import _completion_classes as classes
     except ImportError:  # private to Typer; without them our own lists are still filtered in completion.py
         return
     for name in ("BashComplete", "ZshComplete", "FishComplete", "PowerShellComplete"):
-        kind: Any = getattr(classes, name, None)
-        if kind is not None and not hasattr(kind.get_completions, "is_filtered"):
-            kind.get_completions = _filter_completions(kind.get_completions)
+        completer: Any = getattr(classes, name, None)
+        if completer is not None and not hasattr(completer.get_completions, "is_filtered"):
+            completer.get_completions = _filter_completions(completer.get_completions)
 
 
-def _filter_completions(get: Callable[[Any, list[str], str], list[Any]]) -> Callable[[Any, list[str], str], list[Any]]:
+def _filter_completions(
+    get_unfiltered: Callable[[Any, list[str], str], list[Any]],
+) -> Callable[[Any, list[str], str], list[Any]]:
+    """A ``get_completions`` that keeps only the plain words among the completions of Typer's own."""
+
     def get_completions(self: Any, args: list[str], incomplete: str) -> list[Any]:
         # Options are proposed only where the word begins with a hyphen.
         hyphens = "-" if incomplete.startswith("-") else ""
-        proposed = get(self, args, incomplete)
+        proposed = get_unfiltered(self, args, incomplete)
         return [
             candidate
             for candidate in proposed

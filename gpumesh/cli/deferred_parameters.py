@@ -11,12 +11,13 @@ from typing import Any
 
 
 class _DeferredParameter:
-    """Stands in for Typer's own reader of a parameter, which is made when a value needs it."""
+    """Stands in for Typer's own reader of a parameter. That reader is made only when a value needs it."""
 
     def __init__(self, parameter: Any) -> None:
         self._parameter = parameter
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Converts the value of an option. Values that need no conversion are returned without Typer's reader."""
         if value is None:
             return () if param.multiple or param.nargs == -1 else None
         annotation = param.type_descriptor.annotation
@@ -29,7 +30,8 @@ class _DeferredParameter:
 
 
 def defer_parameters(command: Any) -> Any:
-    """The same command, without the cost of parameters that are not given. `--help` is made when a line is parsed."""
+    """The same command, without the cost of parameters that are not given. Typer makes the option `--help` only when it
+    parses a command line, so it is deferred then."""
     for parameter in command.params:
         _defer(parameter)
     make_help_option = command.get_help_option
@@ -38,8 +40,7 @@ def defer_parameters(command: Any) -> Any:
 
 
 def _defer(parameter: Any) -> Any:
-    if (
-        getattr(parameter, "_runtime_param", False) is None
-    ):  # older versions of Typer have no such attribute, and no such cost
+    # Older versions of Typer have no such attribute, and no such cost.
+    if getattr(parameter, "_runtime_param", False) is None:
         parameter._runtime_param = _DeferredParameter(parameter)
     return parameter

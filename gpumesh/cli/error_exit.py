@@ -1,4 +1,4 @@
-"""What a command's error becomes: one sentence and a hint on stderr, and the exit code. Which errors are expected."""
+"""Turns the error of a command into one sentence and a hint on stderr, and an exit code, if the error is expected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from gpumesh.errors import ConfigError, ExitCode, GPUMeshError
 
-# Errors of the system, with hints. The disk, the permissions and the limits are outside of this program.
+# The errors of the system that are expected, with hints: disk, permissions and limits are outside of this program.
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
@@ -39,12 +39,13 @@ def exit_with(error: BaseException) -> NoReturn:
         print_error(error)
         sys.exit(int(error.exit_code))
     if isinstance(error, OSError):
-        # The reader of our output is gone, or there is no room for it. Python would try again with what is buffered.
+        # The reader of our output is gone, or the disk is full. When Python exits, it writes its buffer once more: that
+        # must go to a file that takes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            where = f"{error.filename}: " if error.filename else ""
+            file_prefix = f"{error.filename}: " if error.filename else ""
             hint = _SYSTEM_ERRORS.get(error.errno or 0, "")
-            print_error(GPUMeshError(f"{where}{(error.strerror or str(error)).lower()}", hint=hint))
+            print_error(GPUMeshError(f"{file_prefix}{(error.strerror or str(error)).lower()}", hint=hint))
         sys.exit(int(ExitCode.FAILED))
     sys.exit(int(ExitCode.INTERRUPTED))
 
@@ -59,18 +60,19 @@ def flatten_group(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseExce
 
 
 def print_error(error: GPUMeshError) -> None:
-    """One sentence that says what is wrong and where, and a hint. The problems of a ConfigError are one to a line."""
+    """Prints one sentence that says what is wrong and where, and a hint. A ConfigError has a line for each problem."""
     from gpumesh.cli.views.safe_text import clean_text
 
-    node = f"{error.node}: " if error.node and error.node not in error.message else ""
+    node_prefix = f"{error.node}: " if error.node and error.node not in error.message else ""
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         from gpumesh.config.mesh_file.reader import MAX_PROBLEMS
 
-        more = len(error.problems) > MAX_PROBLEMS  # the last problem says how many are left out
-        count = f"more than {MAX_PROBLEMS}" if more else len(error.problems)
+        # If there are more than MAX_PROBLEMS, the last one only says how many are left out.
+        is_cut = len(error.problems) > MAX_PROBLEMS
+        count = f"more than {MAX_PROBLEMS}" if is_cut else len(error.problems)
         lines = [f"error: {count} problems in the configuration", *map(str, error.problems)]
     else:
-        lines = [f"error: {node}{error.message}"]
+        lines = [f"error: {node_prefix}{error.message}"]
     if error.hint:
         lines.append(f"hint: {error.hint}")
     typer.echo(clean_text("\n".join(lines)), err=True)

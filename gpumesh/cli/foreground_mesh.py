@@ -1,4 +1,4 @@
-"""Shows a mesh that runs in this process until it is asked to stop: the live table on a terminal, elsewhere lines.
+"""Shows a mesh that runs in this process until it is asked to stop: as a live table on a terminal, elsewhere as lines.
 
 For `up` without `-d`, and for `demo --keep`.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The deadline of a connect, and a probe. What is not known by then is shown as unknown.
+# The time for one connect and one probe together. Facts that are not known by then are shown as unknown.
 FIRST_REPORT_TIMEOUT_S = 7.0
 REDRAW_S = 0.5
 
@@ -31,27 +31,33 @@ REDRAW_S = 0.5
 async def show_mesh(
     session: LocalSession, stop: Shutdown, options: GlobalOptions, *, notes: Sequence[str] = ()
 ) -> None:
-    """Returns when ``stop`` is requested. On a terminal it shows the live table with ``notes`` below; elsewhere it
-    prints ``notes``, the first report, and then a line for each change."""
-    live = not options.quiet and sys.stdout.isatty() and not environment.dumb_terminal()
-    if not live:
-        for line in notes:
-            typer.echo(line)
-        sys.stdout.flush()
+    """Shows the mesh until ``stop`` is requested. On a terminal it shows the live table with ``notes`` below. Elsewhere
+    it prints ``notes``, the first report, and then a line for each change. With ``--quiet`` it prints only
+    ``notes``."""
+    on_terminal = sys.stdout.isatty() and not environment.dumb_terminal()
+    if on_terminal and not options.quiet:
+        await _show_live_table(session, stop, options, notes)
+        return
+    for line in notes:
+        typer.echo(line)
+    sys.stdout.flush()
     if options.quiet:
         await stop.wait()
-    elif live:
-        from gpumesh.cli.views.live.live_table import LiveTable
-        from gpumesh.cli.views.node_selection import ViewSelection
-        from gpumesh.cli.views.status.status_view import ViewOptions, print_status
-
-        table = LiveTable(session, ViewSelection(verbose=options.verbose), footer="Ctrl-C ends it", notes=notes)
-        last = await table.run(until_stopped(session.watch(REDRAW_S), stop))
-        stop.request()
-        if last is not None:
-            print_status(last, ViewOptions(verbose=options.verbose))
     else:
         await _print_changes(session, stop)
+
+
+async def _show_live_table(session: LocalSession, stop: Shutdown, options: GlobalOptions, notes: Sequence[str]) -> None:
+    """Shows the live table, and after its end the last state as an ordinary table."""
+    from gpumesh.cli.views.live.live_table import LiveTable
+    from gpumesh.cli.views.node_selection import ViewSelection
+    from gpumesh.cli.views.status.status_view import ViewOptions, print_status
+
+    table = LiveTable(session, ViewSelection(verbose=options.verbose), footer="Ctrl-C ends it", notes=notes)
+    last_state = await table.run(until_stopped(session.watch(REDRAW_S), stop))
+    stop.request()  # the key q ends the table; the mesh is to end with it
+    if last_state is not None:
+        print_status(last_state, ViewOptions(verbose=options.verbose))
 
 
 async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
@@ -59,15 +65,15 @@ async def _print_changes(session: LocalSession, stop: Shutdown) -> None:
     from gpumesh.cli.views.status.status_view import print_status
     from gpumesh.daemon.state_changes import compare_states
 
-    last: MeshState | None = None
+    last_state: MeshState | None = None
     async for state in until_stopped(_first_report(session), stop):
-        last = state
+        last_state = state
         print_status(state)
         sys.stdout.flush()
     async for state in until_stopped(session.watch(REDRAW_S), stop):
-        for event in compare_states(last, state):
+        for event in compare_states(last_state, state):
             typer.echo(clean_line(f"{state.at:%H:%M:%S} {event.node or ''} {event.message}"), err=True)
-        last = state
+        last_state = state
 
 
 async def _first_report(session: LocalSession) -> AsyncGenerator[MeshState]:
@@ -76,23 +82,22 @@ async def _first_report(session: LocalSession) -> AsyncGenerator[MeshState]:
 
 async def until_stopped(items: AsyncIterator[T], stop: Shutdown) -> AsyncGenerator[T]:
     """The items until ``stop`` is requested. A request also ends the waiting for the next item."""
-
-    stopped = asyncio.ensure_future(stop.wait())
+    stop_request = asyncio.ensure_future(stop.wait())
     try:
         async with closing_iterator(items):
             while True:
-                following = asyncio.ensure_future(anext(items))
+                next_item = asyncio.ensure_future(anext(items))
                 try:
-                    await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                    if stopped.done():
+                    await asyncio.wait({next_item, stop_request}, return_when=asyncio.FIRST_COMPLETED)
+                    if stop_request.done():
                         return
                     try:
-                        item = following.result()
+                        item = next_item.result()
                     except StopAsyncIteration:
                         return
                 finally:
-                    following.cancel()
-                    await asyncio.gather(following, return_exceptions=True)
+                    next_item.cancel()
+                    await asyncio.gather(next_item, return_exceptions=True)
                 yield item
     finally:
-        stopped.cancel()
+        stop_request.cancel()

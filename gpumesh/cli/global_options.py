@@ -1,4 +1,4 @@
-"""The options of `gpumesh` itself (`--config`, `--quiet`, `--verbose`), and the configuration that they lead to."""
+"""The options of `gpumesh` itself (`--config`, `--quiet`, `--verbose`), and the configuration that they select."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class GlobalOptions:
     verbose: bool = False
 
     def config_file(self) -> Path:
-        """The mesh.yaml in use. Raises ConfigError when there is none."""
+        """The mesh.yaml in use. Raises UsageError when there is none."""
         from gpumesh import config
 
         return config.find_config(self.config)
 
     def paths(self) -> MeshPaths:
-        """The paths of the mesh.yaml in use. A mesh.yaml that was removed while its mesh runs counts: it can be
-        stopped."""
+        """The paths of the mesh.yaml in use. If there is no such file any more, but a mesh that was started from it
+        still runs, these are the paths of that mesh, so that `down` can stop it. Raises UsageError."""
         from gpumesh import config
-        from gpumesh.daemon import paths
+        from gpumesh.daemon.paths import for_config
 
         try:
-            return paths.for_config(self.config_file())
+            return for_config(self.config_file())
         except UsageError:
-            for file in config.search_paths(self.config):
-                mesh_paths = paths.for_config(file)
-                if mesh_paths.lock.exists():
-                    return mesh_paths
+            for removed_file in config.search_paths(self.config):
+                paths = for_config(removed_file)
+                if paths.lock.exists():  # its mesh runs
+                    return paths
             raise
 
     def topology(self) -> Topology:
@@ -61,7 +61,7 @@ class GlobalOptions:
 def global_options(ctx: typer.Context) -> GlobalOptions:
     """The options of this run."""
     options = ctx.find_root().obj
-    assert isinstance(options, GlobalOptions), "the root command's callback makes it"
+    assert isinstance(options, GlobalOptions), "the root command's callback makes them"
     return options
 
 

@@ -1,4 +1,4 @@
-"""Shows the host key of a node, asks a person whether it is the right one, and records it: for `trust` and `init`."""
+"""Shows the host key of a node, asks a person whether it is the right key, and records it: for `trust` and `init`."""
 
 from __future__ import annotations
 
@@ -15,69 +15,79 @@ from gpumesh.errors import GPUMeshError, UsageError
 from gpumesh.topology import NodeSpec, SshSpec
 
 if TYPE_CHECKING:
-    from gpumesh.tunnels.hostkeys import HostKeyCheck
+    from gpumesh.tunnels.hostkeys import HostKeyCheck, HostKeyStatus
     from gpumesh.tunnels.known_hosts import HostKey
 
 
 class NotConfirmed(GPUMeshError):
-    """A person was asked, and answered no."""
+    """A person was asked whether the key is right, and answered no."""
 
 
 def confirm_key(spec: NodeSpec, ssh: SshSpec, *, yes: bool) -> None:
-    """Shows the host's key. Records a key that is not on record, after asking a person unless ``yes``. The keys of jump
-    hosts come first, because we log in to them on the way. Raises NotConfirmed."""
+    """Shows the host's key, and records it if it is not on record. A person is asked first, unless ``yes``. The keys of
+    jump hosts come first, because we log in to them on the way. Raises NotConfirmed."""
     from gpumesh.tunnels.jump_hosts import list_hops
 
     if ssh.address_from is not None:
         ssh = run_async(_look_up_address(spec, ssh))
     *jumps, host = list_hops(ssh)
     for jump in jumps:
-        _confirm_host("", f"{spec.name} (jump host)", jump, _fetch_key("", jump), yes=yes, quiet=True)
+        _confirm_host("", f"{spec.name} (jump host)", jump, _fetch_key("", jump), yes=yes)
     _confirm_host(spec.name, spec.name, host, _fetch_key(spec.name, host), yes=yes)
 
 
-def _confirm_host(node: str, shown: str, ssh: SshSpec, key: HostKey, *, yes: bool, quiet: bool = False) -> None:
-    """``node`` is "" for a jump host. ``quiet``: says nothing about a key that is on record."""
+def _confirm_host(node: str, shown_name: str, ssh: SshSpec, key: HostKey, *, yes: bool) -> None:
+    """``node`` is "" for a jump host, of which a key that is on record is not even mentioned."""
     from gpumesh.tunnels import hostkeys, known_hosts
     from gpumesh.tunnels.hostkeys import HostKeyStatus
 
     judgement = hostkeys.check_host_key(
         known_hosts.read_known_hosts(ssh.known_hosts), key, node=node, host=ssh.host, port=ssh.port
     )
-    where = known_hosts.known_hosts_address(ssh.host, ssh.port)
-    known = judgement.status is HostKeyStatus.KNOWN
-    if not (known and quiet):
-        status = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(
-            judgement.status, judgement.status.value
-        )
-        parts = (shown, where, f"{key.key_type} {key.fingerprint}", status)
-        typer.echo("  ".join(map(clean_line, parts)))
+    address = known_hosts.known_hosts_address(ssh.host, ssh.port)
+    is_on_record = judgement.status is HostKeyStatus.KNOWN
+    if is_on_record and not node:
+        return
+    _print_key(shown_name, address, key, judgement.status)
     if judgement.status is HostKeyStatus.REVOKED:
         raise GPUMeshError(
-            f"the key of {where} is marked @revoked in {ssh.known_hosts}: it is not recorded",
+            f"the key of {address} is marked @revoked in {ssh.known_hosts}: it is not recorded",
             hint="whoever marked it knows why: do not connect to a host that shows it",
             node=node or None,
         )
-    if not known:
+    if is_on_record and judgement.recorded_for_node:
+        return
+    if not is_on_record:
         for line in explain_judgement(judgement, ssh.known_hosts):
             typer.echo(f"  {clean_line(line)}", err=True)
         if not yes:
-            if not sys.stdin.isatty():
-                raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
-            if not typer.confirm("Is this the right fingerprint? Record it?", err=True):
-                raise NotConfirmed(
-                    f"{shown}: the key of {where} is not recorded, since you said that it is not the right one",
-                    hint="ask the host's owner or your provider which key it has",
-                )
-    elif quiet or judgement.recorded_for_node:
-        return
+            _ask_person(shown_name, address)
     known_hosts.record_host_key(ssh.known_hosts, key, node=node, host=ssh.host, port=ssh.port)
-    names = where if not node else f"{where} and for {node}, wherever it moves"
+    names = f"{address} and for {node}, wherever it moves" if node else address
     typer.echo(f"  {clean_line(f'recorded in {ssh.known_hosts} for {names}')}", err=True)
 
 
+def _print_key(shown_name: str, address: str, key: HostKey, status: HostKeyStatus) -> None:
+    from gpumesh.tunnels.hostkeys import HostKeyStatus
+
+    status_text = {HostKeyStatus.UNKNOWN: "new", HostKeyStatus.CHANGED: "CHANGED"}.get(status, status.value)
+    parts = (shown_name, address, f"{key.key_type} {key.fingerprint}", status_text)
+    typer.echo("  ".join(map(clean_line, parts)))
+
+
+def _ask_person(shown_name: str, address: str) -> None:
+    """Returns when a person confirms the key. Raises NotConfirmed, or UsageError when there is no terminal."""
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm the fingerprint", hint="compare it, then add --yes")
+    if not typer.confirm("Is this the right fingerprint? Record it?", err=True):
+        raise NotConfirmed(
+            f"{shown_name}: the key of {address} is not recorded, since you said that it is not the right one",
+            hint="ask the host's owner or your provider which key it has",
+        )
+
+
 def explain_judgement(judgement: HostKeyCheck, known_hosts: Path) -> list[str]:
-    """What the judgement means and what to do, in sentences. Pure."""
+    """Says in sentences what the judgement means and what to do. Pure."""
     if judgement.expected:
         on_record = [f"on record in {known_hosts}: {old.key_type} {old.fingerprint}" for old in judgement.expected]
         return [
@@ -105,7 +115,7 @@ async def _look_up_address(spec: NodeSpec, ssh: SshSpec) -> SshSpec:
 
 
 def _fetch_key(node: str, ssh: SshSpec) -> HostKey:
-    """The key that the host proves to have. Raises GPUMeshError."""
+    """The public key of which the host proves that it has the private part. Raises GPUMeshError."""
     from gpumesh import config
     from gpumesh.tunnels import transports
 

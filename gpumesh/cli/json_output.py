@@ -1,4 +1,4 @@
-"""The option `--json` that commands have, and how a document is printed for it."""
+"""The option `--json` that commands have, and the printing of its document."""
 
 from __future__ import annotations
 

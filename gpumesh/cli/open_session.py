@@ -1,4 +1,4 @@
-"""How a command runs its asynchronous part, and how it gets a mesh: the running one, or one in this process."""
+"""Runs the asynchronous part of a command, and opens a Session on the running mesh or on a mesh in this process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Runs an asynchronous command to its end. Ctrl-C cancels it, which ends its work on the hosts, and exits with
-    130."""
+    """Runs the coroutine to its end. Ctrl-C cancels it, which also ends its work on the hosts; then the command exits
+    with 130."""
     try:
         from gpumesh.daemon.process import event_loop
 
@@ -32,7 +32,8 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGenerator[Session]:
-    """The running mesh of this configuration; without one, a mesh in this process while the context is open.
+    """Opens a Session on the running mesh of this configuration. If no mesh runs, a mesh runs in this process while the
+    context is open.
 
     Raises MeshNotRunning when no mesh runs and ``embed`` is false.
     """
@@ -44,8 +45,8 @@ async def open_session(options: GlobalOptions, *, embed: bool = True) -> AsyncGe
     watch = LockWatch.open(paths)
     if watch is not None:
         with watch:
-            running = not watch.remove_if_stale(paths)
-        if running and await _accepts_connections(paths.socket):
+            lock_is_held = not watch.remove_if_stale(paths)
+        if lock_is_held and await _accepts_connections(paths.socket):
             yield RemoteSession(paths.socket)
             return
     if not embed:
@@ -65,7 +66,7 @@ async def _accepts_connections(socket: Path) -> bool:
     try:
         _, writer = await asyncio.open_unix_connection(socket)
     except OSError:
-        return False  # the mesh just starts or ends, and has no socket
+        return False  # the mesh is starting or ending, and has no socket
     writer.close()
     await writer.wait_closed()
     return True

@@ -1,4 +1,4 @@
-"""What `run` is given: a file of prompts (a line each, or JSON objects), and model options (`-o key=value`). Pure.
+"""Reads the input of `run`: a file of prompts (a line each, or JSON objects), and model options (`-o key=value`). Pure.
 
 Each problem of a file is reported with its line.
 """
@@ -20,7 +20,7 @@ PROMPT_KEYS = ("prompt", "messages", "model", "system", "options", "node")
 
 @dataclass(frozen=True, slots=True)
 class PromptEntry:
-    """``text`` is repeated in the result. The other fields override the options of the command line."""
+    """One prompt of a file. The result repeats ``text``. The other fields override the options of the command line."""
 
     text: str
     messages: tuple[Message, ...] = ()
@@ -30,7 +30,7 @@ class PromptEntry:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def make_request(self, common: PromptRequest, system: str | None) -> PromptRequest:
-        """This prompt as a request; what it leaves open comes from ``common`` and ``system``."""
+        """This prompt as a request. ``common`` and ``system`` fill in the fields that the prompt does not set."""
         messages = self.messages or (Message("user", self.text),)
         system = self.system if self.system is not None else system
         if system is not None:
@@ -62,56 +62,61 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _read_entry(line: str, where: str) -> PromptEntry:
-    try:
-        entry = json.loads(line)
-    except RecursionError as error:
-        raise UsageError(f"{where}: not JSON: nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{where}:{error.colno}: not JSON: {error.msg}",
-            hint="all lines of this file are read as JSON; one that is only a prompt has to stand in double quotes",
-        ) from error
+def _read_entry(line: str, location: str) -> PromptEntry:
+    entry = _parse_line(line, location)
     if isinstance(entry, str):
         return PromptEntry(entry)
     if not isinstance(entry, dict):
-        raise UsageError(f"{where}: expected an object with a key `prompt`, or a string")
+        raise UsageError(f"{location}: expected an object with a key `prompt`, or a string")
     unknown = [key for key in entry if key not in PROMPT_KEYS]
     if unknown:
-        raise UsageError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(PROMPT_KEYS)}")
+        raise UsageError(f"{location}: unknown key {unknown[0]!r}", hint=f"the keys are: {', '.join(PROMPT_KEYS)}")
     for key in ("prompt", "model", "system", "node"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
-            raise UsageError(f"{where}: {key} is not a string")
+            raise UsageError(f"{location}: {key} is not a string")
     options = entry.get("options") or {}
     if not isinstance(options, dict):
-        raise UsageError(f"{where}: options is not an object")
-    messages = _read_messages(entry.get("messages"), where)
-    if bool(messages) == (entry.get("prompt") is not None):
-        raise UsageError(f"{where}: needs either prompt or messages")
+        raise UsageError(f"{location}: options is not an object")
+    messages = _read_messages(entry.get("messages"), location)
+    has_prompt = entry.get("prompt") is not None
+    if has_prompt == bool(messages):  # both, or neither
+        raise UsageError(f"{location}: needs either prompt or messages")
     text = entry["prompt"] if not messages else messages[-1].content
     return PromptEntry(text, messages, entry.get("model"), entry.get("system"), entry.get("node"), options)
 
 
-def _read_messages(value: Any, where: str) -> tuple[Message, ...]:
+def _parse_line(line: str, location: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise UsageError(f"{location}: not JSON: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{location}:{error.colno}: not JSON: {error.msg}",
+            hint="all lines of this file are read as JSON; one that is only a prompt has to stand in double quotes",
+        ) from error
+
+
+def _read_messages(value: Any, location: str) -> tuple[Message, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not value:
-        raise UsageError(f"{where}: messages is not a list")
+        raise UsageError(f"{location}: messages is not a list")
     messages = []
     for entry in value:
         if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= {"role", "content", "images"}:
-            raise UsageError(f"{where}: a message is an object with role and content")
+            raise UsageError(f"{location}: a message is an object with role and content")
         images = entry.get("images") or []
         if not isinstance(images, list):
-            raise UsageError(f"{where}: images is not a list")
+            raise UsageError(f"{location}: images is not a list")
         if not all(isinstance(value, str) for value in (entry["role"], entry["content"], *images)):
-            raise UsageError(f"{where}: role, content and images of a message are strings")
+            raise UsageError(f"{location}: role, content and images of a message are strings")
         messages.append(Message(entry["role"], entry["content"], tuple(images)))
     return tuple(messages)
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:
-    """``-o temperature=0.2 -o stop='["###"]'``: a value is JSON if it can be read as that, else text. Raises
+    """The values of ``-o``: ``temperature=0.2``, ``stop=["###"]``. A value that is no JSON is text. Raises
     UsageError."""
     options: dict[str, Any] = {}
     for pair in pairs:

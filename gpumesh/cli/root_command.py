@@ -1,4 +1,4 @@
-"""The command `gpumesh` itself: its own options, its standard streams, and how it ends on an error."""
+"""The command `gpumesh` itself: its own options, its standard streams, and its end after an error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_app() -> None:
         try:
             defer_parameters(get_command(app))(prog_name="gpumesh")
         finally:
-            sys.stdout.flush()  # a failure to write is reported below, not by Python at its end
+            sys.stdout.flush()  # a failure to write is reported below, and not by Python when it exits
     except BaseExceptionGroup as group:
         # A task group wraps the errors of its tasks. If all of them are expected, the first is the reason.
         _, unexpected = group.split(is_expected)
@@ -83,12 +83,12 @@ def run_app() -> None:
 
 
 def _prepare_streams() -> None:
-    """Opens standard streams that are closed, and makes output never fail on a character."""
+    """Opens the standard streams that are closed. Replaces characters that an output stream cannot encode."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Closed (`>&-`): the next file that is opened would become our output.
+            # The stream was closed (`>&-`). The next file that we open would get its number and become our output.
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115  # open until the process ends
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115

@@ -1,1 +1,1 @@
-"""The parts of `gpumesh bench`: its options read, and a benchmark run on the mesh of a Session."""
+"""The parts of `gpumesh bench`: it reads the options, and runs a benchmark on the mesh of a Session."""

@@ -53,7 +53,7 @@ def read_trace(file: Path | None, limit: int | None) -> Sequence[TracedRequest]:
 
 
 def results_folder() -> Path:
-    """Where results go that have no ``--out``."""
+    """The folder of all results without ``--out``."""
     from gpumesh.config import environment
 
     return environment.state_dir() / "bench"
@@ -67,7 +67,7 @@ def new_result_folder(scenario: Scenario) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """A run that ended before its result leaves no empty folder behind."""
+    """Removes the folder of a run that ended before it had a result. A folder with files in it stays."""
     try:
         if not any(folder.iterdir()):
             folder.rmdir()

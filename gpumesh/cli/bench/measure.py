@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gpumesh.state import MeshState
     from gpumesh.topology import Topology
 
-# Every node is measured, so all nodes are waited for: the deadline of a connect, and a probe.
+# Every node is measured, so every node gets the time for one connect and one probe together.
 FIRST_REPORT_TIMEOUT_S = 7.0
 
 
@@ -42,16 +42,16 @@ async def measure(
     from gpumesh.daemon.sessions.local_session import LocalSession
     from gpumesh.mesh.models.default_model import choose_model
 
-    default = model or options.topology().gateway.default_model
+    requested_model = model or options.topology().gateway.default_model
     async with open_session(options) as session:
         state = await session.wait_first_report(FIRST_REPORT_TIMEOUT_S)
-        name = default or choose_model(state, node)
+        model_name = requested_model or choose_model(state, node)
         target = _SessionTarget(session, embedded=isinstance(session, LocalSession))
         with ExitStack() as stack:
             return await bench.run_benchmark(
                 target,
                 scenario,
-                make_settings(name),
+                make_settings(model_name),
                 progress=_ProgressBar(stack, quiet=options.quiet),
                 rng=Random(time.time_ns()),
                 objective=objective,
@@ -122,8 +122,8 @@ class _ProgressBar:
         self._quiet = quiet
         self._update: Callable[[int, str], None] = lambda _done, _note: None
         self._stage = ""
-        self._done = 0
-        self._failed = 0
+        self._ended_count = 0
+        self._failed_count = 0
 
     def set_plan(self, plan: scenarios.Plan) -> None:
         from gpumesh.cli.views.progress_bar import show_progress
@@ -132,10 +132,10 @@ class _ProgressBar:
 
     def start_stage(self, stage: scenarios.Stage) -> None:
         self._stage = stage.name
-        self._update(self._done, self._stage)
+        self._update(self._ended_count, self._stage)
 
     def add_record(self, record: LoadSample) -> None:
-        self._done += 1
-        self._failed += record.error_code is not None
-        failed = f", {self._failed} failed" if self._failed else ""
-        self._update(self._done, f"{self._stage}{failed}")
+        self._ended_count += 1
+        self._failed_count += record.error_code is not None
+        failed_text = f", {self._failed_count} failed" if self._failed_count else ""
+        self._update(self._ended_count, f"{self._stage}{failed_text}")

@@ -1,1 +1,1 @@
-"""The parts of `gpumesh init`: which hosts a person names, what is found there, and the mesh.yaml that is written."""
+"""The parts of `gpumesh init`: the hosts that a person names, the probe of these hosts, and the text of mesh.yaml."""

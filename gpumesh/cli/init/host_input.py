@@ -39,7 +39,7 @@ def _read_stdin() -> str:
 
 
 def ask_for_hosts() -> list[SshLine]:
-    """Asks for one line after the other. A line that cannot be read is asked for again."""
+    """Asks for the hosts line by line. After a line that cannot be read, it asks for the same host again."""
     typer.echo("Where are your GPUs? Paste an ssh command line for each host; an empty line ends the list.", err=True)
     lines: list[SshLine] = []
     while True:

@@ -14,7 +14,7 @@ from gpumesh.state import NodeState
 
 
 def default_model(drafts: Sequence[Draft]) -> str | None:
-    """The chat model that most nodes have; the first by name when several models are on as many nodes."""
+    """The chat model that most nodes have. If several models are on equally many nodes, the first of them by name."""
     names: Counter[str] = Counter()
     for draft in drafts:
         if draft.state is None:
@@ -63,7 +63,7 @@ def _node_lines(draft: Draft) -> Iterator[str]:
 
 
 def _expect_lines(node: NodeState) -> Iterator[str]:
-    """What the probe found is what the file expects from now on; `gpumesh audit` reports differences."""
+    """From now on the file expects what the probe has found; `gpumesh audit` reports differences."""
     expect: dict[str, str | int] = {}
     for hostname in _printable_lines([node.host.hostname or ""]):
         expect["hostname"] = hostname
@@ -93,7 +93,7 @@ def _flow_mapping(values: SshValues) -> str:
     return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in values.items()) + "}"
 
 
-# Text that YAML reads as text without quotes, also between braces; IPv4 addresses are such text.
+# Text that YAML also reads as text without quotes, even between braces. IPv4 addresses are such text.
 _PLAIN = re.compile(r"[A-Za-z~/](?:[A-Za-z0-9_./:~@-]*[A-Za-z0-9_./~@-])?|\d{1,3}(?:\.\d{1,3}){3}")
 _YAML_KEYWORDS = re.compile(r"(?i)(true|false|yes|no|on|off|null|y|n|~)")
 

@@ -12,9 +12,10 @@ from gpumesh.cli.init.ssh_command_line import SshLine
 from gpumesh.cli.views.safe_text import clean_line
 from gpumesh.state import BackendPhase, NodeState
 
-# Where inference servers listen on a host: Ollama, then behind a provider's proxy, llama.cpp, vLLM, LM Studio.
+# Ports of inference servers on a host, in this order: Ollama, any server behind a provider's proxy, llama.cpp, vLLM, LM
+# Studio.
 HOST_PORTS = (11434, 80, 8080, 8000, 1234)
-# The same on this machine; a port here may also be the end of a tunnel of somebody else. Each is a node of its own.
+# Ports of inference servers on this machine, or of tunnels to inference servers. Each port becomes a node.
 LOCAL_PORTS = (11434, 11435, 8080, 8081, 8000, 1234)
 LOCAL_NODE_NAME = "local"
 
@@ -23,8 +24,8 @@ SshValues = Mapping[str, str | int]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A node as it will be in the file. ``ssh`` are its keys and values, ``None`` for a server on this machine.
-    ``state`` is what a probe found. ``note`` becomes a comment."""
+    """A node as it will be in the file. ``ssh`` has the keys and values of its mapping ``ssh``; it is ``None`` for a
+    server on this machine. ``state`` is the result of a probe. ``note`` becomes a comment."""
 
     name: str
     ssh: SshValues | None
@@ -41,7 +42,7 @@ def make_drafts(
     lines: Sequence[SshLine], aliases: Sequence[str], pods: Sequence[Pod] = (), *, identity: str | None = None
 ) -> list[Draft]:
     """One draft for each host and one for each usual port of this machine, with unique names. ``identity`` is the key
-    file for hosts that name none."""
+    file for hosts without a key file of their own."""
     drafts: list[Draft] = []
     for line in lines:
         ssh: dict[str, str | int] = {"host": line.host, "port": line.port}
@@ -65,13 +66,13 @@ def make_drafts(
 
 
 def _with_unique_names(drafts: Sequence[Draft]) -> list[Draft]:
-    taken: set[str] = set()
+    used_names: set[str] = set()
     renamed = []
     for draft in drafts:
         name, number = draft.name, 2
-        while name in taken:
+        while name in used_names:
             name, number = f"{draft.name}-{number}", number + 1
-        taken.add(name)
+        used_names.add(name)
         renamed.append(replace(draft, name=name))
     return renamed
 
@@ -83,7 +84,7 @@ def node_name(text: str) -> str:
 
 
 def summarize_draft(draft: Draft) -> str:
-    """What the probe found, as one line."""
+    """The result of the probe as one line."""
     node = draft.state
     if node is None or not draft.is_serving:
         return clean_line(f"{draft.name}: {node.reason if node is not None and node.reason else 'no answer'}")

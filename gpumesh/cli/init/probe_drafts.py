@@ -15,7 +15,8 @@ FIRST_REPORT_TIMEOUT_S = 12.0
 
 
 async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts with their states. Each server is asked which kind it is: the file names none."""
+    """The drafts with their states, and with the port that answered. Each server is asked for its kind, because the
+    file names no kind."""
     from gpumesh.mesh.mesh import Mesh
 
     async with Mesh(topology_of(drafts)) as mesh:
@@ -32,7 +33,8 @@ async def probe_drafts(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def topology_of(drafts: Sequence[Draft]) -> Topology:
-    """The drafts as a topology. They go through a file, so aliases, defaults and checks are those of any mesh.yaml."""
+    """The drafts as a topology. They are written to a file and read again, so that aliases, defaults and checks are the
+    same as for any mesh.yaml."""
     from gpumesh import config
     from gpumesh.tunnels.local_system.socket_folders import private_folder
 

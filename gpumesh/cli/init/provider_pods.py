@@ -1,6 +1,6 @@
-"""Reads how to reach pods by SSH from the JSON of providers' tools. Pure.
+"""Reads the SSH addresses of pods from the JSON of providers' tools. Pure.
 
-Understands the pods of RunPod's REST API (``/v1/pods``) and the output of ``vastai show instances --raw``.
+It understands the pods of RunPod's REST API (``/v1/pods``) and the output of ``vastai show instances --raw``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from gpumesh.errors import UsageError
 
 SSH_PORT_KEY = "22"
+_HINT = "for example: vastai show instances --raw | gpumesh init --from -"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,6 @@ def read_pods(text: str) -> list[Pod]:
     if not pods:
         raise UsageError("there is no pod in the JSON on standard input", hint=_HINT)
     return pods
-
-
-_HINT = "for example: vastai show instances --raw | gpumesh init --from -"
 
 
 def _find_pods(document: Any) -> Iterator[Pod]:
@@ -81,8 +79,7 @@ def _read_runpod(pod: Mapping[str, Any]) -> Pod:
 
 
 def _read_vast(instance: Mapping[str, Any]) -> Pod:
-    """The direct address if there is one, else the proxy's. ``ports`` may be a dict, a list, or null. Where an image
-    runs Jupyter, Jupyter has the proxy's port and sshd the next port."""
+    """The direct address if there is one, else the proxy's. ``ports`` may be a dict, a list, or null."""
     name = str(instance.get("label") or f"vast-{instance.get('id', 'instance')}")
     host, ports = str(instance.get("public_ipaddr") or "").strip(), instance.get("ports")
     mapped = ports.get(f"{SSH_PORT_KEY}/tcp") if isinstance(ports, dict) else None
@@ -97,11 +94,14 @@ def _read_vast(instance: Mapping[str, Any]) -> Pod:
             "vast.ai",
             unreachable_reason=f"it has no address yet (it is {instance.get('actual_status') or 'starting'})",
         )
-    return Pod(name, "vast.ai", str(proxy), port + ("jupyter" in str(instance.get("image_runtype") or "")))
+    if "jupyter" in str(instance.get("image_runtype") or ""):
+        port += 1  # Jupyter has the proxy's port, and sshd the next port
+    return Pod(name, "vast.ai", str(proxy), port)
 
 
 def _read_port(value: Any) -> int | None:
-    """The port; some tools write it as text."""
+    """The port, which some tools write as text; ``None`` if it is no port. At most 65534: it may be the next port that
+    is used (``_read_vast``)."""
     try:
         port = int(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Reads an ssh command line, as providers print it, in the way of ssh itself. Pure."""
+"""Reads an ssh command line, as providers print it, by the rules of ssh itself. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from gpumesh.config import providers
 from gpumesh.errors import UsageError
 
-_OPTIONS_WITH_VALUE = "BbcDEeFIiJLlmOopQRSWw"  # of ssh(1)
+_OPTIONS_WITH_VALUE = "BbcDEeFIiJLlmOopQRSWw"  # the letters of ssh(1)
 _GIVEN_NAME = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=\s*\S)")
 _FORWARD = re.compile(r":(?:localhost|127\.0\.0\.1|\[::1\]):(\d{1,5})$")
+# `-o KEY=VALUE`: the keys of ssh_config(5) that are read, in lower case -> the field of SshLine.
 _CONFIG_OPTIONS = {"port": "port", "user": "user", "identityfile": "identity", "proxyjump": "jump"}
 
 
@@ -53,14 +54,14 @@ def parse_ssh_line(line: str) -> SshLine:
     options: dict[str, str] = {}
     forwards: list[str] = []
     destination: str | None = None
-    rest = iter(words)
-    for word in rest:
+    remaining_words = iter(words)
+    for word in remaining_words:
         if not word.startswith("-") or word == "-":
             if destination is not None:
                 break  # the rest is a command to run on the host
             destination = word
             continue
-        _read_option(word, rest, options, forwards, line)
+        _read_option(word, remaining_words, options, forwards, line)
     if destination is None:
         raise UsageError(f"{line!r} names no host", hint="for example --from 'ssh root@203.0.113.7 -p 13323'")
     return replace(_make_line(destination, options, line), forwarded_ports=tuple(_remote_ports(forwards)))
@@ -74,12 +75,15 @@ def _remote_ports(forwards: Sequence[str]) -> Iterator[int]:
             yield int(match[1])
 
 
-def _read_option(word: str, rest: Iterator[str], options: dict[str, str], forwards: list[str], line: str) -> None:
-    """A word of option letters. The first letter that takes a value takes the rest of the word, or the next word."""
+def _read_option(
+    word: str, remaining_words: Iterator[str], options: dict[str, str], forwards: list[str], line: str
+) -> None:
+    """A word of option letters. The first letter that takes a value takes the rest of the word, or the next
+    word."""
     for position, letter in enumerate(word[1:], 1):
         if letter not in _OPTIONS_WITH_VALUE:
             continue
-        value = word[position + 1 :] or next(rest, None)
+        value = word[position + 1 :] or next(remaining_words, None)
         if value is None:
             raise UsageError(f"{line!r}: -{letter} needs a value")
         option = {"p": "port", "l": "user", "i": "identity", "J": "jump"}.get(letter)
@@ -95,6 +99,8 @@ def _read_option(word: str, rest: Iterator[str], options: dict[str, str], forwar
 
 
 def _make_line(destination: str, options: dict[str, str], line: str) -> SshLine:
+    """``destination`` is ``[user@]host``, or an ``ssh://`` URL. Its user goes before ``-l``, but ``-p`` before its
+    port. Raises UsageError."""
     if destination.startswith("ssh://"):
         destination = destination.removeprefix("ssh://").rstrip("/")
         head, colon, port = destination.rpartition(":")
