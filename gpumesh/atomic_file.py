@@ -42,6 +42,7 @@ def _write(
     errors: str = "strict",
     sync: bool = True,
 ) -> None:
+    """``take_name`` gives the temporary file the name of the target."""
     prefix = f".{target.name}.gpumesh-"  # no other program names files like that
     _remove_stale_files(target.parent, prefix)
     descriptor, temporary = _make_locked_file(target.parent, prefix)

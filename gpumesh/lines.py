@@ -27,11 +27,11 @@ class LineBuffer:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The lines that ``data`` completes, without their ends. Raises ``LineTooLong``."""
-        *lines, rest = data.split(b"\n")
+        *lines, partial = data.split(b"\n")
         if lines and self._partial:
             lines[0] = bytes(self._partial) + lines[0]
             self._partial.clear()
-        self._partial += rest
+        self._partial += partial
         if self._limit_bytes is not None:
             lines = self._apply_limit(lines, self._limit_bytes)
         return lines

@@ -12,5 +12,5 @@ def join_all(names: Sequence[str]) -> str:
 
 def join_some(names: Sequence[str], limit: int) -> str:
     """The first ``limit`` names and how many there are besides: ``a, b and 3 more``."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+    hidden_count = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {hidden_count} more" if hidden_count > 0 else "")

@@ -58,7 +58,7 @@ class Finding:
 
 
 class LocalAccess(StrEnum):
-    """Who on this machine can connect."""
+    """The users of this machine who can connect."""
 
     OWN_USER = "own-user"  # the user who runs the mesh, and root
     ANY_USER = "any-user"

@@ -75,8 +75,8 @@ class AddressCommand:
 
 @dataclass(frozen=True, slots=True)
 class SshSpec:
-    """How to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be: an agent or a password can
-    take their place."""
+    """The values that are needed to reach a host by SSH. ``user`` is never empty; ``identity_files`` may be: an agent
+    or a password can take their place."""
 
     host: str
     port: int = 22

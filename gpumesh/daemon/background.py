@@ -86,6 +86,7 @@ def _read_ready_message(descriptor: int, timeout_s: float) -> messages.ControlRe
 
 
 def _no_report_error(process: subprocess.Popen[bytes], paths: MeshPaths, timeout_s: float) -> GPUMeshError:
+    """The error for a process that has sent no message: it still runs, or it has ended with a text on stderr."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(STATUS_WAIT_S)
     if process.returncode is None:

@@ -39,7 +39,7 @@ class MeshPaths:
 
     @property
     def stderr_log(self) -> Path:
-        """What Python prints when the background process cannot even start; empty otherwise."""
+        """The output of Python when the background process cannot even start; otherwise the file is empty."""
         return self.log.with_suffix(".stderr")
 
     def create_folder(self) -> None:

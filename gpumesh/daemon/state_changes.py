@@ -51,6 +51,7 @@ def _node_changes(old: NodeState | None, new: NodeState) -> Iterator[LogEvent]:
 
 
 def _tunnel_change(node: str, old: TunnelState | None, new: TunnelState) -> Iterator[LogEvent]:
+    """One event, or none for the first phase and for a repeated attempt."""
     if new.state is TunnelPhase.IDLE:
         return
     if old is not None and (old.state is new.state or _is_repeated_attempt(old, new)):

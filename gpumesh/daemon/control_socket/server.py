@@ -141,6 +141,7 @@ class ControlServer:
             await asyncio.gather(answering, client_closing, return_exceptions=True)
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        """Sends all replies to one request. The last reply is ``End`` or ``Error``."""
         try:
             request = messages.decode_request(line)
         except (ValueError, RecursionError) as error:
@@ -163,6 +164,7 @@ class ControlServer:
         await _send_reply(writer, last_reply)
 
     async def _replies(self, request: ControlRequest) -> AsyncGenerator[ControlReply]:
+        """Carries out the request. Yields the replies before ``End``."""
         session = self._session
         match request:
             case messages.GetStatus():
