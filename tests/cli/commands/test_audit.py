@@ -148,7 +148,8 @@ async def test_candidates_are_compared(direct: SimulatedMesh) -> None:
 async def test_write_corrects_the_kind_of_a_server(direct: SimulatedMesh, gpumesh: Gpumesh) -> None:
     """The stand-in without its native API is what llama-server is to a mesh.yaml that says ollama."""
     await direct.hosts["alpha"].set_faults(Faults(status=404, paths=("/api",)))
-    file = direct.write([direct.node("alpha")])
+    backend = direct.node("alpha")["backend"] | {"kind": "ollama"}
+    file = direct.write([direct.node("alpha", backend=backend)])
     assert "wrong-server" in by_code((await gpumesh("audit", "--json", code=3)).json())
     await gpumesh("audit", "--write", "--yes", code=0)
     assert json.loads(file.read_text())["nodes"][0]["backend"]["kind"] == "openai"
