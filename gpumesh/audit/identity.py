@@ -204,10 +204,12 @@ def hardware_uuids(node: NodeState) -> set[str]:
 def store_fingerprint(catalog: Iterable[ModelInfo]) -> str | None:
     """A fingerprint of a model store; ``None`` if another store could have the same one by chance."""
     models = tuple(catalog)
-    stamps = sorted((model.name, model.modified_at) for model in models if model.modified_at)
-    if not stamps or len(stamps) != len(models) or not any(_HAS_NANOSECONDS.search(stamp) for _, stamp in stamps):
+    if not models or not all(model.modified_at for model in models):
         return None
-    return "store:" + hashlib.sha256(repr(stamps).encode(errors="surrogatepass")).hexdigest()[:16]
+    if not any(_HAS_NANOSECONDS.search(model.modified_at or "") for model in models):
+        return None
+    names_and_times = sorted((model.name, model.modified_at) for model in models)
+    return "store:" + hashlib.sha256(repr(names_and_times).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _marks(node: NodeState, proof: Proof) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpumesh.errors import TunnelError
 from gpumesh.quoting import paste_command
 from gpumesh.state import Finding, NodeState, Severity, TunnelPhase
 from gpumesh.topology import NodeSpec
@@ -36,12 +37,15 @@ def check(spec: NodeSpec, state: NodeState) -> Iterator[Finding]:
     tunnel = state.tunnel
     if tunnel.state in _PHASES_WITHOUT_FINDING or tunnel.last_error is None:
         return
-    code = tunnel.error_code or "tunnel"
-    hint = tunnel.hint or _HINTS.get(code) or f"try it by hand: {_test_command(spec)}"
-    if code not in _OWN_CODES:
-        # If a direct node refuses the connection, its host is there and its server is not.
-        code = "backend-down" if spec.ssh is None and code == "connect-refused" else "node-unreachable"
-    yield Finding(code, Severity.ERROR, spec.name, tunnel.last_error, hint)
+    error_code = tunnel.error_code or TunnelError.code
+    hint = tunnel.hint or _HINTS.get(error_code) or f"try it by hand: {_test_command(spec)}"
+    if error_code in _OWN_CODES:
+        finding_code = error_code
+    elif spec.ssh is None and error_code == "connect-refused":
+        finding_code = "backend-down"  # without SSH, the host itself refused the connection: only its server is missing
+    else:
+        finding_code = "node-unreachable"
+    yield Finding(finding_code, Severity.ERROR, spec.name, tunnel.last_error, hint)
 
 
 def _test_command(spec: NodeSpec) -> str:

@@ -86,16 +86,16 @@ class OllamaDialect:
         return {name: HttpCall("GET", f"/api/{name}") for name in ("version", "tags", "ps")}
 
     def read_inventory(self, answers: ProbeAnswers) -> Inventory:
-        """Raises ProbeError, its ``finding`` being ``wrong-server``, ``backend-down``, ``host-refused``,
-        ``key-refused``, ``answer-broken`` or ``models-too-many``. The answer to ``ps`` may be missing: older
-        servers do not have this route."""
+        """Raises ProbeError with one of these codes as ``finding_code``: ``wrong-server``, ``backend-down``,
+        ``host-refused``, ``key-refused``, ``answer-broken``, ``models-too-many``. The answer to ``ps`` may be missing:
+        older servers do not have this route."""
         version = self._read_answer(answers.get("version"), "/api/version", "version", (str, NoneType))
         tags = self._read_answer(answers.get("tags"), "/api/tags", "models", (list, NoneType))
         too_many = unusable_answers.long_list_error(tags["models"])
         if too_many is not None:
             raise too_many
-        ps = answers.get("ps")
-        ps_document = safe_json.parse_report(ps[1]) if ps is not None and ps[0] == 200 else None
+        ps_status, ps_body = answers.get("ps") or (None, b"")
+        ps_document = safe_json.parse_report(ps_body) if ps_status == 200 else None
         models = model_list.read_listing(tags["models"], "name", "model", identity=full_name)
         in_memory = model_list.read_listing((ps_document or {}).get("models"), "name", "model", identity=full_name)
         return Inventory(

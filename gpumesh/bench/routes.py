@@ -25,8 +25,8 @@ MAX_ERROR_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """The API keys of the gateway and of the nodes' servers (by node). Inside the mesh they are added by itself, but
-    these routes start outside."""
+    """The API keys of the gateway and of the nodes' servers (by node). Requests through the mesh
+    get their keys from it, but these routes start outside the mesh."""
 
     gateway: str | None = None
     nodes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -70,7 +70,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     """
     if not ordered:
         raise ValueError("an empty sample has no percentiles")
-    rank = math.ceil(share * len(ordered) - 1e-9)  # less a rounding error, which must not lead to the next rank
+    # 0.07 * 100 is 7.000000000000001: without the subtraction, this rounding error would raise the rank by one.
+    rank = math.ceil(share * len(ordered) - 1e-9)
     return ordered[max(rank, 1) - 1]
 
 

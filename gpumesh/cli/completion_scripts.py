@@ -1,7 +1,8 @@
 """The completion scripts for bash and zsh, and the filter that gives only plain words to a shell.
 
 Typer's script for zsh evaluates what the program prints, and bash inserts it as it is. So completed text must be safe
-for a shell. ``sanitize_completions`` filters everything that Typer proposes; ``completion.py`` filters its own lists.
+for a shell. ``filter_typer_completions`` filters everything that Typer proposes; ``completion.py`` filters its own
+lists.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def install_completion_scripts() -> None:
     scripts["bash"], scripts["zsh"] = BASH_SCRIPT, ZSH_SCRIPT
 
 
-def sanitize_completions() -> None:
-    """Removes all words that are not plain from what a shell gets, whichever parameter proposes them. The shell itself
-    completes and quotes file names; Typer would only repeat the text that is already on the line."""
+def filter_typer_completions() -> None:
+    """Patches Typer's completers, so that a shell gets only plain words, whichever parameter proposes them. File names
+    that are removed are no loss: the shell completes and quotes file names itself, and Typer would only repeat the text
+    that is already on the line."""
     try:
         from typer import _completion_classes as classes
     except ImportError:  # private to Typer; without them our own lists are still filtered in completion.py

@@ -64,7 +64,7 @@ def run_app() -> None:
     """Runs the command line; never returns. Shows no traceback for an error that a person or a host caused."""
     _prepare_streams()
     completion_scripts.install_completion_scripts()
-    completion_scripts.sanitize_completions()
+    completion_scripts.filter_typer_completions()
     try:
         try:
             defer_parameters(get_command(app))(prog_name="gpumesh")

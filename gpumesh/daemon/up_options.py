@@ -20,7 +20,8 @@ class UpOptions:
 
 
 def apply_options(topology: Topology, options: UpOptions) -> Topology:
-    """The topology, narrowed to these options. Raises UsageError."""
+    """The topology with only the chosen nodes, and with the chosen ``listen``. ``options.gateway`` changes nothing
+    here: ``run_mesh`` takes it. Raises UsageError."""
     names = [node.name for node in topology.nodes]
     for name in options.nodes:
         if name not in names:

@@ -118,13 +118,13 @@ class Members:
             if folded in texts:
                 continue
             if folded in KNOWN_MEMBERS:
-                written: RawValue = json.dumps(folded).encode()
+                encoded_name: RawValue = json.dumps(folded).encode()
             elif self._written_names is None:
-                written = json.dumps(str(name)).encode()
+                encoded_name = json.dumps(str(name)).encode()
             else:
-                written = self._written_names[index]
-            pieces += (b",", written, b":", value)
-        return [b"{", *pieces[1:], b"}"]
+                encoded_name = self._written_names[index]
+            pieces += (b",", encoded_name, b":", value)
+        return [b"{", *pieces[1:], b"}"]  # without the comma before the first member
 
 
 def fold_name(name: str) -> str:

@@ -93,16 +93,20 @@ class _Transport(httpx.AsyncBaseTransport):
         self._transports: dict[_Origin, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        unix = parse_unix_url(request.url)
-        if unix is not None:
-            # From here on an ordinary URL: the transport of this origin connects to the socket.
-            request.url = httpx.URL(f"{request.url.scheme}://localhost{unix[1]}")
+        socket_path: str | None = None
+        host = request.url.host
+        unix_parts = parse_unix_url(request.url)
+        if unix_parts is not None:
+            socket_path, request_path = unix_parts
+            host = socket_path
+            # The transport of this origin connects to the socket, so the request gets an ordinary URL.
+            request.url = httpx.URL(f"{request.url.scheme}://localhost{request_path}")
             if request.headers.get("Host") == "unix":  # set by httpx, from the URL
                 request.headers["Host"] = "localhost"
-        origin = (request.url.scheme, request.url.host if unix is None else unix[0], request.url.port)
+        origin = (request.url.scheme, host, request.url.port)
         transport = self._transports.get(origin)
         if transport is None:
-            transport = self._transports[origin] = _create_transport(None if unix is None else unix[0])
+            transport = self._transports[origin] = _create_transport(socket_path)
         try:
             response = await transport.handle_async_request(request)
         except (AttributeError, OSError) as error:

@@ -40,6 +40,7 @@ def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
 
 
 def _parse_json(text: str) -> tuple[str, int | None]:
+    # A pod's API may answer with null for host or port until the pod has started: hence "yet" in the messages.
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -51,7 +52,7 @@ def _parse_json(text: str) -> tuple[str, int | None]:
     port = document["port"]
     if isinstance(port, str) and re.fullmatch(r"\d{1,5}", port):
         port = int(port)
-    if not isinstance(port, int) or isinstance(port, bool):
+    if isinstance(port, bool) or not isinstance(port, int):
         raise ValueError("its JSON has no `port` yet")  # noqa: TRY004 - the command's output is wrong, not our call
     return document["host"], port
 

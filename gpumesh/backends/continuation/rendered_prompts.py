@@ -53,7 +53,7 @@ class RenderedPromptFormat(MarkedChatFormat):
     than text, the partial answer is sent as a last message of the assistant."""
 
     def uses_template(self, request: JsonObject) -> bool:
-        return all(_is_text(message) for message in request["messages"])
+        return all(_has_only_text(message) for message in request["messages"])
 
     def render_call(self, request: JsonObject, thinking: str) -> HttpCall | None:  # noqa: ARG002 - the thinking is over
         body: dict[str, Any] = {key: request[key] for key in ("model", "messages") if key in request}
@@ -113,9 +113,9 @@ class CompletionAsChatFormat(EventStreamFormat):
         )
 
 
-def _is_text(message: Any) -> bool:
-    """Whether a message holds only text. The rendered prompt holds only a placeholder for an image or a sound, so it
-    could not be sent as text."""
+def _has_only_text(message: Any) -> bool:
+    """Whether a message holds only text. An image or a sound is only a placeholder in the rendered prompt, so a chat
+    that has one cannot be continued from its prompt."""
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         return all(isinstance(part, dict) and part.get("type") == "text" for part in content)

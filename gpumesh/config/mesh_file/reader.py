@@ -17,14 +17,12 @@ from gpumesh.config.mesh_file.file_schema import MeshFile
 from gpumesh.config.mesh_file.topology_builder import ResolveAlias, TopologyBuilder
 from gpumesh.config.mesh_file.variable_expansion import UNUSABLE, expand_tree
 from gpumesh.config.mesh_file.yaml_tree import Fault, KeyPath, MappingValue, Value
-from gpumesh.config.ssh import ssh_config
+from gpumesh.config.ssh import default_keys, ssh_config
 from gpumesh.errors import ConfigError, Problem
 from gpumesh.topology import Topology
 
 MAX_BYTES = 4 * yaml_tree.MAX_CHARACTERS  # a character of UTF-8 has 4 bytes at most
 MAX_PROBLEMS = 100  # in one ConfigError
-# The key files that ssh tries by default, without the kinds that only ssh itself can use (ssh_config(5)).
-_DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def load(path: Path) -> Topology:
@@ -35,7 +33,6 @@ def load(path: Path) -> Topology:
 def parse_file_text(text: str, path: Path) -> Topology:
     """The topology that the file would give with this text. Raises ConfigError."""
     home = environment.home()
-    keys = tuple(key for name in _DEFAULT_KEYS if (key := home / ".ssh" / name).is_file())
     return parse(
         text,
         file=find_file.display_path(path),
@@ -43,7 +40,7 @@ def parse_file_text(text: str, path: Path) -> Topology:
         home=home,
         source=path,
         resolve_alias=lambda alias: ssh_config.resolve_alias(alias, home=home),
-        identities=keys,
+        identities=default_keys.find_default_keys(home),
         withhold_secrets=credentials.withhold_variables,
     )
 

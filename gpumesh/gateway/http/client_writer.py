@@ -87,7 +87,7 @@ class ClientWriter:
         self._finished = True
         self.watch_progress()
 
-    def lose(self) -> None:
+    def connection_lost(self) -> None:
         """The connection is gone."""
         self._transport = None
         if self._progress_timer is not None:
@@ -97,7 +97,7 @@ class ClientWriter:
             # The waiting task may have been cancelled. asyncio would then log an exception that nobody retrieved.
             self._waiter.exception()
         if self.on_writable is not None:
-            self.on_writable()
+            self.on_writable()  # tells the source of the answer: from now on a write raises ConnectionResetError
             self.on_writable = None
 
     def watch_progress(self) -> None:

@@ -134,7 +134,7 @@ class ClientConnection(asyncio.Protocol):
         if self._end_timer is not None:
             self._end_timer.cancel()
         self._reader.close()
-        self.writer.lose()
+        self.writer.connection_lost()
         if self._closed is not None:
             self._closed.set_result(None)
         self._queue.end_body(broken=True)

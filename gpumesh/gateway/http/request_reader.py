@@ -149,7 +149,8 @@ class RequestReader:
             self._head_timer.cancel()
 
     def close(self) -> None:
-        """The connection is gone. Drops the references to it: the garbage collector would have to free such cycles."""
+        """The connection is gone. Drops the reader's references to the connection and its transport: both lead back to
+        the reader, and only the garbage collector could free such a cycle."""
         self.stop()
         self._closed = True
         if self._left_check_timer is not None:

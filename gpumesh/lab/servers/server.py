@@ -244,7 +244,7 @@ class SimServer(ABC):
             return self.build_unknown_route_error()
 
     def _use_fault(self, path: str) -> bool:
-        """Whether a fault hits a request of this path. If so, one of the ``times`` of the faults is used."""
+        """Returns whether the faults hit a request of this path, and counts each hit: ``Faults.times`` limits them."""
         if not _hits(self._faults, path) or self._faults_left == 0:
             return False
         if self._faults_left is not None:

@@ -254,7 +254,8 @@ class StreamingAnswer(Answer):
         self._count_at = now + COUNT_S
 
     def _complete(self, continuation: Continuation) -> None:
-        """Call this when the final frame has come. The rest of the body does not matter."""
+        """The final frame has come. The rest of the body holds nothing for the client, but the connection can be used
+        again only if the body ends. So the node has ``DRAIN_S`` to end it."""
         self._state = StreamState.DRAINING
         self._count_tokens(self._clock())
         self._lease.release(Outcome.SERVED, counters=continuation.counters)

@@ -35,10 +35,10 @@ class UpstreamResponse:
 
     __slots__ = (
         "_exchange",
+        "_has_unread_slice",
         "_node",
         "_sink",
-        "_slices",
-        "_unread_slice",
+        "_slice_queue",
         "content_length",
         "content_type",
         "headers",
@@ -48,10 +48,10 @@ class UpstreamResponse:
 
     def __init__(self, head: ResponseHead, exchange: Exchange, slices: SliceQueue, node: str) -> None:
         self._exchange = exchange
-        self._slices = slices
+        self._slice_queue = slices
         self._node = node
         self._sink: BodySink | None = None
-        self._unread_slice = False
+        self._has_unread_slice = False
         self.status = head.status
         self.content_length = head.content_length
         empty = head.content_length == 0 or head.status == 204
@@ -76,17 +76,17 @@ class UpstreamResponse:
     async def read_slice(self) -> bytes:
         """Like ``read``, for a reader that parses each frame. Returns a small slice, and lets other connections have
         their turn between two slices of one read."""
-        if self._unread_slice:
-            await self._slices.wait_turn()
+        if self._has_unread_slice:
+            await self._slice_queue.wait_turn()
         data = await self.read(FRAME_SLICE_BYTES)
-        self._unread_slice = len(self._exchange.buffer) > 0
+        self._has_unread_slice = len(self._exchange.buffer) > 0
         return data
 
     def push_to(self, sink: BodySink) -> None:
         """From now on the body goes to this sink as it arrives. The bytes that are held for a reader come first."""
         self._sink = sink
-        if self._unread_slice:
-            self._slices.add(self._push_buffer)
+        if self._has_unread_slice:  # ``read_slice`` has taken a slice: now other connections have their turn
+            self._slice_queue.add(self._push_buffer)
         else:
             self._push_buffer()
 
@@ -102,7 +102,7 @@ class UpstreamResponse:
         if buffer:
             sink.write(buffer.take(FRAME_SLICE_BYTES if sink.inspects_frames else None))
         if buffer:
-            self._slices.add(self._push_buffer)
+            self._slice_queue.add(self._push_buffer)
             return
         self._sink = None
         if connection is not None:
