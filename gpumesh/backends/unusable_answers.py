@@ -1,4 +1,4 @@
-"""Why a server's answer to a probe cannot be used: the reasons that all kinds of server have in common."""
+"""Why a probe's answer cannot be used, with a hint: refused, overloaded, still loading, broken, another server."""
 
 from __future__ import annotations
 

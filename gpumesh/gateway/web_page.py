@@ -1,4 +1,4 @@
-"""The web page at /ui: one static file, and a stream of server-sent events with the data that the page draws.
+"""The web page at /ui: one static file, its server-sent events, and how long a history it shows.
 
 The file holds no data of the mesh, and every client gets it. The events need the key, if one is set. The page can
 change something (drain, resume or reconnect a node) only if a key is set: a client that can only reach the port cannot

@@ -1,4 +1,4 @@
-"""The profile of a simulated host, and its faults: frozen values that are sent as JSON to the host's process."""
+"""The profile of a simulated host (GPUs, models, speed), the hosts that `demo` starts, and the faults."""
 
 from __future__ import annotations
 

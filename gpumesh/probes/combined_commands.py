@@ -1,4 +1,4 @@
-"""Several short commands in one round trip over a tunnel's connection.
+"""Several short commands in one round trip, and the extra folders where nvidia-smi may be.
 
 They are sent as one ``sh -c`` of the form ``PATH=…; CMD 2>&1; echo "@gpumesh@ $?"; CMD 2>&1; echo "@gpumesh@ $?"``.
 It needs one channel only, so a host with ``MaxSessions 1`` accepts it. It adds to PATH the folders where nvidia-smi

@@ -1,4 +1,4 @@
-"""The formats of the streams of ``/v1``, which are server-sent events: to read, continue and end them. Pure."""
+"""The formats of the streams of ``/v1``: how they are read, continued and ended, and their error frames."""
 
 from __future__ import annotations
 
