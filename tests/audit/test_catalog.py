@@ -38,7 +38,7 @@ def written_codes() -> Iterator[tuple[str, str]]:
             where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if any(isinstance(target, ast.Name) and target.id == "code" for target in targets):
+                if any(isinstance(target, ast.Name) and target.id in CODE_KEYWORDS for target in targets):
                     yield from ((code, where) for code in constants(node.value))
             if not isinstance(node, ast.Call):
                 continue
