@@ -26,6 +26,7 @@ LAYERS = {
     "slice_queue": 0,
     "atomic_file": 1,
     "versions": 0,
+    "wakeup": 0,
     "topology": 1,
     "state": 1,
     "wire": 2,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 from typer.main import get_command as build_command
 
 from gpumesh.cli.deferred_parameters import defer_parameters
@@ -36,8 +36,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "explain": ("explain", "What a finding or an error code means, and what to do."),
     "demo": ("demo", "A whole mesh of simulated GPU hosts on this machine."),
 }
-
-AnyCommand = TyperCommand | TyperGroup
 
 
 class _LazyCommands(MutableMapping[str, Any]):

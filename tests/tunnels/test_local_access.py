@@ -43,12 +43,6 @@ UNIX = TunnelsSpec(listen=TunnelListen.UNIX)
 
 
 @pytest.fixture
-async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
-    async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
-        yield sshd
-
-
-@pytest.fixture
 async def pool() -> AsyncIterator[WorkerPool]:
     async with WorkerPool(stderr=None) as pool:
         yield pool

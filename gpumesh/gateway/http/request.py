@@ -205,7 +205,7 @@ class Request:
                 allowed_s = bounds.body_timeout_s + received_bytes / bounds.min_bytes_per_s
                 try:
                     async with asyncio.timeout(allowed_s - waited_s):
-                        await body.wait_for_change(loop)
+                        await body.wait_for_change()
                 except TimeoutError:
                     raise BadRequest("the request body came too slowly", status=408) from None
                 waited_s += loop.time() - started_at

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from gpumesh.gateway.http.body_memory import BodyMemory, MemoryReservation
+from gpumesh.wakeup import Wakeup
 
 
 class RequestBody:
@@ -15,7 +14,7 @@ class RequestBody:
     head says, and never will be.
     """
 
-    __slots__ = ("_pieces", "_waiter", "broken", "buffered", "complete", "reservation")
+    __slots__ = ("_changed", "_pieces", "broken", "buffered", "complete", "reservation")
 
     def __init__(self, memory: BodyMemory) -> None:
         self.reservation = MemoryReservation(memory)
@@ -23,7 +22,7 @@ class RequestBody:
         self.complete = False
         self.broken = False
         self._pieces: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._changed = Wakeup()
 
     def __repr__(self) -> str:
         state = "broken" if self.broken else "complete" if self.complete else "coming"
@@ -40,16 +39,14 @@ class RequestBody:
             self.buffered += len(data)
         else:
             self._drop_pieces()
-        if self._waiter is not None:
-            self.wake()
+        self._changed.wake()
         return self.buffered
 
     def end(self, *, broken: bool = False) -> None:
         self.complete = True
         if broken:
             self.broken = True
-        if self._waiter is not None:
-            self.wake()
+        self._changed.wake()
 
     def take(self) -> bytes:
         """Removes and returns all waiting bytes. Their memory stays reserved."""
@@ -63,17 +60,12 @@ class RequestBody:
         if self._pieces:
             self._drop_pieces()
 
-    async def wait_for_change(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def wait_for_change(self) -> None:
         """Returns when more of the body has come, when the body has ended, or when it has lost its memory."""
-        self._waiter = loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._changed.wait()
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._changed.wake()
 
     def _drop_pieces(self) -> None:
         self._pieces.clear()

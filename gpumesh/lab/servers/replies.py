@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 from typing import Any
 
 from aiohttp import web
 
 from gpumesh.lab.answers import ApiError
+from gpumesh.tunnels.local_system.sockets import reset_on_close
 
 
 def dump_json(value: Any) -> str:
@@ -34,9 +33,8 @@ async def abort_connection(request: web.Request, response: web.StreamResponse | 
     """Resets the connection. The bytes that were written before it are sent."""
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            # RST instead of FIN: as when a process with a full buffer is killed.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        # RST instead of FIN: as when a process with a full buffer is killed.
+        reset_on_close(sock)
         request.transport.abort()
     return response or web.Response()
 

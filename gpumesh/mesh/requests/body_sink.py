@@ -3,9 +3,10 @@ for a reader."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Protocol
+
+from gpumesh.wakeup import Wakeup
 
 BUFFER_BYTES = 1 << 16  # with more bytes for its reader, a sink is back-pressured
 
@@ -38,27 +39,6 @@ class BodySink(ByteSink, Protocol):
 
     def fail(self, problem: str) -> None:
         """The body has ended before it was complete. ``problem`` is the reason."""
-
-
-class Wakeup:
-    """Wakes the one task that waits for a change."""
-
-    __slots__ = ("_waiter",)
-
-    def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def wait(self) -> None:
-        """Returns after the next ``wake``."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class BufferedSink:

@@ -18,8 +18,9 @@ from gpumesh.balancer.outcomes import Outcome
 from gpumesh.errors import DeadlineExceeded, GPUMeshError, StreamCut
 from gpumesh.mesh.requests.answer import Answer, ClientStream
 from gpumesh.mesh.requests.attempt import FailedAttempt, OpenedStream
-from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink, Wakeup
+from gpumesh.mesh.requests.body_sink import BufferedSink, ByteSink
 from gpumesh.mesh.requests.silence_watch import PauseTracker, SilenceWatch
+from gpumesh.wakeup import Wakeup
 
 DRAIN_S = 1.0  # longest wait for the body's end after the final frame: then the connection can be used again
 COUNT_S = 0.2  # time between two counts of the tokens

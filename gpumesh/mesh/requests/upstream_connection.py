@@ -129,11 +129,6 @@ class UpstreamConnection(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    @property
-    def reads_on(self) -> bool:
-        """Whether the connection reads the server's next bytes as they come."""
-        return self._read_state is ReadState.READING
-
     def start(self, method: str, head: bytes, body: bytes) -> Exchange:
         """Sends a request. The connection must be idle."""
         assert self._transport is not None

@@ -49,18 +49,6 @@ both = pytest.mark.parametrize("transport", list(TransportKind))
 
 
 @pytest.fixture
-async def sshd(tmp_path: Path) -> AsyncIterator[Sshd]:
-    async with Sshd(tmp_path / "sshd", {"LogLevel": "INFO"}) as sshd:
-        yield sshd
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[WorkerPool]:
-    async with WorkerPool() as pool:
-        yield pool
-
-
-@pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("c")
     path.chmod(0o700)

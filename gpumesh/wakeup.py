@@ -1,0 +1,26 @@
+"""``Wakeup``: one task waits until another part of the program has changed something."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Wakeup:
+    """Wakes the one task that waits for a change."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Returns after the next ``wake``."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
