@@ -8,6 +8,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import msgspec
+
 from gpumesh.backends import safe_json
 from gpumesh.state import LoadedModel, ModelInfo
 
@@ -16,6 +18,7 @@ from gpumesh.state import LoadedModel, ModelInfo
 MOST_TOKENS = 1 << 27
 LONGEST_MS = 30 * 86400 * 1000.0
 FASTEST_TOKENS_PER_S = 100_000.0
+_LARGE = 1 << 62  # ``as_number`` does not believe larger numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,7 @@ class ChatRequest:
     think: bool | str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HttpCall:
+class HttpCall(msgspec.Struct, frozen=True):
     """A request to a backend. ``path`` is appended to the base URL; ``body`` is JSON."""
 
     method: str
@@ -81,6 +83,8 @@ class ServerCounters:
 
 def token_count(value: Any) -> int | None:
     """A server's number of tokens; ``None`` for a value that cannot be such a number."""
+    if type(value) is int and 0 <= value <= MOST_TOKENS:  # nearly always: every answer passes here
+        return value
     return safe_json.as_bounded_count(value, MOST_TOKENS)
 
 
@@ -89,7 +93,7 @@ def duration_ms(value: Any, *, per_ms: float = 1.0) -> float | None:
 
     ``per_ms``: how many of the server's units make one millisecond.
     """
-    number = safe_json.as_number(value)
+    number = value if type(value) is int and 0 <= value < _LARGE else safe_json.as_number(value)
     return number / per_ms if number is not None and number / per_ms <= LONGEST_MS else None
 
 

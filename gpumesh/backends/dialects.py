@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from gpumesh.addresses import format_address, is_loopback
 from gpumesh.backends import ollama, openai, safe_json
@@ -51,13 +53,42 @@ def kinds_that_continue(kind: BackendKind) -> frozenset[BackendKind]:
     return _KINDS_BY_CHAT_PATH[DIALECTS[kind].chat_path]
 
 
+class _CounterMembers(TypedDict, total=False):
+    """The members of an answer, or of a frame, that hold the figures of any dialect."""
+
+    eval_count: Any
+    prompt_eval_count: Any
+    total_duration: Any
+    load_duration: Any
+    prompt_eval_duration: Any
+    eval_duration: Any
+    usage: Any
+    timings: Any
+    response: Any
+    message: Any
+
+
+_decode_counter_members = msgspec.json.Decoder(_CounterMembers).decode
+
+
+def _parse_counter_members(data: bytes) -> Mapping[str, Any] | None:
+    """The members that hold figures; ``None`` if ``data`` is no object. The other members of a small answer are not
+    built, which takes most of the time."""
+    if len(data) <= safe_json.SMALL:
+        try:
+            return _decode_counter_members(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            pass  # ``parse_object`` reads more than msgspec does
+    return safe_json.parse_object(data)
+
+
 def find_counters(body: bytes) -> ServerCounters | None:
     """The server's figures, from a whole answer or from one frame of any dialect; ``None`` if ``body`` holds none."""
-    document = safe_json.parse_object(body)
+    document = _parse_counter_members(body)
     if document is None:
         # Only the last lines are split off: a body of nothing but line ends would become a list of millions.
         for line in reversed(body.rsplit(b"\n", LAST_LINES)[-LAST_LINES:]):
-            document = safe_json.parse_object(line.strip().removeprefix(b"data:"))
+            document = _parse_counter_members(line.strip().removeprefix(b"data:"))
             if document is not None:
                 break
         else:
@@ -76,8 +107,12 @@ def _find_nested_counters(document: Mapping[str, Any]) -> ServerCounters | None:
     return None
 
 
-@lru_cache(maxsize=1024)
 def host_header(target: Target) -> str:
     """The ``Host`` header of a request to this server: its address as its own host knows it. Ollama on loopback answers
     403, without a body, to any other name. Our end of a tunnel has another port, so its address would be wrong."""
-    return format_address("127.0.0.1" if is_loopback(target.host) else target.host, target.port)
+    return _host_header(target.host, target.port)
+
+
+@lru_cache(maxsize=1024)
+def _host_header(host: str, port: int) -> str:
+    return format_address("127.0.0.1" if is_loopback(host) else host, port)

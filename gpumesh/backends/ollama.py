@@ -30,6 +30,7 @@ from gpumesh.quoting import paste_command
 from gpumesh.state import LoadedModel, ModelInfo
 
 _MISSING = object()
+NS_PER_MS = 1e6
 
 
 class OllamaDialect:
@@ -166,17 +167,14 @@ class OllamaFrameReader(BaseFrameReader):
 
 def parse_counters(frame: Mapping[str, Any]) -> ServerCounters:
     """The counters of a final frame. Its durations are in nanoseconds; each may be absent."""
-
-    def read_ms(key: str) -> float | None:
-        return duration_ms(frame.get(key), per_ms=1e6)
-
+    get = frame.get
     return ServerCounters(
-        prompt_tokens=token_count(frame.get("prompt_eval_count")),
-        tokens=token_count(frame.get("eval_count")),
-        total_ms=read_ms("total_duration"),
-        load_ms=read_ms("load_duration"),
-        prompt_ms=read_ms("prompt_eval_duration"),
-        eval_ms=read_ms("eval_duration"),
+        prompt_tokens=token_count(get("prompt_eval_count")),
+        tokens=token_count(get("eval_count")),
+        total_ms=duration_ms(get("total_duration"), per_ms=NS_PER_MS),
+        load_ms=duration_ms(get("load_duration"), per_ms=NS_PER_MS),
+        prompt_ms=duration_ms(get("prompt_eval_duration"), per_ms=NS_PER_MS),
+        eval_ms=duration_ms(get("eval_duration"), per_ms=NS_PER_MS),
     )
 
 

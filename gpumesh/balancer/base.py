@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+
+import msgspec
 
 from gpumesh.topology import BackendKind
 
@@ -17,8 +18,7 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True):
     """The properties of a request that matter for the choice of a node. ``kinds`` are the backends that can answer it.
 
     ``needs_slot`` is false for a request that costs no inference (``show``, ``pull`` …): such a request neither waits
@@ -37,8 +37,7 @@ class Demand:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A node in the snapshot that a policy ranks.
 
     ``usable``: tunnel and backend are up, the node is not draining, and its breaker is closed. ``models`` is ``None``
@@ -60,8 +59,8 @@ class Candidate:
     limit: int | None = None
     weight: float = 1.0
     group: str = ""
-    tokens_per_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    load_s: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    tokens_per_s: Mapping[str, float] = MappingProxyType({})
+    load_s: Mapping[str, float] = MappingProxyType({})
     foreign_load: float | None = None
     rtt_ms: float | None = None
     sessions: AbstractSet[str] = frozenset()

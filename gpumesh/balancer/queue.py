@@ -37,18 +37,19 @@ class QueueEntry(Generic[T]):
 
 @dataclass(slots=True)
 class WaitQueue(Generic[T]):
-    """Bounded. Iterates in the order of service; any entry may be discarded at any time."""
+    """Bounded. Iterates in the order of service; any entry may be discarded at any time. ``entries`` has
+    no order."""
 
     max_size: int
-    _entries: dict[int, QueueEntry[T]] = field(default_factory=dict)
+    entries: dict[int, QueueEntry[T]] = field(default_factory=dict)
     _next_sequence: int = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     @property
     def is_full(self) -> bool:
-        return len(self._entries) >= self.max_size
+        return len(self.entries) >= self.max_size
 
     def add(self, payload: T, priority: Priority, queued_at: float, *, bounded: bool = True) -> QueueEntry[T]:
         """Raises ``OverflowError`` when the queue is full. ``bounded`` is false for a request that has begun already:
@@ -57,16 +58,16 @@ class WaitQueue(Generic[T]):
             raise OverflowError(f"{self.max_size} requests wait already")
         entry = QueueEntry(payload, priority, queued_at, self._next_sequence)
         self._next_sequence += 1
-        self._entries[entry.sequence] = entry
+        self.entries[entry.sequence] = entry
         return entry
 
     def discard(self, entry: QueueEntry[T]) -> None:
         """Removes the entry if it is still in the queue."""
-        self._entries.pop(entry.sequence, None)
+        self.entries.pop(entry.sequence, None)
 
     def __iter__(self) -> Iterator[QueueEntry[T]]:
-        return iter(sorted(self._entries.values(), key=lambda entry: entry.rank))
+        return iter(sorted(self.entries.values(), key=lambda entry: entry.rank))
 
     def position(self, entry: QueueEntry[T]) -> int:
         """The number of requests that are served before this one."""
-        return sum(other.rank < entry.rank for other in self._entries.values())
+        return sum(other.rank < entry.rank for other in self.entries.values())

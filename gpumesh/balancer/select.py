@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from weakref import WeakKeyDictionary
+
+import msgspec
 
 from gpumesh.backends.dialects import KINDS_WITH_MODEL_STORE
 from gpumesh.balancer.base import Candidate, Demand
@@ -38,8 +39,7 @@ def full_names(models: AbstractSet[str]) -> frozenset[str]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True):
     """The nodes that can serve a demand, in no order. Those in ``free`` have a free slot, those in ``busy`` have
     none."""
 

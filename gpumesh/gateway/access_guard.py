@@ -47,7 +47,7 @@ class Guard:
 
         ``is_own_page``: the request asks for the gateway's own page."""
         headers = request.headers
-        origin, host = headers.get("Origin"), headers.get("Host")
+        origin, host = headers.get("origin"), headers.get("host")
         if not self.host_allowed(host):
             message = "this Host is not served here: ask for localhost or an IP address, or set gateway.api_key_env"
             raise BadRequest(message, status=403)
@@ -113,13 +113,13 @@ class Guard:
         """The CORS fields of every answer to a page of this allowed origin, also of the answer to a preflight."""
         fields = {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers") or "*, Authorization",
+            "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*, Authorization",
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Expose-Headers": "X-GPUMesh-Node, X-GPUMesh-Attempts, X-GPUMesh-Queue-Ms, X-Request-Id",
             "Access-Control-Max-Age": "600",
             "Vary": "Origin",
         }
-        if headers.get("Access-Control-Request-Private-Network") == "true":
+        if headers.get("access-control-request-private-network") == "true":
             # A page from the internet sends a request to a private address: browsers ask for this permission first.
             fields["Access-Control-Allow-Private-Network"] = "true"
         return fields
@@ -129,7 +129,7 @@ class Guard:
         takes the same time for every key."""
         if self.api_key is None:
             return True
-        scheme, _, value = headers.get("Authorization", "").partition(" ")
+        scheme, _, value = headers.get("authorization", "").partition(" ")
         bearer = value.strip() if scheme.lower() == "bearer" else ""
         matches = [self._is_key(headers.get("x-api-key", "")), self._is_key(bearer)]
         return any(matches)
@@ -143,9 +143,9 @@ def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bo
     """Whether a browser would show, embed or run the answer. ``is_own_page``: the request asks for the gateway's own
     page, which may be shown, but not in a frame. Browsers send these headers to loopback and over HTTPS; other programs
     do not send them."""
-    if headers.get("Service-Worker") is not None:  # the script of a service worker, which the browser would run
+    if headers.get("service-worker") is not None:  # the script of a service worker, which the browser would run
         return True
-    destination = headers.get("Sec-Fetch-Dest", "empty")  # no header: no browser, or plain HTTP to another machine
+    destination = headers.get("sec-fetch-dest", "empty")  # no header: no browser, or plain HTTP to another machine
     if is_own_page and destination == "document":  # a tab of its own, not a frame
         return False
     return destination != "empty"  # "empty" is what fetch() sends
@@ -154,7 +154,7 @@ def is_request_to_render(headers: Mapping[str, str], *, is_own_page: bool) -> bo
 def is_blind_cross_site_request(headers: Mapping[str, str]) -> bool:
     """Whether a page of another site sends a request without an Origin: ``fetch(…, {mode: "no-cors"})``, a prefetch or
     a link. The page could not read the answer, but the request would have its effect."""
-    return headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and headers.get("Origin") is None
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and headers.get("origin") is None
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,9 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
+
+import msgspec
 
 from gpumesh import config
 from gpumesh.balancer.outcomes import RequestOutcome
@@ -46,7 +48,7 @@ CLIENT_GONE_STATUS = 499  # nginx records this status when a client left before 
 _PATHS_WITHOUT_KEY = ("/healthz", UI_PATH)
 
 
-class _ActiveRequest(NamedTuple):
+class _ActiveRequest(msgspec.Struct, frozen=True, eq=False):
     """A request that is being answered."""
 
     record: RequestRecord
@@ -166,7 +168,8 @@ class Gateway:
         tasks are cancelled: an answer that is looking for another node does not notice that it has expired."""
         self._stopped = True
         for is_first_round in (True, False):
-            for record, task in list(self._active.values()):
+            for active in list(self._active.values()):
+                record, task = active.record, active.task
                 if is_first_round and record.answer is not None:
                     record.answer.expire(STOPPED_MESSAGE)
                 elif task is not None:

@@ -96,7 +96,7 @@ def read_demand(
         kinds=route.kinds,
         node=node,
         priority=read_priority(headers),
-        session=headers.get("X-GPUMesh-Session"),
+        session=headers.get("x-gpumesh-session"),
         prompt_tokens=size // BYTES_PER_TOKEN if size > MIN_PROMPT_BYTES else None,
         max_tokens=_read_max_tokens(members, options),
         needs_slot=route.needs_slot,
@@ -135,7 +135,7 @@ def _read_options(value: RawValue) -> _Options:
 def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
     """The node that the client names; ``None`` if the client names no node. Raises BadRequest if there is no such
     node."""
-    name = headers.get("X-GPUMesh-Node")
+    name = headers.get("x-gpumesh-node")
     if name is None:
         return None
     names = [node.name for node in topology.nodes]
@@ -145,7 +145,7 @@ def read_node(headers: Mapping[str, str], topology: Topology) -> str | None:
 
 
 def read_priority(headers: Mapping[str, str]) -> Priority:
-    header = headers.get("X-GPUMesh-Priority")
+    header = headers.get("x-gpumesh-priority")
     if header is None:
         return Priority.NORMAL
     try:
@@ -156,7 +156,7 @@ def read_priority(headers: Mapping[str, str]) -> Priority:
 
 def read_timeout(headers: Mapping[str, str], default_s: float) -> float:
     """The request's time-out in seconds. A client may shorten the gateway's time-out, or lengthen it up to a day."""
-    header = headers.get("X-GPUMesh-Timeout")
+    header = headers.get("x-gpumesh-timeout")
     if header is None:
         return default_s
     try:

@@ -7,7 +7,8 @@ reads slowly pauses the connection to its node, so that memory does not grow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from gpumesh.backends import safe_json
 from gpumesh.backends.base import HttpCall
@@ -165,7 +166,7 @@ def _translate_error(answer: Answer, body: bytes, shape: ClientApi) -> Response:
 def read_resume(headers: Mapping[str, str]) -> bool:
     """Whether another node may continue a cut answer. Raises BadRequest for an unknown value of
     ``X-GPUMesh-Resume``."""
-    value = headers.get("X-GPUMesh-Resume")
+    value = headers.get("x-gpumesh-resume")
     if value is None or value.strip().lower() == "on":
         return True
     if value.strip().lower() == "off":

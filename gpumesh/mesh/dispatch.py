@@ -149,7 +149,7 @@ class Dispatcher:
         DeadlineExceeded if no slot became free in time.
         """
         # The waiting requests choose first among the free slots.
-        if len(self._queue):
+        if self._queue.entries:
             self.grant_waiting()
         candidates = self._fleet.candidates()
         lease = self._take_slot(demand, exclude, candidates)
@@ -202,7 +202,7 @@ class Dispatcher:
 
     def grant_waiting(self) -> None:
         """Grants the free slots in the order of the queue. Called when a slot is freed or a node changes."""
-        if not len(self._queue):
+        if not self._queue.entries:
             return
         candidates = self._fleet.candidates()
         demands_without_slot: set[Demand] = set()

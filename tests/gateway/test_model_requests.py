@@ -69,7 +69,7 @@ def body(**document: object) -> bytes:
 
 
 def test_the_demand_of_an_ollama_request() -> None:
-    headers = {"X-GPUMesh-Session": "s1", "X-GPUMesh-Priority": "Batch"}
+    headers = {"x-gpumesh-session": "s1", "x-gpumesh-priority": "Batch"}
     asked = body(model="qwen2.5:7b", options={"num_predict": 64})
     demand = demand_of(CHAT, asked, headers, node="iceland", request_id="r1")
     assert demand.model == "qwen2.5:7b"
@@ -120,25 +120,25 @@ def test_any_body_gives_a_demand_or_a_refusal(given_body: bytes) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e9", ""])
 def test_a_timeout_is_a_number_of_seconds_up_to_a_day(value: str) -> None:
     with pytest.raises(BadRequest):
-        read_timeout({"X-GPUMesh-Timeout": value}, 1.0)
+        read_timeout({"x-gpumesh-timeout": value}, 1.0)
 
 
 def test_a_named_node_must_be_in_the_mesh() -> None:
     nodes = tuple(NodeSpec(name, BackendSpec()) for name in ("iceland", "local"))
     topology = Topology("t", nodes)
     assert read_node({}, topology) is None
-    assert read_node({"X-GPUMesh-Node": "local"}, topology) == "local"
+    assert read_node({"x-gpumesh-node": "local"}, topology) == "local"
     with pytest.raises(BadRequest, match="iceland, local") as refused:
-        read_node({"X-GPUMesh-Node": "secret-word"}, topology)
+        read_node({"x-gpumesh-node": "secret-word"}, topology)
     assert "secret-word" not in refused.value.message
 
 
 def test_timeouts_and_priorities_are_read() -> None:
-    assert read_timeout({"X-GPUMesh-Timeout": "2.5s"}, 1.0) == 2.5
+    assert read_timeout({"x-gpumesh-timeout": "2.5s"}, 1.0) == 2.5
     assert read_timeout({}, 600.0) == 600.0
     assert read_priority({}) is Priority.NORMAL
     with pytest.raises(BadRequest, match="interactive, normal, batch"):
-        read_priority({"X-GPUMesh-Priority": "urgent"})
+        read_priority({"x-gpumesh-priority": "urgent"})
 
 
 def test_the_api_follows_from_the_path() -> None:

@@ -106,7 +106,7 @@ async def test_many_streams_that_are_cut_at_once_are_all_completed() -> None:
 async def test_without_resume_a_cut_answer_ends_with_an_error_in_the_clients_api(path: str) -> None:
     async with preferring_a() as fleet:
         await fleet.hosts["a"].set_faults(Faults(cut_after_tokens=3))
-        response = await fleet.client.post(path, json=BODIES[path], headers={"X-GPUMesh-Resume": "off"})
+        response = await fleet.client.post(path, json=BODIES[path], headers={"x-gpumesh-resume": "off"})
         assert response.status_code == 200
         if path.startswith("/v1"):
             *_, last = events(response.text)
@@ -137,21 +137,21 @@ async def test_streams_that_cannot_be_continued_end_with_their_own_error(path: s
 
 async def test_a_deadline_in_mid_answer_is_an_error_in_the_clients_api() -> None:
     async with preferring_a(tokens_per_s=20.0) as fleet:
-        response = await fleet.client.post("/api/chat", json=CHAT, headers={"X-GPUMesh-Timeout": "0.3"})
+        response = await fleet.client.post("/api/chat", json=CHAT, headers={"x-gpumesh-timeout": "0.3"})
         assert response.status_code == 200
         assert "deadline" in lines(response.text)[-1]["error"]
 
 
 @pytest.mark.parametrize(("asked", "allowed"), [(None, True), ("on", True), (" OFF ", False), ("off", False)])
 def test_the_resume_header_is_read(asked: str | None, allowed: bool) -> None:
-    assert read_resume({} if asked is None else {"X-GPUMesh-Resume": asked}) is allowed
+    assert read_resume({} if asked is None else {"x-gpumesh-resume": asked}) is allowed
 
 
 async def test_a_resume_that_is_neither_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(BadRequest, match="on or off"):
-        read_resume({"X-GPUMesh-Resume": "maybe"})
+        read_resume({"x-gpumesh-resume": "maybe"})
     async with preferring_a() as fleet:
-        response = await fleet.client.post("/api/chat", json=CHAT, headers={"X-GPUMesh-Resume": "maybe"})
+        response = await fleet.client.post("/api/chat", json=CHAT, headers={"x-gpumesh-resume": "maybe"})
         assert response.status_code == 400
         assert fleet.hosts["a"].counters.started == 0
 

@@ -57,8 +57,8 @@ async def serving(path: Path, answer: bytes = WHOLE, *, greets: bool = False) ->
 async def test_the_upstream_client_over_a_unix_socket(path: Path, prefix: str) -> None:
     url = unix_url(path, prefix=prefix)
     async with asyncio.timeout(20), serving(path) as heads, Upstream() as upstream:
-        for headers in ([], [("Host", "127.0.0.1:11434")]):
-            response = await upstream.request(url, CALL, headers, node="n", server_name=None)
+        for host in (None, "127.0.0.1:11434"):
+            response = await upstream.request(url, CALL, (), node="n", host=host)
             assert await response.read() == b"ok"
     first, second = heads
     assert first.startswith(f"POST {prefix}/api/show?x=a:b HTTP/1.1\r\n".encode())
@@ -69,7 +69,7 @@ async def test_the_upstream_client_over_a_unix_socket(path: Path, prefix: str) -
 async def test_a_socket_without_a_server_is_unreachable(path: Path) -> None:
     async with asyncio.timeout(20), Upstream() as upstream:
         with pytest.raises(BackendUnreachable, match="no connection"):
-            await upstream.request(unix_url(path), CALL, [], node="n", server_name=None)
+            await upstream.request(unix_url(path), CALL, [], node="n")
     async with make_http_client() as client:
         with pytest.raises(httpx.HTTPError):
             await client.get(unix_url(path) + "/")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -29,30 +29,15 @@ _BROWSER_HEADERS = (
 )
 
 
-class Headers(Mapping[str, str]):
-    """Header fields by name, in upper or lower case. If a name occurs several times, its first value counts. ``pairs``:
+class Headers(dict[str, str]):
+    """Header fields by their names in lower case. If a name occurs several times, its first value counts. ``pairs``:
     all fields as they came."""
 
-    __slots__ = ("_first", "pairs")
+    __slots__ = ("pairs",)
 
     def __init__(self, pairs: HeaderPairs) -> None:
         self.pairs = pairs
-        self._first = {name.lower(): value for name, value in reversed(pairs)}
-
-    def __getitem__(self, name: str) -> str:
-        return self._first[name.lower()]
-
-    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]  # only strings here
-        return self._first.get(name.lower(), default)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._first
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._first)
-
-    def __len__(self) -> int:
-        return len(self._first)
+        super().__init__({name.lower(): value for name, value in reversed(pairs)})
 
 
 class Response:

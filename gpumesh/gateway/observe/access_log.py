@@ -14,6 +14,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from gpumesh.gateway.observe.record import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ FLUSH_LINES = 500
 ROTATE_BYTES = 8 << 20
 ROTATED_FILES = 4
 MAX_TEXT_CHARS = 200  # of a text that a client sends: a path, a model
+
+_encode = msgspec.json.Encoder().encode  # takes a tenth of the time of json.dumps
 
 
 class AccessLog:
@@ -66,7 +70,7 @@ class AccessLog:
         lines, self._pending = self._pending, []
         if not lines:
             return
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        data = b"".join([render_line(line) for line in lines])
         try:
             self._write(data)
             self._failing = False
@@ -114,6 +118,16 @@ class AccessLog:
         return self._path.with_name(f"{self._path.name}.{number}")
 
 
+def render_line(entry: dict[str, object]) -> bytes:
+    """The entry as a line of ASCII: a client's text may hold control characters, and a terminal must not act on them
+    when somebody reads the file."""
+    try:
+        line = _encode(entry)
+    except ValueError:  # half of a surrogate pair, which UTF-8 cannot hold
+        line = b"\xff"
+    return line + b"\n" if line.isascii() else json.dumps(entry).encode() + b"\n"
+
+
 def build_entry(
     record: RequestRecord, at: datetime, *, client: str | None, request_id: str | None
 ) -> dict[str, object]:
@@ -124,12 +138,12 @@ def build_entry(
     if answer is not None and answer.body is None and record.first_byte_at is not None:
         ttft_ms = round((record.first_byte_at - record.started_at) * 1000.0, 1)
     return {
-        "at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "at": at.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
         "client": client,
         "method": record.method,
         "path": record.path[:MAX_TEXT_CHARS],
         "status": record.status or None,
-        "outcome": None if record.outcome is None else record.outcome.value,
+        "outcome": record.outcome,
         "model": None if demand is None or demand.model is None else demand.model[:MAX_TEXT_CHARS],
         "node": record.node,
         "attempts": 0 if answer is None else answer.attempts,

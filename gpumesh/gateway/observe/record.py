@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from gpumesh.balancer.base import Demand
 from gpumesh.balancer.outcomes import RequestOutcome, request_outcome
 from gpumesh.mesh.requests.answer import Answer
 
 
-@dataclass(slots=True, eq=False)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, eq=False):
     """``started_at``, ``first_byte_at`` and ``ended_at`` are seconds of ``clock``. ``first_byte_at`` is the time at
     which the answer's first bytes had come. ``node`` is the node where the answer began: after a continuation
     ``answer.node`` is another node. ``route`` is one of a fixed set of names, whatever the path was. ``status`` 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import msgspec
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation
@@ -43,8 +44,7 @@ class FailedAttempt:
     duration_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedStream:
+class OpenedStream(msgspec.Struct, frozen=True, eq=False):
     """A stream that has begun. It holds its lease. The client gets ``first_bytes`` first, and then the rest of
     ``response``. ``continuation`` is ``None`` for a stream without generated text (the progress of a pull …)."""
 
@@ -121,19 +121,20 @@ async def _send_and_read(
     time-out with a ``result_on_timeout``: it returns this result, and the lease stays held.
     """
     node = lease.node
-    loop = asyncio.get_running_loop()
+    loop = upstream.deadlines.loop
     response: UpstreamResponse | None = None
     started_at = loop.time()
     if lease.aborted:  # the tunnel failed before the request was sent
         return _fail_unreachable(lease)
     try:
-        async with asyncio.timeout(timeout_s) as scope:
-            lease.set_abort_callback(lambda: scope.reschedule(loop.time()))
+        with upstream.deadlines.after(timeout_s) as deadline:
+            lease.set_abort_callback(deadline.expire)
             response = await upstream.request(
                 node.base_url,
                 call,
                 _request_headers(lease, call),
                 node=node.name,
+                host=None if node.target is None else host_header(node.target),
                 server_name=_server_name(lease),
                 at_most_once=at_most_once,
             )
@@ -247,6 +248,9 @@ async def _read_first_frame(
 
 async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
     """The whole body. ``None`` if it is longer than ``limit``: then the rest is not read."""
+    whole = response.take_whole(limit)
+    if whole is not None:
+        return whole
     pieces: list[bytes] = []
     size = 0
     while data := await response.read():
@@ -258,16 +262,12 @@ async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
     return b"".join(pieces)
 
 
-def _request_headers(lease: Lease, call: HttpCall) -> list[tuple[str, str]]:
-    target = lease.node.target
-    headers = [*call.headers]
-    if target is not None:
-        headers.append(("Host", host_header(target)))
+def _request_headers(lease: Lease, call: HttpCall) -> Sequence[tuple[str, str]]:
     key = lease.node.api_key()
-    if key is not None:
-        headers = [pair for pair in headers if pair[0].lower() not in ("authorization", "x-api-key")]
-        headers.append(("Authorization", f"Bearer {key}"))
-    return headers
+    if key is None:
+        return call.headers
+    headers = [pair for pair in call.headers if pair[0].lower() not in ("authorization", "x-api-key")]
+    return [*headers, ("Authorization", f"Bearer {key}")]
 
 
 def _server_name(lease: Lease) -> str | None:

@@ -18,8 +18,9 @@ class ConnectionPool:
     """Idle connections by address. The connection that was used last is taken first: the server is the least likely to
     close it just now."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.slices = SliceQueue()
+        self._loop = loop
         self._idle: dict[Address, list[UpstreamConnection]] = {}
         self._connections: set[UpstreamConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -38,7 +39,7 @@ class ConnectionPool:
         return await self._connect(address)
 
     async def _connect(self, address: Address) -> UpstreamConnection:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         tls: dict[str, Any] = {
             "ssl": _tls_context() if address.tls else None,
             "server_hostname": (address.server_name or address.host) if address.tls else None,
@@ -56,11 +57,10 @@ class ConnectionPool:
         return connection
 
     def _keep_idle(self, connection: UpstreamConnection) -> None:
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        connection.idle_since = self._loop.time()
         self._idle.setdefault(connection.address, []).append(connection)
         if self._timer is None:
-            self._timer = loop.call_later(KEEPALIVE_S, self._close_expired)
+            self._timer = self._loop.call_later(KEEPALIVE_S, self._close_expired)
 
     def _forget(self, connection: UpstreamConnection) -> None:
         self._connections.discard(connection)
@@ -69,13 +69,12 @@ class ConnectionPool:
             idle.remove(connection)
 
     def _close_expired(self) -> None:
-        loop = asyncio.get_running_loop()
-        expired_before = loop.time() - KEEPALIVE_S
+        expired_before = self._loop.time() - KEEPALIVE_S
         idle = [connection for connections in self._idle.values() for connection in connections]
         for connection in idle:
             if connection.idle_since <= expired_before:
                 connection.abort()
-        self._timer = loop.call_later(KEEPALIVE_S, self._close_expired) if any(self._idle.values()) else None
+        self._timer = self._loop.call_later(KEEPALIVE_S, self._close_expired) if any(self._idle.values()) else None
 
     def close(self) -> None:
         if self._timer is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+
+from msgspec.structs import replace
 
 from gpumesh.backends.base import HttpCall
 from gpumesh.backends.continuation.continuation import Continuation, Ending

@@ -8,9 +8,9 @@ field is complete.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
 
 import httptools
+import msgspec
 
 HEAD_BYTES = 1 << 16  # limit for a head, for the trailers, and for all bytes between two pieces of a body
 MAX_FIELDS = 256  # header fields of one head
@@ -28,7 +28,7 @@ class ParserState(Enum):
 _BODY = ParserState.BODY  # each token passes here, and to read a global is faster than to read a member
 
 
-class ResponseHead(NamedTuple):
+class ResponseHead(msgspec.Struct, frozen=True):
     """The head of a response, as the server sent it. ``content_length`` is ``None`` if the head does not hold it."""
 
     status: int

@@ -22,6 +22,7 @@ from gpumesh.errors import BackendUnreachable, StreamCut
 from gpumesh.mesh.requests.body_sink import BodySink
 from gpumesh.mesh.requests.connection_pool import CONNECT_TIMEOUT_S, ConnectionPool
 from gpumesh.mesh.requests.response_parser import ResponseHead
+from gpumesh.mesh.requests.task_deadlines import TaskDeadlines
 from gpumesh.mesh.requests.upstream_connection import Address, Exchange, exception_text
 from gpumesh.slice_queue import FRAME_SLICE_BYTES, SliceQueue
 from gpumesh.tunnels.local_system.unix_urls import split_unix_url
@@ -82,6 +83,11 @@ class UpstreamResponse:
         self._has_unread_slice = len(self._exchange.buffer) > 0
         return data
 
+    def take_whole(self, limit: int) -> bytes | None:
+        """The whole body, if all of it has come and it is not longer than ``limit``; ``None`` otherwise."""
+        buffer = self._exchange.buffer
+        return buffer.take() if buffer.ended and buffer.problem is None and len(buffer) <= limit else None
+
     def push_to(self, sink: BodySink) -> None:
         """From now on the body goes to this sink as it arrives. The bytes that are held for a reader come first."""
         self._sink = sink
@@ -120,19 +126,25 @@ class UpstreamResponse:
 
 
 class Upstream:
-    """A pool of keep-alive connections to all backends. Use as an async context manager."""
+    """A pool of keep-alive connections to all backends. Use as an async context manager.
 
-    def __init__(self) -> None:
-        self._pool = ConnectionPool()
+    ``deadlines`` limits the time of attempts."""
+
+    deadlines: TaskDeadlines
+    _pool: ConnectionPool
 
     def __repr__(self) -> str:
-        return f"<Upstream {self._pool!r}>"
+        return f"<Upstream {getattr(self, '_pool', 'not open')!r}>"
 
     async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self.deadlines = TaskDeadlines(loop)
+        self._pool = ConnectionPool(loop)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._pool.close()
+        self.deadlines.close()
         await asyncio.sleep(0)  # the transports close in the loop's next round
 
     async def request(
@@ -142,19 +154,22 @@ class Upstream:
         headers: Sequence[tuple[str, str]],
         *,
         node: str,
-        server_name: str | None,
+        host: str | None = None,
+        server_name: str | None = None,
         at_most_once: bool = False,
     ) -> UpstreamResponse:
         """Sends the request, and waits for the answer's head. If the call is cancelled, the connection is closed.
+
+        ``host`` is the Host header, if it is not the address in the URL. ``server_name`` is the name in the TLS
+        certificate, if it is not the host in the URL.
 
         A server may close a kept-alive connection at any time: this is not a failure of the server. Then the request is
         sent again on another connection, because no part of an answer has come, and inference has no side effects. An
         ``at_most_once`` request goes over a new connection, where this cannot happen.
         Raises BackendUnreachable.
         """
-        host, port, tls, prefix, socket = _parse_base_url(base_url)
-        address = Address(host, port, tls, server_name if tls else None, socket)
-        head = _render_head(call, prefix, headers, f"{host}:{port}" if socket is None else host)
+        address, prefix, default_host = _parse_base_url(base_url, server_name)
+        head = _render_head(call, prefix, headers, default_host if host is None else host)
         while True:
             try:
                 connection = await self._pool.take(address, new=at_most_once)
@@ -180,14 +195,10 @@ class Upstream:
 
 
 def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]], host: str) -> bytes:
-    """The request's head as it goes on the wire. Raises ValueError where a header contains a line end."""
-    lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", "Accept-Encoding: identity"]
-    has_host = False
-    for name, value in headers:
-        has_host = has_host or name.lower() == "host"
-        lines.append(f"{name}: {value}")
-    if not has_host:
-        lines.append(f"Host: {host}")
+    """The request's head as it goes on the wire. ``headers`` hold no Host. Raises ValueError where a header contains a
+    line end."""
+    lines = [f"{call.method} {prefix}{call.path} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
+    lines += [f"{name}: {value}" for name, value in headers]
     if call.body or call.method not in ("GET", "HEAD"):
         lines.append(f"Content-Length: {len(call.body)}")
     head = "\r\n".join(lines)
@@ -197,11 +208,14 @@ def _render_head(call: HttpCall, prefix: str, headers: Sequence[tuple[str, str]]
 
 
 @lru_cache(maxsize=1024)
-def _parse_base_url(base_url: str) -> tuple[str, int, bool, str, str | None]:
-    """In this order: host, port, whether TLS is used, the prefix for the path of each call, the Unix socket if any."""
+def _parse_base_url(base_url: str, server_name: str | None) -> tuple[Address, str, str]:
+    """In this order: the server's address, the prefix for the path of each call, the Host header."""
     parts = urlsplit(base_url)
     tls = parts.scheme == "https"
+    server_name = server_name if tls else None
     unix = split_unix_url(base_url)
     if unix is not None:
-        return "localhost", 0, tls, unix[1].rstrip("/"), unix[0]
-    return parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), None
+        socket, path = unix
+        return Address("localhost", 0, tls, server_name, socket), path.rstrip("/"), "localhost"
+    host, port = parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80)
+    return Address(host, port, tls, server_name, None), parts.path.rstrip("/"), f"{host}:{port}"

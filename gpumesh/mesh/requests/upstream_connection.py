@@ -186,7 +186,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._exchange is None:
             self.abort()  # bytes without a request: later bytes on this connection could be taken for an answer
             return
-        self._unparsed, self._parsed_bytes = self._unparsed[self._parsed_bytes :] + data, 0
+        self._unparsed, self._parsed_bytes = self._unparsed[self._parsed_bytes :] + data if self._unparsed else data, 0
         if self._read_state is ReadState.READING:
             self._parse_slices()
 

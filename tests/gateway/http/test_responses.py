@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from gpumesh import gateway
 from gpumesh.gateway.http.responses import Headers, Response, has_no_body, render_head
 
 FOR_BROWSERS = [
@@ -25,9 +27,9 @@ def said(answer: bytes) -> list[str]:
     return [first, *(line for line in lines if not line.startswith("Date: ") and line not in FOR_BROWSERS)]
 
 
-def test_header_names_have_no_case_and_the_first_value_counts() -> None:
+def test_headers_are_found_by_lower_case_names_and_the_first_value_counts() -> None:
     headers = Headers((("Host", "a"), ("HOST", "b"), ("X-One", "1")))
-    assert (headers.get("host"), headers["x-ONE"], headers.get("none"), headers.get("none", "x")) == (
+    assert (headers.get("host"), headers["x-one"], headers.get("none"), headers.get("none", "x")) == (
         "a",
         "1",
         None,
@@ -92,3 +94,9 @@ def test_a_header_value_with_a_line_end_is_an_error(value: str) -> None:
 def test_a_response_with_a_content_type() -> None:
     reply = Response(b"x", content_type="a/b", headers=(("X-One", "1"),))
     assert (reply.status, reply.headers, reply.close) == (200, (("Content-Type", "a/b"), ("X-One", "1")), False)
+
+
+def test_the_gateway_asks_for_headers_by_their_names_in_lower_case() -> None:
+    """``Headers`` holds no other names: a look-up by another spelling would never find anything."""
+    for path in (Path(gateway.__file__).parent).rglob("*.py"):
+        assert not re.search(r'headers(\.get\(|\[)"[^"]*[A-Z]', path.read_text()), path

@@ -29,8 +29,7 @@ async def upstream() -> AsyncIterator[Upstream]:
 
 
 async def send(upstream: Upstream, url: str) -> UpstreamResponse:
-    headers = [*CALL.headers, ("Host", "127.0.0.1:11434")]
-    return await upstream.request(url, CALL, headers, node="n", server_name=None)
+    return await upstream.request(url, CALL, CALL.headers, node="n", host="127.0.0.1:11434")
 
 
 async def read_all(response: UpstreamResponse) -> bytes:
@@ -184,7 +183,7 @@ async def answered(upstream: Upstream, answer: bytes, method: str = "POST") -> t
 
     async with serve(script) as server:
         call = HttpCall(method, "/x")
-        response = await upstream.request(server.url, call, (), node="n", server_name=None)
+        response = await upstream.request(server.url, call, (), node="n")
         return response, await read_all(response)
 
 
@@ -342,7 +341,7 @@ async def test_a_slow_reader_holds_back_the_server(upstream: Upstream) -> None:
 
 async def test_a_line_end_in_a_header_never_reaches_a_backend(upstream: Upstream) -> None:
     with pytest.raises(ValueError, match="line end"):
-        await upstream.request("http://127.0.0.1:9", CALL, [("X-Evil", "a\r\nX-Other: b")], node="n", server_name=None)
+        await upstream.request("http://127.0.0.1:9", CALL, [("X-Evil", "a\r\nX-Other: b")], node="n")
 
 
 async def test_idle_connections_are_closed_after_a_while(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from gpumesh.mesh.requests.task_deadlines import CHECK_S, TaskDeadlines
+
+
+@pytest.fixture
+async def deadlines() -> TaskDeadlines:
+    return TaskDeadlines(asyncio.get_running_loop())
+
+
+async def test_a_block_that_takes_too_long_raises_timeout_error(deadlines: TaskDeadlines) -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError), deadlines.after(0.02):
+        await asyncio.sleep(30)
+    assert time.monotonic() - started < CHECK_S  # a short deadline is not rounded up to the next check
+    assert repr(deadlines) == "<TaskDeadlines 0 running>"
+    await asyncio.sleep(0)  # the task is not cancelled any more
+
+
+async def test_a_block_that_ends_in_time_is_left_alone(deadlines: TaskDeadlines) -> None:
+    with deadlines.after(0.02) as deadline:
+        await asyncio.sleep(0)
+    assert repr(deadline) == "<TaskDeadline not running>"
+    await asyncio.sleep(0.04)
+    assert not deadline.expired
+    deadline.expire()  # too late: nothing happens
+    assert not deadline.expired
+
+
+async def test_several_deadlines_end_each_at_its_time(deadlines: TaskDeadlines) -> None:
+    ended: list[float] = []
+
+    async def wait(timeout_s: float) -> None:
+        try:
+            with deadlines.after(timeout_s):
+                await asyncio.sleep(30)
+        except TimeoutError:
+            ended.append(timeout_s)
+
+    async with asyncio.TaskGroup() as group:
+        for timeout_s in (0.06, 0.02, 0.04):
+            group.create_task(wait(timeout_s))
+    assert ended == [0.02, 0.04, 0.06]
+
+
+async def test_expire_ends_the_block_at_once(deadlines: TaskDeadlines) -> None:
+    deadline = deadlines.after(600)
+    asyncio.get_running_loop().call_soon(deadline.expire)
+    with pytest.raises(TimeoutError), deadline:
+        await asyncio.sleep(30)
+    assert repr(deadline) == "<TaskDeadline expired>"
+
+
+async def test_a_cancellation_from_outside_stays_one(deadlines: TaskDeadlines) -> None:
+    async def wait() -> None:
+        with deadlines.after(600) as deadline:
+            deadline.expire()
+            task.cancel()  # in the same turn of the loop as the deadline
+            await asyncio.sleep(30)
+
+    task = asyncio.create_task(wait())
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_an_error_in_the_block_is_not_replaced(deadlines: TaskDeadlines) -> None:
+    async def fail_when_cancelled() -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            raise KeyError
+
+    deadline = deadlines.after(0.01)
+    with pytest.raises(KeyError), deadline:
+        await fail_when_cancelled()
+    assert deadline.expired
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_a_deadline_in_a_deadline(deadlines: TaskDeadlines) -> None:
+    with deadlines.after(600):
+        with pytest.raises(TimeoutError), deadlines.after(0.01):
+            await asyncio.sleep(30)
+        await asyncio.sleep(0)
