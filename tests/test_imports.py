@@ -24,6 +24,7 @@ LAYERS = {
     "quoting": 0,
     "async_iterators": 0,
     "slice_queue": 0,
+    "turn_end": 0,
     "atomic_file": 1,
     "versions": 0,
     "wakeup": 0,

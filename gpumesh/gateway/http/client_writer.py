@@ -9,15 +9,23 @@ import termios
 from collections.abc import Callable
 
 from gpumesh.gateway.http.bounds import Bounds
+from gpumesh.turn_end import TurnEnd
+
+MAX_PENDING_BYTES = 16 << 10  # a longer piece goes to the transport at once: to copy it costs more than a write
 
 
 class ClientWriter:
     """Writes to a transport. A client that takes less than ``Bounds.min_bytes_per_s`` over ``Bounds.write_timeout_s``
     is cut off. ``backpressured``: the client reads more slowly than the answer is written. ``on_writable`` is called
-    when the back-pressure ends, and when the client is gone."""
+    when the back-pressure ends, and when the client is gone. The small pieces of one turn of the event loop go to the
+    transport together (turn_end.py); call ``flush`` before the transport is closed."""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, bounds: Bounds, turn_end: TurnEnd
+    ) -> None:
         self.bounds = bounds
+        self._turn_end = turn_end
+        self._pending = b""  # bytes for the end of this turn
         self.backpressured = False
         self.on_writable: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = transport
@@ -35,8 +43,23 @@ class ClientWriter:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
-        if data:
+        pending = self._pending
+        if len(pending) + len(data) > MAX_PENDING_BYTES:
+            self.flush()
             transport.write(data)
+        elif pending:
+            self._pending = pending + data
+        elif data:
+            self._pending = data
+            self._turn_end.add(self.flush)
+
+    def flush(self) -> None:
+        """Passes the bytes of this turn to the transport."""
+        pending, transport = self._pending, self._transport
+        if pending:
+            self._pending = b""
+            if transport is not None and not transport.is_closing():
+                transport.write(pending)
 
     async def wait_writable(self) -> None:
         """Returns when the client has taken most of the written bytes. Raises ConnectionResetError when it is gone."""
@@ -53,7 +76,7 @@ class ClientWriter:
     @property
     def unsent_bytes(self) -> int:
         """The written bytes that the kernel has not taken yet."""
-        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return 0 if self._transport is None else len(self._pending) + self._transport.get_write_buffer_size()
 
     @property
     def unacknowledged_bytes(self) -> int | None:

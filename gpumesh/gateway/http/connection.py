@@ -36,6 +36,7 @@ from gpumesh.gateway.http.request_queue import RequestQueue
 from gpumesh.gateway.http.request_reader import RequestReader
 from gpumesh.gateway.http.responses import ErrorRenderer, Response
 from gpumesh.slice_queue import SliceQueue
+from gpumesh.turn_end import TurnEnd
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class ConnectionServer(Protocol):
     bounds: Bounds
     memory: BodyMemory
     slices: SliceQueue
+    turn_end: TurnEnd
     admission: Admission[ClientConnection]
     clock: Callable[[], float]
     render_error: ErrorRenderer
@@ -116,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self.client_address, self._peer = _describe_peer(transport)
-        self.writer = ClientWriter(transport, self.loop, self.bounds)
+        self.writer = ClientWriter(transport, self.loop, self.bounds, self._server.turn_end)
         self._reader = RequestReader(self, self._queue, transport, self.slices, self.loop, self.bounds)
         refusal_reason = self._server.admit(self)
         if refusal_reason is None:
@@ -284,6 +286,7 @@ class ClientConnection(asyncio.Protocol):
         self.state = state
         self._reader.stop()
         self._queue.clear()
+        self.writer.flush()
         if self._end_timer is not None:
             self._end_timer.cancel()
 
@@ -327,6 +330,7 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         if self.state is not ConnectionState.CLOSED:
+            self.writer.flush()
             self._transport.abort()
 
     def cancel(self) -> asyncio.Task[None] | None:

@@ -14,6 +14,7 @@ from gpumesh.gateway.http.connection import ClientConnection
 from gpumesh.gateway.http.request import Handler
 from gpumesh.gateway.http.responses import ErrorRenderer, plain_error
 from gpumesh.slice_queue import SliceQueue
+from gpumesh.turn_end import TurnEnd
 
 MAX_LINGERING = 64  # refused connections that may linger, so that their clients see the refusal
 
@@ -39,6 +40,7 @@ class Server:
         self.clock = clock
         self.memory = BodyMemory(bounds.total_body_bytes, patience_s=bounds.body_timeout_s, clock=clock)
         self.slices = SliceQueue()
+        self.turn_end = TurnEnd()
         self.refused_connections = 0
         self.evicted_connections = 0
         self.admission: Admission[ClientConnection] = Admission(

@@ -9,6 +9,7 @@ from typing import Any
 
 from gpumesh.mesh.requests.upstream_connection import Address, UpstreamConnection
 from gpumesh.slice_queue import SliceQueue
+from gpumesh.turn_end import TurnEnd
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 30.0
@@ -20,6 +21,7 @@ class ConnectionPool:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.slices = SliceQueue()
+        self._turn_end = TurnEnd()
         self._loop = loop
         self._idle: dict[Address, list[UpstreamConnection]] = {}
         self._connections: set[UpstreamConnection] = set()
@@ -46,7 +48,9 @@ class ConnectionPool:
         }
 
         def create_connection() -> UpstreamConnection:
-            return UpstreamConnection(address, self.slices, on_idle=self._keep_idle, on_closed=self._forget)
+            return UpstreamConnection(
+                address, self.slices, self._turn_end, on_idle=self._keep_idle, on_closed=self._forget
+            )
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             if address.socket is not None:

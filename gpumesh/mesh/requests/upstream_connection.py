@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from gpumesh.mesh.requests.body_sink import BodySink, BufferedSink
 from gpumesh.mesh.requests.response_parser import ParserState, ResponseHead, ResponseParser
 from gpumesh.slice_queue import FRAME_SLICE_BYTES, MAX_SMALL_PIECES, SLICE_BYTES, SliceQueue
+from gpumesh.turn_end import TurnEnd
 
 JOINED_BYTES = 1 << 16  # a request's body that is shorter is sent together with its head
 _NO_SINK = BufferedSink()  # the sink of a connection without a response; nothing is written to it
@@ -84,10 +85,12 @@ class UpstreamConnection(asyncio.Protocol):
         "_parsed_bytes",
         "_parser",
         "_read_state",
+        "_request",
         "_sink",
         "_slice_bytes",
         "_slices",
         "_transport",
+        "_turn_end",
         "_unparsed",
         "address",
         "idle_since",
@@ -99,6 +102,7 @@ class UpstreamConnection(asyncio.Protocol):
         self,
         address: Address,
         slices: SliceQueue,
+        turn_end: TurnEnd,
         *,
         on_idle: Callable[[UpstreamConnection], None],
         on_closed: Callable[[UpstreamConnection], None],
@@ -108,6 +112,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.requests = 0
         self.idle_since = 0.0
         self._slices = slices
+        self._turn_end = turn_end
+        self._request = b""  # a short request, until the end of the turn in which it started
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -138,11 +144,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._exchange = exchange = Exchange(self, self._loop)
         self.push_to(exchange.buffer)
         if len(body) < JOINED_BYTES:
-            self._transport.write(head + body)  # a short request is one packet
+            self._request = head + body  # a short request is one packet
+            self._turn_end.add(self._send_request)
         else:  # a long body is not copied
             self._transport.write(head)
             self._transport.write(body)
         return exchange
+
+    def _send_request(self) -> None:
+        request, self._request = self._request, b""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(request)
 
     def push_to(self, sink: BodySink) -> None:
         """From now on the response's body goes to this sink."""
