@@ -132,6 +132,12 @@ class Dispatcher:
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
+    def acquire_now(self, demand: Demand, exclude: frozenset[str]) -> Lease | None:
+        """Takes a free slot on the best node for this demand; ``None`` if there is none."""
+        if self._queue.entries:  # the waiting requests choose first among the free slots
+            self.grant_waiting()
+        return self._take_slot(demand, exclude, self._fleet.candidates())
+
     async def acquire(
         self,
         demand: Demand,
@@ -148,13 +154,10 @@ class Dispatcher:
         Raises NoNodeError or ModelMissing if no node could serve the demand, QueueFull if the queue is full, and
         DeadlineExceeded if no slot became free in time.
         """
-        # The waiting requests choose first among the free slots.
-        if self._queue.entries:
-            self.grant_waiting()
-        candidates = self._fleet.candidates()
-        lease = self._take_slot(demand, exclude, candidates)
+        lease = self.acquire_now(demand, exclude)
         if lease is not None:
             return lease
+        candidates = self._fleet.candidates()
         waiter = _Waiter(demand, exclude, asyncio.get_running_loop().create_future())
         if not self._may_wait(waiter, candidates):
             raise no_node_error(candidates, demand, exclude=exclude)

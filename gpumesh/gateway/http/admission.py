@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 C = TypeVar("C")
 
@@ -58,6 +58,9 @@ class Admitted(Generic[C]):
     """The connection may stay. ``evicted``: another connection that must be closed to make room."""
 
     evicted: C | None = None
+
+
+_ADMITTED: Admitted[Any] = Admitted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +125,10 @@ class Admission(Generic[C]):
         key. A connection whose request is denied stays in the groups that it is in."""
         old_groups = self._groups_of.get(connection)
         if old_groups is None or (key is None and _NEW not in old_groups):
-            return Admitted()
+            return _ADMITTED
         key_group = None if key is None else ("key", key)
         if key_group in old_groups:
-            return Admitted()
+            return _ADMITTED
         decision: Admitted[C] | Denied = Admitted()
         if key_group is not None:
             decision = self._make_room(key_group, self._max_per_client, f"{NO_ROOM} with this key")

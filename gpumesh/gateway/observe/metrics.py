@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from gpumesh.backends.base import ServerCounters
 from gpumesh.gateway.observe.exposition import Family, Labels, counter, histogram
 from gpumesh.gateway.observe.record import RequestRecord
 from gpumesh.model_names import full_name
@@ -53,6 +54,20 @@ class CounterValue:
         self.value = 0.0
 
 
+class ModelMetrics:
+    """The metrics of one model on one node. They are one object, so that a request looks up its series once."""
+
+    __slots__ = ("continuations", "duration", "output_tokens", "prompt_tokens", "tpot", "ttft")
+
+    def __init__(self) -> None:
+        self.duration = Histogram(DURATION_BOUNDS)
+        self.ttft = Histogram(TTFT_BOUNDS)
+        self.tpot = Histogram(TPOT_BOUNDS)
+        self.output_tokens = 0
+        self.prompt_tokens = 0
+        self.continuations = 0
+
+
 class LabeledSeries(Generic[T]):
     """Values by their labels; a value is created when its labels are first used. When there are ``bound`` series, all
     new labels share one series of ``other``."""
@@ -83,22 +98,16 @@ class RequestMetrics:
     """``add`` is called once for each request, at its end, and costs some microseconds."""
 
     def __init__(self) -> None:
-        by_model = ("node", "model")
         self.requests = LabeledSeries(("route", "node", "model", "outcome", "code"), CounterValue)
-        self.duration = LabeledSeries(by_model, lambda: Histogram(DURATION_BOUNDS))
-        self.ttft = LabeledSeries(by_model, lambda: Histogram(TTFT_BOUNDS))
-        self.tpot = LabeledSeries(by_model, lambda: Histogram(TPOT_BOUNDS))
-        self.output_tokens = LabeledSeries(by_model, CounterValue)
-        self.prompt_tokens = LabeledSeries(by_model, CounterValue)
+        self.models = LabeledSeries(("node", "model"), ModelMetrics)
         self.queue_wait = LabeledSeries(("priority",), lambda: Histogram(WAIT_BOUNDS))
-        self.continuations = LabeledSeries(by_model, CounterValue)
         self._models: set[str] = set()
         self._labels: dict[str, str] = {}
 
     def add(self, record: RequestRecord) -> None:
         """Counts a request that has ended. Only a request that needed a slot has durations and tokens."""
         answer, demand = record.answer, record.demand
-        outcome = "" if record.outcome is None else record.outcome.value
+        outcome = "" if record.outcome is None else record.outcome
         code = str(record.status)
         if answer is None or demand is None:
             self.requests[record.route, "", "", outcome, code].value += 1
@@ -108,35 +117,16 @@ class RequestMetrics:
         self.requests[record.route, node, model, outcome, code].value += 1
         if not demand.needs_slot:
             return
-        labels = (node, model)
-        self.duration[labels].observe(record.ended_at - record.started_at)
-        self.queue_wait[demand.priority.value,].observe(answer.queue_ms / 1000.0)
-        if answer.continuations:
-            self.continuations[labels].value += answer.continuations
-        self._add_tokens(record, labels)
-
-    def _add_tokens(self, record: RequestRecord, labels: tuple[str, str]) -> None:
-        """Counts tokens and the times to the first and between the tokens. ``labels``: node and model."""
-        answer = record.answer
-        assert answer is not None
+        metrics = self.models[node, model]
+        metrics.duration.observe(record.ended_at - record.started_at)
+        metrics.continuations += answer.continuations
+        self.queue_wait[demand.priority,].observe(answer.queue_ms / 1000.0)
         first_byte_at = record.first_byte_at if answer.body is None else None  # only a stream shows when tokens come
         if first_byte_at is not None:
-            node, model = labels
-            self.ttft[record.node or node, model].observe(first_byte_at - record.started_at)
-        counters = answer.counters
-        if counters is None:
-            return
-        if counters.prompt_tokens:
-            self.prompt_tokens[labels].value += counters.prompt_tokens
-        tokens = counters.tokens
-        if not tokens:
-            return
-        self.output_tokens[labels].value += tokens
-        if first_byte_at is not None:
-            if tokens > 1:
-                self.tpot[labels].observe((record.ended_at - first_byte_at) / (tokens - 1))
-        elif counters.eval_ms:
-            self.tpot[labels].observe(counters.eval_ms / 1000.0 / tokens)
+            first_node_metrics = self.models[record.node or node, model]
+            first_node_metrics.ttft.observe(first_byte_at - record.started_at)
+        if answer.counters is not None:
+            _add_tokens(metrics, answer.counters, first_byte_at, record.ended_at)
 
     def _model_label(self, name: str | None, *, answered: bool) -> str:
         """One label for a model, however its name is spelled; ``other`` for a model that no node has answered for."""
@@ -154,6 +144,17 @@ class RequestMetrics:
             self._labels[name] = label
         return label
 
+    def _histograms(self, select: Callable[[ModelMetrics], Histogram]) -> dict[Labels, Histogram]:
+        """One of the histograms of each model, without the empty ones."""
+        histograms = ((labels, select(metrics)) for labels, metrics in self.models.items())
+        return {labels: histogram for labels, histogram in histograms if any(histogram.counts)}
+
+    def _totals(self, select: Callable[[ModelMetrics], int]) -> Iterator[tuple[Labels, float]]:
+        """One of the counters of each model, without those that are 0."""
+        for labels, metrics in self.models.items():
+            if total := select(metrics):
+                yield labels, total
+
     def families(self) -> Iterator[Family]:
         yield counter(
             "gpumesh_requests_total",
@@ -164,19 +165,19 @@ class RequestMetrics:
             "gpumesh_request_duration_seconds",
             "From a request's head to the end of its answer, queue included; inference only.",
             DURATION_BOUNDS,
-            dict(self.duration.items()),
+            self._histograms(lambda metrics: metrics.duration),
         )
         yield histogram(
             "gpumesh_time_to_first_token_seconds",
             "From a request's head to the first bytes of its streamed answer, queue included.",
             TTFT_BOUNDS,
-            dict(self.ttft.items()),
+            self._histograms(lambda metrics: metrics.ttft),
         )
         yield histogram(
             "gpumesh_time_per_output_token_seconds",
             "Mean time of a token after the first; of an answer in one piece by the server's own clock.",
             TPOT_BOUNDS,
-            dict(self.tpot.items()),
+            self._histograms(lambda metrics: metrics.tpot),
         )
         yield histogram(
             "gpumesh_queue_wait_seconds",
@@ -184,13 +185,33 @@ class RequestMetrics:
             WAIT_BOUNDS,
             dict(self.queue_wait.items()),
         )
-        for name, text, series in (
-            ("gpumesh_output_tokens_total", "Tokens generated, by the servers' own counters.", self.output_tokens),
-            ("gpumesh_prompt_tokens_total", "Tokens of prompts, by the servers' own counters.", self.prompt_tokens),
-            (
-                "gpumesh_continuations_total",
-                "Answers that were cut and that another node went on with.",
-                self.continuations,
-            ),
-        ):
-            yield counter(name, text, ((labels, total.value) for labels, total in series.items()))
+        yield counter(
+            "gpumesh_output_tokens_total",
+            "Tokens generated, by the servers' own counters.",
+            self._totals(lambda metrics: metrics.output_tokens),
+        )
+        yield counter(
+            "gpumesh_prompt_tokens_total",
+            "Tokens of prompts, by the servers' own counters.",
+            self._totals(lambda metrics: metrics.prompt_tokens),
+        )
+        yield counter(
+            "gpumesh_continuations_total",
+            "Answers that were cut and that another node went on with.",
+            self._totals(lambda metrics: metrics.continuations),
+        )
+
+
+def _add_tokens(metrics: ModelMetrics, counters: ServerCounters, first_byte_at: float | None, ended_at: float) -> None:
+    """Counts the tokens of an answer, and observes the mean time of a token. ``first_byte_at`` is ``None`` for an
+    answer in one piece: then the server's own clock counts."""
+    metrics.prompt_tokens += counters.prompt_tokens or 0
+    tokens = counters.tokens
+    if not tokens:
+        return
+    metrics.output_tokens += tokens
+    if first_byte_at is not None:
+        if tokens > 1:
+            metrics.tpot.observe((ended_at - first_byte_at) / (tokens - 1))
+    elif counters.eval_ms:
+        metrics.tpot.observe(counters.eval_ms / 1000.0 / tokens)

@@ -76,7 +76,10 @@ async def run_attempt(
         if outcome is not Outcome.SERVED:
             return await _read_error(lease, response, outcome)
         if response.content_type not in STREAMING_TYPES and (response.content_length or 0) <= HELD_BYTES:
-            return await _read_whole_answer(lease, response, call)
+            whole_body = response.take_whole(HELD_BYTES)
+            if whole_body is None:
+                whole_body = await _read_at_most(response, HELD_BYTES)
+            return _build_whole_answer(lease, response, call, whole_body)
         if continuation is not None and generates_text(call.path):
             return await _read_first_frame(lease, response, continuation())
         return OpenedStream(lease, response, None, await response.read())
@@ -211,9 +214,11 @@ def _status_error(lease: Lease, response: UpstreamResponse, body: bytes) -> Back
     return BackendStatus(f"it answered {response.status}", status=response.status, body=body, node=lease.node.name)
 
 
-async def _read_whole_answer(lease: Lease, response: UpstreamResponse, call: HttpCall) -> WholeAnswer | FailedAttempt:
+def _build_whole_answer(
+    lease: Lease, response: UpstreamResponse, call: HttpCall, body: bytes | None
+) -> WholeAnswer | FailedAttempt:
+    """``body`` ``None``: it was too long."""
     node = lease.node
-    body = await _read_at_most(response, HELD_BYTES)
     if body is None:
         return _fail(lease, Outcome.CUT, StreamCut("the answer is larger than can be held", node=node.name))
     counters = find_counters(body) if generates_text(call.path) else None
@@ -248,9 +253,6 @@ async def _read_first_frame(
 
 async def _read_at_most(response: UpstreamResponse, limit: int) -> bytes | None:
     """The whole body. ``None`` if it is longer than ``limit``: then the rest is not read."""
-    whole = response.take_whole(limit)
-    if whole is not None:
-        return whole
     pieces: list[bytes] = []
     size = 0
     while data := await response.read():

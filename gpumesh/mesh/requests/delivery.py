@@ -98,7 +98,9 @@ class RequestDelivery:
         """Returns the answer of the first node that gives one. Raises NoNodeError, ModelMissing, QueueFull and
         DeadlineExceeded."""
         while True:
-            lease = await self._acquire_lease()
+            lease = None if self._failures else self._context.dispatcher.acquire_now(self._demand, self._exclude)
+            if lease is None:
+                lease = await self._acquire_lease()
             if lease is None:
                 return self._with_history(self._last_error_answer())
             call = self._calls[lease.node.kind]
